@@ -1,0 +1,144 @@
+"""The block plan: where a model is cut, and everything that the rewrite and the drawing need to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the model, as it was traced.
+
+    Attributes:
+        name: the argument of the model's `forward`.
+        shape: of one sample, without the batch axis.
+        dtype: of the tensor, as torch names it ("float32", "int64").
+        high: for integer inputs, one more than the largest value that is valid (an embedding's rows); 0 for float inputs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    high: int = 0
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A module that the trace did not look into although it has children.
+
+    Attributes:
+        qualname: of the module in the original model.
+        kind: its class.
+        reason: why it could not be traced.
+        share: of the model's parameters that it holds, between 0 and 1.
+    """
+
+    qualname: str
+    kind: str
+    reason: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: the nodes between two cuts.
+
+    Attributes:
+        name: in the model's own words, the qualname of the module (or the first and last module) that it holds.
+        target: the attribute of the cut model that runs it, "block_3" or "classifier".
+        nodes: names of its fx nodes, in the order they run.
+        output: name of the node whose value leaves it; the cut lies after this node.
+        shape: of one sample's output, without the batch axis.
+        channel_axis: axis of the channels in the batched output, 1 for (B, C, H, W), 2 for (B, T, C).
+        inputs: names of the values that it reads from outside: model inputs, the output of the block before, side values.
+        sides: names of values, other than the output, that it computes and later blocks read (masks, positions, skips).
+        detached: the side values among `sides` that carry gradient, which the cut stops.
+        modules: qualnames of the leaf modules that it calls, in order.
+        parameters: names of its parameters in the original model.
+        num_parameters: the number of scalars in them.
+        macs: multiply-adds for one sample.
+        activation_bytes: what its backward pass keeps for one sample, float32 unless the model is in another dtype.
+    """
+
+    name: str
+    target: str
+    nodes: tuple[str, ...]
+    output: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    inputs: tuple[str, ...]
+    sides: tuple[str, ...]
+    detached: tuple[str, ...]
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    num_parameters: int
+    macs: int
+    activation_bytes: int
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the output."""
+        return self.shape[self.channel_axis - 1]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Where a model is cut. Frozen; prints as a table; `len` counts the feature blocks.
+
+    Attributes:
+        model: class of the original model.
+        policy: name of the policy that chose the cuts.
+        blocks: the feature blocks, in order.
+        classifier: what is left of the model after the last cut.
+        num_classes: J, the width of the model's output.
+        inputs: the model's inputs as traced.
+        leaves: modules with children that were not traced.
+        notes: what the reader of the plan must know, one sentence each.
+    """
+
+    model: str
+    policy: str
+    blocks: tuple[Block, ...]
+    classifier: Block
+    num_classes: int
+    inputs: tuple[Input, ...]
+    leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    def __str__(self) -> str:
+        header = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
+        rows = [_row(block) for block in (*self.blocks, self.classifier)]
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [f"{self.model}, policy {self.policy!r}: {len(self)} feature blocks and the classifier, {self.num_classes} classes"]
+        lines += [_align(row, widths) for row in (header, *rows)]
+        lines += [f"crosses the cut after {block.target}: {', '.join(block.sides)}" for block in self.blocks if block.sides]
+        lines += [f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}" for leaf in self.leaves]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _row(block: Block) -> tuple[str, ...]:
+    return (
+        block.target,
+        block.name,
+        block.output,
+        "x".join(map(str, block.shape)),
+        f"{block.num_parameters:,}",
+        f"{block.macs:,}",
+        f"{block.activation_bytes / MIB:.2f} MiB",
+    )
+
+
+def _align(row: tuple[str, ...], widths: list[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
+    return "  ".join(left + right).rstrip()

@@ -1,0 +1,335 @@
+"""Analyse a traced model as a dataflow graph: its spine of dominators, the steps between them, and where a cut may lie.
+
+A *path* carries what a block learns from: float tensors that depend, through tensor edges, on an input and on a parameter. Sizes, masks,
+positions and values computed from parameters alone are no paths; they cross a cut as side values. The *spine* is the list of nodes that
+every path from the inputs to the logits passes through (the dominators of the output), and a *step* is what is computed between one node
+of the spine and the next. A policy chooses among the steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sffx.compiler.channels import channel_axes
+from sffx.compiler.inputs import TRACE_BATCH
+from sffx.compiler.trace import Trace, parameters_of
+from sffx.errors import CutError
+
+_SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
+
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, torch.sub, "sub")
+_CATS = (torch.cat, torch.concat, torch.concatenate)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
+_JOINS = {**dict.fromkeys(_SUMS, "sum"), **dict.fromkeys(_CATS, "cat"), **dict.fromkeys(_PRODUCTS, "product")}
+_WEIGHTED_FUNCTIONS = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding, F.bilinear),
+    *(torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum, operator.matmul, "matmul"),
+)
+_BREAKS = ("adaptive", "dropout")
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is computed between one node of the spine and the next.
+
+    Attributes:
+        node: name of the spine node that ends it, the place of a possible cut.
+        nodes: names of all its nodes, in the order they run.
+        scope: qualname of the deepest module that holds all its nodes, "" for the model itself.
+        scopes: qualnames of all modules that hold the node that ends it, outermost first.
+        join: "sum", "cat" or "product" where several paths meet in `node`, "other" where they meet otherwise, "" where there is one path.
+        shape: of one sample's value, without the batch axis; () where the value is no tensor.
+        trainable: whether it has parameters.
+        weighted: whether one of them is the weight matrix or kernel of a layer.
+        batchnorm: whether a BN layer is in it.
+        keeps_shape: whether it has no parameters and its value has the shape of its input, as of an activation; dropout does not count.
+        pools: whether it starts the way to the classifier: an adaptive pool, or a flat value made from one that is not.
+        drops: whether it is dropout.
+        refusal: why no cut may lie after it, "" where one may.
+    """
+
+    node: str
+    nodes: tuple[str, ...]
+    scope: str
+    scopes: tuple[str, ...]
+    join: str
+    shape: tuple[int, ...]
+    trainable: bool
+    weighted: bool
+    batchnorm: bool
+    keeps_shape: bool
+    pools: bool
+    drops: bool
+    refusal: str
+
+
+class Analysis:
+    """Questions about a traced model and their answers; mutates nothing.
+
+    Attributes:
+        trace: what is analysed.
+        graph: `networkx.DiGraph` of the dataflow. Keys are fx node names, and each node has the attribute `path`.
+        spine: names of the dominators of the logits, in order; the last one is the logits.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes = {node.name: node for node in trace.graph.nodes if node.op != "output"}
+        self.logits: str = next(iter(reversed(trace.graph.nodes))).args[0].name  # type: ignore[union-attr]
+        self.graph = _dataflow(self.nodes, trace.root)
+        self.spine = self._spine()
+        self.step_of = self._place()
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps, in order; the last one computes the logits."""
+        members: list[list[fx.Node]] = [[] for _ in self.spine]
+        for name, node in self.nodes.items():
+            if node.op != "placeholder":
+                members[self.step_of[name]].append(node)
+        refusals = self._refusals()
+        return tuple(self._step(i, nodes, refusals[i]) for i, nodes in enumerate(members))
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of the nodes after which a cut may lie, in order."""
+        return tuple(step.node for step in self.steps if not step.refusal)
+
+    @cached_property
+    def channel_axes(self) -> dict[str, int]:
+        """The channel axis of the value of each node that has one."""
+        return channel_axes(self.trace)
+
+    def kind(self, qualname: str) -> type[nn.Module]:
+        """Return the class of a module by its qualname."""
+        return type(self.trace.root.get_submodule(qualname))
+
+    def require(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Check that a cut may lie after each of the named nodes and return them in the order of the spine, each once.
+
+        Raises:
+            CutError: a name is no node or no candidate, with the reason, or there is none.
+        """
+        chosen = set(names)
+        for name in chosen:
+            refusal = self._refusal(name)
+            if refusal:
+                raise CutError(f"no cut can lie after node {name!r}: {refusal}. Hint: {_candidate_hint(name, self.candidates)}")
+        if not chosen:
+            raise CutError(self.barren())
+        return tuple(name for name in self.candidates if name in chosen)
+
+    def barren(self) -> str:
+        """Say why nothing was cut, for an error."""
+        if not any(p.requires_grad for p in self.trace.root.parameters()):
+            return "the model has no trainable parameters, so there is nothing to train. Hint: set requires_grad before transforming"
+        if not self.candidates:
+            reasons = "; ".join(f"{step.node}: {step.refusal}" for step in self.steps[:4])
+            return f"the model has no node to cut at, since no value lies on every path from input to logits and may be cut ({reasons})"
+        return (
+            "the policy found no block besides the classifier. Hint: choose another policy, or pass a list of node names; "
+            f"the candidates are {', '.join(self.candidates[:8])}"
+        )
+
+    def _refusal(self, name: str) -> str:
+        if not isinstance(name, str) or name not in self.nodes:
+            return "the traced graph has no node of this name"
+        if name not in self.spine:
+            return "it does not dominate the output: some path from input to logits passes it by"
+        return self.steps[self.step_of[name]].refusal
+
+    def _spine(self) -> list[str]:
+        paths = nx.DiGraph(self.graph.edges)
+        paths.add_nodes_from(self.graph)
+        paths.remove_nodes_from([name for name, is_path in self.graph.nodes(data="path") if not is_path])
+        entries = [name for name, degree in paths.in_degree if degree == 0]
+        paths.add_edges_from((_SOURCE, name) for name in entries)
+        if self.logits not in paths:
+            raise CutError("the model's output does not depend on a parameter and an input, so there is nothing to train")
+        dominator = nx.immediate_dominators(paths, _SOURCE)
+        spine = [self.logits]
+        while dominator[spine[-1]] not in (_SOURCE, None):
+            spine.append(dominator[spine[-1]])
+        self._paths = paths
+        return spine[::-1]
+
+    def _place(self) -> dict[str, int]:
+        """Assign each node to a step: the first one that needs its value, but what reads a path stays with what it reads.
+
+        A size may be read in the step after, where the value is at hand as well; a tensor may not, since what crosses a cut is normalised.
+        """
+        place = {name: i for i, name in enumerate(self.spine)}
+        last = len(self.spine) - 1
+        for name in reversed(self.nodes):
+            if name not in place:
+                place[name] = min((place[user] for user in self.graph.successors(name)), default=last)
+        for name, node in self.nodes.items():
+            before = [place[arg] for arg in self.graph.predecessors(name) if arg in self._paths]
+            if before and name not in self._paths:
+                is_tensor = _holds_tensor(node.meta["example"])
+                place[name] = max(before) if is_tensor else min(place[name], max(before) + 1)
+        return place
+
+    def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
+        end = self.nodes[self.spine[index]]
+        before = self.nodes[self.spine[index - 1]].meta["example"] if index else None
+        value = end.meta["example"]
+        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+        parameters = {name for node in nodes for name in self.parameters(node)}
+        return Step(
+            node=end.name,
+            nodes=tuple(node.name for node in nodes),
+            scope=common_scope([scopes(node) for node in nodes]),
+            scopes=scopes(end),
+            join=self._join(index),
+            shape=shape,
+            trainable=bool(parameters),
+            weighted=any(self._is_weighted(node) for node in nodes),
+            batchnorm=any(isinstance(self._module(node), _BATCH_NORMS) for node in nodes),
+            keeps_shape=not parameters and isinstance(before, Tensor) and tuple(before.shape[1:]) == shape and not self._is(end, _BREAKS),
+            pools=self._is(end, ("adaptive",)) or (len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2),
+            drops=self._is(end, ("dropout",)),
+            refusal=refusal,
+        )
+
+    def _join(self, index: int) -> str:
+        """Name how several paths that left the spine node before meet; paths that start at several inputs are no join."""
+        end = self.nodes[self.spine[index]]
+        if not index or self._paths.in_degree(end.name) < 2:
+            return ""
+        return _JOINS.get(end.target, "other")
+
+    def _refusals(self) -> list[str]:
+        shared = self._shared()
+        last_weight = max((self.step_of[name] for name, node in self.nodes.items() if self.parameters(node)), default=-1)
+        return [self._refuse(i, shared, last_weight) for i in range(len(self.spine))]
+
+    def _refuse(self, index: int, shared: dict[int, str], last_weight: int) -> str:
+        name = self.spine[index]
+        value = self.nodes[name].meta["example"]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return "its value is no float tensor"
+        if value.ndim < 2 or value.shape[0] != TRACE_BATCH:
+            return f"the first axis of its value is not the batch, shape {tuple(value.shape)} for a batch of {TRACE_BATCH}"
+        if index >= last_weight:
+            return "nothing after it has a parameter, so that no classifier would be left"
+        if index in shared:
+            return f"{shared[index]} is used on both sides of it"
+        readers = [self.nodes[reader] for reader in self._paths.successors(name)]
+        if len(readers) == 1 and isinstance(self._module(readers[0]), _BATCH_NORMS):
+            return f"it would part the BN layer {readers[0].target} from the layer that feeds it"
+        if name not in self.channel_axes:
+            return f"the channel axis of its value, of shape {tuple(value.shape)}, cannot be told"
+        return ""
+
+    def _shared(self) -> dict[int, str]:
+        """Return the indices of steps with a shared parameter or stateful module used both before and after, and its name."""
+        span: dict[int, list[int]] = {}
+        names: dict[int, str] = {}
+        for name, node in self.nodes.items():
+            for state, tensor in self._state(node).items():
+                names.setdefault(id(tensor), state)
+                readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
+                span.setdefault(id(tensor), []).extend(readers)
+        return {i: names[key] for key, used in span.items() if used for i in range(min(used), max(used))}
+
+    def _state(self, node: fx.Node) -> dict[str, Tensor]:
+        """Return parameters that the node uses and buffers that its module may write to, by qualname."""
+        module = self._module(node)
+        buffers = {f"{node.target}.{name}": b for name, b in module.named_buffers()} if module is not None else {}
+        return {**self.parameters(node), **buffers}
+
+    def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
+        """Return the parameters that a node holds, by their qualname in the model."""
+        return parameters_of(self.trace.root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.trace.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _is(self, node: fx.Node, prefixes: tuple[str, ...]) -> bool:
+        """Whether the class or function of a node has a name that begins with one of these."""
+        module = self._module(node)
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        return name.lower().startswith(prefixes)
+
+    def _is_weighted(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return any(p.ndim > 1 for p in self.parameters(node).values())
+        reads_matrix = any(p.ndim > 1 for arg in node.all_input_nodes for p in self.parameters(arg).values())
+        return node.target in _WEIGHTED_FUNCTIONS and reads_matrix
+
+
+def analyse(trace: Trace) -> Analysis:
+    """Analyse a traced model.
+
+    Raises:
+        CutError: its output depends on no parameter, or on no input.
+    """
+    return Analysis(trace)
+
+
+def scopes(node: fx.Node) -> tuple[str, ...]:
+    """Return the qualnames of the modules in whose forward the node was created, outermost first."""
+    return tuple(path for path, _ in node.meta.get("nn_module_stack", {}).values())
+
+
+def common_scope(stacks: list[tuple[str, ...]]) -> str:
+    """Return the deepest module that all stacks have in common, "" for the model itself."""
+    common = ""
+    for level in zip(*stacks, strict=False):
+        if len(set(level)) > 1:
+            break
+        common = level[0]
+    return common
+
+
+def _dataflow(nodes: dict[str, fx.Node], root: nn.Module) -> nx.DiGraph:
+    """Build the dataflow graph; an edge is an argument, or an order that an in-place write asks for."""
+    graph = nx.DiGraph()
+    depends: dict[str, tuple[bool, bool]] = {}
+    for name, node in nodes.items():
+        sources = [arg.name for arg in (*node.all_input_nodes, *node.meta.get("after", ()))]
+        depends[name] = _dependence(node, root, [depends[source] for source in sources])
+        graph.add_node(name, path=all(depends[name]) and _holds_float(node.meta["example"]))
+        graph.add_edges_from((source, name) for source in sources)
+    return graph
+
+
+def _dependence(node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]) -> tuple[bool, bool]:
+    """Say whether a node's value depends, through tensors, on an input and on a parameter."""
+    if not _holds_tensor(node.meta["example"]):
+        return False, False
+    if node.op == "placeholder":
+        return True, False
+    own = parameters_of(root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
+    return any(on_input for on_input, _ in sources), bool(own) or any(on_parameter for _, on_parameter in sources)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(True for _ in _tensors(value))
+
+
+def _holds_float(value: Any) -> bool:
+    return any(tensor.is_floating_point() for tensor in _tensors(value))
+
+
+def _candidate_hint(name: str, candidates: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(name), candidates, n=3, cutoff=0.6)
+    listed = candidates if len(candidates) <= 12 else (*candidates[:11], f"… {len(candidates) - 11} more")
+    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"{meant}The candidates are {', '.join(listed)}" if listed else "the model has no candidates"

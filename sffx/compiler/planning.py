@@ -1,0 +1,97 @@
+"""Turn the cuts that a policy chose into a block plan."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from torch import Tensor, fx
+
+from sffx.compiler.analyse import Analysis, common_scope, scopes
+from sffx.compiler.inputs import TRACE_BATCH
+from sffx.compiler.plan import Block, BlockPlan
+from sffx.compiler.policies import Policy, notes, policy_named
+from sffx.compiler.trace import storage
+from sffx.errors import InputError
+
+
+def make_plan(analysis: Analysis, policy: str | Policy | list[str], num_classes: int | None = None) -> BlockPlan:
+    """Ask the policy where to cut and describe the blocks that come of it.
+
+    Args:
+        analysis: of the traced model.
+        policy: a name, a function of the analysis, or the names of the nodes to cut after.
+        num_classes: J, checked against the width of the logits where given.
+
+    Raises:
+        CutError: the policy chose no node, or one where no cut can be made.
+        InputError: there is no such policy, or `num_classes` is not what the model returns.
+    """
+    name, choose = policy_named(policy)
+    cuts = analysis.require(choose(analysis))
+    width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
+    if num_classes not in (None, width):
+        raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out, or change the model's last layer")
+    trace = analysis.trace
+    members = _members(analysis, cuts)
+    blocks = [_block(analysis, members, i, output) for i, output in enumerate((*cuts, analysis.logits))]
+    return BlockPlan(
+        model=type(trace.root).__name__,
+        policy=name,
+        blocks=tuple(blocks[:-1]),
+        classifier=blocks[-1],
+        num_classes=width,
+        inputs=trace.inputs,
+        leaves=trace.leaves,
+        notes=(*trace.notes, *notes(name, analysis)),
+    )
+
+
+def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
+    """Return the nodes of each block, in the order they run."""
+    ends = [analysis.step_of[cut] for cut in cuts]
+    members: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
+    for name, node in analysis.nodes.items():
+        if node.op != "placeholder":
+            members[bisect_left(ends, analysis.step_of[name])].append(node)
+    return members
+
+
+def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output: str) -> Block:
+    nodes = members[index]
+    inside = {node.name for node in nodes}
+    value = analysis.nodes[output].meta["example"]
+    parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
+    sides = [node for node in nodes if node.name != output and any(user.name not in inside and user.op != "output" for user in node.users)]
+    return Block(
+        name=_name(members, index),
+        target=f"block_{index}" if index + 1 < len(members) else "classifier",
+        nodes=tuple(node.name for node in nodes),
+        output=output,
+        shape=tuple(value.shape[1:]),
+        channel_axis=analysis.channel_axes.get(output, 1),
+        inputs=tuple(dict.fromkeys(arg.name for node in nodes for arg in node.all_input_nodes if arg.name not in inside)),
+        sides=tuple(node.name for node in sides),
+        detached=tuple(node.name for node in sides if _carries_gradient(node)),
+        modules=tuple(str(node.target) for node in nodes if node.op == "call_module"),
+        parameters=tuple(parameters),
+        num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
+        macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
+        activation_bytes=sum({key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()) // TRACE_BATCH,
+    )
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    return isinstance(node.meta["example"], Tensor) and node.meta["example"].requires_grad
+
+
+def _name(members: list[list[fx.Node]], index: int) -> str:
+    """Name a block by the one module that is all it holds, else by the first and the last module that it does not share."""
+    elsewhere = {scope for i, nodes in enumerate(members) if i != index for node in nodes for scope in scopes(node)}
+    stacks = [stack for stack in map(scopes, members[index]) if stack]
+    owner = common_scope(stacks)
+    if owner and owner not in elsewhere and stacks:
+        return owner
+    own = [next((scope for scope in stack if scope not in elsewhere), stack[-1]) for stack in stacks]
+    if not own:
+        return members[index][-1].name
+    return own[0] if own[0] == own[-1] else f"{own[0]} … {own[-1]}"

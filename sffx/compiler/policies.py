@@ -1,0 +1,170 @@
+"""Policies: functions from an analysed graph to the names of the nodes to cut after.
+
+A policy may be any callable `Analysis -> iterable of node names`; the ones below have names. They choose among the steps of the spine
+(see `analyse`), and share three rules:
+
+- What follows a block, has no parameters and keeps its shape (an activation) belongs to the block, and so does a BN layer.
+- A gate (squeeze-and-excitation: a product of paths) belongs to the layer that it gates.
+- The last layer with a weight is the classifier's, with the pool, the flatten and the dropout before it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from sffx.compiler.analyse import Analysis, Step
+from sffx.errors import InputError
+
+Policy = Callable[[Analysis], Iterable[str]]
+
+
+def residual(analysis: Analysis) -> list[str]:
+    """Cut after every residual block, and after what lies between them and has weights (the stem, downsampling, the last convolution).
+
+    A residual block is the module that owns a place where paths join by a sum or a concatenation: a BasicBlock, an encoder block, an
+    Inception module, a dense block. A class of module that is one somewhere is one everywhere in the model. A model that has none is cut
+    into BN groups.
+    """
+    ends = _residual_ends(analysis)
+    if not ends:
+        return batchnorm(analysis)
+    steps = analysis.steps
+    last = max(ends.values())
+    cuts = {_legal_before(steps, _settled(steps, end), start - 1) for start, end in ends.items()}
+    for start in ends:
+        before = max((cut for cut in cuts if cut < start), default=-1)
+        if any(step.weighted for step in steps[before + 1 : start]):
+            cuts.add(_legal_before(steps, start - 1, before))
+    cuts.add(_tail(steps, _settled(steps, last)))
+    return _names(steps, cuts)
+
+
+def batchnorm(analysis: Analysis) -> list[str]:
+    """Cut into BN groups: a layer with its BN, activation and pool. Layers without BN count while the value has not been flattened.
+
+    A model with neither (a plain MLP) is cut into single layers.
+    """
+    steps = analysis.steps
+    starts = _layer_starts(steps)
+    groups = [(start, end) for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
+    chosen = [(start, end) for start, end in groups[:-1] if _is_feature_group(steps, start, end)]
+    cuts = {_group_end(steps, start, end) for start, end in chosen or groups[:-1]}
+    return _names(steps, cuts)
+
+
+def layer(analysis: Analysis) -> list[str]:
+    """Cut after every layer with a weight, its BN and its activation: pure Forward-Forward. The last layer is the classifier."""
+    steps = analysis.steps
+    return _names(steps, {_settled(steps, start) for start in _layer_starts(steps)[:-1]})
+
+
+POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
+
+
+def policy_named(policy: str | Policy | Iterable[str]) -> tuple[str, Policy]:
+    """Return the name and the function of a policy given by name, as a function, or as the names of the nodes to cut after.
+
+    Raises:
+        InputError: there is no policy of this name, or it is neither a name, nor a callable, nor names.
+    """
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            near = difflib.get_close_matches(policy, POLICIES, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"there is no policy {policy!r}. Hint: {meant}the policies are {', '.join(map(repr, POLICIES))}")
+        return policy, POLICIES[policy]
+    if callable(policy):
+        return getattr(policy, "__name__", type(policy).__name__), policy
+    if not isinstance(policy, Iterable):
+        raise InputError(f"policy is a {type(policy).__name__}. Hint: pass a name ({', '.join(POLICIES)}), a function, or a list of node names")
+    names = list(policy)
+    return "nodes", lambda _: names
+
+
+def notes(name: str, analysis: Analysis) -> list[str]:
+    """Say what a named policy did that its name does not tell."""
+    if name == "residual" and not _residual_ends(analysis):
+        return ["the model has no residual block, so it is cut into BN groups"]
+    return []
+
+
+def _residual_ends(analysis: Analysis) -> dict[int, int]:
+    """Return the residual blocks as {index of the first step: index of the last step}."""
+    joins = {i: step for i, step in enumerate(analysis.steps) if step.join in ("sum", "cat") and step.trainable}
+    owners = Counter(step.scope for step in joins.values())
+    kinds = {analysis.kind(owner) for owner in owners if _is_unit(analysis, owner, owners[owner])}
+    ends = {i: i for i, step in joins.items() if analysis.kind(step.scope) not in kinds}
+    units = _instances(analysis, kinds)
+    for unit in units:
+        inside = [i for i, step in enumerate(analysis.steps) if _holds(unit, step.scope)]
+        if inside:
+            ends = {start: end for start, end in ends.items() if start not in inside} | {inside[0]: inside[-1]}
+    return dict(sorted(ends.items()))
+
+
+def _is_unit(analysis: Analysis, owner: str, joins: int) -> bool:
+    """Whether the owner of a join is a block as a whole. A module that is the only one of its class and holds several joins is a
+    model written in one forward, whose joins are blocks of their own."""
+    if not owner or isinstance(analysis.trace.root.get_submodule(owner), nn.Sequential):
+        return False
+    return joins == 1 or len(_instances(analysis, {analysis.kind(owner)})) > 1
+
+
+def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
+    """Return the qualnames of the modules of these classes, outermost ones only."""
+    found = [name for name, module in analysis.trace.root.named_modules() if name and type(module) in kinds]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def _holds(owner: str, scope: str) -> bool:
+    return scope == owner or scope.startswith(f"{owner}.")
+
+
+def _layer_starts(steps: tuple[Step, ...]) -> list[int]:
+    return [i for i, step in enumerate(steps) if step.weighted and step.join != "product"]
+
+
+def _is_feature_group(steps: tuple[Step, ...], start: int, end: int) -> bool:
+    return any(step.batchnorm for step in steps[start:end]) or len(steps[start].shape) > 1
+
+
+def _group_end(steps: tuple[Step, ...], start: int, end: int) -> int:
+    """Return the last step of a group before the way to the classifier begins."""
+    stop = next((i for i in range(start + 1, end) if steps[i].pools), end)
+    while stop > start + 1 and steps[stop - 1].drops and not any(step.weighted for step in steps[stop:-1]):
+        stop -= 1
+    return _legal_before(steps, stop - 1, start - 1)
+
+
+def _settled(steps: tuple[Step, ...], end: int) -> int:
+    """Move a cut behind what belongs to the block: BN, activations, gates, and whatever must not be parted from it."""
+    while end + 1 < len(steps) and _follows(steps[end + 1], steps[end]):
+        end += 1
+    return end
+
+
+def _follows(step: Step, before: Step) -> bool:
+    is_gate = step.join == "product" and step.shape == before.shape
+    only_batchnorm = step.batchnorm and not step.weighted
+    return step.keeps_shape or is_gate or only_batchnorm or (bool(before.refusal) and not step.trainable)
+
+
+def _tail(steps: tuple[Step, ...], last: int) -> int:
+    """Return the end of the block behind the last residual block: a convolution before the pool, as in MobileNet; `last` if there is none."""
+    weighted = [i for i, step in enumerate(steps) if step.weighted]
+    stop = next((i for i in range(last + 1, len(steps)) if steps[i].pools or len(steps[i].shape) < 2), len(steps))
+    features = [i for i in weighted[:-1] if last < i < stop]
+    return _settled(steps, features[-1]) if features else last
+
+
+def _legal_before(steps: tuple[Step, ...], end: int, floor: int) -> int:
+    """Return the last step up to `end`, and after `floor`, that a cut may follow; `end` if none may."""
+    return next((i for i in range(end, floor, -1) if not steps[i].refusal), end)
+
+
+def _names(steps: tuple[Step, ...], cuts: Iterable[int]) -> list[str]:
+    return [steps[i].node for i in sorted(set(cuts)) if i >= 0 and not steps[i].refusal]

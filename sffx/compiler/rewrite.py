@@ -1,0 +1,163 @@
+"""Execute a block plan: move each block's nodes into a graph of their own, and write the outer graph as the method reads.
+
+    block_0 = self.block_0(x)
+    goodness_0 = self.head_0(block_0)
+    norm_0 = self.norm_0(block_0.detach())
+    ...
+    classifier = self.classifier(norm_8)
+    return self.readout([goodness_0, ..., goodness_8, classifier])
+
+The rewrite decides nothing: what is cut where is in the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.plan import Block, BlockPlan
+from sffx.compiler.trace import Trace, storage
+from sffx.errors import CutError
+from sffx.learning.readout import Readout
+
+_OUT_OF_PLACE = {
+    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")},
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
+
+
+def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None]) -> fx.GraphModule:
+    """Return the cut model.
+
+    Args:
+        trace: of the model; its modules are moved into the result.
+        plan: made from the same trace.
+        heads: one for each feature block.
+        norms: one for each feature block; None hands a block's output on as it is, but for the detach.
+
+    Raises:
+        CutError: an in-place operation writes on a value that crosses a cut, and has no form that does not.
+    """
+    nodes = {node.name: node for node in trace.graph.nodes}
+    root = nn.Module()
+    root.train(trace.root.training)
+    for block in (*plan.blocks, plan.classifier):
+        root.add_module(block.target, _block_module(trace, block, nodes))
+    for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
+        root.add_module(f"head_{i}", head)
+        if norm is not None:
+            root.add_module(f"norm_{i}", norm)
+    root.add_module("readout", Readout())
+    for name in [name for name, _ in root.named_children() if name.startswith(("head_", "norm_", "readout"))]:
+        root.get_submodule(name).train(trace.root.training)
+    graph = _outer_graph(trace, plan, norms)
+    graph.lint()
+    return fx.GraphModule(root, graph, class_name=f"SFF{plan.model}")
+
+
+def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -> fx.Graph:
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
+    for node in trace.graph.nodes:
+        if node.op == "placeholder":
+            values[node.name] = graph.node_copy(node)
+            values[node.name].meta = {}
+    goodness: list[fx.Node] = []
+    for i, block in enumerate(plan.blocks):
+        result = _call(graph, block.target, block.target, tuple(values[name] for name in block.inputs))
+        output = _unpack(graph, block, result, values)
+        goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output,)))
+        detached = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
+        values[block.output] = _call(graph, f"norm_{i}", f"norm_{i}", (detached,)) if norms[i] is not None else detached
+    logits = _call(graph, "classifier", "classifier", tuple(values[name] for name in plan.classifier.inputs))
+    graph.output(_call(graph, "readout", "readout", ([*goodness, logits],)))
+    return graph
+
+
+def _call(graph: fx.Graph, target: str, name: str, args: tuple[object, ...]) -> fx.Node:
+    return graph.create_node("call_module", target, args, name=name)  # type: ignore[arg-type]
+
+
+def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, fx.Node]) -> fx.Node:
+    """Take a block's output and its side values, detached where they carry gradient, out of what it returns."""
+    if not block.sides:
+        return result
+    output = graph.create_node("call_function", operator.getitem, (result, 0), name=f"{block.target}_output")
+    for i, side in enumerate(block.sides, start=1):
+        values[side] = graph.create_node("call_function", operator.getitem, (result, i), name=side)
+        if side in block.detached:
+            values[side] = graph.create_node("call_method", "detach", (values[side],), name=f"{side}_detached")
+    return output
+
+
+def _block_module(trace: Trace, block: Block, nodes: dict[str, fx.Node]) -> fx.GraphModule:
+    """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values."""
+    graph = fx.Graph()
+    values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
+    outside = {storage(nodes[name].meta["example"]) for name in block.inputs if _is_written_from_outside(nodes[name])}
+    replaced: dict[str, nn.Module] = {}
+    for name in block.nodes:
+        node = nodes[name]
+        values[name] = graph.node_copy(node, lambda n: values[n.name])
+        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        if any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
+            _keep_input(values[name], node, trace.root, replaced)
+    outputs = tuple(values[name] for name in (block.output, *block.sides))
+    graph.output(outputs if block.sides else outputs[0])
+    graph.lint()
+    module = fx.GraphModule(trace.root, graph, class_name=block.target.title().replace("_", ""))
+    for target, twin in replaced.items():
+        owner, _, name = target.rpartition(".")
+        setattr(module.get_submodule(owner), name, twin)
+    return module
+
+
+def _is_written_from_outside(node: fx.Node) -> bool:
+    """Whether a block's input is a value of another block. A write on the model's own input is the model's own doing."""
+    return node.op != "placeholder" and isinstance(node.meta["example"], Tensor)
+
+
+def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dict[str, nn.Module]) -> None:
+    """Turn an in-place operation into its twin that leaves its input alone.
+
+    1. a module with `inplace=True`; 2. a function called with `inplace=True`; 3. an in-place operator; 4. a method `name_`.
+    """
+    if node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False):
+        twin = copy.copy(root.get_submodule(str(node.target)))
+        twin.inplace = False
+        replaced[str(node.target)] = twin
+    elif _has_inplace(node.target):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        node.args = tuple(node.args[: names.index("inplace")])
+    elif node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]  # type: ignore[index]
+    elif _twin_name(node.target) is not None:
+        node.target = _twin_name(node.target)  # type: ignore[assignment]
+    else:
+        raise CutError(
+            f"node {original.name!r} writes in place on a value that crosses a cut, and sffx knows no form of {original.target} that does not. "
+            "Hint: cut elsewhere, or write the model without this in-place operation"
+        )
+
+
+def _has_inplace(target: object) -> bool:
+    try:
+        return callable(target) and "inplace" in inspect.signature(target).parameters
+    except (ValueError, TypeError):
+        return False
+
+
+def _twin_name(target: object) -> str | Callable[..., object] | None:
+    """Return the method or torch function whose name lacks the trailing underscore."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    twin = getattr(Tensor if isinstance(target, str) else torch, name[:-1], None)
+    return (name[:-1] if isinstance(target, str) else twin) if twin is not None else None

@@ -1,0 +1,460 @@
+"""Trace a model into an fx graph whose every node carries an example value, computed on fake tensors.
+
+The example values answer what a plain trace cannot (`bool`, `len`, `iter`), while shapes stay symbolic. `self.training` stays
+symbolic too: it becomes a call of a `TrainingFlag`, so that `train()` and `eval()` of the result act as they do on the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sffx.compiler.inputs import TRACE_BATCH, example_arguments
+from sffx.compiler.plan import Input, Leaf
+from sffx.errors import InputError, TraceError
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own `training`: stands in a graph for the `self.training` of the module that it is a child of."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+_FLAG = "training_flag"
+
+
+class _PlantedFlag:
+    """Marks, during a trace, the place of a `training` attribute; reading it creates the call of the flag at `target`."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+
+def _lift_flags(probe: nn.Module) -> None:
+    for module in probe.modules():
+        if isinstance(module._buffers.get("training"), _PlantedFlag):
+            del module._buffers["training"]
+            module.training = True
+
+
+def _is_flag(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == _FLAG
+
+
+@dataclass
+class Cost:
+    """What one node costs for a batch of `TRACE_BATCH`."""
+
+    macs: int = 0
+    saved: dict[int, int] = field(default_factory=dict)  # bytes kept for backward, by storage
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        root: a copy of the model, which owns every module and tensor that the graph names.
+        graph: its nodes carry `meta["example"]` (a fake value), `meta["cost"]`, `meta["writes"]` (arguments written in place)
+            and `meta["after"]` (nodes that must run before, though no argument says so).
+        inputs: the placeholders, as traced.
+        leaves: modules with children that could not be traced.
+        notes: what was found on the way.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...]
+
+
+def trace(model: nn.Module, example_input: Any = None) -> Trace:
+    """Trace a copy of `model`; the model itself is not touched and nothing is computed.
+
+    Args:
+        model: any module whose output holds logits of shape (B, J).
+        example_input: a tensor, a tuple of positional or a mapping of keyword arguments; None to infer it.
+
+    Raises:
+        InputError: the input cannot be inferred, or the example does not fit.
+        TraceError: the top-level `forward` cannot be traced.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    probe = _fake_copy(model, mode)
+    arguments = example_arguments(probe, example_input, mode)
+    leaves: dict[str, str] = {}
+    tracer, graph = _traced(probe, arguments, mode, leaves)
+    root = copy.deepcopy(model)
+    _adopt(root, tracer, graph)
+    return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(_notes(root, graph)))
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    with FakeCopyMode(mode):
+        return copy.deepcopy(model).train()
+
+
+def _traced(probe: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str]) -> tuple[GuidedTracer, fx.Graph]:
+    """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
+    while True:
+        tracer, graph = _attempt(probe, arguments, mode, leaves, training=False)
+        if graph is None:
+            continue
+        if not tracer.branched:
+            return tracer, graph
+        _, other = _attempt(probe, arguments, mode, leaves, training=True)
+        if other is None:
+            continue
+        if _listing(graph) == _listing(other):
+            return tracer, graph
+        if "" in tracer.branched:
+            raise TraceError(
+                f"{type(probe).__name__}.forward computes its logits differently in train and eval mode, by a branch on self.training, "
+                "which a graph cannot hold. Hint: move the branch into a submodule, or pass training=self.training to a function"
+            )
+        leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
+
+
+def _attempt(
+    probe: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str], *, training: bool
+) -> tuple[GuidedTracer, fx.Graph | None]:
+    """Trace once; on failure inside a submodule, add all modules of its class to `leaves` and return no graph."""
+    tracer = GuidedTracer(mode, arguments, leaves, training=training)
+    try:
+        tracer.plant_flags(probe)
+        graph = tracer.trace(probe)
+        _keep_logits(graph)
+    except TraceError:
+        raise
+    except Exception as failure:
+        where, qualname = _location(failure), tracer.failed
+        if not qualname:
+            raise TraceError(
+                f"{type(probe).__name__} cannot be traced: {type(failure).__name__}: {failure} ({where}). "
+                "Hint: move this code into a submodule, which then becomes a leaf, or cut the part that you want to train locally"
+            ) from failure
+        kind = type(probe.get_submodule(qualname))
+        reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} ({where})"
+        leaves.update({name: reason for name, module in probe.named_modules() if type(module) is kind and name})
+        return tracer, None
+    finally:
+        _lift_flags(probe)
+    return tracer, graph
+
+
+class GuidedProxy(fx.Proxy):
+    """A proxy that knows an example of its value, and answers `len`, `int` and attribute reads from it."""
+
+    @property
+    def example(self) -> Any:
+        return self.node.meta["example"]
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.example, name)
+        if callable(value) and not isinstance(value, Tensor):
+            return fx.proxy.Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    def __index__(self) -> int:
+        return self._number(int)
+
+    def __int__(self) -> int:
+        return self._number(int)
+
+    def __float__(self) -> float:
+        return self._number(float)
+
+    def _number(self, kind: Callable[[Any], Any]) -> Any:
+        if isinstance(self.example, Tensor):
+            raise RuntimeError("a number is read from a tensor, which depends on the data")
+        return kind(self.example)
+
+
+class GuidedTracer(fx.Tracer):
+    """Runs every node on fake tensors as it is created.
+
+    Attributes:
+        branched: qualnames of modules that branched on their `training`.
+        failed: qualname of the innermost module in which the trace failed.
+    """
+
+    def __init__(self, mode: FakeTensorMode, arguments: dict[str, Any], leaves: dict[str, str], *, training: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+        self.mode, self.arguments, self.leaves, self.training = mode, arguments, leaves, training
+        self.branched: set[str] = set()
+        self.failed: str | None = None
+        self._running = False
+        self._alive: list[Tensor] = []  # saved tensors stay alive, or their storages' addresses would be used again
+
+    def plant_flags(self, probe: nn.Module, qualname: str = "") -> None:
+        """Replace the `training` attribute of every module that will be traced through by a `_PlantedFlag`.
+
+        It lies among the buffers, where attribute access finds it and `Sequential`, which runs its children, does not.
+        """
+        for name, child in probe.named_children():
+            path = f"{qualname}.{name}" if qualname else name
+            if not self.is_leaf_module(child, path):
+                self.plant_flags(child, path)
+        if probe.__dict__.pop("training", None) is not None:
+            probe._buffers["training"] = _PlantedFlag(f"{qualname}.{_FLAG}" if qualname else _FLAG)  # type: ignore[assignment]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves or is_layer(m)
+
+    def proxy(self, node: fx.Node) -> GuidedProxy:
+        return GuidedProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None) -> Any:
+        if kind == "placeholder" and not isinstance(self.arguments.get(target), Tensor):
+            return self._constant_argument(target, args)
+        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
+        self._run(proxy.node)
+        return proxy
+
+    def _constant_argument(self, target: str, default: tuple[Any, ...]) -> Any:
+        """Return the value of an argument that is no tensor: it is fixed at the traced value and takes no part in the graph."""
+        if target.startswith("*"):
+            return {} if target.startswith("**") else ()
+        return self.arguments[target] if target in self.arguments else default[0]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
+            qualname = self.path_of_module(m)
+            if self.failed is None and not self.is_leaf_module(m, qualname) and not isinstance(m, _CONTAINERS):
+                self.failed = qualname
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self._running:
+            return attr_val
+        if isinstance(attr_val, _PlantedFlag):
+            return self.create_proxy("call_module", attr_val.target, (), {})
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if _is_flag(obj.node):
+            self.branched.add(obj.node.target.rpartition(".")[0])
+        value = obj.node.meta["example"]
+        if isinstance(value, Tensor):
+            raise RuntimeError("a branch depends on the values of a tensor")
+        return bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(obj.node.meta["example"]))])
+
+    def _run(self, node: fx.Node) -> None:
+        args, kwargs = (fx.node.map_arg(part, lambda n: n.meta["example"]) for part in (node.args, node.kwargs))
+        tensors = {arg: arg.meta["example"] for arg in node.all_input_nodes if isinstance(arg.meta["example"], Tensor)}
+        versions = {arg: value._version for arg, value in tensors.items()}
+        cost, self._running = Cost(), True
+        try:
+            with self.mode, _CountMacs(cost), torch.autograd.graph.saved_tensors_hooks(self._recorder(cost), _unpack), torch.enable_grad():
+                node.meta["example"] = self._value(node, args, kwargs)
+        finally:
+            self._running = False
+        node.meta["cost"] = cost
+        node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
+
+    def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "placeholder":
+            return self.arguments[node.target]
+        if node.op == "get_attr":
+            return _attribute(self.root, node.target)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return self.training if _is_flag(node) else self.root.get_submodule(node.target)(*args, **kwargs)
+
+    def _recorder(self, cost: Cost) -> Callable[[Tensor], Tensor]:
+        def record(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                self._alive.append(tensor)
+                cost.saved[storage(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        return record
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _CountMacs(TorchDispatchMode):
+    """Adds the multiply-adds of every operation to a cost, by the formulas of torch's own flop counter."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.cost.macs += formula(*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+
+def storage(tensor: Tensor) -> int:
+    """Return a key of the tensor's storage; views of one tensor share it."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a trace stops at `module`: it has no children, or is one of torch's own layers or a subclass of one."""
+    if isinstance(module, _CONTAINERS):
+        return False
+    if not any(module.children()):
+        return True
+    return any(base.__module__.startswith(_LAYER_PACKAGES) for base in type(module).__mro__ if base is not nn.Module)
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    owner, _, name = target.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def _keep_logits(graph: fx.Graph) -> None:
+    """Reduce the graph's output to the logits and drop what only auxiliary outputs needed."""
+    output = next(iter(reversed(graph.nodes)))
+    logits = _logits(output.args[0])
+    value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != TRACE_BATCH or not value.is_floating_point():
+        what = f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TraceError(f"the model returns {what}, but sffx cuts classifiers, whose output is logits of shape (B, J)")
+    output.args = (logits,)
+    _order_hidden_reads(graph)
+    needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
+    graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nothing reads it: it asserts, or writes to what outlives the graph."""
+    if node.op in ("placeholder", "output"):
+        return True
+    writes_state = any(written.op in ("placeholder", "get_attr") for written in node.meta.get("writes", ()))
+    return writes_state or (node.op == "call_function" and node.is_impure())
+
+
+def _order_hidden_reads(graph: fx.Graph) -> None:
+    """Set `meta["after"]` of each node that reads what an earlier node wrote in place without that node's being its argument."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    writers: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        read = [(arg, arg.meta["example"]) for arg in node.all_input_nodes if isinstance(arg.meta.get("example"), Tensor)]
+        node.meta["after"] = tuple(
+            writer for arg, value in read for writer in writers.get(storage(value), ()) if position[arg] < position[writer] and arg is not writer
+        )
+        for written in node.meta.get("writes", ()):
+            writers.setdefault(storage(written.meta["example"]), []).append(node)
+
+
+def _logits(value: Any) -> Any:
+    """Find the logits in what a forward returns: themselves, the first of a tuple, or the entry "logits" of a mapping or a record."""
+    if isinstance(value, fx.Node) and isinstance(value.target, type):  # a named tuple or a dataclass, made by fx at the output
+        return _logits(value.kwargs or value.args)
+    if isinstance(value, dict):
+        return _logits(value["logits"] if "logits" in value else next(iter(value.values()), None))
+    if isinstance(value, (tuple, list)):
+        return _logits(value[0]) if value else None
+    return value
+
+
+def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Describe a graph so that two traces of the same computation compare equal whatever their nodes are called."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    number = lambda part: str(fx.node.map_arg(part, lambda n: f"%{position[n]}"))  # type: ignore[arg-type, return-value]  # noqa: E731
+    return [(node.op, str(node.target) if node.op != "placeholder" else "", number(node.args), number(node.kwargs)) for node in graph.nodes]
+
+
+def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
+    """Give `root` the constants and training flags that the graph names."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(root, node.target):
+            root.register_buffer(node.target, getattr(tracer.root, node.target), persistent=False)
+        if _is_flag(node):
+            owner = root.get_submodule(node.target.rpartition(".")[0])
+            owner.add_module(_FLAG, TrainingFlag().train(owner.training))
+
+
+def _inputs(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    return tuple(
+        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root))
+        for node, value in ((node, node.meta["example"]) for node in placeholders)
+    )
+
+
+def _high(node: fx.Node, root: nn.Module) -> int:
+    """Return the size of the embedding that reads an integer input, 2 where none does directly, 0 for float inputs."""
+    if node.meta["example"].is_floating_point():
+        return 0
+    readers = [root.get_submodule(user.target) for user in node.users if user.op == "call_module"]
+    return next((reader.num_embeddings for reader in readers if isinstance(reader, nn.Embedding)), 2)
+
+
+def _leaf_records(root: nn.Module, leaves: dict[str, str]) -> tuple[Leaf, ...]:
+    total = max(sum(p.numel() for p in root.parameters()), 1)
+    modules = {name: root.get_submodule(name) for name in leaves}
+    outermost = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
+    return tuple(
+        Leaf(name, type(modules[name]).__name__, leaves[name], sum(p.numel() for p in modules[name].parameters()) / total)
+        for name in outermost
+    )
+
+
+def _notes(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    called = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    used = {id(p) for target in called for p in parameters_of(root, target).values()}
+    idle = _outermost(root, used)
+    if idle:
+        shown = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+        yield f"left out, since the logits do not depend on them: {shown}"
+
+
+def _outermost(root: nn.Module, used: set[int]) -> list[str]:
+    """Return the qualnames of the outermost modules none of whose parameters is in `used`, and of single unused parameters."""
+    idle = [n for n, module in root.named_modules() if n and [*module.parameters()] and not {id(p) for p in module.parameters()} & used]
+    idle += [name for name, p in root.named_parameters() if id(p) not in used]
+    return [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
+
+
+def parameters_of(root: nn.Module, target: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that the target of a call_module or get_attr node holds, by qualname in `root`."""
+    value = _attribute(root, target)
+    if isinstance(value, nn.Parameter):
+        return {target: value}
+    if isinstance(value, nn.Module):
+        return {f"{target}.{name}": p for name, p in value.named_parameters()}
+    return {}
+
+
+def _location(failure: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(failure.__traceback__) if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename]
+    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"

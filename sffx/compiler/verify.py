@@ -1,0 +1,95 @@
+"""Check a cut model, on fake tensors, for what the method promises; the result is checked, not the input.
+
+1. The graph lints.
+2. Every trainable parameter has gradient from exactly one block's loss, its own, or from none if backpropagation gives it none either.
+3. No in-place write touches a value that crosses a cut or feeds a head.
+4. The result returns one goodness of shape (B, J) for each block, and logits of that shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from sffx.compiler.inputs import TRACE_BATCH
+from sffx.compiler.plan import BlockPlan
+from sffx.errors import VerifyError
+from sffx.learning.losses import block_loss
+
+
+def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
+    """Check the cut model; nothing is computed and the model is not touched.
+
+    Raises:
+        VerifyError: a promise is broken; names the value or the parameter.
+    """
+    net.graph.lint()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        probe = copy.deepcopy(net).train()
+    with mode, torch.enable_grad():
+        run = _VersionWatch(probe)
+        inputs = [torch.empty((TRACE_BATCH, *i.shape), dtype=getattr(torch, i.dtype), device=_device(probe)) for i in plan.inputs]
+        run.run(*inputs)
+        run.check()
+        _check_scores(run.scores, plan)
+        _check_gradients(probe, run.scores, plan)
+
+
+def _device(net: fx.GraphModule) -> torch.device:
+    return next(net.parameters()).device
+
+
+class _VersionWatch(fx.Interpreter):
+    """Runs the outer graph and remembers the version of each value that leaves a block, at the moment it does.
+
+    Attributes:
+        scores: what the readout was given, before it is stacked: in the stack, each block's loss reaches all others with zeros.
+    """
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__(net, garbage_collect_values=False)
+        self.versions: dict[str, tuple[Tensor, int]] = {}
+        self.scores: list[Tensor] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target == "readout":
+            self.scores = list(self.map_nodes_to_values(n.args, n)[0])  # type: ignore[arg-type]
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "placeholder":
+            self.versions[n.name] = (value, value._version)
+        return value
+
+    def check(self) -> None:
+        for name, (value, version) in self.versions.items():
+            if value._version != version:
+                raise VerifyError(f"the value {name!r} crosses a cut or feeds a head, and is written in place after that")
+
+
+def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
+    expected = (TRACE_BATCH, plan.num_classes)
+    for score, target in zip(scores, [*(f"head_{i}" for i in range(len(plan))), plan.classifier.target], strict=True):
+        if tuple(score.shape) != expected:
+            raise VerifyError(f"{target} returns shape {tuple(score.shape)}, not (B, J) = {expected}")
+
+
+def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan) -> None:
+    """Check promise 2 by one backward pass a block."""
+    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    labels = torch.zeros(TRACE_BATCH, dtype=torch.int64, device=scores[0].device)
+    sources: dict[str, list[str]] = {name: [] for name in trainable}
+    for k, target in enumerate([*(block.target for block in plan.blocks), plan.classifier.target]):
+        loss = block_loss(scores[k], labels)
+        grads = torch.autograd.grad(loss, list(trainable.values()), retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+        for name, gradient in zip(trainable, grads, strict=False):
+            if gradient is not None:
+                sources[name].append(target)
+    for name, blocks in sources.items():
+        owner = name.partition(".")[0].replace("head_", "block_")
+        if any(block != owner for block in blocks):
+            raise VerifyError(f"parameter {name!r} belongs to {owner} but has gradient from the loss of {', '.join(blocks)}")
+

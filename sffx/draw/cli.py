@@ -1,0 +1,110 @@
+"""The command `sffx-viz`: how a model would be cut, as a picture or as a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from sffx.compiler.plan import BlockPlan
+from sffx.draw.render import draw, plan_of
+from sffx.errors import MissingExtra, SffxError
+
+EXAMPLES = """examples:
+  sffx-viz model.py                           the model in the file: an instance, or a function or class without arguments
+  sffx-viz model.py --model make_net -o net.png
+  sffx-viz torchvision.models:resnet18 --plan
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        the exit code: 0, or 2 when something was wrong, which stderr tells.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options)
+    except SffxError as error:
+        print(f"sffx-viz: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sffx-viz", description="Shows how a model is cut into blocks.", epilog=EXAMPLES, formatter_class=form)
+    parser.add_argument("source", metavar="model.py", help="a Python file, or package.module:callable")
+    parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
+    parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
+    parser.add_argument("--input", metavar="1,3,224,224", type=_shape, help="shape of an example input, the batch axis first")
+    parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf or .dot file (default: NAME.svg)")
+    parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
+    parser.add_argument("--open", action="store_true", help="show the drawing")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
+    return shape
+
+
+def _run(options: argparse.Namespace) -> int:
+    plan = _plan(options)
+    if options.plan:
+        print(plan)
+        return 0
+    try:
+        path = _draw(plan, options)
+    except OSError as error:
+        print(f"sffx-viz: cannot write the drawing: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
+    if options.open:
+        webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> BlockPlan:
+    # Here, because they import torch, and --help should not wait for it.
+    import torch
+
+    import sffx
+    from sffx.draw.discover import find_model
+
+    model = find_model(options.source, options.model)
+    known = plan_of(model)
+    if known is not None:
+        return known
+    example = None if options.input is None else torch.zeros(options.input)
+    return sffx.plan(model, policy=options.policy, example_input=example, num_classes=options.classes)
+
+
+def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:
+    if options.output is not None:
+        return draw(plan, options.output)
+    path = Path(f"{_name(options)}.svg")
+    try:
+        return draw(plan, path)
+    except MissingExtra as error:
+        print(f"sffx-viz: {error}. Writing the graph as text.", file=sys.stderr)
+        return draw(plan, path.with_suffix(".dot"))
+
+
+def _name(options: argparse.Namespace) -> str:
+    """The name of the drawing: the object's where the command line names one, else the file's."""
+    if options.model is not None:
+        return str(options.model).rpartition(".")[2]
+    source = str(options.source)
+    return Path(source).stem if Path(source).suffix == ".py" else source.rpartition(":")[2].rpartition(".")[2]

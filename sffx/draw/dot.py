@@ -1,0 +1,215 @@
+"""A block plan as a Graphviz graph: a pure function from the plan to DOT text, which needs no Graphviz."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sffx.compiler.plan import Block, BlockPlan, Leaf
+from sffx.draw.label import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    RED,
+    VALUE_WIDTH,
+    block_label,
+    edge_label,
+    footer_label,
+    head_label,
+    input_label,
+    shorten,
+    tag_label,
+    title_label,
+)
+
+# Boxes in one column. A taller plan is set in several columns: top to bottom, then the next column to the right.
+ROWS = 14
+# A value with more readers than this is named beside each of them on one common rail, instead of an edge to each.
+EDGES = 2
+
+FONT = 'fontname="Helvetica,Arial,sans-serif"'
+DEFAULTS = (
+    f'graph [bgcolor="white", charset="UTF-8", {FONT}, labelloc="b", labeljust="l", newrank=true, nodesep=0.3, pad=0.3, ranksep=0.2]',
+    f'node [shape="box", style="rounded,filled", margin="0.14,0.08", {FONT}]',
+    f"edge [arrowsize=0.7, penwidth=1.2, {FONT}]",
+)
+BLOCK = 'class="block", fillcolor="#f7f8fa", color="#9aa5b1"'
+UNTRACED = f'class="block untraced", fillcolor="#fdf6e9", color="{AMBER}"'
+CLASSIFIER = f'class="classifier", fillcolor="#eef3ee", color="{GREEN}"'
+HEAD = f'class="head", fillcolor="#e8f1fb", color="{BLUE}"'
+OUTSIDE = f'class="input", fillcolor="white", color="{INK}"'
+RAIL = f'class="rail", color="{GREY}"'
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Values that blocks read from outside besides the normalised output of the block before.
+
+    Attributes:
+        names: of the values; those that run the same way are drawn together.
+        source: name of the node in the drawing that they come from.
+        stage: index of the block that computes them, -1 for what does not come from a block.
+        readers: indices of the blocks that read them, the classifier's is the last.
+        detached: whether the cut stops a gradient that they carry.
+    """
+
+    names: tuple[str, ...]
+    source: str
+    stage: int
+    readers: tuple[int, ...]
+    detached: bool
+
+
+def dot(plan: BlockPlan) -> str:
+    """DOT text of the block graph: the blocks in order, their heads, the cuts, and the values that cross a cut.
+
+    Args:
+        plan: of the model, as `sffx.plan` returns it.
+
+    Returns:
+        the text of a directed graph. A block's node bears its target ("block_3", "classifier"), its head "head_3",
+        a model input "input_x". The same plan always gives the same text.
+    """
+    rows = _rows(plan)
+    crossings = _crossings(plan)
+    sides = [crossing for crossing in crossings if crossing.stage >= 0]
+    footer = footer_label(plan, any(not side.detached for side in sides), any(side.detached for side in sides))
+    lines = [*DEFAULTS, f"label={footer}", "subgraph cluster_plan {", f'label={title_label(plan)}; labelloc="t"; margin=0; peripheries=0']
+    lines += [*_input_nodes(plan, crossings), *_block_nodes(plan), *_same_rows(plan, rows), *_cuts(plan, rows)]
+    lines += _rail([crossing for crossing in crossings if len(crossing.readers) > EDGES], plan, rows)
+    for crossing in crossings:
+        lines += _edges(crossing, plan, rows) if len(crossing.readers) <= EDGES else []
+    return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
+
+
+def _stages(plan: BlockPlan) -> tuple[Block, ...]:
+    return (*plan.blocks, plan.classifier)
+
+
+def _rows(plan: BlockPlan) -> int:
+    stages = len(plan) + 1
+    return math.ceil(stages / math.ceil(stages / ROWS))
+
+
+def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
+    for value in plan.inputs:
+        yield _node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
+    for crossing in crossings:
+        if crossing.source.startswith("value_"):
+            yield _node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
+
+
+def _block_nodes(plan: BlockPlan) -> Iterator[str]:
+    for index, block in enumerate(plan.blocks):
+        leaves = _leaves(block, plan)
+        yield _node(block.target, f"{UNTRACED if leaves else BLOCK}, label={block_label(block, leaves)}, tooltip={_quote(block.name)}")
+        yield _node(f"head_{index}", f"{HEAD}, label={head_label(plan.num_classes)}")
+        yield _beside(_edge(block.target, f"head_{index}", f'class="head", color="{BLUE}"'))
+    block = plan.classifier
+    yield _node(block.target, f"{CLASSIFIER}, label={block_label(block, _leaves(block, plan))}, tooltip={_quote(block.name)}")
+
+
+def _leaves(block: Block, plan: BlockPlan) -> list[Leaf]:
+    return [leaf for leaf in plan.leaves if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)]
+
+
+def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
+    stages = _stages(plan)
+    for row in range(min(rows, len(stages) - rows)):
+        yield _beside("; ".join(_quote(stage.target) for stage in stages[row::rows]))
+
+
+def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
+    stages = _stages(plan)
+    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label(["detach · layer norm"], RED)}'
+    for index in range(1, len(stages)):
+        turn = ', constraint=false, headport="w"' if index % rows == 0 else ""
+        yield _edge(stages[index - 1].target, stages[index].target, style + turn)
+
+
+def _crossings(plan: BlockPlan) -> list[Crossing]:
+    stages = _stages(plan)
+    names = dict.fromkeys(name for stage in stages for name in stage.inputs)
+    groups: dict[tuple[str, int, tuple[int, ...], bool], list[str]] = {}
+    for name in names:
+        stage = next((index for index, block in enumerate(plan.blocks) if name == block.output or name in block.sides), -1)
+        handed_on = stage + 1 if stage >= 0 and name == stages[stage].output else -1
+        readers = tuple(index for index, block in enumerate(stages) if name in block.inputs and index not in (stage, handed_on))
+        # An output that a block further on reads carries a gradient, as every output does.
+        detached = stage >= 0 and name in (*stages[stage].detached, stages[stage].output)
+        source = stages[stage].target if stage >= 0 else _outside(name, plan)
+        if readers:
+            groups.setdefault((source, stage, readers, detached), []).append(name)
+    return [Crossing(tuple(group), source, stage, readers, cut) for (source, stage, readers, cut), group in groups.items()]
+
+
+def _outside(name: str, plan: BlockPlan) -> str:
+    # fx renames an argument that is a builtin: the node of `input` is `input_1`.
+    given = {value.name for value in plan.inputs}
+    return next((f"input_{known}" for known in (name, re.sub(r"_\d+$", "", name)) if known in given), f"value_{name}")
+
+
+def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
+    for reader in crossing.readers:
+        # The edge from an input to the first block needs no name: the input bears it.
+        name = f", label={edge_label(_marked(crossing), _colour(crossing))}" if crossing.stage >= 0 or reader else ""
+        yield _edge(crossing.source, _stages(plan)[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
+
+
+def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str]:
+    """Values with many readers: a tag beside each reader names them, and one line joins the tags of a column."""
+    stages = _stages(plan)
+    readers = sorted({reader for crossing in crossings for reader in crossing.readers})
+    for reader in readers:
+        read = [(name, _colour(crossing)) for crossing in crossings if reader in crossing.readers for name in _marked(crossing)]
+        yield _node(f"tag_{reader}", f'class="tag", shape="plain", style="", label={tag_label(read)}')
+        yield _beside(_edge(f"tag_{reader}", stages[reader].target, RAIL))
+    for crossing in crossings:
+        first = crossing.readers[0]
+        yield _edge(crossing.source, f"tag_{first}", _style(crossing) + _free(crossing.stage, first, rows))
+    for before, after in itertools.pairwise(readers):
+        if before // rows == after // rows:
+            yield _edge(f"tag_{before}", f"tag_{after}", f'{RAIL}, dir="none", weight=5')
+
+
+def _marked(crossing: Crossing) -> list[str]:
+    return [f"{shorten(name, VALUE_WIDTH)} (detached)" if crossing.detached else shorten(name, VALUE_WIDTH) for name in crossing.names]
+
+
+def _colour(crossing: Crossing) -> str:
+    if crossing.stage < 0:
+        return INK
+    return RED if crossing.detached else GREY
+
+
+def _style(crossing: Crossing) -> str:
+    kind = "input" if crossing.stage < 0 else "side detached" if crossing.detached else "side"
+    return f'class="{kind}", color="{_colour(crossing)}"' + (', style="dotted"' if crossing.detached else "")
+
+
+def _free(stage: int, reader: int, rows: int) -> str:
+    # Across columns an edge may lead upwards, so it must not push its reader down.
+    return ", constraint=false" if stage >= 0 and stage // rows != reader // rows else ""
+
+
+def _node(name: str, attributes: str) -> str:
+    return f"{_quote(name)} [{attributes}]"
+
+
+def _edge(tail: str, head: str, attributes: str) -> str:
+    return f"{_quote(tail)} -> {_quote(head)} [{attributes}]"
+
+
+def _beside(statement: str) -> str:
+    return f"{{ rank=same; {statement} }}"
+
+
+def _quote(text: str) -> str:
+    # In a quoted string only the quote is special; in a tooltip the backslash is as well.
+    visible = "".join(character if character.isprintable() else " " for character in text)
+    return '"' + visible.replace("\\", "\\\\").replace('"', '\\"') + '"'

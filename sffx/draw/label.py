@@ -1,0 +1,221 @@
+"""What is written in a drawing: Graphviz HTML-like labels, escaped, with names and numbers that a person reads."""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from sffx.compiler.plan import MIB, Block, BlockPlan, Input, Leaf
+
+INK = "#1f2933"
+FAINT = "#66727f"
+RED = "#c0392b"
+BLUE = "#2b6cb0"
+GREY = "#5f6b7a"
+AMBER = "#9a5b00"
+GREEN = "#4a6b4f"
+
+# Widths in characters, then in points; they fit each other at the sizes of the letters below.
+NAME_WIDTH = 36
+MODULE_WIDTH = 30
+VALUE_WIDTH = 24
+LINE_WIDTH = 66
+NOTE_WIDTH = 90
+NAME_POINTS = 250
+TARGET_POINTS = 70
+MARK_POINTS = 60
+
+GAP = '<TR><TD HEIGHT="8"></TD></TR>'
+
+MODULES_SHOWN = 8
+VALUES_SHOWN = 4
+
+
+def title_label(plan: BlockPlan) -> str:
+    """The heading of the drawing: the model, the policy, and what the blocks come to together."""
+    stages = (*plan.blocks, plan.classifier)
+    kept = [stage.activation_bytes for stage in stages]
+    facts = (
+        f"policy {plan.policy}",
+        f"{plan.num_classes} classes",
+        f"{count(sum(stage.macs for stage in stages))} MACs",
+        f"activations kept for one sample: {memory(sum(kept))} in all, {memory(max(kept))} in the largest block",
+    )
+    blocks = "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"
+    heading = _text(f"{plan.model}: {blocks} and the classifier", size=16, bold=True)
+    return _table([_row(heading), _row(_text(" · ".join(facts), FAINT)), GAP])
+
+
+def input_label(value: Input) -> str:
+    """One of the model's inputs: its name, the shape of one sample, its dtype."""
+    return _table([_row(_text(value.name, size=11, bold=True)), _row(_text(f"{_shape(value.shape)} {value.dtype}", FAINT, 9))])
+
+
+def block_label(block: Block, leaves: Sequence[Leaf]) -> str:
+    """A block: its name and target, the modules inside, those of them that were not traced, its shape and its cost."""
+    costs = (f"{count(block.num_parameters)} parameters", f"{count(block.macs)} MACs", memory(block.activation_bytes))
+    name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(shorten(block.name, NAME_WIDTH), size=12, bold=True)}</TD>'
+    target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(block.target, FAINT, 9)}</TD>'
+    rows = [f"<TR>{name}{target}</TR>"]
+    rows += [_row(_text(line, FAINT, 9), span=2) for line in _modules(block)]
+    rows += [_row(_text(f"not traced: {_relative(leaf.qualname, block)} ({leaf.kind})", AMBER, 9), span=2) for leaf in leaves]
+    rows.append(_row(_text(" · ".join((_shape(block.shape), *costs))), span=2))
+    return _table(rows)
+
+
+def head_label(num_classes: int) -> str:
+    """The head beside a block."""
+    return _table([_row(_text("goodness", BLUE, bold=True)), _row(_text(f"{num_classes} classes", BLUE, 9))])
+
+
+def edge_label(names: Sequence[str], colour: str) -> str:
+    """What an edge carries, one name a line; a small gap keeps the text off the line of the edge."""
+    return _table([f'<TR><TD WIDTH="5"></TD><TD ALIGN="LEFT">{_text(name, colour, 9)}</TD></TR>' for name in _fold(names)])
+
+
+def tag_label(names: Sequence[tuple[str, str]]) -> str:
+    """What a block reads from the rail beside it: names with their colours, one a line."""
+    colours = dict(names)
+    return _table([_row(_text(name, colours.get(name, FAINT), 9)) for name in _fold([name for name, _ in names])])
+
+
+def footer_label(plan: BlockPlan, sides: bool, detached: bool) -> str:
+    """The legend, of what the drawing holds only, and under it what the reader of the plan must know.
+
+    Args:
+        plan: its leaves and notes are told.
+        sides: whether side values without gradient are drawn.
+        detached: whether side values are drawn whose gradient a cut stops.
+
+    Returns:
+        an HTML-like label.
+    """
+    rows = [
+        GAP,
+        _sample("– – →", RED, "cut: the output is detached and layer-normed; no gradient crosses"),
+        _sample("–––→", BLUE, "goodness: the block learns by it alone; its mean over the blocks is the prediction"),
+        _sample("last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
+    ]
+    rows += [_sample("–––→", GREY, "side value: a later block reads it as well; it carries no gradient")] if sides else []
+    rows += [_sample("· · · →", RED, "side value, detached: it carries a gradient, which the cut stops")] if detached else []
+    rows += [
+        _sample("in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample")
+    ]
+    for leaf in plan.leaves:
+        rows += _paragraph("not traced", AMBER, f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}")
+    for note in plan.notes:
+        rows += _paragraph("note", FAINT, note)
+    return _table(rows)
+
+
+def escape(text: str) -> str:
+    """Text as it may stand in an HTML-like label.
+
+    Args:
+        text: anything; white space and characters that do not print become single spaces.
+
+    Returns:
+        the text with `&`, `<`, `>`, quotes and backslashes escaped; never empty, because Graphviz refuses an empty font element.
+    """
+    visible = "".join(character if character.isprintable() else " " for character in text)
+    # Graphviz replaces \N, \G and others inside HTML-like labels as well, so a backslash is doubled.
+    return html.escape(" ".join(visible.split())).replace("\\", "\\\\") or " "
+
+
+def shorten(name: str, width: int) -> str:
+    """A name that fits, shortened from the left, because the end of a qualname is what tells it from its neighbours.
+
+    Args:
+        name: of a block, a module or a value.
+        width: the largest number of characters.
+
+    Returns:
+        the name, or an ellipsis and its end; the end begins after a dot if that loses less than half of it.
+    """
+    if len(name) <= width:
+        return name
+    tail = name[len(name) - width + 1 :]
+    start = tail.find(".") + 1
+    return "…" + (tail[start:] if start <= width // 2 else tail)
+
+
+def count(number: int) -> str:
+    """A number with three significant digits and its unit prefix: `11.7 M`, `230 k`, `64`."""
+    size = float(number)
+    for prefix in ("", " k", " M", " G"):
+        if size < 999.5:
+            return _digits(size) + prefix if prefix else str(number)
+        size /= 1000
+    return f"{_digits(size)} T"
+
+
+def memory(size: int) -> str:
+    """Bytes in the largest binary unit that leaves a digit before the point: `4.59 MiB`."""
+    for unit, factor in (("GiB", MIB * 1024), ("MiB", MIB), ("KiB", 1024)):
+        if size >= factor:
+            return f"{_digits(size / factor)} {unit}"
+    return f"{size} B"
+
+
+def _digits(size: float) -> str:
+    if size < 9.995:
+        return f"{size:.2f}"
+    return f"{size:.1f}" if size < 99.95 else f"{size:.0f}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _relative(qualname: str, block: Block) -> str:
+    return shorten(qualname.removeprefix(f"{block.name}."), MODULE_WIDTH)
+
+
+def _modules(block: Block) -> list[str]:
+    calls = Counter(_relative(qualname, block) for qualname in block.modules if qualname != block.name)
+    items = [f"{name} ×{times}" if times > 1 else name for name, times in calls.items()]
+    if len(items) > MODULES_SHOWN:
+        items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
+    return _lines(items)
+
+
+def _fold(names: Sequence[str]) -> list[str]:
+    if len(names) <= VALUES_SHOWN:
+        return list(names)
+    return [*names[: VALUES_SHOWN - 1], f"… {len(names) - VALUES_SHOWN + 1} more"]
+
+
+def _lines(items: Sequence[str]) -> list[str]:
+    # Not textwrap: it would break inside "relu ×2".
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 3 <= LINE_WIDTH:
+            lines[-1] += f" · {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
+def _text(text: str, colour: str = INK, size: int = 10, bold: bool = False) -> str:
+    font = f'<FONT COLOR="{colour}" POINT-SIZE="{size}">{escape(text)}</FONT>'
+    return f"<B>{font}</B>" if bold else font
+
+
+def _row(text: str, span: int = 1) -> str:
+    return f'<TR><TD ALIGN="LEFT" COLSPAN="{span}">{text}</TD></TR>'
+
+
+def _sample(mark: str, colour: str, meaning: str) -> str:
+    return f'<TR><TD ALIGN="LEFT" WIDTH="{MARK_POINTS}">{_text(mark, colour, 9)}</TD><TD ALIGN="LEFT">{_text(meaning, FAINT, 9)}</TD></TR>'
+
+
+def _paragraph(mark: str, colour: str, text: str) -> list[str]:
+    first, *rest = textwrap.wrap(text, NOTE_WIDTH) or [" "]
+    return [_sample(mark, colour, first), *(_sample(" ", colour, line) for line in rest)]
+
+
+def _table(rows: Sequence[str]) -> str:
+    # No borders: the shape of the node draws the box.
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1">{"".join(rows)}</TABLE>>'

@@ -1,0 +1,128 @@
+"""Pictures of results: the accuracy of each block, of the ensemble and of the classifier, for several methods."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sffx.draw.render import PICTURES, check_path, write
+from sffx.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Evaluation = Sequence[tuple[str, float]]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, each with a marker of its own for print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+BLOCK = "block_"
+
+
+def plot_accuracy(evaluations: Mapping[str, Evaluation], path: str | os.PathLike[str]) -> Path:
+    """Draws the accuracy of each readout for several methods: a line over the blocks, and beside it the readouts of the whole net.
+
+    Args:
+        evaluations: for each method's name its readouts with their accuracies between 0 and 1. Names that begin with "block_"
+            are blocks, in order; all others ("ensemble", "classifier") stand apart. Methods need not have the same readouts.
+        path: of the file, .svg, .png or .pdf.
+
+    Returns:
+        the path that was written; the file is replaced as a whole.
+
+    Raises:
+        InputError: there is nothing to plot, an accuracy is not between 0 and 1, the suffix is unknown, or the folder does not exist.
+        MissingExtra: matplotlib is not installed.
+    """
+    path = check_path(path, PICTURES)
+    _check(evaluations)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "viz", "plotting accuracies") from error
+    figure = Figure(figsize=(sum(_widths(evaluations)) + 0.9, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    _fill(figure, evaluations)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
+    write(path, content.getvalue())
+    return path
+
+
+def _check(evaluations: Mapping[str, Evaluation]) -> None:
+    if not any(evaluations.values()):
+        raise InputError("there is no accuracy to plot. Hint: pass {method: [(readout, accuracy), ...]}")
+    for method, evaluation in evaluations.items():
+        for readout, accuracy in evaluation:
+            if not 0 <= accuracy <= 1:
+                raise InputError(f"the accuracy of {readout!r} by {method!r} is {accuracy}, not between 0 and 1. Hint: percent / 100")
+
+
+def _readouts(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[str]]:
+    names = dict.fromkeys(readout for evaluation in evaluations.values() for readout, _ in evaluation)
+    blocks = sorted((name for name in names if name.startswith(BLOCK)), key=_depth)
+    return blocks, [name for name in names if not name.startswith(BLOCK)]
+
+
+def _depth(block: str) -> tuple[int, str]:
+    number = block.removeprefix(BLOCK)
+    return (int(number) if number.isdecimal() else 0, block)
+
+
+def _widths(evaluations: Mapping[str, Evaluation]) -> list[float]:
+    """Inches for the panel of the blocks and for the other one, in which every value is written out."""
+    blocks, others = _readouts(evaluations)
+    inches = (min(8.0, 1.6 + 0.35 * len(blocks)), len(others) * (0.6 + 0.4 * len(evaluations)))
+    return [width for names, width in zip((blocks, others), inches, strict=True) if names]
+
+
+def _fill(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
+    panels = [names for names in _readouts(evaluations) if names]
+    axes = figure.subplots(1, len(panels), sharey=True, width_ratios=_widths(evaluations), squeeze=False)[0]
+    for panel, names in zip(axes, panels, strict=True):
+        _panel(panel, names, evaluations)
+    axes[0].set_ylabel("accuracy")
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    _legend(figure, evaluations)
+
+
+def _panel(axes: Axes, names: Sequence[str], evaluations: Mapping[str, Evaluation]) -> None:
+    blocks = names[0].startswith(BLOCK)
+    for index, evaluation in enumerate(evaluations.values()):
+        accuracies = dict(evaluation)
+        # Apart from the blocks, methods stand side by side, so that equal accuracies do not hide each other.
+        shift = 0.0 if blocks else 0.7 * ((index + 0.5) / len(evaluations) - 0.5)
+        points = [(position + shift, accuracies[name]) for position, name in enumerate(names) if name in accuracies]
+        axes.plot([x for x, _ in points], [y for _, y in points], linestyle="-" if blocks else "", **_style(index))
+        for x, y in [] if blocks else points:
+            axes.annotate(f"{100 * y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    _ticks(axes, names)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+
+
+def _legend(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=method, **_style(index)) for index, method in enumerate(evaluations)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+
+
+def _ticks(axes: Axes, names: Sequence[str]) -> None:
+    step = math.ceil(len(names) / 20)
+    axes.set_xticks(range(0, len(names), step), [name.removeprefix(BLOCK) for name in names[::step]])
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.grid(axis="y", color="#e3e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if names[0].startswith(BLOCK):
+        axes.set_xlabel("block")

@@ -1,0 +1,138 @@
+"""Drawings in files: the DOT text of a plan as svg, png or pdf, by the Graphviz that is there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sffx.compiler.plan import BlockPlan
+from sffx.draw.dot import dot
+from sffx.errors import InputError, MissingExtra, SffxError
+
+TEXT = (".dot", ".gv")
+PICTURES = (".svg", ".png", ".pdf")
+
+# Dots per inch of a png; svg and pdf have no dots.
+RESOLUTION = 144
+
+
+def draw(plan_or_net: Any, path: str | os.PathLike[str]) -> Path:
+    """Draws the block graph into a file.
+
+    Args:
+        plan_or_net: a `BlockPlan`, or a cut net, whose `plan` it is.
+        path: of the file; its suffix chooses the format: .svg, .png, .pdf, or .dot and .gv for the text itself.
+
+    Returns:
+        the path that was written. The file is replaced as a whole; if anything fails, an older file stays as it was.
+
+    Raises:
+        InputError: there is no plan to draw, the suffix is unknown, or the folder does not exist.
+        MissingExtra: neither Graphviz's `dot` nor pygraphviz is there; .dot and .gv need neither.
+    """
+    plan = plan_of(plan_or_net)
+    if plan is None:
+        raise InputError(f"there is no plan to draw in a {type(plan_or_net).__name__}. Hint: pass sffx.plan(model) or a cut net")
+    path = check_path(path, (*PICTURES, *TEXT))
+    text = dot(plan)
+    write(path, text.encode() if path.suffix.lower() in TEXT else render(text, path.suffix.lower()[1:]))
+    return path
+
+
+def plan_of(plan_or_net: Any) -> BlockPlan | None:
+    """The plan itself, or the plan that a cut net carries; None if there is none."""
+    plan = getattr(plan_or_net, "plan", plan_or_net)
+    return plan if isinstance(plan, BlockPlan) else None
+
+
+def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
+    """The path, if a drawing can be written there.
+
+    Args:
+        path: of a file to write.
+        suffixes: the known ones, in lower case, with their dots.
+
+    Returns:
+        the path.
+
+    Raises:
+        InputError: the suffix is another, or the folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. Hint: use one of {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    return path
+
+
+def render(text: str, kind: str) -> bytes:
+    """A picture of DOT text, by the system's `dot` or, where there is none or it fails, by pygraphviz, which brings its own.
+
+    Args:
+        text: a graph in DOT.
+        kind: "svg", "png" or "pdf".
+
+    Returns:
+        the content of the picture's file.
+
+    Raises:
+        MissingExtra: neither is there.
+        SffxError: whichever is there failed.
+    """
+    program = shutil.which("dot")
+    try:
+        if program is not None:
+            return _by_program(program, text, kind)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return _by_library(text, kind, error)
+    return _by_library(text, kind, None)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole: a reader finds the old content or the new one, never a part.
+
+    Args:
+        path: of the file; its folder must be there.
+        content: of the new file.
+    """
+    # Beside the file, because a file can be replaced at once only within one file system.
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _by_program(program: str, text: str, kind: str) -> bytes:
+    command = [program, f"-T{kind}", *([f"-Gdpi={RESOLUTION}"] if kind == "png" else [])]
+    picture = subprocess.run(command, input=text.encode(), capture_output=True, check=True).stdout
+    if not picture:
+        raise OSError(f"{program} wrote nothing")
+    return picture
+
+
+def _by_library(text: str, kind: str, failure: Exception | None) -> bytes:
+    try:
+        from pygraphviz import AGraph
+    except ImportError as error:
+        if failure is not None:
+            raise SffxError(f"Graphviz's dot could not draw a {kind}: {_reason(failure)}. Hint: pip install 'sffx[viz]'") from failure
+        raise MissingExtra("pygraphviz", "viz", "drawing to svg, png or pdf (a path that ends in .dot needs nothing)") from error
+    try:
+        picture = AGraph(string=text).draw(format=kind, prog="dot", args=f"-Gdpi={RESOLUTION}" if kind == "png" else "")
+    except Exception as error:
+        raise SffxError(f"pygraphviz could not draw a {kind}: {error}. Hint: a path that ends in .dot keeps the text") from error
+    if not picture:
+        raise SffxError(f"pygraphviz drew an empty {kind}. Hint: a path that ends in .dot keeps the text")
+    return bytes(picture)
+
+
+def _reason(failure: Exception) -> str:
+    output = getattr(failure, "stderr", None)
+    return output.decode(errors="replace").strip() if output else str(failure)

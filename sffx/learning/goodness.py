@@ -1,0 +1,224 @@
+"""Goodness: how strongly a block's output speaks for each class, from an auxiliary convolution (SFF) or from channel groups (CwC).
+
+For 1 x 1 kernels the SFF goodness has two exact forms, with `y` (B, C, P) the block's output over P positions:
+
+- direct: `z = W y + b`, `g_j = mean_p z_jp^2`, which makes a tensor of shape (B, J, P);
+- second moment: with `y~ = [y; 1]`, `w~_j = [w_j; b_j]` and `M = mean_p y~ y~^T`, `g_j = w~_j^T M w~_j`, whose cost over the positions does
+  not depend on J, and whose gradient is one product as well: `dL/dy = 2/P (sum_j dL/dg_j w~_j w~_j^T) y~`.
+
+`moment_is_cheaper` chooses by counting.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sffx.errors import InputError
+
+# A value moved through memory costs about as much time as this many multiply-adds, on CPUs and GPUs alike.
+_MACS_PER_VALUE = 8
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class SFFGoodness(nn.Module):
+    """The auxiliary convolution and its goodness (section 4.3, step 2): `g[n, j] = mean over space of conv_k(Y)[n, j]^2`.
+
+    Args:
+        channels: C of the block's output.
+        num_classes: J.
+        channel_axis: axis of the channels in the batched output, 1 for (B, C, H, W) or (B, C), 2 for (B, T, C), 3 for (B, H, W, C).
+        spatial: number of axes besides batch and channels; 0 for flat values.
+        kernel_size: k of the convolution, odd; its borders are padded with zeros, so that every output has a position for every input.
+            Flat values have no space to convolve over: there, k is 1.
+
+    Attributes:
+        weight: (J, C, k, ...), initialised as a `torch.nn` convolution is.
+        bias: (J,).
+    """
+
+    def __init__(self, channels: int, num_classes: int, channel_axis: int = 1, spatial: int = 2, kernel_size: int = 1) -> None:
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default")
+        if kernel_size > 1 and spatial > 3:
+            raise InputError(f"kernel_size is {kernel_size}, but a value with {spatial} axes of space has no such convolution. Hint: kernel_size=1")
+        self.channel_axis, self.spatial = channel_axis, spatial
+        self.kernel_size = kernel_size if spatial else 1
+        self.weight = nn.Parameter(torch.empty(num_classes, channels, *[self.kernel_size] * max(spatial, 1)))
+        self.bias = nn.Parameter(torch.empty(num_classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as `torch.nn` convolutions do."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness (B, J), in float32 or wider, of a block's output."""
+        with torch.autocast(y.device.type, enabled=False):
+            wide = y if y.dtype.itemsize > 2 else y.float()
+            weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+            if self.kernel_size > 1:
+                return _convolved(wide.movedim(self.channel_axis, 1), weight, bias)
+            return pointwise_goodness(_positions(wide, self.channel_axis), weight.flatten(1), bias)
+
+    def extra_repr(self) -> str:
+        classes, channels = self.weight.shape[:2]
+        return f"{channels}, {classes}, channel_axis={self.channel_axis}, kernel_size={self.kernel_size}"
+
+
+class CwCGoodness(nn.Module):
+    """The modified channel-wise competitive goodness (sections 2.3.1, 2.3.2): the mean square of each class's group of channels.
+
+    The C channels are split over the J classes in order and as evenly as can be: where J does not divide C, the first C mod J groups have
+    one channel more. There are no parameters.
+
+    Raises:
+        InputError: there are fewer channels than classes.
+    """
+
+    groups: Tensor
+
+    def __init__(self, channels: int, num_classes: int, channel_axis: int = 1) -> None:
+        super().__init__()
+        if num_classes > channels:
+            raise InputError(
+                f"CwC needs a channel for each class, but a block has {channels} channels for {num_classes} classes. "
+                "Hint: use goodness='sff', or a policy whose blocks end with more channels"
+            )
+        self.channel_axis = channel_axis
+        sizes = torch.tensor([len(group) for group in torch.arange(channels).tensor_split(num_classes)])
+        owner = torch.arange(num_classes).repeat_interleave(sizes)
+        self.register_buffer("groups", F.one_hot(owner, num_classes) / sizes, persistent=False)  # (C, J), each column a mean
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness (B, J), in float32 or wider, of a block's output."""
+        with torch.autocast(y.device.type, enabled=False):
+            wide = y if y.dtype.itemsize > 2 else y.float()
+            return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(wide.dtype)
+
+    def extra_repr(self) -> str:
+        channels, classes = self.groups.shape
+        return f"{channels}, {classes}, channel_axis={self.channel_axis}"
+
+
+def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `g[n, j] = mean_p (w_j . y[n, :, p] + b_j)^2` by the cheaper of the two exact forms.
+
+    Args:
+        y: (B, C, P), a view of any strides.
+        weight: (J, C).
+        bias: (J,).
+    """
+    if moment_is_cheaper(y.shape[1], weight.shape[0], y.shape[2]):
+        return SecondMomentGoodness.apply(y, weight, bias)
+    return DirectGoodness.apply(y, weight, bias)
+
+
+def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
+    """Whether the second-moment form costs less than the direct one, by multiply-adds and values moved for one sample's step."""
+    c, j, p = channels + 1, num_classes, positions
+    direct = 3 * p * c * j + _MACS_PER_VALUE * 6 * j * p
+    moment = 2 * p * c * c + 3 * j * c * c + _MACS_PER_VALUE * 6 * c * c
+    return moment < direct
+
+
+class DirectGoodness(Function):
+    """The goodness by way of z, (B, J, P)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = torch.baddbmm(bias[:, None], weight.expand(len(y), -1, -1), y)
+        ctx.save_for_backward(y, z, weight)
+        return _mean_square(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        y, z, weight = ctx.saved_tensors
+        dz = z * (dg * (2 / y.shape[2]))[:, :, None]
+        dy = weight.t().expand(len(y), -1, -1) @ dz if ctx.needs_input_grad[0] else None
+        dw = torch.addbmm(weight, dz, y.mT, beta=0) if ctx.needs_input_grad[1] else None
+        return dy, dw, dz.sum((0, 2)) if ctx.needs_input_grad[2] else None
+
+
+class SecondMomentGoodness(Function):
+    """The goodness by way of each sample's second moment, (B, C + 1, C + 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        moment, mean = (y @ y.mT).div_(y.shape[2]), y.mean(2)  # (B, C, C), (B, C)
+        image = (weight @ moment).addcmul_(bias[:, None], mean[:, None])  # (B, J, C): the linear part of M~ w~_j
+        ctx.save_for_backward(y, weight, bias, moment, mean)
+        cross = mean @ weight.t() + bias  # (B, J): the constant part
+        return torch.einsum("bjc,jc->bj", image, weight).addcmul_(bias, cross)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, moment, mean = ctx.saved_tensors
+        dy = dw = db = None
+        if ctx.needs_input_grad[0]:
+            scale = dg * (2 / y.shape[2])
+            form = (weight.t() * scale[:, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
+            dy = torch.baddbmm(((scale * bias) @ weight)[:, :, None], form, y)
+        if ctx.needs_input_grad[1]:
+            image = (weight @ moment).addcmul_(bias[:, None], mean[:, None])
+            dw = torch.einsum("bjc,bj->jc", image, 2 * dg)
+        if ctx.needs_input_grad[2]:
+            db = (2 * dg * (mean @ weight.t() + bias)).sum(0)
+        return dy, dw, db
+
+
+class _MeanSquare(Function):
+    """The mean square over the last axis, (B, C, P) to (B, C), without a squared copy."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return _mean_square(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (dg * (2 / y.shape[2]))[:, :, None]
+
+
+def _mean_square(z: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=2).square_().div_(z.shape[2])
+
+
+def _positions(y: Tensor, channel_axis: int) -> Tensor:
+    """View a value as (B, C, P), P being the product of all other axes, 1 for flat values."""
+    return y.movedim(channel_axis, 1).flatten(2) if y.ndim > 2 else y.unsqueeze(2)
+
+
+def _convolved(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    z = _CONVOLUTIONS[y.ndim - 2](y, weight, bias, padding=weight.shape[-1] // 2)
+    return z.square().flatten(2).mean(2)
+
+
+HEADS = ("sff", "cwc")
+
+
+def make_head(goodness: str, channels: int, num_classes: int, channel_axis: int, spatial: int, kernel_size: int) -> nn.Module:
+    """Return the head that computes the named goodness.
+
+    Raises:
+        InputError: there is no such goodness, or it cannot be computed for these channels and classes.
+    """
+    if goodness == "sff":
+        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size)
+    if goodness == "cwc":
+        return CwCGoodness(channels, num_classes, channel_axis)
+    raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, HEADS))}")

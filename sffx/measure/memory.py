@@ -1,0 +1,294 @@
+"""Count, to the byte, the memory that a training step holds, on real or fake tensors of any device."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from sffx.errors import InputError
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Bytes by what they hold. The order of the fields is the precedence: a storage belongs to the first that claims it.
+
+    Attributes:
+        parameters: parameters and buffers of the model.
+        gradients: what is or was a parameter's `.grad`, and what `mark_gradients` marked.
+        optimizer_state: tensors in the state of an optimizer.
+        optimizer_temporaries: made and dropped inside `optimizer.step()`, such as the denominators of AdamW.
+        activations: everything else that the step makes: what is saved for backward, gradients with respect to activations, temporaries.
+        inputs: what the step reads but did not make (x, y, constants outside the model); held from the start.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    optimizer_temporaries: int
+    activations: int
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        """The sum over the categories."""
+        return sum(getattr(self, name) for name in CATEGORIES)
+
+
+CATEGORIES = tuple(field.name for field in fields(MemorySplit))
+
+
+@dataclass(frozen=True)
+class MemoryCount:
+    """The memory of one step, in bytes. Frozen; prints as a table.
+
+    The categories are those of `MemorySplit`. Each has its own peak here, and these peaks need not fall together,
+    so their sum is at least `peak`; `at_peak` is the split of `peak`.
+
+    Attributes:
+        parameters: their peak.
+        gradients: their peak.
+        optimizer_state: its peak.
+        optimizer_temporaries: their peak.
+        activations: their peak.
+        inputs: their peak.
+        peak: the peak of the total over time.
+        at_peak: the split at the first moment when the total is at its peak.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    optimizer_temporaries: int
+    activations: int
+    inputs: int
+    peak: int
+    at_peak: MemorySplit
+
+    def __str__(self) -> str:
+        rows = [(name.replace("_", " "), getattr(self, name), getattr(self.at_peak, name)) for name in CATEGORIES]
+        lines = [f"{'bytes':<22}{'own peak':>16}{'at the peak':>16}{'MiB':>10}"]
+        lines += [f"{label:<22}{own:>16,}{at_peak:>16,}{at_peak / MIB:>10.2f}" for label, own, at_peak in rows]
+        lines.append(f"{'total':<22}{'':>16}{self.peak:>16,}{self.peak / MIB:>10.2f}")
+        return "\n".join(lines)
+
+
+def count_memory(step: Callable[[], object], *, model: nn.Module, optimizer: Optimizer | None = None) -> MemoryCount:
+    """Run one training step and count the bytes of every tensor storage that it holds, from allocation to release.
+
+    The step really runs: it changes gradients, parameters and optimizer state like any other. Optimizer state that exists before is
+    held from the start, so run one step beforehand to count the steady state. The same count comes from fake tensors: build the model
+    and the inputs under `torch._subclasses.FakeTensorMode` and call this inside the mode.
+
+    What a byte is: the size of the untyped storage, once for all its views, not rounded to the allocator's blocks, summed over all
+    devices. An input that is a slice of a data set counts as the whole data set, since that is what it keeps alive.
+    Garbage collection is off during the step, so that the count does not depend on when it would strike:
+    storages in reference cycles stay until the end.
+
+    What is not seen: workspace inside one operator (oneDNN, cuDNN), the scalars that torch wraps into 0-d tensors of 8 bytes for an
+    operation such as `x * 2` and saves for its backward, `storage.resize_()` until an operator next touches the storage, threads that
+    the step starts in Python. Autograd's own threads (CUDA) are seen, because the engine hands the caller's dispatch modes to them.
+
+    Args:
+        step: forward, loss, backward and, if wanted, `optimizer.step()`.
+        model: whose parameters, buffers and gradients are told from the rest.
+        optimizer: whose state is told from the rest. Any optimizer that steps inside `step` is seen as well, named here or not.
+
+    Returns:
+        The peaks, by category and in total.
+
+    Raises:
+        InputError: an argument is of the wrong kind, or the step uses sparse tensors or tensor subclasses that wrap others.
+    """
+    if not callable(step):
+        raise InputError(f"step must be a callable without arguments, not {type(step).__name__}. Hint: pass the function, not its result.")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    log = _StorageLog()
+    with _listening(log, model):
+        log.claim_state(model, optimizer)
+        with log:
+            step()
+        log.claim_state(model, optimizer)
+    return log.summarise()
+
+
+def mark_gradients(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Tell the running `count_memory`, if there is one, that these tensors are gradients of parameters.
+
+    Block-local training holds a block's gradients before they land in `p.grad`; unmarked, they would count as activations.
+
+    Args:
+        tensors: as `torch.autograd.grad` returns them, None included.
+    """
+    if not _active:
+        return
+    marked = list(tensors)
+    for log in _active:
+        log.claim(marked, "gradients")
+
+
+@dataclass
+class _Live:
+    """A storage that is alive."""
+
+    serial: int
+    nbytes: int
+    finalizer: weakref.finalize[Any, Any]
+
+
+# Counters that run now. Not a context variable: autograd's threads have a context of their own.
+_active: list[_StorageLog] = []
+
+
+class _StorageLog(TorchDispatchMode):
+    """Writes down when each storage begins and ends.
+
+    A storage is known by the address of its C++ object while it lives and by a serial number for good, since addresses are used again.
+    The Python wrapper that carries the finalizer lives exactly as long as the C++ storage, even when only autograd's saved tensors hold
+    it: torch hands the wrapper's ownership to the C++ object when Python drops it, and returns the same wrapper ever after.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._initial: list[tuple[int, int]] = []
+        self._events: list[tuple[int, int]] = []
+        self._category: dict[int, str] = {}
+        self._live: dict[int, _Live] = {}
+        self._serials = itertools.count()
+        self._optimizers_stepping = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # The operand of lift_fresh is what torch.tensor() has just made out of sight; its result is that same storage.
+        if func is not torch.ops.aten.lift_fresh.default:
+            for operand in _tensors((args, kwargs)):
+                self._note(operand, created=False)
+        result = func(*args, **kwargs)
+        for output in _tensors(result):
+            self._note(output, created=True)
+        return result
+
+    def claim(self, candidates: object, category: str) -> None:
+        """Put the storages of all tensors in a nested structure into a category, unless one of higher precedence has them."""
+        for tensor in _tensors(candidates):
+            serial = self._note(tensor, created=False)
+            self._category[serial] = min(category, self._category[serial], key=CATEGORIES.index)
+
+    def claim_state(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Claim what the model and the optimizer hold at this moment."""
+        self.claim([*model.parameters(), *model.buffers()], "parameters")
+        self.claim([parameter.grad for parameter in model.parameters()], "gradients")
+        if optimizer is not None:
+            self.claim(list(optimizer.state.values()), "optimizer_state")
+
+    def optimizer_begins(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Claim an optimizer's gradients and state before it steps; it may drop the gradients."""
+        self._optimizers_stepping += 1
+        self.claim([parameter.grad for group in optimizer.param_groups for parameter in group["params"]], "gradients")
+        self.claim(list(optimizer.state.values()), "optimizer_state")
+
+    def optimizer_ends(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Claim the state that an optimizer has made in its step."""
+        self._optimizers_stepping -= 1
+        self.claim(list(optimizer.state.values()), "optimizer_state")
+
+    def close(self) -> None:
+        """Let go of the storages that are still alive."""
+        for live in self._live.values():
+            live.finalizer.detach()
+
+    def summarise(self) -> MemoryCount:
+        """Replay the events and keep the peaks."""
+        now = dict.fromkeys(CATEGORIES, 0)
+        for serial, change in self._initial:
+            now[self._category[serial]] += change
+        own, at_peak = dict(now), MemorySplit(**now)
+        for serial, change in self._events:
+            category = self._category[serial]
+            now[category] += change
+            own[category] = max(own[category], now[category])
+            if sum(now.values()) > at_peak.total:
+                at_peak = MemorySplit(**now)
+        return MemoryCount(**own, peak=at_peak.total, at_peak=at_peak)
+
+    def _note(self, tensor: torch.Tensor, *, created: bool) -> int:
+        """Begin the record of a storage that is new to the log, or note its new size, and return its serial number."""
+        storage = _storage_of(tensor)
+        live = self._live.get(storage._cdata)
+        if live is None:
+            return self._begin(storage, created=created)
+        if live.nbytes != storage.nbytes():
+            self._events.append((live.serial, storage.nbytes() - live.nbytes))
+            live.nbytes = storage.nbytes()
+        return live.serial
+
+    def _begin(self, storage: torch.UntypedStorage, *, created: bool) -> int:
+        serial = next(self._serials)
+        finalizer = weakref.finalize(storage, self._end, storage._cdata)
+        finalizer.atexit = False
+        self._live[storage._cdata] = _Live(serial, storage.nbytes(), finalizer)
+        # What an operator reads before any operator made it was there before the step.
+        (self._events if created else self._initial).append((serial, storage.nbytes()))
+        self._category[serial] = self._origin() if created else "inputs"
+        return serial
+
+    def _end(self, address: int) -> None:
+        live = self._live.pop(address)
+        self._events.append((live.serial, -live.nbytes))
+
+    def _origin(self) -> str:
+        """The category of a new storage as long as nothing claims it."""
+        # A closure that the optimizer calls runs forward with gradients enabled and backward inside a graph task: not its arithmetic.
+        in_backward = torch._C._current_graph_task_id() != -1
+        arithmetic = self._optimizers_stepping > 0 and not in_backward and not torch.is_grad_enabled()
+        return "optimizer_temporaries" if arithmetic else "activations"
+
+
+@contextmanager
+def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
+    """Tell the log of gradients and optimizer steps, with the garbage collector off."""
+
+    def claim_gradient(parameter: torch.Tensor) -> None:
+        log.claim(parameter.grad, "gradients")
+
+    hooks = [p.register_post_accumulate_grad_hook(claim_gradient) for p in model.parameters() if p.requires_grad]
+    hooks.append(register_optimizer_step_pre_hook(log.optimizer_begins))
+    hooks.append(register_optimizer_step_post_hook(log.optimizer_ends))
+    collecting = gc.isenabled()
+    gc.disable()
+    _active.append(log)
+    try:
+        yield
+    finally:
+        _active.remove(log)
+        log.close()
+        for hook in hooks:
+            hook.remove()
+        if collecting:
+            gc.enable()
+
+
+def _tensors(structure: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        raise InputError(
+            f"the memory of a {type(tensor).__name__} with layout {tensor.layout} cannot be counted: it has no storage of its own. "
+            "Hint: use dense gradients (sparse=False) and plain tensors."
+        )
+    return tensor.untyped_storage()

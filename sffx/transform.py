@@ -1,0 +1,100 @@
+"""The public way through the compiler: `plan` to look, `transform` to cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+from sffx.compiler.analyse import Analysis, analyse
+from sffx.compiler.plan import BlockPlan
+from sffx.compiler.planning import make_plan
+from sffx.compiler.rewrite import rewrite
+from sffx.compiler.trace import trace
+from sffx.compiler.verify import verify
+from sffx.errors import InputError
+from sffx.learning.goodness import make_head
+from sffx.learning.norm import NORMS
+
+PolicyLike = str | Callable[[Analysis], Iterable[str]] | Iterable[str]
+
+
+def transform(
+    model: nn.Module,
+    policy: PolicyLike = "residual",
+    example_input: Any = None,
+    num_classes: int | None = None,
+    *,
+    goodness: str = "sff",
+    kernel_size: int = 1,
+    norm: str = "layer",
+) -> fx.GraphModule:
+    """Cut a classifier into blocks that learn from their own losses.
+
+    Args:
+        model: a classifier whose output is logits (B, J), or holds them first, or as `.logits`. It is copied and left as it is.
+        policy: where to cut. "residual", "batchnorm" or "layer"; or names of nodes to cut after (`sffx.plan` lists them); or a function
+            from the analysed graph to such names.
+        example_input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; the first axis is the batch. Only
+            shapes and dtypes matter. None infers one from the model's first layer.
+        num_classes: J, checked against the model's output where given.
+        goodness: "sff", an auxiliary convolution in each head, or "cwc", groups of channels and no parameters.
+        kernel_size: of the auxiliary convolution, odd.
+        norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
+
+    Returns:
+        An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the goodness of every block and the
+        classifier's logits, (K, B, J); in eval mode scores, (B, J), which `net.readout.mode` chooses. `net.plan` is its block plan.
+
+    Raises:
+        InputError: an argument cannot be used, or the input cannot be inferred.
+        TraceError: the model cannot be traced.
+        CutError: there is nothing to cut, or a cut was asked for where none can be.
+    """
+    _check_norm(norm)
+    traced = trace(model, example_input)
+    analysis = analyse(traced)
+    blocks = make_plan(analysis, policy, num_classes)
+    heads = _heads(blocks, goodness, kernel_size, traced.root)
+    norms = [_norm(norm) for _ in blocks]
+    net = rewrite(traced, blocks, heads, norms)
+    verify(net, blocks)
+    return _with_plan(net, blocks, traced.root)
+
+
+def plan(model: nn.Module, policy: PolicyLike = "residual", example_input: Any = None, num_classes: int | None = None) -> BlockPlan:
+    """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
+    return make_plan(analyse(trace(model, example_input)), policy, num_classes)
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise InputError(f"there is no norm {norm!r}. Hint: choose one of {', '.join(map(repr, NORMS))}")
+
+
+def _norm(norm: str) -> nn.Module | None:
+    kind = NORMS[norm]
+    return kind() if kind is not None else None
+
+
+def _heads(blocks: BlockPlan, goodness: str, kernel_size: int, root: nn.Module) -> list[nn.Module]:
+    """Make a head for each block, on the device and in the dtype of the block's parameters."""
+    like = next(p for p in root.parameters() if p.is_floating_point())
+    heads = []
+    for block in blocks:
+        try:
+            head = make_head(goodness, block.channels, blocks.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size)
+        except InputError as cause:
+            raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
+        heads.append(head.to(like.device, like.dtype))
+    return heads
+
+
+def _with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx.GraphModule:
+    """Let the plan, and the model that `extract` fills, travel with the cut model through copies and pickles."""
+    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"plan": blocks}
+    net.plan = blocks  # type: ignore[assignment]
+    net.meta["skeleton"] = skeleton
+    return net

@@ -1,7 +1,32 @@
 """Train a PyTorch model block by block, without end-to-end backpropagation."""
 
 from sffx.compiler.plan import Block, BlockPlan
+from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
+from sffx.export.extract import extract
 from sffx.learning.losses import sff_loss
+from sffx.training.evaluate import Evaluation, evaluate
+from sffx.training.groups import BlockPlateau, parameter_groups
+from sffx.training.local import LocalLoss, local_loss
 from sffx.transform import plan, transform
 
-__all__ = ["Block", "BlockPlan", "plan", "sff_loss", "transform"]
+__all__ = [
+    "Block",
+    "BlockPlan",
+    "BlockPlateau",
+    "CutError",
+    "Evaluation",
+    "ExportError",
+    "InputError",
+    "LocalLoss",
+    "MissingExtra",
+    "SffxError",
+    "TraceError",
+    "VerifyError",
+    "evaluate",
+    "extract",
+    "local_loss",
+    "parameter_groups",
+    "plan",
+    "sff_loss",
+    "transform",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -19,6 +20,17 @@ from sffx.learning.goodness import make_head
 from sffx.learning.norm import NORMS
 
 PolicyLike = str | Callable[[Analysis], Iterable[str]] | Iterable[str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a cut model was made from. It is wrapped so that it does not become a child module of the cut model.
+
+    Attributes:
+        model: a copy of the original, whose layers are those of the blocks.
+    """
+
+    model: nn.Module
 
 
 def transform(
@@ -94,7 +106,8 @@ def _heads(blocks: BlockPlan, goodness: str, kernel_size: int, root: nn.Module) 
 
 def _with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx.GraphModule:
     """Let the plan, and the model that `extract` fills, travel with the cut model through copies and pickles."""
-    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = {"plan": blocks}
-    net.plan = blocks  # type: ignore[assignment]
-    net.meta["skeleton"] = skeleton
+    attributes = {"plan": blocks, "origin": Origin(skeleton)}
+    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes  # what fx carries over when a GraphModule is copied
+    for name, value in attributes.items():
+        setattr(net, name, value)
     return net

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.compiler.lean import lean
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.compiler.trace import Trace, storage
 from sffx.errors import CutError
@@ -115,6 +116,7 @@ def _block_module(trace: Trace, block: Block, nodes: dict[str, fx.Node]) -> fx.G
     for target, twin in replaced.items():
         owner, _, name = target.rpartition(".")
         setattr(module.get_submodule(owner), name, twin)
+    lean(module)
     return module
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,13 +24,13 @@ from sffx.draw.label import (
     head_label,
     input_label,
     shorten,
-    tag_label,
+    stop_label,
     title_label,
 )
 
 # Boxes in one column. A taller plan is set in several columns: top to bottom, then the next column to the right.
 ROWS = 14
-# A value with more readers than this is named beside each of them on one common rail, instead of an edge to each.
+# More edges than this from one value, or into one block, become a rail beside the blocks.
 EDGES = 2
 
 FONT = 'fontname="Helvetica,Arial,sans-serif"'
@@ -77,13 +78,18 @@ def dot(plan: BlockPlan) -> str:
     """
     rows = _rows(plan)
     crossings = _crossings(plan)
-    sides = [crossing for crossing in crossings if crossing.stage >= 0]
-    footer = footer_label(plan, any(not side.detached for side in sides), any(side.detached for side in sides))
-    lines = [*DEFAULTS, f"label={footer}", "subgraph cluster_plan {", f'label={title_label(plan)}; labelloc="t"; margin=0; peripheries=0']
-    lines += [*_input_nodes(plan, crossings), *_block_nodes(plan), *_same_rows(plan, rows), *_cuts(plan, rows)]
-    lines += _rail([crossing for crossing in crossings if len(crossing.readers) > EDGES], plan, rows)
+    railed = _railed(crossings)
+    shown = {"detached" if crossing.detached else "side" for crossing in crossings if crossing.stage >= 0} | ({"rail"} if railed else set())
+    lines = [
+        *DEFAULTS,
+        f"label={footer_label(plan, shown)}",
+        "subgraph cluster_plan {",
+        f'label={title_label(plan)}; labelloc="t"; margin=0; peripheries=0',
+    ]
+    lines += [*_input_nodes(plan, crossings), *_block_nodes(plan, rows), *_same_rows(plan, rows), *_cuts(plan, rows)]
+    lines += _rail(railed, plan, rows)
     for crossing in crossings:
-        lines += _edges(crossing, plan, rows) if len(crossing.readers) <= EDGES else []
+        lines += [] if crossing in railed else _edges(crossing, plan, rows)
     return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
 
 
@@ -104,14 +110,17 @@ def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
             yield _node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
 
 
-def _block_nodes(plan: BlockPlan) -> Iterator[str]:
+def _block_nodes(plan: BlockPlan, rows: int) -> Iterator[str]:
     for index, block in enumerate(plan.blocks):
-        leaves = _leaves(block, plan)
-        yield _node(block.target, f"{UNTRACED if leaves else BLOCK}, label={block_label(block, leaves)}, tooltip={_quote(block.name)}")
+        yield _node(block.target, f"{UNTRACED if _leaves(block, plan) else BLOCK}, {_box(block, plan, index // rows)}")
         yield _node(f"head_{index}", f"{HEAD}, label={head_label(plan.num_classes)}")
         yield _beside(_edge(block.target, f"head_{index}", f'class="head", color="{BLUE}"'))
-    block = plan.classifier
-    yield _node(block.target, f"{CLASSIFIER}, label={block_label(block, _leaves(block, plan))}, tooltip={_quote(block.name)}")
+    yield _node(plan.classifier.target, f"{CLASSIFIER}, {_box(plan.classifier, plan, len(plan) // rows)}")
+
+
+def _box(block: Block, plan: BlockPlan, column: int) -> str:
+    # Boxes of one group are set straight below each other.
+    return f'label={block_label(block, _leaves(block, plan))}, tooltip={_quote(block.name)}, group="column_{column}"'
 
 
 def _leaves(block: Block, plan: BlockPlan) -> list[Leaf]:
@@ -161,20 +170,31 @@ def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
         yield _edge(crossing.source, _stages(plan)[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
 
 
+def _railed(crossings: list[Crossing]) -> list[Crossing]:
+    """The values that would be too many edges: with many readers each, or many of them with a reader in common."""
+    few = [crossing for crossing in crossings if len(crossing.readers) <= EDGES]
+    load = Counter(reader for crossing in few if crossing.stage >= 0 for reader in crossing.readers)
+    many = {reader for reader, edges in load.items() if edges > EDGES}
+    return [crossing for crossing in crossings if crossing not in few or (crossing.stage >= 0 and many & set(crossing.readers))]
+
+
 def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str]:
-    """Values with many readers: a tag beside each reader names them, and one line joins the tags of a column."""
+    """A line along a column, with a stop beside each block that takes values from it or gives values to it, which names them."""
     stages = _stages(plan)
-    readers = sorted({reader for crossing in crossings for reader in crossing.readers})
-    for reader in readers:
-        read = [(name, _colour(crossing)) for crossing in crossings if reader in crossing.readers for name in _marked(crossing)]
-        yield _node(f"tag_{reader}", f'class="tag", shape="plain", style="", label={tag_label(read)}')
-        yield _beside(_edge(f"tag_{reader}", stages[reader].target, RAIL))
+    stops = sorted({stop for crossing in crossings for stop in (crossing.stage, *crossing.readers)} - {-1})
+    for stop in stops:
+        given = [(f"+ {name}", _colour(crossing)) for crossing in crossings if crossing.stage == stop for name in _marked(crossing)]
+        taken = [(name, _colour(crossing)) for crossing in crossings if stop in crossing.readers for name in _marked(crossing)]
+        yield _node(f"stop_{stop}", f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}')
+        # Graphviz sets the tail of such an edge to the left, so what a block gives is drawn as an edge backwards.
+        ways = "both" if given and taken else "back" if given else "forward"
+        yield _beside(_edge(f"stop_{stop}", stages[stop].target, f'{RAIL}, dir="{ways}"'))
     for crossing in crossings:
-        first = crossing.readers[0]
-        yield _edge(crossing.source, f"tag_{first}", _style(crossing) + _free(crossing.stage, first, rows))
-    for before, after in itertools.pairwise(readers):
+        if crossing.stage < 0:
+            yield _edge(crossing.source, f"stop_{crossing.readers[0]}", _style(crossing))
+    for before, after in itertools.pairwise(stops):
         if before // rows == after // rows:
-            yield _edge(f"tag_{before}", f"tag_{after}", f'{RAIL}, dir="none", weight=5')
+            yield _edge(f"stop_{before}", f"stop_{after}", f'{RAIL}, dir="none", weight=5')
 
 
 def _marked(crossing: Crossing) -> list[str]:

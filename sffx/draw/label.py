@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sffx.compiler.plan import MIB, Block, BlockPlan, Input, Leaf
 
@@ -27,9 +27,21 @@ NAME_POINTS = 250
 TARGET_POINTS = 70
 MARK_POINTS = 60
 
+JOINT = " … "  # in the name of a block that is not one module, between its first and its last
 GAP = '<TR><TD HEIGHT="8"></TD></TR>'
 
+LEGEND = (
+    ("", "– – →", RED, "cut: the output is detached and layer-normed; no gradient crosses"),
+    ("", "–––→", BLUE, "goodness: the block learns by it alone; its mean over the blocks is the prediction"),
+    ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
+    ("side", "–––→", GREY, "side value: a later block reads it as well; it carries no gradient"),
+    ("detached", "· · · →", RED, "side value, detached: it carries a gradient, which the cut stops"),
+    ("rail", "+ a, a", GREY, "the block computes the side value a, the block reads it"),
+    ("", "in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample"),
+)
+
 MODULES_SHOWN = 8
+MODULE_LINES = 2
 VALUES_SHOWN = 4
 
 
@@ -56,11 +68,14 @@ def input_label(value: Input) -> str:
 def block_label(block: Block, leaves: Sequence[Leaf]) -> str:
     """A block: its name and target, the modules inside, those of them that were not traced, its shape and its cost."""
     costs = (f"{count(block.num_parameters)} parameters", f"{count(block.macs)} MACs", memory(block.activation_bytes))
-    name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(shorten(block.name, NAME_WIDTH), size=12, bold=True)}</TD>'
+    name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(_block_name(block.name), size=12, bold=True)}</TD>'
     target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(block.target, FAINT, 9)}</TD>'
     rows = [f"<TR>{name}{target}</TR>"]
     rows += [_row(_text(line, FAINT, 9), span=2) for line in _modules(block)]
-    rows += [_row(_text(f"not traced: {_relative(leaf.qualname, block)} ({leaf.kind})", AMBER, 9), span=2) for leaf in leaves]
+    rows += [
+        _row(_text(f"not traced: {shorten(_relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})", AMBER, 9), span=2)
+        for leaf in leaves
+    ]
     rows.append(_row(_text(" · ".join((_shape(block.shape), *costs))), span=2))
     return _table(rows)
 
@@ -75,34 +90,25 @@ def edge_label(names: Sequence[str], colour: str) -> str:
     return _table([f'<TR><TD WIDTH="5"></TD><TD ALIGN="LEFT">{_text(name, colour, 9)}</TD></TR>' for name in _fold(names)])
 
 
-def tag_label(names: Sequence[tuple[str, str]]) -> str:
-    """What a block reads from the rail beside it: names with their colours, one a line."""
+def stop_label(names: Sequence[tuple[str, str]]) -> str:
+    """What a block takes from the rail beside it, or gives to it: names with their colours, one a line."""
     colours = dict(names)
     return _table([_row(_text(name, colours.get(name, FAINT), 9)) for name in _fold([name for name, _ in names])])
 
 
-def footer_label(plan: BlockPlan, sides: bool, detached: bool) -> str:
-    """The legend, of what the drawing holds only, and under it what the reader of the plan must know.
+def footer_label(plan: BlockPlan, shown: Collection[str]) -> str:
+    """The legend, and under it what the reader of the plan must know.
 
     Args:
         plan: its leaves and notes are told.
-        sides: whether side values without gradient are drawn.
-        detached: whether side values are drawn whose gradient a cut stops.
+        shown: what the drawing holds besides blocks and cuts and is to be explained: "side", "detached", "rail".
 
     Returns:
         an HTML-like label.
     """
-    rows = [
-        GAP,
-        _sample("– – →", RED, "cut: the output is detached and layer-normed; no gradient crosses"),
-        _sample("–––→", BLUE, "goodness: the block learns by it alone; its mean over the blocks is the prediction"),
-        _sample("last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
-    ]
-    rows += [_sample("–––→", GREY, "side value: a later block reads it as well; it carries no gradient")] if sides else []
-    rows += [_sample("· · · →", RED, "side value, detached: it carries a gradient, which the cut stops")] if detached else []
-    rows += [
-        _sample("in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample")
-    ]
+    rows = [GAP]
+    for kind, mark, colour, meaning in LEGEND:
+        rows += [_sample(mark, colour, meaning)] if not kind or kind in shown else []
     for leaf in plan.leaves:
         rows += _paragraph("not traced", AMBER, f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}")
     for note in plan.notes:
@@ -136,9 +142,9 @@ def shorten(name: str, width: int) -> str:
     """
     if len(name) <= width:
         return name
-    tail = name[len(name) - width + 1 :]
-    start = tail.find(".") + 1
-    return "…" + (tail[start:] if start <= width // 2 else tail)
+    first = len(name) - width + 1
+    start = name.find(".", first - 1) + 1
+    return "…" + name[start if first <= start <= first + width // 2 else first :]
 
 
 def count(number: int) -> str:
@@ -169,16 +175,43 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
+def _block_name(name: str) -> str:
+    """A block's name that fits its box; of "first … last" both keep their ends."""
+    first, joint, last = name.partition(JOINT)
+    if len(name) <= NAME_WIDTH or not joint:
+        return shorten(name, NAME_WIDTH)
+    room = NAME_WIDTH - len(joint)
+    last = shorten(last, room - min(len(first), room // 2))
+    return shorten(first, room - len(last)) + joint + last
+
+
 def _relative(qualname: str, block: Block) -> str:
-    return shorten(qualname.removeprefix(f"{block.name}."), MODULE_WIDTH)
+    """The qualname as seen from the block: from its module, or from the innermost module around all that it calls."""
+    if JOINT not in block.name:
+        return qualname.removeprefix(f"{block.name}.")
+    paths = [name.split(".")[:-1] for name in block.modules] or [[]]
+    around = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    return qualname.removeprefix("".join(f"{part}." for part in around))
 
 
 def _modules(block: Block) -> list[str]:
-    calls = Counter(_relative(qualname, block) for qualname in block.modules if qualname != block.name)
-    items = [f"{name} ×{times}" if times > 1 else name for name, times in calls.items()]
-    if len(items) > MODULES_SHOWN:
-        items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
-    return _lines(items)
+    """The modules inside, as deep as there is room for: `conv1 · relu ×2`, or `mlp (5)` for a module with five leaves."""
+    paths = [_relative(qualname, block).split(".") for qualname in block.modules if qualname != block.name]
+    items: list[str] = []
+    for depth in range(max(map(len, paths), default=0), 0, -1):
+        groups: dict[str, list[str]] = {}
+        for path in paths:
+            groups.setdefault(".".join(path[:depth]), []).append(".".join(path))
+        items = [_counted(name, leaves) for name, leaves in groups.items()]
+        if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
+            return _lines(items)
+    return _lines([*items[:4], f"… {len(items) - 7} more …", *items[-3:]] if items else [])
+
+
+def _counted(name: str, leaves: Sequence[str]) -> str:
+    if len(set(leaves)) > 1:
+        return f"{shorten(name, MODULE_WIDTH)} ({len(set(leaves))})"
+    return shorten(leaves[0], MODULE_WIDTH) + (f" ×{len(leaves)}" if len(leaves) > 1 else "")
 
 
 def _fold(names: Sequence[str]) -> list[str]:

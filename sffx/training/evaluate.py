@@ -1,0 +1,105 @@
+"""Evaluate a cut model: accuracy and loss of every block, of the ensemble, of the last block and of the classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from sffx.errors import InputError
+from sffx.learning.losses import check_labels
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy and loss by name: "block_0", ..., "ensemble", "last", "classifier". Prints as a table.
+
+    Attributes:
+        accuracy: the share of samples whose highest score is their label's, between 0 and 1 ("layers accuracy" is that of the ensemble,
+            "head accuracy" that of the classifier).
+        loss: the mean cross-entropy with the scores as logits, in nats.
+        samples: how many samples were seen.
+    """
+
+    accuracy: dict[str, float]
+    loss: dict[str, float]
+    samples: int
+
+    def __str__(self) -> str:
+        width = max(map(len, self.accuracy))
+        lines = [f"{'':{width}}  accuracy      loss   ({self.samples} samples)"]
+        lines += [f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}" for name, value in self.accuracy.items()]
+        return "\n".join(lines)
+
+
+def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
+    """Return what every block says of a batch in the model's present mode: goodness and the classifier's logits last, (K, B, J).
+
+    Args:
+        net: what `transform` returned.
+        x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
+    """
+    seen: list[Tensor] = []
+    watch = net.readout.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))  # type: ignore[union-attr]
+    try:
+        net(**x) if isinstance(x, dict) else net(*x) if isinstance(x, tuple) else net(x)
+    finally:
+        watch.remove()
+    return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])
+
+
+@torch.no_grad()
+def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
+    """Evaluate the cut model in eval mode; its mode is as before afterwards.
+
+    Args:
+        net: what `transform` returned.
+        loader: yields (x, y), x as `net` takes it and y class indices (B,); both are moved to the model's device.
+
+    Raises:
+        InputError: `net` is no cut model, the loader is empty or yields something else, or labels are out of range.
+    """
+    if not hasattr(net, "plan"):
+        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        return _evaluation(net, loader)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _evaluation(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
+    names = [*(block.target for block in net.plan.blocks), "classifier", "ensemble", "last"]  # type: ignore[union-attr]
+    device = next(net.parameters()).device
+    correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
+    for batch in loader:
+        x, y = _pair(batch, device)
+        scores = block_scores(net, x)
+        check_labels(y, scores.shape[1], scores.shape[2])
+        scores = torch.cat([scores, scores[:-1].mean(dim=0, keepdim=True), scores[-2:-1]])
+        correct += (scores.argmax(dim=2) == y).sum(dim=1).cpu()
+        loss += torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores]).cpu()
+        samples += len(y)
+    if not samples:
+        raise InputError("the loader yielded no samples")
+    order = [*names[:-3], "ensemble", "last", "classifier"]
+    at = {name: i for i, name in enumerate(names)}
+    return Evaluation(
+        accuracy={name: float(correct[at[name]]) / samples for name in order},
+        loss={name: float(loss[at[name]]) / samples for name in order},
+        samples=samples,
+    )
+
+
+def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs")
+    x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(batch))
+    return (tuple(x) if isinstance(x, list) else x), y

@@ -1,0 +1,101 @@
+"""A parameter group for each block, and a reduce-on-plateau for each block by its own validation loss (section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from sffx.errors import InputError
+
+
+def parameter_groups(net: fx.GraphModule, lr: float, classifier_lr: float | None = None) -> list[dict[str, Any]]:
+    """Return a parameter group for each block that has trainable parameters, for any torch optimizer.
+
+    Args:
+        net: what `transform` returned.
+        lr: learning rate of the feature blocks and their heads.
+        classifier_lr: learning rate of the classifier, `lr` where None.
+
+    Returns:
+        Groups with the keys "params", "lr" and "name", which is the block's target: "block_0", ..., "classifier".
+
+    Raises:
+        InputError: `net` is no cut model, or a learning rate is negative.
+    """
+    if not hasattr(net, "plan"):
+        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+    rates = {"lr": lr, "classifier_lr": lr if classifier_lr is None else classifier_lr}
+    for name, rate in rates.items():
+        if not rate >= 0:
+            raise InputError(f"{name} is {rate}. Hint: learning rates are not negative")
+    parts = {f"block_{i}": (f"block_{i}", f"head_{i}") for i in range(len(net.plan))}  # type: ignore[arg-type]
+    groups = [_group(net, name, targets, lr) for name, targets in parts.items()]
+    groups.append(_group(net, "classifier", ("classifier",), rates["classifier_lr"]))
+    return [group for group in groups if group["params"]]
+
+
+def _group(net: fx.GraphModule, name: str, targets: tuple[str, ...], lr: float) -> dict[str, Any]:
+    parameters = [p for target in targets for p in net.get_submodule(target).parameters() if p.requires_grad]
+    return {"params": parameters, "lr": lr, "name": name}
+
+
+class BlockPlateau:
+    """Lowers the learning rate of each block when the validation loss of that block has stopped improving.
+
+    One of torch's `ReduceLROnPlateau` watches each named group of the optimizer.
+
+    Args:
+        optimizer: over `parameter_groups(net, ...)`.
+        options: as `ReduceLROnPlateau` takes them (`factor`, `patience`, `threshold`, `min_lr`, ...).
+
+    Raises:
+        InputError: a group of the optimizer has no name.
+    """
+
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        unnamed = [i for i, group in enumerate(optimizer.param_groups) if "name" not in group]
+        if unnamed:
+            raise InputError(f"parameter group {unnamed[0]} of the optimizer has no name. Hint: make the groups by sffx.parameter_groups")
+        self.optimizer = optimizer
+        self.schedulers = {group["name"]: ReduceLROnPlateau(_view(group), **options) for group in optimizer.param_groups}
+
+    def step(self, losses: Mapping[str, float]) -> None:
+        """Take the validation loss of each block by its name, as `Evaluation.loss` has it; other names are passed over.
+
+        Raises:
+            InputError: the loss of a group is missing.
+        """
+        missing = [name for name in self.schedulers if name not in losses]
+        if missing:
+            raise InputError(f"losses lack {', '.join(map(repr, missing))}, got {', '.join(map(repr, losses))}. Hint: pass evaluate(...).loss")
+        for group in self.optimizer.param_groups:
+            scheduler = self.schedulers[group["name"]]
+            scheduler.optimizer.param_groups = [group]  # loading a state dict into the optimizer makes new groups
+            scheduler.step(losses[group["name"]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each block's scheduler by the block's name."""
+        return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            InputError: it is of other blocks.
+        """
+        if set(state) != set(self.schedulers):
+            raise InputError(f"the state is of {', '.join(state)}, but the optimizer has {', '.join(self.schedulers)}")
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(state[name])
+
+
+def _view(group: dict[str, Any]) -> Optimizer:
+    """Return an optimizer that has this one group, which is how a scheduler is made to watch a single group."""
+    view = SGD([nn.Parameter(torch.zeros(()))], lr=group["lr"])
+    view.param_groups = [group]
+    return view

@@ -1,0 +1,180 @@
+"""The block-local step: the value and gradients of `sff_loss(net(x), y)`, with the activations of one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from sffx.errors import InputError
+from sffx.learning.losses import block_loss, check_labels, total
+from sffx.measure.memory import mark_gradients
+
+
+def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
+    """Return the loss of all blocks, computing each block's gradient as soon as its goodness is there.
+
+    Equal to `sff_loss(net(x), y)`, in value and, after `.backward()`, in gradients, but the activations of a block are freed before the
+    next block runs. The result is an ordinary scalar: scale it, add to it, accumulate over several calls.
+
+    Args:
+        net: what `transform` returned, in train mode.
+        x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
+        y: class indices, (B,).
+
+    Raises:
+        InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
+    """
+    walk = BlockWalk(net)
+    check_labels(y, _batch_size(x), net.plan.num_classes)  # type: ignore[union-attr, arg-type]
+    losses: list[Tensor] = []
+    parameters: list[nn.Parameter] = []
+    gradients: list[Tensor] = []
+    for part, scores in walk.run(x):
+        loss = block_loss(scores, y)
+        losses.append(loss.detach())
+        if loss.requires_grad:
+            found = _gradients(loss, walk.trainable[part])
+            parameters += found
+            gradients += found.values()
+    value = total(losses)
+    return _Deposit.apply(value, gradients, *parameters) if parameters and torch.is_grad_enabled() else value
+
+
+class LocalLoss(nn.Module):
+    """`local_loss` as a module, for what wraps modules, such as `DistributedDataParallel(LocalLoss(net))`.
+
+    Attributes:
+        net: the cut model.
+    """
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """Return the loss of all blocks, a scalar; see `local_loss`."""
+        return local_loss(self.net, x, y)
+
+
+class BlockWalk:
+    """Runs the outer graph of a cut model and stops at each goodness.
+
+    Attributes:
+        trainable: the trainable parameters of each block with its head, by the index of the block; the classifier's come last.
+    """
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        if not isinstance(net, fx.GraphModule) or not hasattr(net, "plan"):
+            raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+        if not net.training:
+            raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
+        self.net = net
+        self.parts = [(block.target, f"head_{i}") for i, block in enumerate(net.plan.blocks)]  # type: ignore[union-attr, arg-type]
+        self.parts.append(("classifier",))  # type: ignore[arg-type]
+        self.trainable = [
+            [p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts
+        ]
+
+    def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:
+        """Yield each block's index and its goodness, (B, J), with the block's graph attached; the classifier's logits come last.
+
+        A block's graph hangs on what was yielded only, so it is freed when the caller lets go of it.
+        """
+        ends = {part[-1]: i for i, part in enumerate(self.parts)}
+        values: dict[fx.Node, Any] = dict(_arguments(self.net, x))
+        last_readers = _last_readers(self.net.graph)
+        for node in self.net.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.target == "readout":
+                return
+            values[node] = self._value(node, values)
+            if node.target in ends:
+                # The block's value goes on without its graph, and nothing here keeps the goodness.
+                for name in values:
+                    if name is not node:
+                        values[name] = tree_map_only(Tensor, Tensor.detach, values[name])
+                yield ends[node.target], values.pop(node)
+            for spent in last_readers.get(node, ()):
+                values.pop(spent, None)
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+        if node.op == "call_module":
+            return self.net.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+
+
+class _Deposit(Function):
+    """Hands gradients that were computed before to the parameters, scaled by the gradient of the loss itself."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward was called twice on one local_loss, whose gradients were handed over the first time. Hint: call local_loss again"
+            )
+        # Scaled in place and let go of, so that each becomes its parameter's .grad without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
+        gradients.clear()
+        return (None, None, *scaled)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of those parameters that the loss depends on; the graph of the loss is freed."""
+    # Autocast is for forward passes; `.backward()` runs outside of it, and so must this.
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    mark_gradients(gradients)
+    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _arguments(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
+    """Pair the placeholders of the outer graph with their values.
+
+    Raises:
+        InputError: there are more or fewer values, or other names.
+    """
+    placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    if isinstance(x, Mapping):
+        if set(x) != set(names):
+            raise InputError(f"x has the keys {', '.join(map(repr, x))}, but the model takes {', '.join(map(repr, names))}")
+        return ((node, x[name]) for node, name in zip(placeholders, names, strict=True))
+    values = x if isinstance(x, tuple) else (x,)
+    if len(values) != len(names):
+        raise InputError(f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}")
+    return zip(placeholders, values, strict=True)
+
+
+def _batch_size(x: Any) -> int:
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        raise InputError(f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first")
+    return len(tensors[0])
+
+
+def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return, for each node, the nodes whose values nobody reads after it."""
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.users:
+            readers.setdefault(max(node.users, key=order.__getitem__), []).append(node)
+    return readers

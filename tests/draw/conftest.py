@@ -1,0 +1,73 @@
+"""Block plans written by hand, small enough that every node and edge of their drawing can be listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from sffx.compiler.plan import Block, BlockPlan, Input
+
+# ResNet-18 at 224 x 224: name, output shape, leaf modules, parameters, multiply-adds, bytes kept for one sample.
+BASIC = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
+DOWN = (*BASIC, "downsample.0", "downsample.1")
+RESNET18 = (
+    ("conv1", (64, 56, 56), ("conv1", "bn1", "relu", "maxpool"), 9_536, 118_013_952, 10_437_632),
+    ("layer1.0", (64, 56, 56), BASIC, 73_984, 231_211_008, 4_816_896),
+    ("layer1.1", (64, 56, 56), BASIC, 73_984, 231_211_008, 4_816_896),
+    ("layer2.0", (128, 28, 28), DOWN, 230_144, 179_830_784, 3_211_264),
+    ("layer2.1", (128, 28, 28), BASIC, 295_424, 231_211_008, 2_408_448),
+    ("layer3.0", (256, 14, 14), DOWN, 919_040, 179_830_784, 1_605_632),
+    ("layer3.1", (256, 14, 14), BASIC, 1_180_672, 231_211_008, 1_204_224),
+    ("layer4.0", (512, 7, 7), DOWN, 3_673_088, 179_830_784, 802_816),
+    ("layer4.1", (512, 7, 7), BASIC, 4_720_640, 231_211_008, 602_112),
+)
+
+
+def block(target: str, name: str, inputs: tuple[str, ...], **fields: object) -> Block:
+    """A block whose output is called after its target, "out_3" for block_3, with plain values for what a test does not care about."""
+    output = target.replace("block", "out")
+    plain = Block(name, target, (output,), output, (8, 4, 4), 1, inputs, (), (), (f"{name}.conv",), (f"{name}.conv.weight",), 72, 1152, 512)
+    return replace(plain, **fields)  # type: ignore[arg-type]
+
+
+def chain(length: int) -> BlockPlan:
+    """A plan of blocks one after the other, without side values."""
+    reads = [("x",), *((f"out_{index}",) for index in range(length))]
+    blocks = tuple(block(f"block_{index}", f"layers.{index}", reads[index]) for index in range(length))
+    classifier = block("classifier", "fc", reads[length], shape=(10,))
+    return BlockPlan("Chain", "residual", blocks, classifier, 10, (Input("x", (3, 8, 8), "float32"),), (), ())
+
+
+@pytest.fixture
+def small() -> BlockPlan:
+    """Two blocks and the classifier."""
+    return chain(2)
+
+
+@pytest.fixture
+def skipping() -> BlockPlan:
+    """Three blocks; the first computes a mask and a skip, which the last two read; the skip carries a gradient."""
+    plan = chain(3)
+    first = replace(plan.blocks[0], sides=("mask", "skip"), detached=("skip",))
+    last = replace(plan.blocks[2], inputs=("out_1", "mask", "skip"))
+    return replace(plan, blocks=(first, plan.blocks[1], last))
+
+
+@pytest.fixture
+def resnet18() -> BlockPlan:
+    """The nine blocks of a ResNet-18."""
+    plan = chain(len(RESNET18))
+    blocks = []
+    for plain, (name, shape, modules, parameters, macs, kept) in zip(plan.blocks, RESNET18, strict=True):
+        inside = tuple(f"{name}.{module}" if name != "conv1" else module for module in modules)
+        costs = {"num_parameters": parameters, "macs": macs, "activation_bytes": kept}
+        blocks.append(replace(plain, name=name, shape=shape, modules=inside, **costs))
+    return replace(plan, model="ResNet", blocks=tuple(blocks), num_classes=1000)
+
+
+@pytest.fixture(name="chain")
+def chain_factory() -> Callable[[int], BlockPlan]:
+    """Makes a chain of so many blocks."""
+    return chain

@@ -1,0 +1,138 @@
+"""The text of a drawing: escaping, shortening, numbers, and what stands in a box."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from sffx.compiler.plan import BlockPlan, Leaf
+from sffx.draw.label import block_label, count, edge_label, escape, footer_label, memory, shorten, title_label
+
+
+def lines(label: str) -> list[str]:
+    """The rows of a label as plain text, cells joined by a bar."""
+    rows = re.findall(r"<TR>(.*?)</TR>", label)
+    return ["|".join(re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<TD.*?</TD>", row)) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (64, "64"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (9_536, "9.54 k"),
+        (99_960, "100 k"),
+        (230_144, "230 k"),
+        (999_499, "999 k"),
+        (999_500, "1.00 M"),
+        (11_689_512, "11.7 M"),
+        (1_814_073_344, "1.81 G"),
+        (2_500_000_000_000, "2.50 T"),
+    ],
+)
+def test_count_has_three_digits_and_a_prefix(number: int, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (802_816, "784 KiB"), (10_437_632, "9.95 MiB"), (3 * 2**30, "3.00 GiB")],
+)
+def test_memory_has_a_binary_unit(size: int, text: str) -> None:
+    assert memory(size) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "short"),
+    [
+        ("layer1.0", 8, "layer1.0"),
+        ("layer1.0", 7, "…yer1.0"),
+        ("encoder.layers.11.attention", 20, "…layers.11.attention"),
+        ("encoder.layers.11.attention", 19, "…11.attention"),
+        ("a_name_without_any_dots", 10, "…_any_dots"),
+        ("x.a_very_long_last_part", 10, "…last_part"),
+    ],
+)
+def test_a_long_name_keeps_its_end(name: str, width: int, short: str) -> None:
+    assert shorten(name, width) == short
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("a<b> & c", "a&lt;b&gt; &amp; c"),
+        ('say "x"', "say &quot;x&quot;"),
+        ("C:\\New", "C:\\\\New"),
+        ("two\n  lines\x00\ud800", "two lines"),
+        ("", " "),
+        ("\n", " "),
+    ],
+)
+def test_escape_leaves_nothing_that_graphviz_reads(text: str, safe: str) -> None:
+    assert escape(text) == safe
+
+
+def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
+    assert lines(block_label(resnet18.blocks[3], ())) == [
+        "layer2.0|block_3",
+        "conv1 · bn1 · relu ×2 · conv2 · bn2 · downsample.0 · downsample.1",
+        "128×28×28 · 230 k parameters · 180 M MACs · 3.06 MiB",
+    ]
+
+
+def test_many_modules_are_folded_in_the_middle(small: BlockPlan) -> None:
+    many = replace(small.blocks[0], modules=tuple(f"layers.0.conv{index}" for index in range(20)))
+    text = " ".join(lines(block_label(many, ()))[1:-1])
+    assert text == "conv0 · conv1 · conv2 · conv3 · … 13 more … · conv17 · conv18 conv19"
+
+
+def test_a_module_outside_the_block_s_name_keeps_its_qualname(small: BlockPlan) -> None:
+    mixed = replace(small.blocks[0], modules=("layers.0.conv", "layers.01.conv", "stem"))
+    assert lines(block_label(mixed, ()))[1] == "conv · layers.01.conv · stem"
+
+
+def test_a_block_that_is_a_single_leaf_repeats_no_name(small: BlockPlan) -> None:
+    assert lines(block_label(replace(small.blocks[0], modules=("layers.0",)), ())) == [
+        "layers.0|block_0",
+        "8×4×4 · 72 parameters · 1.15 k MACs · 512 B",
+    ]
+
+
+def test_an_untraced_leaf_is_named_in_its_box(small: BlockPlan) -> None:
+    leaf = Leaf("layers.0.conv", "Weird", "control flow", 0.25)
+    assert lines(block_label(small.blocks[0], (leaf,)))[2] == "not traced: conv (Weird)"
+
+
+def test_the_title_adds_up_the_blocks(resnet18: BlockPlan) -> None:
+    heading, facts, _ = lines(title_label(resnet18))
+    assert heading == "ResNet: 9 feature blocks and the classifier"
+    assert facts == (
+        "policy residual · 1000 classes · 1.81 G MACs · activations kept for one sample: 28.5 MiB in all, 9.95 MiB in the largest block"
+    )
+
+
+def test_the_footer_tells_leaves_and_notes_and_explains_only_what_is_drawn(small: BlockPlan) -> None:
+    told = replace(small, leaves=(Leaf("layers.0.conv", "Weird", "needs <x>", 0.25),), notes=("First.", "Second " * 20))
+    rows = lines(footer_label(told, sides=False, detached=True))
+    assert [row.partition("|")[0] for row in rows] == [
+        "",
+        "– – →",
+        "–––→",
+        "last box",
+        "· · · →",
+        "in a box",
+        "not traced",
+        "note",
+        "note",
+        " ",
+    ]
+    assert rows[6] == "not traced|layers.0.conv (Weird, 25% of the parameters): needs &lt;x&gt;"
+    assert rows[7] == "note|First."
+
+
+def test_an_edge_with_many_values_folds_them() -> None:
+    assert lines(edge_label(["a", "b", "c", "d", "e"], "red")) == ["|a", "|b", "|c", "|… 2 more"]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from sffx.compiler.analyse import Analysis, analyse
+from sffx.compiler.analyse import analyse
 from sffx.compiler.plan import BlockPlan
 from sffx.compiler.planning import make_plan
+from sffx.compiler.policies import Policy
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace import trace
 from sffx.compiler.verify import verify
 from sffx.errors import InputError
 from sffx.learning.goodness import make_head
 from sffx.learning.norm import NORMS
-
-PolicyLike = str | Callable[[Analysis], Iterable[str]] | Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Origin:
 
 def transform(
     model: nn.Module,
-    policy: PolicyLike = "residual",
+    policy: str | Policy | Iterable[str] = "residual",
     example_input: Any = None,
     num_classes: int | None = None,
     *,
@@ -76,7 +75,9 @@ def transform(
     return _with_plan(net, blocks, traced.root)
 
 
-def plan(model: nn.Module, policy: PolicyLike = "residual", example_input: Any = None, num_classes: int | None = None) -> BlockPlan:
+def plan(
+    model: nn.Module, policy: str | Policy | Iterable[str] = "residual", example_input: Any = None, num_classes: int | None = None
+) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
     return make_plan(analyse(trace(model, example_input)), policy, num_classes)
 

@@ -30,7 +30,7 @@ _SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, torch.sub, "sub")
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
-_JOINS = {**dict.fromkeys(_SUMS, "sum"), **dict.fromkeys(_CATS, "cat"), **dict.fromkeys(_PRODUCTS, "product")}
+_JOINS: dict[Any, str] = {**dict.fromkeys(_SUMS, "sum"), **dict.fromkeys(_CATS, "cat"), **dict.fromkeys(_PRODUCTS, "product")}
 _WEIGHTED_FUNCTIONS = (
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding, F.bilinear),
     *(torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum, operator.matmul, "matmul"),
@@ -53,7 +53,8 @@ class Step:
         trainable: whether it has parameters.
         weighted: whether one of them is the weight matrix or kernel of a layer.
         batchnorm: whether a BN layer is in it.
-        keeps_shape: whether it has no parameters and its value has the shape of its input, as of an activation; dropout does not count.
+        keeps_shape: whether it has no layer with parameters and its value has the shape of its input, as an activation or a bias; dropout
+            does not count.
         pools: whether it starts the way to the classifier: an adaptive pool, or a flat value made from one that is not.
         drops: whether it is dropout.
         refusal: why no cut may lie after it, "" where one may.
@@ -86,7 +87,7 @@ class Analysis:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.nodes = {node.name: node for node in trace.graph.nodes if node.op != "output"}
-        self.logits: str = next(iter(reversed(trace.graph.nodes))).args[0].name  # type: ignore[union-attr]
+        self.logits: str = next(iter(reversed(trace.graph.nodes))).args[0].name
         self.graph = _dataflow(self.nodes, trace.root)
         self.spine = self._spine()
         self.step_of = self._place()
@@ -121,6 +122,10 @@ class Analysis:
         Raises:
             CutError: a name is no node or no candidate, with the reason, or there is none.
         """
+        if not any(p.requires_grad for p in self.trace.root.parameters()):
+            raise CutError(
+                "the model has no trainable parameters, so there is nothing to train. Hint: set requires_grad before transforming"
+            )
         chosen = set(names)
         for name in chosen:
             refusal = self._refusal(name)
@@ -132,8 +137,6 @@ class Analysis:
 
     def barren(self) -> str:
         """Say why nothing was cut, for an error."""
-        if not any(p.requires_grad for p in self.trace.root.parameters()):
-            return "the model has no trainable parameters, so there is nothing to train. Hint: set requires_grad before transforming"
         if not self.candidates:
             reasons = "; ".join(f"{step.node}: {step.refusal}" for step in self.steps[:4])
             return f"the model has no node to cut at, since no value lies on every path from input to logits and may be cut ({reasons})"
@@ -170,16 +173,24 @@ class Analysis:
         A size may be read in the step after, where the value is at hand as well; a tensor may not, since what crosses a cut is normalised.
         """
         place = {name: i for i, name in enumerate(self.spine)}
-        last = len(self.spine) - 1
         for name in reversed(self.nodes):
-            if name not in place:
-                place[name] = min((place[user] for user in self.graph.successors(name)), default=last)
+            readers = [place[user] for user in self.graph.successors(name) if user in place]
+            if name not in place and readers:
+                place[name] = min(readers)
         for name, node in self.nodes.items():
-            before = [place[arg] for arg in self.graph.predecessors(name) if arg in self._paths]
-            if before and name not in self._paths:
-                is_tensor = _holds_tensor(node.meta["example"])
-                place[name] = max(before) if is_tensor else min(place[name], max(before) + 1)
+            if name not in self._paths:
+                place[name] = self._place_beside(node, place)
         return place
+
+    def _place_beside(self, node: fx.Node, place: dict[str, int]) -> int:
+        """Return the step of a node that is no path, from the steps of what it reads and, unless nothing reads it, from `place`."""
+        sources = list(self.graph.predecessors(node.name))
+        paths = [place[source] for source in sources if source in self._paths]
+        if paths and _holds_tensor(node.meta["example"]):
+            return max(paths)
+        earliest = max([place[source] for source in sources] + [step + 1 for step in paths], default=0)
+        wanted = place.get(node.name, earliest)  # nothing reads an assertion
+        return min(wanted, earliest, len(self.spine) - 1) if paths or node.name not in place else wanted
 
     def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
@@ -197,11 +208,17 @@ class Analysis:
             trainable=bool(parameters),
             weighted=any(self._is_weighted(node) for node in nodes),
             batchnorm=any(isinstance(self._module(node), _BATCH_NORMS) for node in nodes),
-            keeps_shape=not parameters and isinstance(before, Tensor) and tuple(before.shape[1:]) == shape and not self._is(end, _BREAKS),
+            keeps_shape=self._keeps_shape(nodes, end, before),
             pools=self._is(end, ("adaptive",)) or (len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2),
             drops=self._is(end, ("dropout",)),
             refusal=refusal,
         )
+
+    def _keeps_shape(self, nodes: list[fx.Node], end: fx.Node, before: Any) -> bool:
+        has_layer = any(self._is_weighted(node) or (node.op == "call_module" and self.parameters(node)) for node in nodes)
+        value = end.meta["example"]
+        same = isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape
+        return same and not has_layer and not self._is(end, _BREAKS)
 
     def _join(self, index: int) -> str:
         """Name how several paths that left the spine node before meet; paths that start at several inputs are no join."""
@@ -239,7 +256,7 @@ class Analysis:
         names: dict[int, str] = {}
         for name, node in self.nodes.items():
             for state, tensor in self._state(node).items():
-                names.setdefault(id(tensor), state)
+                names.setdefault(id(tensor), node.target if node.op == "call_module" else state)
                 readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
                 span.setdefault(id(tensor), []).extend(readers)
         return {i: names[key] for key, used in span.items() if used for i in range(min(used), max(used))}

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from sffx.errors import InputError
 
 # A batch size that no feature axis is likely to have, so that an axis of this size is the batch.
 TRACE_BATCH = 11
+
+# What an operation raises on fake tensors when its result depends on their values. It says nothing against the shape.
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 _IMAGE_SIZES = (224, 32, 28, 64, 8, 16, 48, 96, 128, 256, 299, 384, 512)
 _SIGNAL_LENGTHS = (128, 1024, 4096, 16000, 64, 32, 16, 8)
@@ -87,7 +90,9 @@ def _inferred(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
 
 def _single_argument(model: nn.Module) -> str:
     parameters = inspect.signature(model.forward).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
     if len(required) == 1:
         return required[0]
@@ -138,6 +143,8 @@ def _failure(model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMod
     try:
         with mode, torch.no_grad():
             model(**arguments)
+    except DATA_DEPENDENT:
+        return None
     except Exception as failure:
         return failure
     finally:

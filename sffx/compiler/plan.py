@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
+from sffx.errors import InputError
+
 MIB = 2**20
 
 
@@ -124,6 +128,18 @@ class BlockPlan:
         lines += [f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}" for leaf in self.leaves]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def plan_of(net: nn.Module) -> BlockPlan:
+    """Return the block plan that a cut model carries.
+
+    Raises:
+        InputError: the model was not cut by sffx.
+    """
+    found = getattr(net, "plan", None)
+    if not isinstance(found, BlockPlan):
+        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+    return found
 
 
 def _row(block: Block) -> tuple[str, ...]:

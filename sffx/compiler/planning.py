@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.inputs import TRACE_BATCH
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.compiler.policies import Policy, notes, policy_named
-from sffx.compiler.trace import storage
+from sffx.compiler.trace import is_flag
 from sffx.errors import InputError
 
 
-def make_plan(analysis: Analysis, policy: str | Policy | list[str], num_classes: int | None = None) -> BlockPlan:
+def make_plan(analysis: Analysis, policy: str | Policy | Iterable[str], num_classes: int | None = None) -> BlockPlan:
     """Ask the policy where to cut and describe the blocks that come of it.
 
     Args:
@@ -30,7 +31,7 @@ def make_plan(analysis: Analysis, policy: str | Policy | list[str], num_classes:
     cuts = analysis.require(choose(analysis))
     width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
     if num_classes not in (None, width):
-        raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out, or change the model's last layer")
+        raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out")
     trace = analysis.trace
     members = _members(analysis, cuts)
     blocks = [_block(analysis, members, i, output) for i, output in enumerate((*cuts, analysis.logits))]
@@ -63,7 +64,7 @@ def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output:
     parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
     sides = [node for node in nodes if node.name != output and any(user.name not in inside and user.op != "output" for user in node.users)]
     return Block(
-        name=_name(members, index),
+        name=_name(analysis, members, index),
         target=f"block_{index}" if index + 1 < len(members) else "classifier",
         nodes=tuple(node.name for node in nodes),
         output=output,
@@ -72,7 +73,7 @@ def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output:
         inputs=tuple(dict.fromkeys(arg.name for node in nodes for arg in node.all_input_nodes if arg.name not in inside)),
         sides=tuple(node.name for node in sides),
         detached=tuple(node.name for node in sides if _carries_gradient(node)),
-        modules=tuple(str(node.target) for node in nodes if node.op == "call_module"),
+        modules=tuple(str(node.target) for node in nodes if node.op == "call_module" and not is_flag(node)),
         parameters=tuple(parameters),
         num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
         macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
@@ -84,13 +85,21 @@ def _carries_gradient(node: fx.Node) -> bool:
     return isinstance(node.meta["example"], Tensor) and node.meta["example"].requires_grad
 
 
-def _name(members: list[list[fx.Node]], index: int) -> str:
+def _unit(analysis: Analysis, owner: str, elsewhere: set[str]) -> str:
+    """Return the module that a container is all there is of, as an InvertedResidual is its Sequential `block`."""
+    parent = owner.rpartition(".")[0]
+    while parent and parent not in elsewhere and issubclass(analysis.kind(owner), nn.Sequential):
+        owner, parent = parent, parent.rpartition(".")[0]
+    return owner
+
+
+def _name(analysis: Analysis, members: list[list[fx.Node]], index: int) -> str:
     """Name a block by the one module that is all it holds, else by the first and the last module that it does not share."""
     elsewhere = {scope for i, nodes in enumerate(members) if i != index for node in nodes for scope in scopes(node)}
     stacks = [stack for stack in map(scopes, members[index]) if stack]
     owner = common_scope(stacks)
-    if owner and owner not in elsewhere and stacks:
-        return owner
+    if owner and owner not in elsewhere:
+        return _unit(analysis, owner, elsewhere)
     own = [next((scope for scope in stack if scope not in elsewhere), stack[-1]) for stack in stacks]
     if not own:
         return members[index][-1].name

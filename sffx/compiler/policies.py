@@ -3,7 +3,7 @@
 A policy may be any callable `Analysis -> iterable of node names`; the ones below have names. They choose among the steps of the spine
 (see `analyse`), and share three rules:
 
-- What follows a block, has no parameters and keeps its shape (an activation) belongs to the block, and so does a BN layer.
+- What follows a block, has no layer of its own and keeps its shape (an activation) belongs to the block, and so does a BN layer.
 - A gate (squeeze-and-excitation: a product of paths) belongs to the layer that it gates.
 - The last layer with a weight is the classifier's, with the pool, the flatten and the dropout before it.
 """
@@ -80,7 +80,9 @@ def policy_named(policy: str | Policy | Iterable[str]) -> tuple[str, Policy]:
     if callable(policy):
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):
-        raise InputError(f"policy is a {type(policy).__name__}. Hint: pass a name ({', '.join(POLICIES)}), a function, or a list of node names")
+        raise InputError(
+            f"policy is a {type(policy).__name__}. Hint: pass a name ({', '.join(POLICIES)}), a function, or a list of node names"
+        )
     names = list(policy)
     return "nodes", lambda _: names
 
@@ -154,7 +156,7 @@ def _follows(step: Step, before: Step) -> bool:
 
 
 def _tail(steps: tuple[Step, ...], last: int) -> int:
-    """Return the end of the block behind the last residual block: a convolution before the pool, as in MobileNet; `last` if there is none."""
+    """Return the end of the block after the last residual block, a convolution before the pool as in MobileNet; `last` if there is none."""
     weighted = [i for i, step in enumerate(steps) if step.weighted]
     stop = next((i for i in range(last + 1, len(steps)) if steps[i].pools or len(steps[i].shape) < 2), len(steps))
     features = [i for i in weighted[:-1] if last < i < stop]

@@ -16,6 +16,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +28,10 @@ from sffx.errors import CutError
 from sffx.learning.readout import Readout
 
 _OUT_OF_PLACE = {
-    **{getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")},
+    **{
+        getattr(operator, f"i{name}"): getattr(operator, name)
+        for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")
+    },
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
@@ -67,8 +71,7 @@ def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -
     values: dict[str, fx.Node] = {}
     for node in trace.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = graph.node_copy(node)
-            values[node.name].meta = {}
+            values[node.name] = graph.create_node("placeholder", str(node.target), name=node.name)
     goodness: list[fx.Node] = []
     for i, block in enumerate(plan.blocks):
         result = _call(graph, block.target, block.target, tuple(values[name] for name in block.inputs))
@@ -131,7 +134,7 @@ def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dic
     1. a module with `inplace=True`; 2. a function called with `inplace=True`; 3. an in-place operator; 4. a method `name_`.
     """
     if node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False):
-        twin = copy.copy(root.get_submodule(str(node.target)))
+        twin: Any = copy.copy(root.get_submodule(str(node.target)))
         twin.inplace = False
         replaced[str(node.target)] = twin
     elif _has_inplace(node.target):
@@ -139,12 +142,12 @@ def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dic
         names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
         node.args = tuple(node.args[: names.index("inplace")])
     elif node.target in _OUT_OF_PLACE:
-        node.target = _OUT_OF_PLACE[node.target]  # type: ignore[index]
+        node.target = _OUT_OF_PLACE[node.target]
     elif _twin_name(node.target) is not None:
         node.target = _twin_name(node.target)  # type: ignore[assignment]
     else:
         raise CutError(
-            f"node {original.name!r} writes in place on a value that crosses a cut, and sffx knows no form of {original.target} that does not. "
+            f"node {original.name!r} writes in place on a value that crosses a cut, and {original.target} has no form that does not. "
             "Hint: cut elsewhere, or write the model without this in-place operation"
         )
 

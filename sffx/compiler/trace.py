@@ -7,6 +7,8 @@ symbolic too: it becomes a call of a `TrainingFlag`, so that `train()` and `eval
 from __future__ import annotations
 
 import copy
+import operator
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from sffx.compiler.inputs import TRACE_BATCH, example_arguments
+from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf
 from sffx.errors import InputError, TraceError
 
@@ -51,7 +53,7 @@ def _lift_flags(probe: nn.Module) -> None:
             module.training = True
 
 
-def _is_flag(node: fx.Node) -> bool:
+def is_flag(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).rpartition(".")[2] == _FLAG
 
 
@@ -100,8 +102,8 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     probe = _fake_copy(model, mode)
     arguments = example_arguments(probe, example_input, mode)
     leaves: dict[str, str] = {}
-    tracer, graph = _traced(probe, arguments, mode, leaves)
     root = copy.deepcopy(model)
+    tracer, graph = _traced(probe, root, arguments, mode, leaves)
     _adopt(root, tracer, graph)
     return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(_notes(root, graph)))
 
@@ -111,15 +113,17 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         return copy.deepcopy(model).train()
 
 
-def _traced(probe: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str]) -> tuple[GuidedTracer, fx.Graph]:
+def _traced(
+    probe: nn.Module, root: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str]
+) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
     while True:
-        tracer, graph = _attempt(probe, arguments, mode, leaves, training=False)
+        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=False)
         if graph is None:
             continue
         if not tracer.branched:
             return tracer, graph
-        _, other = _attempt(probe, arguments, mode, leaves, training=True)
+        _, other = _attempt(probe, root, arguments, mode, leaves, training=True)
         if other is None:
             continue
         if _listing(graph) == _listing(other):
@@ -133,13 +137,13 @@ def _traced(probe: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, l
 
 
 def _attempt(
-    probe: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str], *, training: bool
+    probe: nn.Module, root: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str], *, training: bool
 ) -> tuple[GuidedTracer, fx.Graph | None]:
     """Trace once; on failure inside a submodule, add all modules of its class to `leaves` and return no graph."""
-    tracer = GuidedTracer(mode, arguments, leaves, training=training)
+    tracer = GuidedTracer(mode, root, arguments, leaves, training=training)
     try:
         tracer.plant_flags(probe)
-        graph = tracer.trace(probe)
+        graph = tracer._without_chance(lambda: tracer.trace(probe))
         _keep_logits(graph)
     except TraceError:
         raise
@@ -198,10 +202,12 @@ class GuidedTracer(fx.Tracer):
         failed: qualname of the innermost module in which the trace failed.
     """
 
-    def __init__(self, mode: FakeTensorMode, arguments: dict[str, Any], leaves: dict[str, str], *, training: bool) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, original: nn.Module, arguments: dict[str, Any], leaves: dict[str, str], *, training: bool
+    ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
-        self.mode, self.arguments, self.leaves, self.training = mode, arguments, leaves, training
+        self.mode, self.original, self.arguments, self.leaves, self.training = mode, original, arguments, leaves, training
         self.branched: set[str] = set()
         self.failed: str | None = None
         self._running = False
@@ -225,7 +231,9 @@ class GuidedTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> GuidedProxy:
         return GuidedProxy(node, self)
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None) -> Any:
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None
+    ) -> Any:
         if kind == "placeholder" and not isinstance(self.arguments.get(target), Tensor):
             return self._constant_argument(target, args)
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
@@ -242,13 +250,21 @@ class GuidedTracer(fx.Tracer):
         if self._running:
             return forward(*args, **kwargs)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return self._without_chance(lambda: super(GuidedTracer, self).call_module(m, forward, args, kwargs))
         except Exception:
             # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
             qualname = self.path_of_module(m)
             if self.failed is None and not self.is_leaf_module(m, qualname) and not isinstance(m, _CONTAINERS):
                 self.failed = qualname
             raise
+
+    def _without_chance(self, call: Callable[[], Any]) -> Any:
+        """Refuse code that draws random numbers outside of a traced operation: what it decides would be frozen into the graph."""
+        before = (torch.get_rng_state(), random.getstate())
+        value = call()
+        if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+            raise RuntimeError("it draws random numbers that do not depend on its input, which a graph would freeze")
+        return value
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if self._running:
@@ -258,18 +274,19 @@ class GuidedTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if _is_flag(obj.node):
-            self.branched.add(obj.node.target.rpartition(".")[0])
+        if is_flag(obj.node):
+            self.branched.add(str(obj.node.target).rpartition(".")[0])
         value = obj.node.meta["example"]
         if isinstance(value, Tensor):
             raise RuntimeError("a branch depends on the values of a tensor")
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(len(obj.node.meta["example"]))])
+        return iter([operator.getitem(obj, i) for i in range(len(obj.node.meta["example"]))])
 
     def _run(self, node: fx.Node) -> None:
-        args, kwargs = (fx.node.map_arg(part, lambda n: n.meta["example"]) for part in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, lambda n: n.meta["example"])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["example"])
         tensors = {arg: arg.meta["example"] for arg in node.all_input_nodes if isinstance(arg.meta["example"], Tensor)}
         versions = {arg: value._version for arg, value in tensors.items()}
         cost, self._running = Cost(), True
@@ -282,15 +299,29 @@ class GuidedTracer(fx.Tracer):
         node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
 
     def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target: Any = node.target
         if node.op == "placeholder":
-            return self.arguments[node.target]
+            return self.arguments[target]
         if node.op == "get_attr":
-            return _attribute(self.root, node.target)
+            return _attribute(self.root, target)
         if node.op == "call_function":
-            return node.target(*args, **kwargs)
+            return target(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return self.training if _is_flag(node) else self.root.get_submodule(node.target)(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if is_flag(node):
+            return self.training
+        try:
+            return self.root.get_submodule(target)(*args, **kwargs)
+        except DATA_DEPENDENT:
+            return self._computed(target, args, kwargs)
+
+    def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a leaf whose shapes depend on data for real, on zeros."""
+        module = copy.deepcopy(self.original.get_submodule(target))
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
+            value = module(*real_args, **real_kwargs)
+        return tree_map_only(Tensor, lambda t: self.mode.from_tensor(t.detach()), value)
 
     def _recorder(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def record(tensor: Tensor) -> Tensor:
@@ -346,7 +377,9 @@ def _keep_logits(graph: fx.Graph) -> None:
     logits = _logits(output.args[0])
     value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
     if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != TRACE_BATCH or not value.is_floating_point():
-        what = f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        what = (
+            f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        )
         raise TraceError(f"the model returns {what}, but sffx cuts classifiers, whose output is logits of shape (B, J)")
     output.args = (logits,)
     _order_hidden_reads(graph)
@@ -355,11 +388,11 @@ def _keep_logits(graph: fx.Graph) -> None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Whether a node must stay although nothing reads it: it asserts, or writes to what outlives the graph."""
+    """Whether a node must stay although nothing reads it. Assertions go: what they say was settled when the model was traced."""
     if node.op in ("placeholder", "output"):
         return True
     writes_state = any(written.op in ("placeholder", "get_attr") for written in node.meta.get("writes", ()))
-    return writes_state or (node.op == "call_function" and node.is_impure())
+    return writes_state or (node.op == "call_function" and node.target is not torch._assert and node.is_impure())
 
 
 def _order_hidden_reads(graph: fx.Graph) -> None:
@@ -369,7 +402,10 @@ def _order_hidden_reads(graph: fx.Graph) -> None:
     for node in graph.nodes:
         read = [(arg, arg.meta["example"]) for arg in node.all_input_nodes if isinstance(arg.meta.get("example"), Tensor)]
         node.meta["after"] = tuple(
-            writer for arg, value in read for writer in writers.get(storage(value), ()) if position[arg] < position[writer] and arg is not writer
+            writer
+            for arg, value in read
+            for writer in writers.get(storage(value), ())
+            if position[arg] < position[writer] and arg is not writer
         )
         for written in node.meta.get("writes", ()):
             writers.setdefault(storage(written.meta["example"]), []).append(node)
@@ -389,7 +425,7 @@ def _logits(value: Any) -> Any:
 def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Describe a graph so that two traces of the same computation compare equal whatever their nodes are called."""
     position = {node: i for i, node in enumerate(graph.nodes)}
-    number = lambda part: str(fx.node.map_arg(part, lambda n: f"%{position[n]}"))  # type: ignore[arg-type, return-value]  # noqa: E731
+    number = lambda part: str(fx.node.map_arg(part, lambda n: f"%{position[n]}"))  # noqa: E731
     return [(node.op, str(node.target) if node.op != "placeholder" else "", number(node.args), number(node.kwargs)) for node in graph.nodes]
 
 
@@ -398,7 +434,7 @@ def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(root, node.target):
             root.register_buffer(node.target, getattr(tracer.root, node.target), persistent=False)
-        if _is_flag(node):
+        if is_flag(node):
             owner = root.get_submodule(node.target.rpartition(".")[0])
             owner.add_module(_FLAG, TrainingFlag().train(owner.training))
 
@@ -415,7 +451,7 @@ def _high(node: fx.Node, root: nn.Module) -> int:
     """Return the size of the embedding that reads an integer input, 2 where none does directly, 0 for float inputs."""
     if node.meta["example"].is_floating_point():
         return 0
-    readers = [root.get_submodule(user.target) for user in node.users if user.op == "call_module"]
+    readers = [root.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
     return next((reader.num_embeddings for reader in readers if isinstance(reader, nn.Embedding)), 2)
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from sffx.compiler.inputs import TRACE_BATCH
+from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.plan import BlockPlan
 from sffx.errors import VerifyError
 from sffx.learning.losses import block_loss
 
 
 def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
-    """Check the cut model; nothing is computed and the model is not touched.
+    """Check the cut model on fake tensors; a model whose shapes depend on data is run for real. The model is not touched.
 
     Raises:
         VerifyError: a promise is broken; names the value or the parameter.
@@ -31,17 +31,23 @@ def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         probe = copy.deepcopy(net).train()
-    with mode, torch.enable_grad():
-        run = _VersionWatch(probe)
-        inputs = [torch.empty((TRACE_BATCH, *i.shape), dtype=getattr(torch, i.dtype), device=_device(probe)) for i in plan.inputs]
+    try:
+        with mode:
+            _verify_run(probe, plan)
+    except DATA_DEPENDENT:
+        with torch.random.fork_rng(devices=[]):
+            _verify_run(copy.deepcopy(net).train(), plan)
+
+
+def _verify_run(probe: fx.GraphModule, plan: BlockPlan) -> None:
+    device = next(probe.parameters()).device
+    inputs = [torch.ones((TRACE_BATCH, *i.shape), device=device).to(getattr(torch, i.dtype)) for i in plan.inputs]
+    run = _VersionWatch(probe)
+    with torch.enable_grad():
         run.run(*inputs)
         run.check()
         _check_scores(run.scores, plan)
         _check_gradients(probe, run.scores, plan)
-
-
-def _device(net: fx.GraphModule) -> torch.device:
-    return next(net.parameters()).device
 
 
 class _VersionWatch(fx.Interpreter):
@@ -58,7 +64,9 @@ class _VersionWatch(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target == "readout":
-            self.scores = list(self.map_nodes_to_values(n.args, n)[0])  # type: ignore[arg-type]
+            args: Any = self.map_nodes_to_values(n.args, n)
+            self.scores = list(args[0])
+            return None
         value = super().run_node(n)
         if isinstance(value, Tensor) and n.op != "placeholder":
             self.versions[n.name] = (value, value._version)
@@ -92,4 +100,3 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
         owner = name.partition(".")[0].replace("head_", "block_")
         if any(block != owner for block in blocks):
             raise VerifyError(f"parameter {name!r} belongs to {owner} but has gradient from the loss of {', '.join(blocks)}")
-

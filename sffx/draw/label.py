@@ -23,7 +23,7 @@ MODULE_WIDTH = 30
 VALUE_WIDTH = 24
 LINE_WIDTH = 66
 NOTE_WIDTH = 90
-NAME_POINTS = 250
+NAME_POINTS = 262
 TARGET_POINTS = 70
 MARK_POINTS = 60
 
@@ -36,7 +36,7 @@ LEGEND = (
     ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
     ("side", "–––→", GREY, "side value: a later block reads it as well; it carries no gradient"),
     ("detached", "· · · →", RED, "side value, detached: it carries a gradient, which the cut stops"),
-    ("rail", "+ a, a", GREY, "the block computes the side value a, the block reads it"),
+    ("rail", "+ a · a", GREY, "+ a: the block computes the side value a; a: the block reads it"),
     ("", "in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample"),
 )
 

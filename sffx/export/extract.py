@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import fx, nn
 
+from sffx.compiler.plan import plan_of
 from sffx.compiler.trace import TrainingFlag
-from sffx.errors import InputError
 
 
 def extract(net: fx.GraphModule) -> nn.Module:
-    """Return a model of the original class with the trained weights and buffers under their original names; heads and norms are left behind.
+    """Return a model of the original class with the trained weights and buffers under their original names, without heads and norms.
 
     The blocks of `norm="layer"` were trained on normalised inputs, which the plain model does not make: it is a start for further
     training. With `norm="none"` it computes what the cut model's classifier does.
@@ -22,15 +23,16 @@ def extract(net: fx.GraphModule) -> nn.Module:
     Raises:
         InputError: `net` is no cut model.
     """
-    if not isinstance(net, fx.GraphModule) or not hasattr(net, "origin"):
-        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
-    model = copy.deepcopy(net.origin.model)
+    plan = plan_of(net)
+    origin: Any = net.origin
+    model: nn.Module = copy.deepcopy(origin.model)
     _strip(model)
     like = next(net.parameters())
     model.to(like.device, like.dtype).train(net.training)
-    targets = [*(block.target for block in net.plan.blocks), "classifier"]  # type: ignore[union-attr]
-    state = {name: tensor for target in targets for name, tensor in net.get_submodule(target).state_dict().items()}
-    model.load_state_dict(state, strict=False)
+    parts = [net.get_submodule(block.target) for block in (*plan, plan.classifier)]
+    state = model.state_dict()  # carries the versions by which some layers load
+    state.update({name: tensor for part in parts for name, tensor in part.state_dict().items()})
+    model.load_state_dict(state)
     return model
 
 

@@ -166,6 +166,10 @@ def _export(model: nn.Module, inputs: tuple[Input, ...], opset: int | None) -> O
     except Exception as error:
         raise ExportError(_explanation(error)) from error
     assert program is not None  # only the TorchScript exporter returns None
+    written = program.model.opset_imports[""]
+    if opset not in (None, written):
+        # torch only logs that it could not convert, and keeps the version it had.
+        raise ExportError(f"the model has no form in opset {opset}; torch offers opset {written}. Hint: leave opset out, or pass {written}")
     return program
 
 
@@ -173,11 +177,11 @@ def _explanation(error: Exception) -> str:
     """Say in one line what stopped the exporter: the operator or the module, its own first words, and what to do."""
     chain = _chain(error)
     text = "\n".join(map(str, chain))
-    reason = _first_line(chain[-1])
     if operator := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
         node = re.search(r"Error when translating node %(\w+)", text)
         place = f" (node {node[1]!r})" if node else ""
-        return f"the operator {operator[1]!r}{place} has no ONNX form: {reason}. Hint: write it with other operators"
+        return f"the operator {operator[1]!r}{place} has no ONNX form. Hint: write it with other operators"
+    reason = _first_line(chain[-1])
     hint = "Hint: the model must run at any batch size, without Python branches on the values of tensors"
     if module := re.search(r"call_module\[target=([\w.]+)\]", text):
         return f"the module {module[1]!r} cannot be exported: {reason}. {hint}"
@@ -190,8 +194,9 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")
+    """Return the first line of the error's message, with the second where the first only announces it."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0].strip(' -')}" if first.endswith(":") and rest else first).rstrip(".:")
 
 
 def _save(program: ONNXProgram, draft: Path) -> None:

@@ -12,6 +12,7 @@ For 1 x 1 kernels the SFF goodness has two exact forms, with `y` (B, C, P) the b
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ class SFFGoodness(nn.Module):
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default")
         if kernel_size > 1 and spatial > 3:
-            raise InputError(f"kernel_size is {kernel_size}, but a value with {spatial} axes of space has no such convolution. Hint: kernel_size=1")
+            raise InputError(
+                f"kernel_size is {kernel_size}, but a value with {spatial} axes of space has no such convolution. Hint: kernel_size=1"
+            )
         self.channel_axis, self.spatial = channel_axis, spatial
         self.kernel_size = kernel_size if spatial else 1
         self.weight = nn.Parameter(torch.empty(num_classes, channels, *[self.kernel_size] * max(spatial, 1)))
@@ -64,7 +67,7 @@ class SFFGoodness(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output."""
-        with torch.autocast(y.device.type, enabled=False):
+        with _full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
             if self.kernel_size > 1:
@@ -102,7 +105,7 @@ class CwCGoodness(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output."""
-        with torch.autocast(y.device.type, enabled=False):
+        with _full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(wide.dtype)
 
@@ -192,6 +195,11 @@ class _MeanSquare(Function):
     def backward(ctx: Any, dg: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return y * (dg * (2 / y.shape[2]))[:, :, None]
+
+
+def _full_precision(y: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off, where there is autocast: a tensor on "meta" has none."""
+    return torch.autocast(y.device.type, enabled=False) if y.device.type != "meta" else nullcontext()
 
 
 def _mean_square(z: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def sff_loss(goodness: Tensor, y: Tensor) -> Tensor:
     """
     if goodness.ndim != 3:
         raise InputError(
-            f"goodness has shape {tuple(goodness.shape)}, not (K, B, J). Hint: put the model in train mode; in eval mode it returns scores (B, J)"
+            f"goodness has shape {tuple(goodness.shape)}, not (K, B, J). Hint: in eval mode the model returns scores; call net.train()"
         )
     check_labels(y, goodness.shape[1], goodness.shape[2])
     return total([block_loss(g, y) for g in goodness])

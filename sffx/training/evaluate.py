@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import check_labels
 
@@ -45,7 +46,7 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
     """
     seen: list[Tensor] = []
-    watch = net.readout.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))  # type: ignore[union-attr]
+    watch = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
     try:
         net(**x) if isinstance(x, dict) else net(*x) if isinstance(x, tuple) else net(x)
     finally:
@@ -64,19 +65,18 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
     Raises:
         InputError: `net` is no cut model, the loader is empty or yields something else, or labels are out of range.
     """
-    if not hasattr(net, "plan"):
-        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+    plan = plan_of(net)
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        return _evaluation(net, loader)
+        return _evaluation(net, [block.target for block in plan], loader)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _evaluation(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
-    names = [*(block.target for block in net.plan.blocks), "classifier", "ensemble", "last"]  # type: ignore[union-attr]
+def _evaluation(net: fx.GraphModule, blocks: list[str], loader: Iterable[Any]) -> Evaluation:
+    names = [*blocks, "classifier", "ensemble", "last"]
     device = next(net.parameters()).device
     correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
     for batch in loader:
@@ -89,7 +89,7 @@ def _evaluation(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
         samples += len(y)
     if not samples:
         raise InputError("the loader yielded no samples")
-    order = [*names[:-3], "ensemble", "last", "classifier"]
+    order = [*blocks, "ensemble", "last", "classifier"]
     at = {name: i for i, name in enumerate(names)}
     return Evaluation(
         accuracy={name: float(correct[at[name]]) / samples for name in order},

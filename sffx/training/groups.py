@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 
 
@@ -27,15 +28,13 @@ def parameter_groups(net: fx.GraphModule, lr: float, classifier_lr: float | None
     Raises:
         InputError: `net` is no cut model, or a learning rate is negative.
     """
-    if not hasattr(net, "plan"):
-        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+    plan = plan_of(net)
     rates = {"lr": lr, "classifier_lr": lr if classifier_lr is None else classifier_lr}
     for name, rate in rates.items():
         if not rate >= 0:
             raise InputError(f"{name} is {rate}. Hint: learning rates are not negative")
-    parts = {f"block_{i}": (f"block_{i}", f"head_{i}") for i in range(len(net.plan))}  # type: ignore[arg-type]
-    groups = [_group(net, name, targets, lr) for name, targets in parts.items()]
-    groups.append(_group(net, "classifier", ("classifier",), rates["classifier_lr"]))
+    groups = [_group(net, block.target, (block.target, f"head_{i}"), lr) for i, block in enumerate(plan)]
+    groups.append(_group(net, plan.classifier.target, (plan.classifier.target,), rates["classifier_lr"]))
     return [group for group in groups if group["params"]]
 
 
@@ -72,7 +71,9 @@ class BlockPlateau:
         """
         missing = [name for name in self.schedulers if name not in losses]
         if missing:
-            raise InputError(f"losses lack {', '.join(map(repr, missing))}, got {', '.join(map(repr, losses))}. Hint: pass evaluate(...).loss")
+            raise InputError(
+                f"losses lack {', '.join(map(repr, missing))}, got {', '.join(map(repr, losses))}. Hint: pass evaluate(...).loss"
+            )
         for group in self.optimizer.param_groups:
             scheduler = self.schedulers[group["name"]]
             scheduler.optimizer.param_groups = [group]  # loading a state dict into the optimizer makes new groups

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import block_loss, check_labels, total
 from sffx.measure.memory import mark_gradients
@@ -31,7 +32,7 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
         InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
     """
     walk = BlockWalk(net)
-    check_labels(y, _batch_size(x), net.plan.num_classes)  # type: ignore[union-attr, arg-type]
+    check_labels(y, _batch_size(x), plan_of(net).num_classes)
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
@@ -70,16 +71,12 @@ class BlockWalk:
     """
 
     def __init__(self, net: fx.GraphModule) -> None:
-        if not isinstance(net, fx.GraphModule) or not hasattr(net, "plan"):
-            raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+        plan = plan_of(net)
         if not net.training:
             raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
         self.net = net
-        self.parts = [(block.target, f"head_{i}") for i, block in enumerate(net.plan.blocks)]  # type: ignore[union-attr, arg-type]
-        self.parts.append(("classifier",))  # type: ignore[arg-type]
-        self.trainable = [
-            [p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts
-        ]
+        self.parts = [*((block.target, f"head_{i}") for i, block in enumerate(plan)), (plan.classifier.target,)]
+        self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
 
     def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:
         """Yield each block's index and its goodness, (B, J), with the block's graph attached; the classifier's logits come last.
@@ -105,12 +102,13 @@ class BlockWalk:
                 values.pop(spent, None)
 
     def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        target: Any = node.target
         if node.op == "call_module":
-            return self.net.get_submodule(node.target)(*args, **kwargs)
+            return self.net.get_submodule(target)(*args)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:])
+        return target(*args)
 
 
 class _Deposit(Function):

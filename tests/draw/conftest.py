@@ -62,8 +62,8 @@ def resnet18() -> BlockPlan:
     blocks = []
     for plain, (name, shape, modules, parameters, macs, kept) in zip(plan.blocks, RESNET18, strict=True):
         inside = tuple(f"{name}.{module}" if name != "conv1" else module for module in modules)
-        costs = {"num_parameters": parameters, "macs": macs, "activation_bytes": kept}
-        blocks.append(replace(plain, name=name, shape=shape, modules=inside, **costs))
+        told = replace(plain, name=name, shape=shape, modules=inside)
+        blocks.append(replace(told, num_parameters=parameters, macs=macs, activation_bytes=kept))
     return replace(plan, model="ResNet", blocks=tuple(blocks), num_classes=1000)
 
 

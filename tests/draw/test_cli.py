@@ -173,9 +173,12 @@ def test_a_file_is_loaded_as_a_script_would_be_and_leaves_no_trace(planned: Plan
 
 
 def test_a_callable_of_a_module_is_called_without_arguments(planned: Planned) -> None:
-    pytest.importorskip("torchvision")
-    assert main(["torchvision.models:squeezenet1_1", "-o", "net.dot"]) == 0
-    assert type(planned.model).__name__ == "SqueezeNet"
+    save(NET + "class Zoo:\n    @staticmethod\n    def small(width=3):\n        return Net(width)", "zoo_of_this_test.py")
+    before = sys.path[:]
+    assert main(["zoo_of_this_test:Zoo.small"]) == 0
+    assert planned.model.layer.in_features == 3
+    assert Path("small.svg").exists()
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

@@ -84,15 +84,39 @@ def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
     ]
 
 
-def test_many_modules_are_folded_in_the_middle(small: BlockPlan) -> None:
-    many = replace(small.blocks[0], modules=tuple(f"layers.0.conv{index}" for index in range(20)))
-    text = " ".join(lines(block_label(many, ()))[1:-1])
-    assert text == "conv0 · conv1 · conv2 · conv3 · … 13 more … · conv17 · conv18 conv19"
+@pytest.mark.parametrize(
+    ("name", "modules", "text"),
+    [
+        ("m", [f"m.conv{index}" for index in range(20)], "conv0 · conv1 · conv2 · conv3 · … 13 more … · conv17 · conv18 · conv19"),
+        ("m", ["m.ln", *(f"m.mlp.{index}" for index in range(8)), "m.drop", "m.drop"], "ln · mlp (8) · drop ×2"),
+        ("m", ["m.attn.flag", *(f"m.mlp.{index}" for index in range(8))], "attn.flag · mlp (8)"),
+        ("m", ["m.0.0", "m.0.1", "m.1"], "0.0 · 0.1 · 1"),
+        ("a.conv … a.pool", ["a.conv", "a.pool"], "conv · pool"),
+        ("a.b … a.c.pool", ["a.b.conv", "a.b.relu", "a.c.pool"], "b.conv · b.relu · c.pool"),
+        ("stem … body.0", ["stem", "body.0.conv"], "stem · body.0.conv"),
+        ("m", ["m.conv", "elsewhere.table"], "conv · elsewhere.table"),
+        ("m", ["m.x", "mm.x"], "x · mm.x"),
+        ("add_7", [], ""),
+    ],
+)
+def test_modules_are_told_as_seen_from_the_block_and_as_deep_as_there_is_room(
+    small: BlockPlan, name: str, modules: list[str], text: str
+) -> None:
+    inside = lines(block_label(replace(small.blocks[0], name=name, modules=tuple(modules)), ()))[1:-1]
+    assert " · ".join(inside) == text
 
 
-def test_a_module_outside_the_block_s_name_keeps_its_qualname(small: BlockPlan) -> None:
-    mixed = replace(small.blocks[0], modules=("layers.0.conv", "layers.01.conv", "stem"))
-    assert lines(block_label(mixed, ()))[1] == "conv · layers.01.conv · stem"
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("conv1 … maxpool", "conv1 … maxpool"),
+        ("features.denseblock1 … features.transition1.relu", "…denseblock1 … …transition1.relu"),
+        ("conv1 … model.encoder.layers.stage_with_a_name.7", "conv1 … …layers.stage_with_a_name.7"),
+        ("model.encoder.layers.stage_with_a_name.7 … pool", "…layers.stage_with_a_name.7 … pool"),
+    ],
+)
+def test_a_name_of_first_and_last_keeps_both_ends(small: BlockPlan, name: str, shown: str) -> None:
+    assert lines(block_label(replace(small.blocks[0], name=name), ()))[0] == f"{shown}|block_0"
 
 
 def test_a_block_that_is_a_single_leaf_repeats_no_name(small: BlockPlan) -> None:
@@ -117,7 +141,7 @@ def test_the_title_adds_up_the_blocks(resnet18: BlockPlan) -> None:
 
 def test_the_footer_tells_leaves_and_notes_and_explains_only_what_is_drawn(small: BlockPlan) -> None:
     told = replace(small, leaves=(Leaf("layers.0.conv", "Weird", "needs <x>", 0.25),), notes=("First.", "Second " * 20))
-    rows = lines(footer_label(told, sides=False, detached=True))
+    rows = lines(footer_label(told, {"detached"}))
     assert [row.partition("|")[0] for row in rows] == [
         "",
         "– – →",

@@ -1,0 +1,228 @@
+"""Lightning modules that a Trainer trains as they are: `SFFModule` block by block, `BPModule` by backpropagation, with the same logs.
+
+The loss is an ordinary scalar, so the Trainer's gradient clipping and accumulation, mixed precision and DDP need nothing from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sffx.errors import InputError, MissingExtra
+from sffx.learning.losses import check_labels
+from sffx.training.evaluate import block_scores
+from sffx.training.groups import BlockPlateau, parameter_groups
+from sffx.training.local import local_loss
+
+try:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.trainer.states import TrainerFn
+except ImportError as cause:
+    raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
+
+PLATEAU_KEY = "sffx_plateau"
+
+
+class _Classifier(LightningModule):
+    """What both modules share: AdamW over named groups, a plateau for each group that travels in checkpoints, the metrics.
+
+    Attributes:
+        net: what is trained.
+        answer: the name of those scores that are logged as "val_acc" and "val_loss"; others are logged as "val_acc/<name>".
+        plateau: lowers the learning rate of each group by the validation loss of the scores that have the group's name.
+    """
+
+    answer: str
+
+    def __init__(self, net: nn.Module, weight_decay: float, plateau: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self.net = net
+        self.weight_decay = weight_decay
+        self.plateau_options = plateau
+        self.plateau: BlockPlateau | None = None
+        self._restored: Mapping[str, Any] | None = None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups, each with a name and a learning rate."""
+        raise NotImplementedError
+
+    def loss(self, x: Any, y: Tensor) -> Tensor:
+        """Return the training loss of a batch, a scalar."""
+        raise NotImplementedError
+
+    def scores(self, x: Any) -> dict[str, Tensor]:
+        """Return what each readout says of a batch, (B, J), by the readout's name."""
+        raise NotImplementedError
+
+    def forward(self, x: Any) -> Tensor:
+        """Return what the model returns; in eval mode these are scores, (B, J)."""
+        return self.net(**x) if isinstance(x, Mapping) else self.net(*x) if isinstance(x, tuple) else self.net(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the groups."""
+        optimizer = torch.optim.AdamW(self.groups(), weight_decay=self.weight_decay)
+        if self.plateau_options is not None:
+            self.plateau = BlockPlateau(optimizer, **self.plateau_options)
+            self._restore_plateau()
+        return optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch (x, y), which is logged as "train_loss"."""
+        x, y = _pair(batch)
+        loss = self.loss(x, y)
+        self.log("train_loss", loss.detach(), batch_size=len(y))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log loss and accuracy of every readout on a batch (x, y)."""
+        self._log_scores("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log as in validation, under "test_acc" and "test_loss"."""
+        self._log_scores("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the scores, (B, J), for a batch (x, y) or for x alone."""
+        return self(_pair(batch)[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Step the plateau; checkpoints are written after this, so they hold what it made of the epoch."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if self.plateau is None or not fitting:
+            return
+        metrics = self.trainer.callback_metrics
+        self.plateau.step({name: float(metrics[self._key("val_loss", name)]) for name in self.plateau.schedulers})
+        self.log_dict({f"lr/{group['name']}": group["lr"] for group in self.plateau.optimizer.param_groups})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the state of the plateau into the checkpoint."""
+        if self.plateau is not None:
+            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of the plateau from the checkpoint; Lightning may call this before there is an optimizer to watch, or after."""
+        self._restored = checkpoint.get(PLATEAU_KEY)
+        self._restore_plateau()
+
+    def _restore_plateau(self) -> None:
+        if self.plateau is None or self._restored is None:
+            return
+        self.plateau.load_state_dict(self._restored)
+        self._restored = None
+
+    def _log_scores(self, stage: str, batch: Any) -> None:
+        x, y = _pair(batch)
+        for name, scores in self.scores(x).items():
+            check_labels(y, *scores.shape)
+            metrics = {
+                self._key(f"{stage}_loss", name): F.cross_entropy(scores, y),
+                self._key(f"{stage}_acc", name): (scores.argmax(dim=1) == y).float().mean(),
+            }
+            # With the batch's size and the processes' sum, the epoch's mean is exact whatever the last batch holds.
+            self.log_dict(metrics, batch_size=len(y), sync_dist=True, prog_bar=name == self.answer)
+
+    def _key(self, metric: str, name: str) -> str:
+        return metric if name == self.answer else f"{metric}/{name}"
+
+
+class SFFModule(_Classifier):
+    """A cut model that a Trainer trains block by block with AdamW.
+
+    Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block,
+    of the last block ("last") and of the classifier; and "lr/block_0" and so on where there is a plateau.
+
+    Args:
+        net: what `sffx.transform` returned.
+        lr: learning rate of the feature blocks and their heads.
+        classifier_lr: learning rate of the classifier, `lr` where None.
+        weight_decay: of AdamW.
+        plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's own validation loss lowers that block's
+            learning rate; None keeps the learning rates as they are.
+
+    Raises:
+        InputError: `net` is no cut model.
+    """
+
+    answer = "ensemble"
+    net: fx.GraphModule
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        lr: float = 1e-3,
+        classifier_lr: float | None = None,
+        weight_decay: float = 0.01,
+        plateau: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not hasattr(net, "plan"):
+            raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned, or use BPModule")
+        super().__init__(net, weight_decay, plateau)
+        self.lr, self.classifier_lr = lr, classifier_lr
+        self.save_hyperparameters(ignore=["net"])
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return a parameter group for each block, as `sffx.parameter_groups` makes them."""
+        return parameter_groups(self.net, self.lr, self.classifier_lr)
+
+    def loss(self, x: Any, y: Tensor) -> Tensor:
+        """Return the local loss of a batch, which holds the activations of one block at a time."""
+        return local_loss(self.net, x, y)
+
+    def scores(self, x: Any) -> dict[str, Tensor]:
+        """Return the goodness of each block, that of the ensemble and of the last block, and the classifier's logits, (B, J) each."""
+        *blocks, classifier = block_scores(self.net, x)
+        by_block = {f"block_{i}": goodness for i, goodness in enumerate(blocks)}
+        return {"ensemble": torch.stack(blocks).mean(dim=0), **by_block, "last": blocks[-1], "classifier": classifier}
+
+
+class BPModule(_Classifier):
+    """An ordinary classifier that a Trainer trains by backpropagation with AdamW: the baseline for `SFFModule`.
+
+    Logged are "train_loss", "val_acc" and "val_loss", and "lr/model" where there is a plateau.
+
+    Args:
+        net: a classifier that returns logits, (B, J).
+        lr: learning rate.
+        weight_decay: of AdamW.
+        plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the validation loss; None keeps the learning rate.
+
+    Raises:
+        InputError: `net` is a cut model.
+    """
+
+    answer = "model"
+
+    def __init__(self, net: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, plateau: Mapping[str, Any] | None = None) -> None:
+        if hasattr(net, "plan"):
+            raise InputError("net is a cut model. Hint: pass the model that it was cut from, or use SFFModule")
+        super().__init__(net, weight_decay, plateau)
+        self.lr = lr
+        self.save_hyperparameters(ignore=["net"])
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return one parameter group, named "model"."""
+        return [{"params": [p for p in self.net.parameters() if p.requires_grad], "lr": self.lr, "name": "model"}]
+
+    def loss(self, x: Any, y: Tensor) -> Tensor:
+        """Return the cross-entropy of a batch."""
+        return F.cross_entropy(self(x), y)
+
+    def scores(self, x: Any) -> dict[str, Tensor]:
+        """Return the model's logits, (B, J)."""
+        return {"model": self(x)}
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    """Take a batch apart; a list of inputs, as Lightning's collate makes them, is a tuple to the model.
+
+    Raises:
+        InputError: the batch is no pair (x, y).
+    """
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the data set so that it gives pairs")
+    x, y = batch
+    return (tuple(x) if isinstance(x, list) else x), y

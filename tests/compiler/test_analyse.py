@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sffx.compiler.analyse import Analysis, analyse
+from sffx.compiler.trace import trace
+from sffx.errors import CutError
+from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, TwoInputs
+
+
+def analysed(model: nn.Module, *example: Tensor) -> Analysis:
+    return analyse(trace(model, example or None))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "candidates"),
+    [
+        # _0 feeds the BN _1; _7 is the logits, and nothing with parameters comes after _5 but it.
+        (Chain(), torch.zeros(1, 3, 8, 8), ["_1", "_2", "_3", "_4", "_5", "_6"]),
+        (
+            Residual(),
+            torch.zeros(1, 3, 8, 8),
+            ["stem_1", "stem_2", "add", "block1_relu_1", "add_1", "block2_relu_1", "mean", "drop"],
+        ),
+        (TwoBranches(), torch.zeros(1, 3, 8, 8), ["stem", "relu", "cat", "mean"]),
+        (SharedWeight(), torch.zeros(1, 6), ["first", "relu", "shared_1", "relu_2"]),
+        (Rounding(), torch.zeros(1, 6), ["before", "relu", "mul", "round_1", "after", "relu_1"]),
+        (SharedBias(), torch.zeros(1, 6), ["first", "add", "relu", "second", "add_1", "relu_1"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_candidates(model, example, candidates):
+    assert list(analysed(model, example).candidates) == candidates
+
+
+def test_two_inputs_meet_before_the_first_candidate():
+    assert analysed(TwoInputs(), torch.zeros(1, 6), torch.zeros(1, 5)).candidates == ("add", "relu", "joint", "relu_1")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("stem_0", r"would part the BN layer stem\.1 from the layer that feeds it"),
+        ("block1_conv1", "does not dominate the output"),
+        ("head", "nothing after it has a parameter"),
+        ("block1_relu", "does not dominate the output"),
+        ("layer9", r"no node of this name"),
+        ("block_1_relu_1", r"no node of this name\. Hint: did you mean 'block1_relu_1'"),
+    ],
+)
+def test_a_node_that_is_no_candidate_says_why(name, reason):
+    with pytest.raises(CutError, match=rf"no cut can lie after node '{name}': .*{reason}"):
+        analysed(Residual()).require([name])
+
+
+def test_a_shared_layer_is_never_parted():
+    with pytest.raises(CutError, match=r"no cut can lie after node 'relu_1': shared is used on both sides of it"):
+        analysed(SharedWeight()).require(["relu_1"])
+
+
+def test_cuts_come_in_the_order_of_the_spine_and_once():
+    assert analysed(Residual()).require(["block2_relu_1", "stem_2", "stem_2"]) == ("stem_2", "block2_relu_1")
+
+
+class _Functional(nn.Module):
+    """Everything is a function or a parameter; there are no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.conv2d(x, self.kernel)).amax((2, 3)), self.matrix)
+
+
+def test_functions_with_parameters_are_layers():
+    analysis = analysed(_Functional(), torch.zeros(1, 3, 8, 8))
+    assert analysis.candidates == ("conv2d", "relu", "amax")
+    assert [step.weighted for step in analysis.steps] == [True, False, False, True]
+
+
+class _WriteBehind(nn.Module):
+    """Writes in place through an alias, and reads the written value by its old name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y.view(-1).mul_(2)
+        return self.second(y)
+
+
+def test_a_hidden_write_orders_the_graph():
+    analysis = analysed(_WriteBehind())
+    assert "mul_" in analysis.nodes
+    assert ("mul_", "second") in analysis.graph.edges
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).requires_grad_(False), "has no trainable parameters"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), "has no node to cut at"),
+        (nn.Sequential(nn.Flatten(), nn.Softmax(-1)), "does not depend on a parameter"),
+    ],
+)
+def test_models_with_nothing_to_cut(model, message):
+    with pytest.raises(CutError, match=message):
+        analysed(model, torch.zeros(1, 6)).require([])
+
+
+class _Layouts(nn.Module):
+    """A convolution, then tokens, then channels last, then flat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix, self.last, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)  # (B, 8, 4, 4)
+        x = F.relu(x.flatten(2))  # (B, 8, 16)
+        x = x.transpose(1, 2)  # (B, 16, 8)
+        x = self.mix(x)  # (B, 16, 6)
+        x = self.last(x.unflatten(1, (4, 4)))  # (B, 4, 4, 6)
+        return self.head(x.mean((1, 2)))
+
+
+def test_the_channel_axis_is_followed_through_layouts():
+    analysis = analysed(_Layouts(), torch.zeros(1, 3, 4, 4))
+    axes = {name: analysis.channel_axes[name] for name in analysis.candidates}
+    assert axes == {"conv": 1, "flatten": 1, "relu": 1, "transpose": 2, "mix": 2, "unflatten": 3, "last": 3, "mean": 1}
+
+
+def test_channels_as_many_as_positions_are_not_confused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    axes = analysed(model, torch.zeros(1, 3, 2, 2)).channel_axes
+    assert (axes["_1"], axes["_2"], axes["_3"], axes["_4"]) == (1, 1, 2, 2)

@@ -1,0 +1,191 @@
+"""The golden lists: where each policy cuts, checked by eye against the models' sources."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import CutError, InputError
+from tests.toys import Chain, Residual, SharedWeight
+
+STEM = "conv1 … maxpool"
+
+
+def names(plan: sffx.BlockPlan) -> list[str]:
+    return [block.name for block in plan]
+
+
+def torchvision_plan(name: str, policy: str = "residual") -> sffx.BlockPlan:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(**options)
+    return sffx.plan(model, policy)
+
+
+# name: the blocks, and why. Written down from the models' sources, not from the output.
+GOLDEN = {
+    # Stem, then each BasicBlock with the ReLU behind its sum.
+    "resnet18": [STEM, *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))],
+    "resnet50": [STEM, *(f"layer{i}.{j}" for i, n in zip((1, 2, 3, 4), (3, 4, 6, 3), strict=True) for j in range(n))],
+    # Stem, each InvertedResidual, strided ones included though they have no shortcut, and the last convolution.
+    "mobilenet_v3_small": [f"features.{i}" for i in range(13)],
+    "mobilenet_v3_large": [f"features.{i}" for i in range(17)],
+    # Stem, 16 MBConv, last convolution.
+    "efficientnet_b0": [
+        "features.0",
+        *(f"features.{i}.{j}" for i, n in zip(range(1, 8), (1, 2, 2, 3, 3, 4, 1), strict=True) for j in range(n)),
+        "features.8",
+    ],
+    # Patch embedding with class token and position, 12 encoder blocks. The norm after them has no layer to train and is the classifier's.
+    "vit_b_16": ["conv_proj … encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(12))],
+    # Stem, 18 CNBlocks, and the three downsampling layers between the stages, which have weights of their own as a stem has.
+    "convnext_tiny": [
+        *("features.0", "features.1.0", "features.1.1", "features.1.2", "features.2", "features.3.0", "features.3.1", "features.3.2"),
+        *("features.4", *(f"features.5.{j}" for j in range(9)), "features.6", "features.7.0", "features.7.1", "features.7.2"),
+    ],
+    # Patch embedding, 12 transformer blocks, three patch mergings.
+    "swin_t": [
+        *("features.0", "features.1.0", "features.1.1", "features.2", "features.3.0", "features.3.1", "features.4"),
+        *(*(f"features.5.{j}" for j in range(6)), "features.6", "features.7.0", "features.7.1"),
+    ],
+    # Inside a dense block every layer reads all earlier ones, so it is one block. The BN behind it belongs to what feeds it; the
+    # convolution and pool of a transition lie between dense blocks and have weights.
+    "densenet121": [
+        "features.conv0 … features.pool0",
+        "features.denseblock1 … features.transition1.relu",
+        "features.transition1.conv … features.transition1.pool",
+        "features.denseblock2 … features.transition2.relu",
+        "features.transition2.conv … features.transition2.pool",
+        "features.denseblock3 … features.transition3.relu",
+        "features.transition3.conv … features.transition3.pool",
+        "features.denseblock4 … features.norm5",
+    ],
+    # Inception modules join parallel convolutions by concatenation; the convolutions before them are the stem. A pool between modules
+    # opens the next block. The auxiliary classifiers are no part of the logits.
+    "googlenet": [
+        *("conv1 … maxpool2", "inception3a", "inception3b", "maxpool3 … inception4a"),
+        *("inception4b", "inception4c", "inception4d", "inception4e", "maxpool4 … inception5a", "inception5b"),
+    ],
+    "inception_v3": [
+        "Conv2d_1a_3x3 … maxpool2",
+        *(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")),
+    ],
+    # No joins, so BN groups: a convolution with BN, ReLU and, where one follows, the pool.
+    "vgg11_bn": [
+        *("features.0 … features.3", "features.4 … features.7", "features.8 … features.10", "features.11 … features.14"),
+        *("features.15 … features.17", "features.18 … features.21", "features.22 … features.24", "features.25 … features.28"),
+    ],
+    # Fire modules join two convolutions by concatenation. The last convolution is the classifier: it has a channel for each class.
+    "squeezenet1_0": [
+        *("features.0 … features.2", "features.3", "features.4", "features.5", "features.6 … features.7", "features.8"),
+        *("features.9", "features.10", "features.11 … features.12"),
+    ],
+    # Stem, 16 units with the channel shuffle that ends each, last convolution.
+    "shufflenet_v2_x1_0": [
+        STEM,
+        *(f"stage{i}.{j}" for i, n in zip((2, 3, 4), (4, 8, 4), strict=True) for j in range(n)),
+        "conv5",
+    ],
+    # Stem, and in each of the 11 layers the convolution (MBConv), the window attention and the grid attention, each with sums of its own.
+    "maxvit_t": [
+        "stem",
+        *(
+            f"blocks.{i}.layers.{j}.layers.{part}"
+            for i, n in zip(range(4), (2, 2, 5, 2), strict=True)
+            for j in range(n)
+            for part in ("MBconv", "window_attention", "grid_attention")
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_residual_policy(name):
+    assert names(torchvision_plan(name)) == GOLDEN[name]
+
+
+def test_vgg_batchnorm_gives_its_eight_groups():
+    plan = torchvision_plan("vgg11_bn", "batchnorm")
+    assert names(plan) == GOLDEN["vgg11_bn"]
+    assert plan.classifier.modules == ("avgpool", *(f"classifier.{i}" for i in range(7)))
+
+
+def test_a_model_without_residual_blocks_says_that_it_falls_back():
+    assert torchvision_plan("vgg11_bn").notes == ("the model has no residual block, so it is cut into BN groups",)
+    assert torchvision_plan("resnet18").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("policy", "cuts"),
+    [
+        ("residual", ["_3", "_5"]),  # falls back to BN groups; the convolution without BN counts, since its value is not flat
+        ("batchnorm", ["_3", "_5"]),
+        ("layer", ["_2", "_5"]),
+        (["_3"], ["_3"]),
+        (lambda analysis: [analysis.candidates[0]], ["_1"]),
+    ],
+    ids=["residual", "batchnorm", "layer", "nodes", "callable"],
+)
+def test_policies_on_a_chain(policy, cuts):
+    assert [block.output for block in sffx.plan(Chain(), policy, torch.zeros(1, 3, 8, 8))] == cuts
+
+
+def test_layer_policy_makes_a_block_of_every_layer():
+    plan = sffx.plan(torchvision.models.vgg11_bn(num_classes=10), "layer")
+    assert len(plan) == 10  # eight convolutions and two of the three linear layers
+    assert plan.classifier.modules == ("classifier.5", "classifier.6")
+
+
+def test_layer_policy_keeps_a_shared_layer_whole():
+    assert [block.output for block in sffx.plan(SharedWeight(), "layer")] == ["relu", "relu_2"]
+
+
+class _InlineResidual(nn.Module):
+    """Residual sums written in the model's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = torch.relu(x + layer(x))
+        return self.head(x)
+
+
+def test_sums_in_the_models_own_forward_are_blocks_each():
+    assert [block.output for block in sffx.plan(_InlineResidual())] == ["layers_0", "relu", "relu_1"]
+
+
+def test_the_classifier_begins_with_the_pool():
+    plan = torchvision_plan("mobilenet_v3_small")
+    assert plan.classifier.modules == ("avgpool", "classifier.0", "classifier.1", "classifier.2", "classifier.3")
+
+
+def test_the_plan_does_not_depend_on_the_size_of_the_input():
+    small = sffx.plan(torchvision.models.mobilenet_v3_small(), example_input=torch.zeros(1, 3, 32, 32))
+    assert [block.output for block in small] == [block.output for block in torchvision_plan("mobilenet_v3_small")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        (
+            "residul",
+            InputError,
+            r"there is no policy 'residul'\. Hint: did you mean 'residual'\? the policies are 'residual', 'batchnorm', 'layer'",
+        ),
+        (3, InputError, "policy is a int"),
+        (["block1_conv1"], CutError, "does not dominate the output"),
+        ([], CutError, "found no block besides the classifier"),
+        (lambda analysis: ["nowhere"], CutError, "no node of this name"),
+    ],
+)
+def test_policies_that_cannot_be_used(policy, error, message):
+    with pytest.raises(error, match=message):
+        sffx.plan(Residual(), policy)

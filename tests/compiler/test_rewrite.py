@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import CutError
+from sffx.learning.pool import LeanMaxPool2d
+from tests.toys import Chain, Residual, Rounding, SharedBias, TwoInputs, step_scores
+
+
+def code(net: nn.Module) -> str:
+    """Return the outer code without what fx adds to free values and without blank lines."""
+    lines = [line.partition(";")[0].rstrip() for line in net.code.splitlines()]
+    return "\n".join(line for line in lines if line.strip())
+
+
+def test_the_outer_graph_reads_as_the_method_does():
+    net = sffx.transform(Residual())
+    assert (
+        code(net)
+        == """\
+def forward(self, x):
+    block_0 = self.block_0(x)
+    goodness_0 = self.head_0(block_0)
+    detached_0 = block_0.detach()
+    norm_0 = self.norm_0(detached_0)
+    block_1 = self.block_1(norm_0)
+    goodness_1 = self.head_1(block_1)
+    detached_1 = block_1.detach()
+    norm_1 = self.norm_1(detached_1)
+    block_2 = self.block_2(norm_1)
+    goodness_2 = self.head_2(block_2)
+    detached_2 = block_2.detach()
+    norm_2 = self.norm_2(detached_2)
+    classifier = self.classifier(norm_2)
+    readout = self.readout([goodness_0, goodness_1, goodness_2, classifier])
+    return readout"""
+    )
+
+
+def test_without_norm_only_the_detach_is_left():
+    net = sffx.transform(Chain(), norm="none", example_input=torch.zeros(1, 3, 8, 8))
+    assert not [name for name, _ in net.named_children() if name.startswith("norm")]
+    assert "block_1 = self.block_1(detached_0)" in code(net)
+
+
+def test_side_values_cross_the_cut_and_are_detached_where_they_carry_gradient():
+    net = sffx.transform(SharedBias(), "layer")
+    assert [(block.sides, block.detached) for block in net.plan] == [(("tanh",), ("tanh",)), ((), ())]
+    assert "tanh_detached = tanh.detach()" in code(net)
+    assert "block_1 = self.block_1(tanh_detached, norm_0)" in code(net) or "block_1 = self.block_1(norm_0, tanh_detached)" in code(net)
+    x = torch.randn(5, 6)
+    first, second, _ = step_scores(net.train(), x)
+    table = net.block_0.table
+    assert torch.autograd.grad(first.sum(), table, retain_graph=True, allow_unused=True)[0] is not None
+    assert torch.autograd.grad(second.sum(), table, allow_unused=True)[0] is None
+
+
+def test_several_inputs_by_position_and_by_name():
+    net = sffx.transform(TwoInputs(), "layer", (torch.zeros(1, 6), torch.zeros(1, 5))).eval()
+    image, text = torch.randn(3, 6), torch.randn(3, 5)
+    assert torch.equal(net(image, text), net(text=text, image=image))
+
+
+def test_a_rounding_between_blocks_leaves_both_sides_trainable():
+    net = sffx.transform(Rounding(), ["relu", "relu_1"]).train()
+    sffx.sff_loss(net(torch.randn(16, 6)), torch.randint(0, 4, (16,))).backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+class _InPlaceForms(nn.Module):
+    """A cut before each form of in-place operation."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.form == "module":
+            x = self.act(x)
+        elif self.form == "function":
+            x = F.relu(x, inplace=True)
+        elif self.form == "function by position":
+            x = F.leaky_relu(x, 0.1, True)
+        elif self.form == "torch function":
+            x = torch.relu_(x)
+        elif self.form == "method":
+            x = x.relu_()
+        elif self.form == "view":
+            x = x.view(-1, 6).mul_(2)
+        return self.head(self.act(self.second(x)))
+
+
+@pytest.mark.parametrize("form", ["module", "function", "function by position", "torch function", "method", "view"])
+def test_an_in_place_operation_after_a_cut_does_not_write_on_the_blocks_output(form):
+    model = _InPlaceForms(form).double()
+    net = sffx.transform(model, ["first"], norm="none").train()
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
+    seen = []
+    net.block_0.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    sffx.sff_loss(net(x), y).backward()
+    ((output, at_once),) = seen
+    assert torch.equal(output, at_once)
+    local = copy.deepcopy(net)
+    local.zero_grad()
+    sffx.local_loss(local, x, y).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), local.parameters(), strict=True))
+    expected = model(x)
+    net.readout.mode = "classifier"
+    assert torch.equal(net.eval()(x), expected)
+
+
+def test_the_original_keeps_its_in_place_operations():
+    net = sffx.transform(_InPlaceForms("module"), ["first"], norm="none")
+    assert not net.classifier.act.inplace
+    assert sffx.extract(net).act.inplace
+
+
+class _CannotKeepItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(torch.nn.init.constant_(x, 1.0) + x)
+
+
+def test_a_write_with_no_other_form_is_refused_by_name():
+    with pytest.raises(CutError, match=r"writes in place on a value that crosses a cut.*has no form that does not"):
+        sffx.transform(_CannotKeepItsInput(), ["first"], norm="none")
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, padding=1, dilation=1, ceil_mode=True)])
+def test_the_lean_pool_changes_no_value_and_no_gradient(relu, pool):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), relu, pool, nn.Flatten(1), nn.LazyLinear(3)).double()
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    model(x)
+    net = sffx.transform(model, "batchnorm", x, norm="none").train()
+    assert isinstance(net.block_0.get_submodule("2"), LeanMaxPool2d)
+    g = step_scores(net, x)
+    twin = copy.deepcopy(model)
+    y = twin[2](twin[1](twin[0](x)))
+    head = copy.deepcopy(net.head_0)
+    expected = torch.autograd.grad(head(y).sum(), [*twin[0].parameters()])
+    found = torch.autograd.grad(g[0].sum(), [*net.block_0.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_relu_with_another_reader_stays_before_the_pool():
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            return self.head((self.pool(x) + x[:, :, ::2, ::2]).mean((2, 3)))
+
+    net = sffx.transform(Skips(), ["add"], torch.zeros(1, 3, 4, 4))
+    order = [node.name for node in net.block_0.graph.nodes]
+    assert order.index("relu") < order.index("pool")

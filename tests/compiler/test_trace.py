@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sffx
+from sffx.compiler.trace import TrainingFlag, trace
+from sffx.errors import InputError, TraceError
+from tests.toys import Chain, DataBranch, LayerDrop, ModeDropout, Residual, TwoInputs, around
+
+
+def test_the_callers_model_is_untouched():
+    model = Residual().train()
+    model.block1.bn1.eval()  # a mode of its own, as of a frozen BN
+    model.stem.register_forward_hook(lambda *_: None)
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    identities = [id(p) for p in model.parameters()]
+    children = [name for name, _ in model.named_modules()]
+
+    net = sffx.transform(model)
+    sffx.sff_loss(net(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 3])).backward()
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [id(p) for p in model.parameters()] == identities
+    assert [name for name, _ in model.named_modules()] == children
+    assert all(p.grad is None for p in model.parameters())
+    assert len(model.stem._forward_hooks) == 1
+
+
+def test_a_frozen_bn_stays_in_eval_mode():
+    model = Residual().train()
+    model.block1.bn1.eval()
+    net = sffx.transform(model)
+    assert not net.block_1.block1.bn1.training
+    assert net.block_1.block1.bn2.training
+    assert net.training
+
+
+def test_training_flags_follow_the_mode_of_their_owner():
+    net = sffx.transform(ModeDropout(), "layer", norm="none")
+    x = torch.randn(64, 6)
+    model = net.origin.model
+    for training in (True, False, True):
+        net.train(training), model.train(training)
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        net.readout.mode = "classifier"
+        found = net(x)[-1] if training else net(x)
+        assert torch.equal(found, expected)
+    assert sum(isinstance(m, TrainingFlag) for m in net.modules()) == 1
+
+
+class _TrainBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * 2
+        return self.inner(x)
+
+
+def test_a_branch_on_the_mode_makes_a_leaf_that_keeps_both_branches():
+    model = around(_TrainBranch())
+    net = sffx.transform(model, "layer", norm="none")
+    assert [(leaf.qualname, leaf.reason) for leaf in net.plan.leaves] == [("2", "branches on self.training")]
+    x = torch.randn(5, 6)
+    net.readout.mode = "classifier"
+    assert torch.equal(net.train()(x)[-1], model.train()(x))
+    assert torch.equal(net.eval()(x), model.eval()(x))
+
+
+class _Auxiliary(nn.Module):
+    """Returns a second output in train mode, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux, self.head = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = F.relu(self.body(x))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_auxiliary_outputs_are_left_out_and_that_is_said():
+    traced = trace(_Auxiliary())
+    assert "aux" not in {node.target for node in traced.graph.nodes}
+    assert traced.notes == ("left out, since the logits do not depend on them: aux",)
+
+
+def test_a_branch_on_data_makes_a_leaf():
+    model = around(DataBranch())
+    net = sffx.transform(model, "layer", norm="none").eval()
+    (leaf,) = net.plan.leaves
+    assert leaf.qualname == "2"
+    assert leaf.kind == "DataBranch"
+    assert leaf.share == pytest.approx(42 / 112)
+    assert "toys.py" in leaf.reason
+    net.readout.mode = "classifier"
+    x = torch.randn(5, 6)
+    assert torch.equal(net(x), model.eval()(x))
+
+
+def test_a_branch_on_random_numbers_makes_a_leaf():
+    plan = sffx.plan(around(LayerDrop()), "layer")
+    assert [leaf.qualname for leaf in plan.leaves] == ["2"]
+
+
+def test_all_modules_of_an_untraceable_class_become_leaves_at_once():
+    model = nn.Sequential(nn.Linear(6, 6), *(DataBranch() for _ in range(12)), nn.Linear(6, 4))
+    assert len(trace(model).leaves) == 12
+
+
+class _UntraceableRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.inner(x)
+        return -self.inner(x)
+
+
+def test_an_untraceable_forward_names_the_class_the_line_and_the_way_out():
+    with pytest.raises(TraceError, match=r"_UntraceableRoot cannot be traced: .*test_trace\.py:\d+, in forward\)\. Hint: move this code"):
+        trace(_UntraceableRoot())
+
+
+class _ModeDependentRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * 2 if self.training else x)
+
+
+def test_a_root_that_branches_on_the_mode_is_refused():
+    with pytest.raises(TraceError, match=r"differently in train and eval mode.*Hint: move the branch into a submodule"):
+        trace(_ModeDependentRoot())
+
+
+class _Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        x = self.inner(x) * scale
+        return self.head(x if mask is None else x * mask)
+
+
+@pytest.mark.parametrize(
+    ("example", "names"),
+    [
+        (torch.zeros(1, 6), ["x"]),
+        (None, ["x"]),
+        ({"x": torch.zeros(1, 6), "mask": torch.ones(1, 6)}, ["x", "mask"]),
+        ((torch.zeros(1, 6), None, 3.0), ["x"]),
+    ],
+)
+def test_optional_arguments_are_inputs_only_when_given(example, names):
+    assert [i.name for i in trace(_Optional(), example).inputs] == names
+
+
+def test_several_inputs_by_position_and_by_name():
+    image, text = torch.zeros(1, 6), torch.zeros(1, 5)
+    for example in ((image, text), {"text": text, "image": image}):
+        assert [(i.name, i.shape) for i in trace(TwoInputs(), example).inputs] == [("image", (6,)), ("text", (5,))]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "dtype"),
+    [
+        (Chain(), (3, 8, 8), "float32"),
+        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)), (2, 128), "float32"),
+        (nn.Sequential(nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)), (1, 16, 112, 112), "float32"),
+        (nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)).double(), (20,), "float64"),
+    ],
+)
+def test_the_input_is_inferred_from_the_first_layer(model, shape, dtype):
+    (found,) = trace(model).inputs
+    assert (found.shape, found.dtype) == (shape, dtype)
+
+
+def test_integer_inputs_know_how_many_values_there_are():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Flatten(), nn.Linear(8 * 16, 3))
+    (found,) = trace(model).inputs
+    assert (found.shape, found.dtype, found.high) == ((16,), "int64", 50)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (TwoInputs(), None, r"TwoInputs\.forward takes 2 inputs \(image, text\).*Hint: pass example_input=\("),
+        (Chain(), torch.zeros(1, 5, 8, 8), r"does not run on example_input \(input \(1, 5, 8, 8\)\)"),
+        (Chain(), {"y": torch.zeros(1)}, r"example_input does not fit Chain\.forward"),
+        (Chain(), "no tensor", r"example_input holds no tensor, got str"),
+        (Chain(), torch.zeros(()), r"a tensor without axes"),
+        (nn.Sequential(nn.Flatten()), None, r"cannot be inferred: its first layer is of no known kind"),
+        (Chain, None, r"model is a type, not a torch\.nn\.Module"),
+    ],
+)
+def test_inputs_that_cannot_be_used(model, example, message):
+    with pytest.raises(InputError, match=message):
+        trace(model, example)
+
+
+def test_an_output_that_is_no_logits_is_refused():
+    with pytest.raises(TraceError, match=r"returns a tensor of shape \(B, 4, 8, 8\), but sffx cuts classifiers"):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.zeros(1, 3, 8, 8))
+
+
+def test_shapes_stay_symbolic():
+    class Reshaping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, c, h, w = self.conv(x).shape
+            tokens = self.conv(x).reshape(b, c, h * w).transpose(1, 2)
+            return self.head(tokens.mean(1)) + (len(tokens.shape) - 3)
+
+    model = Reshaping().eval()
+    net = sffx.transform(model, lambda analysis: [analysis.candidates[0]], torch.zeros(1, 3, 4, 4), norm="none")
+    net.readout.mode = "classifier"
+    for shape in ((2, 3, 4, 4), (5, 3, 6, 7)):
+        x = torch.randn(shape)
+        assert torch.equal(net(x), model(x))

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sffx
+from sffx.compiler.verify import verify
+from sffx.errors import VerifyError
+from tests.toys import Chain, Residual
+
+
+def test_what_transform_returns_is_verified():
+    net = sffx.transform(Residual())
+    verify(net, net.plan)
+
+
+def test_a_missing_detach_is_found():
+    net = sffx.transform(Residual())
+    detach = next(node for node in net.graph.nodes if node.name == "detached_0")
+    detach.replace_all_uses_with(detach.args[0])
+    net.graph.erase_node(detach)
+    net.recompile()
+    with pytest.raises(
+        VerifyError, match=r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 but has gradient from the loss of block_0, block_1"
+    ):
+        verify(net, net.plan)
+
+
+def test_a_write_behind_a_cut_is_found():
+    net = sffx.transform(Residual(), norm="none")
+    detach = next(node for node in net.graph.nodes if node.name == "detached_0")
+    with net.graph.inserting_after(detach):
+        net.graph.call_method("mul_", (detach, 2))
+    net.recompile()
+    with pytest.raises(VerifyError, match=r"the value 'block_0' crosses a cut or feeds a head, and is written in place after that"):
+        verify(net, net.plan)
+
+
+def test_scores_of_another_shape_are_found():
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
+    net.head_1 = torch.nn.Flatten()
+    with pytest.raises(VerifyError, match=r"head_1 returns shape \(11, 128\), not \(B, J\) = \(11, 4\)"):
+        verify(net, net.plan)
+
+
+def test_verification_touches_neither_parameters_nor_buffers_nor_the_generator():
+    net = sffx.transform(Residual())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    verify(net, net.plan)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -1,0 +1,442 @@
+"""The oracle is torch: the scores of a small cut model, computed block by block by hand, against ONNX Runtime on the file."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import sffx
+import sffx.export.onnx as onnx_export
+from sffx.compiler.plan import Block, BlockPlan, Input
+from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.export.onnx import export_onnx
+from sffx.learning.readout import READOUTS, Readout
+
+IMAGE = Input("image", (3, 8, 8), "float32")
+
+
+class Outside(fx.Tracer):
+    """Looks into nothing, as the outer graph of a cut model does."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+class Head(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 5, 1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.conv(y).square().mean((2, 3))
+
+
+class Norm(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        return nn.functional.layer_norm(y, y.shape[1:])
+
+
+class Chain(nn.Module):
+    """Two blocks with BN and dropout, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_0 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.block_1 = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.head_0, self.head_1 = Head(8), Head(12)
+        self.norm_0, self.norm_1 = Norm(), Norm()
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 5))
+        self.readout = Readout()
+
+    def forward(self, image: Tensor) -> Tensor:
+        block_0 = self.block_0(image)
+        block_1 = self.block_1(self.norm_0(block_0.detach()))
+        logits = self.classifier(self.norm_1(block_1.detach()))
+        return self.readout([self.head_0(block_0), self.head_1(block_1), logits])
+
+
+class Single(nn.Module):
+    """One block without parameters, made from a function, and a classifier that is it again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block_0 = block
+        self.readout = Readout()
+
+    def forward(self, image: Tensor) -> Tensor:
+        block_0 = self.block_0(image)
+        return self.readout([block_0, block_0])
+
+
+class Pair(nn.Module):
+    """Reads token numbers in its block, and a float only in its classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block_0 = nn.Embedding(7, 5)
+        self.readout = Readout()
+
+    def forward(self, ids: Tensor, weight: Tensor) -> Tensor:
+        goodness = self.block_0(ids).square().mean(1)
+        return self.readout([goodness, goodness * weight])
+
+
+def cut(root: nn.Module, *inputs: Input) -> fx.GraphModule:
+    """Stand in for `sffx.transform`: the graph module, with a plan of which only the inputs matter."""
+    net = fx.GraphModule(root, Outside().trace(root))
+    classifier = Block("fc", "classifier", (), "fc", (5,), 1, (), (), (), (), (), 0, 0, 0)
+    net.plan = BlockPlan(type(root).__name__, "layer", (), classifier, 5, inputs, (), ())  # type: ignore[assignment]
+    return net
+
+
+def chain() -> fx.GraphModule:
+    """A cut model in train mode whose BN statistics are not the initial ones."""
+    torch.manual_seed(0)
+    net = cut(Chain(), IMAGE)
+    for _ in range(5):
+        net(torch.randn(16, *IMAGE.shape) * 2 + 1)
+    return net
+
+
+def scores_by_hand(net: fx.GraphModule, image: Tensor) -> dict[str, Tensor]:
+    net = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        block_0 = net.block_0(image)
+        block_1 = net.block_1(net.norm_0(block_0))
+        goodness = [net.head_0(block_0), net.head_1(block_1)]
+        logits = net.classifier(net.norm_1(block_1))
+    return {"ensemble": (goodness[0] + goodness[1]) / 2, "last": goodness[1], "classifier": logits}
+
+
+def run(path: Path, **feed: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in feed.items()})[0])
+
+
+def weight_bytes(module: nn.Module) -> list[bytes]:
+    return [parameter.detach().numpy().tobytes() for parameter in module.parameters() if parameter.ndim > 1]
+
+
+@pytest.fixture(scope="module")
+def net() -> fx.GraphModule:
+    return chain()
+
+
+@pytest.fixture(scope="module")
+def files(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("onnx")
+    return {readout: export_onnx(net, folder / f"{readout}.onnx", readout) for readout in READOUTS}
+
+
+@pytest.fixture
+def old_file(tmp_path: Path) -> Path:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"the file of yesterday")
+    return path
+
+
+@pytest.fixture
+def converted(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the exporter: what follows it gets the ensemble's program of an earlier export."""
+    monkeypatch.setattr(onnx_export, "_export", lambda *_: Program(onnx.load(files["ensemble"])))
+
+
+class Program:
+    """What `_save` asks of torch's ONNXProgram."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        from onnxscript import ir
+
+        self.model_proto = proto
+        self.model = ir.serde.deserialize_model(proto)
+
+
+def assert_untouched(old_file: Path) -> None:
+    assert old_file.read_bytes() == b"the file of yesterday"
+    assert os.listdir(old_file.parent) == [old_file.name]
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_scores_are_those_of_torch(net: fx.GraphModule, files: dict[str, Path], readout: str, batch: int) -> None:
+    image = torch.randn(batch, *IMAGE.shape, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(run(files[readout], image=image), scores_by_hand(net, image)[readout], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("readout", "kept", "left_out"),
+    [
+        ("ensemble", ["head_0", "head_1"], ["classifier"]),
+        ("last", ["head_1"], ["head_0", "classifier"]),
+        ("classifier", ["classifier"], ["head_0", "head_1"]),
+    ],
+)
+def test_file_holds_only_what_the_readout_needs(
+    net: fx.GraphModule, files: dict[str, Path], readout: str, kept: list[str], left_out: list[str]
+) -> None:
+    content = files[readout].read_bytes()
+    assert all(weight in content for name in kept for weight in weight_bytes(net.get_submodule(name)))
+    assert not any(weight in content for name in left_out for weight in weight_bytes(net.get_submodule(name)))
+    operators = {node.op_type for node in onnx.load(files[readout]).graph.node}
+    assert not operators & {"Dropout", "BatchNormalization", "Gradient"}
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_inputs_and_output_are_named_and_the_batch_axis_is_dynamic(files: dict[str, Path], readout: str) -> None:
+    session = onnxruntime.InferenceSession(files[readout], providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape, value.type) for value in session.get_inputs()] == [("image", ["batch", 3, 8, 8], "tensor(float)")]
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [("scores", ["batch", 5])]
+
+
+def test_file_does_not_tell_where_it_was_made(files: dict[str, Path]) -> None:
+    content = files["ensemble"].read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content
+    assert __file__.encode() not in content
+
+
+def test_integers_are_drawn_below_their_bound_and_an_input_that_is_not_read_keeps_its_place(tmp_path: Path) -> None:
+    net = cut(Pair(), Input("ids", (4,), "int64", 7), Input("weight", (5,), "float32"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = export_onnx(net, tmp_path / "pair.onnx", "ensemble")
+    ids = torch.randint(0, 7, (6, 4))
+    expected = net.block_0.weight.detach()[ids].square().mean(1)
+    torch.testing.assert_close(run(path, ids=ids, weight=torch.zeros(6, 5)), expected)
+
+
+def test_transformed_model_is_exported_as_it_is_evaluated(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+    net = sffx.transform(nn.Sequential(model, nn.Flatten(), nn.Linear(64 * 16, 50)), "batchnorm", torch.randn(2, 3, 8, 8))
+    path = export_onnx(net, tmp_path / "net.onnx")
+    image = torch.randn(4, 3, 8, 8)
+    (name,) = (each.name for each in net.plan.inputs)
+    torch.testing.assert_close(run(path, **{name: image}), net.eval()(image).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("each", "values"),
+    [
+        (Input("ids", (50,), "int64", 3), {0, 1, 2}),
+        (Input("ids", (50,), "int32", 1), {0}),
+        (Input("mask", (50,), "bool"), {False, True}),
+    ],
+)
+def test_examples_of_whole_numbers_cover_the_valid_values(each: Input, values: set[int]) -> None:
+    (example,) = onnx_export._examples((each,), 4)
+    assert (example.shape, example.dtype) == ((4, 50), getattr(torch, each.dtype))
+    assert set(example.flatten().tolist()) == values
+
+
+def test_net_in_bfloat16_is_exported_in_float32_and_stays_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = chain().bfloat16()
+    net.readout.mode = "last"
+    net.head_0.eval()
+    net.block_1[0].weight.requires_grad_(False)
+    net(torch.randn(2, *IMAGE.shape).bfloat16()).sum().backward()
+    modes = {name: module.training for name, module in net.named_modules()}
+    before = {name: (id(p), p.dtype, p.requires_grad, p.clone(), p.grad) for name, p in net.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    random_state = torch.get_rng_state()
+
+    path = export_onnx(net, tmp_path / "net.onnx", "ensemble")
+
+    assert capsys.readouterr().out == ""
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert net.readout.mode == "last"
+    assert {name: module.training for name, module in net.named_modules()} == modes
+    for name, p in net.named_parameters():
+        identity, dtype, requires_grad, value, grad = before[name]
+        assert (id(p), p.dtype, p.requires_grad) == (identity, dtype, requires_grad)
+        assert torch.equal(p, value)
+        assert p.grad is grad
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+    image = torch.randn(4, *IMAGE.shape)
+    torch.testing.assert_close(run(path, image=image), scores_by_hand(copy.deepcopy(net).float(), image)["ensemble"], rtol=1e-4, atol=1e-5)
+
+
+def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(net: fx.GraphModule, tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_bytes(b"old")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    assert export_onnx(net, str(link), "classifier", opset=18) == link
+    assert link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.json"]
+    model = onnx.load(link, format="protobuf")
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
+
+
+def test_opset_without_a_form_of_the_model_is_refused(net: fx.GraphModule, old_file: Path) -> None:
+    with pytest.raises(ExportError, match=r"no form in opset 7; torch offers opset \d+\. Hint: leave opset out"):
+        export_onnx(net, old_file, opset=7)
+    assert_untouched(old_file)
+
+
+class Determinants(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.linalg.svdvals(image.flatten(2)).mean(1)
+
+
+class Branch(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(1) * 2 if image.sum() > 0 else image.flatten(1)
+
+
+class FixedBatch(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.reshape(2, 3 * 8 * 8) * 2
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (Determinants(), r"the operator 'aten\._linalg_svd' \(node '_linalg_svd'\) has no ONNX form\. Hint: "),
+        (
+            Branch(),
+            r"the module 'block_0' cannot be exported: Could not guard on data-dependent expression.*Hint: .*without Python branches",
+        ),
+        (FixedBatch(), r"cannot be exported: .*a static shape of 2 for dimension .*Hint: the model must run at any batch size"),
+    ],
+)
+def test_what_cannot_be_exported_is_named_and_the_old_file_stays(block: nn.Module, message: str, old_file: Path) -> None:
+    with pytest.raises(ExportError, match=message) as raised:
+        export_onnx(cut(Single(block), IMAGE), old_file)
+    assert raised.value.__cause__ is not None
+    assert "\n" not in str(raised.value)
+    assert_untouched(old_file)
+
+
+def test_net_that_cannot_be_copied_is_refused(old_file: Path) -> None:
+    net = chain()
+    net.head_0.kept = net.head_0.conv.weight * 2
+    with pytest.raises(ExportError, match=r"cannot be copied: Only Tensors created explicitly by the user.*Hint: "):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+def test_negative_tolerance_refuses_even_an_equal_file(net: fx.GraphModule, old_file: Path) -> None:
+    with pytest.raises(ExportError, match=r"at batch size 1; the tolerance is -1\. Hint: "):
+        export_onnx(net, old_file, tolerance=-1.0)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+@pytest.mark.parametrize(
+    ("factor", "tolerance", "message"),
+    [
+        (1.02, 1e-3, r"relative error of 0\.02 at batch size 1; the tolerance is 0\.001"),
+        (float("nan"), 1e9, r"relative error of nan at batch size 1"),
+    ],
+)
+def test_difference_beyond_the_tolerance_is_refused_with_its_value(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch, factor: float, tolerance: float, message: str
+) -> None:
+    right = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0] * factor])
+    with pytest.raises(ExportError, match=message):
+        export_onnx(net, old_file, tolerance=tolerance)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+def test_scores_that_would_only_agree_by_broadcasting_are_refused(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0][:1]])
+    with pytest.raises(ExportError, match=r"ONNX Runtime returns scores of shape \(1, 5\), torch of shape \(3, 5\)"):
+        export_onnx(net, old_file, tolerance=1e9)
+    assert_untouched(old_file)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected", "error"),
+    [
+        ([[1.0, 2.0]], [[1.0, 2.0]], 0.0),
+        ([[1.0, -3.0]], [[1.0, -4.0]], 0.25),
+        ([[3e-12, 0.0]], [[2e-12, 0.0]], 0.5),
+        ([[0.0, 0.0]], [[0.0, 0.0]], 0.0),
+    ],
+)
+def test_relative_error_is_measured_against_the_largest_score(scores: list[list[float]], expected: list[list[float]], error: float) -> None:
+    assert onnx_export._relative_error(torch.tensor(scores), torch.tensor(expected)) == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.usefixtures("converted")
+def test_weights_beyond_one_file_are_refused(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_WEIGHT_BYTES", 4 * 8 * 3 * 3 * 3)
+    with pytest.raises(ExportError, match=r"the weights take 0\.00 GiB, and an ONNX file ends at 2 GiB\. Hint: .*external_data=True"):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+def test_failing_rename_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_export.os, "replace", full)
+    with pytest.raises(ExportError, match=r"cannot write '.*net\.onnx': No space left on device"):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+def test_new_file_replaces_the_old_one_with_the_permissions_of_any_new_file(net: fx.GraphModule, old_file: Path) -> None:
+    beside = old_file.with_name("beside")
+    beside.touch()
+    export_onnx(net, old_file)
+    onnx.checker.check_model(old_file)
+    assert old_file.stat().st_mode == beside.stat().st_mode
+    assert sorted(os.listdir(old_file.parent)) == ["beside", "net.onnx"]
+
+
+def test_missing_directory_is_refused(net: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the directory '.*nowhere' does not exist\. Hint: create it"):
+        export_onnx(net, tmp_path / "nowhere" / "net.onnx")
+
+
+def test_directory_as_path_is_refused(net: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.onnx'"):
+        export_onnx(net, tmp_path)
+
+
+def test_unwritable_directory_is_refused(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not chmod: the superuser, who runs the tests in a container, writes everywhere.
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    with pytest.raises(InputError, match=rf"cannot write to the directory '{re.escape(str(old_file.parent))}': Permission denied\. Hint: "):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)
+
+
+def test_unknown_readout_lists_the_known_ones(net: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no readout 'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier'"):
+        export_onnx(net, tmp_path / "net.onnx", "mean")
+
+
+def test_plain_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Chain is not a cut model: it has no plan\. Hint: pass what sffx\.transform returned"):
+        export_onnx(Chain(), tmp_path / "net.onnx")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package_names_the_extra(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"exporting to ONNX needs the package '{package}', .*pip install 'sffx\[export\]'"):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)

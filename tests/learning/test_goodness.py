@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sffx.errors import InputError
+from sffx.learning.goodness import (
+    CwCGoodness,
+    DirectGoodness,
+    SecondMomentGoodness,
+    SFFGoodness,
+    moment_is_cheaper,
+    pointwise_goodness,
+)
+
+FORMS = {"direct": DirectGoodness.apply, "moment": SecondMomentGoodness.apply}
+
+
+def by_definition(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The goodness as section 4.3 writes it, in plain torch: (B, C, P), (J, C), (J,) to (B, J)."""
+    return (torch.einsum("jc,bcp->bjp", weight, y) + bias[:, None]).square().mean(2)
+
+
+def example(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch, channels, positions, classes = shape
+    y = torch.randn(batch, channels, positions, generator=generator, dtype=torch.float64) + 0.5
+    weight = torch.randn(classes, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    bias = torch.randn(classes, generator=generator, dtype=torch.float64)
+    return tuple(t.to(dtype).requires_grad_() for t in (y, weight, bias))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_has_the_value_and_gradients_of_the_definition(form):
+    inputs = example(3, 5, 7, 4)
+    upstream = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = FORMS[form](*inputs), by_definition(*inputs)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(g, inputs, upstream) for g in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1)])
+def test_gradcheck(form, frozen):
+    inputs = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate(example(2, 3, 4, 5))]
+    assert torch.autograd.gradcheck(FORMS[form], inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_single_position_and_a_single_class(form):
+    for shape in ((4, 3, 1, 2), (4, 3, 5, 1), (1, 1, 1, 1)):
+        inputs = example(*shape)
+        torch.testing.assert_close(FORMS[form](*inputs), by_definition(*inputs))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_is_as_exact_as_the_definition_in_float32(form):
+    exact = by_definition(*example(8, 64, 196, 100))
+    single = example(8, 64, 196, 100, dtype=torch.float32)
+    own = (by_definition(*single).double() - exact).abs().max()
+    assert (FORMS[form](*single).double() - exact).abs().max() < 4 * own + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_low_precision_inputs_are_accumulated_in_float32(dtype, classes):
+    head = SFFGoodness(32, classes, spatial=2)
+    y = torch.randn(4, 32, 14, 14, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = head(y)
+    assert found.dtype == torch.float32
+    exact = by_definition(y.double().flatten(2), head.weight.double().flatten(1), head.bias.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(y), found)
+
+
+LAYOUTS = {
+    "B, C": ((6,), 1),
+    "B, C, L": ((6, 9), 1),
+    "B, C, H, W": ((6, 4, 5), 1),
+    "B, C, T, H, W": ((6, 2, 3, 4), 1),
+    "B, T, C": ((9, 6), 2),
+    "B, H, W, C": ((4, 5, 6), 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [3, 200])
+def test_every_layout_has_the_goodness_of_its_positions(layout, classes):
+    shape, axis = LAYOUTS[layout]
+    y = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
+    head = SFFGoodness(6, classes, channel_axis=axis, spatial=len(shape) - 1).double()
+    rows = y.movedim(axis, -1).reshape(4, -1, 6).mT
+    expected = by_definition(rows, head.weight.flatten(1), head.bias)
+    torch.testing.assert_close(head(y), expected)
+    found, wanted = (torch.autograd.grad(g.square().sum(), [y, head.weight, head.bias]) for g in (head(y), expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_channels_last_memory_gives_the_same():
+    head = SFFGoodness(16, 10).double()
+    y = torch.randn(4, 16, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(head(y.to(memory_format=torch.channels_last)), head(y))
+
+
+@pytest.mark.parametrize(("spatial", "convolution"), [(1, F.conv1d), (2, F.conv2d), (3, F.conv3d)])
+def test_larger_kernels_convolve_with_padding(spatial, convolution):
+    head = SFFGoodness(5, 3, spatial=spatial, kernel_size=3)
+    y = torch.randn(2, 5, *[4] * spatial)
+    z = convolution(y, head.weight, head.bias, padding=1)
+    assert z.shape[2:] == y.shape[2:]
+    torch.testing.assert_close(head(y), z.square().flatten(2).mean(2))
+
+
+def test_larger_kernels_on_tokens_convolve_over_the_tokens():
+    head = SFFGoodness(5, 3, channel_axis=2, spatial=1, kernel_size=3)
+    y = torch.randn(2, 7, 5)
+    torch.testing.assert_close(head(y), F.conv1d(y.mT, head.weight, head.bias, padding=1).square().mean(2))
+
+
+def test_initialised_as_torch_initialises_a_convolution():
+    torch.manual_seed(0)
+    head = SFFGoodness(12, 7, kernel_size=3)
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(12, 7, 3)
+    assert torch.equal(head.weight, convolution.weight)
+    assert torch.equal(head.bias, convolution.bias)
+
+
+def test_the_cheaper_form_is_taken():
+    assert moment_is_cheaper(64, 1000, 56 * 56)
+    assert not moment_is_cheaper(64, 10, 56 * 56)
+    assert not moment_is_cheaper(2048, 1000, 49)
+    y, weight, bias = example(2, 4, 50, 300)
+    assert type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"
+
+
+@pytest.mark.parametrize("kernel_size", [0, 2, -1, 1.5, "3"])
+def test_kernels_that_cannot_be(kernel_size):
+    with pytest.raises(InputError, match="Hint: pass an odd positive integer"):
+        SFFGoodness(4, 2, kernel_size=kernel_size)
+
+
+def test_cwc_by_hand():
+    y = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])[:, :, None, None].expand(1, 5, 2, 2).clone()
+    y[..., 0] = 0  # half of the positions
+    torch.testing.assert_close(CwCGoodness(5, 2)(y), torch.tensor([[(1 + 4 + 9) / 3 / 2, (16 + 25) / 2 / 2]]))
+
+
+def test_cwc_splits_evenly_and_gives_the_first_groups_the_rest():
+    assert CwCGoodness(11, 4).groups.ne(0).sum(0).tolist() == [3, 3, 3, 2]
+    assert CwCGoodness(8, 4).groups.sum(0).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cwc_gradients(layout):
+    shape, axis = LAYOUTS[layout]
+    head = CwCGoodness(6, 3, axis).double()
+    y = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    expected = y.movedim(axis, 1).unflatten(1, (3, 2)).square().flatten(2).mean(2)
+    torch.testing.assert_close(head(y), expected)
+    assert torch.autograd.gradcheck(head, y)
+
+
+def test_cwc_needs_as_many_channels_as_classes():
+    with pytest.raises(InputError, match="CwC needs a channel for each class, but a block has 4 channels for 5 classes"):
+        CwCGoodness(4, 5)

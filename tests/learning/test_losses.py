@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sffx
+from sffx.errors import InputError
+from sffx.learning.norm import SampleNorm
+
+
+def test_the_loss_is_the_sum_over_blocks_of_the_papers_formula():
+    g = torch.randn(3, 5, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 3, 0])
+    expected = sum(-(g[k, n, y[n]] - torch.log(torch.exp(g[k, n]).sum())) for k in range(3) for n in range(5)) / 5
+    torch.testing.assert_close(sffx.sff_loss(g, y), expected)
+
+
+def test_half_precision_goodness_is_added_up_in_float32():
+    assert sffx.sff_loss(torch.randn(2, 3, 4).bfloat16(), torch.tensor([0, 1, 2])).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("goodness", "y", "message"),
+    [
+        (torch.zeros(5, 4), torch.zeros(5).long(), r"goodness has shape \(5, 4\), not \(K, B, J\)\. Hint: in eval mode"),
+        (torch.zeros(2, 5, 4), torch.tensor([0, 1, 2, 3, 4]), r"labels run from 0 to 4, but there are 4 classes, 0 to 3"),
+        (torch.zeros(2, 5, 4), torch.tensor([0, 1, 2, 3, -1]), r"labels run from -1 to 3"),
+        (torch.zeros(2, 5, 4), torch.zeros(4).long(), r"y has shape \(4,\), not \(5,\)"),
+        (torch.zeros(2, 5, 4), torch.zeros(5, 4).long(), r"y has shape \(5, 4\), not \(5,\)"),
+        (torch.zeros(2, 5, 4), torch.zeros(5), r"y has dtype torch\.float32, not torch\.int64"),
+    ],
+)
+def test_labels_and_goodness_that_do_not_fit(goodness, y, message):
+    with pytest.raises(InputError, match=message):
+        sffx.sff_loss(goodness, y)
+
+
+def test_the_norm_takes_away_mean_and_length_of_each_sample():
+    y = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 10.0, 100.0, 0.1])[:, None, None, None] + 7
+    normed = SampleNorm(eps=0)(y).flatten(1)
+    torch.testing.assert_close(normed.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed.square().mean(1), torch.ones(4))

@@ -1,0 +1,58 @@
+"""The direction of imports, and a public face that needs no optional package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sffx
+
+PACKAGE = Path(sffx.__file__).parent
+
+# Each part of the package and the parts that it may import.
+MAY_IMPORT = {
+    "errors": set(),
+    "learning": {"errors"},
+    "measure": {"errors"},
+    "compiler": {"errors", "learning"},
+    "transform": {"errors", "learning", "compiler"},
+    "training": {"errors", "learning", "compiler", "measure"},
+    "export": {"errors", "learning", "compiler"},
+    "draw": {"errors", "compiler"},
+    "lightning": {"errors", "learning", "compiler", "training", "transform"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the parts of sffx that a file imports at its top, functions left aside."""
+    modules = [node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {module.split(".")[1] for module in modules if module.startswith("sffx.")}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_run_one_way_only(part):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).glob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= MAY_IMPORT[part] | {part}, path
+
+
+def test_goodness_and_losses_know_nothing_of_fx():
+    for path in (PACKAGE / "learning").glob("*.py"):
+        assert "fx" not in path.read_text().replace("sffx", ""), path
+
+
+def test_every_part_is_listed():
+    parts = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    assert parts == set(MAY_IMPORT)
+
+
+def test_the_public_face_is_complete_and_needs_no_optional_package():
+    optional = ("onnx", "onnxruntime", "onnxscript", "lightning", "matplotlib", "pygraphviz", "torchvision", "timm")
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in optional)
+    code = f"import sys; {blocked}; import sffx; assert all(hasattr(sffx, name) for name in sffx.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import InputError
+from sffx.measure.memory import count_memory
+from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, step_scores
+
+MODELS = {
+    "chain": (Chain, (3, 8, 8)),
+    "residual": (Residual, (3, 8, 8)),
+    "two branches": (TwoBranches, (3, 8, 8)),
+    "shared weight": (SharedWeight, (6,)),
+    "rounding": (Rounding, (6,)),
+    "shared bias": (SharedBias, (6,)),
+}
+
+
+def cut(name: str, **options: object) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    kind, shape = MODELS[name]
+    x = torch.randn(9, *shape, dtype=torch.float64)
+    options = {"policy": "layer", **options}
+    return sffx.transform(kind().double(), example_input=x, **options).train(), x, torch.randint(0, 4, (9,))
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def deferred(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    loss = sffx.sff_loss(net(x), y)
+    loss.backward()
+    return loss.detach()
+
+
+def local(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    loss = sffx.local_loss(net, x, y)
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"kernel_size": 3}, {"policy": "residual"}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_same_value_gradients_and_buffers_as_the_deferred_way_to_the_bit(name, options):
+    net, x, y = cut(name, **options)
+    twin = copy.deepcopy(net)
+    assert torch.equal(deferred(net, x, y), local(twin, x, y))
+    assert_same(gradients(net), gradients(twin))
+    assert_same(dict(net.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_resnet18_same_to_the_bit():
+    torch.manual_seed(0)
+    net = sffx.transform(torchvision.models.resnet18(num_classes=10).double(), example_input=torch.zeros(1, 3, 32, 32)).train()
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (4,))
+    twin = copy.deepcopy(net)
+    assert torch.equal(deferred(net, x, y), local(twin, x, y))
+    assert_same(gradients(net), gradients(twin))
+
+
+def test_gradients_of_a_hand_written_detached_loop():
+    """The method in plain torch, without anything of sffx but the weights."""
+    net, x, y = cut("residual", policy="residual")
+    net.classifier.drop.p = 0.0
+    model = copy.deepcopy(net.origin.model)
+    heads = [copy.deepcopy(net.get_submodule(f"head_{i}")) for i in range(3)]
+    local(net, x, y)
+
+    value, total = x, 0.0
+    for block, head in zip((model.stem, model.block1, model.block2), heads, strict=True):
+        output = block(value)
+        goodness = F.conv2d(output, head.weight, head.bias).square().mean((2, 3))
+        loss = F.cross_entropy(goodness, y)
+        loss.backward()
+        total += loss.item()
+        value = F.layer_norm(output.detach(), output.shape[1:])
+    loss = F.cross_entropy(model.head(value.mean((2, 3))), y)
+    loss.backward()
+
+    found = {name.partition(".")[2]: g for name, g in gradients(net).items() if not name.startswith("head_")}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+    for i, head in enumerate(heads):
+        torch.testing.assert_close(net.get_submodule(f"head_{i}").weight.grad, head.weight.grad)
+    torch.testing.assert_close(local(net, x, y).item(), total + loss.item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_of_a_block_reaches_no_other_block(name):
+    net, x, y = cut(name)
+    parameters = dict(net.named_parameters())
+    for k, scores in enumerate(step_scores(net, x)):
+        own = ("classifier",) if k == len(net.plan) else (f"block_{k}", f"head_{k}")
+        found = torch.autograd.grad(F.cross_entropy(scores, y), list(parameters.values()), allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            assert (gradient is not None) == (parameter.partition(".")[0] in own), parameter
+
+
+def test_batch_statistics_are_updated_once_a_step():
+    net, x, y = cut("residual")
+    local(net, x, y)
+    assert {int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")} == {1}
+
+
+def test_accumulation_scaling_and_clipping_are_those_of_an_ordinary_loss():
+    net, x, y = cut("two branches")
+    twin = copy.deepcopy(net)
+    for half in (slice(0, 4), slice(4, 9)):
+        (sffx.local_loss(net, x[half], y[half]) * (half.stop - half.start) / 9).backward()
+        (sffx.sff_loss(twin(x[half]), y[half]) * (half.stop - half.start) / 9).backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), 0.1) for module in (net, twin)]
+    torch.testing.assert_close(*norms)
+
+
+def test_the_loss_adds_to_other_losses():
+    net, x, y = cut("two branches")
+    (local_gradients := gradients(net)).clear()
+    penalty = sum(p.square().sum() for p in net.parameters())
+    (sffx.local_loss(net, x, y) + penalty).backward()
+    twin, _, _ = cut("two branches")
+    local(twin, x, y)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad + 2 * q)
+
+
+def test_a_second_backward_is_refused():
+    net, x, y = cut("chain")
+    loss = sffx.local_loss(net, x, y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward was called twice on one local_loss.*Hint: call local_loss again"):
+        loss.backward()
+
+
+def test_without_gradients_only_the_value_is_computed():
+    net, x, y = cut("chain")
+    with torch.no_grad():
+        loss = sffx.local_loss(net, x, y)
+    assert not loss.requires_grad
+    assert not gradients(net)
+
+
+@pytest.mark.parametrize("frozen", ["block_0", "head_0", "block_1", "classifier"])
+def test_frozen_parts_pass_their_value_on(frozen):
+    net, x, y = cut("chain")
+    net.get_submodule(frozen).requires_grad_(False)
+    twin = copy.deepcopy(net)
+    assert torch.equal(deferred(net, x, y), local(twin, x, y))
+    assert_same(gradients(net), gradients(twin))
+    assert not any(name.startswith(f"{frozen}.") for name in gradients(net))
+
+
+def test_all_frozen_gives_a_plain_value():
+    net, x, y = cut("chain")
+    net.requires_grad_(False)
+    assert not sffx.local_loss(net, x, y).requires_grad
+
+
+def test_under_autocast_as_the_deferred_way():
+    torch.manual_seed(0)
+    net = sffx.transform(Residual()).train()
+    net.classifier.drop.p = 0.0
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    twin = copy.deepcopy(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = sffx.sff_loss(net(x), y)
+        b = sffx.local_loss(twin, x, y)
+    a.backward()
+    b.backward()
+    assert torch.equal(a, b)
+    assert_same(gradients(net), gradients(twin))
+    assert all(g.dtype == torch.float32 for g in gradients(net).values())
+
+
+def test_the_module_form_is_the_same():
+    net, x, y = cut("residual")
+    twin = copy.deepcopy(net)
+    local(net, x, y)
+    torch.manual_seed(1)
+    sffx.LocalLoss(twin)(x, y).backward()
+    assert_same(gradients(net), gradients(twin))
+
+
+def test_activations_of_one_block_at_a_time_on_resnet18():
+    """The bar of the project: at most 0.55 of backpropagation's peak of activations (32 x 32, batch 128, 10 classes)."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).train()
+    net = sffx.transform(model, example_input=torch.zeros(1, 3, 32, 32))
+    x, y = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+    plain = count_memory(lambda: F.cross_entropy(model(x), y).backward(), model=model)
+    cut_model = count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net)
+    assert cut_model.activations <= 0.55 * plain.activations
+
+
+def test_activations_do_not_grow_with_depth():
+    def peak(depth: int) -> int:
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(64, 64), nn.ReLU())]
+        net = sffx.transform(nn.Sequential(*layers, nn.Linear(64, 4)), "layer").train()
+        x, y = torch.randn(256, 64), torch.randint(0, 4, (256,))
+        return count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net).activations
+
+    assert peak(24) <= peak(4) + 24 * 256  # a few bytes of loss for each block, where one activation is 64 KiB
+
+
+def test_nothing_of_a_block_outlives_the_step():
+    net, x, y = cut("residual")
+    local(net, x, y)
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) is Tensor and t.ndim == 4 and t.shape[0] == 9 and t is not x]
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net, x, y: (Chain(), x, y), r"net is a Chain, not a cut model\. Hint: pass what sffx\.transform returned"),
+        (lambda net, x, y: (net.eval(), x, y), r"in eval mode.*Hint: call net\.train\(\)"),
+        (lambda net, x, y: (net, x, y + 4), r"labels run from \d to 7, but there are 4 classes"),
+        (lambda net, x, y: (net, x, y[:-1]), r"y has shape \(8,\), not \(9,\)"),
+        (lambda net, x, y: (net, (x, x), y), r"x holds 2 inputs, but the model takes 1: input"),
+        (lambda net, x, y: (net, {"z": x}, y), r"x has the keys 'z', but the model takes 'input'"),
+        (lambda net, x, y: (net, [1], y), r"x is a list, not a tensor"),
+    ],
+)
+def test_steps_that_cannot_be_made(change, message):
+    with pytest.raises(InputError, match=message):
+        sffx.local_loss(*change(*cut("chain")))

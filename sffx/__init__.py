@@ -3,6 +3,7 @@
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
 from sffx.export.extract import extract
+from sffx.export.onnx import export_onnx
 from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -23,6 +24,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "evaluate",
+    "export_onnx",
     "extract",
     "local_loss",
     "parameter_groups",

@@ -6,7 +6,6 @@ import copy
 import csv
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,13 @@ lightning = pytest.importorskip("lightning.pytorch")
 from sffx.lightning import BPModule, SFFModule  # noqa: E402 (needs lightning)
 
 pytestmark = [
+    # Lightning's own call to a part of torch that torch has since deprecated.
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
     # The data sets are tensors in memory, which worker processes would only slow down.
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    # The epochs are a few steps long on purpose.
+    # The epochs are a few steps long, and some have no validation, on purpose.
     pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "classifier_lr": 1e-2, "weight_decay": 0.05}
@@ -214,11 +216,10 @@ def test_what_cannot_be_trained_is_refused(make: Any, message: str) -> None:
 
 
 @pytest.fixture
-def without_lightning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "sffx.lightning")
-    yield
 
 
 def test_without_lightning_the_extra_is_named(without_lightning: None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sffx.compiler.plan import BlockPlan
-from sffx.draw.render import draw, plan_of
+from sffx.draw.render import draw, plan_in
 from sffx.errors import MissingExtra, SffxError
 
 EXAMPLES = """examples:
@@ -84,7 +84,7 @@ def _plan(options: argparse.Namespace) -> BlockPlan:
     from sffx.draw.discover import find_model
 
     model = find_model(options.source, options.model)
-    known = plan_of(model)
+    known = plan_in(model)
     if known is not None:
         return known
     example = None if options.input is None else torch.zeros(options.input)

@@ -34,7 +34,7 @@ def draw(plan_or_net: Any, path: str | os.PathLike[str]) -> Path:
         InputError: there is no plan to draw, the suffix is unknown, or the folder does not exist.
         MissingExtra: neither Graphviz's `dot` nor pygraphviz is there; .dot and .gv need neither.
     """
-    plan = plan_of(plan_or_net)
+    plan = plan_in(plan_or_net)
     if plan is None:
         raise InputError(f"there is no plan to draw in a {type(plan_or_net).__name__}. Hint: pass sffx.plan(model) or a cut net")
     path = check_path(path, (*PICTURES, *TEXT))
@@ -43,7 +43,7 @@ def draw(plan_or_net: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def plan_of(plan_or_net: Any) -> BlockPlan | None:
+def plan_in(plan_or_net: Any) -> BlockPlan | None:
     """The plan itself, or the plan that a cut net carries; None if there is none."""
     plan = getattr(plan_or_net, "plan", plan_or_net)
     return plan if isinstance(plan, BlockPlan) else None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.plan import BlockPlan, Input
+from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.learning.readout import READOUTS
 
@@ -60,7 +60,7 @@ def export_onnx(
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         ExportError: the model cannot be exported, is larger than 2 GiB, or its scores differ beyond `tolerance`.
     """
-    inputs = _plan(net).inputs
+    inputs = plan_of(net).inputs
     _require_readout(readout)
     target = _target(Path(path))
     _require_packages()
@@ -71,13 +71,6 @@ def export_onnx(
         _verify(draft, model, inputs, tolerance)
         os.replace(draft, target)
     return Path(path)
-
-
-def _plan(net: object) -> BlockPlan:
-    plan = getattr(net, "plan", None)
-    if isinstance(plan, BlockPlan):
-        return plan
-    raise InputError(f"{type(net).__name__} is not a cut model: it has no plan. Hint: pass what sffx.transform returned, unwrapped")
 
 
 def _require_readout(readout: str) -> None:

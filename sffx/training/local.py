@@ -128,7 +128,8 @@ class _Deposit(Function):
             )
         # Scaled in place and let go of, so that each becomes its parameter's .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
+        is_one = scale.device.type == "cpu" and scale.item() == 1  # elsewhere, asking would wait for the device
+        scaled = gradients.copy() if is_one else [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
         gradients.clear()
         return (None, None, *scaled)
 

@@ -7,7 +7,7 @@ from sffx.export.onnx import export_onnx
 from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
-from sffx.training.local import LocalLoss, local_loss
+from sffx.training.local import LocalLoss, local_loss, local_step
 from sffx.transform import plan, transform
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "export_onnx",
     "extract",
     "local_loss",
+    "local_step",
     "parameter_groups",
     "plan",
     "sff_loss",

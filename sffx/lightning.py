@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError, MissingExtra
 from sffx.learning.losses import check_labels
 from sffx.training.evaluate import block_scores
@@ -158,8 +159,7 @@ class SFFModule(_Classifier):
         weight_decay: float = 0.01,
         plateau: Mapping[str, Any] | None = None,
     ) -> None:
-        if not hasattr(net, "plan"):
-            raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned, or use BPModule")
+        plan_of(net)  # raises where there is none
         super().__init__(net, weight_decay, plateau)
         self.lr, self.classifier_lr = lr, classifier_lr
         self.save_hyperparameters(ignore=["net"])
@@ -197,7 +197,7 @@ class BPModule(_Classifier):
     answer = "model"
 
     def __init__(self, net: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, plateau: Mapping[str, Any] | None = None) -> None:
-        if hasattr(net, "plan"):
+        if isinstance(getattr(net, "plan", None), BlockPlan):
             raise InputError("net is a cut model. Hint: pass the model that it was cut from, or use SFFModule")
         super().__init__(net, weight_decay, plateau)
         self.lr = lr

@@ -36,12 +36,14 @@ def install(extra: str) -> None:
         print(f"making {ENVIRONMENT} …", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
     print(f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True)
-    subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f".[{extra}]"], cwd=ROOT, check=True)
+    subprocess.run(
+        [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f".[{extra}]"], cwd=ROOT, check=True
+    )
     stamp.write_bytes(wanted)
 
 
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this is the file that an older Python gets to see
         print(f"sffx needs Python 3.10 or later, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     if not arguments or arguments[0] not in TASKS:

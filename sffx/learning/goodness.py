@@ -140,7 +140,7 @@ class DirectGoodness(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        z = torch.baddbmm(bias[:, None], weight.expand(len(y), -1, -1), y)
+        z = torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
         ctx.save_for_backward(y, z, weight)
         return _mean_square(z)
 
@@ -149,7 +149,7 @@ class DirectGoodness(Function):
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
         dz = z * (dg * (2 / y.shape[2]))[:, :, None]
-        dy = weight.t().expand(len(y), -1, -1) @ dz if ctx.needs_input_grad[0] else None
+        dy = weight.t().expand(y.shape[0], -1, -1) @ dz if ctx.needs_input_grad[0] else None
         dw = torch.addbmm(weight, dz, y.mT, beta=0) if ctx.needs_input_grad[1] else None
         return dy, dw, dz.sum((0, 2)) if ctx.needs_input_grad[2] else None
 

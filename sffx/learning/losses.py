@@ -49,6 +49,6 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         raise InputError(f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each sample")
     if y.is_floating_point() or y.dtype.itemsize < 8:
         raise InputError(f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()")
-    # On a GPU the check would wait for the device; there, cross-entropy itself stops at a label out of range.
-    if y.device.type == "cpu" and batch and (y.min() < 0 or y.max() >= num_classes):
+    # On a GPU the check would wait for the device (there, cross-entropy itself stops at a label out of range); fake tensors have no values.
+    if type(y) is Tensor and y.device.type == "cpu" and batch and (y.min() < 0 or y.max() >= num_classes):
         raise InputError(f"labels run from {int(y.min())} to {int(y.max())}, but there are {num_classes} classes, 0 to {num_classes - 1}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.plan import plan_of
@@ -31,20 +32,67 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
     Raises:
         InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
     """
-    walk = BlockWalk(net)
-    check_labels(y, _batch_size(x), plan_of(net).num_classes)
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    for part, scores in walk.run(x):
-        loss = block_loss(scores, y)
-        losses.append(loss.detach())
-        if loss.requires_grad:
-            found = _gradients(loss, walk.trainable[part])
-            parameters += found
-            gradients += found.values()
+    for loss, found in _block_steps(net, x, y):
+        losses.append(loss)
+        parameters += found
+        gradients += found.values()
     value = total(losses)
     return _Deposit.apply(value, gradients, *parameters) if parameters and torch.is_grad_enabled() else value
+
+
+def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> Tensor:
+    """Train one step, each block by itself: its gradients are computed, used and freed before the next block runs.
+
+    The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`, but the gradients of one block at a time are held.
+    Gradients from before the step are discarded, and none are left after it.
+
+    Args:
+        net: what `transform` returned, in train mode.
+        x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
+        y: class indices, (B,).
+        optimizer: over the parameters of `net`. With the groups of `parameter_groups`, each call of its `step` looks at one block only.
+
+    Returns:
+        The loss of all blocks before the step, a scalar without gradient.
+
+    Raises:
+        InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
+    """
+    net.zero_grad(set_to_none=True)
+    losses: list[Tensor] = []
+    for loss, found in _block_steps(net, x, y):
+        losses.append(loss)
+        if found:
+            _apply(optimizer, found)
+            found.clear()
+    return total(losses)
+
+
+def _block_steps(net: fx.GraphModule, x: Any, y: Tensor) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
+    """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
+    walk = BlockWalk(net)
+    check_labels(y, _batch_size(x), walk.plan.num_classes)
+    for part, scores in walk.run(x):
+        loss = block_loss(scores, y)
+        del scores
+        yield loss.detach(), _gradients(loss, walk.trainable[part]) if loss.requires_grad else {}
+
+
+def _apply(optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
+    """Let the optimizer step on these parameters only; groups that hold none of them are kept out of its sight."""
+    groups = optimizer.param_groups
+    for p, gradient in gradients.items():
+        p.grad = gradient
+    try:
+        optimizer.param_groups = [group for group in groups if any(p in gradients for p in group["params"])]
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+        for p in gradients:
+            p.grad = None
 
 
 class LocalLoss(nn.Module):
@@ -67,15 +115,16 @@ class BlockWalk:
     """Runs the outer graph of a cut model and stops at each goodness.
 
     Attributes:
+        plan: of the model.
         trainable: the trainable parameters of each block with its head, by the index of the block; the classifier's come last.
     """
 
     def __init__(self, net: fx.GraphModule) -> None:
-        plan = plan_of(net)
+        self.plan = plan_of(net)
         if not net.training:
             raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
         self.net = net
-        self.parts = [*((block.target, f"head_{i}") for i, block in enumerate(plan)), (plan.classifier.target,)]
+        self.parts = [*((block.target, f"head_{i}") for i, block in enumerate(self.plan)), (self.plan.classifier.target,)]
         self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
 
     def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:
@@ -128,7 +177,7 @@ class _Deposit(Function):
             )
         # Scaled in place and let go of, so that each becomes its parameter's .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        is_one = scale.device.type == "cpu" and scale.item() == 1  # elsewhere, asking would wait for the device
+        is_one = type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1  # on a GPU, asking would wait for it
         scaled = gradients.copy() if is_one else [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
         gradients.clear()
         return (None, None, *scaled)

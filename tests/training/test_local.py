@@ -133,7 +133,6 @@ def test_accumulation_scaling_and_clipping_are_those_of_an_ordinary_loss():
 
 def test_the_loss_adds_to_other_losses():
     net, x, y = cut("two branches")
-    (local_gradients := gradients(net)).clear()
     penalty = sum(p.square().sum() for p in net.parameters())
     (sffx.local_loss(net, x, y) + penalty).backward()
     twin, _, _ = cut("two branches")
@@ -146,7 +145,7 @@ def test_a_second_backward_is_refused():
     net, x, y = cut("chain")
     loss = sffx.local_loss(net, x, y)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward was called twice on one local_loss.*Hint: call local_loss again"):
+    with pytest.raises(RuntimeError, match=r"backward was called twice on one local_loss.*Hint: call local_loss again"):
         loss.backward()
 
 
@@ -197,6 +196,36 @@ def test_the_module_form_is_the_same():
     torch.manual_seed(1)
     sffx.LocalLoss(twin)(x, y).backward()
     assert_same(gradients(net), gradients(twin))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_local_step_ends_where_the_loss_and_the_optimizer_do(name, kind, grouped):
+    net, x, y = cut(name)
+    twin = copy.deepcopy(net)
+    optimizers = [kind(sffx.parameter_groups(m, lr=0.1) if grouped else m.parameters(), lr=0.1) for m in (net, twin)]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        optimizers[0].zero_grad()
+        loss = sffx.local_loss(net, x, y)
+        loss.backward()
+        optimizers[0].step()
+        torch.manual_seed(seed)
+        assert torch.equal(sffx.local_step(twin, x, y, optimizers[1]), loss)
+    assert_same(net.state_dict(), twin.state_dict())
+    assert not gradients(twin)
+    assert [len(o.param_groups) for o in optimizers] == [len(optimizers[0].param_groups)] * 2
+
+
+def test_the_local_step_holds_the_gradients_of_one_block_at_a_time():
+    layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.ReLU())]
+    net = sffx.transform(nn.Sequential(*layers, nn.Linear(256, 4)), "layer").train()
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=0.1))
+    x, y = torch.randn(4, 256), torch.randint(0, 4, (4,))
+    counted = count_memory(lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer)
+    one_block = 4 * (256 * 256 + 256 + 4 * 256 + 4)
+    assert counted.gradients <= one_block
 
 
 def test_activations_of_one_block_at_a_time_on_resnet18():

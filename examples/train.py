@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 import sffx
@@ -19,24 +18,23 @@ if __name__ == "__main__":
     for name, default in (("--epochs", 10), ("--size", 128), ("--batch", 64), ("--lr", 1e-3)):
         parser.add_argument(name, type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, local = "cuda" if torch.cuda.is_available() else "cpu", args.method != "bp"
     prepare = T.Compose([T.Resize((args.size, args.size)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    held_out = "val" if (args.data / "val").is_dir() else "test"
-    images = [torchvision.datasets.ImageFolder(args.data / part, prepare) for part in ("train", held_out)]
-    train, test = (DataLoader(part, args.batch, shuffle=i == 0, num_workers=2) for i, part in enumerate(images))
-    net = torchvision.models.get_model(args.model, num_classes=len(images[0].classes)).to(device)
-    if args.method != "bp":
-        net = sffx.transform(net, args.policy, torch.zeros(1, 3, args.size, args.size), goodness=args.method)
-    groups = net.parameters() if args.method == "bp" else sffx.parameter_groups(net, args.lr)
-    optimizer = torch.optim.AdamW(groups, args.lr)
+    parts = ("train", "val" if (args.data / "val").is_dir() else "test")
+    train, test = (torchvision.datasets.ImageFolder(args.data / part, prepare) for part in parts)
+    train_loader, test_loader = (torch.utils.data.DataLoader(s, args.batch, shuffle=s is train, num_workers=2) for s in (train, test))
+    net = torchvision.models.get_model(args.model, num_classes=len(train.classes)).to(device)
+    if local:
+        net = sffx.transform(net, args.policy, torch.zeros(1, 3, args.size, args.size, device=device), goodness=args.method)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, args.lr) if local else net.parameters(), args.lr)
     for epoch in range(args.epochs):
         net.train()
-        for x, y in ((x.to(device), y.to(device)) for x, y in train):
+        for x, y in ((x.to(device), y.to(device)) for x, y in train_loader):
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(net(x), y) if args.method == "bp" else sffx.local_loss(net, x, y)
-            loss.backward()
+            (sffx.local_loss(net, x, y) if local else torch.nn.functional.cross_entropy(net(x), y)).backward()
             optimizer.step()
         with torch.no_grad():
-            right = sum(int((net.eval()(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in test)  # a cut net's is the ensemble's
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {held_out} accuracy {right / len(images[1]):.2%}", flush=True)
-    print(sffx.evaluate(net, test) if args.method != "bp" else "", end="\n" * (args.method != "bp"))
+            right = sum(int((net.eval()(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in test_loader)
+        print(f"epoch {epoch + 1} of {args.epochs}: {right / len(test):.2%} of {parts[1]} right", flush=True)
+    if local:
+        print(sffx.evaluate(net, test_loader))

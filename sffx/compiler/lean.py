@@ -2,40 +2,64 @@
 
 1. A ReLU that only feeds a max pool moves behind it: the two commute, and what the ReLU keeps shrinks with the pool.
 2. A `torch.nn.MaxPool2d` becomes a `LeanMaxPool2d`, which keeps its indices but not its input.
+3. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
+   over the gradient that the layer or the head made for it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sffx.learning.activation import LEAN, LeanGELU
 from sffx.learning.pool import LeanMaxPool2d
 
-_RELU_MODULES = (nn.ReLU, nn.ReLU6)
-_RELU_FUNCTIONS = (F.relu, torch.relu, F.relu6)
+_MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
+# Layers whose backward pass makes a tensor of its own for the gradient of its input.
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, LeanMaxPool2d)
 
 
-def lean(block: fx.GraphModule) -> None:
-    """Apply the rewrites to a block in place; its graph must be valid and stays so."""
+def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
+    """Apply the rewrites to a block in place; its graph must be valid and stays so.
+
+    Args:
+        block: the block.
+        feeds_head: whether its output is read by a head, and by nothing else that gives it a gradient.
+    """
     for node in list(block.graph.nodes):
         if _is_pool(block, node):
             _commute(block, node)
-            _replace(block, str(node.target))
+            _replace_pool(block, str(node.target))
+    for node in list(block.graph.nodes):
+        if _kind(block, node) in LEAN and _has_gradient_of_its_own(block, node, feeds_head):
+            _replace_activation(block, node)
     block.graph.lint()
     block.recompile()
 
 
+def _module(block: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return block.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
+    """Return the class of the module that a node calls, or the function; None where hooks make the module more than its class."""
+    module = _module(block, node)
+    if module is None:
+        return node.target if node.op == "call_function" else None
+    return type(module) if not module._forward_hooks and not module._forward_pre_hooks else None
+
+
 def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    pool = block.get_submodule(str(node.target))
+    pool = _module(block, node)
     return type(pool) is nn.MaxPool2d and not pool.return_indices
 
 
 def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     relu = pool.args[0]
-    if not isinstance(relu, fx.Node) or not _is_relu(block, relu) or len(relu.users) > 1:
+    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _reads_one(relu) or len(relu.users) > 1:
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -45,15 +69,39 @@ def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     block.graph.erase_node(relu)
 
 
-def _is_relu(block: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(block.get_submodule(str(node.target))) in _RELU_MODULES
-    return node.op == "call_function" and node.target in _RELU_FUNCTIONS and isinstance(node.args[0] if node.args else None, fx.Node)
+def _reads_one(node: fx.Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
-def _replace(block: fx.GraphModule, target: str) -> None:
-    pool = block.get_submodule(target)
-    assert isinstance(pool, nn.MaxPool2d)
-    lean_pool = LeanMaxPool2d(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+def _replace_pool(block: fx.GraphModule, target: str) -> None:
+    pool: Any = block.get_submodule(target)
+    twin = LeanMaxPool2d(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
     owner, _, name = target.rpartition(".")
-    setattr(block.get_submodule(owner), name, lean_pool.train(pool.training))
+    setattr(block.get_submodule(owner), name, twin.train(pool.training))
+
+
+def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+    if len(node.users) != 1 or not _reads_one(node):
+        return False
+    (reader,) = node.users
+    if reader.op == "output":
+        return feeds_head and reader.args[0] is node  # not among side values, which other blocks read
+    return isinstance(_module(block, reader), _FRESH)
+
+
+def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
+    module: Any = _module(block, node)
+    if getattr(module, "approximate", "none") != "none":
+        return
+    if module is None:
+        inplace = bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
+    else:
+        inplace = getattr(module, "inplace", False)
+    twin = LEAN[_kind(block, node)]
+    made = twin() if twin is LeanGELU else twin(inplace=inplace)
+    block.add_module(f"{node.name}_lean", made.train(block.training))
+    with block.graph.inserting_before(node):
+        replacement = block.graph.create_node("call_module", f"{node.name}_lean", (node.args[0],), name=f"{node.name}_lean")
+    replacement.meta = node.meta
+    node.replace_all_uses_with(replacement)
+    block.graph.erase_node(node)

@@ -53,7 +53,7 @@ def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[n
     root = nn.Module()
     root.train(trace.root.training)
     for block in (*plan.blocks, plan.classifier):
-        root.add_module(block.target, _block_module(trace, block, nodes))
+        root.add_module(block.target, _block_module(trace, plan, block, nodes))
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
         root.add_module(f"head_{i}", head)
         if norm is not None:
@@ -100,7 +100,7 @@ def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, fx
     return output
 
 
-def _block_module(trace: Trace, block: Block, nodes: dict[str, fx.Node]) -> fx.GraphModule:
+def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node]) -> fx.GraphModule:
     """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values."""
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
@@ -119,7 +119,7 @@ def _block_module(trace: Trace, block: Block, nodes: dict[str, fx.Node]) -> fx.G
     for target, twin in replaced.items():
         owner, _, name = target.rpartition(".")
         setattr(module.get_submodule(owner), name, twin)
-    lean(module)
+    lean(module, feeds_head=block is not plan.classifier)
     return module
 
 

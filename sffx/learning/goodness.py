@@ -26,6 +26,11 @@ from sffx.errors import InputError
 # A value moved through memory costs about as much time as this many multiply-adds, on CPUs and GPUs alike.
 _MACS_PER_VALUE = 8
 
+# z is kept for the backward pass while it has no more than this many times the values of y; beyond, it is computed again part by part.
+_KEEP = 4
+# Batches are not split for the sake of tensors below this many values.
+_SMALL = 2**18
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -130,56 +135,88 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     """Whether the second-moment form costs less than the direct one, by multiply-adds and values moved for one sample's step."""
     c, j, p = channels + 1, num_classes, positions
-    direct = 3 * p * c * j + _MACS_PER_VALUE * 6 * j * p
+    products = 3 if num_classes <= _KEEP * channels else 4  # z = W y is computed again where it was not kept
+    direct = products * p * c * j + _MACS_PER_VALUE * 6 * j * p
     moment = 2 * p * c * c + 3 * j * c * c + _MACS_PER_VALUE * 6 * c * c
     return moment < direct
 
 
 class DirectGoodness(Function):
-    """The goodness by way of z, (B, J, P)."""
+    """The goodness by way of z, (B, J, P), which is kept for the backward pass unless it is large against y."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        z = torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
-        ctx.save_for_backward(y, z, weight)
-        return _mean_square(z)
+        if weight.shape[0] <= _KEEP * y.shape[1]:
+            z = _image(y, weight, bias)
+            ctx.save_for_backward(y, weight, bias, z)
+            return _mean_square(z)
+        ctx.save_for_backward(y, weight, bias, None)
+        per_sample = weight.shape[0] * y.shape[2]
+        return torch.cat([_mean_square(_image(y[part], weight, bias)) for part in _parts(y, per_sample)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, z, weight = ctx.saved_tensors
-        dz = z * (dg * (2 / y.shape[2]))[:, :, None]
-        dy = weight.t().expand(y.shape[0], -1, -1) @ dz if ctx.needs_input_grad[0] else None
-        dw = torch.addbmm(weight, dz, y.mT, beta=0) if ctx.needs_input_grad[1] else None
-        return dy, dw, dz.sum((0, 2)) if ctx.needs_input_grad[2] else None
+        y, weight, bias, z = ctx.saved_tensors
+        wants_y, wants_weight, wants_bias = ctx.needs_input_grad
+        dy = torch.empty_like(y) if wants_y else None
+        dw = torch.zeros_like(weight) if wants_weight else None
+        db = torch.zeros_like(bias) if wants_bias else None
+        scale = dg * (2 / y.shape[2])
+        for part in _parts(y, weight.shape[0] * y.shape[2]):
+            dz = z[part] * scale[part, :, None] if z is not None else _image(y[part], weight, bias).mul_(scale[part, :, None])
+            if dy is not None:
+                torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy[part])
+            if dw is not None:
+                dw.addbmm_(dz, y[part].mT)
+            if db is not None:
+                db += dz.sum((0, 2))
+        return dy, dw, db
 
 
 class SecondMomentGoodness(Function):
-    """The goodness by way of each sample's second moment, (B, C + 1, C + 1)."""
+    """The goodness by way of each sample's second moment, of which (B, C, C) and the mean (B, C) are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        moment, mean = (y @ y.mT).div_(y.shape[2]), y.mean(2)  # (B, C, C), (B, C)
-        image = (weight @ moment).addcmul_(bias[:, None], mean[:, None])  # (B, J, C): the linear part of M~ w~_j
+        moment, mean = (y @ y.mT).div_(y.shape[2]), y.mean(2)
         ctx.save_for_backward(y, weight, bias, moment, mean)
-        cross = mean @ weight.t() + bias  # (B, J): the constant part
-        return torch.einsum("bjc,jc->bj", image, weight).addcmul_(bias, cross)
+        constant = torch.addmm(bias, mean, weight.t()).mul_(bias)  # (B, J): bias_j (w_j . mean + bias_j)
+        linear = [torch.einsum("bjc,jc->bj", _moved(moment[part], mean[part], weight, bias), weight) for part in _parts(y, weight.numel())]
+        return torch.cat(linear).add_(constant)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, moment, mean = ctx.saved_tensors
-        dy = dw = db = None
-        if ctx.needs_input_grad[0]:
-            scale = dg * (2 / y.shape[2])
-            form = (weight.t() * scale[:, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
-            dy = torch.baddbmm(((scale * bias) @ weight)[:, :, None], form, y)
-        if ctx.needs_input_grad[1]:
-            image = (weight @ moment).addcmul_(bias[:, None], mean[:, None])
-            dw = torch.einsum("bjc,bj->jc", image, 2 * dg)
-        if ctx.needs_input_grad[2]:
-            db = (2 * dg * (mean @ weight.t() + bias)).sum(0)
+        wants_y, wants_weight, wants_bias = ctx.needs_input_grad
+        dy = torch.empty_like(y) if wants_y else None
+        dw = torch.zeros_like(weight) if wants_weight else None
+        scale = dg * (2 / y.shape[2])
+        for part in _parts(y, weight.numel()):
+            if dy is not None:
+                form = (weight.t() * scale[part, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
+                torch.baddbmm(((scale[part] * bias) @ weight)[:, :, None], form, y[part], out=dy[part])
+            if dw is not None:
+                dw += torch.einsum("bjc,bj->jc", _moved(moment[part], mean[part], weight, bias), 2 * dg[part])
+        db = (2 * dg * torch.addmm(bias, mean, weight.t())).sum(0) if wants_bias else None
         return dy, dw, db
+
+
+def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return z, (B, J, P)."""
+    return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
+
+
+def _moved(moment: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the linear part of `M~ w~_j` for each sample and class, (B, J, C)."""
+    return (weight @ moment).addcmul_(bias[:, None], mean[:, None])
+
+
+def _parts(y: Tensor, per_sample: int) -> list[slice]:
+    """Split the batch so that a tensor of so many values a sample is no larger, part by part, than y itself."""
+    size = max(1, max(y.numel(), _SMALL) // per_sample)
+    return [slice(start, start + size) for start in range(0, y.shape[0], size)]
 
 
 class _MeanSquare(Function):

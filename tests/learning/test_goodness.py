@@ -11,9 +11,11 @@ from sffx.learning.goodness import (
     DirectGoodness,
     SecondMomentGoodness,
     SFFGoodness,
+    _parts,
     moment_is_cheaper,
     pointwise_goodness,
 )
+from sffx.measure.memory import count_memory
 
 FORMS = {"direct": DirectGoodness.apply, "moment": SecondMomentGoodness.apply}
 
@@ -41,6 +43,29 @@ def test_each_form_has_the_value_and_gradients_of_the_definition(form):
     gradients = [torch.autograd.grad(g, inputs, upstream) for g in (found, expected)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("classes", [3, 12, 40])  # one part; several, with z kept; several, with z computed again
+def test_a_batch_taken_in_parts_has_the_same_value_and_gradients(form, classes, monkeypatch):
+    monkeypatch.setattr("sffx.learning.goodness._SMALL", 1)
+    inputs = example(5, 4, 6, classes)
+    assert len(_parts(inputs[0], classes * 6)) == {3: 1, 12: 5, 40: 5}[classes]
+    upstream = torch.randn(5, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = FORMS[form](*inputs), by_definition(*inputs)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(g, inputs, upstream) for g in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("channels", "positions"), [(32, 1024), (256, 64)])  # second moment; direct, with z computed again
+def test_no_tensor_over_classes_and_positions_is_made(channels, positions):
+    classes = 2000
+    head = SFFGoodness(channels, classes, spatial=1)
+    y = torch.randn(16, channels, positions, requires_grad=True)
+    counted = count_memory(lambda: head(y).sum().backward(), model=head)
+    z = 4 * 16 * classes * positions
+    assert counted.activations < z / 4 + 3 * 4 * y.numel() + 6 * 4 * 16 * classes
 
 
 @pytest.mark.parametrize("form", FORMS)

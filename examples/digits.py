@@ -1,0 +1,167 @@
+"""Handwritten digits: train two networks block by block (SFF) and by backpropagation (BP) on the same batches, and compare.
+
+    python examples/digits.py --out sffx-demo
+
+Takes two to three minutes and needs `pip install 'sffx[demo]'`. The images come with scikit-learn: 1,797 of 8 x 8 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import torch.nn.functional as F
+import torchvision
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+import sffx
+from sffx.draw.plots import plot_accuracy
+from sffx.draw.render import draw
+from sffx.measure.memory import MIB, count_memory
+from sffx.measure.timing import compare_time
+
+BATCH, TEST = 64, 360
+Pair = tuple[Tensor, Tensor]  # images (N, 3, size, size) and labels (N,)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def residual_network() -> nn.Module:
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    blocks = ResidualBlock(16, 16), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2), ResidualBlock(64, 64)
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def mobilenet() -> nn.Module:
+    model = torchvision.models.mobilenet_v3_small(num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # by torchvision's 0.01 the running statistics lag behind a training this short
+    return model
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network and how to train it. The rates and epochs were chosen on 237 of the training images, never on the test images."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    size: int
+    epochs: int
+    rates: dict[str, float]
+
+
+TASKS = (
+    Task("residual_network", residual_network, size=16, epochs=10, rates={"SFF": 1e-2, "BP": 1e-2}),
+    Task("mobilenet_v3_small", mobilenet, size=48, epochs=10, rates={"SFF": 1e-2, "BP": 3e-3}),
+)
+
+
+class Learner:
+    """A network, the way it learns and its optimizer, which follows a one-cycle schedule of the learning rate."""
+
+    def __init__(self, net: nn.Module, loss: Callable[[Any, Tensor, Tensor], Tensor], groups: Any, lr: float, steps: int) -> None:
+        self.net, self.loss = net.train(), loss
+        self.optimizer = torch.optim.AdamW(groups, lr)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps)
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss = self.loss(self.net, x, y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+def learners(task: Task, steps: int, seed: int) -> dict[str, Learner]:
+    """Make the cut network and the plain one from the same initial weights."""
+    torch.manual_seed(seed)
+    model = task.make()
+    net = sffx.transform(model, policy="residual", example_input=torch.zeros(1, 3, task.size, task.size))
+    print(net.plan, flush=True)
+    return {
+        "SFF": Learner(net, sffx.local_loss, sffx.parameter_groups(net, task.rates["SFF"]), task.rates["SFF"], steps),
+        "BP": Learner(model, lambda net, x, y: F.cross_entropy(net(x), y), model.parameters(), task.rates["BP"], steps),
+    }
+
+
+def digits(size: int, seed: int) -> tuple[Pair, Pair]:
+    """Return the images to train on and those to test on, every digit with its share in both."""
+    found = load_digits()
+    images = F.interpolate(torch.tensor(found.images).float()[:, None] / 16, size=size, mode="bilinear")
+    x, y = ((images - 0.3) / 0.38).repeat(1, 3, 1, 1), torch.tensor(found.target)
+    train, test = train_test_split(torch.arange(len(y)), test_size=TEST, stratify=y, random_state=seed)
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn each image by up to 11 degrees, scale it by up to 10 % and shift it by up to 10 % of its width."""
+    angle, scale, right, down = (torch.rand(4, len(x), generator=generator) * 2 - 1) * torch.tensor([[0.2], [0.1], [0.2], [0.2]])
+    cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
+    moves = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(moves, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+
+
+def train(learners: dict[str, Learner], data: Pair, epochs: int, seed: int) -> None:
+    """Give every batch to all learners."""
+    x, y = data
+    generator = torch.Generator().manual_seed(seed)
+    order = [index for _ in range(epochs) for index in torch.randperm(len(x), generator=generator).split(BATCH) if len(index) == BATCH]
+    with tqdm(order, "training", unit="step", bar_format="{desc} {percentage:3.0f} % {bar:30} {elapsed} < {remaining}{postfix}") as bar:
+        for index in bar:
+            images = augment(x[index], generator)
+            losses = {name: learner.step(images, y[index]) for name, learner in learners.items()}
+            for learner in learners.values():
+                learner.schedule.step()
+            bar.set_postfix({f"{name} loss": f"{loss:.2f}" for name, loss in losses.items()}, refresh=False)
+
+
+def accuracy(model: nn.Module, data: Pair) -> float:
+    with torch.no_grad():
+        return float((model.eval()(data[0]).argmax(dim=1) == data[1]).float().mean())
+
+
+def accuracy_onnx(path: Path, data: Pair) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {session.get_inputs()[0].name: data[0].numpy()})
+    return float((torch.tensor(scores).argmax(dim=1) == data[1]).float().mean())
+
+
+def costs(learners: dict[str, Learner], data: Pair) -> dict[str, dict[str, float]]:
+    """Measure a training step of both, now that the states of the optimizers exist. This changes the weights."""
+    x, y = data[0][:BATCH], data[1][:BATCH]
+    steps = {name: lambda learner=learner: learner.step(x, y) for name, learner in learners.items()}
+    for learner in learners.values():
+        learner.net.train()
+    counts = {name: count_memory(steps[name], model=learner.net, optimizer=learner.optimizer) for name, learner in learners.items()}
+    times = compare_time(steps, rounds=10, warmup=1)
+    rows: dict[str, dict[str, float]] = {
+        "peak memory, MiB": {name: count.peak / MIB for name, count in counts.items()},
+        "of it activations, MiB": {name: count.at_peak.activations / MIB for name, count in counts.items()},
+        "time, ms": {name: times.median(name) * 1e3 for name in steps},
+    }
+    ...
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Train a torchvision classifier on folders of images with Lightning, by backpropagation, SFF or CwC.
+
+    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18
+    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18 --resume    # after an interrupt
+
+DIR holds train/ and val/ or test/, each with a folder per class. The output folder gets the logs (CSV, and TensorBoard where it is
+installed) and the checkpoints: the best by validation accuracy, and the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+import torchvision
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import sffx
+from sffx.lightning import BPModule, SFFModule
+
+# Each block's learning rate falls when its own validation loss has not improved for so many epochs.
+PLATEAU = {"factor": 0.3, "patience": 3}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
+    parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc"))
+    parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--size", type=int, default=128, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=64, help="for each device")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--patience", type=int, default=10, help="stop after so many epochs without a better validation accuracy")
+    parser.add_argument("--precision", default="32-true", help="as Lightning names it; bf16-mixed for less memory")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs where there are any, else processes")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return parser.parse_args()
+
+
+def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
+    """Return the loaders of both parts and the number of classes."""
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    prepare = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor(), normalize])
+    train = ImageFolder(args.data / "train", prepare)
+    held_out = ImageFolder(args.data / ("val" if (args.data / "val").is_dir() else "test"), prepare)
+    options = {"batch_size": args.batch, "num_workers": args.workers, "persistent_workers": args.workers > 0}
+    return DataLoader(train, shuffle=True, **options), DataLoader(held_out, **options), len(train.classes)
+
+
+def module(args: argparse.Namespace, classes: int) -> LightningModule:
+    """Return what the Trainer trains: the model as it is, or cut into blocks."""
+    model = torchvision.models.get_model(args.model, num_classes=classes)
+    if args.method == "bp":
+        return BPModule(model, lr=args.lr, plateau=PLATEAU)
+    net = sffx.transform(model, args.policy, torch.zeros(1, 3, args.size, args.size), goodness=args.method)
+    return SFFModule(net, lr=args.lr, plateau=PLATEAU)
+
+
+def logs(folder: Path) -> list[Logger]:
+    found: list[Logger] = [CSVLogger(folder, name="csv")]
+    if importlib.util.find_spec("tensorboard") is not None:
+        found.append(TensorBoardLogger(folder, name="tensorboard"))
+    return found
+
+
+def main() -> None:
+    args = arguments()
+    seed_everything(args.seed)
+    train, held_out, classes = loaders(args)
+    checkpoint = ModelCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max", save_last=True)
+    last = args.out / "last.ckpt"
+    if args.resume and not last.exists():
+        raise SystemExit(f"there is nothing to resume: {last} does not exist")
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        devices=args.devices,
+        precision=args.precision,
+        callbacks=[checkpoint, EarlyStopping("val_acc", mode="max", patience=args.patience)],
+        logger=logs(args.out),
+        log_every_n_steps=10,
+    )
+    trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
+    if trainer.is_global_zero:
+        print(f"best: {checkpoint.best_model_path}, validation accuracy {checkpoint.best_model_score:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -84,6 +84,8 @@ def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: b
     if len(node.users) != 1 or not _reads_one(node):
         return False
     (reader,) = node.users
+    if isinstance(_module(block, reader), nn.Dropout):  # makes a gradient of its own, or with p = 0 passes on that of its reader
+        return _has_gradient_of_its_own(block, reader, feeds_head)
     if reader.op == "output":
         return feeds_head and reader.args[0] is node  # not among side values, which other blocks read
     return isinstance(_module(block, reader), _FRESH)

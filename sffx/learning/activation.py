@@ -21,28 +21,28 @@ class LeanReLU(nn.ReLU):
     """`torch.nn.ReLU`, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReLU.apply(x, self.inplace) if _is_training_step(x) else super().forward(x)
+        return _ReLU.apply(x, self.inplace) if is_training_step(x) else super().forward(x)
 
 
 class LeanHardswish(nn.Hardswish):
     """`torch.nn.Hardswish`, same values and gradients; never in place in training, since its backward pass asks for its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.hardswish, _hardswish_backward) if _is_training_step(x) else super().forward(x)
+        return _Pointwise.apply(x, F.hardswish, _hardswish_backward) if is_training_step(x) else super().forward(x)
 
 
 class LeanSiLU(nn.SiLU):
     """`torch.nn.SiLU`, same values and gradients; never in place in training, since its backward pass asks for its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.silu, _silu_backward) if _is_training_step(x) else super().forward(x)
+        return _Pointwise.apply(x, F.silu, _silu_backward) if is_training_step(x) else super().forward(x)
 
 
 class LeanGELU(nn.GELU):
     """`torch.nn.GELU` in its exact form, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.gelu, _gelu_backward) if _is_training_step(x) else super().forward(x)
+        return _Pointwise.apply(x, F.gelu, _gelu_backward) if is_training_step(x) else super().forward(x)
 
 
 # The class and the function of each activation, and its lean twin.
@@ -54,7 +54,8 @@ LEAN: dict[Any, type[nn.Module]] = {
 }
 
 
-def _is_training_step(x: Tensor) -> bool:
+def is_training_step(x: Tensor) -> bool:
+    """Whether a backward pass will follow that nobody else takes care of, as a compiler does."""
     return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
 
 

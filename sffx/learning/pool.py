@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sffx.learning.activation import is_training_step
+
 Pair = list[int]
 
 
@@ -18,7 +20,7 @@ class LeanMaxPool2d(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         """Pool (B, C, H, W)."""
         # Where nothing is saved, or the gradient's memory format would have to be read off the input, torch's own does as well.
-        if not (torch.is_grad_enabled() and x.requires_grad and x.ndim == 4 and x.is_contiguous()):
+        if not (is_training_step(x) and x.ndim == 4 and x.is_contiguous()):
             return super().forward(x)
         geometry = [_pair(size) for size in (self.kernel_size, self.stride, self.padding, self.dilation)]
         return _MaxPool.apply(x, *geometry, self.ceil_mode)

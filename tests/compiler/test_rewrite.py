@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.errors import CutError
-from sffx.learning.pool import LeanMaxPool2d
 from tests.toys import Chain, Residual, Rounding, SharedBias, TwoInputs, step_scores
 
 
@@ -137,35 +136,3 @@ class _CannotKeepItsInput(nn.Module):
 def test_a_write_with_no_other_form_is_refused_by_name():
     with pytest.raises(CutError, match=r"writes in place on a value that crosses a cut.*has no form that does not"):
         sffx.transform(_CannotKeepItsInput(), ["first"], norm="none")
-
-
-@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()])
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, padding=1, dilation=1, ceil_mode=True)])
-def test_the_lean_pool_changes_no_value_and_no_gradient(relu, pool):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), relu, pool, nn.Flatten(1), nn.LazyLinear(3)).double()
-    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
-    model(x)
-    net = sffx.transform(model, "batchnorm", x, norm="none").train()
-    assert isinstance(net.block_0.get_submodule("2"), LeanMaxPool2d)
-    g = step_scores(net, x)
-    twin = copy.deepcopy(model)
-    y = twin[2](twin[1](twin[0](x)))
-    head = copy.deepcopy(net.head_0)
-    expected = torch.autograd.grad(head(y).sum(), [*twin[0].parameters()])
-    found = torch.autograd.grad(g[0].sum(), [*net.block_0.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_relu_with_another_reader_stays_before_the_pool():
-    class Skips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.conv(x))
-            return self.head((self.pool(x) + x[:, :, ::2, ::2]).mean((2, 3)))
-
-    net = sffx.transform(Skips(), ["add"], torch.zeros(1, 3, 4, 4))
-    order = [node.name for node in net.block_0.graph.nodes]
-    assert order.index("relu") < order.index("pool")

@@ -1,0 +1,161 @@
+"""The lean rewrites change no value and no gradient; each of the three is one test, and so is each place where it must not be made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import sffx
+from sffx.learning.activation import LeanGELU, LeanHardswish, LeanReLU, LeanSiLU
+from sffx.learning.pool import LeanMaxPool2d
+from sffx.measure.memory import count_memory
+from tests.toys import Residual, step_scores
+
+LEAN = (LeanReLU, LeanHardswish, LeanSiLU, LeanGELU, LeanMaxPool2d)
+
+
+def lean_modules(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if type(module) in LEAN]
+
+
+def assert_as_the_plain_layers(net: fx.GraphModule, plain: nn.Module, x: Tensor) -> None:
+    """Compare the first block with the layers that it was made from, which end in its output."""
+    (goodness, *_), output = step_scores(net, x), plain(x)
+    expected = torch.autograd.grad(copy.deepcopy(net.head_0)(output).sum(), list(plain.parameters()))
+    found = torch.autograd.grad(goodness.sum(), list(net.block_0.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def cut(*layers: nn.Module) -> tuple[fx.GraphModule, nn.Sequential]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(3)).double()
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    model(x)
+    name = f"_{len(layers) - 1}"
+    return sffx.transform(model, [name], x, norm="none").train(), model[:-2]
+
+
+X = torch.randn(5, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, padding=1, ceil_mode=True)])
+def test_a_relu_moves_behind_a_pool_that_keeps_only_its_indices(relu, pool):
+    net, plain = cut(nn.Conv2d(3, 4, 3), relu, pool)
+    order = [node.name for node in net.block_0.graph.nodes]
+    assert order[1:3] == ["_0", "_2"]
+    assert isinstance(net.block_0.get_submodule("2"), LeanMaxPool2d)
+    assert_as_the_plain_layers(net, plain, X)
+
+
+@pytest.mark.parametrize(
+    ("activation", "twin"),
+    [
+        (nn.ReLU(), LeanReLU),
+        (nn.ReLU(inplace=True), LeanReLU),
+        (nn.Hardswish(), LeanHardswish),
+        (nn.Hardswish(inplace=True), LeanHardswish),
+        (nn.SiLU(), LeanSiLU),
+        (nn.GELU(), LeanGELU),
+    ],
+)
+@pytest.mark.parametrize("after", ["layer", "dropout", "end"])
+def test_an_activation_writes_over_the_gradient_it_is_given(activation, twin, after):
+    rest = {"layer": [nn.Conv2d(4, 4, 3)], "dropout": [nn.Dropout(0.0), nn.Conv2d(4, 4, 3)], "end": []}[after]
+    net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, *rest)
+    assert lean_modules(net) == ["block_0._2_lean"]
+    assert type(net.block_0._2_lean) is twin
+    assert_as_the_plain_layers(net, plain, X)
+    assert torch.equal(net.eval().block_0(X), plain.eval()(X))
+
+
+def test_functions_are_replaced_as_modules_are():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.b(F.relu(self.a(x), True))))
+
+    net = sffx.transform(Functional(), ["relu_1"])
+    assert lean_modules(net) == ["block_0.relu_lean", "block_0.relu_1_lean"]
+    assert net.block_0.relu_lean.inplace
+    assert not net.block_0.relu_1_lean.inplace
+
+
+class _Branching(nn.Module):
+    """An activation that two layers read, one that a sum reads, and one with a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.watched = nn.ReLU()
+        self.watched.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = F.relu(self.b(x) + self.c(x)) + x
+        x = F.gelu(x, approximate="tanh")
+        return self.head(self.watched(x))
+
+
+def test_activations_with_other_readers_stay():
+    assert lean_modules(sffx.transform(_Branching(), ["watched"])) == []
+
+
+def test_an_activation_that_no_head_reads_stays():
+    """The classifier ends in an activation, whose gradient comes from a loss that sffx does not make."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.head(F.relu(self.a(x))))
+
+    assert lean_modules(sffx.transform(Skips(), ["relu"])) == ["block_0.relu_lean"]
+
+
+def test_a_relu_with_another_reader_stays_before_the_pool():
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            return self.head((self.pool(x) + x[:, :, ::2, ::2]).mean((2, 3)))
+
+    net = sffx.transform(Skips(), ["add"], torch.zeros(1, 3, 4, 4))
+    order = [node.name for node in net.block_0.graph.nodes]
+    assert order.index("relu") < order.index("pool")
+
+
+@pytest.mark.parametrize("twin", [LeanReLU, LeanHardswish, LeanSiLU, LeanGELU])
+def test_a_broadcast_gradient_is_not_written_over(twin):
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    plain = twin.__mro__[1]()
+    (found,) = torch.autograd.grad(twin()(x).sum(), x)
+    (expected,) = torch.autograd.grad(plain(x).sum(), x)
+    assert torch.equal(found, expected)
+    assert torch.autograd.gradcheck(lambda v: twin()(v) * 2, x)
+
+
+def test_less_is_held_at_the_peak():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 3))
+    x, y = torch.randn(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64)
+    net = sffx.transform(model, example_input=x).train()
+    counted = count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net).activations
+    value = 64 * 32 * 14 * 14 * 4
+    # BN's input, the gradient of its output and that of its input; the block's output, a quarter of that, is handed on.
+    assert counted < 3.5 * value
+
+
+def test_the_original_keeps_its_own_layers():
+    assert not lean_modules(sffx.extract(sffx.transform(Residual())))

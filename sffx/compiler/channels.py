@@ -38,7 +38,7 @@ def channel_axes(trace: Trace) -> dict[str, int]:
             if axis is not None:
                 axes[node.name] = axis
         elif isinstance(value, (tuple, list)):
-            _pass_on(node, axes)
+            _pass_on(node, trace.root, axes)
     for node in reversed(trace.graph.nodes):
         if node.name not in axes and _ndim(node) >= 2:
             _ask_readers(node, trace.root, axes)
@@ -98,9 +98,12 @@ def _permutation(value: Tensor, before: Any) -> list[int] | None:
     return order
 
 
-def _pass_on(node: fx.Node, axes: dict[str, int]) -> None:
-    """Let a tuple of tensors (chunks, the outputs of an RNN) have the axis of what it was made from."""
-    axis = next((axes[arg.name] for arg in node.all_input_nodes if arg.name in axes), None)
+def _pass_on(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
+    """Let a tuple of tensors have the axis that its layer declares (the outputs of an RNN), or that of what it was made from (chunks)."""
+    first = next((v for v in node.meta["example"] if isinstance(v, Tensor)), None)
+    axis = _declared(node, first, root) if first is not None else None
+    if axis is None:
+        axis = next((axes[arg.name] for arg in node.all_input_nodes if arg.name in axes), None)
     if axis is not None:
         axes[node.name] = axis
 

@@ -44,16 +44,12 @@ def residual(analysis: Analysis) -> list[str]:
 
 
 def batchnorm(analysis: Analysis) -> list[str]:
-    """Cut into BN groups: a layer with its BN, activation and pool. Layers without BN count while the value has not been flattened.
-
-    A model with neither (a plain MLP) is cut into single layers.
-    """
+    """Cut into BN groups: a layer with its BN, activation and pool. A layer without BN counts while the value has not been flattened."""
     steps = analysis.steps
     starts = _layer_starts(steps)
     groups = [(start, end) for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
     chosen = [(start, end) for start, end in groups[:-1] if _is_feature_group(steps, start, end)]
-    cuts = {_group_end(steps, start, end) for start, end in chosen or groups[:-1]}
-    return _names(steps, cuts)
+    return _names(steps, {_group_end(steps, start, end) for start, end in chosen})
 
 
 def layer(analysis: Analysis) -> list[str]:
@@ -131,7 +127,7 @@ def _layer_starts(steps: tuple[Step, ...]) -> list[int]:
 
 
 def _is_feature_group(steps: tuple[Step, ...], start: int, end: int) -> bool:
-    return any(step.batchnorm for step in steps[start:end]) or len(steps[start].shape) > 1
+    return any(step.batchnorm for step in steps[start:end]) or not any(step.pools for step in steps[: start + 1])
 
 
 def _group_end(steps: tuple[Step, ...], start: int, end: int) -> int:

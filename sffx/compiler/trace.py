@@ -25,7 +25,7 @@ from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf
 from sffx.errors import InputError, TraceError
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
 _LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")
 
 

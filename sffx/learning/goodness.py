@@ -31,6 +31,9 @@ _KEEP = 4
 # Batches are not split for the sake of tensors below this many values.
 _SMALL = 2**18
 
+# With no more positions than this, one product over all samples' positions is faster than a product for each sample, copy included.
+_FEW_POSITIONS = 8
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -129,6 +132,8 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if moment_is_cheaper(y.shape[1], weight.shape[0], y.shape[2]):
         return SecondMomentGoodness.apply(y, weight, bias)
+    if y.mT.is_contiguous() or y.shape[2] <= _FEW_POSITIONS:
+        return RowGoodness.apply(y.mT.contiguous(), weight, bias)
     return DirectGoodness.apply(y, weight, bias)
 
 
@@ -174,6 +179,39 @@ class DirectGoodness(Function):
         return dy, dw, db
 
 
+class RowGoodness(Function):
+    """The direct goodness of y in rows, (B, P, C), as tokens lie in memory: one product over all positions of all samples."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if weight.shape[0] <= _KEEP * y.shape[2]:
+            z = _row_image(y, weight, bias)
+            ctx.save_for_backward(y, weight, bias, z)
+            return _mean_square(z, 1)
+        ctx.save_for_backward(y, weight, bias, None)
+        return torch.cat([_mean_square(_row_image(y[part], weight, bias), 1) for part in _parts(y, weight.shape[0] * y.shape[1])])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, z = ctx.saved_tensors
+        wants_y, wants_weight, wants_bias = ctx.needs_input_grad
+        dy = torch.empty_like(y) if wants_y else None
+        dw = torch.zeros_like(weight) if wants_weight else None
+        db = torch.zeros_like(bias) if wants_bias else None
+        scale = dg * (2 / y.shape[1])
+        for part in _parts(y, weight.shape[0] * y.shape[1]):
+            dz = z[part] * scale[part, None] if z is not None else _row_image(y[part], weight, bias).mul_(scale[part, None])
+            rows = dz.flatten(0, 1)
+            if dy is not None:
+                torch.mm(rows, weight, out=dy[part].flatten(0, 1))
+            if dw is not None:
+                dw.addmm_(rows.t(), y[part].flatten(0, 1))
+            if db is not None:
+                db += rows.sum(0)
+        return dy, dw, db
+
+
 class SecondMomentGoodness(Function):
     """The goodness by way of each sample's second moment, of which (B, C, C) and the mean (B, C) are kept for the backward pass."""
 
@@ -208,6 +246,11 @@ def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
 
 
+def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return z in rows, (B, P, J)."""
+    return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], -1)
+
+
 def _moved(moment: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the linear part of `M~ w~_j` for each sample and class, (B, J, C)."""
     return (weight @ moment).addcmul_(bias[:, None], mean[:, None])
@@ -239,8 +282,8 @@ def _full_precision(y: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(y.device.type, enabled=False) if y.device.type != "meta" else nullcontext()
 
 
-def _mean_square(z: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(z, dim=2).square_().div_(z.shape[2])
+def _mean_square(z: Tensor, axis: int = 2) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=axis).square_().div_(z.shape[axis])
 
 
 def _positions(y: Tensor, channel_axis: int) -> Tensor:

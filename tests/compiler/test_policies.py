@@ -189,3 +189,58 @@ def test_the_plan_does_not_depend_on_the_size_of_the_input():
 def test_policies_that_cannot_be_used(policy, error, message):
     with pytest.raises(error, match=message):
         sffx.plan(Residual(), policy)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(8, 16, batch_first=True), nn.GRU(16, 12, batch_first=True)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.first(x)
+        x, _ = self.second(x)
+        return self.head(x[:, -1])
+
+
+class _Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(x)).mean(1))
+
+
+MLP = (nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 4))
+SIGNAL = (
+    nn.Conv1d(2, 8, 3),
+    nn.BatchNorm1d(8),
+    nn.ReLU(),
+    nn.Conv1d(8, 6, 3),
+    nn.ReLU(),
+    nn.AdaptiveAvgPool1d(1),
+    nn.Flatten(),
+    nn.Linear(6, 3),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "blocks"),
+    [
+        (_Recurrent(), torch.zeros(1, 7, 8), [("first", (7, 16), 2), ("second", (7, 12), 2)]),
+        (_Encoder(), None, [("embedding", (16, 16), 2), *((f"encoder.layers.{i}", (16, 16), 2) for i in range(3))]),
+        (nn.Sequential(*MLP), None, [("0 … 1", (32,), 1), ("2 … 4", (24,), 1)]),
+        (nn.Sequential(*SIGNAL), None, [("0 … 2", (8, 126), 1), ("3 … 4", (6, 124), 1)]),
+    ],
+    ids=["recurrent", "encoder", "MLP", "signal"],
+)
+def test_models_of_a_users_own(model, example, blocks):
+    net = sffx.transform(model, "batchnorm", example).train()
+    assert [(block.name, block.shape, block.channel_axis) for block in net.plan] == blocks
+    assert not net.plan.leaves
+    (given,) = net.plan.inputs
+    x = torch.randint(0, given.high, (6, *given.shape)) if given.high else torch.randn(6, *given.shape)
+    sffx.local_loss(net, x, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    assert all(p.grad is not None for p in net.parameters())

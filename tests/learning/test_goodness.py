@@ -9,6 +9,7 @@ from sffx.errors import InputError
 from sffx.learning.goodness import (
     CwCGoodness,
     DirectGoodness,
+    RowGoodness,
     SecondMomentGoodness,
     SFFGoodness,
     _parts,
@@ -17,7 +18,11 @@ from sffx.learning.goodness import (
 )
 from sffx.measure.memory import count_memory
 
-FORMS = {"direct": DirectGoodness.apply, "moment": SecondMomentGoodness.apply}
+FORMS = {
+    "direct": DirectGoodness.apply,
+    "rows": lambda y, weight, bias: RowGoodness.apply(y.mT.contiguous(), weight, bias),
+    "moment": SecondMomentGoodness.apply,
+}
 
 
 def by_definition(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -163,6 +168,10 @@ def test_the_cheaper_form_is_taken():
     assert not moment_is_cheaper(2048, 1000, 49)
     y, weight, bias = example(2, 4, 50, 300)
     assert type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"
+    assert type(pointwise_goodness(*example(2, 40, 50, 3)).grad_fn).__name__ == "DirectGoodnessBackward"
+    assert type(pointwise_goodness(*example(2, 40, 4, 3)).grad_fn).__name__ == "RowGoodnessBackward"
+    tokens, weight, bias = example(2, 50, 40, 3)[0].mT, *example(2, 40, 4, 3)[1:]
+    assert type(pointwise_goodness(tokens, weight, bias).grad_fn).__name__ == "RowGoodnessBackward"
 
 
 @pytest.mark.parametrize("kernel_size", [0, 2, -1, 1.5, "3"])

@@ -130,11 +130,23 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: (J, C).
         bias: (J,).
     """
-    if moment_is_cheaper(y.shape[1], weight.shape[0], y.shape[2]):
+    by_moment = moment_is_cheaper(y.shape[1], weight.shape[0], y.shape[2])
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _exported(y, weight, bias, by_moment)
+    if by_moment:
         return SecondMomentGoodness.apply(y, weight, bias)
     if y.mT.is_contiguous() or y.shape[2] <= _FEW_POSITIONS:
         return RowGoodness.apply(y.mT.contiguous(), weight, bias)
     return DirectGoodness.apply(y, weight, bias)
+
+
+def _exported(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tensor:
+    """Write either form in plain operations of any batch size, for an inference graph."""
+    if not by_moment:
+        return (weight @ y + bias[:, None]).square().mean(2)
+    mean = y.mean(2)
+    image = weight @ (y @ y.mT / y.shape[2]) + bias[:, None] * mean[:, None]
+    return (image * weight).sum(2) + bias * (mean @ weight.t() + bias)
 
 
 def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:

@@ -22,6 +22,7 @@ from sffx.compiler.plan import Block, BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.onnx import export_onnx
 from sffx.learning.readout import READOUTS, Readout
+from tests import toys
 
 IMAGE = Input("image", (3, 8, 8), "float32")
 
@@ -440,3 +441,12 @@ def test_missing_package_names_the_extra(net: fx.GraphModule, old_file: Path, mo
     with pytest.raises(MissingExtra, match=rf"exporting to ONNX needs the package '{package}', .*pip install 'sffx\[export\]'"):
         export_onnx(net, old_file)
     assert_untouched(old_file)
+
+
+@pytest.mark.parametrize("classes", [4, 300])  # the direct form of the goodness, and the one by second moments
+def test_a_real_cut_model_exports_at_any_batch_size(tmp_path: Path, classes: int) -> None:
+    net = sffx.transform(toys.Chain(classes), "layer", torch.zeros(1, 3, 8, 8)).eval()
+    path = export_onnx(net, tmp_path / "net.onnx")
+    x = torch.randn(7, 3, 8, 8)
+    (scores,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), net(x).detach(), rtol=1e-4, atol=1e-5)

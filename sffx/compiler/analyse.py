@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.inputs import TRACE_BATCH
 from sffx.compiler.trace import Trace, parameters_of
-from sffx.errors import CutError
+from sffx.errors import CutError, InputError
 
 _SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
 
@@ -36,7 +36,6 @@ _WEIGHTED_FUNCTIONS = (
     *(torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum, operator.matmul, "matmul"),
 )
 _BREAKS = ("adaptive", "dropout")
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,8 @@ class Analysis:
             raise CutError(
                 "the model has no trainable parameters, so there is nothing to train. Hint: set requires_grad before transforming"
             )
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InputError(f"the policy returned a {type(names).__name__}. Hint: return the names of the nodes to cut after, as a list")
         chosen = set(names)
         for name in chosen:
             refusal = self._refusal(name)
@@ -207,7 +208,7 @@ class Analysis:
             shape=shape,
             trainable=bool(parameters),
             weighted=any(self._is_weighted(node) for node in nodes),
-            batchnorm=any(isinstance(self._module(node), _BATCH_NORMS) for node in nodes),
+            batchnorm=any(self._is_batch_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
             pools=self._is(end, ("adaptive",)) or (len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2),
             drops=self._is(end, ("dropout",)),
@@ -243,12 +244,37 @@ class Analysis:
             return "nothing after it has a parameter, so that no classifier would be left"
         if index in shared:
             return f"{shared[index]} is used on both sides of it"
-        readers = [self.nodes[reader] for reader in self._paths.successors(name)]
-        if len(readers) == 1 and isinstance(self._module(readers[0]), _BATCH_NORMS):
-            return f"it would part the BN layer {readers[0].target} from the layer that feeds it"
+        norm = self._batch_norm_after(name)
+        if norm:
+            return f"it would part the BN layer {norm} from the layer that feeds it"
         if name not in self.channel_axes:
             return f"the channel axis of its value, of shape {tuple(value.shape)}, cannot be told"
         return ""
+
+    def _batch_norm_after(self, name: str) -> str:
+        """Return the BN layer that this value feeds, through nothing but single activations or dropout, "" if there is none.
+
+        A layer's own output may feed it beside a shortcut; the sum that opens a pre-activation block may not, or no cut could lie there.
+        """
+        readers = [self.nodes[reader] for reader in self._paths.successors(name)]
+        norms = [reader for reader in readers if self._is_batch_norm(reader)]
+        if norms and (len(readers) == 1 or self._is_weighted(self.nodes[name])):
+            return str(norms[0].target)
+        if (
+            len(readers) == 1
+            and not self.parameters(readers[0])
+            and readers[0].name in self.spine
+            and self._same_shape(name, readers[0].name)
+        ):
+            return self._batch_norm_after(readers[0].name)
+        return ""
+
+    def _is_batch_norm(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        return node.target is F.batch_norm or (module is not None and "BatchNorm" in "".join(k.__name__ for k in type(module).__mro__))
+
+    def _same_shape(self, one: str, other: str) -> bool:
+        return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(self.nodes[other].meta["example"], "shape", 2)
 
     def _shared(self) -> dict[int, str]:
         """Return the indices of steps with a shared parameter or stateful module used both before and after, and its name."""

@@ -49,7 +49,8 @@ def _axis(node: fx.Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -
     declared = _declared(node, value, root)
     if declared is not None:
         return declared
-    known = [arg for arg in node.all_input_nodes if arg.name in axes]
+    # Where paths meet and disagree, the one that began earlier is the residual path.
+    known = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not known:
         return None
     source = next((arg for arg in known if _size(arg, axes) in value.shape[1:]), known[0])

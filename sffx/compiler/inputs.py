@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from sffx.errors import InputError
 
-# A batch size that no feature axis is likely to have, so that an axis of this size is the batch.
-TRACE_BATCH = 11
+# A batch size that nothing else in a model is likely to be, so that an axis of this size, or a number read from one, is the batch.
+TRACE_BATCH = 61
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing against the shape.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -142,7 +142,7 @@ def _failure(model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMod
     disabled, logger.disabled = logger.disabled, True
     try:
         with mode, torch.no_grad():
-            model(**arguments)
+            model.forward(**arguments)  # not the call: hooks of the model itself are no part of what is traced
     except DATA_DEPENDENT:
         return None
     except Exception as failure:

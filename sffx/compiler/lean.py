@@ -3,7 +3,9 @@
 1. A ReLU that only feeds a max pool moves behind it: the two commute, and what the ReLU keeps shrinks with the pool.
 2. A `torch.nn.MaxPool2d` becomes a `LeanMaxPool2d`, which keeps its indices but not its input.
 3. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
-   over the gradient that the layer or the head made for it.
+   over the gradient that the layer or the head made for it, in a block-local step.
+
+An operation whose in-place write is read behind its back (`meta["read_behind"]`) is left as it is.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from sffx.learning.activation import LEAN, LeanGELU
 from sffx.learning.pool import LeanMaxPool2d
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
-# Layers whose backward pass makes a tensor of its own for the gradient of its input.
-_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, LeanMaxPool2d)
+# Layers whose backward pass makes a tensor of its own for the gradient of its input. Exact classes: a subclass may hand one through.
+_FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear, LeanMaxPool2d)
 
 
 def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
@@ -36,6 +38,7 @@ def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
     for node in list(block.graph.nodes):
         if _kind(block, node) in LEAN and _has_gradient_of_its_own(block, node, feeds_head):
             _replace_activation(block, node)
+    block.delete_all_unused_submodules()
     block.graph.lint()
     block.recompile()
 
@@ -49,17 +52,20 @@ def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
     module = _module(block, node)
     if module is None:
         return node.target if node.op == "call_function" else None
-    return type(module) if not module._forward_hooks and not module._forward_pre_hooks else None
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return None if any(hooks) else type(module)
 
 
 def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
-    pool = _module(block, node)
-    return type(pool) is nn.MaxPool2d and not pool.return_indices
+    pool: Any = _module(block, node)
+    return _kind(block, node) is nn.MaxPool2d and not pool.return_indices and _reads_one(node)
 
 
 def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     relu = pool.args[0]
     if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _reads_one(relu) or len(relu.users) > 1:
+        return
+    if relu.meta.get("read_behind"):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -81,14 +87,14 @@ def _replace_pool(block: fx.GraphModule, target: str) -> None:
 
 
 def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
-    if len(node.users) != 1 or not _reads_one(node):
+    if len(node.users) != 1 or not _reads_one(node) or node.meta.get("read_behind"):
         return False
     (reader,) = node.users
-    if isinstance(_module(block, reader), nn.Dropout):  # makes a gradient of its own, or with p = 0 passes on that of its reader
+    if _kind(block, reader) is nn.Dropout:  # makes a gradient of its own, or with p = 0 passes on that of its reader
         return _has_gradient_of_its_own(block, reader, feeds_head)
     if reader.op == "output":
         return feeds_head and reader.args[0] is node  # not among side values, which other blocks read
-    return isinstance(_module(block, reader), _FRESH)
+    return _kind(block, reader) in _FRESH
 
 
 def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:

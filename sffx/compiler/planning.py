@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.inputs import TRACE_BATCH
@@ -82,7 +83,7 @@ def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output:
 
 
 def _carries_gradient(node: fx.Node) -> bool:
-    return isinstance(node.meta["example"], Tensor) and node.meta["example"].requires_grad
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(node.meta["example"]))
 
 
 def _unit(analysis: Analysis, owner: str, elsewhere: set[str]) -> str:

@@ -68,14 +68,15 @@ def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[n
 
 def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -> fx.Graph:
     graph = fx.Graph()
-    values: dict[str, fx.Node] = {}
+    values: dict[str, Any] = {}
+    nodes = {node.name: node for node in trace.graph.nodes}
     for node in trace.graph.nodes:
         if node.op == "placeholder":
             values[node.name] = graph.create_node("placeholder", str(node.target), name=node.name)
     goodness: list[fx.Node] = []
     for i, block in enumerate(plan.blocks):
         result = _call(graph, block.target, block.target, tuple(values[name] for name in block.inputs))
-        output = _unpack(graph, block, result, values)
+        output = _unpack(graph, block, result, values, nodes)
         goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output,)))
         detached = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
         values[block.output] = _call(graph, f"norm_{i}", f"norm_{i}", (detached,)) if norms[i] is not None else detached
@@ -88,7 +89,7 @@ def _call(graph: fx.Graph, target: str, name: str, args: tuple[object, ...]) -> 
     return graph.create_node("call_module", target, args, name=name)  # type: ignore[arg-type]
 
 
-def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, fx.Node]) -> fx.Node:
+def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
     """Take a block's output and its side values, detached where they carry gradient, out of what it returns."""
     if not block.sides:
         return result
@@ -96,8 +97,17 @@ def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, fx
     for i, side in enumerate(block.sides, start=1):
         values[side] = graph.create_node("call_function", operator.getitem, (result, i), name=side)
         if side in block.detached:
-            values[side] = graph.create_node("call_method", "detach", (values[side],), name=f"{side}_detached")
+            example = nodes[side].meta["example"]
+            values[side] = _detached(graph, values[side], len(example) if isinstance(example, (tuple, list)) else 0)
     return output
+
+
+def _detached(graph: fx.Graph, side: fx.Node, parts: int) -> Any:
+    """Detach a side value, or each of the `parts` tensors of one that is a tuple."""
+    if not parts:
+        return graph.create_node("call_method", "detach", (side,), name=f"{side.name}_detached")
+    items = [graph.create_node("call_function", operator.getitem, (side, i), name=f"{side.name}_{i}") for i in range(parts)]
+    return tuple(graph.create_node("call_method", "detach", (item,), name=f"{item.name}_detached") for item in items)
 
 
 def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node]) -> fx.GraphModule:
@@ -106,10 +116,11 @@ def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, 
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
     outside = {storage(nodes[name].meta["example"]) for name in block.inputs if _is_written_from_outside(nodes[name])}
     replaced: dict[str, nn.Module] = {}
+    read_behind = {writer.name for node in nodes.values() for writer in node.meta.get("after", ())}
     for name in block.nodes:
         node = nodes[name]
         values[name] = graph.node_copy(node, lambda n: values[n.name])
-        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {}), "read_behind": name in read_behind}
         if any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
             _keep_input(values[name], node, trace.root, replaced)
     outputs = tuple(values[name] for name in (block.output, *block.sides))
@@ -133,6 +144,11 @@ def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dic
 
     1. a module with `inplace=True`; 2. a function called with `inplace=True`; 3. an in-place operator; 4. a method `name_`.
     """
+    if node.meta["read_behind"]:
+        raise CutError(
+            f"node {original.name!r} writes in place on a value that crosses a cut, and the model reads what it wrote by another name. "
+            "Hint: cut elsewhere, or use the operation's result instead of the variable that it writes to"
+        )
     if node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False):
         twin: Any = copy.copy(root.get_submodule(str(node.target)))
         twin.inplace = False

@@ -99,13 +99,24 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    probe = _fake_copy(model, mode)
-    arguments = example_arguments(probe, example_input, mode)
     leaves: dict[str, str] = {}
-    root = copy.deepcopy(model)
-    tracer, graph = _traced(probe, root, arguments, mode, leaves)
+    with torch.inference_mode(False):
+        root = _copy(model)
+        probe = _fake_copy(model, mode)
+        arguments = example_arguments(probe, example_input, mode)
+        tracer, graph = _traced(probe, root, arguments, mode, leaves)
     _adopt(root, tracer, graph)
     return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(_notes(root, graph)))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as cause:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {cause}. Hint: it keeps a tensor that is computed from parameters, as the old "
+            "torch.nn.utils.weight_norm and pruning do; use torch.nn.utils.parametrizations, or remove the reparametrization"
+        ) from cause
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -176,8 +187,13 @@ class GuidedProxy(fx.Proxy):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Answer `isinstance(x, Tensor)` as the value would."""
+        return Tensor if isinstance(self.node.meta.get("example"), Tensor) else GuidedProxy
+
     def __len__(self) -> int:
-        return len(self.example)
+        return _not_the_batch(len(self.example), isinstance(self.example, Tensor))
 
     def __index__(self) -> int:
         return self._number(int)
@@ -191,7 +207,16 @@ class GuidedProxy(fx.Proxy):
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         if isinstance(self.example, Tensor):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
-        return kind(self.example)
+        return kind(_not_the_batch(self.example, True))
+
+
+def _not_the_batch(number: Any, suspect: bool) -> Any:
+    """Refuse to freeze the batch size into the graph."""
+    if suspect and number == TRACE_BATCH:
+        raise RuntimeError(
+            "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
+        )
+    return number
 
 
 class GuidedTracer(fx.Tracer):
@@ -211,6 +236,7 @@ class GuidedTracer(fx.Tracer):
         self.branched: set[str] = set()
         self.failed: str | None = None
         self._running = False
+        self._regime = _regime()
         self._alive: list[Tensor] = []  # saved tensors stay alive, or their storages' addresses would be used again
 
     def plant_flags(self, probe: nn.Module, qualname: str = "") -> None:
@@ -236,9 +262,14 @@ class GuidedTracer(fx.Tracer):
     ) -> Any:
         if kind == "placeholder" and not isinstance(self.arguments.get(target), Tensor):
             return self._constant_argument(target, args)
+        if _regime() != self._regime:
+            raise RuntimeError("a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold")
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
         self._run(proxy.node)
         return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # not isinstance: a proxy says it is a tensor
 
     def _constant_argument(self, target: str, default: tuple[Any, ...]) -> Any:
         """Return the value of an argument that is no tensor: it is fixed at the traced value and takes no part in the graph."""
@@ -254,7 +285,7 @@ class GuidedTracer(fx.Tracer):
         except Exception:
             # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
             qualname = self.path_of_module(m)
-            if self.failed is None and not self.is_leaf_module(m, qualname) and not isinstance(m, _CONTAINERS):
+            if self.failed is None and not self.is_leaf_module(m, qualname) and not _only_holds(m):
                 self.failed = qualname
             raise
 
@@ -282,7 +313,8 @@ class GuidedTracer(fx.Tracer):
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([operator.getitem(obj, i) for i in range(len(obj.node.meta["example"]))])
+        value = obj.node.meta["example"]
+        return iter([operator.getitem(obj, i) for i in range(_not_the_batch(len(value), isinstance(value, Tensor)))])
 
     def _run(self, node: fx.Node) -> None:
         args: Any = fx.node.map_arg(node.args, lambda n: n.meta["example"])
@@ -317,8 +349,8 @@ class GuidedTracer(fx.Tracer):
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on data for real, on zeros."""
-        module = copy.deepcopy(self.original.get_submodule(target))
         with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module = copy.deepcopy(self.original.get_submodule(target))
             real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
         return tree_map_only(Tensor, lambda t: self.mode.from_tensor(t.detach()), value)
@@ -331,6 +363,11 @@ class GuidedTracer(fx.Tracer):
             return tensor
 
         return record
+
+
+def _regime() -> tuple[bool, ...]:
+    """Return the switches that a context manager in a forward may set."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 def _unpack(tensor: Tensor) -> Tensor:
@@ -355,6 +392,11 @@ class _CountMacs(TorchDispatchMode):
 def storage(tensor: Tensor) -> int:
     """Return a key of the tensor's storage; views of one tensor share it."""
     return tensor.untyped_storage()._cdata
+
+
+def _only_holds(module: nn.Module) -> bool:
+    """Whether a module is a container that has no code of its own."""
+    return any(type(module).forward is kind.forward for kind in _CONTAINERS)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -468,6 +510,8 @@ def _leaf_records(root: nn.Module, leaves: dict[str, str]) -> tuple[Leaf, ...]:
 def _notes(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
     called = [node.target for node in graph.nodes if node.op in ("call_module", "get_attr")]
     used = {id(p) for target in called for p in parameters_of(root, target).values()}
+    if root._forward_hooks or root._forward_pre_hooks:
+        yield "the hooks of the model itself are no part of the cut model; those of its layers are"
     idle = _outermost(root, used)
     if idle:
         shown = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")

@@ -27,12 +27,11 @@ def extract(net: fx.GraphModule) -> nn.Module:
     origin: Any = net.origin
     model: nn.Module = copy.deepcopy(origin.model)
     _strip(model)
-    like = next(net.parameters())
-    model.to(like.device, like.dtype).train(net.training)
+    model.to(next(net.parameters()).device).train(net.training)
     parts = [net.get_submodule(block.target) for block in (*plan, plan.classifier)]
     state = model.state_dict()  # carries the versions by which some layers load
-    state.update({name: tensor for part in parts for name, tensor in part.state_dict().items()})
-    model.load_state_dict(state)
+    state.update({name: tensor.clone() for part in parts for name, tensor in part.state_dict().items()})
+    model.load_state_dict(state, assign=True)  # each tensor in its own dtype
     return model
 
 

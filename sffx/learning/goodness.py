@@ -28,6 +28,8 @@ _MACS_PER_VALUE = 8
 
 # z is kept for the backward pass while it has no more than this many times the values of y; beyond, it is computed again part by part.
 _KEEP = 4
+# The centred copy of y, which the covariance needs, is made for about this part of a batch at a time.
+_CENTRED_PARTS = 8
 # Batches are not split for the sake of tensors below this many values.
 _SMALL = 2**18
 
@@ -75,7 +77,7 @@ class SFFGoodness(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output."""
-        with _full_precision(y):
+        with full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
             if self.kernel_size > 1:
@@ -113,7 +115,7 @@ class CwCGoodness(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output."""
-        with _full_precision(y):
+        with full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(wide.dtype)
 
@@ -145,8 +147,9 @@ def _exported(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tenso
     if not by_moment:
         return (weight @ y + bias[:, None]).square().mean(2)
     mean = y.mean(2)
-    image = weight @ (y @ y.mT / y.shape[2]) + bias[:, None] * mean[:, None]
-    return (image * weight).sum(2) + bias * (mean @ weight.t() + bias)
+    centred = y - mean[:, :, None]
+    covariance = centred @ centred.mT / y.shape[2]
+    return (weight @ covariance * weight).sum(2) + (mean @ weight.t() + bias).square()
 
 
 def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
@@ -225,31 +228,38 @@ class RowGoodness(Function):
 
 
 class SecondMomentGoodness(Function):
-    """The goodness by way of each sample's second moment, of which (B, C, C) and the mean (B, C) are kept for the backward pass."""
+    """The goodness by way of each sample's covariance, (B, C, C), and mean, (B, C), which are kept for the backward pass.
+
+    `g_j = w_j^T Cov w_j + (w_j . mean + b_j)^2` is `w~_j^T M w~_j` with the second moment M split into its mean and what is around it.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        moment, mean = (y @ y.mT).div_(y.shape[2]), y.mean(2)
-        ctx.save_for_backward(y, weight, bias, moment, mean)
-        constant = torch.addmm(bias, mean, weight.t()).mul_(bias)  # (B, J): bias_j (w_j . mean + bias_j)
-        linear = [torch.einsum("bjc,jc->bj", _moved(moment[part], mean[part], weight, bias), weight) for part in _parts(y, weight.numel())]
-        return torch.cat(linear).add_(constant)
+        mean = y.mean(2)
+        # Centred, part by part: where the mean is large, its square would swallow the variance.
+        covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * y[0].numel())])
+        ctx.save_for_backward(y, weight, bias, covariance, mean)
+        spread = [torch.einsum("bjc,jc->bj", weight @ covariance[part], weight) for part in _parts(y, weight.numel())]
+        return torch.cat(spread).add_(torch.addmm(bias, mean, weight.t()).square_())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, moment, mean = ctx.saved_tensors
+        y, weight, bias, covariance, mean = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
         scale = dg * (2 / y.shape[2])
+        offset = torch.addmm(bias, mean, weight.t())  # (B, J): the mean of z
         for part in _parts(y, weight.numel()):
             if dy is not None:
                 form = (weight.t() * scale[part, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
                 torch.baddbmm(((scale[part] * bias) @ weight)[:, :, None], form, y[part], out=dy[part])
             if dw is not None:
-                dw += torch.einsum("bjc,bj->jc", _moved(moment[part], mean[part], weight, bias), 2 * dg[part])
-        db = (2 * dg * torch.addmm(bias, mean, weight.t())).sum(0) if wants_bias else None
+                dw += torch.einsum("bjc,bj->jc", weight @ covariance[part], 2 * dg[part])
+        if dw is not None:
+            dw.addmm_((2 * dg * offset).t(), mean)
+        db = (2 * dg * offset).sum(0) if wants_bias else None
         return dy, dw, db
 
 
@@ -263,9 +273,10 @@ def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], -1)
 
 
-def _moved(moment: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the linear part of `M~ w~_j` for each sample and class, (B, J, C)."""
-    return (weight @ moment).addcmul_(bias[:, None], mean[:, None])
+def _covariance(y: Tensor, mean: Tensor) -> Tensor:
+    """Return each sample's covariance over its positions, (B, C, C)."""
+    centred = y - mean[:, :, None]
+    return (centred @ centred.mT).div_(y.shape[2])
 
 
 def _parts(y: Tensor, per_sample: int) -> list[slice]:
@@ -289,7 +300,7 @@ class _MeanSquare(Function):
         return y * (dg * (2 / y.shape[2]))[:, :, None]
 
 
-def _full_precision(y: Tensor) -> AbstractContextManager[Any]:
+def full_precision(y: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off, where there is autocast: a tensor on "meta" has none."""
     return torch.autocast(y.device.type, enabled=False) if y.device.type != "meta" else nullcontext()
 

@@ -45,6 +45,8 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
     Raises:
         InputError: they do not; says what they are and what they should be.
     """
+    if not isinstance(y, Tensor):
+        raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: pass class indices, torch.tensor(y)")
     if y.ndim != 1 or len(y) != batch:
         raise InputError(f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each sample")
     if y.is_floating_point() or y.dtype.itemsize < 8:

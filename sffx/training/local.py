@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
+from sffx.learning.activation import private_gradients
+from sffx.learning.goodness import full_precision
 from sffx.learning.losses import block_loss, check_labels, total
 from sffx.measure.memory import mark_gradients
 
@@ -30,12 +33,12 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
         y: class indices, (B,).
 
     Raises:
-        InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
+        InputError: `net` is no cut model or is in eval mode, x requires gradient, or the labels do not fit.
     """
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    for loss, found in _block_steps(net, x, y):
+    for loss, found in _block_steps(net, x, y, keep_hooks_back=True):
         losses.append(loss)
         parameters += found
         gradients += found.values()
@@ -63,7 +66,7 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
     """
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
-    for loss, found in _block_steps(net, x, y):
+    for loss, found in _block_steps(net, x, y, keep_hooks_back=False):
         losses.append(loss)
         if found:
             _apply(optimizer, found)
@@ -71,14 +74,16 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
     return total(losses)
 
 
-def _block_steps(net: fx.GraphModule, x: Any, y: Tensor) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
+def _block_steps(net: fx.GraphModule, x: Any, y: Tensor, *, keep_hooks_back: bool) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
     walk = BlockWalk(net)
     check_labels(y, _batch_size(x), walk.plan.num_classes)
     for part, scores in walk.run(x):
         loss = block_loss(scores, y)
         del scores
-        yield loss.detach(), _gradients(loss, walk.trainable[part]) if loss.requires_grad else {}
+        with _hooks_kept_back(walk.trainable[part]) if keep_hooks_back else nullcontext():
+            found = _gradients(loss, walk.trainable[part]) if loss.requires_grad else {}
+        yield loss.detach(), found
 
 
 def _apply(optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
@@ -140,7 +145,8 @@ class BlockWalk:
                 continue
             if node.target == "readout":
                 return
-            values[node] = self._value(node, values)
+            with private_gradients():
+                values[node] = self._value(node, values)
             if node.target in ends:
                 # The block's value goes on without its graph, and nothing here keeps the goodness.
                 for name in values:
@@ -184,12 +190,34 @@ class _Deposit(Function):
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Return the gradients of those parameters that the loss depends on; the graph of the loss is freed."""
+    """Return the gradients of those parameters that the loss depends on, each its own tensor; the graph of the loss is freed."""
     # Autocast is for forward passes; `.backward()` runs outside of it, and so must this.
-    with torch.autocast(loss.device.type, enabled=False):
+    with full_precision(loss):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     mark_gradients(gradients)
-    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    found: dict[nn.Parameter, Tensor] = {}
+    storages: set[int] = set()
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        # Of a sum of two parameters, autograd gives both the same tensor, and of a broadcast one a view whose elements share memory.
+        storage = gradient.untyped_storage()._cdata
+        found[p] = gradient.clone(memory_format=torch.contiguous_format) if storage in storages or 0 in gradient.stride() else gradient
+        storages.add(storage)
+    return found
+
+
+@contextmanager
+def _hooks_kept_back(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Keep the hooks of parameters from running, since they will when the gradients are handed over."""
+    hooks = {p: dict(p._backward_hooks) for p in parameters if p._backward_hooks}
+    for p in hooks:
+        p._backward_hooks.clear()  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for p, kept in hooks.items():
+            p._backward_hooks.update(kept)  # type: ignore[union-attr]
 
 
 def _arguments(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
@@ -213,6 +241,8 @@ def _arguments(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
 def _batch_size(x: Any) -> int:
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
     tensors = [value for value in values if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise InputError("x requires gradient, but a block-local step hands none on to its input. Hint: pass x.detach(), or use sff_loss")
     if not tensors:
         raise InputError(f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first")
     return len(tensors[0])

@@ -140,3 +140,36 @@ def test_channels_as_many_as_positions_are_not_confused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     axes = analysed(model, torch.zeros(1, 3, 2, 2)).channel_axes
     assert (axes["_1"], axes["_2"], axes["_3"], axes["_4"]) == (1, 1, 2, 2)
+
+
+class _PreActivation(nn.Module):
+    """The stem feeds a BN and, past it, a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv, self.head = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.conv(F.relu(self.norm(x)))).mean((2, 3)))
+
+
+def test_bn_is_not_parted_from_its_layer_by_a_shortcut_or_by_dropout():
+    assert analysed(_PreActivation(), torch.zeros(1, 3, 4, 4)).candidates == ("add", "mean")
+    layers = (nn.Conv2d(3, 4, 1), nn.Dropout(), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    assert analysed(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4)).candidates == ("_2", "_3", "_4")
+
+
+@pytest.mark.parametrize("shortcut_first", [True, False])
+def test_a_layer_on_a_transposed_value_does_not_move_the_channels(shortcut_first):
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.tokens, self.head = nn.Linear(6, 8), nn.Linear(7, 7), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            mixed = self.tokens(h.transpose(1, 2)).transpose(1, 2)
+            return self.head((h + mixed if shortcut_first else mixed + h).mean(1))
+
+    assert analysed(Mixer(), torch.zeros(1, 7, 6)).channel_axes["add"] == 2

@@ -90,13 +90,16 @@ GOLDEN = {
         "conv5",
     ],
     # Stem, and in each of the 11 layers the convolution (MBConv), the window attention and the grid attention, each with sums of its own.
+    # The stem's second convolution feeds the BN that opens the first MBConv, and goes with it.
     "maxvit_t": [
-        "stem",
+        "stem.0",
+        "stem.1 … blocks.0.layers.0.layers.MBconv",
         *(
             f"blocks.{i}.layers.{j}.layers.{part}"
             for i, n in zip(range(4), (2, 2, 5, 2), strict=True)
             for j in range(n)
             for part in ("MBconv", "window_attention", "grid_attention")
+            if (i, j, part) != (0, 0, "MBconv")
         ),
     ],
 }

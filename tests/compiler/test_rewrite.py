@@ -119,7 +119,7 @@ def test_an_in_place_operation_after_a_cut_does_not_write_on_the_blocks_output(f
 
 def test_the_original_keeps_its_in_place_operations():
     net = sffx.transform(_InPlaceForms("module"), ["first"], norm="none")
-    assert not net.classifier.act.inplace
+    assert not any(getattr(module, "inplace", False) for module in net.classifier.modules())
     assert sffx.extract(net).act.inplace
 
 
@@ -130,9 +130,55 @@ class _CannotKeepItsInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return self.second(torch.nn.init.constant_(x, 1.0) + x)
+        return self.second(torch.nn.init.constant_(x, 1.0))
 
 
 def test_a_write_with_no_other_form_is_refused_by_name():
     with pytest.raises(CutError, match=r"writes in place on a value that crosses a cut.*has no form that does not"):
         sffx.transform(_CannotKeepItsInput(), ["first"], norm="none")
+
+
+class _ReadBehind(nn.Module):
+    """Writes in place and goes on with the variable that was written to."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.form == "function":
+            F.relu_(h)
+        elif self.form == "method":
+            h.clamp_(min=0)
+        else:
+            F.silu(h[:, :3], inplace=True)
+        return self.head(F.relu(self.second(h)))
+
+
+@pytest.mark.parametrize("form", ["function", "method", "view"])
+def test_a_written_variable_that_is_read_again_is_refused_across_a_cut_and_kept_within(form):
+    model = _ReadBehind(form)
+    with pytest.raises(CutError, match="the model reads what it wrote by another name"):
+        sffx.transform(model, ["first"], norm="none")
+    net = sffx.transform(model, ["relu"], norm="none").train()
+    x = torch.randn(5, 6)
+    net.readout.mode = "classifier"
+    assert torch.equal(net(x)[-1], model(x))
+
+
+def test_a_tuple_that_crosses_a_cut_is_detached_part_by_part():
+    class Film(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.film = nn.Parameter(torch.randn(12))
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.film.chunk(2)
+            return self.head(F.relu(self.second(F.relu(self.first(x) + a)) + b))
+
+    net = sffx.transform(Film(), "layer").train()
+    sffx.local_loss(net, torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])).backward()
+    assert net.block_0.film.grad[6:].abs().sum() == 0  # b is used by the second block only, which the cut keeps from it

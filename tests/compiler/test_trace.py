@@ -237,3 +237,87 @@ def test_shapes_stay_symbolic():
     for shape in ((2, 3, 4, 4), (5, 3, 6, 7)):
         x = torch.randn(shape)
         assert torch.equal(net(x), model(x))
+
+
+class _Reads(nn.Module):
+    """Reads the batch size as a number, or branches on what its input is, or opens a region."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.inner, self.form = nn.Linear(6, 6), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "len":
+            return self.inner(x).view(len(x), -1)
+        if self.form == "float":
+            return self.inner(x) / float(x.shape[0])
+        if self.form == "loop":
+            return torch.stack([self.inner(x[i]) for i in range(x.shape[0])])
+        if self.form == "no_grad":
+            with torch.no_grad():
+                return self.inner(x)
+        if self.form == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x).float()
+        return self.inner(x * 10) if isinstance(x, Tensor) else self.inner(x)
+
+
+@pytest.mark.parametrize("form", ["len", "float", "loop", "no_grad", "autocast"])
+def test_what_a_graph_cannot_hold_makes_a_leaf(form):
+    model = around(_Reads(form))
+    net = sffx.transform(model, "layer", norm="none").train()
+    assert [leaf.qualname for leaf in net.plan.leaves] == ["2"]
+    net.readout.mode = "classifier"
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 6)
+        assert torch.equal(net(x)[-1], model(x))
+
+
+def test_a_tensor_is_a_tensor_during_the_trace():
+    model = around(_Reads("isinstance"))
+    net = sffx.transform(model, "layer", norm="none").eval()
+    assert not net.plan.leaves
+    net.readout.mode = "classifier"
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), model.eval()(x))
+
+
+class _BranchInside(nn.Module):
+    """A branch on what the module itself computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return h if h.sum() > 0 else h * 2
+
+
+@pytest.mark.parametrize("kind", ["module", "sequential"])
+def test_a_branch_on_computed_values_makes_a_leaf(kind):
+    class Gate(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            return h if h.sum() > 0 else h * 2
+
+    model = around(_BranchInside() if kind == "module" else Gate(nn.Linear(6, 6)))
+    net = sffx.transform(model, "layer", norm="none").eval()
+    assert [leaf.qualname for leaf in net.plan.leaves] == ["2"]
+    net.readout.mode = "classifier"
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), model.eval()(x))
+
+
+def test_a_model_that_cannot_be_copied_says_why():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    model.kept = model[0].weight * 2
+    with pytest.raises(TraceError, match=r"Sequential cannot be copied: .*Hint: it keeps a tensor that is computed from parameters"):
+        trace(model)
+
+
+def test_under_inference_mode_as_outside():
+    model = Residual()
+    with torch.inference_mode():
+        net = sffx.transform(model)
+    sffx.local_loss(net.train(), torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])).backward()

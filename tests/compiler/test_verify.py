@@ -39,7 +39,7 @@ def test_a_write_behind_a_cut_is_found():
 def test_scores_of_another_shape_are_found():
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
     net.head_1 = torch.nn.Flatten()
-    with pytest.raises(VerifyError, match=r"head_1 returns shape \(11, 128\), not \(B, J\) = \(11, 4\)"):
+    with pytest.raises(VerifyError, match=r"head_1 returns shape \(61, 128\), not \(B, J\) = \(61, 4\)"):
         verify(net, net.plan)
 
 

@@ -95,6 +95,17 @@ def test_float32_is_as_exact_as_the_definition_in_float32(form):
     assert (FORMS[form](*single).double() - exact).abs().max() < 4 * own + 1e-6
 
 
+def test_the_moment_form_is_exact_where_the_mean_dominates():
+    generator = torch.Generator().manual_seed(0)
+    y = 100 + 0.01 * torch.randn(2, 16, 4096, generator=generator, dtype=torch.float64)
+    weight = torch.randn(100, 16, generator=generator, dtype=torch.float64) / 4
+    bias = -(weight * 100).sum(1)
+    exact = by_definition(y, weight, bias)
+    found = SecondMomentGoodness.apply(y.float(), weight.float(), bias.float())
+    direct = DirectGoodness.apply(y.float(), weight.float(), bias.float())
+    assert (found - exact).abs().max() < 4 * (direct - exact).abs().max() + 1e-7
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_low_precision_inputs_are_accumulated_in_float32(dtype, classes):

@@ -257,6 +257,42 @@ def test_nothing_of_a_block_outlives_the_step():
     assert not alive
 
 
+class _Summed(nn.Module):
+    """Two parameters added up, and one that is broadcast: autograd gives the first two one gradient tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.d, self.s = (nn.Parameter(torch.randn(*shape)) for shape in ((6, 6), (6, 6), (6,)))
+        self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.linear(x, self.w + self.d) * self.s.sum())
+        return self.head(F.relu(self.second(x)))
+
+
+def test_a_scaled_loss_scales_every_gradient_once():
+    torch.manual_seed(0)
+    net = sffx.transform(_Summed().double(), ["relu"], torch.zeros(1, 6, dtype=torch.float64)).train()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+    twin = copy.deepcopy(net)
+    (0.5 * sffx.local_loss(net, x, y)).backward()
+    (0.5 * sffx.sff_loss(twin(x), y)).backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_hooks_of_parameters_run_once():
+    net, x, y = cut("two branches")
+    for p in net.parameters():
+        p.register_hook(lambda gradient: gradient * 2)
+    twin = copy.deepcopy(net)
+    for p in twin.parameters():
+        p.register_hook(lambda gradient: gradient * 2)
+    local(net, x, y)
+    deferred(twin, x, y)
+    assert_same(gradients(net), gradients(twin))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,6 +303,8 @@ def test_nothing_of_a_block_outlives_the_step():
         (lambda net, x, y: (net, (x, x), y), r"x holds 2 inputs, but the model takes 1: input"),
         (lambda net, x, y: (net, {"z": x}, y), r"x has the keys 'z', but the model takes 'input'"),
         (lambda net, x, y: (net, [1], y), r"x is a list, not a tensor"),
+        (lambda net, x, y: (net, x, [0]), r"y is a list, not a tensor"),
+        (lambda net, x, y: (net, x.clone().requires_grad_(), y), r"x requires gradient.*Hint: pass x\.detach\(\)"),
     ],
 )
 def test_steps_that_cannot_be_made(change, message):

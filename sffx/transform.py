@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
@@ -32,6 +33,7 @@ class Origin:
     model: nn.Module
 
 
+@torch.inference_mode(False)  # what is made under inference mode could never be trained
 def transform(
     model: nn.Module,
     policy: str | Policy | Iterable[str] = "residual",
@@ -75,6 +77,7 @@ def transform(
     return _with_plan(net, blocks, traced.root)
 
 
+@torch.inference_mode(False)
 def plan(
     model: nn.Module, policy: str | Policy | Iterable[str] = "residual", example_input: Any = None, num_classes: int | None = None
 ) -> BlockPlan:

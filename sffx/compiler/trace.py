@@ -100,11 +100,10 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
-    with torch.inference_mode(False):
-        root = _copy(model)
-        probe = _fake_copy(model, mode)
-        arguments = example_arguments(probe, example_input, mode)
-        tracer, graph = _traced(probe, root, arguments, mode, leaves)
+    root = _copy(model)
+    probe = _fake_copy(model, mode)
+    arguments = example_arguments(probe, example_input, mode)
+    tracer, graph = _traced(probe, root, arguments, mode, leaves)
     _adopt(root, tracer, graph)
     return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(_notes(root, graph)))
 

@@ -63,18 +63,28 @@ def mobilenet() -> nn.Module:
 
 @dataclass(frozen=True)
 class Task:
-    """A network and how to train it. The rates and epochs were chosen on 237 of the training images, never on the test images."""
+    """A network and how to train it; all of it was chosen on 237 of the training images, never on the test images.
+
+    Attributes:
+        name: of its files.
+        make: makes it.
+        size: height and width of its images; both networks want more than 8 x 8 pixels.
+        epochs: how often every training image is seen.
+        kernel_size: of the goodness heads. 3 instead of 1 adds 1.6 % to MobileNet's ensemble, whose early blocks see little of an image.
+        rates: learning rates.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     size: int
     epochs: int
+    kernel_size: int
     rates: dict[str, float]
 
 
 TASKS = (
-    Task("residual_network", residual_network, size=16, epochs=10, rates={"SFF": 1e-2, "BP": 1e-2}),
-    Task("mobilenet_v3_small", mobilenet, size=48, epochs=8, rates={"SFF": 1e-2, "BP": 3e-3}),
+    Task("residual_network", residual_network, size=16, epochs=10, kernel_size=1, rates={"SFF": 1e-2, "BP": 1e-2}),
+    Task("mobilenet_v3_small", mobilenet, size=48, epochs=8, kernel_size=3, rates={"SFF": 1e-2, "BP": 3e-3}),
 )
 
 
@@ -98,8 +108,8 @@ def learners(task: Task, steps: int, seed: int) -> dict[str, Learner]:
     """Make the cut network and the plain one from the same initial weights."""
     torch.manual_seed(seed)
     model = task.make()
-    net = sffx.transform(model, policy="residual", example_input=torch.zeros(1, 3, task.size, task.size))
-    print(net.plan, flush=True)
+    net = sffx.transform(model, "residual", torch.zeros(1, 3, task.size, task.size), kernel_size=task.kernel_size)
+    print(f"{net.plan}\n", flush=True)
     return {
         "SFF": Learner(net, sffx.local_loss, sffx.parameter_groups(net, task.rates["SFF"]), task.rates["SFF"], steps),
         "BP": Learner(model, lambda net, x, y: F.cross_entropy(net(x), y), model.parameters(), task.rates["BP"], steps),
@@ -139,13 +149,13 @@ def train(learners: dict[str, Learner], data: Pair, epochs: int, seed: int) -> N
 
 def accuracy(model: nn.Module, data: Pair) -> float:
     with torch.no_grad():
-        return float((model.eval()(data[0]).argmax(dim=1) == data[1]).float().mean())
+        return int((model.eval()(data[0]).argmax(dim=1) == data[1]).sum()) / len(data[1])
 
 
 def accuracy_onnx(path: Path, data: Pair) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (scores,) = session.run(None, {session.get_inputs()[0].name: data[0].numpy()})
-    return float((torch.tensor(scores).argmax(dim=1) == data[1]).float().mean())
+    return int((torch.tensor(scores).argmax(dim=1) == data[1]).sum()) / len(data[1])
 
 
 def costs(learners: dict[str, Learner], data: Pair) -> dict[str, dict[str, float]]:
@@ -163,13 +173,15 @@ def costs(learners: dict[str, Learner], data: Pair) -> dict[str, dict[str, float
     }
 
 
-def report(task: Task, evaluation: sffx.Evaluation, bp: float, cost: dict[str, dict[str, float]], onnx: float) -> None:
-    print(f"\naccuracy of {task.name} on {TEST} test images, by SFF (by BP: {bp:.2%})")
-    print(evaluation)
-    print(f"\n{'':28}{'SFF':>10}{'BP':>10}{'SFF / BP':>10}")
-    for name, found in cost.items():
-        print(f"{name:28}{found['SFF']:10.1f}{found['BP']:10.1f}{found['SFF'] / found['BP']:10.2f}")
-    print(f"\nONNX Runtime gives the ensemble's accuracy as {onnx:.2%}, torch as {evaluation.accuracy['ensemble']:.2%}\n")
+def report(name: str, found: dict[str, Any]) -> None:
+    bp = {"classifier": f"{found['accuracy']['BP']:10.2%}"}
+    print(f"\n{f'accuracy of {name}':34}{'SFF':>10}{'BP':>10}")
+    for readout, value in found["accuracy"]["SFF"].items():
+        print(f"{readout:34}{value:10.2%}{bp.get(readout, '')}")
+    print(f"{'ensemble, by ONNX Runtime':34}{found['accuracy']['ONNX']:10.2%}")
+    print(f"\n{'':34}{'SFF':>10}{'BP':>10}{'SFF / BP':>10}")
+    for measure, cost in found["costs"].items():
+        print(f"{measure:34}{cost['SFF']:10.1f}{cost['BP']:10.1f}{cost['SFF'] / cost['BP']:10.2f}", flush=True)
 
 
 def picture(net: fx.GraphModule, path: Path) -> list[Path]:
@@ -182,25 +194,23 @@ def picture(net: fx.GraphModule, path: Path) -> list[Path]:
 
 
 def run(task: Task, out: Path, epochs: int, seed: int) -> dict[str, Any]:
-    """Train, evaluate, measure, export and draw one network."""
-    print(f"=== {task.name}: {task.size} x {task.size} pixels, {epochs} epochs, batch {BATCH}\n", flush=True)
+    """Train, evaluate, export, draw and measure one network."""
+    print(f"\n=== {task.name}: {task.size} x {task.size} pixels, {epochs} epochs ===\n", flush=True)
     data, test = digits(task.size, seed)
     pair = learners(task, steps=epochs * (len(data[0]) // BATCH), seed=seed)
     train(pair, data, epochs, seed)
     net: Any = pair["SFF"].net
-    evaluation, bp = sffx.evaluate(net, [test]), accuracy(pair["BP"].net, test)
+    accuracies: dict[str, Any] = {"SFF": sffx.evaluate(net, [test]).accuracy, "BP": accuracy(pair["BP"].net, test)}
     onnx_file = sffx.export_onnx(net, out / f"{task.name}.onnx")
-    onnx = accuracy_onnx(onnx_file, test)
-    pictures = picture(net, out / f"{task.name}-blocks")
-    series = {"SFF": list(evaluation.accuracy.items()), "BP": [("classifier", bp)]}
-    pictures.append(Path(plot_accuracy(series, out / f"{task.name}-accuracy.png")))
-    cost = costs(pair, data)
-    report(task, evaluation, bp, cost, onnx)
-    return {
-        "accuracy": {"SFF": evaluation.accuracy, "BP": bp, "ONNX": onnx},
-        "costs": cost,
-        "files": [str(f) for f in (onnx_file, *pictures)],
-    }
+    accuracies["ONNX"] = accuracy_onnx(onnx_file, test)
+    if accuracies["ONNX"] != accuracies["SFF"]["ensemble"]:
+        raise SystemExit(f"ONNX Runtime and torch differ in accuracy: {accuracies}")
+    series = {"SFF": list(accuracies["SFF"].items()), "BP": [("classifier", accuracies["BP"])]}
+    plot = plot_accuracy(series, out / f"{task.name}-accuracy.png")
+    files = [onnx_file, *picture(net, out / f"{task.name}-blocks"), plot]
+    found = {"epochs": epochs, "accuracy": accuracies, "costs": costs(pair, data), "files": [file.name for file in files]}
+    report(task.name, found)
+    return found
 
 
 def main() -> None:
@@ -209,11 +219,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of each network's own number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    # Tensors this small gain little from threads, and where another process holds a core, each operation waits for the slowest thread:
+    # ten times the time and more. With one thread, the figures are also the same however many cores there are.
+    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    print(f"Handwritten digits, {TEST} of 1,797 held back for the test: two networks, each trained block by block (SFF) and")
+    print(f"by backpropagation (BP) from the same weights, on the same batches of {BATCH}, with AdamW.")
     results = {task.name: run(task, args.out, args.epochs or task.epochs, args.seed) for task in TASKS}
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"{time.perf_counter() - start:.0f} s. Left in {args.out}: " + ", ".join(sorted(f.name for f in args.out.iterdir())))
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. Left in {args.out}:")
+    for file in ["results.json", *(file for found in results.values() for file in found["files"])]:
+        print(f"  {file:34}{(args.out / file).stat().st_size / 1e3:7,.0f} kB")
 
 
 if __name__ == "__main__":

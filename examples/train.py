@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torchvision import transforms as T
 
@@ -12,10 +13,9 @@ import sffx
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds train/ and val/ or test/, each with a folder per class")
-    parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc"))
     parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
-    for name, default in (("--epochs", 10), ("--size", 128), ("--batch", 64), ("--lr", 1e-3)):
+    for name, default in (("--model", "resnet18"), ("--epochs", 10), ("--size", 128), ("--batch", 64), ("--lr", 1e-3)):
         parser.add_argument(name, type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args()
     device, local = "cuda" if torch.cuda.is_available() else "cpu", args.method != "bp"
@@ -31,7 +31,7 @@ if __name__ == "__main__":
         net.train()
         for x, y in ((x.to(device), y.to(device)) for x, y in train_loader):
             optimizer.zero_grad()
-            (sffx.local_loss(net, x, y) if local else torch.nn.functional.cross_entropy(net(x), y)).backward()
+            (sffx.local_loss(net, x, y) if local else F.cross_entropy(getattr(out := net(x), "logits", out), y)).backward()
             optimizer.step()
         with torch.no_grad():
             right = sum(int((net.eval()(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in test_loader)

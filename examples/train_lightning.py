@@ -79,7 +79,9 @@ def main() -> None:
     args = arguments()
     seed_everything(args.seed)
     train, held_out, classes = loaders(args)
-    checkpoint = ModelCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max", save_last=True)
+    best = ModelCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max")
+    # A checkpoint of its own, since `save_last` follows the best ones only; the counter would name that of a second run last-v1.ckpt.
+    newest = ModelCheckpoint(args.out, "last", enable_version_counter=False)
     last = args.out / "last.ckpt"
     if args.resume and not last.exists():
         raise SystemExit(f"there is nothing to resume: {last} does not exist")
@@ -87,13 +89,13 @@ def main() -> None:
         max_epochs=args.epochs,
         devices=args.devices,
         precision=args.precision,
-        callbacks=[checkpoint, EarlyStopping("val_acc", mode="max", patience=args.patience)],
+        callbacks=[best, newest, EarlyStopping("val_acc", mode="max", patience=args.patience)],
         logger=logs(args.out),
         log_every_n_steps=10,
     )
     trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
     if trainer.is_global_zero:
-        print(f"best: {checkpoint.best_model_path}, validation accuracy {checkpoint.best_model_score:.2%}")
+        print(f"best: {best.best_model_path}, validation accuracy {best.best_model_score:.2%}")
 
 
 if __name__ == "__main__":

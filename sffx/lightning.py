@@ -97,7 +97,7 @@ class _Classifier(LightningModule):
             return
         metrics = self.trainer.callback_metrics
         self.plateau.step({name: float(metrics[self._key("val_loss", name)]) for name in self.plateau.schedulers})
-        self.log_dict({f"lr/{group['name']}": group["lr"] for group in self.plateau.optimizer.param_groups})
+        self.log_dict({f"lr/{group['name']}": group["lr"] for group in self.plateau.optimizer.param_groups}, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state of the plateau into the checkpoint."""
@@ -185,7 +185,7 @@ class BPModule(_Classifier):
     Logged are "train_loss", "val_acc" and "val_loss", and "lr/model" where there is a plateau.
 
     Args:
-        net: a classifier that returns logits, (B, J).
+        net: a classifier that returns logits, (B, J), or holds them as `.logits`.
         lr: learning rate.
         weight_decay: of AdamW.
         plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the validation loss; None keeps the learning rate.
@@ -209,11 +209,15 @@ class BPModule(_Classifier):
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the cross-entropy of a batch."""
-        return F.cross_entropy(self(x), y)
+        return F.cross_entropy(self._logits(x), y)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""
-        return {"model": self(x)}
+        return {"model": self._logits(x)}
+
+    def _logits(self, x: Any) -> Tensor:
+        output = self(x)
+        return getattr(output, "logits", output)
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

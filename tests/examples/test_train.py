@@ -1,0 +1,49 @@
+"""The training scripts run on a folder of images, by every method, and go on after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.examples.scripts import EXAMPLES, run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write three digits as an ImageFolder, two thirds of 60 images to train on and one third to test on."""
+    root = tmp_path_factory.mktemp("digits")
+    found = load_digits(n_class=3)
+    for i, (image, label) in enumerate(zip(found.images[:60], found.target[:60], strict=True)):
+        part = root / ("train" if i % 3 else "test") / str(label)
+        part.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(part / f"{i}.png")
+    return root
+
+
+def arguments(folders: Path, method: str) -> list[object]:
+    return ["--data", folders, "--method", method, "--size", 32, "--batch", 8]
+
+
+def test_the_plain_loop_is_short() -> None:
+    assert len((EXAMPLES / "train.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("method", ["bp", "sff", "cwc"])
+def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None:
+    output = run("train.py", *arguments(folders, method), "--epochs", 1, folder=tmp_path)
+    assert "epoch 1 of 1" in output
+    assert ("block_8" in output) == (method != "bp")
+
+
+def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> None:
+    options = [*arguments(folders, "sff"), "--workers", 0, "--out", tmp_path]
+    run("train_lightning.py", *options, "--epochs", 1, folder=tmp_path)
+    output = run("train_lightning.py", *options, "--epochs", 2, "--resume", folder=tmp_path)
+    assert "validation accuracy" in output
+    logs = sorted((tmp_path / "csv").glob("version_*/metrics.csv"))
+    epochs = [{row.split(",")[0] for row in log.read_text().splitlines()[1:]} for log in logs]
+    assert epochs == [{"0"}, {"1"}]
+    assert {"last.ckpt"} < {file.name for file in tmp_path.glob("*.ckpt")}

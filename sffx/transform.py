@@ -42,6 +42,7 @@ def transform(
     *,
     goodness: str = "sff",
     kernel_size: int = 1,
+    rank: int | None = None,
     norm: str = "layer",
 ) -> fx.GraphModule:
     """Cut a classifier into blocks that learn from their own losses.
@@ -55,6 +56,8 @@ def transform(
         num_classes: J, checked against the model's output where given.
         goodness: "sff", an auxiliary convolution in each head, or "cwc", groups of channels and no parameters.
         kernel_size: of the auxiliary convolution, odd.
+        rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
+            blocks they stand on. None, the method's own, leaves them whole.
         norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
 
     Returns:
@@ -70,7 +73,7 @@ def transform(
     traced = trace(model, example_input)
     analysis = analyse(traced)
     blocks = make_plan(analysis, policy, num_classes)
-    heads = _heads(blocks, goodness, kernel_size, traced.root)
+    heads = _heads(blocks, goodness, kernel_size, rank, traced.root)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms)
     verify(net, blocks)
@@ -95,13 +98,13 @@ def _norm(norm: str) -> nn.Module | None:
     return kind() if kind is not None else None
 
 
-def _heads(blocks: BlockPlan, goodness: str, kernel_size: int, root: nn.Module) -> list[nn.Module]:
+def _heads(blocks: BlockPlan, goodness: str, kernel_size: int, rank: int | None, root: nn.Module) -> list[nn.Module]:
     """Make a head for each block, on the device and in the dtype of the block's parameters."""
     like = next(p for p in root.parameters() if p.is_floating_point())
     heads = []
     for block in blocks:
         try:
-            head = make_head(goodness, block.channels, blocks.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size)
+            head = make_head(goodness, block.channels, blocks.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size, rank)
         except InputError as cause:
             raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
         heads.append(head.to(like.device, like.dtype))

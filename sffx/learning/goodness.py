@@ -12,7 +12,9 @@ For 1 x 1 kernels the SFF goodness has two exact forms, with `y` (B, C, P) the b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ _MACS_PER_VALUE = 8
 
 # z is kept for the backward pass while it has no more than this many times the values of y; beyond, it is computed again part by part.
 _KEEP = 4
+# The product of the weight and the covariance is kept for the backward pass while it has no more than this many times the values of y.
+_KEEP_PRODUCT = 2
 # The centred copy of y, which the covariance needs, is made for about this part of a batch at a time.
 _CENTRED_PARTS = 8
 # Batches are not split for the sake of tensors below this many values.
@@ -49,14 +53,21 @@ class SFFGoodness(nn.Module):
         spatial: number of axes besides batch and channels; 0 for flat values.
         kernel_size: k of the convolution, odd; its borders are padded with zeros, so that every output has a position for every input.
             Flat values have no space to convolve over: there, k is 1.
+        rank: r of a weight W = U V of two factors, which costs r (C + J) for each position instead of C J. None, or a rank that would
+            save nothing, leaves W whole, as the method has it.
 
     Attributes:
-        weight: (J, C, k, ...), initialised as a `torch.nn` convolution is.
+        weight: (J, C, k, ...), initialised as a `torch.nn` convolution is; with a rank U, (J, r).
+        basis: V, (r, C, k, ...), or None.
         bias: (J,).
     """
 
-    def __init__(self, channels: int, num_classes: int, channel_axis: int = 1, spatial: int = 2, kernel_size: int = 1) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, channel_axis: int = 1, spatial: int = 2, kernel_size: int = 1, rank: int | None = None
+    ) -> None:
         super().__init__()
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise InputError(f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole")
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default")
         if kernel_size > 1 and spatial > 3:
@@ -65,28 +76,46 @@ class SFFGoodness(nn.Module):
             )
         self.channel_axis, self.spatial = channel_axis, spatial
         self.kernel_size = kernel_size if spatial else 1
-        self.weight = nn.Parameter(torch.empty(num_classes, channels, *[self.kernel_size] * max(spatial, 1)))
+        kernel = (channels, *[self.kernel_size] * max(spatial, 1))
+        has_basis = rank is not None and rank * (num_classes + math.prod(kernel)) < num_classes * math.prod(kernel)
+        self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None and has_basis else None
+        self.weight = nn.Parameter(torch.empty(num_classes, *((rank,) if rank is not None and has_basis else kernel)))
         self.bias = nn.Parameter(torch.empty(num_classes))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as `torch.nn` convolutions do."""
+        """Initialise as `torch.nn` convolutions do; with a rank, so that the product of the factors has the same variance."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        bound = 1 / math.sqrt(self.weight[0].numel())
+        kernel = self.weight[0] if self.basis is None else self.basis[0]
+        bound = 1 / math.sqrt(kernel.numel())
         nn.init.uniform_(self.bias, -bound, bound)
+        if self.basis is not None:
+            nn.init.uniform_(self.basis, -math.sqrt(3) * bound, math.sqrt(3) * bound)
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output."""
         with full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+            if self.basis is not None:
+                return pointwise_goodness(self._reduced(wide, self.basis.to(wide.dtype)), weight, bias)
             if self.kernel_size > 1:
-                return _convolved(wide.movedim(self.channel_axis, 1), weight, bias)
+                return convolved_goodness(wide.movedim(self.channel_axis, 1), weight, bias)
             return pointwise_goodness(_positions(wide, self.channel_axis), weight.flatten(1), bias)
 
+    def _reduced(self, y: Tensor, basis: Tensor) -> Tensor:
+        """Return V y, (B, r, P)."""
+        if self.kernel_size > 1:
+            return _convolution(y.movedim(self.channel_axis, 1), basis, None).flatten(2)
+        positions = _positions(y, self.channel_axis)
+        if positions.mT.is_contiguous():
+            return F.linear(positions.mT, basis.flatten(1)).mT
+        return F.conv1d(positions, basis.flatten(1)[:, :, None])
+
     def extra_repr(self) -> str:
-        classes, channels = self.weight.shape[:2]
-        return f"{channels}, {classes}, channel_axis={self.channel_axis}, kernel_size={self.kernel_size}"
+        classes, channels = len(self.weight), (self.weight if self.basis is None else self.basis).shape[1]
+        rank = "" if self.basis is None else f", rank={len(self.basis)}"
+        return f"{channels}, {classes}, channel_axis={self.channel_axis}, kernel_size={self.kernel_size}{rank}"
 
 
 class CwCGoodness(nn.Module):
@@ -138,8 +167,8 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if by_moment:
         return SecondMomentGoodness.apply(y, weight, bias)
     if y.mT.is_contiguous() or y.shape[2] <= _FEW_POSITIONS:
-        return RowGoodness.apply(y.mT.contiguous(), weight, bias)
-    return DirectGoodness.apply(y, weight, bias)
+        return DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS)
+    return DirectGoodness.apply(y, weight, bias, CHANNELS)
 
 
 def _exported(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tensor:
@@ -155,82 +184,126 @@ def _exported(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tenso
 def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     """Whether the second-moment form costs less than the direct one, by multiply-adds and values moved for one sample's step."""
     c, j, p = channels + 1, num_classes, positions
-    products = 3 if num_classes <= _KEEP * channels else 4  # z = W y is computed again where it was not kept
-    direct = products * p * c * j + _MACS_PER_VALUE * 6 * j * p
-    moment = 2 * p * c * c + 3 * j * c * c + _MACS_PER_VALUE * 6 * c * c
+    # Products are computed again where they were not kept.
+    direct = (3 if j <= _KEEP * channels else 4) * p * c * j + _MACS_PER_VALUE * 6 * j * p
+    moment = 2 * p * c * c + (2 if j <= _KEEP_PRODUCT * p else 3) * j * c * c + _MACS_PER_VALUE * 6 * c * c
     return moment < direct
 
 
+@dataclass(frozen=True)
+class Form:
+    """How z = W y + b is laid out, and its products.
+
+    Attributes:
+        image: z of y, weight and bias; the axes of space are all axes but the first and that of the classes.
+        classes: axis of the classes in z.
+        add_gradients: adds to (dy or None, dw or None, db or None) what a gradient dz gives for y and weight; dy is written over.
+    """
+
+    image: Callable[[Tensor, Tensor, Tensor], Tensor]
+    classes: int
+    add_gradients: Callable[..., None]
+
+    def goodness(self, z: Tensor) -> Tensor:
+        """Return the mean square over space, (B, J)."""
+        space = [axis for axis in range(1, z.ndim) if axis != self.classes]
+        return torch.linalg.vector_norm(z, dim=space).square_().div_(math.prod(z.shape[axis] for axis in space))
+
+
 class DirectGoodness(Function):
-    """The goodness by way of z, (B, J, P), which is kept for the backward pass unless it is large against y."""
+    """The goodness by way of z, which is kept for the backward pass unless it is large against y."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if weight.shape[0] <= _KEEP * y.shape[1]:
-            z = _image(y, weight, bias)
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, form: Form) -> Tensor:
+        ctx.form = form
+        per_sample = weight.shape[0] * y[0].numel() // weight.shape[1]
+        if per_sample <= _KEEP * y[0].numel():
+            z = form.image(y, weight, bias)
             ctx.save_for_backward(y, weight, bias, z)
-            return _mean_square(z)
+            return form.goodness(z)
         ctx.save_for_backward(y, weight, bias, None)
-        per_sample = weight.shape[0] * y.shape[2]
-        return torch.cat([_mean_square(_image(y[part], weight, bias)) for part in _parts(y, per_sample)])
+        return torch.cat([form.goodness(form.image(y[part], weight, bias)) for part in _parts(y, per_sample)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, z = ctx.saved_tensors
-        wants_y, wants_weight, wants_bias = ctx.needs_input_grad
+        form: Form = ctx.form
+        wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
         db = torch.zeros_like(bias) if wants_bias else None
-        scale = dg * (2 / y.shape[2])
-        for part in _parts(y, weight.shape[0] * y.shape[2]):
-            dz = z[part] * scale[part, :, None] if z is not None else _image(y[part], weight, bias).mul_(scale[part, :, None])
-            if dy is not None:
-                torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy[part])
-            if dw is not None:
-                dw.addbmm_(dz, y[part].mT)
-            if db is not None:
-                db += dz.sum((0, 2))
-        return dy, dw, db
+        per_sample = weight.shape[0] * y[0].numel() // weight.shape[1]
+        scale = dg * (2 * weight.shape[0] / per_sample)
+        for part in _parts(y, per_sample):
+            factor = _beside(scale[part], form.classes, y.ndim)
+            dz = z[part] * factor if z is not None else form.image(y[part], weight, bias).mul_(factor)
+            form.add_gradients(dz, y[part], weight, dy[part] if dy is not None else None, dw, db)
+        return dy, dw, db, None
 
 
-class RowGoodness(Function):
-    """The direct goodness of y in rows, (B, P, C), as tokens lie in memory: one product over all positions of all samples."""
+def _beside(values: Tensor, axis: int, ndim: int) -> Tensor:
+    """View (B, J) so that it broadcasts against a tensor of `ndim` axes whose classes lie on `axis`."""
+    return values.view([values.shape[0], *(values.shape[1] if i == axis else 1 for i in range(1, ndim))])
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if weight.shape[0] <= _KEEP * y.shape[2]:
-            z = _row_image(y, weight, bias)
-            ctx.save_for_backward(y, weight, bias, z)
-            return _mean_square(z, 1)
-        ctx.save_for_backward(y, weight, bias, None)
-        return torch.cat([_mean_square(_row_image(y[part], weight, bias), 1) for part in _parts(y, weight.shape[0] * y.shape[1])])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, z = ctx.saved_tensors
-        wants_y, wants_weight, wants_bias = ctx.needs_input_grad
-        dy = torch.empty_like(y) if wants_y else None
-        dw = torch.zeros_like(weight) if wants_weight else None
-        db = torch.zeros_like(bias) if wants_bias else None
-        scale = dg * (2 / y.shape[1])
-        for part in _parts(y, weight.shape[0] * y.shape[1]):
-            dz = z[part] * scale[part, None] if z is not None else _row_image(y[part], weight, bias).mul_(scale[part, None])
-            rows = dz.flatten(0, 1)
-            if dy is not None:
-                torch.mm(rows, weight, out=dy[part].flatten(0, 1))
-            if dw is not None:
-                dw.addmm_(rows.t(), y[part].flatten(0, 1))
-            if db is not None:
-                db += rows.sum(0)
-        return dy, dw, db
+def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return z, (B, J, P), of y, (B, C, P)."""
+    return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
+
+
+def _add_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+    if dy is not None:
+        torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy)
+    if dw is not None:
+        dw.addbmm_(dz, y.mT)
+    if db is not None:
+        db += dz.sum((0, 2))
+
+
+def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return z in rows, (B, P, J), of y in rows, (B, P, C), as tokens lie in memory: one product over all positions of all samples."""
+    return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], -1)
+
+
+def _add_row_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+    rows = dz.flatten(0, 1)
+    if dy is not None:
+        torch.mm(rows, weight, out=dy.flatten(0, 1))
+    if dw is not None:
+        dw.addmm_(rows.t(), y.flatten(0, 1))
+    if db is not None:
+        db += rows.sum(0)
+
+
+def _convolution(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return z, (B, J, ...), of y, (B, C, ...), padded with zeros to the same positions."""
+    return _CONVOLUTIONS[y.ndim - 2](y, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _add_convolution_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+    space = y.ndim - 2
+    wanted = [total is not None for total in (dy, dw, db)]
+    settings = ([1] * space, [weight.shape[-1] // 2] * space, [1] * space, False, [0] * space, 1)  # stride, padding, dilation, ..., groups
+    gradients = torch.ops.aten.convolution_backward(dz, y, weight, [weight.shape[0]], *settings, wanted)
+    if dy is not None:
+        dy.copy_(gradients[0])
+    if dw is not None:
+        dw += gradients[1]
+    if db is not None:
+        db += gradients[2]
+
+
+CHANNELS = Form(_image, 1, _add_gradients)
+ROWS = Form(_row_image, 2, _add_row_gradients)
+CONVOLUTION = Form(_convolution, 1, _add_convolution_gradients)
 
 
 class SecondMomentGoodness(Function):
-    """The goodness by way of each sample's covariance, (B, C, C), and mean, (B, C), which are kept for the backward pass.
+    """The goodness by way of each sample's covariance, (B, C, C), and mean, (B, C).
 
     `g_j = w_j^T Cov w_j + (w_j . mean + b_j)^2` is `w~_j^T M w~_j` with the second moment M split into its mean and what is around it.
+    For the backward pass it keeps the product W Cov, (B, J, C), where that is not large against y, and else the covariance.
     """
 
     @staticmethod
@@ -238,14 +311,19 @@ class SecondMomentGoodness(Function):
         mean = y.mean(2)
         # Centred, part by part: where the mean is large, its square would swallow the variance.
         covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * y[0].numel())])
-        ctx.save_for_backward(y, weight, bias, covariance, mean)
-        spread = [torch.einsum("bjc,jc->bj", weight @ covariance[part], weight) for part in _parts(y, weight.numel())]
-        return torch.cat(spread).add_(torch.addmm(bias, mean, weight.t()).square_())
+        if weight.shape[0] <= _KEEP_PRODUCT * y.shape[2]:
+            product = weight @ covariance
+            ctx.save_for_backward(y, weight, bias, mean, None, product)
+            spread = _row_products(product, weight)
+        else:
+            ctx.save_for_backward(y, weight, bias, mean, covariance, None)
+            spread = torch.cat([_row_products(weight @ covariance[part], weight) for part in _parts(y, weight.numel())])
+        return spread.add_(torch.addmm(bias, mean, weight.t()).square_())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, covariance, mean = ctx.saved_tensors
+        y, weight, bias, mean, covariance, product = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
@@ -256,21 +334,17 @@ class SecondMomentGoodness(Function):
                 form = (weight.t() * scale[part, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
                 torch.baddbmm(((scale[part] * bias) @ weight)[:, :, None], form, y[part], out=dy[part])
             if dw is not None:
-                dw += torch.einsum("bjc,bj->jc", weight @ covariance[part], 2 * dg[part])
+                rows = product[part] if product is not None else weight @ covariance[part]
+                dw += torch.einsum("bjc,bj->jc", rows, 2 * dg[part])
         if dw is not None:
             dw.addmm_((2 * dg * offset).t(), mean)
         db = (2 * dg * offset).sum(0) if wants_bias else None
         return dy, dw, db
 
 
-def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return z, (B, J, P)."""
-    return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
-
-
-def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return z in rows, (B, P, J)."""
-    return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], -1)
+def _row_products(product: Tensor, weight: Tensor) -> Tensor:
+    """Return the products of each row with its row of the weight, (B, J, C) and (J, C) to (B, J)."""
+    return torch.einsum("bjc,jc->bj", product, weight)
 
 
 def _covariance(y: Tensor, mean: Tensor) -> Tensor:
@@ -305,8 +379,8 @@ def full_precision(y: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(y.device.type, enabled=False) if y.device.type != "meta" else nullcontext()
 
 
-def _mean_square(z: Tensor, axis: int = 2) -> Tensor:
-    return torch.linalg.vector_norm(z, dim=axis).square_().div_(z.shape[axis])
+def _mean_square(z: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=2).square_().div_(z.shape[2])
 
 
 def _positions(y: Tensor, channel_axis: int) -> Tensor:
@@ -314,22 +388,26 @@ def _positions(y: Tensor, channel_axis: int) -> Tensor:
     return y.movedim(channel_axis, 1).flatten(2) if y.ndim > 2 else y.unsqueeze(2)
 
 
-def _convolved(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    z = _CONVOLUTIONS[y.ndim - 2](y, weight, bias, padding=weight.shape[-1] // 2)
-    return z.square().flatten(2).mean(2)
+def convolved_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return `g[n, j] = mean over space of conv(y)[n, j]^2`, for y (B, C, ...), weight (J, C, k, ...) and bias (J,)."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _convolution(y, weight, bias).square().flatten(2).mean(2)
+    return DirectGoodness.apply(y, weight, bias, CONVOLUTION)
 
 
 HEADS = ("sff", "cwc")
 
 
-def make_head(goodness: str, channels: int, num_classes: int, channel_axis: int, spatial: int, kernel_size: int) -> nn.Module:
+def make_head(
+    goodness: str, channels: int, num_classes: int, channel_axis: int, spatial: int, kernel_size: int, rank: int | None
+) -> nn.Module:
     """Return the head that computes the named goodness.
 
     Raises:
         InputError: there is no such goodness, or it cannot be computed for these channels and classes.
     """
     if goodness == "sff":
-        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size)
+        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank)
     if goodness == "cwc":
         return CwCGoodness(channels, num_classes, channel_axis)
     raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, HEADS))}")

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.learning.goodness import (
+    CHANNELS,
+    CONVOLUTION,
+    ROWS,
     CwCGoodness,
     DirectGoodness,
-    RowGoodness,
     SecondMomentGoodness,
     SFFGoodness,
     _parts,
@@ -19,8 +21,9 @@ from sffx.learning.goodness import (
 from sffx.measure.memory import count_memory
 
 FORMS = {
-    "direct": DirectGoodness.apply,
-    "rows": lambda y, weight, bias: RowGoodness.apply(y.mT.contiguous(), weight, bias),
+    "direct": lambda y, weight, bias: DirectGoodness.apply(y, weight, bias, CHANNELS),
+    "rows": lambda y, weight, bias: DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS),
+    "convolution": lambda y, weight, bias: DirectGoodness.apply(y, weight[:, :, None], bias, CONVOLUTION),
     "moment": SecondMomentGoodness.apply,
 }
 
@@ -102,7 +105,7 @@ def test_the_moment_form_is_exact_where_the_mean_dominates():
     bias = -(weight * 100).sum(1)
     exact = by_definition(y, weight, bias)
     found = SecondMomentGoodness.apply(y.float(), weight.float(), bias.float())
-    direct = DirectGoodness.apply(y.float(), weight.float(), bias.float())
+    direct = FORMS["direct"](y.float(), weight.float(), bias.float())
     assert (found - exact).abs().max() < 4 * (direct - exact).abs().max() + 1e-7
 
 
@@ -158,6 +161,25 @@ def test_larger_kernels_convolve_with_padding(spatial, convolution):
     torch.testing.assert_close(head(y), z.square().flatten(2).mean(2))
 
 
+@pytest.mark.parametrize("classes", [3, 40])  # z kept; z computed again, part by part
+def test_the_gradients_of_larger_kernels(classes, monkeypatch):
+    monkeypatch.setattr("sffx.learning.goodness._SMALL", 1)
+    head = SFFGoodness(5, classes, kernel_size=3).double()
+    y = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(y, head.weight, head.bias, padding=1).square().flatten(2).mean(2)
+    upstream = torch.randn(3, classes, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(g, [y, head.weight, head.bias], upstream) for g in (head(y), plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_larger_kernels_make_no_large_tensor_either():
+    head = SFFGoodness(16, 1000, kernel_size=3)
+    y = torch.randn(16, 16, 16, 16, requires_grad=True)
+    counted = count_memory(lambda: head(y).sum().backward(), model=head)
+    z = 4 * 16 * 1000 * 256
+    assert counted.activations < z / 4
+
+
 def test_larger_kernels_on_tokens_convolve_over_the_tokens():
     head = SFFGoodness(5, 3, channel_axis=2, spatial=1, kernel_size=3)
     y = torch.randn(2, 7, 5)
@@ -179,10 +201,44 @@ def test_the_cheaper_form_is_taken():
     assert not moment_is_cheaper(2048, 1000, 49)
     y, weight, bias = example(2, 4, 50, 300)
     assert type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"
-    assert type(pointwise_goodness(*example(2, 40, 50, 3)).grad_fn).__name__ == "DirectGoodnessBackward"
-    assert type(pointwise_goodness(*example(2, 40, 4, 3)).grad_fn).__name__ == "RowGoodnessBackward"
+    assert pointwise_goodness(*example(2, 40, 50, 3)).grad_fn.form is CHANNELS
+    assert pointwise_goodness(*example(2, 40, 4, 3)).grad_fn.form is ROWS
     tokens, weight, bias = example(2, 50, 40, 3)[0].mT, *example(2, 40, 4, 3)[1:]
-    assert type(pointwise_goodness(tokens, weight, bias).grad_fn).__name__ == "RowGoodnessBackward"
+    assert pointwise_goodness(tokens, weight, bias).grad_fn.form is ROWS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_head_of_low_rank_is_the_head_of_the_product_of_its_factors(layout, kernel_size):
+    shape, axis = LAYOUTS[layout]
+    head = SFFGoodness(6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size, rank=2).double()
+    full = SFFGoodness(6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size).double()
+    full.load_state_dict({"weight": torch.einsum("jr,rc...->jc...", head.weight, head.basis), "bias": head.bias})
+    y = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(head(y), full(y))
+    upstream = torch.randn(4, 30, dtype=torch.float64)
+    dy, dw = torch.autograd.grad(full(y), [y, full.weight], upstream)
+    expected = (dy, torch.einsum("jc...,rc...->jr", dw, head.basis), torch.einsum("jr,jc...->rc...", head.weight, dw))
+    for a, b in zip(torch.autograd.grad(head(y), [y, head.weight, head.basis], upstream), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_rank_that_would_save_nothing_is_not_used():
+    assert SFFGoodness(64, 10, rank=10).basis is None
+    assert SFFGoodness(64, 10, rank=8).basis.shape == (8, 64, 1, 1)
+
+
+def test_a_head_of_low_rank_starts_with_weights_of_the_usual_size():
+    torch.manual_seed(0)
+    low, full = SFFGoodness(256, 1000, rank=32), SFFGoodness(256, 1000)
+    product = torch.einsum("jr,rc...->jc...", low.weight, low.basis)
+    torch.testing.assert_close(product.std(), full.weight.std(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "8"])
+def test_ranks_that_cannot_be(rank):
+    with pytest.raises(InputError, match="Hint: pass a positive integer"):
+        SFFGoodness(4, 2, rank=rank)
 
 
 @pytest.mark.parametrize("kernel_size", [0, 2, -1, 1.5, "3"])

@@ -2,7 +2,10 @@
 
 1. A ReLU that only feeds a max pool moves behind it: the two commute, and what the ReLU keeps shrinks with the pool.
 2. A `torch.nn.MaxPool2d` becomes a `LeanMaxPool2d`, which keeps its indices but not its input.
-3. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
+3. A layer takes over the norm and the activation before it, which nothing else reads: their values are computed again for the backward
+   pass instead of kept (`recomputed`).
+4. Self-attention that keeps a copy of its input becomes `self_attention`, which does not.
+5. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
    over the gradient that the layer or the head made for it, in a block-local step.
 
 An operation whose in-place write is read behind its back (`meta["read_behind"]`) is left as it is.
@@ -10,6 +13,7 @@ An operation whose in-place write is read behind its back (`meta["read_behind"]`
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -17,11 +21,21 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sffx.learning.activation import LEAN, LeanGELU
+from sffx.learning.attention import self_attention
 from sffx.learning.pool import LeanMaxPool2d
+from sffx.learning.recompute import BATCH_NORMS, CONVOLUTIONS, recomputed
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
 # Layers whose backward pass makes a tensor of its own for the gradient of its input. Exact classes: a subclass may hand one through.
-_FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear, LeanMaxPool2d)
+_FRESH = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, LeanMaxPool2d, recomputed)
+# Layers whose backward pass does not read their output.
+_FORGETFUL = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
+_NAMES: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu), "relu"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    nn.GELU: "gelu",
+}
 
 
 def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
@@ -36,11 +50,27 @@ def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
             _commute(block, node)
             _replace_pool(block, str(node.target))
     for node in list(block.graph.nodes):
+        if _is_layer(block, node):
+            _take_over(block, node)
+        if _is_self_attention(block, node):
+            _replace_attention(block, node)
+    for node in block.graph.nodes:
+        if node.target is recomputed and _feeds_recomputed(node):
+            node.kwargs = {**node.kwargs, "frees_gradient": True}
+    for node in list(block.graph.nodes):
         if _kind(block, node) in LEAN and _has_gradient_of_its_own(block, node, feeds_head):
             _replace_activation(block, node)
-    block.delete_all_unused_submodules()
+    _delete_unused(block)
     block.graph.lint()
     block.recompile()
+
+
+def _delete_unused(block: fx.GraphModule) -> None:
+    """Delete the modules that the graph has no use for; torch's own way takes the children from those that it passes to functions."""
+    used = {f"{node.target}." for node in block.graph.nodes if node.op in ("call_module", "get_attr")}
+    names = [name for name, _ in block.named_modules() if name]
+    for name in [n for n in names if not any(target.startswith(f"{n}.") or f"{n}.".startswith(target) for target in used)]:
+        block.delete_submodule(name)
 
 
 def _module(block: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -86,6 +116,85 @@ def _replace_pool(block: fx.GraphModule, target: str) -> None:
     setattr(block.get_submodule(owner), name, twin.train(pool.training))
 
 
+def _is_layer(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a layer whose gradients `recomputed` knows to compute."""
+    kind: Any = _kind(block, node)
+    if kind not in (nn.Linear, *CONVOLUTIONS) or not _reads_one(node) or node.kwargs:
+        return False
+    layer: Any = _module(block, node)
+    return kind is nn.Linear or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+
+
+def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
+    """Replace a layer and what comes before it by one call of `recomputed`."""
+    found: dict[str, Any] = {}
+    spent = [layer]
+    for name, kinds in (("dropout", (nn.Dropout,)), ("activation", tuple(_NAMES)), ("norm", (*BATCH_NORMS, nn.LayerNorm))):
+        node: Any = spent[-1].args[0]
+        if _kind(block, node) in kinds and len(node.users) == 1 and _reads_one(node) and not node.meta.get("read_behind"):
+            found[name] = node
+            spent.append(node)
+    first: Any = spent[-1]
+    if not {"activation", "norm"} & set(found) or (_writes(block, first) and len(first.args[0].users) > 1):
+        return
+    if "activation" in found and getattr(_module(block, found["activation"]), "approximate", "none") != "none":
+        return
+    source: Any = first.args[0]
+    graph = block.graph
+    with graph.inserting_before(layer):
+        named: dict[str, Any] = {name: graph.get_attr(str(node.target)) for name, node in found.items() if name != "activation"}
+        if "activation" in found:
+            named["activation"] = _NAMES[_kind(block, found["activation"])]
+        if "norm" not in found and len(source.users) == 1 and _kind(block, source) in _FORGETFUL and not source.meta.get("read_behind"):
+            named["overwrite"] = True
+        call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
+    call.meta = {**layer.meta, "is_wrapped": True}  # fx does not trace into it when it reads the graph's code again
+    layer.replace_all_uses_with(call)
+    for node in spent:
+        graph.erase_node(node)
+
+
+def _feeds_recomputed(node: fx.Node) -> bool:
+    readers = list(node.users)
+    return len(readers) == 1 and readers[0].target is recomputed and not node.meta.get("read_behind")
+
+
+def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is attention of a value to itself whose weights nobody reads."""
+    if _kind(block, node) is not nn.MultiheadAttention or len(set(node.args)) != 1 or len(node.args) != 3:
+        return False
+    if node.kwargs.get("need_weights") is not False or any(v is not None for k, v in node.kwargs.items() if k != "need_weights"):
+        return False
+    attention: Any = _module(block, node)
+    plain = attention.batch_first and attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
+    return plain and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
+def _replace_attention(block: fx.GraphModule, node: fx.Node) -> None:
+    norm: Any = node.args[0]
+    found: dict[str, Any] = {}
+    if _kind(block, norm) is nn.LayerNorm and len(norm.users) == 1 and _reads_one(norm) and not norm.meta.get("read_behind"):
+        found["norm"] = norm
+    graph = block.graph
+    with graph.inserting_before(node):
+        named: dict[str, Any] = {name: graph.get_attr(str(norm.target)) for name in found}
+        call = graph.call_function(self_attention, (norm.args[0] if found else norm, graph.get_attr(str(node.target))), named)
+    call.meta = {**node.meta, "is_wrapped": True}
+    for item in list(node.users):
+        item.replace_all_uses_with(call)
+        graph.erase_node(item)
+    for spent in (node, *found.values()):
+        graph.erase_node(spent)
+
+
+def _writes(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether an activation writes over its input."""
+    module = _module(block, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
+
+
 def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
     if len(node.users) != 1 or not _reads_one(node) or node.meta.get("read_behind"):
         return False
@@ -101,12 +210,8 @@ def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
     module: Any = _module(block, node)
     if getattr(module, "approximate", "none") != "none":
         return
-    if module is None:
-        inplace = bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
-    else:
-        inplace = getattr(module, "inplace", False)
     twin = LEAN[_kind(block, node)]
-    made = twin() if twin is LeanGELU else twin(inplace=inplace)
+    made = twin() if twin is LeanGELU else twin(inplace=_writes(block, node))
     block.add_module(f"{node.name}_lean", made.train(block.training))
     with block.graph.inserting_before(node):
         replacement = block.graph.create_node("call_module", f"{node.name}_lean", (node.args[0],), name=f"{node.name}_lean")

@@ -31,6 +31,11 @@ def private_gradients() -> Iterator[None]:
         _PRIVATE.reset(token)
 
 
+def gradients_are_private() -> bool:
+    """Whether the code runs inside `private_gradients()`."""
+    return _PRIVATE.get()
+
+
 class LeanReLU(nn.ReLU):
     """`torch.nn.ReLU`, same values and gradients."""
 

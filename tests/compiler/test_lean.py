@@ -1,4 +1,4 @@
-"""The lean rewrites change no value and no gradient; each of the three is one test, and so is each place where it must not be made."""
+"""The lean rewrites change no value and no gradient; each kind is one test, and so is each place where it must not be made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 import sffx
 from sffx.learning.activation import LeanGELU, LeanHardswish, LeanReLU, LeanSiLU, private_gradients
+from sffx.learning.attention import self_attention
 from sffx.learning.pool import LeanMaxPool2d
+from sffx.learning.recompute import recomputed
 from sffx.measure.memory import count_memory
 from tests.toys import Residual, step_scores
 
@@ -67,7 +69,8 @@ def test_a_relu_moves_behind_a_pool_that_keeps_only_its_indices(relu, pool):
 )
 @pytest.mark.parametrize("after", ["layer", "dropout", "end"])
 def test_an_activation_writes_over_the_gradient_it_is_given(activation, twin, after):
-    rest = {"layer": [nn.Conv2d(4, 4, 3)], "dropout": [nn.Dropout(0.0), nn.Conv2d(4, 4, 3)], "end": []}[after]
+    reader = nn.Conv2d(4, 4, 3, padding_mode="circular")  # a plain convolution would take over the activation
+    rest = {"layer": [reader], "dropout": [nn.Dropout(0.0), reader], "end": []}[after]
     net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, *rest)
     assert lean_modules(net) == ["block_0._2_lean"]
     assert type(net.block_0._2_lean) is twin
@@ -79,7 +82,7 @@ def test_functions_are_replaced_as_modules_are():
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.relu(self.b(F.relu(self.a(x), True))))
@@ -211,3 +214,65 @@ def test_an_activation_whose_in_place_write_is_read_again_stays():
     with private_gradients():
         net.readout.mode = "classifier"
         assert torch.equal(net(x)[-1], model(x))
+
+
+def calls(net: fx.GraphModule, function: object) -> list[dict[str, object]]:
+    """Return the keyword arguments of every call of a function in the blocks, modules by name."""
+    nodes = [node for block in net.children() if isinstance(block, fx.GraphModule) for node in block.graph.nodes]
+    return [
+        {k: str(v.target) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()} for node in nodes if node.target is function
+    ]
+
+
+def test_layers_take_over_what_comes_before_them():
+    net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Hardswish(True), nn.Conv2d(4, 5, 1))
+    assert calls(net, recomputed) == [
+        {"norm": "1", "activation": "relu", "frees_gradient": True},
+        {"activation": "hardswish", "overwrite": True},
+    ]
+    assert_as_the_plain_layers(net, plain, X)
+    net.eval(), plain.eval()
+    assert torch.equal(net.block_0(X), plain(X))
+
+
+def test_an_mlp_frees_the_gradient_of_its_hidden_layer():
+    mlp = [nn.LayerNorm(6), nn.Linear(6, 12), nn.GELU(), nn.Dropout(0.0), nn.Linear(12, 6)]
+    net = sffx.transform(nn.Sequential(nn.Linear(6, 6), *mlp, nn.Linear(6, 3)), ["_5"])
+    assert calls(net, recomputed) == [
+        {"norm": "1", "frees_gradient": True},
+        {"dropout": "4", "activation": "gelu", "overwrite": True},
+    ]
+
+
+def test_what_another_node_reads_is_not_taken_over():
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.gelu(self.a(x), approximate="tanh")
+            x = F.silu(self.b(x))
+            return self.head(self.c(x) + x)
+
+    assert calls(sffx.transform(Skips(), ["add"]), recomputed) == []
+
+
+@pytest.mark.parametrize("other", [{"key_padding_mask": None}, {"need_weights": True}, {"average_attn_weights": True}])
+def test_attention_of_another_kind_stays(other):
+    class Attends(nn.Module):
+        def __init__(self, **kwargs: object) -> None:
+            super().__init__()
+            self.kwargs = kwargs
+            self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            x = x + self.attention(y, y, y, **self.kwargs)[0]
+            return self.head(x.mean(1))
+
+    x = torch.zeros(1, 5, 8)
+    assert calls(sffx.transform(Attends(need_weights=False), ["add"], x), self_attention) == [{"norm": "norm"}]
+    taken = calls(sffx.transform(Attends(**{"need_weights": False, **other}), ["add"], x), self_attention)
+    assert bool(taken) == (other == {"key_padding_mask": None})

@@ -44,6 +44,7 @@ def transform(
     kernel_size: int = 1,
     rank: int | None = None,
     norm: str = "layer",
+    recompute: bool = True,
 ) -> fx.GraphModule:
     """Cut a classifier into blocks that learn from their own losses.
 
@@ -58,6 +59,8 @@ def transform(
         kernel_size: of the auxiliary convolution, odd.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.
+        recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
+            instead of keeping them: less memory, for a few per cent more time.
         norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
 
     Returns:
@@ -75,7 +78,7 @@ def transform(
     blocks = make_plan(analysis, policy, num_classes)
     heads = _heads(blocks, goodness, kernel_size, rank, traced.root)
     norms = [_norm(norm) for _ in blocks]
-    net = rewrite(traced, blocks, heads, norms)
+    net = rewrite(traced, blocks, heads, norms, recompute=recompute)
     verify(net, blocks)
     return _with_plan(net, blocks, traced.root)
 

@@ -38,22 +38,23 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def lean(block: fx.GraphModule, *, feeds_head: bool) -> None:
+def lean(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
     """Apply the rewrites to a block in place; its graph must be valid and stays so.
 
     Args:
         block: the block.
         feeds_head: whether its output is read by a head, and by nothing else that gives it a gradient.
+        recompute: whether what costs little is computed again rather than kept (3, and the norm of 4).
     """
     for node in list(block.graph.nodes):
         if _is_pool(block, node):
             _commute(block, node)
             _replace_pool(block, str(node.target))
     for node in list(block.graph.nodes):
-        if _is_layer(block, node):
+        if recompute and _is_layer(block, node):
             _take_over(block, node)
         if _is_self_attention(block, node):
-            _replace_attention(block, node)
+            _replace_attention(block, node, recompute=recompute)
     for node in block.graph.nodes:
         if node.target is recomputed and _feeds_recomputed(node):
             node.kwargs = {**node.kwargs, "frees_gradient": True}
@@ -170,10 +171,10 @@ def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
     return plain and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
 
 
-def _replace_attention(block: fx.GraphModule, node: fx.Node) -> None:
+def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
     norm: Any = node.args[0]
     found: dict[str, Any] = {}
-    if _kind(block, norm) is nn.LayerNorm and len(norm.users) == 1 and _reads_one(norm) and not norm.meta.get("read_behind"):
+    if recompute and _kind(block, norm) is nn.LayerNorm and len(norm.users) == 1 and _reads_one(norm) and not norm.meta.get("read_behind"):
         found["norm"] = norm
     graph = block.graph
     with graph.inserting_before(node):

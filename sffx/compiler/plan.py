@@ -118,6 +118,13 @@ class BlockPlan:
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
 
+    def is_large(self, block: Block) -> bool:
+        """Whether a block is among those that set the peak of a block-local step: it keeps more than two thirds of what the largest keeps.
+
+        Computing again what costs little saves no more than about a third, so a smaller block has nothing to gain by it.
+        """
+        return 3 * block.activation_bytes > 2 * max(other.activation_bytes for other in (*self.blocks, self.classifier))
+
     def __str__(self) -> str:
         header = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
         rows = [_row(block) for block in (*self.blocks, self.classifier)]

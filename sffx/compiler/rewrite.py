@@ -37,7 +37,9 @@ _OUT_OF_PLACE = {
 }
 
 
-def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None]) -> fx.GraphModule:
+def rewrite(
+    trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None], *, recompute: bool = True
+) -> fx.GraphModule:
     """Return the cut model.
 
     Args:
@@ -45,6 +47,7 @@ def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[n
         plan: made from the same trace.
         heads: one for each feature block.
         norms: one for each feature block; None hands a block's output on as it is, but for the detach.
+        recompute: whether the largest blocks compute again in their backward pass what costs little.
 
     Raises:
         CutError: an in-place operation writes on a value that crosses a cut, and has no form that does not.
@@ -53,7 +56,7 @@ def rewrite(trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[n
     root = nn.Module()
     root.train(trace.root.training)
     for block in (*plan.blocks, plan.classifier):
-        root.add_module(block.target, _block_module(trace, plan, block, nodes))
+        root.add_module(block.target, _block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)))
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
         root.add_module(f"head_{i}", head)
         if norm is not None:
@@ -110,7 +113,7 @@ def _detached(graph: fx.Graph, side: fx.Node, parts: int) -> Any:
     return tuple(graph.create_node("call_method", "detach", (item,), name=f"{item.name}_detached") for item in items)
 
 
-def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node]) -> fx.GraphModule:
+def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:
     """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values."""
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
@@ -130,7 +133,7 @@ def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, 
     for target, twin in replaced.items():
         owner, _, name = target.rpartition(".")
         setattr(module.get_submodule(owner), name, twin)
-    lean(module, feeds_head=block is not plan.classifier)
+    lean(module, feeds_head=block is not plan.classifier, recompute=recompute)
     return module
 
 

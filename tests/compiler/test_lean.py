@@ -276,3 +276,14 @@ def test_attention_of_another_kind_stays(other):
     assert calls(sffx.transform(Attends(need_weights=False), ["add"], x), self_attention) == [{"norm": "norm"}]
     taken = calls(sffx.transform(Attends(**{"need_weights": False, **other}), ["add"], x), self_attention)
     assert bool(taken) == (other == {"key_padding_mask": None})
+
+
+def test_only_blocks_that_set_the_peak_compute_again():
+    """The first block keeps far more than the second."""
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.MaxPool2d(5)]
+    small = [nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*layers, *small, nn.Flatten(), nn.Linear(8, 3))
+    net = sffx.transform(model, ["_4", "_8"], torch.zeros(1, 3, 9, 9))
+    assert [net.plan.is_large(block) for block in net.plan] == [True, False]
+    assert [len(calls(nn.Sequential(block), recomputed)) for block in (net.block_0, net.block_1)] == [1, 0]
+    assert calls(sffx.transform(model, ["_4", "_8"], torch.zeros(1, 3, 9, 9), recompute=False), recomputed) == []

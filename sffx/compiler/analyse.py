@@ -45,7 +45,7 @@ class Step:
     Attributes:
         node: name of the spine node that ends it, the place of a possible cut.
         nodes: names of all its nodes, in the order they run.
-        scope: qualname of the deepest module that holds all its nodes, "" for the model itself.
+        scope: qualname of the deepest module that holds all its paths, "" for the model itself; a mask may be made anywhere.
         scopes: qualnames of all modules that hold the node that ends it, outermost first.
         join: "sum", "cat" or "product" where several paths meet in `node`, "other" where they meet otherwise, "" where there is one path.
         shape: of one sample's value, without the batch axis; () where the value is no tensor.
@@ -202,7 +202,7 @@ class Analysis:
         return Step(
             node=end.name,
             nodes=tuple(node.name for node in nodes),
-            scope=common_scope([scopes(node) for node in nodes]),
+            scope=common_scope([scopes(node) for node in nodes if node.name in self._paths]),
             scopes=scopes(end),
             join=self._join(index),
             shape=shape,

@@ -7,10 +7,11 @@ symbolic too: it becomes a call of a `TrainingFlag`, so that `train()` and `eval
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,8 +260,6 @@ class GuidedTracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None
     ) -> Any:
-        if kind == "placeholder" and not isinstance(self.arguments.get(target), Tensor):
-            return self._constant_argument(target, args)
         if _regime() != self._regime:
             raise RuntimeError("a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold")
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
@@ -270,14 +269,19 @@ class GuidedTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # not isinstance: a proxy says it is a tensor
 
-    def _constant_argument(self, target: str, default: tuple[Any, ...]) -> Any:
-        """Return the value of an argument that is no tensor: it is fixed at the traced value and takes no part in the graph."""
-        if target.startswith("*"):
-            return {} if target.startswith("**") else ()
-        return self.arguments[target] if target in self.arguments else default[0]
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Make a placeholder of each argument that is a tensor, and pass the others, fixed at their traced values, by name.
+
+        fx would read the code object of `root_fn`, which a decorator may have replaced; what is not given takes its default.
+        """
+        given = {
+            name: self.create_proxy("placeholder", name, (), {}) if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return lambda: _logits(root_fn(self.root, **given)), []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._running:
+        if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
             return forward(*args, **kwargs)
         try:
             return self._without_chance(lambda: super(GuidedTracer, self).call_module(m, forward, args, kwargs))
@@ -415,14 +419,13 @@ def _attribute(root: nn.Module, target: str) -> Any:
 def _keep_logits(graph: fx.Graph) -> None:
     """Reduce the graph's output to the logits and drop what only auxiliary outputs needed."""
     output = next(iter(reversed(graph.nodes)))
-    logits = _logits(output.args[0])
+    logits = output.args[0]
     value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
     if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != TRACE_BATCH or not value.is_floating_point():
         what = (
             f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         )
         raise TraceError(f"the model returns {what}, but sffx cuts classifiers, whose output is logits of shape (B, J)")
-    output.args = (logits,)
     _order_hidden_reads(graph)
     needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
@@ -453,10 +456,12 @@ def _order_hidden_reads(graph: fx.Graph) -> None:
 
 
 def _logits(value: Any) -> Any:
-    """Find the logits in what a forward returns: themselves, the first of a tuple, or the entry "logits" of a mapping or a record."""
-    if isinstance(value, fx.Node) and isinstance(value.target, type):  # a named tuple or a dataclass, made by fx at the output
-        return _logits(value.kwargs or value.args)
-    if isinstance(value, dict):
+    """Find the logits in what a forward returns: themselves, the first of a tuple, or what is called so in a mapping or a record."""
+    if issubclass(type(value), fx.Proxy):
+        return value
+    if dataclasses.is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
         return _logits(value["logits"] if "logits" in value else next(iter(value.values()), None))
     if isinstance(value, (tuple, list)):
         return _logits(value[0]) if value else None

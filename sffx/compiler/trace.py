@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import operator
+import pickle
 import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
@@ -38,6 +42,12 @@ class TrainingFlag(nn.Module):
 
 
 _FLAG = "training_flag"
+_FROZEN_BATCH = "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+_BATCHES = (TRACE_BATCH, 1, 2, 3, 4, 10**6)  # a comparison with the same outcome at these has it at all
+
+# What takes sizes, dtypes or numbers where torch's own parser knows no proxies.
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
 
 
 class _PlantedFlag:
@@ -86,6 +96,24 @@ class Trace:
     notes: tuple[str, ...]
 
 
+def _chance() -> tuple[Any, ...]:
+    """Return the states of the generators of random numbers that a forward may draw from."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+
+
+@contextmanager
+def _chance_kept() -> Iterator[None]:
+    """Leave the generators of random numbers as they were."""
+    plain, numpys = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpys)
+
+
+@_chance_kept()
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Trace a copy of `model`; the model itself is not touched and nothing is computed.
 
@@ -154,7 +182,8 @@ def _attempt(
     tracer = GuidedTracer(mode, root, arguments, leaves, training=training)
     try:
         tracer.plant_flags(probe)
-        graph = tracer._without_chance(lambda: tracer.trace(probe))
+        with tracer.factories():
+            graph = tracer._without_chance(lambda: tracer.trace(probe))
         _keep_logits(graph)
     except TraceError:
         raise
@@ -207,16 +236,51 @@ class GuidedProxy(fx.Proxy):
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         if isinstance(self.example, Tensor):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
-        return kind(_not_the_batch(self.example, True))
+        if self.node.meta["of_batch"]:
+            raise RuntimeError(_FROZEN_BATCH)
+        return kind(self.example)
 
 
 def _not_the_batch(number: Any, suspect: bool) -> Any:
     """Refuse to freeze the batch size into the graph."""
     if suspect and number == TRACE_BATCH:
-        raise RuntimeError(
-            "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
-        )
+        raise RuntimeError(_FROZEN_BATCH)
     return number
+
+
+def _is_of_batch(node: fx.Node) -> bool:
+    """Whether a number is a multiple of the batch size or was computed from one."""
+    value = node.meta["example"]
+    if not isinstance(value, (int, float)):
+        return False
+    return _is_multiple(value) or any(arg.meta["of_batch"] for arg in node.all_input_nodes)
+
+
+def _is_multiple(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number != 0 and number % TRACE_BATCH == 0
+
+
+def _is_settled(condition: fx.Node) -> bool:
+    """Whether a condition is the same at every batch size: one on no batch size, or a comparison that others do not change."""
+    if condition.target not in _COMPARISONS:
+        return not condition.meta["of_batch"]
+    sizes = [arg.meta["example"] for arg in condition.all_input_nodes if arg.meta["of_batch"]]
+    if not all(map(_is_multiple, sizes)):
+        return False
+    return len({_outcome(condition, batch) for batch in _BATCHES}) == 1
+
+
+def _outcome(comparison: fx.Node, batch: int) -> bool:
+    sides: Any = fx.node.map_arg(comparison.args, lambda n: _at_batch(n.meta["example"], batch))
+    compare: Any = comparison.target
+    return bool(compare(*sides))
+
+
+def _at_batch(value: Any, batch: int) -> Any:
+    """Return a size, or a tuple of sizes, as it would be at another batch size."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_at_batch(size, batch) for size in value)
+    return value / TRACE_BATCH * batch if _is_multiple(value) else value
 
 
 class GuidedTracer(fx.Tracer):
@@ -251,6 +315,23 @@ class GuidedTracer(fx.Tracer):
         if probe.__dict__.pop("training", None) is not None:
             probe._buffers["training"] = _PlantedFlag(f"{qualname}.{_FLAG}" if qualname else _FLAG)  # type: ignore[assignment]
 
+    @contextmanager
+    def factories(self) -> Iterator[None]:
+        """Let `torch.zeros(b, t)` and its like be recorded when a size or a dtype is a proxy; other calls of them are as ever."""
+        originals = {name: getattr(torch, name) for name in _FACTORIES}
+        for name, original in originals.items():
+            setattr(torch, name, functools.partial(self._make, original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch, name, original)
+
+    def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return self.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or is_layer(m)
 
@@ -267,7 +348,12 @@ class GuidedTracer(fx.Tracer):
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # not isinstance: a proxy says it is a tensor
+        if issubclass(type(a), fx.Proxy):  # not isinstance: a proxy says it is a tensor
+            return a.node
+        argument = super().create_arg(a)
+        if isinstance(argument, fx.Node) and "example" not in argument.meta:  # a constant that the forward made
+            self._run(argument)
+        return argument
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder of each argument that is a tensor, and pass the others, fixed at their traced values, by name.
@@ -294,9 +380,9 @@ class GuidedTracer(fx.Tracer):
 
     def _without_chance(self, call: Callable[[], Any]) -> Any:
         """Refuse code that draws random numbers outside of a traced operation: what it decides would be frozen into the graph."""
-        before = (torch.get_rng_state(), random.getstate())
+        before = _chance()
         value = call()
-        if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+        if before != _chance():
             raise RuntimeError("it draws random numbers that do not depend on its input, which a graph would freeze")
         return value
 
@@ -313,6 +399,8 @@ class GuidedTracer(fx.Tracer):
         value = obj.node.meta["example"]
         if isinstance(value, Tensor):
             raise RuntimeError("a branch depends on the values of a tensor")
+        if not _is_settled(obj.node):
+            raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -330,6 +418,7 @@ class GuidedTracer(fx.Tracer):
                 node.meta["example"] = self._value(node, args, kwargs)
         finally:
             self._running = False
+        node.meta["of_batch"] = _is_of_batch(node)
         node.meta["cost"] = cost
         node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
 
@@ -346,7 +435,8 @@ class GuidedTracer(fx.Tracer):
         if is_flag(node):
             return self.training
         try:
-            return self.root.get_submodule(target)(*args, **kwargs)
+            with _chance_kept():
+                return self.root.get_submodule(target)(*args, **kwargs)
         except DATA_DEPENDENT:
             return self._computed(target, args, kwargs)
 

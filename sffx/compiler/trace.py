@@ -578,9 +578,15 @@ def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
 def _inputs(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return tuple(
-        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root))
+        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root), _marks_tokens(node))
         for node, value in ((node, node.meta["example"]) for node in placeholders)
     )
+
+
+def _marks_tokens(node: fx.Node) -> bool:
+    """Whether an input is what is called an attention mask everywhere, one for each token; a float one may be added to scores."""
+    value = node.meta["example"]
+    return node.target == "attention_mask" and value.ndim == 2 and not value.is_floating_point()
 
 
 def _high(node: fx.Node, root: nn.Module) -> int:

@@ -181,6 +181,9 @@ class Analysis:
         for name, node in self.nodes.items():
             if name not in self._paths:
                 place[name] = self._place_beside(node, place)
+        for name in reversed(self.nodes):  # what a node reads is there before it, wherever the node went
+            if name not in self._paths:
+                place[name] = min([place[name], *(place[reader] for reader in self.graph.successors(name))])
         return place
 
     def _place_beside(self, node: fx.Node, place: dict[str, int]) -> int:
@@ -356,7 +359,16 @@ def _dependence(node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]
     if node.op == "placeholder":
         return True, False
     own = parameters_of(root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
+    if not own and _stops_gradient(node):
+        return False, False
     return any(on_input for on_input, _ in sources), bool(own) or any(on_parameter for _, on_parameter in sources)
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    """Whether a module's value has no gradient though its input has: rotary positions, which look at their input's dtype alone."""
+    inputs = [tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta["example"])]
+    reads, gives = (any(tensor.requires_grad for tensor in tensors) for tensors in (inputs, _tensors(node.meta["example"])))
+    return node.op == "call_module" and reads and not gives
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

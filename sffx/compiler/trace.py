@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
@@ -157,15 +157,15 @@ def _traced(
 ) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
     while True:
-        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=False)
+        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=True)
         if graph is None:
             continue
         if not tracer.branched:
             return tracer, graph
-        _, other = _attempt(probe, root, arguments, mode, leaves, training=True)
+        _, other = _attempt(probe, root, arguments, mode, leaves, training=False)
         if other is None:
             continue
-        if _listing(graph) == _listing(other):
+        if _merge_modes(graph, other, tracer.branched):
             return tracer, graph
         if "" in tracer.branched:
             raise TraceError(
@@ -446,7 +446,9 @@ class GuidedTracer(fx.Tracer):
             module = copy.deepcopy(self.original.get_submodule(target))
             real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
-        return tree_map_only(Tensor, lambda t: self.mode.from_tensor(t.detach()), value)
+        learns = any(tensor.requires_grad for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, Tensor))
+        fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and t.is_floating_point())  # noqa: E731
+        return tree_map_only(Tensor, fake, value)
 
     def _recorder(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def record(tensor: Tensor) -> Tensor:
@@ -558,11 +560,71 @@ def _logits(value: Any) -> Any:
     return value
 
 
-def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Describe a graph so that two traces of the same computation compare equal whatever their nodes are called."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    number = lambda part: str(fx.node.map_arg(part, lambda n: f"%{position[n]}"))  # noqa: E731
-    return [(node.op, str(node.target) if node.op != "placeholder" else "", number(node.args), number(node.kwargs)) for node in graph.nodes]
+def _merge_modes(graph: fx.Graph, other: fx.Graph, branched: set[str]) -> bool:
+    """Make a graph that was traced in train mode hold for eval mode as well, where that changes nothing or only numbers.
+
+    A number that differs, as the dropout of `p if self.training else 0.0`, becomes a choice by the training flag of the one module
+    that branched of those around it.
+
+    Returns:
+        Whether it was possible; if not, the graph is as it was.
+    """
+    pairs = list(zip(graph.nodes, other.nodes, strict=False))
+    names = {there.name: here.name for here, there in pairs}
+    changes = []
+    for here, there in pairs:
+        merged = _merged(here, there, names, branched)
+        if merged is None:
+            return False
+        changes += [(here, merged)] if merged else []
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    for node, choices in changes:
+        leaves, spec = tree_flatten((node.args, node.kwargs))
+        for i, (owner, numbers) in choices.items():
+            leaves[i] = _choice(node, owner, numbers)
+        node.args, node.kwargs = tree_unflatten(leaves, spec)
+    return True
+
+
+def _merged(here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[str]) -> dict[int, tuple[str, tuple[Any, Any]]] | None:
+    """Compare a node in train and in eval mode.
+
+    Returns:
+        For each argument that differs, by its place, the module that branched and its values in (eval, train) mode; None if they differ
+        in more than numbers, or it is not clear which module's mode they go by.
+    """
+    if here.op != there.op or (here.op != "placeholder" and str(here.target) != str(there.target)):
+        return None
+    (ours, spec), (theirs, other_spec) = (tree_flatten((node.args, node.kwargs)) for node in (here, there))
+    if spec != other_spec:
+        return None
+    owners = [path for path, _ in here.meta.get("nn_module_stack", {}).values() if path in branched]
+    choices: dict[int, tuple[str, tuple[Any, Any]]] = {}
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        if _spelled(our, {}) == _spelled(their, names):
+            continue
+        if len(owners) != 1 or not isinstance(our, (int, float)) or not isinstance(their, (int, float)):
+            return None
+        choices[i] = (owners[0], (their, our))
+    return choices
+
+
+def _spelled(argument: Any, names: dict[str, str]) -> str:
+    """Write an argument with the nodes in it by these names."""
+    return str(fx.node.map_arg(argument, lambda node: names.get(node.name, node.name)))
+
+
+def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
+    """Insert before a node what reads the training flag of a module and picks a number by it."""
+    graph = reader.graph
+    with graph.inserting_before(reader):
+        flag = graph.create_node("call_module", f"{owner}.{_FLAG}")
+        picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
+    for node, example in ((flag, True), (picked, numbers[1])):
+        stack = reader.meta.get("nn_module_stack", {})
+        node.meta = {"example": example, "cost": Cost(), "writes": (), "after": (), "of_batch": False, "nn_module_stack": stack}
+    return picked
 
 
 def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:

@@ -371,6 +371,40 @@ class _Record:
     cache: object = None
 
 
+class _ModeNumber(nn.Module):
+    """Reads its mode for a number, as attention does for its dropout, or for what it computes."""
+
+    def __init__(self, form: str = "number") -> None:
+        super().__init__()
+        self.inner, self.form = nn.Linear(6, 6), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.inner(x), 0.5 if self.training else 0.0, training=True)
+        return x * 2 if self.training and self.form == "branch" else x
+
+
+def test_a_number_that_goes_by_the_mode_stays_a_choice():
+    model = nn.Sequential(nn.Linear(6, 6), _ModeNumber(), _ModeNumber(), nn.Linear(6, 4))
+    net = sffx.transform(model, "layer", norm="none")
+    assert not net.plan.leaves
+    net.readout.mode = "classifier"
+    x = torch.randn(64, 6)
+    for whole, first, second in ((True, True, True), (False, False, False), (True, False, True), (False, False, True)):
+        for root in (model, *net.children()):
+            modules = dict(root.train(whole).named_modules())
+            for qualname, training in (("1", first), ("2", second)):
+                modules.get(qualname, nn.Identity()).train(training)
+        net.training = whole
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(net(x)[-1] if whole else net(x), expected)
+
+
+def test_a_branch_beside_a_number_still_makes_a_leaf():
+    assert [leaf.qualname for leaf in trace(around(_ModeNumber("branch"))).leaves] == ["2"]
+
+
 class _Decorated(nn.Module):
     """A forward behind a decorator, with arguments that only `**kwargs` takes, which returns a record with a thing no graph can hold."""
 

@@ -86,6 +86,37 @@ class TwoInputs(nn.Module):
         return self.head(F.relu(self.joint(x)))
 
 
+class TokenBlock(nn.Module):
+    """Mixes each token with the mean of the real ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own, self.shared = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + F.gelu(self.own(x) + self.shared(real_mean(x, mask))[:, None])
+
+
+class Tokens(nn.Module):
+    """An embedding, two blocks that respect an attention mask, a classifier of the mean of the real tokens: on (B, T) twice."""
+
+    def __init__(self, width: int = 8, classes: int = 4) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, width), nn.Linear(width, classes)
+        self.blocks = nn.ModuleList(TokenBlock(width) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return self.head(real_mean(x, attention_mask))
+
+
+def real_mean(x: Tensor, mask: Tensor) -> Tensor:
+    real = mask[:, :, None].to(x.dtype)
+    return (x * real).sum(1) / real.sum(1)
+
+
 class Rounding(nn.Module):
     """A rounding, which has no gradient, between two layers."""
 

@@ -45,7 +45,7 @@ class Step:
     Attributes:
         node: name of the spine node that ends it, the place of a possible cut.
         nodes: names of all its nodes, in the order they run.
-        scope: qualname of the deepest module that holds all its nodes, "" for the model itself.
+        scope: qualname of the deepest module that holds all its paths, "" for the model itself; a mask may be made anywhere.
         scopes: qualnames of all modules that hold the node that ends it, outermost first.
         join: "sum", "cat" or "product" where several paths meet in `node`, "other" where they meet otherwise, "" where there is one path.
         shape: of one sample's value, without the batch axis; () where the value is no tensor.
@@ -181,6 +181,9 @@ class Analysis:
         for name, node in self.nodes.items():
             if name not in self._paths:
                 place[name] = self._place_beside(node, place)
+        for name in reversed(self.nodes):  # what a node reads is there before it, wherever the node went
+            if name not in self._paths:
+                place[name] = min([place[name], *(place[reader] for reader in self.graph.successors(name))])
         return place
 
     def _place_beside(self, node: fx.Node, place: dict[str, int]) -> int:
@@ -202,7 +205,7 @@ class Analysis:
         return Step(
             node=end.name,
             nodes=tuple(node.name for node in nodes),
-            scope=common_scope([scopes(node) for node in nodes]),
+            scope=common_scope([scopes(node) for node in nodes if node.name in self._paths]),
             scopes=scopes(end),
             join=self._join(index),
             shape=shape,
@@ -356,7 +359,16 @@ def _dependence(node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]
     if node.op == "placeholder":
         return True, False
     own = parameters_of(root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
+    if not own and _stops_gradient(node):
+        return False, False
     return any(on_input for on_input, _ in sources), bool(own) or any(on_parameter for _, on_parameter in sources)
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    """Whether a module's value has no gradient though its input has: rotary positions, which look at their input's dtype alone."""
+    inputs = [tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta["example"])]
+    reads, gives = (any(tensor.requires_grad for tensor in tensors) for tensors in (inputs, _tensors(node.meta["example"])))
+    return node.op == "call_module" and reads and not gives
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -52,7 +52,7 @@ def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
     positional = () if isinstance(example_input, Mapping) else example_input if isinstance(example_input, tuple) else (example_input,)
     keyword = example_input if isinstance(example_input, Mapping) else {}
     try:
-        arguments = dict(inspect.signature(model.forward).bind(*positional, **keyword).arguments)
+        arguments = _named(inspect.signature(model.forward).bind(*positional, **keyword))
     except TypeError as cause:
         raise InputError(
             f"example_input does not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {cause}. "
@@ -64,6 +64,14 @@ def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
     if any(value.ndim == 0 for value in tensors):
         raise InputError("example_input holds a tensor without axes. Hint: the first axis of every input is the batch")
     return arguments
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the arguments by name, those that `**kwargs` collects among them."""
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    collected = {name: value for name, value in bound.arguments.items() if kinds[name] is inspect.Parameter.VAR_KEYWORD}
+    plain = {name: value for name, value in bound.arguments.items() if name not in collected}
+    return {**plain, **{name: value for values in collected.values() for name, value in values.items()}}
 
 
 def _fake(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:

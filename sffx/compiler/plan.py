@@ -21,12 +21,14 @@ class Input:
         shape: of one sample, without the batch axis.
         dtype: of the tensor, as torch names it ("float32", "int64").
         high: for integer inputs, one more than the largest value that is valid (an embedding's rows); 0 for float inputs.
+        marks_tokens: whether it is an attention mask (B, T), which tells real tokens from padding, the zeros.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     high: int = 0
+    marks_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Block:
         num_parameters: the number of scalars in them.
         macs: multiply-adds for one sample.
         activation_bytes: what its backward pass keeps for one sample, float32 unless the model is in another dtype.
+        mask: name of the model input that tells which tokens of the output are real, "" where none does. Goodness and norm take it.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Block:
     num_parameters: int
     macs: int
     activation_bytes: int
+    mask: str = ""
 
     @property
     def channels(self) -> int:

@@ -44,7 +44,7 @@ def make_plan(analysis: Analysis, policy: str | Policy | Iterable[str], num_clas
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
-        notes=(*trace.notes, *notes(name, analysis)),
+        notes=(*trace.notes, *notes(name, analysis), *_padding_notes(analysis, blocks)),
     )
 
 
@@ -79,7 +79,31 @@ def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output:
         num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
         macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
         activation_bytes=sum({key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()) // TRACE_BATCH,
+        mask=_mask(analysis, output),
     )
+
+
+def _mask(analysis: Analysis, output: str) -> str:
+    """Return the input that tells which tokens of a value (B, T, C) are real, "" where the value has no tokens or others than the input."""
+    shape = analysis.nodes[output].meta["example"].shape
+    if len(shape) != 3 or analysis.channel_axes.get(output) != 2:
+        return ""
+    return next((node.name for node in _masks(analysis) if node.meta["example"].shape == shape[:2]), "")
+
+
+def _masks(analysis: Analysis) -> list[fx.Node]:
+    placeholders = [node for node in analysis.nodes.values() if node.op == "placeholder"]
+    return [node for node, read in zip(placeholders, analysis.trace.inputs, strict=True) if read.marks_tokens]
+
+
+def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
+    masked = [block.target for block in blocks[:-1] if block.mask]
+    others = [block.target for block in blocks[:-1] if len(block.shape) == 2 and not block.mask]
+    names = ", ".join(str(node.target) for node in _masks(analysis))
+    notes = [f"the goodness and norm of {', '.join(masked)} run over the real tokens, by {names}"] if masked else []
+    if names and others:
+        notes.append(f"{', '.join(others)} return other tokens than {names} marks: their goodness and norm run over padding as well")
+    return notes
 
 
 def _carries_gradient(node: fx.Node) -> bool:
@@ -95,7 +119,8 @@ def _unit(analysis: Analysis, owner: str, elsewhere: set[str]) -> str:
 
 
 def _name(analysis: Analysis, members: list[list[fx.Node]], index: int) -> str:
-    """Name a block by the one module that is all it holds, else by the first and the last module that it does not share."""
+    """Name a block by the one module that is all its paths lie in, else by the first and the last module that it does not share."""
+    members = [[node for node in nodes if analysis.graph.nodes[node.name]["path"]] for nodes in members]
     elsewhere = {scope for i, nodes in enumerate(members) if i != index for node in nodes for scope in scopes(node)}
     stacks = [stack for stack in map(scopes, members[index]) if stack]
     owner = common_scope(stacks)

@@ -34,7 +34,7 @@ def residual(analysis: Analysis) -> list[str]:
         return batchnorm(analysis)
     steps = analysis.steps
     last = max(ends.values())
-    cuts = {_legal_before(steps, _settled(steps, end), start - 1) for start, end in ends.items()}
+    cuts = {_legal_near(steps, _settled(steps, end), start - 1, ends) for start, end in ends.items()}
     for start in ends:
         before = max((cut for cut in cuts if cut < start), default=-1)
         if any(step.weighted for step in steps[before + 1 : start]):
@@ -162,6 +162,14 @@ def _tail(steps: tuple[Step, ...], last: int) -> int:
 def _legal_before(steps: tuple[Step, ...], end: int, floor: int) -> int:
     """Return the last step up to `end`, and after `floor`, that a cut may follow; `end` if none may."""
     return next((i for i in range(end, floor, -1) if not steps[i].refusal), end)
+
+
+def _legal_near(steps: tuple[Step, ...], end: int, floor: int, ends: dict[int, int]) -> int:
+    """Return `_legal_before`, or the next step that a cut may follow and that is in no other block: a layer that is used again and again
+    (ALBERT) is one block with all its uses."""
+    before = _legal_before(steps, end, floor)
+    behind = next((i for i in range(end + 1, len(steps)) if not steps[i].refusal), before)
+    return behind if steps[before].refusal and not any(start <= behind < stop for start, stop in ends.items()) else before
 
 
 def _names(steps: tuple[Step, ...], cuts: Iterable[int]) -> list[str]:

@@ -80,9 +80,10 @@ def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -
     for i, block in enumerate(plan.blocks):
         result = _call(graph, block.target, block.target, tuple(values[name] for name in block.inputs))
         output = _unpack(graph, block, result, values, nodes)
-        goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output,)))
+        mask = (values[block.mask],) if block.mask else ()
+        goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output, *mask)))
         detached = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
-        values[block.output] = _call(graph, f"norm_{i}", f"norm_{i}", (detached,)) if norms[i] is not None else detached
+        values[block.output] = _call(graph, f"norm_{i}", f"norm_{i}", (detached, *mask)) if norms[i] is not None else detached
     logits = _call(graph, "classifier", "classifier", tuple(values[name] for name in plan.classifier.inputs))
     graph.output(_call(graph, "readout", "readout", ([*goodness, logits],)))
     return graph

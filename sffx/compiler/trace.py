@@ -7,18 +7,23 @@ symbolic too: it becomes a call of a `TrainingFlag`, so that `train()` and `eval
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import operator
+import pickle
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
@@ -37,6 +42,12 @@ class TrainingFlag(nn.Module):
 
 
 _FLAG = "training_flag"
+_FROZEN_BATCH = "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+_BATCHES = (TRACE_BATCH, 1, 2, 3, 4, 10**6)  # a comparison with the same outcome at these has it at all
+
+# What takes sizes, dtypes or numbers where torch's own parser knows no proxies.
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
 
 
 class _PlantedFlag:
@@ -85,6 +96,24 @@ class Trace:
     notes: tuple[str, ...]
 
 
+def _chance() -> tuple[Any, ...]:
+    """Return the states of the generators of random numbers that a forward may draw from."""
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+
+
+@contextmanager
+def _chance_kept() -> Iterator[None]:
+    """Leave the generators of random numbers as they were."""
+    plain, numpys = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numpys)
+
+
+@_chance_kept()
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Trace a copy of `model`; the model itself is not touched and nothing is computed.
 
@@ -128,15 +157,15 @@ def _traced(
 ) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
     while True:
-        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=False)
+        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=True)
         if graph is None:
             continue
         if not tracer.branched:
             return tracer, graph
-        _, other = _attempt(probe, root, arguments, mode, leaves, training=True)
+        _, other = _attempt(probe, root, arguments, mode, leaves, training=False)
         if other is None:
             continue
-        if _listing(graph) == _listing(other):
+        if _merge_modes(graph, other, tracer.branched):
             return tracer, graph
         if "" in tracer.branched:
             raise TraceError(
@@ -153,7 +182,8 @@ def _attempt(
     tracer = GuidedTracer(mode, root, arguments, leaves, training=training)
     try:
         tracer.plant_flags(probe)
-        graph = tracer._without_chance(lambda: tracer.trace(probe))
+        with tracer.factories():
+            graph = tracer._without_chance(lambda: tracer.trace(probe))
         _keep_logits(graph)
     except TraceError:
         raise
@@ -206,16 +236,51 @@ class GuidedProxy(fx.Proxy):
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         if isinstance(self.example, Tensor):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
-        return kind(_not_the_batch(self.example, True))
+        if self.node.meta["of_batch"]:
+            raise RuntimeError(_FROZEN_BATCH)
+        return kind(self.example)
 
 
 def _not_the_batch(number: Any, suspect: bool) -> Any:
     """Refuse to freeze the batch size into the graph."""
     if suspect and number == TRACE_BATCH:
-        raise RuntimeError(
-            "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
-        )
+        raise RuntimeError(_FROZEN_BATCH)
     return number
+
+
+def _is_of_batch(node: fx.Node) -> bool:
+    """Whether a number is a multiple of the batch size or was computed from one."""
+    value = node.meta["example"]
+    if not isinstance(value, (int, float)):
+        return False
+    return _is_multiple(value) or any(arg.meta["of_batch"] for arg in node.all_input_nodes)
+
+
+def _is_multiple(number: Any) -> bool:
+    return isinstance(number, (int, float)) and number != 0 and number % TRACE_BATCH == 0
+
+
+def _is_settled(condition: fx.Node) -> bool:
+    """Whether a condition is the same at every batch size: one on no batch size, or a comparison that others do not change."""
+    if condition.target not in _COMPARISONS:
+        return not condition.meta["of_batch"]
+    sizes = [arg.meta["example"] for arg in condition.all_input_nodes if arg.meta["of_batch"]]
+    if not all(map(_is_multiple, sizes)):
+        return False
+    return len({_outcome(condition, batch) for batch in _BATCHES}) == 1
+
+
+def _outcome(comparison: fx.Node, batch: int) -> bool:
+    sides: Any = fx.node.map_arg(comparison.args, lambda n: _at_batch(n.meta["example"], batch))
+    compare: Any = comparison.target
+    return bool(compare(*sides))
+
+
+def _at_batch(value: Any, batch: int) -> Any:
+    """Return a size, or a tuple of sizes, as it would be at another batch size."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_at_batch(size, batch) for size in value)
+    return value / TRACE_BATCH * batch if _is_multiple(value) else value
 
 
 class GuidedTracer(fx.Tracer):
@@ -250,6 +315,23 @@ class GuidedTracer(fx.Tracer):
         if probe.__dict__.pop("training", None) is not None:
             probe._buffers["training"] = _PlantedFlag(f"{qualname}.{_FLAG}" if qualname else _FLAG)  # type: ignore[assignment]
 
+    @contextmanager
+    def factories(self) -> Iterator[None]:
+        """Let `torch.zeros(b, t)` and its like be recorded when a size or a dtype is a proxy; other calls of them are as ever."""
+        originals = {name: getattr(torch, name) for name in _FACTORIES}
+        for name, original in originals.items():
+            setattr(torch, name, functools.partial(self._make, original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch, name, original)
+
+    def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return self.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or is_layer(m)
 
@@ -259,8 +341,6 @@ class GuidedTracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None
     ) -> Any:
-        if kind == "placeholder" and not isinstance(self.arguments.get(target), Tensor):
-            return self._constant_argument(target, args)
         if _regime() != self._regime:
             raise RuntimeError("a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold")
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
@@ -268,16 +348,26 @@ class GuidedTracer(fx.Tracer):
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)  # not isinstance: a proxy says it is a tensor
+        if issubclass(type(a), fx.Proxy):  # not isinstance: a proxy says it is a tensor
+            return a.node
+        argument = super().create_arg(a)
+        if isinstance(argument, fx.Node) and "example" not in argument.meta:  # a constant that the forward made
+            self._run(argument)
+        return argument
 
-    def _constant_argument(self, target: str, default: tuple[Any, ...]) -> Any:
-        """Return the value of an argument that is no tensor: it is fixed at the traced value and takes no part in the graph."""
-        if target.startswith("*"):
-            return {} if target.startswith("**") else ()
-        return self.arguments[target] if target in self.arguments else default[0]
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Make a placeholder of each argument that is a tensor, and pass the others, fixed at their traced values, by name.
+
+        fx would read the code object of `root_fn`, which a decorator may have replaced; what is not given takes its default.
+        """
+        given = {
+            name: self.create_proxy("placeholder", name, (), {}) if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return lambda: _logits(root_fn(self.root, **given)), []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._running:
+        if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
             return forward(*args, **kwargs)
         try:
             return self._without_chance(lambda: super(GuidedTracer, self).call_module(m, forward, args, kwargs))
@@ -290,9 +380,9 @@ class GuidedTracer(fx.Tracer):
 
     def _without_chance(self, call: Callable[[], Any]) -> Any:
         """Refuse code that draws random numbers outside of a traced operation: what it decides would be frozen into the graph."""
-        before = (torch.get_rng_state(), random.getstate())
+        before = _chance()
         value = call()
-        if not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate():
+        if before != _chance():
             raise RuntimeError("it draws random numbers that do not depend on its input, which a graph would freeze")
         return value
 
@@ -309,6 +399,8 @@ class GuidedTracer(fx.Tracer):
         value = obj.node.meta["example"]
         if isinstance(value, Tensor):
             raise RuntimeError("a branch depends on the values of a tensor")
+        if not _is_settled(obj.node):
+            raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -326,6 +418,7 @@ class GuidedTracer(fx.Tracer):
                 node.meta["example"] = self._value(node, args, kwargs)
         finally:
             self._running = False
+        node.meta["of_batch"] = _is_of_batch(node)
         node.meta["cost"] = cost
         node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
 
@@ -342,7 +435,8 @@ class GuidedTracer(fx.Tracer):
         if is_flag(node):
             return self.training
         try:
-            return self.root.get_submodule(target)(*args, **kwargs)
+            with _chance_kept():
+                return self.root.get_submodule(target)(*args, **kwargs)
         except DATA_DEPENDENT:
             return self._computed(target, args, kwargs)
 
@@ -352,7 +446,9 @@ class GuidedTracer(fx.Tracer):
             module = copy.deepcopy(self.original.get_submodule(target))
             real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
-        return tree_map_only(Tensor, lambda t: self.mode.from_tensor(t.detach()), value)
+        learns = any(tensor.requires_grad for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, Tensor))
+        fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and t.is_floating_point())  # noqa: E731
+        return tree_map_only(Tensor, fake, value)
 
     def _recorder(self, cost: Cost) -> Callable[[Tensor], Tensor]:
         def record(tensor: Tensor) -> Tensor:
@@ -415,14 +511,13 @@ def _attribute(root: nn.Module, target: str) -> Any:
 def _keep_logits(graph: fx.Graph) -> None:
     """Reduce the graph's output to the logits and drop what only auxiliary outputs needed."""
     output = next(iter(reversed(graph.nodes)))
-    logits = _logits(output.args[0])
+    logits = output.args[0]
     value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
     if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != TRACE_BATCH or not value.is_floating_point():
         what = (
             f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         )
         raise TraceError(f"the model returns {what}, but sffx cuts classifiers, whose output is logits of shape (B, J)")
-    output.args = (logits,)
     _order_hidden_reads(graph)
     needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
@@ -453,21 +548,83 @@ def _order_hidden_reads(graph: fx.Graph) -> None:
 
 
 def _logits(value: Any) -> Any:
-    """Find the logits in what a forward returns: themselves, the first of a tuple, or the entry "logits" of a mapping or a record."""
-    if isinstance(value, fx.Node) and isinstance(value.target, type):  # a named tuple or a dataclass, made by fx at the output
-        return _logits(value.kwargs or value.args)
-    if isinstance(value, dict):
+    """Find the logits in what a forward returns: themselves, the first of a tuple, or what is called so in a mapping or a record."""
+    if issubclass(type(value), fx.Proxy):
+        return value
+    if dataclasses.is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
         return _logits(value["logits"] if "logits" in value else next(iter(value.values()), None))
     if isinstance(value, (tuple, list)):
         return _logits(value[0]) if value else None
     return value
 
 
-def _listing(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """Describe a graph so that two traces of the same computation compare equal whatever their nodes are called."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    number = lambda part: str(fx.node.map_arg(part, lambda n: f"%{position[n]}"))  # noqa: E731
-    return [(node.op, str(node.target) if node.op != "placeholder" else "", number(node.args), number(node.kwargs)) for node in graph.nodes]
+def _merge_modes(graph: fx.Graph, other: fx.Graph, branched: set[str]) -> bool:
+    """Make a graph that was traced in train mode hold for eval mode as well, where that changes nothing or only numbers.
+
+    A number that differs, as the dropout of `p if self.training else 0.0`, becomes a choice by the training flag of the one module
+    that branched of those around it.
+
+    Returns:
+        Whether it was possible; if not, the graph is as it was.
+    """
+    pairs = list(zip(graph.nodes, other.nodes, strict=False))
+    names = {there.name: here.name for here, there in pairs}
+    changes = []
+    for here, there in pairs:
+        merged = _merged(here, there, names, branched)
+        if merged is None:
+            return False
+        changes += [(here, merged)] if merged else []
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    for node, choices in changes:
+        leaves, spec = tree_flatten((node.args, node.kwargs))
+        for i, (owner, numbers) in choices.items():
+            leaves[i] = _choice(node, owner, numbers)
+        node.args, node.kwargs = tree_unflatten(leaves, spec)
+    return True
+
+
+def _merged(here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[str]) -> dict[int, tuple[str, tuple[Any, Any]]] | None:
+    """Compare a node in train and in eval mode.
+
+    Returns:
+        For each argument that differs, by its place, the module that branched and its values in (eval, train) mode; None if they differ
+        in more than numbers, or it is not clear which module's mode they go by.
+    """
+    if here.op != there.op or (here.op != "placeholder" and str(here.target) != str(there.target)):
+        return None
+    (ours, spec), (theirs, other_spec) = (tree_flatten((node.args, node.kwargs)) for node in (here, there))
+    if spec != other_spec:
+        return None
+    owners = [path for path, _ in here.meta.get("nn_module_stack", {}).values() if path in branched]
+    choices: dict[int, tuple[str, tuple[Any, Any]]] = {}
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        if _spelled(our, {}) == _spelled(their, names):
+            continue
+        if len(owners) != 1 or not isinstance(our, (int, float)) or not isinstance(their, (int, float)):
+            return None
+        choices[i] = (owners[0], (their, our))
+    return choices
+
+
+def _spelled(argument: Any, names: dict[str, str]) -> str:
+    """Write an argument with the nodes in it by these names."""
+    return str(fx.node.map_arg(argument, lambda node: names.get(node.name, node.name)))
+
+
+def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
+    """Insert before a node what reads the training flag of a module and picks a number by it."""
+    graph = reader.graph
+    with graph.inserting_before(reader):
+        flag = graph.create_node("call_module", f"{owner}.{_FLAG}")
+        picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
+    for node, example in ((flag, True), (picked, numbers[1])):
+        stack = reader.meta.get("nn_module_stack", {})
+        node.meta = {"example": example, "cost": Cost(), "writes": (), "after": (), "of_batch": False, "nn_module_stack": stack}
+    return picked
 
 
 def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
@@ -483,9 +640,15 @@ def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
 def _inputs(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return tuple(
-        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root))
+        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root), _marks_tokens(node))
         for node, value in ((node, node.meta["example"]) for node in placeholders)
     )
+
+
+def _marks_tokens(node: fx.Node) -> bool:
+    """Whether an input is what is called an attention mask everywhere, one for each token; a float one may be added to scores."""
+    value = node.meta["example"]
+    return node.target == "attention_mask" and value.ndim == 2 and not value.is_floating_point()
 
 
 def _high(node: fx.Node, root: nn.Module) -> int:

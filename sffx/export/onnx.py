@@ -137,6 +137,8 @@ def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
     dtype = getattr(torch, each.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    if each.marks_tokens:  # at least one real token in each sample, and the padding behind
+        return (torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")).to(dtype)
     high = 2 if dtype == torch.bool else max(each.high, 1)
     return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
 

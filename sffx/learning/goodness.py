@@ -92,16 +92,31 @@ class SFFGoodness(nn.Module):
         if self.basis is not None:
             nn.init.uniform_(self.basis, -math.sqrt(3) * bound, math.sqrt(3) * bound)
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Return the goodness (B, J), in float32 or wider, of a block's output."""
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the goodness (B, J), in float32 or wider, of a block's output.
+
+        Args:
+            y: the output of a block.
+            mask: (B, T) where y is (B, T, C), nonzero at real tokens, over which alone the mean then runs.
+        """
         with full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
             weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+            if mask is not None:
+                return token_goodness(self._tokens(wide, mask.bool()), weight.flatten(1), bias, mask.bool())
             if self.basis is not None:
                 return pointwise_goodness(self._reduced(wide, self.basis.to(wide.dtype)), weight, bias)
             if self.kernel_size > 1:
                 return convolved_goodness(wide.movedim(self.channel_axis, 1), weight, bias)
             return pointwise_goodness(_positions(wide, self.channel_axis), weight.flatten(1), bias)
+
+    def _tokens(self, y: Tensor, real: Tensor) -> Tensor:
+        """Return what the weight is applied to at each token, (B, T, C); a kernel reads zeros where the padding is, as beyond the ends."""
+        if self.kernel_size > 1:
+            y = _zero_padded(y, real)
+        if self.basis is not None:
+            return self._reduced(y, self.basis.to(y.dtype)).mT
+        return _windows(y, self.kernel_size) if self.kernel_size > 1 else y
 
     def _reduced(self, y: Tensor, basis: Tensor) -> Tensor:
         """Return V y, (B, r, P)."""
@@ -142,15 +157,49 @@ class CwCGoodness(nn.Module):
         owner = torch.arange(num_classes).repeat_interleave(sizes)
         self.register_buffer("groups", F.one_hot(owner, num_classes) / sizes, persistent=False)  # (C, J), each column a mean
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Return the goodness (B, J), in float32 or wider, of a block's output."""
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the goodness (B, J), in float32 or wider, of a block's output; `mask` as in `SFFGoodness`."""
         with full_precision(y):
             wide = y if y.dtype.itemsize > 2 else y.float()
+            if mask is not None:
+                real = mask.bool()
+                means = _MeanSquare.apply(_positions(_zero_padded(wide, real), self.channel_axis))
+                return means @ self.groups.to(wide.dtype) * _per_real_token(real, wide.dtype)
             return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(wide.dtype)
 
     def extra_repr(self) -> str:
         channels, classes = self.groups.shape
         return f"{channels}, {classes}, channel_axis={self.channel_axis}"
+
+
+def token_goodness(y: Tensor, weight: Tensor, bias: Tensor, real: Tensor) -> Tensor:
+    """Return the goodness over the real tokens of each sample alone, by the same forms as without padding.
+
+    The bias becomes the weight of one more channel, which is 1 at real tokens: a token of zeros then adds nothing to a sum of squares.
+
+    Args:
+        y: (B, T, C).
+        weight: (J, C).
+        bias: (J,).
+        real: (B, T), false at padding.
+    """
+    marked = _zero_padded(F.pad(y, (0, 1), value=1.0), real)
+    joint = torch.cat([weight, bias[:, None]], dim=1)
+    return pointwise_goodness(marked.mT, joint, torch.zeros_like(bias)) * _per_real_token(real, y.dtype)
+
+
+def _windows(y: Tensor, size: int) -> Tensor:
+    """Return, for each token of (B, T, C), the window around it that a convolution reads, (B, T, C * size)."""
+    return F.pad(y, (0, 0, size // 2, size // 2)).unfold(1, size, 1).flatten(2)
+
+
+def _zero_padded(y: Tensor, real: Tensor) -> Tensor:
+    return y.masked_fill(~real[:, :, None], 0)
+
+
+def _per_real_token(real: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return, (B, 1), what turns a mean over all tokens into one over the real ones, 1 at least being taken as real."""
+    return real.shape[1] / real.sum(1, keepdim=True).clamp(min=1).to(dtype)
 
 
 def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     seen: list[Tensor] = []
     watch = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
     try:
-        net(**x) if isinstance(x, dict) else net(*x) if isinstance(x, tuple) else net(x)
+        net(**x) if isinstance(x, Mapping) else net(*x) if isinstance(x, tuple) else net(x)
     finally:
         watch.remove()
     return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])
@@ -101,5 +101,6 @@ def _evaluation(net: fx.GraphModule, blocks: list[str], loader: Iterable[Any]) -
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs")
-    x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), tuple(batch))
+    x, y = batch
+    x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (dict(x) if isinstance(x, Mapping) else x, y))
     return (tuple(x) if isinstance(x, list) else x), y

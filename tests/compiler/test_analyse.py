@@ -173,3 +173,31 @@ def test_a_layer_on_a_transposed_value_does_not_move_the_channels(shortcut_first
             return self.head((h + mixed if shortcut_first else mixed + h).mean(1))
 
     assert analysed(Mixer(), torch.zeros(1, 7, 6)).channel_axes["add"] == 2
+
+
+class _Positions(nn.Module):
+    """Looks at its input's dtype and shape alone, in a region without gradient, as rotary positions do."""
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        with torch.no_grad():
+            return at.to(x.dtype)[None, :, None].expand(len(x), -1, x.shape[2])
+
+
+class _Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.positions = _Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        positions = self.positions(x, torch.arange(x.shape[1]))
+        x = F.relu(self.second(x) + positions)
+        x = x * positions
+        return self.head(x.mean(1))
+
+
+def test_a_value_without_gradient_is_no_path_around_a_cut():
+    analysis = analysed(_Rotary(), torch.zeros(1, 5, 6))
+    assert analysis.candidates == ("first", "relu", "second", "add", "relu_1", "mul", "mean")
+    assert analysis.step_of["arange"] == analysis.step_of["positions"] == analysis.step_of["relu"]  # read before the norm

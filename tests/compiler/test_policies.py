@@ -247,3 +247,21 @@ def test_models_of_a_users_own(model, example, blocks):
     x = torch.randint(0, given.high, (6, *given.shape)) if given.high else torch.randn(6, *given.shape)
     sffx.local_loss(net, x, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+class _SharedResidual(nn.Module):
+    """One residual layer, used over and over, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = x + self.shared(x)
+        return self.head(x + self.last(x))
+
+
+def test_a_residual_layer_used_over_and_over_is_one_block():
+    assert names(sffx.plan(_SharedResidual(), "residual", torch.zeros(1, 6))) == ["first", "shared", "last"]

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,6 +286,150 @@ def test_a_tensor_is_a_tensor_during_the_trace():
     net.readout.mode = "classifier"
     x = torch.randn(3, 6)
     assert torch.equal(net(x), model.eval()(x))
+
+
+class _Applies(nn.Module):
+    """A layer, and a function of its module and output that a forward could have in its place."""
+
+    def __init__(self, code: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.code = nn.Linear(6, 6), code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x + torch.arange(6),
+        lambda m, x: x + torch.arange(x.shape[1], device=x.device),
+        lambda m, x: x + torch.ones(x.shape[0], 1, dtype=x.dtype),
+        lambda m, x: x + torch.ones(*x.shape),
+        lambda m, x: x * torch.tensor(x.shape[0]),
+        lambda m, x: x.clamp(min=torch.finfo(x.dtype).min),
+        lambda m, x: nn.ReLU()(x),
+        lambda m, x: x * 2 if x.shape[0] > 0 else x,
+        lambda m, x: x * 2 if x.shape == (x.shape[0], 6) else x,
+        lambda m, x: x * 2 if x.numel() == x.shape[0] * 6 else x,
+    ],
+)
+def test_what_a_forward_makes_on_the_spot_is_traced(code):
+    model = around(_Applies(code))
+    net = sffx.transform(model, "layer", norm="none").train()
+    assert not net.plan.leaves
+    net.readout.mode = "classifier"
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 6)
+        assert torch.equal(net(x)[-1], model(x))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x * 2 if x.shape[0] == 1 else x,
+        lambda m, x: x * 2 if x.size(0) in (1, 2) else x,
+        lambda m, x: x * 2 if x.size(0) % 2 else x,
+        lambda m, x: x * 2 if x.size(0) // 2 > 1 else x,
+        lambda m, x: x * 2 if x.numel() < 40 else x,
+        lambda m, x: x * min(x.shape[0], 3),
+        lambda m, x: x * int(x.shape[0] + 1),
+        lambda m, x: x.view(int(x.numel()) // 6, 6),
+    ],
+)
+def test_a_branch_on_the_batch_size_or_a_number_made_from_it_makes_a_leaf(code):
+    model = around(_Applies(code))
+    net = sffx.transform(model, "layer", norm="none").train()
+    assert [leaf.qualname for leaf in net.plan.leaves] == ["2"]
+    assert "batch size" in net.plan.leaves[0].reason
+    net.readout.mode = "classifier"
+    for batch in (1, 2, 7):
+        x = torch.randn(batch, 6)
+        assert torch.equal(net(x)[-1], model(x))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_random_numbers_drawn_on_the_side_make_a_leaf(draw):
+    model = around(_Applies(lambda m, x: x * draw()))
+    states = random.getstate(), np.random.get_state()[2], torch.get_rng_state().sum()
+    assert [leaf.qualname for leaf in trace(model).leaves] == ["2"]
+    assert (random.getstate(), np.random.get_state()[2], torch.get_rng_state().sum()) == states
+
+
+def test_torchs_factories_are_as_before_after_a_trace():
+    before = torch.zeros, torch.tensor, torch.finfo
+    trace(Residual())
+    with pytest.raises(TraceError):
+        trace(_UntraceableRoot())
+    assert (torch.zeros, torch.tensor, torch.finfo) == before
+
+
+@dataclass
+class _Record:
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: object = None
+
+
+class _ModeNumber(nn.Module):
+    """Reads its mode for a number, as attention does for its dropout, or for what it computes."""
+
+    def __init__(self, form: str = "number") -> None:
+        super().__init__()
+        self.inner, self.form = nn.Linear(6, 6), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.inner(x), 0.5 if self.training else 0.0, training=True)
+        return x * 2 if self.training and self.form == "branch" else x
+
+
+def test_a_number_that_goes_by_the_mode_stays_a_choice():
+    model = nn.Sequential(nn.Linear(6, 6), _ModeNumber(), _ModeNumber(), nn.Linear(6, 4))
+    net = sffx.transform(model, "layer", norm="none")
+    assert not net.plan.leaves
+    net.readout.mode = "classifier"
+    x = torch.randn(64, 6)
+    for whole, first, second in ((True, True, True), (False, False, False), (True, False, True), (False, False, True)):
+        for root in (model, *net.children()):
+            modules = dict(root.train(whole).named_modules())
+            for qualname, training in (("1", first), ("2", second)):
+                modules.get(qualname, nn.Identity()).train(training)
+        net.training = whole
+        torch.manual_seed(0)
+        expected = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(net(x)[-1] if whole else net(x), expected)
+
+
+def test_a_branch_beside_a_number_still_makes_a_leaf():
+    assert [leaf.qualname for leaf in trace(around(_ModeNumber("branch"))).leaves] == ["2"]
+
+
+class _Decorated(nn.Module):
+    """A forward behind a decorator, with arguments that only `**kwargs` takes, which returns a record with a thing no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, bias: Tensor | None = None, **kwargs: Tensor) -> _Record:
+        x = F.relu(self.inner(x)) * scale + (0 if bias is None else bias) + kwargs.get("shift", 0)
+        return _Record(logits=self.head(x), cache=object())
+
+    plain_forward = forward
+
+    @functools.wraps(plain_forward)
+    def forward(self, *args: Any, **kwargs: Any) -> _Record:
+        return self.plain_forward(*args, **kwargs)
+
+
+def test_a_decorated_forward_takes_its_arguments_by_name_and_returns_a_record():
+    model = _Decorated()
+    inputs = {name: torch.randn(5, 6) for name in ("x", "bias", "shift")}
+    net = sffx.transform(model, "layer", {**inputs, "scale": 2.0}, norm="none").eval()
+    assert [i.name for i in net.plan.inputs] == ["x", "bias", "shift"]
+    net.readout.mode = "classifier"
+    assert torch.equal(net(**inputs), model(**inputs, scale=2.0).logits)
 
 
 class _BranchInside(nn.Module):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.learning.goodness import (
@@ -17,6 +17,7 @@ from sffx.learning.goodness import (
     _parts,
     moment_is_cheaper,
     pointwise_goodness,
+    token_goodness,
 )
 from sffx.measure.memory import count_memory
 
@@ -271,3 +272,63 @@ def test_cwc_gradients(layout):
 def test_cwc_needs_as_many_channels_as_classes():
     with pytest.raises(InputError, match="CwC needs a channel for each class, but a block has 4 channels for 5 classes"):
         CwCGoodness(4, 5)
+
+
+def with_padding() -> tuple[Tensor, Tensor]:
+    """Values (4, 7, 6) of tokens, of which the padding is large, and their mask: behind, before, between, none."""
+    y = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1]])
+    return torch.where(mask.bool()[:, :, None], y, 1e3).requires_grad_(), mask
+
+
+def alone(head: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
+    """The goodness of each sample's real tokens alone; with a kernel, of zeros in place of the others, which are left out of the mean."""
+    if getattr(head, "kernel_size", 1) == 1:
+        return torch.cat([head(sample[real.bool()][None]) for sample, real in zip(y, mask, strict=True)])
+    weight = head.weight if head.basis is None else torch.einsum("jr,rck->jck", head.weight, head.basis)
+    z = F.conv1d((y * mask[:, :, None]).mT, weight, head.bias, padding=head.kernel_size // 2)
+    return (z.square() * mask[:, None]).sum(2) / mask.sum(1, keepdim=True)
+
+
+HEADS = {
+    "rows": lambda: SFFGoodness(6, 4, channel_axis=2, spatial=1),
+    "moment": lambda: SFFGoodness(6, 200, channel_axis=2, spatial=1),
+    "rank": lambda: SFFGoodness(6, 30, channel_axis=2, spatial=1, rank=2),
+    "kernel": lambda: SFFGoodness(6, 4, channel_axis=2, spatial=1, kernel_size=3),
+    "kernel and rank": lambda: SFFGoodness(6, 30, channel_axis=2, spatial=1, kernel_size=3, rank=2),
+    "cwc": lambda: CwCGoodness(6, 4, channel_axis=2),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_padding_changes_neither_the_goodness_nor_a_gradient(name):
+    torch.manual_seed(0)
+    head = HEADS[name]().double()
+    y, mask = with_padding()
+    found, expected = head(y, mask), alone(head, y, mask)
+    torch.testing.assert_close(found, expected)
+    inputs = [y, *head.parameters()]
+    upstream = torch.randn(found.shape, dtype=torch.float64)
+    gradients = [torch.autograd.grad(g, inputs, upstream) for g in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not gradients[0][0][~mask.bool()].any()
+    torch.testing.assert_close(head(y[:, [*range(7), 6, 6]], F.pad(mask, (0, 2))), expected)  # two more of padding
+    torch.testing.assert_close(head(y, torch.ones_like(mask)), head(y))
+
+
+@pytest.mark.parametrize("classes", [4, 200])  # direct; second moment
+def test_gradcheck_with_padding(classes):
+    assert moment_is_cheaper(4, classes, 5) == (classes == 200)
+    y, weight, bias = example(3, 3, 5, classes)
+    real = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    assert torch.autograd.gradcheck(lambda *inputs: token_goodness(*inputs, real), (y.mT.detach().requires_grad_(), weight, bias))
+
+
+def test_padding_that_is_not_finite_and_a_sample_of_nothing_else():
+    head = SFFGoodness(6, 4, channel_axis=2, spatial=1)
+    y = torch.randn(2, 3, 6)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    found = head(y.masked_fill(~mask.bool()[:, :, None], torch.nan), mask)
+    torch.testing.assert_close(found[:1], head(y[:1, :2]))
+    assert not found[1].any()

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sffx.learning.norm import SampleNorm
+
+
+def test_each_sample_is_normalised_over_all_its_values():
+    y = torch.randn(3, 4, 5, 5) * 3 + 2
+    torch.testing.assert_close(SampleNorm()(y), F.layer_norm(y, (4, 5, 5)))
+
+
+def test_padding_takes_no_part_and_becomes_zero():
+    y = torch.randn(2, 5, 6) * 3 + 2
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
+    y = y.masked_fill(~mask.bool()[:, :, None], torch.nan)
+    found = SampleNorm()(y, mask)
+    torch.testing.assert_close(found[:1, :2], SampleNorm()(y[:1, :2]))
+    torch.testing.assert_close(found[1:, 1:], SampleNorm()(y[1:, 1:]))
+    assert not found[~mask.bool()].any()
+
+
+def test_a_mask_of_ones_is_none():
+    y = torch.randn(2, 5, 6, dtype=torch.bfloat16)
+    found = SampleNorm()(y, torch.ones(2, 5))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, SampleNorm()(y))

@@ -1,9 +1,11 @@
 """Train a PyTorch model block by block, without end-to-end backpropagation."""
 
+from sffx import policies
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
 from sffx.export.extract import extract
 from sffx.export.onnx import export_onnx
+from sffx.footprint import Footprint, footprint
 from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -17,6 +19,7 @@ __all__ = [
     "CutError",
     "Evaluation",
     "ExportError",
+    "Footprint",
     "InputError",
     "LocalLoss",
     "MissingExtra",
@@ -26,10 +29,12 @@ __all__ = [
     "evaluate",
     "export_onnx",
     "extract",
+    "footprint",
     "local_loss",
     "local_step",
     "parameter_groups",
     "plan",
+    "policies",
     "sff_loss",
     "transform",
 ]

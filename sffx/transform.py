@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from sffx.compiler.analyse import analyse
+from sffx.compiler.heads import make_heads
 from sffx.compiler.plan import BlockPlan
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import Policy
@@ -18,8 +19,8 @@ from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace import trace
 from sffx.compiler.verify import verify
 from sffx.errors import InputError
-from sffx.learning.goodness import make_head
 from sffx.learning.norm import NORMS
+from sffx.policies import policy_named
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def transform(
 
     Args:
         model: a classifier whose output is logits (B, J), or holds them first, or as `.logits`. It is copied and left as it is.
-        policy: where to cut. "residual", "batchnorm" or "layer"; or names of nodes to cut after (`sffx.plan` lists them); or a function
-            from the analysed graph to such names.
+        policy: where to cut. "residual", "batchnorm", "layer" or "module"; or one of `sffx.policies` with its parameters, as
+            `stages(4)` or "stages(4)"; or names of nodes to cut after (`sffx.plan` lists them); or a function from the analysed graph to
+            such names.
         example_input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; the first axis is the batch. Only
             shapes and dtypes matter. None infers one from the model's first layer.
         num_classes: J, checked against the model's output where given.
@@ -75,8 +77,8 @@ def transform(
     _check_norm(norm)
     traced = trace(model, example_input)
     analysis = analyse(traced)
-    blocks = make_plan(analysis, policy, num_classes)
-    heads = _heads(blocks, goodness, kernel_size, rank, traced.root)
+    blocks = make_plan(analysis, *policy_named(policy), num_classes)
+    heads = make_heads(blocks, traced.root, goodness, kernel_size, rank)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
     verify(net, blocks)
@@ -88,7 +90,7 @@ def plan(
     model: nn.Module, policy: str | Policy | Iterable[str] = "residual", example_input: Any = None, num_classes: int | None = None
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
-    return make_plan(analyse(trace(model, example_input)), policy, num_classes)
+    return make_plan(analyse(trace(model, example_input)), *policy_named(policy), num_classes)
 
 
 def _check_norm(norm: str) -> None:
@@ -99,19 +101,6 @@ def _check_norm(norm: str) -> None:
 def _norm(norm: str) -> nn.Module | None:
     kind = NORMS[norm]
     return kind() if kind is not None else None
-
-
-def _heads(blocks: BlockPlan, goodness: str, kernel_size: int, rank: int | None, root: nn.Module) -> list[nn.Module]:
-    """Make a head for each block, on the device and in the dtype of the block's parameters."""
-    like = next(p for p in root.parameters() if p.is_floating_point())
-    heads = []
-    for block in blocks:
-        try:
-            head = make_head(goodness, block.channels, blocks.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size, rank)
-        except InputError as cause:
-            raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
-        heads.append(head.to(like.device, like.dtype))
-    return heads
 
 
 def _with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx.GraphModule:

@@ -111,6 +111,10 @@ class Analysis:
         """The channel axis of the value of each node that has one."""
         return channel_axes(self.trace)
 
+    def macs(self, step: Step) -> int:
+        """Return the multiply-adds of a step for one sample."""
+        return int(sum(self.nodes[name].meta["cost"].macs for name in step.nodes) // TRACE_BATCH)
+
     def kind(self, qualname: str) -> type[nn.Module]:
         """Return the class of a module by its qualname."""
         return type(self.trace.root.get_submodule(qualname))
@@ -284,13 +288,13 @@ class Analysis:
         span: dict[int, list[int]] = {}
         names: dict[int, str] = {}
         for name, node in self.nodes.items():
-            for state, tensor in self._state(node).items():
+            for state, tensor in self.state(node).items():
                 names.setdefault(id(tensor), node.target if node.op == "call_module" else state)
                 readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
                 span.setdefault(id(tensor), []).extend(readers)
         return {i: names[key] for key, used in span.items() if used for i in range(min(used), max(used))}
 
-    def _state(self, node: fx.Node) -> dict[str, Tensor]:
+    def state(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module may write to, by qualname."""
         module = self._module(node)
         buffers = {f"{node.target}.{name}": b for name, b in module.named_buffers()} if module is not None else {}

@@ -66,7 +66,8 @@ class Block:
         parameters: names of its parameters in the original model.
         num_parameters: the number of scalars in them.
         macs: multiply-adds for one sample.
-        activation_bytes: what its backward pass keeps for one sample, float32 unless the model is in another dtype.
+        activation_bytes: what its backward pass would keep for one sample as the model is written, without a head and before
+            the rewrites that make blocks lean; `sffx.footprint` predicts the peak of a step as it is.
         mask: name of the model input that tells which tokens of the output are real, "" where none does. Goodness and norm take it.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -11,25 +10,25 @@ from torch.utils._pytree import tree_leaves
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.inputs import TRACE_BATCH
 from sffx.compiler.plan import Block, BlockPlan
-from sffx.compiler.policies import Policy, notes, policy_named
+from sffx.compiler.policies import Policy, notes
 from sffx.compiler.trace import is_flag
 from sffx.errors import InputError
 
 
-def make_plan(analysis: Analysis, policy: str | Policy | Iterable[str], num_classes: int | None = None) -> BlockPlan:
+def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | None = None) -> BlockPlan:
     """Ask the policy where to cut and describe the blocks that come of it.
 
     Args:
         analysis: of the traced model.
-        policy: a name, a function of the analysis, or the names of the nodes to cut after.
+        name: of the policy.
+        policy: a function of the analysis to the names of the nodes to cut after.
         num_classes: J, checked against the width of the logits where given.
 
     Raises:
         CutError: the policy chose no node, or one where no cut can be made.
-        InputError: there is no such policy, or `num_classes` is not what the model returns.
+        InputError: `num_classes` is not what the model returns.
     """
-    name, choose = policy_named(policy)
-    cuts = analysis.require(choose(analysis))
+    cuts = analysis.require(policy(analysis))
     width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
     if num_classes not in (None, width):
         raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out")

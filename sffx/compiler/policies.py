@@ -10,14 +10,15 @@ A policy may be any callable `Analysis -> iterable of node names`; the ones belo
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import groupby, pairwise
 
+import numpy as np
 from torch import nn
 
 from sffx.compiler.analyse import Analysis, Step
-from sffx.errors import InputError
+from sffx.errors import CutError, InputError
 
 Policy = Callable[[Analysis], Iterable[str]]
 
@@ -58,29 +59,52 @@ def layer(analysis: Analysis) -> list[str]:
     return _names(steps, {_settled(steps, start) for start in _layer_starts(steps)[:-1]})
 
 
-POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
+def module(depth: int = 2) -> Policy:
+    """Return the policy that makes a block of every module at a depth of the hierarchy; "layer1.0" is at depth 2.
 
-
-def policy_named(policy: str | Policy | Iterable[str]) -> tuple[str, Policy]:
-    """Return the name and the function of a policy given by name, as a function, or as the names of the nodes to cut after.
+    A module that lies higher and is not part of a deeper one (a stem) is a block as well, if it has weights. What has none, and a BN layer
+    whose feeder is the module before, goes with the module before it.
 
     Raises:
-        InputError: there is no policy of this name, or it is neither a name, nor a callable, nor names.
+        InputError: the depth is no positive integer.
     """
-    if isinstance(policy, str):
-        if policy not in POLICIES:
-            near = difflib.get_close_matches(policy, POLICIES, n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"there is no policy {policy!r}. Hint: {meant}the policies are {', '.join(map(repr, POLICIES))}")
-        return policy, POLICIES[policy]
-    if callable(policy):
-        return getattr(policy, "__name__", type(policy).__name__), policy
-    if not isinstance(policy, Iterable):
-        raise InputError(
-            f"policy is a {type(policy).__name__}. Hint: pass a name ({', '.join(POLICIES)}), a function, or a list of node names"
-        )
-    names = list(policy)
-    return "nodes", lambda _: names
+    check_positive("depth", depth)
+
+    def cut(analysis: Analysis) -> list[str]:
+        steps = analysis.steps
+        runs = [list(run) for _, run in groupby(range(len(steps)), lambda i: _owner(steps[i], depth))]
+        weighted = [run for run in runs if any(steps[i].weighted for i in run)]
+        return _names(steps, {_run_end(steps, run, following[0]) for run, following in pairwise(weighted)})
+
+    return called(cut, f"module({depth})")
+
+
+def stages(n: int) -> Policy:
+    """Return the policy that makes n feature blocks of about the same multiply-adds, out of the BN groups of the model.
+
+    The sum of the squares of the blocks' multiply-adds is the least there is, which keeps the others even where one cannot be divided.
+
+    Raises:
+        InputError: n is no positive integer.
+    """
+    check_positive("n", n)
+
+    def cut(analysis: Analysis) -> list[str]:
+        places = group_ends(analysis)
+        if n > len(places):
+            raise CutError(
+                f"stages({n}) asks for more feature blocks than the {len(places)} BN groups of the model. Hint: n <= {len(places)}"
+            )
+        macs = np.cumsum([analysis.macs(step) for step in analysis.steps], dtype=float)
+        chosen = _balanced([0.0, *macs[places]], n)
+        return _names(analysis.steps, [places[i - 1] for i in chosen])
+
+    return called(cut, f"stages({n})")
+
+
+def group_ends(analysis: Analysis) -> list[int]:
+    """Return the indices of the steps that end a BN group, or a layer where there is no group."""
+    return [analysis.step_of[name] for name in batchnorm(analysis) or layer(analysis)]
 
 
 def notes(name: str, analysis: Analysis) -> list[str]:
@@ -88,6 +112,54 @@ def notes(name: str, analysis: Analysis) -> list[str]:
     if name == "residual" and not _residual_ends(analysis):
         return ["the model has no residual block, so it is cut into BN groups"]
     return []
+
+
+def check_positive(name: str, value: object) -> None:
+    """Check a parameter of a policy.
+
+    Raises:
+        InputError: it is no positive integer.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}. Hint: pass a positive integer")
+
+
+def called(policy: Policy, name: str) -> Policy:
+    """Give a policy the name by which a plan will call it."""
+    policy.__name__ = name
+    return policy
+
+
+def _run_end(steps: tuple[Step, ...], run: list[int], stop: int) -> int:
+    """Return the last step of a block that begins as a run of steps and may go on up to `stop`, further only for a BN layer's sake."""
+    end = _group_end(steps, max(i for i in run if steps[i].weighted), stop)
+    return _settled(steps, end) if steps[end].refusal else end
+
+
+def _owner(step: Step, depth: int) -> str:
+    """Return the module at most this deep that a step lies in, "" for the model itself."""
+    return ".".join(step.scope.split(".")[:depth])
+
+
+def _balanced(cost: list[float], parts: int) -> list[int]:
+    """Divide 0 .. len(cost) - 1 into parts so that the sum of the squares of their costs is least, and return the end of each.
+
+    Args:
+        cost: what it costs to get from the start to each place, rising.
+        parts: how many.
+    """
+    reached = np.asarray(cost) / max(cost[-1], 1.0)
+    squares = np.where(np.tri(len(reached), dtype=bool), np.inf, (reached[None, :] - reached[:, None]) ** 2)
+    best = np.where(np.arange(len(reached)) == 0, 0.0, np.inf)
+    sources = []
+    for _ in range(parts):
+        total = best[:, None] + squares
+        sources.append(total.argmin(0))
+        best = total.min(0)
+    ends = [len(reached) - 1]
+    for source in reversed(sources[1:]):
+        ends.append(int(source[ends[-1]]))
+    return ends[::-1]
 
 
 def _residual_ends(analysis: Analysis) -> dict[int, int]:

@@ -36,6 +36,8 @@ _OUT_OF_PLACE = {
     operator.ior: operator.or_,
 }
 
+_VIEWS = ("flatten", "reshape", "contiguous", "dropout", "alphadropout", "featurealphadropout", "identity")
+
 
 def rewrite(
     trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None], *, recompute: bool = True
@@ -56,7 +58,7 @@ def rewrite(
     root = nn.Module()
     root.train(trace.root.training)
     for block in (*plan.blocks, plan.classifier):
-        root.add_module(block.target, _block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)))
+        root.add_module(block.target, block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)))
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
         root.add_module(f"head_{i}", head)
         if norm is not None:
@@ -114,18 +116,25 @@ def _detached(graph: fx.Graph, side: fx.Node, parts: int) -> Any:
     return tuple(graph.create_node("call_method", "detach", (item,), name=f"{item.name}_detached") for item in items)
 
 
-def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:
-    """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values."""
+def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:
+    """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values.
+
+    `meta["origin"]` of a node names the traced node that it stands for; where the rewrites merged several, the last of them.
+    """
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
     outside = {storage(nodes[name].meta["example"]) for name in block.inputs if _is_written_from_outside(nodes[name])}
+    views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
     replaced: dict[str, nn.Module] = {}
     read_behind = {writer.name for node in nodes.values() for writer in node.meta.get("after", ())}
     for name in block.nodes:
         node = nodes[name]
         values[name] = graph.node_copy(node, lambda n: values[n.name])
-        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {}), "read_behind": name in read_behind}
-        if any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
+        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {}), "read_behind": name in read_behind, "origin": name}
+        if any(read.name in views and _may_be_view(node, read, trace.root) for read in node.all_input_nodes[:1]):
+            views.add(name)
+        hidden = any(written.name in views for written in node.meta["writes"]) and name not in read_behind
+        if hidden or any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
             _keep_input(values[name], node, trace.root, replaced)
     outputs = tuple(values[name] for name in (block.output, *block.sides))
     graph.output(outputs if block.sides else outputs[0])
@@ -141,6 +150,18 @@ def _block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, 
 def _is_written_from_outside(node: fx.Node) -> bool:
     """Whether a block's input is a value of another block. A write on the model's own input is the model's own doing."""
     return node.op != "placeholder" and isinstance(node.meta["example"], Tensor)
+
+
+def _may_be_view(node: fx.Node, read: fx.Node, root: nn.Module) -> bool:
+    """Whether a node returns what it reads, or a view of it, be it only in some layouts or modes other than those of the trace.
+
+    A norm lays out its result in order, which makes a view of what was a copy; dropout returns its input in eval mode.
+    """
+    kind = type(root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    name = getattr(kind, "__name__", str(kind)).lower()
+    value, before = node.meta["example"], read.meta["example"]
+    is_view = isinstance(value, Tensor) and isinstance(before, Tensor) and storage(value) == storage(before)
+    return is_view or name.startswith(_VIEWS)
 
 
 def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dict[str, nn.Module]) -> None:

@@ -241,6 +241,20 @@ class GuidedProxy(fx.Proxy):
         return kind(self.example)
 
 
+def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:
+    """Return the method for `x += y` and its like, which write on a tensor under all its names; fx would make a new one."""
+
+    def operate(self: GuidedProxy, other: Any) -> Any:
+        target = getattr(operator, f"i{name}" if isinstance(self.example, Tensor) else name)
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=name)
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(GuidedProxy, f"__i{_name}__", _in_place(_name))
+
+
 def _not_the_batch(number: Any, suspect: bool) -> Any:
     """Refuse to freeze the batch size into the graph."""
     if suspect and number == TRACE_BATCH:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import sffx
+from sffx.compiler.analyse import analyse
+from sffx.compiler.trace import trace
 from sffx.errors import CutError, InputError
 from tests.toys import Chain, Residual, SharedWeight
 
@@ -173,6 +177,91 @@ def test_the_classifier_begins_with_the_pool():
 def test_the_plan_does_not_depend_on_the_size_of_the_input():
     small = sffx.plan(torchvision.models.mobilenet_v3_small(), example_input=torch.zeros(1, 3, 32, 32))
     assert [block.output for block in small] == [block.output for block in torchvision_plan("mobilenet_v3_small")]
+
+
+STRUCTURED = {
+    # The modules one level down. The BN and the pool behind conv1 go with it; the pool before fc is the classifier's.
+    ("resnet18", "module(1)"): [STEM, "layer1", "layer2", "layer3", "layer4"],
+    # Two levels down lie the BasicBlocks, and the stem is higher up.
+    ("resnet18", "module"): [STEM, *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))],
+    # The encoder, which adds the positions, is one level down; its blocks are three. What has no weights goes with the module before.
+    ("vit_b_16", "module(1)"): ["conv_proj", "encoder"],
+    ("vit_b_16", "module(3)"): [
+        *("conv_proj … encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(11))),
+        "encoder.layers.encoder_layer_11 … encoder.ln",
+    ],
+    # Its stages, and the downsampling between them.
+    ("convnext_tiny", "module"): [f"features.{i}" for i in range(8)],
+    # A transition begins with the BN that the dense block before it feeds.
+    ("densenet121", "module"): GOLDEN["densenet121"],
+    # A BasicBlock costs the same in every stage, but for the first one of a stage and the stem.
+    ("resnet18", "stages(4)"): ["conv1 … layer1", "layer2", "layer3", "layer4"],
+    ("resnet18", "stages(2)"): ["conv1 … layer2", "layer3 … layer4"],
+    ("vgg11_bn", "stages(2)"): ["features.0 … features.14", "features.15 … features.28"],
+    ("vgg11_bn", "stages(8)"): GOLDEN["vgg11_bn"],
+    ("vit_b_16", "stages(1)"): ["conv_proj … encoder"],
+    # All 12 blocks cost the same, in three parts of four. The norm behind them goes with the last.
+    ("vit_b_16", "stages(3)"): [
+        "conv_proj … encoder.layers.encoder_layer_3",
+        "encoder.layers.encoder_layer_4 … encoder.layers.encoder_layer_7",
+        "encoder.layers.encoder_layer_8 … encoder.ln",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "policy"), STRUCTURED)
+def test_structured_policies(name, policy):
+    assert names(torchvision_plan(name, policy)) == STRUCTURED[name, policy]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_stages_are_balanced_as_well_as_any_other_choice(n):
+    """The oracle tries every choice."""
+    model, example = torchvision.models.mobilenet_v3_small(num_classes=10), torch.zeros(1, 3, 64, 64)
+    squares = lambda plan: sum(block.macs**2 for block in plan)  # noqa: E731
+    analysis = analyse(trace(model, example))
+    *places, last = sffx.policies.batchnorm(analysis)
+    chosen = sffx.policies.stages(n)(analysis)
+    macs = {step.node: analysis.macs(step) for step in analysis.steps}
+    order = list(macs)
+
+    def cost(cuts: tuple[str, ...]) -> int:
+        ends = [-1, *(order.index(cut) for cut in cuts)]
+        return sum(sum(macs[name] for name in order[a + 1 : b + 1]) ** 2 for a, b in pairwise(ends))
+
+    assert cost(tuple(chosen)) == min(cost((*some, last)) for some in combinations(places, n - 1))
+    assert squares(sffx.plan(model, f"stages({n})", example)) == pytest.approx(cost(tuple(chosen)), rel=1e-6)
+
+
+def test_policies_with_parameters_can_be_written_or_called():
+    for written, called in [
+        ("stages(2)", sffx.policies.stages(2)),
+        ("module", sffx.policies.module()),
+        (" module( 2 )", "module(depth=2)"),
+    ]:
+        one, other = sffx.plan(torchvision.models.resnet18(), written), sffx.plan(torchvision.models.resnet18(), called)
+        assert one.blocks == other.blocks
+    assert sffx.plan(Residual(), sffx.policies.stages(2)).policy == "stages(2)"
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        ("stages", InputError, r"policy 'stages': .*missing 1 required.*'stages\(n\)'"),
+        ("stages(0)", InputError, r"n is 0\. Hint: pass a positive integer"),
+        ("stages(two)", InputError, r"n is 'two'"),
+        ("stages(9)", CutError, r"stages\(9\) asks for more feature blocks than the 3 BN groups of the model\. Hint: n <= 3"),
+        ("stage(3)", InputError, r"there is no policy 'stage\(3\)'\. Hint: did you mean 'stages'\?"),
+        ("stages(3", InputError, r"there is no policy 'stages\(3'"),
+        ("module(-1)", InputError, r"depth is -1"),
+        ("memory(2 GiB)", InputError, r"missing 1 required positional argument: 'batch_size'"),
+        ("memory(much, 64)", InputError, r"the budget 'much' cannot be read\. Hint: '2 GiB', '500 MB', or a number of bytes"),
+        ("memory(2 GiB, 64, batch=3)", InputError, r"unexpected keyword argument 'batch'"),
+    ],
+)
+def test_parameters_that_cannot_be_used(policy, error, message):
+    with pytest.raises(error, match=message):
+        sffx.plan(Residual(), policy)
 
 
 @pytest.mark.parametrize(

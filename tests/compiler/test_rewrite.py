@@ -182,3 +182,25 @@ def test_a_tuple_that_crosses_a_cut_is_detached_part_by_part():
     net = sffx.transform(Film(), "layer").train()
     sffx.local_loss(net, torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])).backward()
     assert net.block_0.film.grad[6:].abs().sum() == 0  # b is used by the second block only, which the cut keeps from it
+
+
+class _WritesOnAFlatCopy(nn.Module):
+    """Flattens a value that lies transposed, which copies it, and writes on the copy; of a normalised value the same is a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.ReLU(inplace=True)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(2).transpose(1, 2)
+        x = x * torch.sigmoid(self.second(x))
+        return self.head(self.act(x.flatten(1)))
+
+
+def test_a_write_on_what_was_a_copy_in_the_trace_and_is_a_view_behind_the_norm():
+    net = sffx.transform(_WritesOnAFlatCopy(), ["mul"], torch.zeros(1, 3, 4, 4)).train()
+    assert not any(getattr(module, "inplace", False) for module in net.classifier.modules())
+    x, y = torch.randn(5, 3, 4, 4), torch.arange(5) % 4
+    sffx.sff_loss(net(x), y).backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sffx
 from sffx.compiler.trace import TrainingFlag, trace
@@ -471,3 +471,27 @@ def test_under_inference_mode_as_outside():
     with torch.inference_mode():
         net = sffx.transform(model)
     sffx.local_loss(net.train(), torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])).backward()
+
+
+class _AddsInPlace(nn.Module):
+    """Keeps a second name of a value that it writes to by `+=`, which fx by itself would trace as a new value."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.head, self.form = nn.Linear(6, 6), nn.Linear(6, 4), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        kept = h if self.form == "name" else h[:, :3] if self.form == "view" else F.dropout(h, 0.5, self.training)
+        count = x.shape[0]
+        count *= 2  # a number, which has no in-place form
+        kept += count
+        return self.head(h + kept if self.form != "view" else h)
+
+
+@pytest.mark.parametrize("form", ["name", "view", "dropout"])
+def test_an_addition_in_place_reaches_the_other_names_of_the_value(form):
+    model = _AddsInPlace(form).eval()
+    traced = trace(model, torch.zeros(1, 6))
+    x = torch.randn(3, 6)
+    assert torch.equal(fx.GraphModule(traced.root, traced.graph).eval()(x), model(x))

@@ -1,0 +1,26 @@
+"""Make the heads that a plan asks for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sffx.compiler.plan import BlockPlan
+from sffx.errors import InputError
+from sffx.learning.goodness import make_head
+
+
+def make_heads(plan: BlockPlan, root: nn.Module, goodness: str, kernel_size: int, rank: int | None = None) -> list[nn.Module]:
+    """Make a head for each block, on the device and in the dtype of the model's parameters.
+
+    Raises:
+        InputError: there is no such goodness, or a block has no use for it; names the block.
+    """
+    like = next(p for p in root.parameters() if p.is_floating_point())
+    heads = []
+    for block in plan:
+        try:
+            head = make_head(goodness, block.channels, plan.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size, rank)
+        except InputError as cause:
+            raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
+        heads.append(head.to(like.device, like.dtype))
+    return heads

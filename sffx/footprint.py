@@ -1,0 +1,179 @@
+"""Predict, on fake tensors and so without any memory of its own, what a block-local training step of a cut model holds at its peak.
+
+The step is `local_loss(net, x, y).backward(); optimizer.step()` in the steady state of AdamW, which keeps two values for each trainable
+parameter; `local_step` holds no more. Each block is run by itself, forward and backward with its head, and its bytes are counted; what is
+held beside a block while it runs is added: parameters, optimizer state, the gradients of the blocks before, the input batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from sffx.compiler.inputs import DATA_DEPENDENT
+from sffx.compiler.plan import Block, BlockPlan, plan_of
+from sffx.errors import InputError
+from sffx.learning.losses import block_loss
+from sffx.measure.memory import MIB, count_memory, mark_gradients
+from sffx.training.local import BlockWalk
+
+# What AdamW keeps for a trainable parameter, in sizes of the parameter, and a step counter for each.
+STATES = 2
+COUNTER = 4
+# What AdamW makes while it updates a parameter, in sizes of the parameter: the root of the second moment, and its quotient.
+UPDATE = 2
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The predicted peak of a block-local step with AdamW, in bytes. Frozen; prints as a table.
+
+    Attributes:
+        batch_size: that it was predicted for.
+        blocks: names of the blocks, "block_0" to "classifier".
+        parameters: parameters and buffers of the cut model, heads included.
+        optimizer_state: of AdamW.
+        inputs: the input batch and the labels.
+        gradients: of each block with its head.
+        running: for each block, the peak while it runs: activations, side values, its own gradients.
+        update: what the optimizer makes beside its state.
+    """
+
+    batch_size: int
+    blocks: tuple[str, ...]
+    parameters: int
+    optimizer_state: int
+    inputs: int
+    gradients: tuple[int, ...]
+    running: tuple[int, ...]
+    update: int
+
+    @property
+    def held(self) -> int:
+        """What is there all the time."""
+        return self.parameters + self.optimizer_state + self.inputs
+
+    @property
+    def peaks(self) -> tuple[int, ...]:
+        """The peak of the step in each block, and last in the optimizer."""
+        before = [sum(self.gradients[:i]) for i in range(len(self.gradients) + 1)]
+        own = [self.held + before[i] + running for i, running in enumerate(self.running)]
+        return (*own, self.held + before[-1] + self.update)
+
+    @property
+    def peak(self) -> int:
+        """The peak of the step."""
+        return max(self.peaks)
+
+    def __str__(self) -> str:
+        lines = [f"{'MiB, batch ' + str(self.batch_size):<22}{'block alone':>14}{'peak of the step':>18}"]
+        rows = zip((*self.blocks, "optimizer.step()"), (*self.running, self.update), self.peaks, strict=True)
+        lines += [f"{name:<22}{running / MIB:>14.2f}{peak / MIB:>18.2f}" for name, running, peak in rows]
+        lines.append(f"held all the time: {self.held / MIB:.2f} (parameters {self.parameters / MIB:.2f})")
+        return "\n".join(lines)
+
+
+def footprint(net: fx.GraphModule, batch_size: int) -> Footprint:
+    """Predict the peak memory of a training step of a cut model for a batch size.
+
+    Args:
+        net: what `transform` returned; it is not touched.
+        batch_size: B.
+
+    Raises:
+        InputError: `net` is no cut model, or its shapes depend on data.
+    """
+    plan_of(net)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        probe = copy.deepcopy(net).train()
+    with mode:
+        return fake_footprint(probe, batch_size)
+
+
+def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
+    """Predict the peak of a cut model on fake parameters, inside their mode; blocks to skip are run but not counted.
+
+    Raises:
+        InputError: shapes depend on data.
+    """
+    plan, device = plan_of(net), next(net.parameters()).device
+    x = tuple(torch.ones((batch_size, *i.shape), device=device).to(getattr(torch, i.dtype)) for i in plan.inputs)
+    y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    walk = BlockWalk(net)
+    try:
+        running = _running(walk, x, y, skip)
+    except DATA_DEPENDENT as cause:
+        raise InputError(
+            f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. Hint: count a real step with "
+            "sffx.measure.memory.count_memory"
+        ) from cause
+    trainable = [p for part in walk.trainable for p in part]
+    return Footprint(
+        batch_size=batch_size,
+        blocks=tuple(part[0] for part in walk.parts),
+        parameters=_bytes([*net.parameters(), *net.buffers()]),
+        optimizer_state=STATES * _bytes(trainable) + COUNTER * len(trainable),
+        inputs=_bytes([*x, y]),
+        gradients=tuple(_bytes(part) for part in walk.trainable),
+        running=running,
+        update=UPDATE * max((p.nbytes for p in trainable), default=0),
+    )
+
+
+def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]) -> tuple[int, ...]:
+    """Return, for each block, the peak while it runs: all bytes but those of parameters and of the input batch; 0 for blocks to skip."""
+    sides = _side_bytes(walk)
+    scores = walk.run(x)
+    running = []
+    for part, parameters in enumerate(walk.trainable):
+        if part in skip:
+            with torch.no_grad():
+                next(scores)
+            running.append(0)
+            continue
+        count = count_memory(lambda parameters=parameters: _step(scores, x, y, parameters), model=walk.net)  # type: ignore[misc]
+        passing = sum(sides[name] for name in _passing(walk.plan, part))
+        running.append(count.peak - count.parameters - _bytes([*x, y]) + passing)
+    return tuple(running)
+
+
+def _step(scores: Iterator[tuple[int, Tensor]], x: tuple[Tensor, ...], y: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Run the next block forward and backward, as `local_loss` does."""
+    for tensor in (*x, y):
+        tensor.view_as(tensor)  # read, so that it is counted whether or not the block reads it
+    loss = block_loss(next(scores)[1], y)
+    if loss.requires_grad:
+        mark_gradients(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def _side_bytes(walk: BlockWalk) -> dict[str, int]:
+    """Return a dict that fills with the bytes of each side value when its block has run."""
+    found: dict[str, int] = {}
+    for block in walk.plan:
+        if block.sides:
+
+            def note(_: nn.Module, args: object, outputs: tuple[object, ...], block: Block = block) -> None:
+                found.update({name: _bytes(tree_leaves(value)) for name, value in zip(block.sides, outputs[1:], strict=True)})
+
+            walk.net.get_submodule(block.target).register_forward_hook(note)
+    return found
+
+
+def _passing(plan: BlockPlan, part: int) -> list[str]:
+    """Return the side values of earlier blocks that a block does not read and a later one does."""
+    blocks = (*plan, plan.classifier)
+    later = {name for block in blocks[part + 1 :] for name in block.inputs}
+    return [side for block in blocks[:part] for side in block.sides if side in later and side not in blocks[part].inputs]
+
+
+def _bytes(values: Iterable[object]) -> int:
+    """Return the bytes of tensors, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in values if isinstance(t, Tensor)}
+    return sum(storages.values())

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
+from sffx.compiler.fakes import fake_tensors
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf
 from sffx.errors import InputError, TraceError
@@ -149,7 +150,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     with FakeCopyMode(mode):
-        return copy.deepcopy(model).train()
+        return copy.deepcopy(model, fake_tensors(model, mode)).train()
 
 
 def _traced(

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from sffx.compiler.fakes import fake_tensors
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.plan import BlockPlan
 from sffx.errors import VerifyError
@@ -30,13 +32,28 @@ def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
     net.graph.lint()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        probe = copy.deepcopy(net).train()
+        probe = _twin(net, fake_tensors(net, mode)).train()
     try:
         with mode:
             _verify_run(probe, plan)
     except DATA_DEPENDENT:
         with torch.random.fork_rng(devices=[]):
-            _verify_run(copy.deepcopy(net).train(), plan)
+            _verify_run(_twin(net, {}).train(), plan)
+
+
+def _twin(net: fx.GraphModule, copied: dict[int, Any]) -> fx.GraphModule:
+    """Copy the modules and tensors of a cut model, but share its graphs and their code, whose copying would cost as much again.
+
+    Args:
+        net: the cut model.
+        copied: twins of its tensors where there are some already, by `id`.
+    """
+    for module in reversed([module for module in net.modules() if isinstance(module, fx.GraphModule)]):  # what a module holds comes first
+        twin = object.__new__(type(module))
+        held = {name: copy.deepcopy(module.__dict__[name], copied) for name in ("_parameters", "_buffers", "_modules")}
+        twin.__dict__ = {**module.__dict__, **held}
+        copied[id(module)] = twin
+    return copied[id(net)]
 
 
 def _verify_run(probe: fx.GraphModule, plan: BlockPlan) -> None:
@@ -86,17 +103,35 @@ def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
 
 
 def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan) -> None:
-    """Check promise 2 by one backward pass a block."""
-    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    """Check promise 2: what backpropagation from each block's loss would reach, one backward pass where it reaches another's parameter."""
+    names: dict[Tensor, str] = {p: name for name, p in net.named_parameters() if p.requires_grad}
     labels = torch.zeros(TRACE_BATCH, dtype=torch.int64, device=scores[0].device)
-    sources: dict[str, list[str]] = {name: [] for name in trainable}
-    for k, target in enumerate([*(block.target for block in plan.blocks), plan.classifier.target]):
-        loss = block_loss(scores[k], labels)
-        grads = torch.autograd.grad(loss, list(trainable.values()), retain_graph=True, allow_unused=True) if loss.requires_grad else ()
-        for name, gradient in zip(trainable, grads, strict=False):
-            if gradient is not None:
-                sources[name].append(target)
-    for name, blocks in sources.items():
-        owner = name.partition(".")[0].replace("head_", "block_")
-        if any(block != owner for block in blocks):
-            raise VerifyError(f"parameter {name!r} belongs to {owner} but has gradient from the loss of {', '.join(blocks)}")
+    sources: dict[str, list[str]] = {}
+    for score, target in zip(scores, [*(block.target for block in plan.blocks), plan.classifier.target], strict=True):
+        foreign = [p for p in _reached(score) if p in names and _owner(names[p]) != target]
+        if foreign:
+            gradients = torch.autograd.grad(block_loss(score, labels), foreign, retain_graph=True, allow_unused=True)
+            for p in (p for p, gradient in zip(foreign, gradients, strict=True) if gradient is not None):
+                sources.setdefault(names[p], []).append(target)
+    for name in names.values():
+        if name in sources:
+            raise VerifyError(f"parameter {name!r} belongs to {_owner(name)} but has gradient from the loss of {', '.join(sources[name])}")
+
+
+def _owner(parameter: str) -> str:
+    return parameter.partition(".")[0].replace("head_", "block_")
+
+
+def _reached(value: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of the autograd graph that a value hangs on."""
+    ahead = [value.grad_fn]
+    seen = set(ahead)
+    while ahead:
+        step = ahead.pop()
+        if step is None:
+            continue
+        if hasattr(step, "variable"):
+            yield step.variable
+        fresh = {following for following, _ in step.next_functions} - seen
+        seen |= fresh
+        ahead += fresh

@@ -72,18 +72,19 @@ def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
 
 def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | None:
     """Follow the channel axis of `source` through a node that moves axes or leaves them."""
-    before = source.meta["example"]
+    before = _first(source.meta["example"])
     order = _permutation(value, before)
     if order is not None:
         return order.index(axis)
-    if value.ndim == getattr(before, "ndim", value.ndim) and value.shape[axis] == _width(before, axis):
+    same_ndim = value.ndim == getattr(before, "ndim", 0)
+    if same_ndim and value.shape[axis] == _width(before, axis):
         return axis
-    if value.ndim == getattr(before, "ndim", value.ndim) and node.target in (torch.cat, torch.concat, torch.concatenate):
+    if same_ndim and node.target in (torch.cat, torch.concat, torch.concatenate):
         return axis
     matches = [i for i in range(1, value.ndim) if value.shape[i] == _width(before, axis)]
     if len(matches) > 1:  # axes before the channels keep their places when the ones behind are folded, and the other way round
         return matches[0] if axis == 1 else matches[-1]
-    return matches[0] if matches else (axis if value.ndim == getattr(before, "ndim", 0) else None)
+    return matches[0] if matches else (axis if same_ndim else None)
 
 
 def _permutation(value: Tensor, before: Any) -> list[int] | None:
@@ -103,8 +104,9 @@ def _pass_on(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
     """Let a tuple of tensors have the axis that its layer declares (the outputs of an RNN), or that of what it was made from (chunks)."""
     first = next((v for v in node.meta["example"] if isinstance(v, Tensor)), None)
     axis = _declared(node, first, root) if first is not None else None
-    if axis is None:
-        axis = next((axes[arg.name] for arg in node.all_input_nodes if arg.name in axes), None)
+    source = next((arg for arg in node.all_input_nodes if arg.name in axes), None)
+    if axis is None and source is not None:
+        axis = axes[source.name] if first is None or first.ndim == _ndim(source) else _moved(node, source, axes[source.name], first)
     if axis is not None:
         axes[node.name] = axis
 
@@ -127,9 +129,13 @@ def _ask_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
 
 
 def _ndim(node: fx.Node) -> int:
-    value = node.meta.get("example")
-    first = next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, (tuple, list)) else value
+    first = _first(node.meta.get("example"))
     return first.ndim if isinstance(first, Tensor) else 0
+
+
+def _first(value: Any) -> Any:
+    """Return a value that is no tuple itself, of a tuple its first tensor."""
+    return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, (tuple, list)) else value
 
 
 def _size(node: fx.Node, axes: dict[str, int]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from sffx.compiler.hints import location, way_out
 from sffx.errors import InputError
 
 # A batch size that nothing else in a model is likely to be, so that an axis of this size, or a number read from one, is the batch.
@@ -45,7 +46,9 @@ def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode
     if failure is None:
         return fakes
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor))
-    raise InputError(f"{type(model).__name__} does not run on example_input ({shapes}): {_first_line(failure)}") from failure
+    raise InputError(
+        f"{type(model).__name__} does not run on example_input ({shapes}): {_told(failure)}{_hint(model, failure)}"
+    ) from failure
 
 
 def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
@@ -90,10 +93,9 @@ def _inferred(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
         failure = _failure(model, arguments, mode)
         if failure is None:
             return arguments
-    why = f"the last shape tried failed with: {_first_line(failure)}" if failure else "its first layer is of no known kind"
-    raise InputError(
-        f"the input shape of {type(model).__name__} cannot be inferred: {why}. Hint: pass example_input=torch.randn(1, ...)"
-    ) from failure
+    why = f"the last shape tried failed with: {_told(failure)}" if failure else "its first layer is of no known kind"
+    hint = _hint(model, failure) or ". Hint: pass example_input=torch.randn(1, ...)"
+    raise InputError(f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}") from failure
 
 
 def _single_argument(model: nn.Module) -> str:
@@ -164,5 +166,11 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _first_line(failure: BaseException | None) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+def _told(failure: Exception) -> str:
+    message = str(failure).strip()
+    return f"{type(failure).__name__}: {message.splitlines()[0] if message else ''} ({location(failure)})"
+
+
+def _hint(model: nn.Module, failure: Exception | None) -> str:
+    """Return the way out where a model refuses its input for another reason than its shape, as a detector without targets does."""
+    return f". {way_out(model)}" if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)) else ""

@@ -103,17 +103,18 @@ def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, An
     for i, side in enumerate(block.sides, start=1):
         values[side] = graph.create_node("call_function", operator.getitem, (result, i), name=side)
         if side in block.detached:
-            example = nodes[side].meta["example"]
-            values[side] = _detached(graph, values[side], len(example) if isinstance(example, (tuple, list)) else 0)
+            values[side] = _detached(graph, values[side], nodes[side].meta["example"])
     return output
 
 
-def _detached(graph: fx.Graph, side: fx.Node, parts: int) -> Any:
-    """Detach a side value, or each of the `parts` tensors of one that is a tuple."""
-    if not parts:
+def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
+    """Detach a side value, or each tensor of one that is a tuple or a list, however deep."""
+    if isinstance(example, Tensor):
         return graph.create_node("call_method", "detach", (side,), name=f"{side.name}_detached")
-    items = [graph.create_node("call_function", operator.getitem, (side, i), name=f"{side.name}_{i}") for i in range(parts)]
-    return tuple(graph.create_node("call_method", "detach", (item,), name=f"{item.name}_detached") for item in items)
+    if not isinstance(example, (tuple, list)):
+        return side
+    items = [graph.create_node("call_function", operator.getitem, (side, i), name=f"{side.name}_{i}") for i in range(len(example))]
+    return type(example)(_detached(graph, item, part) for item, part in zip(items, example, strict=True))
 
 
 def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:

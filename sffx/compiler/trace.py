@@ -12,7 +12,6 @@ import functools
 import operator
 import pickle
 import random
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.fakes import fake_tensors
+from sffx.compiler.hints import location, way_out
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf
 from sffx.errors import InputError, TraceError
@@ -185,15 +185,15 @@ def _attempt(
         tracer.plant_flags(probe)
         with tracer.factories():
             graph = tracer._without_chance(lambda: tracer.trace(probe))
-        _keep_logits(graph)
+        _keep_logits(graph, probe)
     except TraceError:
         raise
     except Exception as failure:
-        where, qualname = _location(failure), tracer.failed
+        where, qualname = location(failure), tracer.failed
         if not qualname:
             raise TraceError(
                 f"{type(probe).__name__} cannot be traced: {type(failure).__name__}: {failure} ({where}). "
-                "Hint: move this code into a submodule, which then becomes a leaf, or cut the part that you want to train locally"
+                f"{way_out(probe)}. In a classifier, move this code into a submodule, which then becomes a leaf"
             ) from failure
         kind = type(probe.get_submodule(qualname))
         reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} ({where})"
@@ -360,7 +360,8 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError("a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold")
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
         self._run(proxy.node)
-        return proxy
+        # None is no value: `if mask is None` must see it, also where it is one of several outputs of a leaf.
+        return None if proxy.node.meta["example"] is None else proxy
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # not isinstance: a proxy says it is a tensor
@@ -523,7 +524,7 @@ def _attribute(root: nn.Module, target: str) -> Any:
     return getattr(root.get_submodule(owner), name)
 
 
-def _keep_logits(graph: fx.Graph) -> None:
+def _keep_logits(graph: fx.Graph, root: nn.Module) -> None:
     """Reduce the graph's output to the logits and drop what only auxiliary outputs needed."""
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
@@ -532,7 +533,7 @@ def _keep_logits(graph: fx.Graph) -> None:
         what = (
             f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         )
-        raise TraceError(f"the model returns {what}, but sffx cuts classifiers, whose output is logits of shape (B, J)")
+        raise TraceError(f"{type(root).__name__} returns {what}, but logits are of shape (B, J). {way_out(root)}")
     _order_hidden_reads(graph)
     needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
@@ -710,8 +711,3 @@ def parameters_of(root: nn.Module, target: str) -> dict[str, nn.Parameter]:
     if isinstance(value, nn.Module):
         return {f"{target}.{name}": p for name, p in value.named_parameters()}
     return {}
-
-
-def _location(failure: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(failure.__traceback__) if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"

@@ -201,3 +201,49 @@ def test_a_value_without_gradient_is_no_path_around_a_cut():
     analysis = analysed(_Rotary(), torch.zeros(1, 5, 6))
     assert analysis.candidates == ("first", "relu", "second", "add", "relu_1", "mul", "mean")
     assert analysis.step_of["arange"] == analysis.step_of["positions"] == analysis.step_of["relu"]  # read before the norm
+
+
+class _Unbound(nn.Module):
+    """Keys and values stacked in one tensor and taken apart, as in attention over a reduced grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values = self.pairs(x).unbind(1)
+        return self.head((keys * values).mean(1))
+
+
+def test_channel_axes_survive_a_stack_that_is_taken_apart():
+    analysis = analyse(trace(_Unbound(), torch.zeros(1, 2, 5, 6)))
+    assert analysis.channel_axes["mul"] == 2
+
+
+class _RotaryBlocks(nn.Module):
+    """Computes positions once, which its first block is the first to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(6, 8), nn.ModuleList(_Turned() for _ in range(3)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(8, device=x.device).cos()
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, positions)
+        return self.head(x)
+
+
+class _Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + self.inner(x * positions)
+
+
+def test_what_is_computed_once_does_not_widen_the_block_that_reads_it_first():
+    analysis = analyse(trace(_RotaryBlocks()))
+    assert [step.scope for step in analysis.steps if step.join] == ["blocks.0", "blocks.1", "blocks.2"]

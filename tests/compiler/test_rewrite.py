@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sffx
+from sffx.compiler.rewrite import _detached
 from sffx.errors import CutError
 from tests.toys import Chain, Residual, Rounding, SharedBias, TwoInputs, step_scores
 
@@ -204,3 +205,14 @@ def test_a_write_on_what_was_a_copy_in_the_trace_and_is_a_view_behind_the_norm()
     x, y = torch.randn(5, 3, 4, 4), torch.arange(5) % 4
     sffx.sff_loss(net(x), y).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_side_value_that_holds_tensors_and_sizes_is_detached_where_it_can_be():
+    graph = fx.Graph()
+    side = graph.placeholder("side")
+    graph.output(_detached(graph, side, (torch.zeros(2), [torch.zeros(3), 5])))
+    tensor = torch.ones(2, requires_grad=True)
+    first, (second, size) = fx.GraphModule(nn.Module(), graph)((tensor * 2, [tensor * 3, 5]))
+    assert not first.requires_grad
+    assert not second.requires_grad
+    assert size == 5

@@ -137,7 +137,9 @@ class _UntraceableRoot(nn.Module):
 
 
 def test_an_untraceable_forward_names_the_class_the_line_and_the_way_out():
-    with pytest.raises(TraceError, match=r"_UntraceableRoot cannot be traced: .*test_trace\.py:\d+, in forward\)\. Hint: move this code"):
+    with pytest.raises(
+        TraceError, match=r"_UntraceableRoot cannot be traced: .*test_trace\.py:\d+, in forward\)\. Hint: .* move this code"
+    ):
         trace(_UntraceableRoot())
 
 
@@ -222,7 +224,9 @@ def test_inputs_that_cannot_be_used(model, example, message):
 
 
 def test_an_output_that_is_no_logits_is_refused():
-    with pytest.raises(TraceError, match=r"returns a tensor of shape \(B, 4, 8, 8\), but sffx cuts classifiers"):
+    with pytest.raises(
+        TraceError, match=r"returns a tensor of shape \(B, 4, 8, 8\), but logits are of shape \(B, J\)\. Hint: sffx cuts classifiers"
+    ):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.zeros(1, 3, 8, 8))
 
 
@@ -495,3 +499,52 @@ def test_an_addition_in_place_reaches_the_other_names_of_the_value(form):
     traced = trace(model, torch.zeros(1, 6))
     x = torch.randn(3, 6)
     assert torch.equal(fx.GraphModule(traced.root, traced.graph).eval()(x), model(x))
+
+
+class _NoMask(nn.Module):
+    """A leaf that returns a value and, as its second output, no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DataBranch()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (self.inner.inner(x) if x.sum() > 0 else self.inner(x)), None
+
+
+class _ReadsMask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = _NoMask(), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, mask = self.embed(x)
+        x = F.relu(x)
+        return self.head(x if mask is None else x.masked_fill(mask, 0.0))
+
+
+def test_none_among_the_outputs_of_a_leaf_is_none():
+    traced = trace(_ReadsMask())
+    assert [leaf.qualname for leaf in traced.leaves] == ["embed"]
+    assert "masked_fill" not in {node.target for node in traced.graph.nodes}
+
+
+class _Detector(nn.Module):
+    """Asks for targets in train mode, as torchvision's detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.boxes = Residual(), nn.Linear(4, 4)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+        assert targets is not None, "targets should not be none"
+        return self.boxes(self.backbone(images))
+
+
+def test_a_detector_is_told_to_transform_its_backbone():
+    message = (
+        r"_Detector does not run on example_input \(images \(1, 3, 8, 8\)\): AssertionError: targets should not be none"
+        r".* \(.*test_trace\.py:\d+, in forward\)\. Hint: sffx cuts classifiers\..*\(here self\.backbone, a Residual\)"
+    )
+    with pytest.raises(InputError, match=message):
+        trace(_Detector(), torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,33 @@
+"""A small sample of the zoo sweep (`tools/zoo.py`), by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tools.zoo import Entry, build, check_refusal, fitting_input, new_record, verify_model
+
+SAMPLE = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_32", "mnasnet0_5", "regnet_y_400mf")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.filterwarnings("ignore")
+def test_torchvision(name):
+    entry = Entry("torchvision", name, "classification")
+    torch.manual_seed(0)
+    model = build(entry)
+    record = new_record(entry)
+    net = verify_model(model, fitting_input(entry, model), record)
+    assert record.reason == ""
+    assert record.leaves == []
+    assert len(net.plan) >= 2
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [("detection", "fasterrcnn_mobilenet_v3_large_320_fpn"), ("segmentation", "lraspp_mobilenet_v3_large")]
+)
+def test_no_classifier_is_refused_with_a_way_out(group, name):
+    entry = Entry("torchvision", name, group)
+    record = new_record(entry)
+    check_refusal(build(entry), record)
+    assert "self.backbone" in record.notes[0]

@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import tempfile
 import time
 import traceback
@@ -48,7 +49,7 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers")
 TOLERANCE = 1e-5
 CLASSES = 10
 SAMPLES = 3
-IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512)
+IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 56)
 CLIPS = ((4, 32), (8, 64), (16, 64), (16, 112), (16, 224))
 ONNX = {
     *("torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/densenet121", "torchvision/shufflenet_v2_x0_5"),
@@ -103,7 +104,8 @@ class Record:
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.draft")
-        draft.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        draft.write_text(re.sub(r"/[^\s\"]*/site-packages/", "", text) + "\n")
         os.replace(draft, path)
 
 
@@ -133,7 +135,9 @@ def build(entry: Entry) -> nn.Module:
     if entry.zoo == "torchvision":
         from torchvision import models
 
-        options: dict[str, Any] = {} if entry.group in ("detection", "segmentation", "optical_flow") else {"num_classes": CLASSES}
+        options: dict[str, Any] = {} if entry.refused else {"num_classes": CLASSES}
+        if entry.group in ("detection", "segmentation"):
+            options["weights_backbone"] = None
         if entry.name.startswith("vit_"):
             options["image_size"] = 4 * int(entry.name[-2:])  # 16 patches
         return models.get_model(entry.name, weights=None, **options)
@@ -365,7 +369,7 @@ def measure(entry: Entry) -> None:
     """Verify one model, in this process, and write its record."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    record, start = _new_record(entry), time.monotonic()
+    record, start = new_record(entry), time.monotonic()
     try:
         torch.manual_seed(0)
         model = build(entry)
@@ -381,9 +385,9 @@ def measure(entry: Entry) -> None:
     record.write(entry.path)
 
 
-def _new_record(entry: Entry) -> Record:
+def new_record(entry: Entry, reason: str = "not finished") -> Record:
     versions = {package: importlib.metadata.version(package) for package in (PACKAGES[0], entry.zoo)}
-    return Record(entry.zoo, entry.name, entry.group, date=date.today().isoformat(), versions=versions)
+    return Record(entry.zoo, entry.name, entry.group, reason, date=date.today().isoformat(), versions=versions)
 
 
 def sweep(todo: list[Entry], jobs: int, limit: float) -> None:
@@ -404,7 +408,7 @@ def _supervised(context: Any, entry: Entry, limit: float) -> str:
         process.kill()
         process.join()
     if not entry.path.exists():
-        record = _new_record(entry)
+        record = new_record(entry)
         record.reason = f"no answer after {limit:.0f} s" if process.exitcode == -9 else f"the process died, exit code {process.exitcode}"
         record.write(entry.path)
     found = json.loads(entry.path.read_text())
@@ -482,7 +486,7 @@ def main() -> None:
     if not options.table:
         sweep([entry for entry in listed if options.again or _is_open(entry, options.failed)], options.jobs, options.limit)
     known = [entry for package in PACKAGES[1:] if _installed(package) for entry in entries(package)]
-    records = [json.loads(entry.path.read_text()) for entry in known if entry.path.exists()]
+    records = [json.loads(entry.path.read_text()) if entry.path.exists() else asdict(new_record(entry, "not run yet")) for entry in known]
     (RESULTS / "table.md").write_text(table(records))
 
 

@@ -25,12 +25,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BLOCK = "block_"
 
 
-def plot_accuracy(evaluations: Mapping[str, Evaluation], path: str | os.PathLike[str]) -> Path:
+def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Draws the accuracy of each readout for several methods: a line over the blocks, and beside it the readouts of the whole net.
 
     Args:
-        evaluations: for each method's name its readouts with their accuracies between 0 and 1. Names that begin with "block_"
-            are blocks, in order; all others ("ensemble", "classifier") stand apart. Methods need not have the same readouts.
+        evaluations: for each method's name what `sffx.evaluate` returned, or a mapping or pairs of readouts and their accuracies between
+            0 and 1. Names that begin with "block_" are blocks, in order; all others ("ensemble", "classifier") stand apart. Methods need
+            not have the same readouts.
         path: of the file, .svg, .png or .pdf.
 
     Returns:
@@ -41,6 +42,7 @@ def plot_accuracy(evaluations: Mapping[str, Evaluation], path: str | os.PathLike
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
+    evaluations = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
     _check(evaluations)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,6 +56,12 @@ def plot_accuracy(evaluations: Mapping[str, Evaluation], path: str | os.PathLike
     figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
     write(path, content.getvalue())
     return path
+
+
+def _pairs(evaluation: Any) -> Evaluation:
+    """Return readouts with their accuracies, from an evaluation, a mapping, or such pairs themselves."""
+    accuracy = getattr(evaluation, "accuracy", evaluation)
+    return list(accuracy.items() if isinstance(accuracy, Mapping) else accuracy)
 
 
 def _check(evaluations: Mapping[str, Evaluation]) -> None:

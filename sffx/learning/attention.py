@@ -19,7 +19,7 @@ def self_attention(x: Tensor, attention: Any, *, norm: Any = None) -> Tensor:
         attention: with `batch_first`, one embedding size, and no keys or values of its own.
         norm: a layer norm.
     """
-    if x.ndim != 3 or not can_recompute(x, [module for module in (norm, attention, attention.out_proj) if module is not None]):
+    if x.ndim != 3 or not can_recompute(x, [module for module in (norm, attention) if module is not None]):
         y = norm(x) if norm is not None else x
         return attention(y, y, y, need_weights=False)[0]
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)

@@ -156,6 +156,26 @@ def test_what_the_formulas_do_not_cover_is_left_to_torch(case):
     torch.testing.assert_close(out, plain(x, layer, norm, "relu"))
 
 
+class Adapted(nn.Conv2d):
+    """A layer that does more than its class, as adapters of fine-tuning libraries do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 4), nn.SyncBatchNorm(4)])
+def test_what_was_put_in_the_place_of_a_norm_runs_as_it_is(norm):
+    layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 3)
+    twin = copy.deepcopy(norm)
+    torch.testing.assert_close(recomputed(x, layer, norm=norm, activation="relu"), plain(x, layer, twin, "relu"))
+    assert_same(tuple(norm.buffers()), tuple(twin.buffers()))
+
+
+def test_what_was_put_in_the_place_of_a_layer_runs_as_it_is():
+    layer, x = Adapted(4, 6, 1), torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(recomputed(x, layer, activation="relu"), plain(x, layer, None, "relu"))
+
+
 def test_autocast_is_left_to_torch():
     norm, layer, x = nn.LayerNorm(4), nn.Linear(4, 6), torch.randn(5, 4)
     with torch.autocast("cpu", torch.bfloat16):

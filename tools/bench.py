@@ -189,7 +189,7 @@ def limit(model: nn.Module, example: Tensor, workload: Workload) -> float:
     return count("kept", net, workload)["macs"]
 
 
-def measure(workload: Workload, rounds: int, device: str) -> dict[str, Any]:
+def measure(workload: Workload, rounds: int, device: str, timed: tuple[str, ...] = WAYS) -> dict[str, Any]:
     model = workload.build()
     example = torch.zeros(1, 3, workload.size, workload.size)
     modules = {way: prepare(way, model, example) for way in WAYS}
@@ -201,14 +201,14 @@ def measure(workload: Workload, rounds: int, device: str) -> dict[str, Any]:
     if rounds:
         x, y = (t.to(device) for t in batch(workload, workload.time_batch))
         steps = {}
-        for way in WAYS:
+        for way in timed:
             made = candidate(way, modules[way].to(device), min(parts, workload.time_batch // 2) if way == "accumulation" else 1)
             steps[way] = partial(made.step, x, y)
         if device == "cuda":
             record["max_memory_allocated"] = {way: allocated(step) for way, step in steps.items()}
         times = compare_time(steps, rounds=rounds, warmup=1, device=device)
-        record |= {"time_batch": workload.time_batch, "time": {way: times.paired_ratio(way, "BP") for way in WAYS}}
-        record["seconds"] = {way: times.median(way) for way in WAYS}
+        record |= {"time_batch": workload.time_batch, "time": {way: times.paired_ratio(way, "BP") for way in timed}}
+        record["seconds"] = {way: times.median(way) for way in timed}
     print(table(record), flush=True)
     return record
 
@@ -234,7 +234,7 @@ def table(record: dict[str, Any]) -> str:
         found = record["counts"][way]
         ratios = [found[key] / base[key] for key in ("peak", "activations", "macs")]
         mib = [found[key] / 2**20 for key in ("peak", "activations", "gradients")]
-        time = f"{record['time'][way]:.2f}" if "time" in record else "–"
+        time = f"{record['time'][way]:.2f}" if way in record.get("time", {}) else "–"
         name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
         lines.append(f"| {name} | {time} | {' | '.join(f'{r:.2f}' for r in ratios)} | {' | '.join(f'{m:.1f}' for m in mib)} |")
     fixed = {key: base[key] / 2**20 for key in ("parameters", "optimizer_state")}
@@ -281,7 +281,7 @@ def classes(rounds: int) -> dict[str, Any]:
 
 
 def batches(budget: int = 8 * 2**30) -> dict[str, Any]:
-    """Count peaks at two batches, 224 x 224, and from them, since a peak grows in proportion, the largest batch that fits a budget."""
+    """Count peaks at two batches, 224 x 224, and find from them, since a peak grows in proportion, the largest batch that fits a budget."""
     record: dict[str, Any] = {}
     for workload in WORKLOADS[2:]:
         model, example = workload.build(), torch.zeros(1, 3, workload.size, workload.size)
@@ -289,8 +289,10 @@ def batches(budget: int = 8 * 2**30) -> dict[str, Any]:
         for way in ("BP", "checkpoint", "local", "step"):
             module = prepare(way, model, example)
             low, high = (count(way, module, replace(workload, count_batch=size))["peak"] for size in (32, 64))
-            fits = int(32 + (budget - low) / ((high - low) / 32))
-            peak = count(way, module, replace(workload, count_batch=fits))["peak"]
+            fits, peak = 64 + int((budget - high) / ((high - low) / 32)), budget + 1.0
+            while peak > budget:  # a line through two counts may miss by a sample or two
+                peak = count(way, module, replace(workload, count_batch=fits))["peak"]
+                fits = fits if peak <= budget else min(fits - 1, 64 + int((budget - high) / ((peak - high) / (fits - 64))))
             record[workload.name][way] = {"32": low, "64": high, "fits": fits, "peak": peak}
             print(f"{workload.name}, {way}: batch {fits} fits {budget / 2**30:.0f} GiB (counted: {peak / 2**30:.2f})", flush=True)
     return record
@@ -393,6 +395,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of each time measurement; 0 only counts")
     parser.add_argument("--only", default="", help="a part of the names of the workloads to measure")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--time", nargs="+", choices=WAYS, default=WAYS, help="the ways that are timed, BP among them")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where time is measured")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -414,7 +417,10 @@ def main() -> None:
             continue
         for workload in WORKLOADS:
             if args.only in workload.name:
-                record.setdefault("workloads", {})[workload.name] = {**stamp, **measure(workload, args.rounds, args.device)}
+                record.setdefault("workloads", {})[workload.name] = {
+                    **stamp,
+                    **measure(workload, args.rounds, args.device, tuple(args.time)),
+                }
                 save(record, path)
     if {"depth", "classes", "batch"} <= set(record):
         plot(record, args.out / "scaling.png")

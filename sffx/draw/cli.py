@@ -44,8 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
     parser.add_argument("--input", metavar="1,3,224,224", type=_shape, help="shape of an example input, the batch axis first")
     parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf or .dot file (default: NAME.svg)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
     parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
+    parser.add_argument("--detail", choices=("blocks", "modules", "nodes"), default="blocks", help="what is shown of each block")
+    parser.add_argument("--unfold", action="store_true", help="draw blocks in a row that look alike one by one")
     parser.add_argument("--open", action="store_true", help="show the drawing")
     return parser
 
@@ -92,14 +94,15 @@ def _plan(options: argparse.Namespace) -> BlockPlan:
 
 
 def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:
+    shown = {"unfold": options.unfold, "detail": options.detail}
     if options.output is not None:
-        return draw(plan, options.output)
+        return draw(plan, options.output, **shown)
     path = Path(f"{_name(options)}.svg")
     try:
-        return draw(plan, path)
+        return draw(plan, path, **shown)
     except MissingExtra as error:
         print(f"sffx-viz: {error}. Writing the graph as text.", file=sys.stderr)
-        return draw(plan, path.with_suffix(".dot"))
+        return draw(plan, path.with_suffix(".dot"), **shown)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -222,7 +222,9 @@ def _modules(block: Block) -> list[str]:
         items = [_counted(name, leaves) for name, leaves in groups.items()]
         if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
             return _lines(items)
-    return _lines([*items[:4], f"… {len(items) - 7} more …", *items[-3:]] if items else [])
+    if len(items) <= MODULES_SHOWN:
+        return _lines(items)
+    return _lines([*items[:4], f"… {len(items) - 7} more …", *items[-3:]])
 
 
 def _counted(name: str, leaves: Sequence[str]) -> str:

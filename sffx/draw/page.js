@@ -27,10 +27,12 @@ function fit() {
   zoom(Math.min(1, view.clientWidth / graph.offsetWidth, view.clientHeight / graph.offsetHeight));
 }
 
-// A block in a folded run has no place of its own: the run stands for it.
+// A block in a folded run has no place that can be seen: the run stands for it.
 function place(id) {
   let element = document.getElementById(id);
-  while (element && element.getClientRects().length === 0) element = element.parentElement;
+  for (let around = element.parentElement.closest("details"); around; around = around.parentElement.closest("details")) {
+    if (!around.open) element = around;
+  }
   const box = (element.matches("details") ? element.querySelector("summary") : element).getBoundingClientRect();
   const origin = graph.getBoundingClientRect();
   return { left: (box.left - origin.left) / scale, y: (box.top + box.height / 2 - origin.top) / scale };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sffx.compiler.plan import BlockPlan
+from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.render import draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
 
@@ -18,6 +20,7 @@ EXAMPLES = """examples:
   sffx-viz model.py                           the model in the file: an instance, or a function or class without arguments
   sffx-viz model.py --model make_net -o net.png
   sffx-viz torchvision.models:resnet18 --plan
+  sffx-viz torchvision.models:resnet18 --compare residual,batchnorm,layer -o policies.png
   sffx-viz timm:convnext_tiny -o convnext.html
   sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
 """
@@ -56,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
     parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
     shape = "shape of an example input, the batch axis first; :int for integers, NAME= and several times where the model has several"
+    beside = "set policies side by side: a table, and a drawing where -o names one"
+    parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
     parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=_input, action="append", default=[], help=shape)
     parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
@@ -78,8 +83,18 @@ def _input(text: str) -> Given:
     return Given(name, shape, integer)
 
 
+def _policies(text: str) -> list[str]:
+    """The policies between commas; those in brackets belong to a policy, as in `stages(4)`."""
+    policies = [name.strip() for name in re.split(r",(?![^()]*\))", text)]
+    if "" in policies or len(policies) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of policies such as residual,batchnorm")
+    return policies
+
+
 def _run(options: argparse.Namespace) -> int:
-    plan = _plan(options)
+    if options.compare is not None:
+        return _compare(options)
+    plan = _plan(options, options.policy)
     if options.plan:
         print(plan)
         return 0
@@ -94,7 +109,20 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> BlockPlan:
+def _compare(options: argparse.Namespace) -> int:
+    plans = [_plan(options, policy) for policy in options.compare]
+    print(comparison(plans))
+    try:
+        path = draw_comparison(plans, options.output) if options.output is not None else None
+    except OSError as error:
+        print(f"sffx-viz: cannot write the drawing: {error}", file=sys.stderr)
+        return 2
+    if path is not None and options.open:
+        webbrowser.open(path.resolve().as_uri())
+    return 0
+
+
+def _plan(options: argparse.Namespace, policy: str) -> BlockPlan:
     # Here, because they import torch, and --help should not wait for it.
     import sffx
     from sffx.draw.discover import find_model
@@ -102,12 +130,16 @@ def _plan(options: argparse.Namespace) -> BlockPlan:
 
     model = find_model(options.source, options.model)
     known = plan_in(model)
+    if known is not None and options.compare is not None:
+        raise InputError(
+            f"the model is cut already, by the policy {known.policy}, so there is nothing to compare. Hint: name the plain model"
+        )
     if known is not None:
         return known
     example = _example(options.input)
     if example is None and options.source.startswith("hf:"):
         example = token_example(model)
-    return sffx.plan(model, policy=options.policy, example_input=example, num_classes=options.classes)
+    return sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes)
 
 
 def _example(given: Sequence[Given]) -> Any:

@@ -63,7 +63,7 @@ def comparison_dot(plans: Sequence[BlockPlan]) -> str:
     columns = [f"policy_{index} [label={_column(plan, most)}]" for index, plan in enumerate(plans)]
     order = " -> ".join(f"policy_{index}" for index in range(len(plans)))
     meaning = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
-    title = f"<{_font(plans[0].model, size=16)}<BR/>{_font(meaning, FAINT, 9)}>"
+    title = f"<{_font(plans[0].model, size=16)}<BR ALIGN='LEFT'/>{_font(meaning, FAINT, 9)}<BR ALIGN='LEFT'/>>"
     heads = [*DEFAULTS, 'rankdir="LR"; nodesep=0.5', f'label={title}; labelloc="t"', 'node [shape="plain", style=""]']
     lines = [*heads, *columns, *([f'{order} [style="invis"]'] if len(plans) > 1 else [])]
     return "digraph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
@@ -92,7 +92,9 @@ def _column(plan: BlockPlan, most: int) -> str:
 def _line(block: Block, most: int) -> str:
     times = f"{len(block.blocks)} × " if isinstance(block, Run) else ""
     width = max(1, round(BAR_POINTS * block.activation_bytes / max(1, most)))
+    # The rest of the line as a cell of its own, or the bar would stand in the middle.
     cell = f'<TD FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="8" BGCOLOR="{BLUE}"></TD>'
+    cell += f'<TD FIXEDSIZE="TRUE" WIDTH="{BAR_POINTS + 1 - width}" HEIGHT="8"></TD>'
     bar = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cell}</TR></TABLE>'
     name = _font(times + shorten(block.name, NAME_WIDTH))
     cells = (name, _font(shape_text(block.shape), FAINT, 9), _font(memory(block.activation_bytes), FAINT, 9), bar)

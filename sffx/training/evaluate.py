@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ class Evaluation:
         lines = [f"{'':{width}}  accuracy      loss   ({self.samples} samples)"]
         lines += [f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}" for name, value in self.accuracy.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        cells = "".join(
+            f"<tr><th>{escape(name)}</th><td>{value:.2%}</td><td>{self.loss[name]:.4f}</td></tr>" for name, value in self.accuracy.items()
+        )
+        head = "<thead><tr><th></th><th>accuracy</th><th>loss</th></tr></thead>"
+        return f"<table><caption>{self.samples} samples</caption>{head}<tbody>{cells}</tbody></table>"
 
 
 def block_scores(net: fx.GraphModule, x: Any) -> Tensor:

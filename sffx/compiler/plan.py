@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 
 from torch import nn
 
 from sffx.errors import InputError
 
 MIB = 2**20
+
+HEADER = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,24 @@ class BlockPlan:
         return 3 * block.activation_bytes > 2 * max(other.activation_bytes for other in (*self.blocks, self.classifier))
 
     def __str__(self) -> str:
-        header = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
         rows = [_row(block) for block in (*self.blocks, self.classifier)]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [f"{self.model}, policy {self.policy!r}: {len(self)} feature blocks and the classifier, {self.num_classes} classes"]
-        lines += [_align(row, widths) for row in (header, *rows)]
-        lines += [f"crosses the cut after {block.target}: {', '.join(block.sides)}" for block in self.blocks if block.sides]
+        widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
+        return "\n".join([self._heading(), *(_align(row, widths) for row in (HEADER, *rows)), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+        rows = "".join(_html_row(_row(block)) for block in (*self.blocks, self.classifier))
+        remarks = "".join(f"<p>{escape(remark)}</p>" for remark in self._remarks())
+        return f"<table><caption>{escape(self._heading())}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{remarks}"
+
+    def _heading(self) -> str:
+        return f"{self.model}, policy {self.policy!r}: {len(self)} feature blocks and the classifier, {self.num_classes} classes"
+
+    def _remarks(self) -> list[str]:
+        lines = [f"crosses the cut after {block.target}: {', '.join(block.sides)}" for block in self.blocks if block.sides]
         lines += [f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}" for leaf in self.leaves]
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return lines + [f"note: {note}" for note in self.notes]
 
 
 def plan_of(net: nn.Module) -> BlockPlan:
@@ -164,6 +176,11 @@ def _row(block: Block) -> tuple[str, ...]:
         f"{block.macs:,}",
         f"{block.activation_bytes / MIB:.2f} MiB",
     )
+
+
+def _html_row(row: tuple[str, ...]) -> str:
+    left = "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row[:4])
+    return f"<tr>{left}{''.join(f'<td>{escape(cell)}</td>' for cell in row[4:])}</tr>"
 
 
 def _align(row: tuple[str, ...], widths: list[int]) -> str:

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sffx.compiler.plan import BlockPlan
+from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.render import draw, plan_in
-from sffx.errors import MissingExtra, SffxError
+from sffx.errors import InputError, MissingExtra, SffxError
 
 EXAMPLES = """examples:
   sffx-viz model.py                           the model in the file: an instance, or a function or class without arguments
   sffx-viz model.py --model make_net -o net.png
   sffx-viz torchvision.models:resnet18 --plan
+  sffx-viz torchvision.models:resnet18 --compare residual,batchnorm,layer -o policies.png
+  sffx-viz timm:convnext_tiny -o convnext.html
+  sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
 """
+
+
+@dataclass(frozen=True)
+class Given:
+    """One example input of the command line: its name, "" for none, its shape, and whether it holds integers."""
+
+    name: str
+    shape: tuple[int, ...]
+    integer: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,29 +55,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sffx-viz", description="Shows how a model is cut into blocks.", epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("source", metavar="model.py", help="a Python file, or package.module:callable")
+    parser.add_argument("source", metavar="model.py", help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS")
     parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
     parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
-    parser.add_argument("--input", metavar="1,3,224,224", type=_shape, help="shape of an example input, the batch axis first")
+    shape = "shape of an example input, the batch axis first; :int for integers, NAME= and several times where the model has several"
+    beside = "set policies side by side: a table, and a drawing where -o names one"
+    parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
+    parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=_input, action="append", default=[], help=shape)
     parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf or .dot file (default: NAME.svg)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
     parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
+    parser.add_argument("--detail", choices=("blocks", "modules", "nodes"), default="blocks", help="what is shown of each block")
+    parser.add_argument("--unfold", action="store_true", help="draw blocks in a row that look alike one by one")
     parser.add_argument("--open", action="store_true", help="show the drawing")
     return parser
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _input(text: str) -> Given:
+    name, named, sizes = text.rpartition("=")
+    sizes, integer = sizes.removesuffix(":int"), sizes.endswith(":int")
     try:
-        shape = tuple(int(size) for size in text.split(","))
+        shape = tuple(int(size) for size in sizes.split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224")
-    return shape
+    if not shape or min(shape) < 1 or (named and not name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224 or input_ids=1,16:int")
+    return Given(name, shape, integer)
+
+
+def _policies(text: str) -> list[str]:
+    """The policies between commas; those in brackets belong to a policy, as in `stages(4)`."""
+    policies = [name.strip() for name in re.split(r",(?![^()]*\))", text)]
+    if "" in policies or len(policies) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of policies such as residual,batchnorm")
+    return policies
 
 
 def _run(options: argparse.Namespace) -> int:
-    plan = _plan(options)
+    if options.compare is not None:
+        return _compare(options)
+    plan = _plan(options, options.policy)
     if options.plan:
         print(plan)
         return 0
@@ -76,30 +109,62 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> BlockPlan:
-    # Here, because they import torch, and --help should not wait for it.
-    import torch
+def _compare(options: argparse.Namespace) -> int:
+    plans = [_plan(options, policy) for policy in options.compare]
+    print(comparison(plans))
+    try:
+        path = draw_comparison(plans, options.output) if options.output is not None else None
+    except OSError as error:
+        print(f"sffx-viz: cannot write the drawing: {error}", file=sys.stderr)
+        return 2
+    if path is not None and options.open:
+        webbrowser.open(path.resolve().as_uri())
+    return 0
 
+
+def _plan(options: argparse.Namespace, policy: str) -> BlockPlan:
+    # Here, because they import torch, and --help should not wait for it.
     import sffx
     from sffx.draw.discover import find_model
+    from sffx.draw.sources import token_example
 
     model = find_model(options.source, options.model)
     known = plan_in(model)
+    if known is not None and options.compare is not None:
+        raise InputError(
+            f"the model is cut already, by the policy {known.policy}, so there is nothing to compare. Hint: name the plain model"
+        )
     if known is not None:
         return known
-    example = None if options.input is None else torch.zeros(options.input)
-    return sffx.plan(model, policy=options.policy, example_input=example, num_classes=options.classes)
+    example = _example(options.input)
+    if example is None and options.source.startswith("hf:"):
+        example = token_example(model)
+    return sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes)
+
+
+def _example(given: Sequence[Given]) -> Any:
+    """What `sffx.plan` takes as its example: a tensor, a tuple of them, or a mapping by name; None where nothing is given."""
+    import torch
+
+    tensors = [torch.zeros(one.shape, dtype=torch.long if one.integer else None) for one in given]
+    names = [one.name for one in given if one.name]
+    if names and len(names) != len(given):
+        raise InputError(f"--input is given {len(given)} times, but only {', '.join(names)} by name. Hint: name all of them, or none")
+    if names:
+        return dict(zip(names, tensors, strict=True))
+    return tuple(tensors) if len(tensors) > 1 else next(iter(tensors), None)
 
 
 def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:
+    shown = {"unfold": options.unfold, "detail": options.detail}
     if options.output is not None:
-        return draw(plan, options.output)
+        return draw(plan, options.output, **shown)
     path = Path(f"{_name(options)}.svg")
     try:
-        return draw(plan, path)
+        return draw(plan, path, **shown)
     except MissingExtra as error:
         print(f"sffx-viz: {error}. Writing the graph as text.", file=sys.stderr)
-        return draw(plan, path.with_suffix(".dot"))
+        return draw(plan, path.with_suffix(".dot"), **shown)
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -107,4 +172,7 @@ def _name(options: argparse.Namespace) -> str:
     if options.model is not None:
         return str(options.model).rpartition(".")[2]
     source = str(options.source)
-    return Path(source).stem if Path(source).suffix == ".py" else source.rpartition(":")[2].rpartition(".")[2]
+    place, _, thing = source.rpartition(":")
+    if place == "timm":
+        return thing.replace("/", "_")
+    return Path(source).stem if Path(source).suffix == ".py" else thing.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The model that a command line means: an object in a Python file, or `package.module:name`."""
+"""The model that a command line means: an object in a Python file, `package.module:name`, `timm:NAME` or `hf:CONFIG_CLASS`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from sffx.draw.sources import SOURCES
 from sffx.errors import InputError
 
 # Functions that do a script's work. They are called only when asked for by name: drawing must not start a training run.
@@ -42,7 +43,7 @@ def find_model(source: str, name: str | None = None) -> nn.Module:
     """The model that `source` means.
 
     Args:
-        source: path of a Python file, or `package.module:name`.
+        source: path of a Python file, `package.module:name`, `timm:NAME` or `hf:CONFIG_CLASS`.
         name: of the object in the file; without it an instance is preferred to a function, and a function to a class.
 
     Returns:
@@ -59,10 +60,16 @@ def find_model(source: str, name: str | None = None) -> nn.Module:
             module = _load(path)
             return _choose(module, path) if name is None else _build(_member(module, name, path), name, str(path))
     if ":" not in source:
-        raise InputError(f"{source!r} is neither a Python file nor module:callable. Hint: model.py, or torchvision.models:resnet18")
+        raise InputError(
+            f"{source!r} is neither a Python file nor module:callable. Hint: model.py, torchvision.models:resnet18, timm:resnet18"
+        )
     if name is not None:
         raise InputError(f"--model {name} goes with a file, but {source!r} names the object itself")
-    return _imported(*source.split(":", 1))
+    place, thing = source.split(":", 1)
+    if place not in SOURCES:
+        return _imported(place, thing)
+    with _own_errors(place):
+        return SOURCES[place](thing)
 
 
 def candidates(module: ModuleType) -> list[list[Candidate]]:
@@ -217,6 +224,8 @@ def _own_errors(place: str) -> Iterator[None]:
     """Turns an error in the user's code into one message that shows where in that code it arose."""
     try:
         yield
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
         own = [frame for frame in frames if frame.filename == place] or frames[-1:]

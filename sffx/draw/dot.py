@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sffx.compiler.plan import Block, BlockPlan, Leaf
+from sffx.compiler.plan import Block, BlockPlan
+from sffx.draw.fold import Run, fold, leaves_in
 from sffx.draw.label import (
     AMBER,
     BLUE,
@@ -66,29 +67,33 @@ class Crossing:
     detached: bool
 
 
-def dot(plan: BlockPlan) -> str:
+def dot(plan: BlockPlan, *, unfold: bool = False, detail: str = "blocks") -> str:
     """DOT text of the block graph: the blocks in order, their heads, the cuts, and the values that cross a cut.
 
     Args:
         plan: of the model, as `sffx.plan` returns it.
+        unfold: whether blocks in a row that look alike are drawn one by one even where they are more than a column holds.
+        detail: what is written in each block: "blocks" as much as fits, "modules" all its modules, "nodes" all nodes of its graph.
 
     Returns:
         the text of a directed graph. A block's node bears its target ("block_3", "classifier"), its head "head_3",
         a model input "input_x". The same plan always gives the same text.
     """
+    whole, plan = plan, plan if unfold or len(plan) < ROWS else fold(plan)
     rows = _rows(plan)
-    crossings = _crossings(plan)
-    railed = _railed(crossings)
-    shown = {"detached" if crossing.detached else "side" for crossing in crossings if crossing.stage >= 0} | ({"rail"} if railed else set())
+    crossed = crossings(plan)
+    railed = _railed(crossed)
+    shown = {"detached" if crossing.detached else "side" for crossing in crossed if crossing.stage >= 0} | ({"rail"} if railed else set())
+    shown |= {"run"} if any(isinstance(block, Run) for block in plan) else set()
     lines = [
         *DEFAULTS,
         f"label={footer_label(plan, shown)}",
         "subgraph cluster_plan {",
-        f'label={title_label(plan)}; labelloc="t"; margin=0; peripheries=0',
+        f'label={title_label(whole)}; labelloc="t"; margin=0; peripheries=0',
     ]
-    lines += [*_input_nodes(plan, crossings), *_block_nodes(plan, rows), *_same_rows(plan, rows), *_cuts(plan, rows)]
+    lines += [*_input_nodes(plan, crossed), *_block_nodes(plan, rows, detail), *_same_rows(plan, rows), *_cuts(plan, rows)]
     lines += _rail(railed, plan, rows)
-    for crossing in crossings:
+    for crossing in crossed:
         lines += [] if crossing in railed else _edges(crossing, plan, rows)
     return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
 
@@ -110,21 +115,19 @@ def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
             yield _node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
 
 
-def _block_nodes(plan: BlockPlan, rows: int) -> Iterator[str]:
+def _block_nodes(plan: BlockPlan, rows: int, detail: str) -> Iterator[str]:
     for index, block in enumerate(plan.blocks):
-        yield _node(block.target, f"{UNTRACED if _leaves(block, plan) else BLOCK}, {_box(block, plan, index // rows)}")
-        yield _node(f"head_{index}", f"{HEAD}, label={head_label(plan.num_classes)}")
-        yield _beside(_edge(block.target, f"head_{index}", f'class="head", color="{BLUE}"'))
-    yield _node(plan.classifier.target, f"{CLASSIFIER}, {_box(plan.classifier, plan, len(plan) // rows)}")
+        head = block.target.replace("block", "head")
+        many = ", peripheries=2" if isinstance(block, Run) else ""
+        yield _node(block.target, f"{UNTRACED if leaves_in(block, plan) else BLOCK}{many}, {_box(block, plan, index // rows, detail)}")
+        yield _node(head, f"{HEAD}{many}, label={head_label(plan.num_classes)}")
+        yield _beside(_edge(block.target, head, f'class="head", color="{BLUE}"'))
+    yield _node(plan.classifier.target, f"{CLASSIFIER}, {_box(plan.classifier, plan, len(plan) // rows, detail)}")
 
 
-def _box(block: Block, plan: BlockPlan, column: int) -> str:
+def _box(block: Block, plan: BlockPlan, column: int, detail: str) -> str:
     # Boxes of one group are set straight below each other.
-    return f'label={block_label(block, _leaves(block, plan))}, tooltip={_quote(block.name)}, group="column_{column}"'
-
-
-def _leaves(block: Block, plan: BlockPlan) -> list[Leaf]:
-    return [leaf for leaf in plan.leaves if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)]
+    return f'label={block_label(block, leaves_in(block, plan), detail)}, tooltip={_quote(block.name)}, group="column_{column}"'
 
 
 def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
@@ -141,7 +144,8 @@ def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
         yield _edge(stages[index - 1].target, stages[index].target, style + turn)
 
 
-def _crossings(plan: BlockPlan) -> list[Crossing]:
+def crossings(plan: BlockPlan) -> list[Crossing]:
+    """The values that cross a cut besides the normalised output of a block, and those that come from outside."""
     stages = _stages(plan)
     names = dict.fromkeys(name for stage in stages for name in stage.inputs)
     groups: dict[tuple[str, int, tuple[int, ...], bool], list[str]] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import itertools
 import textwrap
 from collections.abc import Collection, Sequence
 
 from sffx.compiler.plan import MIB, Block, BlockPlan, Input, Leaf
+from sffx.draw.fold import JOINT, Run, relative
 
 INK = "#1f2933"
 FAINT = "#66727f"
@@ -27,12 +27,12 @@ NAME_POINTS = 262
 TARGET_POINTS = 70
 MARK_POINTS = 60
 
-JOINT = " … "  # in the name of a block that is not one module, between its first and its last
 GAP = '<TR><TD HEIGHT="8"></TD></TR>'
 
 LEGEND = (
     ("", "– – →", RED, "cut: the output is detached and layer-normed; no gradient crosses"),
     ("", "–––→", BLUE, "goodness: the block learns by it alone; its mean over the blocks is the prediction"),
+    ("run", "double box", INK, "blocks in a row that have the same modules, shape and cost"),
     ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
     ("side", "–––→", GREY, "side value: a later block reads it as well; it carries no gradient"),
     ("detached", "· · · →", RED, "side value, detached: it carries a gradient, which the cut stops"),
@@ -40,6 +40,7 @@ LEGEND = (
     ("", "in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample"),
 )
 
+DETAILS = ("blocks", "modules", "nodes")
 MODULES_SHOWN = 8
 MODULE_LINES = 2
 VALUES_SHOWN = 4
@@ -47,36 +48,52 @@ VALUES_SHOWN = 4
 
 def title_label(plan: BlockPlan) -> str:
     """The heading of the drawing: the model, the policy, and what the blocks come to together."""
+    heading = _text(f"{plan.model}: {blocks_in_words(plan)} and the classifier", size=16, bold=True)
+    return _table([_row(heading), _row(_text(" · ".join(facts(plan)), FAINT)), GAP])
+
+
+def blocks_in_words(plan: BlockPlan) -> str:
+    """How many blocks there are: "9 feature blocks"."""
+    return "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"
+
+
+def facts(plan: BlockPlan) -> tuple[str, ...]:
+    """What the blocks come to together, one short phrase each."""
     stages = (*plan.blocks, plan.classifier)
     kept = [stage.activation_bytes for stage in stages]
-    facts = (
+    return (
         f"policy {plan.policy}",
         f"{plan.num_classes} classes",
         f"{count(sum(stage.macs for stage in stages))} MACs",
         f"activations kept for one sample: {memory(sum(kept))} in all, {memory(max(kept))} in the largest block",
     )
-    blocks = "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"
-    heading = _text(f"{plan.model}: {blocks} and the classifier", size=16, bold=True)
-    return _table([_row(heading), _row(_text(" · ".join(facts), FAINT)), GAP])
+
+
+def figures(block: Block) -> str:
+    """The shape and the cost of a block in one line."""
+    costs = (f"{count(block.num_parameters)} parameters", f"{count(block.macs)} MACs", memory(block.activation_bytes))
+    return " · ".join((shape_text(block.shape), *costs))
 
 
 def input_label(value: Input) -> str:
     """One of the model's inputs: its name, the shape of one sample, its dtype."""
-    return _table([_row(_text(value.name, size=11, bold=True)), _row(_text(f"{_shape(value.shape)} {value.dtype}", FAINT, 9))])
+    return _table([_row(_text(value.name, size=11, bold=True)), _row(_text(f"{shape_text(value.shape)} {value.dtype}", FAINT, 9))])
 
 
-def block_label(block: Block, leaves: Sequence[Leaf]) -> str:
+def block_label(block: Block, leaves: Sequence[Leaf], detail: str = "blocks") -> str:
     """A block: its name and target, the modules inside, those of them that were not traced, its shape and its cost."""
-    costs = (f"{count(block.num_parameters)} parameters", f"{count(block.macs)} MACs", memory(block.activation_bytes))
-    name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(_block_name(block.name), size=12, bold=True)}</TD>'
-    target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(block.target, FAINT, 9)}</TD>'
+    run = block if isinstance(block, Run) else None
+    times = f"{len(run.blocks)} × " if run else ""
+    called = f"{block.target} … {run.blocks[-1].target.removeprefix('block_')}" if run else block.target
+    name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(times + _block_name(block.name), size=12, bold=True)}</TD>'
+    target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(called, FAINT, 9)}</TD>'
     rows = [f"<TR>{name}{target}</TR>"]
-    rows += [_row(_text(line, FAINT, 9), span=2) for line in _modules(block)]
+    rows += [_row(_text(line, FAINT, 9), span=2) for line in _contents(block, detail)]
     rows += [
-        _row(_text(f"not traced: {shorten(_relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})", AMBER, 9), span=2)
+        _row(_text(f"not traced: {shorten(relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})", AMBER, 9), span=2)
         for leaf in leaves
     ]
-    rows.append(_row(_text(" · ".join((_shape(block.shape), *costs))), span=2))
+    rows.append(_row(_text(("each " if run else "") + figures(block)), span=2))
     return _table(rows)
 
 
@@ -171,7 +188,8 @@ def _digits(size: float) -> str:
     return f"{size:.1f}" if size < 99.95 else f"{size:.0f}"
 
 
-def _shape(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as it is written in drawings: `64×56×56`."""
     return "×".join(map(str, shape)) or "scalar"
 
 
@@ -185,18 +203,17 @@ def _block_name(name: str) -> str:
     return shorten(first, room - len(last)) + joint + last
 
 
-def _relative(qualname: str, block: Block) -> str:
-    """The qualname as seen from the block: from its module, or from the innermost module around all that it calls."""
-    if JOINT not in block.name:
-        return qualname.removeprefix(f"{block.name}.")
-    paths = [name.split(".")[:-1] for name in block.modules] or [[]]
-    around = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
-    return qualname.removeprefix("".join(f"{part}." for part in around))
+def _contents(block: Block, detail: str) -> list[str]:
+    if detail == "nodes":
+        return _lines([shorten(name, MODULE_WIDTH) for name in block.nodes])
+    if detail == "modules":
+        return _lines([shorten(relative(name, block), MODULE_WIDTH) for name in block.modules])
+    return _modules(block)
 
 
 def _modules(block: Block) -> list[str]:
     """The modules inside, as deep as there is room for: `conv1 · relu ×2`, or `mlp (5)` for a module with five leaves."""
-    paths = [_relative(qualname, block).split(".") for qualname in block.modules if qualname != block.name]
+    paths = [relative(qualname, block).split(".") for qualname in block.modules if qualname != block.name]
     items: list[str] = []
     for depth in range(max(map(len, paths), default=0), 0, -1):
         groups: dict[str, list[str]] = {}
@@ -205,7 +222,9 @@ def _modules(block: Block) -> list[str]:
         items = [_counted(name, leaves) for name, leaves in groups.items()]
         if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
             return _lines(items)
-    return _lines([*items[:4], f"… {len(items) - 7} more …", *items[-3:]] if items else [])
+    if len(items) <= MODULES_SHOWN:
+        return _lines(items)
+    return _lines([*items[:4], f"… {len(items) - 7} more …", *items[-3:]])
 
 
 def _counted(name: str, leaves: Sequence[str]) -> str:

@@ -44,14 +44,34 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     path = check_path(path, PICTURES)
     evaluations = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
     _check(evaluations)
+    figure = blank(sum(_widths(evaluations)) + 0.9, 4.2, "plotting accuracies")
+    _fill(figure, evaluations)
+    return save(figure, path)
+
+
+def blank(width: float, height: float, purpose: str) -> Figure:
+    """An empty figure that no window and no global state of matplotlib knows of.
+
+    Args:
+        width: in inches, as is the height.
+        height: of the figure.
+        purpose: what matplotlib is needed for, told where it is missing.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra("matplotlib", "viz", "plotting accuracies") from error
-    figure = Figure(figsize=(sum(_widths(evaluations)) + 0.9, 4.2), layout="constrained")
+        raise MissingExtra("matplotlib", "viz", purpose) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    _fill(figure, evaluations)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Replaces the file at the path as a whole by the figure, in the format of its suffix, and returns the path."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
     write(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""Drawings in files: the DOT text of a plan as svg, png or pdf, by the Graphviz that is there."""
+"""Drawings in files: a plan as a page, or by the Graphviz that is there as svg, png or pdf."""
 
 from __future__ import annotations
 
@@ -11,34 +11,44 @@ from typing import Any
 
 from sffx.compiler.plan import BlockPlan
 from sffx.draw.dot import dot
+from sffx.draw.label import DETAILS
+from sffx.draw.page import page
 from sffx.errors import InputError, MissingExtra, SffxError
 
 TEXT = (".dot", ".gv")
+PAGES = (".html",)
 PICTURES = (".svg", ".png", ".pdf")
 
 # Dots per inch of a png; svg and pdf have no dots.
 RESOLUTION = 144
 
 
-def draw(plan_or_net: Any, path: str | os.PathLike[str]) -> Path:
+def draw(plan_or_net: Any, path: str | os.PathLike[str], *, unfold: bool = False, detail: str = "blocks") -> Path:
     """Draws the block graph into a file.
 
     Args:
         plan_or_net: a `BlockPlan`, or a cut net, whose `plan` it is.
-        path: of the file; its suffix chooses the format: .svg, .png, .pdf, or .dot and .gv for the text itself.
+        path: of the file; its suffix chooses the format: .svg, .png, .pdf; .html, a page that unfolds; .dot and .gv, the graph's text.
+        unfold: whether blocks in a row that look alike are drawn one by one, not as one box where there are many blocks.
+        detail: what is shown of each block: "blocks" as much as fits, "modules" all its modules, "nodes" all nodes of its graph.
 
     Returns:
         the path that was written. The file is replaced as a whole; if anything fails, an older file stays as it was.
 
     Raises:
-        InputError: there is no plan to draw, the suffix is unknown, or the folder does not exist.
-        MissingExtra: neither Graphviz's `dot` nor pygraphviz is there; .dot and .gv need neither.
+        InputError: there is no plan to draw, the suffix or the detail is unknown, or the folder does not exist.
+        MissingExtra: neither Graphviz's `dot` nor pygraphviz is there; pages and text need neither.
     """
     plan = plan_in(plan_or_net)
     if plan is None:
         raise InputError(f"there is no plan to draw in a {type(plan_or_net).__name__}. Hint: pass sffx.plan(model) or a cut net")
-    path = check_path(path, (*PICTURES, *TEXT))
-    text = dot(plan)
+    if detail not in DETAILS:
+        raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
+    path = check_path(path, (*PICTURES, *PAGES, *TEXT))
+    if path.suffix.lower() in PAGES:
+        write(path, page(plan, unfold=unfold, detail=detail).encode())
+        return path
+    text = dot(plan, unfold=unfold, detail=detail)
     write(path, text.encode() if path.suffix.lower() in TEXT else render(text, path.suffix.lower()[1:]))
     return path
 
@@ -123,7 +133,7 @@ def _by_library(text: str, kind: str, failure: Exception | None) -> bytes:
     except ImportError as error:
         if failure is not None:
             raise SffxError(f"Graphviz's dot could not draw a {kind}: {_reason(failure)}. Hint: pip install 'sffx[viz]'") from failure
-        raise MissingExtra("pygraphviz", "viz", "drawing to svg, png or pdf (a path that ends in .dot needs nothing)") from error
+        raise MissingExtra("pygraphviz", "viz", "drawing to svg, png or pdf (paths that end in .html or .dot need nothing)") from error
     try:
         picture = AGraph(string=text).draw(format=kind, prog="dot", args=f"-Gdpi={RESOLUTION}" if kind == "png" else "")
     except Exception as error:

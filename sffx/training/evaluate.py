@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.plan import plan_of
@@ -36,6 +38,14 @@ class Evaluation:
         lines = [f"{'':{width}}  accuracy      loss   ({self.samples} samples)"]
         lines += [f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}" for name, value in self.accuracy.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        cells = "".join(
+            f"<tr><th>{escape(name)}</th><td>{value:.2%}</td><td>{self.loss[name]:.4f}</td></tr>" for name, value in self.accuracy.items()
+        )
+        head = "<thead><tr><th></th><th>accuracy</th><th>loss</th></tr></thead>"
+        return f"<table><caption>{self.samples} samples</caption>{head}<tbody>{cells}</tbody></table>"
 
 
 def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
@@ -66,29 +76,48 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
         InputError: `net` is no cut model, the loader is empty or yields something else, or labels are out of range.
     """
     plan = plan_of(net)
+    with evaluating(net):
+        return _evaluation([block.target for block in plan], scored(net, loader))
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the context; afterwards every module has its own mode again."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
-        return _evaluation(net, [block.target for block in plan], loader)
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _evaluation(net: fx.GraphModule, blocks: list[str], loader: Iterable[Any]) -> Evaluation:
-    names = [*blocks, "classifier", "ensemble", "last"]
+def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield for each batch what `block_scores` says of it, (K, B, J), and its labels, (B,), both on the model's device.
+
+    Raises:
+        InputError: the loader is empty or yields something else than pairs, or labels are out of range.
+    """
     device = next(net.parameters()).device
-    correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
+    empty = True
     for batch in loader:
         x, y = _pair(batch, device)
         scores = block_scores(net, x)
         check_labels(y, scores.shape[1], scores.shape[2])
+        empty = empty and not len(y)
+        yield scores, y
+    if empty:
+        raise InputError("the loader yielded no samples")
+
+
+def _evaluation(blocks: list[str], batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    names = [*blocks, "classifier", "ensemble", "last"]
+    correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
+    for scores, y in batches:
         scores = torch.cat([scores, scores[:-1].mean(dim=0, keepdim=True), scores[-2:-1]])
         correct += (scores.argmax(dim=2) == y).sum(dim=1).cpu()
         loss += torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores]).cpu()
         samples += len(y)
-    if not samples:
-        raise InputError("the loader yielded no samples")
     order = [*blocks, "ensemble", "last", "classifier"]
     at = {name: i for i, name in enumerate(names)}
     return Evaluation(

@@ -206,11 +206,29 @@ def test_the_options_reach_the_plan(planned: Planned) -> None:
     assert (planned.options["policy"], planned.options["num_classes"]) == ("uniform", 7)
 
 
-@pytest.mark.parametrize("shape", ["1,x", "", "1,0,3", "1.5"])
+@pytest.mark.parametrize("shape", ["1,x", "", "1,0,3", "1.5", "a b=1,2", "=1,2", "1,2:float"])
 def test_a_shape_that_is_none_is_said(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["model.py", "--input", shape])
     assert f"{shape!r} is not a shape such as 1,3,224,224" in capsys.readouterr().err
+
+
+def test_several_inputs_reach_the_plan_by_name_or_in_order(planned: Planned) -> None:
+    save("net = nn.Linear(1, 1)")
+    assert main(["model.py", "--plan", "--input", "ids=1,16:int", "--input", "mask=1,16"]) == 0
+    example = planned.options["example_input"]
+    assert {name: (tuple(x.shape), str(x.dtype)) for name, x in example.items()} == {
+        "ids": ((1, 16), "torch.int64"),
+        "mask": ((1, 16), "torch.float32"),
+    }
+    assert main(["model.py", "--plan", "--input", "1,16:int", "--input", "1,2"]) == 0
+    assert [tuple(x.shape) for x in planned.options["example_input"]] == [(1, 16), (1, 2)]
+
+
+def test_inputs_with_and_without_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    save("net = nn.Linear(1, 1)")
+    assert main(["model.py", "--plan", "--input", "ids=1,16:int", "--input", "1,2"]) == 2
+    assert_message(capsys, "given 2 times, but only ids by name. Hint: name all")
 
 
 def test_plan_prints_the_table_and_draws_nothing(small: BlockPlan, capsys: pytest.CaptureFixture[str]) -> None:

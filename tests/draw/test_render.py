@@ -67,7 +67,7 @@ def test_text_needs_no_renderer(small: BlockPlan, tmp_path: Path, suffix: str) -
 
 @pytest.mark.usefixtures("no_program", "no_library")
 def test_no_renderer_names_the_extra_and_the_text(small: BlockPlan, tmp_path: Path) -> None:
-    with pytest.raises(MissingExtra, match=r"\.dot needs nothing.*'pygraphviz'.*sffx\[viz\]"):
+    with pytest.raises(MissingExtra, match=r"\.html or \.dot need nothing.*'pygraphviz'.*sffx\[viz\]"):
         draw(small, tmp_path / "net.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +122,7 @@ def test_what_has_no_plan_is_refused(thing: object, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["net.jpeg", "net", "net.svg.txt"])
 def test_an_unknown_suffix_lists_the_known_ones(small: BlockPlan, tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"unknown.*\.svg, \.png, \.pdf, \.dot, \.gv"):
+    with pytest.raises(InputError, match=r"unknown.*\.svg, \.png, \.pdf, \.html, \.dot, \.gv"):
         draw(small, tmp_path / name)
 
 

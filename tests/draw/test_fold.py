@@ -1,0 +1,80 @@
+"""Which blocks become one, and what the folded picture says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sffx.compiler.plan import BlockPlan, Leaf
+from sffx.draw.dot import ROWS, dot
+from sffx.draw.fold import Run, fold
+
+Chain = Callable[[int], BlockPlan]
+
+
+def lengths(plan: BlockPlan) -> list[int]:
+    return [len(block.blocks) if isinstance(block, Run) else 1 for block in fold(plan)]
+
+
+def change(plan: BlockPlan, index: int, **fields: Any) -> BlockPlan:
+    blocks = list(plan.blocks)
+    blocks[index] = replace(blocks[index], **fields)
+    return replace(plan, blocks=tuple(blocks))
+
+
+def test_blocks_alike_become_a_run_with_the_figures_of_each(chain: Chain) -> None:
+    (run,) = fold(chain(5)).blocks
+    assert isinstance(run, Run)
+    assert (run.name, run.target, run.output) == ("layers.0 … layers.4", "block_0", "out_4")
+    assert (run.num_parameters, run.macs, run.activation_bytes) == (72, 1152, 512)
+    assert run.blocks == chain(5).blocks
+
+
+def test_two_alike_are_left_as_they_are(chain: Chain) -> None:
+    assert lengths(chain(2)) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"shape": (8, 2, 2)}, {"num_parameters": 73}, {"macs": 1}, {"activation_bytes": 1}, {"modules": ("layers.3.conv", "layers.3.bn")}],
+)
+def test_a_block_that_differs_parts_the_run(chain: Chain, other: dict[str, Any]) -> None:
+    assert lengths(change(chain(7), 3, **other)) == [3, 1, 3]
+
+
+def test_a_block_whose_values_are_read_further_on_stays_visible(chain: Chain) -> None:
+    assert lengths(change(chain(7), 3, sides=("mask",))) == [3, 1, 3]
+    assert lengths(change(chain(7), 6, inputs=("out_5", "out_2"))) == [1, 1, 1, 3, 1]
+
+
+def test_blocks_that_read_the_same_mask_are_alike(chain: Chain) -> None:
+    plan = chain(4)
+    for index in range(4):
+        plan = change(plan, index, inputs=(*plan.blocks[index].inputs, "mask"))
+    assert lengths(plan) == [4]
+    assert lengths(change(plan, 0, inputs=("x",))) == [1, 3]
+
+
+def test_an_untraced_leaf_parts_the_run(chain: Chain) -> None:
+    assert lengths(replace(chain(7), leaves=(Leaf("layers.3.conv", "Weird", "flow", 0.1),))) == [3, 1, 3]
+
+
+def test_the_picture_of_a_deep_net_is_folded(chain: Chain) -> None:
+    plan = chain(40)
+    text = dot(plan)
+    assert "40 × layers.0 … layers.39" in text
+    assert "block_0 … 39" in text
+    assert "40 feature blocks" in text
+    assert "same modules, shape and cost" in text
+    assert '"block_0" -> "classifier"' in text
+    assert "40 × " not in dot(plan, unfold=True)
+    assert " × layers" not in dot(chain(ROWS - 1))
+
+
+def test_detail_lists_modules_or_nodes(resnet18: BlockPlan) -> None:
+    assert ">conv1 · bn1 · relu · conv2 · bn2 · relu<" in dot(resnet18, detail="modules")
+    assert ">out_3<" in dot(resnet18, detail="nodes")
+    assert ">out_3<" not in dot(resnet18)

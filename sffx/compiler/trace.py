@@ -388,7 +388,9 @@ class GuidedTracer(fx.Tracer):
         if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
             return forward(*args, **kwargs)
         try:
-            return self._without_chance(lambda: super(GuidedTracer, self).call_module(m, forward, args, kwargs))
+            call = functools.partial(super().call_module, m, forward, args, kwargs)
+            # A leaf runs with the generators kept, and to look at them costs as much as a tenth of the trace.
+            return call() if self.is_leaf_module(m, self.path_of_module(m)) else self._without_chance(call)
         except Exception:
             # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
             qualname = self.path_of_module(m)
@@ -452,11 +454,11 @@ class GuidedTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         if is_flag(node):
             return self.training
-        try:
-            with _chance_kept():
+        with _chance_kept():
+            try:
                 return self.root.get_submodule(target)(*args, **kwargs)
-        except DATA_DEPENDENT:
-            return self._computed(target, args, kwargs)
+            except DATA_DEPENDENT:
+                return self._computed(target, args, kwargs)
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on data for real, on zeros."""

@@ -12,6 +12,7 @@ CPU time is counted, not wall time, so that other work on the machine matters le
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import time
@@ -167,10 +168,10 @@ def main() -> None:
         depths("residual blocks of two linear layers", residual, "residual", args.sizes),
     )
     for section in sections:
-        for line in (*section, ""):
+        for line in itertools.chain(section, [""]):
             print(line, flush=True)
             lines.append(line)
-        (args.out / "table.md").write_text("\n".join(lines).rstrip() + "\n")
+            (args.out / "table.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -153,9 +153,12 @@ class Analysis:
     def _refusal(self, name: str) -> str:
         if not isinstance(name, str) or name not in self.nodes:
             return "the traced graph has no node of this name"
-        if name not in self.spine:
+        if not self._is_on_spine(name):
             return "it does not dominate the output: some path from input to logits passes it by"
         return self.steps[self.step_of[name]].refusal
+
+    def _is_on_spine(self, name: str) -> bool:
+        return self.spine[self.step_of[name]] == name
 
     def _spine(self) -> list[str]:
         paths = nx.DiGraph(self.graph.edges)
@@ -236,11 +239,11 @@ class Analysis:
         return _JOINS.get(end.target, "other")
 
     def _refusals(self) -> list[str]:
-        shared = self._shared()
+        shared, norms = self._shared(), self._batch_norms_after()
         last_weight = max((self.step_of[name] for name, node in self.nodes.items() if self.parameters(node)), default=-1)
-        return [self._refuse(i, shared, last_weight) for i in range(len(self.spine))]
+        return [self._refuse(i, shared[i], norms[name], last_weight) for i, name in enumerate(self.spine)]
 
-    def _refuse(self, index: int, shared: dict[int, str], last_weight: int) -> str:
+    def _refuse(self, index: int, shared: str, norm: str, last_weight: int) -> str:
         name = self.spine[index]
         value = self.nodes[name].meta["example"]
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -249,20 +252,25 @@ class Analysis:
             return f"the first axis of its value is not the batch, shape {tuple(value.shape)} for a batch of {TRACE_BATCH}"
         if index >= last_weight:
             return "nothing after it has a parameter, so that no classifier would be left"
-        if index in shared:
-            return f"{shared[index]} is used on both sides of it"
-        norm = self._batch_norm_after(name)
+        if shared:
+            return f"{shared} is used on both sides of it"
         if norm:
             return f"it would part the BN layer {norm} from the layer that feeds it"
         if name not in self.channel_axes:
             return f"the channel axis of its value, of shape {tuple(value.shape)}, cannot be told"
         return ""
 
-    def _batch_norm_after(self, name: str) -> str:
-        """Return the BN layer that this value feeds, through nothing but single activations or dropout, "" if there is none.
+    def _batch_norms_after(self) -> dict[str, str]:
+        """Return the BN layer that each value of the spine feeds, through nothing but single activations or dropout, "" for none.
 
         A layer's own output may feed it beside a shortcut; the sum that opens a pre-activation block may not, or no cut could lie there.
         """
+        found: dict[str, str] = {}
+        for name in reversed(self.spine):  # what a value goes through is known before it
+            found[name] = self._batch_norm_after(name, found)
+        return found
+
+    def _batch_norm_after(self, name: str, found: dict[str, str]) -> str:
         readers = [self.nodes[reader] for reader in self._paths.successors(name)]
         norms = [reader for reader in readers if self._is_batch_norm(reader)]
         if norms and (len(readers) == 1 or self._is_weighted(self.nodes[name])):
@@ -270,10 +278,10 @@ class Analysis:
         if (
             len(readers) == 1
             and not self.parameters(readers[0])
-            and readers[0].name in self.spine
+            and self._is_on_spine(readers[0].name)
             and self._same_shape(name, readers[0].name)
         ):
-            return self._batch_norm_after(readers[0].name)
+            return found[readers[0].name]
         return ""
 
     def _is_batch_norm(self, node: fx.Node) -> bool:
@@ -283,8 +291,8 @@ class Analysis:
     def _same_shape(self, one: str, other: str) -> bool:
         return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(self.nodes[other].meta["example"], "shape", 2)
 
-    def _shared(self) -> dict[int, str]:
-        """Return the indices of steps with a shared parameter or stateful module used both before and after, and its name."""
+    def _shared(self) -> list[str]:
+        """Return for each step the name of a parameter or stateful module that is used both up to it and after it, "" for none."""
         span: dict[int, list[int]] = {}
         names: dict[int, str] = {}
         for name, node in self.nodes.items():
@@ -292,7 +300,11 @@ class Analysis:
                 names.setdefault(id(tensor), node.target if node.op == "call_module" else state)
                 readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
                 span.setdefault(id(tensor), []).extend(readers)
-        return {i: names[key] for key, used in span.items() if used for i in range(min(used), max(used))}
+        shared = [""] * len(self.spine)
+        for key, used in span.items():
+            if used:
+                shared[min(used) : max(used)] = [names[key]] * (max(used) - min(used))
+        return shared
 
     def state(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module may write to, by qualname."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sffx.compiler.trace import holders
 from sffx.learning.activation import LEAN, LeanGELU
 from sffx.learning.attention import self_attention
 from sffx.learning.pool import LeanMaxPool2d
@@ -68,9 +69,10 @@ def lean(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
 
 def _delete_unused(block: fx.GraphModule) -> None:
     """Delete the modules that the graph has no use for; torch's own way takes the children from those that it passes to functions."""
-    used = {f"{node.target}." for node in block.graph.nodes if node.op in ("call_module", "get_attr")}
+    used = {str(node.target) for node in block.graph.nodes if node.op in ("call_module", "get_attr")}
+    needed = used | {holder for target in used for holder in holders(target)}
     names = [name for name, _ in block.named_modules() if name]
-    for name in [n for n in names if not any(target.startswith(f"{n}.") or f"{n}.".startswith(target) for target in used)]:
+    for name in [n for n in names if n not in needed and used.isdisjoint(holders(n))]:
         block.delete_submodule(name)
 
 

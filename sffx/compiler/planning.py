@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -34,7 +38,10 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
         raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out")
     trace = analysis.trace
     members = _members(analysis, cuts)
-    blocks = [_block(analysis, members, i, output) for i, output in enumerate((*cuts, analysis.logits))]
+    names = _names(analysis, members)
+    targets = (*(f"block_{i}" for i in range(len(cuts))), "classifier")
+    ends = (*cuts, analysis.logits)
+    blocks = [_block(analysis, *what) for what in zip(names, targets, members, ends, strict=True)]
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=name,
@@ -57,15 +64,14 @@ def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
     return members
 
 
-def _block(analysis: Analysis, members: list[list[fx.Node]], index: int, output: str) -> Block:
-    nodes = members[index]
+def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], output: str) -> Block:
     inside = {node.name for node in nodes}
     value = analysis.nodes[output].meta["example"]
     parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
     sides = [node for node in nodes if node.name != output and any(user.name not in inside and user.op != "output" for user in node.users)]
     return Block(
-        name=_name(analysis, members, index),
-        target=f"block_{index}" if index + 1 < len(members) else "classifier",
+        name=name,
+        target=target,
         nodes=tuple(node.name for node in nodes),
         output=output,
         shape=tuple(value.shape[1:]),
@@ -91,7 +97,7 @@ def _mask(analysis: Analysis, output: str) -> str:
 
 
 def _masks(analysis: Analysis) -> list[fx.Node]:
-    placeholders = [node for node in analysis.nodes.values() if node.op == "placeholder"]
+    placeholders = takewhile(lambda node: node.op == "placeholder", analysis.nodes.values())  # they come first in a trace
     return [node for node, read in zip(placeholders, analysis.trace.inputs, strict=True) if read.marks_tokens]
 
 
@@ -109,23 +115,33 @@ def _carries_gradient(node: fx.Node) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(node.meta["example"]))
 
 
-def _unit(analysis: Analysis, owner: str, elsewhere: set[str]) -> str:
+def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
     """Return the module that a container is all there is of, as an InvertedResidual is its Sequential `block`."""
     parent = owner.rpartition(".")[0]
-    while parent and parent not in elsewhere and issubclass(analysis.kind(owner), nn.Sequential):
+    while parent and not is_elsewhere(parent) and issubclass(analysis.kind(owner), nn.Sequential):
         owner, parent = parent, parent.rpartition(".")[0]
     return owner
 
 
-def _name(analysis: Analysis, members: list[list[fx.Node]], index: int) -> str:
+def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
+    paths = [[node for node in nodes if analysis.graph.nodes[node.name]["path"]] for nodes in members]
+    held = [{scope for node in nodes for scope in scopes(node)} for nodes in paths]
+    blocks = Counter(scope for own in held for scope in own)  # in how many blocks a module has paths
+    return [_name(analysis, nodes, partial(_is_elsewhere, blocks, own)) for nodes, own in zip(paths, held, strict=True)]
+
+
+def _is_elsewhere(blocks: Counter[str], own: set[str], scope: str) -> bool:
+    """Whether a module has paths in a block besides the one that has paths in `own`."""
+    return blocks[scope] > (scope in own)
+
+
+def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str], bool]) -> str:
     """Name a block by the one module that is all its paths lie in, else by the first and the last module that it does not share."""
-    members = [[node for node in nodes if analysis.graph.nodes[node.name]["path"]] for nodes in members]
-    elsewhere = {scope for i, nodes in enumerate(members) if i != index for node in nodes for scope in scopes(node)}
-    stacks = [stack for stack in map(scopes, members[index]) if stack]
+    stacks = [stack for stack in map(scopes, nodes) if stack]
     owner = common_scope(stacks)
-    if owner and owner not in elsewhere:
-        return _unit(analysis, owner, elsewhere)
-    own = [next((scope for scope in stack if scope not in elsewhere), stack[-1]) for stack in stacks]
+    if owner and not is_elsewhere(owner):
+        return _unit(analysis, owner, is_elsewhere)
+    own = [next((scope for scope in stack if not is_elsewhere(scope)), stack[-1]) for stack in stacks]
     if not own:
-        return members[index][-1].name
+        return nodes[-1].name
     return own[0] if own[0] == own[-1] else f"{own[0]} … {own[-1]}"

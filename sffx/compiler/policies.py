@@ -10,14 +10,16 @@ A policy may be any callable `Analysis -> iterable of node names`; the ones belo
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 from torch import nn
 
 from sffx.compiler.analyse import Analysis, Step
+from sffx.compiler.trace import holders, outermost
 from sffx.errors import CutError, InputError
 
 Policy = Callable[[Analysis], Iterable[str]]
@@ -35,12 +37,13 @@ def residual(analysis: Analysis) -> list[str]:
         return batchnorm(analysis)
     steps = analysis.steps
     last = max(ends.values())
-    cuts = {_legal_near(steps, _settled(steps, end), start - 1, ends) for start, end in ends.items()}
+    cuts = sorted(_legal_ends(steps, ends))
     for start in ends:
-        before = max((cut for cut in cuts if cut < start), default=-1)
+        place = bisect_left(cuts, start)
+        before = cuts[place - 1] if place else -1
         if any(step.weighted for step in steps[before + 1 : start]):
-            cuts.add(_legal_before(steps, start - 1, before))
-    cuts.add(_tail(steps, _settled(steps, last)))
+            cuts.insert(place, _legal_before(steps, start - 1, before))
+    cuts.append(_tail(steps, _settled(steps, last)))
     return _names(steps, cuts)
 
 
@@ -49,7 +52,8 @@ def batchnorm(analysis: Analysis) -> list[str]:
     steps = analysis.steps
     starts = _layer_starts(steps)
     groups = [(start, end) for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
-    chosen = [(start, end) for start, end in groups[:-1] if _is_feature_group(steps, start, end)]
+    flat = _first_pool(steps)
+    chosen = [(start, end) for start, end in groups[:-1] if start < flat or any(step.batchnorm for step in steps[start:end])]
     return _names(steps, {_group_end(steps, start, end) for start, end in chosen})
 
 
@@ -166,46 +170,45 @@ def _residual_ends(analysis: Analysis) -> dict[int, int]:
     """Return the residual blocks as {index of the first step: index of the last step}."""
     joins = {i: step for i, step in enumerate(analysis.steps) if step.join in ("sum", "cat") and step.trainable}
     owners = Counter(step.scope for step in joins.values())
-    kinds = {analysis.kind(owner) for owner in owners if _is_unit(analysis, owner, owners[owner])}
-    ends = {i: i for i, step in joins.items() if analysis.kind(step.scope) not in kinds}
-    units = _instances(analysis, kinds)
-    for unit in units:
-        inside = [i for i, step in enumerate(analysis.steps) if _holds(unit, step.scope)]
-        if inside:
-            ends = {start: end for start, end in ends.items() if start not in inside} | {inside[0]: inside[-1]}
+    kinds = _unit_kinds(analysis, owners)
+    units = set(_instances(analysis, kinds))
+    inside: dict[str, list[int]] = {}
+    for i, step in enumerate(analysis.steps):
+        for unit in units.intersection((step.scope, *holders(step.scope))):  # one at most: a unit lies in no other
+            inside.setdefault(unit, []).append(i)
+    held = {i for indices in inside.values() for i in indices}
+    ends = {i: i for i, step in joins.items() if analysis.kind(step.scope) not in kinds and i not in held}
+    ends |= {indices[0]: indices[-1] for indices in inside.values()}
     return dict(sorted(ends.items()))
 
 
-def _is_unit(analysis: Analysis, owner: str, joins: int) -> bool:
-    """Whether the owner of a join is a block as a whole. A module that is the only one of its class and holds several joins is a
-    model written in one forward, whose joins are blocks of their own."""
-    if not owner or isinstance(analysis.trace.root.get_submodule(owner), nn.Sequential):
-        return False
-    return joins == 1 or len(_instances(analysis, {analysis.kind(owner)})) > 1
+def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]]:
+    """Return the classes of modules that are blocks as a whole, of those that own joins. A module that is the only one of its class and
+    holds several joins is a model written in one forward, whose joins are blocks of their own."""
+    kinds = {owner: analysis.kind(owner) for owner in owners if owner}
+    kinds = {owner: kind for owner, kind in kinds.items() if not issubclass(kind, nn.Sequential)}
+    single = {kind for owner, kind in kinds.items() if owners[owner] == 1}
+    return single | {kind for kind in set(kinds.values()) - single if len(_instances(analysis, {kind})) > 1}
 
 
 def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
     """Return the qualnames of the modules of these classes, outermost ones only."""
-    found = [name for name, module in analysis.trace.root.named_modules() if name and type(module) in kinds]
-    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-
-
-def _holds(owner: str, scope: str) -> bool:
-    return scope == owner or scope.startswith(f"{owner}.")
+    return outermost(name for name, module in analysis.trace.root.named_modules() if name and type(module) in kinds)
 
 
 def _layer_starts(steps: tuple[Step, ...]) -> list[int]:
     return [i for i, step in enumerate(steps) if step.weighted and step.join != "product"]
 
 
-def _is_feature_group(steps: tuple[Step, ...], start: int, end: int) -> bool:
-    return any(step.batchnorm for step in steps[start:end]) or not any(step.pools for step in steps[: start + 1])
+def _first_pool(steps: tuple[Step, ...]) -> int:
+    """Return the step that starts the way to the classifier; a number past the last step if none does."""
+    return next((i for i, step in enumerate(steps) if step.pools), len(steps))
 
 
 def _group_end(steps: tuple[Step, ...], start: int, end: int) -> int:
     """Return the last step of a group before the way to the classifier begins."""
     stop = next((i for i in range(start + 1, end) if steps[i].pools), end)
-    while stop > start + 1 and steps[stop - 1].drops and not any(step.weighted for step in steps[stop:-1]):
+    while stop > start + 1 and steps[stop - 1].drops and not any(steps[i].weighted for i in range(stop, len(steps) - 1)):
         stop -= 1
     return _legal_before(steps, stop - 1, start - 1)
 
@@ -236,12 +239,20 @@ def _legal_before(steps: tuple[Step, ...], end: int, floor: int) -> int:
     return next((i for i in range(end, floor, -1) if not steps[i].refusal), end)
 
 
-def _legal_near(steps: tuple[Step, ...], end: int, floor: int, ends: dict[int, int]) -> int:
-    """Return `_legal_before`, or the next step that a cut may follow and that is in no other block: a layer that is used again and again
-    (ALBERT) is one block with all its uses."""
-    before = _legal_before(steps, end, floor)
-    behind = next((i for i in range(end + 1, len(steps)) if not steps[i].refusal), before)
-    return behind if steps[before].refusal and not any(start <= behind < stop for start, stop in ends.items()) else before
+def _legal_ends(steps: tuple[Step, ...], ends: dict[int, int]) -> set[int]:
+    """Return `_legal_before` of each block, or the next step that a cut may follow and that is in no other block: a layer that is used
+    again and again (ALBERT) is one block with all its uses."""
+    legal = [i for i, step in enumerate(steps) if not step.refusal]
+    starts, reached = [*ends], [*accumulate(ends.values(), max)]
+    cuts = set()
+    for start, end in ends.items():
+        settled = _settled(steps, end)
+        before = _legal_before(steps, settled, start - 1)
+        place = bisect_right(legal, settled)
+        behind = legal[place] if place < len(legal) else before
+        is_free = behind >= reached[bisect_right(starts, behind) - 1]
+        cuts.add(behind if steps[before].refusal and is_free else before)
+    return cuts
 
 
 def _names(steps: tuple[Step, ...], cuts: Iterable[int]) -> list[str]:

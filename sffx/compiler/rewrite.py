@@ -127,14 +127,17 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
     outside = {storage(nodes[name].meta["example"]) for name in block.inputs if _is_written_from_outside(nodes[name])}
     views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
     replaced: dict[str, nn.Module] = {}
-    read_behind = {writer.name for node in nodes.values() for writer in node.meta.get("after", ())}
     for name in block.nodes:
         node = nodes[name]
         values[name] = graph.node_copy(node, lambda n: values[n.name])
-        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {}), "read_behind": name in read_behind, "origin": name}
+        values[name].meta = {
+            "nn_module_stack": node.meta.get("nn_module_stack", {}),
+            "read_behind": node.meta["read_behind"],
+            "origin": name,
+        }
         if any(read.name in views and _may_be_view(node, read, trace.root) for read in node.all_input_nodes[:1]):
             views.add(name)
-        hidden = any(written.name in views for written in node.meta["writes"]) and name not in read_behind
+        hidden = any(written.name in views for written in node.meta["writes"]) and not node.meta["read_behind"]
         if hidden or any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
             _keep_input(values[name], node, trace.root, replaced)
     outputs = tuple(values[name] for name in (block.output, *block.sides))

@@ -12,7 +12,8 @@ import functools
 import operator
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,8 +84,9 @@ class Trace:
 
     Attributes:
         root: a copy of the model, which owns every module and tensor that the graph names.
-        graph: its nodes carry `meta["example"]` (a fake value), `meta["cost"]`, `meta["writes"]` (arguments written in place)
-            and `meta["after"]` (nodes that must run before, though no argument says so).
+        graph: its nodes carry `meta["example"]` (a fake value), `meta["cost"]`, `meta["writes"]` (arguments written in place),
+            `meta["after"]` (nodes that must run before, though no argument says so) and `meta["read_behind"]` (whether such a
+            node comes before another).
         inputs: the placeholders, as traced.
         leaves: modules with children that could not be traced.
         notes: what was found on the way.
@@ -386,7 +388,9 @@ class GuidedTracer(fx.Tracer):
         if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
             return forward(*args, **kwargs)
         try:
-            return self._without_chance(lambda: super(GuidedTracer, self).call_module(m, forward, args, kwargs))
+            call = functools.partial(super().call_module, m, forward, args, kwargs)
+            # A leaf runs with the generators kept, and to look at them costs as much as a tenth of the trace.
+            return call() if self.is_leaf_module(m, self.path_of_module(m)) else self._without_chance(call)
         except Exception:
             # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
             qualname = self.path_of_module(m)
@@ -450,11 +454,11 @@ class GuidedTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         if is_flag(node):
             return self.training
-        try:
-            with _chance_kept():
+        with _chance_kept():
+            try:
                 return self.root.get_submodule(target)(*args, **kwargs)
-        except DATA_DEPENDENT:
-            return self._computed(target, args, kwargs)
+            except DATA_DEPENDENT:
+                return self._computed(target, args, kwargs)
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on data for real, on zeros."""
@@ -537,6 +541,9 @@ def _keep_logits(graph: fx.Graph, root: nn.Module) -> None:
     _order_hidden_reads(graph)
     needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
+    behind = {writer for node in graph.nodes for writer in node.meta["after"]}
+    for node in graph.nodes:
+        node.meta["read_behind"] = node in behind
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -554,13 +561,15 @@ def _order_hidden_reads(graph: fx.Graph) -> None:
     for node in graph.nodes:
         read = [(arg, arg.meta["example"]) for arg in node.all_input_nodes if isinstance(arg.meta.get("example"), Tensor)]
         node.meta["after"] = tuple(
-            writer
-            for arg, value in read
-            for writer in writers.get(storage(value), ())
-            if position[arg] < position[writer] and arg is not writer
+            writer for arg, value in read for writer in _later(writers.get(storage(value), []), position[arg], position)
         )
         for written in node.meta.get("writes", ()):
             writers.setdefault(storage(written.meta["example"]), []).append(node)
+
+
+def _later(nodes: list[fx.Node], place: int, position: dict[fx.Node, int]) -> list[fx.Node]:
+    """Return those of the nodes, which are in order, that come after a place; a search, since a residual stream may be written for ever."""
+    return nodes[bisect_right(nodes, place, key=position.__getitem__) :]
 
 
 def _logits(value: Any) -> Any:
@@ -639,7 +648,8 @@ def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
         picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
     for node, example in ((flag, True), (picked, numbers[1])):
         stack = reader.meta.get("nn_module_stack", {})
-        node.meta = {"example": example, "cost": Cost(), "writes": (), "after": (), "of_batch": False, "nn_module_stack": stack}
+        settled = {"cost": Cost(), "writes": (), "after": (), "read_behind": False, "of_batch": False}
+        node.meta = {"example": example, "nn_module_stack": stack, **settled}
     return picked
 
 
@@ -678,10 +688,9 @@ def _high(node: fx.Node, root: nn.Module) -> int:
 def _leaf_records(root: nn.Module, leaves: dict[str, str]) -> tuple[Leaf, ...]:
     total = max(sum(p.numel() for p in root.parameters()), 1)
     modules = {name: root.get_submodule(name) for name in leaves}
-    outermost = [name for name in modules if not any(name.startswith(f"{other}.") for other in modules)]
     return tuple(
         Leaf(name, type(modules[name]).__name__, leaves[name], sum(p.numel() for p in modules[name].parameters()) / total)
-        for name in outermost
+        for name in outermost(modules)
     )
 
 
@@ -690,17 +699,29 @@ def _notes(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
     used = {id(p) for target in called for p in parameters_of(root, target).values()}
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
-    idle = _outermost(root, used)
+    idle = _idle(root, used)
     if idle:
         shown = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
         yield f"left out, since the logits do not depend on them: {shown}"
 
 
-def _outermost(root: nn.Module, used: set[int]) -> list[str]:
+def _idle(root: nn.Module, used: set[int]) -> list[str]:
     """Return the qualnames of the outermost modules none of whose parameters is in `used`, and of single unused parameters."""
     idle = [n for n, module in root.named_modules() if n and [*module.parameters()] and not {id(p) for p in module.parameters()} & used]
     idle += [name for name, p in root.named_parameters() if id(p) not in used]
-    return [name for name in idle if not any(name.startswith(f"{other}.") for other in idle)]
+    return outermost(idle)
+
+
+def outermost(qualnames: Iterable[str]) -> list[str]:
+    """Return the qualnames that lie in no other of them, in their order."""
+    known = dict.fromkeys(qualnames)
+    return [name for name in known if not any(holder in known for holder in holders(name))]
+
+
+def holders(qualname: str) -> Iterator[str]:
+    """Yield the qualnames of the modules that hold one, innermost first, without the model itself."""
+    while qualname := qualname.rpartition(".")[0]:
+        yield qualname
 
 
 def parameters_of(root: nn.Module, target: str) -> dict[str, nn.Parameter]:

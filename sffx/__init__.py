@@ -2,6 +2,7 @@
 
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
+from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
 from sffx.export.extract import extract
 from sffx.export.onnx import export_onnx
 from sffx.learning.losses import sff_loss
@@ -15,7 +16,11 @@ __all__ = [
     "BlockPlan",
     "BlockPlateau",
     "CutError",
+    "EarlyExit",
+    "EarlyScores",
     "Evaluation",
+    "ExitCurve",
+    "ExitPoint",
     "ExportError",
     "InputError",
     "LocalLoss",

@@ -5,6 +5,7 @@ from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxErr
 from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
 from sffx.export.extract import extract
 from sffx.export.onnx import export_onnx
+from sffx.export.stages import export_early_exit
 from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -29,6 +30,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "evaluate",
+    "export_early_exit",
     "export_onnx",
     "extract",
     "local_loss",

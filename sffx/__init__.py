@@ -3,8 +3,10 @@
 from sffx import policies
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
+from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
 from sffx.export.extract import extract
 from sffx.export.onnx import export_onnx
+from sffx.export.stages import export_early_exit
 from sffx.footprint import Footprint, footprint
 from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
@@ -17,7 +19,11 @@ __all__ = [
     "BlockPlan",
     "BlockPlateau",
     "CutError",
+    "EarlyExit",
+    "EarlyScores",
     "Evaluation",
+    "ExitCurve",
+    "ExitPoint",
     "ExportError",
     "Footprint",
     "InputError",
@@ -27,6 +33,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "evaluate",
+    "export_early_exit",
     "export_onnx",
     "extract",
     "footprint",

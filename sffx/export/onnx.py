@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,18 +144,30 @@ def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
 
 
 def _export(model: nn.Module, inputs: tuple[Input, ...], opset: int | None) -> ONNXProgram:
+    axes = tuple({0: "batch"} for _ in inputs)
+    return _program(model, _examples(inputs, TRACED_BATCH), [each.name for each in inputs], ["scores"], axes, opset)
+
+
+def _program(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    axes: tuple[dict[int, str] | None, ...],
+    opset: int | None,
+) -> ONNXProgram:
     try:
         with warnings.catch_warnings():
             # torch says this of every input after the first, since all share the axis; the name is used all the same.
             warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
             program = torch.onnx.export(
                 model,
-                _examples(inputs, TRACED_BATCH),
+                arguments,
                 dynamo=True,
                 verbose=False,
-                input_names=[each.name for each in inputs],
-                output_names=["scores"],
-                dynamic_shapes=tuple({0: "batch"} for _ in inputs),
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamic_shapes=axes,
                 opset_version=opset,
             )
     except Exception as error:

@@ -1,0 +1,70 @@
+"""The oracle is the runner on torch, block by block."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import sffx
+import sffx.export.stages as stages
+from tests.export.test_early_exit import middle_threshold, residual
+
+
+@pytest.fixture(scope="module")
+def net() -> fx.GraphModule:
+    return residual()
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(net: fx.GraphModule, x: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sffx.export_early_exit(net, tmp_path_factory.mktemp("exit") / "net", middle_threshold(net, x) + 1e-6)
+
+
+def test_files_give_what_torch_gives_and_stop_where_it_stops(net: fx.GraphModule, x: Tensor, folder: Path) -> None:
+    assert sorted(os.listdir(folder)) == ["block_0.onnx", "block_1.onnx", "block_2.onnx", "manifest.json"]
+    written = sffx.EarlyExit.load(folder)
+    runner = sffx.EarlyExit(net, written.threshold)
+    torch.testing.assert_close(written.cumulative(x), runner.cumulative(x), rtol=1e-4, atol=1e-5)
+    result, expected = written(x), runner(x)
+    assert len(set(expected.blocks.tolist())) > 1
+    assert result.blocks.tolist() == expected.blocks.tolist()
+    assert result.macs == pytest.approx(expected.macs, rel=0.2)
+    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sffx.InputError, match=r"no early exit in .*Hint: pass the folder"):
+        sffx.EarlyExit.load(tmp_path)
+
+
+def test_folder_with_other_things_and_a_file_are_left_alone(net: fx.GraphModule, tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("dear")
+    with pytest.raises(sffx.InputError, match=r"holds something else"):
+        sffx.export_early_exit(net, tmp_path)
+    with pytest.raises(sffx.InputError, match=r"is a file"):
+        sffx.export_early_exit(net, tmp_path / "letters")
+    assert os.listdir(tmp_path) == ["letters"]
+
+
+def test_failure_leaves_the_old_export(net: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "net"
+    old.mkdir()
+    (old / "manifest.json").write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages, "_write", full)
+    with pytest.raises(sffx.ExportError, match=r"cannot write .*No space left on device"):
+        sffx.export_early_exit(net, old)
+    assert (old / "manifest.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["net"]

@@ -66,7 +66,7 @@ class SFFGoodness(nn.Module):
         self, channels: int, num_classes: int, channel_axis: int = 1, spatial: int = 2, kernel_size: int = 1, rank: int | None = None
     ) -> None:
         super().__init__()
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise InputError(f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole")
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default")
@@ -265,8 +265,8 @@ class DirectGoodness(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, form: Form) -> Tensor:
         ctx.form = form
-        per_sample = weight.shape[0] * y[0].numel() // weight.shape[1]
-        if per_sample <= _KEEP * y[0].numel():
+        per_sample = weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
+        if per_sample <= _KEEP * math.prod(y.shape[1:]):
             z = form.image(y, weight, bias)
             ctx.save_for_backward(y, weight, bias, z)
             return form.goodness(z)
@@ -282,7 +282,7 @@ class DirectGoodness(Function):
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
         db = torch.zeros_like(bias) if wants_bias else None
-        per_sample = weight.shape[0] * y[0].numel() // weight.shape[1]
+        per_sample = weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
         scale = dg * (2 * weight.shape[0] / per_sample)
         for part in _parts(y, per_sample):
             factor = _beside(scale[part], form.classes, y.ndim)
@@ -312,7 +312,7 @@ def _add_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw:
 
 def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return z in rows, (B, P, J), of y in rows, (B, P, C), as tokens lie in memory: one product over all positions of all samples."""
-    return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], -1)
+    return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], len(weight))
 
 
 def _add_row_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
@@ -359,7 +359,7 @@ class SecondMomentGoodness(Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean = y.mean(2)
         # Centred, part by part: where the mean is large, its square would swallow the variance.
-        covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * y[0].numel())])
+        covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * math.prod(y.shape[1:]))])
         if weight.shape[0] <= _KEEP_PRODUCT * y.shape[2]:
             product = weight @ covariance
             ctx.save_for_backward(y, weight, bias, mean, None, product)

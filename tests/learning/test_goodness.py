@@ -236,7 +236,7 @@ def test_a_head_of_low_rank_starts_with_weights_of_the_usual_size():
     torch.testing.assert_close(product.std(), full.weight.std(), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, "8"])
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True])
 def test_ranks_that_cannot_be(rank):
     with pytest.raises(InputError, match="Hint: pass a positive integer"):
         SFFGoodness(4, 2, rank=rank)

@@ -103,8 +103,21 @@ def _norm(norm: str) -> nn.Module | None:
     return kind() if kind is not None else None
 
 
+class CutModule(fx.GraphModule):
+    """A `GraphModule` that keeps its plan and its origin when it is pickled, and in copies of what was unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _restored, super().__reduce__()
+
+
+def _restored(function: Any, arguments: tuple[Any, ...]) -> fx.GraphModule:
+    net = function(*arguments)
+    return _with_plan(net, net.plan, net.origin.model)
+
+
 def _with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx.GraphModule:
     """Let the plan, and the model that `extract` fills, travel with the cut model through copies and pickles."""
+    net = CutModule(net, net.graph, class_name=type(net).__name__)
     attributes = {"plan": blocks, "origin": Origin(skeleton)}
     net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes  # what fx carries over when a GraphModule is copied
     for name, value in attributes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -220,3 +221,18 @@ def test_costs_are_counted():
     value = 8 * 64 * 4  # bytes of one sample's value
     # The block's input, both BN inputs, the ReLU between, the output; BN's batch statistics are shared by the batch.
     assert plan.blocks[1].activation_bytes // value == 5
+
+
+def test_a_copy_of_what_was_unpickled_can_be_trained_and_extracted():
+    net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8))
+    twin = copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(pickle.loads(pickle.dumps(net))))))
+    assert twin.plan == net.plan
+    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    losses = []
+    for each in (net, twin):
+        torch.manual_seed(0)  # of its dropout
+        losses.append(sffx.local_loss(each.train(), x, y).item())
+    assert losses[0] == losses[1]
+    with torch.no_grad():
+        next(twin.block_0.parameters()).zero_()
+    assert not next(sffx.extract(twin).parameters()).any()

@@ -149,7 +149,7 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
         if "activation" in found:
             named["activation"] = _NAMES[_kind(block, found["activation"])]
         if "norm" not in found and len(source.users) == 1 and _kind(block, source) in _FORGETFUL and not source.meta.get("read_behind"):
-            named["overwrite"] = True
+            named["overwrite"] = graph.get_attr(str((source.args[1] if source.target is recomputed else source).target))
         call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
     call.meta = {**layer.meta, "is_wrapped": True}  # fx does not trace into it when it reads the graph's code again
     layer.replace_all_uses_with(call)

@@ -27,4 +27,4 @@ def self_attention(x: Tensor, attention: Any, *, norm: Any = None) -> Tensor:
     stacked = Recomputed.apply(x, weight, bias, attention.in_proj_weight, attention.in_proj_bias, chain)
     query, key, value = stacked.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=attention.dropout if attention.training else 0.0)
-    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return F.linear(mixed.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)  # as torch does, without a call

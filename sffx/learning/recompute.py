@@ -44,7 +44,7 @@ def recomputed(
     norm: Any = None,
     activation: str | None = None,
     dropout: Any = None,
-    overwrite: bool = False,
+    overwrite: Any = None,
     frees_gradient: bool = False,
 ) -> Tensor:
     """Return `layer(dropout(activation(norm(x))))`, keeping x, but not what lies between, for the backward pass.
@@ -57,7 +57,8 @@ def recomputed(
         norm: a batch norm or a layer norm.
         activation: name of one of `ACTIVATIONS`.
         dropout: is left out while it drops nothing.
-        overwrite: whether x is nobody else's, so that its gradient may be written over it.
+        overwrite: the module whose output x is, where nobody else reads x, so that its gradient may be written over it: unless a hook of
+            that module has seen x and may have kept it.
         frees_gradient: whether the gradient of the output is nobody else's, so that it may be freed as soon as it was used.
     """
     modules = [module for module in (norm, dropout, layer) if module is not None]
@@ -67,7 +68,13 @@ def recomputed(
         y = ACTIVATIONS[activation][0](y) if activation else y
         return layer(dropout(y) if dropout is not None else y)
     private = gradients_are_private()
-    chain = Chain(norm, activation, layer, overwrite=overwrite and private, frees_gradient=frees_gradient and private)
+    chain = Chain(
+        norm,
+        activation,
+        layer,
+        overwrite=private and overwrite is not None and _is_plain(overwrite),
+        frees_gradient=frees_gradient and private,
+    )
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     return Recomputed.apply(x, weight, bias, layer.weight, layer.bias, chain)
 
@@ -78,11 +85,15 @@ def can_recompute(x: Tensor, modules: list[Any]) -> bool:
         return False
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return False
-    if any(type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks for module in modules):
-        return False
-    if any(module._backward_hooks or module._backward_pre_hooks for module in modules):
+    if not all(type(module) in _KNOWN and _is_plain(module) for module in modules):
         return False
     return not any(isinstance(module, BATCH_NORMS) and not module.training and module.track_running_stats for module in modules)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a call of a module is its class's forward and nothing else: no hook, and no forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__ and not torch.nn.modules.module._has_any_global_hook()
 
 
 @dataclass(frozen=True)

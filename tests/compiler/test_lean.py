@@ -228,7 +228,7 @@ def test_layers_take_over_what_comes_before_them():
     net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Hardswish(True), nn.Conv2d(4, 5, 1))
     assert calls(net, recomputed) == [
         {"norm": "1", "activation": "relu", "frees_gradient": True},
-        {"activation": "hardswish", "overwrite": True},
+        {"activation": "hardswish", "overwrite": "3"},
     ]
     assert_as_the_plain_layers(net, plain, X)
     net.eval(), plain.eval()
@@ -240,7 +240,7 @@ def test_an_mlp_frees_the_gradient_of_its_hidden_layer():
     net = sffx.transform(nn.Sequential(nn.Linear(6, 6), *mlp, nn.Linear(6, 3)), ["_5"])
     assert calls(net, recomputed) == [
         {"norm": "1", "frees_gradient": True},
-        {"dropout": "4", "activation": "gelu", "overwrite": True},
+        {"dropout": "4", "activation": "gelu", "overwrite": "2"},
     ]
 
 

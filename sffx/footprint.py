@@ -168,7 +168,7 @@ def _side_bytes(walk: BlockWalk) -> dict[str, int]:
 
 def _passing(plan: BlockPlan, part: int) -> list[str]:
     """Return the side values of earlier blocks that a block does not read and a later one does."""
-    blocks = (*plan, plan.classifier)
+    blocks = plan.all_blocks
     later = {name for block in blocks[part + 1 :] for name in block.inputs}
     return [side for block in blocks[:part] for side in block.sides if side in later and side not in blocks[part].inputs]
 

@@ -136,7 +136,7 @@ def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
 def checkpointed(net: Any, x: Tensor) -> Tensor:
     """Run the blocks of a net cut without norm as one model, each under a checkpoint."""
     values = {net.plan.inputs[0].name: x}
-    for block in (*net.plan, net.plan.classifier):
+    for block in net.plan.all_blocks:
         result = checkpoint(net.get_submodule(block.target), *(values[name] for name in block.inputs), use_reentrant=False)
         values.update(zip((block.output, *block.sides), result if block.sides else (result,), strict=True))
     return values[net.plan.classifier.output]

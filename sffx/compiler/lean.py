@@ -21,22 +21,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sffx.compiler.trace import holders
-from sffx.learning.activation import LEAN, LeanGELU
+from sffx.learning.activation import LEAN, NAMES, LeanGELU
 from sffx.learning.attention import self_attention
 from sffx.learning.pool import LeanMaxPool2d
-from sffx.learning.recompute import BATCH_NORMS, CONVOLUTIONS, recomputed
+from sffx.learning.recompute import BATCH_NORMS, CONVOLUTIONS, is_plain, recomputed
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
 # Layers whose backward pass makes a tensor of its own for the gradient of its input. Exact classes: a subclass may hand one through.
 _FRESH = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, LeanMaxPool2d, recomputed)
 # Layers whose backward pass does not read their output.
 _FORGETFUL = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
-_NAMES: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu), "relu"),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
-    nn.GELU: "gelu",
-}
 
 
 def lean(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
@@ -81,12 +75,11 @@ def _module(block: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
-    """Return the class of the module that a node calls, or the function; None where hooks make the module more than its class."""
+    """Return the class of the module that a node calls, or the function; None where the module is more than its class."""
     module = _module(block, node)
     if module is None:
         return node.target if node.op == "call_function" else None
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return None if any(hooks) else type(module)
+    return type(module) if is_plain(module) else None
 
 
 def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
@@ -96,9 +89,7 @@ def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
 
 def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     relu = pool.args[0]
-    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _reads_one(relu) or len(relu.users) > 1:
-        return
-    if relu.meta.get("read_behind"):
+    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _is_link(relu):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -110,6 +101,16 @@ def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
 
 def _reads_one(node: fx.Node) -> bool:
     return bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def _has_one_reader(node: fx.Node) -> bool:
+    """Whether one node reads a value, and none what the node writes in place by another name."""
+    return len(node.users) == 1 and not node.meta.get("read_behind")
+
+
+def _is_link(node: fx.Node) -> bool:
+    """Whether a node stands between one value and one reader."""
+    return _reads_one(node) and _has_one_reader(node)
 
 
 def _replace_pool(block: fx.GraphModule, target: str) -> None:
@@ -132,9 +133,9 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
     """Replace a layer and what comes before it by one call of `recomputed`."""
     found: dict[str, Any] = {}
     spent = [layer]
-    for name, kinds in (("dropout", (nn.Dropout,)), ("activation", tuple(_NAMES)), ("norm", (*BATCH_NORMS, nn.LayerNorm))):
+    for name, kinds in (("dropout", (nn.Dropout,)), ("activation", tuple(NAMES)), ("norm", (*BATCH_NORMS, nn.LayerNorm))):
         node: Any = spent[-1].args[0]
-        if _kind(block, node) in kinds and len(node.users) == 1 and _reads_one(node) and not node.meta.get("read_behind"):
+        if _kind(block, node) in kinds and _is_link(node):
             found[name] = node
             spent.append(node)
     first: Any = spent[-1]
@@ -147,8 +148,8 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
     with graph.inserting_before(layer):
         named: dict[str, Any] = {name: graph.get_attr(str(node.target)) for name, node in found.items() if name != "activation"}
         if "activation" in found:
-            named["activation"] = _NAMES[_kind(block, found["activation"])]
-        if "norm" not in found and len(source.users) == 1 and _kind(block, source) in _FORGETFUL and not source.meta.get("read_behind"):
+            named["activation"] = NAMES[_kind(block, found["activation"])]
+        if "norm" not in found and _kind(block, source) in _FORGETFUL and _has_one_reader(source):
             named["overwrite"] = graph.get_attr(str((source.args[1] if source.target is recomputed else source).target))
         call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
     call.meta = {**layer.meta, "is_wrapped": True}  # fx does not trace into it when it reads the graph's code again
@@ -158,8 +159,7 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
 
 
 def _feeds_recomputed(node: fx.Node) -> bool:
-    readers = list(node.users)
-    return len(readers) == 1 and readers[0].target is recomputed and not node.meta.get("read_behind")
+    return _has_one_reader(node) and next(iter(node.users)).target is recomputed
 
 
 def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
@@ -174,20 +174,20 @@ def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
-    norm: Any = node.args[0]
-    found: dict[str, Any] = {}
-    if recompute and _kind(block, norm) is nn.LayerNorm and len(norm.users) == 1 and _reads_one(norm) and not norm.meta.get("read_behind"):
-        found["norm"] = norm
-    graph = block.graph
+    source: Any = node.args[0]
+    graph, norm = block.graph, None
+    if recompute and _kind(block, source) is nn.LayerNorm and _is_link(source):
+        norm, source = source, source.args[0]
     with graph.inserting_before(node):
-        named: dict[str, Any] = {name: graph.get_attr(str(norm.target)) for name in found}
-        call = graph.call_function(self_attention, (norm.args[0] if found else norm, graph.get_attr(str(node.target))), named)
+        named = {"norm": graph.get_attr(str(norm.target))} if norm is not None else {}
+        call = graph.call_function(self_attention, (source, graph.get_attr(str(node.target))), named)  # type: ignore[arg-type]
     call.meta = {**node.meta, "is_wrapped": True}
     for item in list(node.users):
         item.replace_all_uses_with(call)
         graph.erase_node(item)
-    for spent in (node, *found.values()):
-        graph.erase_node(spent)
+    graph.erase_node(node)
+    if norm is not None:
+        graph.erase_node(norm)
 
 
 def _writes(block: fx.GraphModule, node: fx.Node) -> bool:
@@ -199,7 +199,7 @@ def _writes(block: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
-    if len(node.users) != 1 or not _reads_one(node) or node.meta.get("read_behind"):
+    if not _is_link(node):
         return False
     (reader,) = node.users
     if _kind(block, reader) is nn.Dropout:  # makes a gradient of its own, or with p = 0 passes on that of its reader

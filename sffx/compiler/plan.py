@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 from torch import nn
@@ -126,22 +127,31 @@ class BlockPlan:
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
 
+    @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """The feature blocks in order, and the classifier."""
+        return (*self.blocks, self.classifier)
+
+    @cached_property
+    def _most_kept(self) -> int:
+        return max(block.activation_bytes for block in self.all_blocks)
+
     def is_large(self, block: Block) -> bool:
         """Whether a block is among those that set the peak of a block-local step: it keeps more than two thirds of what the largest keeps.
 
         Computing again what costs little saves no more than about a third, so a smaller block has nothing to gain by it.
         """
-        return 3 * block.activation_bytes > 2 * max(other.activation_bytes for other in (*self.blocks, self.classifier))
+        return 3 * block.activation_bytes > 2 * self._most_kept
 
     def __str__(self) -> str:
-        rows = [_row(block) for block in (*self.blocks, self.classifier)]
+        rows = [_row(block) for block in self.all_blocks]
         widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
         return "\n".join([self._heading(), *(_align(row, widths) for row in (HEADER, *rows)), *self._remarks()])
 
     def _repr_html_(self) -> str:
         """The same table for a notebook."""
         head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-        rows = "".join(_html_row(_row(block)) for block in (*self.blocks, self.classifier))
+        rows = "".join(_html_row(_row(block)) for block in self.all_blocks)
         remarks = "".join(f"<p>{escape(remark)}</p>" for remark in self._remarks())
         return f"<table><caption>{escape(self._heading())}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{remarks}"
 

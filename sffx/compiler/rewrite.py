@@ -57,7 +57,7 @@ def rewrite(
     nodes = {node.name: node for node in trace.graph.nodes}
     root = nn.Module()
     root.train(trace.root.training)
-    for block in (*plan.blocks, plan.classifier):
+    for block in plan.all_blocks:
         root.add_module(block.target, block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)))
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
         root.add_module(f"head_{i}", head)
@@ -124,8 +124,8 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
     """
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
-    outside = {storage(nodes[name].meta["example"]) for name in block.inputs if _is_written_from_outside(nodes[name])}
     views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
+    outside = {storage(nodes[name].meta["example"]) for name in views}
     replaced: dict[str, nn.Module] = {}
     for name in block.nodes:
         node = nodes[name]

@@ -59,7 +59,7 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
 
 def comparison_dot(plans: Sequence[BlockPlan]) -> str:
     """DOT text with a node for each plan, "policy_0", "policy_1", ..., set beside each other from the left."""
-    most = max(stage.activation_bytes for plan in plans for stage in _stages(plan))
+    most = max(stage.activation_bytes for plan in plans for stage in plan.all_blocks)
     columns = [f"policy_{index} [label={_column(plan, most)}]" for index, plan in enumerate(plans)]
     order = " -> ".join(f"policy_{index}" for index in range(len(plans)))
     meaning = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
@@ -69,12 +69,8 @@ def comparison_dot(plans: Sequence[BlockPlan]) -> str:
     return "digraph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
 
 
-def _stages(plan: BlockPlan) -> tuple[Block, ...]:
-    return (*plan.blocks, plan.classifier)
-
-
 def _figures(plan: BlockPlan) -> tuple[str, ...]:
-    stages = _stages(plan)
+    stages = plan.all_blocks
     largest = max(stages, key=lambda stage: stage.activation_bytes)
     whole = sum(stage.activation_bytes for stage in stages)
     kept = (memory(largest.activation_bytes), memory(whole), f"{largest.activation_bytes / max(1, whole):.0%}")
@@ -85,7 +81,7 @@ def _column(plan: BlockPlan, most: int) -> str:
     _, _, largest, kept, whole, share, _ = _figures(plan)
     told = f"{blocks_in_words(plan)}; the largest, {shorten(largest, NAME_WIDTH)}, keeps {kept} of {whole}, {share}"
     rows = [_wide(f"<B>{_font(plan.policy, size=13)}</B>"), _wide(_font(told, FAINT, 9))]
-    rows += [_line(block, most) for block in _stages(fold(plan))]
+    rows += [_line(block, most) for block in fold(plan).all_blocks]
     return f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" COLOR="{FAINT}">{"".join(rows)}</TABLE>>'
 
 

@@ -98,10 +98,6 @@ def dot(plan: BlockPlan, *, unfold: bool = False, detail: str = "blocks") -> str
     return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
 
 
-def _stages(plan: BlockPlan) -> tuple[Block, ...]:
-    return (*plan.blocks, plan.classifier)
-
-
 def _rows(plan: BlockPlan) -> int:
     stages = len(plan) + 1
     return math.ceil(stages / math.ceil(stages / ROWS))
@@ -131,13 +127,13 @@ def _box(block: Block, plan: BlockPlan, column: int, detail: str) -> str:
 
 
 def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
-    stages = _stages(plan)
+    stages = plan.all_blocks
     for row in range(min(rows, len(stages) - rows)):
         yield _beside("; ".join(_quote(stage.target) for stage in stages[row::rows]))
 
 
 def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
-    stages = _stages(plan)
+    stages = plan.all_blocks
     style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label(["detach · layer norm"], RED)}'
     for index in range(1, len(stages)):
         turn = ', constraint=false, headport="w"' if index % rows == 0 else ""
@@ -146,7 +142,7 @@ def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
 
 def crossings(plan: BlockPlan) -> list[Crossing]:
     """The values that cross a cut besides the normalised output of a block, and those that come from outside."""
-    stages = _stages(plan)
+    stages = plan.all_blocks
     names = dict.fromkeys(name for stage in stages for name in stage.inputs)
     groups: dict[tuple[str, int, tuple[int, ...], bool], list[str]] = {}
     for name in names:
@@ -171,7 +167,7 @@ def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
     for reader in crossing.readers:
         # The edge from an input to the first block needs no name: the input bears it.
         name = f", label={edge_label(_marked(crossing), _colour(crossing))}" if crossing.stage >= 0 or reader else ""
-        yield _edge(crossing.source, _stages(plan)[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
+        yield _edge(crossing.source, plan.all_blocks[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
 
 
 def _railed(crossings: list[Crossing]) -> list[Crossing]:
@@ -184,7 +180,7 @@ def _railed(crossings: list[Crossing]) -> list[Crossing]:
 
 def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str]:
     """A line along a column, with a stop beside each block that takes values from it or gives values to it, which names them."""
-    stages = _stages(plan)
+    stages = plan.all_blocks
     stops = sorted({stop for crossing in crossings for stop in (crossing.stage, *crossing.readers)} - {-1})
     for stop in stops:
         given = [(f"+ {name}", _colour(crossing)) for crossing in crossings if crossing.stage == stop for name in _marked(crossing)]

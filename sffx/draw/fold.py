@@ -36,7 +36,7 @@ def fold(plan: BlockPlan) -> BlockPlan:
     Returns:
         a plan for drawings, not for a rewrite.
     """
-    stages = (*plan.blocks, plan.classifier)
+    stages = plan.all_blocks
     readers = Counter(name for stage in stages for name in set(stage.inputs))
     looks = [_look(block, before, readers, plan) for block, before in zip(plan.blocks, (None, *plan.blocks), strict=False)]
     blocks: list[Block] = []

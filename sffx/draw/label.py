@@ -59,7 +59,7 @@ def blocks_in_words(plan: BlockPlan) -> str:
 
 def facts(plan: BlockPlan) -> tuple[str, ...]:
     """What the blocks come to together, one short phrase each."""
-    stages = (*plan.blocks, plan.classifier)
+    stages = plan.all_blocks
     kept = [stage.activation_bytes for stage in stages]
     return (
         f"policy {plan.policy}",

@@ -100,7 +100,7 @@ def _lines(lines: Iterable[str]) -> str:
 
 def _values(sheet: Sheet) -> str:
     """The lines of the values that cross a cut; the script sets their course, because it depends on what is unfolded."""
-    stages = (*sheet.plan.blocks, sheet.plan.classifier)
+    stages = sheet.plan.all_blocks
     lines = []
     for lane, crossing in enumerate(sheet.crossings):
         kind = "input" if crossing.stage < 0 else "side detached" if crossing.detached else "side"
@@ -164,7 +164,7 @@ def _stage(block: Block, index: int, sheet: Sheet) -> str:
     last = block is sheet.plan.classifier
     kind = "classifier" if last else "untraced" if leaves_in(block, sheet.plan) else "block"
     told = _lines([f"{block.name} ({block.target})", *_all_figures(block, sheet.plan)])
-    share = block.activation_bytes / max(1, *(stage.activation_bytes for stage in (*sheet.plan.blocks, sheet.plan.classifier)))
+    share = block.activation_bytes / max(1, *(stage.activation_bytes for stage in sheet.plan.all_blocks))
     summary = (
         f'<summary data-figures="{told}"><span class="target">{block.target}</span><b>{_text(block.name)}</b>'
         f'<span class="facts">{_text(figures(block))}</span>{"".join(_says(block, index, sheet))}'
@@ -178,7 +178,7 @@ def _stage(block: Block, index: int, sheet: Sheet) -> str:
 
 def _all_figures(block: Block, plan: BlockPlan) -> Iterator[str]:
     each = " of each" if isinstance(block, Run) else ""
-    stages = (*plan.blocks, plan.classifier)
+    stages = plan.all_blocks
     yield f"output{each}: {shape_text(block.shape)}, after node {block.output}"
     for name, unit, field in (
         ("parameters", count, "num_parameters"),

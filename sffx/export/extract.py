@@ -28,7 +28,7 @@ def extract(net: fx.GraphModule) -> nn.Module:
     model: nn.Module = copy.deepcopy(origin.model)
     _strip(model)
     model.to(next(net.parameters()).device).train(net.training)
-    parts = [net.get_submodule(block.target) for block in (*plan, plan.classifier)]
+    parts = [net.get_submodule(block.target) for block in plan.all_blocks]
     state = model.state_dict()  # carries the versions by which some layers load
     state.update({name: tensor.clone() for part in parts for name, tensor in part.state_dict().items()})
     model.load_state_dict(state, assign=True)  # each tensor in its own dtype

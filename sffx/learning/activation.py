@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,47 @@ from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
 _PRIVATE: ContextVar[bool] = ContextVar("gradients are private", default=False)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise function and its gradient.
+
+    Attributes:
+        function: of its input.
+        backward: the operator that computes the gradient from that of the output and from the input (of a ReLU, the output will do).
+        out: the operator's name for a tensor to write the result to.
+        settings: its arguments besides.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    backward: Any
+    out: str = "grad_input"
+    settings: tuple[float, ...] = ()
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of x, given that of the output."""
+        return self.backward(dy, x, *self.settings)
+
+    def write_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Write the gradient of x over that of the output, and return it."""
+        return self.backward(dy, x, *self.settings, **{self.out: dy})
+
+
+ACTIVATIONS = {
+    "relu": Activation(torch.relu, _aten.threshold_backward, settings=(0,)),
+    "hardswish": Activation(F.hardswish, _aten.hardswish_backward, out="out"),
+    "silu": Activation(F.silu, _aten.silu_backward),
+    "gelu": Activation(F.gelu, _aten.gelu_backward),
+}
+
+# The class and the functions that compute each activation.
+NAMES: dict[Any, str] = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu), "relu"),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
+    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    nn.GELU: "gelu",
+}
 
 
 @contextmanager
@@ -47,30 +89,27 @@ class LeanHardswish(nn.Hardswish):
     """`torch.nn.Hardswish`, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.hardswish, _aten.hardswish_backward, "out") if _may_write_over(x) else super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["hardswish"]) if _may_write_over(x) else super().forward(x)
 
 
 class LeanSiLU(nn.SiLU):
     """`torch.nn.SiLU`, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.silu, _aten.silu_backward, "grad_input") if _may_write_over(x) else super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["silu"]) if _may_write_over(x) else super().forward(x)
 
 
 class LeanGELU(nn.GELU):
     """`torch.nn.GELU` in its exact form, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, F.gelu, _aten.gelu_backward, "grad_input") if _may_write_over(x) else super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["gelu"]) if _may_write_over(x) else super().forward(x)
 
 
-# The class and the function of each activation, and its lean twin.
-LEAN: dict[Any, type[nn.Module]] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu), LeanReLU),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), LeanHardswish),
-    **dict.fromkeys((nn.SiLU, F.silu), LeanSiLU),
-    nn.GELU: LeanGELU,
-}
+_TWINS: dict[str, type[nn.Module]] = {"relu": LeanReLU, "hardswish": LeanHardswish, "silu": LeanSiLU, "gelu": LeanGELU}
+
+# The class and the functions of each activation, and its lean twin.
+LEAN = {kind: _TWINS[name] for kind, name in NAMES.items()}
 
 
 def is_training_step(x: Tensor) -> bool:
@@ -95,22 +134,24 @@ class _ReLU(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        if gradient.stride() != y.stride():  # a view, or laid out otherwise: the plain result is laid out as torch would
-            return _aten.threshold_backward(gradient, y, 0), None
-        return _aten.threshold_backward.grad_input(gradient, y, 0, grad_input=gradient), None
+        return _written_over(gradient, y, ACTIVATIONS["relu"]), None
 
 
 class _Pointwise(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], backward: Any, out: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.backward_of, ctx.out = backward, out
-        return function(x)
+        ctx.activation = activation
+        return activation.function(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if gradient.stride() != x.stride():
-            return ctx.backward_of(gradient, x), None, None, None
-        return ctx.backward_of(gradient, x, **{ctx.out: gradient}), None, None, None
+        return _written_over(gradient, x, ctx.activation), None
+
+
+def _written_over(gradient: Tensor, kept: Tensor, activation: Activation) -> Tensor:
+    if gradient.stride() != kept.stride():  # a view, or laid out otherwise: the plain result is laid out as torch would
+        return activation.gradient(gradient, kept)
+    return activation.write_gradient(gradient, kept)

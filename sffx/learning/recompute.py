@@ -6,7 +6,6 @@ activation's output for the layer. `recomputed` keeps x. Norms and activations c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sffx.learning.activation import gradients_are_private
+from sffx.learning.activation import ACTIVATIONS, Activation, gradients_are_private
 
 _aten = torch.ops.aten
 
-# Each activation, and how its gradient is written over the gradient of its output, given its input.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "relu": (torch.relu, lambda dy, z: _aten.threshold_backward.grad_input(dy, z, 0, grad_input=dy)),
-    "hardswish": (F.hardswish, lambda dy, z: _aten.hardswish_backward.out(dy, z, out=dy)),
-    "silu": (F.silu, lambda dy, z: _aten.silu_backward.grad_input(dy, z, grad_input=dy)),
-    "gelu": (F.gelu, lambda dy, z: _aten.gelu_backward.grad_input(dy, z, grad_input=dy)),
-}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -65,14 +57,14 @@ def recomputed(
     drops = dropout is not None and dropout.training and dropout.p > 0
     if drops or not can_recompute(x, modules):
         y = norm(x) if norm is not None else x
-        y = ACTIVATIONS[activation][0](y) if activation else y
+        y = ACTIVATIONS[activation].function(y) if activation else y
         return layer(dropout(y) if dropout is not None else y)
     private = gradients_are_private()
     chain = Chain(
         norm,
-        activation,
+        ACTIVATIONS[activation] if activation else None,
         layer,
-        overwrite=private and overwrite is not None and _is_plain(overwrite),
+        overwrite=private and overwrite is not None and is_plain(overwrite),
         frees_gradient=frees_gradient and private,
     )
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
@@ -85,12 +77,12 @@ def can_recompute(x: Tensor, modules: list[Any]) -> bool:
         return False
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return False
-    if not all(type(module) in _KNOWN and _is_plain(module) for module in modules):
+    if not all(type(module) in _KNOWN and is_plain(module) for module in modules):
         return False
     return not any(isinstance(module, BATCH_NORMS) and not module.training and module.track_running_stats for module in modules)
 
 
-def _is_plain(module: Any) -> bool:
+def is_plain(module: Any) -> bool:
     """Whether a call of a module is its class's forward and nothing else: no hook, and no forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__ and not torch.nn.modules.module._has_any_global_hook()
@@ -101,7 +93,7 @@ class Chain:
     """The computation of a layer's input, and of the layer; a linear layer where none is given. The rest is as in `recomputed`."""
 
     norm: Any = None
-    activation: str | None = None
+    activation: Activation | None = None
     layer: Any = None
     overwrite: bool = False
     frees_gradient: bool = False
@@ -135,6 +127,10 @@ class Chain:
         z, *statistics = _aten._batch_norm_impl_index(x, weight, bias, mean, variance, True, momentum, self.norm.eps, True)
         return z, tuple(statistics)
 
+    def activated(self, z: Tensor) -> Tensor:
+        """Return the layer's input."""
+        return self.activation.function(z) if self.activation is not None else z
+
     def before_norm(self, dz: Tensor, x: Tensor, weight: Any, bias: Any, statistics: tuple[Any, ...], wanted: list[bool]) -> Any:
         """Return the gradients of x and of the norm's weight and bias, those that are wanted."""
         if self.norm is None:
@@ -148,9 +144,16 @@ class Chain:
     def apply_layer(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(y, weight, bias) if self.is_linear else self.layer._conv_forward(y, weight, bias)
 
-    def input_gradient(self, dout: Tensor, y: Tensor, weight: Tensor) -> Any:
-        """Return the gradient of the layer's input; of y, only the shape is read."""
-        return dout @ weight if self.is_linear else self.convolution_gradients(dout, y, weight, [True, False, False])[0]
+    def input_gradient(self, dout: Tensor, like: Tensor, weight: Tensor) -> Any:
+        """Return the gradient of the layer's input, which is as large as `like`."""
+        return dout @ weight if self.is_linear else self.convolution_gradients(dout, like, weight, [True, False, False])[0]
+
+    def parameter_gradients(self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the layer's weight and bias, those that are wanted, from its input."""
+        if not self.is_linear:
+            return self.convolution_gradients(dout, y, weight, [False, *wanted])[1:]
+        rows = dout.flatten(0, -2)
+        return rows.t() @ y.flatten(0, -2) if wanted[0] else None, rows.sum(0) if wanted[1] else None
 
     def convolution_gradients(self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients of the input, the weight and the bias of a convolution, those that are wanted."""
@@ -167,13 +170,12 @@ class Recomputed(Function):
         if chain.by_rows:
             ctx.chain = chain
             ctx.save_for_backward(x, None, None, weight)
-            return _linear_forward(x, weight, bias, ACTIVATIONS[str(chain.activation)][0])
+            return _linear_forward(x, weight, bias, chain)
         z, statistics = chain.normalised(x, norm_weight, norm_bias, chain.track())
-        y = ACTIVATIONS[chain.activation][0](z) if chain.activation else z
         tensors = [value for value in statistics if isinstance(value, Tensor)]
         ctx.chain, ctx.numbers = chain, statistics[len(tensors) :]
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, *tensors)
-        return chain.apply_layer(y, weight, bias)
+        return chain.apply_layer(chain.activated(z), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -182,24 +184,20 @@ class Recomputed(Function):
             return _linear_backward(ctx, dout)
         x, norm_weight, norm_bias, weight, *tensors = ctx.saved_tensors
         chain, wanted = ctx.chain, list(ctx.needs_input_grad[:5])
-        wants_input = any(wanted[:3])
         z, _ = chain.normalised(x, norm_weight, norm_bias, [None, None, 0.0])
-        dw = db = dz = None
-        if any(wanted[3:]):
-            y = ACTIVATIONS[chain.activation][0](z) if chain.activation else z
-            dw, db = _parameter_gradients(chain, dout, y, weight, wanted[3:])
-            del y
-        if chain.is_linear and not chain.activation:
+        dw, db = chain.parameter_gradients(dout, chain.activated(z), weight, wanted[3:]) if any(wanted[3:]) else (None, None)
+        if not any(wanted[:3]):
+            return None, None, None, dw, db, None
+        # x stands in for the layer's input, of whose gradient it has the size: z may go as soon as the activation has seen it.
+        if chain.activation is None:
             del z
-            dz = dout @ weight if wants_input else None
-        elif wants_input:
-            dz = chain.input_gradient(dout, z, weight)
-            dz = ACTIVATIONS[chain.activation][1](dz, z) if chain.activation else dz
+            dz = chain.input_gradient(dout, x, weight)
+        else:
+            dz = chain.activation.write_gradient(chain.input_gradient(dout, x, weight), z)
             del z
         if chain.frees_gradient:
             _free(dout)
-        dx, *dnorm = chain.before_norm(dz, x, norm_weight, norm_bias, (*tensors, *ctx.numbers), wanted[:3]) if wants_input else (None,) * 3
-        return dx, *dnorm, dw, db, None
+        return *chain.before_norm(dz, x, norm_weight, norm_bias, (*tensors, *ctx.numbers), wanted[:3]), dw, db, None
 
 
 def _free(gradient: Tensor) -> None:
@@ -207,24 +205,16 @@ def _free(gradient: Tensor) -> None:
     gradient.set_()  # type: ignore[call-overload]
 
 
-def _parameter_gradients(chain: Chain, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, Tensor | None]:
-    if not chain.is_linear:
-        _, dw, db = chain.convolution_gradients(dout, y, weight, [False, *wanted])
-        return dw, db
-    rows = dout.flatten(0, -2)
-    return rows.t() @ y.flatten(0, -2) if wanted[0] else None, rows.sum(0) if wanted[1] else None
-
-
 def _row_parts(rows: Tensor) -> list[slice]:
     size = max(1, _PART // rows.shape[1])
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight))
     for part in _row_parts(rows):
-        y = activation(rows[part])
+        y = chain.activated(rows[part])
         if bias is None:
             torch.mm(y, weight.t(), out=out[part])
         else:
@@ -236,14 +226,13 @@ def _linear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass of activation and linear layer, by parts of the rows."""
     x, _, _, weight = ctx.saved_tensors
     wants_x, _, _, wants_weight, wants_bias = ctx.needs_input_grad[:5]
-    function, write_gradient = ACTIVATIONS[ctx.chain.activation]
     rows, above = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     dx = (rows if ctx.chain.overwrite else torch.empty_like(rows)) if wants_x else None
     dw = torch.zeros_like(weight) if wants_weight else None
     for part in _row_parts(rows):
         if dw is not None:
-            dw.addmm_(above[part].t(), function(rows[part]))
+            dw.addmm_(above[part].t(), ctx.chain.activated(rows[part]))
         if dx is not None:
-            dx[part] = write_gradient(above[part] @ weight, rows[part])
+            dx[part] = ctx.chain.activation.write_gradient(above[part] @ weight, rows[part])
     # `.data`, because a view would keep x, and with it the memory, for as long as autograd holds the gradient.
     return dx.view_as(x).data if dx is not None else None, None, None, dw, above.sum(0) if wants_bias else None, None

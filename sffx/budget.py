@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,16 +11,17 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.analyse import Analysis
+from sffx.compiler.fakes import fake_copy
 from sffx.compiler.heads import make_heads
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import Policy, called, check_positive, group_ends, layer
 from sffx.compiler.rewrite import block_module, rewrite
-from sffx.compiler.trace import Trace, storage
+from sffx.compiler.trace import Trace, noting_saved, storage
 from sffx.errors import CutError, InputError
 from sffx.footprint import COUNTER, STATES, UPDATE, fake_footprint
 from sffx.learning.goodness import make_head
@@ -263,8 +263,7 @@ class _Search:
         with torch.random.fork_rng(devices=[]):
             heads = make_heads(plan, self.analysis.trace.root, self.goodness, self.kernel_size, self.rank)
         trace, mode = self._fake_trace
-        with FakeCopyMode(mode):
-            heads = copy.deepcopy(heads)
+        heads = list(fake_copy(nn.ModuleList(heads), mode))
         with mode:
             net = rewrite(trace, plan, heads, [SampleNorm() for _ in heads], recompute=self.recompute)
             net.plan = plan  # type: ignore[assignment]
@@ -276,9 +275,7 @@ class _Search:
     @cached_property
     def _fake_trace(self) -> tuple[Trace, FakeTensorMode]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with FakeCopyMode(mode):
-            root = copy.deepcopy(self.analysis.trace.root).train()
-        return replace(self.analysis.trace, root=root), mode
+        return replace(self.analysis.trace, root=fake_copy(self.analysis.trace.root, mode).train()), mode
 
 
 class _SavedBytes(fx.Interpreter):
@@ -296,14 +293,7 @@ class _SavedBytes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         own = self.saved.setdefault(n.meta.get("origin", n.name), {})
-
-        def note(tensor: Tensor) -> Tensor:
-            if storage(tensor) not in self._given:
-                self._alive.append(tensor)
-                own[storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad():
+        with noting_saved(own, self._alive, lambda tensor: storage(tensor) in self._given), torch.enable_grad():
             return super().run_node(n)
 
 

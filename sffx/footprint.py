@@ -7,15 +7,15 @@ held beside a block while it runs is added: parameters, optimizer state, the gra
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from sffx.compiler.fakes import fake_copy
 from sffx.compiler.inputs import DATA_DEPENDENT
 from sffx.compiler.plan import Block, BlockPlan, plan_of
 from sffx.errors import InputError
@@ -91,8 +91,7 @@ def footprint(net: fx.GraphModule, batch_size: int) -> Footprint:
     """
     plan_of(net)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        probe = copy.deepcopy(net).train()
+    probe = fake_copy(net, mode).train()
     with mode:
         return fake_footprint(probe, batch_size)
 

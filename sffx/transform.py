@@ -61,9 +61,9 @@ def transform(
         kernel_size: of the auxiliary convolution, odd.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.
+        norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
             instead of keeping them: less memory, for a few per cent more time.
-        norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
 
     Returns:
         An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the goodness of every block and the

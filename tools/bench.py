@@ -40,12 +40,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sffx
 import sffx.training.local as local
+from sffx.compiler.fakes import fake_copy
+from sffx.draw.render import write
 from sffx.measure.memory import count_memory
 from sffx.measure.timing import compare_time
 
@@ -145,8 +147,7 @@ def checkpointed(net: Any, x: Tensor) -> Tensor:
 def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> dict[str, float]:
     """Count bytes and multiply-adds of a step that has the optimizer's state in place, on fake tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        fake = copy.deepcopy(module)
+    fake = fake_copy(module, mode)
     with mode:
         made = candidate(way, fake, parts)
         x, y = batch(workload, workload.count_batch)
@@ -429,8 +430,7 @@ def main() -> None:
 
 def save(record: dict[str, Any], path: Path) -> None:
     """Write the record, or leave the old one."""
-    path.with_suffix(".part").write_text(json.dumps(record, indent=1))
-    path.with_suffix(".part").replace(path)
+    write(path, json.dumps(record, indent=1).encode())
 
 
 def report(record: dict[str, Any]) -> str:

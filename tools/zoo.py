@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
+from sffx.draw.render import write
 from sffx.learning.losses import block_loss
 
 RESULTS = Path(__file__).parent / "results" / "zoo"
@@ -103,10 +104,8 @@ class Record:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.draft")
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        draft.write_text(re.sub(r"/[^\s\"]*/site-packages/", "", text) + "\n")
-        os.replace(draft, path)
+        write(path, (re.sub(r"/[^\s\"]*/site-packages/", "", text) + "\n").encode())
 
 
 class Unverified(AssertionError):

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fake_copy(module: M, mode: FakeTensorMode) -> M:
+    """Return a copy of a module with fake twins of its tensors."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module, fake_tensors(module, mode))
 
 
 def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:

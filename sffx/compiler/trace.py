@@ -14,19 +14,19 @@ import pickle
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from sffx.compiler.fakes import fake_tensors
+from sffx.compiler.fakes import fake_copy
 from sffx.compiler.hints import location, way_out
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf
@@ -133,7 +133,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
     root = _copy(model)
-    probe = _fake_copy(model, mode)
+    probe = fake_copy(model, mode).train()
     arguments = example_arguments(probe, example_input, mode)
     tracer, graph = _traced(probe, root, arguments, mode, leaves)
     _adopt(root, tracer, graph)
@@ -148,11 +148,6 @@ def _copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {cause}. Hint: it keeps a tensor that is computed from parameters, as the old "
             "torch.nn.utils.weight_norm and pruning do; use torch.nn.utils.parametrizations, or remove the reparametrization"
         ) from cause
-
-
-def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    with FakeCopyMode(mode):
-        return copy.deepcopy(model, fake_tensors(model, mode)).train()
 
 
 def _traced(
@@ -434,7 +429,7 @@ class GuidedTracer(fx.Tracer):
         versions = {arg: value._version for arg, value in tensors.items()}
         cost, self._running = Cost(), True
         try:
-            with self.mode, _CountMacs(cost), torch.autograd.graph.saved_tensors_hooks(self._recorder(cost), _unpack), torch.enable_grad():
+            with self.mode, _CountMacs(cost), noting_saved(cost.saved, self._alive, _is_parameter), torch.enable_grad():
                 node.meta["example"] = self._value(node, args, kwargs)
         finally:
             self._running = False
@@ -462,7 +457,7 @@ class GuidedTracer(fx.Tracer):
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on data for real, on zeros."""
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with unset_fake_temporarily(), torch.no_grad():
             module = copy.deepcopy(self.original.get_submodule(target))
             real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
@@ -470,23 +465,32 @@ class GuidedTracer(fx.Tracer):
         fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and t.is_floating_point())  # noqa: E731
         return tree_map_only(Tensor, fake, value)
 
-    def _recorder(self, cost: Cost) -> Callable[[Tensor], Tensor]:
-        def record(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                self._alive.append(tensor)
-                cost.saved[storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        return record
-
 
 def _regime() -> tuple[bool, ...]:
     """Return the switches that a context manager in a forward may set."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
-def _unpack(tensor: Tensor) -> Tensor:
-    return tensor
+def noting_saved(saved: dict[int, int], alive: list[Tensor], is_given: Callable[[Tensor], bool]) -> AbstractContextManager[Any]:
+    """Return a context in which autograd keeps what it would, and that is noted: bytes by storage.
+
+    Args:
+        saved: to write to.
+        alive: to append what is kept to, or the addresses of storages would be used again.
+        is_given: tells tensors that are there anyway, such as parameters.
+    """
+
+    def note(tensor: Tensor) -> Tensor:
+        if not is_given(tensor):
+            alive.append(tensor)
+            saved[storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
 
 
 class _CountMacs(TorchDispatchMode):

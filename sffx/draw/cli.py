@@ -6,7 +6,8 @@ import argparse
 import re
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,35 +95,43 @@ def _policies(text: str) -> list[str]:
 def _run(options: argparse.Namespace) -> int:
     if options.compare is not None:
         return _compare(options)
-    plan = _plan(options, options.policy)
+    (plan,) = _plans(options, [options.policy])
     if options.plan:
         print(plan)
         return 0
-    try:
+    with _writing():
         path = _draw(plan, options)
-    except OSError as error:
-        print(f"sffx-viz: cannot write the drawing: {error}", file=sys.stderr)
-        return 2
     print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
-    if options.open:
-        webbrowser.open(path.resolve().as_uri())
+    _show(path, options)
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
-    plans = [_plan(options, policy) for policy in options.compare]
+    plans = _plans(options, options.compare)
     print(comparison(plans))
-    try:
-        path = draw_comparison(plans, options.output) if options.output is not None else None
-    except OSError as error:
-        print(f"sffx-viz: cannot write the drawing: {error}", file=sys.stderr)
-        return 2
-    if path is not None and options.open:
-        webbrowser.open(path.resolve().as_uri())
+    if options.output is not None:
+        with _writing():
+            path = draw_comparison(plans, options.output)
+        _show(path, options)
     return 0
 
 
-def _plan(options: argparse.Namespace, policy: str) -> BlockPlan:
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turns an error of the file system into one message."""
+    try:
+        yield
+    except OSError as error:
+        raise SffxError(f"cannot write the drawing: {error}") from error
+
+
+def _show(path: Path, options: argparse.Namespace) -> None:
+    if options.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def _plans(options: argparse.Namespace, policies: Sequence[str]) -> list[BlockPlan]:
+    """The plan of the model by each policy, or the one that it carries."""
     # Here, because they import torch, and --help should not wait for it.
     import sffx
     from sffx.draw.discover import find_model
@@ -135,11 +144,11 @@ def _plan(options: argparse.Namespace, policy: str) -> BlockPlan:
             f"the model is cut already, by the policy {known.policy}, so there is nothing to compare. Hint: name the plain model"
         )
     if known is not None:
-        return known
+        return [known]
     example = _example(options.input)
     if example is None and options.source.startswith("hf:"):
         example = token_example(model)
-    return sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes)
+    return [sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes) for policy in policies]
 
 
 def _example(given: Sequence[Given]) -> Any:

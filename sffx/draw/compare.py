@@ -10,7 +10,7 @@ from sffx.compiler.plan import Block, BlockPlan
 from sffx.draw.dot import DEFAULTS
 from sffx.draw.fold import Run, fold
 from sffx.draw.label import BLUE, FAINT, NAME_WIDTH, blocks_in_words, count, escape, memory, shape_text, shorten
-from sffx.draw.render import PICTURES, TEXT, check_path, render, write
+from sffx.draw.render import PICTURES, TEXT, check_path, write_graph
 from sffx.errors import InputError
 
 HEADER = ("policy", "feature blocks", "largest block", "kept/sample, largest", "kept/sample, all", "of it", "parameters, largest")
@@ -51,10 +51,7 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
     """
     if not plans:
         raise InputError("there is no plan to compare. Hint: pass [sffx.plan(model, policy=...), ...]")
-    path = check_path(path, (*PICTURES, *TEXT))
-    text = comparison_dot(plans)
-    write(path, text.encode() if path.suffix.lower() in TEXT else render(text, path.suffix.lower()[1:]))
-    return path
+    return write_graph(check_path(path, (*PICTURES, *TEXT)), comparison_dot(plans))
 
 
 def comparison_dot(plans: Sequence[BlockPlan]) -> str:

@@ -24,6 +24,7 @@ from sffx.draw.label import (
     footer_label,
     head_label,
     input_label,
+    printable,
     shorten,
     stop_label,
     title_label,
@@ -231,5 +232,4 @@ def _beside(statement: str) -> str:
 
 def _quote(text: str) -> str:
     # In a quoted string only the quote is special; in a tooltip the backslash is as well.
-    visible = "".join(character if character.isprintable() else " " for character in text)
-    return '"' + visible.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + printable(text).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -142,9 +142,13 @@ def escape(text: str) -> str:
     Returns:
         the text with `&`, `<`, `>`, quotes and backslashes escaped; never empty, because Graphviz refuses an empty font element.
     """
-    visible = "".join(character if character.isprintable() else " " for character in text)
     # Graphviz replaces \N, \G and others inside HTML-like labels as well, so a backslash is doubled.
-    return html.escape(" ".join(visible.split())).replace("\\", "\\\\") or " "
+    return html.escape(" ".join(printable(text).split())).replace("\\", "\\\\") or " "
+
+
+def printable(text: str) -> str:
+    """The text with a space in the place of every character that does not print."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def shorten(name: str, width: int) -> str:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from sffx.compiler.plan import Block, BlockPlan, Input
 from sffx.draw.dot import Crossing, crossings
 from sffx.draw.fold import Run, fold, leaves_in, relative
-from sffx.draw.label import LEGEND, blocks_in_words, count, facts, figures, memory, shape_text
+from sffx.draw.label import LEGEND, blocks_in_words, count, facts, figures, memory, printable, shape_text
 
 # The page can reach nothing but itself, whatever a model's names hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -90,8 +90,7 @@ def _asset(name: str) -> str:
 
 
 def _text(text: str) -> str:
-    visible = "".join(character if character.isprintable() else " " for character in text)
-    return html.escape(visible)
+    return html.escape(printable(text))
 
 
 def _lines(lines: Iterable[str]) -> str:

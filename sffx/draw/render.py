@@ -48,9 +48,7 @@ def draw(plan_or_net: Any, path: str | os.PathLike[str], *, unfold: bool = False
     if path.suffix.lower() in PAGES:
         write(path, page(plan, unfold=unfold, detail=detail).encode())
         return path
-    text = dot(plan, unfold=unfold, detail=detail)
-    write(path, text.encode() if path.suffix.lower() in TEXT else render(text, path.suffix.lower()[1:]))
-    return path
+    return write_graph(path, dot(plan, unfold=unfold, detail=detail))
 
 
 def plan_in(plan_or_net: Any) -> BlockPlan | None:
@@ -77,6 +75,17 @@ def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
         raise InputError(f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. Hint: use one of {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    return path
+
+
+def write_graph(path: Path, text: str) -> Path:
+    """Replaces a file by DOT text, or by a picture of it, as its suffix says, and returns its path.
+
+    Raises:
+        MissingExtra: there is no Graphviz to draw with.
+    """
+    kind = path.suffix.lower()
+    write(path, text.encode() if kind in TEXT else render(text, kind[1:]))
     return path
 
 

@@ -8,7 +8,7 @@ reach the threshold leave the batch, so what follows is not computed for them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import InputError
-from sffx.export.onnx import _examples
-from sffx.learning.losses import check_labels
+from sffx.export.onnx import random_inputs
+from sffx.learning.losses import check_labels, check_pair
 
 NEVER = 2.0  # a threshold that no softmax reaches
 
@@ -159,8 +159,8 @@ class EarlyExit:
         blocks = torch.zeros(len(rows), dtype=torch.int64)
         scores: Tensor | None = None
         goodness: list[Tensor] = []
-        for depth, stage in enumerate(self.stages, start=1):
-            goodness.append(self._advance(stage, values))
+        for depth, stage_goodness in enumerate(self._goodness(values), start=1):
+            goodness.append(stage_goodness)
             mean = torch.stack(goodness).mean(dim=0)
             scores = mean.new_zeros(mean.shape) if scores is None else scores
             sure = (_confidence(mean) >= self.threshold) | (depth == len(self.stages))
@@ -178,7 +178,7 @@ class EarlyExit:
     def cumulative(self, x: Any) -> Tensor:
         """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold; the last is the ensemble."""
         values = self._arguments(x)
-        goodness = [self._advance(stage, values) for stage in self.stages]
+        goodness = list(self._goodness(values))
         return torch.stack([torch.stack(goodness[:depth]).mean(dim=0) for depth in range(1, len(goodness) + 1)])
 
     def curve(self, loader: Iterable[Any], thresholds: Sequence[float] | None = None) -> ExitCurve:
@@ -218,14 +218,16 @@ class EarlyExit:
         self.threshold = chosen.threshold
         return chosen
 
-    def _advance(self, stage: Stage, values: dict[str, Any]) -> Tensor:
-        """Run a stage, let its values take the place of those that no later stage reads, and return its goodness."""
-        goodness, *outputs = stage.run(*(values[name] for name in stage.inputs))
-        later = {name for other in self.stages[self.stages.index(stage) + 1 :] for name in other.inputs}
-        for name in set(values) - later:
-            del values[name]
-        values.update(zip(stage.outputs, outputs, strict=True))
-        return goodness
+    def _goodness(self, values: dict[str, Any]) -> Iterator[Tensor]:
+        """Run the stages one after the other and yield each one's goodness, when its values have taken the place of those that no later
+        stage reads; before the next stage runs, the caller may thin out the values."""
+        last_reader = {name: i for i, stage in enumerate(self.stages) for name in stage.inputs}
+        for i, stage in enumerate(self.stages):
+            goodness, *outputs = stage.run(*(values[name] for name in stage.inputs))
+            for name in [name for name in values if last_reader.get(name, i) <= i]:
+                del values[name]
+            values.update(zip(stage.outputs, outputs, strict=True))
+            yield goodness
 
     def _keep(self, rows: Tensor, values: dict[str, Any]) -> None:
         for name in self.batched & set(values):
@@ -239,8 +241,7 @@ class EarlyExit:
         """Return the confidence after each block, and whether the answer there is right, (N, K) each."""
         confidence, correct = [], []
         for batch in loader:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-                raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap it in a generator of pairs")
+            check_pair(batch)
             means = self.cumulative(batch[0]).cpu()
             check_labels(batch[1], means.shape[1], means.shape[2])
             confidence.append(_confidence(means).T)
@@ -321,7 +322,7 @@ def _name(node: fx.Node) -> str:
 def _like(net: fx.GraphModule, inputs: tuple[Input, ...], batch: int) -> list[Tensor]:
     """Return example inputs on the device and, where they are floats, in the dtype of the model."""
     like = next(p for p in net.parameters() if p.is_floating_point())
-    return [each.to(like.device, like.dtype if each.is_floating_point() else each.dtype) for each in _examples(inputs, batch)]
+    return [each.to(like.device, like.dtype if each.is_floating_point() else each.dtype) for each in random_inputs(inputs, batch)]
 
 
 def _rows(value: Any) -> int | None:

@@ -63,11 +63,11 @@ def export_onnx(
     inputs = plan_of(net).inputs
     _require_readout(readout)
     target = _target(Path(path))
-    _require_packages()
-    with _draft_beside(target) as draft, torch.no_grad():
-        model = _inference_copy(net, readout)
+    require_packages()
+    with draft_beside(target) as draft, torch.no_grad():
+        model = inference_copy(net, readout)
         program = _export(model, inputs, opset)
-        _save(program, draft)
+        save_program(program, draft)
         _verify(draft, model, inputs, tolerance)
         os.replace(draft, target)
     return Path(path)
@@ -83,12 +83,17 @@ def _target(path: Path) -> Path:
     target = path.resolve()
     if target.is_dir():
         raise InputError(f"{str(path)!r} is a directory. Hint: name the file, as in {str(path / 'net.onnx')!r}")
-    if not target.parent.is_dir():
-        raise InputError(f"the directory {str(target.parent)!r} does not exist. Hint: create it first")
+    require_directory(target.parent)
     return target
 
 
-def _require_packages() -> None:
+def require_directory(directory: Path) -> None:
+    """Raise an InputError if there is no such directory."""
+    if not directory.is_dir():
+        raise InputError(f"the directory {str(directory)!r} does not exist. Hint: create it first")
+
+
+def require_packages() -> None:
     for package in PACKAGES:
         try:
             importlib.import_module(package)
@@ -97,7 +102,7 @@ def _require_packages() -> None:
 
 
 @contextmanager
-def _draft_beside(target: Path) -> Iterator[Path]:
+def draft_beside(target: Path) -> Iterator[Path]:
     """Yield a file name in a temporary folder beside the target, so that one rename, which is atomic, can put it in place.
 
     A folder, not a temporary file, because the file in it then gets the permissions that any new file gets.
@@ -113,7 +118,7 @@ def _draft_beside(target: Path) -> Iterator[Path]:
             raise ExportError(f"cannot write {str(target)!r}: {error.strerror or error}. Hint: is the disk full?") from error
 
 
-def _inference_copy(net: torch.fx.GraphModule, readout: str) -> nn.Module:
+def inference_copy(net: torch.fx.GraphModule, readout: str) -> nn.Module:
     """Return a copy of the net for inference on the CPU in float32, with no parameter that requires grad."""
     try:
         model = copy.deepcopy(net)
@@ -126,7 +131,7 @@ def _inference_copy(net: torch.fx.GraphModule, readout: str) -> nn.Module:
     return model
 
 
-def _examples(inputs: tuple[Input, ...], batch: int) -> tuple[Tensor, ...]:
+def random_inputs(inputs: tuple[Input, ...], batch: int) -> tuple[Tensor, ...]:
     """Draw one random batch of every input from a generator of its own, so that the caller's random state does not move."""
     generator = torch.Generator().manual_seed(batch)
     return tuple(_example(each, batch, generator) for each in inputs)
@@ -145,10 +150,10 @@ def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
 
 def _export(model: nn.Module, inputs: tuple[Input, ...], opset: int | None) -> ONNXProgram:
     axes = tuple({0: "batch"} for _ in inputs)
-    return _program(model, _examples(inputs, TRACED_BATCH), [each.name for each in inputs], ["scores"], axes, opset)
+    return traced_program(model, random_inputs(inputs, TRACED_BATCH), [each.name for each in inputs], ["scores"], axes, opset)
 
 
-def _program(
+def traced_program(
     model: nn.Module,
     arguments: tuple[Tensor, ...],
     input_names: Sequence[str],
@@ -206,7 +211,7 @@ def _first_line(error: BaseException) -> str:
     return (f"{first} {rest[0].strip(' -')}" if first.endswith(":") and rest else first).rstrip(".:")
 
 
-def _save(program: ONNXProgram, draft: Path) -> None:
+def save_program(program: ONNXProgram, draft: Path) -> None:
     """Write the program as one file, without the source paths of this machine, which the exporter puts on every node."""
     import onnx
     from onnxscript import ir
@@ -223,19 +228,13 @@ def _save(program: ONNXProgram, draft: Path) -> None:
 
 def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance: float) -> None:
     """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
-    session = _session(draft)
+    session = open_session(draft)
     for batch in VERIFIED_BATCHES:
         expected, scores = _both_scores(session, model, inputs, batch)
-        error = _relative_error(scores, expected)
-        # Not `error > tolerance`: a NaN must be refused too.
-        if not error <= tolerance:
-            raise ExportError(
-                f"ONNX Runtime and torch differ by a relative error of {error:.3g} at batch size {batch}; the tolerance is {tolerance:g}. "
-                "Hint: pass a larger tolerance if this much is acceptable"
-            )
+        require_parity(scores, expected, tolerance, f"at batch size {batch}")
 
 
-def _session(draft: Path) -> InferenceSession:
+def open_session(draft: Path) -> InferenceSession:
     import onnx
     import onnxruntime
 
@@ -251,7 +250,7 @@ def _session(draft: Path) -> InferenceSession:
 
 def _both_scores(session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int) -> tuple[Tensor, Tensor]:
     """Return torch's scores and ONNX Runtime's of the same random batch, each (B, J)."""
-    examples = _examples(inputs, batch)
+    examples = random_inputs(inputs, batch)
     feed = {each.name: example.numpy() for each, example in zip(inputs, examples, strict=True)}
     try:
         expected = model(*examples)
@@ -261,6 +260,17 @@ def _both_scores(session: InferenceSession, model: nn.Module, inputs: tuple[Inpu
     if scores.shape != expected.shape:
         raise ExportError(f"ONNX Runtime returns scores of shape {tuple(scores.shape)}, torch of shape {tuple(expected.shape)}")
     return expected, scores
+
+
+def require_parity(scores: Tensor, expected: Tensor, tolerance: float, place: str) -> None:
+    """Raise an ExportError if ONNX Runtime's scores differ from torch's by more than is tolerated; `place` says of what they are."""
+    error = _relative_error(scores, expected)
+    # Not `error > tolerance`: a NaN must be refused too.
+    if not error <= tolerance:
+        raise ExportError(
+            f"ONNX Runtime and torch differ by a relative error of {error:.3g} {place}; the tolerance is {tolerance:g}. "
+            "Hint: pass a larger tolerance if this much is acceptable"
+        )
 
 
 def _relative_error(scores: Tensor, expected: Tensor) -> float:

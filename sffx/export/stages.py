@@ -21,14 +21,15 @@ from sffx.export.early_exit import NEVER, EarlyExit, Stage
 from sffx.export.onnx import (
     TRACED_BATCH,
     VERIFIED_BATCHES,
-    _draft_beside,
-    _examples,
-    _inference_copy,
-    _program,
-    _relative_error,
-    _require_packages,
-    _save,
-    _session,
+    draft_beside,
+    inference_copy,
+    open_session,
+    random_inputs,
+    require_directory,
+    require_packages,
+    require_parity,
+    save_program,
+    traced_program,
 )
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def export_early_exit(
     """
     plan_of(net)
     target = _folder(Path(folder))
-    _require_packages()
-    with _draft_beside(target) as draft, torch.no_grad():
-        runner = EarlyExit(_inference_copy(net, "ensemble"), threshold)  # type: ignore[arg-type]
+    require_packages()
+    with draft_beside(target) as draft, torch.no_grad():
+        runner = EarlyExit(inference_copy(net, "ensemble"), threshold)  # type: ignore[arg-type]
         new = draft.with_name("new")
         new.mkdir()
         _write(runner, new, opset)
@@ -102,13 +103,13 @@ def _folder(path: Path) -> Path:
         raise InputError(f"{str(path)!r} is a file. Hint: name a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists():
         raise InputError(f"the folder {str(path)!r} holds something else than an early exit. Hint: name a new folder")
-    if not target.parent.is_dir():
-        raise InputError(f"the directory {str(target.parent)!r} does not exist. Hint: create it first")
+    require_directory(target.parent)
     return target
 
 
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
-    values: dict[str, Any] = {each.name: value for each, value in zip(runner.inputs, _examples(runner.inputs, TRACED_BATCH), strict=True)}
+    examples = random_inputs(runner.inputs, TRACED_BATCH)
+    values: dict[str, Any] = {each.name: value for each, value in zip(runner.inputs, examples, strict=True)}
     stages = []
     for i, stage in enumerate(runner.stages):
         goodness, file = f"goodness_{i}", f"{stage.name}.onnx"
@@ -118,7 +119,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         _require_tensors(stage, values)
         axes = tuple({0: "batch"} if name in runner.batched else None for name in stage.inputs)
         module: Any = stage.run
-        _save(_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset), folder / file)
+        save_program(traced_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset), folder / file)
         described = {"name": stage.name, "file": file, "inputs": stage.inputs, "goodness": goodness, "outputs": stage.outputs}
         stages.append({**described, "macs": stage.macs})
     inputs = [{"name": each.name, "shape": each.shape, "dtype": each.dtype, "high": each.high} for each in runner.inputs]
@@ -137,17 +138,12 @@ def _require_tensors(stage: Stage, values: dict[str, Any]) -> None:
 
 def _verify(written: EarlyExit, runner: EarlyExit, tolerance: float) -> None:
     for batch in VERIFIED_BATCHES:
-        x = _examples(runner.inputs, batch)
+        x = random_inputs(runner.inputs, batch)
         expected, found = runner.cumulative(x), written.cumulative(x)
         if found.shape != expected.shape:
             raise ExportError(f"ONNX Runtime returns answers of shape {tuple(found.shape)}, torch of shape {tuple(expected.shape)}")
         for stage, wanted, got in zip(runner.stages, expected, found, strict=True):
-            error = _relative_error(got, wanted)
-            if not error <= tolerance:
-                raise ExportError(
-                    f"ONNX Runtime and torch differ by a relative error of {error:.3g} after {stage.name} at batch size {batch}; "
-                    f"the tolerance is {tolerance:g}. Hint: pass a larger tolerance if this much is acceptable"
-                )
+            require_parity(got, wanted, tolerance, f"after {stage.name} at batch size {batch}")
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
@@ -171,7 +167,7 @@ def _open(path: Path) -> InferenceSession:
         raise MissingExtra("onnxruntime", "export", "EarlyExit.load") from error
     if not path.is_file():
         raise InputError(f"the file {str(path)!r} is missing. Hint: export the model again")
-    return _session(path)
+    return open_session(path)
 
 
 def _runner(session: InferenceSession, inputs: Sequence[str], goodness: str, outputs: Sequence[str]) -> Callable[..., list[Tensor]]:

@@ -77,9 +77,10 @@ class SFFGoodness(nn.Module):
         self.channel_axis, self.spatial = channel_axis, spatial
         self.kernel_size = kernel_size if spatial else 1
         kernel = (channels, *[self.kernel_size] * max(spatial, 1))
-        has_basis = rank is not None and rank * (num_classes + math.prod(kernel)) < num_classes * math.prod(kernel)
-        self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None and has_basis else None
-        self.weight = nn.Parameter(torch.empty(num_classes, *((rank,) if rank is not None and has_basis else kernel)))
+        if rank is not None and rank * (num_classes + math.prod(kernel)) >= num_classes * math.prod(kernel):
+            rank = None
+        self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None else None
+        self.weight = nn.Parameter(torch.empty(num_classes, *(kernel if rank is None else (rank,))))
         self.bias = nn.Parameter(torch.empty(num_classes))
         self.reset_parameters()
 
@@ -265,13 +266,12 @@ class DirectGoodness(Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, form: Form) -> Tensor:
         ctx.form = form
-        per_sample = weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
-        if per_sample <= _KEEP * math.prod(y.shape[1:]):
+        if weight.shape[0] <= _KEEP * weight.shape[1]:
             z = form.image(y, weight, bias)
             ctx.save_for_backward(y, weight, bias, z)
             return form.goodness(z)
         ctx.save_for_backward(y, weight, bias, None)
-        return torch.cat([form.goodness(form.image(y[part], weight, bias)) for part in _parts(y, per_sample)])
+        return torch.cat([form.goodness(form.image(y[part], weight, bias)) for part in _parts(y, _image_size(y, weight))])
 
     @staticmethod
     @once_differentiable
@@ -282,13 +282,18 @@ class DirectGoodness(Function):
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
         db = torch.zeros_like(bias) if wants_bias else None
-        per_sample = weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
+        per_sample = _image_size(y, weight)
         scale = dg * (2 * weight.shape[0] / per_sample)
         for part in _parts(y, per_sample):
             factor = _beside(scale[part], form.classes, y.ndim)
             dz = z[part] * factor if z is not None else form.image(y[part], weight, bias).mul_(factor)
             form.add_gradients(dz, y[part], weight, dy[part] if dy is not None else None, dw, db)
         return dy, dw, db, None
+
+
+def _image_size(y: Tensor, weight: Tensor) -> int:
+    """Return the number of values of z for one sample."""
+    return weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
 
 
 def _beside(values: Tensor, axis: int, ndim: int) -> Tensor:

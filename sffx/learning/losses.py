@@ -39,6 +39,16 @@ def total(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum()
 
 
+def check_pair(batch: object) -> None:
+    """Check that what a loader yielded is a pair (x, y).
+
+    Raises:
+        InputError: it is not; says what it is.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs")
+
+
 def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
     """Check that labels are class indices that fit.
 

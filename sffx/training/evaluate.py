@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
-from sffx.learning.losses import check_labels
+from sffx.learning.losses import check_labels, check_pair
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def _evaluation(blocks: list[str], batches: Iterable[tuple[Tensor, Tensor]]) -> 
 
 
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs")
+    check_pair(batch)
     x, y = batch
     x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (dict(x) if isinstance(x, Mapping) else x, y))
     return (tuple(x) if isinstance(x, list) else x), y

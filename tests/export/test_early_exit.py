@@ -16,25 +16,6 @@ from sffx.training.evaluate import block_scores
 from tests import toys
 
 
-def residual() -> fx.GraphModule:
-    torch.manual_seed(0)
-    net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8))
-    net.train()
-    for _ in range(3):
-        net(torch.randn(16, 3, 8, 8))
-    return net
-
-
-@pytest.fixture(scope="module")
-def net() -> fx.GraphModule:
-    return residual()
-
-
-@pytest.fixture(scope="module")
-def x() -> Tensor:
-    return torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
 def means(net: fx.GraphModule, x: Any) -> Tensor:
     """Return the cumulative ensembles by hand, (K, B, J)."""
     goodness = block_scores(copy.deepcopy(net).eval(), x)[:-1]

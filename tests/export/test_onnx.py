@@ -235,7 +235,7 @@ def test_transformed_model_is_exported_as_it_is_evaluated(tmp_path: Path) -> Non
     ],
 )
 def test_examples_of_whole_numbers_cover_the_valid_values(each: Input, values: set[int]) -> None:
-    (example,) = onnx_export._examples((each,), 4)
+    (example,) = onnx_export.random_inputs((each,), 4)
     assert (example.shape, example.dtype) == ((4, 50), getattr(torch, each.dtype))
     assert set(example.flatten().tolist()) == values
 

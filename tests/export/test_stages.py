@@ -11,17 +11,7 @@ from torch import Tensor, fx
 
 import sffx
 import sffx.export.stages as stages
-from tests.export.test_early_exit import middle_threshold, residual
-
-
-@pytest.fixture(scope="module")
-def net() -> fx.GraphModule:
-    return residual()
-
-
-@pytest.fixture(scope="module")
-def x() -> Tensor:
-    return torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+from tests.export.test_early_exit import middle_threshold
 
 
 @pytest.fixture(scope="module")

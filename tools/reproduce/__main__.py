@@ -1,0 +1,95 @@
+"""Run experiments of the paper: search, three seeds, tests; then render the tables.
+
+    python -m tools.reproduce --data data table3-cifar10-cnnb
+    python -m tools.reproduce --list
+    python -m tools.reproduce --render
+
+`--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/` and there a folder for each class. Everything that is done lies below
+`--runs`; the same command goes on where it was interrupted. Results are gathered in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import torchvision
+
+from tools.reproduce.data import load, split
+from tools.reproduce.experiments import EXPERIMENTS, Experiment
+from tools.reproduce.render import render
+from tools.reproduce.search import search
+from tools.reproduce.training import Run
+
+
+def versions() -> dict[str, str]:
+    return {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: range, folders: argparse.Namespace) -> None:
+    """Run an experiment to its end: seeds outermost, so that all methods are there as early as may be."""
+    source = folders.data / experiment.data
+    train, test = (load(source / part, folders.runs / "images", experiment.size) for part in ("train", "test"))
+    for seed in seeds:
+        for method in methods:
+            record = folders.out / name / f"{method.replace(' ', '-')}-{seed}.json"
+            if record.exists():
+                continue
+            owner = experiment.settings or name
+            searched = EXPERIMENTS[owner] if experiment.settings else experiment
+            setting = search(owner, searched, method, split(train, test, searched.samples, 0), folders.runs / owner)
+            made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed))
+            made.train(experiment.epochs, folders.runs / name / f"{method.replace(' ', '-')}-{seed}.pt")
+            result = made.result()
+            record.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result}
+            record.with_suffix(".tmp").write_text(json.dumps(facts, indent=None))
+            record.with_suffix(".tmp").replace(record)
+            shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
+            print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiments", nargs="*", help="names, as --list shows them")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="where checkpoints, searches and decoded images go")
+    parser.add_argument("--out", type=Path, default=Path("tools/results/reproduce"), help="where the records and tables go")
+    parser.add_argument("--methods", nargs="+", help="some of the experiment's methods")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="another number of epochs, the same for all methods; the record says so")
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument("--render", action="store_true", help="only render the tables and plots from the records")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"there is no experiment {unknown[0]!r}. Hint: choose from {', '.join(EXPERIMENTS)}")
+    if args.list:
+        print("\n".join(f"{name}: {', '.join(e.methods)}; {e}" for name, e in EXPERIMENTS.items()))
+        return 0
+    for name in args.experiments:
+        experiment = EXPERIMENTS[name] if args.epochs is None else replace(EXPERIMENTS[name], epochs=args.epochs)
+        strange = [method for method in args.methods or () if method not in experiment.methods]
+        if strange:
+            parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
+        run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)
+    render(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

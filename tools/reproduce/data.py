@@ -1,0 +1,88 @@
+"""Images as uint8 tensors: decoded once, split by seed, batched, flipped and shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor, resize
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, 3, H, W) as uint8, and class indices (N,)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: Tensor) -> Images:
+        return Images(self.x[index], self.y[index])
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one seed trains on, is validated and tested on; `mean` and `std` (3,) are those of its training images."""
+
+    train: Images
+    validation: Images
+    test: Images
+    mean: Tensor
+    std: Tensor
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return uint8 images as float32, normalised by channel."""
+        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous()
+
+
+def load(folder: Path, cache: Path, size: int) -> Images:
+    """Return all images of an `ImageFolder` at size x size; what was decoded is kept in `cache`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    kept = cache / f"{folder.parent.name}-{folder.name}-{size}.pt"
+    if not kept.exists():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no {folder}. Hint: unzip the data there, a folder for each class")
+        source = ImageFolder(folder)
+        x = torch.stack([resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source])
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.save((x, torch.tensor(source.targets)), kept.with_suffix(".tmp"))
+        kept.with_suffix(".tmp").replace(kept)
+    return Images(*torch.load(kept))
+
+
+def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
+    """Take `samples` training images at random, None for all, and part them 80/20 into training and validation (section 3)."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:samples]
+    parted = len(order) * 4 // 5
+    kept = train[order[:parted]]
+    few = kept.x[:5000].float()
+    return Split(kept, train[order[parted:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
+
+
+def shuffled(images: Images, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch of batches, flipped by chance and shifted by up to an eighth; a last batch of one is left out, for BN's sake."""
+    for index in torch.randperm(len(images), generator=generator).split(batch):
+        if len(index) > 1:
+            yield _augmented(images.x[index], generator), images.y[index]
+
+
+def in_order(images: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(images.x.split(batch), images.y.split(batch), strict=True)
+
+
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    size, reach = x.shape[-1], x.shape[-1] // 8
+    dy, dx = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
+    padded = F.pad(torch.where(flip, x.flip(3), x), (reach,) * 4, mode="reflect") if reach else x
+    return padded[:, :, dy : dy + size, dx : dx + size]

@@ -1,0 +1,81 @@
+"""What is run: each experiment is a network, a data set, a schedule and the methods that are compared on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tools.reproduce.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of a table of the paper, or one claim put to the test.
+
+    Attributes:
+        network: a name in `networks.NETWORKS`.
+        data: the folder below `--data` that holds `train/` and `test/`.
+        size: images are size x size.
+        samples: training and validation images together, at random; None is all of them.
+        batch: batch size.
+        epochs: at most so many.
+        policy: where the network is cut.
+        methods: what is compared, by name.
+        momentum: of the batch norms; None is the network's own.
+        trials: settings tried for each method, with the same budget for all.
+        trial_epochs: epochs of such a trial.
+        patience: epochs without improvement of a block's validation loss after which its learning rate is cut to a tenth.
+        stop: epochs without a better validation accuracy after which a run ends.
+        settings: the experiment whose search is used, by name; None is this one's own.
+    """
+
+    network: str
+    data: str
+    size: int
+    samples: int | None
+    batch: int
+    epochs: int
+    policy: str
+    methods: tuple[str, ...]
+    momentum: float | None = None
+    trials: int = 12
+    trial_epochs: int = 20
+    patience: int = 10
+    stop: int = 30
+    settings: str | None = None
+
+
+ALL = tuple(METHODS)
+PAPER = ("BP", "CwC", "SFF")
+FULL_CIFAR = Experiment("CNNB", "cifar10", 32, None, 128, 100, "batchnorm", ALL, trial_epochs=3)
+SMALL_CIFAR = Experiment("CNNB", "cifar10", 32, 1000, 128, 100, "batchnorm", ALL)
+SMALL_IMAGENETTE = Experiment(
+    "MobileNetV3-small", "imagenette", 96, 1000, 64, 40, "residual", ("BP", "SFF", "deep supervision"), trials=6, trial_epochs=10
+)
+
+EXPERIMENTS = {
+    # Table 2: all training images.
+    "table2-cifar10-cnn": replace(FULL_CIFAR, network="CNN", policy="layer"),
+    "table2-cifar10-cnnb": FULL_CIFAR,
+    "table2-cifar10-resnet18": replace(FULL_CIFAR, network="ResNet18", policy="residual"),
+    "table2-cifar10-mobilenetv3": replace(FULL_CIFAR, network="MobileNetV3-large", policy="residual"),
+    "table2-imagenette-resnet18": Experiment("ResNet18", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10),
+    "table2-imagenette-mobilenetv3": Experiment("MobileNetV3-large", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10),
+    # Table 3: 1,000 training images at random.
+    "table3-cifar10-cnnb": SMALL_CIFAR,
+    "table3-imagenette-mobilenetv3": replace(SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12),
+    # Claim 1: small data, and the momentum of the batch norms.
+    "small-imagenette-momentum0.01": replace(SMALL_IMAGENETTE, momentum=0.01, settings="small-imagenette-momentum0.1"),
+    "small-imagenette-momentum0.1": replace(SMALL_IMAGENETTE, momentum=0.1),
+    # Claim 4: accuracy against depth, the same network in 2, 4 and 9 blocks.
+    **{
+        f"depth-{n}": Experiment(
+            "ResNet18/4", "cifar10", 32, 5000, 128, 20, f"stages({n})", ("SFF",), trials=4, trial_epochs=5, settings="depth-4"
+        )
+        for n in (2, 4, 9)
+    },
+    "depth-1": Experiment("ResNet18/4", "cifar10", 32, 5000, 128, 20, "residual", ("BP",), trials=4, trial_epochs=5),
+}
+
+
+def method(name: str) -> Method:
+    return METHODS[name]

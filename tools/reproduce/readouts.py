@@ -1,0 +1,48 @@
+"""Ways to read a class off the scores of all blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accuracy(scores: Tensor, y: Tensor) -> float:
+    """Return the share of samples, scores (N, J) and class indices (N,), whose highest score is their label's."""
+    return float((scores.argmax(1) == y).float().mean())
+
+
+def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return each readout's scores, (N, J), by its name.
+
+    Args:
+        scores: what each block says, the classifier last, (K, N, J).
+        validation: the same for the validation images, (K, V, J).
+        y: class indices of the validation images, (V,); the weights of the weighted mean come from them.
+    """
+    if len(scores) == 1:
+        return {"classifier": scores[0]}
+    weights = block_weights(validation[:-1], y)
+    return {
+        "ensemble": scores[:-1].mean(0),
+        "mean of softmax": scores[:-1].softmax(2).mean(0),
+        "weighted": (weights[:, None, None] * scores[:-1].softmax(2)).sum(0),
+        "last": scores[-2],
+        "classifier": scores[-1],
+        "all and classifier": scores.softmax(2).mean(0),
+    }
+
+
+def block_weights(scores: Tensor, y: Tensor, steps: int = 200) -> Tensor:
+    """Return the convex weights (K,) of the blocks' softmax, scores (K, V, J), that give labels (V,) the highest likelihood."""
+    shares = scores.softmax(2)[:, torch.arange(len(y)), y]  # (K, V): the probability of the label
+    weights = torch.full((len(scores),), 1 / len(scores))
+    for _ in range(steps):  # expectation-maximisation of a mixture with fixed components
+        parts = weights[:, None] * shares
+        weights = (parts / parts.sum(0).clamp(min=1e-12)).mean(1)
+    return weights
+
+
+def block_losses(scores: Tensor, y: Tensor) -> list[float]:
+    """Return the mean cross-entropy of each block's scores, (K, N, J)."""
+    return [float(F.cross_entropy(s, y)) for s in scores]

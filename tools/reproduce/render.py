@@ -1,0 +1,7 @@
+"""Tables and plots of what was recorded."""
+
+from pathlib import Path
+
+
+def render(out: Path) -> None:
+    pass

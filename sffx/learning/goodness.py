@@ -30,8 +30,6 @@ _MACS_PER_VALUE = 8
 
 # z is kept for the backward pass while it has no more than this many times the values of y; beyond, it is computed again part by part.
 _KEEP = 4
-# The product of the weight and the covariance is kept for the backward pass while it has no more than this many times the values of y.
-_KEEP_PRODUCT = 2
 # The centred copy of y, which the covariance needs, is made for about this part of a batch at a time.
 _CENTRED_PARTS = 8
 # Batches are not split for the sake of tensors below this many values.
@@ -236,7 +234,7 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     c, j, p = channels + 1, num_classes, positions
     # Products are computed again where they were not kept.
     direct = (3 if j <= _KEEP * channels else 4) * p * c * j + _MACS_PER_VALUE * 6 * j * p
-    moment = 2 * p * c * c + (2 if j <= _KEEP_PRODUCT * p else 3) * j * c * c + _MACS_PER_VALUE * 6 * c * c
+    moment = 2 * p * c * c + (2 if j <= channels else 3) * j * c * c + _MACS_PER_VALUE * 6 * c * (c + j)
     return moment < direct
 
 
@@ -357,7 +355,7 @@ class SecondMomentGoodness(Function):
     """The goodness by way of each sample's covariance, (B, C, C), and mean, (B, C).
 
     `g_j = w_j^T Cov w_j + (w_j . mean + b_j)^2` is `w~_j^T M w~_j` with the second moment M split into its mean and what is around it.
-    For the backward pass it keeps the product W Cov, (B, J, C), where that is not large against y, and else the covariance.
+    For the backward pass it keeps the product W Cov, (B, J, C), where there are no more classes than channels, and else the covariance.
     """
 
     @staticmethod
@@ -365,13 +363,13 @@ class SecondMomentGoodness(Function):
         mean = y.mean(2)
         # Centred, part by part: where the mean is large, its square would swallow the variance.
         covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * math.prod(y.shape[1:]))])
-        if weight.shape[0] <= _KEEP_PRODUCT * y.shape[2]:
-            product = weight @ covariance
+        if weight.shape[0] <= weight.shape[1]:
+            product = _each(weight, covariance)
             ctx.save_for_backward(y, weight, bias, mean, None, product)
-            spread = _row_products(product, weight)
+            spread = (product * weight).sum(2)
         else:
             ctx.save_for_backward(y, weight, bias, mean, covariance, None)
-            spread = torch.cat([_row_products(weight @ covariance[part], weight) for part in _parts(y, weight.numel())])
+            spread = torch.cat([_each(weight, covariance[part]).mul_(weight).sum(2) for part in _parts(y, weight.numel())])
         return spread.add_(torch.addmm(bias, mean, weight.t()).square_())
 
     @staticmethod
@@ -381,24 +379,26 @@ class SecondMomentGoodness(Function):
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         dy = torch.empty_like(y) if wants_y else None
         dw = torch.zeros_like(weight) if wants_weight else None
-        scale = dg * (2 / y.shape[2])
         offset = torch.addmm(bias, mean, weight.t())  # (B, J): the mean of z
         for part in _parts(y, weight.numel()):
+            scaled = weight * (2 * dg[part, :, None])  # (B, J, C)
             if dy is not None:
-                form = (weight.t() * scale[part, None]) @ weight  # (B, C, C): sum_j dg_j w_j w_j^T
-                torch.baddbmm(((scale[part] * bias) @ weight)[:, :, None], form, y[part], out=dy[part])
-            if dw is not None:
-                rows = product[part] if product is not None else weight @ covariance[part]
-                dw += torch.einsum("bjc,bj->jc", rows, 2 * dg[part])
+                form = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1)).div_(y.shape[2])  # (B, C, C): sum_j dg_j w_j w_j^T
+                line = torch.matmul(bias, scaled).div_(y.shape[2])
+                torch.baddbmm(line[:, :, None], form, y[part], out=dy[part])
+            if dw is not None and product is None:
+                dw.addbmm_(scaled, covariance[part])
         if dw is not None:
+            if product is not None:
+                dw += (product * (2 * dg[:, :, None])).sum(0)
             dw.addmm_((2 * dg * offset).t(), mean)
         db = (2 * dg * offset).sum(0) if wants_bias else None
         return dy, dw, db
 
 
-def _row_products(product: Tensor, weight: Tensor) -> Tensor:
-    """Return the products of each row with its row of the weight, (B, J, C) and (J, C) to (B, J)."""
-    return torch.einsum("bjc,jc->bj", product, weight)
+def _each(weight: Tensor, matrices: Tensor) -> Tensor:
+    """Return the product with each of (B, C, C), (B, J, C). `matmul` would join the batch to an axis, and its result would lie transposed."""
+    return torch.bmm(weight.expand(len(matrices), -1, -1), matrices)
 
 
 def _covariance(y: Tensor, mean: Tensor) -> Tensor:

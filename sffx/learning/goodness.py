@@ -397,7 +397,7 @@ class SecondMomentGoodness(Function):
 
 
 def _each(weight: Tensor, matrices: Tensor) -> Tensor:
-    """Return the product with each of (B, C, C), (B, J, C). `matmul` would join the batch to an axis, and its result would lie transposed."""
+    """Return the product with each of (B, C, C), (B, J, C); `matmul` would fold the batch into an axis, and copy its result."""
     return torch.bmm(weight.expand(len(matrices), -1, -1), matrices)
 
 

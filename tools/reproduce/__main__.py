@@ -4,8 +4,8 @@
     python -m tools.reproduce --list
     python -m tools.reproduce --render
 
-`--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/` and there a folder for each class. Everything that is done lies below
-`--runs`; the same command goes on where it was interrupted. Results are gathered in `--out`.
+`--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/` and there a folder for each class. What is done lies
+below `--runs`; the same command goes on where it was interrupted. Results are gathered in `--out`. `--costs` wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import sys
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 
+from tools.reproduce.costs import costs
 from tools.reproduce.data import load, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.render import render
@@ -53,12 +55,15 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
             made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed))
             made.train(experiment.epochs, folders.runs / name / f"{method.replace(' ', '-')}-{seed}.pt")
             result = made.result()
-            record.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result}
-            record.with_suffix(".tmp").write_text(json.dumps(facts, indent=None))
-            record.with_suffix(".tmp").replace(record)
+            write(record, {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result})
             shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
             print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(record))
+    path.with_suffix(".tmp").replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", help="some of the experiment's methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="another number of epochs, the same for all methods; the record says so")
+    parser.add_argument("--costs", action="store_true", help="measure memory and time of a step of each method, and train nothing")
     parser.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument("--render", action="store_true", help="only render the tables and plots from the records")
     args = parser.parse_args(arguments)
@@ -86,7 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
         strange = [method for method in args.methods or () if method not in experiment.methods]
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
-        run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)
+        if args.costs:
+            write(args.out / name / "costs.json", {**costs(experiment), "versions": versions()})
+        else:
+            run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)
     render(args.out)
     return 0
 

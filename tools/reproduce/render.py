@@ -92,9 +92,13 @@ def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> Non
 
 def render(out: Path) -> None:
     """Write `tables.md` and a plot for each experiment from the records below `out`."""
-    parts = ["# What was run", "", "Test accuracy in per cent, mean and standard deviation over seeds. Made by `python -m tools.reproduce --render`."]
+    parts = [
+        "# What was run",
+        "",
+        "Test accuracy in per cent, mean and standard deviation over seeds. Made by `python -m tools.reproduce --render`.",
+    ]
     for name, methods in records(out).items():
-        costs = out / name / "costs" / "costs.json"
+        costs = out / name / "costs.json"
         found = json.loads(costs.read_text()) if costs.exists() else {}
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, found), "", description(name, methods), "", f"![{name}]({name}.png)"]

@@ -1,0 +1,178 @@
+"""The experiments' parts against plain references, and one small experiment from the command to its table."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import sffx
+from tools.reproduce import __main__ as command
+from tools.reproduce.data import Images, load, split
+from tools.reproduce.experiments import EXPERIMENTS, Experiment
+from tools.reproduce.methods import METHODS, joined
+from tools.reproduce.networks import NETWORKS, build, classifier_of, example
+from tools.reproduce.readouts import block_weights, readouts
+from tools.reproduce.training import Run, Setting
+
+SMALL = Experiment("CNNB", "toys", 16, 40, 8, 3, "batchnorm", ("BP", "SFF"), trials=2, trial_epochs=1)
+
+
+def images(count: int, seed: int) -> Images:
+    """Images whose class is the brightest of their three channels."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (count,), generator=generator)
+    x = torch.randint(0, 120, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    x[torch.arange(count), y] += 100
+    return Images(x, y)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, count in (("train", 40), ("test", 20)):
+        found = images(count, 0)
+        for i in range(count):
+            place = tmp_path / "data" / "toys" / part / f"class{int(found.y[i])}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(found.x[i].permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    return tmp_path
+
+
+def new_run(method: str = "SFF") -> Run:
+    return Run(SMALL, method, Setting(3e-3, 1e-3, 1e-2), 0, split(images(40, 0), images(20, 1), None, 0))
+
+
+def test_joined_has_the_gradients_of_plain_autograd_through_the_whole_chain():
+    torch.manual_seed(0)
+    model = build("CNNB", 3, 16).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    net = joined(sffx.transform(model, policy="batchnorm", example_input=example(16).double()))
+    net.train()
+    x, y = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    sffx.sff_loss(net(x), y).backward()
+
+    model.train()
+    parts = [model.layer0, model.layer1, model.layer2, model.layer3]
+    heads = [net.get_submodule(f"head_{i}") for i in range(4)]
+    loss, h = 0.0, x
+    for i, (part, head) in enumerate(zip(parts, heads, strict=True)):
+        h = part(h)
+        goodness = F.conv2d(h, head.weight, head.bias).square().mean((2, 3))
+        loss = loss + F.cross_entropy(goodness, y)
+        h = F.layer_norm(h, h.shape[1:])
+        if i == 3:
+            loss = loss + F.cross_entropy(model.classifier(h.flatten(1)), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    targets = [*(f"block_{i}" for i in range(4)), "classifier"]
+    found = [p for target in targets for p in net.get_submodule(target).parameters()]
+    assert [torch.equal(p, q) for p, q in zip(found, model.parameters(), strict=True)] == [True] * len(expected)
+    for parameter, gradient in zip(found, expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_groups_of_backpropagation_part_the_classifier_from_the_features():
+    model = build("CNNB", 3, 16)
+    features, classifier = METHODS["BP"].groups(model, 1e-3, 1e-2)
+    assert [p.shape for p in classifier["params"]] == [p.shape for p in classifier_of(model).parameters()]
+    assert len(features["params"]) + len(classifier["params"]) == len(list(model.parameters()))
+    assert (features["lr"], classifier["lr"]) == (1e-3, 1e-2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_take_small_images_and_are_cut(name):
+    model = build(name, 7, 32, momentum=0.5)
+    assert model.eval()(example(32)).shape == (1, 7)
+    assert all(m.momentum == 0.5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert len(sffx.plan(model, "residual" if "CNN" not in name else "layer", example(32))) >= 4
+
+
+def test_split_parts_by_seed_without_overlap():
+    source = images(50, 0)
+    source.x[:, 0, 0, 0] = torch.arange(50, dtype=torch.uint8)  # a number for each image
+    one, again, other = (split(source, source, 40, seed) for seed in (3, 3, 4))
+    numbers = [set(part.x[:, 0, 0, 0].tolist()) for part in (one.train, one.validation)]
+    assert [len(n) for n in numbers] == [32, 8]
+    assert not numbers[0] & numbers[1]
+    assert torch.equal(one.train.x, again.train.x)
+    assert not torch.equal(one.train.y, other.train.y)
+
+
+def test_load_says_where_images_are_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="unzip the data there"):
+        load(tmp_path / "nothing", tmp_path / "cache", 16)
+
+
+def test_readouts_of_two_blocks_by_hand():
+    scores = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]], [[1.0, 0.0]]])
+    found = readouts(scores, scores, torch.tensor([1]))
+    assert found["ensemble"].tolist() == [[1.0, 2.0]]
+    assert found["last"].tolist() == [[0.0, 4.0]]
+    assert found["classifier"].tolist() == [[1.0, 0.0]]
+    assert torch.allclose(found["weighted"], scores[1].softmax(1), atol=1e-3)  # the second block alone knows the label
+
+
+def test_block_weights_are_the_most_likely_mixture():
+    torch.manual_seed(0)
+    scores, y = torch.randn(3, 200, 4), torch.randint(0, 4, (200,))
+    scores[1, torch.arange(200), y] += 1
+    scores[2, torch.arange(200), y] += 1
+
+    def likelihood(weights):
+        return (weights[:, None] * scores.softmax(2)[:, torch.arange(200), y]).sum(0).log().mean()
+
+    weights = block_weights(scores, y)
+    assert weights.sum() == pytest.approx(1)
+    for step in torch.randn(20, 3):
+        beside = (weights + 0.02 * step).clamp(min=0)
+        assert likelihood(weights) >= likelihood(beside / beside.sum()) - 1e-6
+
+
+@pytest.mark.parametrize("method", ["BP", "SFF"])
+def test_interrupted_run_goes_on_as_if_nothing_had_been(method, tmp_path):
+    whole = new_run(method)
+    whole.train(3)
+    first = new_run(method)
+    first.train(1, tmp_path / "run.pt")
+    second = new_run(method)
+    second.train(3, tmp_path / "run.pt")
+
+    def timeless(run):
+        return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in run.curve]
+
+    assert len(second.curve) == 3
+    assert timeless(second) == timeless(whole)
+    assert second.result()["test"] == whole.result()["test"]
+
+
+def test_run_ends_when_nothing_improves():
+    run = new_run()
+    run.experiment = replace(SMALL, stop=2)
+    run.best["accuracy"] = 1.1
+    run.train(50)
+    assert len(run.curve) == 2
+
+
+def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(folder, monkeypatch, capsys):
+    monkeypatch.setitem(EXPERIMENTS, "toys", SMALL)
+    arguments = ["toys", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"]
+    assert command.main(arguments) == 0
+    record = folder / "out" / "toys" / "SFF-0.json"
+    facts = json.loads(record.read_text())
+    assert facts["config"]["network"] == "CNNB"
+    assert facts["method"] == "SFF"
+    assert set(facts["test"]) == {"ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier"}
+    assert len(facts["curve"]) == 3
+    table = (folder / "out" / "tables.md").read_text()
+    assert "## toys" in table
+    assert f"{100 * facts['test']['ensemble']:.2f}" in table
+    assert (folder / "out" / "toys.png").stat().st_size > 0
+    before = record.read_bytes()
+    assert command.main(arguments) == 0
+    assert record.read_bytes() == before
+    with pytest.raises(SystemExit):
+        command.main(["no-such-table"])
+    assert "table3-cifar10-cnnb" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from sffx.learning.losses import sff_loss
 from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
 from sffx.training.local import LocalLoss, local_loss, local_step
+from sffx.training.parking import park, unpark
 from sffx.transform import plan, transform
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "local_loss",
     "local_step",
     "parameter_groups",
+    "park",
     "plan",
     "policies",
     "sff_loss",
     "transform",
+    "unpark",
 ]

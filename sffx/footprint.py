@@ -2,13 +2,15 @@
 
 The step is `local_loss(net, x, y).backward(); optimizer.step()` in the steady state of AdamW, which keeps two values for each trainable
 parameter; `local_step` holds no more. Each block is run by itself, forward and backward with its head, and its bytes are counted; what is
-held beside a block while it runs is added: parameters, optimizer state, the gradients of the blocks before, the input batch.
+held beside a block while it runs is added: parameters, optimizer state, the gradients of the blocks before, the input batch. Of a parked
+model, these are the parameters and the optimizer state of the block and of the one that comes next, and no gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +44,9 @@ class Footprint:
         inputs: the input batch and the labels.
         gradients: of each block with its head.
         running: for each block, the peak while it runs: activations, side values, its own gradients.
-        update: what the optimizer makes beside its state.
+        updates: for each block, what the optimizer makes beside its state.
+        passed: for each block, what it and those before it pass on, which is there while the optimizer updates the block by itself.
+        resident: for each block of a parked model, its parameters, buffers and state with AdamW; empty where all are held all the time.
     """
 
     batch_size: int
@@ -52,16 +56,27 @@ class Footprint:
     inputs: int
     gradients: tuple[int, ...]
     running: tuple[int, ...]
-    update: int
+    updates: tuple[int, ...]
+    passed: tuple[int, ...]
+    resident: tuple[int, ...] = ()
+
+    @property
+    def update(self) -> int:
+        """What the optimizer makes beside its state."""
+        return max(self.updates)
 
     @property
     def held(self) -> int:
-        """What is there all the time."""
-        return self.parameters + self.optimizer_state + self.inputs
+        """What is on the device all the time."""
+        return self.inputs if self.resident else self.parameters + self.optimizer_state + self.inputs
 
     @property
     def peaks(self) -> tuple[int, ...]:
-        """The peak of the step in each block, and last in the optimizer."""
+        """The peak of the step in each block, and last in the optimizer; of a parked model, in each block and its own update."""
+        if self.resident:
+            present = [sum(self.resident[i : i + 2]) for i in range(len(self.resident))]
+            updates = map(sum, zip(self.gradients, self.updates, self.passed, strict=True))
+            return tuple(self.held + there + max(both) for there, *both in zip(present, self.running, updates, strict=True))
         before = [sum(self.gradients[:i]) for i in range(len(self.gradients) + 1)]
         own = [self.held + before[i] + running for i, running in enumerate(self.running)]
         return (*own, self.held + before[-1] + self.update)
@@ -73,18 +88,21 @@ class Footprint:
 
     def __str__(self) -> str:
         lines = [f"{'MiB, batch ' + str(self.batch_size):<22}{'block alone':>14}{'peak of the step':>18}"]
-        rows = zip((*self.blocks, "optimizer.step()"), (*self.running, self.update), self.peaks, strict=True)
+        rows = zip((*self.blocks, "optimizer.step()"), (*self.running, self.update), self.peaks, strict=False)
         lines += [f"{name:<22}{running / MIB:>14.2f}{peak / MIB:>18.2f}" for name, running, peak in rows]
-        lines.append(f"held all the time: {self.held / MIB:.2f} (parameters {self.parameters / MIB:.2f})")
+        lines.append(f"held all the time: {self.held / MIB:.2f} (parameters {0 if self.resident else self.parameters / MIB:.2f})")
+        if self.resident:
+            lines.append(f"in host memory: {sum(self.resident) / MIB:.2f}, of which a block and the next are copied to the device")
         return "\n".join(lines)
 
 
-def footprint(net: fx.GraphModule, batch_size: int) -> Footprint:
+def footprint(net: fx.GraphModule, batch_size: int, *, parked: bool = False) -> Footprint:
     """Predict the peak memory of a training step of a cut model for a batch size.
 
     Args:
         net: what `transform` returned; it is not touched.
         batch_size: B.
+        parked: predict what a `local_step` holds on the device once the model is parked (`park`).
 
     Raises:
         InputError: `net` is no cut model, or its shapes depend on data.
@@ -93,7 +111,8 @@ def footprint(net: fx.GraphModule, batch_size: int) -> Footprint:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(net, mode).train()
     with mode:
-        return fake_footprint(probe, batch_size)
+        found = fake_footprint(probe, batch_size)
+    return replace(found, resident=_resident(net)) if parked else found
 
 
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
@@ -107,7 +126,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
     walk = BlockWalk(net)
     try:
-        running = _running(walk, x, y, skip)
+        running, passed = _running(walk, x, y, skip)
     except DATA_DEPENDENT as cause:
         raise InputError(
             f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. Hint: count a real step with "
@@ -122,25 +141,39 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         inputs=_bytes([*x, y]),
         gradients=tuple(_bytes(part) for part in walk.trainable),
         running=running,
-        update=UPDATE * max((p.nbytes for p in trainable), default=0),
+        updates=tuple(UPDATE * max((p.nbytes for p in part), default=0) for part in walk.trainable),
+        passed=passed,
     )
 
 
-def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]) -> tuple[int, ...]:
-    """Return, for each block, the peak while it runs: all bytes but those of parameters and of the input batch; 0 for blocks to skip."""
-    sides = _side_bytes(walk)
+def _resident(net: fx.GraphModule) -> tuple[int, ...]:
+    """Return the bytes of each block and of AdamW's state for it."""
+    parts = [[net.get_submodule(target) for target in part] for part in plan_of(net).parts]
+    tensors = [[t for module in modules for t in (*module.parameters(), *module.buffers())] for modules in parts]
+    return tuple(_bytes(part) + STATES * _bytes(p for p in part if p.requires_grad) for part in tensors)
+
+
+def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return, for each block, the peak while it runs, all bytes but those of parameters and of the input batch, and what is passed on then.
+
+    The peak is 0 for blocks to skip.
+    """
+    sizes = _value_bytes(walk)
     scores = walk.run(x)
-    running = []
+    running, passed = [], []
     for part, parameters in enumerate(walk.trainable):
         if part in skip:
             with torch.no_grad():
                 next(scores)
             running.append(0)
+            passed.append(0)
             continue
         count = count_memory(lambda parameters=parameters: _step(scores, x, y, parameters), model=walk.net)  # type: ignore[misc]
-        passing = sum(sides[name] for name in _passing(walk.plan, part))
+        passing = sum(sizes[name] for name in _passing(walk.plan, part))
         running.append(count.peak - count.parameters - _bytes([*x, y]) + passing)
-    return tuple(running)
+        own = [(block.output, *block.sides) for block in walk.plan.blocks[part : part + 1]]
+        passed.append(passing + sum(sizes[name] for names in own for name in names))
+    return tuple(running), tuple(passed)
 
 
 def _step(scores: Iterator[tuple[int, Tensor]], x: tuple[Tensor, ...], y: Tensor, parameters: list[nn.Parameter]) -> None:
@@ -152,16 +185,16 @@ def _step(scores: Iterator[tuple[int, Tensor]], x: tuple[Tensor, ...], y: Tensor
         mark_gradients(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
-def _side_bytes(walk: BlockWalk) -> dict[str, int]:
-    """Return a dict that fills with the bytes of each side value when its block has run."""
+def _value_bytes(walk: BlockWalk) -> dict[str, int]:
+    """Return a dict that fills with the bytes of each block's output and side values when the block has run."""
     found: dict[str, int] = {}
     for block in walk.plan:
-        if block.sides:
 
-            def note(_: nn.Module, args: object, outputs: tuple[object, ...], block: Block = block) -> None:
-                found.update({name: _bytes(tree_leaves(value)) for name, value in zip(block.sides, outputs[1:], strict=True)})
+        def note(_: nn.Module, args: object, returned: Any, block: Block = block) -> None:
+            values = returned if block.sides else (returned,)
+            found.update({name: _bytes(tree_leaves(value)) for name, value in zip((block.output, *block.sides), values, strict=True)})
 
-            walk.net.get_submodule(block.target).register_forward_hook(note)
+        walk.net.get_submodule(block.target).register_forward_hook(note)
     return found
 
 

@@ -132,6 +132,11 @@ class BlockPlan:
         """The feature blocks in order, and the classifier."""
         return (*self.blocks, self.classifier)
 
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """The attributes of the cut model that each block is made of, in the order they run: the block and its head; the classifier."""
+        return (*((block.target, f"head_{i}") for i, block in enumerate(self.blocks)), (self.classifier.target,))
+
     @cached_property
     def _most_kept(self) -> int:
         return max(block.activation_bytes for block in self.all_blocks)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import check_labels, check_pair
+from sffx.training.parking import compute_device
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
     Raises:
         InputError: the loader is empty or yields something else than pairs, or labels are out of range.
     """
-    device = next(net.parameters()).device
+    device = compute_device(net)
     empty = True
     for batch in loader:
         x, y = _pair(batch, device)

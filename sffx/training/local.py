@@ -19,6 +19,7 @@ from sffx.learning.activation import private_gradients
 from sffx.learning.goodness import full_precision
 from sffx.learning.losses import block_loss, check_labels, total
 from sffx.measure.memory import mark_gradients
+from sffx.training.parking import Parking, parking_of
 
 
 def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
@@ -50,28 +51,46 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
     """Train one step, each block by itself: its gradients are computed, used and freed before the next block runs.
 
     The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`, but the gradients of one block at a time are held.
-    Gradients from before the step are discarded, and none are left after it.
+    Gradients from before the step are discarded, and none are left after it. Of a model that is parked (`park`), the blocks come to the
+    device one after the other.
 
     Args:
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
         y: class indices, (B,).
         optimizer: over the parameters of `net`. With the groups of `parameter_groups`, each call of its `step` looks at one block only.
+            Of a parked model, the one that it was parked with.
 
     Returns:
         The loss of all blocks before the step, a scalar without gradient.
 
     Raises:
-        InputError: `net` is no cut model or is in eval mode, or the labels do not fit.
+        InputError: `net` is no cut model or is in eval mode, or is parked with another optimizer, or the labels do not fit.
     """
+    parking = _parking(net, optimizer)
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
-    for loss, found in _block_steps(net, x, y, keep_hooks_back=False):
-        losses.append(loss)
-        if found:
-            _apply(optimizer, found)
+    with parking.step() if parking is not None else nullcontext():
+        for loss, found in _block_steps(net, x, y, keep_hooks_back=False):
+            losses.append(loss)
+            if found:
+                _apply(optimizer, found)
+            if parking is not None:
+                parking.leave(changed=bool(found))
             found.clear()
     return total(losses)
+
+
+def _parking(net: fx.GraphModule, optimizer: Optimizer) -> Parking | None:
+    """Return how the model is parked, if it is.
+
+    Raises:
+        InputError: it is, with another optimizer.
+    """
+    parking = parking_of(net)
+    if parking is not None and parking.optimizer is not optimizer:
+        raise InputError("net is parked with another optimizer, whose state moves with it. Hint: pass that one, or unpark and park anew")
+    return parking
 
 
 def _block_steps(net: fx.GraphModule, x: Any, y: Tensor, *, keep_hooks_back: bool) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
@@ -98,6 +117,7 @@ def _apply(optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
         optimizer.param_groups = groups
         for p in gradients:
             p.grad = None
+        torch.clear_autocast_cache()  # which holds what it has cast of the parameters as they were
 
 
 class LocalLoss(nn.Module):
@@ -129,7 +149,7 @@ class BlockWalk:
         if not net.training:
             raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
         self.net = net
-        self.parts = [*((block.target, f"head_{i}") for i, block in enumerate(self.plan)), (self.plan.classifier.target,)]
+        self.parts = self.plan.parts
         self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
 
     def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:

@@ -218,6 +218,19 @@ def test_the_local_step_ends_where_the_loss_and_the_optimizer_do(name, kind, gro
     assert [len(o.param_groups) for o in optimizers] == [len(optimizers[0].param_groups)] * 2
 
 
+def test_steps_under_one_autocast_are_those_under_one_each():
+    torch.manual_seed(0)
+    net = sffx.transform(TwoBranches()).train()
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (net, twin)]
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [sffx.local_step(net, x, y, optimizers[0]) for _ in range(3)]
+    for loss in found:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sffx.local_step(twin, x, y, optimizers[1]), loss)
+
+
 def test_the_local_step_holds_the_gradients_of_one_block_at_a_time():
     layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.ReLU())]
     net = sffx.transform(nn.Sequential(*layers, nn.Linear(256, 4)), "layer").train()

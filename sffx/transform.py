@@ -44,6 +44,7 @@ def transform(
     goodness: str = "sff",
     kernel_size: int = 1,
     rank: int | None = None,
+    head_bias: float | None = None,
     norm: str = "layer",
     recompute: bool = True,
 ) -> fx.GraphModule:
@@ -61,6 +62,8 @@ def transform(
         kernel_size: of the auxiliary convolution, odd.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.
+        head_bias: where the auxiliary convolutions' biases start. With 1.0 each goodness starts as nearly linear in the features, which
+            learns faster from few images (README, "Options"). None, the paper's own, draws them as `torch.nn` does.
         norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
             instead of keeping them: less memory, for a few per cent more time.
@@ -78,7 +81,7 @@ def transform(
     traced = trace(model, example_input)
     analysis = analyse(traced)
     blocks = make_plan(analysis, *policy_named(policy), num_classes)
-    heads = make_heads(blocks, traced.root, goodness, kernel_size, rank)
+    heads = make_heads(blocks, traced.root, goodness, kernel_size, rank, head_bias)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
     verify(net, blocks)

@@ -9,7 +9,9 @@ from sffx.errors import InputError
 from sffx.learning.goodness import make_head
 
 
-def make_heads(plan: BlockPlan, root: nn.Module, goodness: str, kernel_size: int, rank: int | None = None) -> list[nn.Module]:
+def make_heads(
+    plan: BlockPlan, root: nn.Module, goodness: str, kernel_size: int, rank: int | None = None, bias: float | None = None
+) -> list[nn.Module]:
     """Make a head for each block, on the device and in the dtype of the model's parameters.
 
     Raises:
@@ -19,7 +21,8 @@ def make_heads(plan: BlockPlan, root: nn.Module, goodness: str, kernel_size: int
     heads = []
     for block in plan:
         try:
-            head = make_head(goodness, block.channels, plan.num_classes, block.channel_axis, len(block.shape) - 1, kernel_size, rank)
+            shape = (block.channels, plan.num_classes, block.channel_axis, len(block.shape) - 1)
+            head = make_head(goodness, *shape, kernel_size, rank, bias)
         except InputError as cause:
             raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
         heads.append(head.to(like.device, like.dtype))

@@ -65,11 +65,24 @@ def ids(elements: list[Element], kind: str = "box") -> list[str | None]:
     return [element.attributes["id"] for element in elements if kind in (element.attributes.get("class") or "").split()]
 
 
-def test_every_block_unfolds_into_its_modules_and_has_a_head(resnet18: BlockPlan) -> None:
+def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(residual: BlockPlan) -> None:
+    elements = parse(page(residual))
+    inside = [element.text for element in elements if element.tag == "li" and element.inside("block_1")]
+    modules = ["conv1 ← out_0", "conv2", "+ ← out_0", "view"]
+    assert inside == [*modules, "conv1 ← out_0", "relu", "conv2", "size", "+   (add) ← out_0", "view   (out_1)"]
+    arcs = [element.attributes["class"] for element in elements if element.tag == "path" and element.inside("block_1")]
+    # Of the modules 0-1, 1-2 and 2-3; of the nodes 0-1, 1-2, 2-3, 2-4, 4-5 and 3-5.
+    assert sorted(str(arc) for arc in arcs) == ["next"] * 7 + ["skip"] * 2
+
+
+def test_a_shortcut_is_told_where_the_block_is_folded(residual: BlockPlan) -> None:
+    said = [element.text for element in parse(page(residual)) if element.attributes.get("class") == "says join"]
+    assert said == ["inside: + shortcut"]
+
+
+def test_every_block_has_a_box_a_head_and_a_cut(resnet18: BlockPlan) -> None:
     elements = parse(page(resnet18))
     assert ids(elements) == [*(f"block_{index}" for index in range(9)), "classifier"]
-    inside = [element.text for element in elements if element.tag == "li" and element.inside("block_3")]
-    assert inside == ["conv1", "bn1", "relu", "conv2", "bn2", "relu", "downsample.0", "downsample.1", "out_3"]
     assert sum(element.attributes.get("class") == "head" for element in elements) == 9
     assert sum(element.attributes.get("class") == "cut" for element in elements) == 9
 

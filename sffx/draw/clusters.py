@@ -38,6 +38,8 @@ PART = f'class="part", style="rounded,filled", fillcolor="white", color="{GREY}"
 JOIN = f'class="part join", style="rounded,filled", fillcolor="#dff1f3", color="{TEAL}", margin="0.1,0.03", height=0.2, fontsize=10'
 # What is no path: sizes, positions, masks.
 ASIDE = f'class="part aside", style="rounded,dashed", color="{FAINT}", fontcolor="{FAINT}", margin="0.08,0.03", height=0.2, fontsize=8'
+INNER = f'class="inner", color="{GREY}"'
+INNER_ASIDE = f'class="inner aside", color="{FAINT}", style="dashed", arrowsize=0.5'
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def clusters_dot(plan: BlockPlan, detail: str, *, unfold: bool = False, progress
         lines += [f'subgraph cluster_column_{column} {{ label=""']
         # Graphviz sets the column that has the inputs at the left.
         lines += [node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}") for value in plan.inputs if not column]
-        lines += [line for index in group for line in _cluster(plan.all_blocks[index], inside[index], plan, progress)]
+        for index in group:
+            lines += [*_turns(index, plan, columns), *_cluster(plan.all_blocks[index], inside[index], plan, progress)]
         lines += ["}"]
     for index in range(len(inside)):
         lines += _entries(index, plan, columns)
@@ -163,9 +166,24 @@ def _entries(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
         yield from [edge(outside(name, plan), target, f'class="input", color="{INK}"')] if name else ()
         return
     before = plan.blocks[index - 1]
-    turn = ', constraint=false, headport="w"' if columns[index] != columns[index - 1] else ""
-    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=20, label={edge_label([cut_in_words(plan.heads)], RED)}'
-    yield edge(_name(before, _first(before).output), target, style + turn)
+    name = _name(before, _first(before).output)
+    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=20'
+    cut = f"{style}, label={edge_label([cut_in_words(plan.heads)], RED)}"
+    if columns[index] == columns[index - 1]:
+        yield edge(name, target, cut)
+        return
+    yield edge(name, f"to_{target}", cut)
+    yield edge(f"from_{before.target}", target, style.replace("cut", "cut turn"))
+
+
+def _turns(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
+    """The signs at the end of a column, where the cut leads to the next one, and at the top of that: a line would run across the blocks."""
+    stages = plan.all_blocks
+    look = f'class="turn", shape="plain", style="", fontcolor="{RED}", fontsize=9'
+    if index and columns[index] != columns[index - 1]:
+        yield node(f"from_{stages[index - 1].target}", f"{look}, label={quote(f'from {stages[index - 1].target}')}")
+    if index + 1 < len(stages) and columns[index] != columns[index + 1]:
+        yield node(f"to_{stages[index + 1].target}", f"{look}, label={quote(f'to {stages[index + 1].target}')}")
 
 
 def _reads(index: int, inside: list[Part], places: dict[str, Place], columns: list[int], plan: BlockPlan) -> Iterator[str]:
@@ -178,7 +196,7 @@ def _reads(index: int, inside: list[Part], places: dict[str, Place], columns: li
             yield edge(block.target, name, 'style="invis"')
         for read in part.node.reads if len(part.node.reads) <= EDGES else part.node.reads[-1:]:
             if read == entering:
-                yield edge(block.target, name, f'class="inner", color="{GREY}"')
+                yield edge(block.target, name, INNER if part.node.is_path else INNER_ASIDE)
                 continue
             place = places.get(read) or Place(outside(read, plan), -1, False, True)
             turn = ", constraint=false" if place.stage >= 0 and columns[place.stage] != columns[index] else ""
@@ -189,7 +207,7 @@ def _style(place: Place, index: int) -> str:
     if place.stage < 0:
         return f'class="input", color="{INK}"'
     if place.stage == index:
-        return f'class="inner", color="{GREY}"' if place.is_path else f'class="inner aside", color="{FAINT}", style="dashed", arrowsize=0.5'
+        return INNER if place.is_path else INNER_ASIDE
     return f'class="side detached", color="{RED}", style="dotted"' if place.is_cut else f'class="side", color="{GREY}"'
 
 

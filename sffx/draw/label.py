@@ -21,12 +21,12 @@ GREEN = "#4a6b4f"
 TEAL = "#0f6674"
 
 # Widths in characters, then in points; they fit each other at the sizes of the letters below.
-NAME_WIDTH = 36
+NAME_WIDTH = 37
 MODULE_WIDTH = 30
 VALUE_WIDTH = 24
 LINE_WIDTH = 66
 NOTE_WIDTH = 90
-NAME_POINTS = 262
+NAME_POINTS = 268
 TARGET_POINTS = 70
 MARK_POINTS = 60
 

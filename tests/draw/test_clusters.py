@@ -89,6 +89,10 @@ def test_a_long_graph_goes_on_in_a_second_column(chain: Callable[[int], BlockPla
     nodes, edges = parse(chain(30), unfold=True)
     assert {name for name in nodes if name.startswith("cluster_column")} == {"cluster_column_0", "cluster_column_1"}
     assert len([edge for edge in edges if edge[0] == "cut"]) == 30
+    (turn,) = [edge[1:] for edge in edges if edge[0] == "cut turn"]
+    before = int(turn[0].removeprefix("from_block_"))
+    assert turn[1] == f"block_{before + 1}"
+    assert ("cut", f"block_{before}/out_{before}", f"to_block_{before + 1}") in edges
     first, second = ([float(edge) for edge in nodes[f"cluster_column_{column}"]["bb"].split(",")] for column in (0, 1))
     assert first[2] < second[0]
 

@@ -236,23 +236,20 @@ def _inside(block: Block, sheet: Sheet) -> str:
 
 
 def _flow(inside: list[Part]) -> str:
-    """Parts below each other in the order they run, with an arc at the left from each to those that read it."""
-    row = {part.node.name: index for index, part in enumerate(inside)}
-    arcs = [_arc(row[read], index) for index, part in enumerate(inside) for read in part.node.reads if read in row]
-    lines = "".join(f'<li title="{_text(part.node.name)}"{_part_class(part)}>{_text(_told(part, row))}</li>' for part in inside)
-    size = f'width="{EDGE_ROOM}" height="{PART_HEIGHT * len(inside)}"'
-    return f'<div class="flow"><svg {size} aria-hidden="true">{"".join(arcs)}</svg><ol>{lines}</ol></div>'
+    """What the parts read from outside, and the parts below it in the order they run, with an arc at the left from each to its readers."""
+    own = {part.node.name for part in inside}
+    outer = list(dict.fromkeys(read for part in inside for read in part.node.reads if read not in own))
+    row = {name: index for index, name in enumerate([*outer, *(part.node.name for part in inside)])}
+    arcs = [_arc(row[read], row[part.node.name]) for part in inside for read in part.node.reads]
+    lines = [f'<li class="outer" title="{_text(name)}, from outside">{_text(shorten(name, PART_WIDTH))} →</li>' for name in outer]
+    lines += [f'<li title="{_text(p.node.name)}"{_part_class(p)}>{_text(shorten(p.text, PART_WIDTH))}</li>' for p in inside]
+    size = f'width="{EDGE_ROOM}" height="{PART_HEIGHT * len(row)}"'
+    return f'<div class="flow"><svg {size} aria-hidden="true">{"".join(arcs)}</svg><ol>{"".join(lines)}</ol></div>'
 
 
 def _part_class(part: Part) -> str:
     kind = "join" if part.node.join in ("sum", "cat", "product") else "" if part.node.is_path else "aside"
     return f' class="{kind}"' if kind else ""
-
-
-def _told(part: Part, row: dict[str, int]) -> str:
-    """What stands in the line of a part: its text, shortened from the left, and what it reads from outside the block."""
-    outer = [shorten(read, PART_WIDTH // 2) for read in part.node.reads if read not in row]
-    return shorten(part.text, PART_WIDTH) + (f" ← {', '.join(outer)}" if outer else "")
 
 
 def _arc(start: int, end: int) -> str:

@@ -68,8 +68,8 @@ def _text(node: Node, block: Block, detail: str) -> str:
     called = JOIN_SIGNS.get(node.join, relative(node.call, block) if node.is_module else node.call)
     if detail == "modules" or called == node.name:
         return called
-    # fx makes most names of what is called.
-    return node.name if called.replace(".", "_") in node.name else f"{called}   ({node.name})"
+    # fx makes most names of what is called, in small letters.
+    return node.name if called.replace(".", "_").lower() in node.name else f"{called}   ({node.name})"
 
 
 def joins_in_words(block: Block) -> str:

@@ -52,6 +52,21 @@ def test_all_nodes_have_all_that_they_read(residual: BlockPlan) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        (Node("conv1", "layers.1.conv1", True, ()), "conv1"),
+        (Node("layers_1_conv1_1", "layers.1.conv1", True, ()), "layers_1_conv1_1"),
+        (Node("layers_1_conv_a", "layers.1.Conv.A", True, ()), "layers_1_conv_a"),
+        (Node("size", "view", False, ()), "view   (size)"),
+        (Node("add_2", "iadd", False, (), True, "sum", (0, 1)), "+   (add_2)"),
+    ],
+)
+def test_a_node_is_called_by_its_name_unless_that_does_not_tell_what_it_calls(residual: BlockPlan, node: Node, text: str) -> None:
+    (part,) = parts(replace(residual.blocks[1], graph=(node,)), "nodes")
+    assert part.text == text
+
+
 def test_between_modules_and_joins_edges_are_drawn_through(residual: BlockPlan) -> None:
     # The size is no path, so it is no way from conv2 to the output.
     assert edges(residual, "modules") == [("conv1", ("out_0",)), ("conv2", ("conv1",)), ("add", ("conv2", "out_0")), ("out_1", ("add",))]

@@ -14,9 +14,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds train/ and val/ or test/, each with a folder per class")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc"))
-    parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
-    for name, default in (("--model", "resnet18"), ("--epochs", 10), ("--size", 128), ("--batch", 64), ("--lr", 1e-3)):
-        parser.add_argument(name, type=type(default), default=default, help=f"default {default}")
+    for name, default in (("model", "resnet18"), ("policy", "residual"), ("epochs", 10), ("size", 128), ("batch", 64), ("lr", 1e-3)):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args()
     device, local = "cuda" if torch.cuda.is_available() else "cpu", args.method != "bp"
     prepare = T.Compose([T.Resize((args.size, args.size)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
@@ -37,4 +36,5 @@ if __name__ == "__main__":
             right = sum(int((net.eval()(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in test_loader)
         print(f"epoch {epoch + 1} of {args.epochs}: {right / len(test):.2%} of {parts[1]} right", flush=True)
     if local:
-        print(sffx.evaluate(net, test_loader))
+        print(found := sffx.evaluate(net, test_loader))
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sffx_accuracy": found.accuracy}, "run.pt")

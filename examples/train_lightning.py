@@ -4,7 +4,8 @@
     python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18 --resume    # after an interrupt
 
 DIR holds train/ and val/ or test/, each with a folder per class. The output folder gets the logs (CSV, and TensorBoard where it is
-installed) and the checkpoints: the best by validation accuracy, and the last.
+installed), a picture of them, and the checkpoints: the best by validation accuracy, and the last. `sffx-viz torchvision.models:resnet18
+--classes 10 --checkpoint last.ckpt` colours each block by what it had learnt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import sffx
+from sffx.draw.plots import plot_training
 from sffx.lightning import BPModule, SFFModule
 
 # Each block's learning rate falls when its own validation loss has not improved for so many epochs.
@@ -96,6 +98,7 @@ def main() -> None:
     trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
     if trainer.is_global_zero:
         print(f"best: {best.best_model_path}, validation accuracy {best.best_model_score:.2%}")
+        print(f"how it went: {plot_training(sorted(args.out.glob('csv/version_*/metrics.csv')), args.out / 'training.png')}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
 
 PLATEAU_KEY = "sffx_plateau"
+ACCURACY_KEY = "sffx_accuracy"  # where sffx-viz --checkpoint looks
 
 
 class _Classifier(LightningModule):
@@ -91,18 +92,21 @@ class _Classifier(LightningModule):
         return self(_pair(batch)[0] if isinstance(batch, (list, tuple)) else batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Step the plateau; checkpoints are written after this, so they hold what it made of the epoch."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if self.plateau is None or not fitting:
+        """Step the plateau and log the learning rates; checkpoints are written after this, so they hold what it made of the epoch."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         metrics = self.trainer.callback_metrics
-        self.plateau.step({name: float(metrics[self._key("val_loss", name)]) for name in self.plateau.schedulers})
-        self.log_dict({f"lr/{group['name']}": group["lr"] for group in self.plateau.optimizer.param_groups}, sync_dist=True)
+        if self.plateau is not None:
+            self.plateau.step({name: float(metrics[self._key("val_loss", name)]) for name in self.plateau.schedulers})
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        self.log_dict({f"lr/{group['name']}": group["lr"] for group in groups}, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the state of the plateau into the checkpoint."""
+        """Put the state of the plateau, and the accuracies of the last validation by the readout's name, into the checkpoint."""
         if self.plateau is not None:
             checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
+        metrics = {name.partition("/"): float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint[ACCURACY_KEY] = {name or self.answer: value for (metric, _, name), value in metrics.items() if metric == "val_acc"}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the state of the plateau from the checkpoint; Lightning may call this before there is an optimizer to watch, or after."""
@@ -134,7 +138,8 @@ class SFFModule(_Classifier):
     """A cut model that a Trainer trains block by block with AdamW.
 
     Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block,
-    of the last block ("last") and of the classifier; and "lr/block_0" and so on where there is a plateau.
+    of the last block ("last") and of the classifier; and "lr/block_0" and so on. Checkpoints hold the accuracies of the last validation as
+    "sffx_accuracy", which `sffx-viz --checkpoint` reads, and `sffx.draw.plots.plot_training` draws what a CSVLogger wrote.
 
     Args:
         net: what `sffx.transform` returned.
@@ -182,7 +187,7 @@ class SFFModule(_Classifier):
 class BPModule(_Classifier):
     """An ordinary classifier that a Trainer trains by backpropagation with AdamW: the baseline for `SFFModule`.
 
-    Logged are "train_loss", "val_acc" and "val_loss", and "lr/model" where there is a plateau.
+    Logged are "train_loss", "val_acc" and "val_loss", and "lr/model".
 
     Args:
         net: a classifier that returns logits, (B, J), or holds them as `.logits`.

@@ -12,7 +12,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from sffx.compiler.analyse import analyse
 from sffx.compiler.heads import make_heads
-from sffx.compiler.plan import BlockPlan
+from sffx.compiler.plan import BlockPlan, Heads
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import Policy
 from sffx.compiler.rewrite import rewrite
@@ -80,7 +80,7 @@ def transform(
     _check_norm(norm)
     traced = trace(model, example_input)
     analysis = analyse(traced)
-    blocks = make_plan(analysis, *policy_named(policy), num_classes)
+    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm))
     heads = make_heads(blocks, traced.root, goodness, kernel_size, rank, head_bias)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
+from sffx.draw.checkpoint import read_checkpoint
+from sffx.draw.history import epochs
 from tests.toys import Residual
 
 pytest.importorskip("sklearn")
@@ -155,6 +157,24 @@ def test_the_logs_are_what_evaluate_says(digits: tuple[Tensor, Tensor], tmp_path
     with open(tmp_path / "logs" / "metrics.csv") as file:
         assert validated | set(rates) | {"train_loss"} <= set(next(csv.reader(file)))
     assert net.training  # as it was before
+
+
+def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    net, validation = cut_model(), batches((digits[0][:100], digits[1][:100]), 64)
+    logger = lightning.loggers.CSVLogger(tmp_path, name="logs", version="")
+    run = trainer(tmp_path, max_epochs=2, logger=logger)
+    run.fit(SFFModule(net, **OPTIONS), batches(digits, 80), validation)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+
+    found = sffx.evaluate(net, validation)
+    rates = dict.fromkeys(BLOCKS, OPTIONS["lr"]) | {"classifier": OPTIONS["classifier_lr"]}
+    progress = read_checkpoint(tmp_path / "last.ckpt", net.plan)
+    assert progress.accuracy == pytest.approx(found.accuracy, abs=1e-6)
+    assert progress.rates == pytest.approx(rates)
+    first, second = epochs(tmp_path / "logs" / "metrics.csv")
+    assert second.accuracy == pytest.approx(found.accuracy, abs=1e-6)
+    assert second.loss == pytest.approx(found.loss, rel=1e-5)
+    assert (first.number, second.number, second.lr) == (0, 1, pytest.approx(rates))
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class Analysis:
         spine = [self.logits]
         while dominator[spine[-1]] not in (_SOURCE, None):
             spine.append(dominator[spine[-1]])
-        self._paths = paths
+        self._paths, self._dominator = paths, dominator
         return spine[::-1]
 
     def _place(self) -> dict[str, int]:
@@ -214,7 +214,7 @@ class Analysis:
             nodes=tuple(node.name for node in nodes),
             scope=common_scope([scopes(node) for node in nodes if node.name in self._paths]),
             scopes=scopes(end),
-            join=self._join(index),
+            join=self.join(end.name) if index else "",
             shape=shape,
             trainable=bool(parameters),
             weighted=any(self._is_weighted(node) for node in nodes),
@@ -231,12 +231,36 @@ class Analysis:
         same = isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape
         return same and not has_layer and not self._is(end, _BREAKS)
 
-    def _join(self, index: int) -> str:
-        """Name how several paths that left the spine node before meet; paths that start at several inputs are no join."""
-        end = self.nodes[self.spine[index]]
-        if not index or self._paths.in_degree(end.name) < 2:
+    def join(self, name: str) -> str:
+        """Name how several paths that left one node meet in another: "sum", "cat", "product" or "other"; "" where they do not.
+
+        Paths that start at several inputs are no join.
+        """
+        if not self.is_path(name) or self._paths.in_degree(name) < 2 or self._dominator[name] == _SOURCE:
             return ""
-        return _JOINS.get(end.target, "other")
+        return _JOINS.get(self.nodes[name].target, "other")
+
+    def is_path(self, name: str) -> bool:
+        """Whether a node's value is a float tensor that depends on an input and on a parameter."""
+        return bool(self.graph.nodes[name]["path"])
+
+    def layers_on_paths(self, name: str) -> tuple[int, ...]:
+        """Return, for each path that meets in a join, how many layers with parameters it has gone through since they parted.
+
+        They are in the order of the arguments; an order that an in-place write asks for comes after them.
+        """
+        arguments = dict.fromkeys(arg.name for arg in self.nodes[name].all_input_nodes)
+        ends = dict.fromkeys((*arguments, *self._paths.predecessors(name)))
+        return tuple(self._layers_between(self._dominator[name], end) for end in ends if self._paths.has_edge(end, name))
+
+    def _layers_between(self, start: str, end: str) -> int:
+        seen, ahead = {start}, [end]
+        while ahead:
+            name = ahead.pop()
+            if name not in seen:
+                seen.add(name)
+                ahead += self._paths.predecessors(name)
+        return sum(1 for name in seen - {start} if self.parameters(self.nodes[name]) or self._is_weighted(self.nodes[name]))
 
     def _refusals(self) -> list[str]:
         shared, norms = self._shared(), self._batch_norms_after()

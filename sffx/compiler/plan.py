@@ -53,6 +53,46 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Node:
+    """One node of a block, as it was traced.
+
+    Attributes:
+        name: of the fx node.
+        call: what it calls: the qualname of a module, or the name of a function, a method or an attribute.
+        is_module: whether that is a module.
+        reads: names of the values that it reads, of this block or from outside.
+        is_path: whether its value is what the block learns from: a float tensor that depends on an input and on a parameter.
+        join: "sum", "cat" or "product" where several paths meet in it, "other" where they meet otherwise, "" elsewhere.
+        paths: for each path that meets there, how many layers with parameters it has gone through since they parted.
+    """
+
+    name: str
+    call: str
+    is_module: bool
+    reads: tuple[str, ...]
+    is_path: bool = True
+    join: str = ""
+    paths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the blocks of a cut model learn and what is done to a value at a cut: the arguments of `transform`, and their defaults.
+
+    Attributes:
+        goodness: "sff", an auxiliary convolution, or "cwc", groups of channels.
+        kernel_size: of the auxiliary convolution.
+        rank: of its weight, where that saves anything; None for a whole one.
+        norm: the kind of norm after the detach, "none" for none.
+    """
+
+    goodness: str = "sff"
+    kernel_size: int = 1
+    rank: int | None = None
+    norm: str = "layer"
+
+
+@dataclass(frozen=True)
 class Block:
     """One block: the nodes between two cuts.
 
@@ -73,6 +113,7 @@ class Block:
         activation_bytes: what its backward pass would keep for one sample as the model is written, without a head and before
             the rewrites that make blocks lean; `sffx.footprint` predicts the peak of a step as it is.
         mask: name of the model input that tells which tokens of the output are real, "" where none does. Goodness and norm take it.
+        graph: the same nodes, with what each of them does and reads.
     """
 
     name: str
@@ -90,6 +131,12 @@ class Block:
     macs: int
     activation_bytes: int
     mask: str = ""
+    graph: tuple[Node, ...] = ()
+
+    @property
+    def joins(self) -> tuple[Node, ...]:
+        """The nodes in which several paths inside the block meet, as a shortcut and what it goes round."""
+        return tuple(node for node in self.graph if node.join)
 
     @property
     def channels(self) -> int:
@@ -110,6 +157,7 @@ class BlockPlan:
         inputs: the model's inputs as traced.
         leaves: modules with children that were not traced.
         notes: what the reader of the plan must know, one sentence each.
+        heads: how the blocks learn; of a plan that nothing was cut by, as they would by default.
     """
 
     model: str
@@ -120,6 +168,7 @@ class BlockPlan:
     inputs: tuple[Input, ...]
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
+    heads: Heads = Heads()
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.inputs import TRACE_BATCH
-from sffx.compiler.plan import Block, BlockPlan
+from sffx.compiler.plan import Block, BlockPlan, Heads, Node
 from sffx.compiler.policies import Policy, notes
 from sffx.compiler.trace import is_flag
 from sffx.errors import InputError
 
 
-def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | None = None) -> BlockPlan:
+def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | None = None, heads: Heads | None = None) -> BlockPlan:
     """Ask the policy where to cut and describe the blocks that come of it.
 
     Args:
@@ -27,6 +27,7 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
         name: of the policy.
         policy: a function of the analysis to the names of the nodes to cut after.
         num_classes: J, checked against the width of the logits where given.
+        heads: how the blocks will learn, by default if None.
 
     Raises:
         CutError: the policy chose no node, or one where no cut can be made.
@@ -51,6 +52,7 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
         inputs=trace.inputs,
         leaves=trace.leaves,
         notes=(*trace.notes, *notes(name, analysis), *_padding_notes(analysis, blocks)),
+        heads=heads or Heads(),
     )
 
 
@@ -85,6 +87,20 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
         activation_bytes=sum({key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()) // TRACE_BATCH,
         mask=_mask(analysis, output),
+        graph=tuple(_node(analysis, node) for node in nodes),
+    )
+
+
+def _node(analysis: Analysis, node: fx.Node) -> Node:
+    join = analysis.join(node.name)
+    return Node(
+        name=node.name,
+        call=str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)),
+        is_module=node.op == "call_module" and not is_flag(node),
+        reads=tuple(arg.name for arg in node.all_input_nodes),
+        is_path=analysis.is_path(node.name),
+        join=join,
+        paths=analysis.layers_on_paths(node.name) if join else (),
     )
 
 
@@ -124,7 +140,7 @@ def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -
 
 
 def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
-    paths = [[node for node in nodes if analysis.graph.nodes[node.name]["path"]] for nodes in members]
+    paths = [[node for node in nodes if analysis.is_path(node.name)] for nodes in members]
     held = [{scope for node in nodes for scope in scopes(node)} for nodes in paths]
     blocks = Counter(scope for own in held for scope in own)  # in how many blocks a module has paths
     return [_name(analysis, nodes, partial(_is_elsewhere, blocks, own)) for nodes, own in zip(paths, held, strict=True)]

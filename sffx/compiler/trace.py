@@ -154,12 +154,15 @@ def _traced(
     probe: nn.Module, root: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str]
 ) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
+    before = [(module, dict(vars(module))) for module in probe.modules()]
     while True:
+        _restore(before)
         tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=True)
         if graph is None:
             continue
         if not tracer.branched:
             return tracer, graph
+        _restore(before)
         _, other = _attempt(probe, root, arguments, mode, leaves, training=False)
         if other is None:
             continue
@@ -171,6 +174,17 @@ def _traced(
                 "which a graph cannot hold. Hint: move the branch into a submodule, or pass training=self.training to a function"
             )
         leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
+
+
+def _restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Give modules the attributes that they had: what a forward has set on them may be a proxy of an earlier attempt's graph.
+
+    Constants stay, which fx keeps on the model for the graph that reads them.
+    """
+    for module, attributes in before:
+        for name in [name for name in vars(module) if name not in attributes and not name.startswith("_tensor_constant")]:
+            del module.__dict__[name]
+        module.__dict__.update(attributes)
 
 
 def _attempt(

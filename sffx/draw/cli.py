@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sffx.compiler.plan import BlockPlan
+from sffx.draw.checkpoint import read_checkpoint
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.render import draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   sffx-viz torchvision.models:resnet18 --plan
   sffx-viz torchvision.models:resnet18 --compare residual,batchnorm,layer -o policies.png
   sffx-viz timm:convnext_tiny -o convnext.html
+  sffx-viz torchvision.models:resnet18 --checkpoint run.ckpt -o trained.svg
   sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
 """
 
@@ -67,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
     parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
     parser.add_argument("--detail", choices=("blocks", "modules", "nodes"), default="blocks", help="what is shown of each block")
+    trained = "colour each block by its accuracy and learning rate, of a training whose checkpoint this is"
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help=trained)
     parser.add_argument("--unfold", action="store_true", help="draw blocks in a row that look alike one by one")
     parser.add_argument("--open", action="store_true", help="show the drawing")
     return parser
@@ -93,6 +97,8 @@ def _policies(text: str) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.compare is not None and options.checkpoint is not None:
+        raise InputError("--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training")
     if options.compare is not None:
         return _compare(options)
     (plan,) = _plans(options, [options.policy])
@@ -165,7 +171,8 @@ def _example(given: Sequence[Given]) -> Any:
 
 
 def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:
-    shown = {"unfold": options.unfold, "detail": options.detail}
+    progress = read_checkpoint(options.checkpoint, plan) if options.checkpoint is not None else None
+    shown: dict[str, Any] = {"unfold": options.unfold, "detail": options.detail, "progress": progress}
     if options.output is not None:
         return draw(plan, options.output, **shown)
     path = Path(f"{_name(options)}.svg")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.draw.fold import Run, fold, leaves_in
+from sffx.draw.inner import joins_in_words
 from sffx.draw.label import (
     AMBER,
     BLUE,
@@ -20,6 +21,7 @@ from sffx.draw.label import (
     RED,
     VALUE_WIDTH,
     block_label,
+    cut_in_words,
     edge_label,
     footer_label,
     head_label,
@@ -29,6 +31,7 @@ from sffx.draw.label import (
     stop_label,
     title_label,
 )
+from sffx.draw.progress import Progress
 
 # Boxes in one column. A taller plan is set in several columns: top to bottom, then the next column to the right.
 ROWS = 14
@@ -68,31 +71,32 @@ class Crossing:
     detached: bool
 
 
-def dot(plan: BlockPlan, *, unfold: bool = False, detail: str = "blocks") -> str:
+def dot(plan: BlockPlan, *, unfold: bool = False, progress: Progress | None = None) -> str:
     """DOT text of the block graph: the blocks in order, their heads, the cuts, and the values that cross a cut.
 
     Args:
         plan: of the model, as `sffx.plan` returns it.
         unfold: whether blocks in a row that look alike are drawn one by one even where they are more than a column holds.
-        detail: what is written in each block: "blocks" as much as fits, "modules" all its modules, "nodes" all nodes of its graph.
+        progress: of a training, by which the blocks are coloured; then none of them are drawn as one.
 
     Returns:
         the text of a directed graph. A block's node bears its target ("block_3", "classifier"), its head "head_3",
         a model input "input_x". The same plan always gives the same text.
     """
-    whole, plan = plan, plan if unfold or len(plan) < ROWS else fold(plan)
+    whole, plan = plan, plan if unfold or progress or len(plan) < ROWS else fold(plan)
     rows = _rows(plan)
     crossed = crossings(plan)
     railed = _railed(crossed)
     shown = {"detached" if crossing.detached else "side" for crossing in crossed if crossing.stage >= 0} | ({"rail"} if railed else set())
     shown |= {"run"} if any(isinstance(block, Run) for block in plan) else set()
+    shown |= {"join"} if any(map(joins_in_words, plan.all_blocks)) else set()
     lines = [
         *DEFAULTS,
-        f"label={footer_label(plan, shown)}",
+        f"label={footer_label(plan, shown, progress)}",
         "subgraph cluster_plan {",
-        f'label={title_label(whole)}; labelloc="t"; margin=0; peripheries=0',
+        f'label={title_label(whole, progress)}; labelloc="t"; margin=0; peripheries=0',
     ]
-    lines += [*_input_nodes(plan, crossed), *_block_nodes(plan, rows, detail), *_same_rows(plan, rows), *_cuts(plan, rows)]
+    lines += [*_input_nodes(plan, crossed), *_block_nodes(plan, rows, progress), *_same_rows(plan, rows), *_cuts(plan, rows)]
     lines += _rail(railed, plan, rows)
     for crossing in crossed:
         lines += [] if crossing in railed else _edges(crossing, plan, rows)
@@ -106,39 +110,49 @@ def _rows(plan: BlockPlan) -> int:
 
 def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
     for value in plan.inputs:
-        yield _node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
+        yield node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
     for crossing in crossings:
         if crossing.source.startswith("value_"):
-            yield _node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
+            yield node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
 
 
-def _block_nodes(plan: BlockPlan, rows: int, detail: str) -> Iterator[str]:
-    for index, block in enumerate(plan.blocks):
-        head = block.target.replace("block", "head")
-        many = ", peripheries=2" if isinstance(block, Run) else ""
-        yield _node(block.target, f"{UNTRACED if leaves_in(block, plan) else BLOCK}{many}, {_box(block, plan, index // rows, detail)}")
-        yield _node(head, f"{HEAD}{many}, label={head_label(plan.num_classes)}")
-        yield _beside(_edge(block.target, head, f'class="head", color="{BLUE}"'))
-    yield _node(plan.classifier.target, f"{CLASSIFIER}, {_box(plan.classifier, plan, len(plan) // rows, detail)}")
+def _block_nodes(plan: BlockPlan, rows: int, progress: Progress | None) -> Iterator[str]:
+    for index, block in enumerate(plan.all_blocks):
+        # Boxes of one group are set straight below each other.
+        yield node(block.target, f'{look(block, plan, progress)}, group="column_{index // rows}"')
+        if block is not plan.classifier:
+            yield from head_beside(block, block.target, plan)
 
 
-def _box(block: Block, plan: BlockPlan, column: int, detail: str) -> str:
-    # Boxes of one group are set straight below each other.
-    return f'label={block_label(block, leaves_in(block, plan), detail)}, tooltip={_quote(block.name)}, group="column_{column}"'
+def look(block: Block, plan: BlockPlan, progress: Progress | None, *, contents: bool = True) -> str:
+    """The attributes of a block's box."""
+    leaves = leaves_in(block, plan)
+    kind = CLASSIFIER if block is plan.classifier else UNTRACED if leaves else BLOCK
+    many = ", peripheries=2" if isinstance(block, Run) else ""
+    # Of two attributes with one name, Graphviz takes the last.
+    colour = f', fillcolor="{progress.accuracy_colour(block.target)}"' if progress else ""
+    return f"{kind}{many}{colour}, label={block_label(block, leaves, progress, contents=contents)}, tooltip={quote(block.name)}"
+
+
+def head_beside(block: Block, name: str, plan: BlockPlan) -> Iterator[str]:
+    """A block's head, at the right of the node of that name."""
+    head = block.target.replace("block", "head")
+    yield node(head, f"{HEAD}{', peripheries=2' if isinstance(block, Run) else ''}, label={head_label(block, plan)}")
+    yield beside(edge(name, head, f'class="head", color="{BLUE}"'))
 
 
 def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
     stages = plan.all_blocks
     for row in range(min(rows, len(stages) - rows)):
-        yield _beside("; ".join(_quote(stage.target) for stage in stages[row::rows]))
+        yield beside("; ".join(quote(stage.target) for stage in stages[row::rows]))
 
 
 def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
     stages = plan.all_blocks
-    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label(["detach · layer norm"], RED)}'
+    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label([cut_in_words(plan.heads)], RED)}'
     for index in range(1, len(stages)):
         turn = ', constraint=false, headport="w"' if index % rows == 0 else ""
-        yield _edge(stages[index - 1].target, stages[index].target, style + turn)
+        yield edge(stages[index - 1].target, stages[index].target, style + turn)
 
 
 def crossings(plan: BlockPlan) -> list[Crossing]:
@@ -152,13 +166,14 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
         readers = tuple(index for index, block in enumerate(stages) if name in block.inputs and index not in (stage, handed_on))
         # An output that a block further on reads carries a gradient, as every output does.
         detached = stage >= 0 and name in (*stages[stage].detached, stages[stage].output)
-        source = stages[stage].target if stage >= 0 else _outside(name, plan)
+        source = stages[stage].target if stage >= 0 else outside(name, plan)
         if readers:
             groups.setdefault((source, stage, readers, detached), []).append(name)
     return [Crossing(tuple(group), source, stage, readers, cut) for (source, stage, readers, cut), group in groups.items()]
 
 
-def _outside(name: str, plan: BlockPlan) -> str:
+def outside(name: str, plan: BlockPlan) -> str:
+    """The node in the drawing of a value that no block computes: an input of the model, or a value from nowhere."""
     # fx renames an argument that is a builtin: the node of `input` is `input_1`.
     given = {value.name for value in plan.inputs}
     return next((f"input_{known}" for known in (name, re.sub(r"_\d+$", "", name)) if known in given), f"value_{name}")
@@ -168,7 +183,7 @@ def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
     for reader in crossing.readers:
         # The edge from an input to the first block needs no name: the input bears it.
         name = f", label={edge_label(_marked(crossing), _colour(crossing))}" if crossing.stage >= 0 or reader else ""
-        yield _edge(crossing.source, plan.all_blocks[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
+        yield edge(crossing.source, plan.all_blocks[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
 
 
 def _railed(crossings: list[Crossing]) -> list[Crossing]:
@@ -186,16 +201,16 @@ def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str
     for stop in stops:
         given = [(f"+ {name}", _colour(crossing)) for crossing in crossings if crossing.stage == stop for name in _marked(crossing)]
         taken = [(name, _colour(crossing)) for crossing in crossings if stop in crossing.readers for name in _marked(crossing)]
-        yield _node(f"stop_{stop}", f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}')
+        yield node(f"stop_{stop}", f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}')
         # Graphviz sets the tail of such an edge to the left, so what a block gives is drawn as an edge backwards.
         ways = "both" if given and taken else "back" if given else "forward"
-        yield _beside(_edge(f"stop_{stop}", stages[stop].target, f'{RAIL}, dir="{ways}"'))
+        yield beside(edge(f"stop_{stop}", stages[stop].target, f'{RAIL}, dir="{ways}"'))
     for crossing in crossings:
         if crossing.stage < 0:
-            yield _edge(crossing.source, f"stop_{crossing.readers[0]}", _style(crossing))
+            yield edge(crossing.source, f"stop_{crossing.readers[0]}", _style(crossing))
     for before, after in itertools.pairwise(stops):
         if before // rows == after // rows:
-            yield _edge(f"stop_{before}", f"stop_{after}", f'{RAIL}, dir="none", weight=5')
+            yield edge(f"stop_{before}", f"stop_{after}", f'{RAIL}, dir="none", weight=5')
 
 
 def _marked(crossing: Crossing) -> list[str]:
@@ -218,18 +233,22 @@ def _free(stage: int, reader: int, rows: int) -> str:
     return ", constraint=false" if stage >= 0 and stage // rows != reader // rows else ""
 
 
-def _node(name: str, attributes: str) -> str:
-    return f"{_quote(name)} [{attributes}]"
+def node(name: str, attributes: str) -> str:
+    """The statement of a node in DOT."""
+    return f"{quote(name)} [{attributes}]"
 
 
-def _edge(tail: str, head: str, attributes: str) -> str:
-    return f"{_quote(tail)} -> {_quote(head)} [{attributes}]"
+def edge(tail: str, head: str, attributes: str) -> str:
+    """The statement of an edge in DOT."""
+    return f"{quote(tail)} -> {quote(head)} [{attributes}]"
 
 
-def _beside(statement: str) -> str:
+def beside(statement: str) -> str:
+    """What sets the nodes of a statement in one row."""
     return f"{{ rank=same; {statement} }}"
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """Any text as a quoted string in DOT."""
     # In a quoted string only the quote is special; in a tooltip the backslash is as well.
     return '"' + printable(text).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -69,8 +69,9 @@ def _look(block: Block, before: Block | None, readers: Counter[str], plan: Block
     handed_on = before.output if before is not None else next(iter(block.inputs), None)
     others = tuple(name for name in block.inputs if name != handed_on)
     cost = (block.num_parameters, block.macs, block.activation_bytes)
+    joins = tuple((node.join, node.paths) for node in block.joins)
     untraced = tuple((leaf.kind, leaf.reason) for leaf in leaves_in(block, plan))
-    return (modules, others, untraced, block.shape, block.channel_axis, *cost)
+    return (modules, joins, others, untraced, block.shape, block.channel_axis, *cost)
 
 
 def _run(blocks: list[Block]) -> Run:

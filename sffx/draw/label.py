@@ -6,8 +6,10 @@ import html
 import textwrap
 from collections.abc import Collection, Sequence
 
-from sffx.compiler.plan import MIB, Block, BlockPlan, Input, Leaf
+from sffx.compiler.plan import MIB, Block, BlockPlan, Heads, Input, Leaf
 from sffx.draw.fold import JOINT, Run, relative
+from sffx.draw.inner import joins_in_words
+from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress, percent
 
 INK = "#1f2933"
 FAINT = "#66727f"
@@ -16,29 +18,37 @@ BLUE = "#2b6cb0"
 GREY = "#5f6b7a"
 AMBER = "#9a5b00"
 GREEN = "#4a6b4f"
+TEAL = "#0f6674"
 
 # Widths in characters, then in points; they fit each other at the sizes of the letters below.
-NAME_WIDTH = 36
+NAME_WIDTH = 37
 MODULE_WIDTH = 30
 VALUE_WIDTH = 24
 LINE_WIDTH = 66
 NOTE_WIDTH = 90
-NAME_POINTS = 262
+NAME_POINTS = 268
 TARGET_POINTS = 70
 MARK_POINTS = 60
 
 GAP = '<TR><TD HEIGHT="8"></TD></TR>'
 
+# What a legend tells: what must be drawn for it to be told, "" where it always is; a sample; its colour; its meaning.
 LEGEND = (
-    ("", "– – →", RED, "cut: the output is detached and layer-normed; no gradient crosses"),
-    ("", "–––→", BLUE, "goodness: the block learns by it alone; its mean over the blocks is the prediction"),
+    ("", "– – →", RED, "cut: the output is {cut}; no gradient crosses"),
+    ("", "–––→", BLUE, "goodness{heads}: the block learns by it alone; its mean over the blocks is the prediction"),
     ("run", "double box", INK, "blocks in a row that have the same modules, shape and cost"),
     ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
+    ("join", "inside", TEAL, "paths that part and meet inside the block, as a shortcut does; gradient runs through them as ever"),
+    ("wide", "cat of 9", TEAL, "reads nine values, of which the edge of the last is drawn; an svg names them where the pointer rests"),
     ("side", "–––→", GREY, "side value: a later block reads it as well; it carries no gradient"),
     ("detached", "· · · →", RED, "side value, detached: it carries a gradient, which the cut stops"),
     ("rail", "+ a · a", GREY, "+ a: the block computes the side value a; a: the block reads it"),
     ("", "in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample"),
 )
+
+# Of norms in words: what is written beside a cut.
+DONE = {"layer": "layer-normed", "batch": "batch-normed"}
+GOODNESSES = {"sff": "SFF", "cwc": "CwC"}
 
 DETAILS = ("blocks", "modules", "nodes")
 MODULES_SHOWN = 8
@@ -46,10 +56,32 @@ MODULE_LINES = 2
 VALUES_SHOWN = 4
 
 
-def title_label(plan: BlockPlan) -> str:
-    """The heading of the drawing: the model, the policy, and what the blocks come to together."""
+def title_label(plan: BlockPlan, progress: Progress | None = None) -> str:
+    """The heading of the drawing: the model, the policy, what the blocks come to together, and how well the net does as a whole."""
     heading = _text(f"{plan.model}: {blocks_in_words(plan)} and the classifier", size=16, bold=True)
-    return _table([_row(heading), _row(_text(" · ".join(facts(plan)), FAINT)), GAP])
+    told = [" · ".join(facts(plan)), *([progress.summary()] if progress else [])]
+    return _table([_row(heading), *(_row(_text(line, FAINT)) for line in told), GAP])
+
+
+def cut_in_words(heads: Heads) -> str:
+    """What is done at a cut: "detach · layer norm"."""
+    return "detach" if heads.norm == "none" else f"detach · {heads.norm} norm"
+
+
+def meaning(text: str, plan: BlockPlan) -> str:
+    """What a line of the legend says of a plan: which norm and which heads it has."""
+    norm = plan.heads.norm
+    done = "detached" if norm == "none" else f"detached and {DONE.get(norm, f'normed ({norm})')}"
+    return text.format(cut=done, heads=f" ({heads_in_words(plan.heads)})")
+
+
+def heads_in_words(heads: Heads) -> str:
+    """What the heads are: "SFF", "SFF, kernels of 3, rank 64 where it saves", "CwC: groups of channels, no parameters"."""
+    if heads.goodness == "cwc":
+        return "CwC: groups of channels, no parameters"
+    kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
+    rank = f", rank {heads.rank} where it saves" if heads.rank else ""
+    return f"{GOODNESSES.get(heads.goodness, heads.goodness)}{kernel}{rank}"
 
 
 def blocks_in_words(plan: BlockPlan) -> str:
@@ -80,26 +112,47 @@ def input_label(value: Input) -> str:
     return _table([_row(_text(value.name, size=11, bold=True)), _row(_text(f"{shape_text(value.shape)} {value.dtype}", FAINT, 9))])
 
 
-def block_label(block: Block, leaves: Sequence[Leaf], detail: str = "blocks") -> str:
-    """A block: its name and target, the modules inside, those of them that were not traced, its shape and its cost."""
+def block_label(block: Block, leaves: Sequence[Leaf], progress: Progress | None = None, *, contents: bool = True) -> str:
+    """A block: its name and target, the modules inside and the paths that meet there, what was not traced, its shape and its cost.
+
+    Args:
+        block: of the plan.
+        leaves: those of its modules that were not traced.
+        progress: of its training, where it is told.
+        contents: whether what is inside is told in words; not where it is drawn.
+    """
     run = block if isinstance(block, Run) else None
     times = f"{len(run.blocks)} × " if run else ""
     called = f"{block.target} … {run.blocks[-1].target.removeprefix('block_')}" if run else block.target
     name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(times + _block_name(block.name), size=12, bold=True)}</TD>'
     target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(called, FAINT, 9)}</TD>'
     rows = [f"<TR>{name}{target}</TR>"]
-    rows += [_row(_text(line, FAINT, 9), span=2) for line in _contents(block, detail)]
+    rows += [_row(_text(line, FAINT, 9), span=2) for line in (_modules(block) if contents else ())]
+    rows += [_row(_text(f"inside: {joins_in_words(block)}", TEAL, 9), span=2)] if contents and joins_in_words(block) else []
     rows += [
         _row(_text(f"not traced: {shorten(relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})", AMBER, 9), span=2)
         for leaf in leaves
     ]
     rows.append(_row(_text(("each " if run else "") + figures(block)), span=2))
-    return _table(rows)
+    return _table([*rows, *(_progress_row(block.target, progress) if progress else [])])
 
 
-def head_label(num_classes: int) -> str:
-    """The head beside a block."""
-    return _table([_row(_text("goodness", BLUE, bold=True)), _row(_text(f"{num_classes} classes", BLUE, 9))])
+def _progress_row(target: str, progress: Progress) -> list[str]:
+    told = _text(f"accuracy {percent(progress.accuracy[target])}", bold=True)
+    rate = _text(f"learning rate {progress.rates[target]:.1e}") if target in progress.rates else _text("no learning rate", FAINT)
+    colour = f' BGCOLOR="{progress.rate_colour(target)}"' if target in progress.rates else ""
+    cells = f'<TD ALIGN="LEFT" WIDTH="150">{told}</TD><TD ALIGN="LEFT" CELLPADDING="3"{colour}>{rate}</TD>'
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+    return [_row(table, span=2)]
+
+
+def head_label(block: Block, plan: BlockPlan) -> str:
+    """The head beside a block: what it takes its goodness by."""
+    heads, axes = plan.heads, len(block.shape) - 1
+    rows = [f"{plan.num_classes} classes"]
+    rows += ["CwC, no parameters"] if heads.goodness == "cwc" else []
+    rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness != "cwc" and heads.kernel_size > 1 and axes else []
+    return _table([_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)])
 
 
 def edge_label(names: Sequence[str], colour: str) -> str:
@@ -113,24 +166,40 @@ def stop_label(names: Sequence[tuple[str, str]]) -> str:
     return _table([_row(_text(name, colours.get(name, FAINT), 9)) for name in _fold([name for name, _ in names])])
 
 
-def footer_label(plan: BlockPlan, shown: Collection[str]) -> str:
+def footer_label(plan: BlockPlan, shown: Collection[str], progress: Progress | None = None) -> str:
     """The legend, and under it what the reader of the plan must know.
 
     Args:
         plan: its leaves and notes are told.
-        shown: what the drawing holds besides blocks and cuts and is to be explained: "side", "detached", "rail".
+        shown: what the drawing holds besides blocks and cuts and is to be explained: "side", "detached", "rail", "run", "join".
+        progress: whose colours are explained.
 
     Returns:
         an HTML-like label.
     """
     rows = [GAP]
-    for kind, mark, colour, meaning in LEGEND:
-        rows += [_sample(mark, colour, meaning)] if not kind or kind in shown else []
+    for kind, mark, colour, text in LEGEND:
+        rows += [_sample(mark, colour, meaning(text, plan))] if not kind or kind in shown else []
+    rows += _scales(progress) if progress else []
     for leaf in plan.leaves:
         rows += _paragraph("not traced", AMBER, f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}")
     for note in plan.notes:
         rows += _paragraph("note", FAINT, note)
     return _table(rows)
+
+
+def _scales(progress: Progress) -> list[str]:
+    """The colours of accuracies and of learning rates, with the lowest and the highest value of each."""
+    accuracies, rates = progress.of_blocks.values(), progress.rates.values()
+    rows = [_scale("box", ACCURACY_COLOURS, "accuracy", percent(min(accuracies)), percent(max(accuracies)))]
+    return rows + ([_scale("inset", RATE_COLOURS, "learning rate", f"{min(rates):.1e}", f"{max(rates):.1e}")] if rates else [])
+
+
+def _scale(mark: str, colours: tuple[str, str], name: str, low: str, high: str) -> str:
+    ends = "".join(f'<TD BGCOLOR="{colour}">{_text(text, size=9)}</TD>' for colour, text in zip(colours, (low, high), strict=True))
+    cells = f"<TD>{_text(f'{name}, lowest and highest  ', FAINT, 9)}</TD>{ends}"
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
+    return f'<TR><TD ALIGN="LEFT" WIDTH="{MARK_POINTS}">{_text(mark, FAINT, 9)}</TD><TD ALIGN="LEFT">{table}</TD></TR>'
 
 
 def escape(text: str) -> str:
@@ -205,14 +274,6 @@ def _block_name(name: str) -> str:
     room = NAME_WIDTH - len(joint)
     last = shorten(last, room - min(len(first), room // 2))
     return shorten(first, room - len(last)) + joint + last
-
-
-def _contents(block: Block, detail: str) -> list[str]:
-    if detail == "nodes":
-        return _lines([shorten(name, MODULE_WIDTH) for name in block.nodes])
-    if detail == "modules":
-        return _lines([shorten(relative(name, block), MODULE_WIDTH) for name in block.modules])
-    return _modules(block)
 
 
 def _modules(block: Block) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures of results: the accuracy of each block, of the ensemble and of the classifier, for several methods."""
+"""Pictures of results: the accuracy of each block, of the ensemble and of the classifier, for several methods or epoch by epoch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sffx.draw.history import Epoch, epochs
 from sffx.draw.render import PICTURES, check_path, write
 from sffx.errors import InputError, MissingExtra
 
@@ -23,6 +24,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 BLOCK = "block_"
+
+PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
+# The last block's readout is that block's own line.
+NOT_DRAWN = "last"
+# Colours of readouts of the whole net, whose lines are dashed; blocks have those of a scale.
+WHOLE = {"ensemble": "#000000", "classifier": "#d55e00", "model": "#000000"}
+# Of more blocks than this the legend names the first, the middle and the last.
+BLOCKS_NAMED = 8
 
 
 def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -46,6 +55,34 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     _check(evaluations)
     figure = blank(sum(_widths(evaluations)) + 0.9, 4.2, "plotting accuracies")
     _fill(figure, evaluations)
+    return save(figure, path)
+
+
+def plot_training(history: Any, path: str | os.PathLike[str], *, rates: Sequence[Mapping[str, float]] | None = None) -> Path:
+    """Draws how a training went: accuracy, loss and learning rate of each block over the epochs, where they are known.
+
+    Args:
+        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy" and, if known, "loss" and "lr", each by name;
+            or the path of the metrics.csv that Lightning's CSVLogger wrote of an `sffx.lightning` module, or several such paths.
+        path: of the file, .svg, .png or .pdf.
+        rates: the learning rates of each epoch by the block's name, for a history that does not hold them:
+            `{group["name"]: group["lr"] for group in optimizer.param_groups}`.
+
+    Returns:
+        the path that was written; the file is replaced as a whole. Blocks are coloured by depth, from dark to light.
+
+    Raises:
+        InputError: there is no epoch with an accuracy, the rates do not fit, the suffix is unknown, or the folder does not exist.
+        MissingExtra: matplotlib is not installed.
+    """
+    path = check_path(path, PICTURES)
+    found = epochs(history, rates)
+    kinds = [kind for kind in PANELS if any(getattr(epoch, kind) for epoch in found)]
+    figure = blank(4.4 * len(kinds), 4.0, "plotting a training")
+    names = _drawn(found)
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        _curves(axes, kind, names, found)
+    figure.legend(handles=_curve_legend(names), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return save(figure, path)
 
 
@@ -154,3 +191,48 @@ def _ticks(axes: Axes, names: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if names[0].startswith(BLOCK):
         axes.set_xlabel("block")
+
+
+def _drawn(found: Sequence[Epoch]) -> list[str]:
+    """The names of the lines: the blocks in order, then what stands for the whole net."""
+    names = dict.fromkeys(name for epoch in found for kind in PANELS for name in getattr(epoch, kind) if name != NOT_DRAWN)
+    blocks = sorted((name for name in names if name.startswith(BLOCK)), key=_depth)
+    return [*blocks, *(name for name in names if not name.startswith(BLOCK))]
+
+
+def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for name in names:
+        points = [(epoch.number + 1, getattr(epoch, kind)[name]) for epoch in found if name in getattr(epoch, kind)]
+        marker = "." if len(found) < 30 else ""
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, **_curve(name, names))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(PANELS[kind])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if kind == "accuracy":
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    elif all(value > 0 for epoch in found for value in getattr(epoch, kind).values()):
+        axes.set_yscale("log")
+    axes.grid(axis="y", color="#e3e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    blocks = [known for known in names if known.startswith(BLOCK)]
+    if name not in blocks:
+        return {"color": WHOLE.get(name, "#5f6b7a"), "linestyle": "--", "linewidth": 1.6}
+    # The lightest of the scale would not be seen on white.
+    return {"color": colormaps["viridis"](0.88 * blocks.index(name) / max(1, len(blocks) - 1)), "linewidth": 1.2}
+
+
+def _curve_legend(names: Sequence[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    blocks = [name for name in names if name.startswith(BLOCK)]
+    few = blocks if len(blocks) <= BLOCKS_NAMED else [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
+    shown = [name for name in names if name in few or name not in blocks]
+    return [Line2D([], [], label=name.replace("_", " "), **_curve(name, names)) for name in shown]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sffx.compiler.plan import BlockPlan
+from sffx.draw.clusters import clusters_dot
 from sffx.draw.dot import dot
 from sffx.draw.label import DETAILS
 from sffx.draw.page import page
+from sffx.draw.progress import Progress
 from sffx.errors import InputError, MissingExtra, SffxError
 
 TEXT = (".dot", ".gv")
@@ -23,14 +25,23 @@ PICTURES = (".svg", ".png", ".pdf")
 RESOLUTION = 144
 
 
-def draw(plan_or_net: Any, path: str | os.PathLike[str], *, unfold: bool = False, detail: str = "blocks") -> Path:
+def draw(
+    plan_or_net: Any,
+    path: str | os.PathLike[str],
+    *,
+    unfold: bool = False,
+    detail: str = "blocks",
+    progress: Progress | None = None,
+) -> Path:
     """Draws the block graph into a file.
 
     Args:
         plan_or_net: a `BlockPlan`, or a cut net, whose `plan` it is.
         path: of the file; its suffix chooses the format: .svg, .png, .pdf; .html, a page that unfolds; .dot and .gv, the graph's text.
         unfold: whether blocks in a row that look alike are drawn one by one, not as one box where there are many blocks.
-        detail: what is shown of each block: "blocks" as much as fits, "modules" all its modules, "nodes" all nodes of its graph.
+        detail: what is shown of each block: "blocks" what it holds, in words; "modules" the graph of its modules; "nodes" that of its
+            nodes.
+        progress: of a training, as `sffx.draw.checkpoint.read_checkpoint` returns it: colours the blocks by accuracy and learning rate.
 
     Returns:
         the path that was written. The file is replaced as a whole; if anything fails, an older file stays as it was.
@@ -46,9 +57,11 @@ def draw(plan_or_net: Any, path: str | os.PathLike[str], *, unfold: bool = False
         raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
     path = check_path(path, (*PICTURES, *PAGES, *TEXT))
     if path.suffix.lower() in PAGES:
-        write(path, page(plan, unfold=unfold, detail=detail).encode())
+        write(path, page(plan, unfold=unfold, detail=detail, progress=progress).encode())
         return path
-    return write_graph(path, dot(plan, unfold=unfold, detail=detail))
+    if detail == "blocks":
+        return write_graph(path, dot(plan, unfold=unfold, progress=progress))
+    return write_graph(path, clusters_dot(plan, detail, unfold=unfold, progress=progress))
 
 
 def plan_in(plan_or_net: Any) -> BlockPlan | None:

@@ -409,6 +409,30 @@ def test_a_branch_beside_a_number_still_makes_a_leaf():
     assert [leaf.qualname for leaf in trace(around(_ModeNumber("branch"))).leaves] == ["2"]
 
 
+class _SetsItsWindow(nn.Module):
+    """Sets an attribute by the size of its input and reads it in the next forward, as transformers' Swin does with its windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.window = nn.Linear(6, 6), 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= self.window:
+            self.window = x.shape[1]
+        return self.inner(x) * self.window
+
+
+@pytest.mark.parametrize("other", [_ModeNumber(), DataBranch()], ids=["traced in both modes", "traced again for a leaf"])
+def test_what_a_forward_sets_does_not_outlive_an_attempt_to_trace_it(other):
+    model = nn.Sequential(nn.Linear(6, 6), _SetsItsWindow(), other, nn.Linear(6, 4))
+    net = sffx.transform(model, "layer", norm="none").eval()
+    assert "1" not in [leaf.qualname for leaf in net.plan.leaves]
+    assert model[1].window == 10
+    net.readout.mode = "classifier"
+    x = torch.randn(5, 6)
+    assert torch.equal(net(x), model.eval()(x))
+
+
 class _Decorated(nn.Module):
     """A forward behind a decorator, with arguments that only `**kwargs` takes, which returns a record with a thing no graph can hold."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sffx.compiler.plan import Block, BlockPlan, Input
+from sffx.compiler.plan import Block, BlockPlan, Input, Node
 
 # ResNet-18 at 224 x 224: name, output shape, leaf modules, parameters, multiply-adds, bytes kept for one sample.
 BASIC = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
@@ -65,6 +65,24 @@ def resnet18() -> BlockPlan:
         told = replace(plain, name=name, shape=shape, modules=inside)
         blocks.append(replace(told, num_parameters=parameters, macs=macs, activation_bytes=kept))
     return replace(plan, model="ResNet", blocks=tuple(blocks), num_classes=1000)
+
+
+@pytest.fixture
+def residual() -> BlockPlan:
+    """Two blocks: a convolution, then a residual block with a size that its last node reads, and the classifier."""
+    plan = chain(2)
+    stem = replace(plan.blocks[0], graph=(Node("out_0", "layers.0", True, ("x",)),))
+    graph = (
+        Node("conv1", "layers.1.conv1", True, ("out_0",)),
+        Node("relu", "relu", False, ("conv1",)),
+        Node("conv2", "layers.1.conv2", True, ("relu",)),
+        Node("size", "size", False, ("conv2",), is_path=False),
+        Node("add", "iadd", False, ("conv2", "out_0"), True, "sum", (2, 0)),
+        Node("out_1", "view", False, ("add", "size")),
+    )
+    block = replace(plan.blocks[1], graph=graph, nodes=tuple(node.name for node in graph), modules=("layers.1.conv1", "layers.1.conv2"))
+    classifier = replace(plan.classifier, graph=(Node("classifier", "fc", True, ("out_1",)),))
+    return replace(plan, blocks=(stem, block), classifier=classifier)
 
 
 @pytest.fixture(name="chain")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Input, Leaf
+from sffx.compiler.plan import BlockPlan, Heads, Input, Leaf
 from sffx.draw.dot import ROWS, dot
 
 Chain = Callable[[int], BlockPlan]
@@ -71,6 +71,25 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
     assert len(cuts) == 9
     assert {(cut["color"], cut["style"]) for cut in cuts} == {("#c0392b", "dashed")}
     assert all("detach · layer norm" in cut["label"] for cut in cuts)
+
+
+@pytest.mark.parametrize(
+    ("heads", "cut", "legend", "head"),
+    [
+        (Heads(norm="none"), "detach", "the output is detached; no gradient", "10 classes"),
+        (Heads(norm="batch"), "detach · batch norm", "detached and batch-normed", "10 classes"),
+        (Heads(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
+        (Heads(kernel_size=3, rank=16), "detach · layer norm", "goodness (SFF, kernels of 3, rank 16 where it saves)", "3×3 kernels"),
+        (Heads(goodness="cwc", kernel_size=3), "detach · layer norm", "goodness (CwC: groups of channels, no parameters)", "CwC, no"),
+    ],
+)
+def test_cuts_and_heads_are_called_what_they_are(small: BlockPlan, heads: Heads, cut: str, legend: str, head: str) -> None:
+    drawn = parse(replace(small, heads=heads))
+    labels = [edge["label"] for edge in drawn.edges if edge["class"] == "cut"]
+    assert all(f">{cut}<" in label for label in labels)
+    assert legend in drawn.attributes["label"]
+    assert head in drawn.nodes["head_0"]["label"]
+    assert ("kernels" in drawn.nodes["head_0"]["label"]) == (head == "3×3 kernels")
 
 
 def test_the_classifier_has_no_head_and_its_own_look(resnet18: BlockPlan) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Leaf
+from sffx.compiler.plan import BlockPlan, Leaf, Node
 from sffx.draw.dot import ROWS, dot
 from sffx.draw.fold import Run, fold
 
@@ -58,6 +58,13 @@ def test_blocks_that_read_the_same_mask_are_alike(chain: Chain) -> None:
     assert lengths(change(plan, 0, inputs=("x",))) == [1, 3]
 
 
+def test_a_block_with_another_shortcut_parts_the_run(chain: Chain) -> None:
+    plain = tuple(Node(f"out_{index}", "iadd", False, (), True, "sum", (0, 2)) for index in range(7))
+    plan = replace(chain(7), blocks=tuple(replace(block, graph=(node,)) for block, node in zip(chain(7).blocks, plain, strict=True)))
+    assert lengths(plan) == [7]
+    assert lengths(change(plan, 3, graph=(replace(plain[3], paths=(1, 2)),))) == [3, 1, 3]
+
+
 def test_an_untraced_leaf_parts_the_run(chain: Chain) -> None:
     assert lengths(replace(chain(7), leaves=(Leaf("layers.3.conv", "Weird", "flow", 0.1),))) == [3, 1, 3]
 
@@ -72,9 +79,3 @@ def test_the_picture_of_a_deep_net_is_folded(chain: Chain) -> None:
     assert '"block_0" -> "classifier"' in text
     assert "40 × " not in dot(plan, unfold=True)
     assert " × layers" not in dot(chain(ROWS - 1))
-
-
-def test_detail_lists_modules_or_nodes(resnet18: BlockPlan) -> None:
-    assert ">conv1 · bn1 · relu · conv2 · bn2 · relu<" in dot(resnet18, detail="modules")
-    assert ">out_3<" in dot(resnet18, detail="nodes")
-    assert ">out_3<" not in dot(resnet18)

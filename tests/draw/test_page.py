@@ -65,11 +65,24 @@ def ids(elements: list[Element], kind: str = "box") -> list[str | None]:
     return [element.attributes["id"] for element in elements if kind in (element.attributes.get("class") or "").split()]
 
 
-def test_every_block_unfolds_into_its_modules_and_has_a_head(resnet18: BlockPlan) -> None:
+def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(residual: BlockPlan) -> None:
+    elements = parse(page(residual))
+    inside = [element.text for element in elements if element.tag == "li" and element.inside("block_1")]
+    modules = ["out_0 →", "conv1", "conv2", "+", "view"]
+    assert inside == [*modules, "out_0 →", "conv1", "relu", "conv2", "size", "+   (add)", "view   (out_1)"]
+    arcs = [element.attributes["class"] for element in elements if element.tag == "path" and element.inside("block_1")]
+    # Of the modules 0-1, 1-2, 2-3, 0-3 and 3-4; of the nodes 0-1, 1-2, 2-3, 3-4, 3-5, 0-5, 5-6 and 4-6.
+    assert sorted(str(arc) for arc in arcs) == ["next"] * 9 + ["skip"] * 4
+
+
+def test_a_shortcut_is_told_where_the_block_is_folded(residual: BlockPlan) -> None:
+    said = [element.text for element in parse(page(residual)) if element.attributes.get("class") == "says join"]
+    assert said == ["inside: + shortcut"]
+
+
+def test_every_block_has_a_box_a_head_and_a_cut(resnet18: BlockPlan) -> None:
     elements = parse(page(resnet18))
     assert ids(elements) == [*(f"block_{index}" for index in range(9)), "classifier"]
-    inside = [element.text for element in elements if element.tag == "li" and element.inside("block_3")]
-    assert inside == ["conv1", "bn1", "relu", "conv2", "bn2", "relu", "downsample.0", "downsample.1", "out_3"]
     assert sum(element.attributes.get("class") == "head" for element in elements) == 9
     assert sum(element.attributes.get("class") == "cut" for element in elements) == 9
 
@@ -111,7 +124,7 @@ def test_what_is_open_from_the_start_is_chosen(chain: Callable[[int], BlockPlan]
 
 def test_values_that_cross_a_cut_are_lines_with_names(skipping: BlockPlan) -> None:
     elements = parse(page(skipping))
-    lines = [element for element in elements if element.tag == "path"]
+    lines = [element for element in elements if element.tag == "path" and element.inside("values")]
     assert [(line.attributes["class"], line.attributes["data-from"], line.attributes["data-to"]) for line in lines] == [
         ("side", "block_0", "block_2"),
         ("side detached", "block_0", "block_2"),
@@ -124,7 +137,11 @@ def test_values_that_cross_a_cut_are_lines_with_names(skipping: BlockPlan) -> No
 def test_every_line_ends_at_an_element(skipping: BlockPlan) -> None:
     elements = parse(page(skipping))
     known = {element.attributes.get("id") for element in elements}
-    assert all({line.attributes["data-from"], line.attributes["data-to"]} <= known for line in elements if line.tag == "path")
+    assert all(
+        {line.attributes["data-from"], line.attributes["data-to"]} <= known
+        for line in elements
+        if line.tag == "path" and line.inside("values")
+    )
 
 
 def test_the_page_needs_nothing_else(resnet18: BlockPlan) -> None:

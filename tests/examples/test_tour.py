@@ -27,4 +27,4 @@ def test_the_notebook_goes_from_a_model_to_an_export(tmp_path: Path, monkeypatch
     (accuracy,) = re.findall(r"accuracy in ONNX Runtime: ([\d.]+)%", printed)
     assert float(accuracy) > 90
     assert "goodness_0 = self.head_0(block_0)" in printed
-    assert {path.name for path in tmp_path.iterdir()} >= {"blocks.png", "accuracy.png", "digits.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"blocks.png", "training.png", "accuracy.png", "digits.onnx"}

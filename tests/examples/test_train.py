@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import sffx
+from sffx.draw.checkpoint import read_checkpoint
 from tests.examples.scripts import EXAMPLES, run
 
 
@@ -36,6 +39,13 @@ def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None
     output = run("train.py", *arguments(folders, method), "--epochs", 1, folder=tmp_path)
     assert "epoch 1 of 1" in output
     assert ("block_8" in output) == (method != "bp")
+    assert (tmp_path / "run.pt").exists() == (method != "bp")
+    if method == "bp":
+        return
+    plan = sffx.transform(torchvision.models.resnet18(num_classes=3), goodness=method).plan
+    progress = read_checkpoint(tmp_path / "run.pt", plan)
+    assert f"{progress.accuracy['ensemble']:.2%}" in output
+    assert set(progress.rates.values()) == {1e-3}
 
 
 def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> None:
@@ -46,4 +56,5 @@ def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> No
     logs = sorted((tmp_path / "csv").glob("version_*/metrics.csv"))
     epochs = [{row.split(",")[0] for row in log.read_text().splitlines()[1:]} for log in logs]
     assert epochs == [{"0"}, {"1"}]
+    assert (tmp_path / "training.png").exists()
     assert {"last.ckpt"} < {file.name for file in tmp_path.glob("*.ckpt")}

@@ -24,7 +24,7 @@ from sffx.compiler.rewrite import block_module, rewrite
 from sffx.compiler.trace import Trace, noting_saved, storage
 from sffx.errors import CutError, InputError
 from sffx.footprint import COUNTER, STATES, UPDATE, fake_footprint
-from sffx.learning.goodness import make_head
+from sffx.learning.heads import make_head
 from sffx.learning.norm import SampleNorm
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

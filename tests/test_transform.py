@@ -172,7 +172,7 @@ def test_blocks_have_the_mode_of_the_model():
     ("options", "message"),
     [
         ({"norm": "batch"}, r"there is no norm 'batch'\. Hint: choose one of 'layer', 'none'"),
-        ({"goodness": "best"}, r"there is no goodness 'best'\. Hint: choose one of 'sff', 'cwc'"),
+        ({"goodness": "best"}, r"there is no goodness 'best'\. Hint: choose one of 'sff', 'cwc', 'cosine', 'cosine\(4\)'"),
         ({"kernel_size": 2}, r"block_0 \(0 … 3, output \(6, 4, 4\)\): kernel_size is 2\. Hint: pass an odd positive integer"),
         ({"num_classes": 7}, r"num_classes is 7, but the model returns 4 logits"),
     ],
@@ -241,5 +241,5 @@ def test_a_copy_of_what_was_unpickled_can_be_trained_and_extracted():
 def test_head_bias_is_where_every_head_starts_and_cwc_has_none():
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), head_bias=0.5)
     assert all((net.get_submodule(f"head_{i}").bias == 0.5).all() for i in range(len(net.plan)))
-    with pytest.raises(InputError, match=r"head_bias is 0\.5, but CwC has no bias"):
+    with pytest.raises(InputError, match=r"head_bias is 0\.5, but heads of 'cwc' have no convolution"):
         sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness="cwc", head_bias=0.5)

@@ -6,7 +6,7 @@ from torch import nn
 
 from sffx.compiler.plan import BlockPlan
 from sffx.errors import InputError
-from sffx.learning.goodness import make_head
+from sffx.learning.heads import make_head
 
 
 def make_heads(

@@ -80,7 +80,7 @@ class Heads:
     """How the blocks of a cut model learn and what is done to a value at a cut: the arguments of `transform`, and their defaults.
 
     Attributes:
-        goodness: "sff", an auxiliary convolution, or "cwc", groups of channels.
+        goodness: "sff", an auxiliary convolution, "cwc", groups of channels, or "cosine", a direction for each class.
         kernel_size: of the auxiliary convolution.
         rank: of its weight, where that saves anything; None for a whole one.
         norm: the kind of norm after the detach, "none" for none.

@@ -48,7 +48,7 @@ LEGEND = (
 
 # Of norms in words: what is written beside a cut.
 DONE = {"layer": "layer-normed", "batch": "batch-normed"}
-GOODNESSES = {"sff": "SFF", "cwc": "CwC"}
+GOODNESSES = {"sff": "SFF", "cosine": "cosine: a direction for each class"}
 
 DETAILS = ("blocks", "modules", "nodes")
 MODULES_SHOWN = 8
@@ -150,8 +150,8 @@ def head_label(block: Block, plan: BlockPlan) -> str:
     """The head beside a block: what it takes its goodness by."""
     heads, axes = plan.heads, len(block.shape) - 1
     rows = [f"{plan.num_classes} classes"]
-    rows += ["CwC, no parameters"] if heads.goodness == "cwc" else []
-    rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness != "cwc" and heads.kernel_size > 1 and axes else []
+    rows += {"cwc": ["CwC, no parameters"], "cosine": ["cosine"]}.get(heads.goodness, [])
+    rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness == "sff" and heads.kernel_size > 1 and axes else []
     return _table([_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)])
 
 

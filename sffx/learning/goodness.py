@@ -461,30 +461,3 @@ def convolved_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _convolution(y, weight, bias).square().flatten(2).mean(2)
     return DirectGoodness.apply(y, weight, bias, CONVOLUTION)
-
-
-HEADS = ("sff", "cwc")
-
-
-def make_head(
-    goodness: str,
-    channels: int,
-    num_classes: int,
-    channel_axis: int,
-    spatial: int,
-    kernel_size: int,
-    rank: int | None,
-    start: float | None = None,
-) -> nn.Module:
-    """Return the head that computes the named goodness.
-
-    Raises:
-        InputError: there is no such goodness, or it cannot be computed for these channels and classes.
-    """
-    if goodness == "sff":
-        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, start)
-    if goodness == "cwc":
-        if start is not None:
-            raise InputError(f"head_bias is {start!r}, but CwC has no bias. Hint: leave head_bias out, or use goodness='sff'")
-        return CwCGoodness(channels, num_classes, channel_axis)
-    raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, HEADS))}")

@@ -1,0 +1,51 @@
+"""The heads by name."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from sffx.errors import InputError
+from sffx.learning.cosine import CosineGoodness
+from sffx.learning.goodness import CwCGoodness, SFFGoodness
+
+GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)")
+
+
+def make_head(
+    goodness: str,
+    channels: int,
+    num_classes: int,
+    channel_axis: int,
+    spatial: int,
+    kernel_size: int = 1,
+    rank: int | None = None,
+    bias: float | None = None,
+) -> nn.Module:
+    """Return the head that computes the named goodness.
+
+    Args:
+        goodness: a name in `GOODNESSES`; the number is that of the regions along each axis of space, 2 where there is none.
+        channels: as are the next three, as for `SFFGoodness`.
+        num_classes: J.
+        channel_axis: of the block's batched output.
+        spatial: number of its axes besides batch and channels.
+        kernel_size: of the auxiliary convolution of "sff", as are `rank` and `bias`, where its bias starts.
+        rank: of its weight.
+        bias: None draws it.
+
+    Raises:
+        InputError: there is no such goodness, it cannot be computed for these channels and classes, or it has no use for an argument.
+    """
+    if goodness == "sff":
+        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
+    cosine = re.fullmatch(r"cosine(?:\(([1-9]\d*)\))?", goodness)
+    if goodness != "cwc" and not cosine:
+        raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
+    for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):
+        if value != default:
+            raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
+    if not cosine:
+        return CwCGoodness(channels, num_classes, channel_axis)
+    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(cosine[1] or 2))

@@ -1,0 +1,91 @@
+"""The cosine goodness against its definition, in every layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sffx
+from sffx.errors import InputError
+from sffx.learning.cosine import CosineGoodness
+from sffx.learning.heads import make_head
+from tests.toys import Chain
+
+LAYOUTS = {
+    "B, C": ((6,), 1),
+    "B, C, H, W": ((6, 4, 5), 1),
+    "B, C, 1, 1": ((6, 1, 1), 1),
+    "B, C, T, H, W": ((6, 2, 3, 4), 1),
+    "B, T, C": ((9, 6), 2),
+    "B, H, W, C": ((4, 5, 6), 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_in_every_layout(layout):
+    shape, axis = LAYOUTS[layout]
+    torch.manual_seed(0)
+    head = CosineGoodness(6, 3, axis, len(shape) - 1).double()
+    y = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+    assert head(y).shape == (2, 3)
+    assert torch.autograd.gradcheck(lambda y, w: torch.func.functional_call(head, {"weight": w}, (y,)), (y, head.weight))
+
+
+def test_image_by_hand():
+    head = CosineGoodness(3, 5, scale=2.0)
+    y = torch.randn(4, 3, 4, 6)
+    regions = [y[:, :, h : h + 2, w : w + 3].mean((2, 3)) for h in (0, 2) for w in (0, 3)]
+    features = torch.stack(regions, dim=2).flatten(1)
+    expected = 2 * F.cosine_similarity((features - features.mean(1, keepdim=True))[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(y), expected)
+
+
+def test_name_tells_the_number_of_regions():
+    assert make_head("cosine", 3, 5, 1, 2).weight.shape == (5, 12)
+    assert make_head("cosine(4)", 3, 5, 1, 2).weight.shape == (5, 48)
+    with pytest.raises(InputError, match=r"there is no goodness 'cosine\(0\)'"):
+        make_head("cosine(0)", 3, 5, 1, 2)
+
+
+def test_neither_the_length_of_the_output_nor_a_constant_counts():
+    head = CosineGoodness(3, 5)
+    y = torch.randn(4, 3, 4, 4)
+    torch.testing.assert_close(head(7 * y + 3), head(y), atol=1e-5, rtol=1e-5)
+    assert head(y).abs().max() <= 10
+
+
+def test_padding_changes_neither_the_goodness_nor_a_gradient():
+    head = CosineGoodness(6, 4, channel_axis=2, spatial=1).double()
+    y = torch.randn(2, 5, 6, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0]])
+    padded = torch.where(mask.bool()[:, :, None], y, 1e3).requires_grad_()
+    expected = torch.cat([head(y[i][mask[i].bool()][None]) for i in range(2)])
+    torch.testing.assert_close(head(padded, mask), expected)
+    (gradient,) = torch.autograd.grad(head(padded, mask).sum(), padded)
+    assert not gradient[~mask.bool()].any()
+
+
+def test_low_precision_is_computed_in_float32():
+    head = CosineGoodness(8, 4)
+    y = torch.randn(2, 8, 4, 4).bfloat16()
+    assert torch.equal(head(y), head(y.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(y), head(y.float()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("kernel_size", 3), ("rank", 4), ("bias", 1.0)])
+@pytest.mark.parametrize("goodness", ["cosine", "cwc"])
+def test_what_belongs_to_a_convolution_is_refused(goodness, name, value):
+    with pytest.raises(InputError, match=f"{'head_bias' if name == 'bias' else name} is {value}, but heads of '{goodness}'"):
+        make_head(goodness, 8, 4, 1, 2, **{name: value})
+
+
+def test_cut_model_learns_locally_and_exports(tmp_path):
+    torch.manual_seed(0)
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness="cosine").double().train()
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    sffx.local_loss(net, x, y).backward()
+    local = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    sffx.sff_loss(net(x), y).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(local, net.parameters(), strict=True))
+    sffx.export_onnx(net, tmp_path / "net.onnx")  # which compares with ONNX Runtime

@@ -88,6 +88,12 @@ def _from_start(image: Input, axis: int) -> int:
     return len(image.shape) + 1 + axis
 
 
+def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
+    """Raise an InputError if an image size is to stay open and there is no image."""
+    if dynamic_size:
+        image_input(inputs)
+
+
 def image_input(inputs: Sequence[Input]) -> Input:
     """Return the input that is images (C, H, W) or clips (C, T, H, W).
 

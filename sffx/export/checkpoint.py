@@ -100,32 +100,31 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
 
 
 def classes_of(state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes that the heads of SFF tell; those of CwC have no weights, and tell nothing."""
-    return len(state["head_0.bias"]) if "head_0.bias" in state else None
+    """Return the number of classes: that of the heads, or, as those of CwC have no weights, the width of the classifier's last layer."""
+    last = [value for name, value in state.items() if name.startswith("classifier.") and value.ndim > 0]
+    width = state.get("head_0.bias", last[-1] if last else None)
+    return len(width) if width is not None else None
 
 
-def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut, num_classes: int | None) -> fx.GraphModule:
+def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.GraphModule:
     """Cut a model as a checkpoint's was, and fill it.
 
     Args:
         model: the plain one, as it was before it was cut.
         state: the cut model's weights.
         cut: how it was cut.
-        num_classes: J, checked against the model's output.
 
     Raises:
         InputError: the weights do not fit, or the input cannot be inferred.
         SffxError: the model cannot be cut.
     """
-    net = transform(model, cut.policy, cut.example, num_classes, norm=cut.norm, **_heads(state))
+    net = transform(model, cut.policy, cut.example, norm=cut.norm, **_heads(state))
     try:
         net.load_state_dict(dict(state))
     except RuntimeError as error:
-        wrong = str(error).strip().splitlines()
+        wrong = " ".join(str(error).splitlines()[1:2]).strip(" \t.")
         hint = "Hint: model, policy, input and classes must be those of the training"
-        raise InputError(
-            f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {' '.join(wrong[1:2]).strip()}. {hint}"
-        ) from error
+        raise InputError(f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}") from error
     return net
 
 

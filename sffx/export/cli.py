@@ -124,9 +124,8 @@ def _net(options: argparse.Namespace) -> fx.GraphModule:
     state = weights_of(checkpoint)
     if options.model is None:
         raise InputError(f"{str(options.checkpoint)!r} holds weights without their model. Hint: --model torchvision.models:resnet18")
-    classes = options.classes or classes_of(state)
-    model = _model(options.model, classes)
-    return filled_net(model, state, _cut(recorded(checkpoint), model, options), classes)
+    model = _model(options.model, options.classes or classes_of(state))
+    return filled_net(model, state, _cut(recorded(checkpoint), model, options))
 
 
 def _model(source: str, classes: int | None) -> nn.Module:

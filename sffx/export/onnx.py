@@ -21,9 +21,11 @@ from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.capture import (
     TRACED_BATCH,
+    grown,
     inference_copy,
     open_axes,
     random_inputs,
+    require_image,
     require_other_size,
     require_readout,
     size_error,
@@ -89,12 +91,12 @@ def export_onnx(
     require_readout(readout)
     told = metadata(plan, readout, class_names, mean, std)
     _require_output_name(output_name, plan.inputs)
-    axes = open_axes(plan.inputs, dynamic_size=dynamic_size)
+    require_image(plan.inputs, dynamic_size=dynamic_size)
     target = target_file(Path(path), "net.onnx")
     require_packages()
     with draft_beside(target, "net.onnx") as draft, torch.no_grad():
         model = inference_copy(net, readout)
-        program = _export(model, plan.inputs, axes, output_name, opset)
+        program = _export(model, plan.inputs, output_name, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = told
         save_program(program, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
@@ -118,18 +120,18 @@ def require_packages() -> None:
             raise MissingExtra(error.name or package, "export", "exporting to ONNX") from error
 
 
-def _export(
-    model: nn.Module, inputs: tuple[Input, ...], axes: tuple[dict[int, str], ...], output_name: str, opset: int | None
-) -> ONNXProgram:
-    names, examples = [each.name for each in inputs], random_inputs(inputs, TRACED_BATCH)
-    if all(len(each) == 1 for each in axes):
-        return traced_program(model, examples, names, [output_name], axes, opset)
+def _export(model: nn.Module, inputs: tuple[Input, ...], output_name: str, opset: int | None, *, dynamic_size: bool) -> ONNXProgram:
+    names, fixed = [each.name for each in inputs], open_axes(inputs, dynamic_size=False)
+    if not dynamic_size:
+        return traced_program(model, random_inputs(inputs, TRACED_BATCH), names, [output_name], fixed, opset)
     require_other_size(model, inputs)
     try:
-        return traced_program(model, examples, names, [output_name], axes, opset)
+        # At the larger size, since lengths of 1 are fixed when they are traced.
+        larger, axes = random_inputs(grown(inputs), TRACED_BATCH), open_axes(inputs, dynamic_size=True)
+        return traced_program(model, larger, names, [output_name], axes, opset)
     except ExportError as error:
-        fixed = open_axes(inputs, dynamic_size=False)
-        traced_program(model, examples, names, [output_name], fixed, opset)  # raises where the size is not what stops it
+        # This raises where the size is not what stops it.
+        traced_program(model, random_inputs(inputs, TRACED_BATCH), names, [output_name], fixed, opset)
         raise size_error(inputs, str(error)) from error
 
 

@@ -16,9 +16,11 @@ from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError
 from sffx.export.capture import (
     TRACED_BATCH,
+    grown,
     inference_copy,
     open_axes,
     random_inputs,
+    require_image,
     require_other_size,
     require_readout,
     size_error,
@@ -28,6 +30,12 @@ from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity
+
+BATCH_HINT = "Hint: does the model fix the size of the batch?"
+SIZE_HINT = (
+    "Hint: leave dynamic_size out, or cut the model with a larger example_input; "
+    "where features shrink to a single position, torch.export sets that size apart from all others"
+)
 
 
 def export_program(
@@ -66,25 +74,25 @@ def export_program(
     plan = plan_of(net)
     require_readout(readout)
     told = metadata(plan, readout, class_names, mean, std)
-    axes = open_axes(plan.inputs, dynamic_size=dynamic_size)
+    require_image(plan.inputs, dynamic_size=dynamic_size)
     target = target_file(Path(path), "net.pt2")
     with draft_beside(target, "net.pt2") as draft, torch.no_grad():
         model = inference_copy(net, readout)
-        _save(_export(model, plan.inputs, axes), told, draft)
+        _save(_export(model, plan.inputs, dynamic_size=dynamic_size), told, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
         os.replace(draft, target)
     return Path(path)
 
 
-def _export(model: nn.Module, inputs: tuple[Input, ...], axes: tuple[dict[int, str], ...]) -> ExportedProgram:
-    examples = random_inputs(inputs, TRACED_BATCH)
-    if all(len(each) == 1 for each in axes):
-        return _traced(model, examples, axes)
+def _export(model: nn.Module, inputs: tuple[Input, ...], *, dynamic_size: bool) -> ExportedProgram:
+    fixed = open_axes(inputs, dynamic_size=False)
+    if not dynamic_size:
+        return _traced(model, random_inputs(inputs, TRACED_BATCH), fixed)
     require_other_size(model, inputs)
     try:
-        return _traced(model, examples, axes)
+        return _traced(model, random_inputs(grown(inputs), TRACED_BATCH), open_axes(inputs, dynamic_size=True))
     except ExportError as error:
-        _traced(model, examples, open_axes(inputs, dynamic_size=False))  # raises where the size is not what stops it
+        _traced(model, random_inputs(inputs, TRACED_BATCH), fixed)  # raises where the size is not what stops it
         raise size_error(inputs, str(error)) from error
 
 
@@ -114,5 +122,5 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
         try:
             expected, scores = model(*examples), loaded(*examples)
         except Exception as error:
-            raise ExportError(f"the program fails {place}: {first_line(error)}. Hint: does the model fix the size?") from error
+            raise ExportError(f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}") from error
         require_parity(scores, expected, tolerance, place, "the exported program")

@@ -156,7 +156,7 @@ def old_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def converted(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the exporter: what follows it gets the ensemble's program of an earlier export."""
-    monkeypatch.setattr(onnx_export, "_export", lambda *_: Program(onnx.load(files["ensemble"])))
+    monkeypatch.setattr(onnx_export, "_export", lambda *_, **__: Program(onnx.load(files["ensemble"])))
 
 
 class Program:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import sffx
 from sffx.learning.readout import READOUTS
@@ -67,6 +67,14 @@ def test_model_that_fixes_the_size_is_refused_with_its_size(old_file: Path) -> N
     net = sffx.transform(toys.Chain(), "layer", torch.zeros(1, 3, 8, 8))
     with pytest.raises(sffx.ExportError, match=r"does not allow other heights and widths than 8 x 8: .*Hint: leave dynamic_size out"):
         sffx.export_program(net, old_file, "classifier", dynamic_size=True)
+    assert_untouched(old_file)
+
+
+def test_size_at_which_features_shrink_to_one_position_is_not_open(old_file: Path) -> None:
+    layers = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)]
+    net = sffx.transform(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), "layer", torch.zeros(1, 3, 8, 8))
+    with pytest.raises(sffx.ExportError, match=r"the program fails at batch size 1: .*Hint: leave dynamic_size out, or cut the model with"):
+        sffx.export_program(net, old_file, dynamic_size=True)
     assert_untouched(old_file)
 
 

@@ -41,7 +41,7 @@ def source(loaders: tuple[Loader, Loader], tmp_path_factory: pytest.TempPathFact
     ]
     net = sffx.transform(nn.Sequential(*layers), "batchnorm", torch.zeros(1, 1, 8, 8))
     optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 3e-3))
-    for _ in range(3):
+    for _ in range(4):
         for x, y in loaders[0]:
             optimizer.zero_grad()
             sffx.local_loss(net, x, y).backward()
@@ -85,7 +85,7 @@ def test_report_is_what_both_files_say(quantised: Quantization, source: Path, lo
 
 def test_eight_bits_are_enough_for_digits(quantised: Quantization) -> None:
     assert quantised.accuracy_before > 0.9
-    assert quantised.agreement > 0.97
+    assert quantised.agreement > 0.98
     assert quantised.bytes_after < 0.4 * quantised.bytes_before
 
 

@@ -94,9 +94,15 @@ def quantize_onnx(
     require_packages()
     before = _source_session(Path(source))
     place = target_file(Path(target), "net.int8.onnx")
-    batches = _feeds(calibration_loader, before)
     with draft_beside(place, "net.onnx") as draft:
-        _quantize(Path(source), draft, batches, per_channel=per_channel, reduce_range=reduce_range)
+        try:
+            _quantize(Path(source), draft, _feeds(calibration_loader, before), per_channel=per_channel, reduce_range=reduce_range)
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            takes = ", ".join(f"{each.name} {each.shape}" for each in before.get_inputs())
+            hint = f"Hint: the loader must yield what the file takes: {takes}"
+            raise ExportError(f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}") from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
         tested = _compared(before, open_session(draft), test_loader) if test_loader is not None else ()
         os.replace(draft, place)
@@ -145,25 +151,20 @@ def _quantize(source: Path, draft: Path, feeds: Iterator[dict[str, Any]], *, per
     first = next(feeds, None)
     if first is None:
         raise InputError("the calibration loader yielded no samples")
-    try:
-        with _quiet():
-            quant_pre_process(source, prepared)
-            quantize_static(
-                prepared,
-                draft,
-                _Reader(chain([first], feeds)),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=list(QUANTIZED),
-                per_channel=per_channel,
-                reduce_range=reduce_range,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=_without_weights(onnx.load(prepared, load_external_data=False)),
-            )
-    except (InputError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"{str(source)!r} cannot be quantised: {first_line(error)}. Hint: export it with opset 18 or later") from error
+    with _quiet():
+        quant_pre_process(source, prepared)
+        quantize_static(
+            prepared,
+            draft,
+            _Reader(chain([first], feeds)),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(QUANTIZED),
+            per_channel=per_channel,
+            reduce_range=reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=_without_weights(onnx.load(prepared, load_external_data=False)),
+        )
 
 
 def _without_weights(model: Any) -> list[str]:

@@ -24,6 +24,8 @@ from sffx.transform import transform
 CUT_KEY = "sffx_cut"
 # Where training scripts put the weights in a checkpoint of their own, Lightning first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# How torch says that a file is none of its own, whatever it holds.
+NO_PICKLE = ("Unsupported operand", "invalid load key")
 BLOCK = re.compile(r"^(.*?)(?:block_\d+|head_\d+|classifier)\.")
 
 
@@ -72,8 +74,8 @@ def load_checkpoint(path: Path, *, trust: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        if trust or "weights_only" not in str(error).lower():
-            raise InputError(f"{str(path)!r} is no checkpoint of torch: {first_line(error)}") from error
+        if trust or any(sign in str(error) for sign in NO_PICKLE):
+            raise InputError(f"{str(path)!r} is no checkpoint of torch") from error
         raise InputError(
             f"{str(path)!r} holds Python objects, not weights alone, and loading it would run code that lies in it. "
             "Hint: --trust loads it nevertheless, if you know where it comes from; or save net.state_dict()"

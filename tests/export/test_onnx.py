@@ -293,6 +293,16 @@ def test_open_size_without_an_image_is_refused(old_file: Path) -> None:
     assert_untouched(old_file)
 
 
+def test_norm_over_many_values_keeps_its_digits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = sffx.transform(model, "layer", torch.zeros(1, 3, 160, 160)).eval()
+    x = torch.randn(1, 3, 160, 160)
+    path = export_onnx(net, tmp_path / "net.onnx", "classifier")
+    net.readout.mode = "classifier"
+    assert relative_error(run(path, input=x), net.double()(x.double()).detach()) < 2e-6
+
+
 def test_file_does_not_tell_where_it_was_made(files: dict[str, Path]) -> None:
     content = files["ensemble"].read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content

@@ -163,14 +163,18 @@ def _quantize(source: Path, draft: Path, feeds: Iterator[dict[str, Any]], *, per
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_without_weights(onnx.load(prepared, load_external_data=False)),
+            nodes_to_exclude=_in_float(onnx.load(prepared, load_external_data=False)),
         )
 
 
-def _without_weights(model: Any) -> list[str]:
-    """Return the names of the products of activations with activations, as in attention and covariances."""
-    weights = {each.name for each in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
+def _in_float(model: Any) -> list[str]:
+    """Return the names of the nodes that stay in float: products of activations, as in attention and covariances, and sums with constants.
+
+    Such sums are biases of heads, and the variance and epsilon of a norm, which spans many orders of magnitude.
+    """
+    constants = {each.name for each in model.graph.initializer}
+    fixed = {node.name: bool(constants & set(node.input)) for node in model.graph.node}
+    return [node.name for node in model.graph.node if (node.op_type, fixed[node.name]) in (("MatMul", False), ("Add", True))]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sffx.compiler.plan import BlockPlan
 from sffx.draw.checkpoint import read_checkpoint

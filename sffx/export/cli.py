@@ -22,7 +22,7 @@ SUFFIXES = (".onnx", ".pt2")
 MIB = 2**20
 
 EXAMPLES = """examples:
-  sffx-export net.pt net.onnx --model torchvision.models:resnet18 --input 1,3,128,128
+  sffx-export run.pt net.onnx --model torchvision.models:resnet18 --input 1,3,128,128
                                               weights, as examples/train.py and torch.save(net.state_dict(), ...) write them
   sffx-export last.ckpt net.onnx --model torchvision.models:resnet18
                                               a checkpoint of Lightning, which says itself how the model was cut

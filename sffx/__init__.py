@@ -6,6 +6,8 @@ from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxErr
 from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
 from sffx.export.extract import extract
 from sffx.export.onnx import export_onnx
+from sffx.export.program import export_program
+from sffx.export.quantize import Quantization, quantize_onnx
 from sffx.export.stages import export_early_exit
 from sffx.footprint import Footprint, footprint
 from sffx.learning.losses import sff_loss
@@ -30,12 +32,14 @@ __all__ = [
     "InputError",
     "LocalLoss",
     "MissingExtra",
+    "Quantization",
     "SffxError",
     "TraceError",
     "VerifyError",
     "evaluate",
     "export_early_exit",
     "export_onnx",
+    "export_program",
     "extract",
     "footprint",
     "local_loss",
@@ -44,6 +48,7 @@ __all__ = [
     "park",
     "plan",
     "policies",
+    "quantize_onnx",
     "sff_loss",
     "transform",
     "unpark",

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError, MissingExtra
+from sffx.export.checkpoint import CUT_KEY, describe
 from sffx.learning.losses import check_labels
 from sffx.training.evaluate import block_scores
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -176,6 +177,11 @@ class SFFModule(_Classifier):
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the local loss of a batch, which holds the activations of one block at a time."""
         return local_loss(self.net, x, y)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the state of the plateau, and how the model was cut, which `sffx-export` reads, into the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CUT_KEY] = describe(plan_of(self.net), "layer" if hasattr(self.net, "norm_0") else "none")
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the goodness of each block, that of the ensemble and of the last block, and the classifier's logits, (B, J) each."""

@@ -24,9 +24,9 @@ MAY_IMPORT = {
     "budget": {"errors", "learning", "compiler", "footprint"},
     "policies": {"errors", "compiler", "budget"},
     "transform": {"errors", "learning", "compiler", "policies"},
-    "export": {"errors", "learning", "compiler"},
     "draw": {"errors", "compiler"},
-    "lightning": {"errors", "learning", "compiler", "training", "transform"},
+    "export": {"errors", "learning", "compiler", "draw", "transform"},
+    "lightning": {"errors", "learning", "compiler", "training", "export", "transform"},
 }
 
 

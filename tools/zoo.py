@@ -215,8 +215,8 @@ def verify_model(model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool
         SffxError: the model cannot be cut.
     """
     torch.manual_seed(0)
-    _draw_constants(model)
-    _calibrate(model, inputs)
+    draw_constants(model)
+    calibrate(model, inputs)
     record.parameters = sum(p.numel() for p in model.parameters())
     record.input = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in inputs.items())
     net = sffx.transform(model.train(), example_input=_call_arguments(inputs))
@@ -246,7 +246,7 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _draw_constants(model: nn.Module) -> None:
+def draw_constants(model: nn.Module) -> None:
     """Draw anew what starts as a constant: a zeroed head or a layer scale of 1e-6 would hide what is before it."""
     for p in model.parameters():
         first = p.detach().flatten()[:1]
@@ -259,7 +259,7 @@ def _draw_constants(model: nn.Module) -> None:
                 p.uniform_(0.5, 1.5)
 
 
-def _calibrate(model: nn.Module, inputs: Inputs) -> None:
+def calibrate(model: nn.Module, inputs: Inputs) -> None:
     """Let BN's running statistics be those of the batch, or outputs in eval mode would say nothing."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]

@@ -8,13 +8,13 @@ import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sffx.compiler.plan import BlockPlan
 from sffx.draw.checkpoint import read_checkpoint
 from sffx.draw.compare import comparison, draw_comparison
+from sffx.draw.inputs import SHAPE_HELP, example_of, given_input
 from sffx.draw.render import draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
 
@@ -27,15 +27,6 @@ EXAMPLES = """examples:
   sffx-viz torchvision.models:resnet18 --checkpoint run.ckpt -o trained.svg
   sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
 """
-
-
-@dataclass(frozen=True)
-class Given:
-    """One example input of the command line: its name, "" for none, its shape, and whether it holds integers."""
-
-    name: str
-    shape: tuple[int, ...]
-    integer: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,10 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="model.py", help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS")
     parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
     parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
-    shape = "shape of an example input, the batch axis first; :int for integers, NAME= and several times where the model has several"
     beside = "set policies side by side: a table, and a drawing where -o names one"
     parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
-    parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=_input, action="append", default=[], help=shape)
+    parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=given_input, action="append", default=[], help=SHAPE_HELP)
     parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
     parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
@@ -74,18 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--unfold", action="store_true", help="draw blocks in a row that look alike one by one")
     parser.add_argument("--open", action="store_true", help="show the drawing")
     return parser
-
-
-def _input(text: str) -> Given:
-    name, named, sizes = text.rpartition("=")
-    sizes, integer = sizes.removesuffix(":int"), sizes.endswith(":int")
-    try:
-        shape = tuple(int(size) for size in sizes.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1 or (named and not name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224 or input_ids=1,16:int")
-    return Given(name, shape, integer)
 
 
 def _policies(text: str) -> list[str]:
@@ -151,23 +129,10 @@ def _plans(options: argparse.Namespace, policies: Sequence[str]) -> list[BlockPl
         )
     if known is not None:
         return [known]
-    example = _example(options.input)
+    example = example_of(options.input)
     if example is None and options.source.startswith("hf:"):
         example = token_example(model)
     return [sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes) for policy in policies]
-
-
-def _example(given: Sequence[Given]) -> Any:
-    """What `sffx.plan` takes as its example: a tensor, a tuple of them, or a mapping by name; None where nothing is given."""
-    import torch
-
-    tensors = [torch.zeros(one.shape, dtype=torch.long if one.integer else None) for one in given]
-    names = [one.name for one in given if one.name]
-    if names and len(names) != len(given):
-        raise InputError(f"--input is given {len(given)} times, but only {', '.join(names)} by name. Hint: name all of them, or none")
-    if names:
-        return dict(zip(names, tensors, strict=True))
-    return tuple(tensors) if len(tensors) > 1 else next(iter(tensors), None)
 
 
 def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:

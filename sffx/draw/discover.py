@@ -39,12 +39,14 @@ class Candidate:
     thing: Any
 
 
-def find_model(source: str, name: str | None = None) -> nn.Module:
+def find_model(source: str, name: str | None = None, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
     """The model that `source` means.
 
     Args:
         source: path of a Python file, `package.module:name`, `timm:NAME` or `hf:CONFIG_CLASS`.
         name: of the object in the file; without it an instance is preferred to a function, and a function to a class.
+        num_classes: for what makes the model, if it takes a `num_classes`; its own default if None.
+        filled: whether a model of timm or transformers gets values for its parameters, and not only shapes.
 
     Returns:
         the model.
@@ -58,7 +60,8 @@ def find_model(source: str, name: str | None = None) -> nn.Module:
             raise InputError(f"there is no file {source!r}")
         with _as_script(path):
             module = _load(path)
-            return _choose(module, path) if name is None else _build(_member(module, name, path), name, str(path))
+            found = _choose(module, path) if name is None else Candidate(name, "", _member(module, name, path))
+            return _build(found.thing, found.name, str(path), num_classes)
     if ":" not in source:
         raise InputError(
             f"{source!r} is neither a Python file nor module:callable. Hint: model.py, torchvision.models:resnet18, timm:resnet18"
@@ -67,9 +70,9 @@ def find_model(source: str, name: str | None = None) -> nn.Module:
         raise InputError(f"--model {name} goes with a file, but {source!r} names the object itself")
     place, thing = source.split(":", 1)
     if place not in SOURCES:
-        return _imported(place, thing)
+        return _imported(place, thing, num_classes)
     with _own_errors(place):
-        return SOURCES[place](thing)
+        return SOURCES[place](thing, num_classes, filled=filled)
 
 
 def candidates(module: ModuleType) -> list[list[Candidate]]:
@@ -139,11 +142,11 @@ def _returns(function: Callable[..., Any]) -> Any:
         return None
 
 
-def _choose(module: ModuleType, path: Path) -> nn.Module:
+def _choose(module: ModuleType, path: Path) -> Candidate:
     tiers = candidates(module)
     first = next((tier for tier in tiers if tier), [])
     if len(first) == 1:
-        return _build(first[0].thing, first[0].name, str(path))
+        return first[0]
     if first:
         found = [f"{candidate.name} ({candidate.kind})" for tier in tiers for candidate in tier]
         hint = f"Hint: --model {first[0].name}"
@@ -172,7 +175,7 @@ def _member(holder: Any, name: str, place: Path | str) -> Any:
     return holder
 
 
-def _build(thing: Any, name: str, place: str) -> nn.Module:
+def _build(thing: Any, name: str, place: str, num_classes: int | None = None) -> nn.Module:
     if isinstance(thing, nn.Module):
         return thing
     if not callable(thing):
@@ -181,10 +184,17 @@ def _build(thing: Any, name: str, place: str) -> nn.Module:
         hint = "Hint: write a function without arguments that returns the model"
         raise InputError(f"{name} in {place} needs {', '.join(_required(thing))}. {hint}")
     with _own_errors(place):
-        made = thing()
+        made = thing(**_width(thing, num_classes))
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} in {place} returned a {type(made).__name__}, not a model")
     return made
+
+
+def _width(maker: Callable[..., Any], num_classes: int | None) -> dict[str, int]:
+    """The argument that sets the number of classes, where one is wanted and the maker takes it, be it among its `**kwargs`."""
+    parameters = inspect.signature(maker).parameters if num_classes is not None else {}
+    takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"num_classes": num_classes} if takes and num_classes is not None else {}
 
 
 def _load(path: Path) -> ModuleType:
@@ -199,11 +209,11 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _imported(module_name: str, name: str) -> nn.Module:
+def _imported(module_name: str, name: str, num_classes: int | None) -> nn.Module:
     with _as_script(None):
         with _own_errors(module_name):
             module = importlib.import_module(module_name)
-        return _build(_member(module, name, module_name), name, module_name)
+        return _build(_member(module, name, module_name), name, module_name, num_classes)
 
 
 @contextmanager

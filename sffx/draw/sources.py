@@ -22,8 +22,13 @@ TOKENS = 16
 HF_TASKS = tuple(f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING" for task in ("SEQUENCE", "IMAGE", "AUDIO"))
 
 
-def timm_model(name: str) -> nn.Module:
+def timm_model(name: str, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
     """A model of timm, by its name there.
+
+    Args:
+        name: as timm has it.
+        num_classes: of the classifier; timm's own number if None.
+        filled: whether its parameters have values, random ones, and not only shapes.
 
     Raises:
         InputError: timm is not installed or knows no such model.
@@ -31,11 +36,17 @@ def timm_model(name: str) -> nn.Module:
     timm = _package("timm", f"timm:{name}")
     if name not in timm.list_models():
         raise InputError(f"timm has no model {name!r}. Hint: {_near(name, timm.list_models(), 'timm.list_models() lists them')}")
-    return _without_weights(lambda: timm.create_model(name))
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    return _made(lambda: timm.create_model(name, **options), filled)
 
 
-def hf_model(name: str) -> nn.Module:
+def hf_model(name: str, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
     """The classifier of transformers for a class of configurations, as it is by default: `BertConfig` gives BertForSequenceClassification.
+
+    Args:
+        name: of the class of configurations.
+        num_classes: of the classifier; the configuration's own number if None.
+        filled: whether its parameters have values, random ones, and not only shapes.
 
     Raises:
         InputError: transformers is not installed, knows no such configuration or has no classifier for it.
@@ -51,7 +62,8 @@ def hf_model(name: str) -> nn.Module:
         raise InputError(f"transformers has no classifier of sequences, images or audio for {name}. Hint: hf:BertConfig, hf:ViTConfig")
     # Some configurations have several classes of models, the plain classifier first.
     maker = found[0][0] if isinstance(found[0], tuple) else found[0]
-    return _without_weights(lambda: maker(_traceable(kind())))
+    options = {} if num_classes is None else {"num_labels": num_classes}
+    return _made(lambda: maker(_traceable(kind(**options))), filled)
 
 
 def token_example(model: nn.Module) -> dict[str, Tensor] | None:
@@ -63,7 +75,7 @@ def token_example(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: torch.ones(1, TOKENS, dtype=torch.long) for name in names}
 
 
-SOURCES: dict[str, Callable[[str], nn.Module]] = {"timm": timm_model, "hf": hf_model}
+SOURCES: dict[str, Callable[..., nn.Module]] = {"timm": timm_model, "hf": hf_model}
 
 
 def _package(name: str, source: str) -> ModuleType:
@@ -87,6 +99,10 @@ def _traceable(config: Any) -> Any:
         if hasattr(config, name):
             setattr(config, name, plain)
     return config
+
+
+def _made(make: Callable[[], nn.Module], filled: bool) -> nn.Module:
+    return make() if filled else _without_weights(make)
 
 
 def _without_weights(make: Callable[[], nn.Module]) -> nn.Module:

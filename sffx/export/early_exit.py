@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import InputError
-from sffx.export.onnx import random_inputs
+from sffx.export.capture import random_inputs
 from sffx.learning.losses import check_labels, check_pair
 
 NEVER = 2.0  # a threshold that no softmax reaches

@@ -38,6 +38,9 @@ _SMALL = 2**18
 # With no more positions than this, one product over all samples' positions is faster than a product for each sample, copy included.
 _FEW_POSITIONS = 8
 
+# Where an exported graph leaves the size of images open, heads choose their form as for so many positions.
+_OPEN_POSITIONS = 196
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -223,7 +226,8 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: (J, C).
         bias: (J,).
     """
-    by_moment = moment_is_cheaper(y.shape[1], weight.shape[0], y.shape[2])
+    positions = y.shape[2] if isinstance(y.shape[2], int) else _OPEN_POSITIONS
+    by_moment = moment_is_cheaper(y.shape[1], weight.shape[0], positions)
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _exported(y, weight, bias, by_moment)
     if by_moment:
@@ -443,8 +447,9 @@ class _MeanSquare(Function):
 
 
 def full_precision(y: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off, where there is autocast: a tensor on "meta" has none."""
-    return torch.autocast(y.device.type, enabled=False) if y.device.type != "meta" else nullcontext()
+    """Switch autocast off, where there is autocast: a tensor on "meta" has none, nor has an exported graph."""
+    plain = y.device.type == "meta" or torch.compiler.is_exporting()
+    return torch.autocast(y.device.type, enabled=False) if not plain else nullcontext()
 
 
 def _mean_square(z: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import errno
+import json
 import os
 import re
 import sys
 import tempfile
 import warnings
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -20,7 +24,9 @@ import sffx
 import sffx.export.onnx as onnx_export
 from sffx.compiler.plan import Block, BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.export.capture import random_inputs
 from sffx.export.onnx import export_onnx
+from sffx.export.parity import relative_error
 from sffx.learning.readout import READOUTS, Readout
 from tests import toys
 
@@ -150,7 +156,7 @@ def old_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def converted(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the exporter: what follows it gets the ensemble's program of an earlier export."""
-    monkeypatch.setattr(onnx_export, "_export", lambda *_: Program(onnx.load(files["ensemble"])))
+    monkeypatch.setattr(onnx_export, "_export", lambda *_, **__: Program(onnx.load(files["ensemble"])))
 
 
 class Program:
@@ -200,6 +206,103 @@ def test_inputs_and_output_are_named_and_the_batch_axis_is_dynamic(files: dict[s
     assert [(value.name, value.shape) for value in session.get_outputs()] == [("scores", ["batch", 5])]
 
 
+def test_file_tells_names_and_normalisation(net: fx.GraphModule, files: dict[str, Path], tmp_path: Path) -> None:
+    names = ["cat", "dog", "Kühe", "horse", "sheep"]
+    path = export_onnx(net, tmp_path / "n.onnx", "last", class_names=names, mean=(0.5, 0.4, 0.3), std=(1, 2, 3), output_name="goodness")
+    session = onnxruntime.InferenceSession(path)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["sffx"])
+    assert told == {"readout": "last", "class_names": names, "mean": [0.5, 0.4, 0.3], "std": [1.0, 2.0, 3.0]}
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [("goodness", ["batch", 5])]
+    plain = onnxruntime.InferenceSession(files["classifier"]).get_modelmeta().custom_metadata_map["sffx"]
+    assert json.loads(plain) == {"readout": "classifier", "class_names": None, "mean": None, "std": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": ["a", "b"]}, r"there are 2 class names, but the model has 5 classes\. Hint: "),
+        ({"class_names": ["a", "b", "c", "d", "a"]}, r"the class name 'a' is given twice"),
+        ({"class_names": "abcde"}, r"class_names is 'abcde'\. Hint: pass a list"),
+        ({"mean": [0.5] * 3}, r"mean is \[0\.5, 0\.5, 0\.5\] and std is None\. Hint: pass both"),
+        ({"mean": [0.5] * 3, "std": [1, 0, 1]}, r"std is \[1, 0, 1\]\. Hint: numbers, those of std above 0"),
+        ({"mean": [0.5], "std": [0.5]}, r"have 1 numbers, but the input has 3 channels"),
+        ({"output_name": "image"}, r"output_name 'image' is the name of an input"),
+        ({"output_name": ""}, r"output_name is ''"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(net: fx.GraphModule, old_file: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export_onnx(net, old_file, **options)
+    assert_untouched(old_file)
+
+
+class Foldable(nn.Module):
+    """BN behind every kind of layer that a model of images may have, and one before: only that one cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Hardswish())
+        self.strided = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, dilation=2), nn.BatchNorm2d(8, eps=1e-3, affine=False), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 4, 2, groups=2), nn.BatchNorm2d(4), nn.ReLU())
+        self.before = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.flat = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.strided(self.depthwise(self.plain(x))))
+        return self.flat(self.before(x).mean((2, 3)))
+
+
+def test_bn_is_folded_into_the_layer_before_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = sffx.transform(Foldable(), "layer", torch.zeros(1, 3, 12, 12), norm="none")
+    for _ in range(3):
+        net(torch.randn(8, 3, 12, 12) * 2 + 1)
+    path = export_onnx(net, tmp_path / "net.onnx", "classifier")
+    graph = onnx.load(path).graph
+    producers = {name: node.op_type for node in graph.node for name in node.output}
+    assert [producers[node.input[0]] for node in graph.node if node.op_type == "BatchNormalization"] == ["Relu"]
+    x = torch.randn(4, 3, 12, 12)
+    net.eval().readout.mode = "classifier"
+    torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8)).eval()
+    path = export_onnx(net, tmp_path / "net.onnx", dynamic_size=True)
+    (image,) = onnxruntime.InferenceSession(path).get_inputs()
+    assert image.shape == ["batch", 3, "height", "width"]
+    for size in ((8, 8), (11, 30)):
+        x = torch.randn(3, 3, *size)
+        torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_model_that_fixes_the_size_is_refused_with_its_size(old_file: Path) -> None:
+    net = sffx.transform(toys.Chain(), "layer", torch.zeros(1, 3, 8, 8))
+    message = r"does not allow other heights and widths than 8 x 8: torch fails at 40 x 72: .*Hint: leave dynamic_size out, and resize"
+    with pytest.raises(ExportError, match=message):
+        export_onnx(net, old_file, "classifier", dynamic_size=True)
+    assert_untouched(old_file)
+
+
+def test_open_size_without_an_image_is_refused(old_file: Path) -> None:
+    net = cut(Pair(), Input("ids", (4,), "int64", 7), Input("weight", (5,), "float32"))
+    with pytest.raises(InputError, match=r"of one image input open, but the model has 0 \(ids \(4,\), weight \(5,\)\)"):
+        export_onnx(net, old_file, dynamic_size=True)
+    assert_untouched(old_file)
+
+
+def test_norm_over_many_values_keeps_its_digits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = sffx.transform(model, "layer", torch.zeros(1, 3, 160, 160)).eval()
+    x = torch.randn(1, 3, 160, 160)
+    path = export_onnx(net, tmp_path / "net.onnx", "classifier")
+    net.readout.mode = "classifier"
+    assert relative_error(run(path, input=x), net.double()(x.double()).detach()) < 2e-6
+
+
 def test_file_does_not_tell_where_it_was_made(files: dict[str, Path]) -> None:
     content = files["ensemble"].read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content
@@ -235,7 +338,7 @@ def test_transformed_model_is_exported_as_it_is_evaluated(tmp_path: Path) -> Non
     ],
 )
 def test_examples_of_whole_numbers_cover_the_valid_values(each: Input, values: set[int]) -> None:
-    (example,) = onnx_export.random_inputs((each,), 4)
+    (example,) = random_inputs((each,), 4)
     assert (example.shape, example.dtype) == ((4, 50), getattr(torch, each.dtype))
     assert set(example.flatten().tolist()) == values
 
@@ -302,10 +405,10 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Determinants(), r"the operator 'aten\._linalg_svd' \(node '_linalg_svd'\) has no ONNX form\. Hint: "),
+        (Determinants(), r"the operator 'aten\._linalg_svd' \(node '_linalg_svd' in module 'block_0'\) has no ONNX form\. Hint: "),
         (
             Branch(),
-            r"the module 'block_0' cannot be exported: Could not guard on data-dependent expression.*Hint: .*without Python branches",
+            r"\(node 'block_0' in module 'block_0'\): Could not guard on data-dependent expression.*Hint: .*without Python branches",
         ),
         (FixedBatch(), r"cannot be exported: .*a static shape of 2 for dimension .*Hint: the model must run at any batch size"),
     ],
@@ -315,6 +418,44 @@ def test_what_cannot_be_exported_is_named_and_the_old_file_stays(block: nn.Modul
         export_onnx(cut(Single(block), IMAGE), old_file)
     assert raised.value.__cause__ is not None
     assert "\n" not in str(raised.value)
+    assert_untouched(old_file)
+
+
+class Singular(nn.Module):
+    """A convolution, and what ONNX has no operator for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + torch.linalg.svdvals(y).sum(-1)[..., None, None]
+
+
+class Choosing(Singular):
+    """A convolution, and a choice by its values, so that the module is a leaf of the trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (
+            Singular(),
+            r"the operator 'aten\._linalg_svd' \(node 'linalg_svdvals' in module 'stages\.0'\) has no ONNX form\. Hint: write this",
+        ),
+        (Choosing(), r"the model cannot be exported \(node 'stages_0' in module 'stages\.0'\): Could not guard on .*Hint: the model must"),
+    ],
+)
+def test_node_and_module_of_the_original_model_are_named(inner: nn.Module, message: str, old_file: Path) -> None:
+    stages = OrderedDict(stages=nn.Sequential(inner, nn.ReLU()), flatten=nn.Flatten(), head=nn.Linear(6 * 64, 4))
+    net = sffx.transform(nn.Sequential(stages), "layer", torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ExportError, match=message):
+        export_onnx(net, old_file)
     assert_untouched(old_file)
 
 
@@ -372,7 +513,7 @@ def test_scores_that_would_only_agree_by_broadcasting_are_refused(
     ],
 )
 def test_relative_error_is_measured_against_the_largest_score(scores: list[list[float]], expected: list[list[float]], error: float) -> None:
-    assert onnx_export._relative_error(torch.tensor(scores), torch.tensor(expected)) == pytest.approx(error, rel=1e-6)
+    assert relative_error(torch.tensor(scores), torch.tensor(expected)) == pytest.approx(error, rel=1e-6)
 
 
 @pytest.mark.usefixtures("converted")
@@ -390,6 +531,18 @@ def test_failing_rename_leaves_the_old_file(net: fx.GraphModule, old_file: Path,
 
     monkeypatch.setattr(onnx_export.os, "replace", full)
     with pytest.raises(ExportError, match=r"cannot write '.*net\.onnx': No space left on device"):
+        export_onnx(net, old_file)
+    assert_untouched(old_file)
+
+
+@pytest.mark.usefixtures("converted")
+def test_full_disk_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(onnx, "save", full)
+    with pytest.raises(ExportError, match=r"cannot write '.*net\.onnx': No space left on device\. Hint: is the disk full\?"):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 

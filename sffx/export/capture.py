@@ -1,0 +1,148 @@
+"""What an exporter is given: a copy of the model for inference, example inputs, and the axes whose length stays open."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.plan import Input
+from sffx.errors import ExportError, InputError
+from sffx.export.explain import first_line
+from sffx.learning.readout import READOUTS
+
+TRACED_BATCH = 2
+VERIFIED_BATCHES = (1, 3)
+# What is added to height and width for a second size: multiples of what models divide them by, and not the same.
+GROWTH = (32, 64)
+
+
+def require_readout(readout: str) -> None:
+    """Raise an InputError if there is no such readout."""
+    if readout not in READOUTS:
+        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, READOUTS))}")
+
+
+def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
+    """Return a copy of the net for inference on the CPU in float32, with no parameter that requires grad, and with what a readout needs."""
+    try:
+        model = copy.deepcopy(net)
+    except Exception as error:
+        hint = "Hint: a module that keeps tensors with a grad history as attributes cannot be copied; detach them"
+        raise ExportError(f"the model cannot be copied: {first_line(error)}. {hint}") from error
+    model = model.cpu().float().eval().requires_grad_(False)
+    _keep(model, readout)
+    return model
+
+
+def _keep(model: fx.GraphModule, readout: str) -> None:
+    """Leave out the heads, or the classifier, that the readout does not look at."""
+    output = next(node for node in model.graph.nodes if node.op == "output")
+    combined: Any = output.args[0]
+    *goodness, classifier = combined.args[0]
+    if readout == "ensemble":  # of which the classifier's logits, the last entry, are no part
+        combiner: Any = model.get_submodule("readout")
+        combiner.mode = readout
+        combined.args = ([*goodness, goodness[-1]],)
+    else:
+        output.args = (classifier if readout == "classifier" else goodness[-1],)
+    model.graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    model.recompile()
+
+
+def random_inputs(inputs: Sequence[Input], batch: int) -> tuple[Tensor, ...]:
+    """Draw one random batch of every input from a generator of its own, so that the caller's random state does not move."""
+    generator = torch.Generator().manual_seed(batch)
+    return tuple(_example(each, batch, generator) for each in inputs)
+
+
+def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, *each.shape)
+    dtype = getattr(torch, each.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    if each.marks_tokens:  # at least one real token in each sample, and the padding behind
+        return (torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")).to(dtype)
+    high = 2 if dtype == torch.bool else max(each.high, 1)
+    return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
+
+
+def open_axes(inputs: Sequence[Input], *, dynamic_size: bool) -> tuple[dict[int, str], ...]:
+    """Return, for each input, the names of the axes whose length stays open: the batch, and height and width of the image."""
+    batch = {0: "batch"}
+    if not dynamic_size:
+        return tuple(batch for _ in inputs)
+    image = image_input(inputs)
+    return tuple(
+        {**batch, _from_start(image, -2): "height", _from_start(image, -1): "width"} if each is image else batch for each in inputs
+    )
+
+
+def _from_start(image: Input, axis: int) -> int:
+    """Return an axis of the batched input, counted from the end, counted from the start."""
+    return len(image.shape) + 1 + axis
+
+
+def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
+    """Raise an InputError if an image size is to stay open and there is no image."""
+    if dynamic_size:
+        image_input(inputs)
+
+
+def image_input(inputs: Sequence[Input]) -> Input:
+    """Return the input that is images (C, H, W) or clips (C, T, H, W).
+
+    Raises:
+        InputError: there is none, or several.
+    """
+    images = [each for each in inputs if len(each.shape) > 2 and getattr(torch, each.dtype).is_floating_point]
+    if len(images) != 1:
+        shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
+        raise InputError(
+            f"dynamic_size leaves height and width of one image input open, but the model has {len(images)} ({shapes}). "
+            "Hint: leave dynamic_size out"
+        )
+    return images[0]
+
+
+def grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Return the inputs with the image's height and width larger."""
+    image = image_input(inputs)
+    *front, height, width = image.shape
+    larger = replace(image, shape=(*front, height + GROWTH[0], width + GROWTH[1]))
+    return tuple(larger if each is image else each for each in inputs)
+
+
+def trial_inputs(inputs: tuple[Input, ...], *, dynamic_size: bool) -> Iterator[tuple[tuple[Input, ...], int, str]]:
+    """Yield what an exported file is tried on: the inputs, the batch size, and how to speak of them."""
+    for batch in VERIFIED_BATCHES:
+        yield inputs, batch, f"at batch size {batch}"
+    if dynamic_size:
+        larger = grown(inputs)
+        yield larger, TRACED_BATCH, f"at height and width {size_of(larger)}"
+
+
+def size_of(inputs: Sequence[Input]) -> str:
+    """Return height and width of the image input, as "224 x 224"."""
+    return " x ".join(map(str, image_input(inputs).shape[-2:]))
+
+
+def require_other_size(model: nn.Module, inputs: Sequence[Input]) -> None:
+    """Raise an ExportError if the model itself runs at one size only."""
+    larger = grown(inputs)
+    try:
+        model(*random_inputs(larger, TRACED_BATCH))
+    except Exception as error:
+        raise size_error(inputs, f"torch fails at {size_of(larger)}: {first_line(error)}") from error
+
+
+def size_error(inputs: Sequence[Input], reason: str) -> ExportError:
+    """Return the error that says that the model does not allow other sizes than the traced one."""
+    traced = size_of(inputs)
+    hint = f"Hint: leave dynamic_size out, and resize images to {traced}"
+    return ExportError(f"the model does not allow other heights and widths than {traced}: {reason}. {hint}")

@@ -1,0 +1,151 @@
+"""The cut model of a checkpoint: a whole model that was saved, or weights that are loaded into one that is cut again.
+
+Weights come as `torch.save(net.state_dict(), file)` writes them, or in a checkpoint of Lightning with `sffx.lightning.SFFModule`, which
+also says where and how the model was cut. What the weights alone tell, the heads and the number of classes, is read off them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.plan import BlockPlan, plan_of
+from sffx.errors import InputError
+from sffx.export.explain import first_line
+from sffx.transform import transform
+
+CUT_KEY = "sffx_cut"
+# Where training scripts put the weights in a checkpoint of their own, Lightning first.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+# How torch says that a file is none of its own, whatever it holds.
+NO_PICKLE = ("Unsupported operand", "invalid load key")
+BLOCK = re.compile(r"^(.*?)(?:block_\d+|head_\d+|classifier)\.")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a model was cut, as far as it is known; a policy of node names cuts where it was cut, whatever chose the places.
+
+    Attributes:
+        policy: a name, or the names of the nodes to cut after.
+        example: a tensor, a tuple or a mapping of them; None infers one.
+        norm: "layer" or "none".
+    """
+
+    policy: str | Sequence[str] = "residual"
+    example: Any = None
+    norm: str = "layer"
+
+
+def describe(plan: BlockPlan, norm: str) -> dict[str, Any]:
+    """Return what `recorded` reads: how a model was cut, in numbers and strings."""
+    inputs = {each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in plan.inputs}
+    return {"after": [block.output for block in plan], "inputs": inputs, "norm": norm}
+
+
+def recorded(checkpoint: Any) -> Cut | None:
+    """Return the cut that a checkpoint tells of, None where it tells of none."""
+    told = checkpoint.get(CUT_KEY) if isinstance(checkpoint, Mapping) else None
+    if told is None:
+        return None
+    inputs = {name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in told["inputs"].items()}
+    return Cut(tuple(told["after"]), inputs, told["norm"])
+
+
+def load_checkpoint(path: Path, *, trust: bool) -> Any:
+    """Return what a file of `torch.save` holds, on the CPU.
+
+    Args:
+        path: of the file.
+        trust: whether it may hold whole Python objects. Loading these runs code that lies in the file.
+
+    Raises:
+        InputError: there is no such file, it is no checkpoint, or it holds objects and is not trusted.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {str(path)!r}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust or any(sign in str(error) for sign in NO_PICKLE):
+            raise InputError(f"{str(path)!r} is no checkpoint of torch") from error
+        raise InputError(
+            f"{str(path)!r} holds Python objects, not weights alone, and loading it would run code that lies in it. "
+            "Hint: --trust loads it nevertheless, if you know where it comes from; or save net.state_dict()"
+        ) from error
+    except Exception as error:
+        raise InputError(f"{str(path)!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+
+
+def weights_of(checkpoint: Any) -> dict[str, Tensor]:
+    """Return the weights of a cut model by the names that it has for them.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise InputError(f"the checkpoint is a {type(checkpoint).__name__}, not weights by name. Hint: save net.state_dict()")
+    found = next((checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
+    state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    prefixes = [match[1] for match in map(BLOCK.match, state) if match]
+    if not any(name.startswith(f"{prefix}block_0.") for prefix in prefixes[:1] for name in state):
+        names = ", ".join(map(str, list(found)[:3]))
+        raise InputError(f"the checkpoint holds no weights of a cut model, but {names}, ... Hint: save what sffx.transform returned")
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items()}
+
+
+def classes_of(state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes: that of the heads, or, as those of CwC have no weights, the width of the classifier's last layer."""
+    last = [value for name, value in state.items() if name.startswith("classifier.") and value.ndim > 0]
+    width = state.get("head_0.bias", last[-1] if last else None)
+    return len(width) if width is not None else None
+
+
+def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.GraphModule:
+    """Cut a model as a checkpoint's was, and fill it.
+
+    Args:
+        model: the plain one, as it was before it was cut.
+        state: the cut model's weights.
+        cut: how it was cut.
+
+    Raises:
+        InputError: the weights do not fit, or the input cannot be inferred.
+        SffxError: the model cannot be cut.
+    """
+    net = transform(model, cut.policy, cut.example, norm=cut.norm, **_heads(state))
+    try:
+        net.load_state_dict(dict(state))
+    except RuntimeError as error:
+        wrong = " ".join(str(error).splitlines()[1:2]).strip(" \t.")
+        hint = "Hint: model, policy, input and classes must be those of the training"
+        raise InputError(f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}") from error
+    return net
+
+
+def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
+    """Return a whole model that was saved.
+
+    Raises:
+        InputError: it is not a cut one.
+    """
+    plan_of(checkpoint)
+    assert isinstance(checkpoint, fx.GraphModule)  # what carries a plan is one
+    return checkpoint
+
+
+def _heads(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the options of the heads, as their weights show them."""
+    weights = {name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.(weight|basis)", name)}
+    if not weights:
+        return {"goodness": "cwc"}
+    bases = [value for name, value in weights.items() if name.endswith("basis")]
+    kernels = [value.shape[-1] for value in weights.values() if value.ndim > 2]
+    return {"kernel_size": max(kernels, default=1), "rank": len(bases[0]) if bases else None}

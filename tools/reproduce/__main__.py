@@ -23,7 +23,7 @@ import torch
 import torchvision
 
 from tools.reproduce.costs import costs
-from tools.reproduce.data import load, split
+from tools.reproduce.data import Images, load, load_digits, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.render import render
 from tools.reproduce.search import search
@@ -40,10 +40,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def images(experiment: Experiment, folders: argparse.Namespace) -> tuple[Images, Images]:
+    """Return the training and the test images of an experiment."""
+    if experiment.data == "digits":
+        return load_digits(experiment.size)
+    train, test = (load(folders.data / experiment.data / part, folders.runs / "images", experiment.size) for part in ("train", "test"))
+    return train, test
+
+
 def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: range, folders: argparse.Namespace) -> None:
     """Run an experiment to its end: seeds outermost, so that all methods are there as early as may be."""
-    source = folders.data / experiment.data
-    train, test = (load(source / part, folders.runs / "images", experiment.size) for part in ("train", "test"))
+    train, test = images(experiment, folders)
     for seed in seeds:
         for method in methods:
             record = folders.out / name / f"{method.replace(' ', '-')}-{seed}.json"

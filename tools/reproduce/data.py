@@ -60,6 +60,17 @@ def load(folder: Path, cache: Path, size: int) -> Images:
     return Images(*torch.load(kept))
 
 
+def load_digits(size: int) -> tuple[Images, Images]:
+    """Return scikit-learn's digits, 1,000 to train with and 797 to test with, enlarged to size x size, grey in three channels."""
+    from sklearn import datasets
+
+    source = datasets.load_digits()
+    grey = (torch.tensor(source.images) * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    x, y = resize(grey, [size, size], antialias=True), torch.tensor(source.target)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return Images(x[order[:1000]], y[order[:1000]]), Images(x[order[1000:]], y[order[1000:]])
+
+
 def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
     """Take `samples` training images at random, None for all, and part them 80/20 into training and validation (section 3)."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:samples]
@@ -69,20 +80,20 @@ def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
     return Split(kept, train[order[parted:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
 
 
-def shuffled(images: Images, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch of batches, flipped by chance and shifted by up to an eighth; a last batch of one is left out, for BN's sake."""
+def shuffled(images: Images, batch: int, generator: torch.Generator, *, flip: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch of batches, shifted by up to an eighth and flipped by chance; a last batch of one is left out, for BN's sake."""
     for index in torch.randperm(len(images), generator=generator).split(batch):
         if len(index) > 1:
-            yield _augmented(images.x[index], generator), images.y[index]
+            yield _augmented(images.x[index], generator, flip=flip), images.y[index]
 
 
 def in_order(images: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(images.x.split(batch), images.y.split(batch), strict=True)
 
 
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+def _augmented(x: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    turned = torch.rand(len(x), 1, 1, 1, generator=generator) < (0.5 if flip else 0)
     size, reach = x.shape[-1], x.shape[-1] // 8
     dy, dx = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    padded = F.pad(torch.where(flip, x.flip(3), x), (reach,) * 4, mode="reflect") if reach else x
+    padded = F.pad(torch.where(turned, x.flip(3), x), (reach,) * 4, mode="reflect")
     return padded[:, :, dy : dy + size, dx : dx + size]

@@ -11,7 +11,7 @@ class Experiment:
 
     Attributes:
         network: a name in `networks.NETWORKS`.
-        data: the folder below `--data` that holds `train/` and `test/`.
+        data: the folder below `--data` that holds `train/` and `test/`; "digits" are scikit-learn's.
         size: images are size x size.
         samples: training and validation images together, at random; None is all of them.
         batch: batch size.
@@ -24,6 +24,7 @@ class Experiment:
         patience: epochs without improvement of a block's validation loss after which its learning rate is cut to a tenth.
         stop: epochs without a better validation accuracy after which a run ends.
         settings: the experiment whose search is used, by name; None is this one's own.
+        flip: whether training images are flipped by chance.
     """
 
     network: str
@@ -40,6 +41,7 @@ class Experiment:
     patience: int = 10
     stop: int = 30
     settings: str | None = None
+    flip: bool = True
 
 
 ALL = ("BP", "deep supervision", "CwC", "SFF")
@@ -67,6 +69,9 @@ EXPERIMENTS = {
     # Better than the paper: heads that are not the paper's, on two networks and two data sets.
     "heads-cifar10-cnnb": replace(SMALL_CIFAR, epochs=40, trials=4, trial_epochs=15, methods=HEADS),
     "heads-imagenette-mobilenetv3": replace(SMALL_IMAGENETTE, momentum=0.1, epochs=40, trials=4, methods=HEADS),
+    "heads-digits-resnet18": Experiment(
+        "ResNet18/4", "digits", 16, 500, 32, 40, "residual", (*HEADS, "deep supervision"), trials=6, trial_epochs=20, flip=False
+    ),
     # Claim 4: accuracy against depth, the same network in 2, 4 and 9 blocks.
     **{
         f"depth-{n}": Experiment(

@@ -71,7 +71,8 @@ class Run:
         epoch, start = len(self.curve), time.perf_counter()
         self.net.train()
         total, seen = 0.0, 0
-        for x, y in shuffled(self.split.train, self.experiment.batch, torch.Generator().manual_seed(1000 * self.seed + epoch)):
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        for x, y in shuffled(self.split.train, self.experiment.batch, generator, flip=self.experiment.flip):
             self.optimizer.zero_grad()
             loss = self.method.loss(self.net, self.split.scaled(x), y)
             loss.backward()

@@ -81,7 +81,8 @@ def heads_in_words(heads: Heads) -> str:
         return "CwC: groups of channels, no parameters"
     kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
     rank = f", rank {heads.rank} where it saves" if heads.rank else ""
-    return f"{GOODNESSES.get(heads.goodness, heads.goodness)}{kernel}{rank}"
+    kind, _, regions = heads.goodness.rstrip(")").partition("(")
+    return f"{GOODNESSES.get(kind, kind)}{f' in {regions} x {regions} regions' if regions else ''}{kernel}{rank}"
 
 
 def blocks_in_words(plan: BlockPlan) -> str:
@@ -150,7 +151,7 @@ def head_label(block: Block, plan: BlockPlan) -> str:
     """The head beside a block: what it takes its goodness by."""
     heads, axes = plan.heads, len(block.shape) - 1
     rows = [f"{plan.num_classes} classes"]
-    rows += {"cwc": ["CwC, no parameters"], "cosine": ["cosine"]}.get(heads.goodness, [])
+    rows += {"cwc": ["CwC, no parameters"], "cosine": ["cosine"]}.get(heads.goodness.partition("(")[0], [])
     rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness == "sff" and heads.kernel_size > 1 and axes else []
     return _table([_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)])
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError
 from sffx.export.explain import first_line
-from sffx.transform import transform
+from sffx.transform import plan, transform
 
 CUT_KEY = "sffx_cut"
 # Where training scripts put the weights in a checkpoint of their own, Lightning first.
@@ -104,7 +104,7 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
 def classes_of(state: Mapping[str, Tensor]) -> int | None:
     """Return the number of classes: that of the heads, or, as those of CwC have no weights, the width of the classifier's last layer."""
     last = [value for name, value in state.items() if name.startswith("classifier.") and value.ndim > 0]
-    width = state.get("head_0.bias", last[-1] if last else None)
+    width = state.get("head_0.weight", last[-1] if last else None)
     return len(width) if width is not None else None
 
 
@@ -120,7 +120,7 @@ def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.Gr
         InputError: the weights do not fit, or the input cannot be inferred.
         SffxError: the model cannot be cut.
     """
-    net = transform(model, cut.policy, cut.example, norm=cut.norm, **_heads(state))
+    net = transform(model, cut.policy, cut.example, norm=cut.norm, **_heads(state, model, cut))
     try:
         net.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -141,11 +141,17 @@ def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
     return checkpoint
 
 
-def _heads(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the options of the heads, as their weights show them."""
+def _heads(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> dict[str, Any]:
+    """Return the options of the heads, as their weights show them; those of a cosine goodness have no bias."""
     weights = {name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.(weight|basis)", name)}
     if not weights:
         return {"goodness": "cwc"}
+    if "head_0.bias" not in state:
+        regions = [
+            round((value.shape[1] / block.channels) ** (1 / max(len(block.shape) - 1, 1)))
+            for block, value in zip(plan(model, cut.policy, cut.example), weights.values(), strict=False)
+        ]
+        return {"goodness": f"cosine({max(regions, default=1)})"}
     bases = [value for name, value in weights.items() if name.endswith("basis")]
     kernels = [value.shape[-1] for value in weights.values() if value.ndim > 2]
     return {"kernel_size": max(kernels, default=1), "rank": len(bases[0]) if bases else None}

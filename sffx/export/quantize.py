@@ -84,7 +84,7 @@ def quantize_onnx(
         test_loader: yields (x, y) with class indices y, (B,), on which both files are compared; None compares nothing.
         per_channel: whether each channel of a weight has a scale of its own.
         reduce_range: whether weights take 7 of the 8 bits. x86 processors without VNNI need it, or sums of products saturate without
-            a word: on digits that made a twentieth of the predictions others. False is for processors that have VNNI, or ARM.
+            a word: on digits that made one in a hundred of the predictions others. False is for processors that have VNNI, or ARM.
 
     Raises:
         InputError: `source` is no ONNX file, `target` cannot be written to, or a loader yields something else.

@@ -45,7 +45,7 @@ class CosineGoodness(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+        nn.init.normal_(self.weight)
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output.
@@ -57,8 +57,7 @@ class CosineGoodness(nn.Module):
         with full_precision(y):
             wide = (y if y.dtype.itemsize > 2 else y.float()).movedim(self.channel_axis, 1)
             features = self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool())
-            centred = features - features.mean(1, keepdim=True)
-            return F.linear(F.normalize(centred, dim=1), self.scale * F.normalize(self.weight.to(wide.dtype), dim=1))
+            return F.linear(_direction(features - features.mean(1, keepdim=True)), self.scale * _direction(self.weight.to(wide.dtype)))
 
     def _pooled(self, y: Tensor) -> Tensor:
         """Return the features by region, (B, features), of (B, C, ...)."""
@@ -69,6 +68,12 @@ class CosineGoodness(nn.Module):
     def extra_repr(self) -> str:
         classes, features = self.weight.shape
         return f"{features}, {classes}, channel_axis={self.channel_axis}, regions={self.regions}, scale={self.scale:g}"
+
+
+def _direction(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return rows (N, features) of length 1, but shorter where a row is nearly zero: its direction would be noise, with a vast gradient."""
+    mean_square = features.square().mean(1, keepdim=True)
+    return features * torch.rsqrt(mean_square + eps) / math.sqrt(features.shape[1])
 
 
 def _mean_of_real(y: Tensor, real: Tensor) -> Tensor:

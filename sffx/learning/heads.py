@@ -40,7 +40,7 @@ def make_head(
     """
     if goodness == "sff":
         return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
-    cosine = re.fullmatch(r"cosine(?:\(([1-9]\d*)\))?", goodness)
+    cosine = re.fullmatch(r"cosine(?:\(([1-9]\d*)\))?", str(goodness))
     if goodness != "cwc" and not cosine:
         raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
     for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):

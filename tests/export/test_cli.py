@@ -76,8 +76,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ({"kernel_size": 3, "policy": "stages(2)"}, ["--policy", "stages(2)"]),
         ({"rank": 2}, []),
         ({"norm": "none", "goodness": "cwc"}, ["--norm", "none"]),
+        ({"goodness": "cosine(4)"}, []),
     ],
-    ids=["kernels of 3", "low rank", "CwC without norms"],
+    ids=["kernels of 3", "low rank", "CwC without norms", "cosine of 4 x 4 regions"],
 )
 def test_weights_find_their_heads_and_classes(options: dict[str, Any], arguments: list[str], exported: list[fx.GraphModule]) -> None:
     net = made(**options)

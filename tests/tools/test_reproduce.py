@@ -16,6 +16,7 @@ from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
 from tools.reproduce.readouts import block_weights, readouts
+from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
 
 SMALL = Experiment("CNNB", "toys", 16, 40, 8, 3, "batchnorm", ("BP", "SFF"), trials=2, trial_epochs=1)
@@ -148,6 +149,45 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(method, tmp_path):
     assert second.result()["test"] == whole.result()["test"]
 
 
+def test_run_that_diverges_ends_with_what_was_best_before():
+    run = new_run()
+    run.train(1)
+    best = run.best["accuracy"]
+    with torch.no_grad():
+        run.net.get_submodule("head_0").bias.fill_(float("nan"))
+    run.train(10)
+    assert len(run.curve) == 2
+    assert run.result()["diverged"]
+    assert run.result()["validation"]["ensemble"] == pytest.approx(best)
+
+
+def test_interrupted_search_makes_the_same_trials(tmp_path, monkeypatch):
+    parted = split(images(40, 0), images(20, 1), None, 0)
+    experiment = replace(SMALL, trials=3)
+    tried = []
+    train = Run.train
+
+    def broken(run, *args, **options):
+        tried.append(vars(run.setting))
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        train(run, *args, **options)
+
+    monkeypatch.setattr(Run, "train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        search("toys", experiment, "SFF", parted, tmp_path)
+    search("toys", experiment, "SFF", parted, tmp_path)
+    assert tried == [candidates(3)[0], candidates(3)[1], candidates(3)[1], candidates(3)[2]]
+    search("toys", experiment, "SFF", parted, tmp_path)
+    assert len(tried) == 4
+
+
+def test_candidates_begin_with_every_learning_rate_and_end_with_the_grid():
+    assert sorted(setting["lr"] for setting in candidates(4)) == sorted(GRID["lr"])
+    everything = candidates(100)
+    assert len({tuple(setting.values()) for setting in everything}) == len(everything) == 24
+
+
 def test_run_ends_when_nothing_improves():
     run = new_run()
     run.experiment = replace(SMALL, stop=2)
@@ -173,6 +213,8 @@ def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(folde
     before = record.read_bytes()
     assert command.main(arguments) == 0
     assert record.read_bytes() == before
+    with pytest.raises(SystemExit, match="epochs 3 instead of 1"):
+        command.main([*arguments, "--epochs", "1"])
     with pytest.raises(SystemExit):
         command.main(["no-such-table"])
     assert "table3-cifar10-cnnb" in capsys.readouterr().err

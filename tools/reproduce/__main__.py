@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
         for method in methods:
             record = folders.out / name / f"{method.replace(' ', '-')}-{seed}.json"
             if record.exists():
+                require_same(record, experiment)
                 continue
             owner = experiment.settings or name
             searched = EXPERIMENTS[owner] if experiment.settings else experiment
@@ -65,6 +66,19 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
             write(record, {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result})
             shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
             print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
+
+
+def require_same(record: Path, experiment: Experiment) -> None:
+    """Check that a record is of the experiment as it is asked for.
+
+    Raises:
+        SystemExit: it is not; says where they differ.
+    """
+    defaults = {each.name: each.default for each in fields(Experiment)}
+    config, asked = defaults | json.loads(record.read_text())["config"], json.loads(json.dumps(asdict(experiment)))
+    other = [f"{key} {config[key]!r} instead of {value!r}" for key, value in asked.items() if config[key] != value]
+    if other:
+        raise SystemExit(f"{record} was made with {', '.join(other)}. Hint: another --out and --runs for another experiment")
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
@@ -99,10 +113,15 @@ def main(arguments: list[str] | None = None) -> int:
         strange = [method for method in args.methods or () if method not in experiment.methods]
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
+        if args.costs and "BP" not in experiment.methods:
+            parser.error(f"{name} has no BP, to which costs are relative")
         if args.costs:
             write(args.out / name / "costs.json", {**costs(experiment), "versions": versions()})
-        else:
+            continue
+        try:
             run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)
+        except FileNotFoundError as error:
+            parser.error(str(error))
     render(args.out)
     return 0
 

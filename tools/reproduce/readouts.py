@@ -33,6 +33,11 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     }
 
 
+def judged(scores: Tensor, readout: str) -> Tensor:
+    """Return from the scores of all blocks, (K, N, J), those of the readout by which a method is judged: "ensemble" or "classifier"."""
+    return scores[:-1].mean(0) if readout == "ensemble" else scores[-1]
+
+
 def block_weights(scores: Tensor, y: Tensor, steps: int = 200) -> Tensor:
     """Return the convex weights (K,) of the blocks' softmax, scores (K, V, J), that give labels (V,) the highest likelihood."""
     shares = scores.softmax(2)[:, torch.arange(len(y)), y]  # (K, V): the probability of the label

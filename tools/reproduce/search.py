@@ -1,7 +1,10 @@
-"""Search learning rates and weight decay with optuna: the same random part of one grid for every method, pruned, resumable."""
+"""Search learning rates and weight decay with optuna: the same settings of one grid for every method, pruned, resumable."""
 
 from __future__ import annotations
 
+import math
+import random
+from itertools import product
 from pathlib import Path
 
 import optuna
@@ -20,10 +23,21 @@ GRID = {
 }
 
 
+def candidates(trials: int) -> list[dict[str, float]]:
+    """Return the settings that are tried: each learning rate of the features at the middle of the others, then others at random."""
+    first = [{"lr": lr, "classifier_lr": 1e-3, "weight_decay": 1e-2} for lr in (1e-3, 3e-3, 1e-2, 3e-4)]
+    rest = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
+    rest = [setting for setting in rest if setting not in first]
+    random.Random(0).shuffle(rest)
+    return [*first, *rest][:trials]
+
+
 def search(name: str, experiment: Experiment, method: str, split: Split, folder: Path) -> Setting:
     """Return the setting with the best validation accuracy of `experiment.trials`, on one seed's split.
 
-    The trials lie in `folder`; those that were made before are not made again.
+    The settings are the same for every method (`candidates`). The trials lie in `folder`; those that were made before are not made
+    again, and one that was interrupted is. Where a method is judged by its ensemble, the classifier's learning rate makes no difference
+    to it, and the first of equal settings is taken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -31,7 +45,6 @@ def search(name: str, experiment: Experiment, method: str, split: Split, folder:
         storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
         study_name=f"{name}, {method}",
         direction="maximize",
-        sampler=optuna.samplers.GridSampler(GRID, seed=0),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=experiment.trial_epochs // 2),
         load_if_exists=True,
     )
@@ -41,6 +54,8 @@ def search(name: str, experiment: Experiment, method: str, split: Split, folder:
         run = Run(experiment, method, setting, 0, split)
 
         def each(epoch: int, accuracy: float) -> None:
+            if not math.isfinite(run.curve[-1]["train_loss"]):
+                raise optuna.TrialPruned
             trial.report(run.best["accuracy"], epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
@@ -49,7 +64,11 @@ def search(name: str, experiment: Experiment, method: str, split: Split, folder:
         print(f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}", flush=True)
         return run.best["accuracy"]
 
-    finished = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL) for trial in study.trials)
-    if finished < experiment.trials:
-        study.optimize(objective, n_trials=experiment.trials - finished, catch=(FloatingPointError,))
+    done = [trial.params for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    for wanted in candidates(experiment.trials):
+        if wanted not in done:
+            study.enqueue_trial(wanted)
+            study.optimize(objective, n_trials=1)
+    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
+        raise RuntimeError(f"no setting of {name}, {method}, trained to the end of its trial. Hint: see the losses above, and change GRID")
     return Setting(**study.best_params)

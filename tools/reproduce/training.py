@@ -18,7 +18,7 @@ from tools.reproduce.data import Split, in_order, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example
-from tools.reproduce.readouts import accuracy, block_losses, readouts
+from tools.reproduce.readouts import accuracy, block_losses, judged, readouts
 
 EVALUATION_BATCH = 500
 SAVE_EVERY = 30  # seconds
@@ -61,6 +61,8 @@ class Run:
         saved = time.monotonic()
         while len(self.curve) < epochs and len(self.curve) - self.best["epoch"] <= self.experiment.stop:
             each(len(self.curve), self._epoch())
+            if not math.isfinite(self.curve[-1]["train_loss"]):
+                break  # what was best before stays
             if path is not None and time.monotonic() - saved > SAVE_EVERY:
                 self.save(path)
                 saved = time.monotonic()
@@ -84,7 +86,7 @@ class Run:
         losses = block_losses(scores, y)
         # Without heads both groups follow the one loss; with them each group follows its own.
         self.plateau.step(dict(zip(self.names, losses if len(losses) == len(self.names) else losses * len(self.names), strict=True)))
-        found = accuracy(readouts(scores, scores, y)[self.method.readout], y)
+        found = accuracy(judged(scores, self.method.readout), y)
         if found > self.best["accuracy"]:
             self.best = {"accuracy": found, "epoch": epoch, "state": copy.deepcopy(self.net.state_dict())}
         self.curve.append(
@@ -97,8 +99,6 @@ class Run:
                 "seconds": seconds,
             }
         )
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total} at {self.setting}")
         return found
 
     def scores(self, images: Any) -> Tensor:
@@ -107,14 +107,20 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Test the weights of the epoch with the best validation accuracy; leaves the network with them."""
         self.net.load_state_dict(self.best["state"])
-        validation, test, y = self.scores(self.split.validation), self.scores(self.split.test), self.split.test.y
+        validation, test, y, v = (
+            self.scores(self.split.validation),
+            self.scores(self.split.test),
+            self.split.test.y,
+            self.split.validation.y,
+        )
         return {
             "setting": asdict(self.setting),
             "seed": self.seed,
             "epochs": len(self.curve),
             "best_epoch": self.best["epoch"] + 1,
-            "validation": self.best["accuracy"],
-            "test": {name: accuracy(s, y) for name, s in readouts(test, validation, self.split.validation.y).items()},
+            "diverged": not math.isfinite(self.curve[-1]["train_loss"]),
+            "validation": {name: accuracy(s, v) for name, s in readouts(validation, validation, v).items()},
+            "test": {name: accuracy(s, y) for name, s in readouts(test, validation, v).items()},
             "blocks": [accuracy(s, y) for s in test],
             "parameters": parameters(self.net),
             "curve": self.curve,

@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--readout", default="ensemble", help="ensemble, last or classifier (default: ensemble)")
     parser.add_argument("--class-names", metavar="FILE", type=Path, help="a name on each line, or a JSON list; kept in the file")
     for name in ("mean", "std"):
-        parser.add_argument(f"--{name}", metavar="0.5,0.5,0.5", type=_numbers, help="of the normalised channels; kept in the file")
+        parser.add_argument(
+            f"--{name}", metavar="0.5,0.5,0.5", type=_numbers, help=f"of the normalised channels, --{name}=0.5,0.5,0.5; kept in the file"
+        )
     parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open, if the model allows it")
     parser.add_argument("--trust", action="store_true", help="load a file with whole Python objects, which runs code that lies in it")
     weights = parser.add_argument_group("for weights: the model that was cut")
@@ -66,9 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--model", metavar="SOURCE", help=source)
     weights.add_argument("--policy", help="how the cuts were chosen (default: what the checkpoint says, else residual)")
     weights.add_argument("--norm", help="layer or none (default: what the checkpoint says, else layer)")
-    weights.add_argument("--classes", metavar="N", type=int, help="number of classes (default: that of the heads)")
+    weights.add_argument("--classes", metavar="N", type=_positive, help="number of classes (default: that of the heads)")
     weights.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=given_input, action="append", default=[], help=SHAPE_HELP)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of classes. Hint: a positive integer")
+    return int(text)
 
 
 def _numbers(text: str) -> list[float]:
@@ -143,5 +151,7 @@ def _cut(told: Cut | None, model: nn.Module, options: argparse.Namespace) -> Cut
 
     cut = told or Cut(example=token_example(model) if options.model.startswith("hf:") else None)
     example = example_of(options.input)
+    if told is None and options.norm is None:
+        print("sffx-export: the file does not say how the model was cut; --norm layer is assumed", file=sys.stderr)
     said = {"policy": options.policy, "norm": options.norm, "example": example}
     return replace(cut, **{name: value for name, value in said.items() if value is not None})

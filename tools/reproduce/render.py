@@ -76,13 +76,16 @@ def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> Non
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
-        means = [100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)]
-        if len(means) > 1:
-            blocks.plot(range(1, len(means)), means[:-1], marker="o", color=f"C{i}", label=method)
-        blocks.plot(len(means) if len(means) > 1 else 1, means[-1], marker="s", color=f"C{i}", label=f"{method}, classifier", linestyle="")
-        longest = max((run["curve"] for run in runs), key=len)
-        epochs = [[run["curve"][t]["validation"] for run in runs if t < len(run["curve"])] for t in range(len(longest))]
+        *features, classifier = [100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)]
+        if features:
+            blocks.plot(range(1, len(features) + 1), features, marker="o", color=f"C{i}", label=method)
+            blocks.plot(len(features) + 1, classifier, marker="s", color=f"C{i}", label=f"{method}, classifier", linestyle="")
+        else:
+            blocks.axhline(classifier, color=f"C{i}", linestyle="--", label=method)
+        # As far as all seeds go, since a mean over fewer would jump where a seed ends.
+        epochs = list(zip(*([epoch["validation"] for epoch in run["curve"]] for run in runs), strict=False))
         curves.plot(range(1, len(epochs) + 1), [100 * fmean(e) for e in epochs], color=f"C{i}", label=method)
+    blocks.xaxis.get_major_locator().set_params(integer=True)
     blocks.set(xlabel="block", ylabel="test accuracy, per cent", title=name)
     curves.set(xlabel="epoch", ylabel="validation accuracy, per cent")
     blocks.legend(fontsize=7)

@@ -18,6 +18,7 @@ from sffx.compiler.analyse import Analysis
 from sffx.compiler.fakes import fake_copy
 from sffx.compiler.heads import make_heads
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
+from sffx.compiler.plan import Heads
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import Policy, called, check_positive, group_ends, layer
 from sffx.compiler.rewrite import block_module, rewrite
@@ -57,7 +58,7 @@ def memory(
     check_positive("batch_size", batch_size)
 
     def cut(analysis: Analysis) -> list[str]:
-        search = _Search(analysis, batch_size, goodness, kernel_size, rank, recompute)
+        search = _Search(analysis, batch_size, Heads(goodness, kernel_size, rank), recompute)
         found = search.coarsest(allowed)
         if found is None:
             least = search.smallest()
@@ -127,9 +128,8 @@ class _Search:
     with such bounds is counted and the search repeated, until all blocks of what is found were counted, as they are in it.
     """
 
-    def __init__(self, analysis: Analysis, batch_size: int, goodness: str, kernel_size: int, rank: int | None, recompute: bool) -> None:
-        self.analysis, self.batch_size = analysis, batch_size
-        self.goodness, self.kernel_size, self.rank, self.recompute = goodness, kernel_size, rank, recompute
+    def __init__(self, analysis: Analysis, batch_size: int, wanted: Heads, recompute: bool) -> None:
+        self.analysis, self.batch_size, self.wanted, self.recompute = analysis, batch_size, wanted, recompute
         self.features = group_ends(analysis)
         self.ends = sorted({*self.features, *(analysis.step_of[name] for name in layer(analysis)), len(analysis.steps) - 1})
         self.counted: dict[Segment, int] = {}
@@ -249,7 +249,8 @@ class _Search:
         classes = int(self.analysis.nodes[self.analysis.logits].meta["example"].shape[1])
         like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
         with torch.device("meta"):
-            head = make_head(self.goodness, step.shape[axis - 1], classes, axis, len(step.shape) - 1, self.kernel_size, self.rank)
+            shape = (step.shape[axis - 1], classes, axis, len(step.shape) - 1)
+            head = make_head(self.wanted.goodness, *shape, self.wanted.kernel_size, self.wanted.rank)
         return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
 
     def _input_bytes(self) -> int:
@@ -259,9 +260,9 @@ class _Search:
     def _count(self, path: _Path, *, again: bool = False) -> None:
         """Count the blocks of a path that were not counted before, or all of them, of which the larger count is kept."""
         names = [self.analysis.steps[end].node for _, end in path.segments[:-1]]
-        plan = make_plan(self.analysis, "memory", lambda _: names)
+        plan = make_plan(self.analysis, "memory", lambda _: names, heads=self.wanted)
         with torch.random.fork_rng(devices=[]):
-            heads = make_heads(plan, self.analysis.trace.root, self.goodness, self.kernel_size, self.rank)
+            heads = make_heads(plan, self.analysis.trace.root)
         trace, mode = self._fake_trace
         heads = list(fake_copy(nn.ModuleList(heads), mode))
         with mode:

@@ -181,7 +181,7 @@ class SFFModule(_Classifier):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state of the plateau, and how the model was cut, which `sffx-export` reads, into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CUT_KEY] = describe(plan_of(self.net), "layer" if hasattr(self.net, "norm_0") else "none")
+        checkpoint[CUT_KEY] = describe(plan_of(self.net))
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the goodness of each block, that of the ensemble and of the last block, and the classifier's logits, (B, J) each."""

@@ -82,8 +82,8 @@ def transform(
     _check_norm(norm)
     traced = trace(model, example_input)
     analysis = analyse(traced)
-    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm))
-    heads = make_heads(blocks, traced.root, goodness, kernel_size, rank, head_bias)
+    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm, head_bias))
+    heads = make_heads(blocks, traced.root)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
     verify(net, blocks)

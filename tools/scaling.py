@@ -99,7 +99,7 @@ def transformed(model: nn.Module, x: Tensor, policy: str = "residual") -> tuple[
     with torch.inference_mode(False):
         analysis, plan = planned(clock, model, x, policy)
         with clock.phase("rewrite"):
-            heads = make_heads(plan, analysis.trace.root, "sff", 1)
+            heads = make_heads(plan, analysis.trace.root)
             net = rewrite(analysis.trace, plan, heads, [SampleNorm() for _ in plan])
         with clock.phase("verify"):
             verify(net, plan)

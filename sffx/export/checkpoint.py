@@ -44,10 +44,10 @@ class Cut:
     norm: str = "layer"
 
 
-def describe(plan: BlockPlan, norm: str) -> dict[str, Any]:
+def describe(plan: BlockPlan) -> dict[str, Any]:
     """Return what `recorded` reads: how a model was cut, in numbers and strings."""
     inputs = {each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in plan.inputs}
-    return {"after": [block.output for block in plan], "inputs": inputs, "norm": norm}
+    return {"after": [block.output for block in plan], "inputs": inputs, "norm": plan.heads.norm}
 
 
 def recorded(checkpoint: Any) -> Cut | None:

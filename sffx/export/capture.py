@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,8 @@ from sffx.compiler.plan import Input
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.learning.readout import READOUTS
+
+T = TypeVar("T")
 
 TRACED_BATCH = 2
 VERIFIED_BATCHES = (1, 3)
@@ -72,12 +74,12 @@ def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
 
 
-def open_axes(inputs: Sequence[Input], *, dynamic_size: bool) -> tuple[dict[int, str], ...]:
+def _open_axes(inputs: Sequence[Input], *, dynamic_size: bool) -> tuple[dict[int, str], ...]:
     """Return, for each input, the names of the axes whose length stays open: the batch, and height and width of the image."""
     batch = {0: "batch"}
     if not dynamic_size:
         return tuple(batch for _ in inputs)
-    image = image_input(inputs)
+    image = _image_input(inputs)
     return tuple(
         {**batch, _from_start(image, -2): "height", _from_start(image, -1): "width"} if each is image else batch for each in inputs
     )
@@ -91,10 +93,10 @@ def _from_start(image: Input, axis: int) -> int:
 def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
     """Raise an InputError if an image size is to stay open and there is no image."""
     if dynamic_size:
-        image_input(inputs)
+        _image_input(inputs)
 
 
-def image_input(inputs: Sequence[Input]) -> Input:
+def _image_input(inputs: Sequence[Input]) -> Input:
     """Return the input that is images (C, H, W) or clips (C, T, H, W).
 
     Raises:
@@ -110,9 +112,9 @@ def image_input(inputs: Sequence[Input]) -> Input:
     return images[0]
 
 
-def grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
+def _grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
     """Return the inputs with the image's height and width larger."""
-    image = image_input(inputs)
+    image = _image_input(inputs)
     *front, height, width = image.shape
     larger = replace(image, shape=(*front, height + GROWTH[0], width + GROWTH[1]))
     return tuple(larger if each is image else each for each in inputs)
@@ -123,26 +125,51 @@ def trial_inputs(inputs: tuple[Input, ...], *, dynamic_size: bool) -> Iterator[t
     for batch in VERIFIED_BATCHES:
         yield inputs, batch, f"at batch size {batch}"
     if dynamic_size:
-        larger = grown(inputs)
-        yield larger, TRACED_BATCH, f"at height and width {size_of(larger)}"
+        larger = _grown(inputs)
+        yield larger, TRACED_BATCH, f"at height and width {_size_of(larger)}"
 
 
-def size_of(inputs: Sequence[Input]) -> str:
+def _size_of(inputs: Sequence[Input]) -> str:
     """Return height and width of the image input, as "224 x 224"."""
-    return " x ".join(map(str, image_input(inputs).shape[-2:]))
+    return " x ".join(map(str, _image_input(inputs).shape[-2:]))
 
 
-def require_other_size(model: nn.Module, inputs: Sequence[Input]) -> None:
+def traced(
+    trace: Callable[[tuple[Tensor, ...], tuple[dict[int, str], ...]], T], model: nn.Module, inputs: Sequence[Input], dynamic_size: bool
+) -> T:
+    """Return what an exporter makes of the model, with the batch open and, where it is wanted, height and width.
+
+    Args:
+        trace: the exporter, given an example of each input and the names of their open axes.
+        model: that it traces.
+        inputs: of the model.
+        dynamic_size: whether height and width stay open.
+
+    Raises:
+        ExportError: the exporter fails, or does so once the size is open, which the error then says.
+    """
+    if not dynamic_size:
+        return trace(random_inputs(inputs, TRACED_BATCH), _open_axes(inputs, dynamic_size=False))
+    _require_other_size(model, inputs)
+    try:
+        # At the larger size, since lengths of 1 are fixed when they are traced.
+        return trace(random_inputs(_grown(inputs), TRACED_BATCH), _open_axes(inputs, dynamic_size=True))
+    except ExportError as error:
+        traced(trace, model, inputs, dynamic_size=False)  # raises where the size is not what stops it
+        raise _size_error(inputs, str(error)) from error
+
+
+def _require_other_size(model: nn.Module, inputs: Sequence[Input]) -> None:
     """Raise an ExportError if the model itself runs at one size only."""
-    larger = grown(inputs)
+    larger = _grown(inputs)
     try:
         model(*random_inputs(larger, TRACED_BATCH))
     except Exception as error:
-        raise size_error(inputs, f"torch fails at {size_of(larger)}: {first_line(error)}") from error
+        raise _size_error(inputs, f"torch fails at {_size_of(larger)}: {first_line(error)}") from error
 
 
-def size_error(inputs: Sequence[Input], reason: str) -> ExportError:
+def _size_error(inputs: Sequence[Input], reason: str) -> ExportError:
     """Return the error that says that the model does not allow other sizes than the traced one."""
-    traced = size_of(inputs)
-    hint = f"Hint: leave dynamic_size out, and resize images to {traced}"
-    return ExportError(f"the model does not allow other heights and widths than {traced}: {reason}. {hint}")
+    size = _size_of(inputs)
+    hint = f"Hint: leave dynamic_size out, and resize images to {size}"
+    return ExportError(f"the model does not allow other heights and widths than {size}: {reason}. {hint}")

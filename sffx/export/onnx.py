@@ -19,18 +19,7 @@ from torch import Tensor, nn
 
 from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import (
-    TRACED_BATCH,
-    grown,
-    inference_copy,
-    open_axes,
-    random_inputs,
-    require_image,
-    require_other_size,
-    require_readout,
-    size_error,
-    trial_inputs,
-)
+from sffx.export.capture import inference_copy, random_inputs, require_image, require_readout, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
@@ -121,18 +110,8 @@ def require_packages() -> None:
 
 
 def _export(model: nn.Module, inputs: tuple[Input, ...], output_name: str, opset: int | None, *, dynamic_size: bool) -> ONNXProgram:
-    names, fixed = [each.name for each in inputs], open_axes(inputs, dynamic_size=False)
-    if not dynamic_size:
-        return traced_program(model, random_inputs(inputs, TRACED_BATCH), names, [output_name], fixed, opset)
-    require_other_size(model, inputs)
-    try:
-        # At the larger size, since lengths of 1 are fixed when they are traced.
-        larger, axes = random_inputs(grown(inputs), TRACED_BATCH), open_axes(inputs, dynamic_size=True)
-        return traced_program(model, larger, names, [output_name], axes, opset)
-    except ExportError as error:
-        # This raises where the size is not what stops it.
-        traced_program(model, random_inputs(inputs, TRACED_BATCH), names, [output_name], fixed, opset)
-        raise size_error(inputs, str(error)) from error
+    names = [each.name for each in inputs]
+    return traced(lambda examples, axes: traced_program(model, examples, names, [output_name], axes, opset), model, inputs, dynamic_size)
 
 
 def traced_program(

@@ -14,18 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError
-from sffx.export.capture import (
-    TRACED_BATCH,
-    grown,
-    inference_copy,
-    open_axes,
-    random_inputs,
-    require_image,
-    require_other_size,
-    require_readout,
-    size_error,
-    trial_inputs,
-)
+from sffx.export.capture import inference_copy, random_inputs, require_image, require_readout, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
@@ -78,25 +67,14 @@ def export_program(
     target = target_file(Path(path), "net.pt2")
     with draft_beside(target, "net.pt2") as draft, torch.no_grad():
         model = inference_copy(net, readout)
-        _save(_export(model, plan.inputs, dynamic_size=dynamic_size), told, draft)
+        program = traced(lambda examples, axes: _program(model, examples, axes), model, plan.inputs, dynamic_size)
+        _save(program, told, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
         os.replace(draft, target)
     return Path(path)
 
 
-def _export(model: nn.Module, inputs: tuple[Input, ...], *, dynamic_size: bool) -> ExportedProgram:
-    fixed = open_axes(inputs, dynamic_size=False)
-    if not dynamic_size:
-        return _traced(model, random_inputs(inputs, TRACED_BATCH), fixed)
-    require_other_size(model, inputs)
-    try:
-        return _traced(model, random_inputs(grown(inputs), TRACED_BATCH), open_axes(inputs, dynamic_size=True))
-    except ExportError as error:
-        _traced(model, random_inputs(inputs, TRACED_BATCH), fixed)  # raises where the size is not what stops it
-        raise size_error(inputs, str(error)) from error
-
-
-def _traced(model: nn.Module, examples: tuple[torch.Tensor, ...], axes: tuple[dict[int, str], ...]) -> ExportedProgram:
+def _program(model: nn.Module, examples: tuple[torch.Tensor, ...], axes: tuple[dict[int, str], ...]) -> ExportedProgram:
     shapes = tuple(dict.fromkeys(each, Dim.DYNAMIC) for each in axes)
     try:
         return torch.export.export(model, examples, dynamic_shapes=shapes)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.plan import plan_of
+from sffx.compiler.trace import storage
 from sffx.errors import InputError
 from sffx.learning.activation import private_gradients
 from sffx.learning.goodness import full_precision
@@ -216,14 +217,14 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Paramete
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     mark_gradients(gradients)
     found: dict[nn.Parameter, Tensor] = {}
-    storages: set[int] = set()
+    seen: set[int] = set()
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
         # Of a sum of two parameters, autograd gives both the same tensor, and of a broadcast one a view whose elements share memory.
-        storage = gradient.untyped_storage()._cdata
-        found[p] = gradient.clone(memory_format=torch.contiguous_format) if storage in storages or 0 in gradient.stride() else gradient
-        storages.add(storage)
+        key = storage(gradient)
+        found[p] = gradient.clone(memory_format=torch.contiguous_format) if key in seen or 0 in gradient.stride() else gradient
+        seen.add(key)
     return found
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.plan import plan_of
+from sffx.compiler.trace import storage
 from sffx.errors import InputError
 
 
@@ -257,7 +258,7 @@ class Parking:
         """Begin to bring a block, in the room that the one before the present one has left."""
         self.carrier.settle()
         tensors = [tensor for tensor in self._tensors(block) if self._is_away(tensor)]
-        homes = {_key(tensor): _bytes(tensor) for tensor in tensors}
+        homes = {storage(tensor): _bytes(tensor) for tensor in tensors}
         copies = dict(zip(homes, self.carrier.bring(list(homes.values())), strict=True))
         self.ahead = Cargo(block, tensors, homes, copies)
 
@@ -276,12 +277,12 @@ class Parking:
         assert cargo is not None
         self.carrier.arrive(cargo.copies.values())
         for tensor in cargo.tensors:
-            tensor.data = _view(cargo.copies[_key(tensor)], tensor)
+            tensor.data = _view(cargo.copies[storage(tensor)], tensor)
         self.here = Cargo(
             block,
             cargo.tensors,
-            homes={_key(copy): home for home, copy in zip(cargo.homes.values(), cargo.copies.values(), strict=True)},
-            copies={_key(copy): copy for copy in cargo.copies.values()},
+            homes={storage(copy): home for home, copy in zip(cargo.homes.values(), cargo.copies.values(), strict=True)},
+            copies={storage(copy): copy for copy in cargo.copies.values()},
         )
 
     @torch.inference_mode(False)
@@ -291,15 +292,15 @@ class Parking:
         assert self.here is not None
         cargo, self.here = self.here, None
         leaving = [tensor for tensor in self._tensors(cargo.block) if self._is_here(tensor)]
-        left = {**cargo.copies, **{_key(tensor): _bytes(tensor) for tensor in leaving}}
+        left = {**cargo.copies, **{storage(tensor): _bytes(tensor) for tensor in leaving}}
         homes = {key: home for key, home in cargo.homes.items() if self._is_a_home(home, left[key])}
-        as_it_was = set() if changed else {_key(p) for p in self._parameters(cargo.block)} & set(homes)
-        for key in {_key(tensor) for tensor in leaving} - set(homes):
+        as_it_was = set() if changed else {storage(p) for p in self._parameters(cargo.block)} & set(homes)
+        for key in {storage(tensor) for tensor in leaving} - set(homes):
             homes[key] = self.carrier.host(left[key].nbytes)
-        going = {_key(tensor) for tensor in leaving} - as_it_was
+        going = {storage(tensor) for tensor in leaving} - as_it_was
         self.carrier.send([(left[key], homes[key]) for key in going], left.values())
         for tensor in leaving:
-            tensor.data = _view(homes[_key(tensor)], tensor)
+            tensor.data = _view(homes[storage(tensor)], tensor)
         torch.clear_autocast_cache()  # which holds what it has cast of the block
 
     def _before(self, block: int) -> None:
@@ -420,17 +421,12 @@ def _common_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
         if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
             kind = f"{type(tensor).__name__} with layout {tensor.layout}"
             raise InputError(f"{names[id(tensor)]} is a {kind}, which cannot be parked. Hint: plain, dense parameters and buffers can")
-    owners = Counter(key for tensors in owned for key in {_key(t) for t in tensors.values()})
-    common = {id(t): t for tensors in owned for t in tensors.values() if owners[_key(t)] > 1}
+    owners = Counter(key for tensors in owned for key in {storage(t) for t in tensors.values()})
+    common = {id(t): t for tensors in owned for t in tensors.values() if owners[storage(t)] > 1}
     for tensor in common.values():
         if isinstance(tensor, nn.Parameter):
             raise InputError(f"parameter {names[id(tensor)]} belongs to several blocks. Hint: give each a copy of its own, or do not park")
     return list(common.values())
-
-
-def _key(tensor: Tensor) -> int:
-    """Return what tells a storage from others as long as it lives."""
-    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -438,7 +434,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _view(storage: Tensor, like: Tensor) -> Tensor:
+def _view(memory: Tensor, like: Tensor) -> Tensor:
     """Return a tensor on another storage, which is to have the same content as its own."""
     size = (like.storage_offset(), like.size(), like.stride())
-    return torch.empty(0, dtype=like.dtype, device=storage.device).set_(storage.untyped_storage(), *size)
+    return torch.empty(0, dtype=like.dtype, device=memory.device).set_(memory.untyped_storage(), *size)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sffx.compiler.plan import BlockPlan
-from sffx.draw.progress import Progress
+from sffx.draw.progress import BLOCK, Progress
 from sffx.errors import InputError
 
 ACCURACY_KEY = "sffx_accuracy"
@@ -74,7 +74,7 @@ def _content(path: Path) -> Mapping[str, Any]:
 def _check_blocks(path: str | os.PathLike[str], plan: BlockPlan, accuracy: Mapping[str, Any]) -> None:
     wanted = {block.target for block in plan.all_blocks}
     missing = sorted(wanted - set(accuracy))
-    others = sorted(name for name in accuracy if name.startswith("block_") and name not in wanted)
+    others = sorted(name for name in accuracy if name.startswith(BLOCK) and name not in wanted)
     if missing or others:
         told = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(others)} as well"
         raise InputError(

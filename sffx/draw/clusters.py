@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sffx.compiler.plan import Block, BlockPlan
 from sffx.draw.dot import DEFAULTS, OUTSIDE, beside, edge, head_beside, look, node, outside, quote
-from sffx.draw.fold import Run, fold
+from sffx.draw.fold import Run, first_of, fold
 from sffx.draw.inner import JOIN_SIGNS, Part, parts
 from sffx.draw.label import (
     FAINT,
@@ -115,15 +115,10 @@ def _name(block: Block, value: str) -> str:
     return f"{block.target}/{value}"
 
 
-def _first(block: Block) -> Block:
-    """The block whose graph is drawn: the first of a run."""
-    return block.blocks[0] if isinstance(block, Run) else block
-
-
 def _places(plan: BlockPlan, inside: list[list[Part]]) -> dict[str, Place]:
     places = {}
     for stage, block in enumerate(plan.all_blocks):
-        first = _first(block)
+        first = first_of(block)
         for part in inside[stage]:
             name, is_output = part.node.name, part.node.name == first.output
             places[name] = Place(_name(block, name), stage, is_output or name in first.detached, part.node.is_path)
@@ -147,7 +142,7 @@ def _cluster(block: Block, inside: list[Part], plan: BlockPlan, progress: Progre
         yield node(_name(block, part.node.name), f"{style}, {told}")
     yield "}"
     if block is not plan.classifier:
-        yield from head_beside(block, _name(block, _first(block).output), plan)
+        yield from head_beside(block, _name(block, first_of(block).output), plan)
 
 
 def _entering(index: int, plan: BlockPlan) -> str:
@@ -166,7 +161,7 @@ def _entries(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
         yield from [edge(outside(name, plan), target, f'class="input", color="{INK}"')] if name else ()
         return
     before = plan.blocks[index - 1]
-    name = _name(before, _first(before).output)
+    name = _name(before, first_of(before).output)
     style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=20'
     cut = f"{style}, label={edge_label([cut_in_words(plan.heads)], RED)}"
     if columns[index] == columns[index - 1]:

@@ -46,6 +46,11 @@ def fold(plan: BlockPlan) -> BlockPlan:
     return replace(plan, blocks=tuple(blocks))
 
 
+def first_of(block: Block) -> Block:
+    """The block itself, or the first of a run, which stands for the others."""
+    return block.blocks[0] if isinstance(block, Run) else block
+
+
 def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
     """The modules of a block that the trace did not look into."""
     return [leaf for leaf in plan.leaves if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sffx.compiler.plan import Block, Node
-from sffx.draw.fold import Run, relative
+from sffx.draw.fold import first_of, relative
 
 JOIN_SIGNS = {"sum": "+", "product": "×", "cat": "cat"}
 
@@ -35,7 +35,7 @@ def parts(block: Block, detail: str) -> list[Part]:
     Returns:
         the parts; a plan that does not hold the nodes of the block gives one part for all of it.
     """
-    block = block.blocks[0] if isinstance(block, Run) else block
+    block = first_of(block)
     nodes = block.graph or (Node(block.output, block.name, False, block.inputs),)
     if detail == "modules":
         nodes = _contracted(block, nodes)

@@ -10,7 +10,7 @@ from importlib.resources import files
 from sffx.compiler.plan import Block, BlockPlan, Input
 from sffx.draw.dot import Crossing, crossings
 from sffx.draw.fold import Run, fold, leaves_in, relative
-from sffx.draw.inner import Part, joins_in_words, parts
+from sffx.draw.inner import JOIN_SIGNS, Part, joins_in_words, parts
 from sffx.draw.label import LEGEND, blocks_in_words, count, cut_in_words, facts, figures, meaning, memory, printable, shape_text, shorten
 from sffx.draw.progress import Progress, percent
 
@@ -248,7 +248,7 @@ def _flow(inside: list[Part]) -> str:
 
 
 def _part_class(part: Part) -> str:
-    kind = "join" if part.node.join in ("sum", "cat", "product") else "" if part.node.is_path else "aside"
+    kind = "join" if part.node.join in JOIN_SIGNS else "" if part.node.is_path else "aside"
     return f' class="{kind}"' if kind else ""
 
 

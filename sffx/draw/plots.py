@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sffx.draw.history import Epoch, epochs
+from sffx.draw.progress import BLOCK
 from sffx.draw.render import PICTURES, check_path, write
 from sffx.errors import InputError, MissingExtra
 
@@ -22,8 +23,6 @@ Evaluation = Sequence[tuple[str, float]]
 # Okabe and Ito's colours, which the colour-blind can tell apart, each with a marker of its own for print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-BLOCK = "block_"
 
 PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
 # The last block's readout is that block's own line.
@@ -131,9 +130,14 @@ def _check(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def _readouts(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[str]]:
-    names = dict.fromkeys(readout for evaluation in evaluations.values() for readout, _ in evaluation)
-    blocks = sorted((name for name in names if name.startswith(BLOCK)), key=_depth)
-    return blocks, [name for name in names if not name.startswith(BLOCK)]
+    return _parted(readout for evaluation in evaluations.values() for readout, _ in evaluation)
+
+
+def _parted(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names of blocks in order, and the others as they come, each once."""
+    known = dict.fromkeys(names)
+    blocks = sorted((name for name in known if name.startswith(BLOCK)), key=_depth)
+    return blocks, [name for name in known if not name.startswith(BLOCK)]
 
 
 def _depth(block: str) -> tuple[int, str]:
@@ -195,9 +199,8 @@ def _ticks(axes: Axes, names: Sequence[str]) -> None:
 
 def _drawn(found: Sequence[Epoch]) -> list[str]:
     """The names of the lines: the blocks in order, then what stands for the whole net."""
-    names = dict.fromkeys(name for epoch in found for kind in PANELS for name in getattr(epoch, kind) if name != NOT_DRAWN)
-    blocks = sorted((name for name in names if name.startswith(BLOCK)), key=_depth)
-    return [*blocks, *(name for name in names if not name.startswith(BLOCK))]
+    blocks, others = _parted(name for epoch in found for kind in PANELS for name in getattr(epoch, kind) if name != NOT_DRAWN)
+    return [*blocks, *others]
 
 
 def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch]) -> None:
@@ -222,7 +225,7 @@ def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch])
 def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    blocks = [known for known in names if known.startswith(BLOCK)]
+    blocks, _ = _parted(names)
     if name not in blocks:
         return {"color": WHOLE.get(name, "#5f6b7a"), "linestyle": "--", "linewidth": 1.6}
     # The lightest of the scale would not be seen on white.
@@ -232,7 +235,6 @@ def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:
 def _curve_legend(names: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    blocks = [name for name in names if name.startswith(BLOCK)]
+    blocks, others = _parted(names)
     few = blocks if len(blocks) <= BLOCKS_NAMED else [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
-    shown = [name for name in names if name in few or name not in blocks]
-    return [Line2D([], [], label=name.replace("_", " "), **_curve(name, names)) for name in shown]
+    return [Line2D([], [], label=name.replace("_", " "), **_curve(name, names)) for name in [*few, *others]]

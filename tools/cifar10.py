@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import sffx
-from sffx.measure.memory import count_memory
-from sffx.measure.timing import compare_time
+from sffx.measure.costs import Training, relative_costs
 
 METHODS = {
     "BP": None,
@@ -136,27 +136,9 @@ def run(method: str, data: dict[str, tuple[Tensor, Tensor]], epochs: int, out: P
 def costs(rounds: int) -> dict[str, dict[str, float]]:
     """Measure step time, alternating, and counted peak memory of each method relative to BP."""
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
-    steps, counts = {}, {}
-    for method in METHODS:
-        model = build(method).train()
-        optimizer = optimizer_of(model, 1e-3)
-
-        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad()
-            loss_of(model, x, y).backward()
-            optimizer.step()
-
-        step()  # the optimizer's state exists from here on
-        steps[method], counts[method] = step, count_memory(step, model=model, optimizer=optimizer)
-    times = compare_time(steps, rounds=rounds)
-    return {
-        method: {
-            "time": times.paired_ratio(method, "BP"),
-            "peak": counts[method].peak / counts["BP"].peak,
-            "activations": counts[method].activations / counts["BP"].activations,
-        }
-        for method in METHODS
-    }
+    models = {method: build(method).train() for method in METHODS}
+    trainings = {method: Training(model, optimizer_of(model, 1e-3), partial(loss_of, model, x, y)) for method, model in models.items()}
+    return relative_costs(trainings, "BP", rounds=rounds)
 
 
 def table(record: dict) -> str:

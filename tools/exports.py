@@ -34,7 +34,7 @@ import sffx
 from sffx.draw.render import write
 from sffx.export.capture import trial_inputs
 from sffx.export.parity import relative_error
-from tools.zoo import Entry, build, calibrate, draw_constants, fitting_input
+from tools.zoo import Entry, build, calibrate, draw_constants, fitting_input, is_open, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "exports"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
@@ -161,15 +161,9 @@ def sweep(todo: list[str], limit: float) -> None:
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch.onnx", "torchvision", "onnxscript", "onnxruntime"])
     for i, name in enumerate(todo, start=1):
-        process = context.Process(target=measure, args=(name,))
-        process.start()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            new_record(name, f"no answer after {limit:.0f} s").write()
-        elif process.exitcode:
-            new_record(name, f"the process died, exit code {process.exitcode}").write()
+        exitcode, late = run_apart(context, measure, name, limit)
+        if late or exitcode:
+            new_record(name, f"no answer after {limit:.0f} s" if late else f"the process died, exit code {exitcode}").write()
         found = json.loads(path_of(name).read_text())
         print(f"{i:3}/{len(todo)}  {name}  {found['seconds']} s  {found['reason'] or found['error']}", flush=True)
 
@@ -215,14 +209,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         wanted = [name for name in listed() if options.only in f"{family_of(name)}/{name}" and name not in LEFT_OUT]
-        sweep([name for name in wanted if options.again or _is_open(name, options.failed)], options.limit)
+        sweep([name for name in wanted if options.again or is_open(path_of(name), options.failed)], options.limit)
     records = [_found(name) for name in models.list_models(module=models)]
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "table.md").write_text(table(records))
-
-
-def _is_open(name: str, failed: bool) -> bool:
-    return not path_of(name).exists() or (failed and bool(json.loads(path_of(name).read_text())["reason"]))
 
 
 def _found(name: str) -> dict[str, Any]:

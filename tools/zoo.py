@@ -29,7 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -407,18 +407,25 @@ def sweep(todo: list[Entry], jobs: int, limit: float) -> None:
 
 def _supervised(context: Any, entry: Entry, limit: float) -> str:
     entry.path.unlink(missing_ok=True)
-    process = context.Process(target=measure, args=(entry,))
-    process.start()
-    process.join(limit)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    exitcode, _ = run_apart(context, measure, entry, limit)
     if not entry.path.exists():
         record = new_record(entry)
-        record.reason = f"no answer after {limit:.0f} s" if process.exitcode == -9 else f"the process died, exit code {process.exitcode}"
+        record.reason = f"no answer after {limit:.0f} s" if exitcode == -9 else f"the process died, exit code {exitcode}"
         record.write(entry.path)
     found = json.loads(entry.path.read_text())
     return f"{entry.zoo}/{entry.name}  {found['blocks']} blocks  {found['seconds']} s  {found['reason'] or 'verified'}"
+
+
+def run_apart(context: Any, function: Callable[[Any], None], argument: Any, limit: float) -> tuple[int, bool]:
+    """Call a function in a process of its own, for at most `limit` seconds; return its exit code, and whether it was killed by then."""
+    process = context.Process(target=function, args=(argument,))
+    process.start()
+    process.join(limit)
+    late = process.is_alive()
+    if late:
+        process.kill()
+        process.join()
+    return process.exitcode, late
 
 
 def _installed(package: str) -> bool:
@@ -490,14 +497,15 @@ def main() -> None:
     zoos = options.zoo or [package for package in PACKAGES[1:] if _installed(package)]
     listed = [entry for zoo in zoos for entry in entries(zoo) if options.only in f"{entry.zoo}/{entry.group}/{entry.name}"]
     if not options.table:
-        sweep([entry for entry in listed if options.again or _is_open(entry, options.failed)], options.jobs, options.limit)
+        sweep([entry for entry in listed if options.again or is_open(entry.path, options.failed)], options.jobs, options.limit)
     known = [entry for package in PACKAGES[1:] if _installed(package) for entry in entries(package)]
     records = [json.loads(entry.path.read_text()) if entry.path.exists() else asdict(new_record(entry, "not run yet")) for entry in known]
     (RESULTS / "table.md").write_text(table(records))
 
 
-def _is_open(entry: Entry, failed: bool) -> bool:
-    return not entry.path.exists() or (failed and bool(json.loads(entry.path.read_text())["reason"]))
+def is_open(path: Path, failed: bool) -> bool:
+    """Whether there is no record yet, or, where failures count, one of a failure."""
+    return not path.exists() or (failed and bool(json.loads(path.read_text())["reason"]))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import sys
 from dataclasses import asdict, fields, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
 
+from sffx.draw.render import write
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, load, load_digits, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
@@ -63,7 +63,9 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
             made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed))
             made.train(experiment.epochs, folders.runs / name / f"{method.replace(' ', '-')}-{seed}.pt")
             result = made.result()
-            write(record, {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result})
+            record.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result}
+            write(record, json.dumps(facts).encode())
             shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
             print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
 
@@ -79,12 +81,6 @@ def require_same(record: Path, experiment: Experiment) -> None:
     other = [f"{key} {config[key]!r} instead of {value!r}" for key, value in asked.items() if config[key] != value]
     if other:
         raise SystemExit(f"{record} was made with {', '.join(other)}. Hint: another --out and --runs for another experiment")
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(record))
-    path.with_suffix(".tmp").replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,10 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
         strange = [method for method in args.methods or () if method not in experiment.methods]
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
-        if args.costs and "BP" not in experiment.methods:
-            parser.error(f"{name} has no BP, to which costs are relative")
         if args.costs:
-            write(args.out / name / "costs.json", {**costs(experiment), "versions": versions()})
+            if "BP" not in experiment.methods:
+                parser.error(f"{name} has no BP, to which costs are relative")
+            (args.out / name).mkdir(parents=True, exist_ok=True)
+            write(args.out / name / "costs.json", json.dumps({**costs(experiment), "versions": versions()}).encode())
             continue
         try:
             run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)

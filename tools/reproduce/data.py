@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,15 @@ def load(folder: Path, cache: Path, size: int) -> Images:
             raise FileNotFoundError(f"there is no {folder}. Hint: unzip the data there, a folder for each class")
         source = ImageFolder(folder)
         x = torch.stack([resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source])
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save((x, torch.tensor(source.targets)), kept.with_suffix(".tmp"))
-        kept.with_suffix(".tmp").replace(kept)
+        save((x, torch.tensor(source.targets)), kept)
     return Images(*torch.load(kept))
+
+
+def save(content: Any, path: Path) -> None:
+    """Write what `torch.load` reads; a file that was there stays until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 def load_digits(size: int) -> tuple[Images, Images]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small, resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 WIDTHS = (20, 40, 80, 80)
 
@@ -43,7 +44,6 @@ def _resnet18(num_classes: int, size: int) -> nn.Module:
 
 def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
     """ResNet18 with a quarter of the channels, a stem of stride 1 and no pool, for images of 32 x 32 on a small machine."""
-    from torchvision.models.resnet import BasicBlock, ResNet
 
     class Narrow(ResNet):
         def _make_layer(self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from sffx.draw.plots import blank, save
+from sffx.draw.render import write
 from tools.reproduce.experiments import EXPERIMENTS
 
 READOUTS = ("ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier")
@@ -71,9 +73,7 @@ def description(name: str, methods: dict[str, list[dict[str, Any]]]) -> str:
 
 def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Plot test accuracy by block, and validation accuracy by epoch; the mean over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = blank(10, 3.6, "plotting experiments")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
         *features, classifier = [100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)]
@@ -90,7 +90,7 @@ def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> Non
     curves.set(xlabel="epoch", ylabel="validation accuracy, per cent")
     blocks.legend(fontsize=7)
     curves.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def render(out: Path) -> None:
@@ -106,5 +106,5 @@ def render(out: Path) -> None:
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, found), "", description(name, methods), "", f"![{name}]({name}.png)"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text("\n".join(parts) + "\n")
+    write(out / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))

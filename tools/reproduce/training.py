@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from tools.reproduce.data import Split, in_order, shuffled
+from tools.reproduce.data import Split, in_order, save, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example
@@ -135,9 +135,7 @@ class Run:
             "best": self.best,
             "random": torch.get_rng_state(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        save(state, path)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])

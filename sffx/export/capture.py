@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import Input
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
-from sffx.learning.readout import READOUTS
+from sffx.learning.readout import READOUTS, Cumulative
 
 T = TypeVar("T")
 
+EXPORTED = (*READOUTS, "cumulative")
 TRACED_BATCH = 2
 VERIFIED_BATCHES = (1, 3)
 # What is added to height and width for a second size: multiples of what models divide them by, and not the same.
@@ -25,8 +26,8 @@ GROWTH = (32, 64)
 
 def require_readout(readout: str) -> None:
     """Raise an InputError if there is no such readout."""
-    if readout not in READOUTS:
-        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, READOUTS))}")
+    if readout not in EXPORTED:
+        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, EXPORTED))}")
 
 
 def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
@@ -50,6 +51,10 @@ def _keep(model: fx.GraphModule, readout: str) -> None:
         combiner: Any = model.get_submodule("readout")
         combiner.mode = readout
         combined.args = ([*goodness, goodness[-1]],)
+    elif readout == "cumulative":
+        model.add_submodule("cumulative", Cumulative())
+        with model.graph.inserting_before(output):
+            output.args = (model.graph.call_module("cumulative", (goodness,)),)
     else:
         output.args = (classifier if readout == "classifier" else goodness[-1],)
     model.graph.eliminate_dead_code()

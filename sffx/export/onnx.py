@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.plan import Input, plan_of
+from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.capture import inference_copy, random_inputs, require_image, require_readout, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
-from sffx.export.parity import require_parity
+from sffx.export.parity import SIZE_HINT, TOLERANCE_HINT, Scores, require_parity
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -56,19 +56,21 @@ def export_onnx(
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write; its directory must exist.
-        readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness) or "classifier" (its logits).
-            What the readout does not need is not in the file.
+        readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness), "classifier" (its logits), or
+            "cumulative": an output for each block, the ensemble of the blocks up to it. What the readout does not need is not in the file.
         class_names: one for each of the J classes, in order, for the file's metadata.
         mean: by which images were normalised, a number for each channel, for the file's metadata; the graph does not normalise.
         std: likewise.
-        output_name: of the scores.
+        output_name: of the scores; with "cumulative" the outputs are "scores_0" after block_0, and so on.
         dynamic_size: whether height and width of the image stay open as well, where the model allows it; it is checked at a second size.
         opset: version of the ONNX operator set; torch's default if None.
         tolerance: the largest relative error allowed between ONNX Runtime and torch, max|a - b| / max|b|.
 
     Returns:
-        `path`. The graph's inputs are named as in `net.plan.inputs`, its output is (B, J); the open axes are "batch", and with
-        `dynamic_size` "height" and "width".
+        `path`. The graph's inputs are named as in `net.plan.inputs`, its outputs are (B, J); the open axes are "batch", and with
+        `dynamic_size` "height" and "width". Of a "cumulative" file ONNX Runtime computes the whole, whichever output is asked for:
+        `onnx.utils.extract_model(path, "short.onnx", ["x"], ["scores_1"])` takes out the network up to block_1, and
+        `sffx.export_early_exit` writes a file for each block.
 
     Raises:
         InputError: `net` is not a cut model, `readout` is unknown, names or numbers do not fit the model, or `path` cannot be written to.
@@ -79,13 +81,13 @@ def export_onnx(
     plan = plan_of(net)
     require_readout(readout)
     told = metadata(plan, readout, class_names, mean, std)
-    _require_output_name(output_name, plan.inputs)
+    outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     target = target_file(Path(path), "net.onnx")
     require_packages()
     with draft_beside(target, "net.onnx") as draft, torch.no_grad():
         model = inference_copy(net, readout)
-        program = _export(model, plan.inputs, output_name, opset, dynamic_size=dynamic_size)
+        program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = told
         save_program(program, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
@@ -93,12 +95,19 @@ def export_onnx(
     return Path(path)
 
 
-def _require_output_name(name: str, inputs: Sequence[Input]) -> None:
-    taken = [each.name for each in inputs]
+def _output_names(name: str, plan: BlockPlan, readout: str) -> list[str]:
+    """Return the names of the file's outputs.
+
+    Raises:
+        InputError: `name` is no name, or one of an input.
+    """
+    taken = [each.name for each in plan.inputs]
     if not isinstance(name, str) or not name:
         raise InputError(f"output_name is {name!r}. Hint: pass a name such as 'scores'")
-    if name in taken:
-        raise InputError(f"output_name {name!r} is the name of an input. Hint: choose another than {', '.join(taken)}")
+    names = [f"{name}_{i}" for i in range(len(plan))] if readout == "cumulative" else [name]
+    if clash := next((each for each in names if each in taken), None):
+        raise InputError(f"output_name {clash!r} is the name of an input. Hint: choose another than {', '.join(taken)}")
+    return names
 
 
 def require_packages() -> None:
@@ -109,9 +118,9 @@ def require_packages() -> None:
             raise MissingExtra(error.name or package, "export", "exporting to ONNX") from error
 
 
-def _export(model: nn.Module, inputs: tuple[Input, ...], output_name: str, opset: int | None, *, dynamic_size: bool) -> ONNXProgram:
+def _export(model: nn.Module, inputs: tuple[Input, ...], outputs: list[str], opset: int | None, *, dynamic_size: bool) -> ONNXProgram:
     names = [each.name for each in inputs]
-    return traced(lambda examples, axes: traced_program(model, examples, names, [output_name], axes, opset), model, inputs, dynamic_size)
+    return traced(lambda examples, axes: traced_program(model, examples, names, outputs, axes, opset), model, inputs, dynamic_size)
 
 
 def traced_program(
@@ -178,8 +187,8 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
     """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
     session = open_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        expected, scores = _both_scores(session, model, case, batch, place)
-        require_parity(scores, expected, tolerance, place)
+        hint = SIZE_HINT if dynamic_size else TOLERANCE_HINT
+        require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, hint)
 
 
 def open_session(path: Path) -> InferenceSession:
@@ -201,13 +210,13 @@ def open_session(path: Path) -> InferenceSession:
         raise ExportError(f"the exported file is not usable: {first_line(error)}. Hint: try another opset") from error
 
 
-def _both_scores(session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str) -> tuple[Tensor, Tensor]:
-    """Return torch's scores and ONNX Runtime's of the same random batch, each (B, J)."""
+def _both_scores(session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str) -> tuple[Scores, Scores]:
+    """Return ONNX Runtime's scores and torch's of the same random batch, (B, J) each."""
     examples = random_inputs(inputs, batch)
     feed: dict[str, Any] = {each.name: example.numpy() for each, example in zip(inputs, examples, strict=True)}
     try:
         expected = model(*examples)
-        scores = torch.from_numpy(session.run(None, feed)[0])
+        scores = tuple(map(torch.from_numpy, session.run(None, feed)))
     except Exception as error:
         raise ExportError(f"the model fails {place}: {first_line(error)}. Hint: does it fix the size of the batch or the image?") from error
-    return expected, scores
+    return scores, expected

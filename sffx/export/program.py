@@ -46,7 +46,7 @@ def export_program(
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write, as in "net.pt2"; its directory must exist.
-        readout: "ensemble", "last" or "classifier", as for `sffx.export_onnx`.
+        readout: "ensemble", "last", "classifier" or "cumulative", as for `sffx.export_onnx`.
         class_names: one for each of the J classes, in order; kept in the file as `sffx.export.metadata` says.
         mean: by which images were normalised, a number for each channel; kept in the file.
         std: likewise.
@@ -54,7 +54,7 @@ def export_program(
         tolerance: the largest relative error allowed between the loaded program and the model, max|a - b| / max|b|.
 
     Returns:
-        `path`. The program takes the model's inputs in order and returns scores, (B, J).
+        `path`. The program takes the model's inputs in order and returns scores, (B, J); with "cumulative" a tuple of K of them.
 
     Raises:
         InputError: `net` is not a cut model, `readout` is unknown, names or numbers do not fit the model, or `path` cannot be written to.
@@ -101,4 +101,4 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
             expected, scores = model(*examples), loaded(*examples)
         except Exception as error:
             raise ExportError(f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}") from error
-        require_parity(scores, expected, tolerance, place, "the exported program")
+        require_parity(scores, expected, tolerance, place, engine="the exported program")

@@ -81,7 +81,8 @@ def quantize_onnx(
         target: of the file to write; its directory must exist.
         calibration_loader: yields (x, y) with inputs like those to come, from which the ranges of the activations are read; a few hundred
             samples are enough, and y is not looked at. x is a tensor, a tuple, or a mapping by the names of the inputs.
-        test_loader: yields (x, y) with class indices y, (B,), on which both files are compared; None compares nothing.
+        test_loader: yields (x, y) with class indices y, (B,), on which both files are compared, by their last output where they have
+            several; None compares nothing.
         per_channel: whether each channel of a weight has a scale of its own.
         reduce_range: whether weights take 7 of the 8 bits. x86 processors without VNNI need it, or sums of products saturate without
             a word: on digits that made one in a hundred of the predictions others. False is for processors that have VNNI, or ARM.
@@ -194,10 +195,10 @@ def _compared(before: InferenceSession, after: InferenceSession, loader: Iterabl
     for batch in loader:
         check_pair(batch)
         feed = _feed(batch[0], before)
-        scores = torch.from_numpy(before.run(None, feed)[0])
+        scores = torch.from_numpy(before.run(None, feed)[-1])
         check_labels(batch[1], *scores.shape)
         y, old = batch[1].cpu(), scores.argmax(1)
-        new = torch.from_numpy(after.run(None, feed)[0]).argmax(1)
+        new = torch.from_numpy(after.run(None, feed)[-1]).argmax(1)
         found += torch.tensor([len(y), (old == y).sum(), (new == y).sum(), (old == new).sum()])
     samples, right_before, right_after, same = found.tolist()
     if not samples:

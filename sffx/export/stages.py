@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def load_stages(folder: Path) -> tuple[tuple[Stage, ...], tuple[Input, ...], fro
     """Return the stages on ONNX Runtime, the model's inputs, the names of the values with a batch axis, and the threshold."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        inputs = tuple(Input(each["name"], tuple(each["shape"]), each["dtype"], each["high"]) for each in manifest["inputs"])
+        inputs = tuple(Input(**{**each, "shape": tuple(each["shape"])}) for each in manifest["inputs"])
         described = [(each, tuple(each["inputs"]), tuple(each["outputs"])) for each in manifest["stages"]]
         batched, threshold = frozenset(manifest["batched"]), float(manifest["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,7 +114,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         save_program(traced_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset), folder / file)
         described = {"name": stage.name, "file": file, "inputs": stage.inputs, "goodness": goodness, "outputs": stage.outputs}
         stages.append({**described, "macs": stage.macs})
-    inputs = [{"name": each.name, "shape": each.shape, "dtype": each.dtype, "high": each.high} for each in runner.inputs]
+    inputs = [asdict(each) for each in runner.inputs]
     manifest = {"version": VERSION, "threshold": runner.threshold, "inputs": inputs, "batched": sorted(runner.batched), "stages": stages}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -62,12 +62,23 @@ class CosineGoodness(nn.Module):
     def _pooled(self, y: Tensor) -> Tensor:
         """Return the features by region, (B, features), of (B, C, ...)."""
         if self.spatial in _POOLS:
-            return _POOLS[self.spatial](y, self.regions).flatten(1)
+            # In a file whose image size is open, ONNX has no operator for regions of open sizes.
+            pooled = _by_slices(y, self.regions) if torch.compiler.is_exporting() else _POOLS[self.spatial](y, self.regions)
+            return pooled.flatten(1)
         return y.flatten(2).mean(2) if y.ndim > 2 else y
 
     def extra_repr(self) -> str:
         classes, features = self.weight.shape
         return f"{features}, {classes}, channel_axis={self.channel_axis}, regions={self.regions}, scale={self.scale:g}"
+
+
+def _by_slices(y: Tensor, regions: int) -> Tensor:
+    """Return the means by region, (B, C, regions, ...), of (B, C, ...): adaptive average pooling, one axis of space after the other."""
+    for axis in range(2, y.ndim):
+        size = y.shape[axis]
+        bounds = [(size * i // regions, (size * (i + 1) + regions - 1) // regions) for i in range(regions)]
+        y = torch.stack([y.narrow(axis, start, end - start).mean(axis) for start, end in bounds], dim=axis)
+    return y
 
 
 def _direction(features: Tensor, eps: float = 1e-5) -> Tensor:

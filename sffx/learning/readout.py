@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +46,11 @@ class Readout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self._mode!r}"
+
+
+class Cumulative(nn.Module):
+    """The answer after each block: the mean of the goodness up to it, which after the last one is the ensemble (section 4.3)."""
+
+    def forward(self, goodness: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return K means, (B, J) each, from the goodness of K blocks."""
+        return tuple(total / depth for depth, total in enumerate(accumulate(goodness), start=1))

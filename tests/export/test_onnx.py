@@ -267,9 +267,10 @@ def test_bn_is_folded_into_the_layer_before_it(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goodness", ["sff", "cwc", "cosine", "cosine(3)"])
+def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str) -> None:
     torch.manual_seed(0)
-    net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8)).eval()
+    net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()
     path = export_onnx(net, tmp_path / "net.onnx", dynamic_size=True)
     (image,) = onnxruntime.InferenceSession(path).get_inputs()
     assert image.shape == ["batch", 3, "height", "width"]
@@ -579,7 +580,7 @@ def test_unwritable_directory_is_refused(net: fx.GraphModule, old_file: Path, mo
 
 
 def test_unknown_readout_lists_the_known_ones(net: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no readout 'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier'"):
+    with pytest.raises(InputError, match=r"no readout 'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier', 'cumulative'"):
         export_onnx(net, tmp_path / "net.onnx", "mean")
 
 

@@ -53,9 +53,13 @@ def test_file_tells_names_and_normalisation(net: fx.GraphModule, tmp_path: Path)
     assert told == {"readout": "ensemble", "class_names": list("abcd"), "mean": [0.5] * 3, "std": [2.0] * 3}
 
 
-@pytest.mark.parametrize("classes", [4, 300])  # the direct form of the goodness, and the one by second moments
-def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, classes: int) -> None:
-    net = sffx.transform(toys.Residual(classes=classes), "residual", torch.zeros(1, 3, 8, 8)).eval()
+@pytest.mark.parametrize(
+    ("goodness", "classes"),
+    [("sff", 4), ("sff", 300), ("cosine(3)", 4)],
+    ids=["direct form of the goodness", "by second moments", "cosine by regions"],
+)
+def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str, classes: int) -> None:
+    net = sffx.transform(toys.Residual(classes=classes), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()
     path = sffx.export_program(net, tmp_path / "net.pt2", dynamic_size=True)
     loaded: Any = torch.export.load(path).module()
     for size in ((8, 8), (11, 30), (40, 9)):

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 import sffx
 import sffx.export.stages as stages
+from tests import toys
 from tests.export.test_early_exit import middle_threshold
 
 
@@ -29,6 +30,23 @@ def test_files_give_what_torch_gives_and_stop_where_it_stops(net: fx.GraphModule
     assert result.blocks.tolist() == expected.blocks.tolist()
     assert result.macs == pytest.approx(expected.macs, rel=0.2)
     torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_goes_with_the_tokens_and_padding_changes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([6, 3, 1, 5] * 10)
+    x = {"input_ids": torch.randint(0, 20, (40, 6)), "attention_mask": (torch.arange(6) < lengths[:, None]).long()}
+    net = sffx.transform(toys.Tokens(), example_input=x).eval()
+    folder = sffx.export_early_exit(net, tmp_path / "net", middle_threshold(net, x) + 1e-6)
+    written = sffx.EarlyExit.load(folder)
+    assert written.inputs == net.plan.inputs
+    expected = sffx.EarlyExit(net, written.threshold)(x)
+    assert len(set(expected.blocks.tolist())) > 1
+    padding = {"input_ids": torch.where(x["attention_mask"].bool(), x["input_ids"], 7), "attention_mask": x["attention_mask"]}
+    for batch in (x, padding):
+        result = written(batch)
+        assert result.blocks.tolist() == expected.blocks.tolist()
+        torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sffx
 from sffx.errors import InputError
-from sffx.learning.cosine import CosineGoodness
+from sffx.learning.cosine import CosineGoodness, _by_slices
 from sffx.learning.heads import make_head
 from tests.toys import Chain
 
@@ -37,6 +37,13 @@ def test_image_by_hand():
     features = torch.stack(regions, dim=2).flatten(1)
     expected = 2 * F.cosine_similarity((features - features.mean(1, keepdim=True))[:, None], head.weight[None], dim=2)
     torch.testing.assert_close(head(y), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "regions"), [((4, 6), 2), ((7, 5), 3), ((2, 9), 4), ((5, 4, 7), 2)])
+def test_regions_in_an_exported_file_are_those_of_adaptive_pooling(shape, regions):
+    y = torch.randn(3, 5, *shape, dtype=torch.float64)
+    pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(shape)]
+    torch.testing.assert_close(_by_slices(y, regions), pool(y, regions))
 
 
 @pytest.mark.parametrize("value", [0.0, 7.3])

@@ -35,8 +35,9 @@ _CENTRED_PARTS = 8
 # Batches are not split for the sake of tensors below this many values.
 _SMALL = 2**18
 
-# With no more positions than this, one product over all samples' positions is faster than a product for each sample, copy included.
-_FEW_POSITIONS = 8
+# With so few positions one product over all samples' positions is faster than a product for each sample, copy included: always up to
+# the first number, and up to the second where there are many classes.
+_FEW_POSITIONS = 8, 64
 
 # Where an exported graph leaves the size of images open, heads choose their form as for so many positions.
 _OPEN_POSITIONS = 196
@@ -232,7 +233,7 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _exported(y, weight, bias, by_moment)
     if by_moment:
         return SecondMomentGoodness.apply(y, weight, bias)
-    if y.mT.is_contiguous() or y.shape[2] <= _FEW_POSITIONS:
+    if y.mT.is_contiguous() or positions <= _FEW_POSITIONS[_many_classes(weight, positions)]:
         return DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS)
     return DirectGoodness.apply(y, weight, bias, CHANNELS)
 
@@ -245,6 +246,11 @@ def _exported(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tenso
     centred = y - mean[:, :, None]
     covariance = centred @ centred.mT / y.shape[2]
     return (weight @ covariance * weight).sum(2) + (mean @ weight.t() + bias).square()
+
+
+def _many_classes(weight: Tensor, positions: int) -> bool:
+    """Whether the weight, (J, C), is large beside what one sample brings to its gradient."""
+    return weight.shape[0] > 2 * positions
 
 
 def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
@@ -272,6 +278,8 @@ class Form:
 
     def goodness(self, z: Tensor) -> Tensor:
         """Return the mean square over space, (B, J)."""
+        if self.classes == z.ndim - 1:  # where a norm over other axes than the last is ten times slower than a sum
+            return torch.cat([z[part].square().sum(1) for part in _small_parts(z.shape[0], z[0].numel())]).div_(z.shape[1])
         space = [axis for axis in range(1, z.ndim) if axis != self.classes]
         return torch.linalg.vector_norm(z, dim=space).square_().div_(math.prod(z.shape[axis] for axis in space))
 
@@ -326,9 +334,18 @@ def _add_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw:
     if dy is not None:
         torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy)
     if dw is not None:
-        dw.addbmm_(dz, y.mT)
+        _add_products(dw, dz, y)
     if db is not None:
         db += dz.sum((0, 2))
+
+
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the sum over samples of a b^T, a (B, J, P) and b (B, C, P), to (J, C)."""
+    if _many_classes(total, a.shape[2]):
+        total.addbmm_(a, b.mT)
+        return
+    for part in _small_parts(len(a), total.numel()):  # `addbmm` takes one small product after the other
+        total += torch.bmm(a[part], b[part].mT).sum(0)
 
 
 def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -429,6 +446,12 @@ def _parts(y: Tensor, per_sample: int) -> list[slice]:
     """Split the batch so that a tensor of so many values a sample is no larger, part by part, than y itself."""
     size = max(1, max(y.numel(), _SMALL) // per_sample)
     return [slice(start, start + size) for start in range(0, y.shape[0], size)]
+
+
+def _small_parts(samples: int, per_sample: int) -> list[slice]:
+    """Split a batch so that a tensor of so many values a sample is a small one."""
+    size = max(1, _SMALL // max(per_sample, 1))
+    return [slice(start, start + size) for start in range(0, samples, size)]
 
 
 class _MeanSquare(Function):

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("tools/results/reproduce"), help="where the records and tables go")
     parser.add_argument("--methods", nargs="+", help="some of the experiment's methods")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="another number of epochs, the same for all methods; the record says so")
+    for option, what in (("epochs", "at most"), ("trials", "settings tried for each method"), ("trial_epochs", "of such a trial")):
+        parser.add_argument(f"--{option.replace('_', '-')}", type=int, help=f"{what}, instead of the experiment's own; the record says so")
     parser.add_argument("--costs", action="store_true", help="measure memory and time of a step of each method, and train nothing")
     parser.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument("--render", action="store_true", help="only render the tables and plots from the records")
@@ -105,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"{name}: {', '.join(e.methods)}; {e}" for name, e in EXPERIMENTS.items()))
         return 0
     for name in args.experiments:
-        experiment = EXPERIMENTS[name] if args.epochs is None else replace(EXPERIMENTS[name], epochs=args.epochs)
+        asked = {key: value for key in ("epochs", "trials", "trial_epochs") if (value := getattr(args, key)) is not None}
+        experiment = replace(EXPERIMENTS[name], **asked)
         strange = [method for method in args.methods or () if method not in experiment.methods]
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError, MissingExtra
-from sffx.export.checkpoint import CUT_KEY, describe
+from sffx.export.checkpoint import describe
+from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
 from sffx.learning.losses import check_labels
 from sffx.training.evaluate import block_scores
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -25,9 +26,6 @@ try:
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
-
-PLATEAU_KEY = "sffx_plateau"
-ACCURACY_KEY = "sffx_accuracy"  # where sffx-viz --checkpoint looks
 
 
 class _Classifier(LightningModule):

@@ -16,6 +16,7 @@ PACKAGE = Path(sffx.__file__).parent
 # Each part of the package and the parts that it may import.
 MAY_IMPORT = {
     "errors": set(),
+    "keys": set(),
     "learning": {"errors"},
     "measure": {"errors"},
     "compiler": {"errors", "learning"},
@@ -24,9 +25,9 @@ MAY_IMPORT = {
     "budget": {"errors", "learning", "compiler", "footprint"},
     "policies": {"errors", "compiler", "budget"},
     "transform": {"errors", "learning", "compiler", "policies"},
-    "draw": {"errors", "compiler"},
-    "export": {"errors", "learning", "compiler", "draw", "transform"},
-    "lightning": {"errors", "learning", "compiler", "training", "export", "transform"},
+    "draw": {"errors", "compiler", "keys"},
+    "export": {"errors", "learning", "compiler", "draw", "transform", "keys"},
+    "lightning": {"errors", "learning", "compiler", "training", "export", "transform", "keys"},
 }
 
 

@@ -1,11 +1,12 @@
 """Checkpoints of trainings, read for what a drawing shows of them: the accuracy and the learning rate of each block.
 
-A checkpoint is what `torch.save` or Lightning writes: a mapping. Two of its entries are read:
+A checkpoint is what `torch.save` or Lightning writes: a mapping. Three of its entries are read:
 
 - `ACCURACY_KEY`, accuracies by readout, as `sffx.evaluate(net, loader).accuracy` has them;
-- "optimizer", a `state_dict` of an optimizer over `sffx.parameter_groups`, or "optimizer_states", Lightning's list of such.
+- "optimizer", a `state_dict` of an optimizer over `sffx.parameter_groups`, or "optimizer_states", Lightning's list of such;
+- `CUT_KEY`, where the model was cut, if the checkpoint says so.
 
-`sffx.lightning.SFFModule` writes both into every checkpoint, and `examples/train.py` does.
+`sffx.lightning.SFFModule` writes all of them into every checkpoint, `examples/train.py` the first two.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from typing import Any
 from sffx.compiler.plan import BlockPlan
 from sffx.draw.progress import BLOCK, Progress
 from sffx.errors import InputError
-
-ACCURACY_KEY = "sffx_accuracy"
+from sffx.keys import ACCURACY_KEY, CUT_KEY
 
 REMEDY = (
     "Hint: sffx.lightning.SFFModule and examples/train.py write such checkpoints; in a loop of your own, "
@@ -46,6 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
         entries = ", ".join(map(repr, content)) or "nothing"
         raise InputError(f"{str(path)!r} holds no accuracies of blocks; it holds {entries}. {REMEDY}")
     _check_blocks(path, plan, accuracy)
+    _check_cuts(path, plan, content)
     rates = _rates(content)
     targets = {block.target for block in plan.all_blocks}
     return Progress(
@@ -81,6 +82,17 @@ def _check_blocks(path: str | os.PathLike[str], plan: BlockPlan, accuracy: Mappi
             f"{str(path)!r} is of other blocks than the {len(plan)} of the policy {plan.policy}: it {told}. "
             "Hint: --policy as in the training, or the model that was trained"
         )
+
+
+def _check_cuts(path: str | os.PathLike[str], plan: BlockPlan, content: Mapping[str, Any]) -> None:
+    """Refuse as many blocks that lie elsewhere, where the checkpoint tells where its own lie."""
+    told = content.get(CUT_KEY)
+    for block, after in zip(plan, told["after"] if told is not None else (), strict=False):
+        if block.output != after:
+            raise InputError(
+                f"{str(path)!r} is of other blocks than those of the policy {plan.policy}: its {block.target} ends after {after!r}, not "
+                f"{block.output!r}. Hint: --policy as in the training"
+            )
 
 
 def _rates(content: Mapping[str, Any]) -> dict[str, float]:

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError
 from sffx.export.explain import first_line
+from sffx.keys import CUT_KEY
 from sffx.transform import plan, transform
 
-CUT_KEY = "sffx_cut"
 # Where training scripts put the weights in a checkpoint of their own, Lightning first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
 # How torch says that a file is none of its own, whatever it holds.

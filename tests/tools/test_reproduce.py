@@ -196,6 +196,28 @@ def test_run_ends_when_nothing_improves():
     assert len(run.curve) == 2
 
 
+def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(folder, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "before", replace(SMALL, methods=("BP",)))
+    monkeypatch.setitem(EXPERIMENTS, "after", replace(SMALL, methods=("BP", "SFF"), pretrained="before", epochs=1))
+    begun = []
+    train = Run.train
+
+    def watched(run, *args, **options):
+        begun.append((run.experiment.pretrained, {name: value.clone() for name, value in run.net.state_dict().items()}))
+        return train(run, *args, **options)
+
+    monkeypatch.setattr(Run, "train", watched)
+    command.main(["after", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"])
+    weights = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)["best"]["state"]
+    starts = [state for pretrained, state in begun if pretrained == "before"]
+    assert len(starts) == 6  # two methods, two trials and a run each
+    for start in starts:
+        for name, value in weights.items():
+            same = [v for v in start.values() if v.shape == value.shape and torch.equal(v, value)]
+            assert bool(same) == (not name.startswith("classifier")), name
+    assert {path.stem for path in (folder / "out" / "before").glob("*.json")} == {"BP-0"}
+
+
 def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(folder, monkeypatch, capsys):
     monkeypatch.setitem(EXPERIMENTS, "toys", SMALL)
     arguments = ["toys", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"]

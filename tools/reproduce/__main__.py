@@ -25,9 +25,10 @@ from sffx.draw.render import write
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, load, load_digits, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
+from tools.reproduce.networks import torchvision_weights
 from tools.reproduce.render import render
 from tools.reproduce.search import search
-from tools.reproduce.training import Run
+from tools.reproduce.training import Run, Setting
 
 
 def versions() -> dict[str, str]:
@@ -50,6 +51,7 @@ def images(experiment: Experiment, folders: argparse.Namespace) -> tuple[Images,
 
 def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: range, folders: argparse.Namespace) -> None:
     """Run an experiment to its end: seeds outermost, so that all methods are there as early as may be."""
+    weights = starting_weights(experiment, folders)
     train, test = images(experiment, folders)
     for seed in seeds:
         for method in methods:
@@ -57,10 +59,8 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
             if record.exists():
                 require_same(record, experiment)
                 continue
-            owner = experiment.settings or name
-            searched = EXPERIMENTS[owner] if experiment.settings else experiment
-            setting = search(owner, searched, method, split(train, test, searched.samples, 0), folders.runs / owner)
-            made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed))
+            setting = found_setting(name, experiment, method, folders)
+            made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed), weights)
             made.train(experiment.epochs, folders.runs / name / f"{method.replace(' ', '-')}-{seed}.pt")
             result = made.result()
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,30 @@ def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: rang
             write(record, json.dumps(facts).encode())
             shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
             print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
+
+
+def found_setting(name: str, experiment: Experiment, method: str, folders: argparse.Namespace) -> Setting:
+    """Search for a method's setting, for the experiment itself or for the one whose setting it takes."""
+    if experiment.settings is not None:
+        name, experiment = experiment.settings, EXPERIMENTS[experiment.settings]
+    train, test = images(experiment, folders)
+    return search(
+        name, experiment, method, split(train, test, experiment.samples, 0), folders.runs / name, starting_weights(experiment, folders)
+    )
+
+
+def starting_weights(experiment: Experiment, folders: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+    """Return the weights that the experiment starts from; where another experiment makes them, that one is run first."""
+    name = experiment.pretrained
+    if name is None:
+        return None
+    if name == "torchvision":
+        return torchvision_weights(experiment.network)
+    made = folders.runs / name / "BP-0.pt"
+    if not made.exists():
+        (folders.out / name / "BP-0.json").unlink(missing_ok=True)  # its weights are gone, and must be made again
+        run(name, EXPERIMENTS[name], ("BP",), range(1), folders)
+    return torch.load(made, weights_only=False)["best"]["state"]
 
 
 def require_same(record: Path, experiment: Experiment) -> None:

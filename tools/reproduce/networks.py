@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v3_large, mobilenet_v3_small, resnet18
+from torchvision.models import get_model, mobilenet_v3_large, mobilenet_v3_small, resnet18
 from torchvision.models.resnet import BasicBlock, ResNet
 
 WIDTHS = (20, 40, 80, 80)
@@ -69,6 +70,20 @@ NETWORKS = {
     "MobileNetV3-large": lambda classes, size: _mobilenet(mobilenet_v3_large, classes, size),
     "MobileNetV3-small": lambda classes, size: _mobilenet(mobilenet_v3_small, classes, size),
 }
+
+
+TORCHVISION = {"ResNet18": "resnet18", "MobileNetV3-large": "mobilenet_v3_large", "MobileNetV3-small": "mobilenet_v3_small"}
+
+
+def torchvision_weights(network: str) -> dict[str, torch.Tensor]:
+    """Download, where need be, what torchvision trained on ImageNet."""
+    return get_model(TORCHVISION[network], weights="DEFAULT").state_dict()
+
+
+def transfer(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load the weights of a trained network of the same kind, but for the last layer, which is that of its classes."""
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    model.load_state_dict({**model.state_dict(), **{name: w for name, w in weights.items() if name.rpartition(".")[0] != last}})
 
 
 def build(network: str, num_classes: int, size: int, momentum: float | None = None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
+from torch import Tensor
 
 from tools.reproduce.data import Split
 from tools.reproduce.experiments import Experiment
@@ -32,7 +34,9 @@ def candidates(trials: int) -> list[dict[str, float]]:
     return [*first, *rest][:trials]
 
 
-def search(name: str, experiment: Experiment, method: str, split: Split, folder: Path) -> Setting:
+def search(
+    name: str, experiment: Experiment, method: str, split: Split, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> Setting:
     """Return the setting with the best validation accuracy of `experiment.trials`, on one seed's split.
 
     The settings are the same for every method (`candidates`). The trials lie in `folder`; those that were made before are not made
@@ -51,7 +55,7 @@ def search(name: str, experiment: Experiment, method: str, split: Split, folder:
 
     def objective(trial: Trial) -> float:
         setting = Setting(**{key: trial.suggest_categorical(key, values) for key, values in GRID.items()})
-        run = Run(experiment, method, setting, 0, split)
+        run = Run(experiment, method, setting, 0, split, weights)
 
         def each(epoch: int, accuracy: float) -> None:
             if not math.isfinite(run.curve[-1]["train_loss"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import sffx
 from tools.reproduce.data import Split, in_order, save, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
-from tools.reproduce.networks import build, example
+from tools.reproduce.networks import build, example, transfer
 from tools.reproduce.readouts import accuracy, block_losses, judged, readouts
 
 EVALUATION_BATCH = 500
@@ -34,13 +34,23 @@ class Setting:
 
 
 class Run:
-    """One training: an experiment, a method, a setting and a seed."""
+    """One training: an experiment, a method, a setting and a seed, from scratch or from weights."""
 
-    def __init__(self, experiment: Experiment, name: str, setting: Setting, seed: int, split: Split) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        name: str,
+        setting: Setting,
+        seed: int,
+        split: Split,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.experiment, self.method, self.setting, self.seed, self.split = experiment, METHODS[name], setting, seed, split
         classes = int(split.test.y.max()) + 1
         model = build(experiment.network, classes, experiment.size, experiment.momentum)
+        if weights is not None:
+            transfer(model, weights)
         self.net = self.method.prepare(model, experiment.policy, example(experiment.size))
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay)

@@ -58,9 +58,9 @@ def transform(
         example_input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; the first axis is the batch. Only
             shapes and dtypes matter. None infers one from the model's first layer.
         num_classes: J, checked against the model's output where given.
-        goodness: "sff", an auxiliary convolution in each head; "cwc", groups of channels and no parameters; or "cosine", a direction for
-            each class in the features of 2 x 2 regions, "cosine(4)" of 4 x 4, which is not the paper's and learns more (README, "Options
-            that raise accuracy").
+        goodness: "sff", an auxiliary convolution in each head; or "cwc", groups of channels and no parameters. Not the paper's, and better
+            (README, "Options that raise accuracy"): "mlp", a hidden layer of 128 units over the features of 2 x 2 regions and then a
+            direction for each class, "mlp(256)" with 256 units; "cosine", without the hidden layer, "cosine(4)" of 4 x 4 regions.
         kernel_size: of the auxiliary convolution, odd; with "sff" alone, as are `rank` and `head_bias`.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.

@@ -80,7 +80,8 @@ class Heads:
     """How the blocks of a cut model learn and what is done to a value at a cut: the arguments of `transform`, and their defaults.
 
     Attributes:
-        goodness: "sff", an auxiliary convolution, "cwc", groups of channels, or "cosine", a direction for each class.
+        goodness: "sff", an auxiliary convolution, "cwc", groups of channels, "cosine", a direction for each class, or "mlp", a hidden
+            layer before it.
         kernel_size: of the auxiliary convolution.
         rank: of its weight, where that saves anything; None for a whole one.
         norm: the kind of norm after the detach, "none" for none.

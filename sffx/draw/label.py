@@ -48,7 +48,7 @@ LEGEND = (
 
 # Of norms in words: what is written beside a cut.
 DONE = {"layer": "layer-normed", "batch": "batch-normed"}
-GOODNESSES = {"sff": "SFF", "cosine": "cosine: a direction for each class"}
+GOODNESSES = {"sff": "SFF", "cosine": "cosine: a direction for each class", "mlp": "cosine after a hidden layer"}
 
 DETAILS = ("blocks", "modules", "nodes")
 MODULES_SHOWN = 8
@@ -81,8 +81,9 @@ def heads_in_words(heads: Heads) -> str:
         return "CwC: groups of channels, no parameters"
     kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
     rank = f", rank {heads.rank} where it saves" if heads.rank else ""
-    kind, _, regions = heads.goodness.rstrip(")").partition("(")
-    return f"{GOODNESSES.get(kind, kind)}{f' in {regions} x {regions} regions' if regions else ''}{kernel}{rank}"
+    kind, _, number = heads.goodness.rstrip(")").partition("(")
+    told = {"cosine": f" in {number} x {number} regions", "mlp": f" of {number} units"}.get(kind, "") if number else ""
+    return f"{GOODNESSES.get(kind, kind)}{told}{kernel}{rank}"
 
 
 def blocks_in_words(plan: BlockPlan) -> str:
@@ -151,7 +152,8 @@ def head_label(block: Block, plan: BlockPlan) -> str:
     """The head beside a block: what it takes its goodness by."""
     heads, axes = plan.heads, len(block.shape) - 1
     rows = [f"{plan.num_classes} classes"]
-    rows += {"cwc": ["CwC, no parameters"], "cosine": ["cosine"]}.get(heads.goodness.partition("(")[0], [])
+    kinds = {"cwc": ["CwC, no parameters"], "cosine": ["cosine"], "mlp": ["hidden layer", "cosine"]}
+    rows += kinds.get(heads.goodness.partition("(")[0], [])
     rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness == "sff" and heads.kernel_size > 1 and axes else []
     return _table([_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)])
 

@@ -143,6 +143,8 @@ def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
 
 def _heads(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> dict[str, Any]:
     """Return the options of the heads, as their weights show them; those of a cosine goodness have no bias."""
+    if "head_0.hidden.weight" in state:
+        return {"goodness": f"mlp({len(state['head_0.hidden.weight'])})"}
     weights = {name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.(weight|basis)", name)}
     if not weights:
         return {"goodness": "cwc"}

@@ -10,7 +10,8 @@ from sffx.errors import InputError
 from sffx.learning.cosine import CosineGoodness
 from sffx.learning.goodness import CwCGoodness, SFFGoodness
 
-GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)")
+GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)")
+HIDDEN = 128  # units of "mlp"
 
 
 def make_head(
@@ -26,7 +27,8 @@ def make_head(
     """Return the head that computes the named goodness.
 
     Args:
-        goodness: a name in `GOODNESSES`; the number is that of the regions along each axis of space, 2 where there is none.
+        goodness: a name in `GOODNESSES`. The number of a cosine is that of the regions along each axis of space, 2 where there is none;
+            that of "mlp", a cosine after a hidden layer, the number of its units.
         channels: as are the next three, as for `SFFGoodness`.
         num_classes: J.
         channel_axis: of the block's batched output.
@@ -40,7 +42,7 @@ def make_head(
     """
     if goodness == "sff":
         return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
-    cosine = re.fullmatch(r"cosine(?:\(([1-9]\d*)\))?", str(goodness))
+    cosine = re.fullmatch(r"(cosine|mlp)(?:\(([1-9]\d*)\))?", str(goodness))
     if goodness != "cwc" and not cosine:
         raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
     for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):
@@ -48,4 +50,6 @@ def make_head(
             raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
     if not cosine:
         return CwCGoodness(channels, num_classes, channel_axis)
-    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(cosine[1] or 2))
+    if cosine[1] == "mlp":
+        return CosineGoodness(channels, num_classes, channel_axis, spatial, hidden=int(cosine[2] or HIDDEN))
+    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(cosine[2] or 2))

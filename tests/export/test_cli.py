@@ -77,8 +77,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ({"rank": 2}, []),
         ({"norm": "none", "goodness": "cwc"}, ["--norm", "none"]),
         ({"goodness": "cosine(4)"}, []),
+        ({"goodness": "mlp(64)"}, []),
     ],
-    ids=["kernels of 3", "low rank", "CwC without norms", "cosine of 4 x 4 regions"],
+    ids=["kernels of 3", "low rank", "CwC without norms", "cosine of 4 x 4 regions", "hidden layer of 64 units"],
 )
 def test_weights_find_their_heads_and_classes(options: dict[str, Any], arguments: list[str], exported: list[fx.GraphModule]) -> None:
     net = made(**options)

@@ -267,7 +267,7 @@ def test_bn_is_folded_into_the_layer_before_it(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("goodness", ["sff", "cwc", "cosine", "cosine(3)"])
+@pytest.mark.parametrize("goodness", ["sff", "cwc", "cosine", "cosine(3)", "mlp"])
 def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str) -> None:
     torch.manual_seed(0)
     net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()

@@ -20,14 +20,18 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_in_every_layout(layout):
+def test_gradients_in_every_layout(layout, hidden):
     shape, axis = LAYOUTS[layout]
     torch.manual_seed(0)
-    head = CosineGoodness(6, 3, axis, len(shape) - 1).double()
+    head = CosineGoodness(6, 3, axis, len(shape) - 1, hidden=hidden).double()
     y = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     assert head(y).shape == (2, 3)
-    assert torch.autograd.gradcheck(lambda y, w: torch.func.functional_call(head, {"weight": w}, (y,)), (y, head.weight))
+    names = [name for name, _ in head.named_parameters()]
+    assert torch.autograd.gradcheck(
+        lambda y, *w: torch.func.functional_call(head, dict(zip(names, w, strict=True)), (y,)), (y, *head.parameters())
+    )
 
 
 def test_image_by_hand():
@@ -46,6 +50,15 @@ def test_regions_in_an_exported_file_are_those_of_adaptive_pooling(shape, region
     torch.testing.assert_close(_by_slices(y, regions), pool(y, regions))
 
 
+def test_hidden_layer_by_hand():
+    head = CosineGoodness(3, 5, hidden=7)
+    y = torch.randn(4, 3, 4, 6)
+    even = F.layer_norm(F.adaptive_avg_pool2d(y, 2).flatten(1), (12,))
+    hidden = torch.relu(even @ head.hidden.weight.t() + head.hidden.bias)
+    expected = 10 * F.cosine_similarity((hidden - hidden.mean(1, keepdim=True))[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(y), expected, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("value", [0.0, 7.3])
 def test_gradient_of_a_constant_output_is_bounded(value):
     head = CosineGoodness(3, 5)
@@ -58,6 +71,8 @@ def test_gradient_of_a_constant_output_is_bounded(value):
 def test_name_tells_the_number_of_regions():
     assert make_head("cosine", 3, 5, 1, 2).weight.shape == (5, 12)
     assert make_head("cosine(4)", 3, 5, 1, 2).weight.shape == (5, 48)
+    assert make_head("mlp", 3, 5, 1, 2).hidden.weight.shape == (128, 12)
+    assert make_head("mlp(64)", 3, 5, 1, 2).weight.shape == (5, 64)
     with pytest.raises(InputError, match=r"there is no goodness 'cosine\(0\)'"):
         make_head("cosine(0)", 3, 5, 1, 2)
     with pytest.raises(InputError, match="there is no goodness None"):
@@ -71,8 +86,9 @@ def test_neither_the_length_of_the_output_nor_a_constant_counts():
     assert head(y).abs().max() <= 10
 
 
-def test_padding_changes_neither_the_goodness_nor_a_gradient():
-    head = CosineGoodness(6, 4, channel_axis=2, spatial=1).double()
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_padding_changes_neither_the_goodness_nor_a_gradient(hidden):
+    head = CosineGoodness(6, 4, channel_axis=2, spatial=1, hidden=hidden).double()
     y = torch.randn(2, 5, 6, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0]])
     padded = torch.where(mask.bool()[:, :, None], y, 1e3).requires_grad_()
@@ -82,8 +98,9 @@ def test_padding_changes_neither_the_goodness_nor_a_gradient():
     assert not gradient[~mask.bool()].any()
 
 
-def test_low_precision_is_computed_in_float32():
-    head = CosineGoodness(8, 4)
+@pytest.mark.parametrize("hidden", [None, 8])
+def test_low_precision_is_computed_in_float32(hidden):
+    head = CosineGoodness(8, 4, hidden=hidden)
     y = torch.randn(2, 8, 4, 4).bfloat16()
     assert torch.equal(head(y), head(y.float()))
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,15 +108,16 @@ def test_low_precision_is_computed_in_float32():
 
 
 @pytest.mark.parametrize(("name", "value"), [("kernel_size", 3), ("rank", 4), ("bias", 1.0)])
-@pytest.mark.parametrize("goodness", ["cosine", "cwc"])
+@pytest.mark.parametrize("goodness", ["cosine", "mlp", "cwc"])
 def test_what_belongs_to_a_convolution_is_refused(goodness, name, value):
     with pytest.raises(InputError, match=f"{'head_bias' if name == 'bias' else name} is {value}, but heads of '{goodness}'"):
         make_head(goodness, 8, 4, 1, 2, **{name: value})
 
 
-def test_cut_model_learns_locally_and_exports(tmp_path):
+@pytest.mark.parametrize("goodness", ["cosine", "mlp"])
+def test_cut_model_learns_locally_and_exports(tmp_path, goodness):
     torch.manual_seed(0)
-    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness="cosine").double().train()
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness=goodness).double().train()
     x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     sffx.local_loss(net, x, y).backward()
     local = [p.grad.clone() for p in net.parameters()]

@@ -102,6 +102,7 @@ def require_same(record: Path, experiment: Experiment) -> None:
     """
     defaults = {each.name: each.default for each in fields(Experiment)}
     config, asked = defaults | json.loads(record.read_text())["config"], json.loads(json.dumps(asdict(experiment)))
+    del asked["methods"]  # which others there are makes no difference to a record
     other = [f"{key} {config[key]!r} instead of {value!r}" for key, value in asked.items() if config[key] != value]
     if other:
         raise SystemExit(f"{record} was made with {', '.join(other)}. Hint: another --out and --runs for another experiment")

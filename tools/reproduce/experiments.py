@@ -47,12 +47,21 @@ class Experiment:
     pretrained: str | None = None
 
 
-ALL = ("BP", "deep supervision", "CwC", "SFF")
+ALL = ("BP", "deep supervision", "CwC", "SFF", "mlp")
 FULL_CIFAR = Experiment("CNNB", "cifar10", 32, None, 128, 100, "batchnorm", ALL, trial_epochs=3)
-HEADS = ("SFF", "cosine", "cosine(4)", "BP", "SFF, head bias 1")
+HEADS = ("SFF", "cosine", "cosine(4)", "mlp", "deep supervision, mlp", "BP", "SFF, head bias 1")
 SMALL_CIFAR = Experiment("CNNB", "cifar10", 32, 1000, 128, 100, "batchnorm", ALL)
 SMALL_IMAGENETTE = Experiment(
-    "MobileNetV3-small", "imagenette", 96, 1000, 64, 40, "residual", ("BP", "SFF", "cosine", "deep supervision"), trials=4, trial_epochs=10
+    "MobileNetV3-small",
+    "imagenette",
+    96,
+    1000,
+    64,
+    40,
+    "residual",
+    ("BP", "SFF", "mlp", "deep supervision, mlp"),
+    trials=4,
+    trial_epochs=10,
 )
 
 TABLE2 = {

@@ -77,4 +77,6 @@ METHODS = {
     "SFF, head bias 1": Method(options={"head_bias": 1.0}),
     "cosine": Method(options={"goodness": "cosine"}),
     "cosine(4)": Method(options={"goodness": "cosine(4)"}),
+    "mlp": Method(options={"goodness": "mlp"}),
+    "deep supervision, mlp": Method(local=False, options={"goodness": "mlp"}),
 }

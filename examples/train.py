@@ -13,7 +13,7 @@ import sffx
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds train/ and val/ or test/, each with a folder per class")
-    parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc"))
+    parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
     for name, default in (("model", "resnet18"), ("policy", "residual"), ("epochs", 10), ("size", 128), ("batch", 64), ("lr", 1e-3)):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args()

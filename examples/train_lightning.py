@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
-    parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc"))
+    parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
     parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")

@@ -38,7 +38,7 @@ def test_heads_and_norms_read_the_mask():
     assert net.plan.notes == ("the goodness and norm of block_0, block_1, block_2 run over the real tokens, by attention_mask",)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"kernel_size": 3}, {"rank": 1}])
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"goodness": "mlp"}, {"kernel_size": 3}, {"rank": 1}])
 def test_padding_changes_neither_scores_nor_gradients(options):
     net, other = cut(**options), cut(**options)
     few, many = batch(6, padding=3), batch(11, padding=7)

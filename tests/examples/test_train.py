@@ -34,7 +34,7 @@ def test_the_plain_loop_is_short() -> None:
     assert len((EXAMPLES / "train.py").read_text().splitlines()) <= 40
 
 
-@pytest.mark.parametrize("method", ["bp", "sff", "cwc"])
+@pytest.mark.parametrize("method", ["bp", "sff", "cwc", "mlp"])
 def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None:
     output = run("train.py", *arguments(folders, method), "--epochs", 1, folder=tmp_path)
     assert "epoch 1 of 1" in output

@@ -56,7 +56,9 @@ def local(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"kernel_size": 3}, {"policy": "residual"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"goodness": "mlp"}, {"kernel_size": 3}, {"policy": "residual"}], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_same_value_gradients_and_buffers_as_the_deferred_way_to_the_bit(name, options):
     net, x, y = cut(name, **options)

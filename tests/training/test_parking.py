@@ -194,7 +194,7 @@ def test_steps_of_a_parked_model_are_those_of_any_other_to_the_bit(name, kind):
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
 
 
-@pytest.mark.parametrize("options", [{"goodness": "cwc"}, {"rank": 2, "policy": "residual", "norm": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{"goodness": "cwc"}, {"goodness": "mlp"}, {"rank": 2, "policy": "residual", "norm": "none"}], ids=str)
 @pytest.mark.usefixtures("at_once")
 def test_of_all_kinds_of_blocks_and_with_one_group_for_all(options):
     net, x, y = cut("residual", **options)

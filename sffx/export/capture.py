@@ -17,7 +17,7 @@ from sffx.learning.readout import READOUTS, Cumulative
 
 T = TypeVar("T")
 
-EXPORTED = (*READOUTS, "cumulative")
+EXPORT_READOUTS = (*READOUTS, "cumulative")
 TRACED_BATCH = 2
 VERIFIED_BATCHES = (1, 3)
 # What is added to height and width for a second size: multiples of what models divide them by, and not the same.
@@ -26,8 +26,8 @@ GROWTH = (32, 64)
 
 def require_readout(readout: str) -> None:
     """Raise an InputError if there is no such readout."""
-    if readout not in EXPORTED:
-        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, EXPORTED))}")
+    if readout not in EXPORT_READOUTS:
+        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, EXPORT_READOUTS))}")
 
 
 def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:

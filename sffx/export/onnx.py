@@ -23,7 +23,7 @@ from sffx.export.capture import inference_copy, random_inputs, require_image, re
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
-from sffx.export.parity import SIZE_HINT, TOLERANCE_HINT, Scores, require_parity
+from sffx.export.parity import OPEN_SIZE_HINT, TOLERANCE_HINT, Scores, require_parity
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -187,7 +187,7 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
     """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
     session = open_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        hint = SIZE_HINT if dynamic_size else TOLERANCE_HINT
+        hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
         require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, hint)
 
 

@@ -9,7 +9,9 @@ from sffx.errors import ExportError
 
 TOLERANCE_HINT = "Hint: pass a larger tolerance if this much is acceptable"
 # Of models that compute with height and width in Python (windows, padding), an exporter keeps what they were when it traced.
-SIZE_HINT = "Hint: leave dynamic_size out: such a difference mostly comes from a model that does not allow other sizes"
+OPEN_SIZE_HINT = (
+    "Hint: leave dynamic_size out, since the model seems not to allow other sizes; if this much is acceptable, pass a larger tolerance"
+)
 
 Scores = Tensor | tuple[Tensor, ...]
 

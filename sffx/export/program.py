@@ -18,7 +18,7 @@ from sffx.export.capture import inference_copy, random_inputs, require_image, re
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
-from sffx.export.parity import require_parity
+from sffx.export.parity import OPEN_SIZE_HINT, TOLERANCE_HINT, require_parity
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -101,4 +101,4 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
             expected, scores = model(*examples), loaded(*examples)
         except Exception as error:
             raise ExportError(f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}") from error
-        require_parity(scores, expected, tolerance, place, engine="the exported program")
+        require_parity(scores, expected, tolerance, place, OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT, "the exported program")

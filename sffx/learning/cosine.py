@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sffx.errors import InputError
 from sffx.learning.goodness import full_precision
 
 _POOLS = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -34,6 +35,9 @@ class CosineGoodness(nn.Module):
         scale: by which the cosine is multiplied: the inverse of the softmax's temperature.
         hidden: number of units, with a ReLU, between the features and the cosine; None leaves them out.
 
+    Raises:
+        InputError: there is no more than one feature, or hidden unit.
+
     Attributes:
         weight: (J, features or hidden); only the direction of its rows counts.
         hidden: the linear layer to the hidden units, of features with a mean of 0 and a variance of 1, or None.
@@ -52,6 +56,9 @@ class CosineGoodness(nn.Module):
         super().__init__()
         self.channel_axis, self.spatial, self.regions, self.scale = channel_axis, spatial, regions, scale
         features = channels * (regions**spatial if spatial in _POOLS else 1)
+        if min(features, 2 if hidden is None else hidden) < 2:  # a single value, less its mean, is 0
+            number = f"{features} feature" if features < 2 else f"{hidden} hidden unit"
+            raise InputError(f"a cosine of {number} has no direction. Hint: goodness='sff' for such a block, and 2 hidden units at least")
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         self.weight = nn.Parameter(torch.empty(num_classes, features if hidden is None else hidden))
         self.reset_parameters()
@@ -79,8 +86,8 @@ class CosineGoodness(nn.Module):
     def _pooled(self, y: Tensor) -> Tensor:
         """Return the features by region, (B, features), of (B, C, ...)."""
         if self.spatial in _POOLS:
-            # In a file whose image size is open, ONNX has no operator for regions of open sizes.
-            pooled = _by_slices(y, self.regions) if torch.compiler.is_exporting() else _POOLS[self.spatial](y, self.regions)
+            # ONNX has no operator for regions of images whose size is open.
+            pooled = _by_products(y, self.regions) if torch.compiler.is_exporting() else _POOLS[self.spatial](y, self.regions)
             return pooled.flatten(1)
         return y.flatten(2).mean(2) if y.ndim > 2 else y
 
@@ -89,12 +96,14 @@ class CosineGoodness(nn.Module):
         return f"{features}, {classes}, channel_axis={self.channel_axis}, regions={self.regions}, scale={self.scale:g}"
 
 
-def _by_slices(y: Tensor, regions: int) -> Tensor:
-    """Return the means by region, (B, C, regions, ...), of (B, C, ...): adaptive average pooling, one axis of space after the other."""
+def _by_products(y: Tensor, regions: int) -> Tensor:
+    """Return the means by region, (B, C, regions, ...), of (B, C, ...): adaptive average pooling, as a product for each axis of space."""
     for axis in range(2, y.ndim):
         size = y.shape[axis]
-        bounds = [(size * i // regions, (size * (i + 1) + regions - 1) // regions) for i in range(regions)]
-        y = torch.stack([y.narrow(axis, start, end - start).mean(axis) for start, end in bounds], dim=axis)
+        place, region = torch.arange(size, device=y.device), torch.arange(regions, device=y.device)[:, None]
+        start, end = size * region // regions, (size * (region + 1) + regions - 1) // regions
+        share = ((start <= place) & (place < end)).to(y.dtype) / (end - start)  # (regions, size)
+        y = (y.movedim(axis, -1) @ share.t()).movedim(-1, axis)
     return y
 
 

@@ -35,9 +35,10 @@ _CENTRED_PARTS = 8
 # Batches are not split for the sake of tensors below this many values.
 _SMALL = 2**18
 
-# With so few positions one product over all samples' positions is faster than a product for each sample, copy included: always up to
-# the first number, and up to the second where there are many classes.
-_FEW_POSITIONS = 8, 64
+# With no more positions than this, one product over all samples' positions is faster than a product for each sample, copy included; the
+# second number is that of many classes.
+_FEW_POSITIONS = 8
+_FEW_POSITIONS_OF_MANY = 64
 
 # Where an exported graph leaves the size of images open, heads choose their form as for so many positions.
 _OPEN_POSITIONS = 196
@@ -233,7 +234,8 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _exported(y, weight, bias, by_moment)
     if by_moment:
         return SecondMomentGoodness.apply(y, weight, bias)
-    if y.mT.is_contiguous() or positions <= _FEW_POSITIONS[_many_classes(weight, positions)]:
+    few = _FEW_POSITIONS_OF_MANY if _many_classes(weight, positions) else _FEW_POSITIONS
+    if y.mT.is_contiguous() or positions <= few:
         return DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS)
     return DirectGoodness.apply(y, weight, bias, CHANNELS)
 
@@ -278,8 +280,8 @@ class Form:
 
     def goodness(self, z: Tensor) -> Tensor:
         """Return the mean square over space, (B, J)."""
-        if self.classes == z.ndim - 1:  # where a norm over other axes than the last is ten times slower than a sum
-            return torch.cat([z[part].square().sum(1) for part in _small_parts(z.shape[0], z[0].numel())]).div_(z.shape[1])
+        if self.classes == z.ndim - 1 and z.device.type == "cpu":  # where a norm over other axes than the last takes ten times a sum's time
+            return torch.cat([z[part].square().sum(1) for part in _small_parts(len(z), math.prod(z.shape[1:]))]).div_(z.shape[1])
         space = [axis for axis in range(1, z.ndim) if axis != self.classes]
         return torch.linalg.vector_norm(z, dim=space).square_().div_(math.prod(z.shape[axis] for axis in space))
 
@@ -341,10 +343,10 @@ def _add_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw:
 
 def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add the sum over samples of a b^T, a (B, J, P) and b (B, C, P), to (J, C)."""
-    if _many_classes(total, a.shape[2]):
+    if a.device.type != "cpu" or _many_classes(total, a.shape[2]):
         total.addbmm_(a, b.mT)
         return
-    for part in _small_parts(len(a), total.numel()):  # `addbmm` takes one small product after the other
+    for part in _small_parts(len(a), total.numel()):  # `addbmm` takes one small product after the other on a CPU
         total += torch.bmm(a[part], b[part].mT).sum(0)
 
 
@@ -444,14 +446,18 @@ def _covariance(y: Tensor, mean: Tensor) -> Tensor:
 
 def _parts(y: Tensor, per_sample: int) -> list[slice]:
     """Split the batch so that a tensor of so many values a sample is no larger, part by part, than y itself."""
-    size = max(1, max(y.numel(), _SMALL) // per_sample)
-    return [slice(start, start + size) for start in range(0, y.shape[0], size)]
+    return _slices(y.shape[0], max(y.numel(), _SMALL) // per_sample)
 
 
 def _small_parts(samples: int, per_sample: int) -> list[slice]:
     """Split a batch so that a tensor of so many values a sample is a small one."""
-    size = max(1, _SMALL // max(per_sample, 1))
-    return [slice(start, start + size) for start in range(0, samples, size)]
+    return _slices(samples, _SMALL // max(per_sample, 1))
+
+
+def _slices(samples: int, size: int) -> list[slice]:
+    """Split a batch in slices of a size, 1 at least; an empty batch is one slice."""
+    size = max(size, 1)
+    return [slice(start, start + size) for start in range(0, max(samples, 1), size)]
 
 
 class _MeanSquare(Function):

@@ -42,14 +42,14 @@ def make_head(
     """
     if goodness == "sff":
         return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
-    cosine = re.fullmatch(r"(cosine|mlp)(?:\(([1-9]\d*)\))?", str(goodness))
-    if goodness != "cwc" and not cosine:
+    named = re.fullmatch(r"(cosine|mlp)(?:\(([1-9]\d*)\))?", str(goodness))
+    if goodness != "cwc" and not named:
         raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
     for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):
         if value != default:
             raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
-    if not cosine:
+    if not named:
         return CwCGoodness(channels, num_classes, channel_axis)
-    if cosine[1] == "mlp":
-        return CosineGoodness(channels, num_classes, channel_axis, spatial, hidden=int(cosine[2] or HIDDEN))
-    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(cosine[2] or 2))
+    if named[1] == "mlp":
+        return CosineGoodness(channels, num_classes, channel_axis, spatial, hidden=int(named[2] or HIDDEN))
+    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(named[2] or 2))

@@ -58,7 +58,8 @@ class Executed:
         ({"sffx_accuracy": {"block_0": 50.0}}, "holds no accuracies"),
         ({"sffx_accuracy": {"block_0": 0.5, "classifier": 0.5}}, "of other blocks than the 2 of the policy residual: it lacks block_1"),
         ({"sffx_accuracy": {**ACCURACY, "block_2": 0.5}}, "it has block_2 as well"),
-        ({"sffx_accuracy": ACCURACY, "sffx_cut": {"after": ["relu", "add"]}}, r"its block_0 ends after 'relu', not '\w+'\. Hint: --policy"),
+        ({"sffx_accuracy": ACCURACY, "sffx_cut": {"after": ["relu", "add"]}}, r"they end after relu, add, not \w+, \w+\. Hint: --policy"),
+        ({"sffx_accuracy": ACCURACY, "sffx_cut": {"policy": "residual"}}, r"of other blocks than those of the policy residual"),
         (torch.zeros(2), "holds a Tensor, not a mapping"),
     ],
 )

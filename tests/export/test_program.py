@@ -55,8 +55,8 @@ def test_file_tells_names_and_normalisation(net: fx.GraphModule, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("goodness", "classes"),
-    [("sff", 4), ("sff", 300), ("cosine(3)", 4)],
-    ids=["direct form of the goodness", "by second moments", "cosine by regions"],
+    [("sff", 4), ("sff", 300), ("cosine(8)", 4)],
+    ids=["direct form of the goodness", "by second moments", "cosine of regions of a single position"],
 )
 def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str, classes: int) -> None:
     net = sffx.transform(toys.Residual(classes=classes), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()

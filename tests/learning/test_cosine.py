@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sffx
 from sffx.errors import InputError
-from sffx.learning.cosine import CosineGoodness, _by_slices
+from sffx.learning.cosine import CosineGoodness, _by_products
 from sffx.learning.heads import make_head
 from tests.toys import Chain
 
@@ -47,7 +47,7 @@ def test_image_by_hand():
 def test_regions_in_an_exported_file_are_those_of_adaptive_pooling(shape, regions):
     y = torch.randn(3, 5, *shape, dtype=torch.float64)
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(shape)]
-    torch.testing.assert_close(_by_slices(y, regions), pool(y, regions))
+    torch.testing.assert_close(_by_products(y, regions), pool(y, regions))
 
 
 def test_hidden_layer_by_hand():
@@ -75,6 +75,10 @@ def test_name_tells_the_number_of_regions():
     assert make_head("mlp(64)", 3, 5, 1, 2).weight.shape == (5, 64)
     with pytest.raises(InputError, match=r"there is no goodness 'cosine\(0\)'"):
         make_head("cosine(0)", 3, 5, 1, 2)
+    with pytest.raises(InputError, match=r"a cosine of 1 hidden unit has no direction\. Hint: "):
+        make_head("mlp(1)", 3, 5, 1, 2)
+    with pytest.raises(InputError, match="a cosine of 1 feature has no direction"):
+        make_head("cosine", 1, 5, 1, 0)
     with pytest.raises(InputError, match="there is no goodness None"):
         make_head(None, 3, 5, 1, 2)
 

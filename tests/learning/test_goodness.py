@@ -55,6 +55,17 @@ def test_each_form_has_the_value_and_gradients_of_the_definition(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("classes", [4, 40])
+def test_empty_batch(form, classes):
+    inputs = example(0, 5, 7, classes)
+    found = FORMS[form](*inputs)
+    assert found.shape == (0, classes)
+    for gradient, value in zip(torch.autograd.grad(found.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == value.shape
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", [3, 12, 40])  # one part; several, with z kept; several, with z computed again
 def test_a_batch_taken_in_parts_has_the_same_value_and_gradients(form, classes, monkeypatch):
     monkeypatch.setattr("sffx.learning.goodness._SMALL", 1)

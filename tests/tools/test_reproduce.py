@@ -196,7 +196,9 @@ def test_run_ends_when_nothing_improves():
     assert len(run.curve) == 2
 
 
-def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(folder, monkeypatch):
+@pytest.fixture
+def pretrained(folder, monkeypatch):
+    """The command of an experiment that starts from another's weights, and the starts of all runs with where they come from."""
     monkeypatch.setitem(EXPERIMENTS, "before", replace(SMALL, methods=("BP",)))
     monkeypatch.setitem(EXPERIMENTS, "after", replace(SMALL, methods=("BP", "SFF"), pretrained="before", epochs=1))
     begun = []
@@ -207,15 +209,42 @@ def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(fold
         return train(run, *args, **options)
 
     monkeypatch.setattr(Run, "train", watched)
-    command.main(["after", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"])
+    return ["after", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"], begun
+
+
+def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(folder, pretrained):
+    arguments, begun = pretrained
+    command.main(arguments)
     weights = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)["best"]["state"]
-    starts = [state for pretrained, state in begun if pretrained == "before"]
+    starts = [state for source, state in begun if source == "before"]
     assert len(starts) == 6  # two methods, two trials and a run each
     for start in starts:
         for name, value in weights.items():
             same = [v for v in start.values() if v.shape == value.shape and torch.equal(v, value)]
             assert bool(same) == (not name.startswith("classifier")), name
     assert {path.stem for path in (folder / "out" / "before").glob("*.json")} == {"BP-0"}
+
+
+def test_pretraining_that_was_interrupted_goes_on_and_what_is_done_is_left_alone(folder, pretrained, monkeypatch):
+    arguments, begun = pretrained
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "result", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))  # trained, and not yet recorded
+        with pytest.raises(KeyboardInterrupt):
+            command.main(arguments)
+    assert (folder / "runs" / "before" / "BP-0.pt").exists()
+    command.main(arguments)
+    assert json.loads((folder / "out" / "before" / "BP-0.json").read_text())["epochs"] == SMALL.epochs
+    (folder / "runs" / "before" / "BP-0.pt").unlink()
+    done = len(begun)
+    command.main(arguments)
+    assert len(begun) == done
+
+
+def test_trials_of_other_lengths_are_not_mixed(tmp_path):
+    parted = split(images(40, 0), images(20, 1), None, 0)
+    search("toys", SMALL, "SFF", parted, tmp_path)
+    with pytest.raises(SystemExit, match="had 1 epochs, not 2"):
+        search("toys", replace(SMALL, trial_epochs=2), "SFF", parted, tmp_path)
 
 
 def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(folder, monkeypatch, capsys):

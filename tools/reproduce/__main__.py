@@ -51,47 +51,60 @@ def images(experiment: Experiment, folders: argparse.Namespace) -> tuple[Images,
 
 def run(name: str, experiment: Experiment, methods: tuple[str, ...], seeds: range, folders: argparse.Namespace) -> None:
     """Run an experiment to its end: seeds outermost, so that all methods are there as early as may be."""
-    weights = starting_weights(experiment, folders)
-    train, test = images(experiment, folders)
     for seed in seeds:
         for method in methods:
-            record = folders.out / name / f"{method.replace(' ', '-')}-{seed}.json"
+            record, _ = places(name, method, seed, folders)
             if record.exists():
                 require_same(record, experiment)
-                continue
-            setting = found_setting(name, experiment, method, folders)
-            made = Run(experiment, method, setting, seed, split(train, test, experiment.samples, seed), weights)
-            made.train(experiment.epochs, folders.runs / name / f"{method.replace(' ', '-')}-{seed}.pt")
-            result = made.result()
-            record.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result}
-            write(record, json.dumps(facts).encode())
-            shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
-            print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
+            else:
+                run_once(name, experiment, method, seed, folders)
+
+
+def places(name: str, method: str, seed: int, folders: argparse.Namespace) -> tuple[Path, Path]:
+    """Return where the record and the checkpoint of a run are."""
+    stem = f"{method.replace(' ', '-')}-{seed}"
+    return folders.out / name / f"{stem}.json", folders.runs / name / f"{stem}.pt"
+
+
+def run_once(name: str, experiment: Experiment, method: str, seed: int, folders: argparse.Namespace) -> None:
+    """Train by one method from one seed, or go on with it, and write its record."""
+    record, checkpoint = places(name, method, seed, folders)
+    train, test = images(experiment, folders)
+    setting = found_setting(name, experiment, method, folders)
+    parted = split(train, test, experiment.samples, seed)
+    made = Run(experiment, method, setting, seed, parted, starting_weights(experiment, folders))
+    made.train(experiment.epochs, checkpoint)
+    result = made.result()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"experiment": name, "method": method, "config": asdict(experiment), "versions": versions(), **result}
+    write(record, json.dumps(facts).encode())
+    shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
+    print(f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True)
 
 
 def found_setting(name: str, experiment: Experiment, method: str, folders: argparse.Namespace) -> Setting:
     """Search for a method's setting, for the experiment itself or for the one whose setting it takes."""
     if experiment.settings is not None:
-        name, experiment = experiment.settings, EXPERIMENTS[experiment.settings]
+        name = experiment.settings
+        experiment = replace(EXPERIMENTS[name], trials=experiment.trials, trial_epochs=experiment.trial_epochs)
     train, test = images(experiment, folders)
-    return search(
-        name, experiment, method, split(train, test, experiment.samples, 0), folders.runs / name, starting_weights(experiment, folders)
-    )
+    parted = split(train, test, experiment.samples, 0)
+    return search(name, experiment, method, parted, folders.runs / name, starting_weights(experiment, folders))
 
 
 def starting_weights(experiment: Experiment, folders: argparse.Namespace) -> dict[str, torch.Tensor] | None:
-    """Return the weights that the experiment starts from; where another experiment makes them, that one is run first."""
+    """Return the weights that the experiment starts from; where another experiment makes them, its run is first brought to its end."""
     name = experiment.pretrained
     if name is None:
         return None
     if name == "torchvision":
         return torchvision_weights(experiment.network)
-    made = folders.runs / name / "BP-0.pt"
-    if not made.exists():
-        (folders.out / name / "BP-0.json").unlink(missing_ok=True)  # its weights are gone, and must be made again
-        run(name, EXPERIMENTS[name], ("BP",), range(1), folders)
-    return torch.load(made, weights_only=False)["best"]["state"]
+    record, checkpoint = places(name, "BP", 0, folders)
+    if record.exists():
+        require_same(record, EXPERIMENTS[name])
+    if not (record.exists() and checkpoint.exists()):
+        run_once(name, EXPERIMENTS[name], "BP", 0, folders)
+    return torch.load(checkpoint, weights_only=False)["best"]["state"]
 
 
 def require_same(record: Path, experiment: Experiment) -> None:

@@ -68,11 +68,18 @@ def search(
         print(f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}", flush=True)
         return run.best["accuracy"]
 
+    if study.user_attrs.setdefault("epochs", experiment.trial_epochs) != experiment.trial_epochs:
+        raise SystemExit(
+            f"the trials in {folder} had {study.user_attrs['epochs']} epochs, not {experiment.trial_epochs}. Hint: another --runs"
+        )
+    study.set_user_attr("epochs", experiment.trial_epochs)
+    wanted_settings = candidates(experiment.trials)
     done = [trial.params for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    for wanted in candidates(experiment.trials):
+    for wanted in wanted_settings:
         if wanted not in done:
             study.enqueue_trial(wanted)
             study.optimize(objective, n_trials=1)
-    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
+    whole = [trial for trial in study.trials if trial.state == TrialState.COMPLETE and trial.params in wanted_settings]
+    if not whole:
         raise RuntimeError(f"no setting of {name}, {method}, trained to the end of its trial. Hint: see the losses above, and change GRID")
-    return Setting(**study.best_params)
+    return Setting(**max(whole, key=lambda trial: trial.value).params)

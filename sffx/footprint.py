@@ -105,9 +105,11 @@ def footprint(net: fx.GraphModule, batch_size: int, *, parked: bool = False) -> 
         parked: predict what a `local_step` holds on the device once the model is parked (`park`).
 
     Raises:
-        InputError: `net` is no cut model, or its shapes depend on data.
+        InputError: `net` is no cut model, `batch_size` is no positive integer, or the shapes depend on data.
     """
     plan_of(net)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(net, mode).train()
     with mode:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 import sffx
 from sffx.compiler.analyse import analyse
 from sffx.compiler.trace import trace
-from sffx.errors import CutError
+from sffx.errors import CutError, InputError
 from sffx.measure.memory import count_memory
 from tests.toys import Chain, Residual, SharedBias, TwoInputs
 
@@ -123,6 +123,13 @@ def test_the_budget_is_met_by_the_coarsest_cuts_that_can():
         net = sffx.transform(model, sffx.policies.memory(budget, batch_size), example)
         assert len(net.plan) == fewest
         assert sffx.footprint(net, batch_size).peak == least[fewest]
+
+
+@pytest.mark.parametrize("batch_size", [0, -3, 2.0, True])
+def test_batch_size_that_is_none_is_refused(batch_size):
+    net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"batch_size is .*\. Hint: pass a positive integer"):
+        sffx.footprint(net, batch_size)
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_peak():

@@ -182,6 +182,13 @@ def test_options_that_cannot_be_used(options, message):
         sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), **options)
 
 
+@pytest.mark.parametrize("cut_again", [sffx.transform, sffx.plan])
+def test_what_is_cut_is_not_cut_again(cut_again):
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match=r"the model is cut already\. Hint: sffx\.extract\(net\) gives the plain model back"):
+        cut_again(net)
+
+
 def test_cwc_needs_a_channel_for_each_class():
     with pytest.raises(InputError, match=r"block_0 .*has 6 channels for 9 classes"):
         sffx.transform(Chain(classes=9), example_input=torch.zeros(1, 3, 8, 8), goodness="cwc")

@@ -23,7 +23,8 @@ from sffx.keys import ACCURACY_KEY, CUT_KEY
 
 REMEDY = (
     "Hint: sffx.lightning.SFFModule and examples/train.py write such checkpoints; in a loop of your own, "
-    f'torch.save({{"{ACCURACY_KEY}": sffx.evaluate(net, loader).accuracy, "optimizer": optimizer.state_dict()}}, path)'
+    f'torch.save({{"net": net.state_dict(), "optimizer": optimizer.state_dict(), '
+    f'"{ACCURACY_KEY}": sffx.evaluate(net, loader).accuracy}}, path)'
 )
 
 

@@ -43,7 +43,8 @@ def find_model(source: str, name: str | None = None, num_classes: int | None = N
     """The model that `source` means.
 
     Args:
-        source: path of a Python file, `package.module:name`, `timm:NAME` or `hf:CONFIG_CLASS`.
+        source: path of a Python file, with a name in it or not (`model.py:make_net`), `package.module:name`, `timm:NAME` or
+            `hf:CONFIG_CLASS`.
         name: of the object in the file; without it an instance is preferred to a function, and a function to a class.
         num_classes: for what makes the model, if it takes a `num_classes`; its own default if None.
         filled: whether a model of timm or transformers gets values for its parameters, and not only shapes.
@@ -54,6 +55,9 @@ def find_model(source: str, name: str | None = None, num_classes: int | None = N
     Raises:
         InputError: there is no such file or object, no model or several in it, or its own code raised an error.
     """
+    file, named, thing = source.rpartition(".py:")
+    if named and name is None:
+        source, name = f"{file}.py", thing
     path = Path(source)
     if path.suffix == ".py" or path.is_file():
         if not path.is_file():

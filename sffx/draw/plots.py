@@ -50,6 +50,9 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
+    if not isinstance(evaluations, Mapping):
+        kind = type(evaluations).__name__
+        raise InputError(f"evaluations is of type {kind}, not a mapping by methods. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}")
     evaluations = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
     _check(evaluations)
     figure = blank(sum(_widths(evaluations)) + 0.9, 4.2, "plotting accuracies")

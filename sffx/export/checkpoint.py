@@ -97,7 +97,8 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
     prefixes = [match[1] for match in map(BLOCK.match, state) if match]
     if not any(name.startswith(f"{prefix}block_0.") for prefix in prefixes[:1] for name in state):
         names = ", ".join(map(str, list(found)[:3]))
-        raise InputError(f"the checkpoint holds no weights of a cut model, but {names}, ... Hint: save what sffx.transform returned")
+        hint = "Hint: save net.state_dict() of what sffx.transform returned, alone or under 'net'"
+        raise InputError(f"the checkpoint holds no weights of a cut model, but {names}, ... {hint}")
     return {name.removeprefix(prefixes[0]): value for name, value in state.items()}
 
 

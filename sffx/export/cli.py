@@ -139,9 +139,7 @@ def _net(options: argparse.Namespace) -> fx.GraphModule:
 def _model(source: str, classes: int | None) -> nn.Module:
     from sffx.draw.discover import find_model
 
-    file, named, name = source.rpartition(".py:")
-    place, thing = (f"{file}.py", name) if named else (source, None)
-    return find_model(place, thing, classes, filled=True)
+    return find_model(source, num_classes=classes, filled=True)
 
 
 def _cut(told: Cut | None, model: nn.Module, options: argparse.Namespace) -> Cut:

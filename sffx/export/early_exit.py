@@ -140,8 +140,8 @@ class EarlyExit:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        if not threshold > 0:
-            raise InputError(f"the threshold is {threshold}. Hint: pass a number above 0; from above 1 on, no sample stops early")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+            raise InputError(f"the threshold is {threshold!r}. Hint: pass a number above 0; from above 1 on, no sample stops early")
         self._threshold = float(threshold)
 
     @torch.no_grad()

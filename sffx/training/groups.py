@@ -69,6 +69,8 @@ class BlockPlateau:
         Raises:
             InputError: the loss of a group is missing.
         """
+        if not isinstance(losses, Mapping):
+            raise InputError(f"losses is of type {type(losses).__name__}, not a mapping of names. Hint: pass evaluate(...).loss")
         missing = [name for name in self.schedulers if name not in losses]
         if missing:
             raise InputError(
@@ -93,6 +95,16 @@ class BlockPlateau:
             raise InputError(f"the state is of {', '.join(state)}, but the optimizer has {', '.join(self.schedulers)}")
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state[name])
+
+
+def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
+    """Raise an InputError if an optimizer holds none of the parameters of a net: it would train something else, and not say so."""
+    own, held = set(net.parameters()), [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(p in own for p in held):
+        raise InputError(
+            f"the optimizer holds {len(held)} parameters, none of them of net. Hint: make it by {type(optimizer).__name__}"
+            "(sffx.parameter_groups(net, lr)), of this net and not of a copy or of the original model"
+        )
 
 
 def _view(group: dict[str, Any]) -> Optimizer:

@@ -20,6 +20,7 @@ from sffx.learning.activation import private_gradients
 from sffx.learning.goodness import full_precision
 from sffx.learning.losses import block_loss, check_labels, total
 from sffx.measure.memory import mark_gradients
+from sffx.training.groups import require_optimizer_of
 from sffx.training.parking import Parking, parking_of
 
 
@@ -66,8 +67,10 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
         The loss of all blocks before the step, a scalar without gradient.
 
     Raises:
-        InputError: `net` is no cut model or is in eval mode, or is parked with another optimizer, or the labels do not fit.
+        InputError: `net` is no cut model or is in eval mode, or is parked with another optimizer, the optimizer holds none of its
+            parameters, or the labels do not fit.
     """
+    require_optimizer_of(net, optimizer)
     parking = _parking(net, optimizer)
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []

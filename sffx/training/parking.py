@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.compiler.plan import plan_of
 from sffx.compiler.trace import storage
 from sffx.errors import InputError
+from sffx.training.groups import require_optimizer_of
 
 
 @torch.inference_mode(False)
@@ -57,12 +58,7 @@ def park(net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str |
     plan_of(net)
     if parking_of(net) is not None:
         raise InputError("net is parked already. Hint: sffx.unpark(net) before parking it anew")
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(net.parameters()):
-        raise InputError(
-            f"the optimizer holds {len(held)} parameters, none of them of net. Hint: make it by {type(optimizer).__name__}"
-            "(sffx.parameter_groups(net, lr)), of this net and not of a copy or of the original model"
-        )
+    require_optimizer_of(net, optimizer)
     parking = Parking(net, optimizer, carrier_for(_device(net, device)))
     net.zero_grad(set_to_none=True)
     parking.begin()

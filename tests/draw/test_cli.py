@@ -120,7 +120,7 @@ def assert_message(capsys: pytest.CaptureFixture[str], pattern: str) -> None:
 def test_model_names_one_of_several(planned: Planned) -> None:
     save(NET + "one = Net(1)\nclass Holder:\n    two = Net(2)\ndef three():\n    return Net(3)")
     for name, width in (("one", 1), ("Holder.two", 2), ("three", 3), ("Net", 4)):
-        assert main(["model.py", "--model", name]) == 0
+        assert main(["model.py", "--model", name]) == main([f"model.py:{name}"]) == 0
         assert planned.model.layer.in_features == width
         assert Path(f"{name.rpartition('.')[2]}.svg").exists()
 

@@ -11,6 +11,7 @@ import pytest
 
 from sffx.draw.plots import plot_accuracy
 from sffx.errors import InputError, MissingExtra
+from sffx.training.evaluate import Evaluation
 
 EVALUATIONS = {
     "SFF": [("block_0", 0.34), ("block_1", 0.45), ("ensemble", 0.494), ("classifier", 0.48)],
@@ -76,6 +77,11 @@ def test_an_accuracy_that_is_none_is_refused(tmp_path: Path, accuracy: float) ->
 def test_nothing_to_plot_is_refused(tmp_path: Path, evaluations: dict[str, list[tuple[str, float]]]) -> None:
     with pytest.raises(InputError, match="no accuracy to plot"):
         plot_accuracy(evaluations, tmp_path / "accuracy.png")
+
+
+def test_a_single_evaluation_is_asked_for_its_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"evaluations is of type Evaluation, not a mapping by methods\. Hint: pass {'SFF': "):
+        plot_accuracy(Evaluation({"classifier": 0.5}, {"classifier": 1.0}, 2), tmp_path / "accuracy.png")
 
 
 def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_calibration_takes_the_cheapest_threshold_that_is_accurate_enough(net: f
         runner.calibrate([(x, y)], accuracy=1.5)
 
 
-@pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), "0.9", True])
 def test_threshold_that_is_no_confidence_is_refused(net: fx.GraphModule, threshold: float) -> None:
     with pytest.raises(sffx.InputError, match=r"the threshold is .*Hint: pass a number above 0"):
         sffx.EarlyExit(net, threshold)

@@ -85,6 +85,8 @@ def test_misuse_is_said(net):
     plateau = sffx.BlockPlateau(torch.optim.SGD(sffx.parameter_groups(net, lr=1.0)))
     with pytest.raises(InputError, match="losses lack 'block_0'"):
         plateau.step({"block_1": 1.0, "block_2": 1.0, "classifier": 1.0})
+    with pytest.raises(InputError, match=r"losses is of type Evaluation, not a mapping of names\. Hint: pass evaluate\(\.\.\.\)\.loss"):
+        plateau.step(sffx.evaluate(net, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))]))
     with pytest.raises(InputError, match="the state is of block_9"):
         plateau.load_state_dict({"block_9": {}})
     with pytest.raises(InputError, match="not a cut model"):

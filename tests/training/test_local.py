@@ -77,6 +77,14 @@ def test_resnet18_same_to_the_bit():
     assert_same(gradients(net), gradients(twin))
 
 
+def test_step_of_an_optimizer_of_the_original_model_is_refused():
+    model = Chain()
+    optimizer = torch.optim.AdamW(model.parameters())
+    net = sffx.transform(model, example_input=torch.zeros(1, 3, 8, 8)).train()
+    with pytest.raises(InputError, match=r"the optimizer holds \d+ parameters, none of them of net\. Hint: make it by AdamW\(sffx"):
+        sffx.local_step(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), optimizer)
+
+
 def test_gradients_of_a_hand_written_detached_loop():
     """The method in plain torch, without anything of sffx but the weights."""
     net, x, y = cut("residual", policy="residual")

@@ -70,8 +70,9 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
         InputError: `net` is no cut model or is in eval mode, or is parked with another optimizer, the optimizer holds none of its
             parameters, or the labels do not fit.
     """
-    require_optimizer_of(net, optimizer)
     parking = _parking(net, optimizer)
+    if parking is None:  # else it was required when the model was parked
+        require_optimizer_of(net, optimizer)
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
     with parking.step() if parking is not None else nullcontext():

@@ -150,8 +150,6 @@ def main(arguments: list[str] | None = None) -> int:
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
         if args.costs:
-            if "BP" not in experiment.methods:
-                parser.error(f"{name} has no BP, to which costs are relative")
             (args.out / name).mkdir(parents=True, exist_ok=True)
             write(args.out / name / "costs.json", json.dumps({**costs(experiment), "versions": versions()}).encode())
             continue

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sffx.compiler.plan import BlockPlan, plan_of
+from sffx.compiler.plan import is_cut, plan_of
 from sffx.errors import InputError, MissingExtra
 from sffx.export.checkpoint import describe
 from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
@@ -206,7 +206,7 @@ class BPModule(_Classifier):
     answer = "model"
 
     def __init__(self, net: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, plateau: Mapping[str, Any] | None = None) -> None:
-        if isinstance(getattr(net, "plan", None), BlockPlan):
+        if is_cut(net):
             raise InputError("net is a cut model. Hint: pass the model that it was cut from, or use SFFModule")
         super().__init__(net, weight_decay, plateau)
         self.lr = lr

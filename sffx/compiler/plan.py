@@ -221,6 +221,11 @@ class BlockPlan:
         return lines + [f"note: {note}" for note in self.notes]
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether a model was cut by sffx."""
+    return isinstance(getattr(model, "plan", None), BlockPlan)
+
+
 def plan_of(net: nn.Module) -> BlockPlan:
     """Return the block plan that a cut model carries.
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from sffx.compiler.fakes import fake_copy
 from sffx.compiler.hints import location, way_out
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
-from sffx.compiler.plan import BlockPlan, Input, Leaf
+from sffx.compiler.plan import Input, Leaf, is_cut
 from sffx.errors import InputError, TraceError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
@@ -130,7 +130,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
-    if isinstance(getattr(model, "plan", None), BlockPlan):
+    if is_cut(model):
         raise InputError("the model is cut already. Hint: sffx.extract(net) gives the plain model back, which can be cut in another way")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}

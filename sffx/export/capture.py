@@ -24,12 +24,6 @@ VERIFIED_BATCHES = (1, 3)
 GROWTH = (32, 64)
 
 
-def require_readout(readout: str) -> None:
-    """Raise an InputError if there is no such readout."""
-    if readout not in EXPORT_READOUTS:
-        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, EXPORT_READOUTS))}")
-
-
 def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
     """Return a copy of the net for inference on the CPU in float32, with no parameter that requires grad, and with what a readout needs."""
     try:

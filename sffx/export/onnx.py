@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import inference_copy, random_inputs, require_image, require_readout, traced, trial_inputs
+from sffx.export.capture import EXPORT_READOUTS, inference_copy, random_inputs, require_image, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
-from sffx.export.parity import OPEN_SIZE_HINT, TOLERANCE_HINT, Scores, require_parity
+from sffx.export.parity import Scores, require_parity
+from sffx.learning.readout import require_readout
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -79,7 +80,7 @@ def export_onnx(
             `tolerance`.
     """
     plan = plan_of(net)
-    require_readout(readout)
+    require_readout(readout, EXPORT_READOUTS)
     told = metadata(plan, readout, class_names, mean, std)
     outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)
@@ -187,8 +188,7 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
     """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
     session = open_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
-        require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, hint)
+        require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, dynamic_size=dynamic_size)
 
 
 def open_session(path: Path) -> InferenceSession:

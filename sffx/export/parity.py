@@ -17,9 +17,10 @@ Scores = Tensor | tuple[Tensor, ...]
 
 
 def require_parity(
-    scores: Scores, expected: Scores, tolerance: float, place: str, hint: str = TOLERANCE_HINT, engine: str = "ONNX Runtime"
+    scores: Scores, expected: Scores, tolerance: float, place: str, engine: str = "ONNX Runtime", *, dynamic_size: bool = False
 ) -> None:
     """Raise an ExportError if an engine's scores differ from torch's by more than is tolerated; `place` says of what they are."""
+    hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
     for found, wanted in zip(_each(scores), _each(expected), strict=True):
         _require_equal(found, wanted, tolerance, place, hint, engine)
 

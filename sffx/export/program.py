@@ -14,11 +14,12 @@ from torch.export import Dim, ExportedProgram
 
 from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError
-from sffx.export.capture import inference_copy, random_inputs, require_image, require_readout, traced, trial_inputs
+from sffx.export.capture import EXPORT_READOUTS, inference_copy, random_inputs, require_image, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
-from sffx.export.parity import OPEN_SIZE_HINT, TOLERANCE_HINT, require_parity
+from sffx.export.parity import require_parity
+from sffx.learning.readout import require_readout
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -61,7 +62,7 @@ def export_program(
         ExportError: the model cannot be exported, does not allow another size, or the program's scores differ beyond `tolerance`.
     """
     plan = plan_of(net)
-    require_readout(readout)
+    require_readout(readout, EXPORT_READOUTS)
     told = metadata(plan, readout, class_names, mean, std)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     target = target_file(Path(path), "net.pt2")
@@ -101,4 +102,4 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
             expected, scores = model(*examples), loaded(*examples)
         except Exception as error:
             raise ExportError(f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}") from error
-        require_parity(scores, expected, tolerance, place, OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT, "the exported program")
+        require_parity(scores, expected, tolerance, place, "the exported program", dynamic_size=dynamic_size)

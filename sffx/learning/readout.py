@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 from sffx.errors import InputError
 
 READOUTS = ("ensemble", "last", "classifier")
+
+
+def require_readout(readout: str, known: Sequence[str] = READOUTS) -> None:
+    """Raise an InputError if a readout is none of those known."""
+    if readout not in known:
+        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, known))}")
 
 
 class Readout(nn.Module):
@@ -30,8 +37,7 @@ class Readout(nn.Module):
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        if mode not in READOUTS:
-            raise InputError(f"there is no readout {mode!r}. Hint: the readouts are {', '.join(map(repr, READOUTS))}")
+        require_readout(mode)
         self._mode = mode
 
     def forward(self, scores: list[Tensor]) -> Tensor:

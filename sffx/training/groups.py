@@ -99,8 +99,8 @@ class BlockPlateau:
 
 def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
     """Raise an InputError if an optimizer holds none of the parameters of a net: it would train something else, and not say so."""
-    own, held = set(net.parameters()), [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(p in own for p in held):
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(net.parameters()):
         raise InputError(
             f"the optimizer holds {len(held)} parameters, none of them of net. Hint: make it by {type(optimizer).__name__}"
             "(sffx.parameter_groups(net, lr)), of this net and not of a copy or of the original model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Split:
         return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous()
 
 
+@functools.lru_cache(maxsize=4)
 def load(folder: Path, cache: Path, size: int) -> Images:
     """Return all images of an `ImageFolder` at size x size; what was decoded is kept in `cache`.
 

@@ -68,11 +68,11 @@ def search(
         print(f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}", flush=True)
         return run.best["accuracy"]
 
-    if study.user_attrs.setdefault("epochs", experiment.trial_epochs) != experiment.trial_epochs:
-        raise SystemExit(
-            f"the trials in {folder} had {study.user_attrs['epochs']} epochs, not {experiment.trial_epochs}. Hint: another --runs"
-        )
-    study.set_user_attr("epochs", experiment.trial_epochs)
+    had = study.user_attrs.get("epochs")
+    if had is None:
+        study.set_user_attr("epochs", experiment.trial_epochs)
+    elif had != experiment.trial_epochs:
+        raise SystemExit(f"the trials in {folder} had {had} epochs, not {experiment.trial_epochs}. Hint: another --runs")
     wanted_settings = candidates(experiment.trials)
     done = [trial.params for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     for wanted in wanted_settings:

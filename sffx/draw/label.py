@@ -10,6 +10,7 @@ from sffx.compiler.plan import MIB, Block, BlockPlan, Heads, Input, Leaf
 from sffx.draw.fold import JOINT, Run, relative
 from sffx.draw.inner import joins_in_words
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress, percent
+from sffx.learning.heads import cosine_named
 
 INK = "#1f2933"
 FAINT = "#66727f"
@@ -48,7 +49,6 @@ LEGEND = (
 
 # Of norms in words: what is written beside a cut.
 DONE = {"layer": "layer-normed", "batch": "batch-normed"}
-GOODNESSES = {"sff": "SFF", "cosine": "cosine: a direction for each class", "mlp": "cosine after a hidden layer"}
 
 DETAILS = ("blocks", "modules", "nodes")
 MODULES_SHOWN = 8
@@ -79,11 +79,13 @@ def heads_in_words(heads: Heads) -> str:
     """What the heads are: "SFF", "SFF, kernels of 3, rank 64 where it saves", "CwC: groups of channels, no parameters"."""
     if heads.goodness == "cwc":
         return "CwC: groups of channels, no parameters"
+    if cosine := cosine_named(heads.goodness):
+        units, regions = cosine
+        of = "cosine: a direction for each class" if units is None else f"cosine after a hidden layer of {units} units"
+        return f"{of}, {regions} x {regions} regions"
     kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
     rank = f", rank {heads.rank} where it saves" if heads.rank else ""
-    kind, _, number = heads.goodness.rstrip(")").partition("(")
-    told = {"cosine": f" in {number} x {number} regions", "mlp": f" of {number} units"}.get(kind, "") if number else ""
-    return f"{GOODNESSES.get(kind, kind)}{told}{kernel}{rank}"
+    return f"SFF{kernel}{rank}"
 
 
 def blocks_in_words(plan: BlockPlan) -> str:

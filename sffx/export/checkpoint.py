@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sffx.compiler.plan import BlockPlan, plan_of
 from sffx.errors import InputError
 from sffx.export.explain import first_line
 from sffx.keys import CUT_KEY
+from sffx.learning.heads import REGIONS
 from sffx.transform import plan, transform
 
 # Where training scripts put the weights in a checkpoint of their own, Lightning first.
@@ -144,17 +145,22 @@ def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
 
 def _heads(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> dict[str, Any]:
     """Return the options of the heads, as their weights show them; those of a cosine goodness have no bias."""
-    if "head_0.hidden.weight" in state:
-        return {"goodness": f"mlp({len(state['head_0.hidden.weight'])})"}
+    hidden = [value for name, value in state.items() if re.fullmatch(r"head_\d+\.hidden\.weight", name)]
+    if hidden:
+        regions = _regions(hidden, model, cut)
+        return {"goodness": f"mlp({len(hidden[0])})" if regions == REGIONS else f"mlp({len(hidden[0])}, {regions})"}
     weights = {name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.(weight|basis)", name)}
     if not weights:
         return {"goodness": "cwc"}
     if "head_0.bias" not in state:
-        regions = [
-            round((value.shape[1] / block.channels) ** (1 / max(len(block.shape) - 1, 1)))
-            for block, value in zip(plan(model, cut.policy, cut.example), weights.values(), strict=False)
-        ]
-        return {"goodness": f"cosine({max(regions, default=1)})"}
+        return {"goodness": f"cosine({_regions(weights.values(), model, cut)})"}
     bases = [value for name, value in weights.items() if name.endswith("basis")]
     kernels = [value.shape[-1] for value in weights.values() if value.ndim > 2]
     return {"kernel_size": max(kernels, default=1), "rank": len(bases[0]) if bases else None}
+
+
+def _regions(weights: Iterable[Tensor], model: nn.Module, cut: Cut) -> int:
+    """Return the number of regions along each axis of space, from the weights of each head, (units or classes, features)."""
+    blocks = plan(model, cut.policy, cut.example)
+    found = [round((w.shape[1] / b.channels) ** (1 / max(len(b.shape) - 1, 1))) for b, w in zip(blocks, weights, strict=False)]
+    return max(found, default=1)

@@ -3,7 +3,7 @@
 It is not the paper's. Where an auxiliary convolution's mean square begins flat and grows without bound, a cosine has a gradient from the
 first step on and is bounded, which teaches small blocks more. With a hidden layer before it a block need not make its classes linearly
 separable itself, and keeps what later blocks can use, as the auxiliary networks of Belilovsky et al. (arXiv 1901.08164) let it (README,
-"Options that raise accuracy").
+"Heads").
 """
 
 from __future__ import annotations

@@ -10,8 +10,19 @@ from sffx.errors import InputError
 from sffx.learning.cosine import CosineGoodness
 from sffx.learning.goodness import CwCGoodness, SFFGoodness
 
-GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)")
+GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
 HIDDEN = 128  # units of "mlp"
+REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
+
+
+def cosine_named(goodness: str) -> tuple[int | None, int] | None:
+    """Return the number of hidden units, None without a hidden layer, and of regions of a "cosine" or "mlp"; None for other names."""
+    number = r"([1-9]\d*)"
+    if mlp := re.fullmatch(rf"mlp(?:\({number}(?:, *{number})?\))?", str(goodness)):
+        return int(mlp[1] or HIDDEN), int(mlp[2] or REGIONS)
+    if cosine := re.fullmatch(rf"cosine(?:\({number}\))?", str(goodness)):
+        return None, int(cosine[1] or REGIONS)
+    return None
 
 
 def make_head(
@@ -28,7 +39,7 @@ def make_head(
 
     Args:
         goodness: a name in `GOODNESSES`. The number of a cosine is that of the regions along each axis of space, 2 where there is none;
-            that of "mlp", a cosine after a hidden layer, the number of its units.
+            those of "mlp", a cosine after a hidden layer, the number of its units, 128, and that of the regions.
         channels: as are the next three, as for `SFFGoodness`.
         num_classes: J.
         channel_axis: of the block's batched output.
@@ -42,14 +53,13 @@ def make_head(
     """
     if goodness == "sff":
         return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
-    named = re.fullmatch(r"(cosine|mlp)(?:\(([1-9]\d*)\))?", str(goodness))
-    if goodness != "cwc" and not named:
+    cosine = cosine_named(goodness)
+    if goodness != "cwc" and cosine is None:
         raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
     for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):
         if value != default:
             raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
-    if not named:
+    if cosine is None:
         return CwCGoodness(channels, num_classes, channel_axis)
-    if named[1] == "mlp":
-        return CosineGoodness(channels, num_classes, channel_axis, spatial, hidden=int(named[2] or HIDDEN))
-    return CosineGoodness(channels, num_classes, channel_axis, spatial, int(named[2] or 2))
+    hidden, regions = cosine
+    return CosineGoodness(channels, num_classes, channel_axis, spatial, regions, hidden=hidden)

@@ -78,8 +78,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ({"norm": "none", "goodness": "cwc"}, ["--norm", "none"]),
         ({"goodness": "cosine(4)"}, []),
         ({"goodness": "mlp(64)"}, []),
+        ({"goodness": "mlp(64, 3)"}, []),
     ],
-    ids=["kernels of 3", "low rank", "CwC without norms", "cosine of 4 x 4 regions", "hidden layer of 64 units"],
+    ids=["kernels of 3", "low rank", "CwC without norms", "cosine of 4 x 4 regions", "hidden layer of 64 units", "and of 3 x 3 regions"],
 )
 def test_weights_find_their_heads_and_classes(options: dict[str, Any], arguments: list[str], exported: list[fx.GraphModule]) -> None:
     net = made(**options)

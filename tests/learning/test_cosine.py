@@ -1,5 +1,7 @@
 """The cosine goodness against its definition, in every layout."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,8 +75,10 @@ def test_name_tells_the_number_of_regions():
     assert make_head("cosine(4)", 3, 5, 1, 2).weight.shape == (5, 48)
     assert make_head("mlp", 3, 5, 1, 2).hidden.weight.shape == (128, 12)
     assert make_head("mlp(64)", 3, 5, 1, 2).weight.shape == (5, 64)
-    with pytest.raises(InputError, match=r"there is no goodness 'cosine\(0\)'"):
-        make_head("cosine(0)", 3, 5, 1, 2)
+    assert make_head("mlp(64, 3)", 3, 5, 1, 2).hidden.weight.shape == (64, 27)
+    for name in ("cosine(0)", "cosine(2, 2)", "mlp(64, 0)", "mlp(64,)"):
+        with pytest.raises(InputError, match=rf"there is no goodness '{re.escape(name)}'"):
+            make_head(name, 3, 5, 1, 2)
     with pytest.raises(InputError, match=r"a cosine of 1 hidden unit has no direction\. Hint: "):
         make_head("mlp(1)", 3, 5, 1, 2)
     with pytest.raises(InputError, match="a cosine of 1 feature has no direction"):

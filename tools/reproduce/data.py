@@ -41,8 +41,8 @@ class Split:
     std: Tensor
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Return uint8 images as float32, normalised by channel."""
-        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous()
+        """Return uint8 images as float32, normalised by channel, in the layout in which a CPU is fastest."""
+        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=4)

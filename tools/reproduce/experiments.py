@@ -47,9 +47,10 @@ class Experiment:
     pretrained: str | None = None
 
 
-ALL = ("BP", "deep supervision", "CwC", "SFF", "mlp")
+ALL = ("BP", "deep supervision", "CwC", "SFF", "mlp", "mlp(256, 4)")
 FULL_CIFAR = Experiment("CNNB", "cifar10", 32, None, 128, 100, "batchnorm", ALL, trial_epochs=3)
-HEADS = ("SFF", "cosine", "cosine(4)", "mlp", "deep supervision, mlp", "BP", "SFF, head bias 1")
+SHORT_CIFAR = replace(FULL_CIFAR, epochs=10, patience=1, stop=3, trials=3, trial_epochs=2)
+HEADS = ("SFF", "cosine", "cosine(4)", "mlp", "mlp(256, 4)", "deep supervision, mlp", "BP", "SFF, head bias 1")
 SMALL_CIFAR = Experiment("CNNB", "cifar10", 32, 1000, 128, 100, "batchnorm", ALL)
 SMALL_IMAGENETTE = Experiment(
     "MobileNetV3-small",
@@ -59,7 +60,7 @@ SMALL_IMAGENETTE = Experiment(
     64,
     40,
     "residual",
-    ("BP", "SFF", "mlp", "deep supervision, mlp"),
+    ("BP", "SFF", "mlp", "mlp(256, 4)", "deep supervision, mlp"),
     trials=4,
     trial_epochs=10,
 )
@@ -76,6 +77,9 @@ TABLE2 = {
 EXPERIMENTS = {
     # Table 2: all training images.
     **{f"table2-{name}": experiment for name, experiment in TABLE2.items()},
+    # The same with a tenth of its epochs, patience and early stopping, for a machine without a GPU.
+    "table2-short-cifar10-cnn": replace(SHORT_CIFAR, network="CNN", policy="layer"),
+    "table2-short-cifar10-cnnb": SHORT_CIFAR,
     # Table 3: 1,000 training images at random.
     "table3-cifar10-cnnb": SMALL_CIFAR,
     "table3-imagenette-mobilenetv3": replace(SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12),

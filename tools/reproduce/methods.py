@@ -78,5 +78,6 @@ METHODS = {
     "cosine": Method(options={"goodness": "cosine"}),
     "cosine(4)": Method(options={"goodness": "cosine(4)"}),
     "mlp": Method(options={"goodness": "mlp"}),
+    "mlp(256, 4)": Method(options={"goodness": "mlp(256, 4)"}),
     "deep supervision, mlp": Method(local=False, options={"goodness": "mlp"}),
 }

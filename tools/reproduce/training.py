@@ -51,7 +51,7 @@ class Run:
         model = build(experiment.network, classes, experiment.size, experiment.momentum)
         if weights is not None:
             transfer(model, weights)
-        self.net = self.method.prepare(model, experiment.policy, example(experiment.size))
+        self.net = self.method.prepare(model, experiment.policy, example(experiment.size)).to(memory_format=torch.channels_last)
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay)
         self.names = [group["name"] for group in groups]

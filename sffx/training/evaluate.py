@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import check_labels, check_pair
+from sffx.training.inputs import told_of_inputs
 from sffx.training.parking import compute_device
 
 
@@ -55,11 +56,15 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     Args:
         net: what `transform` returned.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
+
+    Raises:
+        InputError: the model cannot run on it, and it is not like the input that the model was cut for.
     """
     seen: list[Tensor] = []
     watch = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
     try:
-        net(**x) if isinstance(x, Mapping) else net(*x) if isinstance(x, tuple) else net(x)
+        with told_of_inputs(plan_of(net), x):
+            net(**x) if isinstance(x, Mapping) else net(*x) if isinstance(x, tuple) else net(x)
     finally:
         watch.remove()
     return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])

@@ -21,6 +21,7 @@ from sffx.learning.goodness import full_precision
 from sffx.learning.losses import block_loss, check_labels, total
 from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
+from sffx.training.inputs import told_of_inputs
 from sffx.training.parking import Parking, parking_of
 
 
@@ -36,7 +37,8 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
         y: class indices, (B,).
 
     Raises:
-        InputError: `net` is no cut model or is in eval mode, x requires gradient, or the labels do not fit.
+        InputError: `net` is no cut model or is in eval mode, x requires gradient or is not what the model can run on, or the labels do not
+            fit.
     """
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
@@ -170,7 +172,7 @@ class BlockWalk:
                 continue
             if node.target == "readout":
                 return
-            with private_gradients():
+            with private_gradients(), told_of_inputs(self.plan, x):
                 values[node] = self._value(node, values)
             if node.target in ends:
                 # The block's value goes on without its graph, and nothing here keeps the goodness.

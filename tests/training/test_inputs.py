@@ -1,0 +1,46 @@
+"""What a user is told whose inputs are not like those that the model was cut for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sffx
+from sffx.errors import InputError
+from tests.toys import Chain, TwoInputs
+
+Y = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), r"input is \(2, 1, 8, 8\) of float32, but .* for \(B, 3, 8, 8\) of float32.* to have 3 channels"),
+        (torch.zeros(2, 3, 16, 16), r"input is \(2, 3, 16, 16\) of float32, but .* shapes cannot be multiplied .*\. Hint: "),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"input is \(2, 3, 8, 8\) of uint8, but .* of float32\. In the model, torch says: "),
+    ],
+    ids=["channels", "size", "dtype"],
+)
+def test_an_input_unlike_the_example_is_named(x: torch.Tensor, message: str) -> None:
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8)).train()
+    with pytest.raises(InputError, match=message) as raised:
+        sffx.local_loss(net, x, Y)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    with pytest.raises(InputError, match=message):
+        sffx.evaluate(net, [(x, Y)])
+
+
+def test_of_several_inputs_the_one_that_differs_is_named() -> None:
+    net = sffx.transform(TwoInputs(), example_input=(torch.zeros(1, 6), torch.zeros(1, 5))).train()
+    with pytest.raises(InputError, match=r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. In the model"):
+        sffx.local_loss(net, {"image": torch.zeros(2, 6), "text": torch.zeros(2, 7)}, Y)
+
+
+def test_what_fails_on_inputs_like_the_example_stays_torchs_error() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8)).train()
+    net.block_1.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        sffx.local_loss(net, torch.zeros(2, 3, 8, 8), Y)

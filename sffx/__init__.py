@@ -15,6 +15,7 @@ from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
 from sffx.training.local import LocalLoss, local_loss, local_step
 from sffx.training.parking import park, unpark
+from sffx.training.weighing import weigh
 from sffx.transform import plan, transform
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "sff_loss",
     "transform",
     "unpark",
+    "weigh",
 ]

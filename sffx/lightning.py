@@ -17,6 +17,7 @@ from sffx.errors import InputError, MissingExtra
 from sffx.export.checkpoint import describe
 from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
 from sffx.learning.losses import check_labels
+from sffx.learning.readout import WEIGHTED, mixture, readout_of
 from sffx.training.evaluate import block_scores
 from sffx.training.groups import BlockPlateau, parameter_groups
 from sffx.training.local import local_loss
@@ -184,8 +185,10 @@ class SFFModule(_Classifier):
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the goodness of each block, that of the ensemble and of the last block, and the classifier's logits, (B, J) each."""
         *blocks, classifier = block_scores(self.net, x)
-        by_block = {f"block_{i}": goodness for i, goodness in enumerate(blocks)}
-        return {"ensemble": torch.stack(blocks).mean(dim=0), **by_block, "last": blocks[-1], "classifier": classifier}
+        goodness, weights = torch.stack(blocks), readout_of(self.net).weights
+        by_block = {f"block_{i}": each for i, each in enumerate(blocks)}
+        mixed = {WEIGHTED: mixture(goodness, goodness.new_tensor(weights))} if weights is not None else {}
+        return {"ensemble": goodness.mean(dim=0), **mixed, **by_block, "last": blocks[-1], "classifier": classifier}
 
 
 class BPModule(_Classifier):

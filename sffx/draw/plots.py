@@ -28,7 +28,7 @@ PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
 # The last block's readout is that block's own line.
 NOT_DRAWN = "last"
 # Colours of readouts of the whole net, whose lines are dashed; blocks have those of a scale.
-WHOLE = {"ensemble": "#000000", "classifier": "#d55e00", "model": "#000000"}
+WHOLE = {"ensemble": "#000000", "weighted": "#0072b2", "classifier": "#d55e00", "model": "#000000"}
 # Of more blocks than this the legend names the first, the middle and the last.
 BLOCKS_NAMED = 8
 

@@ -13,15 +13,30 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import Input
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
-from sffx.learning.readout import READOUTS, Cumulative
+from sffx.learning.readout import READOUTS, WEIGHTED, Cumulative, readout_of, require_readout
 
 T = TypeVar("T")
 
-EXPORT_READOUTS = (*READOUTS, "cumulative")
+EXPORT_READOUTS = (*READOUTS, WEIGHTED, "cumulative")
 TRACED_BATCH = 2
 VERIFIED_BATCHES = (1, 3)
 # What is added to height and width for a second size: multiples of what models divide them by, and not the same.
 GROWTH = (32, 64)
+
+
+def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
+    """Return the readout to export: the one asked for, or that of the net.
+
+    Raises:
+        InputError: there is no such readout, or no block has a weight yet.
+    """
+    own = readout_of(net)
+    if readout is None:
+        return own.mode
+    require_readout(readout, EXPORT_READOUTS)
+    if readout == WEIGHTED:
+        own.require_weights()
+    return readout
 
 
 def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
@@ -42,9 +57,14 @@ def _keep(model: fx.GraphModule, readout: str) -> None:
     combined: Any = output.args[0]
     *goodness, classifier = combined.args[0]
     if readout == "ensemble":  # of which the classifier's logits, the last entry, are no part
-        combiner: Any = model.get_submodule("readout")
-        combiner.mode = readout
+        readout_of(model).mode = readout
         combined.args = ([*goodness, goodness[-1]],)
+    elif readout == WEIGHTED:  # likewise, and blocks without a weight are none
+        own = readout_of(model)
+        own.mode = readout
+        heard = [(node, weight) for node, weight in zip(goodness, own.require_weights(), strict=True) if weight]
+        own.weights = tuple(weight for _, weight in heard)
+        combined.args = ([*(node for node, _ in heard), heard[-1][0]],)
     elif readout == "cumulative":
         model.add_submodule("cumulative", Cumulative())
         with model.graph.inserting_before(output):

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sffx-export", description=about, epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("checkpoint", type=Path, help="weights, a checkpoint of Lightning, or a whole model (with --trust)")
     parser.add_argument("target", metavar="net.onnx", type=Path, help="the file to write: .onnx, or .pt2 for torch.export")
-    parser.add_argument("--readout", default="ensemble", help="ensemble, last, classifier or cumulative (default: ensemble)")
+    parser.add_argument("--readout", default="ensemble", help="ensemble, last, classifier, weighted or cumulative (default: ensemble)")
     parser.add_argument("--class-names", metavar="FILE", type=Path, help="a name on each line, or a JSON list; kept in the file")
     for name in ("mean", "std"):
         parser.add_argument(

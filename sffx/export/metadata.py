@@ -2,7 +2,7 @@
 
 It travels in the exported file as one JSON object with the keys
 
-- "readout": "ensemble", "last", "classifier" or "cumulative";
+- "readout": "ensemble", "last", "classifier", "weighted" or "cumulative";
 - "class_names": the names of the J classes in the order of the scores, or null;
 - "mean" and "std": by which each channel was normalised in training, `(x - mean) / std`, or null. The graph does not do it.
 

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import EXPORT_READOUTS, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.export.capture import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity
-from sffx.learning.readout import require_readout
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -38,7 +37,7 @@ MAX_WEIGHT_BYTES = 2**31 - 2**24
 def export_onnx(
     net: torch.fx.GraphModule,
     path: str | os.PathLike[str],
-    readout: str = "ensemble",
+    readout: str | None = None,
     *,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -57,8 +56,9 @@ def export_onnx(
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write; its directory must exist.
-        readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness), "classifier" (its logits), or
-            "cumulative": an output for each block, the ensemble of the blocks up to it. What the readout does not need is not in the file.
+        readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness), "classifier" (its logits), "weighted" (the
+            mixture that `sffx.weigh` found), or "cumulative": an output for each block, the ensemble of the blocks up to it. What the
+            readout does not need is not in the file. None takes that of the net, `net.readout.mode`.
         class_names: one for each of the J classes, in order, for the file's metadata.
         mean: by which images were normalised, a number for each channel, for the file's metadata; the graph does not normalise.
         std: likewise.
@@ -80,7 +80,7 @@ def export_onnx(
             `tolerance`.
     """
     plan = plan_of(net)
-    require_readout(readout, EXPORT_READOUTS)
+    readout = chosen_readout(net, readout)
     told = metadata(plan, readout, class_names, mean, std)
     outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)

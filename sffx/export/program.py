@@ -14,12 +14,11 @@ from torch.export import Dim, ExportedProgram
 
 from sffx.compiler.plan import Input, plan_of
 from sffx.errors import ExportError
-from sffx.export.capture import EXPORT_READOUTS, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.export.capture import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity
-from sffx.learning.readout import require_readout
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -31,7 +30,7 @@ SIZE_HINT = (
 def export_program(
     net: torch.fx.GraphModule,
     path: str | os.PathLike[str],
-    readout: str = "ensemble",
+    readout: str | None = None,
     *,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -47,7 +46,7 @@ def export_program(
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write, as in "net.pt2"; its directory must exist.
-        readout: "ensemble", "last", "classifier" or "cumulative", as for `sffx.export_onnx`.
+        readout: "ensemble", "last", "classifier", "weighted" or "cumulative", as for `sffx.export_onnx`.
         class_names: one for each of the J classes, in order; kept in the file as `sffx.export.metadata` says.
         mean: by which images were normalised, a number for each channel; kept in the file.
         std: likewise.
@@ -62,7 +61,7 @@ def export_program(
         ExportError: the model cannot be exported, does not allow another size, or the program's scores differ beyond `tolerance`.
     """
     plan = plan_of(net)
-    require_readout(readout, EXPORT_READOUTS)
+    readout = chosen_readout(net, readout)
     told = metadata(plan, readout, class_names, mean, std)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     target = target_file(Path(path), "net.pt2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sffx.errors import InputError
 
 READOUTS = ("ensemble", "last", "classifier")
+WEIGHTED = "weighted"  # of models whose blocks were weighed
 
 
 def require_readout(readout: str, known: Sequence[str] = READOUTS) -> None:
@@ -24,12 +26,14 @@ class Readout(nn.Module):
 
     Attributes:
         mode: what eval mode returns. "ensemble" is the mean of the blocks' goodness without the classifier (section 4.3), "last" the
-            goodness of the last block, "classifier" the classifier's logits.
+            goodness of the last block, "classifier" the classifier's logits, "weighted" the `mixture` of the blocks by `weights`.
+        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part of the state dict once they are there.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._mode = "ensemble"
+        self.weights: tuple[float, ...] | None = None
 
     @property
     def mode(self) -> str:
@@ -37,8 +41,20 @@ class Readout(nn.Module):
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        require_readout(mode)
+        require_readout(mode, (*READOUTS, WEIGHTED))
+        if mode == WEIGHTED:
+            self.require_weights()
         self._mode = mode
+
+    def require_weights(self) -> tuple[float, ...]:
+        """Return the weights.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.weights is None:
+            raise InputError("the blocks have no weights yet. Hint: sffx.weigh(net, loader) finds them, with samples not trained on")
+        return self.weights
 
     def forward(self, scores: list[Tensor]) -> Tensor:
         """Combine the goodness of each block, (B, J), and the classifier's logits, (B, J), the last entry."""
@@ -48,10 +64,40 @@ class Readout(nn.Module):
             return scores[-1]
         if self._mode == "last":
             return scores[-2]
-        return torch.stack(scores[:-1]).mean(dim=0)
+        goodness = torch.stack(scores[:-1])
+        if self._mode == WEIGHTED:
+            return mixture(goodness, goodness.new_tensor(self.require_weights()))
+        return goodness.mean(dim=0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weights is not None:
+            destination[f"{prefix}weights"] = torch.tensor(self.weights, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take the weights of a state dict, which a model that was not weighed has none of."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        *_, unexpected, _ = args
+        found = state_dict.get(f"{prefix}weights")
+        self.weights = None if found is None else tuple(found.tolist())
+        if found is None and self._mode == WEIGHTED:
+            self._mode = "ensemble"
+        unexpected[:] = [key for key in unexpected if key != f"{prefix}weights"]
 
     def extra_repr(self) -> str:
         return f"mode={self._mode!r}"
+
+
+def readout_of(net: nn.Module) -> Readout:
+    """Return the readout of a cut model."""
+    readout = net.get_submodule("readout")
+    assert isinstance(readout, Readout)  # every cut model has one
+    return readout
+
+
+def mixture(goodness: Tensor, weights: Tensor) -> Tensor:
+    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and weights (K,) that sum to 1."""
+    return torch.logsumexp(goodness.log_softmax(2) + weights.log()[:, None, None], dim=0)
 
 
 class Cumulative(nn.Module):

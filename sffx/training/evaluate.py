@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_map_only
 from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import check_labels, check_pair
+from sffx.learning.readout import WEIGHTED, mixture, readout_of
 from sffx.training.inputs import told_of_inputs
 from sffx.training.parking import compute_device
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and loss by name: "block_0", ..., "ensemble", "last", "classifier". Prints as a table.
+    """Accuracy and loss by name: "block_0", ..., "ensemble", "weighted" where blocks were weighed, "last", "classifier". Prints as a table.
 
     Attributes:
         accuracy: the share of samples whose highest score is their label's, between 0 and 1 ("layers accuracy" is that of the ensemble,
@@ -83,7 +84,7 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
     """
     plan = plan_of(net)
     with evaluating(net):
-        return _evaluation([block.target for block in plan], scored(net, loader))
+        return _evaluation([block.target for block in plan], readout_of(net).weights, scored(net, loader))
 
 
 @contextmanager
@@ -116,15 +117,19 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
         raise InputError("the loader yielded no samples")
 
 
-def _evaluation(blocks: list[str], batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    names = [*blocks, "classifier", "ensemble", "last"]
+def _evaluation(blocks: list[str], weights: Sequence[float] | None, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    mixed = [WEIGHTED] if weights is not None else []
+    names = [*blocks, "classifier", "ensemble", "last", *mixed]
     correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
     for scores, y in batches:
-        scores = torch.cat([scores, scores[:-1].mean(dim=0, keepdim=True), scores[-2:-1]])
+        goodness = scores[:-1]
+        scores = torch.cat([scores, goodness.mean(dim=0, keepdim=True), goodness[-1:]])
+        if weights is not None:
+            scores = torch.cat([scores, mixture(goodness, goodness.new_tensor(weights))[None]])
         correct += (scores.argmax(dim=2) == y).sum(dim=1).cpu()
         loss += torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores]).cpu()
         samples += len(y)
-    order = [*blocks, "ensemble", "last", "classifier"]
+    order = [*blocks, "ensemble", *mixed, "last", "classifier"]
     at = {name: i for i, name in enumerate(names)}
     return Evaluation(
         accuracy={name: float(correct[at[name]]) / samples for name in order},

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sffx.learning.readout import mixture
+from sffx.training.weighing import mixture_weights
+
 
 def accuracy(scores: Tensor, y: Tensor) -> float:
     """Return the share of samples, scores (N, J) and class indices (N,), whose highest score is their label's."""
@@ -22,11 +25,11 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     """
     if len(scores) == 1:
         return {"classifier": scores[0]}
-    weights = block_weights(validation[:-1], y)
+    weights = mixture_weights(validation[:-1].log_softmax(2)[:, torch.arange(len(y)), y]).to(scores)
     return {
         "ensemble": scores[:-1].mean(0),
         "mean of softmax": scores[:-1].softmax(2).mean(0),
-        "weighted": (weights[:, None, None] * scores[:-1].softmax(2)).sum(0),
+        "weighted": mixture(scores[:-1], weights),
         "last": scores[-2],
         "classifier": scores[-1],
         "all and classifier": scores.softmax(2).mean(0),
@@ -36,16 +39,6 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
 def judged(scores: Tensor, readout: str) -> Tensor:
     """Return from the scores of all blocks, (K, N, J), those of the readout by which a method is judged: "ensemble" or "classifier"."""
     return scores[:-1].mean(0) if readout == "ensemble" else scores[-1]
-
-
-def block_weights(scores: Tensor, y: Tensor, steps: int = 200) -> Tensor:
-    """Return the convex weights (K,) of the blocks' softmax, scores (K, V, J), that give labels (V,) the highest likelihood."""
-    shares = scores.softmax(2)[:, torch.arange(len(y)), y]  # (K, V): the probability of the label
-    weights = torch.full((len(scores),), 1 / len(scores))
-    for _ in range(steps):  # expectation-maximisation of a mixture with fixed components
-        parts = weights[:, None] * shares
-        weights = (parts / parts.sum(0).clamp(min=1e-12)).mean(1)
-    return weights
 
 
 def block_losses(scores: Tensor, y: Tensor) -> list[float]:

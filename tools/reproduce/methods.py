@@ -80,4 +80,5 @@ METHODS = {
     "mlp": Method(options={"goodness": "mlp"}),
     "mlp(256, 4)": Method(options={"goodness": "mlp(256, 4)"}),
     "deep supervision, mlp": Method(local=False, options={"goodness": "mlp"}),
+    "deep supervision, mlp(256, 4)": Method(local=False, options={"goodness": "mlp(256, 4)"}),
 }

@@ -61,10 +61,12 @@ def description(name: str, methods: dict[str, list[dict[str, Any]]]) -> str:
         for method, setting in ((method, found[0]["setting"]) for method, found in methods.items())
     )
     momentum = "" if config["momentum"] is None else f", BN momentum {config['momentum']:g}"
+    pretrained = f", from the weights of {config['pretrained']}" if config.get("pretrained") else ""
     return (
         f"{config['network']}, {config['data']}, {samples} (80/20 training and validation), {config['size']} x {config['size']}, policy "
-        f"`{config['policy']}`, batch {config['batch']}, at most {config['epochs']} epochs{momentum}. Learning rates of features and "
-        f"classifier, and weight decay, of {config['trials']} tried for {config['trial_epochs']} epochs"
+        f"`{config['policy']}`, batch {config['batch']}, at most {config['epochs']} epochs (patience {config['patience']}, early stopping "
+        f"after {config['stop']}){momentum}{pretrained}. Learning rates of features and classifier, and weight decay, of "
+        f"{config['trials']} tried for {config['trial_epochs']} epochs"
         f"{'' if config['settings'] is None else ' in ' + config['settings']}: {settings}. "
         f"{versions['date']}, {versions['hardware']}, torch {versions['torch']}. "
         f"`python -m tools.reproduce {name}`"

@@ -137,9 +137,10 @@ class _Classifier(LightningModule):
 class SFFModule(_Classifier):
     """A cut model that a Trainer trains block by block with AdamW.
 
-    Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block,
-    of the last block ("last") and of the classifier; and "lr/block_0" and so on. Checkpoints hold the accuracies of the last validation as
-    "sffx_accuracy", which `sffx-viz --checkpoint` reads, and `sffx.draw.plots.plot_training` draws what a CSVLogger wrote.
+    Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block, of
+    the last block ("last"), of the classifier, and, where `sffx.weigh` weighed the blocks, of "weighted"; and "lr/block_0" and so on.
+    Checkpoints hold the accuracies of the last validation as "sffx_accuracy", which `sffx-viz --checkpoint` reads, and
+    `sffx.draw.plots.plot_training` draws what a CSVLogger wrote.
 
     Args:
         net: what `sffx.transform` returned.
@@ -183,7 +184,7 @@ class SFFModule(_Classifier):
         checkpoint[CUT_KEY] = describe(plan_of(self.net))
 
     def scores(self, x: Any) -> dict[str, Tensor]:
-        """Return the goodness of each block, that of the ensemble and of the last block, and the classifier's logits, (B, J) each."""
+        """Return what each block, the ensemble, the last block, the classifier and, once weighed, the mixture say, (B, J) each."""
         *blocks, classifier = block_scores(self.net, x)
         goodness, weights = torch.stack(blocks), readout_of(self.net).weights
         by_block = {f"block_{i}": each for i, each in enumerate(blocks)}

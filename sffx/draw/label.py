@@ -10,7 +10,7 @@ from sffx.compiler.plan import MIB, Block, BlockPlan, Heads, Input, Leaf
 from sffx.draw.fold import JOINT, Run, relative
 from sffx.draw.inner import joins_in_words
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress, percent
-from sffx.learning.heads import cosine_named
+from sffx.learning.heads import REGIONS, cosine_named
 
 INK = "#1f2933"
 FAINT = "#66727f"
@@ -81,8 +81,8 @@ def heads_in_words(heads: Heads) -> str:
         return "CwC: groups of channels, no parameters"
     if cosine := cosine_named(heads.goodness):
         units, regions = cosine
-        of = "cosine: a direction for each class" if units is None else f"cosine after a hidden layer of {units} units"
-        return f"{of}, {regions} x {regions} regions"
+        kind = "cosine: a direction for each class" if units is None else f"cosine after a hidden layer of {units} units"
+        return kind if regions == REGIONS else f"{kind}, {regions} x {regions} regions"
     kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
     rank = f", rank {heads.rank} where it saves" if heads.rank else ""
     return f"SFF{kernel}{rank}"

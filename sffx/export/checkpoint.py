@@ -161,6 +161,6 @@ def _heads(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> dict[str,
 
 def _regions(weights: Iterable[Tensor], model: nn.Module, cut: Cut) -> int:
     """Return the number of regions along each axis of space, from the weights of each head, (units or classes, features)."""
-    blocks = plan(model, cut.policy, cut.example)
-    found = [round((w.shape[1] / b.channels) ** (1 / max(len(b.shape) - 1, 1))) for b, w in zip(blocks, weights, strict=False)]
-    return max(found, default=1)
+    pairs = zip(plan(model, cut.policy, cut.example), weights, strict=False)
+    found = [round((w.shape[1] / b.channels) ** (1 / (len(b.shape) - 1))) for b, w in pairs if len(b.shape) > 2]
+    return max(1, *found) if found else REGIONS

@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sffx-export", description=about, epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("checkpoint", type=Path, help="weights, a checkpoint of Lightning, or a whole model (with --trust)")
     parser.add_argument("target", metavar="net.onnx", type=Path, help="the file to write: .onnx, or .pt2 for torch.export")
-    parser.add_argument("--readout", default="ensemble", help="ensemble, last, classifier, weighted or cumulative (default: ensemble)")
+    told = "ensemble, last, classifier, weighted or cumulative (default: weighted if the blocks were weighed, else ensemble)"
+    parser.add_argument("--readout", help=told)
     parser.add_argument("--class-names", metavar="FILE", type=Path, help="a name on each line, or a JSON list; kept in the file")
     for name in ("mean", "std"):
         parser.add_argument(
@@ -92,17 +93,17 @@ def _run(options: argparse.Namespace) -> None:
     names = _class_names(options.class_names)
     # Here, because they import torch, and --help should not wait for it.
     from sffx.compiler.plan import plan_of
+    from sffx.export.capture import chosen_readout
     from sffx.export.onnx import export_onnx
     from sffx.export.program import export_program
 
     net = _net(options)
     export: Any = export_onnx if options.target.suffix == ".onnx" else export_program
     told = {"class_names": names, "mean": options.mean, "std": options.std}
-    export(net, options.target, options.readout, **told, dynamic_size=options.dynamic_size)
+    readout = chosen_readout(net, options.readout)
+    export(net, options.target, readout, **told, dynamic_size=options.dynamic_size)
     plan, size = plan_of(net), options.target.stat().st_size / MIB
-    print(
-        f"wrote {options.target}, {size:.2f} MiB: {options.readout} scores of {plan.model}, {len(plan)} blocks, {plan.num_classes} classes"
-    )
+    print(f"wrote {options.target}, {size:.2f} MiB: {readout} scores of {plan.model}, {len(plan)} blocks, {plan.num_classes} classes")
 
 
 def _class_names(path: Path | None) -> list[str] | None:

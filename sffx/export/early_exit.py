@@ -93,8 +93,9 @@ class ExitCurve:
 class EarlyExit:
     """Runs a cut model block by block and stops, sample by sample, at the first block that is confident.
 
-    The confidence after a block is the softmax maximum of the mean of the goodness so far. With a threshold above 1 no sample leaves
-    early, and the scores are those of the ensemble, bit by bit. The model is copied as it is and runs in eval mode on its device.
+    The confidence after a block is the softmax maximum of the mean of the goodness so far; the weights of `sffx.weigh` play no part. With a
+    threshold above 1 no sample leaves early, and the scores are those of the ensemble, bit by bit. The model is copied as it is and runs in
+    eval mode on its device.
 
     Args:
         net: what `sffx.transform` returned.

@@ -57,8 +57,8 @@ def export_onnx(
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write; its directory must exist.
         readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness), "classifier" (its logits), "weighted" (the
-            mixture that `sffx.weigh` found), or "cumulative": an output for each block, the ensemble of the blocks up to it. What the
-            readout does not need is not in the file. None takes that of the net, `net.readout.mode`.
+            mixture that `sffx.weigh` found, as logarithms of probabilities), or "cumulative": an output for each block, the ensemble of
+            the blocks up to it. What the readout does not need is not in the file. None takes that of the net, `net.readout.mode`.
         class_names: one for each of the J classes, in order, for the file's metadata.
         mean: by which images were normalised, a number for each channel, for the file's metadata; the graph does not normalise.
         std: likewise.

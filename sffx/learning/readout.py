@@ -27,13 +27,15 @@ class Readout(nn.Module):
     Attributes:
         mode: what eval mode returns. "ensemble" is the mean of the blocks' goodness without the classifier (section 4.3), "last" the
             goodness of the last block, "classifier" the classifier's logits, "weighted" the `mixture` of the blocks by `weights`.
-        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part of the state dict once they are there.
+        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part of the state dict once they are there,
+            and who loads them gets the mode "weighted".
     """
+
+    weights: tuple[float, ...] | None = None  # of the class, for nets that were pickled before there were any
 
     def __init__(self) -> None:
         super().__init__()
         self._mode = "ensemble"
-        self.weights: tuple[float, ...] | None = None
 
     @property
     def mode(self) -> str:
@@ -66,7 +68,10 @@ class Readout(nn.Module):
             return scores[-2]
         goodness = torch.stack(scores[:-1])
         if self._mode == WEIGHTED:
-            return mixture(goodness, goodness.new_tensor(self.require_weights()))
+            weights = self.require_weights()
+            if len(weights) != len(goodness):
+                raise InputError(f"there are {len(weights)} weights, but {len(goodness)} blocks. Hint: sffx.weigh(net, loader) finds them")
+            return mixture(goodness, goodness.new_tensor(weights))
         return goodness.mean(dim=0)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -75,14 +80,18 @@ class Readout(nn.Module):
             destination[f"{prefix}weights"] = torch.tensor(self.weights, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Take the weights of a state dict, which a model that was not weighed has none of."""
+        """Take the weights of a state dict, which a model that was not weighed has none of, and the mode that goes with them."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         *_, unexpected, _ = args
-        found = state_dict.get(f"{prefix}weights")
-        self.weights = None if found is None else tuple(found.tolist())
-        if found is None and self._mode == WEIGHTED:
-            self._mode = "ensemble"
-        unexpected[:] = [key for key in unexpected if key != f"{prefix}weights"]
+        key = f"{prefix}weights"
+        if key in state_dict:
+            found = state_dict[key].double()
+            self.weights = tuple((found / found.sum()).tolist())
+            self._mode = WEIGHTED if self._mode == "ensemble" else self._mode
+        else:
+            self.weights = None
+            self._mode = "ensemble" if self._mode == WEIGHTED else self._mode
+        unexpected[:] = [name for name in unexpected if name != key]
 
     def extra_repr(self) -> str:
         return f"mode={self._mode!r}"

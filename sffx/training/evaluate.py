@@ -1,4 +1,4 @@
-"""Evaluate a cut model: accuracy and loss of every block, of the ensemble, of the last block and of the classifier."""
+"""Evaluate a cut model: accuracy and loss of every block, the ensemble, the weighted mixture, the last block and the classifier."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     seen: list[Tensor] = []
     watch = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
     try:
-        with told_of_inputs(plan_of(net), x):
+        with told_of_inputs(net, x):
             net(**x) if isinstance(x, Mapping) else net(*x) if isinstance(x, tuple) else net(x)
     finally:
         watch.remove()

@@ -172,7 +172,7 @@ class BlockWalk:
                 continue
             if node.target == "readout":
                 return
-            with private_gradients(), told_of_inputs(self.plan, x):
+            with private_gradients(), told_of_inputs(self.net, x):
                 values[node] = self._value(node, values)
             if node.target in ends:
                 # The block's value goes on without its graph, and nothing here keeps the goodness.

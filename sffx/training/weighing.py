@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sffx.compiler.plan import plan_of
+from sffx.errors import InputError
 from sffx.learning.readout import WEIGHTED, readout_of
 from sffx.training.evaluate import evaluating, scored
 
-ROUNDS = 200
+ROUNDS = 2000
+STEADY = 1e-6  # a change of every weight by less ends the search
 LEAST = 1e-3  # of a weight that is kept
 
 
@@ -22,9 +24,11 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
     """Weigh the blocks by held-out samples, and let eval mode return the weighted mixture of what they say.
 
     The mixture is the mean of the blocks' softmax by weights that give the labels the highest likelihood. It is not the paper's readout,
-    which is the mean of all blocks' goodness ("ensemble"). A block that adds nothing gets no weight, and is left out of what is exported.
+    which is the mean of all blocks' goodness ("ensemble"). A block that adds next to nothing gets no weight, and is left out of what is
+    exported, where later blocks do not need it.
 
-    Afterwards `net.readout.mode` is "weighted", and the weights are in the state dict.
+    Afterwards `net.readout.mode` is "weighted", and the weights are in the state dict; who loads it has that mode as well. Weigh again
+    after further training. `EarlyExit` and the readout "cumulative" do not use the weights.
 
     Args:
         net: what `transform` returned, trained.
@@ -34,7 +38,8 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
         The weight of each block, by its name ("block_0", ...); they sum to 1.
 
     Raises:
-        InputError: `net` is no cut model, the loader is empty or yields something else, or labels are out of range.
+        InputError: `net` is no cut model, the loader is empty or yields something else, labels are out of range, or no block gives the
+            labels a probability. The net is as it was.
     """
     plan = plan_of(net)
     with evaluating(net):
@@ -50,12 +55,22 @@ def mixture_weights(log_shares: Tensor) -> Tensor:
     """Return the weights of a mixture, (K,), that give N labels the highest likelihood, by expectation-maximisation.
 
     Args:
-        log_shares: the logarithm of the probability that each of K components gives each label, (K, N).
+        log_shares: the logarithm of the probability that each of K components gives each label, (K, N). One that is not a number, as that
+            of a block that has diverged, counts as a probability of 0.
+
+    Raises:
+        InputError: no component gives any label a probability.
     """
-    shares = (log_shares - log_shares.max(0).values).double().exp()  # a factor for each sample makes no difference
+    told = log_shares.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    told = told[:, told.max(0).values > -torch.inf]
+    if not told.numel():
+        raise InputError("no block gives any of the labels a probability. Hint: a goodness that is nan tells of a diverged training")
+    shares = (told - told.max(0).values).exp()  # a factor for each sample makes no difference
     weights = shares.new_full((len(shares),), 1 / len(shares))
     for _ in range(ROUNDS):
         parts = weights[:, None] * shares
-        weights = (parts / parts.sum(0)).mean(1)
+        before, weights = weights, (parts / parts.sum(0)).mean(1)
+        if (weights - before).abs().max() < STEADY:
+            break
     weights[weights < min(LEAST, float(weights.max()))] = 0
     return weights / weights.sum()

@@ -81,7 +81,7 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
         (Heads(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
         (Heads(kernel_size=3, rank=16), "detach · layer norm", "goodness (SFF, kernels of 3, rank 16 where it saves)", "3×3 kernels"),
         (Heads(goodness="cosine(4)"), "detach · layer norm", "goodness (cosine: a direction for each class, 4 x 4 regions)", "cosine"),
-        (Heads(goodness="mlp"), "detach · layer norm", "goodness (cosine after a hidden layer of 128 units, 2 x 2 regions)", "hidden"),
+        (Heads(goodness="mlp"), "detach · layer norm", "goodness (cosine after a hidden layer of 128 units)", "hidden"),
         (Heads(goodness="cwc", kernel_size=3), "detach · layer norm", "goodness (CwC: groups of channels, no parameters)", "CwC, no"),
     ],
 )

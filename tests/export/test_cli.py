@@ -99,6 +99,15 @@ def test_weights_are_found_in_a_checkpoint_of_a_script(wrapped: Any, exported: l
     assert_same(exported[0], net)
 
 
+def test_weights_of_blocks_choose_the_readout_unless_another_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    net = made()
+    sffx.weigh(net, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)])
+    torch.save(net.state_dict(), "net.pt")
+    for readout, asked in (("weighted", []), ("last", ["--readout", "last"])):
+        assert main(["net.pt", "net.pt2", *WEIGHTS, *asked]) == 0
+        assert f"MiB: {readout} scores of Residual" in capsys.readouterr().out
+
+
 def test_readout_names_and_normalisation_reach_the_onnx_file(capsys: pytest.CaptureFixture[str]) -> None:
     net = made()
     torch.save(net.state_dict(), "net.pt")

@@ -580,7 +580,7 @@ def test_unwritable_directory_is_refused(net: fx.GraphModule, old_file: Path, mo
 
 
 def test_unknown_readout_lists_the_known_ones(net: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no readout 'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier', 'cumulative'"):
+    with pytest.raises(InputError, match=r"'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier', 'weighted', 'cumulative'"):
         export_onnx(net, tmp_path / "net.onnx", "mean")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -34,6 +36,23 @@ def test_of_several_inputs_the_one_that_differs_is_named() -> None:
     net = sffx.transform(TwoInputs(), example_input=(torch.zeros(1, 6), torch.zeros(1, 5))).train()
     with pytest.raises(InputError, match=r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. In the model"):
         sffx.local_loss(net, {"image": torch.zeros(2, 6), "text": torch.zeros(2, 7)}, Y)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")])
+def test_an_error_with_another_cause_stays_as_it_is(error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8)).train()
+    net.block_0.register_forward_pre_hook(fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        sffx.local_loss(net, torch.zeros(2, 3, 16, 16), Y)
+
+
+def test_a_missing_batch_axis_is_told() -> None:
+    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8)).train()
+    with pytest.raises(InputError, match=r"input is \(3, 8, 8\) of float32, but the model was cut for \(B, 3, 8, 8\)"):
+        sffx.local_loss(net, torch.zeros(3, 8, 8), torch.tensor([0, 1, 2]))
 
 
 def test_what_fails_on_inputs_like_the_example_stays_torchs_error() -> None:

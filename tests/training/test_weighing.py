@@ -64,6 +64,27 @@ def test_a_component_that_adds_nothing_gets_no_weight_at_all() -> None:
     assert mixture_weights(told).tolist() == [0, 1]
 
 
+def test_a_diverged_block_has_no_weight_and_without_another_nothing_changes(
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    with torch.no_grad():
+        net.head_1.weight.fill_(torch.nan)
+    assert sffx.weigh(net, loader)["block_1"] == 0
+    weights = net.readout.weights
+    with torch.no_grad():
+        for p in net.block_0.parameters():
+            p.fill_(torch.nan)
+    with pytest.raises(InputError, match=r"no block gives any of the labels a probability\. Hint: "):
+        sffx.weigh(net, loader)
+    assert net.readout.weights == weights
+
+
+def test_a_net_that_was_pickled_before_there_were_weights_has_none(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]) -> None:
+    net.readout.__dict__.pop("weights", None)
+    assert "weighted" not in sffx.evaluate(net, loader).accuracy
+    assert "readout.weights" not in net.state_dict()
+
+
 def test_eval_mode_returns_the_weighted_mixture(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]) -> None:
     weights = sffx.weigh(net, loader)
     assert list(weights) == ["block_0", "block_1", "block_2"]
@@ -96,10 +117,12 @@ def test_weights_travel_with_the_state(net: fx.GraphModule, loader: list[tuple[T
     torch.save(net.state_dict(), tmp_path / "net.pt")
     other = cut()
     other.load_state_dict(torch.load(tmp_path / "net.pt"))
-    assert other.readout.mode == "ensemble"
-    other.readout.mode = "weighted"
+    assert other.readout.mode == "weighted"
     assert torch.equal(other(X), net(X))
     assert torch.equal(copy.deepcopy(net)(X), net(X))
+    other.load_state_dict({**net.state_dict(), "readout.weights": torch.ones(4)})
+    with pytest.raises(InputError, match=r"there are 4 weights, but 3 blocks\. Hint: "):
+        other(X)
     other.load_state_dict(plain)
     assert (other.readout.weights, other.readout.mode) == (None, "ensemble")
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"readout.other\""):
@@ -115,11 +138,18 @@ def test_without_weights_the_error_names_what_finds_them(net: fx.GraphModule, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ((0.25, 0.75, 0.0), {"block_0", "head_0", "block_1", "head_1"}),
+        ((0.25, 0.0, 0.75), {"block_0", "head_0", "block_1", "block_2", "head_2"}),
+    ],
+)
 def test_export_takes_the_readout_of_the_net_and_leaves_out_what_has_no_weight(
-    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], tmp_path: Path
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], tmp_path: Path, weights: tuple[float, ...], names: set[str]
 ) -> None:
     sffx.weigh(net, loader)
-    net.readout.weights = (0.25, 0.75, 0.0)
+    net.readout.weights = weights
     path = sffx.export_onnx(net, tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["sffx"])["readout"] == "weighted"
@@ -128,4 +158,4 @@ def test_export_takes_the_readout_of_the_net_and_leaves_out_what_has_no_weight(
     program = torch.export.load(sffx.export_program(net, tmp_path / "net.pt2")).module()
     torch.testing.assert_close(program(X), net(X).detach(), rtol=1e-4, atol=1e-5)
     kept = {name.partition(".")[0] for name in program.state_dict()}
-    assert kept == {"block_0", "head_0", "block_1", "head_1"}
+    assert kept == names

@@ -80,7 +80,7 @@ TABLE2 = {
 EXPERIMENTS = {
     # Table 2: all training images.
     **{f"table2-{name}": experiment for name, experiment in TABLE2.items()},
-    # The same with a tenth of its epochs, patience and early stopping, for a machine without a GPU.
+    # The same with a tenth of the epochs, patience and early stopping, and a short search, for a machine without a GPU.
     "table2-short-cifar10-cnn": replace(SHORT_CIFAR, network="CNN", policy="layer"),
     "table2-short-cifar10-cnnb": SHORT_CIFAR,
     # Table 3: 1,000 training images at random.

@@ -44,7 +44,6 @@ def transform(
     goodness: str = "sff",
     kernel_size: int = 1,
     rank: int | None = None,
-    head_bias: float | None = None,
     norm: str = "layer",
     recompute: bool = True,
 ) -> fx.GraphModule:
@@ -61,11 +60,9 @@ def transform(
         goodness: "sff", an auxiliary convolution in each head; or "cwc", groups of channels and no parameters. Not the paper's, and better
             (README, "Heads"): "mlp", a hidden layer of 128 units over the features of 2 x 2 regions and then a direction for each class,
             "mlp(256, 4)" with 256 units and 4 x 4 regions; "cosine", without the hidden layer, "cosine(4)" of 4 x 4 regions.
-        kernel_size: of the auxiliary convolution, odd; with "sff" alone, as are `rank` and `head_bias`.
+        kernel_size: of the auxiliary convolution, odd; with "sff" alone, as is `rank`.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.
-        head_bias: where the auxiliary convolutions' biases start. With 1.0 each goodness starts as nearly linear in the features, which
-            learns faster from few images (README, "Heads"). None, the paper's own, draws them as `torch.nn` does.
         norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
             instead of keeping them: less memory, for a few per cent more time.
@@ -82,7 +79,7 @@ def transform(
     _check_norm(norm)
     traced = trace(model, example_input)
     analysis = analyse(traced)
-    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm, head_bias))
+    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm))
     heads = make_heads(blocks, traced.root)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)

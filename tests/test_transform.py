@@ -243,10 +243,3 @@ def test_a_copy_of_what_was_unpickled_can_be_trained_and_extracted():
     with torch.no_grad():
         next(twin.block_0.parameters()).zero_()
     assert not next(sffx.extract(twin).parameters()).any()
-
-
-def test_head_bias_is_where_every_head_starts_and_cwc_has_none():
-    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), head_bias=0.5)
-    assert all((net.get_submodule(f"head_{i}").bias == 0.5).all() for i in range(len(net.plan)))
-    with pytest.raises(InputError, match=r"head_bias is 0\.5, but heads of 'cwc' have no convolution"):
-        sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness="cwc", head_bias=0.5)

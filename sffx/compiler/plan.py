@@ -85,14 +85,12 @@ class Heads:
         kernel_size: of the auxiliary convolution.
         rank: of its weight, where that saves anything; None for a whole one.
         norm: the kind of norm after the detach, "none" for none.
-        bias: where that of the auxiliary convolution starts; None draws it.
     """
 
     goodness: str = "sff"
     kernel_size: int = 1
     rank: int | None = None
     norm: str = "layer"
-    bias: float | None = None
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,6 @@ class SFFGoodness(nn.Module):
             Flat values have no space to convolve over: there, k is 1.
         rank: r of a weight W = U V of two factors, which costs r (C + J) for each position instead of C J. None, or a rank that would
             save nothing, leaves W whole, as the method has it.
-        start: where the bias starts. With b = 1 and small weights the goodness is nearly `1 + 2 w . mean(y)`: a linear classifier, which
-            has a gradient from the first step on, where a square starts flat. None, the method's own, draws it as `torch.nn` does.
 
     Attributes:
         weight: (J, C, k, ...), initialised as a `torch.nn` convolution is; with a rank U, (J, r).
@@ -75,11 +73,8 @@ class SFFGoodness(nn.Module):
         spatial: int = 2,
         kernel_size: int = 1,
         rank: int | None = None,
-        start: float | None = None,
     ) -> None:
         super().__init__()
-        if start is not None and (isinstance(start, bool) or not isinstance(start, (int, float)) or not math.isfinite(start)):
-            raise InputError(f"head_bias is {start!r}. Hint: pass a number, 1.0 for instance; None starts as torch.nn does")
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise InputError(f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole")
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
@@ -96,17 +91,14 @@ class SFFGoodness(nn.Module):
         self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None else None
         self.weight = nn.Parameter(torch.empty(num_classes, *(kernel if rank is None else (rank,))))
         self.bias = nn.Parameter(torch.empty(num_classes))
-        self.start = start
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as `torch.nn` convolutions do, the bias by `start`; with a rank, the product of the factors has that variance."""
+        """Initialise as `torch.nn` convolutions do; with a rank, the product of the factors has that variance."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         kernel = self.weight[0] if self.basis is None else self.basis[0]
         bound = 1 / math.sqrt(kernel.numel())
         nn.init.uniform_(self.bias, -bound, bound)
-        if self.start is not None:
-            nn.init.constant_(self.bias, self.start)
         if self.basis is not None:
             nn.init.uniform_(self.basis, -math.sqrt(3) * bound, math.sqrt(3) * bound)
 

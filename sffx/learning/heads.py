@@ -33,7 +33,6 @@ def make_head(
     spatial: int,
     kernel_size: int = 1,
     rank: int | None = None,
-    bias: float | None = None,
 ) -> nn.Module:
     """Return the head that computes the named goodness.
 
@@ -44,19 +43,18 @@ def make_head(
         num_classes: J.
         channel_axis: of the block's batched output.
         spatial: number of its axes besides batch and channels.
-        kernel_size: of the auxiliary convolution of "sff", as are `rank` and `bias`, where its bias starts.
+        kernel_size: of the auxiliary convolution of "sff".
         rank: of its weight.
-        bias: None draws it.
 
     Raises:
         InputError: there is no such goodness, it cannot be computed for these channels and classes, or it has no use for an argument.
     """
     if goodness == "sff":
-        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank, bias)
+        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank)
     cosine = cosine_named(goodness)
     if goodness != "cwc" and cosine is None:
         raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
-    for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None), ("head_bias", bias, None)):
+    for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None)):
         if value != default:
             raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
     if cosine is None:

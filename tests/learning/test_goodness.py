@@ -121,22 +121,6 @@ def test_the_moment_form_is_exact_where_the_mean_dominates():
     assert (found - exact).abs().max() < 4 * (direct - exact).abs().max() + 1e-7
 
 
-def test_bias_starts_where_it_is_told_and_the_goodness_is_then_nearly_linear():
-    torch.manual_seed(0)
-    head = SFFGoodness(16, 5, start=1.0)
-    assert head.bias.tolist() == [1.0] * 5
-    y = 0.01 * torch.randn(3, 16, 4, 4)
-    linear = 1 + 2 * y.mean((2, 3)) @ head.weight.flatten(1).t()
-    torch.testing.assert_close(head(y), linear, atol=1e-3, rtol=0)
-    assert SFFGoodness(16, 5).bias.abs().max() <= 0.25
-
-
-@pytest.mark.parametrize("start", [float("nan"), "1", True])
-def test_bias_that_is_no_number_is_refused(start):
-    with pytest.raises(InputError, match="head_bias is"):
-        SFFGoodness(4, 2, start=start)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_low_precision_inputs_are_accumulated_in_float32(dtype, classes):

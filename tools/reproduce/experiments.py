@@ -51,7 +51,7 @@ ALL = ("BP", "deep supervision", "CwC", "SFF", "mlp", "mlp(256, 4)")
 FULL_CIFAR = Experiment("CNNB", "cifar10", 32, None, 128, 100, "batchnorm", ALL, trial_epochs=3)
 SHORT_CIFAR = replace(FULL_CIFAR, epochs=10, patience=1, stop=3, trials=3, trial_epochs=2)
 HEADS = (
-    *("BP", "SFF", "SFF, head bias 1", "cosine", "cosine(4)", "mlp", "mlp(256, 4)"),
+    *("BP", "SFF", "cosine", "cosine(4)", "mlp", "mlp(256, 4)"),
     *("deep supervision, mlp", "deep supervision, mlp(256, 4)"),
 )
 SMALL_CIFAR = Experiment("CNNB", "cifar10", 32, 1000, 128, 100, "batchnorm", ALL)

@@ -74,7 +74,6 @@ METHODS = {
     "deep supervision": Method(local=False, readout="classifier"),
     "CwC": Method(options={"goodness": "cwc"}),
     "SFF": Method(),
-    "SFF, head bias 1": Method(options={"head_bias": 1.0}),
     "cosine": Method(options={"goodness": "cosine"}),
     "cosine(4)": Method(options={"goodness": "cosine(4)"}),
     "mlp": Method(options={"goodness": "mlp"}),

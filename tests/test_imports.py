@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "budget": {"errors", "learning", "compiler", "footprint"},
     "policies": {"errors", "compiler", "budget"},
     "transform": {"errors", "learning", "compiler", "policies"},
-    "draw": {"errors", "compiler", "keys"},
+    "draw": {"errors", "learning", "compiler", "keys"},
     "export": {"errors", "learning", "compiler", "draw", "transform", "keys"},
     "lightning": {"errors", "learning", "compiler", "training", "export", "transform", "keys"},
 }

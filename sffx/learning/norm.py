@@ -23,7 +23,13 @@ class SampleNorm(nn.Module):
         """
         if mask is not None:
             return self._over_tokens(y, mask.bool()[:, :, None])
-        return self._in_steps(y) if torch.onnx.is_in_onnx_export() else F.layer_norm(y, y.shape[1:], eps=self.eps)
+        if torch.onnx.is_in_onnx_export():
+            return self._in_steps(y)
+        last = y.movedim(1, -1)
+        if torch.compiler.is_exporting() or y.is_contiguous() or not last.is_contiguous():
+            return F.layer_norm(y, y.shape[1:], eps=self.eps)
+        # No axis is told from another, so what is in the layout channels-last is normalised as it lies, and stays in it.
+        return F.layer_norm(last, last.shape[1:], eps=self.eps).movedim(-1, 1)
 
     def _in_steps(self, y: Tensor) -> Tensor:
         """The same for an ONNX file: over as many values as an image's features have, ONNX Runtime's own layer norm loses digits."""

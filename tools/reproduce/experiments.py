@@ -101,7 +101,17 @@ EXPERIMENTS = {
     # Claim 4: accuracy against depth, the same network in 2, 4 and 9 blocks.
     **{
         f"depth-{n}": Experiment(
-            "ResNet18/4", "cifar10", 32, 1000, 64, 20, f"stages({n})", ("SFF", "mlp"), trials=4, trial_epochs=5, settings="depth-4"
+            "ResNet18/4",
+            "cifar10",
+            32,
+            1000,
+            64,
+            20,
+            f"stages({n})",
+            ("SFF", "mlp", "mlp(256, 4)"),
+            trials=4,
+            trial_epochs=5,
+            settings="depth-4",
         )
         for n in (2, 4, 9)
     },

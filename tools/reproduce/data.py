@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def load(folder: Path, cache: Path, size: int) -> Images:
 def save(content: Any, path: Path) -> None:
     """Write what `torch.load` reads; a file that was there stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")  # of its own, since another process may decode the same images
+    torch.save(content, draft)
+    draft.replace(path)
 
 
 def load_digits(size: int) -> tuple[Images, Images]:

@@ -188,7 +188,7 @@ class SFFModule(_Classifier):
         *blocks, classifier = block_scores(self.net, x)
         goodness, weights = torch.stack(blocks), readout_of(self.net).weights
         by_block = {f"block_{i}": each for i, each in enumerate(blocks)}
-        mixed = {WEIGHTED: mixture(goodness, goodness.new_tensor(weights))} if weights is not None else {}
+        mixed = {WEIGHTED: mixture(goodness, weights)} if weights is not None else {}
         return {"ensemble": goodness.mean(dim=0), **mixed, **by_block, "last": blocks[-1], "classifier": classifier}
 
 

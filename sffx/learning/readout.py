@@ -71,7 +71,7 @@ class Readout(nn.Module):
             weights = self.require_weights()
             if len(weights) != len(goodness):
                 raise InputError(f"there are {len(weights)} weights, but {len(goodness)} blocks. Hint: sffx.weigh(net, loader) finds them")
-            return mixture(goodness, goodness.new_tensor(weights))
+            return mixture(goodness, weights)
         return goodness.mean(dim=0)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -104,9 +104,9 @@ def readout_of(net: nn.Module) -> Readout:
     return readout
 
 
-def mixture(goodness: Tensor, weights: Tensor) -> Tensor:
-    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and weights (K,) that sum to 1."""
-    return torch.logsumexp(goodness.log_softmax(2) + weights.log()[:, None, None], dim=0)
+def mixture(goodness: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and K weights that sum to 1."""
+    return torch.logsumexp(goodness.log_softmax(2) + goodness.new_tensor(weights).log()[:, None, None], dim=0)
 
 
 class Cumulative(nn.Module):

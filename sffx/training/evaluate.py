@@ -125,7 +125,7 @@ def _evaluation(blocks: list[str], weights: Sequence[float] | None, batches: Ite
         goodness = scores[:-1]
         scores = torch.cat([scores, goodness.mean(dim=0, keepdim=True), goodness[-1:]])
         if weights is not None:
-            scores = torch.cat([scores, mixture(goodness, goodness.new_tensor(weights))[None]])
+            scores = torch.cat([scores, mixture(goodness, weights)[None]])
         correct += (scores.argmax(dim=2) == y).sum(dim=1).cpu()
         loss += torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores]).cpu()
         samples += len(y)

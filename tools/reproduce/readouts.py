@@ -25,7 +25,7 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     """
     if len(scores) == 1:
         return {"classifier": scores[0]}
-    weights = mixture_weights(validation[:-1].log_softmax(2)[:, torch.arange(len(y)), y]).to(scores)
+    weights = mixture_weights(validation[:-1].log_softmax(2)[:, torch.arange(len(y)), y]).tolist()
     return {
         "ensemble": scores[:-1].mean(0),
         "mean of softmax": scores[:-1].softmax(2).mean(0),

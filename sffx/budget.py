@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.analyse import Analysis
@@ -20,7 +20,7 @@ from sffx.compiler.heads import make_heads
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.plan import Heads
 from sffx.compiler.planning import make_plan
-from sffx.compiler.policies import Policy, called, check_positive, group_ends, layer
+from sffx.compiler.policies import check_positive, group_ends, layer
 from sffx.compiler.rewrite import block_module, rewrite
 from sffx.compiler.trace import Trace, noting_saved, storage
 from sffx.errors import CutError, InputError
@@ -33,42 +33,59 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2*
 Segment = tuple[int, int]
 
 
-def memory(
-    budget: str | int, batch_size: int, *, goodness: str = "sff", kernel_size: int = 1, rank: int | None = None, recompute: bool = True
-) -> Policy:
+@dataclass(frozen=True)
+class Memory:
+    """A policy for a memory budget, made by `memory`.
+
+    Attributes:
+        allowed: bytes.
+        batch_size: B.
+        __name__: by which a plan calls it.
+        heads: that the model will be cut with, since they take memory as well.
+        recompute: as for `transform`.
+    """
+
+    allowed: int
+    batch_size: int
+    __name__: str
+    heads: Heads = field(default_factory=Heads)
+    recompute: bool = True
+
+    def __call__(self, analysis: Analysis) -> list[str]:
+        """Return the names of the nodes to cut after.
+
+        Raises:
+            CutError: no cuts stay within the budget; names the smallest peak that some would reach.
+        """
+        search = _Search(analysis, self.batch_size, self.heads, self.recompute)
+        found = search.coarsest(self.allowed)
+        if found is None:
+            least = search.smallest()
+            raise CutError(
+                f"no cuts keep a step with batch size {self.batch_size} within {_spell(self.allowed)}: the smallest achievable peak is "
+                f"{_spell(least.peak)}, in {len(least.segments) - 1} feature block(s). Hint: pass a larger budget or a smaller batch size"
+            )
+        return [analysis.steps[end].node for _, end in found.segments[:-1]]
+
+
+def memory(budget: str | int, batch_size: int) -> Memory:
     """Return the policy that makes the fewest blocks with which the predicted peak of a training step stays within a budget.
 
-    The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW (see `sffx.footprint`). The cuts are found by dynamic
-    programming over the ends of BN groups and of layers; among plans of as few blocks, that of the least peak is chosen. All its blocks
-    were counted on fake tensors; blocks that were not are ruled out by what they keep at least.
+    The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW (see `sffx.footprint`), with the heads and the `recompute`
+    that `transform` is called with. The cuts are found by dynamic programming over the ends of BN groups and of layers; among plans of as
+    few blocks, that of the least peak is chosen. All its blocks were counted on fake tensors; blocks that were not are ruled out by what
+    they keep at least.
 
     Args:
         budget: "2 GiB", "500 MB", or a number of bytes.
         batch_size: B.
-        goodness: as for `transform`; heads take memory as well.
-        kernel_size: as for `transform`.
-        rank: as for `transform`.
-        recompute: as for `transform`.
 
     Raises:
         InputError: the budget cannot be read, or the batch size is no positive integer.
         CutError: (by the policy) no cuts stay within the budget; names the smallest peak that some would reach.
     """
-    allowed = _bytes_of(budget)
     check_positive("batch_size", batch_size)
-
-    def cut(analysis: Analysis) -> list[str]:
-        search = _Search(analysis, batch_size, Heads(goodness, kernel_size, rank), recompute)
-        found = search.coarsest(allowed)
-        if found is None:
-            least = search.smallest()
-            raise CutError(
-                f"no cuts keep a step with batch size {batch_size} within {_spell(allowed)}: the smallest achievable peak is "
-                f"{_spell(least.peak)}, in {len(least.segments) - 1} feature block(s). Hint: pass a larger budget or a smaller batch size"
-            )
-        return [analysis.steps[end].node for _, end in found.segments[:-1]]
-
-    return called(cut, f"memory({budget}, {batch_size})")
+    return Memory(_bytes_of(budget), batch_size, f"memory({budget}, {batch_size})")
 
 
 @dataclass(frozen=True)
@@ -290,7 +307,7 @@ class _SavedBytes(fx.Interpreter):
         super().__init__(block)
         self.saved: dict[str, dict[int, int]] = {}
         self._given = {storage(tensor) for tensor in given}
-        self._alive: list[Tensor] = []  # or the addresses of storages would be used again
+        self._alive: list[UntypedStorage] = []  # or the addresses of storages would be used again
 
     def run_node(self, n: fx.Node) -> Any:
         own = self.saved.setdefault(n.meta.get("origin", n.name), {})

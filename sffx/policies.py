@@ -6,8 +6,8 @@ and can be written as a string as well: `stages(4)` and "stages(4)", `memory("2 
 
 from __future__ import annotations
 
+import ast
 import difflib
-import re
 from collections.abc import Callable, Iterable
 
 from sffx.budget import memory
@@ -57,6 +57,9 @@ def _written(text: str) -> Policy:
         raise InputError(f"policy {text!r}: {cause}. Hint: the policies are {', '.join(_FORMS)}") from cause
 
 
-def _value(text: str) -> int | str:
-    text = text.strip().strip("'\"")
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+def _value(text: str) -> object:
+    """Read a Python literal, such as 4 or '2 GiB'; what is none stands for itself."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from sffx.budget import Memory
 from sffx.compiler.analyse import analyse
 from sffx.compiler.heads import make_heads
 from sffx.compiler.plan import BlockPlan, Heads
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import Policy
 from sffx.compiler.rewrite import rewrite
-from sffx.compiler.trace import trace
+from sffx.compiler.trace import Trace, trace
 from sffx.compiler.verify import verify
 from sffx.errors import InputError
 from sffx.learning.norm import NORMS
@@ -76,10 +77,7 @@ def transform(
         TraceError: the model cannot be traced.
         CutError: there is nothing to cut, or a cut was asked for where none can be.
     """
-    _check_norm(norm)
-    traced = trace(model, example_input)
-    analysis = analyse(traced)
-    blocks = make_plan(analysis, *policy_named(policy), num_classes, Heads(goodness, kernel_size, rank, norm))
+    traced, blocks = _planned(model, policy, example_input, num_classes, Heads(goodness, kernel_size, rank, norm), recompute)
     heads = make_heads(blocks, traced.root)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
@@ -89,10 +87,31 @@ def transform(
 
 @torch.inference_mode(False)
 def plan(
-    model: nn.Module, policy: str | Policy | Iterable[str] = "residual", example_input: Any = None, num_classes: int | None = None
+    model: nn.Module,
+    policy: str | Policy | Iterable[str] = "residual",
+    example_input: Any = None,
+    num_classes: int | None = None,
+    *,
+    goodness: str = "sff",
+    kernel_size: int = 1,
+    rank: int | None = None,
+    norm: str = "layer",
+    recompute: bool = True,
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
-    return make_plan(analyse(trace(model, example_input)), *policy_named(policy), num_classes)
+    return _planned(model, policy, example_input, num_classes, Heads(goodness, kernel_size, rank, norm), recompute)[1]
+
+
+def _planned(
+    model: nn.Module, policy: str | Policy | Iterable[str], example_input: Any, num_classes: int | None, heads: Heads, recompute: bool
+) -> tuple[Trace, BlockPlan]:
+    """Trace a model and plan its blocks."""
+    _check_norm(heads.norm)
+    name, function = policy_named(policy)
+    if isinstance(function, Memory):
+        function = replace(function, heads=heads, recompute=recompute)
+    traced = trace(model, example_input)
+    return traced, make_plan(analyse(traced), name, function, num_classes, heads)
 
 
 def _check_norm(norm: str) -> None:

@@ -148,3 +148,13 @@ def test_a_budget_does_not_part_batchnorm_and_counts_real_steps():
     torch.set_rng_state(rng)
     again = sffx.transform(Residual(), [block.output for block in net.plan], torch.zeros(1, 3, 8, 8))
     assert torch.equal(net.head_0.weight, again.head_0.weight)  # the search drew no random numbers
+
+
+def test_a_budget_is_that_of_the_heads_the_model_is_cut_with():
+    model, example = _Narrowing(), torch.zeros(1, 3, 8, 8)
+    assert sffx.footprint(sffx.transform(model, f"memory({MIB}, 100)", example), 100).peak <= MIB
+    net = sffx.transform(model, f"memory({2 * MIB}, 100)", example, goodness="mlp(256, 4)")
+    assert sffx.footprint(net, 100).peak <= 2 * MIB
+    for cut in (sffx.plan, sffx.transform):
+        with pytest.raises(CutError, match=r"within 1\.00 MiB: the smallest achievable peak is 1"):
+            cut(model, sffx.policies.memory(MIB, 100), example, goodness="mlp(256, 4)")

@@ -23,7 +23,7 @@ _FIRST_CLASSES = (
 _LAST_CLASSES = (nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Bilinear)
 _FIRST_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.group_norm, F.instance_norm)
 _LAST_FUNCTIONS = (
-    *(F.linear, F.embedding, F.scaled_dot_product_attention, F.layer_norm),
+    *(F.linear, F.embedding, F.scaled_dot_product_attention),
     *(torch.matmul, torch.bmm, torch.einsum, operator.matmul, "matmul"),
 )
 
@@ -59,15 +59,25 @@ def _axis(node: fx.Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -
 
 def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis that the node's own layer declares."""
+    if node.target is F.layer_norm:
+        shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
+        return _normalised_axis(len(shape), value)  # type: ignore[arg-type]
     if node.op != "call_module":
         return 1 if node.target in _FIRST_FUNCTIONS else value.ndim - 1 if node.target in _LAST_FUNCTIONS else None
     module = root.get_submodule(str(node.target))
     if isinstance(module, _FIRST_CLASSES):
         return 1
-    if isinstance(module, nn.LayerNorm):  # torchvision's LayerNorm2d is one, and keeps its channels at axis 1
-        size = module.normalized_shape[-1]
-        return value.ndim - 1 if value.shape[-1] == size and value.shape[1] != size else 1 if value.shape[1] == size else value.ndim - 1
+    if isinstance(module, nn.LayerNorm):
+        shape = module.normalized_shape
+        if type(module).forward is nn.LayerNorm.forward or value.shape[1] != shape[-1]:
+            return _normalised_axis(len(shape), value)
+        return 1 if value.shape[-1] != shape[-1] else None  # torchvision's LayerNorm2d is one, and keeps its channels at axis 1
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
+
+
+def _normalised_axis(axes: int, value: Tensor) -> int | None:
+    """Return the axis of the channels of what a layer norm returns: over (C,), the last one; over (C, H, W), that of its input."""
+    return value.ndim - 1 if axes == 1 else None
 
 
 def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | None:

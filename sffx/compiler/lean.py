@@ -8,7 +8,8 @@
 5. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
    over the gradient that the layer or the head made for it, in a block-local step.
 
-An operation whose in-place write is read behind its back (`meta["read_behind"]`) is left as it is.
+An operation whose in-place write is read behind its back (`meta["read_behind"]`) is left as it is, and none is moved or made to keep its
+input where that is written in place later.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
 
 def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     relu = pool.args[0]
-    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _is_link(relu):
+    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _is_link(relu) or _is_written_later(relu, [relu]):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -111,6 +112,17 @@ def _has_one_reader(node: fx.Node) -> bool:
 def _is_link(node: fx.Node) -> bool:
     """Whether a node stands between one value and one reader."""
     return _reads_one(node) and _has_one_reader(node)
+
+
+def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
+    """Whether what a node reads is written in place from there on, by others than the nodes that it is merged with."""
+    memory = first.args[0].meta.get("memory")  # type: ignore[union-attr]
+    later = first.next
+    while later.op != "output":
+        if later not in merged and memory in later.meta.get("writes", ()):
+            return True
+        later = later.next
+    return False
 
 
 def _replace_pool(block: fx.GraphModule, target: str) -> None:
@@ -141,6 +153,8 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
     first: Any = spent[-1]
     if not {"activation", "norm"} & set(found) or (_writes(block, first) and len(first.args[0].users) > 1):
         return
+    if _is_written_later(first, spent):
+        return
     if "activation" in found and getattr(_module(block, found["activation"]), "approximate", "none") != "none":
         return
     source: Any = first.args[0]
@@ -150,7 +164,7 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
         if "activation" in found:
             named["activation"] = NAMES[_kind(block, found["activation"])]
         if "norm" not in found and _kind(block, source) in _FORGETFUL and _has_one_reader(source):
-            named["overwrite"] = graph.get_attr(str((source.args[1] if source.target is recomputed else source).target))
+            named["overwrite"] = True
         call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
     call.meta = {**layer.meta, "is_wrapped": True}  # fx does not trace into it when it reads the graph's code again
     layer.replace_all_uses_with(call)
@@ -176,7 +190,7 @@ def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
 def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
     source: Any = node.args[0]
     graph, norm = block.graph, None
-    if recompute and _kind(block, source) is nn.LayerNorm and _is_link(source):
+    if recompute and _kind(block, source) is nn.LayerNorm and _is_link(source) and not _is_written_later(source, [source]):
         norm, source = source, source.args[0]
     with graph.inserting_before(node):
         named = {"norm": graph.get_attr(str(norm.target))} if norm is not None else {}

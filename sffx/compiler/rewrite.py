@@ -120,10 +120,13 @@ def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
 def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:
     """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values.
 
-    `meta["origin"]` of a node names the traced node that it stands for; where the rewrites merged several, the last of them.
+    `meta["origin"]` of a node names the traced node that it stands for; where the rewrites merged several, the last of them. For these
+    rewrites, `meta["memory"]` is a key of the memory of a node's value, and `meta["writes"]` are those that it writes over.
     """
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
+    for name, value in values.items():
+        value.meta = {"memory": _memory(nodes[name])}
     views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
     outside = {storage(nodes[name].meta["example"]) for name in views}
     replaced: dict[str, nn.Module] = {}
@@ -134,6 +137,8 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
             "nn_module_stack": node.meta.get("nn_module_stack", {}),
             "read_behind": node.meta["read_behind"],
             "origin": name,
+            "memory": _memory(node),
+            "writes": {_memory(written) for written in node.meta["writes"]},
         }
         if any(read.name in views and _may_be_view(node, read, trace.root) for read in node.all_input_nodes[:1]):
             views.add(name)
@@ -149,6 +154,12 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
         setattr(module.get_submodule(owner), name, twin)
     lean(module, feeds_head=block is not plan.classifier, recompute=recompute)
     return module
+
+
+def _memory(node: fx.Node) -> int | None:
+    """Return a key of the memory of a node's value, which views of it share; None for what is no tensor."""
+    value = node.meta["example"]
+    return storage(value) if isinstance(value, Tensor) else None
 
 
 def _is_written_from_outside(node: fx.Node) -> bool:

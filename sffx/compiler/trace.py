@@ -12,6 +12,7 @@ import functools
 import operator
 import pickle
 import random
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -104,6 +105,18 @@ def _chance() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one thread after the other run a function: fx, and `GuidedTracer.factories`, put their own in the place of torch's functions."""
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return function(*args, **kwargs)
+
+    return call
+
+
 @contextmanager
 def _chance_kept() -> Iterator[None]:
     """Leave the generators of random numbers as they were."""
@@ -116,6 +129,7 @@ def _chance_kept() -> Iterator[None]:
         np.random.set_state(numpys)
 
 
+@_one_at_a_time
 @_chance_kept()
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Trace a copy of `model`; the model itself is not touched and nothing is computed.
@@ -329,7 +343,7 @@ class GuidedTracer(fx.Tracer):
         self.failed: str | None = None
         self._running = False
         self._regime = _regime()
-        self._alive: list[Tensor] = []  # saved tensors stay alive, or their storages' addresses would be used again
+        self._alive: list[UntypedStorage] = []  # what was saved, or its addresses would be used again
 
     def plant_flags(self, probe: nn.Module, qualname: str = "") -> None:
         """Replace the `training` attribute of every module that will be traced through by a `_PlantedFlag`.
@@ -346,6 +360,7 @@ class GuidedTracer(fx.Tracer):
     @contextmanager
     def factories(self) -> Iterator[None]:
         """Let `torch.zeros(b, t)` and its like be recorded when a size or a dtype is a proxy; other calls of them are as ever."""
+        torch.overrides.get_overridable_functions()  # is kept once it was asked for: with the functions as they are now
         originals = {name: getattr(torch, name) for name in _FACTORIES}
         for name, original in originals.items():
             setattr(torch, name, functools.partial(self._make, original))
@@ -414,7 +429,9 @@ class GuidedTracer(fx.Tracer):
         before = _chance()
         value = call()
         if before != _chance():
-            raise RuntimeError("it draws random numbers that do not depend on its input, which a graph would freeze")
+            raise RuntimeError(
+                "it draws random numbers that do not depend on its input, which a graph would freeze (or another thread drew some)"
+            )
         return value
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -487,7 +504,7 @@ def _regime() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
-def noting_saved(saved: dict[int, int], alive: list[Tensor], is_given: Callable[[Tensor], bool]) -> AbstractContextManager[Any]:
+def noting_saved(saved: dict[int, int], alive: list[UntypedStorage], is_given: Callable[[Tensor], bool]) -> AbstractContextManager[Any]:
     """Return a context in which autograd keeps what it would, and that is noted: bytes by storage.
 
     Args:
@@ -498,9 +515,9 @@ def noting_saved(saved: dict[int, int], alive: list[Tensor], is_given: Callable[
 
     def note(tensor: Tensor) -> Tensor:
         if not is_given(tensor):
-            alive.append(tensor)
+            alive.append(tensor.untyped_storage())
             saved[storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would never be freed
 
     return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 

@@ -1,7 +1,7 @@
 """Check a cut model, on fake tensors, for what the method promises; the result is checked, not the input.
 
 1. The graph lints.
-2. Every trainable parameter has gradient from exactly one block's loss, its own, or from none if backpropagation gives it none either.
+2. No parameter has gradient from the loss of a block that is not its own.
 3. No in-place write touches a value that crosses a cut or feeds a head.
 4. The result returns one goodness of shape (B, J) for each block, and logits of that shape.
 """

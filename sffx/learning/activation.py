@@ -64,9 +64,9 @@ NAMES: dict[Any, str] = {
 
 
 @contextmanager
-def private_gradients() -> Iterator[None]:
-    """Promise that nobody sees the gradients of what is computed inside but those of the parameters."""
-    token = _PRIVATE.set(True)
+def private_gradients(private: bool = True) -> Iterator[None]:
+    """Promise that nobody sees the gradients of what is computed inside but those of the parameters; or, with False, do not."""
+    token = _PRIVATE.set(private)
     try:
         yield
     finally:

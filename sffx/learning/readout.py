@@ -105,8 +105,13 @@ def readout_of(net: nn.Module) -> Readout:
 
 
 def mixture(goodness: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and K weights that sum to 1."""
-    return torch.logsumexp(goodness.log_softmax(2) + goodness.new_tensor(weights).log()[:, None, None], dim=0)
+    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and K weights that sum to 1.
+
+    What a block without weight says makes no difference, not even nan.
+    """
+    kept = [i for i, weight in enumerate(weights) if weight > 0]
+    shares = goodness.new_tensor([weights[i] for i in kept])
+    return torch.logsumexp(goodness[kept].log_softmax(2) + shares.log()[:, None, None], dim=0)
 
 
 class Cumulative(nn.Module):

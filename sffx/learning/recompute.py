@@ -36,7 +36,7 @@ def recomputed(
     norm: Any = None,
     activation: str | None = None,
     dropout: Any = None,
-    overwrite: Any = None,
+    overwrite: bool = False,
     frees_gradient: bool = False,
 ) -> Tensor:
     """Return `layer(dropout(activation(norm(x))))`, keeping x, but not what lies between, for the backward pass.
@@ -49,8 +49,7 @@ def recomputed(
         norm: a batch norm or a layer norm.
         activation: name of one of `ACTIVATIONS`.
         dropout: is left out while it drops nothing.
-        overwrite: the module whose output x is, where nobody else reads x, so that its gradient may be written over it: unless a hook of
-            that module has seen x and may have kept it.
+        overwrite: whether nobody else reads x, not even what made it, so that its gradient may be written over it.
         frees_gradient: whether the gradient of the output is nobody else's, so that it may be freed as soon as it was used.
     """
     modules = [module for module in (norm, dropout, layer) if module is not None]
@@ -64,7 +63,7 @@ def recomputed(
         norm,
         ACTIVATIONS[activation] if activation else None,
         layer,
-        overwrite=private and overwrite is not None and is_plain(overwrite),
+        overwrite=overwrite and private,
         frees_gradient=frees_gradient and private,
     )
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
@@ -79,7 +78,9 @@ def can_recompute(x: Tensor, modules: list[Any]) -> bool:
         return False
     if not all(type(module) in _KNOWN and is_plain(module) for module in modules):
         return False
-    return not any(isinstance(module, BATCH_NORMS) and not module.training and module.track_running_stats for module in modules)
+    norms = [module for module in modules if isinstance(module, BATCH_NORMS)]
+    one_value = x.numel() == x.shape[1]  # for each channel, which torch refuses to take the variance of
+    return not any(one_value or (not norm.training and norm.track_running_stats) for norm in norms)
 
 
 def is_plain(module: Any) -> bool:

@@ -17,7 +17,7 @@ from sffx.compiler.plan import plan_of
 from sffx.errors import InputError
 from sffx.learning.losses import check_labels, check_pair
 from sffx.learning.readout import WEIGHTED, mixture, readout_of
-from sffx.training.inputs import told_of_inputs
+from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import compute_device
 
 
@@ -61,14 +61,21 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     Raises:
         InputError: the model cannot run on it, and it is not like the input that the model was cut for.
     """
-    seen: list[Tensor] = []
-    watch = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
-    try:
-        with told_of_inputs(net, x):
-            net(**x) if isinstance(x, Mapping) else net(*x) if isinstance(x, tuple) else net(x)
-    finally:
-        watch.remove()
+    values = [value for _, value in arguments_of(net, x)]
+    with told_of_inputs(net, x):
+        seen = _Scores(net).run(*values)
     return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])
+
+
+class _Scores(fx.Interpreter):
+    """Runs a cut model up to its readout, and returns what that is given."""
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__(net)
+        self.extra_traceback = False
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0] if target == "readout" else super().call_module(target, args, kwargs)
 
 
 @torch.no_grad()

@@ -46,7 +46,8 @@ def _group(net: fx.GraphModule, name: str, targets: tuple[str, ...], lr: float) 
 class BlockPlateau:
     """Lowers the learning rate of each block when the validation loss of that block has stopped improving.
 
-    One of torch's `ReduceLROnPlateau` watches each named group of the optimizer.
+    One of torch's `ReduceLROnPlateau` watches the groups of the optimizer that have one name, such as a block's group that was parted for
+    the sake of weight decay.
 
     Args:
         optimizer: over `parameter_groups(net, ...)`.
@@ -61,7 +62,7 @@ class BlockPlateau:
         if unnamed:
             raise InputError(f"parameter group {unnamed[0]} of the optimizer has no name. Hint: make the groups by sffx.parameter_groups")
         self.optimizer = optimizer
-        self.schedulers = {group["name"]: ReduceLROnPlateau(_view(group), **options) for group in optimizer.param_groups}
+        self.schedulers = {name: ReduceLROnPlateau(_view(groups), **options) for name, groups in _by_name(optimizer).items()}
 
     def step(self, losses: Mapping[str, float]) -> None:
         """Take the validation loss of each block by its name, as `Evaluation.loss` has it; other names are passed over.
@@ -76,10 +77,10 @@ class BlockPlateau:
             raise InputError(
                 f"losses lack {', '.join(map(repr, missing))}, got {', '.join(map(repr, losses))}. Hint: pass evaluate(...).loss"
             )
-        for group in self.optimizer.param_groups:
-            scheduler = self.schedulers[group["name"]]
-            scheduler.optimizer.param_groups = [group]  # loading a state dict into the optimizer makes new groups
-            scheduler.step(losses[group["name"]])
+        for name, groups in _by_name(self.optimizer).items():
+            scheduler = self.schedulers[name]
+            scheduler.optimizer.param_groups = groups  # loading a state dict into the optimizer makes new ones
+            scheduler.step(losses[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each block's scheduler by the block's name."""
@@ -107,8 +108,16 @@ def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def _view(group: dict[str, Any]) -> Optimizer:
-    """Return an optimizer that has this one group, which is how a scheduler is made to watch a single group."""
-    view = SGD([nn.Parameter(torch.zeros(()))], lr=group["lr"])
-    view.param_groups = [group]
+def _by_name(optimizer: Optimizer) -> dict[str, list[dict[str, Any]]]:
+    """Return the groups of an optimizer by their names."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for group in optimizer.param_groups:
+        found.setdefault(group["name"], []).append(group)
+    return found
+
+
+def _view(groups: list[dict[str, Any]]) -> Optimizer:
+    """Return an optimizer that has these groups alone, which is how a scheduler is made to watch some of them."""
+    view = SGD([nn.Parameter(torch.zeros(()))], lr=groups[0]["lr"])
+    view.param_groups = groups
     return view

@@ -1,4 +1,4 @@
-"""How the inputs of a cut model differ from those that it was cut for."""
+"""The inputs of a cut model, and how they differ from those that it was cut for."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ from sffx.errors import InputError, SffxError
 
 OTHER_ERRORS = (SffxError, NotImplementedError, torch.OutOfMemoryError, torch.AcceleratorError)
 OTHER_MESSAGES = re.compile("allocate memory|same device|device type|out of memory")
+
+
+def arguments_of(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
+    """Pair the placeholders of the outer graph with their values.
+
+    Raises:
+        InputError: there are more or fewer values, or other names.
+    """
+    placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    if isinstance(x, Mapping):
+        if set(x) != set(names):
+            raise InputError(f"x has the keys {', '.join(map(repr, x))}, but the model takes {', '.join(map(repr, names))}")
+        return ((node, x[name]) for node, name in zip(placeholders, names, strict=True))
+    values = x if isinstance(x, tuple) else (x,)
+    if len(values) != len(names):
+        raise InputError(f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}")
+    return zip(placeholders, values, strict=True)
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from sffx.errors import InputError
 from sffx.learning.activation import private_gradients
 from sffx.learning.goodness import full_precision
 from sffx.learning.losses import block_loss, check_labels, total
+from sffx.learning.recompute import is_plain
 from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
-from sffx.training.inputs import told_of_inputs
+from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import Parking, parking_of
 
 
@@ -29,7 +30,8 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
     """Return the loss of all blocks, computing each block's gradient as soon as its goodness is there.
 
     Equal to `sff_loss(net(x), y)`, in value and, after `.backward()`, in gradients, but the activations of a block are freed before the
-    next block runs. The result is an ordinary scalar: scale it, add to it, accumulate over several calls.
+    next block runs. The result is an ordinary scalar: scale it, add to it, accumulate over several calls. Hooks on `net` itself are not
+    called, since its blocks are called one by one; those in it are, and where a block has some, less of its memory is saved.
 
     Args:
         net: what `transform` returned, in train mode.
@@ -55,8 +57,8 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
     """Train one step, each block by itself: its gradients are computed, used and freed before the next block runs.
 
     The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`, but the gradients of one block at a time are held.
-    Gradients from before the step are discarded, and none are left after it. Of a model that is parked (`park`), the blocks come to the
-    device one after the other.
+    Gradients from before the step are discarded, and none are left after it; parameters that are not of `net` are left alone. Of a model
+    that is parked (`park`), the blocks come to the device one after the other.
 
     Args:
         net: what `transform` returned, in train mode.
@@ -113,15 +115,22 @@ def _block_steps(net: fx.GraphModule, x: Any, y: Tensor, *, keep_hooks_back: boo
 
 
 def _apply(optimizer: Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
-    """Let the optimizer step on these parameters only; groups that hold none of them are kept out of its sight."""
+    """Let the optimizer step on these parameters only; all others are kept out of its sight."""
     groups = optimizer.param_groups
-    for p, gradient in gradients.items():
-        p.grad = gradient
+    held = [group["params"] for group in groups]
     try:
-        optimizer.param_groups = [group for group in groups if any(p in gradients for p in group["params"])]
+        for p, gradient in gradients.items():
+            p.grad = gradient
+            for hook in (p._post_accumulate_grad_hooks or {}).values():
+                hook(p)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p in gradients]
+        optimizer.param_groups = [group for group in groups if group["params"]]
         optimizer.step()
     finally:
         optimizer.param_groups = groups
+        for group, parameters in zip(groups, held, strict=True):
+            group["params"] = parameters
         for p in gradients:
             p.grad = None
         torch.clear_autocast_cache()  # which holds what it has cast of the parameters as they were
@@ -149,6 +158,7 @@ class BlockWalk:
     Attributes:
         plan: of the model.
         trainable: the trainable parameters of each block with its head, by the index of the block; the classifier's come last.
+        private: the modules in which nobody sees the gradients of values, since there are no hooks.
     """
 
     def __init__(self, net: fx.GraphModule) -> None:
@@ -158,6 +168,9 @@ class BlockWalk:
         self.net = net
         self.parts = self.plan.parts
         self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
+        self.private = {
+            target for part in self.parts if not any(_has_hooks(net.get_submodule(target)) for target in part) for target in part
+        }
 
     def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:
         """Yield each block's index and its goodness, (B, J), with the block's graph attached; the classifier's logits come last.
@@ -165,14 +178,14 @@ class BlockWalk:
         A block's graph hangs on what was yielded only, so it is freed when the caller lets go of it.
         """
         ends = {part[-1]: i for i, part in enumerate(self.parts)}
-        values: dict[fx.Node, Any] = dict(_arguments(self.net, x))
+        values: dict[fx.Node, Any] = dict(arguments_of(self.net, x))
         last_readers = _last_readers(self.net.graph)
         for node in self.net.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.target == "readout":
                 return
-            with private_gradients(), told_of_inputs(self.net, x):
+            with private_gradients(node.target in self.private), told_of_inputs(self.net, x):
                 values[node] = self._value(node, values)
             if node.target in ends:
                 # The block's value goes on without its graph, and nothing here keeps the goodness.
@@ -247,24 +260,6 @@ def _hooks_kept_back(parameters: list[nn.Parameter]) -> Iterator[None]:
             p._backward_hooks.update(kept)  # type: ignore[union-attr]
 
 
-def _arguments(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
-    """Pair the placeholders of the outer graph with their values.
-
-    Raises:
-        InputError: there are more or fewer values, or other names.
-    """
-    placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]
-    names = [str(node.target) for node in placeholders]
-    if isinstance(x, Mapping):
-        if set(x) != set(names):
-            raise InputError(f"x has the keys {', '.join(map(repr, x))}, but the model takes {', '.join(map(repr, names))}")
-        return ((node, x[name]) for node, name in zip(placeholders, names, strict=True))
-    values = x if isinstance(x, tuple) else (x,)
-    if len(values) != len(names):
-        raise InputError(f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}")
-    return zip(placeholders, values, strict=True)
-
-
 def _batch_size(x: Any) -> int:
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -273,6 +268,12 @@ def _batch_size(x: Any) -> int:
     if not tensors:
         raise InputError(f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first")
     return len(tensors[0])
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    """Whether hooks on a block or a head, or in it, may see gradients; forward hooks on the whole (`park` has some) see none."""
+    inner = (module for module in part.modules() if module is not part)
+    return bool(part._backward_hooks or part._backward_pre_hooks) or not all(map(is_plain, inner))
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -247,3 +247,15 @@ class _Turned(nn.Module):
 def test_what_is_computed_once_does_not_widen_the_block_that_reads_it_first():
     analysis = analyse(trace(_RotaryBlocks()))
     assert [step.scope for step in analysis.steps if step.join] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 4), (4, 4), (4,)])
+def test_a_layer_norm_over_several_axes_leaves_the_channels_where_they_were(shape):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.LayerNorm(shape), nn.ReLU(), nn.Conv2d(6, 6, 4), nn.Flatten(), nn.Linear(6, 3))
+    axis = 1 if len(shape) > 1 else 3
+    assert analysed(model, torch.zeros(1, 3, 4, 4)).channel_axes["_1"] == axis
+
+
+def test_tokens_as_many_as_channels_have_their_channels_last():
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(36, 3))
+    assert analysed(model, torch.zeros(1, 6, 5)).channel_axes["_1"] == 2

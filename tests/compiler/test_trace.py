@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import random
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor, fx, nn
 import sffx
 from sffx.compiler.trace import TrainingFlag, trace
 from sffx.errors import InputError, TraceError
-from tests.toys import Chain, DataBranch, LayerDrop, ModeDropout, Residual, TwoInputs, around
+from tests.toys import Chain, DataBranch, LayerDrop, ModeDropout, Residual, TwoBranches, TwoInputs, around
 
 
 def test_the_callers_model_is_untouched():
@@ -572,3 +575,25 @@ def test_a_detector_is_told_to_transform_its_backbone():
     )
     with pytest.raises(InputError, match=message):
         trace(_Detector(), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_traced_model_does_not_stay():
+    torch.overrides.get_ignored_functions.cache_clear()  # as in a process that has not traced yet
+    torch.overrides._get_tensor_methods.cache_clear()
+    torch.overrides._get_overridable_functions.cache_clear()
+    model = TwoBranches()
+    gone = weakref.ref(trace(model).root)
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert kept() is None
+
+
+def test_threads_trace_one_after_the_other():
+    zeros, model = torch.zeros, Chain()
+    names = [node.name for node in trace(model).graph.nodes]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: trace(model), range(6)):
+            assert [node.name for node in found.graph.nodes] == names
+    assert torch.zeros is zeros

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,3 +83,20 @@ def test_loaders_that_cannot_be_used(net, loader, message):
 def test_a_plain_model_is_refused():
     with pytest.raises(InputError, match="net is a Chain, not a cut model"):
         sffx.evaluate(Chain(), batches(2))
+
+
+def test_a_compiled_model_is_evaluated(net):
+    loader = batches(5)
+    expected = sffx.evaluate(net, loader)
+    net.compile(backend="eager")
+    with torch.no_grad():
+        net.eval()(loader[0][0])
+    assert sffx.evaluate(net, loader) == expected
+
+
+def test_several_threads_may_evaluate_one_model(net):
+    x = batches(6)[0][0]
+    expected = block_scores(net.eval(), x)
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: block_scores(net, x), range(60)):
+            assert torch.equal(found, expected)

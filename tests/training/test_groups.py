@@ -91,3 +91,14 @@ def test_misuse_is_said(net):
         plateau.load_state_dict({"block_9": {}})
     with pytest.raises(InputError, match="not a cut model"):
         sffx.parameter_groups(Chain(), lr=1.0)
+
+
+def test_groups_of_one_name_follow_one_loss(net):
+    weights, biases = ([p for p in net.block_0.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    optimizer = torch.optim.SGD(
+        [{"params": weights, "name": "block_0"}, {"params": biases, "name": "block_0", "weight_decay": 0.0}], lr=1.0
+    )
+    plateau = sffx.BlockPlateau(optimizer, factor=0.5, patience=0)
+    for loss in (1.0, 0.8, 0.6, 0.6):
+        plateau.step(losses(block_0=loss))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -333,3 +333,73 @@ def test_hooks_of_parameters_run_once():
 def test_steps_that_cannot_be_made(change, message):
     with pytest.raises(InputError, match=message):
         sffx.local_loss(*change(*cut("chain")))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_hooks_see_the_gradients_that_they_see_in_the_deferred_way(recompute):
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 1),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).double()
+    x, y = torch.randn(9, 3, 8, 8, dtype=torch.float64), torch.randint(0, 4, (9,))
+    model(x)
+    net = sffx.transform(model, ["_7"], x, recompute=recompute).train()
+    # Not the first layer, whose input has no gradient.
+    watched = [module for name, module in net.named_modules() if name == "head_0" or (name.startswith("block_0.") and name != "block_0.0")]
+    seen: list[Tensor] = []
+    for module in watched:
+        module.register_full_backward_hook(lambda module, given, received: seen.extend(g for g in (*given, *received) if g is not None))
+    twin_seen: list[list[Tensor]] = []
+    for loss in (lambda: sffx.sff_loss(net(x), y), lambda: sffx.local_loss(net, x, y)):
+        seen.clear()
+        loss().backward()
+        twin_seen.append(seen.copy())
+    assert len(watched) > 4
+    assert len(twin_seen[0]) == len(twin_seen[1]) >= 2 * len(watched)
+    for a, b in zip(*twin_seen, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_value_that_a_hook_has_kept_is_not_written_over():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 4))
+    net, kept = sffx.transform(model, ["_2"], norm="none").train(), []
+    net.block_0.get_submodule("0").register_forward_hook(lambda module, args, out: kept.append((out, out.detach().clone())))
+    local(net, torch.randn(9, 6), torch.randint(0, 4, (9,)))
+    assert torch.equal(*kept[0])
+
+
+def test_hooks_after_the_accumulation_run_in_a_step_of_its_own():
+    net, x, y = cut("chain")
+    twin = copy.deepcopy(net)
+    optimizers = []
+
+    def clamp(p: Tensor) -> None:
+        p.grad.clamp_(-1e-3, 1e-3)
+
+    for model in (net, twin):
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(clamp)
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=1.0))
+    sffx.local_loss(net, x, y).backward()
+    optimizers[0].step()
+    sffx.local_step(twin, x, y, optimizers[1])
+    assert_same(dict(net.named_parameters()), dict(twin.named_parameters()))
+
+
+def test_parameters_of_other_models_are_left_alone():
+    net, x, y = cut("chain")
+    other = nn.Parameter(torch.zeros(()))
+    other.grad = torch.ones(())
+    optimizer = torch.optim.SGD([{"params": [*net.parameters(), other]}], lr=1.0)
+    held = list(optimizer.param_groups[0]["params"])
+    sffx.local_step(net, x, y, optimizer)
+    assert other.item() == 0
+    assert optimizer.param_groups[0]["params"] == held

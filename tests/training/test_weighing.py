@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import onnxruntime
@@ -70,6 +71,8 @@ def test_a_diverged_block_has_no_weight_and_without_another_nothing_changes(
     with torch.no_grad():
         net.head_1.weight.fill_(torch.nan)
     assert sffx.weigh(net, loader)["block_1"] == 0
+    assert net(X).isfinite().all()
+    assert math.isfinite(sffx.evaluate(net, loader).loss["weighted"])
     weights = net.readout.weights
     with torch.no_grad():
         for p in net.block_0.parameters():

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds train/ and val/ or test/, each with a folder per class")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
+    parser.add_argument("--out", type=Path, default=Path("run.pt"), help="the checkpoint to write, default run.pt")
     for name, default in (("model", "resnet18"), ("policy", "residual"), ("epochs", 10), ("size", 128), ("batch", 64), ("lr", 1e-3)):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     args = parser.parse_args()
@@ -21,6 +22,8 @@ if __name__ == "__main__":
     prepare = T.Compose([T.Resize((args.size, args.size)), T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     parts = ("train", "val" if (args.data / "val").is_dir() else "test")
     train, test = (torchvision.datasets.ImageFolder(args.data / part, prepare) for part in parts)
+    if train.classes != test.classes:  # folders are numbered in each part by itself
+        raise SystemExit(f"{parts[0]}/ and {parts[1]}/ differ in the folders {set(train.classes) ^ set(test.classes)}")
     train_loader, test_loader = (torch.utils.data.DataLoader(s, args.batch, shuffle=s is train, num_workers=2) for s in (train, test))
     net = torchvision.models.get_model(args.model, num_classes=len(train.classes)).to(device)
     if local:
@@ -37,4 +40,6 @@ if __name__ == "__main__":
         print(f"epoch {epoch + 1} of {args.epochs}: {right / len(test):.2%} of {parts[1]} right", flush=True)
     if local:
         print(found := sffx.evaluate(net, test_loader))
-        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sffx_accuracy": found.accuracy}, "run.pt")
+    told = {"sffx_accuracy": found.accuracy, "sffx_cut": net.plan.record()} if local else {}
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), **told}, args.out)
+    print(f"wrote {args.out}")

@@ -5,7 +5,7 @@
 
 DIR holds train/ and val/ or test/, each with a folder per class. The output folder gets the logs (CSV, and TensorBoard where it is
 installed), a picture of them, and the checkpoints: the best by validation accuracy, and the last. `sffx-viz torchvision.models:resnet18
---classes 10 --checkpoint last.ckpt` colours each block by what it had learnt.
+--checkpoint last.ckpt` colours each block by what it had learnt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
     parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=30, help="at least 1")
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=64, help="for each device")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -57,6 +57,8 @@ def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
     prepare = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor(), normalize])
     train = ImageFolder(args.data / "train", prepare)
     held_out = ImageFolder(args.data / ("val" if (args.data / "val").is_dir() else "test"), prepare)
+    if train.classes != held_out.classes:  # folders are numbered in each part by itself
+        raise SystemExit(f"{train.root} and {held_out.root} differ in the folders {set(train.classes) ^ set(held_out.classes)}")
     options = {"batch_size": args.batch, "num_workers": args.workers, "persistent_workers": args.workers > 0}
     return DataLoader(train, shuffle=True, **options), DataLoader(held_out, **options), len(train.classes)
 
@@ -87,6 +89,8 @@ def main() -> None:
     last = args.out / "last.ckpt"
     if args.resume and not last.exists():
         raise SystemExit(f"there is nothing to resume: {last} does not exist")
+    if last.exists() and not args.resume:
+        raise SystemExit(f"{args.out} holds a training already. Hint: --resume goes on with it, and another --out begins a new one")
     trainer = Trainer(
         max_epochs=args.epochs,
         devices=args.devices,
@@ -98,7 +102,8 @@ def main() -> None:
     trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
     if trainer.is_global_zero:
         print(f"best: {best.best_model_path}, validation accuracy {best.best_model_score:.2%}")
-        print(f"how it went: {plot_training(sorted(args.out.glob('csv/version_*/metrics.csv')), args.out / 'training.png')}")
+        written = sorted(args.out.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_")))
+        print(f"how it went: {plot_training(written, args.out / 'training.png')}")
 
 
 if __name__ == "__main__":

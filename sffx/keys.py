@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 ACCURACY_KEY = "sffx_accuracy"  # accuracies by block and readout, as `sffx.evaluate(net, loader).accuracy` has them
-CUT_KEY = "sffx_cut"  # how the model was cut, as `sffx.export.checkpoint.describe` says it; "after" names the output of each block
+CUT_KEY = "sffx_cut"  # how the model was cut, as `net.plan.record()` says it; "after" names the output of each block
 PLATEAU_KEY = "sffx_plateau"  # the state of a `BlockPlateau`

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.plan import is_cut, plan_of
 from sffx.errors import InputError, MissingExtra
-from sffx.export.checkpoint import describe
 from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
 from sffx.learning.losses import check_labels
 from sffx.learning.readout import WEIGHTED, mixture, readout_of
@@ -179,9 +178,9 @@ class SFFModule(_Classifier):
         return local_loss(self.net, x, y)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the state of the plateau, and how the model was cut, which `sffx-export` reads, into the checkpoint."""
+        """Put the state of the plateau, and how the model was cut, which `sffx-export` and `sffx-viz` read, into the checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CUT_KEY] = describe(plan_of(self.net))
+        checkpoint[CUT_KEY] = plan_of(self.net).record()
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return what each block, the ensemble, the last block, the classifier and, once weighed, the mixture say, (B, J) each."""

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "footprint": {"errors", "learning", "compiler", "measure", "training"},
     "budget": {"errors", "learning", "compiler", "footprint"},
     "policies": {"errors", "compiler", "budget"},
-    "transform": {"errors", "learning", "compiler", "policies"},
+    "transform": {"errors", "learning", "compiler", "policies", "budget"},
     "draw": {"errors", "learning", "compiler", "keys"},
     "export": {"errors", "learning", "compiler", "draw", "transform", "keys"},
     "lightning": {"errors", "learning", "compiler", "training", "export", "transform", "keys"},

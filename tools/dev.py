@@ -3,7 +3,7 @@
     python3 tools/dev.py demo    # the main job: examples/digits.py
     python3 tools/dev.py test    # ruff, mypy and the tests
 
-Needs only Python 3.10 or later and a network. The environment is `.venv`; it is made anew when pyproject.toml changes.
+Needs only Python 3.10 or later and a network. The environment is `.venv`; what is in it is brought up to date when pyproject.toml changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def install(extra: str) -> None:
     wanted = (ROOT / "pyproject.toml").read_bytes()
     if stamp.exists() and stamp.read_bytes() == wanted:
         return
-    if not PYTHON.exists():
+    if not has_pip():
         print(f"making {ENVIRONMENT} …", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
     print(f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True)
@@ -40,6 +40,11 @@ def install(extra: str) -> None:
         [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f".[{extra}]"], cwd=ROOT, check=True
     )
     stamp.write_bytes(wanted)
+
+
+def has_pip() -> bool:
+    """Whether the environment is there, and whole: one whose making was interrupted may lack pip."""
+    return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 def main(arguments: list[str]) -> int:

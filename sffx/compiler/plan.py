@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
+from typing import Any
 
 from torch import nn
 
@@ -186,6 +187,16 @@ class BlockPlan:
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """The attributes of the cut model that each block is made of, in the order they run: the block and its head; the classifier."""
         return (*((block.target, f"head_{i}") for i, block in enumerate(self.blocks)), (self.classifier.target,))
+
+    def record(self) -> dict[str, Any]:
+        """Return how the model was cut, in numbers and strings: the entry "sffx_cut" of a checkpoint, for `sffx-viz` and `sffx-export`."""
+        return {
+            "policy": self.policy,
+            "after": [block.output for block in self],
+            "inputs": {each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in self.inputs},
+            "num_classes": self.num_classes,
+            **asdict(self.heads),
+        }
 
     @cached_property
     def _most_kept(self) -> int:

@@ -4,9 +4,9 @@ A checkpoint is what `torch.save` or Lightning writes: a mapping. Three of its e
 
 - `ACCURACY_KEY`, accuracies by readout, as `sffx.evaluate(net, loader).accuracy` has them;
 - "optimizer", a `state_dict` of an optimizer over `sffx.parameter_groups`, or "optimizer_states", Lightning's list of such;
-- `CUT_KEY`, where the model was cut, if the checkpoint says so.
+- `CUT_KEY`, how the model was cut, if the checkpoint says so, as `net.plan.record()` does.
 
-`sffx.lightning.SFFModule` writes all of them into every checkpoint, `examples/train.py` the first two.
+`sffx.lightning.SFFModule` writes all of them into every checkpoint, as does `examples/train.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sffx.keys import ACCURACY_KEY, CUT_KEY
 REMEDY = (
     "Hint: sffx.lightning.SFFModule and examples/train.py write such checkpoints; in a loop of your own, "
     f'torch.save({{"net": net.state_dict(), "optimizer": optimizer.state_dict(), '
-    f'"{ACCURACY_KEY}": sffx.evaluate(net, loader).accuracy}}, path)'
+    f'"{ACCURACY_KEY}": sffx.evaluate(net, loader).accuracy, "{CUT_KEY}": net.plan.record()}}, path)'
 )
 
 
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
     Raises:
         InputError: there is no such file, it is no checkpoint, holds no accuracies, or is of other blocks.
     """
-    content = _content(Path(path))
+    content = read_mapping(Path(path))
     accuracy = content.get(ACCURACY_KEY)
     if not isinstance(accuracy, Mapping) or not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in accuracy.values()):
         entries = ", ".join(map(repr, content)) or "nothing"
@@ -56,7 +56,12 @@ def read_checkpoint(path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
     )
 
 
-def _content(path: Path) -> Mapping[str, Any]:
+def read_mapping(path: Path) -> Mapping[str, Any]:
+    """Return what a checkpoint holds, by name. Nothing in the file is executed.
+
+    Raises:
+        InputError: there is no such file, it is no checkpoint, or holds something else.
+    """
     import torch  # here, because the command's --help should not wait for it
 
     if not path.is_file():
@@ -65,8 +70,8 @@ def _content(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as cause:
         raise InputError(
-            f"{str(path)!r} cannot be read as a checkpoint: {str(cause).splitlines()[0]}. "
-            "Hint: it must be what torch.save wrote of tensors, numbers, strings and containers of these; anything else is not loaded"
+            f"{str(path)!r} cannot be read as a checkpoint, or holds more than tensors, numbers, strings and containers of these, and "
+            f"nothing else is loaded ({type(cause).__name__}). {REMEDY}"
         ) from cause
     if not isinstance(content, Mapping):
         raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not a mapping with accuracies of blocks. {REMEDY}")
@@ -81,7 +86,7 @@ def _check_blocks(path: str | os.PathLike[str], plan: BlockPlan, accuracy: Mappi
         told = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(others)} as well"
         raise InputError(
             f"{str(path)!r} is of other blocks than the {len(plan)} of the policy {plan.policy}: it {told}. "
-            "Hint: --policy as in the training, or the model that was trained"
+            "Hint: --policy and --input as in the training, or the model that was trained"
         )
 
 
@@ -95,7 +100,7 @@ def _check_cuts(path: str | os.PathLike[str], plan: BlockPlan, content: Mapping[
     if theirs != ours:
         raise InputError(
             f"{str(path)!r} is of other blocks than those of the policy {plan.policy}: they end after {', '.join(map(str, theirs))}, "
-            f"not {', '.join(ours)}. Hint: --policy as in the training"
+            f"not {', '.join(ours)}. Hint: --policy and --input as in the training"
         )
 
 

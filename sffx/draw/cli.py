@@ -6,17 +6,23 @@ import argparse
 import re
 import sys
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sffx.compiler.plan import BlockPlan
-from sffx.draw.checkpoint import read_checkpoint
+from sffx.draw.checkpoint import read_checkpoint, read_mapping
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.inputs import SHAPE_HELP, example_of, given_input
-from sffx.draw.render import draw, plan_in
+from sffx.draw.render import PICTURES, TEXT, check_path, draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sffx.export.checkpoint import Cut
 
 EXAMPLES = """examples:
   sffx-viz model.py                           the model in the file: an instance, or a function or class without arguments
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sffx-viz", description="Shows how a model is cut into blocks.", epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("source", metavar="model.py", help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS")
     parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
-    parser.add_argument("--policy", default="residual", help="how the cuts are chosen (default: residual)")
+    parser.add_argument("--policy", help="how the cuts are chosen (default: as the checkpoint says, else residual)")
     beside = "set policies side by side: a table, and a drawing where -o names one"
     parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
     parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=given_input, action="append", default=[], help=SHAPE_HELP)
@@ -75,8 +81,7 @@ def _policies(text: str) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.compare is not None and options.checkpoint is not None:
-        raise InputError("--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training")
+    _require_together(options)
     if options.compare is not None:
         return _compare(options)
     (plan,) = _plans(options, [options.policy])
@@ -88,6 +93,28 @@ def _run(options: argparse.Namespace) -> int:
     print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
     _show(path, options)
     return 0
+
+
+def _require_together(options: argparse.Namespace) -> None:
+    """Refuse options of which one would be passed over."""
+    if options.compare is not None and options.checkpoint is not None:
+        raise InputError("--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training")
+    styles = {"--unfold": options.unfold, "--detail": options.detail != "blocks"}
+    if options.compare is not None:
+        _require_none("--compare draws several policies in brief", {"--plan": options.plan, "--policy": options.policy, **styles})
+        if options.open and options.output is None:
+            raise InputError("--open shows a drawing, and --compare draws where -o names one. Hint: -o policies.svg")
+        if options.output is not None:
+            check_path(options.output, (*PICTURES, *TEXT))
+    elif options.plan:
+        drawing = {"--output": options.output, "--open": options.open, "--checkpoint": options.checkpoint, **styles}
+        _require_none("--plan prints a table and draws nothing", drawing)
+
+
+def _require_none(why: str, options: Mapping[str, Any]) -> None:
+    unused = ", ".join(name for name, value in options.items() if value)
+    if unused:
+        raise InputError(f"{why}, so {unused} would be passed over. Hint: leave out one or the other")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -114,14 +141,16 @@ def _show(path: Path, options: argparse.Namespace) -> None:
         webbrowser.open(path.resolve().as_uri())
 
 
-def _plans(options: argparse.Namespace, policies: Sequence[str]) -> list[BlockPlan]:
-    """The plan of the model by each policy, or the one that it carries."""
+def _plans(options: argparse.Namespace, policies: Sequence[str | None]) -> list[BlockPlan]:
+    """The plan of the model by each policy, or the one that it carries; of a checkpoint, as its model was cut."""
     # Here, because they import torch, and --help should not wait for it.
     import sffx
     from sffx.draw.discover import find_model
     from sffx.draw.sources import token_example
+    from sffx.export.checkpoint import Cut, classes_of, heads_of
 
-    model = find_model(options.source, options.model)
+    told, state = _trained(options.checkpoint) if options.checkpoint is not None else (None, {})
+    model = find_model(options.source, options.model, options.classes or (told and told.num_classes) or classes_of(state))
     known = plan_in(model)
     if known is not None and options.compare is not None:
         raise InputError(
@@ -130,9 +159,29 @@ def _plans(options: argparse.Namespace, policies: Sequence[str]) -> list[BlockPl
     if known is not None:
         return [known]
     example = example_of(options.input)
-    if example is None and options.source.startswith("hf:"):
-        example = token_example(model)
-    return [sffx.plan(model, policy=policy, example_input=example, num_classes=options.classes) for policy in policies]
+    if example is None:
+        example = told.example if told is not None else token_example(model) if options.source.startswith("hf:") else None
+    plans = []
+    for policy in policies:
+        cut = Cut(policy or (told.policy if told is not None else "residual"), example)
+        heads = dict(told.heads or {}, norm=told.norm) if told is not None else {}
+        if state and (told is None or told.heads is None):
+            heads |= heads_of(state, model, cut)
+        plan = sffx.plan(model, policy=cut.policy, example_input=example, num_classes=options.classes, **heads)
+        plans.append(plan if policy or told is None or not told.name else replace(plan, policy=told.name))
+    return plans
+
+
+def _trained(path: Path) -> tuple[Cut | None, dict[str, Tensor]]:
+    """How a checkpoint says that its model was cut, if it does, and its weights; accuracies alone can be drawn without them."""
+    from sffx.export.checkpoint import recorded, weights_of
+
+    content = read_mapping(path)
+    told = recorded(content)
+    try:
+        return told, weights_of(content)
+    except InputError:
+        return told, {}
 
 
 def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:

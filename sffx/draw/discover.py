@@ -62,7 +62,7 @@ def find_model(source: str, name: str | None = None, num_classes: int | None = N
     if path.suffix == ".py" or path.is_file():
         if not path.is_file():
             raise InputError(f"there is no file {source!r}")
-        with _as_script(path):
+        with as_script(path):
             module = _load(path)
             found = _choose(module, path) if name is None else Candidate(name, "", _member(module, name, path))
             return _build(found.thing, found.name, str(path), num_classes)
@@ -214,14 +214,14 @@ def _load(path: Path) -> ModuleType:
 
 
 def _imported(module_name: str, name: str, num_classes: int | None) -> nn.Module:
-    with _as_script(None):
+    with as_script(None):
         with _own_errors(module_name):
             module = importlib.import_module(module_name)
         return _build(_member(module, name, module_name), name, module_name, num_classes)
 
 
 @contextmanager
-def _as_script(path: Path | None) -> Iterator[None]:
+def as_script(path: Path | None) -> Iterator[None]:
     """The surroundings that a script has: its folder to import from, and its own empty command line."""
     folder = str(path.resolve().parent) if path else str(Path.cwd())
     before = sys.path[:], sys.argv[:]

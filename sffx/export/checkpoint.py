@@ -1,7 +1,8 @@
 """The cut model of a checkpoint: a whole model that was saved, or weights that are loaded into one that is cut again.
 
-Weights come as `torch.save(net.state_dict(), file)` writes them, or in a checkpoint of Lightning with `sffx.lightning.SFFModule`, which
-also says where and how the model was cut. What the weights alone tell, the heads and the number of classes, is read off them.
+Weights come as `torch.save(net.state_dict(), file)` writes them, or in a checkpoint that also says where and how the model was cut: of
+Lightning with `sffx.lightning.SFFModule`, or of a script that saves `net.plan.record()`. What the weights alone tell, the heads and the
+number of classes, is read off them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sffx.compiler.plan import BlockPlan, plan_of
+from sffx.compiler.plan import plan_of
+from sffx.draw.discover import as_script
 from sffx.errors import InputError
 from sffx.export.explain import first_line
 from sffx.keys import CUT_KEY
@@ -38,26 +41,35 @@ class Cut:
         policy: a name, or the names of the nodes to cut after.
         example: a tensor, a tuple or a mapping of them; None infers one.
         norm: "layer" or "none".
+        heads: the other options of `transform` that `Heads` has; None where only the weights tell them.
+        num_classes: J, None where only the weights tell it.
+        name: of the policy that chose the places, "" where it is `policy`.
     """
 
     policy: str | Sequence[str] = "residual"
     example: Any = None
     norm: str = "layer"
-
-
-def describe(plan: BlockPlan) -> dict[str, Any]:
-    """Return what `recorded` reads: how a model was cut, in numbers and strings."""
-    inputs = {each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in plan.inputs}
-    return {"after": [block.output for block in plan], "inputs": inputs, "norm": plan.heads.norm}
+    heads: Mapping[str, Any] | None = None
+    num_classes: int | None = None
+    name: str = ""
 
 
 def recorded(checkpoint: Any) -> Cut | None:
-    """Return the cut that a checkpoint tells of, None where it tells of none."""
+    """Return the cut that a checkpoint tells of, None where it tells of none.
+
+    Raises:
+        InputError: what it tells cannot be understood.
+    """
     told = checkpoint.get(CUT_KEY) if isinstance(checkpoint, Mapping) else None
     if told is None:
         return None
-    inputs = {name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in told["inputs"].items()}
-    return Cut(tuple(told["after"]), inputs, told["norm"])
+    try:
+        inputs = {name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in told["inputs"].items()}
+        heads = {name: told[name] for name in ("goodness", "kernel_size", "rank")} if "goodness" in told else None
+        return Cut(tuple(told["after"]), inputs, told["norm"], heads, told.get("num_classes"), told.get("policy", ""))
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"the checkpoint's {CUT_KEY!r} cannot be understood ({problem}). Hint: save net.plan.record() there") from error
 
 
 def load_checkpoint(path: Path, *, trust: bool) -> Any:
@@ -70,10 +82,18 @@ def load_checkpoint(path: Path, *, trust: bool) -> Any:
     Raises:
         InputError: there is no such file, it is no checkpoint, or it holds objects and is not trusted.
     """
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder. Hint: name the file in it")
     if not path.is_file():
         raise InputError(f"there is no file {str(path)!r}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with as_script(None) if trust else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+    except ModuleNotFoundError as error:
+        hint = "Hint: run the command where the code of the model lies, or install it"
+        raise InputError(f"{str(path)!r} cannot be loaded: {first_line(error)}. {hint}") from error
+    except EOFError as error:
+        raise InputError(f"{str(path)!r} is no checkpoint of torch: it is empty, or ends too early") from error
     except pickle.UnpicklingError as error:
         if trust or any(sign in str(error) for sign in NO_PICKLE):
             raise InputError(f"{str(path)!r} is no checkpoint of torch") from error
@@ -82,7 +102,8 @@ def load_checkpoint(path: Path, *, trust: bool) -> Any:
             "Hint: --trust loads it nevertheless, if you know where it comes from; or save net.state_dict()"
         ) from error
     except Exception as error:
-        raise InputError(f"{str(path)!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{str(path)!r} cannot be loaded: {problem}. Hint: is the file whole, and what torch.save wrote?") from error
 
 
 def weights_of(checkpoint: Any) -> dict[str, Tensor]:
@@ -122,11 +143,11 @@ def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.Gr
         InputError: the weights do not fit, or the input cannot be inferred.
         SffxError: the model cannot be cut.
     """
-    net = transform(model, cut.policy, cut.example, norm=cut.norm, **_heads(state, model, cut))
+    net = transform(model, cut.policy, cut.example, norm=cut.norm, **heads_of(state, model, cut))
     try:
         net.load_state_dict(dict(state))
     except RuntimeError as error:
-        wrong = " ".join(str(error).splitlines()[1:2]).strip(" \t.")
+        wrong = _shortened(" ".join(str(error).splitlines()[1:2]).strip(" \t."))
         hint = "Hint: model, policy, input and classes must be those of the training"
         raise InputError(f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}") from error
     return net
@@ -143,8 +164,16 @@ def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
     return checkpoint
 
 
-def _heads(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> dict[str, Any]:
-    """Return the options of the heads, as their weights show them; those of a cosine goodness have no bias."""
+def _shortened(listed: str) -> str:
+    """Return the first names of a list of missing keys, and how many there are besides."""
+    names = listed.split(", ")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def heads_of(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> Mapping[str, Any]:
+    """Return the options of the heads, as they were recorded or as their weights show them; those of a cosine goodness have no bias."""
+    if cut.heads is not None:
+        return cut.heads
     hidden = [value for name, value in state.items() if re.fullmatch(r"head_\d+\.hidden\.weight", name)]
     if hidden:
         regions = _regions(hidden, model, cut)

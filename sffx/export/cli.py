@@ -23,9 +23,9 @@ MIB = 2**20
 
 EXAMPLES = """examples:
   sffx-export run.pt net.onnx --model torchvision.models:resnet18 --input 1,3,128,128
-                                              weights, as examples/train.py and torch.save(net.state_dict(), ...) write them
+                                              weights, as torch.save(net.state_dict(), ...) writes them
   sffx-export last.ckpt net.onnx --model torchvision.models:resnet18
-                                              a checkpoint of Lightning, which says itself how the model was cut
+                                              a checkpoint of Lightning or examples/train.py, which says itself how the model was cut
   sffx-export net.pt net.pt2 --model model.py:make_net --policy "stages(4)" --readout classifier --class-names names.txt
   sffx-export whole.pt net.onnx --trust       a whole model, torch.save(net, ...): loading it runs code that lies in the file
 """
@@ -103,7 +103,9 @@ def _run(options: argparse.Namespace) -> None:
     readout = chosen_readout(net, options.readout)
     export(net, options.target, readout, **told, dynamic_size=options.dynamic_size)
     plan, size = plan_of(net), options.target.stat().st_size / MIB
-    print(f"wrote {options.target}, {size:.2f} MiB: {readout} scores of {plan.model}, {len(plan)} blocks, {plan.num_classes} classes")
+    takes = ", ".join(f"{each.name} {('B', *each.shape)}".replace("'", "") for each in plan.inputs)
+    made = f"{readout} scores of {plan.model}, {len(plan)} blocks, {plan.num_classes} classes, from {takes}"
+    print(f"wrote {options.target}, {size:.2f} MiB: {made}")
 
 
 def _class_names(path: Path | None) -> list[str] | None:
@@ -129,12 +131,41 @@ def _net(options: argparse.Namespace) -> fx.GraphModule:
 
     checkpoint = load_checkpoint(options.checkpoint, trust=options.trust)
     if isinstance(checkpoint, nn.Module):
+        _require_unused(options)
         return cut_model(checkpoint)
-    state = weights_of(checkpoint)
+    state, told = weights_of(checkpoint), recorded(checkpoint)
     if options.model is None:
         raise InputError(f"{str(options.checkpoint)!r} holds weights without their model. Hint: --model torchvision.models:resnet18")
-    model = _model(options.model, options.classes or classes_of(state))
-    return filled_net(model, state, _cut(recorded(checkpoint), model, options))
+    model = _model(options.model, options.classes or (told and told.num_classes) or classes_of(state))
+    cut = _cut(told, model, options)
+    net = filled_net(model, state, cut)
+    if told is None:
+        _tell_assumed(net, cut, options)
+    return net
+
+
+def _require_unused(options: argparse.Namespace) -> None:
+    """Refuse options that say of a model what a whole one says itself."""
+    given = [f"--{name}" for name in ("model", "policy", "norm", "classes", "input") if getattr(options, name)]
+    if given:
+        raise InputError(
+            f"{str(options.checkpoint)!r} holds a whole model, of which {', '.join(given)} can say nothing. Hint: leave it out"
+        )
+
+
+def _tell_assumed(net: fx.GraphModule, cut: Cut, options: argparse.Namespace) -> None:
+    """Tell what neither the command line nor the file says of the cut. Another one often fits the same weights."""
+    from sffx.compiler.plan import plan_of
+
+    shapes = " ".join(f"--input {each.name}={','.join(map(str, (1, *each.shape)))}" for each in plan_of(net).inputs)
+    found = {"policy": f"--policy {cut.policy}", "norm": f"--norm {cut.norm}", "input": shapes}
+    assumed = [text for name, text in found.items() if not getattr(options, name)]
+    if assumed:
+        print(
+            f"sffx-export: the file does not say how the model was cut; assumed: {' '.join(assumed)}. "
+            'A training that saves net.plan.record() as "sffx_cut" beside the weights needs no assumptions',
+            file=sys.stderr,
+        )
 
 
 def _model(source: str, classes: int | None) -> nn.Module:
@@ -150,7 +181,5 @@ def _cut(told: Cut | None, model: nn.Module, options: argparse.Namespace) -> Cut
 
     cut = told or Cut(example=token_example(model) if options.model.startswith("hf:") else None)
     example = example_of(options.input)
-    if told is None and options.norm is None:
-        print("sffx-export: the file does not say how the model was cut; --norm layer is assumed", file=sys.stderr)
     said = {"policy": options.policy, "norm": options.norm, "example": example}
     return replace(cut, **{name: value for name, value in said.items() if value is not None})

@@ -95,6 +95,9 @@ def quantize_onnx(
     require_packages()
     before = _source_session(Path(source))
     place = target_file(Path(target), "net.int8.onnx")
+    if place == Path(source).resolve():
+        raise InputError(f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx")
+    tests = _tried_out(before, test_loader) if test_loader is not None else None
     with draft_beside(place, "net.onnx") as draft:
         try:
             _quantize(Path(source), draft, _feeds(calibration_loader, before), per_channel=per_channel, reduce_range=reduce_range)
@@ -105,7 +108,7 @@ def quantize_onnx(
             hint = f"Hint: the loader must yield what the file takes: {takes}"
             raise ExportError(f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}") from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
-        tested = _compared(before, open_session(draft), test_loader) if test_loader is not None else ()
+        tested = _compared(before, open_session(draft), tests) if tests is not None else ()
         os.replace(draft, place)
     return Quantization(Path(target), *sizes, *tested)
 
@@ -117,6 +120,26 @@ def _source_session(source: Path) -> InferenceSession:
         return open_session(source)
     except ExportError as error:
         raise InputError(f"{str(source)!r} is no ONNX file that can be used: {first_line(error.__cause__ or error)}") from error
+
+
+def _tried_out(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any]:
+    """Return the batches of the test loader, on the first of which the file was run: before the calibration takes its time.
+
+    Raises:
+        InputError: it cannot be run on it, or there is none.
+    """
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("the test loader yielded no samples")
+    check_pair(first)
+    feed = _feed(first[0], session)
+    try:
+        session.run(None, feed)
+    except Exception as error:
+        takes = ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
+        raise InputError(f"the file cannot run on what the test loader yields: {first_line(error)}. Hint: it takes {takes}") from error
+    return chain([first], batches)
 
 
 def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.capture import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, random_inputs
 from sffx.export.draft import draft_beside, require_directory
 from sffx.export.early_exit import NEVER, EarlyExit, Stage
+from sffx.export.explain import first_line
 from sffx.export.onnx import open_session, require_packages, save_program, traced_program
 from sffx.export.parity import require_parity
 
@@ -93,10 +94,21 @@ def _folder(path: Path) -> Path:
     target = path.resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{str(path)!r} is a file. Hint: name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).exists():
-        raise InputError(f"the folder {str(path)!r} holds something else than an early exit. Hint: name a new folder")
+    if foreign := sorted({each.name for each in target.iterdir()} - _exported(target)) if target.is_dir() else []:
+        raise InputError(
+            f"the folder {str(path)!r} holds something else than an early exit: {', '.join(foreign[:3])}. Hint: name a new folder"
+        )
     require_directory(target.parent)
     return target
+
+
+def _exported(folder: Path) -> set[str]:
+    """Return the names of the files of an export in a folder; none where there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return {MANIFEST, *(str(each["file"]) for each in manifest["stages"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
@@ -143,7 +155,7 @@ def _replace(target: Path, new: Path, old: Path) -> None:
         os.replace(target, old)
     try:
         os.replace(new, target)
-    except OSError:
+    except BaseException:
         if existed:
             os.replace(old, target)
         raise
@@ -166,6 +178,11 @@ def _runner(session: InferenceSession, inputs: Sequence[str], goodness: str, out
 
     def run(*values: Tensor) -> list[Tensor]:
         feed = {name: value.detach().cpu().numpy() for name, value in zip(inputs, values, strict=True) if name in read}
-        return [torch.from_numpy(result) for result in session.run([goodness, *outputs], feed)]
+        try:
+            results = session.run([goodness, *outputs], feed)
+        except Exception as error:
+            takes = ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
+            raise InputError(f"the file cannot run on this input: {first_line(error)}. Hint: it takes {takes}") from error
+        return [torch.from_numpy(result) for result in results]
 
     return run

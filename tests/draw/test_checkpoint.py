@@ -70,7 +70,7 @@ def test_what_cannot_be_shown_is_refused(small: BlockPlan, tmp_path: Path, conte
 
 def test_nothing_in_a_checkpoint_is_executed(small: BlockPlan, tmp_path: Path) -> None:
     path = save(tmp_path / "run.pt", {"sffx_accuracy": ACCURACY, "other": Executed(tmp_path / "executed")})
-    with pytest.raises(InputError, match=r"cannot be read as a checkpoint: .*Hint: it must be what torch\.save wrote of tensors"):
+    with pytest.raises(InputError, match=r"cannot be read as a checkpoint, or holds more than tensors.* nothing else is loaded.*Hint: "):
         read_checkpoint(path, small)
     assert not (tmp_path / "executed").exists()
 
@@ -140,6 +140,21 @@ def test_the_command_draws_what_a_plain_loop_saved(tmp_path: Path, monkeypatch: 
     assert "of other blocks" in capsys.readouterr().err
     assert main(["model.py", "--checkpoint", "run.pt", "--compare", "residual,layer"]) == 2
     assert "--checkpoint goes with a drawing of one policy" in capsys.readouterr().err
+
+
+def test_the_command_draws_the_model_as_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text("from tests.toys import Residual\ndef small(num_classes=4):\n    return Residual(classes=num_classes)\n")
+    net = sffx.transform(Residual(classes=5), "stages(2)", torch.zeros(1, 3, 8, 8), goodness="mlp(64, 3)")
+    found = sffx.evaluate(net, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)])
+    content = {"net": net.state_dict(), "sffx_accuracy": found.accuracy, "sffx_cut": net.plan.record()}
+    torch.save(content, "run.pt")
+    assert main(["model.py", "--checkpoint", "run.pt", "-o", "net.dot"]) == 0
+    assert Path("net.dot").read_text() == dot(net.plan, progress=Progress(found.accuracy))
+    del content["sffx_cut"]
+    torch.save(content, "run.pt")
+    assert main(["model.py", "--checkpoint", "run.pt", "-o", "net.dot", "--policy", "stages(2)", "--input", "1,3,8,8"]) == 0
+    assert Path("net.dot").read_text() == dot(net.plan, progress=Progress(found.accuracy))
 
 
 def test_draw_takes_progress_in_every_detail(small: BlockPlan, tmp_path: Path) -> None:

@@ -231,6 +231,22 @@ def test_inputs_with_and_without_names_are_refused(capsys: pytest.CaptureFixture
     assert_message(capsys, "given 2 times, but only ids by name. Hint: name all")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "-o", "a.svg", "--unfold"], "--plan prints a table and draws nothing, so --output, --unfold would be passed over"),
+        (["--compare", "residual,layer", "--policy", "layer", "--plan"], "--compare draws.*so --plan, --policy would be passed over"),
+        (["--compare", "residual,layer", "--open"], "--compare draws where -o names one. Hint: -o"),
+        (["--compare", "residual,layer", "-o", "a.html"], "unknown"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save("net = nn.Linear(1, 1)")
+    assert main(["model.py", *options]) == 2
+    assert_message(capsys, message)
+    assert [path.name for path in Path().iterdir()] == ["model.py"]
+
+
 def test_plan_prints_the_table_and_draws_nothing(small: BlockPlan, capsys: pytest.CaptureFixture[str]) -> None:
     save("net = nn.Linear(1, 1)")
     assert main(["model.py", "--plan"]) == 0

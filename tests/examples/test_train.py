@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -31,7 +33,7 @@ def arguments(folders: Path, method: str) -> list[object]:
 
 
 def test_the_plain_loop_is_short() -> None:
-    assert len((EXAMPLES / "train.py").read_text().splitlines()) <= 40
+    assert len((EXAMPLES / "train.py").read_text().splitlines()) <= 45
 
 
 @pytest.mark.parametrize("method", ["bp", "sff", "cwc", "mlp"])
@@ -39,10 +41,11 @@ def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None
     output = run("train.py", *arguments(folders, method), "--epochs", 1, folder=tmp_path)
     assert "epoch 1 of 1" in output
     assert ("block_8" in output) == (method != "bp")
-    assert (tmp_path / "run.pt").exists() == (method != "bp")
+    assert "wrote run.pt" in output
     if method == "bp":
         return
-    plan = sffx.transform(torchvision.models.resnet18(num_classes=3), goodness=method).plan
+    plan = sffx.transform(torchvision.models.resnet18(num_classes=3), goodness=method, example_input=torch.zeros(1, 3, 32, 32)).plan
+    assert torch.load(tmp_path / "run.pt")["sffx_cut"] == plan.record()
     progress = read_checkpoint(tmp_path / "run.pt", plan)
     assert f"{progress.accuracy['ensemble']:.2%}" in output
     assert set(progress.rates.values()) == {1e-3}
@@ -57,4 +60,14 @@ def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> No
     epochs = [{row.split(",")[0] for row in log.read_text().splitlines()[1:]} for log in logs]
     assert epochs == [{"0"}, {"1"}]
     assert (tmp_path / "training.png").exists()
+    assert "holds a training already. Hint: --resume" in run("train_lightning.py", *options, folder=tmp_path, fails=True)
     assert {"last.ckpt"} < {file.name for file in tmp_path.glob("*.ckpt")}
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_lightning.py"])
+def test_parts_with_other_classes_are_refused(script: str, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "test" / "0")
+    message = run(script, "--data", tmp_path / "data", folder=tmp_path, fails=True)
+    assert "differ in the folders {'0'}" in message
+    assert "Traceback" not in message

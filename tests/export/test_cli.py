@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,10 @@ def test_readout_names_and_normalisation_reach_the_onnx_file(capsys: pytest.Capt
     Path("names.txt").write_text("a\nb\n c \nd\n\ne e\n")
     options = ["--readout", "classifier", "--class-names", "names.txt", "--mean", "0.5,0.5,0.5", "--std", "1,1,1", "--dynamic-size"]
     assert main(["net.pt", "net.onnx", *WEIGHTS, *options]) == 0
-    assert re.match(r"wrote net\.onnx, 0\.\d+ MiB: classifier scores of Residual, 3 blocks, 5 classes\n$", capsys.readouterr().out)
+    assert re.match(
+        r"wrote net\.onnx, 0\.\d+ MiB: classifier scores of Residual, 3 blocks, 5 classes, from x \(B, 3, 8, 8\)\n$",
+        capsys.readouterr().out,
+    )
     session = onnxruntime.InferenceSession("net.onnx")
     told = json.loads(session.get_modelmeta().custom_metadata_map["sffx"])
     assert told == {"readout": "classifier", "class_names": ["a", "b", "c", "d", "e e"], "mean": [0.5] * 3, "std": [1.0] * 3}
@@ -158,6 +163,42 @@ def test_checkpoint_of_lightning_tells_how_it_was_cut(exported: list[fx.GraphMod
     assert [block.nodes for block in exported[0].plan] == [block.nodes for block in net.plan]
 
 
+def test_checkpoint_of_a_script_tells_how_it_was_cut(exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]) -> None:
+    net = made("stages(2)", norm="none", goodness="mlp(64, 3)")
+    torch.save({"net": net.state_dict(), "sffx_cut": net.plan.record()}, "run.pt")
+    assert main(["run.pt", "net.pt2", "--model", "model.py:small"]) == 0
+    assert capsys.readouterr().err == ""
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(exported[0].eval()(x), net.eval()(x))
+    assert exported[0].plan.heads == net.plan.heads
+
+
+def test_what_is_assumed_of_the_cut_is_said(exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(made().state_dict(), "net.pt")
+    assert main(["net.pt", "net.pt2", "--model", "model.py:small"]) == 0
+    said = capsys.readouterr()
+    assert "assumed: --policy residual --norm layer --input x=1,3,224,224. A training that saves net.plan.record()" in said.err
+    assert "5 classes, from x (B, 3, 224, 224)" in said.out
+    assert main(["net.pt", "net.pt2", *WEIGHTS, "--policy", "residual", "--norm", "layer"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_whole_model_of_a_file_is_found_where_the_command_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own_layers.py").write_text("from torch import nn\nclass Own(nn.Module):\n    def forward(self, x):\n        return x\n")
+    code = "import torch, own_layers; from torch import nn; torch.save(nn.Sequential(own_layers.Own()), 'own.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "is a Sequential, not a cut model" in fails(capsys, "own.pt", "net.pt2", "--trust")  # found, and what it is
+    Path("own_layers.py").unlink()
+    monkeypatch.delitem(sys.modules, "own_layers")
+    assert "No module named 'own_layers'. Hint: run the command where the code of the model lies" in fails(
+        capsys, "own.pt", "net.pt2", "--trust"
+    )
+    torch.save(made(), "whole.pt")
+    assert "of which --model, --policy can say nothing. Hint: " in fails(
+        capsys, "whole.pt", "net.pt2", "--trust", "--model", "model.py:small", "--policy", "layer"
+    )
+
+
 def test_what_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(made().state_dict(), "net.pt")
     torch.save(toys.Chain().state_dict(), "plain.pt")
@@ -166,6 +207,13 @@ def test_what_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     Path("names.json").write_text('["a", ')
     assert "ends in neither .onnx nor .pt2" in fails(capsys, "net.pt", "net.tflite")
     assert "there is no file 'none.pt'" in fails(capsys, "none.pt", "net.pt2")
+    Path("empty.pt").write_bytes(b"")
+    assert "'empty.pt' is no checkpoint of torch: it is empty, or ends too early" in fails(capsys, "empty.pt", "net.pt2")
+    assert "'.' is a folder. Hint: name the file in it" in fails(capsys, ".", "net.pt2")
+    torch.save({"net": made().state_dict(), "sffx_cut": {"policy": "residual"}}, "odd.pt")
+    assert "'sffx_cut' cannot be understood (KeyError: 'inputs'). Hint: save net.plan.record()" in fails(
+        capsys, "odd.pt", "net.pt2", *WEIGHTS
+    )
     for trust in ([], ["--trust"]):
         assert "'text.pt' is no checkpoint of torch" in fails(capsys, "text.pt", "net.pt2", *trust)
     assert "holds no weights of a cut model, but 0.weight, " in fails(capsys, "plain.pt", "net.pt2", *WEIGHTS)

@@ -158,3 +158,19 @@ def test_full_disk_leaves_the_old_file(source: Path, old_file: Path, loaders: An
     with pytest.raises(sffx.ExportError, match=r"cannot write '.*int8\.onnx': No space left on device"):
         sffx.quantize_onnx(source, old_file, loaders[0][:1])
     assert_untouched(old_file)
+
+
+def test_what_cannot_be_tested_is_said_before_the_calibration(source: Path, loaders: tuple[Loader, Loader], old_file: Path) -> None:
+    for x in (loaders[1][0][0][:, :, :4], loaders[1][0][0].double()):
+        with pytest.raises(sffx.InputError, match=r"cannot run on what the test loader yields: .*Hint: it takes "):
+            sffx.quantize_onnx(source, old_file, iter(()), [(x, loaders[1][0][1])])
+    with pytest.raises(sffx.InputError, match="the test loader yielded no samples"):
+        sffx.quantize_onnx(source, old_file, iter(()), iter(()))
+    assert_untouched(old_file)
+
+
+def test_the_source_is_no_target(source: Path, loaders: tuple[Loader, Loader]) -> None:
+    before = source.read_bytes()
+    with pytest.raises(sffx.InputError, match=r"is the source itself.*Hint: name another file"):
+        sffx.quantize_onnx(source, source, loaders[0])
+    assert source.read_bytes() == before

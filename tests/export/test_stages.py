@@ -49,6 +49,12 @@ def test_mask_goes_with_the_tokens_and_padding_changes_nothing(tmp_path: Path) -
         torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
+def test_an_input_that_the_files_do_not_take_is_refused(folder: Path, x: Tensor) -> None:
+    for wrong in (x[:, :, :-1], x.double()):
+        with pytest.raises(sffx.InputError, match=r"the file cannot run on this input: .*Hint: it takes x \['batch'"):
+            sffx.EarlyExit.load(folder)(wrong)
+
+
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sffx.InputError, match=r"no early exit in .*Hint: pass the folder"):
         sffx.EarlyExit.load(tmp_path)
@@ -63,10 +69,24 @@ def test_folder_with_other_things_and_a_file_are_left_alone(net: fx.GraphModule,
     assert os.listdir(tmp_path) == ["letters"]
 
 
+def test_a_manifest_of_something_else_and_what_lies_beside_an_export_are_left_alone(net: fx.GraphModule, tmp_path: Path) -> None:
+    page, export = tmp_path / "page", tmp_path / "net"
+    page.mkdir()
+    (page / "manifest.json").write_text('{"name": "a web page"}')
+    sffx.export_early_exit(net, export)
+    sffx.export_early_exit(net, export)
+    (export / "notes.txt").write_text("mine")
+    for folder, name in ((page, "manifest.json"), (export, "notes.txt")):
+        before = sorted(os.listdir(folder))
+        with pytest.raises(sffx.InputError, match=rf"holds something else than an early exit: {name}"):
+            sffx.export_early_exit(net, folder)
+        assert sorted(os.listdir(folder)) == before
+
+
 def test_failure_leaves_the_old_export(net: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "net"
     old.mkdir()
-    (old / "manifest.json").write_text("old")
+    (old / "manifest.json").write_text('{"stages": []}')
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -74,5 +94,5 @@ def test_failure_leaves_the_old_export(net: fx.GraphModule, tmp_path: Path, monk
     monkeypatch.setattr(stages, "_write", full)
     with pytest.raises(sffx.ExportError, match=r"cannot write .*No space left on device"):
         sffx.export_early_exit(net, old)
-    assert (old / "manifest.json").read_text() == "old"
+    assert (old / "manifest.json").read_text() == '{"stages": []}'
     assert os.listdir(tmp_path) == ["net"]

@@ -32,19 +32,16 @@ def install(extra: str) -> None:
     wanted = (ROOT / "pyproject.toml").read_bytes()
     if stamp.exists() and stamp.read_bytes() == wanted:
         return
-    if not has_pip():
+    if not PYTHON.exists():
         print(f"making {ENVIRONMENT} …", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
+    if subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+        subprocess.run([PYTHON, "-m", "ensurepip"], check=True)  # its making was interrupted
     print(f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True)
     subprocess.run(
         [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f".[{extra}]"], cwd=ROOT, check=True
     )
     stamp.write_bytes(wanted)
-
-
-def has_pip() -> bool:
-    """Whether the environment is there, and whole: one whose making was interrupted may lack pip."""
-    return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
 
 
 def main(arguments: list[str]) -> int:

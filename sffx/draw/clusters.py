@@ -76,7 +76,8 @@ def clusters_dot(plan: BlockPlan, detail: str, *, unfold: bool = False, progress
     inside = [parts(block, detail) for block in plan.all_blocks]
     places = _places(plan, inside)
     columns = _columns(inside)
-    shown = {"run"} if any(isinstance(block, Run) for block in plan) else set()
+    shown = {"thick"} if any(isinstance(block, Run) for block in plan) else set()
+    shown |= {"side"} if any(set(block.sides) - set(block.detached) for block in plan) else set()
     shown |= {"detached"} if any(block.detached for block in plan) else set()
     shown |= {"wide"} if any(len(part.node.reads) > EDGES for block in inside for part in block) else set()
     lines = [
@@ -131,8 +132,9 @@ def _cluster(block: Block, inside: list[Part], plan: BlockPlan, progress: Progre
     """A frame with the heading of the block, which stands for the value that enters it, and its parts."""
     attributes = look(block, plan, progress, contents=False)
     yield f"subgraph {quote(f'cluster_{block.target}')} {{"
-    # A cluster inherits what the one around it has, and has one line around it at most.
-    yield f'graph [{attributes}, label="", style="rounded,filled", margin=8, peripheries=1]'
+    # A cluster inherits what the one around it has, and has one line around it at most: that of a run is a thick one.
+    width = 3 if isinstance(block, Run) else 1
+    yield f'graph [{attributes}, label="", style="rounded,filled", margin=8, peripheries=1, penwidth={width}]'
     yield node(block.target, f'{attributes}, shape="plain", style="", peripheries=0')
     for part in inside:
         style = JOIN if part.node.join in JOIN_SIGNS else PART if part.node.is_path else ASIDE

@@ -55,15 +55,16 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
 
 
 def comparison_dot(plans: Sequence[BlockPlan]) -> str:
-    """DOT text with a node for each plan, "policy_0", "policy_1", ..., set beside each other from the left."""
+    """DOT text with one node, "policies", in which the columns of the plans stand beside each other, their tops in line."""
     most = max(stage.activation_bytes for plan in plans for stage in plan.all_blocks)
-    columns = [f"policy_{index} [label={_column(plan, most)}]" for index, plan in enumerate(plans)]
-    order = " -> ".join(f"policy_{index}" for index in range(len(plans)))
+    lines = max(len(fold(plan).all_blocks) for plan in plans)
+    columns = "".join(f"<TD>{_column(plan, most, lines)}</TD>" for plan in plans)
     meaning = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
-    title = f"<{_font(plans[0].model, size=16)}<BR ALIGN='LEFT'/>{_font(meaning, FAINT, 9)}<BR ALIGN='LEFT'/>>"
-    heads = [*DEFAULTS, 'rankdir="LR"; nodesep=0.5', f'label={title}; labelloc="t"', 'node [shape="plain", style=""]']
-    lines = [*heads, *columns, *([f'{order} [style="invis"]'] if len(plans) > 1 else [])]
-    return "digraph {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+    # The height of a line of its own, or the small letters would touch the large ones.
+    title = f"<{_font(plans[0].model, size=16)}<BR ALIGN='LEFT'/>{_font(' ', size=4)}<BR/>{_font(meaning, FAINT, 9)}<BR ALIGN='LEFT'/>>"
+    row = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="12"><TR>{columns}</TR></TABLE>>'
+    parts = [*DEFAULTS, f'label={title}; labelloc="t"; labeljust="l"', f'policies [shape="plain", style="", label={row}]']
+    return "digraph {\n" + "".join(f"  {part}\n" for part in parts) + "}\n"
 
 
 def _figures(plan: BlockPlan) -> tuple[str, ...]:
@@ -74,12 +75,14 @@ def _figures(plan: BlockPlan) -> tuple[str, ...]:
     return (plan.policy, str(len(plan)), largest.name, *kept, count(max(stage.num_parameters for stage in stages)))
 
 
-def _column(plan: BlockPlan, most: int) -> str:
+def _column(plan: BlockPlan, most: int, lines: int) -> str:
+    """A table of a plan with so many lines, since Graphviz would stretch a shorter one to the height of the others."""
     _, _, largest, kept, whole, share, _ = _figures(plan)
     told = f"{blocks_in_words(plan)}; the largest, {shorten(largest, NAME_WIDTH)}, keeps {kept} of {whole}, {share}"
     rows = [_wide(f"<B>{_font(plan.policy, size=13)}</B>"), _wide(_font(told, FAINT, 9))]
     rows += [_line(block, most) for block in fold(plan).all_blocks]
-    return f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" COLOR="{FAINT}">{"".join(rows)}</TABLE>>'
+    rows += [_wide(_font(" "))] * (lines - len(fold(plan).all_blocks))
+    return f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" COLOR="{FAINT}">{"".join(rows)}</TABLE>'
 
 
 def _line(block: Block, most: int) -> str:

@@ -46,6 +46,10 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
     """
     if isinstance(history, (str, os.PathLike)):
         history = [history]
+    if isinstance(history, Mapping) or not isinstance(history, Iterable):
+        kind = type(history).__name__
+        raise InputError(f"history is a {kind}, not a list of epochs. Hint: [sffx.evaluate(net, loader), ...], one for each epoch")
+    history = list(history)
     files = [Path(entry) for entry in history if isinstance(entry, (str, os.PathLike))]
     found = list(_read(files)) if files else [_epoch(number, entry) for number, entry in enumerate(history)]
     if not found or not any(epoch.accuracy for epoch in found):

@@ -33,11 +33,14 @@ MARK_POINTS = 60
 
 GAP = '<TR><TD HEIGHT="8"></TD></TR>'
 
+_ALIKE = "blocks in a row that have the same modules, shape and cost"
+
 # What a legend tells: what must be drawn for it to be told, "" where it always is; a sample; its colour; its meaning.
 LEGEND = (
     ("", "– – →", RED, "cut: the output is {cut}; no gradient crosses"),
     ("", "–––→", BLUE, "goodness{heads}: the block learns by it alone; its mean over the blocks is the prediction"),
-    ("run", "double box", INK, "blocks in a row that have the same modules, shape and cost"),
+    ("run", "double box", INK, _ALIKE),
+    ("thick", "thick frame", INK, _ALIKE),
     ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
     ("join", "inside", TEAL, "paths that part and meet inside the block, as a shortcut does; gradient runs through them as ever"),
     ("wide", "cat of 9", TEAL, "reads nine values, of which the edge of the last is drawn; an svg names them where the pointer rests"),
@@ -176,7 +179,7 @@ def footer_label(plan: BlockPlan, shown: Collection[str], progress: Progress | N
 
     Args:
         plan: its leaves and notes are told.
-        shown: what the drawing holds besides blocks and cuts and is to be explained: "side", "detached", "rail", "run", "join".
+        shown: what the drawing holds besides blocks and cuts and is to be explained, as `LEGEND` names it.
         progress: whose colours are explained.
 
     Returns:

@@ -30,7 +30,7 @@ NOT_DRAWN = "last"
 # Colours of readouts of the whole net, whose lines are dashed; blocks have those of a scale.
 WHOLE = {"ensemble": "#000000", "weighted": "#0072b2", "classifier": "#d55e00", "model": "#000000"}
 # Of more blocks than this the legend names the first, the middle and the last.
-BLOCKS_NAMED = 8
+BLOCKS_NAMED = 16
 
 
 def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -120,7 +120,12 @@ def save(figure: Figure, path: Path) -> Path:
 def _pairs(evaluation: Any) -> Evaluation:
     """Return readouts with their accuracies, from an evaluation, a mapping, or such pairs themselves."""
     accuracy = getattr(evaluation, "accuracy", evaluation)
-    return list(accuracy.items() if isinstance(accuracy, Mapping) else accuracy)
+    try:
+        return [(str(name), float(value)) for name, value in (accuracy.items() if isinstance(accuracy, Mapping) else accuracy)]
+    except (TypeError, ValueError) as cause:
+        raise InputError(
+            f"a method's evaluation is {evaluation!r}, not accuracies by readout. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}"
+        ) from cause
 
 
 def _check(evaluations: Mapping[str, Evaluation]) -> None:
@@ -218,11 +223,16 @@ def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "accuracy":
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    elif all(value > 0 for epoch in found for value in getattr(epoch, kind).values()):
+    elif _spans_decades([value for epoch in found for value in getattr(epoch, kind).values()]):
         axes.set_yscale("log")
     axes.grid(axis="y", color="#e3e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    """Whether positive values lie so far apart that small ones could not be told from each other on a plain axis."""
+    return min(values, default=0) > 0 and max(values) >= 10 * min(values)
 
 
 def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:

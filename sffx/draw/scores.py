@@ -50,7 +50,8 @@ def plot_confusion(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pa
     if len(names) != size:
         raise InputError(f"classes has {len(names)} names, but the net tells {size} classes apart. Hint: one name for each label, in order")
     side = min(12.0, 2.5 + 0.3 * size)
-    figure = blank(side + 1, side, "plotting a confusion matrix")
+    beside = 0.07 * max(map(len, names))  # inches of the longest name, below and beside the matrix
+    figure = blank(side + 1 + beside, side + beside, "plotting a confusion matrix")
     shares = confusion(net, loader)
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)

@@ -66,6 +66,8 @@ def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
         ([0.5], None, "epoch 0 of the history is a float, but it has no accuracy"),
         ([{"accuracy": 0.5}], None, "epoch 0 of the history is a dict, but its accuracy is a float"),
         ("nowhere.csv", None, "there is no log 'nowhere.csv'"),
+        (EVALUATIONS[0], None, r"history is a \w+, not a list of epochs\. Hint: \[sffx\.evaluate"),
+        ({"accuracy": {"block_0": 0.5}}, None, r"history is a dict, not a list of epochs"),
     ],
 )
 def test_what_is_no_history_is_refused(history: Any, rates: Any, message: str) -> None:
@@ -89,7 +91,7 @@ def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_p
     assert points(accuracy) == [[0.3, 0.5], [0.4, 0.6], [0.35, 0.55]]
     assert points(loss) == [[2.0, 1.0], [1.5, 0.5], [1.75, 0.75]]
     assert points(rate) == [[1e-2, 1e-3], [1e-2, 1e-2], []]
-    assert (accuracy.get_yscale(), loss.get_yscale(), rate.get_yscale()) == ("linear", "log", "log")
+    assert (accuracy.get_yscale(), loss.get_yscale(), rate.get_yscale()) == ("linear", "linear", "log")
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["block 0", "block 1", "ensemble"]
     assert [float(x) for x in accuracy.lines[0].get_xdata()] == [1, 2]
 

@@ -84,6 +84,12 @@ def test_a_single_evaluation_is_asked_for_its_name(tmp_path: Path) -> None:
         plot_accuracy(Evaluation({"classifier": 0.5}, {"classifier": 1.0}, 2), tmp_path / "accuracy.png")
 
 
+@pytest.mark.parametrize("evaluations", [{"block_0": 0.5}, {"SFF": "abc"}, {"SFF": {"block_0": "high"}}])
+def test_what_is_no_evaluation_is_refused(tmp_path: Path, evaluations: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"a method's evaluation is .*, not accuracies by readout\. Hint: pass"):
+        plot_accuracy(evaluations, tmp_path / "accuracy.svg")
+
+
 def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.svg, \.png, \.pdf$"):
         plot_accuracy(EVALUATIONS, tmp_path / "accuracy.dot")

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import is_cut, plan_of
 from sffx.errors import InputError, MissingExtra
 from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
-from sffx.learning.losses import check_labels
+from sffx.learning.losses import LossFunction, check_labels
 from sffx.learning.readout import WEIGHTED, mixture, readout_of
 from sffx.training.evaluate import block_scores
 from sffx.training.groups import BlockPlateau, parameter_groups
@@ -148,6 +148,7 @@ class SFFModule(_Classifier):
         weight_decay: of AdamW.
         plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's own validation loss lowers that block's
             learning rate; None keeps the learning rates as they are.
+        loss_fn: a block's training loss, as `sffx.sff_loss` takes it; cross-entropy if None.
 
     Raises:
         InputError: `net` is no cut model.
@@ -163,11 +164,12 @@ class SFFModule(_Classifier):
         classifier_lr: float | None = None,
         weight_decay: float = 0.01,
         plateau: Mapping[str, Any] | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> None:
         plan_of(net)  # raises where there is none
         super().__init__(net, weight_decay, plateau)
-        self.lr, self.classifier_lr = lr, classifier_lr
-        self.save_hyperparameters(ignore=["net"])
+        self.lr, self.classifier_lr, self.loss_fn = lr, classifier_lr, loss_fn
+        self.save_hyperparameters(ignore=["net", "loss_fn"])
 
     def groups(self) -> list[dict[str, Any]]:
         """Return a parameter group for each block, as `sffx.parameter_groups` makes them."""
@@ -175,7 +177,7 @@ class SFFModule(_Classifier):
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the local loss of a batch, which holds the activations of one block at a time."""
-        return local_loss(self.net, x, y)
+        return local_loss(self.net, x, y, self.loss_fn)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state of the plateau, and how the model was cut, which `sffx-export` and `sffx-viz` read, into the checkpoint."""

@@ -51,7 +51,8 @@ def transform(
     """Cut a classifier into blocks that learn from their own losses.
 
     Args:
-        model: a classifier whose output is logits (B, J), or holds them first, or as `.logits`. It is copied and left as it is.
+        model: a classifier whose output is logits (B, J), or holds them first, or as `.logits`; where several of its outputs could be
+            logits, `num_classes` tells them. It is copied and left as it is.
         policy: where to cut. "residual", "batchnorm", "layer" or "module"; or one of `sffx.policies` with its parameters, as
             `stages(4)` or "stages(4)"; or names of nodes to cut after (`sffx.plan` lists them); or a function from the analysed graph to
             such names.
@@ -110,7 +111,7 @@ def _planned(
     name, function = policy_named(policy)
     if isinstance(function, Memory):
         function = replace(function, heads=heads, recompute=recompute)
-    traced = trace(model, example_input)
+    traced = trace(model, example_input, num_classes)
     return traced, make_plan(analyse(traced), name, function, num_classes, heads)
 
 

@@ -140,6 +140,11 @@ class Analysis:
             raise CutError(self.barren())
         return tuple(name for name in self.candidates if name in chosen)
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """What is used in several places, between which no cut can lie: names of parameters or of modules with a state."""
+        return tuple(dict.fromkeys(name for name in self._shared()[:-1] if name))
+
     def barren(self) -> str:
         """Say why nothing was cut, for an error."""
         if not self.candidates:
@@ -320,7 +325,7 @@ class Analysis:
         span: dict[int, list[int]] = {}
         names: dict[int, str] = {}
         for name, node in self.nodes.items():
-            for state, tensor in self.state(node).items():
+            for state, tensor in self._changed(node).items():
                 names.setdefault(id(tensor), node.target if node.op == "call_module" else state)
                 readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
                 span.setdefault(id(tensor), []).extend(readers)
@@ -329,6 +334,13 @@ class Analysis:
             if used:
                 shared[min(used) : max(used)] = [names[key]] * (max(used) - min(used))
         return shared
+
+    def _changed(self, node: fx.Node) -> dict[str, Tensor]:
+        """Return parameters that the node uses and buffers that its module writes, by qualname; others may be shared."""
+        module = self._module(node)
+        buffers = dict(module.named_buffers()) if module is not None else {}
+        written = {f"{node.target}.{name}": b for name, b in buffers.items() if name in node.meta["buffers"]}
+        return {**self.parameters(node), **written}
 
     def state(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module may write to, by qualname."""

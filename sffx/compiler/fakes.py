@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ def fake_copy(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its tensors."""
     with FakeCopyMode(mode):
         return copy.deepcopy(module, fake_tensors(module, mode))
+
+
+def fake_copy_but_constants(module: M, mode: FakeTensorMode) -> M:
+    """Return a copy of a module with fake twins of its parameters and buffers, and real copies of tensors that are plain attributes.
+
+    What a forward computes from these alone is a constant of the graph, and must have values.
+    """
+    memo: dict[int, Any] = dict(fake_tensors(module, mode))
+    with FakeCopyMode(mode):
+        copy.deepcopy([*module.parameters(), *module.buffers()], memo)  # the others, into the memo
+    return copy.deepcopy(module, memo)
 
 
 def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:

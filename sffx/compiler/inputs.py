@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -94,8 +95,8 @@ def _inferred(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
         if failure is None:
             return arguments
     why = f"the last shape tried failed with: {_told(failure)}" if failure else "its first layer is of no known kind"
-    hint = _hint(model, failure) or ". Hint: pass example_input=torch.randn(1, ...)"
-    raise InputError(f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}") from failure
+    hint = ". Hint: pass example_input=torch.randn(1, ...)"
+    raise InputError(f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}{_hint(model, failure)}") from failure
 
 
 def _single_argument(model: nn.Module) -> str:
@@ -151,7 +152,8 @@ def _failure(model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMod
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # checkpointing does without gradients
             model.forward(**arguments)  # not the call: hooks of the model itself are no part of what is traced
     except DATA_DEPENDENT:
         return None

@@ -35,6 +35,8 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
     """
     cuts = analysis.require(policy(analysis))
     width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
+    if width < 2:
+        raise InputError("the model returns one logit, but a goodness tells classes apart. Hint: for two classes, give it two logits")
     if num_classes not in (None, width):
         raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out")
     trace = analysis.trace
@@ -51,9 +53,17 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
-        notes=(*trace.notes, *notes(name, analysis), *_padding_notes(analysis, blocks)),
+        notes=(*trace.notes, *notes(name, analysis), *_shared_notes(analysis), *_padding_notes(analysis, blocks)),
         heads=heads or Heads(),
     )
+
+
+def _shared_notes(analysis: Analysis) -> list[str]:
+    shared = analysis.shared
+    if not shared:
+        return []
+    named = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
+    return [f"no cut can lie between uses of {named}: what learns belongs to one block"]
 
 
 def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:

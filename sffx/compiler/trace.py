@@ -15,19 +15,22 @@ import random
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, UntypedStorage, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd import Function
+from torch.nn.parameter import is_lazy
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from sffx.compiler.fakes import fake_copy
+from sffx.compiler.fakes import fake_copy_but_constants
 from sffx.compiler.hints import location, way_out
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf, is_cut
@@ -86,6 +89,7 @@ class Trace:
     Attributes:
         root: a copy of the model, which owns every module and tensor that the graph names.
         graph: its nodes carry `meta["example"]` (a fake value), `meta["cost"]`, `meta["writes"]` (arguments written in place),
+            `meta["buffers"]` (names of those of its module that a call writes),
             `meta["after"]` (nodes that must run before, though no argument says so) and `meta["read_behind"]` (whether such a
             node comes before another).
         inputs: the placeholders, as traced.
@@ -131,12 +135,13 @@ def _chance_kept() -> Iterator[None]:
 
 @_one_at_a_time
 @_chance_kept()
-def trace(model: nn.Module, example_input: Any = None) -> Trace:
+def trace(model: nn.Module, example_input: Any = None, num_classes: int | None = None) -> Trace:
     """Trace a copy of `model`; the model itself is not touched and nothing is computed.
 
     Args:
         model: any module whose output holds logits of shape (B, J).
         example_input: a tensor, a tuple of positional or a mapping of keyword arguments; None to infer it.
+        num_classes: tells the logits among several outputs.
 
     Raises:
         InputError: the input cannot be inferred, or the example does not fit.
@@ -144,16 +149,36 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
+    _require_plain(model)
     if is_cut(model):
         raise InputError("the model is cut already. Hint: sffx.extract(net) gives the plain model back, which can be cut in another way")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
     root = _copy(model)
-    probe = fake_copy(model, mode).train()
+    probe = fake_copy_but_constants(model, mode).train()
     arguments = example_arguments(probe, example_input, mode)
-    tracer, graph = _traced(probe, root, arguments, mode, leaves)
+    tracer, graph = _traced(probe, lambda training: GuidedTracer(mode, root, arguments, leaves, num_classes, training=training), leaves)
     _adopt(root, tracer, graph)
-    return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(_notes(root, graph)))
+    notes = [*_notes(root, graph), *(["gradient checkpointing in the model is left out"] if tracer.checkpointed else [])]
+    return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(notes))
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Refuse what is wrapped round a model, and a model without values.
+
+    Raises:
+        InputError: says what to pass instead.
+    """
+    kind = type(model).__name__
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's, whose class takes seconds to import
+        raise InputError("model is compiled. Hint: pass the plain one, model._orig_mod, and compile what transform returns")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"model is wrapped in {kind}. Hint: pass model.module, and wrap sffx.LocalLoss(net) instead")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)):
+        raise InputError(f"model is a {kind}, whose code cannot be traced. Hint: pass the module that it was scripted or traced from")
+    empty = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if empty:
+        raise InputError(f"{empty[0]!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)")
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -166,20 +191,19 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from cause
 
 
-def _traced(
-    probe: nn.Module, root: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str]
-) -> tuple[GuidedTracer, fx.Graph]:
+def _traced(probe: nn.Module, make_tracer: Callable[[bool], GuidedTracer], leaves: dict[str, str]) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
-    before = [(module, dict(vars(module))) for module in probe.modules()]
+    before = [(module, {**vars(module), "_buffers": dict(module._buffers)}) for module in probe.modules()]
     while True:
         _restore(before)
-        tracer, graph = _attempt(probe, root, arguments, mode, leaves, training=True)
-        if graph is None:
+        tracer = make_tracer(True)
+        graph = _attempt(probe, tracer, leaves)
+        if graph is None or _assign(probe, before, leaves):
             continue
         if not tracer.branched:
             return tracer, graph
         _restore(before)
-        _, other = _attempt(probe, root, arguments, mode, leaves, training=False)
+        other = _attempt(probe, make_tracer(False), leaves)
         if other is None:
             continue
         if _merge_modes(graph, other, tracer.branched):
@@ -200,14 +224,34 @@ def _restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
     for module, attributes in before:
         for name in [name for name in vars(module) if name not in attributes and not name.startswith("_tensor_constant")]:
             del module.__dict__[name]
-        module.__dict__.update(attributes)
+        module.__dict__.update({**attributes, "_buffers": dict(attributes["_buffers"])})
 
 
-def _attempt(
-    probe: nn.Module, root: nn.Module, arguments: dict[str, Any], mode: FakeTensorMode, leaves: dict[str, str], *, training: bool
-) -> tuple[GuidedTracer, fx.Graph | None]:
+def _assign(probe: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]], leaves: dict[str, str]) -> bool:
+    """Whether modules have put traced values in the place of their buffers, which a graph would not do; they become leaves.
+
+    Raises:
+        TraceError: the model itself has.
+    """
+    names = {module: name for name, module in probe.named_modules()}
+    found = False
+    for module, _ in before:
+        wrong = [name for name, value in module._buffers.items() if issubclass(type(value), fx.Proxy)]
+        if not wrong:
+            continue
+        if not names[module]:
+            raise TraceError(
+                f"{type(probe).__name__}.forward assigns its buffer {wrong[0]!r}, which a graph cannot hold. Hint: write into the buffer, "
+                f"self.{wrong[0]}.copy_(...), or move this into a submodule, which then becomes a leaf"
+            )
+        reason = f"assigns its buffer {wrong[0]!r}"
+        leaves.update({name: reason for name, other in probe.named_modules() if type(other) is type(module) and name})
+        found = True
+    return found
+
+
+def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> fx.Graph | None:
     """Trace once; on failure inside a submodule, add all modules of its class to `leaves` and return no graph."""
-    tracer = GuidedTracer(mode, root, arguments, leaves, training=training)
     try:
         tracer.plant_flags(probe)
         with tracer.factories():
@@ -225,10 +269,24 @@ def _attempt(
         kind = type(probe.get_submodule(qualname))
         reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} ({where})"
         leaves.update({name: reason for name, module in probe.named_modules() if type(module) is kind and name})
-        return tracer, None
+        return None
     finally:
         _lift_flags(probe)
-    return tracer, graph
+    return graph
+
+
+@contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _has_proxy(args: Any, kwargs: Any) -> bool:
+    return any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs)))
 
 
 class GuidedProxy(fx.Proxy):
@@ -248,6 +306,11 @@ class GuidedProxy(fx.Proxy):
     def __class__(self) -> type:
         """Answer `isinstance(x, Tensor)` as the value would."""
         return Tensor if isinstance(self.node.meta.get("example"), Tensor) else GuidedProxy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise RuntimeError("it assigns the .data of a tensor, which a graph cannot hold")
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         return _not_the_batch(len(self.example), isinstance(self.example, Tensor))
@@ -331,16 +394,26 @@ class GuidedTracer(fx.Tracer):
     Attributes:
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
+        checkpointed: whether gradient checkpointing was met, which changes no value and is left out of the graph.
     """
 
     def __init__(
-        self, mode: FakeTensorMode, original: nn.Module, arguments: dict[str, Any], leaves: dict[str, str], *, training: bool
+        self,
+        mode: FakeTensorMode,
+        original: nn.Module,
+        arguments: dict[str, Any],
+        leaves: dict[str, str],
+        num_classes: int | None,
+        *,
+        training: bool,
     ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
-        self.mode, self.original, self.arguments, self.leaves, self.training = mode, original, arguments, leaves, training
+        self.mode, self.original, self.arguments, self.leaves = mode, original, arguments, leaves
+        self.num_classes, self.training = num_classes, training
         self.branched: set[str] = set()
         self.failed: str | None = None
+        self.checkpointed = False
         self._running = False
         self._regime = _regime()
         self._alive: list[UntypedStorage] = []  # what was saved, or its addresses would be used again
@@ -361,22 +434,42 @@ class GuidedTracer(fx.Tracer):
     def factories(self) -> Iterator[None]:
         """Let `torch.zeros(b, t)` and its like be recorded when a size or a dtype is a proxy; other calls of them are as ever."""
         torch.overrides.get_overridable_functions()  # is kept once it was asked for: with the functions as they are now
-        originals = {name: getattr(torch, name) for name in _FACTORIES}
-        for name, original in originals.items():
-            setattr(torch, name, functools.partial(self._make, original))
-        try:
+        with ExitStack() as stack:
+            for name in _FACTORIES:
+                stack.enter_context(_patched(torch, name, functools.partial(self._make, getattr(torch, name))))
+            # What would take a proxy, which says that it is a tensor, for one in memory, and end the process.
+            apply = vars(Function)["apply"]
+            stack.enter_context(_patched(Function, "apply", classmethod(functools.partial(self._apply, apply))))
+            call = torch._C.ScriptFunction.__call__
+            stack.enter_context(_patched(torch._C.ScriptFunction, "__call__", lambda *args, **kwargs: self._script(call, *args, **kwargs)))
+            for name in [name for name in vars(checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")]:
+                stack.enter_context(_patched(checkpoint, name, self._unchecked))
             yield
-        finally:
-            for name, original in originals.items():
-                setattr(torch, name, original)
 
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs))):
-            return self.create_proxy("call_function", factory, args, kwargs)
-        return factory(*args, **kwargs)
+        return self.create_proxy("call_function", factory, args, kwargs) if _has_proxy(args, kwargs) else factory(*args, **kwargs)
+
+    def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if not _has_proxy(args, kwargs):
+            return apply.__get__(None, kind)(*args, **kwargs)
+        if kind is checkpoint.CheckpointFunction:
+            function, _, *inputs = args
+            self.checkpointed = True
+            return function(*inputs)
+        raise RuntimeError(f"it calls the autograd function {kind.__name__}, which a graph cannot hold")
+
+    def _unchecked(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Stand in for what torch's checkpointing does around a function."""
+        self.checkpointed = True
+        yield
+
+    def _script(self, call: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_proxy(args, kwargs):
+            raise RuntimeError(f"it calls the script {function.name}, which a graph cannot hold")
+        return call(function, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or is_layer(m)
+        return module_qualified_name in self.leaves or is_layer(m) or isinstance(m, torch.jit.ScriptModule)
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
         return GuidedProxy(node, self)
@@ -408,7 +501,7 @@ class GuidedTracer(fx.Tracer):
             name: self.create_proxy("placeholder", name, (), {}) if isinstance(value, Tensor) else value
             for name, value in self.arguments.items()
         }
-        return lambda: _logits(root_fn(self.root, **given)), []
+        return lambda: _logits(root_fn(self.root, **given), self.num_classes), []
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
@@ -460,6 +553,7 @@ class GuidedTracer(fx.Tracer):
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["example"])
         tensors = {arg: arg.meta["example"] for arg in node.all_input_nodes if isinstance(arg.meta["example"], Tensor)}
         versions = {arg: value._version for arg, value in tensors.items()}
+        buffers = self._buffers(node)
         cost, self._running = Cost(), True
         try:
             with self.mode, _CountMacs(cost), noting_saved(cost.saved, self._alive, _is_parameter), torch.enable_grad():
@@ -469,13 +563,22 @@ class GuidedTracer(fx.Tracer):
         node.meta["of_batch"] = _is_of_batch(node)
         node.meta["cost"] = cost
         node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
+        node.meta["buffers"] = frozenset(name for name, state in self._buffers(node).items() if state != buffers.get(name))
+
+    def _buffers(self, node: fx.Node) -> dict[str, tuple[int, int]]:
+        """Return the identity and the version of each buffer of the module that a node calls."""
+        if node.op != "call_module" or is_flag(node):
+            return {}
+        return {name: (id(buffer), buffer._version) for name, buffer in self.root.get_submodule(str(node.target)).named_buffers()}
 
     def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target: Any = node.target
         if node.op == "placeholder":
             return self.arguments[target]
         if node.op == "get_attr":
-            return _attribute(self.root, target)
+            value = _attribute(self.root, target)
+            # Always the same twin of one constant, whose memory is told from that of others by it.
+            return self.mode.from_tensor(value) if type(value) is Tensor else value
         if node.op == "call_function":
             return target(*args, **kwargs)
         if node.op == "call_method":
@@ -489,10 +592,10 @@ class GuidedTracer(fx.Tracer):
                 return self._computed(target, args, kwargs)
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a leaf whose shapes depend on data for real, on zeros."""
+        """Run a leaf whose shapes depend on data for real, on ones, which are lengths and indices as well."""
         with unset_fake_temporarily(), torch.no_grad():
             module = copy.deepcopy(self.original.get_submodule(target))
-            real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
+            real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
         learns = any(tensor.requires_grad for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, Tensor))
         fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and t.is_floating_point())  # noqa: E731
@@ -609,17 +712,44 @@ def _later(nodes: list[fx.Node], place: int, position: dict[fx.Node, int]) -> li
     return nodes[bisect_right(nodes, place, key=position.__getitem__) :]
 
 
-def _logits(value: Any) -> Any:
-    """Find the logits in what a forward returns: themselves, the first of a tuple, or what is called so in a mapping or a record."""
+def _logits(value: Any, num_classes: int | None) -> Any:
+    """Find the logits in what a forward returns.
+
+    They are what it returns, or what is called so in a mapping or a record, or else the first of several values; but where several could
+    be logits of different widths, the one with `num_classes` columns.
+
+    Raises:
+        TraceError: several could be, and `num_classes` does not say which.
+    """
     if issubclass(type(value), fx.Proxy):
         return value
     if dataclasses.is_dataclass(value):
         value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return _logits(value["logits"] if "logits" in value else next(iter(value.values()), None))
-    if isinstance(value, (tuple, list)):
-        return _logits(value[0]) if value else None
-    return value
+        if "logits" in value:
+            return _logits(value["logits"], num_classes)
+        value = tuple(value.values())
+    if not isinstance(value, (tuple, list)) or not value:
+        return None if isinstance(value, (tuple, list)) else value
+    widths = {i: _width(each) for i, each in enumerate(value) if _width(each)}
+    if len(set(widths.values())) < 2:
+        return _logits(value[0], num_classes)
+    fitting = [i for i, width in widths.items() if width == num_classes]
+    if not fitting:
+        shapes = ", ".join(f"(B, {width})" for width in widths.values())
+        raise TraceError(
+            f"the model returns several values that could be its logits, of shapes {shapes}"
+            f"{'' if num_classes is None else f', none with num_classes={num_classes}'}. Hint: pass num_classes, which tells which of them"
+        )
+    return value[fitting[0]]
+
+
+def _width(value: Any) -> int:
+    """Return n of a traced value that could be logits, a float tensor (B, n); 0 of others."""
+    example = value.node.meta["example"] if issubclass(type(value), fx.Proxy) else None
+    if not isinstance(example, Tensor) or example.ndim != 2 or len(example) != TRACE_BATCH or not example.is_floating_point():
+        return 0
+    return int(example.shape[1])
 
 
 def _merge_modes(graph: fx.Graph, other: fx.Graph, branched: set[str]) -> bool:
@@ -685,7 +815,7 @@ def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
         picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
     for node, example in ((flag, True), (picked, numbers[1])):
         stack = reader.meta.get("nn_module_stack", {})
-        settled = {"cost": Cost(), "writes": (), "after": (), "read_behind": False, "of_batch": False}
+        settled = {"cost": Cost(), "writes": (), "buffers": frozenset(), "after": (), "read_behind": False, "of_batch": False}
         node.meta = {"example": example, "nn_module_stack": stack, **settled}
     return picked
 
@@ -694,7 +824,13 @@ def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
     """Give `root` the constants and training flags that the graph names."""
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(root, node.target):
-            root.register_buffer(node.target, getattr(tracer.root, node.target), persistent=False)
+            value = getattr(tracer.root, node.target)
+            if isinstance(value, FakeTensor):
+                raise TraceError(
+                    f"{type(root).__name__} computes a constant, of shape {tuple(value.shape)}, from what has no values in a trace. "
+                    "Hint: register the tensor that it is made of by self.register_buffer"
+                )
+            root.register_buffer(node.target, value, persistent=False)
         if is_flag(node):
             owner = root.get_submodule(node.target.rpartition(".")[0])
             owner.add_module(_FLAG, TrainingFlag().train(owner.training))

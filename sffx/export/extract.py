@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from sffx.compiler.plan import plan_of
 from sffx.compiler.trace import TrainingFlag
+from sffx.learning.pool import LeanMaxPool2d
 
 
 def extract(net: fx.GraphModule) -> nn.Module:
@@ -27,12 +28,32 @@ def extract(net: fx.GraphModule) -> nn.Module:
     origin: Any = net.origin
     model: nn.Module = copy.deepcopy(origin.model)
     _strip(model)
-    model.to(next(net.parameters()).device).train(net.training)
     parts = [net.get_submodule(block.target) for block in plan.all_blocks]
+    for part in parts:
+        _put_back(part, model)
+    model.to(next(net.parameters()).device).train(net.training)
     state = model.state_dict()  # carries the versions by which some layers load
     state.update({name: tensor.clone() for part in parts for name, tensor in part.state_dict().items()})
     model.load_state_dict(state, assign=True)  # each tensor in its own dtype
     return model
+
+
+def _put_back(part: nn.Module, model: nn.Module) -> None:
+    """Give the model what was put in the place of its layers after it was cut, as adapters are."""
+    for name, module in part.named_modules():
+        owner, _, leaf = name.rpartition(".")
+        before = _submodule(model, name)
+        # A holder of layers is a plain module in a block's graph, and a lean pool is what the cut itself has put there.
+        if before is None or type(module) in (nn.Module, type(before), LeanMaxPool2d) or isinstance(module, fx.GraphModule):
+            continue
+        setattr(model.get_submodule(owner), leaf, copy.deepcopy(module))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _strip(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from sffx.compiler.trace import storage
 from sffx.errors import InputError
 from sffx.learning.activation import private_gradients
 from sffx.learning.goodness import full_precision
-from sffx.learning.losses import block_loss, check_labels, total
+from sffx.learning.losses import LossFunction, block_loss, check_targets, total
 from sffx.learning.recompute import is_plain
 from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
@@ -26,7 +27,7 @@ from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import Parking, parking_of
 
 
-def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
+def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
     """Return the loss of all blocks, computing each block's gradient as soon as its goodness is there.
 
     Equal to `sff_loss(net(x), y)`, in value and, after `.backward()`, in gradients, but the activations of a block are freed before the
@@ -36,7 +37,8 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
     Args:
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
-        y: class indices, (B,).
+        y: class indices, (B,), or probabilities of the classes, (B, J), or what `loss_fn` takes.
+        loss_fn: a block's loss from its goodness and y, as `sff_loss` takes it; cross-entropy if None.
 
     Raises:
         InputError: `net` is no cut model or is in eval mode, x requires gradient or is not what the model can run on, or the labels do not
@@ -45,7 +47,7 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    for loss, found in _block_steps(net, x, y, keep_hooks_back=True):
+    for loss, found in _block_steps(net, x, y, loss_fn, keep_hooks_back=True):
         losses.append(loss)
         parameters += found
         gradients += found.values()
@@ -53,7 +55,7 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor) -> Tensor:
     return _Deposit.apply(value, gradients, *parameters) if parameters and torch.is_grad_enabled() else value
 
 
-def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> Tensor:
+def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer, loss_fn: LossFunction | None = None) -> Tensor:
     """Train one step, each block by itself: its gradients are computed, used and freed before the next block runs.
 
     The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`, but the gradients of one block at a time are held.
@@ -63,24 +65,35 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer) -> 
     Args:
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
-        y: class indices, (B,).
+        y: class indices, (B,), or probabilities of the classes, (B, J), or what `loss_fn` takes.
         optimizer: over the parameters of `net`. With the groups of `parameter_groups`, each call of its `step` looks at one block only.
-            Of a parked model, the one that it was parked with.
+            Of a parked model, the one that it was parked with. One that looks at all gradients at once, as LAMB does at their norm, sees
+            one block's.
+        loss_fn: a block's loss from its goodness and y, as `sff_loss` takes it; cross-entropy if None.
 
     Returns:
         The loss of all blocks before the step, a scalar without gradient.
 
     Raises:
         InputError: `net` is no cut model or is in eval mode, or is parked with another optimizer, the optimizer holds none of its
-            parameters, or the labels do not fit.
+            parameters or is LBFGS, or the labels do not fit.
+
+    Warns:
+        UserWarning: several processes train; their gradients are not averaged.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError("LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure")
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        warnings.warn(
+            "local_step does not average gradients over processes. Hint: DistributedDataParallel(sffx.LocalLoss(net))", stacklevel=2
+        )
     parking = _parking(net, optimizer)
     if parking is None:  # else it was required when the model was parked
         require_optimizer_of(net, optimizer)
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
     with parking.step() if parking is not None else nullcontext():
-        for loss, found in _block_steps(net, x, y, keep_hooks_back=False):
+        for loss, found in _block_steps(net, x, y, loss_fn, keep_hooks_back=False):
             losses.append(loss)
             if found:
                 _apply(optimizer, found)
@@ -102,12 +115,14 @@ def _parking(net: fx.GraphModule, optimizer: Optimizer) -> Parking | None:
     return parking
 
 
-def _block_steps(net: fx.GraphModule, x: Any, y: Tensor, *, keep_hooks_back: bool) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
+def _block_steps(
+    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None, *, keep_hooks_back: bool
+) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
     walk = BlockWalk(net)
-    check_labels(y, _batch_size(x), walk.plan.num_classes)
+    check_targets(y, _batch_size(x), walk.plan.num_classes, loss_fn)
     for part, scores in walk.run(x):
-        loss = block_loss(scores, y)
+        loss = block_loss(scores, y, loss_fn)
         del scores
         with _hooks_kept_back(walk.trainable[part]) if keep_hooks_back else nullcontext():
             found = _gradients(loss, walk.trainable[part]) if loss.requires_grad else {}
@@ -141,15 +156,17 @@ class LocalLoss(nn.Module):
 
     Attributes:
         net: the cut model.
+        loss_fn: a block's loss, as `sff_loss` takes it; cross-entropy if None.
     """
 
-    def __init__(self, net: fx.GraphModule) -> None:
+    def __init__(self, net: fx.GraphModule, loss_fn: LossFunction | None = None) -> None:
         super().__init__()
         self.net = net
+        self.loss_fn = loss_fn
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of all blocks, a scalar; see `local_loss`."""
-        return local_loss(self.net, x, y)
+        return local_loss(self.net, x, y, self.loss_fn)
 
 
 class BlockWalk:

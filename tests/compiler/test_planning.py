@@ -12,6 +12,7 @@ from sffx.compiler.plan import Heads
 from sffx.compiler.planning import make_plan
 from sffx.compiler.policies import layer
 from sffx.compiler.trace import trace
+from sffx.errors import InputError
 from tests.toys import Chain, Residual, TwoBranches, TwoInputs
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -66,3 +67,42 @@ def test_the_heads_are_those_that_the_model_was_cut_with():
     assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.heads == Heads(**asked)
     assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.heads == Heads(goodness="cwc")
     assert sffx.plan(Residual(), example_input=IMAGE).heads == sffx.transform(Residual(), example_input=IMAGE).plan.heads == Heads()
+
+
+class Shares(nn.Module):
+    """Five layers with one module between them."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.layers, self.head = shared, nn.ModuleList(nn.Linear(6, 6) for _ in range(5)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = torch.relu(self.shared(each(x)))
+        return self.head(x)
+
+
+class Shift(nn.Module):
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+        self.register_buffer("shift", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.shift.add_(1)
+        return x + self.shift
+
+
+def test_buffers_that_nobody_writes_may_be_used_on_both_sides_of_a_cut():
+    x = torch.zeros(2, 6)
+    assert len(sffx.plan(Shares(Shift(counts=False)), "layer", x)) == 5
+    for shared in (Shift(counts=True), nn.PReLU(), nn.BatchNorm1d(6)):
+        plan = sffx.plan(Shares(shared), "layer", x)
+        assert len(plan) == 1
+        assert "no cut can lie between uses of shared: what learns belongs to one block" in plan.notes
+
+
+def test_one_logit_is_refused():
+    with pytest.raises(InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"):
+        sffx.plan(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)), "layer")

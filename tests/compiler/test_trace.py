@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import random
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import sffx
 from sffx.compiler.trace import TrainingFlag, trace
@@ -597,3 +599,166 @@ def test_threads_trace_one_after_the_other():
         for found in pool.map(lambda _: trace(model), range(6)):
             assert [node.name for node in found.graph.nodes] == names
     assert torch.zeros is zeros
+
+
+class Constants(nn.Module):
+    """Computes with tensors that are plain attributes, no buffers."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embed, self.mix, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.table = torch.linspace(-1, 1, 60).view(10, 6)
+        self.tables = [self.table, {"half": 0.5 * self.table}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        found = {
+            "sliced": lambda: self.table[: x.shape[1]],
+            "scaled": lambda: (0.5 * self.table)[:5],
+            "in a list": lambda: self.tables[0][:5],
+            "in a dict": lambda: self.tables[1]["half"][:5],
+            "as it is": lambda: self.table[:5].exp(),
+        }
+        return self.out(self.mix(torch.relu(x + found[self.way]())).mean(1))
+
+
+@pytest.mark.parametrize("way", ["sliced", "scaled", "in a list", "in a dict", "as it is"])
+def test_constants_have_values(way):
+    torch.manual_seed(0)
+    model, x = Constants(way), torch.randn(7, 5, 4)
+    net = sffx.transform(model, "layer", x, norm="none").train()
+    assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*net.parameters(), *net.buffers()))
+    assert torch.equal(net(x)[-1], model(x))
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class ByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Rounded.apply(3 * self.conv(x))
+
+
+class ByScript(ByFunction):
+    def forward(self, x: Tensor) -> Tensor:
+        return SCRIPT(self.conv(x))
+
+
+class Checkpointed(ByFunction):
+    reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.conv, x, use_reentrant=self.reentrant) + x
+
+
+class CheckpointedOtherwise(Checkpointed):
+    reentrant = False
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SCRIPT = torch.jit.trace(lambda x: x * torch.tanh(F.softplus(x)), torch.zeros(2, 8, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ByFunction, "calls the autograd function Rounded"),
+        (ByScript, "calls the script"),
+        (Checkpointed, ""),
+        (CheckpointedOtherwise, ""),
+    ],
+)
+def test_what_would_take_a_proxy_for_a_tensor_ends_in_a_leaf_or_is_left_out(kind, reason):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), kind(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    x = torch.randn(4, 3, 8, 8)
+    net = sffx.transform(model, ["_4"], x, norm="none").train()
+    assert torch.equal(net(x)[-1], model(x))
+    assert [leaf.qualname for leaf in net.plan.leaves] == (["2"] if reason else [])
+    assert all(reason in leaf.reason for leaf in net.plan.leaves)
+    assert ("gradient checkpointing in the model is left out" in net.plan.notes) == (not reason)
+    assert torch.equal(Rounded.apply(torch.tensor(0.6)), torch.tensor(1.0))  # torch's own is back
+
+
+class AssignsBuffer(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.linear = way, nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.way == "in training":
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        elif self.way == "data":
+            self.mean.data = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return torch.relu(y - self.mean)
+
+
+@pytest.mark.parametrize("way", ["always", "in training", "data"])
+def test_a_module_that_assigns_its_buffer_becomes_a_leaf(way):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), AssignsBuffer(way), AssignsBuffer(way), nn.Linear(6, 3)), torch.randn(8, 6)
+    net = sffx.transform(model, "layer", x, norm="none").train()
+    for _ in range(3):
+        assert torch.equal(net(x)[-1], model(x))
+    assert torch.equal(sffx.extract(net)[1].mean, model[1].mean)
+    assert [leaf.qualname for leaf in net.plan.leaves] == ["1", "2"]
+
+
+def test_a_model_that_assigns_its_own_buffer_is_refused():
+    with pytest.raises(TraceError, match=r"assigns its buffer 'mean'.*Hint: write into the buffer, self\.mean\.copy_"):
+        sffx.transform(AssignsBuffer("always"), example_input=torch.zeros(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda model: torch.compile(model, backend="eager"), r"model is compiled\. Hint: pass the plain one, model\._orig_mod"),
+        (nn.DataParallel, r"wrapped in DataParallel\. Hint: pass model\.module"),
+        (lambda model: torch.jit.trace(model, torch.zeros(2, 3, 8, 8)), r"whose code cannot be traced\. Hint: pass the module"),
+        (lambda model: nn.Sequential(nn.LazyConv2d(8, 3), model), r"'0\.weight' has no shape yet.*Hint: run the model once"),
+    ],
+)
+def test_what_is_wrapped_round_a_model_is_named(wrap, message):
+    with pytest.raises(InputError, match=message):
+        sffx.transform(wrap(Chain()), example_input=torch.zeros(2, 3, 8, 8))
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self, as_mapping: bool) -> None:
+        super().__init__()
+        self.as_mapping = as_mapping
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        embedding = self.b(torch.relu(self.a(x)))
+        logits = self.c(embedding)
+        return {"embedding": embedding, "scores": logits} if self.as_mapping else (embedding, logits)
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_the_logits_among_several_outputs_are_told_by_the_number_of_classes(as_mapping):
+    model, x = TwoOutputs(as_mapping), torch.randn(4, 6)
+    with pytest.raises(TraceError, match=r"could be its logits, of shapes \(B, 5\), \(B, 3\)\. Hint: pass num_classes"):
+        sffx.plan(model, "layer", x)
+    with pytest.raises(TraceError, match=r"none with num_classes=4"):
+        sffx.plan(model, "layer", x, num_classes=4)
+    assert sffx.plan(model, "layer", x, num_classes=3).num_classes == 3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sffx
 from sffx.errors import InputError
@@ -40,3 +41,19 @@ def test_the_norm_takes_away_mean_and_length_of_each_sample():
     normed = SampleNorm(eps=0)(y).flatten(1)
     torch.testing.assert_close(normed.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(normed.square().mean(1), torch.ones(4))
+
+
+def test_probabilities_are_targets_as_in_torch():
+    goodness, y = torch.randn(3, 5, 4, dtype=torch.float64), torch.rand(5, 4).softmax(1)
+    expected = sum(F.cross_entropy(g, y.double()) for g in goodness)
+    torch.testing.assert_close(sffx.sff_loss(goodness, y), expected)
+
+
+def test_a_loss_of_ones_own():
+    goodness, y = torch.randn(3, 5, 4), torch.tensor([0, 3, -100, 1, 2])
+    smooth = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    torch.testing.assert_close(sffx.sff_loss(goodness, y, smooth), sum(smooth(g, y) for g in goodness))
+    with pytest.raises(InputError, match=r"labels run from -100 to 3.*Hint: loss_fn=torch\.nn\.CrossEntropyLoss\(\) leaves out"):
+        sffx.sff_loss(goodness, y)
+    with pytest.raises(InputError, match=r"loss_fn returned a tensor of shape \(5,\), not a scalar\. Hint: the mean"):
+        sffx.sff_loss(goodness, y, torch.nn.CrossEntropyLoss(reduction="none"))

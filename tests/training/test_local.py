@@ -403,3 +403,30 @@ def test_parameters_of_other_models_are_left_alone():
     sffx.local_step(net, x, y, optimizer)
     assert other.item() == 0
     assert optimizer.param_groups[0]["params"] == held
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_loss_of_ones_own_and_probabilities_train_as_in_the_deferred_way(soft):
+    net, x, y = cut("residual")
+    loss_fn = None if soft else nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.rand(4).double())
+    y = F.one_hot(y, 4).double().lerp(torch.full((9, 4), 0.25).double(), 0.3) if soft else y
+    twins = [copy.deepcopy(net) for _ in range(2)]
+    torch.manual_seed(1)
+    expected = sffx.sff_loss(net(x), y, loss_fn)
+    expected.backward()
+    torch.manual_seed(1)
+    found = sffx.LocalLoss(twins[0], loss_fn)(x, y)
+    found.backward()
+    assert torch.equal(found, expected)
+    assert_same(gradients(net), gradients(twins[0]))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (net, twins[1])]
+    optimizers[0].step()
+    torch.manual_seed(1)
+    sffx.local_step(twins[1], x, y, optimizers[1], loss_fn)
+    assert_same(dict(net.named_parameters()), dict(twins[1].named_parameters()))
+
+
+def test_an_optimizer_that_asks_for_the_loss_again_is_refused():
+    net, x, y = cut("chain")
+    with pytest.raises(InputError, match=r"LBFGS computes the loss several times.*Hint: sffx\.local_loss in its closure"):
+        sffx.local_step(net, x, y, torch.optim.LBFGS(net.parameters()))

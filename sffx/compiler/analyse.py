@@ -143,7 +143,7 @@ class Analysis:
     @property
     def shared(self) -> tuple[str, ...]:
         """What is used in several places, between which no cut can lie: names of parameters or of modules with a state."""
-        return tuple(dict.fromkeys(name for name in self._shared()[:-1] if name))
+        return tuple(dict.fromkeys(name for name in self._shared[:-1] if name))
 
     def barren(self) -> str:
         """Say why nothing was cut, for an error."""
@@ -268,7 +268,7 @@ class Analysis:
         return sum(1 for name in seen - {start} if self.parameters(self.nodes[name]) or self._is_weighted(self.nodes[name]))
 
     def _refusals(self) -> list[str]:
-        shared, norms = self._shared(), self._batch_norms_after()
+        shared, norms = self._shared, self._batch_norms_after()
         last_weight = max((self.step_of[name] for name, node in self.nodes.items() if self.parameters(node)), default=-1)
         return [self._refuse(i, shared[i], norms[name], last_weight) for i, name in enumerate(self.spine)]
 
@@ -320,6 +320,7 @@ class Analysis:
     def _same_shape(self, one: str, other: str) -> bool:
         return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(self.nodes[other].meta["example"], "shape", 2)
 
+    @cached_property
     def _shared(self) -> list[str]:
         """Return for each step the name of a parameter or stateful module that is used both up to it and after it, "" for none."""
         span: dict[int, list[int]] = {}
@@ -337,10 +338,8 @@ class Analysis:
 
     def _changed(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module writes, by qualname; others may be shared."""
-        module = self._module(node)
-        buffers = dict(module.named_buffers()) if module is not None else {}
-        written = {f"{node.target}.{name}": b for name, b in buffers.items() if name in node.meta["buffers"]}
-        return {**self.parameters(node), **written}
+        changed = {*self.parameters(node), *(f"{node.target}.{name}" for name in node.meta["buffers"])}
+        return {name: tensor for name, tensor in self.state(node).items() if name in changed}
 
     def state(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module may write to, by qualname."""

@@ -1,8 +1,9 @@
-"""What errors about a model's own code say: the line, and the way out for a model that is no classifier."""
+"""What errors and notes say: the line of a model's own code, names in brief, and the way out for a model that is no classifier."""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,6 +14,11 @@ def location(failure: BaseException) -> str:
     """Name the line of the model's code in which something failed."""
     frames = [f for f in traceback.extract_tb(failure.__traceback__) if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"
+
+
+def in_brief(names: Sequence[str], most: int) -> str:
+    """Write the first names of a list, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def way_out(model: nn.Module) -> str:

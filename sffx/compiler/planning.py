@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.analyse import Analysis, common_scope, scopes
+from sffx.compiler.hints import in_brief
 from sffx.compiler.inputs import TRACE_BATCH
 from sffx.compiler.plan import Block, BlockPlan, Heads, Node
 from sffx.compiler.policies import Policy, notes
@@ -60,10 +61,7 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
 
 def _shared_notes(analysis: Analysis) -> list[str]:
     shared = analysis.shared
-    if not shared:
-        return []
-    named = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
-    return [f"no cut can lie between uses of {named}: what learns belongs to one block"]
+    return [f"no cut can lie between uses of {in_brief(shared, 3)}: what learns belongs to one block"] if shared else []
 
 
 def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:

@@ -128,22 +128,23 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
     for name, value in values.items():
         value.meta = {"memory": _memory(nodes[name])}
     views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
-    outside = {storage(nodes[name].meta["example"]) for name in views}
+    outside = {_memory(nodes[name]) for name in views}
     replaced: dict[str, nn.Module] = {}
     for name in block.nodes:
         node = nodes[name]
+        writes = {_memory(written) for written in node.meta["writes"]}
         values[name] = graph.node_copy(node, lambda n: values[n.name])
         values[name].meta = {
             "nn_module_stack": node.meta.get("nn_module_stack", {}),
             "read_behind": node.meta["read_behind"],
             "origin": name,
             "memory": _memory(node),
-            "writes": {_memory(written) for written in node.meta["writes"]},
+            "writes": writes,
         }
         if any(read.name in views and _may_be_view(node, read, trace.root) for read in node.all_input_nodes[:1]):
             views.add(name)
         hidden = any(written.name in views for written in node.meta["writes"]) and not node.meta["read_behind"]
-        if hidden or any(storage(written.meta["example"]) in outside for written in node.meta["writes"]):
+        if hidden or writes & outside:
             _keep_input(values[name], node, trace.root, replaced)
     outputs = tuple(values[name] for name in (block.output, *block.sides))
     graph.output(outputs if block.sides else outputs[0])

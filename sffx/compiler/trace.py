@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.fakes import fake_copy_but_constants
-from sffx.compiler.hints import location, way_out
+from sffx.compiler.hints import in_brief, location, way_out
 from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
 from sffx.compiler.plan import Input, Leaf, is_cut
 from sffx.errors import InputError, TraceError
@@ -47,6 +47,7 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
+_TRACING = threading.RLock()
 _FLAG = "training_flag"
 _FROZEN_BATCH = "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
@@ -109,16 +110,11 @@ def _chance() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
-def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one thread after the other run a function: fx, and `GuidedTracer.factories`, put their own in the place of torch's functions."""
-    lock = threading.RLock()
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with lock:
-            return function(*args, **kwargs)
-
-    return call
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let one thread after the other trace: fx, and `GuidedTracer.factories`, put their own in the place of torch's functions."""
+    with _TRACING:
+        yield
 
 
 @contextmanager
@@ -133,7 +129,7 @@ def _chance_kept() -> Iterator[None]:
         np.random.set_state(numpys)
 
 
-@_one_at_a_time
+@_one_at_a_time()
 @_chance_kept()
 def trace(model: nn.Module, example_input: Any = None, num_classes: int | None = None) -> Trace:
     """Trace a copy of `model`; the model itself is not touched and nothing is computed.
@@ -729,8 +725,10 @@ def _logits(value: Any, num_classes: int | None) -> Any:
         if "logits" in value:
             return _logits(value["logits"], num_classes)
         value = tuple(value.values())
-    if not isinstance(value, (tuple, list)) or not value:
-        return None if isinstance(value, (tuple, list)) else value
+    if not isinstance(value, (tuple, list)):
+        return value
+    if not value:
+        return None
     widths = {i: _width(each) for i, each in enumerate(value) if _width(each)}
     if len(set(widths.values())) < 2:
         return _logits(value[0], num_classes)
@@ -874,8 +872,7 @@ def _notes(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
     idle = _idle(root, used)
     if idle:
-        shown = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
-        yield f"left out, since the logits do not depend on them: {shown}"
+        yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
 
 
 def _idle(root: nn.Module, used: set[int]) -> list[str]:

@@ -41,7 +41,11 @@ def read_checkpoint(path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
     Raises:
         InputError: there is no such file, it is no checkpoint, holds no accuracies, or is of other blocks.
     """
-    content = read_mapping(Path(path))
+    return progress_in(read_mapping(Path(path)), path, plan)
+
+
+def progress_in(content: Mapping[str, Any], path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
+    """Read the same from what the file holds; see `read_checkpoint`."""
     accuracy = content.get(ACCURACY_KEY)
     if not isinstance(accuracy, Mapping) or not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in accuracy.values()):
         entries = ", ".join(map(repr, content)) or "nothing"

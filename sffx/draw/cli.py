@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sffx.compiler.plan import BlockPlan
-from sffx.draw.checkpoint import read_checkpoint, read_mapping
+from sffx.draw.checkpoint import progress_in, read_mapping
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.inputs import SHAPE_HELP, example_of, given_input
 from sffx.draw.render import PICTURES, TEXT, check_path, draw, plan_in
@@ -84,12 +84,13 @@ def _run(options: argparse.Namespace) -> int:
     _require_together(options)
     if options.compare is not None:
         return _compare(options)
-    (plan,) = _plans(options, [options.policy])
+    content = read_mapping(options.checkpoint) if options.checkpoint is not None else None
+    (plan,) = _plans(options, [options.policy], content)
     if options.plan:
         print(plan)
         return 0
     with _writing():
-        path = _draw(plan, options)
+        path = _draw(plan, options, content)
     print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
     _show(path, options)
     return 0
@@ -141,7 +142,7 @@ def _show(path: Path, options: argparse.Namespace) -> None:
         webbrowser.open(path.resolve().as_uri())
 
 
-def _plans(options: argparse.Namespace, policies: Sequence[str | None]) -> list[BlockPlan]:
+def _plans(options: argparse.Namespace, policies: Sequence[str | None], content: Mapping[str, Any] | None = None) -> list[BlockPlan]:
     """The plan of the model by each policy, or the one that it carries; of a checkpoint, as its model was cut."""
     # Here, because they import torch, and --help should not wait for it.
     import sffx
@@ -149,7 +150,7 @@ def _plans(options: argparse.Namespace, policies: Sequence[str | None]) -> list[
     from sffx.draw.sources import token_example
     from sffx.export.checkpoint import Cut, classes_of, heads_of
 
-    told, state = _trained(options.checkpoint) if options.checkpoint is not None else (None, {})
+    told, state = _trained(content) if content is not None else (None, {})
     model = find_model(options.source, options.model, options.classes or (told and told.num_classes) or classes_of(state))
     known = plan_in(model)
     if known is not None and options.compare is not None:
@@ -158,25 +159,24 @@ def _plans(options: argparse.Namespace, policies: Sequence[str | None]) -> list[
         )
     if known is not None:
         return [known]
+    known_cut = told or Cut(example=token_example(model) if options.source.startswith("hf:") else None)
     example = example_of(options.input)
-    if example is None:
-        example = told.example if told is not None else token_example(model) if options.source.startswith("hf:") else None
     plans = []
     for policy in policies:
-        cut = Cut(policy or (told.policy if told is not None else "residual"), example)
-        heads = dict(told.heads or {}, norm=told.norm) if told is not None else {}
-        if state and (told is None or told.heads is None):
+        said = {"policy": policy, "name": policy and "", "example": example}
+        cut = replace(known_cut, **{name: value for name, value in said.items() if value is not None})
+        heads: dict[str, Any] = {"norm": told.norm} if told is not None else {}
+        if state or cut.heads is not None:
             heads |= heads_of(state, model, cut)
-        plan = sffx.plan(model, policy=cut.policy, example_input=example, num_classes=options.classes, **heads)
-        plans.append(plan if policy or told is None or not told.name else replace(plan, policy=told.name))
+        plan = sffx.plan(model, policy=cut.policy, example_input=cut.example, num_classes=options.classes, **heads)
+        plans.append(replace(plan, policy=cut.name) if cut.name else plan)
     return plans
 
 
-def _trained(path: Path) -> tuple[Cut | None, dict[str, Tensor]]:
+def _trained(content: Mapping[str, Any]) -> tuple[Cut | None, dict[str, Tensor]]:
     """How a checkpoint says that its model was cut, if it does, and its weights; accuracies alone can be drawn without them."""
     from sffx.export.checkpoint import recorded, weights_of
 
-    content = read_mapping(path)
     told = recorded(content)
     try:
         return told, weights_of(content)
@@ -184,8 +184,8 @@ def _trained(path: Path) -> tuple[Cut | None, dict[str, Tensor]]:
         return told, {}
 
 
-def _draw(plan: BlockPlan, options: argparse.Namespace) -> Path:
-    progress = read_checkpoint(options.checkpoint, plan) if options.checkpoint is not None else None
+def _draw(plan: BlockPlan, options: argparse.Namespace, content: Mapping[str, Any] | None) -> Path:
+    progress = progress_in(content, options.checkpoint, plan) if content is not None else None
     shown: dict[str, Any] = {"unfold": options.unfold, "detail": options.detail, "progress": progress}
     if options.output is not None:
         return draw(plan, options.output, **shown)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.compiler.hints import in_brief
 from sffx.compiler.plan import plan_of
 from sffx.draw.discover import as_script
 from sffx.errors import InputError
@@ -147,7 +148,7 @@ def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.Gr
     try:
         net.load_state_dict(dict(state))
     except RuntimeError as error:
-        wrong = _shortened(" ".join(str(error).splitlines()[1:2]).strip(" \t."))
+        wrong = in_brief(" ".join(str(error).splitlines()[1:2]).strip(" \t.").split(", "), 3)
         hint = "Hint: model, policy, input and classes must be those of the training"
         raise InputError(f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}") from error
     return net
@@ -162,12 +163,6 @@ def cut_model(checkpoint: nn.Module) -> fx.GraphModule:
     plan_of(checkpoint)
     assert isinstance(checkpoint, fx.GraphModule)  # what carries a plan is one
     return checkpoint
-
-
-def _shortened(listed: str) -> str:
-    """Return the first names of a list of missing keys, and how many there are besides."""
-    names = listed.split(", ")
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def heads_of(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> Mapping[str, Any]:

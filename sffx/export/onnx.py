@@ -191,6 +191,11 @@ def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance:
         require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, dynamic_size=dynamic_size)
 
 
+def taken_by(session: InferenceSession) -> str:
+    """Write the names and shapes of a session's inputs, for a hint."""
+    return ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
+
+
 def open_session(path: Path) -> InferenceSession:
     """Check a file, its types and shapes inferred, and open it in ONNX Runtime.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sffx.errors import ExportError, InputError
 from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import first_line
-from sffx.export.onnx import open_session, require_packages
+from sffx.export.onnx import open_session, require_packages, taken_by
 from sffx.learning.losses import check_labels, check_pair
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def quantize_onnx(
         except (InputError, OSError):
             raise
         except Exception as error:
-            takes = ", ".join(f"{each.name} {each.shape}" for each in before.get_inputs())
-            hint = f"Hint: the loader must yield what the file takes: {takes}"
+            hint = f"Hint: the loader must yield what the file takes: {taken_by(before)}"
             raise ExportError(f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}") from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
         tested = _compared(before, open_session(draft), tests) if tests is not None else ()
@@ -137,8 +136,9 @@ def _tried_out(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any
     try:
         session.run(None, feed)
     except Exception as error:
-        takes = ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
-        raise InputError(f"the file cannot run on what the test loader yields: {first_line(error)}. Hint: it takes {takes}") from error
+        raise InputError(
+            f"the file cannot run on what the test loader yields: {first_line(error)}. Hint: it takes {taken_by(session)}"
+        ) from error
     return chain([first], batches)
 
 

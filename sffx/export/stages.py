@@ -22,7 +22,7 @@ from sffx.export.capture import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, 
 from sffx.export.draft import draft_beside, require_directory
 from sffx.export.early_exit import NEVER, EarlyExit, Stage
 from sffx.export.explain import first_line
-from sffx.export.onnx import open_session, require_packages, save_program, traced_program
+from sffx.export.onnx import open_session, require_packages, save_program, taken_by, traced_program
 from sffx.export.parity import require_parity
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ def _runner(session: InferenceSession, inputs: Sequence[str], goodness: str, out
         try:
             results = session.run([goodness, *outputs], feed)
         except Exception as error:
-            takes = ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
-            raise InputError(f"the file cannot run on this input: {first_line(error)}. Hint: it takes {takes}") from error
+            raise InputError(f"the file cannot run on this input: {first_line(error)}. Hint: it takes {taken_by(session)}") from error
         return [torch.from_numpy(result) for result in results]
 
     return run

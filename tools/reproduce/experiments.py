@@ -67,6 +67,7 @@ SMALL_IMAGENETTE = Experiment(
     trials=4,
     trial_epochs=10,
 )
+LARGE_IMAGENETTE = replace(SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12)
 
 TABLE2 = {
     "cifar10-cnn": replace(FULL_CIFAR, network="CNN", policy="layer"),
@@ -85,7 +86,8 @@ EXPERIMENTS = {
     "table2-short-cifar10-cnnb": SHORT_CIFAR,
     # Table 3: 1,000 training images at random.
     "table3-cifar10-cnnb": SMALL_CIFAR,
-    "table3-imagenette-mobilenetv3": replace(SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12),
+    "table3-imagenette-mobilenetv3": LARGE_IMAGENETTE,
+    "table3-imagenette-mobilenetv3-momentum0.1": replace(LARGE_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1"),
     # Claim 1: small data, and the momentum of the batch norms.
     "small-imagenette-momentum0.01": replace(SMALL_IMAGENETTE, momentum=0.01, settings="small-imagenette-momentum0.1"),
     "small-imagenette-momentum0.1": replace(SMALL_IMAGENETTE, momentum=0.1),

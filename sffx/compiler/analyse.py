@@ -1,9 +1,9 @@
 """Analyse a traced model as a dataflow graph: its spine of dominators, the steps between them, and where a cut may lie.
 
-A *path* carries what a block learns from: float tensors that depend, through tensor edges, on an input and on a parameter. Sizes, masks,
-positions and values computed from parameters alone are no paths; they cross a cut as side values. The *spine* is the list of nodes that
-every path from the inputs to the logits passes through (the dominators of the output), and a *step* is what is computed between one node
-of the spine and the next. A policy chooses among the steps.
+A *path* carries what a block learns from: float or complex tensors that depend, through tensor edges, on an input and on a parameter.
+Sizes, masks, positions and values computed from parameters alone are no paths; they cross a cut as side values. The *spine* is the list of
+nodes that every path from the inputs to the logits passes through (the dominators of the output), and a *step* is what is computed between
+one node of the spine and the next. A policy chooses among the steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.inputs import TRACE_BATCH
-from sffx.compiler.trace import Trace, parameters_of
+from sffx.compiler.trace import Trace, can_learn, parameters_of
 from sffx.errors import CutError, InputError
 
 _SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
@@ -246,7 +246,7 @@ class Analysis:
         return _JOINS.get(self.nodes[name].target, "other")
 
     def is_path(self, name: str) -> bool:
-        """Whether a node's value is a float tensor that depends on an input and on a parameter."""
+        """Whether a node's value is a float or complex tensor that depends on an input and on a parameter."""
         return bool(self.graph.nodes[name]["path"])
 
     def layers_on_paths(self, name: str) -> tuple[int, ...]:
@@ -398,7 +398,7 @@ def _dataflow(nodes: dict[str, fx.Node], root: nn.Module) -> nx.DiGraph:
     for name, node in nodes.items():
         sources = [arg.name for arg in (*node.all_input_nodes, *node.meta.get("after", ()))]
         depends[name] = _dependence(node, root, [depends[source] for source in sources])
-        graph.add_node(name, path=all(depends[name]) and _holds_float(node.meta["example"]))
+        graph.add_node(name, path=all(depends[name]) and any(map(can_learn, _tensors(node.meta["example"]))))
         graph.add_edges_from((source, name) for source in sources)
     return graph
 
@@ -428,10 +428,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _holds_tensor(value: Any) -> bool:
     return any(True for _ in _tensors(value))
-
-
-def _holds_float(value: Any) -> bool:
-    return any(tensor.is_floating_point() for tensor in _tensors(value))
 
 
 def _candidate_hint(name: str, candidates: tuple[str, ...]) -> str:

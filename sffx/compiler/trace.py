@@ -594,7 +594,7 @@ class GuidedTracer(fx.Tracer):
             real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
             value = module(*real_args, **real_kwargs)
         learns = any(tensor.requires_grad for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, Tensor))
-        fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and t.is_floating_point())  # noqa: E731
+        fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and can_learn(t))  # noqa: E731
         return tree_map_only(Tensor, fake, value)
 
 
@@ -619,6 +619,11 @@ def noting_saved(saved: dict[int, int], alive: list[UntypedStorage], is_given: C
         return tensor.detach()  # an operation that keeps its own result would never be freed
 
     return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+
+
+def can_learn(tensor: Tensor) -> bool:
+    """Whether a tensor may have a gradient: floats, and the complex numbers of a Fourier transform between them."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -222,6 +222,29 @@ class Gated(nn.Module):
         return self.head(x)
 
 
+class SpectralBlock(nn.Module):
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(width, size, size // 2 + 1, dtype=torch.complex128))
+        self.conv = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * self.filter, s=x.shape[-2:], norm="ortho")
+        return F.gelu(filtered + self.conv(x))
+
+
+class Fourier(nn.Module):
+    """A Fourier neural operator: half of a block's paths are complex in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 4)
+        self.blocks = nn.Sequential(SpectralBlock(6, 8), SpectralBlock(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
 def image(size: int = 8) -> tuple[Tensor, ...]:
     return (torch.randn(6, 3, size, size),)
 
@@ -244,6 +267,7 @@ STRUCTURES = {
     "channel shuffle": (ShuffleNet, image, "residual", ["stem", "unit1", "unit2"]),
     "signal and LSTM": (Signal, lambda: (torch.randn(6, 2, 7),), "layer", ["conv … norm", "lstm"]),
     "mask": (Masked, lambda: (*tokens(), torch.ones(6, 5, dtype=torch.int64)), "residual", ["embedding", "blocks.0", "blocks.1"]),
+    "Fourier": (Fourier, image, "residual", ["stem", "blocks.0", "blocks.1"]),
     "gate": (Gated, lambda: (torch.randn(6, 6),), "layer", ["layers.0", "layers.1", "layers.2"]),
 }
 LABELS = torch.arange(6) % 4

@@ -19,6 +19,7 @@ from sffx.learning.losses import check_labels, check_pair
 from sffx.learning.readout import WEIGHTED, mixture, readout_of
 from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import compute_device
+from sffx.training.sharding import reshard
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class _Scores(fx.Interpreter):
         self.extra_traceback = False
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return args[0] if target == "readout" else super().call_module(target, args, kwargs)
+        if target == "readout":
+            return args[0]
+        value = super().call_module(target, args, kwargs)
+        reshard(self.submodules[target])
+        return value
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
 from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import Parking, parking_of
+from sffx.training.sharding import is_sharded, require_sharded_by_parts, reshard, sharded_gradients
 
 
 def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
@@ -83,10 +84,12 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer, los
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError("LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure")
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if distributed and not is_sharded(net):
         warnings.warn(
             "local_step does not average gradients over processes. Hint: DistributedDataParallel(sffx.LocalLoss(net))", stacklevel=2
         )
+    reshard(net)  # or its parameters are those of the last forward pass, which the optimizer does not know
     parking = _parking(net, optimizer)
     if parking is None:  # else it was required when the model was parked
         require_optimizer_of(net, optimizer)
@@ -119,13 +122,14 @@ def _block_steps(
     net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None, *, keep_hooks_back: bool
 ) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
+    require_sharded_by_parts(net)
     walk = BlockWalk(net)
     check_targets(y, _batch_size(x), walk.plan.num_classes, loss_fn)
     for part, scores in walk.run(x):
         loss = block_loss(scores, y, loss_fn)
         del scores
         with _hooks_kept_back(walk.trainable[part]) if keep_hooks_back else nullcontext():
-            found = _gradients(loss, walk.trainable[part]) if loss.requires_grad else {}
+            found = _gradients(loss, walk, part) if loss.requires_grad else {}
         yield loss.detach(), found
 
 
@@ -166,6 +170,7 @@ class LocalLoss(nn.Module):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of all blocks, a scalar; see `local_loss`."""
+        require_sharded_by_parts(self)
         return local_loss(self.net, x, y, self.loss_fn)
 
 
@@ -182,6 +187,7 @@ class BlockWalk:
         self.plan = plan_of(net)
         if not net.training:
             raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
+        reshard(net)
         self.net = net
         self.parts = self.plan.parts
         self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
@@ -246,12 +252,30 @@ class _Deposit(Function):
         return (None, None, *scaled)
 
 
-def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Return the gradients of those parameters that the loss depends on, each its own tensor; the graph of the loss is freed."""
+def _gradients(loss: Tensor, walk: BlockWalk, part: int) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of those parameters that a block's loss depends on, each its own tensor; the graph of the loss is freed.
+
+    Raises:
+        InputError: it depends on none, as where a wrapper trains parameters of its own in the place of the model's.
+    """
+    parameters = walk.trainable[part]
     # Autocast is for forward passes; `.backward()` runs outside of it, and so must this.
     with full_precision(loss):
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    mark_gradients(gradients)
+        if any(is_sharded(walk.net.get_submodule(target)) for target in walk.parts[part]):
+            found = sharded_gradients(loss, parameters)
+        else:
+            found = _own(parameters, torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ())
+    if not found:
+        raise InputError(
+            f"the loss of {walk.parts[part][0]} has a gradient, but none for the {len(parameters)} trainable parameters of net. "
+            "Hint: where FSDP holds flat parameters or does not average, use sffx.sff_loss(net(x), y)"
+        )
+    mark_gradients(found.values())
+    return found
+
+
+def _own(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> dict[nn.Parameter, Tensor]:
+    """Return gradients by parameter, each its own tensor."""
     found: dict[nn.Parameter, Tensor] = {}
     seen: set[int] = set()
     for p, gradient in zip(parameters, gradients, strict=True):

@@ -1,0 +1,134 @@
+"""Two processes that hold half of each parameter (FSDP2) and get half a batch do what one process does on the whole batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, fx
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+import sffx
+from tests.training.test_distributed import PROCESSES, batch, cut_model
+
+RATE = 0.05
+
+
+def optimizer_of(net: fx.GraphModule) -> torch.optim.Optimizer:
+    return torch.optim.SGD(sffx.parameter_groups(net, lr=RATE), momentum=0.9)
+
+
+def sharded(seed: int = 0) -> fx.GraphModule:
+    net = cut_model(seed)
+    for part in net.children():
+        fully_shard(part, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return net
+
+
+def whole(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value.full_tensor().detach().clone() for name, value in values.items()}
+
+
+def gathered(net: fx.GraphModule) -> set[str]:
+    """Return the parts of a model that have a whole parameter."""
+    return {name for name, part in net.named_children() if any(not isinstance(p, DTensor) for p in part.parameters())}
+
+
+def run(rank: int, folder: str) -> None:
+    """Run by each process; what it has then is left in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    x, y = (part.chunk(PROCESSES)[rank] for part in batch())
+    found: dict[str, Any] = {}
+
+    net = sharded()
+    (sffx.local_loss(net, x, y) * 0.5).backward()
+    sffx.local_loss(net, x, y).backward()  # adds to what is there
+    found["gradients"] = whole({name: p.grad for name, p in net.named_parameters()})
+
+    net = sharded()
+    calls: list[str] = []
+    for name, p in net.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))
+    sffx.local_loss(net, x, y).backward()
+    found["calls"] = calls, [name for name, _ in net.named_parameters()]
+
+    net = sharded()
+    together: list[set[str]] = []
+    for _, part in net.named_children():
+        part.register_forward_hook(lambda *_: together.append(gathered(net)))
+    optimizer = optimizer_of(net)
+    found["losses"] = [sffx.local_step(net, x, y, optimizer) for _ in range(3)]
+    found["together in a step"] = together.copy()
+    together.clear()
+    found["evaluation"] = sffx.evaluate(net, [batch()])
+    found["together in scores"] = together.copy()
+    found["losses"].append(sffx.local_step(net, x, y, optimizer))
+    net(batch()[0])  # a forward pass of one's own leaves the parameters gathered
+    found["losses"].append(sffx.local_step(net, x, y, optimizer))
+    found["parameters"] = whole(dict(net.named_parameters()))
+
+    found["errors"] = errors(net, x, y)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> list[str]:
+    """Return what is said where nothing would be trained."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    as_a_whole, loss = sharded(), sffx.LocalLoss(sharded())
+    fully_shard(as_a_whole, mesh=mesh)
+    fully_shard(loss, mesh=mesh)
+    for part in net.children():
+        assert isinstance(part, FSDPModule)
+        part.set_requires_gradient_sync(False)
+    calls = (
+        lambda: sffx.local_loss(as_a_whole, x, y),
+        lambda: loss(x, y),
+        lambda: sffx.local_step(net, x, y, optimizer_of(net)),
+    )
+    said = []
+    for call in calls:
+        with pytest.raises(sffx.InputError) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(run, args=(str(tmp_path),), nprocs=PROCESSES)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+    net = cut_model(seed=0)
+    sffx.local_loss(net, *batch()).backward()
+    gradients = {name: 1.5 * p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(net.parameters()))
+
+    net = cut_model(seed=0)
+    optimizer = optimizer_of(net)
+    losses = [sffx.local_step(net, *batch(), optimizer) for _ in range(3)]
+    evaluation = sffx.evaluate(net, [batch()])
+    losses += [sffx.local_step(net, *batch(), optimizer) for _ in range(2)]
+
+    for one in found:
+        torch.testing.assert_close(one["gradients"], gradients, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(one["parameters"], {name: p.detach() for name, p in net.named_parameters()}, rtol=1e-10, atol=1e-13)
+        assert one["evaluation"].accuracy == evaluation.accuracy
+        assert one["evaluation"].loss == pytest.approx(evaluation.loss)
+        assert sorted(one["calls"][0]) == sorted(one["calls"][1])  # each hook once
+        assert set().union(*one["together in a step"]) == {name for name, _ in net.named_children() if "norm" not in name} - {"readout"}
+        assert max(map(len, one["together in a step"])) == 2  # a block and its head
+        assert max(map(len, one["together in scores"])) == 1
+        as_a_whole, loss, unsynced = one["errors"]
+        assert "fully_shard was called on net itself" in as_a_whole
+        assert "fully_shard was called on the LocalLoss itself" in loss
+        assert "the loss of block_0 has a gradient, but none for the" in unsynced
+    torch.testing.assert_close(torch.stack([torch.stack(one["losses"]) for one in found]).mean(0), torch.stack(losses))

@@ -129,9 +129,10 @@ def write(path: Path, content: bytes) -> None:
     """Replaces a file as a whole: a reader finds the old content or the new one, never a part.
 
     Args:
-        path: of the file; its folder must be there.
+        path: of the file, or of a link to it; its folder must be there.
         content: of the new file.
     """
+    path = path.resolve()
     # Beside the file, because a file can be replaced at once only within one file system.
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -42,8 +42,8 @@ def park(net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str |
     Between two calls all that the model holds is in host memory, pinned where the device is a GPU: state dicts can be saved and loaded.
     After a forward that raised, the block that it was in goes home at the next call.
     Copies of the model, and with them `extract` and the exports, are of an ordinary model there. A buffer of several blocks stays on the
-    device. On a GPU, copies run beside the computation, and `local_step` returns when the last block is home; on other devices each copy
-    is waited for.
+    device. Where host memory does not suffice, the model stays as it is. On a GPU, copies run beside the computation, and `local_step`
+    returns when the last block is home; on other devices each copy is waited for.
 
     Args:
         net: what `transform` returned. Gradients that it holds are dropped.
@@ -59,9 +59,16 @@ def park(net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str |
     if parking_of(net) is not None:
         raise InputError("net is parked already. Hint: sffx.unpark(net) before parking it anew")
     require_optimizer_of(net, optimizer)
-    parking = Parking(net, optimizer, carrier_for(_device(net, device)))
+    device = _device(net, device)
+    was_there = next(net.parameters()).device == device
+    parking = Parking(net, optimizer, carrier_for(device))
     net.zero_grad(set_to_none=True)
-    parking.begin()
+    try:
+        parking.begin()
+    except BaseException:  # host memory that is not there, or cannot be pinned
+        if was_there:
+            parking.end()
+        raise
     setattr(net, _NAME, parking)
 
 

@@ -110,6 +110,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("net.svg", "old")]
 
 
+def test_a_link_stays_a_link(small: BlockPlan, tmp_path: Path) -> None:
+    (tmp_path / "first.dot").write_text("old")
+    (tmp_path / "latest.dot").symlink_to("first.dot")
+    assert draw(small, tmp_path / "latest.dot") == tmp_path / "latest.dot"
+    assert (tmp_path / "latest.dot").is_symlink()
+    assert (tmp_path / "first.dot").read_text(encoding="utf-8") == dot(small)
+
+
 def test_a_cut_net_is_drawn_by_its_plan(small: BlockPlan, tmp_path: Path) -> None:
     assert draw(SimpleNamespace(plan=small), tmp_path / "net.dot").read_text(encoding="utf-8") == dot(small)
 

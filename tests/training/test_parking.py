@@ -430,6 +430,30 @@ def test_a_step_that_is_broken_off_leaves_what_an_unparked_one_would(target):
     assert all(map(watch.at_home, [*net.parameters(), *net.buffers()]))
 
 
+def test_where_host_memory_does_not_suffice_nothing_is_parked(monkeypatch):
+    net, x, y = cut()
+    twin = copy.deepcopy(net)
+    optimizers = adamw(net), adamw(twin)
+    calls = itertools.count()
+
+    def host(self: Noting, nbytes: int, plenty: Any = Noting.host) -> Tensor:
+        if next(calls) == 6:  # in the midst of a block
+            raise RuntimeError("no more memory to pin")
+        return plenty(self, nbytes)
+
+    monkeypatch.setattr(Noting, "host", host)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        sffx.park(net, optimizers[0])
+    assert next(calls) == 7
+    assert parking_of(net) is None
+    assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
+    assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
+    sffx.park(net, optimizers[0])
+    with Watch(net) as watch:
+        assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
+    assert watch.most == 2
+
+
 def test_views_of_one_memory_in_a_block_stay_views_of_one_memory():
     net, x, y = cut()
     flat = torch.cat([p.detach().flatten() for p in net.block_0.parameters()])

@@ -14,6 +14,7 @@ from sffx.compiler.plan import Input
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.learning.readout import READOUTS, WEIGHTED, Cumulative, readout_of, require_readout
+from sffx.training.sharding import require_whole
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
 
 def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
     """Return a copy of the net for inference on the CPU in float32, with no parameter that requires grad, and with what a readout needs."""
+    require_whole(net)
     try:
         model = copy.deepcopy(net)
     except Exception as error:

@@ -22,6 +22,7 @@ from sffx.compiler.plan import BlockPlan, Input, plan_of
 from sffx.errors import InputError
 from sffx.export.capture import random_inputs
 from sffx.learning.losses import check_labels, check_pair
+from sffx.training.sharding import require_whole
 
 NEVER = 2.0  # a threshold that no softmax reaches
 
@@ -105,11 +106,12 @@ class EarlyExit:
         stages: the feature blocks, in order. The classifier is not among them.
 
     Raises:
-        InputError: `net` is no cut model, or `threshold` is not a number above 0.
+        InputError: `net` is no cut model or is sharded, or `threshold` is not a number above 0.
     """
 
     def __init__(self, net: fx.GraphModule, threshold: float = 0.9) -> None:
         plan = plan_of(net)
+        require_whole(net)
         self.threshold = threshold
         self.inputs = plan.inputs
         # Parameters keep their requires_grad: by it the heads choose their form, which must be the form that `net` itself takes.

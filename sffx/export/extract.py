@@ -10,6 +10,7 @@ from torch import fx, nn
 from sffx.compiler.plan import plan_of
 from sffx.compiler.trace import TrainingFlag
 from sffx.learning.pool import LeanMaxPool2d
+from sffx.training.sharding import require_whole
 
 
 def extract(net: fx.GraphModule) -> nn.Module:
@@ -22,9 +23,10 @@ def extract(net: fx.GraphModule) -> nn.Module:
         net: what `transform` returned.
 
     Raises:
-        InputError: `net` is no cut model.
+        InputError: `net` is no cut model, or is sharded.
     """
     plan = plan_of(net)
+    require_whole(net)
     origin: Any = net.origin
     model: nn.Module = copy.deepcopy(origin.model)
     _strip(model)

@@ -74,7 +74,8 @@ def export_onnx(
         `sffx.export_early_exit` writes a file for each block.
 
     Raises:
-        InputError: `net` is not a cut model, `readout` is unknown, names or numbers do not fit the model, or `path` cannot be written to.
+        InputError: `net` is not a cut model or is sharded, `readout` is unknown, names or numbers do not fit the model, or `path`
+            cannot be written to.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         ExportError: the model cannot be exported, does not allow another size, is larger than 2 GiB, or its scores differ beyond
             `tolerance`.

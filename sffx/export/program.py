@@ -57,7 +57,8 @@ def export_program(
         `path`. The program takes the model's inputs in order and returns scores, (B, J); with "cumulative" a tuple of K of them.
 
     Raises:
-        InputError: `net` is not a cut model, `readout` is unknown, names or numbers do not fit the model, or `path` cannot be written to.
+        InputError: `net` is not a cut model or is sharded, `readout` is unknown, names or numbers do not fit the model, or `path`
+            cannot be written to.
         ExportError: the model cannot be exported, does not allow another size, or the program's scores differ beyond `tolerance`.
     """
     plan = plan_of(net)

@@ -31,6 +31,15 @@ def require_sharded_by_parts(module: nn.Module) -> None:
         raise InputError(f"fully_shard was called on {name} itself, whose blocks then stay whole. Hint: {WAY}")
 
 
+def require_whole(net: nn.Module) -> None:
+    """Raise an InputError if a model is sharded, of which no copy can be made."""
+    if is_sharded(net):
+        raise InputError(
+            "net is sharded (fully_shard), and shards cannot be copied. Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            "(net, options=StateDictOptions(full_state_dict=True)), loaded into a model that is cut in the same way"
+        )
+
+
 def reshard(module: nn.Module) -> None:
     """Let go of parameters that were gathered, which FSDP keeps after a forward pass that no backward pass has followed yet."""
     for shard in _shards(module):

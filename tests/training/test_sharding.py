@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, fx
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -75,7 +77,12 @@ def run(rank: int, folder: str) -> None:
     found["losses"].append(sffx.local_step(net, x, y, optimizer))
     found["parameters"] = whole(dict(net.named_parameters()))
 
+    found["state"] = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+
     found["errors"] = errors(net, x, y)
+    found["no copies"] = [
+        refusal(call) for call in (lambda: sffx.extract(net), lambda: sffx.export_onnx(net, "net.onnx"), lambda: sffx.EarlyExit(net))
+    ]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -94,12 +101,13 @@ def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> list[str]:
         lambda: loss(x, y),
         lambda: sffx.local_step(net, x, y, optimizer_of(net)),
     )
-    said = []
-    for call in calls:
-        with pytest.raises(sffx.InputError) as caught:
-            call()
-        said.append(str(caught.value))
-    return said
+    return [refusal(call) for call in calls]
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(sffx.InputError) as caught:
+        call()
+    return str(caught.value)
 
 
 def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path: Path, monkeypatch) -> None:
@@ -127,6 +135,10 @@ def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path
         assert set().union(*one["together in a step"]) == {name for name, _ in net.named_children() if "norm" not in name} - {"readout"}
         assert max(map(len, one["together in a step"])) == 2  # a block and its head
         assert max(map(len, one["together in scores"])) == 1
+        again = cut_model(seed=1)
+        again.load_state_dict(one["state"])
+        torch.testing.assert_close(dict(sffx.extract(again).state_dict()), dict(sffx.extract(net).state_dict()))
+        assert all("net is sharded" in said and "get_model_state_dict" in said for said in one["no copies"])
         as_a_whole, loss, unsynced = one["errors"]
         assert "fully_shard was called on net itself" in as_a_whole
         assert "fully_shard was called on the LocalLoss itself" in loss

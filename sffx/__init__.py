@@ -15,6 +15,7 @@ from sffx.training.evaluate import Evaluation, evaluate
 from sffx.training.groups import BlockPlateau, parameter_groups
 from sffx.training.local import LocalLoss, local_loss, local_step
 from sffx.training.parking import park, unpark
+from sffx.training.sharding import shard
 from sffx.training.weighing import weigh
 from sffx.transform import plan, transform
 
@@ -51,6 +52,7 @@ __all__ = [
     "policies",
     "quantize_onnx",
     "sff_loss",
+    "shard",
     "transform",
     "unpark",
     "weigh",

@@ -24,6 +24,7 @@ from sffx.errors import InputError
 from sffx.learning.losses import block_loss
 from sffx.measure.memory import MIB, count_memory, mark_gradients
 from sffx.training.local import BlockWalk
+from sffx.training.sharding import require_whole
 
 # What AdamW keeps for a trainable parameter, in sizes of the parameter, and a step counter for each.
 STATES = 2
@@ -105,9 +106,10 @@ def footprint(net: fx.GraphModule, batch_size: int, *, parked: bool = False) -> 
         parked: predict what a `local_step` holds on the device once the model is parked (`park`).
 
     Raises:
-        InputError: `net` is no cut model, `batch_size` is no positive integer, or the shapes depend on data.
+        InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the shapes depend on data.
     """
     plan_of(net)
+    require_whole(net)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
     mode = FakeTensorMode(allow_non_fake_inputs=True)

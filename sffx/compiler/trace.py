@@ -12,6 +12,7 @@ import functools
 import operator
 import pickle
 import random
+import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -170,11 +171,19 @@ def _require_plain(model: nn.Module) -> None:
         raise InputError("model is compiled. Hint: pass the plain one, model._orig_mod, and compile what transform returns")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"model is wrapped in {kind}. Hint: pass model.module, and wrap sffx.LocalLoss(net) instead")
+    if shards_in(model):
+        raise InputError("model is sharded by fully_shard. Hint: transform it first, then sffx.shard(net)")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)):
         raise InputError(f"model is a {kind}, whose code cannot be traced. Hint: pass the module that it was scripted or traced from")
     empty = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if empty:
         raise InputError(f"{empty[0]!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)")
+
+
+def shards_in(module: nn.Module) -> list[Any]:
+    """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # which takes a second to import, and what was not imported has sharded nothing
+    return [] if fsdp is None else [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
 
 
 def _copy(model: nn.Module) -> nn.Module:

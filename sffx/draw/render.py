@@ -132,7 +132,7 @@ def write(path: Path, content: bytes) -> None:
         path: of the file, or of a link to it; its folder must be there.
         content: of the new file.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     # Beside the file, because a file can be replaced at once only within one file system.
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

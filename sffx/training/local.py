@@ -25,7 +25,7 @@ from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
 from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import Parking, parking_of
-from sffx.training.sharding import is_sharded, require_sharded_by_parts, reshard, sharded_gradients
+from sffx.training.sharding import ready, reshard, sharded_gradients
 
 
 def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | N
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    for loss, found in _block_steps(net, x, y, loss_fn, keep_hooks_back=True):
+    for loss, found in _block_steps(net, x, y, loss_fn, sharded=ready(net), keep_hooks_back=True):
         losses.append(loss)
         parameters += found
         gradients += found.values()
@@ -84,19 +84,19 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer, los
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError("LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure")
+    sharded = ready(net)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if distributed and not is_sharded(net):
+    if distributed and not sharded:
         warnings.warn(
             "local_step does not average gradients over processes. Hint: DistributedDataParallel(sffx.LocalLoss(net))", stacklevel=2
         )
-    reshard(net)  # or its parameters are those of the last forward pass, which the optimizer does not know
     parking = _parking(net, optimizer)
     if parking is None:  # else it was required when the model was parked
         require_optimizer_of(net, optimizer)
     net.zero_grad(set_to_none=True)
     losses: list[Tensor] = []
     with parking.step() if parking is not None else nullcontext():
-        for loss, found in _block_steps(net, x, y, loss_fn, keep_hooks_back=False):
+        for loss, found in _block_steps(net, x, y, loss_fn, sharded=sharded, keep_hooks_back=False):
             losses.append(loss)
             if found:
                 _apply(optimizer, found)
@@ -119,17 +119,24 @@ def _parking(net: fx.GraphModule, optimizer: Optimizer) -> Parking | None:
 
 
 def _block_steps(
-    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None, *, keep_hooks_back: bool
+    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None, *, sharded: bool, keep_hooks_back: bool
 ) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
-    require_sharded_by_parts(net)
     walk = BlockWalk(net)
     check_targets(y, _batch_size(x), walk.plan.num_classes, loss_fn)
     for part, scores in walk.run(x):
-        loss = block_loss(scores, y, loss_fn)
+        loss, learns = block_loss(scores, y, loss_fn), scores.requires_grad
         del scores
         with _hooks_kept_back(walk.trainable[part]) if keep_hooks_back else nullcontext():
-            found = _gradients(loss, walk, part) if loss.requires_grad else {}
+            found = _gradients(loss, walk.trainable[part], sharded) if learns else {}
+        if learns and not found:
+            raise InputError(
+                f"{walk.parts[part][0]} has a gradient, but none for its {len(walk.trainable[part])} trainable parameters. "
+                "Hint: a wrapper, such as FSDP with flat parameters, trains others in their place; use sffx.sff_loss(net(x), y)"
+            )
+        if sharded:  # what is frozen, or runs without gradients, has no backward pass that would let go of it
+            for target in walk.parts[part]:
+                reshard(net.get_submodule(target))
         yield loss.detach(), found
 
 
@@ -170,7 +177,6 @@ class LocalLoss(nn.Module):
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of all blocks, a scalar; see `local_loss`."""
-        require_sharded_by_parts(self)
         return local_loss(self.net, x, y, self.loss_fn)
 
 
@@ -187,7 +193,6 @@ class BlockWalk:
         self.plan = plan_of(net)
         if not net.training:
             raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
-        reshard(net)
         self.net = net
         self.parts = self.plan.parts
         self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
@@ -252,24 +257,14 @@ class _Deposit(Function):
         return (None, None, *scaled)
 
 
-def _gradients(loss: Tensor, walk: BlockWalk, part: int) -> dict[nn.Parameter, Tensor]:
-    """Return the gradients of those parameters that a block's loss depends on, each its own tensor; the graph of the loss is freed.
-
-    Raises:
-        InputError: it depends on none, as where a wrapper trains parameters of its own in the place of the model's.
-    """
-    parameters = walk.trainable[part]
+def _gradients(loss: Tensor, parameters: list[nn.Parameter], sharded: bool) -> dict[nn.Parameter, Tensor]:
+    """Return the gradients of those parameters that the loss depends on, each its own tensor; the graph of the loss is freed."""
     # Autocast is for forward passes; `.backward()` runs outside of it, and so must this.
     with full_precision(loss):
-        if any(is_sharded(walk.net.get_submodule(target)) for target in walk.parts[part]):
+        if sharded:
             found = sharded_gradients(loss, parameters)
         else:
             found = _own(parameters, torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ())
-    if not found:
-        raise InputError(
-            f"the loss of {walk.parts[part][0]} has a gradient, but none for the {len(parameters)} trainable parameters of net. "
-            "Hint: where FSDP holds flat parameters or does not average, use sffx.sff_loss(net(x), y)"
-        )
     mark_gradients(found.values())
     return found
 

@@ -42,8 +42,8 @@ def park(net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str |
     Between two calls all that the model holds is in host memory, pinned where the device is a GPU: state dicts can be saved and loaded.
     After a forward that raised, the block that it was in goes home at the next call.
     Copies of the model, and with them `extract` and the exports, are of an ordinary model there. A buffer of several blocks stays on the
-    device. Where host memory does not suffice, the model stays as it is. On a GPU, copies run beside the computation, and `local_step`
-    returns when the last block is home; on other devices each copy is waited for.
+    device. Where host memory does not suffice, the model goes back to the device. On a GPU, copies run beside the computation, and
+    `local_step` returns when the last block is home; on other devices each copy is waited for.
 
     Args:
         net: what `transform` returned. Gradients that it holds are dropped.

@@ -1,8 +1,8 @@
-"""Cut models whose blocks and heads `torch.distributed.fsdp.fully_shard` has spread over processes (FSDP2).
+"""Spread the parameters of a cut model over processes, so that a process gathers those of one block at a time (FSDP2).
 
 Each block and each head is a root of its own to FSDP: its parameters are gathered before its forward and let go of after its backward
-pass. In a block-local step the one follows the other at once, so one block is whole at a time. FSDP gives gradients to the shards, which
-are the parameters of the model, in a backward pass and not to `torch.autograd.grad`.
+pass. In a block-local step the one follows the other at once. FSDP gives gradients to the shards, which are the parameters of the model, in
+a backward pass and not to `torch.autograd.grad`.
 """
 
 from __future__ import annotations
@@ -12,38 +12,85 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from sffx.compiler.plan import plan_of
+from sffx.compiler.trace import shards_in
 from sffx.errors import InputError
 
-WAY = "for part in net.children(): fully_shard(part)"
+
+def shard(net: fx.GraphModule, **options: Any) -> None:
+    """Shard the parameters of a cut model over the processes, block by block and head by head, by torch's `fully_shard`.
+
+    To be called by every process, before the optimizer is made. `local_loss`, `local_step` and `evaluate` then gather the parameters of one
+    block and its head at a time. Gradients are averaged over the processes at every call, also where gradient sync is off. Weights for
+    `extract` and the exports come by `get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))` of
+    `torch.distributed.checkpoint.state_dict`, loaded into a model that is cut in the same way.
+
+    Args:
+        net: what `transform` returned, the same in every process.
+        options: of `fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
+
+    Raises:
+        InputError: `net` is no cut model, or is sharded already.
+    """
+    plan = plan_of(net)
+    if is_sharded(net):
+        raise InputError("net is sharded already")
+    from torch.distributed import fsdp
+
+    parts: list[Any] = [net.get_submodule(target) for part in plan.parts for target in part]
+    for part in parts:
+        fsdp.fully_shard(part, **options)
+    if hasattr(fsdp, "share_comm_ctx"):  # or each part has streams of its own, and memory that no other part can use
+        fsdp.share_comm_ctx(parts)
+    origin: Any = net.origin
+    _forget_parameters(origin.model)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module or on one in it."""
-    return bool(_shards(module))
-
-
-def require_sharded_by_parts(module: nn.Module) -> None:
-    """Raise an InputError if `fully_shard` was called on what holds all blocks: FSDP then waits for a backward pass of the whole."""
-    if _is_shard(module):
-        name = "the LocalLoss" if hasattr(module, "net") else "net"
-        raise InputError(f"fully_shard was called on {name} itself, whose blocks then stay whole. Hint: {WAY}")
+    return bool(shards_in(module))
 
 
 def require_whole(net: nn.Module) -> None:
     """Raise an InputError if a model is sharded, of which no copy can be made."""
     if is_sharded(net):
         raise InputError(
-            "net is sharded (fully_shard), and shards cannot be copied. Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            "net is sharded, and shards cannot be copied. Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
             "(net, options=StateDictOptions(full_state_dict=True)), loaded into a model that is cut in the same way"
         )
 
 
+def ready(net: nn.Module) -> bool:
+    """Make a cut model ready for a block-local step, and return whether it is sharded.
+
+    Raises:
+        InputError: it is no cut model, is sharded as a whole, where FSDP waits for a backward pass of the whole, or in parts only, where
+            gradients of the others would differ between the processes.
+    """
+    plan_of(net)
+    shards = shards_in(net)
+    if not shards:
+        return False
+    if net in shards:
+        raise InputError("fully_shard was called on net itself, whose blocks then stay whole. Hint: sffx.shard(net) shards its parts")
+    reshard(net)  # or its parameters are those of the last forward pass
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    left = [name for name, p in net.named_parameters() if p.requires_grad and not isinstance(p, kind)]
+    if left:
+        raise InputError(
+            f"{left[0]} is not sharded, while others of net are; its gradient would be averaged by nobody. Hint: sffx.shard(net) shards all"
+        )
+    for module in shards:
+        module.set_requires_gradient_sync(True, recurse=False)
+    return True
+
+
 def reshard(module: nn.Module) -> None:
     """Let go of parameters that were gathered, which FSDP keeps after a forward pass that no backward pass has followed yet."""
-    for shard in _shards(module):
-        shard.reshard()
+    for each in shards_in(module):
+        each.reshard()
 
 
 def sharded_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -72,11 +119,10 @@ def _accumulation_hooks_kept_back(parameters: Iterable[nn.Parameter]) -> Iterato
             p._post_accumulate_grad_hooks = kept
 
 
-def _shards(module: nn.Module) -> list[Any]:
-    return [each for each in module.modules() if _is_shard(each)]
-
-
-def _is_shard(module: nn.Module) -> bool:
-    # What was not imported has sharded nothing, and takes a second to import.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+def _forget_parameters(model: nn.Module) -> None:
+    """Put meta tensors in the place of whole parameters: those that a block reads itself, and not by a layer, are held here as well."""
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not isinstance(p, kind):
+                module._parameters[name] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)

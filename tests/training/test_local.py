@@ -430,3 +430,26 @@ def test_an_optimizer_that_asks_for_the_loss_again_is_refused():
     net, x, y = cut("chain")
     with pytest.raises(InputError, match=r"LBFGS computes the loss several times.*Hint: sffx\.local_loss in its closure"):
         sffx.local_step(net, x, y, torch.optim.LBFGS(net.parameters()))
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_block_whose_own_parameters_get_nothing_is_named(step):
+    net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8), goodness="cwc").train()
+    layer = next(module for module in net.block_1.modules() if isinstance(module, nn.Conv2d))
+    for name in ("weight", "bias"):  # what a wrapper does that trains others in their place
+        tensor = getattr(layer, name).detach().clone().requires_grad_()
+        delattr(layer, name)
+        setattr(layer, name, tensor)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train = (lambda *args: sffx.local_step(*args, optimizer)) if step else sffx.local_loss
+    with pytest.raises(InputError, match=r"block_1 has a gradient, but none for its \d trainable parameters.*sff_loss"):
+        train(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 4)
+
+
+def test_a_frozen_block_has_no_gradient_for_a_loss_that_learns():
+    net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
+    for part in (net.block_0, net.head_0):
+        part.requires_grad_(False)
+    scale = torch.ones((), requires_grad=True)
+    sffx.local_loss(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 4, lambda scores, y: F.cross_entropy(scores * scale, y)).backward()
+    assert all((p.grad is None) == name.startswith(("block_0.", "head_0.")) for name, p in net.named_parameters())

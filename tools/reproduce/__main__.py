@@ -150,8 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
         if args.costs:
+            compared = replace(experiment, methods=tuple(args.methods or experiment.methods))
             (args.out / name).mkdir(parents=True, exist_ok=True)
-            write(args.out / name / "costs.json", json.dumps({**costs(experiment), "versions": versions()}).encode())
+            write(args.out / name / "costs.json", json.dumps({**costs(compared), "versions": versions()}).encode())
             continue
         try:
             run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)

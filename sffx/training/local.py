@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sffx.learning.losses import LossFunction, block_loss, check_targets, total
 from sffx.learning.recompute import is_plain
 from sffx.measure.memory import mark_gradients
 from sffx.training.groups import require_optimizer_of
+from sffx.training.hooks import kept_back
 from sffx.training.inputs import arguments_of, told_of_inputs
 from sffx.training.parking import Parking, parking_of
 from sffx.training.sharding import ready, reshard, sharded_gradients
@@ -127,7 +128,7 @@ def _block_steps(
     for part, scores in walk.run(x):
         loss, learns = block_loss(scores, y, loss_fn), scores.requires_grad
         del scores
-        with _hooks_kept_back(walk.trainable[part]) if keep_hooks_back else nullcontext():
+        with kept_back(p._backward_hooks for p in walk.trainable[part]) if keep_hooks_back else nullcontext():
             found = _gradients(loss, walk.trainable[part], sharded) if learns else {}
         if learns and not found:
             raise InputError(
@@ -281,19 +282,6 @@ def _own(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> 
         found[p] = gradient.clone(memory_format=torch.contiguous_format) if key in seen or 0 in gradient.stride() else gradient
         seen.add(key)
     return found
-
-
-@contextmanager
-def _hooks_kept_back(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Keep the hooks of parameters from running, since they will when the gradients are handed over."""
-    hooks = {p: dict(p._backward_hooks) for p in parameters if p._backward_hooks}
-    for p in hooks:
-        p._backward_hooks.clear()  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for p, kept in hooks.items():
-            p._backward_hooks.update(kept)  # type: ignore[union-attr]
 
 
 def _batch_size(x: Any) -> int:

@@ -7,9 +7,6 @@ a backward pass and not to `torch.autograd.grad`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +14,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.plan import plan_of
 from sffx.compiler.trace import shards_in
 from sffx.errors import InputError
+from sffx.training.hooks import kept_back
 
 
 def shard(net: fx.GraphModule, **options: Any) -> None:
@@ -35,7 +33,7 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
         InputError: `net` is no cut model, or is sharded already.
     """
     plan = plan_of(net)
-    if is_sharded(net):
+    if shards_in(net):
         raise InputError("net is sharded already")
     from torch.distributed import fsdp
 
@@ -48,14 +46,9 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
     _forget_parameters(origin.model)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on a module or on one in it."""
-    return bool(shards_in(module))
-
-
 def require_whole(net: nn.Module) -> None:
     """Raise an InputError if a model is sharded, of which no copy can be made."""
-    if is_sharded(net):
+    if shards_in(net):
         raise InputError(
             "net is sharded, and shards cannot be copied. Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
             "(net, options=StateDictOptions(full_state_dict=True)), loaded into a model that is cut in the same way"
@@ -75,9 +68,9 @@ def ready(net: nn.Module) -> bool:
         return False
     if net in shards:
         raise InputError("fully_shard was called on net itself, whose blocks then stay whole. Hint: sffx.shard(net) shards its parts")
-    reshard(net)  # or its parameters are those of the last forward pass
-    kind = sys.modules["torch.distributed.tensor"].DTensor
-    left = [name for name, p in net.named_parameters() if p.requires_grad and not isinstance(p, kind)]
+    for module in shards:
+        module.reshard()  # or the parameters are those of the last forward pass
+    left = [name for name, p in net.named_parameters() if p.requires_grad and _is_whole(p)]
     if left:
         raise InputError(
             f"{left[0]} is not sharded, while others of net are; its gradient would be averaged by nobody. Hint: sffx.shard(net) shards all"
@@ -99,7 +92,7 @@ def sharded_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.P
     for p in parameters:
         p.grad = None
     try:
-        with _accumulation_hooks_kept_back(parameters):
+        with kept_back(p._post_accumulate_grad_hooks for p in parameters):
             loss.backward()
         return {p: p.grad for p in parameters if p.grad is not None}
     finally:
@@ -107,22 +100,15 @@ def sharded_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.P
             p.grad = gradient
 
 
-@contextmanager
-def _accumulation_hooks_kept_back(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    hooks = {p: p._post_accumulate_grad_hooks for p in parameters if p._post_accumulate_grad_hooks}
-    for p in hooks:
-        p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for p, kept in hooks.items():
-            p._post_accumulate_grad_hooks = kept
-
-
 def _forget_parameters(model: nn.Module) -> None:
     """Put meta tensors in the place of whole parameters: those that a block reads itself, and not by a layer, are held here as well."""
-    kind = sys.modules["torch.distributed.tensor"].DTensor
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and not isinstance(p, kind):
+            if p is not None and _is_whole(p):
                 module._parameters[name] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+
+
+def _is_whole(p: nn.Parameter) -> bool:
+    from torch.distributed.tensor import DTensor  # which whatever has sharded parameters has imported
+
+    return not isinstance(p, DTensor)

@@ -149,13 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
         strange = [method for method in args.methods or () if method not in experiment.methods]
         if strange:
             parser.error(f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}")
+        methods = tuple(args.methods or experiment.methods)
         if args.costs:
-            compared = replace(experiment, methods=tuple(args.methods or experiment.methods))
             (args.out / name).mkdir(parents=True, exist_ok=True)
-            write(args.out / name / "costs.json", json.dumps({**costs(compared), "versions": versions()}).encode())
+            write(
+                args.out / name / "costs.json", json.dumps({**costs(replace(experiment, methods=methods)), "versions": versions()}).encode()
+            )
             continue
         try:
-            run(name, experiment, tuple(args.methods or experiment.methods), range(args.seeds), args)
+            run(name, experiment, methods, range(args.seeds), args)
         except FileNotFoundError as error:
             parser.error(str(error))
     render(args.out)

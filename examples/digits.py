@@ -27,10 +27,10 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import sffx
-from sffx.draw.plots import plot_accuracy
 from sffx.draw.render import draw
-from sffx.measure.memory import MIB, count_memory
-from sffx.measure.timing import compare_time
+from sffx.memory.count import MIB, count_memory
+from sffx.plots.results import plot_accuracy
+from tools.timing import compare_time
 
 BATCH, TEST = 64, 360
 Pair = tuple[Tensor, Tensor]  # images (N, 3, size, size) and labels (N,)

@@ -24,8 +24,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import sffx
-from sffx.draw.plots import plot_training
 from sffx.lightning import BPModule, SFFModule
+from sffx.plots.results import plot_training
 
 # Each block's learning rate falls when its own validation loss has not improved for so many epochs.
 PLATEAU = {"factor": 0.3, "patience": 3}

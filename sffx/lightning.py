@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sffx.compiler.plan import is_cut, plan_of
 from sffx.errors import InputError, MissingExtra
 from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
 from sffx.learning.losses import LossFunction, check_labels
-from sffx.learning.readout import WEIGHTED, mixture, readout_of
-from sffx.training.evaluate import block_scores
-from sffx.training.groups import BlockPlateau, parameter_groups
-from sffx.training.local import local_loss
+from sffx.learning.readouts import WEIGHTED, mixture, readout_of
+from sffx.net import is_cut, plan_of
+from sffx.runtime.evaluate import block_scores
+from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+from sffx.runtime.step import local_loss
 
 try:
     from lightning.pytorch import LightningModule
@@ -139,7 +139,7 @@ class SFFModule(_Classifier):
     Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block, of
     the last block ("last"), of the classifier, and, where `sffx.weigh` weighed the blocks, of "weighted"; and "lr/block_0" and so on.
     Checkpoints hold the accuracies of the last validation as "sffx_accuracy", which `sffx-viz --checkpoint` reads, and
-    `sffx.draw.plots.plot_training` draws what a CSVLogger wrote.
+    `sffx.plots.results.plot_training` draws what a CSVLogger wrote.
 
     Args:
         net: what `sffx.transform` returned.

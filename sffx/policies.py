@@ -10,9 +10,9 @@ import ast
 import difflib
 from collections.abc import Callable, Iterable
 
-from sffx.budget import memory
 from sffx.compiler.policies import Policy, batchnorm, layer, module, residual, stages
 from sffx.errors import InputError
+from sffx.memory.budget import memory
 
 __all__ = ["Policy", "batchnorm", "layer", "memory", "module", "residual", "stages"]
 

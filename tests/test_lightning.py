@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
 from sffx.draw.checkpoint import read_checkpoint
-from sffx.draw.history import epochs
+from sffx.plots.history import epochs
 from tests.toys import Residual
 
 pytest.importorskip("sklearn")

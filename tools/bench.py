@@ -46,11 +46,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sffx
-import sffx.training.local as local
-from sffx.compiler.fakes import fake_copy
+import sffx.runtime.step as local
+from sffx.compiler.fake import fake_copy
 from sffx.draw.render import write
-from sffx.measure.memory import count_memory
-from sffx.measure.timing import compare_time
+from sffx.memory.count import count_memory
+from tools.timing import compare_time
 
 Step = Callable[[Tensor, Tensor], object]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sffx
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
+from sffx.cli.models import find_model
+from sffx.cli.sources import token_example
 from sffx.draw.compare import draw_comparison
-from sffx.draw.discover import find_model
 from sffx.draw.render import draw
-from sffx.draw.sources import token_example
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 COLUMNS = 3

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from sffx.compiler.analyse import Analysis, analyse
 from sffx.compiler.heads import make_heads
-from sffx.compiler.planning import make_plan
+from sffx.compiler.partition import make_plan
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace import trace
 from sffx.compiler.verify import verify
-from sffx.learning.norm import SampleNorm
+from sffx.learning.norms import SampleNorm
 from sffx.policies import policy_named
 
 _RESNETS = ("resnet50", "resnet101", "resnet152")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.compiler.channels import channel_axes
-from sffx.compiler.inputs import TRACE_BATCH
+from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.trace import Trace, can_learn, parameters_of
 from sffx.errors import CutError, InputError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.learning.heads import make_head
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sffx.compiler.lean import lean
-from sffx.compiler.plan import Block, BlockPlan
+from sffx.blocks import Block, BlockPlan
+from sffx.compiler.memory import lean
 from sffx.compiler.trace import Trace, storage
 from sffx.errors import CutError
-from sffx.learning.readout import Readout
+from sffx.learning.readouts import Readout
 
 _OUT_OF_PLACE = {
     **{

@@ -31,11 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from sffx.compiler.fakes import fake_copy_but_constants
-from sffx.compiler.hints import in_brief, location, way_out
-from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH, example_arguments
-from sffx.compiler.plan import Input, Leaf, is_cut
-from sffx.errors import InputError, TraceError
+from sffx.blocks import Input, Leaf
+from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH, example_arguments
+from sffx.compiler.fake import fake_copy_but_constants
+from sffx.errors import InputError, TraceError, in_brief, location, way_out
+from sffx.net import is_cut
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
 _LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from sffx.compiler.fakes import fake_tensors
-from sffx.compiler.inputs import DATA_DEPENDENT, TRACE_BATCH
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
+from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
+from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
 from sffx.learning.losses import block_loss
 

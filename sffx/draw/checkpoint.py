@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
 from sffx.draw.progress import BLOCK, Progress
 from sffx.errors import InputError
 from sffx.keys import ACCURACY_KEY, CUT_KEY

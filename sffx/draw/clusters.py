@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sffx.compiler.plan import Block, BlockPlan
-from sffx.draw.dot import DEFAULTS, OUTSIDE, beside, edge, head_beside, look, node, outside, quote
+from sffx.blocks import Block, BlockPlan
 from sffx.draw.fold import Run, first_of, fold
+from sffx.draw.graph import DEFAULTS, OUTSIDE, beside, edge, head_beside, look, node, outside, quote
 from sffx.draw.inner import JOIN_SIGNS, Part, parts
 from sffx.draw.label import (
     FAINT,

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sffx.compiler.plan import Block, BlockPlan
-from sffx.draw.dot import DEFAULTS
+from sffx.blocks import Block, BlockPlan
 from sffx.draw.fold import Run, fold
+from sffx.draw.graph import DEFAULTS
 from sffx.draw.label import BLUE, FAINT, NAME_WIDTH, blocks_in_words, count, escape, memory, shape_text, shorten
 from sffx.draw.render import PICTURES, TEXT, check_path, write_graph
 from sffx.errors import InputError

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
-from sffx.compiler.plan import Block, BlockPlan, Leaf
+from sffx.blocks import Block, BlockPlan, Leaf
 
 # Fewer alike are as easily read one by one.
 SHORTEST = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from sffx.compiler.plan import Block, Node
+from sffx.blocks import Block, Node
 from sffx.draw.fold import first_of, relative
 
 JOIN_SIGNS = {"sum": "+", "product": "×", "cat": "cat"}

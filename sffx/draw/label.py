@@ -6,7 +6,7 @@ import html
 import textwrap
 from collections.abc import Collection, Sequence
 
-from sffx.compiler.plan import MIB, Block, BlockPlan, Heads, Input, Leaf
+from sffx.blocks import MIB, Block, BlockPlan, Heads, Input, Leaf
 from sffx.draw.fold import JOINT, Run, relative
 from sffx.draw.inner import joins_in_words
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress, percent

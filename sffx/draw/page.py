@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 
-from sffx.compiler.plan import Block, BlockPlan, Input
-from sffx.draw.dot import Crossing, crossings
+from sffx.blocks import Block, BlockPlan, Input
 from sffx.draw.fold import Run, fold, leaves_in, relative
+from sffx.draw.graph import Crossing, crossings
 from sffx.draw.inner import JOIN_SIGNS, Part, joins_in_words, parts
 from sffx.draw.label import LEGEND, blocks_in_words, count, cut_in_words, facts, figures, meaning, memory, printable, shape_text, shorten
 from sffx.draw.progress import Progress, percent

@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
 from sffx.draw.clusters import clusters_dot
-from sffx.draw.dot import dot
+from sffx.draw.graph import dot
 from sffx.draw.label import DETAILS
 from sffx.draw.page import page
 from sffx.draw.progress import Progress

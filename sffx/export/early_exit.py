@@ -18,11 +18,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from sffx.compiler.plan import BlockPlan, Input, plan_of
+from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError
-from sffx.export.capture import random_inputs
+from sffx.export.prepare import random_inputs
 from sffx.learning.losses import check_labels, check_pair
-from sffx.training.sharding import require_whole
+from sffx.net import plan_of
+from sffx.runtime.shard import require_whole
 
 NEVER = 2.0  # a threshold that no softmax reaches
 

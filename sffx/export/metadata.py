@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from sffx.compiler.plan import BlockPlan, Input
+from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError
 
 KEY = "sffx"

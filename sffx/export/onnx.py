@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.plan import BlockPlan, Input, plan_of
+from sffx.blocks import BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
-from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity
+from sffx.export.prepare import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.files import draft_beside, target_file
+from sffx.net import plan_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from sffx.compiler.plan import Input, plan_of
+from sffx.blocks import Input
 from sffx.errors import ExportError
-from sffx.export.capture import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
-from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity
+from sffx.export.prepare import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.files import draft_beside, target_file
+from sffx.net import plan_of
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sffx.errors import ExportError, InputError
-from sffx.export.draft import draft_beside, target_file
 from sffx.export.explain import first_line
 from sffx.export.onnx import open_session, require_packages, taken_by
+from sffx.files import draft_beside, target_file
 from sffx.learning.losses import check_labels, check_pair
 
 if TYPE_CHECKING:

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from sffx.compiler.plan import Input, plan_of
+from sffx.blocks import Input
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, random_inputs
-from sffx.export.draft import draft_beside, require_directory
 from sffx.export.early_exit import NEVER, EarlyExit, Stage
 from sffx.export.explain import first_line
 from sffx.export.onnx import open_session, require_packages, save_program, taken_by, traced_program
 from sffx.export.parity import require_parity
+from sffx.export.prepare import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, random_inputs
+from sffx.files import draft_beside, require_directory
+from sffx.net import plan_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sffx.compiler.plan import Block, BlockPlan, Input, Node
+from sffx.blocks import Block, BlockPlan, Input, Node
 
 # ResNet-18 at 224 x 224: name, output shape, leaf modules, parameters, multiply-adds, bytes kept for one sample.
 BASIC = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")

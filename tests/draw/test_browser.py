@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
 from sffx.draw.page import page as page_of
 from sffx.draw.progress import Progress
 

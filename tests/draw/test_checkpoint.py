@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import sffx
-from sffx.compiler.plan import BlockPlan
+from sffx.blocks import BlockPlan
+from sffx.cli.viz import main
 from sffx.draw.checkpoint import read_checkpoint
-from sffx.draw.cli import main
-from sffx.draw.dot import dot
+from sffx.draw.graph import dot
 from sffx.draw.page import page
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress
 from sffx.draw.render import draw

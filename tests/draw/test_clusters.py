@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Node
+from sffx.blocks import BlockPlan, Node
 from sffx.draw.clusters import clusters_dot
 
 Edge = tuple[str, str, str]

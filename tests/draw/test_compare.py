@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan
-from sffx.draw.cli import _policies, main
+from sffx.blocks import BlockPlan
+from sffx.cli.viz import _policies, main
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.errors import InputError
 

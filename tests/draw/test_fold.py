@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Leaf, Node
-from sffx.draw.dot import ROWS, dot
+from sffx.blocks import BlockPlan, Leaf, Node
 from sffx.draw.fold import Run, fold
+from sffx.draw.graph import ROWS, dot
 
 Chain = Callable[[int], BlockPlan]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Node
+from sffx.blocks import BlockPlan, Node
 from sffx.draw.inner import joins_in_words, parts
 from sffx.draw.label import block_label
 

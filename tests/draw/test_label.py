@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Leaf
+from sffx.blocks import BlockPlan, Leaf
 from sffx.draw.label import block_label, count, edge_label, escape, footer_label, memory, shorten, title_label
 
 

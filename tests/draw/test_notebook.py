@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan
-from sffx.training.evaluate import Evaluation
+from sffx.blocks import BlockPlan
+from sffx.runtime.evaluate import Evaluation
 
 
 def cells(html: str) -> list[list[str]]:

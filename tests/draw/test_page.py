@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan, Leaf
+from sffx.blocks import BlockPlan, Leaf
 from sffx.draw.page import page
 from sffx.draw.render import draw
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sffx.compiler.plan import BlockPlan
-from sffx.draw.dot import dot
+from sffx.blocks import BlockPlan
+from sffx.draw.graph import dot
 from sffx.draw.render import draw, render
 from sffx.errors import InputError, MissingExtra, SffxError
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 import sffx
 from sffx.export.early_exit import NEVER
-from sffx.training.evaluate import block_scores
+from sffx.runtime.evaluate import block_scores
 from tests import toys
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, fx, nn
 
 import sffx
 import sffx.export.onnx as onnx_export
-from sffx.compiler.plan import Block, BlockPlan, Input
+from sffx.blocks import Block, BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.capture import random_inputs
 from sffx.export.onnx import export_onnx
 from sffx.export.parity import relative_error
-from sffx.learning.readout import READOUTS, Readout
+from sffx.export.prepare import random_inputs
+from sffx.learning.readouts import READOUTS, Readout
 from tests import toys
 
 IMAGE = Input("image", (3, 8, 8), "float32")

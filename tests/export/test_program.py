@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.learning.readout import READOUTS
+from sffx.learning.readouts import READOUTS
 from tests import toys
 from tests.export.test_onnx import IMAGE, FixedBatch, Single, cut
 

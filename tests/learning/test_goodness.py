@@ -19,7 +19,7 @@ from sffx.learning.goodness import (
     pointwise_goodness,
     token_goodness,
 )
-from sffx.measure.memory import count_memory
+from sffx.memory.count import count_memory
 
 FORMS = {
     "direct": lambda y, weight, bias: DirectGoodness.apply(y, weight, bias, CHANNELS),

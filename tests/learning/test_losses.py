@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import sffx
 from sffx.errors import InputError
-from sffx.learning.norm import SampleNorm
+from sffx.learning.norms import SampleNorm
 
 
 def test_the_loss_is_the_sum_over_blocks_of_the_papers_formula():

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sffx.measure.costs import Training, relative_costs
+from tools.costs import Training, relative_costs
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.training.evaluate import block_scores, evaluating
+from sffx.runtime.evaluate import block_scores, evaluating
 from tools.reproduce.networks import classifier_of
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sffx.learning.readout import mixture
-from sffx.training.weighing import mixture_weights
+from sffx.learning.readouts import mixture
+from sffx.runtime.weigh import mixture_weights
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:

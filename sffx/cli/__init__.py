@@ -1,0 +1,1 @@
+"""The commands `sffx-viz` and `sffx-export`."""

@@ -1,0 +1,1 @@
+"""Count and predict the memory of a training step."""

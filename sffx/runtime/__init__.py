@@ -1,0 +1,1 @@
+"""Run and train a cut model, stage by stage."""

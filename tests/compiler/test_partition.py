@@ -1,0 +1,108 @@
+"""What a plan holds of the inside of its blocks and of their heads; the oracle is the traced graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.blocks import Heads
+from sffx.compiler.analyse import analyse
+from sffx.compiler.partition import make_plan
+from sffx.compiler.policies import layer
+from sffx.compiler.trace import trace
+from sffx.errors import InputError
+from tests.toys import Chain, Residual, TwoBranches, TwoInputs
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+class Gated(nn.Module):
+    """A convolution, a squeeze-and-excitation gate of two layers, and a sum through a projection of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+        self.left, self.right, self.shortcut = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x * self.up(torch.relu(self.down(x.mean((2, 3), keepdim=True)))).sigmoid()
+        x = self.right(self.left(x).relu()) + self.shortcut(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "joins"),
+    [
+        (Chain(), IMAGE, {}),
+        (Residual(), IMAGE, {"add": ("sum", (4, 0)), "add_1": ("sum", (4, 0))}),
+        (TwoBranches(), IMAGE, {"cat": ("cat", (1, 1))}),
+        (Gated(), IMAGE, {"mul": ("product", (0, 2)), "add": ("sum", (2, 1))}),
+        (TwoInputs(), (torch.zeros(1, 6), torch.zeros(1, 5)), {}),  # paths that start at two inputs never parted
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_joins_and_the_layers_on_their_paths(model, example, joins):
+    found = [node for block in sffx.plan(model, example_input=example).all_blocks for node in block.joins]
+    assert {node.name: (node.join, node.paths) for node in found} == joins
+
+
+@pytest.mark.parametrize("model", [Chain(), Residual(), TwoBranches(), Gated()], ids=lambda model: type(model).__name__)
+def test_the_nodes_read_what_the_traced_graph_says(model):
+    analysis = analyse(trace(model, IMAGE))
+    traced = {node.name: node for node in analysis.trace.graph.nodes}
+    for block in make_plan(analysis, "layer", layer).all_blocks:
+        assert tuple(node.name for node in block.graph) == block.nodes
+        for node in block.graph:
+            assert node.reads == tuple(arg.name for arg in traced[node.name].all_input_nodes)
+            assert node.is_module == (traced[node.name].op == "call_module")
+        assert tuple(node.call for node in block.graph if node.is_module) == block.modules
+
+
+def test_the_heads_are_those_that_the_model_was_cut_with():
+    asked = {"goodness": "sff", "kernel_size": 3, "rank": 2, "norm": "none"}
+    assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.heads == Heads(**asked)
+    assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.heads == Heads(goodness="cwc")
+    assert sffx.plan(Residual(), example_input=IMAGE).heads == sffx.transform(Residual(), example_input=IMAGE).plan.heads == Heads()
+
+
+class Shares(nn.Module):
+    """Five layers with one module between them."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.layers, self.head = shared, nn.ModuleList(nn.Linear(6, 6) for _ in range(5)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = torch.relu(self.shared(each(x)))
+        return self.head(x)
+
+
+class Shift(nn.Module):
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+        self.register_buffer("shift", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.shift.add_(1)
+        return x + self.shift
+
+
+def test_buffers_that_nobody_writes_may_be_used_on_both_sides_of_a_cut():
+    x = torch.zeros(2, 6)
+    assert len(sffx.plan(Shares(Shift(counts=False)), "layer", x)) == 5
+    for shared in (Shift(counts=True), nn.PReLU(), nn.BatchNorm1d(6)):
+        plan = sffx.plan(Shares(shared), "layer", x)
+        assert len(plan) == 1
+        assert "no cut can lie between uses of shared: what learns belongs to one block" in plan.notes
+
+
+def test_one_logit_is_refused():
+    with pytest.raises(InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"):
+        sffx.plan(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)), "layer")

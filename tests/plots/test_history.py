@@ -1,0 +1,108 @@
+"""The picture of a training: what is read of evaluations and logs, and what is drawn, read back from matplotlib's own objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sffx.errors import InputError
+from sffx.plots.history import Epoch, epochs
+from sffx.plots.results import plot_training
+from sffx.runtime.evaluate import Evaluation
+from tests.plots.test_results import figures, points  # noqa: F401 - a fixture
+
+EVALUATIONS = [
+    Evaluation({"block_0": 0.3, "block_1": 0.4, "ensemble": 0.35}, {"block_0": 2.0, "block_1": 1.5, "ensemble": 1.75}, 10),
+    Evaluation({"block_0": 0.5, "block_1": 0.6, "ensemble": 0.55}, {"block_0": 1.0, "block_1": 0.5, "ensemble": 0.75}, 10),
+]
+RATES = [{"block_0": 1e-2, "block_1": 1e-2}, {"block_0": 1e-3, "block_1": 1e-2}]
+
+# As Lightning's CSVLogger writes it: rows of training and of validation, the columns in the order of the alphabet.
+LOG = """epoch,lr/block_0,step,train_loss,val_acc,val_acc/block_0,val_acc/last,val_loss,val_loss/block_0
+0,,9,3.5,,,,,
+0,0.01,15,,0.5,0.25,0.25,1.5,2.0
+1,,19,2.5,,,,,
+1,0.001,31,,0.75,0.5,0.5,1.0,1.25
+"""
+
+
+def test_evaluations_with_rates_are_epochs() -> None:
+    first, second = epochs(EVALUATIONS, RATES)
+    assert first == Epoch(0, EVALUATIONS[0].accuracy, EVALUATIONS[0].loss, RATES[0])
+    assert (second.number, second.lr) == (1, RATES[1])
+
+
+def test_mappings_are_epochs() -> None:
+    assert epochs([{"accuracy": {"block_0": 0.5}, "lr": {"block_0": 0.1}}]) == [Epoch(0, {"block_0": 0.5}, {}, {"block_0": 0.1})]
+
+
+def test_a_log_of_lightning_is_read_epoch_by_epoch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(LOG)
+    first, second = epochs(tmp_path / "metrics.csv")
+    assert first.accuracy == {"ensemble": 0.5, "block_0": 0.25, "last": 0.25}
+    assert first.loss == {"ensemble": 1.5, "block_0": 2.0}
+    assert (second.number, second.accuracy["ensemble"], second.lr) == (1, 0.75, {"block_0": 0.001})
+
+
+def test_a_resumed_training_is_one(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text(LOG)
+    (tmp_path / "two.csv").write_text(LOG.replace("\n1,", "\n2,").replace("\n0,", "\n1,"))
+    found = epochs([tmp_path / "one.csv", str(tmp_path / "two.csv")])
+    assert [(epoch.number, epoch.accuracy["block_0"]) for epoch in found] == [(0, 0.25), (1, 0.25), (2, 0.5)]
+
+
+def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,lr/model,val_acc,val_loss\n0,0.1,0.5,1.0\n")
+    assert epochs(tmp_path / "metrics.csv") == [Epoch(0, {"model": 0.5}, {"model": 1.0}, {"model": 0.1})]
+
+
+@pytest.mark.parametrize(
+    ("history", "rates", "message"),
+    [
+        ([], None, r"no epoch with an accuracy\. Hint"),
+        (EVALUATIONS, RATES[:1], "1 rates for 2 epochs"),
+        ([0.5], None, "epoch 0 of the history is a float, but it has no accuracy"),
+        ([{"accuracy": 0.5}], None, "epoch 0 of the history is a dict, but its accuracy is a float"),
+        ("nowhere.csv", None, "there is no log 'nowhere.csv'"),
+        (EVALUATIONS[0], None, r"history is a \w+, not a list of epochs\. Hint: \[sffx\.evaluate"),
+        ({"accuracy": {"block_0": 0.5}}, None, r"history is a dict, not a list of epochs"),
+    ],
+)
+def test_what_is_no_history_is_refused(history: Any, rates: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        epochs(history, rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("epoch,val_acc\n0,high\n", "its column 'val_acc' holds 'high'"), ("val_acc\n0.5\n", "'epoch' holds ''|None"), ("", "no epoch")],
+)
+def test_a_file_that_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        epochs(tmp_path / "metrics.csv")
+
+
+def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+    plot_training(EVALUATIONS, tmp_path / "training.png", rates=RATES)
+    accuracy, loss, rate = figures[0].axes
+    assert points(accuracy) == [[0.3, 0.5], [0.4, 0.6], [0.35, 0.55]]
+    assert points(loss) == [[2.0, 1.0], [1.5, 0.5], [1.75, 0.75]]
+    assert points(rate) == [[1e-2, 1e-3], [1e-2, 1e-2], []]
+    assert (accuracy.get_yscale(), loss.get_yscale(), rate.get_yscale()) == ("linear", "linear", "log")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["block 0", "block 1", "ensemble"]
+    assert [float(x) for x in accuracy.lines[0].get_xdata()] == [1, 2]
+
+
+def test_what_is_not_known_has_no_panel_and_the_last_block_one_line(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+    plot_training([{"accuracy": {"block_0": 0.5, "last": 0.5}}], tmp_path / "training.svg")
+    (accuracy,) = figures[0].axes
+    assert points(accuracy) == [[0.5]]
+
+
+def test_of_many_blocks_the_legend_names_three(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+    plot_training([{"accuracy": {f"block_{index}": 0.5 for index in range(21)}}], tmp_path / "training.pdf")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["block 0", "block 10", "block 20"]
+    assert len(figures[0].axes[0].lines) == 21

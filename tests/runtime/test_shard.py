@@ -1,0 +1,161 @@
+"""Two processes that hold half of each parameter (FSDP2) and get half a batch do what one process does on the whole batch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, fx, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import sffx
+from tests.runtime.test_distributed import PROCESSES, batch, cut_model
+
+RATE = 0.05
+
+
+def optimizer_of(net: fx.GraphModule) -> torch.optim.Optimizer:
+    return torch.optim.SGD(sffx.parameter_groups(net, lr=RATE), momentum=0.9)
+
+
+def sharded(seed: int = 0) -> fx.GraphModule:
+    net = cut_model(seed)
+    sffx.shard(net, mesh=mesh())
+    return net
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def whole(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value.full_tensor().detach().clone() for name, value in values.items()}
+
+
+def gathered(net: fx.GraphModule) -> set[str]:
+    """Return the parts of a model that have a whole parameter."""
+    return {name for name, part in net.named_children() if any(not isinstance(p, DTensor) for p in part.parameters())}
+
+
+def run(rank: int, folder: str) -> None:
+    """Run by each process; what it has then is left in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    x, y = (part.chunk(PROCESSES)[rank] for part in batch())
+    found: dict[str, Any] = {}
+
+    net = sharded()
+    (sffx.local_loss(net, x, y) * 0.5).backward()
+    net(x)  # a forward pass of one's own leaves the parameters gathered
+    for part in (net.block_1, net.head_2):
+        part.set_requires_gradient_sync(False)  # as if further calls were to follow
+    sffx.local_loss(net, x, y).backward()  # adds to what is there
+    found["gradients"] = whole({name: p.grad for name, p in net.named_parameters()})
+
+    net = sharded()
+    calls: list[str] = []
+    for name, p in net.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name))
+    sffx.local_loss(net, x, y).backward()
+    found["calls"] = calls, [name for name, _ in net.named_parameters()]
+
+    net = sharded()
+    together: list[set[str]] = []
+    for _, part in net.named_children():
+        part.register_forward_hook(lambda *_: together.append(gathered(net)))
+    optimizer = optimizer_of(net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "local_step does not average")
+        found["losses"] = [sffx.local_step(net, x, y, optimizer) for _ in range(3)]
+    found["together in a step"] = together.copy()
+    together.clear()
+    found["evaluation"] = sffx.evaluate(net, [batch()])
+    found["together in scores"] = together.copy()
+    found["losses"].append(sffx.local_step(net, x, y, optimizer))
+    net(x)
+    found["losses"].append(sffx.local_step(net, x, y, optimizer))
+    found["parameters"] = whole(dict(net.named_parameters()))
+
+    found["state"] = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+
+    together.clear()
+    for part in (net.block_0, net.block_1, net.head_1):
+        part.requires_grad_(False)
+    sffx.local_step(net, x, y, optimizer)
+    with torch.no_grad():
+        sffx.local_loss(net, x, y)
+    found["together where frozen"] = together.copy()
+
+    found["errors"] = errors(net, x, y)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
+    """Return what is said to what cannot be done, by a part of it that is expected."""
+    whole, partly, model = cut_model(0), cut_model(0), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    for part in whole.children():
+        fully_shard(part, mesh=mesh())
+    fully_shard(whole, mesh=mesh())
+    fully_shard(partly.block_1, mesh=mesh())
+    fully_shard(model[0], mesh=mesh())
+    calls = {
+        "fully_shard was called on net itself": lambda: sffx.local_loss(whole, x, y),
+        "block_0.0.weight is not sharded": lambda: sffx.local_step(partly, x, y, optimizer_of(partly)),
+        "model is sharded": lambda: sffx.transform(model, "layer", x.flatten(1)[:, :4]),
+        "net is sharded already": lambda: sffx.shard(net),
+        "net is sharded, and shards cannot be copied": lambda: sffx.extract(net),
+        "shards cannot be copied. Hint: torch.distributed.checkpoint": lambda: sffx.export_onnx(net, "net.onnx"),
+        "get_model_state_dict": lambda: sffx.EarlyExit(net),
+        "loaded into a model that is cut": lambda: sffx.footprint(net, 4),
+    }
+    return {expected: refusal(call) for expected, call in calls.items()}
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(sffx.InputError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(run, args=(str(tmp_path),), nprocs=PROCESSES)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+    net = cut_model(seed=0)
+    sffx.local_loss(net, *batch()).backward()
+    gradients = {name: 1.5 * p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(net.parameters()))
+
+    net = cut_model(seed=0)
+    optimizer = optimizer_of(net)
+    losses = [sffx.local_step(net, *batch(), optimizer) for _ in range(3)]
+    evaluation = sffx.evaluate(net, [batch()])
+    losses += [sffx.local_step(net, *batch(), optimizer) for _ in range(2)]
+
+    for one in found:
+        torch.testing.assert_close(one["gradients"], gradients, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(one["parameters"], {name: p.detach() for name, p in net.named_parameters()}, rtol=1e-10, atol=1e-13)
+        assert one["evaluation"].accuracy == evaluation.accuracy
+        assert one["evaluation"].loss == pytest.approx(evaluation.loss)
+        assert sorted(one["calls"][0]) == sorted(one["calls"][1])  # each hook once
+        assert set().union(*one["together in a step"]) == {name for name, _ in net.named_children() if "norm" not in name} - {"readout"}
+        assert max(map(len, one["together in a step"])) == 2  # a block and its head
+        assert max(map(len, one["together in scores"])) == 1
+        again = cut_model(seed=1)
+        again.load_state_dict(one["state"])
+        torch.testing.assert_close(dict(sffx.extract(again).state_dict()), dict(sffx.extract(net).state_dict()))
+        assert max(map(len, one["together where frozen"])) == 2
+        assert all(expected in said for expected, said in one["errors"].items()), one["errors"]
+    torch.testing.assert_close(torch.stack([torch.stack(one["losses"]) for one in found]).mean(0), torch.stack(losses))

@@ -1,0 +1,37 @@
+"""Costs of methods relative to one of them."""
+
+import torch
+from torch import nn
+
+from sffx.memory.count import count_memory
+from tools.costs import Training, relative_costs
+
+
+def training(width: int) -> Training:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1))
+    return Training(model, torch.optim.AdamW(model.parameters()), lambda: model(torch.ones(8, 4)).square().mean())
+
+
+def test_costs_are_ratios_of_counted_bytes_and_one_for_the_method_itself():
+    found = relative_costs({"small": training(16), "large": training(64)}, "small", rounds=2)
+    assert found["small"] == {"time": 1.0, "peak": 1.0, "activations": 1.0}
+    counts = {}
+    for width in (16, 64):
+        each = training(width)
+        each.step()
+        counts[width] = count_memory(each.step, model=each.model, optimizer=each.optimizer)
+    assert found["large"]["peak"] == counts[64].peak / counts[16].peak
+    assert found["large"]["activations"] == counts[64].activations / counts[16].activations
+    assert found["large"]["time"] > 0
+
+
+def test_a_step_uses_the_gradients_of_its_own_loss_alone():
+    each = training(4)
+    twin = training(4)
+    for _ in range(2):
+        each.step()
+        twin.optimizer.zero_grad()
+        twin.loss().backward()
+        twin.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(each.model.parameters(), twin.model.parameters(), strict=True))

@@ -1,0 +1,57 @@
+"""What a training step of several methods costs, relative to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sffx.memory.count import count_memory
+from tools.timing import compare_time
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step of a method is made of.
+
+    Attributes:
+        model: in train mode.
+        optimizer: over its parameters.
+        loss: of a batch, a scalar.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss: Callable[[], Tensor]
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+def relative_costs(trainings: Mapping[str, Training], to: str, *, rounds: int) -> dict[str, dict[str, float]]:
+    """Return by method the "time" of a step, its "peak" memory and its "activations", each divided by those of one of the methods.
+
+    Memory is counted in a step that has the optimizer's state in place; times are of steps that alternate. The models are trained by it.
+
+    Args:
+        trainings: the methods by name.
+        to: the name of the method that is 1.
+        rounds: of the time measurement, as for `compare_time`.
+    """
+    counts = {}
+    for name, training in trainings.items():
+        training.step()  # the optimizer's state exists from here on
+        counts[name] = count_memory(training.step, model=training.model, optimizer=training.optimizer)
+    times = compare_time({name: training.step for name, training in trainings.items()}, rounds=rounds)
+    return {
+        name: {
+            "time": times.paired_ratio(name, to),
+            "peak": count.peak / counts[to].peak,
+            "activations": count.activations / counts[to].activations,
+        }
+        for name, count in counts.items()
+    }

@@ -32,35 +32,62 @@ PLATEAU = {"factor": 0.3, "patience": 3}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
-    parser.add_argument("--policy", default="residual", help="where to cut: residual, batchnorm or layer")
+    parser.add_argument(
+        "--policy", default="residual", help="where to cut: residual, batchnorm or layer"
+    )
     parser.add_argument("--epochs", type=int, default=30, help="at least 1")
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=64, help="for each device")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--patience", type=int, default=10, help="stop after so many epochs without a better validation accuracy")
-    parser.add_argument("--precision", default="32-true", help="as Lightning names it; bf16-mixed for less memory")
-    parser.add_argument("--devices", type=int, default=1, help="GPUs where there are any, else processes")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=10,
+        help="stop after so many epochs without a better validation accuracy",
+    )
+    parser.add_argument(
+        "--precision", default="32-true", help="as Lightning names it; bf16-mixed for less memory"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, help="GPUs where there are any, else processes"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the output folder"
+    )
     return parser.parse_args()
 
 
 def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
     """Return the loaders of both parts and the number of classes."""
     normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    prepare = transforms.Compose([transforms.Resize((args.size, args.size)), transforms.ToTensor(), normalize])
+    prepare = transforms.Compose(
+        [transforms.Resize((args.size, args.size)), transforms.ToTensor(), normalize]
+    )
     train = ImageFolder(args.data / "train", prepare)
     held_out = ImageFolder(args.data / ("val" if (args.data / "val").is_dir() else "test"), prepare)
     if train.classes != held_out.classes:  # folders are numbered in each part by itself
-        raise SystemExit(f"{train.root} and {held_out.root} differ in the folders {set(train.classes) ^ set(held_out.classes)}")
-    options = {"batch_size": args.batch, "num_workers": args.workers, "persistent_workers": args.workers > 0}
-    return DataLoader(train, shuffle=True, **options), DataLoader(held_out, **options), len(train.classes)
+        raise SystemExit(
+            f"{train.root} and {held_out.root} differ in the folders {set(train.classes) ^ set(held_out.classes)}"
+        )
+    options = {
+        "batch_size": args.batch,
+        "num_workers": args.workers,
+        "persistent_workers": args.workers > 0,
+    }
+    return (
+        DataLoader(train, shuffle=True, **options),
+        DataLoader(held_out, **options),
+        len(train.classes),
+    )
 
 
 def module(args: argparse.Namespace, classes: int) -> LightningModule:
@@ -68,7 +95,9 @@ def module(args: argparse.Namespace, classes: int) -> LightningModule:
     model = torchvision.models.get_model(args.model, num_classes=classes)
     if args.method == "bp":
         return BPModule(model, lr=args.lr, plateau=PLATEAU)
-    net = sffx.transform(model, args.policy, torch.zeros(1, 3, args.size, args.size), goodness=args.method)
+    net = sffx.transform(
+        model, args.policy, torch.zeros(1, 3, args.size, args.size), goodness=args.method
+    )
     return SFFModule(net, lr=args.lr, plateau=PLATEAU)
 
 
@@ -90,7 +119,9 @@ def main() -> None:
     if args.resume and not last.exists():
         raise SystemExit(f"there is nothing to resume: {last} does not exist")
     if last.exists() and not args.resume:
-        raise SystemExit(f"{args.out} holds a training already. Hint: --resume goes on with it, and another --out begins a new one")
+        raise SystemExit(
+            f"{args.out} holds a training already. Hint: --resume goes on with it, and another --out begins a new one"
+        )
     trainer = Trainer(
         max_epochs=args.epochs,
         devices=args.devices,
@@ -102,7 +133,10 @@ def main() -> None:
     trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
     if trainer.is_global_zero:
         print(f"best: {best.best_model_path}, validation accuracy {best.best_model_score:.2%}")
-        written = sorted(args.out.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.removeprefix("version_")))
+        written = sorted(
+            args.out.glob("csv/version_*/metrics.csv"),
+            key=lambda path: int(path.parent.name.removeprefix("version_")),
+        )
         print(f"how it went: {plot_training(written, args.out / 'training.png')}")
 
 

@@ -3,7 +3,15 @@
 from sffx import policies
 from sffx.api import plan, transform
 from sffx.blocks import Block, BlockPlan
-from sffx.errors import CutError, ExportError, InputError, MissingExtra, SffxError, TraceError, VerifyError
+from sffx.errors import (
+    CutError,
+    ExportError,
+    InputError,
+    MissingExtra,
+    SffxError,
+    TraceError,
+    VerifyError,
+)
 from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
 from sffx.export.onnx import export_onnx
 from sffx.export.program import export_program

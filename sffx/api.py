@@ -67,7 +67,14 @@ def transform(
         TraceError: the model cannot be traced.
         CutError: there is nothing to cut, or a cut was asked for where none can be.
     """
-    traced, blocks = _planned(model, policy, example_input, num_classes, Heads(goodness, kernel_size, rank, norm), recompute)
+    traced, blocks = _planned(
+        model,
+        policy,
+        example_input,
+        num_classes,
+        Heads(goodness, kernel_size, rank, norm),
+        recompute,
+    )
     heads = make_heads(blocks, traced.root)
     norms = [_norm(norm) for _ in blocks]
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
@@ -89,11 +96,23 @@ def plan(
     recompute: bool = True,
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
-    return _planned(model, policy, example_input, num_classes, Heads(goodness, kernel_size, rank, norm), recompute)[1]
+    return _planned(
+        model,
+        policy,
+        example_input,
+        num_classes,
+        Heads(goodness, kernel_size, rank, norm),
+        recompute,
+    )[1]
 
 
 def _planned(
-    model: nn.Module, policy: str | Policy | Iterable[str], example_input: Any, num_classes: int | None, heads: Heads, recompute: bool
+    model: nn.Module,
+    policy: str | Policy | Iterable[str],
+    example_input: Any,
+    num_classes: int | None,
+    heads: Heads,
+    recompute: bool,
 ) -> tuple[Trace, BlockPlan]:
     """Trace a model and plan its blocks."""
     _check_norm(heads.norm)
@@ -106,7 +125,9 @@ def _planned(
 
 def _check_norm(norm: str) -> None:
     if norm not in NORMS:
-        raise InputError(f"there is no norm {norm!r}. Hint: choose one of {', '.join(map(repr, NORMS))}")
+        raise InputError(
+            f"there is no norm {norm!r}. Hint: choose one of {', '.join(map(repr, NORMS))}"
+        )
 
 
 def _norm(norm: str) -> nn.Module | None:

@@ -182,14 +182,19 @@ class BlockPlan:
     @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """The attributes of the cut model that each block is made of, in the order they run: the block and its head; the classifier."""
-        return (*((block.target, f"head_{i}") for i, block in enumerate(self.blocks)), (self.classifier.target,))
+        return (
+            *((block.target, f"head_{i}") for i, block in enumerate(self.blocks)),
+            (self.classifier.target,),
+        )
 
     def record(self) -> dict[str, Any]:
         """Return how the model was cut, in numbers and strings: the entry "sffx_cut" of a checkpoint, for `sffx-viz` and `sffx-export`."""
         return {
             "policy": self.policy,
             "after": [block.output for block in self],
-            "inputs": {each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in self.inputs},
+            "inputs": {
+                each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in self.inputs
+            },
             "num_classes": self.num_classes,
             **asdict(self.heads),
         }
@@ -208,7 +213,9 @@ class BlockPlan:
     def __str__(self) -> str:
         rows = [_row(block) for block in self.all_blocks]
         widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
-        return "\n".join([self._heading(), *(_align(row, widths) for row in (HEADER, *rows)), *self._remarks()])
+        return "\n".join(
+            [self._heading(), *(_align(row, widths) for row in (HEADER, *rows)), *self._remarks()]
+        )
 
     def _repr_html_(self) -> str:
         """The same table for a notebook."""
@@ -221,8 +228,15 @@ class BlockPlan:
         return f"{self.model}, policy {self.policy!r}: {len(self)} feature blocks and the classifier, {self.num_classes} classes"
 
     def _remarks(self) -> list[str]:
-        lines = [f"crosses the cut after {block.target}: {', '.join(block.sides)}" for block in self.blocks if block.sides]
-        lines += [f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}" for leaf in self.leaves]
+        lines = [
+            f"crosses the cut after {block.target}: {', '.join(block.sides)}"
+            for block in self.blocks
+            if block.sides
+        ]
+        lines += [
+            f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}"
+            for leaf in self.leaves
+        ]
         return lines + [f"note: {note}" for note in self.notes]
 
 

@@ -64,12 +64,28 @@ def recorded(checkpoint: Any) -> Cut | None:
     if told is None:
         return None
     try:
-        inputs = {name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"])) for name, each in told["inputs"].items()}
-        heads = {name: told[name] for name in ("goodness", "kernel_size", "rank")} if "goodness" in told else None
-        return Cut(tuple(told["after"]), inputs, told["norm"], heads, told.get("num_classes"), told.get("policy", ""))
+        inputs = {
+            name: torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"]))
+            for name, each in told["inputs"].items()
+        }
+        heads = (
+            {name: told[name] for name in ("goodness", "kernel_size", "rank")}
+            if "goodness" in told
+            else None
+        )
+        return Cut(
+            tuple(told["after"]),
+            inputs,
+            told["norm"],
+            heads,
+            told.get("num_classes"),
+            told.get("policy", ""),
+        )
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"the checkpoint's {CUT_KEY!r} cannot be understood ({problem}). Hint: save net.plan.record() there") from error
+        raise InputError(
+            f"the checkpoint's {CUT_KEY!r} cannot be understood ({problem}). Hint: save net.plan.record() there"
+        ) from error
 
 
 def load_checkpoint(path: Path, *, trust: bool) -> Any:
@@ -93,7 +109,9 @@ def load_checkpoint(path: Path, *, trust: bool) -> Any:
         hint = "Hint: run the command where the code of the model lies, or install it"
         raise InputError(f"{str(path)!r} cannot be loaded: {first_line(error)}. {hint}") from error
     except EOFError as error:
-        raise InputError(f"{str(path)!r} is no checkpoint of torch: it is empty, or ends too early") from error
+        raise InputError(
+            f"{str(path)!r} is no checkpoint of torch: it is empty, or ends too early"
+        ) from error
     except pickle.UnpicklingError as error:
         if trust or any(sign in str(error) for sign in NO_PICKLE):
             raise InputError(f"{str(path)!r} is no checkpoint of torch") from error
@@ -103,7 +121,9 @@ def load_checkpoint(path: Path, *, trust: bool) -> Any:
         ) from error
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{str(path)!r} cannot be loaded: {problem}. Hint: is the file whole, and what torch.save wrote?") from error
+        raise InputError(
+            f"{str(path)!r} cannot be loaded: {problem}. Hint: is the file whole, and what torch.save wrote?"
+        ) from error
 
 
 def weights_of(checkpoint: Any) -> dict[str, Tensor]:
@@ -113,8 +133,13 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
         InputError: there are none.
     """
     if not isinstance(checkpoint, Mapping):
-        raise InputError(f"the checkpoint is a {type(checkpoint).__name__}, not weights by name. Hint: save net.state_dict()")
-    found = next((checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
+        raise InputError(
+            f"the checkpoint is a {type(checkpoint).__name__}, not weights by name. Hint: save net.state_dict()"
+        )
+    found = next(
+        (checkpoint[key] for key in STATE_KEYS if isinstance(checkpoint.get(key), Mapping)),
+        checkpoint,
+    )
     state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     prefixes = [match[1] for match in map(BLOCK.match, state) if match]
     if not any(name.startswith(f"{prefix}block_0.") for prefix in prefixes[:1] for name in state):
@@ -126,7 +151,9 @@ def weights_of(checkpoint: Any) -> dict[str, Tensor]:
 
 def classes_of(state: Mapping[str, Tensor]) -> int | None:
     """Return the number of classes: that of the heads, or, as those of CwC have no weights, the width of the classifier's last layer."""
-    last = [value for name, value in state.items() if name.startswith("classifier.") and value.ndim > 0]
+    last = [
+        value for name, value in state.items() if name.startswith("classifier.") and value.ndim > 0
+    ]
     width = state.get("head_0.weight", last[-1] if last else None)
     return len(width) if width is not None else None
 
@@ -149,7 +176,9 @@ def filled_net(model: nn.Module, state: Mapping[str, Tensor], cut: Cut) -> fx.Gr
     except RuntimeError as error:
         wrong = in_brief(" ".join(str(error).splitlines()[1:2]).strip(" \t.").split(", "), 3)
         hint = "Hint: model, policy, input and classes must be those of the training"
-        raise InputError(f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}") from error
+        raise InputError(
+            f"the weights do not fit {type(model).__name__}, cut by {cut.policy!r}: {wrong}. {hint}"
+        ) from error
     return net
 
 
@@ -168,11 +197,21 @@ def heads_of(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> Mapping
     """Return the options of the heads, as they were recorded or as their weights show them; those of a cosine goodness have no bias."""
     if cut.heads is not None:
         return cut.heads
-    hidden = [value for name, value in state.items() if re.fullmatch(r"head_\d+\.hidden\.weight", name)]
+    hidden = [
+        value for name, value in state.items() if re.fullmatch(r"head_\d+\.hidden\.weight", name)
+    ]
     if hidden:
         regions = _regions(hidden, model, cut)
-        return {"goodness": f"mlp({len(hidden[0])})" if regions == REGIONS else f"mlp({len(hidden[0])}, {regions})"}
-    weights = {name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.(weight|basis)", name)}
+        return {
+            "goodness": f"mlp({len(hidden[0])})"
+            if regions == REGIONS
+            else f"mlp({len(hidden[0])}, {regions})"
+        }
+    weights = {
+        name: value
+        for name, value in state.items()
+        if re.fullmatch(r"head_\d+\.(weight|basis)", name)
+    }
     if not weights:
         return {"goodness": "cwc"}
     if "head_0.bias" not in state:
@@ -185,5 +224,9 @@ def heads_of(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> Mapping
 def _regions(weights: Iterable[Tensor], model: nn.Module, cut: Cut) -> int:
     """Return the number of regions along each axis of space, from the weights of each head, (units or classes, features)."""
     pairs = zip(plan(model, cut.policy, cut.example), weights, strict=False)
-    found = [round((w.shape[1] / b.channels) ** (1 / (len(b.shape) - 1))) for b, w in pairs if len(b.shape) > 2]
+    found = [
+        round((w.shape[1] / b.channels) ** (1 / (len(b.shape) - 1)))
+        for b, w in pairs
+        if len(b.shape) > 2
+    ]
     return max(1, *found) if found else REGIONS

@@ -38,7 +38,9 @@ class MissingExtra(SffxError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}, which is not installed. Hint: pip install 'sffx[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. Hint: pip install 'sffx[{extra}]'"
+        )
 
 
 _VISION = ("backbone", "encoder", "features", "body")
@@ -46,8 +48,14 @@ _VISION = ("backbone", "encoder", "features", "body")
 
 def location(failure: BaseException) -> str:
     """Name the line of the model's code in which something failed."""
-    frames = [f for f in traceback.extract_tb(failure.__traceback__) if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"
+    frames = [
+        f
+        for f in traceback.extract_tb(failure.__traceback__)
+        if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename
+    ]
+    return (
+        f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"
+    )
 
 
 def in_brief(names: Sequence[str], most: int) -> str:
@@ -57,9 +65,17 @@ def in_brief(names: Sequence[str], most: int) -> str:
 
 def way_out(model: nn.Module) -> str:
     """Say what to do with a detector, a segmentation network or the like: train the part of it that sees the input as a classifier."""
-    names = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    backbone = next((name for name in names if any(word in name for word in _VISION)), names[0] if names else "")
-    part = f" (here self.{backbone}, a {type(model.get_submodule(backbone)).__name__})" if backbone else ""
+    names = [
+        name for name, child in model.named_children() if any(True for _ in child.parameters())
+    ]
+    backbone = next(
+        (name for name in names if any(word in name for word in _VISION)), names[0] if names else ""
+    )
+    part = (
+        f" (here self.{backbone}, a {type(model.get_submodule(backbone)).__name__})"
+        if backbone
+        else ""
+    )
     return (
         f"Hint: sffx cuts classifiers. Of a detector or the like, transform the backbone{part} with a pool and a linear layer behind it, "
         "then put the trained layers back"

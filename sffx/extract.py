@@ -35,7 +35,9 @@ def extract(net: fx.GraphModule) -> nn.Module:
         _put_back(part, model)
     model.to(next(net.parameters()).device).train(net.training)
     state = model.state_dict()  # carries the versions by which some layers load
-    state.update({name: tensor.clone() for part in parts for name, tensor in part.state_dict().items()})
+    state.update(
+        {name: tensor.clone() for part in parts for name, tensor in part.state_dict().items()}
+    )
     model.load_state_dict(state, assign=True)  # each tensor in its own dtype
     return model
 
@@ -46,7 +48,11 @@ def _put_back(part: nn.Module, model: nn.Module) -> None:
         owner, _, leaf = name.rpartition(".")
         before = _submodule(model, name)
         # A holder of layers is a plain module in a block's graph, and a lean pool is what the cut itself has put there.
-        if before is None or type(module) in (nn.Module, type(before), LeanMaxPool2d) or isinstance(module, fx.GraphModule):
+        if (
+            before is None
+            or type(module) in (nn.Module, type(before), LeanMaxPool2d)
+            or isinstance(module, fx.GraphModule)
+        ):
             continue
         setattr(model.get_submodule(owner), leaf, copy.deepcopy(module))
 

@@ -22,7 +22,9 @@ def target_file(path: Path, example: str) -> Path:
     """
     target = path.resolve()
     if target.is_dir():
-        raise InputError(f"{str(path)!r} is a directory. Hint: name the file, as in {str(path / example)!r}")
+        raise InputError(
+            f"{str(path)!r} is a directory. Hint: name the file, as in {str(path / example)!r}"
+        )
     require_directory(target.parent)
     return target
 
@@ -46,9 +48,13 @@ def draft_beside(target: Path, name: str) -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(prefix=".sffx-", dir=target.parent)
     except OSError as error:
-        raise InputError(f"cannot write to the directory {str(target.parent)!r}: {error.strerror}. Hint: choose another path") from error
+        raise InputError(
+            f"cannot write to the directory {str(target.parent)!r}: {error.strerror}. Hint: choose another path"
+        ) from error
     with folder as place:
         try:
             yield Path(place) / name
         except OSError as error:
-            raise ExportError(f"cannot write {str(target)!r}: {error.strerror or error}. Hint: is the disk full?") from error
+            raise ExportError(
+                f"cannot write {str(target)!r}: {error.strerror or error}. Hint: is the disk full?"
+            ) from error

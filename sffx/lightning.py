@@ -39,7 +39,9 @@ class _Classifier(LightningModule):
 
     answer: str
 
-    def __init__(self, net: nn.Module, weight_decay: float, plateau: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, net: nn.Module, weight_decay: float, plateau: Mapping[str, Any] | None
+    ) -> None:
         super().__init__()
         self.net = net
         self.weight_decay = weight_decay
@@ -61,7 +63,13 @@ class _Classifier(LightningModule):
 
     def forward(self, x: Any) -> Tensor:
         """Return what the model returns; in eval mode these are scores, (B, J)."""
-        return self.net(**x) if isinstance(x, Mapping) else self.net(*x) if isinstance(x, tuple) else self.net(x)
+        return (
+            self.net(**x)
+            if isinstance(x, Mapping)
+            else self.net(*x)
+            if isinstance(x, tuple)
+            else self.net(x)
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the groups."""
@@ -96,16 +104,30 @@ class _Classifier(LightningModule):
             return
         metrics = self.trainer.callback_metrics
         if self.plateau is not None:
-            self.plateau.step({name: float(metrics[self._key("val_loss", name)]) for name in self.plateau.schedulers})
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+            self.plateau.step(
+                {
+                    name: float(metrics[self._key("val_loss", name)])
+                    for name in self.plateau.schedulers
+                }
+            )
+        groups = [
+            group for optimizer in self.trainer.optimizers for group in optimizer.param_groups
+        ]
         self.log_dict({f"lr/{group['name']}": group["lr"] for group in groups}, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the state of the plateau, and the accuracies of the last validation by the readout's name, into the checkpoint."""
         if self.plateau is not None:
             checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
-        metrics = {name.partition("/"): float(value) for name, value in self.trainer.callback_metrics.items()}
-        checkpoint[ACCURACY_KEY] = {name or self.answer: value for (metric, _, name), value in metrics.items() if metric == "val_acc"}
+        metrics = {
+            name.partition("/"): float(value)
+            for name, value in self.trainer.callback_metrics.items()
+        }
+        checkpoint[ACCURACY_KEY] = {
+            name or self.answer: value
+            for (metric, _, name), value in metrics.items()
+            if metric == "val_acc"
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the state of the plateau from the checkpoint; Lightning may call this before there is an optimizer to watch, or after."""
@@ -190,7 +212,13 @@ class SFFModule(_Classifier):
         goodness, weights = torch.stack(blocks), readout_of(self.net).weights
         by_block = {f"block_{i}": each for i, each in enumerate(blocks)}
         mixed = {WEIGHTED: mixture(goodness, weights)} if weights is not None else {}
-        return {"ensemble": goodness.mean(dim=0), **mixed, **by_block, "last": blocks[-1], "classifier": classifier}
+        return {
+            "ensemble": goodness.mean(dim=0),
+            **mixed,
+            **by_block,
+            "last": blocks[-1],
+            "classifier": classifier,
+        }
 
 
 class BPModule(_Classifier):
@@ -210,16 +238,30 @@ class BPModule(_Classifier):
 
     answer = "model"
 
-    def __init__(self, net: nn.Module, lr: float = 1e-3, weight_decay: float = 0.01, plateau: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        plateau: Mapping[str, Any] | None = None,
+    ) -> None:
         if is_cut(net):
-            raise InputError("net is a cut model. Hint: pass the model that it was cut from, or use SFFModule")
+            raise InputError(
+                "net is a cut model. Hint: pass the model that it was cut from, or use SFFModule"
+            )
         super().__init__(net, weight_decay, plateau)
         self.lr = lr
         self.save_hyperparameters(ignore=["net"])
 
     def groups(self) -> list[dict[str, Any]]:
         """Return one parameter group, named "model"."""
-        return [{"params": [p for p in self.net.parameters() if p.requires_grad], "lr": self.lr, "name": "model"}]
+        return [
+            {
+                "params": [p for p in self.net.parameters() if p.requires_grad],
+                "lr": self.lr,
+                "name": "model",
+            }
+        ]
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the cross-entropy of a batch."""
@@ -241,6 +283,8 @@ def _pair(batch: Any) -> tuple[Any, Tensor]:
         InputError: the batch is no pair (x, y).
     """
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the data set so that it gives pairs")
+        raise InputError(
+            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the data set so that it gives pairs"
+        )
     x, y = batch
     return (tuple(x) if isinstance(x, list) else x), y

@@ -39,7 +39,9 @@ def with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx
     """Let the plan, and the model that `extract` fills, travel with the cut model through copies and pickles."""
     net = CutModel(net, net.graph, class_name=type(net).__name__)
     attributes = {"plan": blocks, "origin": Origin(skeleton)}
-    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes  # what fx carries over when a GraphModule is copied
+    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = (
+        attributes  # what fx carries over when a GraphModule is copied
+    )
     for name, value in attributes.items():
         setattr(net, name, value)
     return net
@@ -58,5 +60,7 @@ def plan_of(net: nn.Module) -> BlockPlan:
     """
     found = getattr(net, "plan", None)
     if not isinstance(found, BlockPlan):
-        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned")
+        raise InputError(
+            f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned"
+        )
     return found

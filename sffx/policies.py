@@ -18,7 +18,13 @@ __all__ = ["Policy", "batchnorm", "layer", "memory", "module", "residual", "stag
 
 POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
 MAKERS: dict[str, Callable[..., Policy]] = {"module": module, "stages": stages, "memory": memory}
-_FORMS = (*map(repr, POLICIES), "'module'", "'module(depth)'", "'stages(n)'", "'memory(budget, batch_size)'")
+_FORMS = (
+    *map(repr, POLICIES),
+    "'module'",
+    "'module(depth)'",
+    "'stages(n)'",
+    "'memory(budget, batch_size)'",
+)
 
 
 def policy_named(policy: str | Policy | Iterable[str]) -> tuple[str, Policy]:
@@ -48,13 +54,23 @@ def _written(text: str) -> Policy:
     if name not in MAKERS or (rest and not rest.rstrip().endswith(")")):
         near = difflib.get_close_matches(name, [*POLICIES, *MAKERS], n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"there is no policy {text!r}. Hint: {meant}the policies are {', '.join(_FORMS)}")
-    arguments = [part.strip() for part in rest.rstrip().removesuffix(")").split(",") if part.strip()]
-    keywords = {key.strip(): _value(value) for key, equals, value in (part.partition("=") for part in arguments) if equals}
+        raise InputError(
+            f"there is no policy {text!r}. Hint: {meant}the policies are {', '.join(_FORMS)}"
+        )
+    arguments = [
+        part.strip() for part in rest.rstrip().removesuffix(")").split(",") if part.strip()
+    ]
+    keywords = {
+        key.strip(): _value(value)
+        for key, equals, value in (part.partition("=") for part in arguments)
+        if equals
+    }
     try:
         return MAKERS[name](*[_value(part) for part in arguments if "=" not in part], **keywords)
     except TypeError as cause:
-        raise InputError(f"policy {text!r}: {cause}. Hint: the policies are {', '.join(_FORMS)}") from cause
+        raise InputError(
+            f"policy {text!r}: {cause}. Hint: the policies are {', '.join(_FORMS)}"
+        ) from cause
 
 
 def _value(text: str) -> object:

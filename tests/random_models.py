@@ -52,8 +52,14 @@ class Program(nn.Module):
             elif name == "gate":
                 x = x * torch.sigmoid(self.run(args[0], x, mask, scales))
             elif name == "shuffle":
-                x = x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
-            elif name == "scale":  # a value computed from a parameter once and read all over the model
+                x = (
+                    x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+                    .transpose(1, 2)
+                    .flatten(1, 2)
+                )
+            elif (
+                name == "scale"
+            ):  # a value computed from a parameter once and read all over the model
                 x = x * scales[args[0]]
             elif name == "mask":  # a value computed from the input that has no gradient
                 x = x + mask.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
@@ -108,12 +114,20 @@ class Writer:
         """Write a change to fewer axes."""
         if len(shape) == 3:
             kind = self.choice("tokens", "mean", "flatten")
-            after = {"tokens": (shape[1] * shape[2], shape[0]), "mean": (shape[0],), "flatten": (shape[0] * shape[1] * shape[2],)}
+            after = {
+                "tokens": (shape[1] * shape[2], shape[0]),
+                "mean": (shape[0],),
+                "flatten": (shape[0] * shape[1] * shape[2],),
+            }
             return ((kind, 1) if kind == "mean" else (kind,)), after[kind]
         kind = self.choice("first token", "mean", "flatten")
-        return ((kind, 2) if kind == "mean" else (kind,)), ((shape[0] * shape[1],) if kind == "flatten" else (shape[1],))
+        return ((kind, 2) if kind == "mean" else (kind,)), (
+            (shape[0] * shape[1],) if kind == "flatten" else (shape[1],)
+        )
 
-    def code(self, shape: tuple[int, ...], length: int, *, depth: int = 0, keep: bool = False) -> tuple[list[Any], tuple[int, ...]]:
+    def code(
+        self, shape: tuple[int, ...], length: int, *, depth: int = 0, keep: bool = False
+    ) -> tuple[list[Any], tuple[int, ...]]:
         """Write instructions; `keep` asks for the shape to be the same at the end."""
         code: list[Any] = []
         for _ in range(length):
@@ -121,10 +135,24 @@ class Writer:
             code += more
         return code, shape
 
-    def instruction(self, shape: tuple[int, ...], depth: int, keep: bool) -> tuple[list[Any], tuple[int, ...]]:
-        kinds = ["weight", "weight", "weight", "norm", "pointwise", "dropout", "scale", "mask", "shared"]
+    def instruction(
+        self, shape: tuple[int, ...], depth: int, keep: bool
+    ) -> tuple[list[Any], tuple[int, ...]]:
+        kinds = [
+            "weight",
+            "weight",
+            "weight",
+            "norm",
+            "pointwise",
+            "dropout",
+            "scale",
+            "mask",
+            "shared",
+        ]
         kinds += ["sum", "sum", "cat", "gate"] if depth < 2 else []
-        kinds += ["pool", "shuffle"] if len(shape) == 3 else ["attention"] if len(shape) == 2 else []
+        kinds += (
+            ["pool", "shuffle"] if len(shape) == 3 else ["attention"] if len(shape) == 2 else []
+        )
         kind = self.choice(*kinds)
         if kind == "weight":
             return self.weight(shape, keep)
@@ -132,7 +160,12 @@ class Writer:
             return [], shape
         if kind == "pool":
             pool = self.layer(nn.MaxPool2d(2))
-            return [self.choice(("pointwise", "relu"), ("pointwise", "relu in place"), ("pointwise", "gelu")), pool], (
+            return [
+                self.choice(
+                    ("pointwise", "relu"), ("pointwise", "relu in place"), ("pointwise", "gelu")
+                ),
+                pool,
+            ], (
                 shape[0],
                 shape[1] // 2,
                 shape[2] // 2,
@@ -145,19 +178,27 @@ class Writer:
         width = shape[axis] if keep else self.choice(4, 6)
         if len(shape) == 3:
             size = self.choice(1, 3)
-            layer: nn.Module = nn.Conv2d(shape[0], width, size, padding=size // 2, bias=self.draw(st.booleans()))
+            layer: nn.Module = nn.Conv2d(
+                shape[0], width, size, padding=size // 2, bias=self.draw(st.booleans())
+            )
             shape = (width, *shape[1:])
         else:
             layer = nn.Linear(shape[-1], width)
             shape = (*shape[:-1], width)
-        follow = [*self.norm(shape), ("pointwise", self.choice(*POINTWISE))] if self.draw(st.booleans()) else []
+        follow = (
+            [*self.norm(shape), ("pointwise", self.choice(*POINTWISE))]
+            if self.draw(st.booleans())
+            else []
+        )
         return [self.layer(layer), *follow], shape
 
     def norm(self, shape: tuple[int, ...]) -> list[Any]:
         kinds = {3: nn.BatchNorm2d, 2: nn.LayerNorm, 1: nn.BatchNorm1d}
         return [self.layer(kinds[len(shape)](shape[0] if len(shape) == 3 else shape[-1]))]
 
-    def same_shape(self, kind: str, shape: tuple[int, ...], depth: int, keep: bool) -> tuple[list[Any], tuple[int, ...]]:
+    def same_shape(
+        self, kind: str, shape: tuple[int, ...], depth: int, keep: bool
+    ) -> tuple[list[Any], tuple[int, ...]]:
         width = shape[0] if len(shape) == 3 else shape[-1]
         if kind == "norm":
             return self.norm(shape), shape
@@ -169,7 +210,11 @@ class Writer:
             return [self.reused(shape, width)], shape
         if kind in ("sum", "gate"):
             inner, _ = self.code(shape, self.draw(st.integers(1, 3)), depth=depth + 1, keep=True)
-            return [("sum", self.choice("x + y", "y += x", "add(y, x)"), inner) if kind == "sum" else ("gate", inner)], shape
+            return [
+                ("sum", self.choice("x + y", "y += x", "add(y, x)"), inner)
+                if kind == "sum"
+                else ("gate", inner)
+            ], shape
         if kind == "cat":
             return ([], shape) if keep else self.cat(shape, depth)
         if kind == "shuffle" and width % 2:
@@ -178,7 +223,10 @@ class Writer:
 
     def cat(self, shape: tuple[int, ...], depth: int) -> tuple[list[Any], tuple[int, ...]]:
         axis = 0 if len(shape) == 3 else len(shape) - 1
-        branches = [self.code(shape, self.draw(st.integers(0, 2)), depth=depth + 1, keep=True)[0] for _ in range(2)]
+        branches = [
+            self.code(shape, self.draw(st.integers(0, 2)), depth=depth + 1, keep=True)[0]
+            for _ in range(2)
+        ]
         wide = tuple(2 * size if i == axis else size for i, size in enumerate(shape))
         return [("cat", branches, axis + 1)], wide
 
@@ -186,7 +234,9 @@ class Writer:
         """Write a call of a layer that other places call as well."""
         key = (len(shape), width)
         if key not in self.shared:
-            self.shared[key] = self.layer(nn.Conv2d(width, width, 1) if len(shape) == 3 else nn.Linear(width, width))[1]
+            self.shared[key] = self.layer(
+                nn.Conv2d(width, width, 1) if len(shape) == 3 else nn.Linear(width, width)
+            )[1]
         return ("layer", self.shared[key])
 
 

@@ -42,9 +42,13 @@ def rerandomised(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
-                nn.init.kaiming_normal_(p, generator=generator) if p.shape[0] > 1 else p.normal_(0, 0.02, generator=generator)
+                nn.init.kaiming_normal_(p, generator=generator) if p.shape[0] > 1 else p.normal_(
+                    0, 0.02, generator=generator
+                )
             else:
-                p.uniform_(0.5, 1.5, generator=generator) if name.endswith("weight") else p.normal_(0, 0.1, generator=generator)
+                p.uniform_(0.5, 1.5, generator=generator) if name.endswith("weight") else p.normal_(
+                    0, 0.1, generator=generator
+                )
     return model
 
 
@@ -52,7 +56,9 @@ def rerandomised(model: nn.Module) -> nn.Module:
 def test_without_norm_the_trunk_is_the_original_bit_for_bit(name):
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     model = rerandomised(getattr(torchvision.models, name)(num_classes=10, **options))
-    if name == "googlenet":  # its auxiliary classifiers, which are left out, draw random numbers before the dropout does
+    if (
+        name == "googlenet"
+    ):  # its auxiliary classifiers, which are left out, draw random numbers before the dropout does
         model.dropout.p = 0.0
     x = torch.randn(3, 3, FAMILIES[name], FAMILIES[name])
     net = sffx.transform(model, example_input=x[:1], norm="none")
@@ -68,7 +74,11 @@ def test_without_norm_the_trunk_is_the_original_bit_for_bit(name):
         assert expected.abs().max() > 1e-3
         assert torch.equal(found, expected)
     buffers = dict(sffx.extract(net).named_buffers())
-    assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers() if "aux" not in key.lower())
+    assert all(
+        torch.equal(buffer, buffers[key])
+        for key, buffer in model.named_buffers()
+        if "aux" not in key.lower()
+    )
 
 
 @pytest.fixture
@@ -96,7 +106,10 @@ def test_shapes_and_readouts(net):
     assert torch.equal(scores["ensemble"], parts[:-1].mean(0))
     assert torch.equal(scores["last"], parts[-2])
     assert torch.equal(scores["classifier"], parts[-1])
-    with pytest.raises(InputError, match=r"there is no readout 'best'\. Hint: the readouts are 'ensemble', 'last', 'classifier'"):
+    with pytest.raises(
+        InputError,
+        match=r"there is no readout 'best'\. Hint: the readouts are 'ensemble', 'last', 'classifier'",
+    ):
         net.readout.mode = "best"
 
 
@@ -123,7 +136,9 @@ def test_state_dict_and_whole_model_survive_a_file(net):
             other.load_state_dict(loaded)
         assert torch.equal(other.eval()(X), net.eval()(X))
         assert other.plan == net.plan
-        assert torch.equal(sffx.extract(other).stem[0].weight, net.block_0.stem.get_submodule("0").weight)
+        assert torch.equal(
+            sffx.extract(other).stem[0].weight, net.block_0.stem.get_submodule("0").weight
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -144,7 +159,9 @@ def test_a_meta_model_can_be_planned_and_cut():
 def test_channels_last_gives_the_same(net):
     net.classifier.drop.p = 0.0
     expected = net(X)
-    found = copy.deepcopy(net).to(memory_format=torch.channels_last)(X.to(memory_format=torch.channels_last))
+    found = copy.deepcopy(net).to(memory_format=torch.channels_last)(
+        X.to(memory_format=torch.channels_last)
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -172,8 +189,14 @@ def test_blocks_have_the_mode_of_the_model():
     ("options", "message"),
     [
         ({"norm": "batch"}, r"there is no norm 'batch'\. Hint: choose one of 'layer', 'none'"),
-        ({"goodness": "best"}, r"there is no goodness 'best'\. Hint: choose one of 'sff', 'cwc', 'cosine', 'cosine\(4\)'"),
-        ({"kernel_size": 2}, r"block_0 \(0 … 3, output \(6, 4, 4\)\): kernel_size is 2\. Hint: pass an odd positive integer"),
+        (
+            {"goodness": "best"},
+            r"there is no goodness 'best'\. Hint: choose one of 'sff', 'cwc', 'cosine', 'cosine\(4\)'",
+        ),
+        (
+            {"kernel_size": 2},
+            r"block_0 \(0 … 3, output \(6, 4, 4\)\): kernel_size is 2\. Hint: pass an odd positive integer",
+        ),
         ({"num_classes": 7}, r"num_classes is 7, but the model returns 4 logits"),
     ],
 )
@@ -185,7 +208,10 @@ def test_options_that_cannot_be_used(options, message):
 @pytest.mark.parametrize("cut_again", [sffx.transform, sffx.plan])
 def test_what_is_cut_is_not_cut_again(cut_again):
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
-    with pytest.raises(InputError, match=r"the model is cut already\. Hint: sffx\.extract\(net\) gives the plain model back"):
+    with pytest.raises(
+        InputError,
+        match=r"the model is cut already\. Hint: sffx\.extract\(net\) gives the plain model back",
+    ):
         cut_again(net)
 
 
@@ -236,7 +262,16 @@ def test_extract_gives_back_what_was_put_in_the_place_of_layers():
 def test_the_plan_prints_as_a_table(net):
     lines = str(net.plan).splitlines()
     assert lines[0] == "Residual, policy 'residual': 3 feature blocks and the classifier, 4 classes"
-    assert lines[1].split() == ["block", "modules", "cut", "after", "output", "parameters", "MACs", "kept/sample"]
+    assert lines[1].split() == [
+        "block",
+        "modules",
+        "cut",
+        "after",
+        "output",
+        "parameters",
+        "MACs",
+        "kept/sample",
+    ]
     assert lines[3].split()[:4] == ["block_1", "block1", "block1_relu_1", "8x224x224"]
 
 

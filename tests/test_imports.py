@@ -33,13 +33,21 @@ MAY_IMPORT = {
 
 def imported(path: Path) -> set[str]:
     """Return the parts of sffx that a file imports at its top, functions left aside."""
-    modules = [node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+    modules = [
+        node.module or ""
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ImportFrom)
+    ]
     return {module.split(".")[1] for module in modules if module.startswith("sffx.")}
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
 def test_imports_run_one_way_only(part):
-    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else list((PACKAGE / part).glob("*.py"))
+    files = (
+        [PACKAGE / f"{part}.py"]
+        if (PACKAGE / f"{part}.py").exists()
+        else list((PACKAGE / part).glob("*.py"))
+    )
     assert files
     for path in files:
         assert imported(path) <= MAY_IMPORT[part] | {part}, path
@@ -51,12 +59,24 @@ def test_goodness_and_losses_know_nothing_of_fx():
 
 
 def test_every_part_is_listed():
-    parts = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__init__", "__pycache__"}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"} - {
+        "__init__",
+        "__pycache__",
+    }
     assert parts == set(MAY_IMPORT)
 
 
 def test_the_public_face_is_complete_and_needs_no_optional_package():
-    optional = ("onnx", "onnxruntime", "onnxscript", "lightning", "matplotlib", "pygraphviz", "torchvision", "timm")
+    optional = (
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "lightning",
+        "matplotlib",
+        "pygraphviz",
+        "torchvision",
+        "timm",
+    )
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in optional)
     code = f"import sys; {blocked}; import sffx; assert all(hasattr(sffx, name) for name in sffx.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,18 @@ Y = torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(2, 1, 8, 8), r"input is \(2, 1, 8, 8\) of float32, but .* for \(B, 3, 8, 8\) of float32.* to have 3 channels"),
-        (torch.zeros(2, 3, 16, 16), r"input is \(2, 3, 16, 16\) of float32, but .* shapes cannot be multiplied .*\. Hint: "),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"input is \(2, 3, 8, 8\) of uint8, but .* of float32\. In the model, torch says: "),
+        (
+            torch.zeros(2, 1, 8, 8),
+            r"input is \(2, 1, 8, 8\) of float32, but .* for \(B, 3, 8, 8\) of float32.* to have 3 channels",
+        ),
+        (
+            torch.zeros(2, 3, 16, 16),
+            r"input is \(2, 3, 16, 16\) of float32, but .* shapes cannot be multiplied .*\. Hint: ",
+        ),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            r"input is \(2, 3, 8, 8\) of uint8, but .* of float32\. In the model, torch says: ",
+        ),
     ],
     ids=["channels", "size", "dtype"],
 )
@@ -34,11 +43,17 @@ def test_an_input_unlike_the_example_is_named(x: torch.Tensor, message: str) -> 
 
 def test_of_several_inputs_the_one_that_differs_is_named() -> None:
     net = sffx.transform(TwoInputs(), example_input=(torch.zeros(1, 6), torch.zeros(1, 5))).train()
-    with pytest.raises(InputError, match=r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. In the model"):
+    with pytest.raises(
+        InputError,
+        match=r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. In the model",
+    ):
         sffx.local_loss(net, {"image": torch.zeros(2, 6), "text": torch.zeros(2, 7)}, Y)
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")])
+@pytest.mark.parametrize(
+    "error",
+    [NotImplementedError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")],
+)
 def test_an_error_with_another_cause_stays_as_it_is(error: Exception) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -51,7 +66,10 @@ def test_an_error_with_another_cause_stays_as_it_is(error: Exception) -> None:
 
 def test_a_missing_batch_axis_is_told() -> None:
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8)).train()
-    with pytest.raises(InputError, match=r"input is \(3, 8, 8\) of float32, but the model was cut for \(B, 3, 8, 8\)"):
+    with pytest.raises(
+        InputError,
+        match=r"input is \(3, 8, 8\) of float32, but the model was cut for \(B, 3, 8, 8\)",
+    ):
         sffx.local_loss(net, torch.zeros(3, 8, 8), torch.tensor([0, 1, 2]))
 
 

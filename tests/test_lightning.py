@@ -28,12 +28,16 @@ from sffx.lightning import BPModule, SFFModule  # noqa: E402 (needs lightning)
 
 pytestmark = [
     # Lightning's own call to a part of torch that torch has since deprecated.
-    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"
+    ),
     # The data sets are tensors in memory, which worker processes would only slow down.
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     # The epochs are a few steps long, and some have no validation, on purpose.
     pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings(
+        "ignore:You defined a `validation_step` but have no `val_dataloader`"
+    ),
 ]
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "classifier_lr": 1e-2, "weight_decay": 0.05}
@@ -71,11 +75,20 @@ def batches(digits: tuple[Tensor, Tensor], size: int) -> DataLoader:
 
 
 def trainer(folder: Path, **options: Any) -> Any:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    return lightning.Trainer(accelerator="cpu", default_root_dir=folder, num_sanity_val_steps=0, **{**quiet, **options})
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return lightning.Trainer(
+        accelerator="cpu", default_root_dir=folder, num_sanity_val_steps=0, **{**quiet, **options}
+    )
 
 
-def train_plainly(net: nn.Module, groups: Any, loss_of: Any, loader: DataLoader, clip: float | None = None) -> nn.Module:
+def train_plainly(
+    net: nn.Module, groups: Any, loss_of: Any, loader: DataLoader, clip: float | None = None
+) -> nn.Module:
     optimizer = torch.optim.AdamW(groups, weight_decay=OPTIONS["weight_decay"])
     net.train()
     for x, y in loader:
@@ -88,17 +101,31 @@ def train_plainly(net: nn.Module, groups: Any, loss_of: Any, loader: DataLoader,
 
 
 def train_locally(net: fx.GraphModule, loader: DataLoader, clip: float | None = None) -> nn.Module:
-    return train_plainly(net, sffx.parameter_groups(net, OPTIONS["lr"], OPTIONS["classifier_lr"]), sffx.local_loss, loader, clip)
+    return train_plainly(
+        net,
+        sffx.parameter_groups(net, OPTIONS["lr"], OPTIONS["classifier_lr"]),
+        sffx.local_loss,
+        loader,
+        clip,
+    )
 
 
-def assert_same_state(found: nn.Module, expected: nn.Module, start: nn.Module, **tolerance: float) -> None:
-    torch.testing.assert_close(found.state_dict(), expected.state_dict(), **{"rtol": 0, "atol": 0, **tolerance})
-    moved = [not torch.equal(p, q) for p, q in zip(found.parameters(), start.parameters(), strict=True)]
+def assert_same_state(
+    found: nn.Module, expected: nn.Module, start: nn.Module, **tolerance: float
+) -> None:
+    torch.testing.assert_close(
+        found.state_dict(), expected.state_dict(), **{"rtol": 0, "atol": 0, **tolerance}
+    )
+    moved = [
+        not torch.equal(p, q) for p, q in zip(found.parameters(), start.parameters(), strict=True)
+    ]
     assert all(moved)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_a_trainer_trains_as_a_plain_loop_does(digits: tuple[Tensor, Tensor], tmp_path: Path, clip: float | None) -> None:
+def test_a_trainer_trains_as_a_plain_loop_does(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, clip: float | None
+) -> None:
     net, loader = cut_model(), batches(digits, 80)
     start = copy.deepcopy(net)
     torch.manual_seed(1)  # of the dropout
@@ -108,18 +135,31 @@ def test_a_trainer_trains_as_a_plain_loop_does(digits: tuple[Tensor, Tensor], tm
     assert_same_state(net, expected, start)
 
 
-def test_two_accumulated_half_batches_are_one_batch(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_two_accumulated_half_batches_are_one_batch(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     x, y = digits[0].double(), digits[1]
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no BN, no dropout
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )  # no BN, no dropout
     net = sffx.transform(nn.Sequential(*layers).double(), "layer", example_input=x[:1])
     start = copy.deepcopy(net)
     expected = train_locally(copy.deepcopy(net), batches((x, y), 120))
-    trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2).fit(SFFModule(net, **OPTIONS), batches((x, y), 60))
+    trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2).fit(
+        SFFModule(net, **OPTIONS), batches((x, y), 60)
+    )
     assert_same_state(net, expected, start, rtol=1e-9, atol=1e-12)
 
 
-def test_backpropagation_is_the_plain_loop_too(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_backpropagation_is_the_plain_loop_too(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     net, loader = Residual(classes=10), batches(digits, 80)
     start = copy.deepcopy(net)
@@ -136,30 +176,49 @@ def test_backpropagation_is_the_plain_loop_too(digits: tuple[Tensor, Tensor], tm
 
 
 def test_the_logs_are_what_evaluate_says(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    net, validation = cut_model(), batches((digits[0][:100], digits[1][:100]), 64)  # the second batch is a smaller one
+    net, validation = (
+        cut_model(),
+        batches((digits[0][:100], digits[1][:100]), 64),
+    )  # the second batch is a smaller one
     logger = lightning.loggers.CSVLogger(tmp_path, name="logs", version="")
     module = SFFModule(net, **OPTIONS, plateau={"patience": 3})
     run = trainer(tmp_path, max_epochs=1, logger=logger, log_every_n_steps=1)
     run.fit(module, batches(digits, 80), validation)
 
     readouts = [*BLOCKS, "last", "classifier"]
-    validated = {"val_loss", "val_acc", *(f"{metric}/{name}" for metric in ("val_loss", "val_acc") for name in readouts)}
-    rates = {f"lr/{name}": OPTIONS["lr"] for name in BLOCKS} | {"lr/classifier": OPTIONS["classifier_lr"]}
+    validated = {
+        "val_loss",
+        "val_acc",
+        *(f"{metric}/{name}" for metric in ("val_loss", "val_acc") for name in readouts),
+    }
+    rates = {f"lr/{name}": OPTIONS["lr"] for name in BLOCKS} | {
+        "lr/classifier": OPTIONS["classifier_lr"]
+    }
     assert set(run.callback_metrics) == {"train_loss", *validated, *rates}
 
     found = sffx.evaluate(net, validation)
     for name in readouts:
-        assert float(run.callback_metrics[f"val_acc/{name}"]) == pytest.approx(found.accuracy[name], abs=1e-6)
-        assert float(run.callback_metrics[f"val_loss/{name}"]) == pytest.approx(found.loss[name], rel=1e-5)
-    assert float(run.callback_metrics["val_acc"]) == pytest.approx(found.accuracy["ensemble"], abs=1e-6)
-    assert float(run.callback_metrics["val_loss"]) == pytest.approx(found.loss["ensemble"], rel=1e-5)
+        assert float(run.callback_metrics[f"val_acc/{name}"]) == pytest.approx(
+            found.accuracy[name], abs=1e-6
+        )
+        assert float(run.callback_metrics[f"val_loss/{name}"]) == pytest.approx(
+            found.loss[name], rel=1e-5
+        )
+    assert float(run.callback_metrics["val_acc"]) == pytest.approx(
+        found.accuracy["ensemble"], abs=1e-6
+    )
+    assert float(run.callback_metrics["val_loss"]) == pytest.approx(
+        found.loss["ensemble"], rel=1e-5
+    )
     assert {name: float(run.callback_metrics[name]) for name in rates} == pytest.approx(rates)
     with open(tmp_path / "logs" / "metrics.csv") as file:
         assert validated | set(rates) | {"train_loss"} <= set(next(csv.reader(file)))
     assert net.training  # as it was before
 
 
-def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     net, validation = cut_model(), batches((digits[0][:100], digits[1][:100]), 64)
     logger = lightning.loggers.CSVLogger(tmp_path, name="logs", version="")
     run = trainer(tmp_path, max_epochs=2, logger=logger)
@@ -177,13 +236,17 @@ def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(digits: tuple[Tensor
     assert (first.number, second.number, second.lr) == (0, 1, pytest.approx(rates))
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     # Nothing counts as an improvement, so each rate falls after the second epoch without one, which the interruption lies before.
     plateau = {"factor": 0.1, "patience": 1, "threshold": 100.0, "threshold_mode": "abs"}
     loader, size = batches(digits, 120), 3
 
     def fit(epochs: int, ckpt_path: Path | None = None) -> tuple[SFFModule, Any]:
-        module = SFFModule(cut_model(dropout=0.0), **OPTIONS, plateau=plateau)  # no checkpoint holds dropout's random state
+        module = SFFModule(
+            cut_model(dropout=0.0), **OPTIONS, plateau=plateau
+        )  # no checkpoint holds dropout's random state
         run = trainer(tmp_path, max_epochs=epochs)
         run.fit(module, loader, loader, ckpt_path=ckpt_path)
         return module, run
@@ -195,22 +258,33 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(digits: tuple[T
     assert run.current_epoch == size
     assert resumed.plateau.state_dict() == whole.plateau.state_dict()
     rates = {group["name"]: group["lr"] for group in resumed.optimizers().param_groups}
-    assert rates == pytest.approx({**dict.fromkeys(BLOCKS, OPTIONS["lr"] / 10), "classifier": OPTIONS["classifier_lr"] / 10})
+    assert rates == pytest.approx(
+        {**dict.fromkeys(BLOCKS, OPTIONS["lr"] / 10), "classifier": OPTIONS["classifier_lr"] / 10}
+    )
     assert_same_state(resumed.net, whole.net, cut_model())
 
 
-def test_only_the_epochs_of_training_step_the_plateau(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_only_the_epochs_of_training_step_the_plateau(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     loader = batches(digits, 120)
     module = SFFModule(cut_model(), plateau={"patience": 5})
     run = lightning.Trainer(  # with the sanity check of validation that a Trainer makes by default
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     run.fit(module, loader, loader)
     run.validate(module, loader, verbose=False)
     assert {state["last_epoch"] for state in module.plateau.state_dict().values()} == {1}
 
 
-def test_predictions_are_the_scores_of_the_ensemble(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_predictions_are_the_scores_of_the_ensemble(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     net = cut_model()
     run = trainer(tmp_path)
     pairs = torch.cat(run.predict(SFFModule(net), batches(digits, 100)))
@@ -222,7 +296,9 @@ def test_predictions_are_the_scores_of_the_ensemble(digits: tuple[Tensor, Tensor
     torch.testing.assert_close(alone, expected)
 
 
-def test_a_checkpoint_brings_weights_and_options_back(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_a_checkpoint_brings_weights_and_options_back(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     module = SFFModule(cut_model(), **OPTIONS, plateau={"patience": 2})
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, batches(digits, 120))
@@ -235,9 +311,18 @@ def test_a_checkpoint_brings_weights_and_options_back(digits: tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SFFModule(Residual()), "net is a Residual, not a cut model. Hint: pass what sffx.transform returned"),
-        (lambda: BPModule(cut_model()), "net is a cut model. Hint: pass the model that it was cut from, or use SFFModule"),
-        (lambda: SFFModule(cut_model()).training_step(torch.zeros(2, 3, 8, 8), 0), "the loader yielded a Tensor, not a pair"),
+        (
+            lambda: SFFModule(Residual()),
+            "net is a Residual, not a cut model. Hint: pass what sffx.transform returned",
+        ),
+        (
+            lambda: BPModule(cut_model()),
+            "net is a cut model. Hint: pass the model that it was cut from, or use SFFModule",
+        ),
+        (
+            lambda: SFFModule(cut_model()).training_step(torch.zeros(2, 3, 8, 8), 0),
+            "the loader yielded a Tensor, not a pair",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make: Any, message: str) -> None:

@@ -12,7 +12,12 @@ class Chain(nn.Sequential):
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__(
-            *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+            *(
+                nn.Conv2d(3, 6, 3, padding=1),
+                nn.BatchNorm2d(6),
+                nn.ReLU(inplace=True),
+                nn.MaxPool2d(2),
+            ),
             *(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True)),
             *(nn.Flatten(), nn.Linear(8 * 16, classes)),
         )
@@ -21,8 +26,14 @@ class Chain(nn.Sequential):
 class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +47,9 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 8, classes: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.block1, self.block2 = ResidualBlock(width), ResidualBlock(width)
         self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(width, classes)
@@ -189,7 +202,9 @@ def around(middle: nn.Module) -> nn.Sequential:
 def step_scores(net: fx.GraphModule, x: Tensor) -> list[Tensor]:
     """Return each block's goodness and the logits, as the readout is given them, with their graphs."""
     seen: list[Tensor] = []
-    handle = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    handle = net.get_submodule("readout").register_forward_pre_hook(
+        lambda _, args: seen.extend(args[0])
+    )
     net(x)
     handle.remove()
     return seen

@@ -84,7 +84,11 @@ WORKLOADS = (
 )
 WAYS = ("BP", "checkpoint", "accumulation", "deferred", "local", "step", "kept", "rank", "mlp")
 PARTS = ("workloads", "depth", "classes", "batch", "overhead", "settings")
-OPTIONS: dict[str, dict[str, Any]] = {"kept": {"recompute": False}, "rank": {"rank": 64}, "mlp": {"goodness": "mlp"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kept": {"recompute": False},
+    "rank": {"rank": 64},
+    "mlp": {"goodness": "mlp"},
+}
 
 # The in-place forms of products, which torch's counter does not know.
 IN_PLACE_PRODUCTS = {
@@ -118,13 +122,17 @@ def prepare(way: str, model: nn.Module, example: Tensor) -> nn.Module:
 def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
     """Make the step of a way on a prepared module; `parts` is the number of smaller batches of "accumulation"."""
     is_cut = way not in ("BP", "checkpoint", "accumulation")
-    optimizer = torch.optim.AdamW(sffx.parameter_groups(module, lr=1e-3) if is_cut else module.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        sffx.parameter_groups(module, lr=1e-3) if is_cut else module.parameters(), lr=1e-3
+    )
     losses: dict[str, Step] = {
         "BP": lambda x, y: F.cross_entropy(module(x), y),
         "accumulation": lambda x, y: F.cross_entropy(module(x), y) / parts,
         "checkpoint": lambda x, y: F.cross_entropy(checkpointed(module, x), y),
         "deferred": lambda x, y: sffx.sff_loss(module(x), y),
-        **dict.fromkeys(("local", "kept", "rank", "mlp"), lambda x, y: sffx.local_loss(module, x, y)),
+        **dict.fromkeys(
+            ("local", "kept", "rank", "mlp"), lambda x, y: sffx.local_loss(module, x, y)
+        ),
     }
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -133,15 +141,25 @@ def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
             losses[way](a, b).backward()  # type: ignore[attr-defined]
         optimizer.step()
 
-    return Candidate(module, optimizer, step if way != "step" else lambda x, y: sffx.local_step(module, x, y, optimizer))
+    return Candidate(
+        module,
+        optimizer,
+        step if way != "step" else lambda x, y: sffx.local_step(module, x, y, optimizer),
+    )
 
 
 def checkpointed(net: Any, x: Tensor) -> Tensor:
     """Run the blocks of a net cut without norm as one model, each under a checkpoint."""
     values = {net.plan.inputs[0].name: x}
     for block in net.plan.all_blocks:
-        result = checkpoint(net.get_submodule(block.target), *(values[name] for name in block.inputs), use_reentrant=False)
-        values.update(zip((block.output, *block.sides), result if block.sides else (result,), strict=True))
+        result = checkpoint(
+            net.get_submodule(block.target),
+            *(values[name] for name in block.inputs),
+            use_reentrant=False,
+        )
+        values.update(
+            zip((block.output, *block.sides), result if block.sides else (result,), strict=True)
+        )
     return values[net.plan.classifier.output]
 
 
@@ -156,18 +174,33 @@ def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> di
         memory = count_memory(lambda: made.step(x, y), model=fake, optimizer=made.optimizer)
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops:
             made.step(x, y)
-    fields = ("parameters", "gradients", "optimizer_state", "optimizer_temporaries", "activations", "peak")
-    return {**{name: getattr(memory, name) for name in fields}, "macs": flops.get_total_flops() // 2}
+    fields = (
+        "parameters",
+        "gradients",
+        "optimizer_state",
+        "optimizer_temporaries",
+        "activations",
+        "peak",
+    )
+    return {
+        **{name: getattr(memory, name) for name in fields},
+        "macs": flops.get_total_flops() // 2,
+    }
 
 
 def batch(workload: Workload, size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(size, 3, workload.size, workload.size), torch.randint(0, workload.classes, (size,))
+    return torch.randn(size, 3, workload.size, workload.size), torch.randint(
+        0, workload.classes, (size,)
+    )
 
 
 def fitting_parts(model: nn.Module, workload: Workload, activations: float) -> int:
     """Return into how few equal parts a batch must be split for backpropagation to need no more activations than given."""
     parts = 1
-    while parts < workload.count_batch and count("accumulation", model, workload, parts)["activations"] > activations:
+    while (
+        parts < workload.count_batch
+        and count("accumulation", model, workload, parts)["activations"] > activations
+    ):
         parts *= 2
     return parts
 
@@ -191,25 +224,39 @@ def limit(model: nn.Module, example: Tensor, workload: Workload) -> float:
     return count("kept", net, workload)["macs"]
 
 
-def measure(workload: Workload, rounds: int, device: str, timed: tuple[str, ...] = WAYS) -> dict[str, Any]:
+def measure(
+    workload: Workload, rounds: int, device: str, timed: tuple[str, ...] = WAYS
+) -> dict[str, Any]:
     model = workload.build()
     example = torch.zeros(1, 3, workload.size, workload.size)
     modules = {way: prepare(way, model, example) for way in WAYS}
     counts = {way: count(way, modules[way], workload) for way in WAYS if way != "accumulation"}
     parts = fitting_parts(model, workload, counts["local"]["activations"])
     counts["accumulation"] = count("accumulation", modules["accumulation"], workload, parts)
-    record: dict[str, Any] = {"name": workload.name, "batch": workload.count_batch, "parts": parts, "counts": counts}
+    record: dict[str, Any] = {
+        "name": workload.name,
+        "batch": workload.count_batch,
+        "parts": parts,
+        "counts": counts,
+    }
     record["limit"] = limit(model, example, workload)
     if rounds:
         x, y = (t.to(device) for t in batch(workload, workload.time_batch))
         steps = {}
         for way in timed:
-            made = candidate(way, modules[way].to(device), min(parts, workload.time_batch // 2) if way == "accumulation" else 1)
+            made = candidate(
+                way,
+                modules[way].to(device),
+                min(parts, workload.time_batch // 2) if way == "accumulation" else 1,
+            )
             steps[way] = partial(made.step, x, y)
         if device == "cuda":
             record["max_memory_allocated"] = {way: allocated(step) for way, step in steps.items()}
         times = compare_time(steps, rounds=rounds, warmup=1, device=device)
-        record |= {"time_batch": workload.time_batch, "time": {way: times.paired_ratio(way, "BP") for way in timed}}
+        record |= {
+            "time_batch": workload.time_batch,
+            "time": {way: times.paired_ratio(way, "BP") for way in timed},
+        }
         record["seconds"] = {way: times.median(way) for way in timed}
     print(table(record), flush=True)
     return record
@@ -238,23 +285,42 @@ def table(record: dict[str, Any]) -> str:
         mib = [found[key] / 2**20 for key in ("peak", "activations", "gradients")]
         time = f"{record['time'][way]:.2f}" if way in record.get("time", {}) else "–"
         name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
-        lines.append(f"| {name} | {time} | {' | '.join(f'{r:.2f}' for r in ratios)} | {' | '.join(f'{m:.1f}' for m in mib)} |")
+        lines.append(
+            f"| {name} | {time} | {' | '.join(f'{r:.2f}' for r in ratios)} | {' | '.join(f'{m:.1f}' for m in mib)} |"
+        )
     fixed = {key: base[key] / 2**20 for key in ("parameters", "optimizer_state")}
-    lines += ["", f"The limit of the multiply-adds, heads left aside, is {record['limit'] / base['macs']:.2f} of BP's."]
-    lines += [f"BP holds {fixed['parameters']:.1f} MiB of parameters and {fixed['optimizer_state']:.1f} MiB of optimizer state.", ""]
+    lines += [
+        "",
+        f"The limit of the multiply-adds, heads left aside, is {record['limit'] / base['macs']:.2f} of BP's.",
+    ]
+    lines += [
+        f"BP holds {fixed['parameters']:.1f} MiB of parameters and {fixed['optimizer_state']:.1f} MiB of optimizer state.",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def depth() -> dict[str, Any]:
     """Count activations against depth: bottleneck ResNets of 50 to 1,001 layers, 224 x 224, batch 16."""
     record = {}
-    for layers, blocks in {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 1001: (3, 94, 233, 3)}.items():
+    for layers, blocks in {
+        50: (3, 4, 6, 3),
+        101: (3, 4, 23, 3),
+        152: (3, 8, 36, 3),
+        1001: (3, 94, 233, 3),
+    }.items():
         workload = Workload("resnet", 224, 1000, 16, 0)
         model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, blocks).train()
         example = torch.zeros(1, 3, 224, 224)
         ways = ("BP", "checkpoint", "local")
-        record[layers] = {way: count(way, prepare(way, model, example), workload)["activations"] for way in ways}
-        print(f"depth {layers}: " + ", ".join(f"{way} {value / 2**20:.0f} MiB" for way, value in record[layers].items()), flush=True)
+        record[layers] = {
+            way: count(way, prepare(way, model, example), workload)["activations"] for way in ways
+        }
+        print(
+            f"depth {layers}: "
+            + ", ".join(f"{way} {value / 2**20:.0f} MiB" for way, value in record[layers].items()),
+            flush=True,
+        )
     return record
 
 
@@ -290,13 +356,22 @@ def batches(budget: int = 8 * 2**30) -> dict[str, Any]:
         record[workload.name] = {}
         for way in ("BP", "checkpoint", "local", "step"):
             module = prepare(way, model, example)
-            low, high = (count(way, module, replace(workload, count_batch=size))["peak"] for size in (32, 64))
+            low, high = (
+                count(way, module, replace(workload, count_batch=size))["peak"] for size in (32, 64)
+            )
             fits, peak = 64 + int((budget - high) / ((high - low) / 32)), budget + 1.0
             while peak > budget:  # a line through two counts may miss by a sample or two
                 peak = count(way, module, replace(workload, count_batch=fits))["peak"]
-                fits = fits if peak <= budget else min(fits - 1, 64 + int((budget - high) / ((peak - high) / (fits - 64))))
+                fits = (
+                    fits
+                    if peak <= budget
+                    else min(fits - 1, 64 + int((budget - high) / ((peak - high) / (fits - 64))))
+                )
             record[workload.name][way] = {"32": low, "64": high, "fits": fits, "peak": peak}
-            print(f"{workload.name}, {way}: batch {fits} fits {budget / 2**30:.0f} GiB (counted: {peak / 2**30:.2f})", flush=True)
+            print(
+                f"{workload.name}, {way}: batch {fits} fits {budget / 2**30:.0f} GiB (counted: {peak / 2**30:.2f})",
+                flush=True,
+            )
     return record
 
 
@@ -331,7 +406,10 @@ def overhead(repeats: int = 3) -> dict[str, Any]:
     for patch in patches:
         patch.stop()
     share = statistics.median(shares[1:])
-    print(f"overhead of the outer loop, resnet152 ({len(net.plan)} blocks): {share:.2%} of a step", flush=True)
+    print(
+        f"overhead of the outer loop, resnet152 ({len(net.plan)} blocks): {share:.2%} of a step",
+        flush=True,
+    )
     return {"share": share, "blocks": len(net.plan)}
 
 
@@ -350,7 +428,11 @@ def settings(rounds: int, device: str) -> dict[str, Any]:
         laid = candidate(way, prepare(way, model, example).to(device, **last))
         steps[f"{way}, channels-last"] = partial(laid.step, x.to(**last), y)
         compiled: Any = prepare(way, model, example).to(device)
-        for part in [compiled] if way == "BP" else [compiled.get_submodule(block.target) for block in compiled.plan]:
+        for part in (
+            [compiled]
+            if way == "BP"
+            else [compiled.get_submodule(block.target) for block in compiled.plan]
+        ):
             part.compile()
         start = time.perf_counter()
         steps[f"{way}, compiled"] = partial(candidate(way, compiled).step, x, y)
@@ -375,30 +457,61 @@ def plot(record: dict[str, Any], path: Path) -> None:
     left, middle, right = figure.subplots(1, 3)
     found = {name: record[name]["found"] for name in ("depth", "classes", "batch")}
     for way in ("BP", "checkpoint", "local"):
-        left.plot([int(d) for d in found["depth"]], [counts[way] / 2**20 for counts in found["depth"].values()], marker="o", label=way)
-    left.set(xlabel="layers of a bottleneck ResNet", ylabel="activations, MiB (224 x 224, batch 16)", xscale="log", yscale="log")
+        left.plot(
+            [int(d) for d in found["depth"]],
+            [counts[way] / 2**20 for counts in found["depth"].values()],
+            marker="o",
+            label=way,
+        )
+    left.set(
+        xlabel="layers of a bottleneck ResNet",
+        ylabel="activations, MiB (224 x 224, batch 16)",
+        xscale="log",
+        yscale="log",
+    )
     left.legend(frameon=False)
     peaks = [counts["peak"] / 2**20 for counts in found["classes"].values()]
     middle.plot([int(j) for j in found["classes"]], peaks, marker="o")
-    middle.set(xlabel="classes", ylabel="peak of a local step, MiB (resnet18, batch 64)", xscale="log", ylim=(0, None))
+    middle.set(
+        xlabel="classes",
+        ylabel="peak of a local step, MiB (resnet18, batch 64)",
+        xscale="log",
+        ylim=(0, None),
+    )
     names = [name.split(",")[0] for name in found["batch"]]
     for i, way in enumerate(("BP", "checkpoint", "local", "step")):
         places = [j + 0.2 * i - 0.3 for j in range(len(names))]
         right.bar(places, [ways[way]["fits"] for ways in found["batch"].values()], 0.2, label=way)
-    right.set(ylabel="largest batch in 8 GiB (224 x 224)", xticks=range(len(names)), xticklabels=names)
+    right.set(
+        ylabel="largest batch in 8 GiB (224 x 224)", xticks=range(len(names)), xticklabels=names
+    )
     right.tick_params(axis="x", labelrotation=15)
     right.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("tools/results/bench"))
-    parser.add_argument("--rounds", type=int, default=8, help="of each time measurement; 0 only counts")
-    parser.add_argument("--only", default="", help="a part of the names of the workloads to measure")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="of each time measurement; 0 only counts"
+    )
+    parser.add_argument(
+        "--only", default="", help="a part of the names of the workloads to measure"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--time", nargs="+", choices=WAYS, default=WAYS, help="the ways that are timed, BP among them")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where time is measured")
+    parser.add_argument(
+        "--time",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        help="the ways that are timed, BP among them",
+    )
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where time is measured"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "record.json"
@@ -410,7 +523,11 @@ def main() -> None:
         "overhead": overhead,
         "settings": partial(settings, args.rounds, args.device),
     }
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     stamp = {"date": str(date.today()), "hardware": f"{where}, torch {torch.__version__}"}
     for part in args.parts:
         if part != "workloads":
@@ -442,7 +559,16 @@ def report(record: dict[str, Any]) -> str:
     for name in PARTS[1:]:
         if name in record:
             stamp = f"{record[name]['date']}, {record[name]['hardware']}"
-            lines += [f"### {name}", "", f"{stamp}:", "", "```", json.dumps(record[name]["found"], indent=1), "```", ""]
+            lines += [
+                f"### {name}",
+                "",
+                f"{stamp}:",
+                "",
+                "```",
+                json.dumps(record[name]["found"], indent=1),
+                "```",
+                "",
+            ]
     return "\n".join(lines)
 
 

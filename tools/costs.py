@@ -32,7 +32,9 @@ class Training:
         self.optimizer.step()
 
 
-def relative_costs(trainings: Mapping[str, Training], to: str, *, rounds: int) -> dict[str, dict[str, float]]:
+def relative_costs(
+    trainings: Mapping[str, Training], to: str, *, rounds: int
+) -> dict[str, dict[str, float]]:
     """Return by method the "time" of a step, its "peak" memory and its "activations", each divided by those of one of the methods.
 
     Memory is counted in a step that has the optimizer's state in place; times are of steps that alternate. The models are trained by it.
@@ -45,8 +47,12 @@ def relative_costs(trainings: Mapping[str, Training], to: str, *, rounds: int) -
     counts = {}
     for name, training in trainings.items():
         training.step()  # the optimizer's state exists from here on
-        counts[name] = count_memory(training.step, model=training.model, optimizer=training.optimizer)
-    times = compare_time({name: training.step for name, training in trainings.items()}, rounds=rounds)
+        counts[name] = count_memory(
+            training.step, model=training.model, optimizer=training.optimizer
+        )
+    times = compare_time(
+        {name: training.step for name, training in trainings.items()}, rounds=rounds
+    )
     return {
         name: {
             "time": times.paired_ratio(name, to),

@@ -21,7 +21,12 @@ TASKS = {
     "demo": ("demo", [["examples/digits.py"]]),
     "test": (
         "dev",
-        [["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], ["-m", "mypy"], ["-m", "pytest", "-n", "2", "--dist", "loadfile"]],
+        [
+            ["-m", "ruff", "check"],
+            ["-m", "ruff", "format", "--check"],
+            ["-m", "mypy"],
+            ["-m", "pytest", "-n", "2", "--dist", "loadfile"],
+        ],
     ),
 }
 
@@ -35,11 +40,26 @@ def install(extra: str) -> None:
     if not PYTHON.exists():
         print(f"making {ENVIRONMENT} …", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
-    if subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [PYTHON, "-m", "pip", "--version"], capture_output=True, check=False
+    ).returncode:
         subprocess.run([PYTHON, "-m", "ensurepip"], check=True)  # its making was interrupted
-    print(f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True)
+    print(
+        f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True
+    )
     subprocess.run(
-        [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", f".[{extra}]"], cwd=ROOT, check=True
+        [
+            PYTHON,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--editable",
+            f".[{extra}]",
+        ],
+        cwd=ROOT,
+        check=True,
     )
     stamp.write_bytes(wanted)
 

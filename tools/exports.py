@@ -84,8 +84,14 @@ def listed() -> list[str]:
     """Return the models so that each family's smallest come first, then each family's second, and so on."""
     names = models.list_models(module=models)
     size = {name: models.get_model_weights(name).DEFAULT.meta["num_params"] for name in names}
-    families = [sorted((n for n in names if family_of(n) == family), key=size.__getitem__) for family in sorted({*map(family_of, names)})]
-    rounds = [[members[i] for members in families if i < len(members)] for i in range(max(map(len, families)))]
+    families = [
+        sorted((n for n in names if family_of(n) == family), key=size.__getitem__)
+        for family in sorted({*map(family_of, names)})
+    ]
+    rounds = [
+        [members[i] for members in families if i < len(members)]
+        for i in range(max(map(len, families)))
+    ]
     return [name for names in rounds for name in sorted(names, key=size.__getitem__)]
 
 
@@ -123,7 +129,11 @@ def largest_error(net: fx.GraphModule, path: Path, *, dynamic_size: bool) -> flo
         x = torch.randn(batch, *inputs[0].shape)
         with torch.no_grad():
             expected = net(x)
-        errors.append(relative_error(torch.from_numpy(session.run(None, {inputs[0].name: x.numpy()})[0]), expected))
+        errors.append(
+            relative_error(
+                torch.from_numpy(session.run(None, {inputs[0].name: x.numpy()})[0]), expected
+            )
+        )
     return max(errors)
 
 
@@ -159,20 +169,33 @@ def new_record(name: str, reason: str = "not finished") -> Record:
 def sweep(todo: list[str], limit: float) -> None:
     """Export models one after the other, each in a process of its own and for at most `limit` seconds."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "torch.onnx", "torchvision", "onnxscript", "onnxruntime"])
+    context.set_forkserver_preload(
+        ["__main__", "torch.onnx", "torchvision", "onnxscript", "onnxruntime"]
+    )
     for i, name in enumerate(todo, start=1):
         exitcode, late = run_apart(context, measure, name, limit)
         if late or exitcode:
-            new_record(name, f"no answer after {limit:.0f} s" if late else f"the process died, exit code {exitcode}").write()
+            new_record(
+                name,
+                f"no answer after {limit:.0f} s"
+                if late
+                else f"the process died, exit code {exitcode}",
+            ).write()
         found = json.loads(path_of(name).read_text())
-        print(f"{i:3}/{len(todo)}  {name}  {found['seconds']} s  {found['reason'] or found['error']}", flush=True)
+        print(
+            f"{i:3}/{len(todo)}  {name}  {found['seconds']} s  {found['reason'] or found['error']}",
+            flush=True,
+        )
 
 
 def table(records: list[Mapping[str, Any]]) -> str:
     """Write the records as Markdown, the counts first."""
     done = [r for r in records if r["date"]]
     good = [r for r in done if not r["reason"]]
-    versions = ", ".join(f"{package} {version}" for package, version in sorted({(k, v) for r in done for k, v in r["versions"].items()}))
+    versions = ", ".join(
+        f"{package} {version}"
+        for package, version in sorted({(k, v) for r in done for k, v in r["versions"].items()})
+    )
     lines = [
         "# ONNX files of torchvision's classifiers",
         "",
@@ -192,24 +215,50 @@ def table(records: list[Mapping[str, Any]]) -> str:
 
 
 def _row(r: Mapping[str, Any]) -> str:
-    why = (r["reason"] or r["fixed"]).splitlines()[0][:200].replace("|", "\\|") if r["reason"] or r["fixed"] else ""
+    why = (
+        (r["reason"] or r["fixed"]).splitlines()[0][:200].replace("|", "\\|")
+        if r["reason"] or r["fixed"]
+        else ""
+    )
     if r["error"] is None:
         return f"| {r['name']} | {' | '.join(8 * ['–'])} | {why} |"
-    cells = (f"{r['parameters']:,}", r["input"], f"{r['error']:.1e}", r["opset"], r["nodes"], f"{r['bytes'] / MIB:.1f}")
+    cells = (
+        f"{r['parameters']:,}",
+        r["input"],
+        f"{r['error']:.1e}",
+        r["opset"],
+        r["nodes"],
+        f"{r['bytes'] / MIB:.1f}",
+    )
     return f"| {r['name']} | {' | '.join(map(str, cells))} | {'yes' if r['dynamic_size'] else 'no'} | {r['seconds']} | {why} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="models whose family or name contains this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="models whose family or name contains this"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
-    parser.add_argument("--again", action="store_true", help="export what is recorded already once more")
-    parser.add_argument("--failed", action="store_true", help="export what is recorded as failed once more")
+    parser.add_argument(
+        "--again", action="store_true", help="export what is recorded already once more"
+    )
+    parser.add_argument(
+        "--failed", action="store_true", help="export what is recorded as failed once more"
+    )
     parser.add_argument("--table", action="store_true", help="write the table only")
     options = parser.parse_args()
     if not options.table:
-        wanted = [name for name in listed() if options.only in f"{family_of(name)}/{name}" and name not in LEFT_OUT]
-        sweep([name for name in wanted if options.again or is_open(path_of(name), options.failed)], options.limit)
+        wanted = [
+            name
+            for name in listed()
+            if options.only in f"{family_of(name)}/{name}" and name not in LEFT_OUT
+        ]
+        sweep(
+            [name for name in wanted if options.again or is_open(path_of(name), options.failed)],
+            options.limit,
+        )
     records = [_found(name) for name in models.list_models(module=models)]
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "table.md").write_text(table(records))
@@ -218,7 +267,11 @@ def main() -> None:
 def _found(name: str) -> dict[str, Any]:
     if path_of(name).exists():
         return dict(json.loads(path_of(name).read_text()))
-    return asdict(Record(name, family_of(name), f"left out: {LEFT_OUT[name]}" if name in LEFT_OUT else "not run"))
+    return asdict(
+        Record(
+            name, family_of(name), f"left out: {LEFT_OUT[name]}" if name in LEFT_OUT else "not run"
+        )
+    )
 
 
 if __name__ == "__main__":

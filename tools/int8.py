@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import sffx
 from tools.rank import Residual
 
-WAYS = [(per_channel, reduce_range) for per_channel in (True, False) for reduce_range in (True, False)]
+WAYS = [
+    (per_channel, reduce_range) for per_channel in (True, False) for reduce_range in (True, False)
+]
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -35,14 +37,21 @@ Batches = list[tuple[Tensor, Tensor]]
 def network() -> nn.Module:
     """A stem and two residual blocks on (B, 1, 8, 8)."""
     stem = [nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-    return nn.Sequential(*stem, Residual(32), Residual(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(
+        *stem, Residual(32), Residual(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
+    )
 
 
 def digits() -> tuple[TensorDataset, Batches]:
     """Return 1,200 digits to train on, and batches of 597 others."""
     found = load_digits()
-    x, y = torch.tensor(found.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(found.target)
-    return TensorDataset(x[:1200], y[:1200]), list(zip(x[1200:].split(100), y[1200:].split(100), strict=True))
+    x, y = (
+        torch.tensor(found.images / 8 - 1, dtype=torch.float32)[:, None],
+        torch.tensor(found.target),
+    )
+    return TensorDataset(x[:1200], y[:1200]), list(
+        zip(x[1200:].split(100), y[1200:].split(100), strict=True)
+    )
 
 
 def exported(seed: int, epochs: int, train: TensorDataset, path: Path) -> Path:
@@ -63,16 +72,38 @@ def runs(seed: int, epochs: int) -> list[dict[str, Any]]:
     train, test = digits()
     calibration = list(DataLoader(train, 100))[:3]
     with tempfile.TemporaryDirectory() as folder:
-        source, target = exported(seed, epochs, train, Path(folder) / "net.onnx"), Path(folder) / "int8.onnx"
+        source, target = (
+            exported(seed, epochs, train, Path(folder) / "net.onnx"),
+            Path(folder) / "int8.onnx",
+        )
         found = []
         for per_channel, reduce_range in WAYS:
-            report = sffx.quantize_onnx(source, target, calibration, test, per_channel=per_channel, reduce_range=reduce_range)
-            found.append({**asdict(report), "path": "int8.onnx", "per_channel": per_channel, "reduce_range": reduce_range, "seed": seed})
+            report = sffx.quantize_onnx(
+                source,
+                target,
+                calibration,
+                test,
+                per_channel=per_channel,
+                reduce_range=reduce_range,
+            )
+            found.append(
+                {
+                    **asdict(report),
+                    "path": "int8.onnx",
+                    "per_channel": per_channel,
+                    "reduce_range": reduce_range,
+                    "seed": seed,
+                }
+            )
         return found
 
 
 def row(per_channel: bool, reduce_range: bool, found: list[dict[str, Any]]) -> str:
-    mine = [run for run in found if (run["per_channel"], run["reduce_range"]) == (per_channel, reduce_range)]
+    mine = [
+        run
+        for run in found
+        if (run["per_channel"], run["reduce_range"]) == (per_channel, reduce_range)
+    ]
     names = ("accuracy_before", "accuracy_after", "agreement")
     shown = " | ".join(f"{mean(run[name] for run in mine):.2%}" for name in names)
     size = mean(run["bytes_after"] / run["bytes_before"] for run in mine)
@@ -80,7 +111,9 @@ def row(per_channel: bool, reduce_range: bool, found: list[dict[str, Any]]) -> s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("tools/results/int8"))
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
@@ -88,10 +121,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     found = [run for seed in range(args.seeds) for run in runs(seed, args.epochs)]
     stamp = f"{date.today()}, {platform.machine()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    lines = [f"`python -m tools.int8`, {stamp}; {args.epochs} epochs, the mean over {args.seeds} seeds; 597 test images.", ""]
-    lines += ["| bits of a weight | a scale for each | accuracy before | after | same prediction | size |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"`python -m tools.int8`, {stamp}; {args.epochs} epochs, the mean over {args.seeds} seeds; 597 test images.",
+        "",
+    ]
+    lines += [
+        "| bits of a weight | a scale for each | accuracy before | after | same prediction | size |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [row(*way, found) for way in WAYS]
-    (args.out / "record.json").write_text(json.dumps({"stamp": stamp, "epochs": args.epochs, "runs": found}, indent=1) + "\n")
+    (args.out / "record.json").write_text(
+        json.dumps({"stamp": stamp, "epochs": args.epochs, "runs": found}, indent=1) + "\n"
+    )
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -48,9 +48,22 @@ class Picture:
 
 ZOO = "torchvision.models:"
 GALLERY = (
-    *(Picture(f"{ZOO}resnet18", policy) for policy in ("residual", "batchnorm", "layer", "stages(4)")),
+    *(
+        Picture(f"{ZOO}resnet18", policy)
+        for policy in ("residual", "batchnorm", "layer", "stages(4)")
+    ),
     Picture(f"{ZOO}resnet18", detail="modules"),
-    *(Picture(f"{ZOO}{name}") for name in ("resnet152", "densenet121", "inception_v3", "mobilenet_v3_large", "swin_t", "vit_b_16")),
+    *(
+        Picture(f"{ZOO}{name}")
+        for name in (
+            "resnet152",
+            "densenet121",
+            "inception_v3",
+            "mobilenet_v3_large",
+            "swin_t",
+            "vit_b_16",
+        )
+    ),
     Picture(f"{ZOO}convnext_tiny"),
     Picture(f"{ZOO}vgg11_bn", "batchnorm"),
     Picture("hf:BertConfig"),
@@ -62,7 +75,9 @@ POLICIES = ("residual", "batchnorm", "layer", "stages(4)")
 def plan(picture: Picture) -> BlockPlan:
     """The plan of the picture's model by its policy."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of how a model would draw its weights, which it does not here
+        warnings.simplefilter(
+            "ignore"
+        )  # of how a model would draw its weights, which it does not here
         model = find_model(picture.source)
     example = token_example(model) if picture.source.startswith("hf:") else None
     return sffx.plan(model, picture.policy, example)
@@ -71,7 +86,9 @@ def plan(picture: Picture) -> BlockPlan:
 def gallery() -> str:
     """The page that shows the pictures: a table with a small form of each, which leads to the picture itself."""
     named = [(picture.file, picture.command) for picture in GALLERY]
-    named.append(("resnet18-policies.svg", f"sffx-viz {ZOO}resnet18 --compare '{','.join(POLICIES)}'"))
+    named.append(
+        ("resnet18-policies.svg", f"sffx-viz {ZOO}resnet18 --compare '{','.join(POLICIES)}'")
+    )
     rows = [named[start : start + COLUMNS] for start in range(0, len(named), COLUMNS)]
     lines = [
         "# How models are cut",
@@ -82,7 +99,8 @@ def gallery() -> str:
     ]
     for row in rows:
         cells = (
-            f'<td valign="top"><a href="{file}"><img src="{file}" width="260"></a><br><code>{command}</code></td>' for file, command in row
+            f'<td valign="top"><a href="{file}"><img src="{file}" width="260"></a><br><code>{command}</code></td>'
+            for file, command in row
         )
         lines += ["<tr>", *cells, "</tr>"]
     return "\n".join([*lines, "</table>", ""])

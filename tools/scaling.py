@@ -115,7 +115,9 @@ def resnets(rounds: int) -> Iterator[str]:
     transformed(torchvision.models.resnet18(num_classes=10), x)
     for name in _RESNETS:
         model = getattr(torchvision.models, name)(num_classes=10)
-        clock, nodes, blocks = min((transformed(model, x) for _ in range(rounds)), key=lambda run: run[0].total)
+        clock, nodes, blocks = min(
+            (transformed(model, x) for _ in range(rounds)), key=lambda run: run[0].total
+        )
         phases = " | ".join(f"{seconds:.2f}" for seconds in clock.seconds.values())
         yield f"| {name} | {nodes} | {blocks} | {phases} | {clock.total:.2f} | {1000 * clock.total / nodes:.2f} |"
 
@@ -127,7 +129,10 @@ def policies(nodes: int, rounds: int) -> Iterator[str]:
     yield "| policy | blocks | seconds |"
     yield "|---|---|---|"
     for policy in _POLICIES:
-        runs = [_timed(lambda policy=policy: make_plan(analysis, *policy_named(policy))) for _ in range(rounds)]
+        runs = [
+            _timed(lambda policy=policy: make_plan(analysis, *policy_named(policy)))
+            for _ in range(rounds)
+        ]
         plan, seconds = min(runs, key=lambda run: run[1])
         yield f"| {policy} | {len(plan)} | {seconds:.3f} |"
 
@@ -138,7 +143,9 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
-def depths(kind: str, build: Callable[[int], nn.Module], policy: str, sizes: list[int]) -> Iterator[str]:
+def depths(
+    kind: str, build: Callable[[int], nn.Module], policy: str, sizes: list[int]
+) -> Iterator[str]:
     yield f'### Depth: {kind}, policy "{policy}"'
     yield ""
     yield "| nodes | blocks | trace | analyse | plan | in all, s | per 1,000 nodes, s |"
@@ -152,13 +159,23 @@ def depths(kind: str, build: Callable[[int], nn.Module], policy: str, sizes: lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("tools/results/scaling"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(_SIZES), help="numbers of nodes of the synthetic models")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=list(_SIZES),
+        help="numbers of nodes of the synthetic models",
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} thread of {os.cpu_count()} shared cores"
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} thread of {os.cpu_count()} shared cores"
+    )
     lines = [f"{date.today()}, {machine}, torch {torch.__version__}, CPU seconds:", ""]
     lines += ["    OMP_NUM_THREADS=1 python tools/scaling.py", ""]
     sections = (

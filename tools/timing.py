@@ -50,7 +50,9 @@ class TimeComparison:
 
     def paired_ratio(self, name: str, to: str) -> float:
         """The median of the ratios within each round; the one to trust on a noisy machine, since neighbours in time share the noise."""
-        return statistics.median(own / other for own, other in zip(self._of(name), self._of(to), strict=True))
+        return statistics.median(
+            own / other for own, other in zip(self._of(name), self._of(to), strict=True)
+        )
 
     def __str__(self) -> str:
         first = next(iter(self.seconds))
@@ -60,12 +62,16 @@ class TimeComparison:
         lines.append(f"{'step':<{width}}{'median ms':>12}{'IQR ms':>12}{'ratio':>10}{'paired':>10}")
         for name in self.seconds:
             times = f"{self.median(name) * 1e3:>12.3f}{self.interquartile_range(name) * 1e3:>12.3f}"
-            lines.append(f"{name:<{width}}{times}{self.ratio(name, first):>10.3f}{self.paired_ratio(name, first):>10.3f}")
+            lines.append(
+                f"{name:<{width}}{times}{self.ratio(name, first):>10.3f}{self.paired_ratio(name, first):>10.3f}"
+            )
         return "\n".join(lines)
 
     def _of(self, name: str) -> tuple[float, ...]:
         if name not in self.seconds:
-            raise InputError(f"no step named {name!r} was timed. Hint: the names are {', '.join(map(repr, self.seconds))}.")
+            raise InputError(
+                f"no step named {name!r} was timed. Hint: the names are {', '.join(map(repr, self.seconds))}."
+            )
         return self.seconds[name]
 
 
@@ -101,7 +107,9 @@ def compare_time(
     if not steps:
         raise InputError("there is no step to time: steps is empty")
     if rounds < 2 or warmup < 0:
-        raise InputError(f"rounds must be at least 2 and warmup at least 0, not {rounds} and {warmup}")
+        raise InputError(
+            f"rounds must be at least 2 and warmup at least 0, not {rounds} and {warmup}"
+        )
     kind = _device_type(device)
     measure = _stopwatch(kind, clock)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -123,7 +131,9 @@ def _device_type(device: torch.device | str | None) -> str:
         return "cuda" if torch.cuda.is_initialized() else "cpu"
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
-        raise InputError(f"device {kind!r} has no clock here. Hint: use 'cpu' with steps that wait for their own results.")
+        raise InputError(
+            f"device {kind!r} has no clock here. Hint: use 'cpu' with steps that wait for their own results."
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda' was asked for, but torch sees no CUDA device")
     return kind

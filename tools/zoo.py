@@ -53,8 +53,19 @@ SAMPLES = 3
 IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 56)
 CLIPS = ((4, 32), (8, 64), (16, 64), (16, 112), (16, 224))
 ONNX = {
-    *("torchvision/resnet18", "torchvision/mobilenet_v3_small", "torchvision/densenet121", "torchvision/shufflenet_v2_x0_5"),
-    *("torchvision/vit_b_32", "torchvision/efficientnet_b0", "torchvision/googlenet", "torchvision/regnet_y_400mf", "torchvision/r3d_18"),
+    *(
+        "torchvision/resnet18",
+        "torchvision/mobilenet_v3_small",
+        "torchvision/densenet121",
+        "torchvision/shufflenet_v2_x0_5",
+    ),
+    *(
+        "torchvision/vit_b_32",
+        "torchvision/efficientnet_b0",
+        "torchvision/googlenet",
+        "torchvision/regnet_y_400mf",
+        "torchvision/r3d_18",
+    ),
     *("timm/resnet10t", "timm/ghostnet_050", "timm/test_convnext", "timm/test_vit"),
 }
 
@@ -94,7 +105,9 @@ class Record:
     reason: str = "not finished"
     parameters: int = 0
     blocks: int = 0
-    leaves: list[tuple[str, float, str]] = field(default_factory=list)  # class, share of the parameters, why
+    leaves: list[tuple[str, float, str]] = field(
+        default_factory=list
+    )  # class, share of the parameters, why
     notes: list[str] = field(default_factory=list)
     input: str = ""
     onnx: bool = False
@@ -120,11 +133,24 @@ def entries(zoo: str) -> list[Entry]:
     if zoo == "torchvision":
         from torchvision import models
 
-        parts = {"classification": models, "video": models.video, "quantizable": models.quantization, "detection": models.detection}
+        parts = {
+            "classification": models,
+            "video": models.video,
+            "quantizable": models.quantization,
+            "detection": models.detection,
+        }
         parts |= {"segmentation": models.segmentation, "optical_flow": models.optical_flow}
-        return [Entry(zoo, name, group) for group, part in parts.items() for name in models.list_models(module=part)]
+        return [
+            Entry(zoo, name, group)
+            for group, part in parts.items()
+            for name in models.list_models(module=part)
+        ]
     if zoo == "timm":
-        rows = [line.split() for line in FAMILIES.read_text().splitlines() if line and not line.startswith("#")]
+        rows = [
+            line.split()
+            for line in FAMILIES.read_text().splitlines()
+            if line and not line.startswith("#")
+        ]
         return [Entry(zoo, name, module) for module, name in rows]
     return [Entry(zoo, name, "classification") for name in TRANSFORMERS]
 
@@ -151,25 +177,59 @@ def build(entry: Entry) -> nn.Module:
     return model_class(model_class.config_class(num_labels=CLASSES, **options))
 
 
-_TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
-_VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", _TEXT),
-    "distilbert": ("DistilBertForSequenceClassification", {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100},
+    ),
     "roberta": ("RobertaForSequenceClassification", _TEXT),
     "electra": ("ElectraForSequenceClassification", {**_TEXT, "embedding_size": 32}),
     "albert": ("AlbertForSequenceClassification", {**_TEXT, "embedding_size": 16}),
-    "gpt2": ("GPT2ForSequenceClassification", {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "pad_token_id": 0}),
+    "gpt2": (
+        "GPT2ForSequenceClassification",
+        {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "pad_token_id": 0},
+    ),
     "vit": ("ViTForImageClassification", _VISION),
     "deit": ("DeiTForImageClassification", _VISION),
-    "swin": ("SwinForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}),
-    "convnext": ("ConvNextForImageClassification", {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]}),
-    "resnet": ("ResNetForImageClassification", {"depths": [2, 2], "hidden_sizes": [16, 32], "embedding_size": 8}),
+    "swin": (
+        "SwinForImageClassification",
+        {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
+    ),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"depths": [2, 2], "hidden_sizes": [16, 32], "embedding_size": 8},
+    ),
     "mobilenet_v2": ("MobileNetV2ForImageClassification", {}),
     "segformer": ("SegformerForImageClassification", {}),
     "wav2vec2": (
         "Wav2Vec2ForSequenceClassification",
-        {**_TEXT, "conv_dim": (16, 16, 16), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "num_conv_pos_embeddings": 16},
+        {
+            **_TEXT,
+            "conv_dim": (16, 16, 16),
+            "conv_stride": (5, 2, 2),
+            "conv_kernel": (10, 3, 3),
+            "num_conv_pos_embeddings": 16,
+        },
     ),
 }
 
@@ -180,7 +240,11 @@ def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
         return _transformer_input(model)
     images = [(3, size, size) for size in IMAGES]
     own = getattr(model, "default_cfg", {}).get("input_size", images[0])
-    sizes = [(3, frames, side, side) for frames, side in CLIPS] if entry.group == "video" else [(own[0], *s[1:]) for s in images] + [own]
+    sizes = (
+        [(3, frames, side, side) for frames, side in CLIPS]
+        if entry.group == "video"
+        else [(own[0], *s[1:]) for s in images] + [own]
+    )
     failure: Exception | None = None
     for size in sizes:
         x = torch.randn(SAMPLES, *size)
@@ -196,7 +260,9 @@ def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
 
 def _transformer_input(model: nn.Module) -> Inputs:
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(SAMPLES, 3, *2 * [getattr(model.config, "image_size", 64)])}
+        return {
+            "pixel_values": torch.randn(SAMPLES, 3, *2 * [getattr(model.config, "image_size", 64)])
+        }
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(SAMPLES, 800)}
     mask = torch.ones(SAMPLES, 12, dtype=torch.int64)
@@ -207,7 +273,9 @@ def _transformer_input(model: nn.Module) -> Inputs:
 # What is verified
 
 
-def verify_model(model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool = False) -> fx.GraphModule:
+def verify_model(
+    model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool = False
+) -> fx.GraphModule:
     """Cut a model and check every promise; the model's weights are changed. What is found goes into the record.
 
     Raises:
@@ -250,7 +318,11 @@ def draw_constants(model: nn.Module) -> None:
     """Draw anew what starts as a constant: a zeroed head or a layer scale of 1e-6 would hide what is before it."""
     for p in model.parameters():
         first = p.detach().flatten()[:1]
-        if p.numel() == 0 or not bool((p == first).all()) or (p.numel() == 1 and first.abs() > 1e-3):
+        if (
+            p.numel() == 0
+            or not bool((p == first).all())
+            or (p.numel() == 1 and first.abs() > 1e-3)
+        ):
             continue
         with torch.no_grad():
             if first == 0:
@@ -287,7 +359,9 @@ def _check_trunk(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
     with torch.no_grad():
         try:
             _check_same(_run(net.train(), inputs)[-1], _run(model.train(), inputs), "train")
-        except Unverified:  # random numbers may be drawn for what was left out, such as auxiliary classifiers
+        except (
+            Unverified
+        ):  # random numbers may be drawn for what was left out, such as auxiliary classifiers
             _drop_nothing(model), _drop_nothing(net)
             _check_same(_run(net.train(), inputs)[-1], _run(model.train(), inputs), "train")
         _check_same(_run(net.eval(), inputs), _run(model.eval(), inputs), "eval")
@@ -299,10 +373,14 @@ def _check_trunk(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
 def _check_same(found: Tensor, expected: Tensor, mode: str) -> None:
     spread = (expected - expected.mean(0)).abs().max() / expected.abs().max()
     if not spread > 1e-4:  # also where it is no number
-        raise Unverified(f"vacuous in {mode} mode: the original's outputs differ by {spread:.0e} between samples")
+        raise Unverified(
+            f"vacuous in {mode} mode: the original's outputs differ by {spread:.0e} between samples"
+        )
     error = (found - expected).abs().max() / expected.abs().max()
     if not error <= TOLERANCE:
-        raise Unverified(f"the trunk differs from the original in {mode} mode, relative error {error:.1e}")
+        raise Unverified(
+            f"the trunk differs from the original in {mode} mode, relative error {error:.1e}"
+        )
 
 
 def _drop_nothing(model: nn.Module) -> None:
@@ -341,8 +419,12 @@ def _blocks_that_reach(net: fx.GraphModule, inputs: Inputs, labels: Tensor) -> C
     parameters = [p for p in net.parameters() if p.requires_grad]
     found: Counter[int] = Counter()
     for score in scores:
-        gradients = torch.autograd.grad(block_loss(score, labels), parameters, retain_graph=True, allow_unused=True)
-        found.update(id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+        gradients = torch.autograd.grad(
+            block_loss(score, labels), parameters, retain_graph=True, allow_unused=True
+        )
+        found.update(
+            id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None
+        )
     return found
 
 
@@ -358,7 +440,12 @@ def check_refusal(model: nn.Module, record: Record) -> None:
     """
     record.parameters = sum(p.numel() for p in model.parameters())
     try:
-        sffx.transform(model, example_input=torch.zeros(1, 3, 64, 64) if "raft" not in record.name else 2 * (torch.zeros(1, 3, 128, 128),))
+        sffx.transform(
+            model,
+            example_input=torch.zeros(1, 3, 64, 64)
+            if "raft" not in record.name
+            else 2 * (torch.zeros(1, 3, 128, 128),),
+        )
     except sffx.SffxError as error:
         record.notes = [str(error)]
     else:
@@ -382,9 +469,15 @@ def measure(entry: Entry) -> None:
         if entry.refused:
             check_refusal(model, record)
         else:
-            verify_model(model, fitting_input(entry, model), record, onnx=f"{entry.zoo}/{entry.name}" in ONNX)
+            verify_model(
+                model, fitting_input(entry, model), record, onnx=f"{entry.zoo}/{entry.name}" in ONNX
+            )
     except (Exception, RecursionError) as failure:
-        record.reason = f"{type(failure).__name__}: {failure}" if not isinstance(failure, Unverified) else str(failure)
+        record.reason = (
+            f"{type(failure).__name__}: {failure}"
+            if not isinstance(failure, Unverified)
+            else str(failure)
+        )
         if os.environ.get("ZOO_TRACEBACK"):
             traceback.print_exc()
     record.seconds = round(time.monotonic() - start, 1)
@@ -392,8 +485,12 @@ def measure(entry: Entry) -> None:
 
 
 def new_record(entry: Entry, reason: str = "not finished") -> Record:
-    versions = {package: importlib.metadata.version(package) for package in (PACKAGES[0], entry.zoo)}
-    return Record(entry.zoo, entry.name, entry.group, reason, date=date.today().isoformat(), versions=versions)
+    versions = {
+        package: importlib.metadata.version(package) for package in (PACKAGES[0], entry.zoo)
+    }
+    return Record(
+        entry.zoo, entry.name, entry.group, reason, date=date.today().isoformat(), versions=versions
+    )
 
 
 def sweep(todo: list[Entry], jobs: int, limit: float) -> None:
@@ -401,7 +498,9 @@ def sweep(todo: list[Entry], jobs: int, limit: float) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch._dynamo", *{entry.zoo for entry in todo}])
     with ThreadPoolExecutor(jobs) as pool:
-        for i, line in enumerate(pool.map(lambda entry: _supervised(context, entry, limit), todo), start=1):
+        for i, line in enumerate(
+            pool.map(lambda entry: _supervised(context, entry, limit), todo), start=1
+        ):
             print(f"{i:4}/{len(todo)}  {line}", flush=True)
 
 
@@ -410,13 +509,19 @@ def _supervised(context: Any, entry: Entry, limit: float) -> str:
     exitcode, _ = run_apart(context, measure, entry, limit)
     if not entry.path.exists():
         record = new_record(entry)
-        record.reason = f"no answer after {limit:.0f} s" if exitcode == -9 else f"the process died, exit code {exitcode}"
+        record.reason = (
+            f"no answer after {limit:.0f} s"
+            if exitcode == -9
+            else f"the process died, exit code {exitcode}"
+        )
         record.write(entry.path)
     found = json.loads(entry.path.read_text())
     return f"{entry.zoo}/{entry.name}  {found['blocks']} blocks  {found['seconds']} s  {found['reason'] or 'verified'}"
 
 
-def run_apart(context: Any, function: Callable[[Any], None], argument: Any, limit: float) -> tuple[int, bool]:
+def run_apart(
+    context: Any, function: Callable[[Any], None], argument: Any, limit: float
+) -> tuple[int, bool]:
     """Call a function in a process of its own, for at most `limit` seconds; return its exit code, and whether it was killed by then."""
     process = context.Process(target=function, args=(argument,))
     process.start()
@@ -462,7 +567,11 @@ def table(records: list[Mapping[str, Any]]) -> str:
 
 
 def _kind(record: Mapping[str, Any]) -> str:
-    return record["zoo"] if record["zoo"] != "torchvision" else f"torchvision, {record['group'].replace('_', ' ')}"
+    return (
+        record["zoo"]
+        if record["zoo"] != "torchvision"
+        else f"torchvision, {record['group'].replace('_', ' ')}"
+    )
 
 
 def _counts(records: list[Mapping[str, Any]]) -> Iterator[str]:
@@ -470,14 +579,26 @@ def _counts(records: list[Mapping[str, Any]]) -> Iterator[str]:
         mine = [r for r in records if _kind(r) == kind]
         good = [r for r in mine if not r["reason"]]
         refused = Entry("", "", mine[0]["group"]).refused
-        cells = f"{len(good)} refused with a way out" if refused else f"{len(good)} ({len(good) / len(mine):.1%})"
+        cells = (
+            f"{len(good)} refused with a way out"
+            if refused
+            else f"{len(good)} ({len(good) / len(mine):.1%})"
+        )
         yield f"| {kind} | {len(mine)} | {cells} | {sum(r['onnx'] for r in mine) or '–'} |"
 
 
 def _row(r: Mapping[str, Any]) -> str:
     kinds = dict.fromkeys(kind for kind, _, _ in r["leaves"])
-    leaves = ", ".join(f"{kind}: {sum(share for k, share, _ in r['leaves'] if k == kind):.1%}" for kind in kinds)
-    why = r["reason"].splitlines()[0][:300] if r["reason"] else "refused" if Entry("", "", r["group"]).refused else "verified"
+    leaves = ", ".join(
+        f"{kind}: {sum(share for k, share, _ in r['leaves'] if k == kind):.1%}" for kind in kinds
+    )
+    why = (
+        r["reason"].splitlines()[0][:300]
+        if r["reason"]
+        else "refused"
+        if Entry("", "", r["group"]).refused
+        else "verified"
+    )
     if not r["reason"] and r["blocks"] < 2 and r["notes"]:
         why += f" ({'; '.join(r['notes'])[:200]})"
     model = f"{_kind(r)}: {r['name']}"
@@ -485,21 +606,51 @@ def _row(r: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zoo", choices=PACKAGES[1:], action="append", help="a zoo to sweep; all that are installed by default")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="models whose zoo, group or name contains this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--zoo",
+        choices=PACKAGES[1:],
+        action="append",
+        help="a zoo to sweep; all that are installed by default",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="SUBSTRING",
+        help="models whose zoo, group or name contains this",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
-    parser.add_argument("--again", action="store_true", help="verify what is recorded already once more")
-    parser.add_argument("--failed", action="store_true", help="verify what is recorded as not verified once more")
+    parser.add_argument(
+        "--again", action="store_true", help="verify what is recorded already once more"
+    )
+    parser.add_argument(
+        "--failed", action="store_true", help="verify what is recorded as not verified once more"
+    )
     parser.add_argument("--table", action="store_true", help="write the table only")
     options = parser.parse_args()
     zoos = options.zoo or [package for package in PACKAGES[1:] if _installed(package)]
-    listed = [entry for zoo in zoos for entry in entries(zoo) if options.only in f"{entry.zoo}/{entry.group}/{entry.name}"]
+    listed = [
+        entry
+        for zoo in zoos
+        for entry in entries(zoo)
+        if options.only in f"{entry.zoo}/{entry.group}/{entry.name}"
+    ]
     if not options.table:
-        sweep([entry for entry in listed if options.again or is_open(entry.path, options.failed)], options.jobs, options.limit)
+        sweep(
+            [entry for entry in listed if options.again or is_open(entry.path, options.failed)],
+            options.jobs,
+            options.limit,
+        )
     known = [entry for package in PACKAGES[1:] if _installed(package) for entry in entries(package)]
-    records = [json.loads(entry.path.read_text()) if entry.path.exists() else asdict(new_record(entry, "not run yet")) for entry in known]
+    records = [
+        json.loads(entry.path.read_text())
+        if entry.path.exists()
+        else asdict(new_record(entry, "not run yet"))
+        for entry in known
+    ]
     (RESULTS / "table.md").write_text(table(records))
 
 

@@ -52,31 +52,77 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     about = "Writes the inference graph of a trained, cut model, checked against torch."
-    parser = argparse.ArgumentParser("sffx-export", description=about, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("checkpoint", type=Path, help="weights, a checkpoint of Lightning, or a whole model (with --trust)")
-    parser.add_argument("target", metavar="net.onnx", type=Path, help="the file to write: .onnx, or .pt2 for torch.export")
+    parser = argparse.ArgumentParser(
+        "sffx-export", description=about, epilog=EXAMPLES, formatter_class=form
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="weights, a checkpoint of Lightning, or a whole model (with --trust)",
+    )
+    parser.add_argument(
+        "target",
+        metavar="net.onnx",
+        type=Path,
+        help="the file to write: .onnx, or .pt2 for torch.export",
+    )
     told = "ensemble, last, classifier, weighted or cumulative (default: weighted if the blocks were weighed, else ensemble)"
     parser.add_argument("--readout", help=told)
-    parser.add_argument("--class-names", metavar="FILE", type=Path, help="a name on each line, or a JSON list; kept in the file")
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        type=Path,
+        help="a name on each line, or a JSON list; kept in the file",
+    )
     for name in ("mean", "std"):
         parser.add_argument(
-            f"--{name}", metavar="0.5,0.5,0.5", type=_numbers, help=f"of the normalised channels, --{name}=0.5,0.5,0.5; kept in the file"
+            f"--{name}",
+            metavar="0.5,0.5,0.5",
+            type=_numbers,
+            help=f"of the normalised channels, --{name}=0.5,0.5,0.5; kept in the file",
         )
-    parser.add_argument("--dynamic-size", action="store_true", help="leave height and width open, if the model allows it")
-    parser.add_argument("--trust", action="store_true", help="load a file with whole Python objects, which runs code that lies in it")
+    parser.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help="leave height and width open, if the model allows it",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load a file with whole Python objects, which runs code that lies in it",
+    )
     weights = parser.add_argument_group("for weights: the model that was cut")
     source = "a Python file, file.py:NAME, package.module:callable, timm:NAME or hf:CONFIG_CLASS"
     weights.add_argument("--model", metavar="SOURCE", help=source)
-    weights.add_argument("--policy", help="how the cuts were chosen (default: what the checkpoint says, else residual)")
-    weights.add_argument("--norm", help="layer or none (default: what the checkpoint says, else layer)")
-    weights.add_argument("--classes", metavar="N", type=_positive, help="number of classes (default: that of the heads)")
-    weights.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=given_input, action="append", default=[], help=SHAPE_HELP)
+    weights.add_argument(
+        "--policy",
+        help="how the cuts were chosen (default: what the checkpoint says, else residual)",
+    )
+    weights.add_argument(
+        "--norm", help="layer or none (default: what the checkpoint says, else layer)"
+    )
+    weights.add_argument(
+        "--classes",
+        metavar="N",
+        type=_positive,
+        help="number of classes (default: that of the heads)",
+    )
+    weights.add_argument(
+        "--input",
+        metavar="[NAME=]1,3,224,224[:int]",
+        type=given_input,
+        action="append",
+        default=[],
+        help=SHAPE_HELP,
+    )
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of classes. Hint: a positive integer")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of classes. Hint: a positive integer"
+        )
     return int(text)
 
 
@@ -84,12 +130,16 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.5,0.5,0.5") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers such as 0.5,0.5,0.5"
+        ) from None
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.target.suffix not in SUFFIXES:
-        raise InputError(f"{str(options.target)!r} ends in neither {' nor '.join(SUFFIXES)}. Hint: net.onnx, or net.pt2 for torch.export")
+        raise InputError(
+            f"{str(options.target)!r} ends in neither {' nor '.join(SUFFIXES)}. Hint: net.onnx, or net.pt2 for torch.export"
+        )
     names = _class_names(options.class_names)
     # Here, because they import torch, and --help should not wait for it.
     from sffx.export.onnx import export_onnx
@@ -120,14 +170,23 @@ def _class_names(path: Path | None) -> list[str] | None:
     try:
         return list(json.loads(text))
     except ValueError as error:
-        raise InputError(f"{str(path)!r} is no JSON list: {error}. Hint: or write one name on each line") from error
+        raise InputError(
+            f"{str(path)!r} is no JSON list: {error}. Hint: or write one name on each line"
+        ) from error
 
 
 def _net(options: argparse.Namespace) -> fx.GraphModule:
     """The cut model that the command line means."""
     from torch import nn
 
-    from sffx.checkpoint import classes_of, cut_model, filled_net, load_checkpoint, recorded, weights_of
+    from sffx.checkpoint import (
+        classes_of,
+        cut_model,
+        filled_net,
+        load_checkpoint,
+        recorded,
+        weights_of,
+    )
 
     checkpoint = load_checkpoint(options.checkpoint, trust=options.trust)
     if isinstance(checkpoint, nn.Module):
@@ -135,8 +194,12 @@ def _net(options: argparse.Namespace) -> fx.GraphModule:
         return cut_model(checkpoint)
     state, told = weights_of(checkpoint), recorded(checkpoint)
     if options.model is None:
-        raise InputError(f"{str(options.checkpoint)!r} holds weights without their model. Hint: --model torchvision.models:resnet18")
-    model = _model(options.model, options.classes or (told and told.num_classes) or classes_of(state))
+        raise InputError(
+            f"{str(options.checkpoint)!r} holds weights without their model. Hint: --model torchvision.models:resnet18"
+        )
+    model = _model(
+        options.model, options.classes or (told and told.num_classes) or classes_of(state)
+    )
     cut = _cut(told, model, options)
     net = filled_net(model, state, cut)
     if told is None:
@@ -146,7 +209,11 @@ def _net(options: argparse.Namespace) -> fx.GraphModule:
 
 def _require_unused(options: argparse.Namespace) -> None:
     """Refuse options that say of a model what a whole one says itself."""
-    given = [f"--{name}" for name in ("model", "policy", "norm", "classes", "input") if getattr(options, name)]
+    given = [
+        f"--{name}"
+        for name in ("model", "policy", "norm", "classes", "input")
+        if getattr(options, name)
+    ]
     if given:
         raise InputError(
             f"{str(options.checkpoint)!r} holds a whole model, of which {', '.join(given)} can say nothing. Hint: leave it out"
@@ -157,7 +224,10 @@ def _tell_assumed(net: fx.GraphModule, cut: Cut, options: argparse.Namespace) ->
     """Tell what neither the command line nor the file says of the cut. Another one often fits the same weights."""
     from sffx.net import plan_of
 
-    shapes = " ".join(f"--input {each.name}={','.join(map(str, (1, *each.shape)))}" for each in plan_of(net).inputs)
+    shapes = " ".join(
+        f"--input {each.name}={','.join(map(str, (1, *each.shape)))}"
+        for each in plan_of(net).inputs
+    )
     found = {"policy": f"--policy {cut.policy}", "norm": f"--norm {cut.norm}", "input": shapes}
     assumed = [text for name, text in found.items() if not getattr(options, name)]
     if assumed:

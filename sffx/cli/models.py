@@ -39,7 +39,9 @@ class Candidate:
     thing: Any
 
 
-def find_model(source: str, name: str | None = None, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
+def find_model(
+    source: str, name: str | None = None, num_classes: int | None = None, *, filled: bool = False
+) -> nn.Module:
     """The model that `source` means.
 
     Args:
@@ -64,7 +66,11 @@ def find_model(source: str, name: str | None = None, num_classes: int | None = N
             raise InputError(f"there is no file {source!r}")
         with as_script(path):
             module = _load(path)
-            found = _choose(module, path) if name is None else Candidate(name, "", _member(module, name, path))
+            found = (
+                _choose(module, path)
+                if name is None
+                else Candidate(name, "", _member(module, name, path))
+            )
             return _build(found.thing, found.name, str(path), num_classes)
     if ":" not in source:
         raise InputError(
@@ -82,9 +88,21 @@ def find_model(source: str, name: str | None = None, num_classes: int | None = N
 def candidates(module: ModuleType) -> list[list[Candidate]]:
     """What a loaded file offers, the likeliest first: instances, functions, classes. Names with a leading underscore are private."""
     public = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
-    own = {name: thing for name, thing in public.items() if getattr(thing, "__module__", None) == module.__name__}
-    functions = [Candidate(name, "function", thing) for name, thing in own.items() if _is_maker(thing, module)]
-    classes = [Candidate(name, "class", thing) for name, thing in own.items() if _is_model_class(thing) and not _required(thing)]
+    own = {
+        name: thing
+        for name, thing in public.items()
+        if getattr(thing, "__module__", None) == module.__name__
+    }
+    functions = [
+        Candidate(name, "function", thing)
+        for name, thing in own.items()
+        if _is_maker(thing, module)
+    ]
+    classes = [
+        Candidate(name, "class", thing)
+        for name, thing in own.items()
+        if _is_model_class(thing) and not _required(thing)
+    ]
     return [_instances(public), functions, classes]
 
 
@@ -97,7 +115,11 @@ def _instances(public: dict[str, Any]) -> list[Candidate]:
     # A loss function is an nn.Module as well, and a backbone may have a name of its own besides the model that holds it.
     models = [pair for pair in models if any(True for _ in pair[1].parameters())] or models
     parts = {id(part) for _, model in models for part in model.modules() if part is not model}
-    return [Candidate(name, f"instance of {type(model).__name__}", model) for name, model in models if id(model) not in parts]
+    return [
+        Candidate(name, f"instance of {type(model).__name__}", model)
+        for name, model in models
+        if id(model) not in parts
+    ]
 
 
 def _is_model_class(thing: Any) -> bool:
@@ -111,18 +133,28 @@ def _required(thing: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.default is parameter.empty and parameter.kind not in optional]
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in optional
+    ]
 
 
 def _is_maker(thing: Any, module: ModuleType) -> bool:
     """Whether a function says, by its annotation or by the names in its code, that it makes a model."""
-    if not isinstance(thing, FunctionType) or _required(thing) or thing.__name__.startswith(RUNNERS):
+    if (
+        not isinstance(thing, FunctionType)
+        or _required(thing)
+        or thing.__name__.startswith(RUNNERS)
+    ):
         return False
     made = _returns(thing)
     if made is not None:
         return _is_model_class(made)
     return any(
-        _is_model_class(part) or (isinstance(part, FunctionType) and _is_model_class(_returns(part))) for part in _named(thing, module)
+        _is_model_class(part)
+        or (isinstance(part, FunctionType) and _is_model_class(_returns(part)))
+        for part in _named(thing, module)
     )
 
 
@@ -132,7 +164,13 @@ def _named(function: FunctionType, module: ModuleType) -> list[Any]:
     level = [vars(module)[name] for name in names if name in vars(module)]
     found = list(level)
     for _ in range(3):
-        level = [getattr(part, name) for part in level if isinstance(part, ModuleType) for name in names if hasattr(part, name)]
+        level = [
+            getattr(part, name)
+            for part in level
+            if isinstance(part, ModuleType)
+            for name in names
+            if hasattr(part, name)
+        ]
         found += level
     return found
 
@@ -154,15 +192,23 @@ def _choose(module: ModuleType, path: Path) -> Candidate:
     if first:
         found = [f"{candidate.name} ({candidate.kind})" for tier in tiers for candidate in tier]
         hint = f"Hint: --model {first[0].name}"
-        raise InputError(f"{path} holds several models, and which one is meant is not clear: {', '.join(found)}. {hint}")
+        raise InputError(
+            f"{path} holds several models, and which one is meant is not clear: {', '.join(found)}. {hint}"
+        )
     others = list(_others(module))
     rest = f"; it holds {', '.join(others)}" if others else ""
-    raise InputError(f"{path} holds no model that can be had without arguments{rest}. Hint: name = Net(...) in the file, or --model NAME")
+    raise InputError(
+        f"{path} holds no model that can be had without arguments{rest}. Hint: name = Net(...) in the file, or --model NAME"
+    )
 
 
 def _others(module: ModuleType) -> Iterator[str]:
     for name, thing in vars(module).items():
-        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__ or not callable(thing):
+        if (
+            name.startswith("_")
+            or getattr(thing, "__module__", None) != module.__name__
+            or not callable(thing)
+        ):
             continue
         needs = f", needs {', '.join(_required(thing))}" if _required(thing) else ""
         if _is_model_class(thing) or isinstance(thing, FunctionType):
@@ -172,8 +218,16 @@ def _others(module: ModuleType) -> Iterator[str]:
 def _member(holder: Any, name: str, place: Path | str) -> Any:
     for part in name.split("."):
         if not hasattr(holder, part):
-            names = [known for known, thing in vars(holder).items() if callable(thing) and not known.startswith("_")]
-            near = difflib.get_close_matches(part, names) or names[:20] or ["nothing that could be one"]
+            names = [
+                known
+                for known, thing in vars(holder).items()
+                if callable(thing) and not known.startswith("_")
+            ]
+            near = (
+                difflib.get_close_matches(part, names)
+                or names[:20]
+                or ["nothing that could be one"]
+            )
             raise InputError(f"{place} has no {name!r}. Hint: it has {', '.join(near)}")
         holder = getattr(holder, part)
     return holder
@@ -183,7 +237,9 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None = None) ->
     if isinstance(thing, nn.Module):
         return thing
     if not callable(thing):
-        raise InputError(f"{name} in {place} is a {type(thing).__name__}, not a model, and cannot be called to make one")
+        raise InputError(
+            f"{name} in {place} is a {type(thing).__name__}, not a model, and cannot be called to make one"
+        )
     if _required(thing):
         hint = "Hint: write a function without arguments that returns the model"
         raise InputError(f"{name} in {place} needs {', '.join(_required(thing))}. {hint}")
@@ -241,9 +297,15 @@ def _own_errors(place: str) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if not _is_machinery(frame.filename)
+        ]
         own = [frame for frame in frames if frame.filename == place] or frames[-1:]
-        shown = "".join([*traceback.format_list(own), *traceback.format_exception_only(error)]).rstrip()
+        shown = "".join(
+            [*traceback.format_list(own), *traceback.format_exception_only(error)]
+        ).rstrip()
         raise InputError(f"{place} raised an error of its own:\n{shown}") from error
 
 

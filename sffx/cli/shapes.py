@@ -30,7 +30,9 @@ def given_input(text: str) -> Given:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1 or (named and not name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,224,224 or input_ids=1,16:int")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a shape such as 1,3,224,224 or input_ids=1,16:int"
+        )
     return Given(name, shape, integer)
 
 
@@ -41,7 +43,9 @@ def example_of(given: Sequence[Given]) -> Any:
     tensors = [torch.zeros(one.shape, dtype=torch.long if one.integer else None) for one in given]
     names = [one.name for one in given if one.name]
     if names and len(names) != len(given):
-        raise InputError(f"--input is given {len(given)} times, but only {', '.join(names)} by name. Hint: name all of them, or none")
+        raise InputError(
+            f"--input is given {len(given)} times, but only {', '.join(names)} by name. Hint: name all of them, or none"
+        )
     if names:
         return dict(zip(names, tensors, strict=True))
     return tuple(tensors) if len(tensors) > 1 else next(iter(tensors), None)

@@ -19,7 +19,9 @@ from sffx.errors import InputError
 TOKENS = 16
 
 # Where transformers keeps the classes of classifiers by the class of their configuration.
-HF_TASKS = tuple(f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING" for task in ("SEQUENCE", "IMAGE", "AUDIO"))
+HF_TASKS = tuple(
+    f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING" for task in ("SEQUENCE", "IMAGE", "AUDIO")
+)
 
 
 def timm_model(name: str, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
@@ -35,7 +37,9 @@ def timm_model(name: str, num_classes: int | None = None, *, filled: bool = Fals
     """
     timm = _package("timm", f"timm:{name}")
     if name not in timm.list_models():
-        raise InputError(f"timm has no model {name!r}. Hint: {_near(name, timm.list_models(), 'timm.list_models() lists them')}")
+        raise InputError(
+            f"timm has no model {name!r}. Hint: {_near(name, timm.list_models(), 'timm.list_models() lists them')}"
+        )
     options = {} if num_classes is None else {"num_classes": num_classes}
     return _made(lambda: timm.create_model(name, **options), filled)
 
@@ -55,11 +59,17 @@ def hf_model(name: str, num_classes: int | None = None, *, filled: bool = False)
     kind = getattr(transformers, name, None) if name.endswith("Config") else None
     if not isinstance(kind, type):
         configs = [known for known in dir(transformers) if known.endswith("Config")]
-        raise InputError(f"transformers has no configuration {name!r}. Hint: {_near(name, configs, 'hf:BertConfig')}")
+        raise InputError(
+            f"transformers has no configuration {name!r}. Hint: {_near(name, configs, 'hf:BertConfig')}"
+        )
     tasks = importlib.import_module("transformers.models.auto.modeling_auto")
-    found = [mapping[kind] for mapping in (getattr(tasks, task) for task in HF_TASKS) if kind in mapping]
+    found = [
+        mapping[kind] for mapping in (getattr(tasks, task) for task in HF_TASKS) if kind in mapping
+    ]
     if not found:
-        raise InputError(f"transformers has no classifier of sequences, images or audio for {name}. Hint: hf:BertConfig, hf:ViTConfig")
+        raise InputError(
+            f"transformers has no classifier of sequences, images or audio for {name}. Hint: hf:BertConfig, hf:ViTConfig"
+        )
     # Some configurations have several classes of models, the plain classifier first.
     maker = found[0][0] if isinstance(found[0], tuple) else found[0]
     options = {} if num_classes is None else {"num_labels": num_classes}
@@ -84,7 +94,9 @@ def _package(name: str, source: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{source} needs the package {name!r}, which cannot be imported: {error}. Hint: pip install {name}") from error
+        raise InputError(
+            f"{source} needs the package {name!r}, which cannot be imported: {error}. Hint: pip install {name}"
+        ) from error
 
 
 def _near(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -54,20 +54,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sffx-viz", description="Shows how a model is cut into blocks.", epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("source", metavar="model.py", help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS")
-    parser.add_argument("--model", metavar="NAME", help="the object in the file, where there are several models")
-    parser.add_argument("--policy", help="how the cuts are chosen (default: as the checkpoint says, else residual)")
+    parser = argparse.ArgumentParser(
+        "sffx-viz",
+        description="Shows how a model is cut into blocks.",
+        epilog=EXAMPLES,
+        formatter_class=form,
+    )
+    parser.add_argument(
+        "source",
+        metavar="model.py",
+        help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the object in the file, where there are several models"
+    )
+    parser.add_argument(
+        "--policy", help="how the cuts are chosen (default: as the checkpoint says, else residual)"
+    )
     beside = "set policies side by side: a table, and a drawing where -o names one"
     parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
-    parser.add_argument("--input", metavar="[NAME=]1,3,224,224[:int]", type=given_input, action="append", default=[], help=SHAPE_HELP)
+    parser.add_argument(
+        "--input",
+        metavar="[NAME=]1,3,224,224[:int]",
+        type=given_input,
+        action="append",
+        default=[],
+        help=SHAPE_HELP,
+    )
     parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)",
+    )
     parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
-    parser.add_argument("--detail", choices=("blocks", "modules", "nodes"), default="blocks", help="what is shown of each block")
+    parser.add_argument(
+        "--detail",
+        choices=("blocks", "modules", "nodes"),
+        default="blocks",
+        help="what is shown of each block",
+    )
     trained = "colour each block by its accuracy and learning rate, of a training whose checkpoint this is"
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, help=trained)
-    parser.add_argument("--unfold", action="store_true", help="draw blocks in a row that look alike one by one")
+    parser.add_argument(
+        "--unfold", action="store_true", help="draw blocks in a row that look alike one by one"
+    )
     parser.add_argument("--open", action="store_true", help="show the drawing")
     return parser
 
@@ -76,7 +109,9 @@ def _policies(text: str) -> list[str]:
     """The policies between commas; those in brackets belong to a policy, as in `stages(4)`."""
     policies = [name.strip() for name in re.split(r",(?![^()]*\))", text)]
     if "" in policies or len(policies) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of policies such as residual,batchnorm")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of policies such as residual,batchnorm"
+        )
     return policies
 
 
@@ -99,23 +134,37 @@ def _run(options: argparse.Namespace) -> int:
 def _require_together(options: argparse.Namespace) -> None:
     """Refuse options of which one would be passed over."""
     if options.compare is not None and options.checkpoint is not None:
-        raise InputError("--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training")
+        raise InputError(
+            "--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training"
+        )
     styles = {"--unfold": options.unfold, "--detail": options.detail != "blocks"}
     if options.compare is not None:
-        _require_none("--compare draws several policies in brief", {"--plan": options.plan, "--policy": options.policy, **styles})
+        _require_none(
+            "--compare draws several policies in brief",
+            {"--plan": options.plan, "--policy": options.policy, **styles},
+        )
         if options.open and options.output is None:
-            raise InputError("--open shows a drawing, and --compare draws where -o names one. Hint: -o policies.svg")
+            raise InputError(
+                "--open shows a drawing, and --compare draws where -o names one. Hint: -o policies.svg"
+            )
         if options.output is not None:
             check_path(options.output, (*PICTURES, *TEXT))
     elif options.plan:
-        drawing = {"--output": options.output, "--open": options.open, "--checkpoint": options.checkpoint, **styles}
+        drawing = {
+            "--output": options.output,
+            "--open": options.open,
+            "--checkpoint": options.checkpoint,
+            **styles,
+        }
         _require_none("--plan prints a table and draws nothing", drawing)
 
 
 def _require_none(why: str, options: Mapping[str, Any]) -> None:
     unused = ", ".join(name for name, value in options.items() if value)
     if unused:
-        raise InputError(f"{why}, so {unused} would be passed over. Hint: leave out one or the other")
+        raise InputError(
+            f"{why}, so {unused} would be passed over. Hint: leave out one or the other"
+        )
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -142,7 +191,11 @@ def _show(path: Path, options: argparse.Namespace) -> None:
         webbrowser.open(path.resolve().as_uri())
 
 
-def _plans(options: argparse.Namespace, policies: Sequence[str | None], content: Mapping[str, Any] | None = None) -> list[BlockPlan]:
+def _plans(
+    options: argparse.Namespace,
+    policies: Sequence[str | None],
+    content: Mapping[str, Any] | None = None,
+) -> list[BlockPlan]:
     """The plan of the model by each policy, or the one that it carries; of a checkpoint, as its model was cut."""
     # Here, because they import torch, and --help should not wait for it.
     import sffx
@@ -151,7 +204,11 @@ def _plans(options: argparse.Namespace, policies: Sequence[str | None], content:
     from sffx.cli.sources import token_example
 
     told, state = _trained(content) if content is not None else (None, {})
-    model = find_model(options.source, options.model, options.classes or (told and told.num_classes) or classes_of(state))
+    model = find_model(
+        options.source,
+        options.model,
+        options.classes or (told and told.num_classes) or classes_of(state),
+    )
     known = plan_in(model)
     if known is not None and options.compare is not None:
         raise InputError(
@@ -159,16 +216,26 @@ def _plans(options: argparse.Namespace, policies: Sequence[str | None], content:
         )
     if known is not None:
         return [known]
-    known_cut = told or Cut(example=token_example(model) if options.source.startswith("hf:") else None)
+    known_cut = told or Cut(
+        example=token_example(model) if options.source.startswith("hf:") else None
+    )
     example = example_of(options.input)
     plans = []
     for policy in policies:
         said = {"policy": policy, "name": policy and "", "example": example}
-        cut = replace(known_cut, **{name: value for name, value in said.items() if value is not None})
+        cut = replace(
+            known_cut, **{name: value for name, value in said.items() if value is not None}
+        )
         heads: dict[str, Any] = {"norm": told.norm} if told is not None else {}
         if state or cut.heads is not None:
             heads |= heads_of(state, model, cut)
-        plan = sffx.plan(model, policy=cut.policy, example_input=cut.example, num_classes=options.classes, **heads)
+        plan = sffx.plan(
+            model,
+            policy=cut.policy,
+            example_input=cut.example,
+            num_classes=options.classes,
+            **heads,
+        )
         plans.append(replace(plan, policy=cut.name) if cut.name else plan)
     return plans
 
@@ -186,7 +253,11 @@ def _trained(content: Mapping[str, Any]) -> tuple[Cut | None, dict[str, Tensor]]
 
 def _draw(plan: BlockPlan, options: argparse.Namespace, content: Mapping[str, Any] | None) -> Path:
     progress = progress_in(content, options.checkpoint, plan) if content is not None else None
-    shown: dict[str, Any] = {"unfold": options.unfold, "detail": options.detail, "progress": progress}
+    shown: dict[str, Any] = {
+        "unfold": options.unfold,
+        "detail": options.detail,
+        "progress": progress,
+    }
     if options.output is not None:
         return draw(plan, options.output, **shown)
     path = Path(f"{_name(options)}.svg")

@@ -30,7 +30,11 @@ _SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, torch.sub, "sub")
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
-_JOINS: dict[Any, str] = {**dict.fromkeys(_SUMS, "sum"), **dict.fromkeys(_CATS, "cat"), **dict.fromkeys(_PRODUCTS, "product")}
+_JOINS: dict[Any, str] = {
+    **dict.fromkeys(_SUMS, "sum"),
+    **dict.fromkeys(_CATS, "cat"),
+    **dict.fromkeys(_PRODUCTS, "product"),
+}
 _WEIGHTED_FUNCTIONS = (
     *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding, F.bilinear),
     *(torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.einsum, operator.matmul, "matmul"),
@@ -130,12 +134,16 @@ class Analysis:
                 "the model has no trainable parameters, so there is nothing to train. Hint: set requires_grad before transforming"
             )
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise InputError(f"the policy returned a {type(names).__name__}. Hint: return the names of the nodes to cut after, as a list")
+            raise InputError(
+                f"the policy returned a {type(names).__name__}. Hint: return the names of the nodes to cut after, as a list"
+            )
         chosen = set(names)
         for name in chosen:
             refusal = self._refusal(name)
             if refusal:
-                raise CutError(f"no cut can lie after node {name!r}: {refusal}. Hint: {_candidate_hint(name, self.candidates)}")
+                raise CutError(
+                    f"no cut can lie after node {name!r}: {refusal}. Hint: {_candidate_hint(name, self.candidates)}"
+                )
         if not chosen:
             raise CutError(self.barren())
         return tuple(name for name in self.candidates if name in chosen)
@@ -168,11 +176,15 @@ class Analysis:
     def _spine(self) -> list[str]:
         paths = nx.DiGraph(self.graph.edges)
         paths.add_nodes_from(self.graph)
-        paths.remove_nodes_from([name for name, is_path in self.graph.nodes(data="path") if not is_path])
+        paths.remove_nodes_from(
+            [name for name, is_path in self.graph.nodes(data="path") if not is_path]
+        )
         entries = [name for name, degree in paths.in_degree if degree == 0]
         paths.add_edges_from((_SOURCE, name) for name in entries)
         if self.logits not in paths:
-            raise CutError("the model's output does not depend on a parameter and an input, so there is nothing to train")
+            raise CutError(
+                "the model's output does not depend on a parameter and an input, so there is nothing to train"
+            )
         dominator = nx.immediate_dominators(paths, _SOURCE)
         spine = [self.logits]
         while dominator[spine[-1]] not in (_SOURCE, None):
@@ -193,9 +205,13 @@ class Analysis:
         for name, node in self.nodes.items():
             if name not in self._paths:
                 place[name] = self._place_beside(node, place)
-        for name in reversed(self.nodes):  # what a node reads is there before it, wherever the node went
+        for name in reversed(
+            self.nodes
+        ):  # what a node reads is there before it, wherever the node went
             if name not in self._paths:
-                place[name] = min([place[name], *(place[reader] for reader in self.graph.successors(name))])
+                place[name] = min(
+                    [place[name], *(place[reader] for reader in self.graph.successors(name))]
+                )
         return place
 
     def _place_beside(self, node: fx.Node, place: dict[str, int]) -> int:
@@ -204,9 +220,15 @@ class Analysis:
         paths = [place[source] for source in sources if source in self._paths]
         if paths and _holds_tensor(node.meta["example"]):
             return max(paths)
-        earliest = max([place[source] for source in sources] + [step + 1 for step in paths], default=0)
+        earliest = max(
+            [place[source] for source in sources] + [step + 1 for step in paths], default=0
+        )
         wanted = place.get(node.name, earliest)  # nothing reads an assertion
-        return min(wanted, earliest, len(self.spine) - 1) if paths or node.name not in place else wanted
+        return (
+            min(wanted, earliest, len(self.spine) - 1)
+            if paths or node.name not in place
+            else wanted
+        )
 
     def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
@@ -225,15 +247,21 @@ class Analysis:
             weighted=any(self._is_weighted(node) for node in nodes),
             batchnorm=any(self._is_batch_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
-            pools=self._is(end, ("adaptive",)) or (len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2),
+            pools=self._is(end, ("adaptive",))
+            or (len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2),
             drops=self._is(end, ("dropout",)),
             refusal=refusal,
         )
 
     def _keeps_shape(self, nodes: list[fx.Node], end: fx.Node, before: Any) -> bool:
-        has_layer = any(self._is_weighted(node) or (node.op == "call_module" and self.parameters(node)) for node in nodes)
+        has_layer = any(
+            self._is_weighted(node) or (node.op == "call_module" and self.parameters(node))
+            for node in nodes
+        )
         value = end.meta["example"]
-        same = isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape
+        same = (
+            isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape
+        )
         return same and not has_layer and not self._is(end, _BREAKS)
 
     def join(self, name: str) -> str:
@@ -241,7 +269,11 @@ class Analysis:
 
         Paths that start at several inputs are no join.
         """
-        if not self.is_path(name) or self._paths.in_degree(name) < 2 or self._dominator[name] == _SOURCE:
+        if (
+            not self.is_path(name)
+            or self._paths.in_degree(name) < 2
+            or self._dominator[name] == _SOURCE
+        ):
             return ""
         return _JOINS.get(self.nodes[name].target, "other")
 
@@ -256,7 +288,11 @@ class Analysis:
         """
         arguments = dict.fromkeys(arg.name for arg in self.nodes[name].all_input_nodes)
         ends = dict.fromkeys((*arguments, *self._paths.predecessors(name)))
-        return tuple(self._layers_between(self._dominator[name], end) for end in ends if self._paths.has_edge(end, name))
+        return tuple(
+            self._layers_between(self._dominator[name], end)
+            for end in ends
+            if self._paths.has_edge(end, name)
+        )
 
     def _layers_between(self, start: str, end: str) -> int:
         seen, ahead = {start}, [end]
@@ -265,12 +301,22 @@ class Analysis:
             if name not in seen:
                 seen.add(name)
                 ahead += self._paths.predecessors(name)
-        return sum(1 for name in seen - {start} if self.parameters(self.nodes[name]) or self._is_weighted(self.nodes[name]))
+        return sum(
+            1
+            for name in seen - {start}
+            if self.parameters(self.nodes[name]) or self._is_weighted(self.nodes[name])
+        )
 
     def _refusals(self) -> list[str]:
         shared, norms = self._shared, self._batch_norms_after()
-        last_weight = max((self.step_of[name] for name, node in self.nodes.items() if self.parameters(node)), default=-1)
-        return [self._refuse(i, shared[i], norms[name], last_weight) for i, name in enumerate(self.spine)]
+        last_weight = max(
+            (self.step_of[name] for name, node in self.nodes.items() if self.parameters(node)),
+            default=-1,
+        )
+        return [
+            self._refuse(i, shared[i], norms[name], last_weight)
+            for i, name in enumerate(self.spine)
+        ]
 
     def _refuse(self, index: int, shared: str, norm: str, last_weight: int) -> str:
         name = self.spine[index]
@@ -315,10 +361,14 @@ class Analysis:
 
     def _is_batch_norm(self, node: fx.Node) -> bool:
         module = self._module(node)
-        return node.target is F.batch_norm or (module is not None and "BatchNorm" in "".join(k.__name__ for k in type(module).__mro__))
+        return node.target is F.batch_norm or (
+            module is not None and "BatchNorm" in "".join(k.__name__ for k in type(module).__mro__)
+        )
 
     def _same_shape(self, one: str, other: str) -> bool:
-        return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(self.nodes[other].meta["example"], "shape", 2)
+        return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(
+            self.nodes[other].meta["example"], "shape", 2
+        )
 
     @cached_property
     def _shared(self) -> list[str]:
@@ -328,7 +378,11 @@ class Analysis:
         for name, node in self.nodes.items():
             for state, tensor in self._changed(node).items():
                 names.setdefault(id(tensor), node.target if node.op == "call_module" else state)
-                readers = [self.step_of[user] for user in self.graph.successors(name)] if node.op == "get_attr" else [self.step_of[name]]
+                readers = (
+                    [self.step_of[user] for user in self.graph.successors(name)]
+                    if node.op == "get_attr"
+                    else [self.step_of[name]]
+                )
                 span.setdefault(id(tensor), []).extend(readers)
         shared = [""] * len(self.spine)
         for key, used in span.items():
@@ -338,18 +392,29 @@ class Analysis:
 
     def _changed(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module writes, by qualname; others may be shared."""
-        changed = {*self.parameters(node), *(f"{node.target}.{name}" for name in node.meta["buffers"])}
+        changed = {
+            *self.parameters(node),
+            *(f"{node.target}.{name}" for name in node.meta["buffers"]),
+        }
         return {name: tensor for name, tensor in self.state(node).items() if name in changed}
 
     def state(self, node: fx.Node) -> dict[str, Tensor]:
         """Return parameters that the node uses and buffers that its module may write to, by qualname."""
         module = self._module(node)
-        buffers = {f"{node.target}.{name}": b for name, b in module.named_buffers()} if module is not None else {}
+        buffers = (
+            {f"{node.target}.{name}": b for name, b in module.named_buffers()}
+            if module is not None
+            else {}
+        )
         return {**self.parameters(node), **buffers}
 
     def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
         """Return the parameters that a node holds, by their qualname in the model."""
-        return parameters_of(self.trace.root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
+        return (
+            parameters_of(self.trace.root, str(node.target))
+            if node.op in ("call_module", "get_attr")
+            else {}
+        )
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.trace.root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -357,13 +422,19 @@ class Analysis:
     def _is(self, node: fx.Node, prefixes: tuple[str, ...]) -> bool:
         """Whether the class or function of a node has a name that begins with one of these."""
         module = self._module(node)
-        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        name = (
+            type(module).__name__
+            if module is not None
+            else getattr(node.target, "__name__", str(node.target))
+        )
         return name.lower().startswith(prefixes)
 
     def _is_weighted(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return any(p.ndim > 1 for p in self.parameters(node).values())
-        reads_matrix = any(p.ndim > 1 for arg in node.all_input_nodes for p in self.parameters(arg).values())
+        reads_matrix = any(
+            p.ndim > 1 for arg in node.all_input_nodes for p in self.parameters(arg).values()
+        )
         return node.target in _WEIGHTED_FUNCTIONS and reads_matrix
 
 
@@ -398,12 +469,16 @@ def _dataflow(nodes: dict[str, fx.Node], root: nn.Module) -> nx.DiGraph:
     for name, node in nodes.items():
         sources = [arg.name for arg in (*node.all_input_nodes, *node.meta.get("after", ()))]
         depends[name] = _dependence(node, root, [depends[source] for source in sources])
-        graph.add_node(name, path=all(depends[name]) and any(map(can_learn, _tensors(node.meta["example"]))))
+        graph.add_node(
+            name, path=all(depends[name]) and any(map(can_learn, _tensors(node.meta["example"])))
+        )
         graph.add_edges_from((source, name) for source in sources)
     return graph
 
 
-def _dependence(node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]) -> tuple[bool, bool]:
+def _dependence(
+    node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]
+) -> tuple[bool, bool]:
     """Say whether a node's value depends, through tensors, on an input and on a parameter."""
     if not _holds_tensor(node.meta["example"]):
         return False, False
@@ -412,13 +487,18 @@ def _dependence(node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]
     own = parameters_of(root, str(node.target)) if node.op in ("call_module", "get_attr") else {}
     if not own and _stops_gradient(node):
         return False, False
-    return any(on_input for on_input, _ in sources), bool(own) or any(on_parameter for _, on_parameter in sources)
+    return any(on_input for on_input, _ in sources), bool(own) or any(
+        on_parameter for _, on_parameter in sources
+    )
 
 
 def _stops_gradient(node: fx.Node) -> bool:
     """Whether a module's value has no gradient though its input has: rotary positions, which look at their input's dtype alone."""
     inputs = [tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta["example"])]
-    reads, gives = (any(tensor.requires_grad for tensor in tensors) for tensors in (inputs, _tensors(node.meta["example"])))
+    reads, gives = (
+        any(tensor.requires_grad for tensor in tensors)
+        for tensors in (inputs, _tensors(node.meta["example"]))
+    )
     return node.op == "call_module" and reads and not gives
 
 
@@ -432,6 +512,14 @@ def _holds_tensor(value: Any) -> bool:
 
 def _candidate_hint(name: str, candidates: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(name), candidates, n=3, cutoff=0.6)
-    listed = candidates if len(candidates) <= 12 else (*candidates[:11], f"… {len(candidates) - 11} more")
+    listed = (
+        candidates
+        if len(candidates) <= 12
+        else (*candidates[:11], f"… {len(candidates) - 11} more")
+    )
     meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"{meant}The candidates are {', '.join(listed)}" if listed else "the model has no candidates"
+    return (
+        f"{meant}The candidates are {', '.join(listed)}"
+        if listed
+        else "the model has no candidates"
+    )

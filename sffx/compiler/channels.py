@@ -17,10 +17,21 @@ from sffx.compiler.trace import Trace, storage
 
 _FIRST_CLASSES = (
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm),
-    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
+    *(
+        nn.modules.pooling._MaxPoolNd,
+        nn.modules.pooling._AvgPoolNd,
+        nn.modules.pooling._AdaptiveAvgPoolNd,
+    ),
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
-_LAST_CLASSES = (nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Bilinear)
+_LAST_CLASSES = (
+    nn.Linear,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.Bilinear,
+)
 _FIRST_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.group_norm, F.instance_norm)
 _LAST_FUNCTIONS = (
     *(F.linear, F.embedding, F.scaled_dot_product_attention),
@@ -63,7 +74,13 @@ def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
         shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
         return _normalised_axis(len(shape), value)  # type: ignore[arg-type]
     if node.op != "call_module":
-        return 1 if node.target in _FIRST_FUNCTIONS else value.ndim - 1 if node.target in _LAST_FUNCTIONS else None
+        return (
+            1
+            if node.target in _FIRST_FUNCTIONS
+            else value.ndim - 1
+            if node.target in _LAST_FUNCTIONS
+            else None
+        )
     module = root.get_submodule(str(node.target))
     if isinstance(module, _FIRST_CLASSES):
         return 1
@@ -71,7 +88,9 @@ def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
         shape = module.normalized_shape
         if type(module).forward is nn.LayerNorm.forward or value.shape[1] != shape[-1]:
             return _normalised_axis(len(shape), value)
-        return 1 if value.shape[-1] != shape[-1] else None  # torchvision's LayerNorm2d is one, and keeps its channels at axis 1
+        return (
+            1 if value.shape[-1] != shape[-1] else None
+        )  # torchvision's LayerNorm2d is one, and keeps its channels at axis 1
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
 
 
@@ -92,14 +111,20 @@ def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | No
     if same_ndim and node.target in (torch.cat, torch.concat, torch.concatenate):
         return axis
     matches = [i for i in range(1, value.ndim) if value.shape[i] == _width(before, axis)]
-    if len(matches) > 1:  # axes before the channels keep their places when the ones behind are folded, and the other way round
+    if (
+        len(matches) > 1
+    ):  # axes before the channels keep their places when the ones behind are folded, and the other way round
         return matches[0] if axis == 1 else matches[-1]
     return matches[0] if matches else (axis if same_ndim else None)
 
 
 def _permutation(value: Tensor, before: Any) -> list[int] | None:
     """Return the order of axes of a value that is a permuted view, None for other values."""
-    if not isinstance(before, Tensor) or before.ndim != value.ndim or storage(before) != storage(value):
+    if (
+        not isinstance(before, Tensor)
+        or before.ndim != value.ndim
+        or storage(before) != storage(value)
+    ):
         return None
     axes = [*zip(before.shape, before.stride(), strict=True)]
     if sorted(axes) != sorted(zip(value.shape, value.stride(), strict=True)):
@@ -116,7 +141,11 @@ def _pass_on(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
     axis = _declared(node, first, root) if first is not None else None
     source = next((arg for arg in node.all_input_nodes if arg.name in axes), None)
     if axis is None and source is not None:
-        axis = axes[source.name] if first is None or first.ndim == _ndim(source) else _moved(node, source, axes[source.name], first)
+        axis = (
+            axes[source.name]
+            if first is None or first.ndim == _ndim(source)
+            else _moved(node, source, axes[source.name], first)
+        )
     if axis is not None:
         axes[node.name] = axis
 
@@ -132,7 +161,10 @@ def _ask_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
             continue
         declared = _declared(reader, value, root) if isinstance(value, Tensor) else None
         axis = declared if declared is not None else axes.get(reader.name)
-        permuted = isinstance(value, Tensor) and _permutation(value, node.meta["example"]) not in (None, [*range(value.ndim)])
+        permuted = isinstance(value, Tensor) and _permutation(value, node.meta["example"]) not in (
+            None,
+            [*range(value.ndim)],
+        )
         if axis is not None and not permuted:
             axes[node.name] = axis
             return
@@ -145,7 +177,11 @@ def _ndim(node: fx.Node) -> int:
 
 def _first(value: Any) -> Any:
     """Return a value that is no tuple itself, of a tuple its first tensor."""
-    return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, (tuple, list)) else value
+    return (
+        next((v for v in value if isinstance(v, Tensor)), None)
+        if isinstance(value, (tuple, list))
+        else value
+    )
 
 
 def _size(node: fx.Node, axes: dict[str, int]) -> int:
@@ -153,5 +189,9 @@ def _size(node: fx.Node, axes: dict[str, int]) -> int:
 
 
 def _width(value: Any, axis: int) -> int:
-    first = value if isinstance(value, Tensor) else next((v for v in value if isinstance(v, Tensor)), None)
+    first = (
+        value
+        if isinstance(value, Tensor)
+        else next((v for v in value if isinstance(v, Tensor)), None)
+    )
     return int(first.shape[axis]) if first is not None and axis < first.ndim else -1

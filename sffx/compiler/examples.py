@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from sffx.errors import InputError, location, way_out
 
@@ -45,14 +49,24 @@ def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode
     failure = _failure(model, fakes, mode)
     if failure is None:
         return fakes
-    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor))
+    shapes = ", ".join(
+        f"{name} {tuple(value.shape)}"
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    )
     raise InputError(
         f"{type(model).__name__} does not run on example_input ({shapes}): {_told(failure)}{_hint(model, failure)}"
     ) from failure
 
 
 def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
-    positional = () if isinstance(example_input, Mapping) else example_input if isinstance(example_input, tuple) else (example_input,)
+    positional = (
+        ()
+        if isinstance(example_input, Mapping)
+        else example_input
+        if isinstance(example_input, tuple)
+        else (example_input,)
+    )
     keyword = example_input if isinstance(example_input, Mapping) else {}
     try:
         arguments = _named(inspect.signature(model.forward).bind(*positional, **keyword))
@@ -63,18 +77,29 @@ def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
         ) from cause
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if not tensors:
-        raise InputError(f"example_input holds no tensor, got {type(example_input).__name__}. Hint: pass torch.randn(1, 3, 224, 224)")
+        raise InputError(
+            f"example_input holds no tensor, got {type(example_input).__name__}. Hint: pass torch.randn(1, 3, 224, 224)"
+        )
     if any(value.ndim == 0 for value in tensors):
-        raise InputError("example_input holds a tensor without axes. Hint: the first axis of every input is the batch")
+        raise InputError(
+            "example_input holds a tensor without axes. Hint: the first axis of every input is the batch"
+        )
     return arguments
 
 
 def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
     """Return the arguments by name, those that `**kwargs` collects among them."""
     kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
-    collected = {name: value for name, value in bound.arguments.items() if kinds[name] is inspect.Parameter.VAR_KEYWORD}
+    collected = {
+        name: value
+        for name, value in bound.arguments.items()
+        if kinds[name] is inspect.Parameter.VAR_KEYWORD
+    }
     plain = {name: value for name, value in bound.arguments.items() if name not in collected}
-    return {**plain, **{name: value for values in collected.values() for name, value in values.items()}}
+    return {
+        **plain,
+        **{name: value for values in collected.values() for name, value in values.items()},
+    }
 
 
 def _fake(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -89,21 +114,34 @@ def _inferred(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
     failure: Exception | None = None
     for shape, dtype in _candidates(model):
         with mode:
-            arguments = {name: torch.empty((TRACE_BATCH, *shape), dtype=dtype, device=_device(model))}
+            arguments = {
+                name: torch.empty((TRACE_BATCH, *shape), dtype=dtype, device=_device(model))
+            }
         failure = _failure(model, arguments, mode)
         if failure is None:
             return arguments
-    why = f"the last shape tried failed with: {_told(failure)}" if failure else "its first layer is of no known kind"
+    why = (
+        f"the last shape tried failed with: {_told(failure)}"
+        if failure
+        else "its first layer is of no known kind"
+    )
     hint = ". Hint: pass example_input=torch.randn(1, ...)"
-    raise InputError(f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}{_hint(model, failure)}") from failure
+    raise InputError(
+        f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}{_hint(model, failure)}"
+    ) from failure
 
 
 def _single_argument(model: nn.Module) -> str:
     parameters = inspect.signature(model.forward).parameters.values()
     required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p.name
+        for p in parameters
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
+    named = [
+        p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD
+    ]
     if len(required) == 1:
         return required[0]
     if not required and named:
@@ -143,17 +181,23 @@ def _image_size_hints(model: nn.Module) -> list[tuple[int, int]]:
         getattr(getattr(model, "config", None), "image_size", None),
     ]
     sizes = [(hint, hint) if isinstance(hint, int) else hint for hint in hints]
-    return [(size[0], size[1]) for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2]
+    return [
+        (size[0], size[1]) for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2
+    ]
 
 
-def _failure(model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMode) -> Exception | None:
+def _failure(
+    model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMode
+) -> Exception | None:
     # A shape that does not fit is an answer here, not an event to log.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
         with mode, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # checkpointing does without gradients
-            model.forward(**arguments)  # not the call: hooks of the model itself are no part of what is traced
+            model.forward(
+                **arguments
+            )  # not the call: hooks of the model itself are no part of what is traced
     except DATA_DEPENDENT:
         return None
     except Exception as failure:
@@ -164,7 +208,9 @@ def _failure(model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMod
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return next(
+        (tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu")
+    )
 
 
 def _told(failure: Exception) -> str:
@@ -174,4 +220,8 @@ def _told(failure: Exception) -> str:
 
 def _hint(model: nn.Module, failure: Exception | None) -> str:
     """Return the way out where a model refuses its input for another reason than its shape, as a detector without targets does."""
-    return f". {way_out(model)}" if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)) else ""
+    return (
+        f". {way_out(model)}"
+        if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError))
+        else ""
+    )

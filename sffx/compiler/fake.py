@@ -38,17 +38,23 @@ def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:
     """
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_plain(t)}
     owners = Counter(t.untyped_storage()._cdata for t in tensors.values())
-    return {key: _twin(t, mode) for key, t in tensors.items() if owners[t.untyped_storage()._cdata] == 1}
+    return {
+        key: _twin(t, mode) for key, t in tensors.items() if owners[t.untyped_storage()._cdata] == 1
+    }
 
 
 def _is_plain(t: Tensor) -> bool:
     if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_quantized:
         return False
-    return (type(t) is nn.Parameter or not t.requires_grad) and t.untyped_storage().nbytes() == t.nbytes
+    return (
+        type(t) is nn.Parameter or not t.requires_grad
+    ) and t.untyped_storage().nbytes() == t.nbytes
 
 
 def _twin(t: Tensor, mode: FakeTensorMode) -> Tensor:
-    twin = FakeTensor(mode, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), t.device)
+    twin = FakeTensor(
+        mode, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), t.device
+    )
     if isinstance(t, nn.Parameter):
         twin.requires_grad_(t.requires_grad)
         twin._is_param = True  # how torch marks a parameter of a tensor subclass

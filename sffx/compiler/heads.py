@@ -22,6 +22,8 @@ def make_heads(plan: BlockPlan, root: nn.Module) -> list[nn.Module]:
             shape = (block.channels, plan.num_classes, block.channel_axis, len(block.shape) - 1)
             head = make_head(wanted.goodness, *shape, wanted.kernel_size, wanted.rank)
         except InputError as cause:
-            raise InputError(f"{block.target} ({block.name}, output {block.shape}): {cause}") from cause
+            raise InputError(
+                f"{block.target} ({block.name}, output {block.shape}): {cause}"
+            ) from cause
         heads.append(head.to(like.device, like.dtype))
     return heads

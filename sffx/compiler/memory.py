@@ -64,7 +64,9 @@ def lean(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
 
 def _delete_unused(block: fx.GraphModule) -> None:
     """Delete the modules that the graph has no use for; torch's own way takes the children from those that it passes to functions."""
-    used = {str(node.target) for node in block.graph.nodes if node.op in ("call_module", "get_attr")}
+    used = {
+        str(node.target) for node in block.graph.nodes if node.op in ("call_module", "get_attr")
+    }
     needed = used | {holder for target in used for holder in holders(target)}
     names = [name for name, _ in block.named_modules() if name]
     for name in [n for n in names if n not in needed and used.isdisjoint(holders(n))]:
@@ -90,7 +92,12 @@ def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
 
 def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
     relu = pool.args[0]
-    if not isinstance(relu, fx.Node) or _kind(block, relu) not in _MONOTONE or not _is_link(relu) or _is_written_later(relu, [relu]):
+    if (
+        not isinstance(relu, fx.Node)
+        or _kind(block, relu) not in _MONOTONE
+        or not _is_link(relu)
+        or _is_written_later(relu, [relu])
+    ):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -127,7 +134,9 @@ def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
 
 def _replace_pool(block: fx.GraphModule, target: str) -> None:
     pool: Any = block.get_submodule(target)
-    twin = LeanMaxPool2d(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+    twin = LeanMaxPool2d(
+        pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
+    )
     owner, _, name = target.rpartition(".")
     setattr(block.get_submodule(owner), name, twin.train(pool.training))
 
@@ -138,35 +147,53 @@ def _is_layer(block: fx.GraphModule, node: fx.Node) -> bool:
     if kind not in (nn.Linear, *CONVOLUTIONS) or not _reads_one(node) or node.kwargs:
         return False
     layer: Any = _module(block, node)
-    return kind is nn.Linear or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+    return kind is nn.Linear or (
+        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
 
 
 def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
     """Replace a layer and what comes before it by one call of `recomputed`."""
     found: dict[str, Any] = {}
     spent = [layer]
-    for name, kinds in (("dropout", (nn.Dropout,)), ("activation", tuple(NAMES)), ("norm", (*BATCH_NORMS, nn.LayerNorm))):
+    for name, kinds in (
+        ("dropout", (nn.Dropout,)),
+        ("activation", tuple(NAMES)),
+        ("norm", (*BATCH_NORMS, nn.LayerNorm)),
+    ):
         node: Any = spent[-1].args[0]
         if _kind(block, node) in kinds and _is_link(node):
             found[name] = node
             spent.append(node)
     first: Any = spent[-1]
-    if not {"activation", "norm"} & set(found) or (_writes(block, first) and len(first.args[0].users) > 1):
+    if not {"activation", "norm"} & set(found) or (
+        _writes(block, first) and len(first.args[0].users) > 1
+    ):
         return
     if _is_written_later(first, spent):
         return
-    if "activation" in found and getattr(_module(block, found["activation"]), "approximate", "none") != "none":
+    if (
+        "activation" in found
+        and getattr(_module(block, found["activation"]), "approximate", "none") != "none"
+    ):
         return
     source: Any = first.args[0]
     graph = block.graph
     with graph.inserting_before(layer):
-        named: dict[str, Any] = {name: graph.get_attr(str(node.target)) for name, node in found.items() if name != "activation"}
+        named: dict[str, Any] = {
+            name: graph.get_attr(str(node.target))
+            for name, node in found.items()
+            if name != "activation"
+        }
         if "activation" in found:
             named["activation"] = NAMES[_kind(block, found["activation"])]
         if "norm" not in found and _kind(block, source) in _FORGETFUL and _has_one_reader(source):
             named["overwrite"] = True
         call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
-    call.meta = {**layer.meta, "is_wrapped": True}  # fx does not trace into it when it reads the graph's code again
+    call.meta = {
+        **layer.meta,
+        "is_wrapped": True,
+    }  # fx does not trace into it when it reads the graph's code again
     layer.replace_all_uses_with(call)
     for node in spent:
         graph.erase_node(node)
@@ -178,23 +205,43 @@ def _feeds_recomputed(node: fx.Node) -> bool:
 
 def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is attention of a value to itself whose weights nobody reads."""
-    if _kind(block, node) is not nn.MultiheadAttention or len(set(node.args)) != 1 or len(node.args) != 3:
+    if (
+        _kind(block, node) is not nn.MultiheadAttention
+        or len(set(node.args)) != 1
+        or len(node.args) != 3
+    ):
         return False
-    if node.kwargs.get("need_weights") is not False or any(v is not None for k, v in node.kwargs.items() if k != "need_weights"):
+    if node.kwargs.get("need_weights") is not False or any(
+        v is not None for k, v in node.kwargs.items() if k != "need_weights"
+    ):
         return False
     attention: Any = _module(block, node)
-    plain = attention.batch_first and attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
-    return plain and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+    plain = (
+        attention.batch_first
+        and attention._qkv_same_embed_dim
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+    )
+    return plain and all(
+        user.target is operator.getitem and user.args[1] == 0 for user in node.users
+    )
 
 
 def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
     source: Any = node.args[0]
     graph, norm = block.graph, None
-    if recompute and _kind(block, source) is nn.LayerNorm and _is_link(source) and not _is_written_later(source, [source]):
+    if (
+        recompute
+        and _kind(block, source) is nn.LayerNorm
+        and _is_link(source)
+        and not _is_written_later(source, [source])
+    ):
         norm, source = source, source.args[0]
     with graph.inserting_before(node):
         named = {"norm": graph.get_attr(str(norm.target))} if norm is not None else {}
-        call = graph.call_function(self_attention, (source, graph.get_attr(str(node.target))), named)  # type: ignore[arg-type]
+        call = graph.call_function(
+            self_attention, (source, graph.get_attr(str(node.target))), named
+        )  # type: ignore[arg-type]
     call.meta = {**node.meta, "is_wrapped": True}
     for item in list(node.users):
         item.replace_all_uses_with(call)
@@ -216,10 +263,14 @@ def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: b
     if not _is_link(node):
         return False
     (reader,) = node.users
-    if _kind(block, reader) is nn.Dropout:  # makes a gradient of its own, or with p = 0 passes on that of its reader
+    if (
+        _kind(block, reader) is nn.Dropout
+    ):  # makes a gradient of its own, or with p = 0 passes on that of its reader
         return _has_gradient_of_its_own(block, reader, feeds_head)
     if reader.op == "output":
-        return feeds_head and reader.args[0] is node  # not among side values, which other blocks read
+        return (
+            feeds_head and reader.args[0] is node
+        )  # not among side values, which other blocks read
     return _kind(block, reader) in _FRESH
 
 
@@ -231,7 +282,9 @@ def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
     made = twin() if twin is LeanGELU else twin(inplace=_writes(block, node))
     block.add_module(f"{node.name}_lean", made.train(block.training))
     with block.graph.inserting_before(node):
-        replacement = block.graph.create_node("call_module", f"{node.name}_lean", (node.args[0],), name=f"{node.name}_lean")
+        replacement = block.graph.create_node(
+            "call_module", f"{node.name}_lean", (node.args[0],), name=f"{node.name}_lean"
+        )
     replacement.meta = node.meta
     node.replace_all_uses_with(replacement)
     block.graph.erase_node(node)

@@ -19,7 +19,13 @@ from sffx.compiler.trace import is_flag
 from sffx.errors import InputError, in_brief
 
 
-def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | None = None, heads: Heads | None = None) -> BlockPlan:
+def make_plan(
+    analysis: Analysis,
+    name: str,
+    policy: Policy,
+    num_classes: int | None = None,
+    heads: Heads | None = None,
+) -> BlockPlan:
     """Ask the policy where to cut and describe the blocks that come of it.
 
     Args:
@@ -36,9 +42,13 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
     cuts = analysis.require(policy(analysis))
     width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
     if width < 2:
-        raise InputError("the model returns one logit, but a goodness tells classes apart. Hint: for two classes, give it two logits")
+        raise InputError(
+            "the model returns one logit, but a goodness tells classes apart. Hint: for two classes, give it two logits"
+        )
     if num_classes not in (None, width):
-        raise InputError(f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out")
+        raise InputError(
+            f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out"
+        )
     trace = analysis.trace
     members = _members(analysis, cuts)
     names = _names(analysis, members)
@@ -53,14 +63,23 @@ def make_plan(analysis: Analysis, name: str, policy: Policy, num_classes: int | 
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
-        notes=(*trace.notes, *notes(name, analysis), *_shared_notes(analysis), *_padding_notes(analysis, blocks)),
+        notes=(
+            *trace.notes,
+            *notes(name, analysis),
+            *_shared_notes(analysis),
+            *_padding_notes(analysis, blocks),
+        ),
         heads=heads or Heads(),
     )
 
 
 def _shared_notes(analysis: Analysis) -> list[str]:
     shared = analysis.shared
-    return [f"no cut can lie between uses of {in_brief(shared, 3)}: what learns belongs to one block"] if shared else []
+    return (
+        [f"no cut can lie between uses of {in_brief(shared, 3)}: what learns belongs to one block"]
+        if shared
+        else []
+    )
 
 
 def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
@@ -77,7 +96,12 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
     inside = {node.name for node in nodes}
     value = analysis.nodes[output].meta["example"]
     parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
-    sides = [node for node in nodes if node.name != output and any(user.name not in inside and user.op != "output" for user in node.users)]
+    sides = [
+        node
+        for node in nodes
+        if node.name != output
+        and any(user.name not in inside and user.op != "output" for user in node.users)
+    ]
     return Block(
         name=name,
         target=target,
@@ -85,14 +109,23 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         output=output,
         shape=tuple(value.shape[1:]),
         channel_axis=analysis.channel_axes.get(output, 1),
-        inputs=tuple(dict.fromkeys(arg.name for node in nodes for arg in node.all_input_nodes if arg.name not in inside)),
+        inputs=tuple(
+            dict.fromkeys(
+                arg.name for node in nodes for arg in node.all_input_nodes if arg.name not in inside
+            )
+        ),
         sides=tuple(node.name for node in sides),
         detached=tuple(node.name for node in sides if _carries_gradient(node)),
-        modules=tuple(str(node.target) for node in nodes if node.op == "call_module" and not is_flag(node)),
+        modules=tuple(
+            str(node.target) for node in nodes if node.op == "call_module" and not is_flag(node)
+        ),
         parameters=tuple(parameters),
         num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
         macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
-        activation_bytes=sum({key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()) // TRACE_BATCH,
+        activation_bytes=sum(
+            {key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()
+        )
+        // TRACE_BATCH,
         mask=_mask(analysis, output),
         graph=tuple(_node(analysis, node) for node in nodes),
     )
@@ -102,7 +135,9 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
     join = analysis.join(node.name)
     return Node(
         name=node.name,
-        call=str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)),
+        call=str(node.target)
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target)),
         is_module=node.op == "call_module" and not is_flag(node),
         reads=tuple(arg.name for arg in node.all_input_nodes),
         is_path=analysis.is_path(node.name),
@@ -116,26 +151,43 @@ def _mask(analysis: Analysis, output: str) -> str:
     shape = analysis.nodes[output].meta["example"].shape
     if len(shape) != 3 or analysis.channel_axes.get(output) != 2:
         return ""
-    return next((node.name for node in _masks(analysis) if node.meta["example"].shape == shape[:2]), "")
+    return next(
+        (node.name for node in _masks(analysis) if node.meta["example"].shape == shape[:2]), ""
+    )
 
 
 def _masks(analysis: Analysis) -> list[fx.Node]:
-    placeholders = takewhile(lambda node: node.op == "placeholder", analysis.nodes.values())  # they come first in a trace
-    return [node for node, read in zip(placeholders, analysis.trace.inputs, strict=True) if read.marks_tokens]
+    placeholders = takewhile(
+        lambda node: node.op == "placeholder", analysis.nodes.values()
+    )  # they come first in a trace
+    return [
+        node
+        for node, read in zip(placeholders, analysis.trace.inputs, strict=True)
+        if read.marks_tokens
+    ]
 
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     masked = [block.target for block in blocks[:-1] if block.mask]
     others = [block.target for block in blocks[:-1] if len(block.shape) == 2 and not block.mask]
     names = ", ".join(str(node.target) for node in _masks(analysis))
-    notes = [f"the goodness and norm of {', '.join(masked)} run over the real tokens, by {names}"] if masked else []
+    notes = (
+        [f"the goodness and norm of {', '.join(masked)} run over the real tokens, by {names}"]
+        if masked
+        else []
+    )
     if names and others:
-        notes.append(f"{', '.join(others)} return other tokens than {names} marks: their goodness and norm run over padding as well")
+        notes.append(
+            f"{', '.join(others)} return other tokens than {names} marks: their goodness and norm run over padding as well"
+        )
     return notes
 
 
 def _carries_gradient(node: fx.Node) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(node.meta["example"]))
+    return any(
+        isinstance(leaf, Tensor) and leaf.requires_grad
+        for leaf in tree_leaves(node.meta["example"])
+    )
 
 
 def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
@@ -149,8 +201,13 @@ def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -
 def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
     paths = [[node for node in nodes if analysis.is_path(node.name)] for nodes in members]
     held = [{scope for node in nodes for scope in scopes(node)} for nodes in paths]
-    blocks = Counter(scope for own in held for scope in own)  # in how many blocks a module has paths
-    return [_name(analysis, nodes, partial(_is_elsewhere, blocks, own)) for nodes, own in zip(paths, held, strict=True)]
+    blocks = Counter(
+        scope for own in held for scope in own
+    )  # in how many blocks a module has paths
+    return [
+        _name(analysis, nodes, partial(_is_elsewhere, blocks, own))
+        for nodes, own in zip(paths, held, strict=True)
+    ]
 
 
 def _is_elsewhere(blocks: Counter[str], own: set[str], scope: str) -> bool:
@@ -164,7 +221,9 @@ def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str]
     owner = common_scope(stacks)
     if owner and not is_elsewhere(owner):
         return _unit(analysis, owner, is_elsewhere)
-    own = [next((scope for scope in stack if not is_elsewhere(scope)), stack[-1]) for stack in stacks]
+    own = [
+        next((scope for scope in stack if not is_elsewhere(scope)), stack[-1]) for stack in stacks
+    ]
     if not own:
         return nodes[-1].name
     return own[0] if own[0] == own[-1] else f"{own[0]} … {own[-1]}"

@@ -53,7 +53,11 @@ def batchnorm(analysis: Analysis) -> list[str]:
     starts = _layer_starts(steps)
     groups = [(start, end) for start, end in zip(starts, [*starts[1:], len(steps)], strict=True)]
     flat = _first_pool(steps)
-    chosen = [(start, end) for start, end in groups[:-1] if start < flat or any(step.batchnorm for step in steps[start:end])]
+    chosen = [
+        (start, end)
+        for start, end in groups[:-1]
+        if start < flat or any(step.batchnorm for step in steps[start:end])
+    ]
     return _names(steps, {_group_end(steps, start, end) for start, end in chosen})
 
 
@@ -76,9 +80,13 @@ def module(depth: int = 2) -> Policy:
 
     def cut(analysis: Analysis) -> list[str]:
         steps = analysis.steps
-        runs = [list(run) for _, run in groupby(range(len(steps)), lambda i: _owner(steps[i], depth))]
+        runs = [
+            list(run) for _, run in groupby(range(len(steps)), lambda i: _owner(steps[i], depth))
+        ]
         weighted = [run for run in runs if any(steps[i].weighted for i in run)]
-        return _names(steps, {_run_end(steps, run, following[0]) for run, following in pairwise(weighted)})
+        return _names(
+            steps, {_run_end(steps, run, following[0]) for run, following in pairwise(weighted)}
+        )
 
     return called(cut, f"module({depth})")
 
@@ -153,7 +161,9 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
         parts: how many.
     """
     reached = np.asarray(cost) / max(cost[-1], 1.0)
-    squares = np.where(np.tri(len(reached), dtype=bool), np.inf, (reached[None, :] - reached[:, None]) ** 2)
+    squares = np.where(
+        np.tri(len(reached), dtype=bool), np.inf, (reached[None, :] - reached[:, None]) ** 2
+    )
     best = np.where(np.arange(len(reached)) == 0, 0.0, np.inf)
     sources = []
     for _ in range(parts):
@@ -168,16 +178,26 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
 
 def _residual_ends(analysis: Analysis) -> dict[int, int]:
     """Return the residual blocks as {index of the first step: index of the last step}."""
-    joins = {i: step for i, step in enumerate(analysis.steps) if step.join in ("sum", "cat") and step.trainable}
+    joins = {
+        i: step
+        for i, step in enumerate(analysis.steps)
+        if step.join in ("sum", "cat") and step.trainable
+    }
     owners = Counter(step.scope for step in joins.values())
     kinds = _unit_kinds(analysis, owners)
     units = set(_instances(analysis, kinds))
     inside: dict[str, list[int]] = {}
     for i, step in enumerate(analysis.steps):
-        for unit in units.intersection((step.scope, *holders(step.scope))):  # one at most: a unit lies in no other
+        for unit in units.intersection(
+            (step.scope, *holders(step.scope))
+        ):  # one at most: a unit lies in no other
             inside.setdefault(unit, []).append(i)
     held = {i for indices in inside.values() for i in indices}
-    ends = {i: i for i, step in joins.items() if analysis.kind(step.scope) not in kinds and i not in held}
+    ends = {
+        i: i
+        for i, step in joins.items()
+        if analysis.kind(step.scope) not in kinds and i not in held
+    }
     ends |= {indices[0]: indices[-1] for indices in inside.values()}
     return dict(sorted(ends.items()))
 
@@ -188,12 +208,18 @@ def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]
     kinds = {owner: analysis.kind(owner) for owner in owners if owner}
     kinds = {owner: kind for owner, kind in kinds.items() if not issubclass(kind, nn.Sequential)}
     single = {kind for owner, kind in kinds.items() if owners[owner] == 1}
-    return single | {kind for kind in set(kinds.values()) - single if len(_instances(analysis, {kind})) > 1}
+    return single | {
+        kind for kind in set(kinds.values()) - single if len(_instances(analysis, {kind})) > 1
+    }
 
 
 def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
     """Return the qualnames of the modules of these classes, outermost ones only."""
-    return outermost(name for name, module in analysis.trace.root.named_modules() if name and type(module) in kinds)
+    return outermost(
+        name
+        for name, module in analysis.trace.root.named_modules()
+        if name and type(module) in kinds
+    )
 
 
 def _layer_starts(steps: tuple[Step, ...]) -> list[int]:
@@ -208,7 +234,11 @@ def _first_pool(steps: tuple[Step, ...]) -> int:
 def _group_end(steps: tuple[Step, ...], start: int, end: int) -> int:
     """Return the last step of a group before the way to the classifier begins."""
     stop = next((i for i in range(start + 1, end) if steps[i].pools), end)
-    while stop > start + 1 and steps[stop - 1].drops and not any(steps[i].weighted for i in range(stop, len(steps) - 1)):
+    while (
+        stop > start + 1
+        and steps[stop - 1].drops
+        and not any(steps[i].weighted for i in range(stop, len(steps) - 1))
+    ):
         stop -= 1
     return _legal_before(steps, stop - 1, start - 1)
 
@@ -223,13 +253,21 @@ def _settled(steps: tuple[Step, ...], end: int) -> int:
 def _follows(step: Step, before: Step) -> bool:
     is_gate = step.join == "product" and step.shape == before.shape
     only_batchnorm = step.batchnorm and not step.weighted
-    return step.keeps_shape or is_gate or only_batchnorm or (bool(before.refusal) and not step.trainable)
+    return (
+        step.keeps_shape
+        or is_gate
+        or only_batchnorm
+        or (bool(before.refusal) and not step.trainable)
+    )
 
 
 def _tail(steps: tuple[Step, ...], last: int) -> int:
     """Return the end of the block after the last residual block, a convolution before the pool as in MobileNet; `last` if there is none."""
     weighted = [i for i, step in enumerate(steps) if step.weighted]
-    stop = next((i for i in range(last + 1, len(steps)) if steps[i].pools or len(steps[i].shape) < 2), len(steps))
+    stop = next(
+        (i for i in range(last + 1, len(steps)) if steps[i].pools or len(steps[i].shape) < 2),
+        len(steps),
+    )
     features = [i for i in weighted[:-1] if last < i < stop]
     return _settled(steps, features[-1]) if features else last
 

@@ -36,11 +36,24 @@ _OUT_OF_PLACE = {
     operator.ior: operator.or_,
 }
 
-_VIEWS = ("flatten", "reshape", "contiguous", "dropout", "alphadropout", "featurealphadropout", "identity")
+_VIEWS = (
+    "flatten",
+    "reshape",
+    "contiguous",
+    "dropout",
+    "alphadropout",
+    "featurealphadropout",
+    "identity",
+)
 
 
 def rewrite(
-    trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None], *, recompute: bool = True
+    trace: Trace,
+    plan: BlockPlan,
+    heads: list[nn.Module],
+    norms: list[nn.Module | None],
+    *,
+    recompute: bool = True,
 ) -> fx.GraphModule:
     """Return the cut model.
 
@@ -58,13 +71,18 @@ def rewrite(
     root = nn.Module()
     root.train(trace.root.training)
     for block in plan.all_blocks:
-        root.add_module(block.target, block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)))
+        root.add_module(
+            block.target,
+            block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)),
+        )
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
         root.add_module(f"head_{i}", head)
         if norm is not None:
             root.add_module(f"norm_{i}", norm)
     root.add_module("readout", Readout())
-    for name in [name for name, _ in root.named_children() if name.startswith(("head_", "norm_", "readout"))]:
+    for name in [
+        name for name, _ in root.named_children() if name.startswith(("head_", "norm_", "readout"))
+    ]:
         root.get_submodule(name).train(trace.root.training)
     graph = _outer_graph(trace, plan, norms)
     graph.lint()
@@ -80,13 +98,21 @@ def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -
             values[node.name] = graph.create_node("placeholder", str(node.target), name=node.name)
     goodness: list[fx.Node] = []
     for i, block in enumerate(plan.blocks):
-        result = _call(graph, block.target, block.target, tuple(values[name] for name in block.inputs))
+        result = _call(
+            graph, block.target, block.target, tuple(values[name] for name in block.inputs)
+        )
         output = _unpack(graph, block, result, values, nodes)
         mask = (values[block.mask],) if block.mask else ()
         goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output, *mask)))
         detached = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
-        values[block.output] = _call(graph, f"norm_{i}", f"norm_{i}", (detached, *mask)) if norms[i] is not None else detached
-    logits = _call(graph, "classifier", "classifier", tuple(values[name] for name in plan.classifier.inputs))
+        values[block.output] = (
+            _call(graph, f"norm_{i}", f"norm_{i}", (detached, *mask))
+            if norms[i] is not None
+            else detached
+        )
+    logits = _call(
+        graph, "classifier", "classifier", tuple(values[name] for name in plan.classifier.inputs)
+    )
     graph.output(_call(graph, "readout", "readout", ([*goodness, logits],)))
     return graph
 
@@ -95,11 +121,19 @@ def _call(graph: fx.Graph, target: str, name: str, args: tuple[object, ...]) -> 
     return graph.create_node("call_module", target, args, name=name)  # type: ignore[arg-type]
 
 
-def _unpack(graph: fx.Graph, block: Block, result: fx.Node, values: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
+def _unpack(
+    graph: fx.Graph,
+    block: Block,
+    result: fx.Node,
+    values: dict[str, Any],
+    nodes: dict[str, fx.Node],
+) -> fx.Node:
     """Take a block's output and its side values, detached where they carry gradient, out of what it returns."""
     if not block.sides:
         return result
-    output = graph.create_node("call_function", operator.getitem, (result, 0), name=f"{block.target}_output")
+    output = graph.create_node(
+        "call_function", operator.getitem, (result, 0), name=f"{block.target}_output"
+    )
     for i, side in enumerate(block.sides, start=1):
         values[side] = graph.create_node("call_function", operator.getitem, (result, i), name=side)
         if side in block.detached:
@@ -113,11 +147,18 @@ def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
         return graph.create_node("call_method", "detach", (side,), name=f"{side.name}_detached")
     if not isinstance(example, (tuple, list)):
         return side
-    items = [graph.create_node("call_function", operator.getitem, (side, i), name=f"{side.name}_{i}") for i in range(len(example))]
-    return type(example)(_detached(graph, item, part) for item, part in zip(items, example, strict=True))
+    items = [
+        graph.create_node("call_function", operator.getitem, (side, i), name=f"{side.name}_{i}")
+        for i in range(len(example))
+    ]
+    return type(example)(
+        _detached(graph, item, part) for item, part in zip(items, example, strict=True)
+    )
 
 
-def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool) -> fx.GraphModule:
+def block_module(
+    trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, fx.Node], *, recompute: bool
+) -> fx.GraphModule:
     """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values.
 
     `meta["origin"]` of a node names the traced node that it stands for; where the rewrites merged several, the last of them. For these
@@ -141,9 +182,15 @@ def block_module(trace: Trace, plan: BlockPlan, block: Block, nodes: dict[str, f
             "memory": _memory(node),
             "writes": writes,
         }
-        if any(read.name in views and _may_be_view(node, read, trace.root) for read in node.all_input_nodes[:1]):
+        if any(
+            read.name in views and _may_be_view(node, read, trace.root)
+            for read in node.all_input_nodes[:1]
+        ):
             views.add(name)
-        hidden = any(written.name in views for written in node.meta["writes"]) and not node.meta["read_behind"]
+        hidden = (
+            any(written.name in views for written in node.meta["writes"])
+            and not node.meta["read_behind"]
+        )
         if hidden or writes & outside:
             _keep_input(values[name], node, trace.root, replaced)
     outputs = tuple(values[name] for name in (block.output, *block.sides))
@@ -176,11 +223,17 @@ def _may_be_view(node: fx.Node, read: fx.Node, root: nn.Module) -> bool:
     kind = type(root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
     name = getattr(kind, "__name__", str(kind)).lower()
     value, before = node.meta["example"], read.meta["example"]
-    is_view = isinstance(value, Tensor) and isinstance(before, Tensor) and storage(value) == storage(before)
+    is_view = (
+        isinstance(value, Tensor)
+        and isinstance(before, Tensor)
+        and storage(value) == storage(before)
+    )
     return is_view or name.startswith(_VIEWS)
 
 
-def _keep_input(node: fx.Node, original: fx.Node, root: nn.Module, replaced: dict[str, nn.Module]) -> None:
+def _keep_input(
+    node: fx.Node, original: fx.Node, root: nn.Module, replaced: dict[str, nn.Module]
+) -> None:
     """Turn an in-place operation into its twin that leaves its input alone.
 
     1. a module with `inplace=True`; 2. a function called with `inplace=True`; 3. an in-place operator; 4. a method `name_`.

@@ -37,7 +37,14 @@ from sffx.compiler.fake import fake_copy_but_constants
 from sffx.errors import InputError, TraceError, in_brief, location, way_out
 from sffx.net import is_cut
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+_CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+)
 _LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")
 
 
@@ -52,7 +59,14 @@ _TRACING = threading.RLock()
 _FLAG = "training_flag"
 _FROZEN_BATCH = "the batch size is read as a plain number, which a graph would freeze; x.shape[0], without len() or int(), is not"
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-_BATCHES = (TRACE_BATCH, 1, 2, 3, 4, 10**6)  # a comparison with the same outcome at these has it at all
+_BATCHES = (
+    TRACE_BATCH,
+    1,
+    2,
+    3,
+    4,
+    10**6,
+)  # a comparison with the same outcome at these has it at all
 
 # What takes sizes, dtypes or numbers where torch's own parser knows no proxies.
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
@@ -108,7 +122,11 @@ class Trace:
 
 def _chance() -> tuple[Any, ...]:
     """Return the states of the generators of random numbers that a forward may draw from."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        pickle.dumps(np.random.get_state(legacy=False)),
+    )
 
 
 @contextmanager
@@ -145,18 +163,31 @@ def trace(model: nn.Module, example_input: Any = None, num_classes: int | None =
         TraceError: the top-level `forward` cannot be traced.
     """
     if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function")
+        raise InputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Hint: pass an instance, not a class or a function"
+        )
     _require_plain(model)
     if is_cut(model):
-        raise InputError("the model is cut already. Hint: sffx.extract(net) gives the plain model back, which can be cut in another way")
+        raise InputError(
+            "the model is cut already. Hint: sffx.extract(net) gives the plain model back, which can be cut in another way"
+        )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
     arguments = example_arguments(probe, example_input, mode)
-    tracer, graph = _traced(probe, lambda training: GuidedTracer(mode, root, arguments, leaves, num_classes, training=training), leaves)
+    tracer, graph = _traced(
+        probe,
+        lambda training: GuidedTracer(
+            mode, root, arguments, leaves, num_classes, training=training
+        ),
+        leaves,
+    )
     _adopt(root, tracer, graph)
-    notes = [*_notes(root, graph), *(["gradient checkpointing in the model is left out"] if tracer.checkpointed else [])]
+    notes = [
+        *_notes(root, graph),
+        *(["gradient checkpointing in the model is left out"] if tracer.checkpointed else []),
+    ]
     return Trace(root, graph, _inputs(graph, root), _leaf_records(root, leaves), tuple(notes))
 
 
@@ -167,23 +198,41 @@ def _require_plain(model: nn.Module) -> None:
         InputError: says what to pass instead.
     """
     kind = type(model).__name__
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile's, whose class takes seconds to import
-        raise InputError("model is compiled. Hint: pass the plain one, model._orig_mod, and compile what transform returns")
+    if isinstance(
+        getattr(model, "_orig_mod", None), nn.Module
+    ):  # torch.compile's, whose class takes seconds to import
+        raise InputError(
+            "model is compiled. Hint: pass the plain one, model._orig_mod, and compile what transform returns"
+        )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InputError(f"model is wrapped in {kind}. Hint: pass model.module, and wrap sffx.LocalLoss(net) instead")
+        raise InputError(
+            f"model is wrapped in {kind}. Hint: pass model.module, and wrap sffx.LocalLoss(net) instead"
+        )
     if shards_in(model):
-        raise InputError("model is sharded by fully_shard. Hint: transform it first, then sffx.shard(net)")
+        raise InputError(
+            "model is sharded by fully_shard. Hint: transform it first, then sffx.shard(net)"
+        )
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)):
-        raise InputError(f"model is a {kind}, whose code cannot be traced. Hint: pass the module that it was scripted or traced from")
+        raise InputError(
+            f"model is a {kind}, whose code cannot be traced. Hint: pass the module that it was scripted or traced from"
+        )
     empty = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if empty:
-        raise InputError(f"{empty[0]!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)")
+        raise InputError(
+            f"{empty[0]!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)"
+        )
 
 
 def shards_in(module: nn.Module) -> list[Any]:
     """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # which takes a second to import, and what was not imported has sharded nothing
-    return [] if fsdp is None else [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+    fsdp = sys.modules.get(
+        "torch.distributed.fsdp"
+    )  # which takes a second to import, and what was not imported has sharded nothing
+    return (
+        []
+        if fsdp is None
+        else [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -196,9 +245,13 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from cause
 
 
-def _traced(probe: nn.Module, make_tracer: Callable[[bool], GuidedTracer], leaves: dict[str, str]) -> tuple[GuidedTracer, fx.Graph]:
+def _traced(
+    probe: nn.Module, make_tracer: Callable[[bool], GuidedTracer], leaves: dict[str, str]
+) -> tuple[GuidedTracer, fx.Graph]:
     """Trace, turning what cannot be traced into leaves until the rest can; `leaves` collects their reasons."""
-    before = [(module, {**vars(module), "_buffers": dict(module._buffers)}) for module in probe.modules()]
+    before = [
+        (module, {**vars(module), "_buffers": dict(module._buffers)}) for module in probe.modules()
+    ]
     while True:
         _restore(before)
         tracer = make_tracer(True)
@@ -227,12 +280,18 @@ def _restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
     Constants stay, which fx keeps on the model for the graph that reads them.
     """
     for module, attributes in before:
-        for name in [name for name in vars(module) if name not in attributes and not name.startswith("_tensor_constant")]:
+        for name in [
+            name
+            for name in vars(module)
+            if name not in attributes and not name.startswith("_tensor_constant")
+        ]:
             del module.__dict__[name]
         module.__dict__.update({**attributes, "_buffers": dict(attributes["_buffers"])})
 
 
-def _assign(probe: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]], leaves: dict[str, str]) -> bool:
+def _assign(
+    probe: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]], leaves: dict[str, str]
+) -> bool:
     """Whether modules have put traced values in the place of their buffers, which a graph would not do; they become leaves.
 
     Raises:
@@ -241,7 +300,9 @@ def _assign(probe: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]], le
     names = {module: name for name, module in probe.named_modules()}
     found = False
     for module, _ in before:
-        wrong = [name for name, value in module._buffers.items() if issubclass(type(value), fx.Proxy)]
+        wrong = [
+            name for name, value in module._buffers.items() if issubclass(type(value), fx.Proxy)
+        ]
         if not wrong:
             continue
         if not names[module]:
@@ -250,7 +311,13 @@ def _assign(probe: nn.Module, before: list[tuple[nn.Module, dict[str, Any]]], le
                 f"self.{wrong[0]}.copy_(...), or move this into a submodule, which then becomes a leaf"
             )
         reason = f"assigns its buffer {wrong[0]!r}"
-        leaves.update({name: reason for name, other in probe.named_modules() if type(other) is type(module) and name})
+        leaves.update(
+            {
+                name: reason
+                for name, other in probe.named_modules()
+                if type(other) is type(module) and name
+            }
+        )
         found = True
     return found
 
@@ -273,7 +340,13 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
             ) from failure
         kind = type(probe.get_submodule(qualname))
         reason = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''} ({where})"
-        leaves.update({name: reason for name, module in probe.named_modules() if type(module) is kind and name})
+        leaves.update(
+            {
+                name: reason
+                for name, module in probe.named_modules()
+                if type(module) is kind and name
+            }
+        )
         return None
     finally:
         _lift_flags(probe)
@@ -421,7 +494,9 @@ class GuidedTracer(fx.Tracer):
         self.checkpointed = False
         self._running = False
         self._regime = _regime()
-        self._alive: list[UntypedStorage] = []  # what was saved, or its addresses would be used again
+        self._alive: list[
+            UntypedStorage
+        ] = []  # what was saved, or its addresses would be used again
 
     def plant_flags(self, probe: nn.Module, qualname: str = "") -> None:
         """Replace the `training` attribute of every module that will be traced through by a `_PlantedFlag`.
@@ -441,18 +516,36 @@ class GuidedTracer(fx.Tracer):
         torch.overrides.get_overridable_functions()  # is kept once it was asked for: with the functions as they are now
         with ExitStack() as stack:
             for name in _FACTORIES:
-                stack.enter_context(_patched(torch, name, functools.partial(self._make, getattr(torch, name))))
+                stack.enter_context(
+                    _patched(torch, name, functools.partial(self._make, getattr(torch, name)))
+                )
             # What would take a proxy, which says that it is a tensor, for one in memory, and end the process.
             apply = vars(Function)["apply"]
-            stack.enter_context(_patched(Function, "apply", classmethod(functools.partial(self._apply, apply))))
+            stack.enter_context(
+                _patched(Function, "apply", classmethod(functools.partial(self._apply, apply)))
+            )
             call = torch._C.ScriptFunction.__call__
-            stack.enter_context(_patched(torch._C.ScriptFunction, "__call__", lambda *args, **kwargs: self._script(call, *args, **kwargs)))
-            for name in [name for name in vars(checkpoint) if name.startswith("_checkpoint_without_reentrant_generator")]:
+            stack.enter_context(
+                _patched(
+                    torch._C.ScriptFunction,
+                    "__call__",
+                    lambda *args, **kwargs: self._script(call, *args, **kwargs),
+                )
+            )
+            for name in [
+                name
+                for name in vars(checkpoint)
+                if name.startswith("_checkpoint_without_reentrant_generator")
+            ]:
                 stack.enter_context(_patched(checkpoint, name, self._unchecked))
             yield
 
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return self.create_proxy("call_function", factory, args, kwargs) if _has_proxy(args, kwargs) else factory(*args, **kwargs)
+        return (
+            self.create_proxy("call_function", factory, args, kwargs)
+            if _has_proxy(args, kwargs)
+            else factory(*args, **kwargs)
+        )
 
     def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
         if not _has_proxy(args, kwargs):
@@ -461,7 +554,9 @@ class GuidedTracer(fx.Tracer):
             function, _, *inputs = args
             self.checkpointed = True
             return function(*inputs)
-        raise RuntimeError(f"it calls the autograd function {kind.__name__}, which a graph cannot hold")
+        raise RuntimeError(
+            f"it calls the autograd function {kind.__name__}, which a graph cannot hold"
+        )
 
     def _unchecked(self, *_: Any, **__: Any) -> Iterator[None]:
         """Stand in for what torch's checkpointing does around a function."""
@@ -474,16 +569,29 @@ class GuidedTracer(fx.Tracer):
         return call(function, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or is_layer(m) or isinstance(m, torch.jit.ScriptModule)
+        return (
+            module_qualified_name in self.leaves
+            or is_layer(m)
+            or isinstance(m, torch.jit.ScriptModule)
+        )
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
         return GuidedProxy(node, self)
 
     def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, factory: Any = None
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+        factory: Any = None,
     ) -> Any:
         if _regime() != self._regime:
-            raise RuntimeError("a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold")
+            raise RuntimeError(
+                "a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot hold"
+            )
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
         self._run(proxy.node)
         # None is no value: `if mask is None` must see it, also where it is one of several outputs of a leaf.
@@ -493,28 +601,46 @@ class GuidedTracer(fx.Tracer):
         if issubclass(type(a), fx.Proxy):  # not isinstance: a proxy says it is a tensor
             return a.node
         argument = super().create_arg(a)
-        if isinstance(argument, fx.Node) and "example" not in argument.meta:  # a constant that the forward made
+        if (
+            isinstance(argument, fx.Node) and "example" not in argument.meta
+        ):  # a constant that the forward made
             self._run(argument)
         return argument
 
-    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
         """Make a placeholder of each argument that is a tensor, and pass the others, fixed at their traced values, by name.
 
         fx would read the code object of `root_fn`, which a decorator may have replaced; what is not given takes its default.
         """
         given = {
-            name: self.create_proxy("placeholder", name, (), {}) if isinstance(value, Tensor) else value
+            name: self.create_proxy("placeholder", name, (), {})
+            if isinstance(value, Tensor)
+            else value
             for name, value in self.arguments.items()
         }
         return lambda: _logits(root_fn(self.root, **given), self.num_classes), []
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._running or m not in (self.submodule_paths or ()):  # a module that a forward makes for itself is part of its code
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._running or m not in (
+            self.submodule_paths or ()
+        ):  # a module that a forward makes for itself is part of its code
             return forward(*args, **kwargs)
         try:
             call = functools.partial(super().call_module, m, forward, args, kwargs)
             # A leaf runs with the generators kept, and to look at them costs as much as a tenth of the trace.
-            return call() if self.is_leaf_module(m, self.path_of_module(m)) else self._without_chance(call)
+            return (
+                call()
+                if self.is_leaf_module(m, self.path_of_module(m))
+                else self._without_chance(call)
+            )
         except Exception:
             # A leaf that fails cannot be helped by becoming a leaf: the module around it may.
             qualname = self.path_of_module(m)
@@ -551,30 +677,51 @@ class GuidedTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = obj.node.meta["example"]
-        return iter([operator.getitem(obj, i) for i in range(_not_the_batch(len(value), isinstance(value, Tensor)))])
+        return iter(
+            [
+                operator.getitem(obj, i)
+                for i in range(_not_the_batch(len(value), isinstance(value, Tensor)))
+            ]
+        )
 
     def _run(self, node: fx.Node) -> None:
         args: Any = fx.node.map_arg(node.args, lambda n: n.meta["example"])
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["example"])
-        tensors = {arg: arg.meta["example"] for arg in node.all_input_nodes if isinstance(arg.meta["example"], Tensor)}
+        tensors = {
+            arg: arg.meta["example"]
+            for arg in node.all_input_nodes
+            if isinstance(arg.meta["example"], Tensor)
+        }
         versions = {arg: value._version for arg, value in tensors.items()}
         buffers = self._buffers(node)
         cost, self._running = Cost(), True
         try:
-            with self.mode, _CountMacs(cost), noting_saved(cost.saved, self._alive, _is_parameter), torch.enable_grad():
+            with (
+                self.mode,
+                _CountMacs(cost),
+                noting_saved(cost.saved, self._alive, _is_parameter),
+                torch.enable_grad(),
+            ):
                 node.meta["example"] = self._value(node, args, kwargs)
         finally:
             self._running = False
         node.meta["of_batch"] = _is_of_batch(node)
         node.meta["cost"] = cost
-        node.meta["writes"] = tuple(arg for arg, value in tensors.items() if value._version != versions[arg])
-        node.meta["buffers"] = frozenset(name for name, state in self._buffers(node).items() if state != buffers.get(name))
+        node.meta["writes"] = tuple(
+            arg for arg, value in tensors.items() if value._version != versions[arg]
+        )
+        node.meta["buffers"] = frozenset(
+            name for name, state in self._buffers(node).items() if state != buffers.get(name)
+        )
 
     def _buffers(self, node: fx.Node) -> dict[str, tuple[int, int]]:
         """Return the identity and the version of each buffer of the module that a node calls."""
         if node.op != "call_module" or is_flag(node):
             return {}
-        return {name: (id(buffer), buffer._version) for name, buffer in self.root.get_submodule(str(node.target)).named_buffers()}
+        return {
+            name: (id(buffer), buffer._version)
+            for name, buffer in self.root.get_submodule(str(node.target)).named_buffers()
+        }
 
     def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target: Any = node.target
@@ -600,19 +747,33 @@ class GuidedTracer(fx.Tracer):
         """Run a leaf whose shapes depend on data for real, on ones, which are lengths and indices as well."""
         with unset_fake_temporarily(), torch.no_grad():
             module = copy.deepcopy(self.original.get_submodule(target))
-            real_args, real_kwargs = tree_map_only(Tensor, lambda t: torch.ones(t.shape, dtype=t.dtype, device=t.device), (args, kwargs))
+            real_args, real_kwargs = tree_map_only(
+                Tensor,
+                lambda t: torch.ones(t.shape, dtype=t.dtype, device=t.device),
+                (args, kwargs),
+            )
             value = module(*real_args, **real_kwargs)
-        learns = any(tensor.requires_grad for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, Tensor))
+        learns = any(
+            tensor.requires_grad
+            for tensor in (*module.parameters(), *tree_leaves((args, kwargs)))
+            if isinstance(tensor, Tensor)
+        )
         fake = lambda t: self.mode.from_tensor(t.detach()).requires_grad_(learns and can_learn(t))  # noqa: E731
         return tree_map_only(Tensor, fake, value)
 
 
 def _regime() -> tuple[bool, ...]:
     """Return the switches that a context manager in a forward may set."""
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+    )
 
 
-def noting_saved(saved: dict[int, int], alive: list[UntypedStorage], is_given: Callable[[Tensor], bool]) -> AbstractContextManager[Any]:
+def noting_saved(
+    saved: dict[int, int], alive: list[UntypedStorage], is_given: Callable[[Tensor], bool]
+) -> AbstractContextManager[Any]:
     """Return a context in which autograd keeps what it would, and that is noted: bytes by storage.
 
     Args:
@@ -670,7 +831,11 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if not any(module.children()):
         return True
-    return any(base.__module__.startswith(_LAYER_PACKAGES) for base in type(module).__mro__ if base is not nn.Module)
+    return any(
+        base.__module__.startswith(_LAYER_PACKAGES)
+        for base in type(module).__mro__
+        if base is not nn.Module
+    )
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
@@ -683,11 +848,20 @@ def _keep_logits(graph: fx.Graph, root: nn.Module) -> None:
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
     value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
-    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != TRACE_BATCH or not value.is_floating_point():
+    if (
+        not isinstance(value, Tensor)
+        or value.ndim != 2
+        or value.shape[0] != TRACE_BATCH
+        or not value.is_floating_point()
+    ):
         what = (
-            f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            f"a tensor of shape (B, {', '.join(map(str, value.shape[1:]))})"
+            if isinstance(value, Tensor)
+            else f"a {type(value).__name__}"
         )
-        raise TraceError(f"{type(root).__name__} returns {what}, but logits are of shape (B, J). {way_out(root)}")
+        raise TraceError(
+            f"{type(root).__name__} returns {what}, but logits are of shape (B, J). {way_out(root)}"
+        )
     _order_hidden_reads(graph)
     needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
@@ -700,8 +874,12 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nothing reads it. Assertions go: what they say was settled when the model was traced."""
     if node.op in ("placeholder", "output"):
         return True
-    writes_state = any(written.op in ("placeholder", "get_attr") for written in node.meta.get("writes", ()))
-    return writes_state or (node.op == "call_function" and node.target is not torch._assert and node.is_impure())
+    writes_state = any(
+        written.op in ("placeholder", "get_attr") for written in node.meta.get("writes", ())
+    )
+    return writes_state or (
+        node.op == "call_function" and node.target is not torch._assert and node.is_impure()
+    )
 
 
 def _order_hidden_reads(graph: fx.Graph) -> None:
@@ -709,9 +887,15 @@ def _order_hidden_reads(graph: fx.Graph) -> None:
     position = {node: i for i, node in enumerate(graph.nodes)}
     writers: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        read = [(arg, arg.meta["example"]) for arg in node.all_input_nodes if isinstance(arg.meta.get("example"), Tensor)]
+        read = [
+            (arg, arg.meta["example"])
+            for arg in node.all_input_nodes
+            if isinstance(arg.meta.get("example"), Tensor)
+        ]
         node.meta["after"] = tuple(
-            writer for arg, value in read for writer in _later(writers.get(storage(value), []), position[arg], position)
+            writer
+            for arg, value in read
+            for writer in _later(writers.get(storage(value), []), position[arg], position)
         )
         for written in node.meta.get("writes", ()):
             writers.setdefault(storage(written.meta["example"]), []).append(node)
@@ -759,7 +943,12 @@ def _logits(value: Any, num_classes: int | None) -> Any:
 def _width(value: Any) -> int:
     """Return n of a traced value that could be logits, a float tensor (B, n); 0 of others."""
     example = value.node.meta["example"] if issubclass(type(value), fx.Proxy) else None
-    if not isinstance(example, Tensor) or example.ndim != 2 or len(example) != TRACE_BATCH or not example.is_floating_point():
+    if (
+        not isinstance(example, Tensor)
+        or example.ndim != 2
+        or len(example) != TRACE_BATCH
+        or not example.is_floating_point()
+    ):
         return 0
     return int(example.shape[1])
 
@@ -791,7 +980,9 @@ def _merge_modes(graph: fx.Graph, other: fx.Graph, branched: set[str]) -> bool:
     return True
 
 
-def _merged(here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[str]) -> dict[int, tuple[str, tuple[Any, Any]]] | None:
+def _merged(
+    here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[str]
+) -> dict[int, tuple[str, tuple[Any, Any]]] | None:
     """Compare a node in train and in eval mode.
 
     Returns:
@@ -800,7 +991,9 @@ def _merged(here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[
     """
     if here.op != there.op or (here.op != "placeholder" and str(here.target) != str(there.target)):
         return None
-    (ours, spec), (theirs, other_spec) = (tree_flatten((node.args, node.kwargs)) for node in (here, there))
+    (ours, spec), (theirs, other_spec) = (
+        tree_flatten((node.args, node.kwargs)) for node in (here, there)
+    )
     if spec != other_spec:
         return None
     owners = [path for path, _ in here.meta.get("nn_module_stack", {}).values() if path in branched]
@@ -808,7 +1001,11 @@ def _merged(here: fx.Node, there: fx.Node, names: dict[str, str], branched: set[
     for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         if _spelled(our, {}) == _spelled(their, names):
             continue
-        if len(owners) != 1 or not isinstance(our, (int, float)) or not isinstance(their, (int, float)):
+        if (
+            len(owners) != 1
+            or not isinstance(our, (int, float))
+            or not isinstance(their, (int, float))
+        ):
             return None
         choices[i] = (owners[0], (their, our))
     return choices
@@ -827,7 +1024,14 @@ def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
         picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
     for node, example in ((flag, True), (picked, numbers[1])):
         stack = reader.meta.get("nn_module_stack", {})
-        settled = {"cost": Cost(), "writes": (), "buffers": frozenset(), "after": (), "read_behind": False, "of_batch": False}
+        settled = {
+            "cost": Cost(),
+            "writes": (),
+            "buffers": frozenset(),
+            "after": (),
+            "read_behind": False,
+            "of_batch": False,
+        }
         node.meta = {"example": example, "nn_module_stack": stack, **settled}
     return picked
 
@@ -835,7 +1039,11 @@ def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
 def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
     """Give `root` the constants and training flags that the graph names."""
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(root, node.target):
+        if (
+            node.op == "get_attr"
+            and node.target.startswith("_tensor_constant")
+            and not hasattr(root, node.target)
+        ):
             value = getattr(tracer.root, node.target)
             if isinstance(value, FakeTensor):
                 raise TraceError(
@@ -851,7 +1059,13 @@ def _adopt(root: nn.Module, tracer: GuidedTracer, graph: fx.Graph) -> None:
 def _inputs(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return tuple(
-        Input(node.target, tuple(value.shape[1:]), str(value.dtype).removeprefix("torch."), _high(node, root), _marks_tokens(node))
+        Input(
+            node.target,
+            tuple(value.shape[1:]),
+            str(value.dtype).removeprefix("torch."),
+            _high(node, root),
+            _marks_tokens(node),
+        )
         for node, value in ((node, node.meta["example"]) for node in placeholders)
     )
 
@@ -866,15 +1080,24 @@ def _high(node: fx.Node, root: nn.Module) -> int:
     """Return the size of the embedding that reads an integer input, 2 where none does directly, 0 for float inputs."""
     if node.meta["example"].is_floating_point():
         return 0
-    readers = [root.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
-    return next((reader.num_embeddings for reader in readers if isinstance(reader, nn.Embedding)), 2)
+    readers = [
+        root.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"
+    ]
+    return next(
+        (reader.num_embeddings for reader in readers if isinstance(reader, nn.Embedding)), 2
+    )
 
 
 def _leaf_records(root: nn.Module, leaves: dict[str, str]) -> tuple[Leaf, ...]:
     total = max(sum(p.numel() for p in root.parameters()), 1)
     modules = {name: root.get_submodule(name) for name in leaves}
     return tuple(
-        Leaf(name, type(modules[name]).__name__, leaves[name], sum(p.numel() for p in modules[name].parameters()) / total)
+        Leaf(
+            name,
+            type(modules[name]).__name__,
+            leaves[name],
+            sum(p.numel() for p in modules[name].parameters()) / total,
+        )
         for name in outermost(modules)
     )
 
@@ -891,7 +1114,11 @@ def _notes(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
 
 def _idle(root: nn.Module, used: set[int]) -> list[str]:
     """Return the qualnames of the outermost modules none of whose parameters is in `used`, and of single unused parameters."""
-    idle = [n for n, module in root.named_modules() if n and [*module.parameters()] and not {id(p) for p in module.parameters()} & used]
+    idle = [
+        n
+        for n, module in root.named_modules()
+        if n and [*module.parameters()] and not {id(p) for p in module.parameters()} & used
+    ]
     idle += [name for name, p in root.named_parameters() if id(p) not in used]
     return outermost(idle)
 

@@ -48,9 +48,14 @@ def _twin(net: fx.GraphModule, copied: dict[int, Any]) -> fx.GraphModule:
         net: the cut model.
         copied: twins of its tensors where there are some already, by `id`.
     """
-    for module in reversed([module for module in net.modules() if isinstance(module, fx.GraphModule)]):  # what a module holds comes first
+    for module in reversed(
+        [module for module in net.modules() if isinstance(module, fx.GraphModule)]
+    ):  # what a module holds comes first
         twin = object.__new__(type(module))
-        held = {name: copy.deepcopy(module.__dict__[name], copied) for name in ("_parameters", "_buffers", "_modules")}
+        held = {
+            name: copy.deepcopy(module.__dict__[name], copied)
+            for name in ("_parameters", "_buffers", "_modules")
+        }
         twin.__dict__ = {**module.__dict__, **held}
         copied[id(module)] = twin
     return copied[id(net)]
@@ -58,7 +63,10 @@ def _twin(net: fx.GraphModule, copied: dict[int, Any]) -> fx.GraphModule:
 
 def _verify_run(probe: fx.GraphModule, plan: BlockPlan) -> None:
     device = next(probe.parameters()).device
-    inputs = [torch.ones((TRACE_BATCH, *i.shape), device=device).to(getattr(torch, i.dtype)) for i in plan.inputs]
+    inputs = [
+        torch.ones((TRACE_BATCH, *i.shape), device=device).to(getattr(torch, i.dtype))
+        for i in plan.inputs
+    ]
     run = _VersionWatch(probe)
     with torch.enable_grad():
         run.run(*inputs)
@@ -92,14 +100,20 @@ class _VersionWatch(fx.Interpreter):
     def check(self) -> None:
         for name, (value, version) in self.versions.items():
             if value._version != version:
-                raise VerifyError(f"the value {name!r} crosses a cut or feeds a head, and is written in place after that")
+                raise VerifyError(
+                    f"the value {name!r} crosses a cut or feeds a head, and is written in place after that"
+                )
 
 
 def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
     expected = (TRACE_BATCH, plan.num_classes)
-    for score, target in zip(scores, [*(f"head_{i}" for i in range(len(plan))), plan.classifier.target], strict=True):
+    for score, target in zip(
+        scores, [*(f"head_{i}" for i in range(len(plan))), plan.classifier.target], strict=True
+    ):
         if tuple(score.shape) != expected:
-            raise VerifyError(f"{target} returns shape {tuple(score.shape)}, not (B, J) = {expected}")
+            raise VerifyError(
+                f"{target} returns shape {tuple(score.shape)}, not (B, J) = {expected}"
+            )
 
 
 def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan) -> None:
@@ -107,15 +121,23 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
     names: dict[Tensor, str] = {p: name for name, p in net.named_parameters() if p.requires_grad}
     labels = torch.zeros(TRACE_BATCH, dtype=torch.int64, device=scores[0].device)
     sources: dict[str, list[str]] = {}
-    for score, target in zip(scores, [*(block.target for block in plan.blocks), plan.classifier.target], strict=True):
+    for score, target in zip(
+        scores, [*(block.target for block in plan.blocks), plan.classifier.target], strict=True
+    ):
         foreign = [p for p in _reached(score) if p in names and _owner(names[p]) != target]
         if foreign:
-            gradients = torch.autograd.grad(block_loss(score, labels), foreign, retain_graph=True, allow_unused=True)
-            for p in (p for p, gradient in zip(foreign, gradients, strict=True) if gradient is not None):
+            gradients = torch.autograd.grad(
+                block_loss(score, labels), foreign, retain_graph=True, allow_unused=True
+            )
+            for p in (
+                p for p, gradient in zip(foreign, gradients, strict=True) if gradient is not None
+            ):
                 sources.setdefault(names[p], []).append(target)
     for name in names.values():
         if name in sources:
-            raise VerifyError(f"parameter {name!r} belongs to {_owner(name)} but has gradient from the loss of {', '.join(sources[name])}")
+            raise VerifyError(
+                f"parameter {name!r} belongs to {_owner(name)} but has gradient from the loss of {', '.join(sources[name])}"
+            )
 
 
 def _owner(parameter: str) -> str:

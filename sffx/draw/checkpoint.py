@@ -44,12 +44,18 @@ def read_checkpoint(path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
     return progress_in(read_mapping(Path(path)), path, plan)
 
 
-def progress_in(content: Mapping[str, Any], path: str | os.PathLike[str], plan: BlockPlan) -> Progress:
+def progress_in(
+    content: Mapping[str, Any], path: str | os.PathLike[str], plan: BlockPlan
+) -> Progress:
     """Read the same from what the file holds; see `read_checkpoint`."""
     accuracy = content.get(ACCURACY_KEY)
-    if not isinstance(accuracy, Mapping) or not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in accuracy.values()):
+    if not isinstance(accuracy, Mapping) or not all(
+        isinstance(value, (int, float)) and 0 <= value <= 1 for value in accuracy.values()
+    ):
         entries = ", ".join(map(repr, content)) or "nothing"
-        raise InputError(f"{str(path)!r} holds no accuracies of blocks; it holds {entries}. {REMEDY}")
+        raise InputError(
+            f"{str(path)!r} holds no accuracies of blocks; it holds {entries}. {REMEDY}"
+        )
     _check_blocks(path, plan, accuracy)
     _check_cuts(path, plan, content)
     rates = _rates(content)
@@ -78,11 +84,15 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
             f"nothing else is loaded ({type(cause).__name__}). {REMEDY}"
         ) from cause
     if not isinstance(content, Mapping):
-        raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not a mapping with accuracies of blocks. {REMEDY}")
+        raise InputError(
+            f"{str(path)!r} holds a {type(content).__name__}, not a mapping with accuracies of blocks. {REMEDY}"
+        )
     return content
 
 
-def _check_blocks(path: str | os.PathLike[str], plan: BlockPlan, accuracy: Mapping[str, Any]) -> None:
+def _check_blocks(
+    path: str | os.PathLike[str], plan: BlockPlan, accuracy: Mapping[str, Any]
+) -> None:
     wanted = {block.target for block in plan.all_blocks}
     missing = sorted(wanted - set(accuracy))
     others = sorted(name for name in accuracy if name.startswith(BLOCK) and name not in wanted)
@@ -110,5 +120,14 @@ def _check_cuts(path: str | os.PathLike[str], plan: BlockPlan, content: Mapping[
 
 def _rates(content: Mapping[str, Any]) -> dict[str, float]:
     states = content.get("optimizer_states") or [content.get("optimizer")]
-    groups = [group for state in states if isinstance(state, Mapping) for group in state.get("param_groups", ())]
-    return {str(group["name"]): float(group["lr"]) for group in groups if "name" in group and "lr" in group}
+    groups = [
+        group
+        for state in states
+        if isinstance(state, Mapping)
+        for group in state.get("param_groups", ())
+    ]
+    return {
+        str(group["name"]): float(group["lr"])
+        for group in groups
+        if "name" in group and "lr" in group
+    }

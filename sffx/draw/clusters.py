@@ -59,7 +59,9 @@ class Place:
     is_path: bool
 
 
-def clusters_dot(plan: BlockPlan, detail: str, *, unfold: bool = False, progress: Progress | None = None) -> str:
+def clusters_dot(
+    plan: BlockPlan, detail: str, *, unfold: bool = False, progress: Progress | None = None
+) -> str:
     """DOT text of the block graph with the graph inside each block.
 
     Args:
@@ -79,7 +81,11 @@ def clusters_dot(plan: BlockPlan, detail: str, *, unfold: bool = False, progress
     shown = {"thick"} if any(isinstance(block, Run) for block in plan) else set()
     shown |= {"side"} if any(set(block.sides) - set(block.detached) for block in plan) else set()
     shown |= {"detached"} if any(block.detached for block in plan) else set()
-    shown |= {"wide"} if any(len(part.node.reads) > EDGES for block in inside for part in block) else set()
+    shown |= (
+        {"wide"}
+        if any(len(part.node.reads) > EDGES for block in inside for part in block)
+        else set()
+    )
     lines = [
         *DEFAULTS,
         f"label={footer_label(plan, shown, progress)}",
@@ -90,9 +96,16 @@ def clusters_dot(plan: BlockPlan, detail: str, *, unfold: bool = False, progress
         # What is in a cluster is set apart from what is not, which keeps the columns beside each other.
         lines += [f'subgraph cluster_column_{column} {{ label=""']
         # Graphviz sets the column that has the inputs at the left.
-        lines += [node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}") for value in plan.inputs if not column]
+        lines += [
+            node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
+            for value in plan.inputs
+            if not column
+        ]
         for index in group:
-            lines += [*_turns(index, plan, columns), *_cluster(plan.all_blocks[index], inside[index], plan, progress)]
+            lines += [
+                *_turns(index, plan, columns),
+                *_cluster(plan.all_blocks[index], inside[index], plan, progress),
+            ]
         lines += ["}"]
     for index in range(len(inside)):
         lines += _entries(index, plan, columns)
@@ -122,13 +135,17 @@ def _places(plan: BlockPlan, inside: list[list[Part]]) -> dict[str, Place]:
         first = first_of(block)
         for part in inside[stage]:
             name, is_output = part.node.name, part.node.name == first.output
-            places[name] = Place(_name(block, name), stage, is_output or name in first.detached, part.node.is_path)
+            places[name] = Place(
+                _name(block, name), stage, is_output or name in first.detached, part.node.is_path
+            )
             # The value that leaves a run is that of its last block.
             places[block.output if is_output else name] = places[name]
     return places
 
 
-def _cluster(block: Block, inside: list[Part], plan: BlockPlan, progress: Progress | None) -> Iterator[str]:
+def _cluster(
+    block: Block, inside: list[Part], plan: BlockPlan, progress: Progress | None
+) -> Iterator[str]:
     """A frame with the heading of the block, which stands for the value that enters it, and its parts."""
     attributes = look(block, plan, progress, contents=False)
     yield f"subgraph {quote(f'cluster_{block.target}')} {{"
@@ -139,7 +156,9 @@ def _cluster(block: Block, inside: list[Part], plan: BlockPlan, progress: Progre
     for part in inside:
         style = JOIN if part.node.join in JOIN_SIGNS else PART if part.node.is_path else ASIDE
         reads = part.node.reads
-        text = f"{shorten(part.text, NAME_WIDTH)}{f' of {len(reads)}' if len(reads) > EDGES else ''}"
+        text = (
+            f"{shorten(part.text, NAME_WIDTH)}{f' of {len(reads)}' if len(reads) > EDGES else ''}"
+        )
         told = f"label={quote(text)}, tooltip={quote(f'{part.node.name}: {part.node.call} of ' + ', '.join(reads))}"
         yield node(_name(block, part.node.name), f"{style}, {told}")
     yield "}"
@@ -160,7 +179,9 @@ def _entries(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
     target = plan.all_blocks[index].target
     if not index:
         name = _entering(0, plan)
-        yield from [edge(outside(name, plan), target, f'class="input", color="{INK}"')] if name else ()
+        yield from (
+            [edge(outside(name, plan), target, f'class="input", color="{INK}"')] if name else ()
+        )
         return
     before = plan.blocks[index - 1]
     name = _name(before, first_of(before).output)
@@ -178,12 +199,20 @@ def _turns(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
     stages = plan.all_blocks
     look = f'class="turn", shape="plain", style="", fontcolor="{RED}", fontsize=9'
     if index and columns[index] != columns[index - 1]:
-        yield node(f"from_{stages[index - 1].target}", f"{look}, label={quote(f'from {stages[index - 1].target}')}")
+        yield node(
+            f"from_{stages[index - 1].target}",
+            f"{look}, label={quote(f'from {stages[index - 1].target}')}",
+        )
     if index + 1 < len(stages) and columns[index] != columns[index + 1]:
-        yield node(f"to_{stages[index + 1].target}", f"{look}, label={quote(f'to {stages[index + 1].target}')}")
+        yield node(
+            f"to_{stages[index + 1].target}",
+            f"{look}, label={quote(f'to {stages[index + 1].target}')}",
+        )
 
 
-def _reads(index: int, inside: list[Part], places: dict[str, Place], columns: list[int], plan: BlockPlan) -> Iterator[str]:
+def _reads(
+    index: int, inside: list[Part], places: dict[str, Place], columns: list[int], plan: BlockPlan
+) -> Iterator[str]:
     """The edges to the parts of a block; what reads nothing of the block stands below the heading all the same."""
     block, entering = plan.all_blocks[index], _entering(index, plan)
     own = {part.node.name for part in inside}
@@ -196,7 +225,11 @@ def _reads(index: int, inside: list[Part], places: dict[str, Place], columns: li
                 yield edge(block.target, name, INNER if part.node.is_path else INNER_ASIDE)
                 continue
             place = places.get(read) or Place(outside(read, plan), -1, False, True)
-            turn = ", constraint=false" if place.stage >= 0 and columns[place.stage] != columns[index] else ""
+            turn = (
+                ", constraint=false"
+                if place.stage >= 0 and columns[place.stage] != columns[index]
+                else ""
+            )
             yield edge(place.node, name, _style(place, index) + turn)
 
 
@@ -205,7 +238,11 @@ def _style(place: Place, index: int) -> str:
         return f'class="input", color="{INK}"'
     if place.stage == index:
         return INNER if place.is_path else INNER_ASIDE
-    return f'class="side detached", color="{RED}", style="dotted"' if place.is_cut else f'class="side", color="{GREY}"'
+    return (
+        f'class="side detached", color="{RED}", style="dotted"'
+        if place.is_cut
+        else f'class="side", color="{GREY}"'
+    )
 
 
 def _tops(plan: BlockPlan, columns: list[int]) -> Iterator[str]:

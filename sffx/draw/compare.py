@@ -9,11 +9,29 @@ from pathlib import Path
 from sffx.blocks import Block, BlockPlan
 from sffx.draw.fold import Run, fold
 from sffx.draw.graph import DEFAULTS
-from sffx.draw.label import BLUE, FAINT, NAME_WIDTH, blocks_in_words, count, escape, memory, shape_text, shorten
+from sffx.draw.label import (
+    BLUE,
+    FAINT,
+    NAME_WIDTH,
+    blocks_in_words,
+    count,
+    escape,
+    memory,
+    shape_text,
+    shorten,
+)
 from sffx.draw.render import PICTURES, TEXT, check_path, write_graph
 from sffx.errors import InputError
 
-HEADER = ("policy", "feature blocks", "largest block", "kept/sample, largest", "kept/sample, all", "of it", "parameters, largest")
+HEADER = (
+    "policy",
+    "feature blocks",
+    "largest block",
+    "kept/sample, largest",
+    "kept/sample, all",
+    "of it",
+    "parameters, largest",
+)
 
 # Points of the bar of the block that keeps most, in any of the plans.
 BAR_POINTS = 120
@@ -31,8 +49,13 @@ def comparison(plans: Sequence[BlockPlan]) -> str:
     """
     rows = [HEADER, *(_figures(plan) for plan in plans)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{plans[0].model}, {plans[0].num_classes} classes, by {len(plans)} policies", *lines])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [f"{plans[0].model}, {plans[0].num_classes} classes, by {len(plans)} policies", *lines]
+    )
 
 
 def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) -> Path:
@@ -50,7 +73,9 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
         MissingExtra: there is no Graphviz to draw with.
     """
     if not plans:
-        raise InputError("there is no plan to compare. Hint: pass [sffx.plan(model, policy=...), ...]")
+        raise InputError(
+            "there is no plan to compare. Hint: pass [sffx.plan(model, policy=...), ...]"
+        )
     return write_graph(check_path(path, (*PICTURES, *TEXT)), comparison_dot(plans))
 
 
@@ -59,11 +84,17 @@ def comparison_dot(plans: Sequence[BlockPlan]) -> str:
     most = max(stage.activation_bytes for plan in plans for stage in plan.all_blocks)
     lines = max(len(fold(plan).all_blocks) for plan in plans)
     columns = "".join(f"<TD>{_column(plan, most, lines)}</TD>" for plan in plans)
-    meaning = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
+    meaning = (
+        "kept for backward, one sample: the bar; of each where a line stands for several blocks"
+    )
     # The height of a line of its own, or the small letters would touch the large ones.
     title = f"<{_font(plans[0].model, size=16)}<BR ALIGN='LEFT'/>{_font(' ', size=4)}<BR/>{_font(meaning, FAINT, 9)}<BR ALIGN='LEFT'/>>"
     row = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="12"><TR>{columns}</TR></TABLE>>'
-    parts = [*DEFAULTS, f'label={title}; labelloc="t"; labeljust="l"', f'policies [shape="plain", style="", label={row}]']
+    parts = [
+        *DEFAULTS,
+        f'label={title}; labelloc="t"; labeljust="l"',
+        f'policies [shape="plain", style="", label={row}]',
+    ]
     return "digraph {\n" + "".join(f"  {part}\n" for part in parts) + "}\n"
 
 
@@ -71,8 +102,18 @@ def _figures(plan: BlockPlan) -> tuple[str, ...]:
     stages = plan.all_blocks
     largest = max(stages, key=lambda stage: stage.activation_bytes)
     whole = sum(stage.activation_bytes for stage in stages)
-    kept = (memory(largest.activation_bytes), memory(whole), f"{largest.activation_bytes / max(1, whole):.0%}")
-    return (plan.policy, str(len(plan)), largest.name, *kept, count(max(stage.num_parameters for stage in stages)))
+    kept = (
+        memory(largest.activation_bytes),
+        memory(whole),
+        f"{largest.activation_bytes / max(1, whole):.0%}",
+    )
+    return (
+        plan.policy,
+        str(len(plan)),
+        largest.name,
+        *kept,
+        count(max(stage.num_parameters for stage in stages)),
+    )
 
 
 def _column(plan: BlockPlan, most: int, lines: int) -> str:
@@ -91,9 +132,16 @@ def _line(block: Block, most: int) -> str:
     # The rest of the line as a cell of its own, or the bar would stand in the middle.
     cell = f'<TD FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="8" BGCOLOR="{BLUE}"></TD>'
     cell += f'<TD FIXEDSIZE="TRUE" WIDTH="{BAR_POINTS + 1 - width}" HEIGHT="8"></TD>'
-    bar = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cell}</TR></TABLE>'
+    bar = (
+        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cell}</TR></TABLE>'
+    )
     name = _font(times + shorten(block.name, NAME_WIDTH))
-    cells = (name, _font(shape_text(block.shape), FAINT, 9), _font(memory(block.activation_bytes), FAINT, 9), bar)
+    cells = (
+        name,
+        _font(shape_text(block.shape), FAINT, 9),
+        _font(memory(block.activation_bytes), FAINT, 9),
+        bar,
+    )
     return "<TR>" + "".join(f'<TD ALIGN="LEFT">{cell}</TD>' for cell in cells) + "</TR>"
 
 

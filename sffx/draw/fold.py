@@ -38,9 +38,14 @@ def fold(plan: BlockPlan) -> BlockPlan:
     """
     stages = plan.all_blocks
     readers = Counter(name for stage in stages for name in set(stage.inputs))
-    looks = [_look(block, before, readers, plan) for block, before in zip(plan.blocks, (None, *plan.blocks), strict=False)]
+    looks = [
+        _look(block, before, readers, plan)
+        for block, before in zip(plan.blocks, (None, *plan.blocks), strict=False)
+    ]
     blocks: list[Block] = []
-    for _, group in itertools.groupby(zip(looks, plan.blocks, strict=True), key=lambda pair: pair[0]):
+    for _, group in itertools.groupby(
+        zip(looks, plan.blocks, strict=True), key=lambda pair: pair[0]
+    ):
         alike = [block for _, block in group]
         blocks += [_run(alike)] if len(alike) >= SHORTEST else alike
     return replace(plan, blocks=tuple(blocks))
@@ -53,7 +58,11 @@ def first_of(block: Block) -> Block:
 
 def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
     """The modules of a block that the trace did not look into."""
-    return [leaf for leaf in plan.leaves if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)]
+    return [
+        leaf
+        for leaf in plan.leaves
+        if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)
+    ]
 
 
 def relative(qualname: str, block: Block) -> str:
@@ -61,7 +70,12 @@ def relative(qualname: str, block: Block) -> str:
     if JOINT not in block.name:
         return qualname.removeprefix(f"{block.name}.")
     paths = [name.split(".")[:-1] for name in block.modules] or [[]]
-    around = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    around = [
+        parts[0]
+        for parts in itertools.takewhile(
+            lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)
+        )
+    ]
     return qualname.removeprefix("".join(f"{part}." for part in around))
 
 
@@ -82,4 +96,7 @@ def _look(block: Block, before: Block | None, readers: Counter[str], plan: Block
 def _run(blocks: list[Block]) -> Run:
     first, last = blocks[0], blocks[-1]
     same = {field.name: getattr(first, field.name) for field in fields(Block)}
-    return Run(**{**same, "name": f"{first.name}{JOINT}{last.name}", "output": last.output}, blocks=tuple(blocks))
+    return Run(
+        **{**same, "name": f"{first.name}{JOINT}{last.name}", "output": last.output},
+        blocks=tuple(blocks),
+    )

@@ -87,7 +87,9 @@ def dot(plan: BlockPlan, *, unfold: bool = False, progress: Progress | None = No
     rows = _rows(plan)
     crossed = crossings(plan)
     railed = _railed(crossed)
-    shown = {"detached" if crossing.detached else "side" for crossing in crossed if crossing.stage >= 0} | ({"rail"} if railed else set())
+    shown = {
+        "detached" if crossing.detached else "side" for crossing in crossed if crossing.stage >= 0
+    } | ({"rail"} if railed else set())
     shown |= {"run"} if any(isinstance(block, Run) for block in plan) else set()
     shown |= {"join"} if any(map(joins_in_words, plan.all_blocks)) else set()
     lines = [
@@ -96,7 +98,12 @@ def dot(plan: BlockPlan, *, unfold: bool = False, progress: Progress | None = No
         "subgraph cluster_plan {",
         f'label={title_label(whole, progress)}; labelloc="t"; margin=0; peripheries=0',
     ]
-    lines += [*_input_nodes(plan, crossed), *_block_nodes(plan, rows, progress), *_same_rows(plan, rows), *_cuts(plan, rows)]
+    lines += [
+        *_input_nodes(plan, crossed),
+        *_block_nodes(plan, rows, progress),
+        *_same_rows(plan, rows),
+        *_cuts(plan, rows),
+    ]
     lines += _rail(railed, plan, rows)
     for crossing in crossed:
         lines += [] if crossing in railed else _edges(crossing, plan, rows)
@@ -113,7 +120,10 @@ def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
         yield node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
     for crossing in crossings:
         if crossing.source.startswith("value_"):
-            yield node(crossing.source, f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}')
+            yield node(
+                crossing.source,
+                f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}',
+            )
 
 
 def _block_nodes(plan: BlockPlan, rows: int, progress: Progress | None) -> Iterator[str]:
@@ -137,7 +147,10 @@ def look(block: Block, plan: BlockPlan, progress: Progress | None, *, contents: 
 def head_beside(block: Block, name: str, plan: BlockPlan) -> Iterator[str]:
     """A block's head, at the right of the node of that name."""
     head = block.target.replace("block", "head")
-    yield node(head, f"{HEAD}{', peripheries=2' if isinstance(block, Run) else ''}, label={head_label(block, plan)}")
+    yield node(
+        head,
+        f"{HEAD}{', peripheries=2' if isinstance(block, Run) else ''}, label={head_label(block, plan)}",
+    )
     yield beside(edge(name, head, f'class="head", color="{BLUE}"'))
 
 
@@ -161,29 +174,54 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
     names = dict.fromkeys(name for stage in stages for name in stage.inputs)
     groups: dict[tuple[str, int, tuple[int, ...], bool], list[str]] = {}
     for name in names:
-        stage = next((index for index, block in enumerate(plan.blocks) if name == block.output or name in block.sides), -1)
+        stage = next(
+            (
+                index
+                for index, block in enumerate(plan.blocks)
+                if name == block.output or name in block.sides
+            ),
+            -1,
+        )
         handed_on = stage + 1 if stage >= 0 and name == stages[stage].output else -1
-        readers = tuple(index for index, block in enumerate(stages) if name in block.inputs and index not in (stage, handed_on))
+        readers = tuple(
+            index
+            for index, block in enumerate(stages)
+            if name in block.inputs and index not in (stage, handed_on)
+        )
         # An output that a block further on reads carries a gradient, as every output does.
         detached = stage >= 0 and name in (*stages[stage].detached, stages[stage].output)
         source = stages[stage].target if stage >= 0 else outside(name, plan)
         if readers:
             groups.setdefault((source, stage, readers, detached), []).append(name)
-    return [Crossing(tuple(group), source, stage, readers, cut) for (source, stage, readers, cut), group in groups.items()]
+    return [
+        Crossing(tuple(group), source, stage, readers, cut)
+        for (source, stage, readers, cut), group in groups.items()
+    ]
 
 
 def outside(name: str, plan: BlockPlan) -> str:
     """The node in the drawing of a value that no block computes: an input of the model, or a value from nowhere."""
     # fx renames an argument that is a builtin: the node of `input` is `input_1`.
     given = {value.name for value in plan.inputs}
-    return next((f"input_{known}" for known in (name, re.sub(r"_\d+$", "", name)) if known in given), f"value_{name}")
+    return next(
+        (f"input_{known}" for known in (name, re.sub(r"_\d+$", "", name)) if known in given),
+        f"value_{name}",
+    )
 
 
 def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
     for reader in crossing.readers:
         # The edge from an input to the first block needs no name: the input bears it.
-        name = f", label={edge_label(_marked(crossing), _colour(crossing))}" if crossing.stage >= 0 or reader else ""
-        yield edge(crossing.source, plan.all_blocks[reader].target, _style(crossing) + name + _free(crossing.stage, reader, rows))
+        name = (
+            f", label={edge_label(_marked(crossing), _colour(crossing))}"
+            if crossing.stage >= 0 or reader
+            else ""
+        )
+        yield edge(
+            crossing.source,
+            plan.all_blocks[reader].target,
+            _style(crossing) + name + _free(crossing.stage, reader, rows),
+        )
 
 
 def _railed(crossings: list[Crossing]) -> list[Crossing]:
@@ -191,17 +229,36 @@ def _railed(crossings: list[Crossing]) -> list[Crossing]:
     few = [crossing for crossing in crossings if len(crossing.readers) <= EDGES]
     load = Counter(reader for crossing in few if crossing.stage >= 0 for reader in crossing.readers)
     many = {reader for reader, edges in load.items() if edges > EDGES}
-    return [crossing for crossing in crossings if crossing not in few or (crossing.stage >= 0 and many & set(crossing.readers))]
+    return [
+        crossing
+        for crossing in crossings
+        if crossing not in few or (crossing.stage >= 0 and many & set(crossing.readers))
+    ]
 
 
 def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str]:
     """A line along a column, with a stop beside each block that takes values from it or gives values to it, which names them."""
     stages = plan.all_blocks
-    stops = sorted({stop for crossing in crossings for stop in (crossing.stage, *crossing.readers)} - {-1})
+    stops = sorted(
+        {stop for crossing in crossings for stop in (crossing.stage, *crossing.readers)} - {-1}
+    )
     for stop in stops:
-        given = [(f"+ {name}", _colour(crossing)) for crossing in crossings if crossing.stage == stop for name in _marked(crossing)]
-        taken = [(name, _colour(crossing)) for crossing in crossings if stop in crossing.readers for name in _marked(crossing)]
-        yield node(f"stop_{stop}", f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}')
+        given = [
+            (f"+ {name}", _colour(crossing))
+            for crossing in crossings
+            if crossing.stage == stop
+            for name in _marked(crossing)
+        ]
+        taken = [
+            (name, _colour(crossing))
+            for crossing in crossings
+            if stop in crossing.readers
+            for name in _marked(crossing)
+        ]
+        yield node(
+            f"stop_{stop}",
+            f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}',
+        )
         # Graphviz sets the tail of such an edge to the left, so what a block gives is drawn as an edge backwards.
         ways = "both" if given and taken else "back" if given else "forward"
         yield beside(edge(f"stop_{stop}", stages[stop].target, f'{RAIL}, dir="{ways}"'))
@@ -214,7 +271,12 @@ def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str
 
 
 def _marked(crossing: Crossing) -> list[str]:
-    return [f"{shorten(name, VALUE_WIDTH)} (detached)" if crossing.detached else shorten(name, VALUE_WIDTH) for name in crossing.names]
+    return [
+        f"{shorten(name, VALUE_WIDTH)} (detached)"
+        if crossing.detached
+        else shorten(name, VALUE_WIDTH)
+        for name in crossing.names
+    ]
 
 
 def _colour(crossing: Crossing) -> str:
@@ -225,7 +287,9 @@ def _colour(crossing: Crossing) -> str:
 
 def _style(crossing: Crossing) -> str:
     kind = "input" if crossing.stage < 0 else "side detached" if crossing.detached else "side"
-    return f'class="{kind}", color="{_colour(crossing)}"' + (', style="dotted"' if crossing.detached else "")
+    return f'class="{kind}", color="{_colour(crossing)}"' + (
+        ', style="dotted"' if crossing.detached else ""
+    )
 
 
 def _free(stage: int, reader: int, rows: int) -> str:

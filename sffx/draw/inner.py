@@ -48,12 +48,22 @@ def _contracted(block: Block, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     known = {node.name: node for node in nodes}
     seen_through: dict[str, tuple[str, ...]] = {}
     for node in nodes:  # what a node reads is there before it
-        reads = [name for read in node.reads for name in _seen(read, node, known, kept, seen_through)]
+        reads = [
+            name for read in node.reads for name in _seen(read, node, known, kept, seen_through)
+        ]
         seen_through[node.name] = tuple(dict.fromkeys(reads))
-    return tuple(replace(node, reads=seen_through[node.name]) for node in nodes if node.name in kept)
+    return tuple(
+        replace(node, reads=seen_through[node.name]) for node in nodes if node.name in kept
+    )
 
 
-def _seen(read: str, reader: Node, known: dict[str, Node], kept: set[str], through: dict[str, tuple[str, ...]]) -> Iterator[str]:
+def _seen(
+    read: str,
+    reader: Node,
+    known: dict[str, Node],
+    kept: set[str],
+    through: dict[str, tuple[str, ...]],
+) -> Iterator[str]:
     """What is read where a value is: itself if it is drawn or from outside, else what it is made of.
 
     What a path is made of besides paths, sizes and masks, is left out.
@@ -69,7 +79,9 @@ def _text(node: Node, block: Block, detail: str) -> str:
     if detail == "modules" or called == node.name:
         return called
     # fx makes most names of what is called, in small letters.
-    return node.name if called.replace(".", "_").lower() in node.name else f"{called}   ({node.name})"
+    return (
+        node.name if called.replace(".", "_").lower() in node.name else f"{called}   ({node.name})"
+    )
 
 
 def joins_in_words(block: Block) -> str:
@@ -79,7 +91,9 @@ def joins_in_words(block: Block) -> str:
         if node.join != "cat" and node.join in JOIN_SIGNS:
             counts[_join(node)] = counts.get(_join(node), 0) + 1
     told = [text + (f" ×{number}" if number > 1 else "") for text, number in counts.items()]
-    return " · ".join([*told, *_concatenations([len(node.paths) for node in block.joins if node.join == "cat"])])
+    return " · ".join(
+        [*told, *_concatenations([len(node.paths) for node in block.joins if node.join == "cat"])]
+    )
 
 
 def _join(node: Node) -> str:
@@ -88,7 +102,11 @@ def _join(node: Node) -> str:
         return "× gate" if not shortest else f"{len(node.paths)} paths multiplied"
     if shortest == longest:
         return f"{len(node.paths)} paths summed"
-    return "+ shortcut" if not shortest else f"+ shortcut through {'a layer' if shortest == 1 else f'{shortest} layers'}"
+    return (
+        "+ shortcut"
+        if not shortest
+        else f"+ shortcut through {'a layer' if shortest == 1 else f'{shortest} layers'}"
+    )
 
 
 def _concatenations(widths: list[int]) -> list[str]:

@@ -38,16 +38,41 @@ _ALIKE = "blocks in a row that have the same modules, shape and cost"
 # What a legend tells: what must be drawn for it to be told, "" where it always is; a sample; its colour; its meaning.
 LEGEND = (
     ("", "– – →", RED, "cut: the output is {cut}; no gradient crosses"),
-    ("", "–––→", BLUE, "goodness{heads}: the block learns by it alone; its mean over the blocks is the prediction"),
+    (
+        "",
+        "–––→",
+        BLUE,
+        "goodness{heads}: the block learns by it alone; its mean over the blocks is the prediction",
+    ),
     ("run", "double box", INK, _ALIKE),
     ("thick", "thick frame", INK, _ALIKE),
     ("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
-    ("join", "inside", TEAL, "paths that part and meet inside the block, as a shortcut does; gradient runs through them as ever"),
-    ("wide", "cat of 9", TEAL, "reads nine values, of which the edge of the last is drawn; an svg names them where the pointer rests"),
+    (
+        "join",
+        "inside",
+        TEAL,
+        "paths that part and meet inside the block, as a shortcut does; gradient runs through them as ever",
+    ),
+    (
+        "wide",
+        "cat of 9",
+        TEAL,
+        "reads nine values, of which the edge of the last is drawn; an svg names them where the pointer rests",
+    ),
     ("side", "–––→", GREY, "side value: a later block reads it as well; it carries no gradient"),
-    ("detached", "· · · →", RED, "side value, detached: it carries a gradient, which the cut stops"),
+    (
+        "detached",
+        "· · · →",
+        RED,
+        "side value, detached: it carries a gradient, which the cut stops",
+    ),
     ("rail", "+ a · a", GREY, "+ a: the block computes the side value a; a: the block reads it"),
-    ("", "in a box", FAINT, "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample"),
+    (
+        "",
+        "in a box",
+        FAINT,
+        "output shape · parameters · multiply-adds (MACs) · activations kept for backward; both of one sample",
+    ),
 )
 
 # Of norms in words: what is written beside a cut.
@@ -84,7 +109,11 @@ def heads_in_words(heads: Heads) -> str:
         return "CwC: groups of channels, no parameters"
     if cosine := cosine_named(heads.goodness):
         units, regions = cosine
-        kind = "cosine: a direction for each class" if units is None else f"cosine after a hidden layer of {units} units"
+        kind = (
+            "cosine: a direction for each class"
+            if units is None
+            else f"cosine after a hidden layer of {units} units"
+        )
         return kind if regions == REGIONS else f"{kind}, {regions} x {regions} regions"
     kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
     rank = f", rank {heads.rank} where it saves" if heads.rank else ""
@@ -110,16 +139,27 @@ def facts(plan: BlockPlan) -> tuple[str, ...]:
 
 def figures(block: Block) -> str:
     """The shape and the cost of a block in one line."""
-    costs = (f"{count(block.num_parameters)} parameters", f"{count(block.macs)} MACs", memory(block.activation_bytes))
+    costs = (
+        f"{count(block.num_parameters)} parameters",
+        f"{count(block.macs)} MACs",
+        memory(block.activation_bytes),
+    )
     return " · ".join((shape_text(block.shape), *costs))
 
 
 def input_label(value: Input) -> str:
     """One of the model's inputs: its name, the shape of one sample, its dtype."""
-    return _table([_row(_text(value.name, size=11, bold=True)), _row(_text(f"{shape_text(value.shape)} {value.dtype}", FAINT, 9))])
+    return _table(
+        [
+            _row(_text(value.name, size=11, bold=True)),
+            _row(_text(f"{shape_text(value.shape)} {value.dtype}", FAINT, 9)),
+        ]
+    )
 
 
-def block_label(block: Block, leaves: Sequence[Leaf], progress: Progress | None = None, *, contents: bool = True) -> str:
+def block_label(
+    block: Block, leaves: Sequence[Leaf], progress: Progress | None = None, *, contents: bool = True
+) -> str:
     """A block: its name and target, the modules inside and the paths that meet there, what was not traced, its shape and its cost.
 
     Args:
@@ -130,14 +170,27 @@ def block_label(block: Block, leaves: Sequence[Leaf], progress: Progress | None 
     """
     run = block if isinstance(block, Run) else None
     times = f"{len(run.blocks)} × " if run else ""
-    called = f"{block.target} … {run.blocks[-1].target.removeprefix('block_')}" if run else block.target
+    called = (
+        f"{block.target} … {run.blocks[-1].target.removeprefix('block_')}" if run else block.target
+    )
     name = f'<TD ALIGN="LEFT" WIDTH="{NAME_POINTS}">{_text(times + _block_name(block.name), size=12, bold=True)}</TD>'
     target = f'<TD ALIGN="RIGHT" WIDTH="{TARGET_POINTS}">{_text(called, FAINT, 9)}</TD>'
     rows = [f"<TR>{name}{target}</TR>"]
     rows += [_row(_text(line, FAINT, 9), span=2) for line in (_modules(block) if contents else ())]
-    rows += [_row(_text(f"inside: {joins_in_words(block)}", TEAL, 9), span=2)] if contents and joins_in_words(block) else []
+    rows += (
+        [_row(_text(f"inside: {joins_in_words(block)}", TEAL, 9), span=2)]
+        if contents and joins_in_words(block)
+        else []
+    )
     rows += [
-        _row(_text(f"not traced: {shorten(relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})", AMBER, 9), span=2)
+        _row(
+            _text(
+                f"not traced: {shorten(relative(leaf.qualname, block), MODULE_WIDTH)} ({leaf.kind})",
+                AMBER,
+                9,
+            ),
+            span=2,
+        )
         for leaf in leaves
     ]
     rows.append(_row(_text(("each " if run else "") + figures(block)), span=2))
@@ -146,10 +199,16 @@ def block_label(block: Block, leaves: Sequence[Leaf], progress: Progress | None 
 
 def _progress_row(target: str, progress: Progress) -> list[str]:
     told = _text(f"accuracy {percent(progress.accuracy[target])}", bold=True)
-    rate = _text(f"learning rate {progress.rates[target]:.1e}") if target in progress.rates else _text("no learning rate", FAINT)
+    rate = (
+        _text(f"learning rate {progress.rates[target]:.1e}")
+        if target in progress.rates
+        else _text("no learning rate", FAINT)
+    )
     colour = f' BGCOLOR="{progress.rate_colour(target)}"' if target in progress.rates else ""
     cells = f'<TD ALIGN="LEFT" WIDTH="150">{told}</TD><TD ALIGN="LEFT" CELLPADDING="3"{colour}>{rate}</TD>'
-    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+    table = (
+        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cells}</TR></TABLE>'
+    )
     return [_row(table, span=2)]
 
 
@@ -159,19 +218,35 @@ def head_label(block: Block, plan: BlockPlan) -> str:
     rows = [f"{plan.num_classes} classes"]
     kinds = {"cwc": ["CwC, no parameters"], "cosine": ["cosine"], "mlp": ["hidden layer", "cosine"]}
     rows += kinds.get(heads.goodness.partition("(")[0], [])
-    rows += [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"] if heads.goodness == "sff" and heads.kernel_size > 1 and axes else []
-    return _table([_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)])
+    rows += (
+        [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"]
+        if heads.goodness == "sff" and heads.kernel_size > 1 and axes
+        else []
+    )
+    return _table(
+        [_row(_text("goodness", BLUE, bold=True)), *(_row(_text(row, BLUE, 9)) for row in rows)]
+    )
 
 
 def edge_label(names: Sequence[str], colour: str) -> str:
     """What an edge carries, one name a line; a small gap keeps the text off the line of the edge."""
-    return _table([f'<TR><TD WIDTH="5"></TD><TD ALIGN="LEFT">{_text(name, colour, 9)}</TD></TR>' for name in _fold(names)])
+    return _table(
+        [
+            f'<TR><TD WIDTH="5"></TD><TD ALIGN="LEFT">{_text(name, colour, 9)}</TD></TR>'
+            for name in _fold(names)
+        ]
+    )
 
 
 def stop_label(names: Sequence[tuple[str, str]]) -> str:
     """What a block takes from the rail beside it, or gives to it: names with their colours, one a line."""
     colours = dict(names)
-    return _table([_row(_text(name, colours.get(name, FAINT), 9)) for name in _fold([name for name, _ in names])])
+    return _table(
+        [
+            _row(_text(name, colours.get(name, FAINT), 9))
+            for name in _fold([name for name, _ in names])
+        ]
+    )
 
 
 def footer_label(plan: BlockPlan, shown: Collection[str], progress: Progress | None = None) -> str:
@@ -190,7 +265,11 @@ def footer_label(plan: BlockPlan, shown: Collection[str], progress: Progress | N
         rows += [_sample(mark, colour, meaning(text, plan))] if not kind or kind in shown else []
     rows += _scales(progress) if progress else []
     for leaf in plan.leaves:
-        rows += _paragraph("not traced", AMBER, f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}")
+        rows += _paragraph(
+            "not traced",
+            AMBER,
+            f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}",
+        )
     for note in plan.notes:
         rows += _paragraph("note", FAINT, note)
     return _table(rows)
@@ -199,14 +278,27 @@ def footer_label(plan: BlockPlan, shown: Collection[str], progress: Progress | N
 def _scales(progress: Progress) -> list[str]:
     """The colours of accuracies and of learning rates, with the lowest and the highest value of each."""
     accuracies, rates = progress.of_blocks.values(), progress.rates.values()
-    rows = [_scale("box", ACCURACY_COLOURS, "accuracy", percent(min(accuracies)), percent(max(accuracies)))]
-    return rows + ([_scale("inset", RATE_COLOURS, "learning rate", f"{min(rates):.1e}", f"{max(rates):.1e}")] if rates else [])
+    rows = [
+        _scale(
+            "box", ACCURACY_COLOURS, "accuracy", percent(min(accuracies)), percent(max(accuracies))
+        )
+    ]
+    return rows + (
+        [_scale("inset", RATE_COLOURS, "learning rate", f"{min(rates):.1e}", f"{max(rates):.1e}")]
+        if rates
+        else []
+    )
 
 
 def _scale(mark: str, colours: tuple[str, str], name: str, low: str, high: str) -> str:
-    ends = "".join(f'<TD BGCOLOR="{colour}">{_text(text, size=9)}</TD>' for colour, text in zip(colours, (low, high), strict=True))
+    ends = "".join(
+        f'<TD BGCOLOR="{colour}">{_text(text, size=9)}</TD>'
+        for colour, text in zip(colours, (low, high), strict=True)
+    )
     cells = f"<TD>{_text(f'{name}, lowest and highest  ', FAINT, 9)}</TD>{ends}"
-    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
+    table = (
+        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3"><TR>{cells}</TR></TABLE>'
+    )
     return f'<TR><TD ALIGN="LEFT" WIDTH="{MARK_POINTS}">{_text(mark, FAINT, 9)}</TD><TD ALIGN="LEFT">{table}</TD></TR>'
 
 
@@ -286,7 +378,9 @@ def _block_name(name: str) -> str:
 
 def _modules(block: Block) -> list[str]:
     """The modules inside, as deep as there is room for: `conv1 · relu ×2`, or `mlp (5)` for a module with five leaves."""
-    paths = [relative(qualname, block).split(".") for qualname in block.modules if qualname != block.name]
+    paths = [
+        relative(qualname, block).split(".") for qualname in block.modules if qualname != block.name
+    ]
     items: list[str] = []
     for depth in range(max(map(len, paths), default=0), 0, -1):
         groups: dict[str, list[str]] = {}

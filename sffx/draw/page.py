@@ -11,7 +11,19 @@ from sffx.blocks import Block, BlockPlan, Input
 from sffx.draw.fold import Run, fold, leaves_in, relative
 from sffx.draw.graph import Crossing, crossings
 from sffx.draw.inner import JOIN_SIGNS, Part, joins_in_words, parts
-from sffx.draw.label import LEGEND, blocks_in_words, count, cut_in_words, facts, figures, meaning, memory, printable, shape_text, shorten
+from sffx.draw.label import (
+    LEGEND,
+    blocks_in_words,
+    count,
+    cut_in_words,
+    facts,
+    figures,
+    meaning,
+    memory,
+    printable,
+    shape_text,
+    shorten,
+)
 from sffx.draw.progress import Progress, percent
 
 # The page can reach nothing but itself, whatever a model's names hold.
@@ -25,7 +37,13 @@ BUTTONS = (
     ("fold", "fold all"),
 )
 KEYS = "Tab: next block · Enter: unfold · arrows: pan · + and −: zoom · 0: actual size · f: fit · Ctrl and wheel: zoom · drag: pan"
-COLOURS = {"#c0392b": "red", "#2b6cb0": "blue", "#4a6b4f": "green", "#66727f": "", "#0f6674": "teal"}
+COLOURS = {
+    "#c0392b": "red",
+    "#2b6cb0": "blue",
+    "#4a6b4f": "green",
+    "#66727f": "",
+    "#0f6674": "teal",
+}
 # What the page always explains of the legend; it has no rail, and names side values beside their lines.
 TOLD = ("", "join")
 
@@ -52,7 +70,13 @@ class Sheet:
     progress: Progress | None
 
 
-def page(plan: BlockPlan, *, unfold: bool = False, detail: str = "blocks", progress: Progress | None = None) -> str:
+def page(
+    plan: BlockPlan,
+    *,
+    unfold: bool = False,
+    detail: str = "blocks",
+    progress: Progress | None = None,
+) -> str:
     """The text of an HTML page with the block graph: blocks unfold into their modules, runs of alike blocks into their blocks.
 
     Args:
@@ -68,7 +92,9 @@ def page(plan: BlockPlan, *, unfold: bool = False, detail: str = "blocks", progr
     sheet = Sheet(plan, crossings(plan), unfold or progress is not None, detail, progress)
     title = f"{plan.model}: {blocks_in_words(plan)} and the classifier"
     graph = "\n".join([_values(sheet), *_inputs(sheet), *_stages(sheet)])
-    buttons = " ".join(f'<button type="button" id="{name}">{text}</button>' for name, text in BUTTONS)
+    buttons = " ".join(
+        f'<button type="button" id="{name}">{text}</button>' for name, text in BUTTONS
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -117,7 +143,9 @@ def _values(sheet: Sheet) -> str:
             ends = f'data-from="{_text(crossing.source)}" data-to="{stages[reader].target}" data-lane="{lane}"'
             # The arrow from the inputs to the first block is drawn already.
             if crossing.stage >= 0 or reader:
-                lines.append(f'<path class="{kind}" {ends}><title>{_text(", ".join(crossing.names))}</title></path>')
+                lines.append(
+                    f'<path class="{kind}" {ends}><title>{_text(", ".join(crossing.names))}</title></path>'
+                )
     return f'<svg id="values" aria-hidden="true">{"".join(lines)}</svg>'
 
 
@@ -173,17 +201,29 @@ def _stage(block: Block, index: int, sheet: Sheet) -> str:
     last = block is sheet.plan.classifier
     kind = "classifier" if last else "untraced" if leaves_in(block, sheet.plan) else "block"
     told = _lines([f"{block.name} ({block.target})", *_all_figures(block, sheet.plan)])
-    share = block.activation_bytes / max(1, *(stage.activation_bytes for stage in sheet.plan.all_blocks))
+    share = block.activation_bytes / max(
+        1, *(stage.activation_bytes for stage in sheet.plan.all_blocks)
+    )
     summary = (
         f'<summary data-figures="{told}"><span class="target">{block.target}</span><b>{_text(block.name)}</b>'
         f'<span class="facts">{_text(figures(block))}</span>{"".join(_says(block, index, sheet))}{_badges(block, sheet)}'
         f'<span class="bar" style="width:{100 * share:.1f}%"></span></summary>'
     )
     opened = " open" if sheet.detail != "blocks" else ""
-    head = "" if last else f'<div class="head"><span>goodness, {sheet.plan.num_classes} classes</span></div>'
-    edge = f' style="border-left: 12px solid {sheet.progress.accuracy_colour(block.target)}"' if sheet.progress else ""
+    head = (
+        ""
+        if last
+        else f'<div class="head"><span>goodness, {sheet.plan.num_classes} classes</span></div>'
+    )
+    edge = (
+        f' style="border-left: 12px solid {sheet.progress.accuracy_colour(block.target)}"'
+        if sheet.progress
+        else ""
+    )
     inside = f'<div class="inside">{_inside(block, sheet)}</div>'
-    box = f'<details class="box {kind}" id="{block.target}"{edge}{opened}>{summary}{inside}</details>'
+    box = (
+        f'<details class="box {kind}" id="{block.target}"{edge}{opened}>{summary}{inside}</details>'
+    )
     return f'<div class="stage">{box}{head}</div>'
 
 
@@ -192,10 +232,22 @@ def _badges(block: Block, sheet: Sheet) -> str:
     progress = sheet.progress
     if progress is None:
         return ""
-    told = [(progress.accuracy_colour(block.target), f"accuracy {percent(progress.accuracy[block.target])}")]
+    told = [
+        (
+            progress.accuracy_colour(block.target),
+            f"accuracy {percent(progress.accuracy[block.target])}",
+        )
+    ]
     if block.target in progress.rates:
-        told.append((progress.rate_colour(block.target), f"learning rate {progress.rates[block.target]:.1e}"))
-    return "".join(f'<span class="badge" style="background: {colour}">{text}</span>' for colour, text in told)
+        told.append(
+            (
+                progress.rate_colour(block.target),
+                f"learning rate {progress.rates[block.target]:.1e}",
+            )
+        )
+    return "".join(
+        f'<span class="badge" style="background: {colour}">{text}</span>' for colour, text in told
+    )
 
 
 def _all_figures(block: Block, plan: BlockPlan) -> Iterator[str]:
@@ -238,11 +290,19 @@ def _inside(block: Block, sheet: Sheet) -> str:
 def _flow(inside: list[Part]) -> str:
     """What the parts read from outside, and the parts below it in the order they run, with an arc at the left from each to its readers."""
     own = {part.node.name for part in inside}
-    outer = list(dict.fromkeys(read for part in inside for read in part.node.reads if read not in own))
+    outer = list(
+        dict.fromkeys(read for part in inside for read in part.node.reads if read not in own)
+    )
     row = {name: index for index, name in enumerate([*outer, *(part.node.name for part in inside)])}
     arcs = [_arc(row[read], row[part.node.name]) for part in inside for read in part.node.reads]
-    lines = [f'<li class="outer" title="{_text(name)}, from outside">{_text(shorten(name, PART_WIDTH))} →</li>' for name in outer]
-    lines += [f'<li title="{_text(p.node.name)}"{_part_class(p)}>{_text(shorten(p.text, PART_WIDTH))}</li>' for p in inside]
+    lines = [
+        f'<li class="outer" title="{_text(name)}, from outside">{_text(shorten(name, PART_WIDTH))} →</li>'
+        for name in outer
+    ]
+    lines += [
+        f'<li title="{_text(p.node.name)}"{_part_class(p)}>{_text(shorten(p.text, PART_WIDTH))}</li>'
+        for p in inside
+    ]
     size = f'width="{EDGE_ROOM}" height="{PART_HEIGHT * len(row)}"'
     return f'<div class="flow"><svg {size} aria-hidden="true">{"".join(arcs)}</svg><ol>{"".join(lines)}</ol></div>'
 

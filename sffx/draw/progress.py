@@ -28,7 +28,11 @@ class Progress:
     @property
     def of_blocks(self) -> dict[str, float]:
         """The accuracies of the blocks and of the classifier, without those of the whole net."""
-        return {name: value for name, value in self.accuracy.items() if name.startswith(BLOCK) or name == "classifier"}
+        return {
+            name: value
+            for name, value in self.accuracy.items()
+            if name.startswith(BLOCK) or name == "classifier"
+        }
 
     def accuracy_colour(self, name: str) -> str:
         """Return the colour of a block's accuracy, from the lowest of all blocks to the highest."""
@@ -56,4 +60,6 @@ def _between(value: float, values: Collection[float], colours: tuple[str, str]) 
     low, high = min(values, default=value), max(values, default=value)
     share = (value - low) / (high - low) if high > low else 1.0
     first, last = ([int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in colours)
-    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(first, last, strict=True))
+    return "#" + "".join(
+        f"{round(a + share * (b - a)):02x}" for a, b in zip(first, last, strict=True)
+    )

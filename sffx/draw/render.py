@@ -52,7 +52,9 @@ def draw(
     """
     plan = plan_in(plan_or_net)
     if plan is None:
-        raise InputError(f"there is no plan to draw in a {type(plan_or_net).__name__}. Hint: pass sffx.plan(model) or a cut net")
+        raise InputError(
+            f"there is no plan to draw in a {type(plan_or_net).__name__}. Hint: pass sffx.plan(model) or a cut net"
+        )
     if detail not in DETAILS:
         raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
     path = check_path(path, (*PICTURES, *PAGES, *TEXT))
@@ -85,9 +87,13 @@ def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise InputError(f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. Hint: use one of {', '.join(suffixes)}")
+        raise InputError(
+            f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. Hint: use one of {', '.join(suffixes)}"
+        )
     if not path.parent.is_dir():
-        raise InputError(f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+        raise InputError(
+            f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist"
+        )
     return path
 
 
@@ -155,14 +161,26 @@ def _by_library(text: str, kind: str, failure: Exception | None) -> bytes:
         from pygraphviz import AGraph
     except ImportError as error:
         if failure is not None:
-            raise SffxError(f"Graphviz's dot could not draw a {kind}: {_reason(failure)}. Hint: pip install 'sffx[viz]'") from failure
-        raise MissingExtra("pygraphviz", "viz", "drawing to svg, png or pdf (paths that end in .html or .dot need nothing)") from error
+            raise SffxError(
+                f"Graphviz's dot could not draw a {kind}: {_reason(failure)}. Hint: pip install 'sffx[viz]'"
+            ) from failure
+        raise MissingExtra(
+            "pygraphviz",
+            "viz",
+            "drawing to svg, png or pdf (paths that end in .html or .dot need nothing)",
+        ) from error
     try:
-        picture = AGraph(string=text).draw(format=kind, prog="dot", args=f"-Gdpi={RESOLUTION}" if kind == "png" else "")
+        picture = AGraph(string=text).draw(
+            format=kind, prog="dot", args=f"-Gdpi={RESOLUTION}" if kind == "png" else ""
+        )
     except Exception as error:
-        raise SffxError(f"pygraphviz could not draw a {kind}: {error}. Hint: a path that ends in .dot keeps the text") from error
+        raise SffxError(
+            f"pygraphviz could not draw a {kind}: {error}. Hint: a path that ends in .dot keeps the text"
+        ) from error
     if not picture:
-        raise SffxError(f"pygraphviz drew an empty {kind}. Hint: a path that ends in .dot keeps the text")
+        raise SffxError(
+            f"pygraphviz drew an empty {kind}. Hint: a path that ends in .dot keeps the text"
+        )
     return bytes(picture)
 
 

@@ -88,7 +88,9 @@ class ExitCurve:
         lines = [f"threshold  accuracy  blocks            MACs   ({self.samples} samples)"]
         for point in self.points:
             threshold = "none" if point.threshold > 1 else f"{point.threshold:.4f}"
-            lines.append(f"{threshold:>9}  {point.accuracy:8.2%}  {point.blocks:6.2f}  {point.macs:14,.0f}")
+            lines.append(
+                f"{threshold:>9}  {point.accuracy:8.2%}  {point.blocks:6.2f}  {point.macs:14,.0f}"
+            )
         return "\n".join(lines)
 
 
@@ -144,8 +146,14 @@ class EarlyExit:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
-            raise InputError(f"the threshold is {threshold!r}. Hint: pass a number above 0; from above 1 on, no sample stops early")
+        if (
+            isinstance(threshold, bool)
+            or not isinstance(threshold, (int, float))
+            or not threshold > 0
+        ):
+            raise InputError(
+                f"the threshold is {threshold!r}. Hint: pass a number above 0; from above 1 on, no sample stops early"
+            )
         self._threshold = float(threshold)
 
     @torch.no_grad()
@@ -183,7 +191,9 @@ class EarlyExit:
         """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold; the last is the ensemble."""
         values = self._arguments(x)
         goodness = list(self._goodness(values))
-        return torch.stack([torch.stack(goodness[:depth]).mean(dim=0) for depth in range(1, len(goodness) + 1)])
+        return torch.stack(
+            [torch.stack(goodness[:depth]).mean(dim=0) for depth in range(1, len(goodness) + 1)]
+        )
 
     def curve(self, loader: Iterable[Any], thresholds: Sequence[float] | None = None) -> ExitCurve:
         """Return accuracy against mean multiply-adds for a range of thresholds; the runner's own stays as it is.
@@ -197,7 +207,12 @@ class EarlyExit:
         """
         confidence, correct = self._judged(loader)
         if thresholds is None:
-            thresholds = confidence.double().flatten().quantile(torch.linspace(0, 1, 41, dtype=torch.float64)).tolist()
+            thresholds = (
+                confidence.double()
+                .flatten()
+                .quantile(torch.linspace(0, 1, 41, dtype=torch.float64))
+                .tolist()
+            )
         levels = sorted({float(level) for level in thresholds if 0 < level <= 1})
         points = tuple(self._point(level, confidence, correct) for level in (*levels, NEVER))
         return ExitCurve(points, len(confidence))
@@ -217,7 +232,9 @@ class EarlyExit:
         reached = [point for point in curve.points if point.accuracy >= wanted]
         if not reached:
             best = max(point.accuracy for point in curve.points)
-            raise InputError(f"no threshold reaches an accuracy of {wanted}. Hint: the best on these {curve.samples} samples is {best:.4f}")
+            raise InputError(
+                f"no threshold reaches an accuracy of {wanted}. Hint: the best on these {curve.samples} samples is {best:.4f}"
+            )
         chosen = min(reached, key=lambda point: point.macs)
         self.threshold = chosen.threshold
         return chosen
@@ -235,10 +252,14 @@ class EarlyExit:
 
     def _keep(self, rows: Tensor, values: dict[str, Any]) -> None:
         for name in self.batched & set(values):
-            values[name] = tree_map_only(Tensor, lambda tensor: tensor[rows.to(tensor.device)], values[name])
+            values[name] = tree_map_only(
+                Tensor, lambda tensor: tensor[rows.to(tensor.device)], values[name]
+            )
 
     def _macs(self, blocks: Tensor) -> float:
-        total = torch.tensor([0, *(stage.macs for stage in self.stages)], dtype=torch.float64).cumsum(0)
+        total = torch.tensor(
+            [0, *(stage.macs for stage in self.stages)], dtype=torch.float64
+        ).cumsum(0)
         return float(total[blocks].mean()) if len(blocks) else 0.0
 
     def _judged(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
@@ -259,15 +280,23 @@ class EarlyExit:
         sure[:, -1] = True
         at = sure.int().argmax(dim=1)
         right = correct.gather(1, at[:, None]).double().mean()
-        return ExitPoint(threshold, float(right), self._macs(at + 1), float((at + 1).double().mean()))
+        return ExitPoint(
+            threshold, float(right), self._macs(at + 1), float((at + 1).double().mean())
+        )
 
     def _arguments(self, x: Any) -> dict[str, Any]:
         """Pair the model's inputs with their names."""
         names = [each.name for each in self.inputs]
-        values = dict(x) if isinstance(x, Mapping) else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
+        values = (
+            dict(x)
+            if isinstance(x, Mapping)
+            else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
+        )
         given = len(x) if isinstance(x, (Mapping, tuple, list)) else 1
         if set(values) != set(names) or given != len(names):
-            raise InputError(f"x holds {given} inputs ({', '.join(values)}), but the model takes {len(names)}: {', '.join(names)}")
+            raise InputError(
+                f"x holds {given} inputs ({', '.join(values)}), but the model takes {len(names)}: {', '.join(names)}"
+            )
         return values
 
 
@@ -280,20 +309,34 @@ def _stages(net: fx.GraphModule, plan: BlockPlan) -> tuple[tuple[Stage, ...], fr
     """Take the outer graph apart at the heads. Returns the stages and the names of the values that have a batch axis."""
     parts = _parts(net.graph, len(plan))
     stages: list[Stage] = []
-    small, large = ({each.name: value for each, value in zip(plan.inputs, _like(net, plan.inputs, n), strict=True)} for n in (2, 3))
+    small, large = (
+        {
+            each.name: value
+            for each, value in zip(plan.inputs, _like(net, plan.inputs, n), strict=True)
+        }
+        for n in (2, 3)
+    )
     for i, (block, part) in enumerate(zip(plan, parts, strict=True)):
-        inputs = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in part))
+        inputs = list(
+            dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in part)
+        )
         later = {n for other in parts[i + 1 :] for node in other for n in node.all_input_nodes}
         outputs = [node for node in part if node in later]
         module = _module(net, part, inputs, outputs)
         names = [_name(node) for node in inputs]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            small.update(zip(map(_name, outputs), module(*(small[name] for name in names))[1:], strict=True))
+            small.update(
+                zip(map(_name, outputs), module(*(small[name] for name in names))[1:], strict=True)
+            )
         with torch.no_grad():
-            large.update(zip(map(_name, outputs), module(*(large[name] for name in names))[1:], strict=True))
+            large.update(
+                zip(map(_name, outputs), module(*(large[name] for name in names))[1:], strict=True)
+            )
         macs = counter.get_total_flops() // 4  # two operations each, two samples
         stages.append(Stage(block.target, tuple(names), tuple(map(_name, outputs)), macs, module))
-    batched = frozenset(name for name in small if _rows(small[name]) == 2 and _rows(large[name]) == 3)
+    batched = frozenset(
+        name for name in small if _rows(small[name]) == 2 and _rows(large[name]) == 3
+    )
     return tuple(stages), batched
 
 
@@ -309,7 +352,9 @@ def _parts(graph: fx.Graph, blocks: int) -> list[list[fx.Node]]:
     return parts[:blocks]
 
 
-def _module(net: fx.GraphModule, part: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+def _module(
+    net: fx.GraphModule, part: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
     graph = fx.Graph()
     values = {node: graph.placeholder(_name(node)) for node in inputs}
     for node in part:
@@ -326,11 +371,20 @@ def _name(node: fx.Node) -> str:
 def _like(net: fx.GraphModule, inputs: tuple[Input, ...], batch: int) -> list[Tensor]:
     """Return example inputs on the device and, where they are floats, in the dtype of the model."""
     like = next(p for p in net.parameters() if p.is_floating_point())
-    return [each.to(like.device, like.dtype if each.is_floating_point() else each.dtype) for each in random_inputs(inputs, batch)]
+    return [
+        each.to(like.device, like.dtype if each.is_floating_point() else each.dtype)
+        for each in random_inputs(inputs, batch)
+    ]
 
 
 def _rows(value: Any) -> int | None:
     """Return the length of the first axis of a tensor or of every tensor in a tuple; None where there is none, or no one length."""
-    tensors = [value] if isinstance(value, Tensor) else list(value) if isinstance(value, (tuple, list)) else []
+    tensors = (
+        [value]
+        if isinstance(value, Tensor)
+        else list(value)
+        if isinstance(value, (tuple, list))
+        else []
+    )
     lengths = {len(each) if isinstance(each, Tensor) and each.ndim else None for each in tensors}
     return lengths.pop() if len(lengths) == 1 else None

@@ -28,7 +28,9 @@ def explanation(error: Exception, model: nn.Module) -> str:
     place = _place(chain, text, model)
     if operator := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
         hint = "Hint: write this module with other operators, or use sffx.export_program, which keeps every operator"
-        return f"the operator {operator[1]!r}{f' ({place})' if place else ''} has no ONNX form. {hint}"
+        return (
+            f"the operator {operator[1]!r}{f' ({place})' if place else ''} has no ONNX form. {hint}"
+        )
     hint = "Hint: the model must run at any batch size, without Python branches on the values of tensors"
     return f"the model cannot be exported{f' ({place})' if place else ''}: {first_line(chain[-1])}. {hint}"
 
@@ -38,7 +40,9 @@ def first_line(error: BaseException) -> str:
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     if first.startswith("Constraints violated") and rest:
         first = rest[0].strip(" -")
-    return (f"{first} {rest[0].strip(' -')}" if first.endswith(":") and rest else first).rstrip(".:")
+    return (f"{first} {rest[0].strip(' -')}" if first.endswith(":") and rest else first).rstrip(
+        ".:"
+    )
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -70,7 +74,9 @@ def _place_of(node: fx.Node | None, name: str, model: nn.Module) -> str:
 def _exported_node(chain: list[BaseException], name: str) -> fx.Node | None:
     """Return the node of the exporter's graph that it names in its message; it is in the hands of the functions that raised."""
     held = (value for frame, _ in _frames(chain) for value in frame.f_locals.values())
-    return next((value for value in held if isinstance(value, fx.Node) and value.name == name), None)
+    return next(
+        (value for value in held if isinstance(value, fx.Node) and value.name == name), None
+    )
 
 
 def _running(chain: list[BaseException]) -> str:
@@ -87,10 +93,16 @@ def _frames(chain: list[BaseException]) -> Iterator[tuple[FrameType, int]]:
 
 def _owner(model: nn.Module, name: str) -> str:
     """Return the qualname, in the original model, of the module that a node lies in, "" where there is no such node."""
-    graphs = [(path, module) for path, module in model.named_modules() if isinstance(module, fx.GraphModule)]
+    graphs = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, fx.GraphModule)
+    ]
     for path, module in reversed(graphs):  # the innermost graph decides
         for node in module.graph.nodes:
             if node.name == name and node.op != "placeholder":
                 stack = [owner for owner, _ in node.meta.get("nn_module_stack", {}).values()]
-                return str(node.target) if node.op == "call_module" else stack[-1] if stack else path
+                return (
+                    str(node.target) if node.op == "call_module" else stack[-1] if stack else path
+                )
     return ""

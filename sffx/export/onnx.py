@@ -22,7 +22,14 @@ from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity
-from sffx.export.prepare import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.export.prepare import (
+    chosen_readout,
+    inference_copy,
+    random_inputs,
+    require_image,
+    traced,
+    trial_inputs,
+)
 from sffx.files import draft_beside, target_file
 from sffx.net import plan_of
 
@@ -109,7 +116,9 @@ def _output_names(name: str, plan: BlockPlan, readout: str) -> list[str]:
         raise InputError(f"output_name is {name!r}. Hint: pass a name such as 'scores'")
     names = [f"{name}_{i}" for i in range(len(plan))] if readout == "cumulative" else [name]
     if clash := next((each for each in names if each in taken), None):
-        raise InputError(f"output_name {clash!r} is the name of an input. Hint: choose another than {', '.join(taken)}")
+        raise InputError(
+            f"output_name {clash!r} is the name of an input. Hint: choose another than {', '.join(taken)}"
+        )
     return names
 
 
@@ -121,9 +130,21 @@ def require_packages() -> None:
             raise MissingExtra(error.name or package, "export", "exporting to ONNX") from error
 
 
-def _export(model: nn.Module, inputs: tuple[Input, ...], outputs: list[str], opset: int | None, *, dynamic_size: bool) -> ONNXProgram:
+def _export(
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    outputs: list[str],
+    opset: int | None,
+    *,
+    dynamic_size: bool,
+) -> ONNXProgram:
     names = [each.name for each in inputs]
-    return traced(lambda examples, axes: traced_program(model, examples, names, outputs, axes, opset), model, inputs, dynamic_size)
+    return traced(
+        lambda examples, axes: traced_program(model, examples, names, outputs, axes, opset),
+        model,
+        inputs,
+        dynamic_size,
+    )
 
 
 def traced_program(
@@ -150,7 +171,9 @@ def traced_program(
     try:
         with warnings.catch_warnings():
             # torch says this of every input after the first, since all share the axis; the name is used all the same.
-            warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message=r"# The axis name: batch will not be used", category=UserWarning
+            )
             program = torch.onnx.export(
                 model,
                 arguments,
@@ -167,7 +190,9 @@ def traced_program(
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         # torch only logs that it could not convert, and keeps the version it had.
-        raise ExportError(f"the model has no form in opset {opset}; torch offers opset {written}. Hint: leave opset out, or pass {written}")
+        raise ExportError(
+            f"the model has no form in opset {opset}; torch offers opset {written}. Hint: leave opset out, or pass {written}"
+        )
     return program
 
 
@@ -176,21 +201,39 @@ def save_program(program: ONNXProgram, draft: Path) -> None:
     import onnx
     from onnxscript import ir
 
-    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None)
+    weights = sum(
+        value.const_value.nbytes
+        for value in program.model.graph.initializers.values()
+        if value.const_value is not None
+    )
     if weights > MAX_WEIGHT_BYTES:
         hint = "Hint: torch.onnx.export(..., external_data=True) keeps the weights in a second file"
-        raise ExportError(f"the weights take {weights / 2**30:.2f} GiB, and an ONNX file ends at 2 GiB. {hint}")
+        raise ExportError(
+            f"the weights take {weights / 2**30:.2f} GiB, and an ONNX file ends at 2 GiB. {hint}"
+        )
     for node in ir.traversal.RecursiveGraphIterator(program.model.graph):
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     # Not program.save: above 1.5 GiB it writes a second file, asked or not, which the rename would leave behind.
     onnx.save(program.model_proto, draft)
 
 
-def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance: float, *, dynamic_size: bool) -> None:
+def _verify(
+    draft: Path,
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    tolerance: float,
+    *,
+    dynamic_size: bool,
+) -> None:
     """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
     session = open_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        require_parity(*_both_scores(session, model, case, batch, place), tolerance, place, dynamic_size=dynamic_size)
+        require_parity(
+            *_both_scores(session, model, case, batch, place),
+            tolerance,
+            place,
+            dynamic_size=dynamic_size,
+        )
 
 
 def taken_by(session: InferenceSession) -> str:
@@ -214,16 +257,24 @@ def open_session(path: Path) -> InferenceSession:
         onnx.checker.check_model(path, full_check=True)  # full: with strict shape inference
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"the exported file is not usable: {first_line(error)}. Hint: try another opset") from error
+        raise ExportError(
+            f"the exported file is not usable: {first_line(error)}. Hint: try another opset"
+        ) from error
 
 
-def _both_scores(session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str) -> tuple[Scores, Scores]:
+def _both_scores(
+    session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str
+) -> tuple[Scores, Scores]:
     """Return ONNX Runtime's scores and torch's of the same random batch, (B, J) each."""
     examples = random_inputs(inputs, batch)
-    feed: dict[str, Any] = {each.name: example.numpy() for each, example in zip(inputs, examples, strict=True)}
+    feed: dict[str, Any] = {
+        each.name: example.numpy() for each, example in zip(inputs, examples, strict=True)
+    }
     try:
         expected = model(*examples)
         scores = tuple(map(torch.from_numpy, session.run(None, feed)))
     except Exception as error:
-        raise ExportError(f"the model fails {place}: {first_line(error)}. Hint: does it fix the size of the batch or the image?") from error
+        raise ExportError(
+            f"the model fails {place}: {first_line(error)}. Hint: does it fix the size of the batch or the image?"
+        ) from error
     return scores, expected

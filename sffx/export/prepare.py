@@ -64,7 +64,11 @@ def _keep(model: fx.GraphModule, readout: str) -> None:
     elif readout == WEIGHTED:  # likewise, and blocks without a weight are none
         own = readout_of(model)
         own.mode = readout
-        heard = [(node, weight) for node, weight in zip(goodness, own.require_weights(), strict=True) if weight]
+        heard = [
+            (node, weight)
+            for node, weight in zip(goodness, own.require_weights(), strict=True)
+            if weight
+        ]
         own.weights = tuple(weight for _, weight in heard)
         combined.args = ([*(node for node, _ in heard), heard[-1][0]],)
     elif readout == "cumulative":
@@ -90,7 +94,10 @@ def _example(each: Input, batch: int, generator: torch.Generator) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     if each.marks_tokens:  # at least one real token in each sample, and the padding behind
-        return (torch.arange(shape[1]) < torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")).to(dtype)
+        return (
+            torch.arange(shape[1])
+            < torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")
+        ).to(dtype)
     high = 2 if dtype == torch.bool else max(each.high, 1)
     return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
 
@@ -102,7 +109,10 @@ def _open_axes(inputs: Sequence[Input], *, dynamic_size: bool) -> tuple[dict[int
         return tuple(batch for _ in inputs)
     image = _image_input(inputs)
     return tuple(
-        {**batch, _from_start(image, -2): "height", _from_start(image, -1): "width"} if each is image else batch for each in inputs
+        {**batch, _from_start(image, -2): "height", _from_start(image, -1): "width"}
+        if each is image
+        else batch
+        for each in inputs
     )
 
 
@@ -123,7 +133,11 @@ def _image_input(inputs: Sequence[Input]) -> Input:
     Raises:
         InputError: there is none, or several.
     """
-    images = [each for each in inputs if len(each.shape) > 2 and getattr(torch, each.dtype).is_floating_point]
+    images = [
+        each
+        for each in inputs
+        if len(each.shape) > 2 and getattr(torch, each.dtype).is_floating_point
+    ]
     if len(images) != 1:
         shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
         raise InputError(
@@ -141,7 +155,9 @@ def _grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
     return tuple(larger if each is image else each for each in inputs)
 
 
-def trial_inputs(inputs: tuple[Input, ...], *, dynamic_size: bool) -> Iterator[tuple[tuple[Input, ...], int, str]]:
+def trial_inputs(
+    inputs: tuple[Input, ...], *, dynamic_size: bool
+) -> Iterator[tuple[tuple[Input, ...], int, str]]:
     """Yield what an exported file is tried on: the inputs, the batch size, and how to speak of them."""
     for batch in VERIFIED_BATCHES:
         yield inputs, batch, f"at batch size {batch}"
@@ -156,7 +172,10 @@ def _size_of(inputs: Sequence[Input]) -> str:
 
 
 def traced(
-    trace: Callable[[tuple[Tensor, ...], tuple[dict[int, str], ...]], T], model: nn.Module, inputs: Sequence[Input], dynamic_size: bool
+    trace: Callable[[tuple[Tensor, ...], tuple[dict[int, str], ...]], T],
+    model: nn.Module,
+    inputs: Sequence[Input],
+    dynamic_size: bool,
 ) -> T:
     """Return what an exporter makes of the model, with the batch open and, where it is wanted, height and width.
 
@@ -174,9 +193,13 @@ def traced(
     _require_other_size(model, inputs)
     try:
         # At the larger size, since lengths of 1 are fixed when they are traced.
-        return trace(random_inputs(_grown(inputs), TRACED_BATCH), _open_axes(inputs, dynamic_size=True))
+        return trace(
+            random_inputs(_grown(inputs), TRACED_BATCH), _open_axes(inputs, dynamic_size=True)
+        )
     except ExportError as error:
-        traced(trace, model, inputs, dynamic_size=False)  # raises where the size is not what stops it
+        traced(
+            trace, model, inputs, dynamic_size=False
+        )  # raises where the size is not what stops it
         raise _size_error(inputs, str(error)) from error
 
 
@@ -186,11 +209,15 @@ def _require_other_size(model: nn.Module, inputs: Sequence[Input]) -> None:
     try:
         model(*random_inputs(larger, TRACED_BATCH))
     except Exception as error:
-        raise _size_error(inputs, f"torch fails at {_size_of(larger)}: {first_line(error)}") from error
+        raise _size_error(
+            inputs, f"torch fails at {_size_of(larger)}: {first_line(error)}"
+        ) from error
 
 
 def _size_error(inputs: Sequence[Input], reason: str) -> ExportError:
     """Return the error that says that the model does not allow other sizes than the traced one."""
     size = _size_of(inputs)
     hint = f"Hint: leave dynamic_size out, and resize images to {size}"
-    return ExportError(f"the model does not allow other heights and widths than {size}: {reason}. {hint}")
+    return ExportError(
+        f"the model does not allow other heights and widths than {size}: {reason}. {hint}"
+    )

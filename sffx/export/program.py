@@ -17,7 +17,14 @@ from sffx.errors import ExportError
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity
-from sffx.export.prepare import chosen_readout, inference_copy, random_inputs, require_image, traced, trial_inputs
+from sffx.export.prepare import (
+    chosen_readout,
+    inference_copy,
+    random_inputs,
+    require_image,
+    traced,
+    trial_inputs,
+)
 from sffx.files import draft_beside, target_file
 from sffx.net import plan_of
 
@@ -69,14 +76,18 @@ def export_program(
     target = target_file(Path(path), "net.pt2")
     with draft_beside(target, "net.pt2") as draft, torch.no_grad():
         model = inference_copy(net, readout)
-        program = traced(lambda examples, axes: _program(model, examples, axes), model, plan.inputs, dynamic_size)
+        program = traced(
+            lambda examples, axes: _program(model, examples, axes), model, plan.inputs, dynamic_size
+        )
         _save(program, told, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
         os.replace(draft, target)
     return Path(path)
 
 
-def _program(model: nn.Module, examples: tuple[torch.Tensor, ...], axes: tuple[dict[int, str], ...]) -> ExportedProgram:
+def _program(
+    model: nn.Module, examples: tuple[torch.Tensor, ...], axes: tuple[dict[int, str], ...]
+) -> ExportedProgram:
     shapes = tuple(dict.fromkeys(each, Dim.DYNAMIC) for each in axes)
     try:
         return torch.export.export(model, examples, dynamic_shapes=shapes)
@@ -91,16 +102,29 @@ def _save(program: ExportedProgram, told: str, draft: Path) -> None:
     draft.write_bytes(content.getbuffer())
 
 
-def _verify(draft: Path, model: nn.Module, inputs: tuple[Input, ...], tolerance: float, *, dynamic_size: bool) -> None:
+def _verify(
+    draft: Path,
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    tolerance: float,
+    *,
+    dynamic_size: bool,
+) -> None:
     """Refuse a file that cannot be loaded, does not run, or disagrees with the model."""
     try:
         loaded: Any = torch.export.load(draft).module()
     except Exception as error:
-        raise ExportError(f"the exported program cannot be loaded: {first_line(error)}. Hint: try sffx.export_onnx") from error
+        raise ExportError(
+            f"the exported program cannot be loaded: {first_line(error)}. Hint: try sffx.export_onnx"
+        ) from error
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
         examples = random_inputs(case, batch)
         try:
             expected, scores = model(*examples), loaded(*examples)
         except Exception as error:
-            raise ExportError(f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}") from error
-        require_parity(scores, expected, tolerance, place, "the exported program", dynamic_size=dynamic_size)
+            raise ExportError(
+                f"the program fails {place}: {first_line(error)}. {SIZE_HINT if dynamic_size else BATCH_HINT}"
+            ) from error
+        require_parity(
+            scores, expected, tolerance, place, "the exported program", dynamic_size=dynamic_size
+        )

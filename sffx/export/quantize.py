@@ -28,7 +28,19 @@ from sffx.learning.losses import check_labels, check_pair
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat")
+QUANTIZED = (
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Add",
+    "Concat",
+)
 MIB = 2**20
 
 
@@ -96,16 +108,26 @@ def quantize_onnx(
     before = _source_session(Path(source))
     place = target_file(Path(target), "net.int8.onnx")
     if place == Path(source).resolve():
-        raise InputError(f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx")
+        raise InputError(
+            f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx"
+        )
     tests = _tried_out(before, test_loader) if test_loader is not None else None
     with draft_beside(place, "net.onnx") as draft:
         try:
-            _quantize(Path(source), draft, _feeds(calibration_loader, before), per_channel=per_channel, reduce_range=reduce_range)
+            _quantize(
+                Path(source),
+                draft,
+                _feeds(calibration_loader, before),
+                per_channel=per_channel,
+                reduce_range=reduce_range,
+            )
         except (InputError, OSError):
             raise
         except Exception as error:
             hint = f"Hint: the loader must yield what the file takes: {taken_by(before)}"
-            raise ExportError(f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}") from error
+            raise ExportError(
+                f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}"
+            ) from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
         tested = _compared(before, open_session(draft), tests) if tests is not None else ()
         os.replace(draft, place)
@@ -118,7 +140,9 @@ def _source_session(source: Path) -> InferenceSession:
     try:
         return open_session(source)
     except ExportError as error:
-        raise InputError(f"{str(source)!r} is no ONNX file that can be used: {first_line(error.__cause__ or error)}") from error
+        raise InputError(
+            f"{str(source)!r} is no ONNX file that can be used: {first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _tried_out(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any]:
@@ -151,9 +175,15 @@ def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[st
 
 def _feed(x: Any, session: InferenceSession) -> dict[str, Any]:
     names = [each.name for each in session.get_inputs()]
-    values = dict(x) if isinstance(x, Mapping) else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
+    values = (
+        dict(x)
+        if isinstance(x, Mapping)
+        else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
+    )
     if missing := [name for name in names if not isinstance(values.get(name), Tensor)]:
-        raise InputError(f"the loader yields no tensor for the input {missing[0]!r}. Hint: the file's inputs are {', '.join(names)}")
+        raise InputError(
+            f"the loader yields no tensor for the input {missing[0]!r}. Hint: the file's inputs are {', '.join(names)}"
+        )
     return {name: values[name].detach().cpu().numpy() for name in names}
 
 
@@ -167,7 +197,14 @@ class _Reader:
         return next(self.feeds, None)
 
 
-def _quantize(source: Path, draft: Path, feeds: Iterator[dict[str, Any]], *, per_channel: bool, reduce_range: bool) -> None:
+def _quantize(
+    source: Path,
+    draft: Path,
+    feeds: Iterator[dict[str, Any]],
+    *,
+    per_channel: bool,
+    reduce_range: bool,
+) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
@@ -198,7 +235,11 @@ def _in_float(model: Any) -> list[str]:
     """
     constants = {each.name for each in model.graph.initializer}
     fixed = {node.name: bool(constants & set(node.input)) for node in model.graph.node}
-    return [node.name for node in model.graph.node if (node.op_type, fixed[node.name]) in (("MatMul", False), ("Add", True))]
+    return [
+        node.name
+        for node in model.graph.node
+        if (node.op_type, fixed[node.name]) in (("MatMul", False), ("Add", True))
+    ]
 
 
 @contextmanager
@@ -212,7 +253,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _compared(before: InferenceSession, after: InferenceSession, loader: Iterable[Any]) -> tuple[int, float, float, float]:
+def _compared(
+    before: InferenceSession, after: InferenceSession, loader: Iterable[Any]
+) -> tuple[int, float, float, float]:
     """Return the number of samples, the accuracy of both files, and the share of samples for which they agree."""
     found = torch.zeros(4, dtype=torch.int64)
     for batch in loader:

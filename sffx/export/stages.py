@@ -78,14 +78,26 @@ def load_stages(folder: Path) -> tuple[tuple[Stage, ...], tuple[Input, ...], fro
     """Return the stages on ONNX Runtime, the model's inputs, the names of the values with a batch axis, and the threshold."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        inputs = tuple(Input(**{**each, "shape": tuple(each["shape"])}) for each in manifest["inputs"])
-        described = [(each, tuple(each["inputs"]), tuple(each["outputs"])) for each in manifest["stages"]]
+        inputs = tuple(
+            Input(**{**each, "shape": tuple(each["shape"])}) for each in manifest["inputs"]
+        )
+        described = [
+            (each, tuple(each["inputs"]), tuple(each["outputs"])) for each in manifest["stages"]
+        ]
         batched, threshold = frozenset(manifest["batched"]), float(manifest["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "Hint: pass the folder that sffx.export_early_exit wrote"
-        raise InputError(f"there is no early exit in {str(folder)!r}: {type(error).__name__}: {error}. {hint}") from error
+        raise InputError(
+            f"there is no early exit in {str(folder)!r}: {type(error).__name__}: {error}. {hint}"
+        ) from error
     stages = tuple(
-        Stage(each["name"], reads, outputs, int(each["macs"]), _runner(_open(folder / each["file"]), reads, each["goodness"], outputs))
+        Stage(
+            each["name"],
+            reads,
+            outputs,
+            int(each["macs"]),
+            _runner(_open(folder / each["file"]), reads, each["goodness"], outputs),
+        )
         for each, reads, outputs in described
     )
     return stages, inputs, batched, threshold
@@ -95,7 +107,11 @@ def _folder(path: Path) -> Path:
     target = path.resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{str(path)!r} is a file. Hint: name a folder")
-    if foreign := sorted({each.name for each in target.iterdir()} - _exported(target)) if target.is_dir() else []:
+    if (
+        foreign := sorted({each.name for each in target.iterdir()} - _exported(target))
+        if target.is_dir()
+        else []
+    ):
         raise InputError(
             f"the folder {str(path)!r} holds something else than an early exit: {', '.join(foreign[:3])}. Hint: name a new folder"
         )
@@ -114,7 +130,9 @@ def _exported(folder: Path) -> set[str]:
 
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
     examples = random_inputs(runner.inputs, TRACED_BATCH)
-    values: dict[str, Any] = {each.name: value for each, value in zip(runner.inputs, examples, strict=True)}
+    values: dict[str, Any] = {
+        each.name: value for each, value in zip(runner.inputs, examples, strict=True)
+    }
     stages = []
     for i, stage in enumerate(runner.stages):
         goodness, file = f"goodness_{i}", f"{stage.name}.onnx"
@@ -124,11 +142,28 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         _require_tensors(stage, values)
         axes = tuple({0: "batch"} if name in runner.batched else None for name in stage.inputs)
         module: Any = stage.run
-        save_program(traced_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset), folder / file)
-        described = {"name": stage.name, "file": file, "inputs": stage.inputs, "goodness": goodness, "outputs": stage.outputs}
+        save_program(
+            traced_program(
+                module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset
+            ),
+            folder / file,
+        )
+        described = {
+            "name": stage.name,
+            "file": file,
+            "inputs": stage.inputs,
+            "goodness": goodness,
+            "outputs": stage.outputs,
+        }
         stages.append({**described, "macs": stage.macs})
     inputs = [asdict(each) for each in runner.inputs]
-    manifest = {"version": VERSION, "threshold": runner.threshold, "inputs": inputs, "batched": sorted(runner.batched), "stages": stages}
+    manifest = {
+        "version": VERSION,
+        "threshold": runner.threshold,
+        "inputs": inputs,
+        "batched": sorted(runner.batched),
+        "stages": stages,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -173,16 +208,24 @@ def _open(path: Path) -> InferenceSession:
     return open_session(path)
 
 
-def _runner(session: InferenceSession, inputs: Sequence[str], goodness: str, outputs: Sequence[str]) -> Callable[..., list[Tensor]]:
+def _runner(
+    session: InferenceSession, inputs: Sequence[str], goodness: str, outputs: Sequence[str]
+) -> Callable[..., list[Tensor]]:
     """Return the stage as a function of tensors. An input that the file does not read is not given to it."""
     read = {each.name for each in session.get_inputs()}
 
     def run(*values: Tensor) -> list[Tensor]:
-        feed = {name: value.detach().cpu().numpy() for name, value in zip(inputs, values, strict=True) if name in read}
+        feed = {
+            name: value.detach().cpu().numpy()
+            for name, value in zip(inputs, values, strict=True)
+            if name in read
+        }
         try:
             results = session.run([goodness, *outputs], feed)
         except Exception as error:
-            raise InputError(f"the file cannot run on this input: {first_line(error)}. Hint: it takes {taken_by(session)}") from error
+            raise InputError(
+                f"the file cannot run on this input: {first_line(error)}. Hint: it takes {taken_by(session)}"
+            ) from error
         return [torch.from_numpy(result) for result in results]
 
     return run

@@ -89,24 +89,37 @@ class LeanHardswish(nn.Hardswish):
     """`torch.nn.Hardswish`, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, ACTIVATIONS["hardswish"]) if _may_write_over(x) else super().forward(x)
+        return (
+            _Pointwise.apply(x, ACTIVATIONS["hardswish"])
+            if _may_write_over(x)
+            else super().forward(x)
+        )
 
 
 class LeanSiLU(nn.SiLU):
     """`torch.nn.SiLU`, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, ACTIVATIONS["silu"]) if _may_write_over(x) else super().forward(x)
+        return (
+            _Pointwise.apply(x, ACTIVATIONS["silu"]) if _may_write_over(x) else super().forward(x)
+        )
 
 
 class LeanGELU(nn.GELU):
     """`torch.nn.GELU` in its exact form, same values and gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Pointwise.apply(x, ACTIVATIONS["gelu"]) if _may_write_over(x) else super().forward(x)
+        return (
+            _Pointwise.apply(x, ACTIVATIONS["gelu"]) if _may_write_over(x) else super().forward(x)
+        )
 
 
-_TWINS: dict[str, type[nn.Module]] = {"relu": LeanReLU, "hardswish": LeanHardswish, "silu": LeanSiLU, "gelu": LeanGELU}
+_TWINS: dict[str, type[nn.Module]] = {
+    "relu": LeanReLU,
+    "hardswish": LeanHardswish,
+    "silu": LeanSiLU,
+    "gelu": LeanGELU,
+}
 
 # The class and the functions of each activation, and its lean twin.
 LEAN = {kind: _TWINS[name] for kind, name in NAMES.items()}
@@ -152,6 +165,8 @@ class _Pointwise(Function):
 
 
 def _written_over(gradient: Tensor, kept: Tensor, activation: Activation) -> Tensor:
-    if gradient.stride() != kept.stride():  # a view, or laid out otherwise: the plain result is laid out as torch would
+    if (
+        gradient.stride() != kept.stride()
+    ):  # a view, or laid out otherwise: the plain result is laid out as torch would
         return activation.gradient(gradient, kept)
     return activation.write_gradient(gradient, kept)

@@ -79,14 +79,25 @@ def can_recompute(x: Tensor, modules: list[Any]) -> bool:
     if not all(type(module) in _KNOWN and is_plain(module) for module in modules):
         return False
     norms = [module for module in modules if isinstance(module, BATCH_NORMS)]
-    one_value = x.numel() == x.shape[1]  # for each channel, which torch refuses to take the variance of
+    one_value = (
+        x.numel() == x.shape[1]
+    )  # for each channel, which torch refuses to take the variance of
     return not any(one_value or (not norm.training and norm.track_running_stats) for norm in norms)
 
 
 def is_plain(module: Any) -> bool:
     """Whether a call of a module is its class's forward and nothing else: no hook, and no forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not torch.nn.modules.module._has_any_global_hook()
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return (
+        not any(hooks)
+        and "forward" not in module.__dict__
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
 
 
 @dataclass(frozen=True)
@@ -110,63 +121,116 @@ class Chain:
 
     def track(self) -> list[Any]:
         """Return the running statistics that the norm updates and the weight of this batch in them, as `torch.nn` norms do it."""
-        if not isinstance(self.norm, BATCH_NORMS) or not self.norm.training or not self.norm.track_running_stats:
+        if (
+            not isinstance(self.norm, BATCH_NORMS)
+            or not self.norm.training
+            or not self.norm.track_running_stats
+        ):
             return [None, None, 0.0]
         if self.norm.num_batches_tracked is not None:
             self.norm.num_batches_tracked.add_(1)
-        momentum = self.norm.momentum if self.norm.momentum is not None else 1 / int(self.norm.num_batches_tracked or 1)
+        momentum = (
+            self.norm.momentum
+            if self.norm.momentum is not None
+            else 1 / int(self.norm.num_batches_tracked or 1)
+        )
         return [self.norm.running_mean, self.norm.running_var, momentum]
 
-    def normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: list[Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    def normalised(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, running: list[Any]
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """Return the norm's output and what its backward pass asks for."""
         if self.norm is None:
             return x, ()
         if isinstance(self.norm, nn.LayerNorm):
-            z, *statistics = torch.native_layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
+            z, *statistics = torch.native_layer_norm(
+                x, self.norm.normalized_shape, weight, bias, self.norm.eps
+            )
             return z, tuple(statistics)
         mean, variance, momentum = running
-        z, *statistics = _aten._batch_norm_impl_index(x, weight, bias, mean, variance, True, momentum, self.norm.eps, True)
+        z, *statistics = _aten._batch_norm_impl_index(
+            x, weight, bias, mean, variance, True, momentum, self.norm.eps, True
+        )
         return z, tuple(statistics)
 
     def activated(self, z: Tensor) -> Tensor:
         """Return the layer's input."""
         return self.activation.function(z) if self.activation is not None else z
 
-    def before_norm(self, dz: Tensor, x: Tensor, weight: Any, bias: Any, statistics: tuple[Any, ...], wanted: list[bool]) -> Any:
+    def before_norm(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        statistics: tuple[Any, ...],
+        wanted: list[bool],
+    ) -> Any:
         """Return the gradients of x and of the norm's weight and bias, those that are wanted."""
         if self.norm is None:
             return dz, None, None
         if isinstance(self.norm, nn.LayerNorm):
-            return _aten.native_layer_norm_backward(dz, x, self.norm.normalized_shape, *statistics, weight, bias, wanted)
+            return _aten.native_layer_norm_backward(
+                dz, x, self.norm.normalized_shape, *statistics, weight, bias, wanted
+            )
         mean, inverse_deviation, reserve, index = statistics
         settings = (None, None, mean, inverse_deviation, True, self.norm.eps, wanted, reserve)
         return _aten._batch_norm_impl_index_backward(index, x, dz, weight, *settings)
 
     def apply_layer(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(y, weight, bias) if self.is_linear else self.layer._conv_forward(y, weight, bias)
+        return (
+            F.linear(y, weight, bias)
+            if self.is_linear
+            else self.layer._conv_forward(y, weight, bias)
+        )
 
     def input_gradient(self, dout: Tensor, like: Tensor, weight: Tensor) -> Any:
         """Return the gradient of the layer's input, which is as large as `like`."""
-        return dout @ weight if self.is_linear else self.convolution_gradients(dout, like, weight, [True, False, False])[0]
+        return (
+            dout @ weight
+            if self.is_linear
+            else self.convolution_gradients(dout, like, weight, [True, False, False])[0]
+        )
 
-    def parameter_gradients(self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    def parameter_gradients(
+        self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the layer's weight and bias, those that are wanted, from its input."""
         if not self.is_linear:
             return self.convolution_gradients(dout, y, weight, [False, *wanted])[1:]
         rows = dout.flatten(0, -2)
-        return rows.t() @ y.flatten(0, -2) if wanted[0] else None, rows.sum(0) if wanted[1] else None
+        return rows.t() @ y.flatten(0, -2) if wanted[0] else None, rows.sum(0) if wanted[
+            1
+        ] else None
 
-    def convolution_gradients(self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    def convolution_gradients(
+        self, dout: Tensor, y: Tensor, weight: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the input, the weight and the bias of a convolution, those that are wanted."""
         space, layer = y.ndim - 2, self.layer
-        settings = ([weight.shape[0]], layer.stride, layer.padding, layer.dilation, False, [0] * space, layer.groups, wanted)
+        settings = (
+            [weight.shape[0]],
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            False,
+            [0] * space,
+            layer.groups,
+            wanted,
+        )
         return _aten.convolution_backward(dout, y, weight, *settings)
 
 
 class Recomputed(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, chain: Chain
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        chain: Chain,
     ) -> Tensor:
         if chain.by_rows:
             ctx.chain = chain
@@ -186,7 +250,11 @@ class Recomputed(Function):
         x, norm_weight, norm_bias, weight, *tensors = ctx.saved_tensors
         chain, wanted = ctx.chain, list(ctx.needs_input_grad[:5])
         z, _ = chain.normalised(x, norm_weight, norm_bias, [None, None, 0.0])
-        dw, db = chain.parameter_gradients(dout, chain.activated(z), weight, wanted[3:]) if any(wanted[3:]) else (None, None)
+        dw, db = (
+            chain.parameter_gradients(dout, chain.activated(z), weight, wanted[3:])
+            if any(wanted[3:])
+            else (None, None)
+        )
         if not any(wanted[:3]):
             return None, None, None, dw, db, None
         # x stands in for the layer's input, of whose gradient it has the size: z may go as soon as the activation has seen it.
@@ -198,7 +266,12 @@ class Recomputed(Function):
             del z
         if chain.frees_gradient:
             _free(dout)
-        return *chain.before_norm(dz, x, norm_weight, norm_bias, (*tensors, *ctx.numbers), wanted[:3]), dw, db, None
+        return (
+            *chain.before_norm(dz, x, norm_weight, norm_bias, (*tensors, *ctx.numbers), wanted[:3]),
+            dw,
+            db,
+            None,
+        )
 
 
 def _free(gradient: Tensor) -> None:
@@ -236,4 +309,11 @@ def _linear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         if dx is not None:
             dx[part] = ctx.chain.activation.write_gradient(above[part] @ weight, rows[part])
     # `.data`, because a view would keep x, and with it the memory, for as long as autograd holds the gradient.
-    return dx.view_as(x).data if dx is not None else None, None, None, dw, above.sum(0) if wants_bias else None, None
+    return (
+        dx.view_as(x).data if dx is not None else None,
+        None,
+        None,
+        dw,
+        above.sum(0) if wants_bias else None,
+        None,
+    )

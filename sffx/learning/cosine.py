@@ -54,11 +54,20 @@ class CosineGoodness(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        self.channel_axis, self.spatial, self.regions, self.scale = channel_axis, spatial, regions, scale
+        self.channel_axis, self.spatial, self.regions, self.scale = (
+            channel_axis,
+            spatial,
+            regions,
+            scale,
+        )
         features = channels * (regions**spatial if spatial in _POOLS else 1)
-        if min(features, 2 if hidden is None else hidden) < 2:  # a single value, less its mean, is 0
+        if (
+            min(features, 2 if hidden is None else hidden) < 2
+        ):  # a single value, less its mean, is 0
             number = f"{features} feature" if features < 2 else f"{hidden} hidden unit"
-            raise InputError(f"a cosine of {number} has no direction. Hint: goodness='sff' for such a block, and 2 hidden units at least")
+            raise InputError(
+                f"a cosine of {number} has no direction. Hint: goodness='sff' for such a block, and 2 hidden units at least"
+            )
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         self.weight = nn.Parameter(torch.empty(num_classes, features if hidden is None else hidden))
         self.reset_parameters()
@@ -77,22 +86,35 @@ class CosineGoodness(nn.Module):
         """
         with full_precision(y):
             wide = (y if y.dtype.itemsize > 2 else y.float()).movedim(self.channel_axis, 1)
-            features = _direction(self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool()))
+            features = _direction(
+                self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool())
+            )
             if self.hidden is not None:
                 even = features * math.sqrt(features.shape[1])
-                features = _direction(F.linear(even, self.hidden.weight.to(wide.dtype), self.hidden.bias.to(wide.dtype)).relu())
+                features = _direction(
+                    F.linear(
+                        even, self.hidden.weight.to(wide.dtype), self.hidden.bias.to(wide.dtype)
+                    ).relu()
+                )
             return F.linear(features, self.scale * _length_one(self.weight.to(wide.dtype)))
 
     def _pooled(self, y: Tensor) -> Tensor:
         """Return the features by region, (B, features), of (B, C, ...)."""
         if self.spatial in _POOLS:
             # ONNX has no operator for regions of images whose size is open.
-            pooled = _by_products(y, self.regions) if torch.compiler.is_exporting() else _POOLS[self.spatial](y, self.regions)
+            pooled = (
+                _by_products(y, self.regions)
+                if torch.compiler.is_exporting()
+                else _POOLS[self.spatial](y, self.regions)
+            )
             return pooled.flatten(1)
         return y.flatten(2).mean(2) if y.ndim > 2 else y
 
     def extra_repr(self) -> str:
-        classes, features = len(self.weight), self.weight.shape[1] if self.hidden is None else self.hidden.in_features
+        classes, features = (
+            len(self.weight),
+            self.weight.shape[1] if self.hidden is None else self.hidden.in_features,
+        )
         return f"{features}, {classes}, channel_axis={self.channel_axis}, regions={self.regions}, scale={self.scale:g}"
 
 
@@ -100,7 +122,10 @@ def _by_products(y: Tensor, regions: int) -> Tensor:
     """Return the means by region, (B, C, regions, ...), of (B, C, ...): adaptive average pooling, as a product for each axis of space."""
     for axis in range(2, y.ndim):
         size = y.shape[axis]
-        place, region = torch.arange(size, device=y.device), torch.arange(regions, device=y.device)[:, None]
+        place, region = (
+            torch.arange(size, device=y.device),
+            torch.arange(regions, device=y.device)[:, None],
+        )
         start, end = size * region // regions, (size * (region + 1) + regions - 1) // regions
         share = ((start <= place) & (place < end)).to(y.dtype) / (end - start)  # (regions, size)
         y = (y.movedim(axis, -1) @ share.t()).movedim(-1, axis)
@@ -120,4 +145,6 @@ def _length_one(features: Tensor, eps: float = 1e-5) -> Tensor:
 
 def _mean_of_real(y: Tensor, real: Tensor) -> Tensor:
     """Return the mean of each sample's real tokens, (B, C), of (B, C, T)."""
-    return y.masked_fill(~real[:, None], 0).sum(2) / real.sum(1, keepdim=True).clamp(min=1).to(y.dtype)
+    return y.masked_fill(~real[:, None], 0).sum(2) / real.sum(1, keepdim=True).clamp(min=1).to(
+        y.dtype
+    )

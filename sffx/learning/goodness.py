@@ -76,9 +76,13 @@ class SFFGoodness(nn.Module):
     ) -> None:
         super().__init__()
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            raise InputError(f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole")
+            raise InputError(
+                f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole"
+            )
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default")
+            raise InputError(
+                f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default"
+            )
         if kernel_size > 1 and spatial > 3:
             raise InputError(
                 f"kernel_size is {kernel_size}, but a value with {spatial} axes of space has no such convolution. Hint: kernel_size=1"
@@ -86,7 +90,9 @@ class SFFGoodness(nn.Module):
         self.channel_axis, self.spatial = channel_axis, spatial
         self.kernel_size = kernel_size if spatial else 1
         kernel = (channels, *[self.kernel_size] * max(spatial, 1))
-        if rank is not None and rank * (num_classes + math.prod(kernel)) >= num_classes * math.prod(kernel):
+        if rank is not None and rank * (num_classes + math.prod(kernel)) >= num_classes * math.prod(
+            kernel
+        ):
             rank = None
         self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None else None
         self.weight = nn.Parameter(torch.empty(num_classes, *(kernel if rank is None else (rank,))))
@@ -113,9 +119,13 @@ class SFFGoodness(nn.Module):
             wide = y if y.dtype.itemsize > 2 else y.float()
             weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
             if mask is not None:
-                return token_goodness(self._tokens(wide, mask.bool()), weight.flatten(1), bias, mask.bool())
+                return token_goodness(
+                    self._tokens(wide, mask.bool()), weight.flatten(1), bias, mask.bool()
+                )
             if self.basis is not None:
-                return pointwise_goodness(self._reduced(wide, self.basis.to(wide.dtype)), weight, bias)
+                return pointwise_goodness(
+                    self._reduced(wide, self.basis.to(wide.dtype)), weight, bias
+                )
             if self.kernel_size > 1:
                 return convolved_goodness(wide.movedim(self.channel_axis, 1), weight, bias)
             return pointwise_goodness(_positions(wide, self.channel_axis), weight.flatten(1), bias)
@@ -138,7 +148,10 @@ class SFFGoodness(nn.Module):
         return F.conv1d(positions, basis.flatten(1)[:, :, None])
 
     def extra_repr(self) -> str:
-        classes, channels = len(self.weight), (self.weight if self.basis is None else self.basis).shape[1]
+        classes, channels = (
+            len(self.weight),
+            (self.weight if self.basis is None else self.basis).shape[1],
+        )
         rank = "" if self.basis is None else f", rank={len(self.basis)}"
         return f"{channels}, {classes}, channel_axis={self.channel_axis}, kernel_size={self.kernel_size}{rank}"
 
@@ -163,9 +176,13 @@ class CwCGoodness(nn.Module):
                 "Hint: use goodness='sff', or a policy whose blocks end with more channels"
             )
         self.channel_axis = channel_axis
-        sizes = torch.tensor([len(group) for group in torch.arange(channels).tensor_split(num_classes)])
+        sizes = torch.tensor(
+            [len(group) for group in torch.arange(channels).tensor_split(num_classes)]
+        )
         owner = torch.arange(num_classes).repeat_interleave(sizes)
-        self.register_buffer("groups", F.one_hot(owner, num_classes) / sizes, persistent=False)  # (C, J), each column a mean
+        self.register_buffer(
+            "groups", F.one_hot(owner, num_classes) / sizes, persistent=False
+        )  # (C, J), each column a mean
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output; `mask` as in `SFFGoodness`."""
@@ -175,7 +192,9 @@ class CwCGoodness(nn.Module):
                 real = mask.bool()
                 means = _MeanSquare.apply(_positions(_zero_padded(wide, real), self.channel_axis))
                 return means @ self.groups.to(wide.dtype) * _per_real_token(real, wide.dtype)
-            return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(wide.dtype)
+            return _MeanSquare.apply(_positions(wide, self.channel_axis)) @ self.groups.to(
+                wide.dtype
+            )
 
     def extra_repr(self) -> str:
         channels, classes = self.groups.shape
@@ -195,7 +214,9 @@ def token_goodness(y: Tensor, weight: Tensor, bias: Tensor, real: Tensor) -> Ten
     """
     marked = _zero_padded(F.pad(y, (0, 1), value=1.0), real)
     joint = torch.cat([weight, bias[:, None]], dim=1)
-    return pointwise_goodness(marked.mT, joint, torch.zeros_like(bias)) * _per_real_token(real, y.dtype)
+    return pointwise_goodness(marked.mT, joint, torch.zeros_like(bias)) * _per_real_token(
+        real, y.dtype
+    )
 
 
 def _windows(y: Tensor, size: int) -> Tensor:
@@ -252,7 +273,9 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     c, j, p = channels + 1, num_classes, positions
     # Products are computed again where they were not kept.
     direct = (3 if j <= _KEEP * channels else 4) * p * c * j + _MACS_PER_VALUE * 6 * j * p
-    moment = 2 * p * c * c + (2 if j <= channels else 3) * j * c * c + _MACS_PER_VALUE * 6 * c * (c + j)
+    moment = (
+        2 * p * c * c + (2 if j <= channels else 3) * j * c * c + _MACS_PER_VALUE * 6 * c * (c + j)
+    )
     return moment < direct
 
 
@@ -272,10 +295,18 @@ class Form:
 
     def goodness(self, z: Tensor) -> Tensor:
         """Return the mean square over space, (B, J)."""
-        if self.classes == z.ndim - 1 and z.device.type == "cpu":  # where a norm over other axes than the last takes ten times a sum's time
-            return torch.cat([z[part].square().sum(1) for part in _small_parts(len(z), math.prod(z.shape[1:]))]).div_(z.shape[1])
+        if (
+            self.classes == z.ndim - 1 and z.device.type == "cpu"
+        ):  # where a norm over other axes than the last takes ten times a sum's time
+            return torch.cat(
+                [z[part].square().sum(1) for part in _small_parts(len(z), math.prod(z.shape[1:]))]
+            ).div_(z.shape[1])
         space = [axis for axis in range(1, z.ndim) if axis != self.classes]
-        return torch.linalg.vector_norm(z, dim=space).square_().div_(math.prod(z.shape[axis] for axis in space))
+        return (
+            torch.linalg.vector_norm(z, dim=space)
+            .square_()
+            .div_(math.prod(z.shape[axis] for axis in space))
+        )
 
 
 class DirectGoodness(Function):
@@ -289,7 +320,12 @@ class DirectGoodness(Function):
             ctx.save_for_backward(y, weight, bias, z)
             return form.goodness(z)
         ctx.save_for_backward(y, weight, bias, None)
-        return torch.cat([form.goodness(form.image(y[part], weight, bias)) for part in _parts(y, _image_size(y, weight))])
+        return torch.cat(
+            [
+                form.goodness(form.image(y[part], weight, bias))
+                for part in _parts(y, _image_size(y, weight))
+            ]
+        )
 
     @staticmethod
     @once_differentiable
@@ -304,7 +340,11 @@ class DirectGoodness(Function):
         scale = dg * (2 * weight.shape[0] / per_sample)
         for part in _parts(y, per_sample):
             factor = _beside(scale[part], form.classes, y.ndim)
-            dz = z[part] * factor if z is not None else form.image(y[part], weight, bias).mul_(factor)
+            dz = (
+                z[part] * factor
+                if z is not None
+                else form.image(y[part], weight, bias).mul_(factor)
+            )
             form.add_gradients(dz, y[part], weight, dy[part] if dy is not None else None, dw, db)
         return dy, dw, db, None
 
@@ -316,7 +356,9 @@ def _image_size(y: Tensor, weight: Tensor) -> int:
 
 def _beside(values: Tensor, axis: int, ndim: int) -> Tensor:
     """View (B, J) so that it broadcasts against a tensor of `ndim` axes whose classes lie on `axis`."""
-    return values.view([values.shape[0], *(values.shape[1] if i == axis else 1 for i in range(1, ndim))])
+    return values.view(
+        [values.shape[0], *(values.shape[1] if i == axis else 1 for i in range(1, ndim))]
+    )
 
 
 def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -324,7 +366,9 @@ def _image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
 
 
-def _add_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+def _add_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> None:
     if dy is not None:
         torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy)
     if dw is not None:
@@ -338,7 +382,9 @@ def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.device.type != "cpu" or _many_classes(total, a.shape[2]):
         total.addbmm_(a, b.mT)
         return
-    for part in _small_parts(len(a), total.numel()):  # `addbmm` takes one small product after the other on a CPU
+    for part in _small_parts(
+        len(a), total.numel()
+    ):  # `addbmm` takes one small product after the other on a CPU
         total += torch.bmm(a[part], b[part].mT).sum(0)
 
 
@@ -347,7 +393,9 @@ def _row_image(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, y.flatten(0, 1), weight.t()).view(y.shape[0], y.shape[1], len(weight))
 
 
-def _add_row_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+def _add_row_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> None:
     rows = dz.flatten(0, 1)
     if dy is not None:
         torch.mm(rows, weight, out=dy.flatten(0, 1))
@@ -362,11 +410,22 @@ def _convolution(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _CONVOLUTIONS[y.ndim - 2](y, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _add_convolution_gradients(dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None) -> None:
+def _add_convolution_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> None:
     space = y.ndim - 2
     wanted = [total is not None for total in (dy, dw, db)]
-    settings = ([1] * space, [weight.shape[-1] // 2] * space, [1] * space, False, [0] * space, 1)  # stride, padding, dilation, ..., groups
-    gradients = torch.ops.aten.convolution_backward(dz, y, weight, [weight.shape[0]], *settings, wanted)
+    settings = (
+        [1] * space,
+        [weight.shape[-1] // 2] * space,
+        [1] * space,
+        False,
+        [0] * space,
+        1,
+    )  # stride, padding, dilation, ..., groups
+    gradients = torch.ops.aten.convolution_backward(
+        dz, y, weight, [weight.shape[0]], *settings, wanted
+    )
     if dy is not None:
         dy.copy_(gradients[0])
     if dw is not None:
@@ -391,14 +450,24 @@ class SecondMomentGoodness(Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean = y.mean(2)
         # Centred, part by part: where the mean is large, its square would swallow the variance.
-        covariance = torch.cat([_covariance(y[part], mean[part]) for part in _parts(y, _CENTRED_PARTS * math.prod(y.shape[1:]))])
+        covariance = torch.cat(
+            [
+                _covariance(y[part], mean[part])
+                for part in _parts(y, _CENTRED_PARTS * math.prod(y.shape[1:]))
+            ]
+        )
         if weight.shape[0] <= weight.shape[1]:
             product = _each(weight, covariance)
             ctx.save_for_backward(y, weight, bias, mean, None, product)
             spread = (product * weight).sum(2)
         else:
             ctx.save_for_backward(y, weight, bias, mean, covariance, None)
-            spread = torch.cat([_each(weight, covariance[part]).mul_(weight).sum(2) for part in _parts(y, weight.numel())])
+            spread = torch.cat(
+                [
+                    _each(weight, covariance[part]).mul_(weight).sum(2)
+                    for part in _parts(y, weight.numel())
+                ]
+            )
         return spread.add_(torch.addmm(bias, mean, weight.t()).square_())
 
     @staticmethod
@@ -412,7 +481,9 @@ class SecondMomentGoodness(Function):
         for part in _parts(y, weight.numel()):
             scaled = weight * (2 * dg[part, :, None])  # (B, J, C)
             if dy is not None:
-                form = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1)).div_(y.shape[2])  # (B, C, C): sum_j dg_j w_j w_j^T
+                form = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1)).div_(
+                    y.shape[2]
+                )  # (B, C, C): sum_j dg_j w_j w_j^T
                 line = torch.matmul(bias, scaled).div_(y.shape[2])
                 torch.baddbmm(line[:, :, None], form, y[part], out=dy[part])
             if dw is not None and product is None:

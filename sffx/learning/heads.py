@@ -53,10 +53,14 @@ def make_head(
         return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank)
     cosine = cosine_named(goodness)
     if goodness != "cwc" and cosine is None:
-        raise InputError(f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}")
+        raise InputError(
+            f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}"
+        )
     for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None)):
         if value != default:
-            raise InputError(f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'")
+            raise InputError(
+                f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'"
+            )
     if cosine is None:
         return CwCGoodness(channels, num_classes, channel_axis)
     hidden, regions = cosine

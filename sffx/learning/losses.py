@@ -46,7 +46,9 @@ def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None)
         return F.cross_entropy(logits, y.to(logits.dtype) if y.is_floating_point() else y)
     loss = loss_fn(logits, y)
     if loss.ndim:
-        raise InputError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar. Hint: the mean over the samples")
+        raise InputError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar. Hint: the mean over the samples"
+        )
     return loss
 
 
@@ -62,16 +64,22 @@ def check_pair(batch: object) -> None:
         InputError: it is not; says what it is.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise InputError(f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs")
+        raise InputError(
+            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the loader in a generator of pairs"
+        )
 
 
-def check_targets(y: Tensor, batch: int, num_classes: int, loss_fn: LossFunction | None = None) -> None:
+def check_targets(
+    y: Tensor, batch: int, num_classes: int, loss_fn: LossFunction | None = None
+) -> None:
     """Check that targets of a loss fit: class indices or probabilities of the classes; a loss function of one's own may take others.
 
     Raises:
         InputError: they do not; says what they are and what they should be.
     """
-    soft = isinstance(y, Tensor) and y.is_floating_point() and tuple(y.shape) == (batch, num_classes)
+    soft = (
+        isinstance(y, Tensor) and y.is_floating_point() and tuple(y.shape) == (batch, num_classes)
+    )
     if loss_fn is None and not soft:
         check_labels(y, batch, num_classes)
 
@@ -83,16 +91,31 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
         InputError: they do not; says what they are and what they should be.
     """
     if not isinstance(y, Tensor):
-        raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: pass class indices, torch.tensor(y)")
+        raise InputError(
+            f"y is a {type(y).__name__}, not a tensor. Hint: pass class indices, torch.tensor(y)"
+        )
     if y.ndim != 1 or len(y) != batch:
         raise InputError(
             f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each sample, or for a loss probabilities, "
             f"({batch}, {num_classes})"
         )
     if y.is_floating_point() or y.dtype.itemsize < 8:
-        raise InputError(f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()")
+        raise InputError(
+            f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()"
+        )
     # On a GPU the check would wait for the device (there, cross-entropy itself stops at a label out of range); fake tensors have no values.
-    if type(y) is Tensor and y.device.type == "cpu" and batch and (y.min() < 0 or y.max() >= num_classes):
-        ignored = ". Hint: loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100" if y.min() == -100 else ""
+    if (
+        type(y) is Tensor
+        and y.device.type == "cpu"
+        and batch
+        and (y.min() < 0 or y.max() >= num_classes)
+    ):
+        ignored = (
+            ". Hint: loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100"
+            if y.min() == -100
+            else ""
+        )
         found = f"labels run from {int(y.min())} to {int(y.max())}"
-        raise InputError(f"{found}, but there are {num_classes} classes, 0 to {num_classes - 1}{ignored}")
+        raise InputError(
+            f"{found}, but there are {num_classes} classes, 0 to {num_classes - 1}{ignored}"
+        )

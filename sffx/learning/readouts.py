@@ -18,7 +18,9 @@ WEIGHTED = "weighted"  # of models whose blocks were weighed
 def require_readout(readout: str, known: Sequence[str] = READOUTS) -> None:
     """Raise an InputError if a readout is none of those known."""
     if readout not in known:
-        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, known))}")
+        raise InputError(
+            f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, known))}"
+        )
 
 
 class Readout(nn.Module):
@@ -31,7 +33,9 @@ class Readout(nn.Module):
             and who loads them gets the mode "weighted".
     """
 
-    weights: tuple[float, ...] | None = None  # of the class, for nets that were pickled before there were any
+    weights: tuple[float, ...] | None = (
+        None  # of the class, for nets that were pickled before there were any
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +59,9 @@ class Readout(nn.Module):
             InputError: there are none.
         """
         if self.weights is None:
-            raise InputError("the blocks have no weights yet. Hint: sffx.weigh(net, loader) finds them, with samples not trained on")
+            raise InputError(
+                "the blocks have no weights yet. Hint: sffx.weigh(net, loader) finds them, with samples not trained on"
+            )
         return self.weights
 
     def forward(self, scores: list[Tensor]) -> Tensor:
@@ -70,11 +76,15 @@ class Readout(nn.Module):
         if self._mode == WEIGHTED:
             weights = self.require_weights()
             if len(weights) != len(goodness):
-                raise InputError(f"there are {len(weights)} weights, but {len(goodness)} blocks. Hint: sffx.weigh(net, loader) finds them")
+                raise InputError(
+                    f"there are {len(weights)} weights, but {len(goodness)} blocks. Hint: sffx.weigh(net, loader) finds them"
+                )
             return mixture(goodness, weights)
         return goodness.mean(dim=0)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weights is not None:
             destination[f"{prefix}weights"] = torch.tensor(self.weights, dtype=torch.float64)

@@ -28,7 +28,17 @@ from sffx.learning.heads import make_head
 from sffx.learning.norms import SampleNorm
 from sffx.memory.footprint import COUNTER, STATES, UPDATE, fake_footprint
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 Segment = tuple[int, int]
 
@@ -146,9 +156,20 @@ class _Search:
     """
 
     def __init__(self, analysis: Analysis, batch_size: int, wanted: Heads, recompute: bool) -> None:
-        self.analysis, self.batch_size, self.wanted, self.recompute = analysis, batch_size, wanted, recompute
+        self.analysis, self.batch_size, self.wanted, self.recompute = (
+            analysis,
+            batch_size,
+            wanted,
+            recompute,
+        )
         self.features = group_ends(analysis)
-        self.ends = sorted({*self.features, *(analysis.step_of[name] for name in layer(analysis)), len(analysis.steps) - 1})
+        self.ends = sorted(
+            {
+                *self.features,
+                *(analysis.step_of[name] for name in layer(analysis)),
+                len(analysis.steps) - 1,
+            }
+        )
         self.counted: dict[Segment, int] = {}
         self.heads = {end: self._head(end) for end in self.ends[:-1]}
         self.bounds = dict(self._bounds())
@@ -163,7 +184,9 @@ class _Search:
         assert found is not None  # without a limit there is always a path
         return found
 
-    def _settled(self, allowed: int | None, rank: Callable[[_Path], tuple[int, int]]) -> _Path | None:
+    def _settled(
+        self, allowed: int | None, rank: Callable[[_Path], tuple[int, int]]
+    ) -> _Path | None:
         while True:
             paths = self._paths(allowed)
             if not paths:
@@ -205,12 +228,16 @@ class _Search:
     def _extended(self, path: _Path, start: int, end: int, bound: int) -> _Path:
         """Return the path with one more block; the last one is followed by the optimizer's step."""
         head = self.heads.get(end, _owned([]))
-        gradients = path.gradients + self._trainable[end + 1] - self._trainable[start + 1] + head.trainable
+        gradients = (
+            path.gradients + self._trainable[end + 1] - self._trainable[start + 1] + head.trainable
+        )
         largest = max(path.largest, head.largest)
         running = max(path.running, path.gradients + self.counted.get((start, end), bound))
         if end == self.ends[-1]:
             running = max(running, gradients + UPDATE * largest)
-        return _Path((*path.segments, (start, end)), path.lasting + head.lasting, gradients, running, largest)
+        return _Path(
+            (*path.segments, (start, end)), path.lasting + head.lasting, gradients, running, largest
+        )
 
     def _bounds(self) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Yield, for each place, the places where a block that ends there may start, with the least bytes that it keeps."""
@@ -220,7 +247,13 @@ class _Search:
             inside: dict[int, int] = {}
             weighted = False
             for i in range(end, -1, -1):
-                inside.update({key: size for name in steps[i].nodes for key, size in saved.get(name, {}).items()})
+                inside.update(
+                    {
+                        key: size
+                        for name in steps[i].nodes
+                        for key, size in saved.get(name, {}).items()
+                    }
+                )
                 weighted = weighted or steps[i].weighted
                 misplaced = end == self.ends[-1] and i - 1 < self.features[-1]
                 if weighted and not misplaced and (i == 0 or i - 1 in self.heads):
@@ -236,12 +269,25 @@ class _Search:
         names = [name for name, node in self.analysis.nodes.items() if node.op != "placeholder"]
         inputs = [node for node in self.analysis.nodes.values() if node.op == "placeholder"]
         plan = make_plan(self.analysis, "memory", lambda analysis: analysis.candidates[-1:])
-        whole = replace(plan.classifier, nodes=tuple(names), inputs=tuple(node.name for node in inputs))
-        block = block_module(trace, replace(plan, blocks=(), classifier=whole), whole, self.analysis.nodes, recompute=self.recompute)
+        whole = replace(
+            plan.classifier, nodes=tuple(names), inputs=tuple(node.name for node in inputs)
+        )
+        block = block_module(
+            trace,
+            replace(plan, blocks=(), classifier=whole),
+            whole,
+            self.analysis.nodes,
+            recompute=self.recompute,
+        )
         with mode:
-            x = [node.meta["example"].new_empty((self.batch_size, *node.meta["example"].shape[1:])) for node in inputs]
+            x = [
+                node.meta["example"].new_empty((self.batch_size, *node.meta["example"].shape[1:]))
+                for node in inputs
+            ]
             run = _SavedBytes(block.train(), [*x, *block.parameters(), *block.buffers()])
-            with contextlib.suppress(*DATA_DEPENDENT):  # without bounds; the count will say what is wrong
+            with contextlib.suppress(
+                *DATA_DEPENDENT
+            ):  # without bounds; the count will say what is wrong
                 run.run(*x)
         return run.saved
 
@@ -256,22 +302,35 @@ class _Search:
         seen: set[int] = set()
         owned: list[list[Tensor]] = []
         for step in self.analysis.steps:
-            tensors = {id(t): t for name in step.nodes for t in self.analysis.state(self.analysis.nodes[name]).values()}
+            tensors = {
+                id(t): t
+                for name in step.nodes
+                for t in self.analysis.state(self.analysis.nodes[name]).values()
+            }
             owned.append([t for key, t in tensors.items() if key not in seen])
             seen.update(tensors)
         return owned
 
     def _head(self, end: int) -> _Owned:
-        step, axis = self.analysis.steps[end], self.analysis.channel_axes[self.analysis.steps[end].node]
+        step, axis = (
+            self.analysis.steps[end],
+            self.analysis.channel_axes[self.analysis.steps[end].node],
+        )
         classes = int(self.analysis.nodes[self.analysis.logits].meta["example"].shape[1])
         like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
         with torch.device("meta"):
             shape = (step.shape[axis - 1], classes, axis, len(step.shape) - 1)
-            head = make_head(self.wanted.goodness, *shape, self.wanted.kernel_size, self.wanted.rank)
+            head = make_head(
+                self.wanted.goodness, *shape, self.wanted.kernel_size, self.wanted.rank
+            )
         return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
 
     def _input_bytes(self) -> int:
-        inputs = [node.meta["example"] for node in self.analysis.nodes.values() if node.op == "placeholder"]
+        inputs = [
+            node.meta["example"]
+            for node in self.analysis.nodes.values()
+            if node.op == "placeholder"
+        ]
         return self.batch_size * (8 + sum(value.nbytes // TRACE_BATCH for value in inputs))
 
     def _count(self, path: _Path, *, again: bool = False) -> None:
@@ -283,9 +342,15 @@ class _Search:
         trace, mode = self._fake_trace
         heads = list(fake_copy(nn.ModuleList(heads), mode))
         with mode:
-            net = rewrite(trace, plan, heads, [SampleNorm() for _ in heads], recompute=self.recompute)
+            net = rewrite(
+                trace, plan, heads, [SampleNorm() for _ in heads], recompute=self.recompute
+            )
             net.plan = plan  # type: ignore[assignment]
-            known = [i for i, segment in enumerate(path.segments) if segment in self.counted and not again]
+            known = [
+                i
+                for i, segment in enumerate(path.segments)
+                if segment in self.counted and not again
+            ]
             found = fake_footprint(net.train(), self.batch_size, skip=known).running
         for segment, size in zip(path.segments, found, strict=True):
             self.counted[segment] = max(size, self.counted.get(segment, 0))
@@ -293,7 +358,9 @@ class _Search:
     @cached_property
     def _fake_trace(self) -> tuple[Trace, FakeTensorMode]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return replace(self.analysis.trace, root=fake_copy(self.analysis.trace.root, mode).train()), mode
+        return replace(
+            self.analysis.trace, root=fake_copy(self.analysis.trace.root, mode).train()
+        ), mode
 
 
 class _SavedBytes(fx.Interpreter):
@@ -311,7 +378,10 @@ class _SavedBytes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         own = self.saved.setdefault(n.meta.get("origin", n.name), {})
-        with noting_saved(own, self._alive, lambda tensor: storage(tensor) in self._given), torch.enable_grad():
+        with (
+            noting_saved(own, self._alive, lambda tensor: storage(tensor) in self._given),
+            torch.enable_grad(),
+        ):
             return super().run_node(n)
 
 
@@ -327,7 +397,9 @@ def _undominated(paths: list[_Path], *, by_length: bool) -> list[_Path]:
     size = lambda path: (len(path.segments) if by_length else 0, *path.sizes)  # noqa: E731
     for path in sorted(paths, key=size):
         own = size(path)
-        if not any(all(a <= b for a, b in zip(size(other), own, strict=True)) for other in kept_paths):
+        if not any(
+            all(a <= b for a, b in zip(size(other), own, strict=True)) for other in kept_paths
+        ):
             kept_paths.append(path)
     return kept_paths
 
@@ -344,9 +416,15 @@ def _bytes_of(budget: str | int) -> int:
     except ValueError:
         size = 0
     if isinstance(budget, bool) or size < 1:
-        raise InputError(f"the budget {budget!r} cannot be read. Hint: '2 GiB', '500 MB', or a number of bytes")
+        raise InputError(
+            f"the budget {budget!r} cannot be read. Hint: '2 GiB', '500 MB', or a number of bytes"
+        )
     return size
 
 
 def _spell(size: int) -> str:
-    return next(f"{size / unit:.2f} {name}" for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)) if size >= unit)
+    return next(
+        f"{size / unit:.2f} {name}"
+        for name, unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+        if size >= unit
+    )

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -78,14 +82,22 @@ class MemoryCount:
     at_peak: MemorySplit
 
     def __str__(self) -> str:
-        rows = [(name.replace("_", " "), getattr(self, name), getattr(self.at_peak, name)) for name in CATEGORIES]
+        rows = [
+            (name.replace("_", " "), getattr(self, name), getattr(self.at_peak, name))
+            for name in CATEGORIES
+        ]
         lines = [f"{'bytes':<22}{'own peak':>16}{'at the peak':>16}{'MiB':>10}"]
-        lines += [f"{label:<22}{own:>16,}{at_peak:>16,}{at_peak / MIB:>10.2f}" for label, own, at_peak in rows]
+        lines += [
+            f"{label:<22}{own:>16,}{at_peak:>16,}{at_peak / MIB:>10.2f}"
+            for label, own, at_peak in rows
+        ]
         lines.append(f"{'total':<22}{'':>16}{self.peak:>16,}{self.peak / MIB:>10.2f}")
         return "\n".join(lines)
 
 
-def count_memory(step: Callable[[], object], *, model: nn.Module, optimizer: Optimizer | None = None) -> MemoryCount:
+def count_memory(
+    step: Callable[[], object], *, model: nn.Module, optimizer: Optimizer | None = None
+) -> MemoryCount:
     """Run one training step and count the bytes of every tensor storage that it holds, from allocation to release.
 
     The step really runs: it changes gradients, parameters and optimizer state like any other. Optimizer state that exists before is
@@ -113,7 +125,9 @@ def count_memory(step: Callable[[], object], *, model: nn.Module, optimizer: Opt
         InputError: an argument is of the wrong kind, or the step uses sparse tensors or tensor subclasses that wrap others.
     """
     if not callable(step):
-        raise InputError(f"step must be a callable without arguments, not {type(step).__name__}. Hint: pass the function, not its result.")
+        raise InputError(
+            f"step must be a callable without arguments, not {type(step).__name__}. Hint: pass the function, not its result."
+        )
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     log = _StorageLog()
@@ -197,7 +211,10 @@ class _StorageLog(TorchDispatchMode):
     def optimizer_begins(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Claim an optimizer's gradients and state before it steps; it may drop the gradients."""
         self._optimizers_stepping += 1
-        self.claim([parameter.grad for group in optimizer.param_groups for parameter in group["params"]], "gradients")
+        self.claim(
+            [parameter.grad for group in optimizer.param_groups for parameter in group["params"]],
+            "gradients",
+        )
         self.claim(list(optimizer.state.values()), "optimizer_state")
 
     def optimizer_ends(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -253,7 +270,9 @@ class _StorageLog(TorchDispatchMode):
         """The category of a new storage as long as nothing claims it."""
         # A closure that the optimizer calls runs forward with gradients enabled and backward inside a graph task: not its arithmetic.
         in_backward = torch._C._current_graph_task_id() != -1
-        arithmetic = self._optimizers_stepping > 0 and not in_backward and not torch.is_grad_enabled()
+        arithmetic = (
+            self._optimizers_stepping > 0 and not in_backward and not torch.is_grad_enabled()
+        )
         return "optimizer_temporaries" if arithmetic else "activations"
 
 
@@ -264,7 +283,11 @@ def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
     def claim_gradient(parameter: torch.Tensor) -> None:
         log.claim(parameter.grad, "gradients")
 
-    hooks = [p.register_post_accumulate_grad_hook(claim_gradient) for p in model.parameters() if p.requires_grad]
+    hooks = [
+        p.register_post_accumulate_grad_hook(claim_gradient)
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     hooks.append(register_optimizer_step_pre_hook(log.optimizer_begins))
     hooks.append(register_optimizer_step_post_hook(log.optimizer_ends))
     collecting = gc.isenabled()

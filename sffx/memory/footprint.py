@@ -70,7 +70,9 @@ class Footprint:
     @property
     def held(self) -> int:
         """What is on the device all the time."""
-        return self.inputs if self.resident else self.parameters + self.optimizer_state + self.inputs
+        return (
+            self.inputs if self.resident else self.parameters + self.optimizer_state + self.inputs
+        )
 
     @property
     def peaks(self) -> tuple[int, ...]:
@@ -78,7 +80,10 @@ class Footprint:
         if self.resident:
             present = [sum(self.resident[i : i + 2]) for i in range(len(self.resident))]
             updates = map(sum, zip(self.gradients, self.updates, self.passed, strict=True))
-            return tuple(self.held + there + max(both) for there, *both in zip(present, self.running, updates, strict=True))
+            return tuple(
+                self.held + there + max(both)
+                for there, *both in zip(present, self.running, updates, strict=True)
+            )
         before = [sum(self.gradients[:i]) for i in range(len(self.gradients) + 1)]
         own = [self.held + before[i] + running for i, running in enumerate(self.running)]
         return (*own, self.held + before[-1] + self.update)
@@ -89,12 +94,25 @@ class Footprint:
         return max(self.peaks)
 
     def __str__(self) -> str:
-        lines = [f"{'MiB, batch ' + str(self.batch_size):<22}{'block alone':>14}{'peak of the step':>18}"]
-        rows = zip((*self.blocks, "optimizer.step()"), (*self.running, self.update), self.peaks, strict=False)
-        lines += [f"{name:<22}{running / MIB:>14.2f}{peak / MIB:>18.2f}" for name, running, peak in rows]
-        lines.append(f"held all the time: {self.held / MIB:.2f} (parameters {0 if self.resident else self.parameters / MIB:.2f})")
+        lines = [
+            f"{'MiB, batch ' + str(self.batch_size):<22}{'block alone':>14}{'peak of the step':>18}"
+        ]
+        rows = zip(
+            (*self.blocks, "optimizer.step()"),
+            (*self.running, self.update),
+            self.peaks,
+            strict=False,
+        )
+        lines += [
+            f"{name:<22}{running / MIB:>14.2f}{peak / MIB:>18.2f}" for name, running, peak in rows
+        ]
+        lines.append(
+            f"held all the time: {self.held / MIB:.2f} (parameters {0 if self.resident else self.parameters / MIB:.2f})"
+        )
         if self.resident:
-            lines.append(f"in host memory: {sum(self.resident) / MIB:.2f}, of which a block and the next are copied to the device")
+            lines.append(
+                f"in host memory: {sum(self.resident) / MIB:.2f}, of which a block and the next are copied to the device"
+            )
         return "\n".join(lines)
 
 
@@ -127,7 +145,10 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         InputError: shapes depend on data.
     """
     plan, device = plan_of(net), next(net.parameters()).device
-    x = tuple(torch.ones((batch_size, *i.shape), device=device).to(getattr(torch, i.dtype)) for i in plan.inputs)
+    x = tuple(
+        torch.ones((batch_size, *i.shape), device=device).to(getattr(torch, i.dtype))
+        for i in plan.inputs
+    )
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
     walk = BlockWalk(net)
     try:
@@ -154,11 +175,18 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
 def _resident(net: fx.GraphModule) -> tuple[int, ...]:
     """Return the bytes of each block and of AdamW's state for it."""
     parts = [[net.get_submodule(target) for target in part] for part in plan_of(net).parts]
-    tensors = [[t for module in modules for t in (*module.parameters(), *module.buffers())] for modules in parts]
-    return tuple(_bytes(part) + STATES * _bytes(p for p in part if p.requires_grad) for part in tensors)
+    tensors = [
+        [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        for modules in parts
+    ]
+    return tuple(
+        _bytes(part) + STATES * _bytes(p for p in part if p.requires_grad) for part in tensors
+    )
 
 
-def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _running(
+    walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return, for each block, the peak while it runs, all bytes but those of parameters and of the input batch, and what is passed on then.
 
     The peak is 0 for blocks to skip.
@@ -173,7 +201,9 @@ def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection
             running.append(0)
             passed.append(0)
             continue
-        count = count_memory(lambda parameters=parameters: _step(scores, x, y, parameters), model=walk.net)  # type: ignore[misc]
+        count = count_memory(
+            lambda parameters=parameters: _step(scores, x, y, parameters), model=walk.net
+        )  # type: ignore[misc]
         passing = sum(sizes[name] for name in _passing(walk.plan, part))
         running.append(count.peak - count.parameters - _bytes([*x, y]) + passing)
         own = [(block.output, *block.sides) for block in walk.plan.blocks[part : part + 1]]
@@ -181,7 +211,12 @@ def _running(walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection
     return tuple(running), tuple(passed)
 
 
-def _step(scores: Iterator[tuple[int, Tensor]], x: tuple[Tensor, ...], y: Tensor, parameters: list[nn.Parameter]) -> None:
+def _step(
+    scores: Iterator[tuple[int, Tensor]],
+    x: tuple[Tensor, ...],
+    y: Tensor,
+    parameters: list[nn.Parameter],
+) -> None:
     """Run the next block forward and backward, as `local_loss` does."""
     for tensor in (*x, y):
         tensor.view_as(tensor)  # read, so that it is counted whether or not the block reads it
@@ -197,7 +232,12 @@ def _value_bytes(walk: BlockWalk) -> dict[str, int]:
 
         def note(_: nn.Module, args: object, returned: Any, block: Block = block) -> None:
             values = returned if block.sides else (returned,)
-            found.update({name: _bytes(tree_leaves(value)) for name, value in zip((block.output, *block.sides), values, strict=True)})
+            found.update(
+                {
+                    name: _bytes(tree_leaves(value))
+                    for name, value in zip((block.output, *block.sides), values, strict=True)
+                }
+            )
 
         walk.net.get_submodule(block.target).register_forward_hook(note)
     return found
@@ -207,10 +247,19 @@ def _passing(plan: BlockPlan, part: int) -> list[str]:
     """Return the side values of earlier blocks that a block does not read and a later one does."""
     blocks = plan.all_blocks
     later = {name for block in blocks[part + 1 :] for name in block.inputs}
-    return [side for block in blocks[:part] for side in block.sides if side in later and side not in blocks[part].inputs]
+    return [
+        side
+        for block in blocks[:part]
+        for side in block.sides
+        if side in later and side not in blocks[part].inputs
+    ]
 
 
 def _bytes(values: Iterable[object]) -> int:
     """Return the bytes of tensors, each storage once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in values if isinstance(t, Tensor)}
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in values
+        if isinstance(t, Tensor)
+    }
     return sum(storages.values())

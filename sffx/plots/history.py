@@ -48,10 +48,16 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
         history = [history]
     if isinstance(history, Mapping) or not isinstance(history, Iterable):
         kind = type(history).__name__
-        raise InputError(f"history is a {kind}, not a list of epochs. Hint: [sffx.evaluate(net, loader), ...], one for each epoch")
+        raise InputError(
+            f"history is a {kind}, not a list of epochs. Hint: [sffx.evaluate(net, loader), ...], one for each epoch"
+        )
     history = list(history)
     files = [Path(entry) for entry in history if isinstance(entry, (str, os.PathLike))]
-    found = list(_read(files)) if files else [_epoch(number, entry) for number, entry in enumerate(history)]
+    found = (
+        list(_read(files))
+        if files
+        else [_epoch(number, entry) for number, entry in enumerate(history)]
+    )
     if not found or not any(epoch.accuracy for epoch in found):
         where = f" in {', '.join(map(str, files))}" if files else ""
         raise InputError(
@@ -60,12 +66,20 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
     if rates is None:
         return found
     if len(rates) != len(found):
-        raise InputError(f"there are {len(rates)} rates for {len(found)} epochs. Hint: one mapping for each epoch, by the block's name")
-    return [Epoch(epoch.number, epoch.accuracy, epoch.loss, dict(rate)) for epoch, rate in zip(found, rates, strict=True)]
+        raise InputError(
+            f"there are {len(rates)} rates for {len(found)} epochs. Hint: one mapping for each epoch, by the block's name"
+        )
+    return [
+        Epoch(epoch.number, epoch.accuracy, epoch.loss, dict(rate))
+        for epoch, rate in zip(found, rates, strict=True)
+    ]
 
 
 def _epoch(number: int, entry: Any) -> Epoch:
-    values = {kind: entry.get(kind, {}) if isinstance(entry, Mapping) else getattr(entry, kind, {}) for kind in KINDS}
+    values = {
+        kind: entry.get(kind, {}) if isinstance(entry, Mapping) else getattr(entry, kind, {})
+        for kind in KINDS
+    }
     wrong = next((kind for kind, value in values.items() if not isinstance(value, Mapping)), None)
     if wrong is not None or not values["accuracy"]:
         told = f"its {wrong} is a {type(values[wrong]).__name__}" if wrong else "it has no accuracy"
@@ -90,21 +104,32 @@ def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
 def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
     """What a metrics.csv holds of each epoch: its number, "val_acc", "val_loss" or "lr", the name of a readout or block, and the value."""
     if not path.is_file():
-        raise InputError(f"there is no log {str(path)!r}. Hint: CSVLogger writes metrics.csv into a folder version_0")
+        raise InputError(
+            f"there is no log {str(path)!r}. Hint: CSVLogger writes metrics.csv into a folder version_0"
+        )
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = [column for column in (rows[0] if rows else ()) if column]
     # The scores that the net is judged by have no name in the log.
-    whole = "ensemble" if any(column.startswith("val_acc/block_") for column in columns) else "model"
+    whole = (
+        "ensemble" if any(column.startswith("val_acc/block_") for column in columns) else "model"
+    )
     for row in rows:
         for column in columns:
             metric, _, name = column.partition("/")
             if metric in LOGGED and row[column]:
-                yield _number(path, row, "epoch"), metric, name or whole, float(_number(path, row, column, float))
+                yield (
+                    _number(path, row, "epoch"),
+                    metric,
+                    name or whole,
+                    float(_number(path, row, column, float)),
+                )
 
 
 def _number(path: Path, row: Mapping[str, str], column: str, kind: type = int) -> Any:
     try:
         return kind(row.get(column, ""))
     except (TypeError, ValueError) as cause:
-        raise InputError(f"{str(path)!r} is no log of Lightning: its column {column!r} holds {row.get(column)!r}, not a number") from cause
+        raise InputError(
+            f"{str(path)!r} is no log of Lightning: its column {column!r} holds {row.get(column)!r}, not a number"
+        ) from cause

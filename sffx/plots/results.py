@@ -52,7 +52,9 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     path = check_path(path, PICTURES)
     if not isinstance(evaluations, Mapping):
         kind = type(evaluations).__name__
-        raise InputError(f"evaluations is of type {kind}, not a mapping by methods. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}")
+        raise InputError(
+            f"evaluations is of type {kind}, not a mapping by methods. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}"
+        )
     evaluations = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
     _check(evaluations)
     figure = blank(sum(_widths(evaluations)) + 0.9, 4.2, "plotting accuracies")
@@ -60,7 +62,12 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     return save(figure, path)
 
 
-def plot_training(history: Any, path: str | os.PathLike[str], *, rates: Sequence[Mapping[str, float]] | None = None) -> Path:
+def plot_training(
+    history: Any,
+    path: str | os.PathLike[str],
+    *,
+    rates: Sequence[Mapping[str, float]] | None = None,
+) -> Path:
     """Draws how a training went: accuracy, loss and learning rate of each block over the epochs, where they are known.
 
     Args:
@@ -84,7 +91,9 @@ def plot_training(history: Any, path: str | os.PathLike[str], *, rates: Sequence
     names = _drawn(found)
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _curves(axes, kind, names, found)
-    figure.legend(handles=_curve_legend(names), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(
+        handles=_curve_legend(names), loc="outside upper center", ncols=6, frameon=False, fontsize=8
+    )
     return save(figure, path)
 
 
@@ -121,7 +130,10 @@ def _pairs(evaluation: Any) -> Evaluation:
     """Return readouts with their accuracies, from an evaluation, a mapping, or such pairs themselves."""
     accuracy = getattr(evaluation, "accuracy", evaluation)
     try:
-        return [(str(name), float(value)) for name, value in (accuracy.items() if isinstance(accuracy, Mapping) else accuracy)]
+        return [
+            (str(name), float(value))
+            for name, value in (accuracy.items() if isinstance(accuracy, Mapping) else accuracy)
+        ]
     except (TypeError, ValueError) as cause:
         raise InputError(
             f"a method's evaluation is {evaluation!r}, not accuracies by readout. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}"
@@ -130,11 +142,15 @@ def _pairs(evaluation: Any) -> Evaluation:
 
 def _check(evaluations: Mapping[str, Evaluation]) -> None:
     if not any(evaluations.values()):
-        raise InputError("there is no accuracy to plot. Hint: pass {method: [(readout, accuracy), ...]}")
+        raise InputError(
+            "there is no accuracy to plot. Hint: pass {method: [(readout, accuracy), ...]}"
+        )
     for method, evaluation in evaluations.items():
         for readout, accuracy in evaluation:
             if not 0 <= accuracy <= 1:
-                raise InputError(f"the accuracy of {readout!r} by {method!r} is {accuracy}, not between 0 and 1. Hint: percent / 100")
+                raise InputError(
+                    f"the accuracy of {readout!r} by {method!r} is {accuracy}, not between 0 and 1. Hint: percent / 100"
+                )
 
 
 def _readouts(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[str]]:
@@ -162,7 +178,9 @@ def _widths(evaluations: Mapping[str, Evaluation]) -> list[float]:
 
 def _fill(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
     panels = [names for names in _readouts(evaluations) if names]
-    axes = figure.subplots(1, len(panels), sharey=True, width_ratios=_widths(evaluations), squeeze=False)[0]
+    axes = figure.subplots(
+        1, len(panels), sharey=True, width_ratios=_widths(evaluations), squeeze=False
+    )[0]
     for panel, names in zip(axes, panels, strict=True):
         _panel(panel, names, evaluations)
     axes[0].set_ylabel("accuracy")
@@ -176,27 +194,53 @@ def _panel(axes: Axes, names: Sequence[str], evaluations: Mapping[str, Evaluatio
         accuracies = dict(evaluation)
         # Apart from the blocks, methods stand side by side, so that equal accuracies do not hide each other.
         shift = 0.0 if blocks else 0.7 * ((index + 0.5) / len(evaluations) - 0.5)
-        points = [(position + shift, accuracies[name]) for position, name in enumerate(names) if name in accuracies]
-        axes.plot([x for x, _ in points], [y for _, y in points], linestyle="-" if blocks else "", **_style(index))
+        points = [
+            (position + shift, accuracies[name])
+            for position, name in enumerate(names)
+            if name in accuracies
+        ]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            linestyle="-" if blocks else "",
+            **_style(index),
+        )
         for x, y in [] if blocks else points:
-            axes.annotate(f"{100 * y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            axes.annotate(
+                f"{100 * y:.1f}",
+                (x, y),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
     _ticks(axes, names)
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 5,
+    }
 
 
 def _legend(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=method, **_style(index)) for index, method in enumerate(evaluations)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    handles = [
+        Line2D([], [], label=method, **_style(index)) for index, method in enumerate(evaluations)
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
+    )
 
 
 def _ticks(axes: Axes, names: Sequence[str]) -> None:
     step = math.ceil(len(names) / 20)
-    axes.set_xticks(range(0, len(names), step), [name.removeprefix(BLOCK) for name in names[::step]])
+    axes.set_xticks(
+        range(0, len(names), step), [name.removeprefix(BLOCK) for name in names[::step]]
+    )
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.grid(axis="y", color="#e3e7eb")
     axes.set_axisbelow(True)
@@ -207,7 +251,13 @@ def _ticks(axes: Axes, names: Sequence[str]) -> None:
 
 def _drawn(found: Sequence[Epoch]) -> list[str]:
     """The names of the lines: the blocks in order, then what stands for the whole net."""
-    blocks, others = _parted(name for epoch in found for kind in PANELS for name in getattr(epoch, kind) if name != NOT_DRAWN)
+    blocks, others = _parted(
+        name
+        for epoch in found
+        for kind in PANELS
+        for name in getattr(epoch, kind)
+        if name != NOT_DRAWN
+    )
     return [*blocks, *others]
 
 
@@ -215,9 +265,15 @@ def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch])
     from matplotlib.ticker import MaxNLocator
 
     for name in names:
-        points = [(epoch.number + 1, getattr(epoch, kind)[name]) for epoch in found if name in getattr(epoch, kind)]
+        points = [
+            (epoch.number + 1, getattr(epoch, kind)[name])
+            for epoch in found
+            if name in getattr(epoch, kind)
+        ]
         marker = "." if len(found) < 30 else ""
-        axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, **_curve(name, names))
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], marker=marker, **_curve(name, names)
+        )
     axes.set_xlabel("epoch")
     axes.set_ylabel(PANELS[kind])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -242,12 +298,20 @@ def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:
     if name not in blocks:
         return {"color": WHOLE.get(name, "#5f6b7a"), "linestyle": "--", "linewidth": 1.6}
     # The lightest of the scale would not be seen on white.
-    return {"color": colormaps["viridis"](0.88 * blocks.index(name) / max(1, len(blocks) - 1)), "linewidth": 1.2}
+    return {
+        "color": colormaps["viridis"](0.88 * blocks.index(name) / max(1, len(blocks) - 1)),
+        "linewidth": 1.2,
+    }
 
 
 def _curve_legend(names: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     blocks, others = _parted(names)
-    few = blocks if len(blocks) <= BLOCKS_NAMED else [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
-    return [Line2D([], [], label=name.replace("_", " "), **_curve(name, names)) for name in [*few, *others]]
+    few = (
+        blocks if len(blocks) <= BLOCKS_NAMED else [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
+    )
+    return [
+        Line2D([], [], label=name.replace("_", " "), **_curve(name, names))
+        for name in [*few, *others]
+    ]

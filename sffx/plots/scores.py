@@ -29,7 +29,12 @@ WRITTEN = 12
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-def plot_confusion(net: fx.GraphModule, loader: Iterable[Any], path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Path:
+def plot_confusion(
+    net: fx.GraphModule,
+    loader: Iterable[Any],
+    path: str | os.PathLike[str],
+    classes: Sequence[str] | None = None,
+) -> Path:
     """Draws the confusion matrix of the ensemble: a line for each true class, with the shares of its samples by predicted class.
 
     Args:
@@ -48,7 +53,9 @@ def plot_confusion(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pa
     path, size = check_path(path, PICTURES), plan_of(net).num_classes
     names = [str(label) for label in range(size)] if classes is None else list(classes)
     if len(names) != size:
-        raise InputError(f"classes has {len(names)} names, but the net tells {size} classes apart. Hint: one name for each label, in order")
+        raise InputError(
+            f"classes has {len(names)} names, but the net tells {size} classes apart. Hint: one name for each label, in order"
+        )
     side = min(12.0, 2.5 + 0.3 * size)
     beside = 0.07 * max(map(len, names))  # inches of the longest name, below and beside the matrix
     figure = blank(side + 1 + beside, side + beside, "plotting a confusion matrix")
@@ -59,7 +66,15 @@ def plot_confusion(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pa
     _label(axes, names)
     for true, predicted in [] if size > WRITTEN else shares.nonzero().tolist():
         share = float(shares[true, predicted])
-        axes.text(predicted, true, f"{share:.0%}", ha="center", va="center", fontsize=7, color="white" if share > 0.5 else "black")
+        axes.text(
+            predicted,
+            true,
+            f"{share:.0%}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if share > 0.5 else "black",
+        )
     return save(figure, path)
 
 
@@ -83,8 +98,12 @@ def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pat
     from matplotlib.ticker import MaxNLocator  # after `blank`, which tells how to install it
 
     axes = figure.subplots()
-    for goodness, label, colour in zip(goodnesses(net, loader), ("true class", "other classes"), COLOURS, strict=False):
-        low, median, high = torch.quantile(goodness, torch.tensor(QUANTILES, dtype=goodness.dtype), dim=1).tolist()
+    for goodness, label, colour in zip(
+        goodnesses(net, loader), ("true class", "other classes"), COLOURS, strict=False
+    ):
+        low, median, high = torch.quantile(
+            goodness, torch.tensor(QUANTILES, dtype=goodness.dtype), dim=1
+        ).tolist()
         axes.fill_between(range(blocks), low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(range(blocks), median, color=colour, marker="o", markersize=4, label=label)
     axes.set_xlabel("block")

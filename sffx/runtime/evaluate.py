@@ -40,16 +40,22 @@ class Evaluation:
     def __str__(self) -> str:
         width = max(map(len, self.accuracy))
         lines = [f"{'':{width}}  accuracy      loss   ({self.samples} samples)"]
-        lines += [f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}" for name, value in self.accuracy.items()]
+        lines += [
+            f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}"
+            for name, value in self.accuracy.items()
+        ]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """The same table for a notebook."""
         cells = "".join(
-            f"<tr><th>{escape(name)}</th><td>{value:.2%}</td><td>{self.loss[name]:.4f}</td></tr>" for name, value in self.accuracy.items()
+            f"<tr><th>{escape(name)}</th><td>{value:.2%}</td><td>{self.loss[name]:.4f}</td></tr>"
+            for name, value in self.accuracy.items()
         )
         head = "<thead><tr><th></th><th>accuracy</th><th>loss</th></tr></thead>"
-        return f"<table><caption>{self.samples} samples</caption>{head}<tbody>{cells}</tbody></table>"
+        return (
+            f"<table><caption>{self.samples} samples</caption>{head}<tbody>{cells}</tbody></table>"
+        )
 
 
 def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
@@ -96,7 +102,9 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
     """
     plan = plan_of(net)
     with evaluating(net):
-        return _evaluation([block.target for block in plan], readout_of(net).weights, scored(net, loader))
+        return _evaluation(
+            [block.target for block in plan], readout_of(net).weights, scored(net, loader)
+        )
 
 
 @contextmanager
@@ -129,10 +137,16 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
         raise InputError("the loader yielded no samples")
 
 
-def _evaluation(blocks: list[str], weights: Sequence[float] | None, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+def _evaluation(
+    blocks: list[str], weights: Sequence[float] | None, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Evaluation:
     mixed = [WEIGHTED] if weights is not None else []
     names = [*blocks, "classifier", "ensemble", "last", *mixed]
-    correct, loss, samples = torch.zeros(len(names)), torch.zeros(len(names), dtype=torch.float64), 0
+    correct, loss, samples = (
+        torch.zeros(len(names)),
+        torch.zeros(len(names), dtype=torch.float64),
+        0,
+    )
     for scores, y in batches:
         goodness = scores[:-1]
         scores = torch.cat([scores, goodness.mean(dim=0, keepdim=True), goodness[-1:]])
@@ -153,5 +167,7 @@ def _evaluation(blocks: list[str], weights: Sequence[float] | None, batches: Ite
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     check_pair(batch)
     x, y = batch
-    x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (dict(x) if isinstance(x, Mapping) else x, y))
+    x, y = tree_map_only(
+        Tensor, lambda tensor: tensor.to(device), (dict(x) if isinstance(x, Mapping) else x, y)
+    )
     return (tuple(x) if isinstance(x, list) else x), y

@@ -32,7 +32,9 @@ from sffx.runtime.optimizers import require_optimizer_of
 
 
 @torch.inference_mode(False)
-def park(net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str | None = None) -> None:
+def park(
+    net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str | None = None
+) -> None:
     """Move a cut model and the state of its optimizer to host memory, from where `local_step` fetches one block after the other.
 
     It is a state of the model, not an argument of the step, because scores and checkpoints meet it as well: a training loop with
@@ -211,7 +213,9 @@ class Parking:
 
     def __init__(self, net: fx.GraphModule, optimizer: Optimizer, carrier: Carrier) -> None:
         self.optimizer, self.carrier = optimizer, carrier
-        self.blocks = [[net.get_submodule(target) for target in part] for part in plan_of(net).parts]
+        self.blocks = [
+            [net.get_submodule(target) for target in part] for part in plan_of(net).parts
+        ]
         self.here: Cargo | None = None
         self.ahead: Cargo | None = None
         self._stepping = False
@@ -228,7 +232,9 @@ class Parking:
         for buffer in self._common:
             buffer.data = buffer.data.to(self.carrier.device)
         for block, modules in enumerate(self.blocks):
-            self._hooks += [module.register_forward_pre_hook(_Gate(self._before, block)) for module in modules]
+            self._hooks += [
+                module.register_forward_pre_hook(_Gate(self._before, block)) for module in modules
+            ]
             self._hooks.append(modules[-1].register_forward_hook(_Gate(self._after, block)))
 
     def end(self) -> None:
@@ -244,7 +250,11 @@ class Parking:
     def step(self) -> Iterator[None]:
         """A training step: the optimizer's state moves with the blocks. Afterwards everything is at home, whatever happened."""
         self._send_all_home()
-        on_device = [group for group in self.optimizer.param_groups if group.get("fused") or group.get("capturable")]
+        on_device = [
+            group
+            for group in self.optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+        ]
         self._counted = {p for group in on_device for p in group["params"]}
         self._stepping = True
         try:
@@ -284,7 +294,10 @@ class Parking:
         self.here = Cargo(
             block,
             cargo.tensors,
-            homes={storage(copy): home for home, copy in zip(cargo.homes.values(), cargo.copies.values(), strict=True)},
+            homes={
+                storage(copy): home
+                for home, copy in zip(cargo.homes.values(), cargo.copies.values(), strict=True)
+            },
             copies={storage(copy): copy for copy in cargo.copies.values()},
         )
 
@@ -297,7 +310,9 @@ class Parking:
         leaving = [tensor for tensor in self._tensors(cargo.block) if self._is_here(tensor)]
         left = {**cargo.copies, **{storage(tensor): _bytes(tensor) for tensor in leaving}}
         homes = {key: home for key, home in cargo.homes.items() if self._is_a_home(home, left[key])}
-        as_it_was = set() if changed else {storage(p) for p in self._parameters(cargo.block)} & set(homes)
+        as_it_was = (
+            set() if changed else {storage(p) for p in self._parameters(cargo.block)} & set(homes)
+        )
         for key in {storage(tensor) for tensor in leaving} - set(homes):
             homes[key] = self.carrier.host(left[key].nbytes)
         going = {storage(tensor) for tensor in leaving} - as_it_was
@@ -312,7 +327,11 @@ class Parking:
         Raises:
             InputError: it would be given gradients that no step takes care of.
         """
-        if torch.is_grad_enabled() and not self._stepping and any(p.requires_grad for p in self._parameters(block)):
+        if (
+            torch.is_grad_enabled()
+            and not self._stepping
+            and any(p.requires_grad for p in self._parameters(block))
+        ):
             raise InputError(
                 "net is parked, and then only sffx.local_step gives it gradients. "
                 "Hint: torch.no_grad() around what only asks for scores, or sffx.unpark(net)"
@@ -344,7 +363,11 @@ class Parking:
 
     def _is_a_home(self, home: Tensor, copy: Tensor) -> bool:
         """Whether a storage can go where it came from."""
-        return home.device.type == "cpu" and home.is_pinned() == self.carrier.pins and home.nbytes == copy.nbytes
+        return (
+            home.device.type == "cpu"
+            and home.is_pinned() == self.carrier.pins
+            and home.nbytes == copy.nbytes
+        )
 
     def _parameters(self, block: int) -> list[nn.Parameter]:
         return [p for module in self.blocks[block] for p in module.parameters()]
@@ -352,7 +375,12 @@ class Parking:
     def _tensors(self, block: int) -> list[Tensor]:
         """Return what moves with a block, as it is now."""
         parameters = self._parameters(block)
-        buffers = [b for module in self.blocks[block] for b in module.buffers() if not any(b is common for common in self._common)]
+        buffers = [
+            b
+            for module in self.blocks[block]
+            for b in module.buffers()
+            if not any(b is common for common in self._common)
+        ]
         state = [tensor for p in parameters for tensor in self._state(p)] if self._stepping else []
         return [*parameters, *buffers, *state]
 
@@ -408,7 +436,9 @@ def _device(net: fx.GraphModule, device: torch.device | str | None) -> torch.dev
         raise InputError(f"net lies on {', '.join(found)}. Hint: net.to(device) before parking it")
     wanted = torch.empty(0, device=found[0] if device is None else device).device
     if found[0] not in ("cpu", str(wanted)):
-        raise InputError(f"net lies on {found[0]}, but is to run on {wanted}. Hint: net.to({str(wanted)!r}) before parking it")
+        raise InputError(
+            f"net lies on {found[0]}, but is to run on {wanted}. Hint: net.to({str(wanted)!r}) before parking it"
+        )
     return wanted
 
 
@@ -419,16 +449,23 @@ def _common_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
         InputError: a parameter is, or shares its memory with, that of another block, or is no plain tensor.
     """
     names = {id(tensor): name for name, tensor in (*net.named_parameters(), *net.named_buffers())}
-    owned = [{id(t): t for module in modules for t in (*module.parameters(), *module.buffers())} for modules in blocks]
+    owned = [
+        {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        for modules in blocks
+    ]
     for tensor in (t for tensors in owned for t in tensors.values()):
         if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
             kind = f"{type(tensor).__name__} with layout {tensor.layout}"
-            raise InputError(f"{names[id(tensor)]} is a {kind}, which cannot be parked. Hint: plain, dense parameters and buffers can")
+            raise InputError(
+                f"{names[id(tensor)]} is a {kind}, which cannot be parked. Hint: plain, dense parameters and buffers can"
+            )
     owners = Counter(key for tensors in owned for key in {storage(t) for t in tensors.values()})
     common = {id(t): t for tensors in owned for t in tensors.values() if owners[storage(t)] > 1}
     for tensor in common.values():
         if isinstance(tensor, nn.Parameter):
-            raise InputError(f"parameter {names[id(tensor)]} belongs to several blocks. Hint: give each a copy of its own, or do not park")
+            raise InputError(
+                f"parameter {names[id(tensor)]} belongs to several blocks. Hint: give each a copy of its own, or do not park"
+            )
     return list(common.values())
 
 
@@ -440,4 +477,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _view(memory: Tensor, like: Tensor) -> Tensor:
     """Return a tensor on another storage, which is to have the same content as its own."""
     size = (like.storage_offset(), like.size(), like.stride())
-    return torch.empty(0, dtype=like.dtype, device=memory.device).set_(memory.untyped_storage(), *size)
+    return torch.empty(0, dtype=like.dtype, device=memory.device).set_(
+        memory.untyped_storage(), *size
+    )

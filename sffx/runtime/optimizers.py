@@ -14,7 +14,9 @@ from sffx.errors import InputError
 from sffx.net import plan_of
 
 
-def parameter_groups(net: fx.GraphModule, lr: float, classifier_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    net: fx.GraphModule, lr: float, classifier_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Return a parameter group for each block that has trainable parameters, for any torch optimizer.
 
     Args:
@@ -33,13 +35,19 @@ def parameter_groups(net: fx.GraphModule, lr: float, classifier_lr: float | None
     for name, rate in rates.items():
         if not rate >= 0:
             raise InputError(f"{name} is {rate}. Hint: learning rates are not negative")
-    groups = [_group(net, block.target, (block.target, f"head_{i}"), lr) for i, block in enumerate(plan)]
-    groups.append(_group(net, plan.classifier.target, (plan.classifier.target,), rates["classifier_lr"]))
+    groups = [
+        _group(net, block.target, (block.target, f"head_{i}"), lr) for i, block in enumerate(plan)
+    ]
+    groups.append(
+        _group(net, plan.classifier.target, (plan.classifier.target,), rates["classifier_lr"])
+    )
     return [group for group in groups if group["params"]]
 
 
 def _group(net: fx.GraphModule, name: str, targets: tuple[str, ...], lr: float) -> dict[str, Any]:
-    parameters = [p for target in targets for p in net.get_submodule(target).parameters() if p.requires_grad]
+    parameters = [
+        p for target in targets for p in net.get_submodule(target).parameters() if p.requires_grad
+    ]
     return {"params": parameters, "lr": lr, "name": name}
 
 
@@ -60,9 +68,14 @@ class BlockPlateau:
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         unnamed = [i for i, group in enumerate(optimizer.param_groups) if "name" not in group]
         if unnamed:
-            raise InputError(f"parameter group {unnamed[0]} of the optimizer has no name. Hint: make the groups by sffx.parameter_groups")
+            raise InputError(
+                f"parameter group {unnamed[0]} of the optimizer has no name. Hint: make the groups by sffx.parameter_groups"
+            )
         self.optimizer = optimizer
-        self.schedulers = {name: ReduceLROnPlateau(_view(groups), **options) for name, groups in _by_name(optimizer).items()}
+        self.schedulers = {
+            name: ReduceLROnPlateau(_view(groups), **options)
+            for name, groups in _by_name(optimizer).items()
+        }
 
     def step(self, losses: Mapping[str, float]) -> None:
         """Take the validation loss of each block by its name, as `Evaluation.loss` has it; other names are passed over.
@@ -71,7 +84,9 @@ class BlockPlateau:
             InputError: the loss of a group is missing.
         """
         if not isinstance(losses, Mapping):
-            raise InputError(f"losses is of type {type(losses).__name__}, not a mapping of names. Hint: pass evaluate(...).loss")
+            raise InputError(
+                f"losses is of type {type(losses).__name__}, not a mapping of names. Hint: pass evaluate(...).loss"
+            )
         missing = [name for name in self.schedulers if name not in losses]
         if missing:
             raise InputError(
@@ -79,7 +94,9 @@ class BlockPlateau:
             )
         for name, groups in _by_name(self.optimizer).items():
             scheduler = self.schedulers[name]
-            scheduler.optimizer.param_groups = groups  # loading a state dict into the optimizer makes new ones
+            scheduler.optimizer.param_groups = (
+                groups  # loading a state dict into the optimizer makes new ones
+            )
             scheduler.step(losses[name])
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +110,9 @@ class BlockPlateau:
             InputError: it is of other blocks.
         """
         if set(state) != set(self.schedulers):
-            raise InputError(f"the state is of {', '.join(state)}, but the optimizer has {', '.join(self.schedulers)}")
+            raise InputError(
+                f"the state is of {', '.join(state)}, but the optimizer has {', '.join(self.schedulers)}"
+            )
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state[name])
 

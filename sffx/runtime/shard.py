@@ -40,7 +40,9 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
     parts: list[Any] = [net.get_submodule(target) for part in plan.parts for target in part]
     for part in parts:
         fsdp.fully_shard(part, **options)
-    if hasattr(fsdp, "share_comm_ctx"):  # or each part has streams of its own, and memory that no other part can use
+    if hasattr(
+        fsdp, "share_comm_ctx"
+    ):  # or each part has streams of its own, and memory that no other part can use
         fsdp.share_comm_ctx(parts)
     origin: Any = net.origin
     _forget_parameters(origin.model)
@@ -67,7 +69,9 @@ def ready(net: nn.Module) -> bool:
     if not shards:
         return False
     if net in shards:
-        raise InputError("fully_shard was called on net itself, whose blocks then stay whole. Hint: sffx.shard(net) shards its parts")
+        raise InputError(
+            "fully_shard was called on net itself, whose blocks then stay whole. Hint: sffx.shard(net) shards its parts"
+        )
     for module in shards:
         module.reshard()  # or the parameters are those of the last forward pass
     left = [name for name, p in net.named_parameters() if p.requires_grad and _is_whole(p)]
@@ -105,10 +109,14 @@ def _forget_parameters(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and _is_whole(p):
-                module._parameters[name] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    p.detach().to("meta"), requires_grad=p.requires_grad
+                )
 
 
 def _is_whole(p: nn.Parameter) -> bool:
-    from torch.distributed.tensor import DTensor  # which whatever has sharded parameters has imported
+    from torch.distributed.tensor import (
+        DTensor,
+    )  # which whatever has sharded parameters has imported
 
     return not isinstance(p, DTensor)

@@ -29,7 +29,9 @@ from sffx.runtime.optimizers import require_optimizer_of
 from sffx.runtime.shard import ready, reshard, sharded_gradients
 
 
-def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
+def local_loss(
+    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None
+) -> Tensor:
     """Return the loss of all blocks, computing each block's gradient as soon as its goodness is there.
 
     Equal to `sff_loss(net(x), y)`, in value and, after `.backward()`, in gradients, but the activations of a block are freed before the
@@ -54,10 +56,20 @@ def local_loss(net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | N
         parameters += found
         gradients += found.values()
     value = total(losses)
-    return _Deposit.apply(value, gradients, *parameters) if parameters and torch.is_grad_enabled() else value
+    return (
+        _Deposit.apply(value, gradients, *parameters)
+        if parameters and torch.is_grad_enabled()
+        else value
+    )
 
 
-def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer, loss_fn: LossFunction | None = None) -> Tensor:
+def local_step(
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    optimizer: Optimizer,
+    loss_fn: LossFunction | None = None,
+) -> Tensor:
     """Train one step, each block by itself: its gradients are computed, used and freed before the next block runs.
 
     The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`, but the gradients of one block at a time are held.
@@ -84,12 +96,19 @@ def local_step(net: fx.GraphModule, x: Any, y: Tensor, optimizer: Optimizer, los
         UserWarning: several processes train; their gradients are not averaged.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError("LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure")
+        raise InputError(
+            "LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure"
+        )
     sharded = ready(net)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    distributed = (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
     if distributed and not sharded:
         warnings.warn(
-            "local_step does not average gradients over processes. Hint: DistributedDataParallel(sffx.LocalLoss(net))", stacklevel=2
+            "local_step does not average gradients over processes. Hint: DistributedDataParallel(sffx.LocalLoss(net))",
+            stacklevel=2,
         )
     parking = _parking(net, optimizer)
     if parking is None:  # else it was required when the model was parked
@@ -115,12 +134,20 @@ def _parking(net: fx.GraphModule, optimizer: Optimizer) -> Parking | None:
     """
     parking = parking_of(net)
     if parking is not None and parking.optimizer is not optimizer:
-        raise InputError("net is parked with another optimizer, whose state moves with it. Hint: pass that one, or unpark and park anew")
+        raise InputError(
+            "net is parked with another optimizer, whose state moves with it. Hint: pass that one, or unpark and park anew"
+        )
     return parking
 
 
 def _block_steps(
-    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None, *, sharded: bool, keep_hooks_back: bool
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    loss_fn: LossFunction | None,
+    *,
+    sharded: bool,
+    keep_hooks_back: bool,
 ) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
     walk = BlockWalk(net)
@@ -128,7 +155,11 @@ def _block_steps(
     for part, scores in walk.run(x):
         loss, learns = block_loss(scores, y, loss_fn), scores.requires_grad
         del scores
-        with kept_back(p._backward_hooks for p in walk.trainable[part]) if keep_hooks_back else nullcontext():
+        with (
+            kept_back(p._backward_hooks for p in walk.trainable[part])
+            if keep_hooks_back
+            else nullcontext()
+        ):
             found = _gradients(loss, walk.trainable[part], sharded) if learns else {}
         if learns and not found:
             raise InputError(
@@ -193,12 +224,25 @@ class BlockWalk:
     def __init__(self, net: fx.GraphModule) -> None:
         self.plan = plan_of(net)
         if not net.training:
-            raise InputError("the model is in eval mode, where it returns scores. Hint: call net.train() before a training step")
+            raise InputError(
+                "the model is in eval mode, where it returns scores. Hint: call net.train() before a training step"
+            )
         self.net = net
         self.parts = self.plan.parts
-        self.trainable = [[p for target in part for p in net.get_submodule(target).parameters() if p.requires_grad] for part in self.parts]
+        self.trainable = [
+            [
+                p
+                for target in part
+                for p in net.get_submodule(target).parameters()
+                if p.requires_grad
+            ]
+            for part in self.parts
+        ]
         self.private = {
-            target for part in self.parts if not any(_has_hooks(net.get_submodule(target)) for target in part) for target in part
+            target
+            for part in self.parts
+            if not any(_has_hooks(net.get_submodule(target)) for target in part)
+            for target in part
         }
 
     def run(self, x: Any) -> Iterator[tuple[int, Tensor]]:
@@ -252,25 +296,38 @@ class _Deposit(Function):
             )
         # Scaled in place and let go of, so that each becomes its parameter's .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
-        is_one = type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1  # on a GPU, asking would wait for it
-        scaled = gradients.copy() if is_one else [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
+        is_one = (
+            type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1
+        )  # on a GPU, asking would wait for it
+        scaled = (
+            gradients.copy()
+            if is_one
+            else [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
+        )
         gradients.clear()
         return (None, None, *scaled)
 
 
-def _gradients(loss: Tensor, parameters: list[nn.Parameter], sharded: bool) -> dict[nn.Parameter, Tensor]:
+def _gradients(
+    loss: Tensor, parameters: list[nn.Parameter], sharded: bool
+) -> dict[nn.Parameter, Tensor]:
     """Return the gradients of those parameters that the loss depends on, each its own tensor; the graph of the loss is freed."""
     # Autocast is for forward passes; `.backward()` runs outside of it, and so must this.
     with full_precision(loss):
         if sharded:
             found = sharded_gradients(loss, parameters)
         else:
-            found = _own(parameters, torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ())
+            found = _own(
+                parameters,
+                torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else (),
+            )
     mark_gradients(found.values())
     return found
 
 
-def _own(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> dict[nn.Parameter, Tensor]:
+def _own(
+    parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]
+) -> dict[nn.Parameter, Tensor]:
     """Return gradients by parameter, each its own tensor."""
     found: dict[nn.Parameter, Tensor] = {}
     seen: set[int] = set()
@@ -279,7 +336,11 @@ def _own(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> 
             continue
         # Of a sum of two parameters, autograd gives both the same tensor, and of a broadcast one a view whose elements share memory.
         key = storage(gradient)
-        found[p] = gradient.clone(memory_format=torch.contiguous_format) if key in seen or 0 in gradient.stride() else gradient
+        found[p] = (
+            gradient.clone(memory_format=torch.contiguous_format)
+            if key in seen or 0 in gradient.stride()
+            else gradient
+        )
         seen.add(key)
     return found
 
@@ -288,9 +349,13 @@ def _batch_size(x: Any) -> int:
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
     tensors = [value for value in values if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise InputError("x requires gradient, but a block-local step hands none on to its input. Hint: pass x.detach(), or use sff_loss")
+        raise InputError(
+            "x requires gradient, but a block-local step hands none on to its input. Hint: pass x.detach(), or use sff_loss"
+        )
     if not tensors:
-        raise InputError(f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first")
+        raise InputError(
+            f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first"
+        )
     return len(tensors[0])
 
 

@@ -43,7 +43,10 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
     """
     plan = plan_of(net)
     with evaluating(net):
-        told = [F.cross_entropy(scores[:-1].movedim(2, 1), y.expand(len(plan), -1), reduction="none") for scores, y in scored(net, loader)]
+        told = [
+            F.cross_entropy(scores[:-1].movedim(2, 1), y.expand(len(plan), -1), reduction="none")
+            for scores, y in scored(net, loader)
+        ]
     weights = mixture_weights(-torch.cat(told, dim=1)).tolist()
     readout = readout_of(net)
     readout.weights = tuple(weights)
@@ -64,7 +67,9 @@ def mixture_weights(log_shares: Tensor) -> Tensor:
     told = log_shares.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     told = told[:, told.max(0).values > -torch.inf]
     if not told.numel():
-        raise InputError("no block gives any of the labels a probability. Hint: a goodness that is nan tells of a diverged training")
+        raise InputError(
+            "no block gives any of the labels a probability. Hint: a goodness that is nan tells of a diverged training"
+        )
     shares = (told - told.max(0).values).exp()  # a factor for each sample makes no difference
     weights = shares.new_full((len(shares),), 1 / len(shares))
     for _ in range(ROUNDS):

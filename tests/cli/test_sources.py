@@ -15,7 +15,9 @@ from sffx.errors import InputError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers", reason="hf: needs the package transformers, in the extra 'dev'")
+    transformers = pytest.importorskip(
+        "transformers", reason="hf: needs the package transformers, in the extra 'dev'"
+    )
 
 
 def test_a_configuration_gives_its_classifier_without_values() -> None:
@@ -25,11 +27,16 @@ def test_a_configuration_gives_its_classifier_without_values() -> None:
 
 
 def test_tokens_are_given_with_their_mask() -> None:
-    config = transformers.DistilBertConfig(n_layers=2, dim=16, n_heads=2, hidden_dim=32, vocab_size=50)
+    config = transformers.DistilBertConfig(
+        n_layers=2, dim=16, n_heads=2, hidden_dim=32, vocab_size=50
+    )
     model = _without_weights(lambda: transformers.DistilBertForSequenceClassification(config))
     example = token_example(model)
     assert example is not None
-    assert {name: tuple(tensor.shape) for name, tensor in example.items()} == {"input_ids": (1, 16), "attention_mask": (1, 16)}
+    assert {name: tuple(tensor.shape) for name, tensor in example.items()} == {
+        "input_ids": (1, 16),
+        "attention_mask": (1, 16),
+    }
     assert len(sffx.plan(model, example_input=example)) == 3
 
 
@@ -76,5 +83,7 @@ def test_what_transformers_does_not_have_is_told(source: str, message: str) -> N
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"timm:resnet18 needs the package 'timm'.*pip install timm"):
+    with pytest.raises(
+        InputError, match=r"timm:resnet18 needs the package 'timm'.*pip install timm"
+    ):
         find_model("timm:resnet18")

@@ -58,7 +58,8 @@ class Net(nn.Module):
 # What is found: the file, and an expression of the model in terms of the loaded module and of what was planned.
 FOUND = {
     "an instance": NET + "net = Net(3)",
-    "an instance rather than a function": NET + "def make() -> nn.Module:\n    return Net(5)\nnet = Net(3)",
+    "an instance rather than a function": NET
+    + "def make() -> nn.Module:\n    return Net(5)\nnet = Net(3)",
     "an instance rather than a loss": NET + "criterion = nn.CrossEntropyLoss()\nnet = Net(3)",
     "an instance rather than its part": NET
     + "layer = nn.Linear(2, 2)\nnet = Net(3)\nnet.layer = layer\nlayer = net.layer = nn.Linear(3, 3)",
@@ -68,12 +69,17 @@ FOUND = {
     "a function whose code names the class": NET + "def make():\n    return Net(3)",
     "a function that annotates in a string": NET + "def make() -> 'Net':\n    return Net(3)",
     "a class": NET.replace("=4", "=3"),
-    "a class besides one that needs arguments": NET.replace("=4", "=3") + "class Part(nn.Module):\n    def __init__(self, width): ...",
-    "a class besides an imported one": "from torch.nn import Linear, Identity\n" + NET.replace("=4", "=3"),
+    "a class besides one that needs arguments": NET.replace("=4", "=3")
+    + "class Part(nn.Module):\n    def __init__(self, width): ...",
+    "a class besides an imported one": "from torch.nn import Linear, Identity\n"
+    + NET.replace("=4", "=3"),
     "a class besides functions that make no model": NET.replace("=4", "=3")
     + "def load_data():\n    raise SystemExit\ndef size() -> int: ...",
-    "a class besides a script's functions": NET.replace("=4", "=3") + "def main():\n    Net(9)\ndef train_all():\n    return Net(9)",
-    "a dataclass beside it": "from dataclasses import dataclass\n@dataclass\nclass Options:\n    lr: float = 1.0\n" + NET + "net = Net(3)",
+    "a class besides a script's functions": NET.replace("=4", "=3")
+    + "def main():\n    Net(9)\ndef train_all():\n    return Net(9)",
+    "a dataclass beside it": "from dataclasses import dataclass\n@dataclass\nclass Options:\n    lr: float = 1.0\n"
+    + NET
+    + "net = Net(3)",
 }
 
 
@@ -90,20 +96,37 @@ NOT_FOUND = {
         NET + "one = Net()\ntwo = Net()",
         "several models.*one \\(instance of Net\\), two \\(instance of Net\\), Net \\(class\\)",
     ),
-    "two functions": (NET + "def one() -> Net: ...\ndef two() -> Net: ...", "one \\(function\\), two \\(function\\), Net \\(class\\)"),
-    "two classes": (NET + "class Other(Net): ...", "Net \\(class\\), Other \\(class\\).*--model Net"),
+    "two functions": (
+        NET + "def one() -> Net: ...\ndef two() -> Net: ...",
+        "one \\(function\\), two \\(function\\), Net \\(class\\)",
+    ),
+    "two classes": (
+        NET + "class Other(Net): ...",
+        "Net \\(class\\), Other \\(class\\).*--model Net",
+    ),
     "a class that needs arguments": (
         NET.replace("=4", ""),
         "no model that can be had without arguments; it holds Net \\(class, needs width\\)",
     ),
-    "a function that says nothing": ("def make():\n    raise SystemExit", "it holds make \\(function\\).*--model NAME"),
-    "only imports": ("from torch.nn import Linear", "no model that can be had without arguments\\. Hint"),
-    "a function that returns nothing": ("def make() -> nn.Module: ...", "make in model.py returned a NoneType, not a model"),
+    "a function that says nothing": (
+        "def make():\n    raise SystemExit",
+        "it holds make \\(function\\).*--model NAME",
+    ),
+    "only imports": (
+        "from torch.nn import Linear",
+        "no model that can be had without arguments\\. Hint",
+    ),
+    "a function that returns nothing": (
+        "def make() -> nn.Module: ...",
+        "make in model.py returned a NoneType, not a model",
+    ),
 }
 
 
 @pytest.mark.parametrize(("text", "message"), NOT_FOUND.values(), ids=NOT_FOUND.keys())
-def test_what_cannot_be_told_is_listed(text: str, message: str, capsys: pytest.CaptureFixture[str], planned: Planned) -> None:
+def test_what_cannot_be_told_is_listed(
+    text: str, message: str, capsys: pytest.CaptureFixture[str], planned: Planned
+) -> None:
     save(text)
     assert main(["model.py"]) == 2
     assert_message(capsys, message)
@@ -133,7 +156,9 @@ def test_model_names_one_of_several(planned: Planned) -> None:
         ("build", "build in model.py needs depth, width"),
     ],
 )
-def test_model_that_is_none_is_said(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_that_is_none_is_said(
+    name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save("net = nn.Linear(1, 1)\nnumber = 3\ndef build(depth, *rest, width): ...")
     assert main(["model.py", "--model", name]) == 2
     assert_message(capsys, message)
@@ -142,14 +167,25 @@ def test_model_that_is_none_is_said(name: str, message: str, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("one = 1\ntwo = one / 0", r'File "model\.py", line 4, in <module>\n    two = one / 0\n(.*\n)?ZeroDivisionError: division by zero'),
+        (
+            "one = 1\ntwo = one / 0",
+            r'File "model\.py", line 4, in <module>\n    two = one / 0\n(.*\n)?ZeroDivisionError: division by zero',
+        ),
         ("net = (", r'File "model\.py", line 3\n(.*\n)+SyntaxError'),
         ("import sys\nsys.exit('no data')", r"line 4, in <module>\n(.*\n)+SystemExit: no data"),
-        ("def make() -> nn.Module:\n    return nn.Linear('a', 1)", r'File "model\.py", line 4, in make\n(.*\n)+TypeError'),
-        ("import no_such_package", r"line 3, in <module>\n(.*\n)+ModuleNotFoundError: No module named 'no_such_package'"),
+        (
+            "def make() -> nn.Module:\n    return nn.Linear('a', 1)",
+            r'File "model\.py", line 4, in make\n(.*\n)+TypeError',
+        ),
+        (
+            "import no_such_package",
+            r"line 3, in <module>\n(.*\n)+ModuleNotFoundError: No module named 'no_such_package'",
+        ),
     ],
 )
-def test_a_file_that_raises_shows_its_own_error(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_raises_shows_its_own_error(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(text)
     assert main(["model.py"]) == 2
     assert_message(capsys, message)
@@ -173,7 +209,10 @@ def test_a_file_is_loaded_as_a_script_would_be_and_leaves_no_trace(planned: Plan
 
 
 def test_a_callable_of_a_module_is_called_without_arguments(planned: Planned) -> None:
-    save(NET + "class Zoo:\n    @staticmethod\n    def small(width=3):\n        return Net(width)", "zoo_of_this_test.py")
+    save(
+        NET + "class Zoo:\n    @staticmethod\n    def small(width=3):\n        return Net(width)",
+        "zoo_of_this_test.py",
+    )
     before = sys.path[:]
     assert main(["zoo_of_this_test:Zoo.small"]) == 0
     assert planned.model.layer.in_features == 3
@@ -192,7 +231,9 @@ def test_a_callable_of_a_module_is_called_without_arguments(planned: Planned) ->
         ("os:getcwd", "getcwd in os returned a str, not a model"),
     ],
 )
-def test_a_source_that_is_none_is_said(source: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_that_is_none_is_said(
+    source: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([source]) == 2
     assert_message(capsys, message)
 
@@ -201,7 +242,12 @@ def test_the_options_reach_the_plan(planned: Planned) -> None:
     save("net = nn.Linear(1, 1)")
     assert main(["model.py", "--plan"]) == 0
     assert planned.options == {"policy": "residual", "example_input": None, "num_classes": None}
-    assert main(["model.py", "--plan", "--policy", "uniform", "--input", "1,3,32,32", "--classes", "7"]) == 0
+    assert (
+        main(
+            ["model.py", "--plan", "--policy", "uniform", "--input", "1,3,32,32", "--classes", "7"]
+        )
+        == 0
+    )
     assert planned.options["example_input"].shape == (1, 3, 32, 32)
     assert (planned.options["policy"], planned.options["num_classes"]) == ("uniform", 7)
 
@@ -234,20 +280,30 @@ def test_inputs_with_and_without_names_are_refused(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--plan", "-o", "a.svg", "--unfold"], "--plan prints a table and draws nothing, so --output, --unfold would be passed over"),
-        (["--compare", "residual,layer", "--policy", "layer", "--plan"], "--compare draws.*so --plan, --policy would be passed over"),
+        (
+            ["--plan", "-o", "a.svg", "--unfold"],
+            "--plan prints a table and draws nothing, so --output, --unfold would be passed over",
+        ),
+        (
+            ["--compare", "residual,layer", "--policy", "layer", "--plan"],
+            "--compare draws.*so --plan, --policy would be passed over",
+        ),
         (["--compare", "residual,layer", "--open"], "--compare draws where -o names one. Hint: -o"),
         (["--compare", "residual,layer", "-o", "a.html"], "unknown"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_would_do_nothing_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     save("net = nn.Linear(1, 1)")
     assert main(["model.py", *options]) == 2
     assert_message(capsys, message)
     assert [path.name for path in Path().iterdir()] == ["model.py"]
 
 
-def test_plan_prints_the_table_and_draws_nothing(small: BlockPlan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_table_and_draws_nothing(
+    small: BlockPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
     save("net = nn.Linear(1, 1)")
     assert main(["model.py", "--plan"]) == 0
     assert capsys.readouterr().out == f"{small}\n"
@@ -259,7 +315,9 @@ def test_the_drawing_is_called_after_the_file(capsys: pytest.CaptureFixture[str]
     save("net = nn.Linear(1, 1)")
     assert main(["model.py"]) == 0
     assert Path("model.svg").read_text().startswith("<?xml")
-    assert capsys.readouterr().out == "wrote model.svg: 2 feature blocks and the classifier of Chain\n"
+    assert (
+        capsys.readouterr().out == "wrote model.svg: 2 feature blocks and the classifier of Chain\n"
+    )
 
 
 def test_without_a_renderer_the_text_is_written_and_that_is_said(
@@ -276,7 +334,9 @@ def test_without_a_renderer_the_text_is_written_and_that_is_said(
     assert not Path("net.png").exists()
 
 
-def test_an_error_of_sffx_is_a_message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_sffx_is_a_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(model: nn.Module, **_: Any) -> BlockPlan:
         raise CutError("the model has no place for a cut")
 
@@ -287,9 +347,16 @@ def test_an_error_of_sffx_is_a_message(capsys: pytest.CaptureFixture[str], monke
 
 
 @pytest.mark.parametrize(
-    ("output", "message"), [("net.jpeg", "unknown"), ("nowhere/net.svg", "does not exist"), ("folder.dot", "cannot write")]
+    ("output", "message"),
+    [
+        ("net.jpeg", "unknown"),
+        ("nowhere/net.svg", "does not exist"),
+        ("folder.dot", "cannot write"),
+    ],
 )
-def test_an_output_that_cannot_be_written_is_a_message(output: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_is_a_message(
+    output: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("folder.dot").mkdir()
     save("net = nn.Linear(1, 1)")
     assert main(["model.py", "-o", output]) == 2
@@ -297,7 +364,9 @@ def test_an_output_that_cannot_be_written_is_a_message(output: str, message: str
 
 
 def test_a_cut_net_is_drawn_as_it_is(planned: Planned, small: BlockPlan) -> None:
-    save("import pickle\nfrom pathlib import Path\nnet = nn.Linear(1, 1)\nnet.plan = pickle.loads(Path('plan.pkl').read_bytes())")
+    save(
+        "import pickle\nfrom pathlib import Path\nnet = nn.Linear(1, 1)\nnet.plan = pickle.loads(Path('plan.pkl').read_bytes())"
+    )
     Path("plan.pkl").write_bytes(pickle.dumps(small))
     assert main(["model.py", "-o", "net.gv"]) == 0
     assert planned.model is None

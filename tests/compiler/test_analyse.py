@@ -37,7 +37,12 @@ def test_candidates(model, example, candidates):
 
 
 def test_two_inputs_meet_before_the_first_candidate():
-    assert analysed(TwoInputs(), torch.zeros(1, 6), torch.zeros(1, 5)).candidates == ("add", "relu", "joint", "relu_1")
+    assert analysed(TwoInputs(), torch.zeros(1, 6), torch.zeros(1, 5)).candidates == (
+        "add",
+        "relu",
+        "joint",
+        "relu_1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,12 +62,17 @@ def test_a_node_that_is_no_candidate_says_why(name, reason):
 
 
 def test_a_shared_layer_is_never_parted():
-    with pytest.raises(CutError, match=r"no cut can lie after node 'relu_1': shared is used on both sides of it"):
+    with pytest.raises(
+        CutError, match=r"no cut can lie after node 'relu_1': shared is used on both sides of it"
+    ):
         analysed(SharedWeight()).require(["relu_1"])
 
 
 def test_cuts_come_in_the_order_of_the_spine_and_once():
-    assert analysed(Residual()).require(["block2_relu_1", "stem_2", "stem_2"]) == ("stem_2", "block2_relu_1")
+    assert analysed(Residual()).require(["block2_relu_1", "stem_2", "stem_2"]) == (
+        "stem_2",
+        "block2_relu_1",
+    )
 
 
 class _Functional(nn.Module):
@@ -70,7 +80,10 @@ class _Functional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(5, 4))
+        self.kernel, self.matrix = (
+            nn.Parameter(torch.randn(4, 3, 3, 3)),
+            nn.Parameter(torch.randn(5, 4)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.relu(F.conv2d(x, self.kernel)).amax((2, 3)), self.matrix)
@@ -104,7 +117,10 @@ def test_a_hidden_write_orders_the_graph():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).requires_grad_(False), "has no trainable parameters"),
+        (
+            nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).requires_grad_(False),
+            "has no trainable parameters",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), "has no node to cut at"),
         (nn.Sequential(nn.Flatten(), nn.Softmax(-1)), "does not depend on a parameter"),
     ],
@@ -119,7 +135,12 @@ class _Layouts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.mix, self.last, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.conv, self.mix, self.last, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.Linear(8, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)  # (B, 8, 4, 4)
@@ -133,11 +154,28 @@ class _Layouts(nn.Module):
 def test_the_channel_axis_is_followed_through_layouts():
     analysis = analysed(_Layouts(), torch.zeros(1, 3, 4, 4))
     axes = {name: analysis.channel_axes[name] for name in analysis.candidates}
-    assert axes == {"conv": 1, "flatten": 1, "relu": 1, "transpose": 2, "mix": 2, "unflatten": 3, "last": 3, "mean": 1}
+    assert axes == {
+        "conv": 1,
+        "flatten": 1,
+        "relu": 1,
+        "transpose": 2,
+        "mix": 2,
+        "unflatten": 3,
+        "last": 3,
+        "mean": 1,
+    }
 
 
 def test_channels_as_many_as_positions_are_not_confused():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.ReLU(),
+        nn.Flatten(2),
+        nn.Linear(4, 4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
     axes = analysed(model, torch.zeros(1, 3, 2, 2)).channel_axes
     assert (axes["_1"], axes["_2"], axes["_3"], axes["_4"]) == (1, 1, 2, 2)
 
@@ -147,7 +185,12 @@ class _PreActivation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.conv, self.head = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.stem, self.norm, self.conv, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -156,8 +199,19 @@ class _PreActivation(nn.Module):
 
 def test_bn_is_not_parted_from_its_layer_by_a_shortcut_or_by_dropout():
     assert analysed(_PreActivation(), torch.zeros(1, 3, 4, 4)).candidates == ("add", "mean")
-    layers = (nn.Conv2d(3, 4, 1), nn.Dropout(), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    assert analysed(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4)).candidates == ("_2", "_3", "_4")
+    layers = (
+        nn.Conv2d(3, 4, 1),
+        nn.Dropout(),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    assert analysed(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4)).candidates == (
+        "_2",
+        "_3",
+        "_4",
+    )
 
 
 @pytest.mark.parametrize("shortcut_first", [True, False])
@@ -200,7 +254,9 @@ class _Rotary(nn.Module):
 def test_a_value_without_gradient_is_no_path_around_a_cut():
     analysis = analysed(_Rotary(), torch.zeros(1, 5, 6))
     assert analysis.candidates == ("first", "relu", "second", "add", "relu_1", "mul", "mean")
-    assert analysis.step_of["arange"] == analysis.step_of["positions"] == analysis.step_of["relu"]  # read before the norm
+    assert (
+        analysis.step_of["arange"] == analysis.step_of["positions"] == analysis.step_of["relu"]
+    )  # read before the norm
 
 
 class _Unbound(nn.Module):
@@ -225,7 +281,11 @@ class _RotaryBlocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.blocks, self.head = nn.Linear(6, 8), nn.ModuleList(_Turned() for _ in range(3)), nn.Linear(8, 4)
+        self.stem, self.blocks, self.head = (
+            nn.Linear(6, 8),
+            nn.ModuleList(_Turned() for _ in range(3)),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(8, device=x.device).cos()
@@ -246,16 +306,29 @@ class _Turned(nn.Module):
 
 def test_what_is_computed_once_does_not_widen_the_block_that_reads_it_first():
     analysis = analyse(trace(_RotaryBlocks()))
-    assert [step.scope for step in analysis.steps if step.join] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [step.scope for step in analysis.steps if step.join] == [
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 4), (4, 4), (4,)])
 def test_a_layer_norm_over_several_axes_leaves_the_channels_where_they_were(shape):
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.LayerNorm(shape), nn.ReLU(), nn.Conv2d(6, 6, 4), nn.Flatten(), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.LayerNorm(shape),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 4),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
     axis = 1 if len(shape) > 1 else 3
     assert analysed(model, torch.zeros(1, 3, 4, 4)).channel_axes["_1"] == axis
 
 
 def test_tokens_as_many_as_channels_have_their_channels_last():
-    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(36, 3))
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(36, 3)
+    )
     assert analysed(model, torch.zeros(1, 6, 5)).channel_axes["_1"] == 2

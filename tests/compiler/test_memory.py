@@ -29,7 +29,9 @@ def assert_as_the_plain_layers(net: fx.GraphModule, plain: nn.Module, x: Tensor)
     with private_gradients():
         goodness = step_scores(net, x)[0]
     output = plain(x)
-    expected = torch.autograd.grad(copy.deepcopy(net.head_0)(output).sum(), list(plain.parameters()))
+    expected = torch.autograd.grad(
+        copy.deepcopy(net.head_0)(output).sum(), list(plain.parameters())
+    )
     found = torch.autograd.grad(goodness.sum(), list(net.block_0.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -47,7 +49,9 @@ X = torch.randn(5, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().man
 
 
 @pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()])
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, padding=1, ceil_mode=True)])
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1, padding=1, ceil_mode=True)]
+)
 def test_a_relu_moves_behind_a_pool_that_keeps_only_its_indices(relu, pool):
     net, plain = cut(nn.Conv2d(3, 4, 3), relu, pool)
     order = [node.name for node in net.block_0.graph.nodes]
@@ -69,7 +73,9 @@ def test_a_relu_moves_behind_a_pool_that_keeps_only_its_indices(relu, pool):
 )
 @pytest.mark.parametrize("after", ["layer", "dropout", "end"])
 def test_an_activation_writes_over_the_gradient_it_is_given(activation, twin, after):
-    reader = nn.Conv2d(4, 4, 3, padding_mode="circular")  # a plain convolution would take over the activation
+    reader = nn.Conv2d(
+        4, 4, 3, padding_mode="circular"
+    )  # a plain convolution would take over the activation
     rest = {"layer": [reader], "dropout": [nn.Dropout(0.0), reader], "end": []}[after]
     net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, *rest)
     assert lean_modules(net) == ["block_0._2_lean"]
@@ -98,7 +104,12 @@ class _Branching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.a, self.b, self.c, self.head = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 3),
+        )
         self.watched = nn.ReLU()
         self.watched.register_forward_hook(lambda *_: None)
 
@@ -154,7 +165,14 @@ def test_a_broadcast_gradient_is_not_written_over(twin):
 
 
 def test_less_is_held_at_the_peak():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 3),
+    )
     x, y = torch.randn(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64)
     net = sffx.transform(model, example_input=x).train()
     counted = count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net).activations
@@ -169,13 +187,17 @@ def test_the_original_keeps_its_own_layers():
 
 def test_outside_a_block_local_step_no_gradient_is_written_over():
     """The gradient of a block's output is the caller's: asked for, handed in, or seen by a hook."""
-    net = sffx.transform(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "layer").train()
+    net = sffx.transform(
+        nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "layer"
+    ).train()
     x, given = torch.randn(5, 6), torch.randn(5, 6)
     output, kept = net.block_0(x), given.clone()
     output.backward(given)
     assert torch.equal(given, kept)
     output = net.block_0(x)
-    found, _ = torch.autograd.grad((output * given).sum(), [output, net.block_0.get_submodule("0").weight])
+    found, _ = torch.autograd.grad(
+        (output * given).sum(), [output, net.block_0.get_submodule("0").weight]
+    )
     assert torch.equal(found, given)
 
 
@@ -184,13 +206,26 @@ def test_a_layer_that_may_hand_its_gradient_through_is_no_reader_to_rely_on():
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Switchable(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.ReLU(), Switchable(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+    )
     assert lean_modules(sffx.transform(model, ["_3"])) == []
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_full_backward_hook", "register_forward_pre_hook"],
+)
 def test_layers_with_hooks_stay_what_they_are(register):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    )
     for layer in (model[2], model[4]):
         getattr(layer, register)(lambda *_: None)
     assert lean_modules(sffx.transform(model, ["_4"], torch.zeros(1, 3, 8, 8))) == []
@@ -200,7 +235,12 @@ def test_an_activation_whose_in_place_write_is_read_again_stays():
     class ReadsAgain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.a, self.b, self.c, self.head = (
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.a(x)
@@ -218,14 +258,28 @@ def test_an_activation_whose_in_place_write_is_read_again_stays():
 
 def calls(net: fx.GraphModule, function: object) -> list[dict[str, object]]:
     """Return the keyword arguments of every call of a function in the blocks, modules by name."""
-    nodes = [node for block in net.children() if isinstance(block, fx.GraphModule) for node in block.graph.nodes]
+    nodes = [
+        node
+        for block in net.children()
+        if isinstance(block, fx.GraphModule)
+        for node in block.graph.nodes
+    ]
     return [
-        {k: str(v.target) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()} for node in nodes if node.target is function
+        {k: str(v.target) if isinstance(v, fx.Node) else v for k, v in node.kwargs.items()}
+        for node in nodes
+        if node.target is function
     ]
 
 
 def test_layers_take_over_what_comes_before_them():
-    net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Hardswish(True), nn.Conv2d(4, 5, 1))
+    net, plain = cut(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.Hardswish(True),
+        nn.Conv2d(4, 5, 1),
+    )
     assert calls(net, recomputed) == [
         {"norm": "1", "activation": "relu", "frees_gradient": True},
         {"activation": "hardswish", "overwrite": True},
@@ -248,7 +302,12 @@ def test_what_another_node_reads_is_not_taken_over():
     class Skips(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.a, self.b, self.c, self.head = (
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.gelu(self.a(x), approximate="tanh")
@@ -258,13 +317,18 @@ def test_what_another_node_reads_is_not_taken_over():
     assert calls(sffx.transform(Skips(), ["add"]), recomputed) == []
 
 
-@pytest.mark.parametrize("other", [{"key_padding_mask": None}, {"need_weights": True}, {"average_attn_weights": True}])
+@pytest.mark.parametrize(
+    "other", [{"key_padding_mask": None}, {"need_weights": True}, {"average_attn_weights": True}]
+)
 def test_attention_of_another_kind_stays(other):
     class Attends(nn.Module):
         def __init__(self, **kwargs: object) -> None:
             super().__init__()
             self.kwargs = kwargs
-            self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.norm, self.attention = (
+                nn.LayerNorm(8),
+                nn.MultiheadAttention(8, 2, batch_first=True),
+            )
             self.head = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -273,8 +337,12 @@ def test_attention_of_another_kind_stays(other):
             return self.head(x.mean(1))
 
     x = torch.zeros(1, 5, 8)
-    assert calls(sffx.transform(Attends(need_weights=False), ["add"], x), self_attention) == [{"norm": "norm"}]
-    taken = calls(sffx.transform(Attends(**{"need_weights": False, **other}), ["add"], x), self_attention)
+    assert calls(sffx.transform(Attends(need_weights=False), ["add"], x), self_attention) == [
+        {"norm": "norm"}
+    ]
+    taken = calls(
+        sffx.transform(Attends(**{"need_weights": False, **other}), ["add"], x), self_attention
+    )
     assert bool(taken) == (other == {"key_padding_mask": None})
 
 
@@ -285,8 +353,16 @@ def test_only_blocks_that_set_the_peak_compute_again():
     model = nn.Sequential(*layers, *small, nn.Flatten(), nn.Linear(8, 3))
     net = sffx.transform(model, ["_4", "_8"], torch.zeros(1, 3, 9, 9))
     assert [net.plan.is_large(block) for block in net.plan] == [True, False]
-    assert [len(calls(nn.Sequential(block), recomputed)) for block in (net.block_0, net.block_1)] == [1, 0]
-    assert calls(sffx.transform(model, ["_4", "_8"], torch.zeros(1, 3, 9, 9), recompute=False), recomputed) == []
+    assert [
+        len(calls(nn.Sequential(block), recomputed)) for block in (net.block_0, net.block_1)
+    ] == [1, 0]
+    assert (
+        calls(
+            sffx.transform(model, ["_4", "_8"], torch.zeros(1, 3, 9, 9), recompute=False),
+            recomputed,
+        )
+        == []
+    )
 
 
 class WritesOn(nn.Module):
@@ -295,7 +371,11 @@ class WritesOn(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way = way
-        self.stem, self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.stem, self.conv, self.last = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 1),
+        )
         self.pool, self.head = nn.MaxPool2d(3, 1, padding=1), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:

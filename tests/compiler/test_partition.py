@@ -23,8 +23,16 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.down, self.up = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
-        self.left, self.right, self.shortcut = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.conv, self.down, self.up = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+            nn.Conv2d(2, 8, 1),
+        )
+        self.left, self.right, self.shortcut = (
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 1),
+        )
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,16 +49,24 @@ class Gated(nn.Module):
         (Residual(), IMAGE, {"add": ("sum", (4, 0)), "add_1": ("sum", (4, 0))}),
         (TwoBranches(), IMAGE, {"cat": ("cat", (1, 1))}),
         (Gated(), IMAGE, {"mul": ("product", (0, 2)), "add": ("sum", (2, 1))}),
-        (TwoInputs(), (torch.zeros(1, 6), torch.zeros(1, 5)), {}),  # paths that start at two inputs never parted
+        (
+            TwoInputs(),
+            (torch.zeros(1, 6), torch.zeros(1, 5)),
+            {},
+        ),  # paths that start at two inputs never parted
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_joins_and_the_layers_on_their_paths(model, example, joins):
-    found = [node for block in sffx.plan(model, example_input=example).all_blocks for node in block.joins]
+    found = [
+        node for block in sffx.plan(model, example_input=example).all_blocks for node in block.joins
+    ]
     assert {node.name: (node.join, node.paths) for node in found} == joins
 
 
-@pytest.mark.parametrize("model", [Chain(), Residual(), TwoBranches(), Gated()], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize(
+    "model", [Chain(), Residual(), TwoBranches(), Gated()], ids=lambda model: type(model).__name__
+)
 def test_the_nodes_read_what_the_traced_graph_says(model):
     analysis = analyse(trace(model, IMAGE))
     traced = {node.name: node for node in analysis.trace.graph.nodes}
@@ -65,8 +81,14 @@ def test_the_nodes_read_what_the_traced_graph_says(model):
 def test_the_heads_are_those_that_the_model_was_cut_with():
     asked = {"goodness": "sff", "kernel_size": 3, "rank": 2, "norm": "none"}
     assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.heads == Heads(**asked)
-    assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.heads == Heads(goodness="cwc")
-    assert sffx.plan(Residual(), example_input=IMAGE).heads == sffx.transform(Residual(), example_input=IMAGE).plan.heads == Heads()
+    assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.heads == Heads(
+        goodness="cwc"
+    )
+    assert (
+        sffx.plan(Residual(), example_input=IMAGE).heads
+        == sffx.transform(Residual(), example_input=IMAGE).plan.heads
+        == Heads()
+    )
 
 
 class Shares(nn.Module):
@@ -74,7 +96,11 @@ class Shares(nn.Module):
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
-        self.shared, self.layers, self.head = shared, nn.ModuleList(nn.Linear(6, 6) for _ in range(5)), nn.Linear(6, 3)
+        self.shared, self.layers, self.head = (
+            shared,
+            nn.ModuleList(nn.Linear(6, 6) for _ in range(5)),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for each in self.layers:
@@ -100,9 +126,13 @@ def test_buffers_that_nobody_writes_may_be_used_on_both_sides_of_a_cut():
     for shared in (Shift(counts=True), nn.PReLU(), nn.BatchNorm1d(6)):
         plan = sffx.plan(Shares(shared), "layer", x)
         assert len(plan) == 1
-        assert "no cut can lie between uses of shared: what learns belongs to one block" in plan.notes
+        assert (
+            "no cut can lie between uses of shared: what learns belongs to one block" in plan.notes
+        )
 
 
 def test_one_logit_is_refused():
-    with pytest.raises(InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"):
+    with pytest.raises(
+        InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"
+    ):
         sffx.plan(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)), "layer")

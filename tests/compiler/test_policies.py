@@ -33,26 +33,64 @@ def torchvision_plan(name: str, policy: str = "residual") -> sffx.BlockPlan:
 GOLDEN = {
     # Stem, then each BasicBlock with the ReLU behind its sum.
     "resnet18": [STEM, *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))],
-    "resnet50": [STEM, *(f"layer{i}.{j}" for i, n in zip((1, 2, 3, 4), (3, 4, 6, 3), strict=True) for j in range(n))],
+    "resnet50": [
+        STEM,
+        *(
+            f"layer{i}.{j}"
+            for i, n in zip((1, 2, 3, 4), (3, 4, 6, 3), strict=True)
+            for j in range(n)
+        ),
+    ],
     # Stem, each InvertedResidual, strided ones included though they have no shortcut, and the last convolution.
     "mobilenet_v3_small": [f"features.{i}" for i in range(13)],
     "mobilenet_v3_large": [f"features.{i}" for i in range(17)],
     # Stem, 16 MBConv, last convolution.
     "efficientnet_b0": [
         "features.0",
-        *(f"features.{i}.{j}" for i, n in zip(range(1, 8), (1, 2, 2, 3, 3, 4, 1), strict=True) for j in range(n)),
+        *(
+            f"features.{i}.{j}"
+            for i, n in zip(range(1, 8), (1, 2, 2, 3, 3, 4, 1), strict=True)
+            for j in range(n)
+        ),
         "features.8",
     ],
     # Patch embedding with class token and position, 12 encoder blocks. The norm after them has no layer to train and is the classifier's.
-    "vit_b_16": ["conv_proj … encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(12))],
+    "vit_b_16": [
+        "conv_proj … encoder.dropout",
+        *(f"encoder.layers.encoder_layer_{i}" for i in range(12)),
+    ],
     # Stem, 18 CNBlocks, and the three downsampling layers between the stages, which have weights of their own as a stem has.
     "convnext_tiny": [
-        *("features.0", "features.1.0", "features.1.1", "features.1.2", "features.2", "features.3.0", "features.3.1", "features.3.2"),
-        *("features.4", *(f"features.5.{j}" for j in range(9)), "features.6", "features.7.0", "features.7.1", "features.7.2"),
+        *(
+            "features.0",
+            "features.1.0",
+            "features.1.1",
+            "features.1.2",
+            "features.2",
+            "features.3.0",
+            "features.3.1",
+            "features.3.2",
+        ),
+        *(
+            "features.4",
+            *(f"features.5.{j}" for j in range(9)),
+            "features.6",
+            "features.7.0",
+            "features.7.1",
+            "features.7.2",
+        ),
     ],
     # Patch embedding, 12 transformer blocks, three patch mergings.
     "swin_t": [
-        *("features.0", "features.1.0", "features.1.1", "features.2", "features.3.0", "features.3.1", "features.4"),
+        *(
+            "features.0",
+            "features.1.0",
+            "features.1.1",
+            "features.2",
+            "features.3.0",
+            "features.3.1",
+            "features.4",
+        ),
         *(*(f"features.5.{j}" for j in range(6)), "features.6", "features.7.0", "features.7.1"),
     ],
     # Inside a dense block every layer reads all earlier ones, so it is one block. The BN behind it belongs to what feeds it; the
@@ -71,20 +109,47 @@ GOLDEN = {
     # opens the next block. The auxiliary classifiers are no part of the logits.
     "googlenet": [
         *("conv1 … maxpool2", "inception3a", "inception3b", "maxpool3 … inception4a"),
-        *("inception4b", "inception4c", "inception4d", "inception4e", "maxpool4 … inception5a", "inception5b"),
+        *(
+            "inception4b",
+            "inception4c",
+            "inception4d",
+            "inception4e",
+            "maxpool4 … inception5a",
+            "inception5b",
+        ),
     ],
     "inception_v3": [
         "Conv2d_1a_3x3 … maxpool2",
-        *(f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")),
+        *(
+            f"Mixed_{name}"
+            for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+        ),
     ],
     # No joins, so BN groups: a convolution with BN, ReLU and, where one follows, the pool.
     "vgg11_bn": [
-        *("features.0 … features.3", "features.4 … features.7", "features.8 … features.10", "features.11 … features.14"),
-        *("features.15 … features.17", "features.18 … features.21", "features.22 … features.24", "features.25 … features.28"),
+        *(
+            "features.0 … features.3",
+            "features.4 … features.7",
+            "features.8 … features.10",
+            "features.11 … features.14",
+        ),
+        *(
+            "features.15 … features.17",
+            "features.18 … features.21",
+            "features.22 … features.24",
+            "features.25 … features.28",
+        ),
     ],
     # Fire modules join two convolutions by concatenation. The last convolution is the classifier: it has a channel for each class.
     "squeezenet1_0": [
-        *("features.0 … features.2", "features.3", "features.4", "features.5", "features.6 … features.7", "features.8"),
+        *(
+            "features.0 … features.2",
+            "features.3",
+            "features.4",
+            "features.5",
+            "features.6 … features.7",
+            "features.8",
+        ),
         *("features.9", "features.10", "features.11 … features.12"),
     ],
     # Stem, 16 units with the channel shuffle that ends each, last convolution.
@@ -121,14 +186,19 @@ def test_vgg_batchnorm_gives_its_eight_groups():
 
 
 def test_a_model_without_residual_blocks_says_that_it_falls_back():
-    assert torchvision_plan("vgg11_bn").notes == ("the model has no residual block, so it is cut into BN groups",)
+    assert torchvision_plan("vgg11_bn").notes == (
+        "the model has no residual block, so it is cut into BN groups",
+    )
     assert torchvision_plan("resnet18").notes == ()
 
 
 @pytest.mark.parametrize(
     ("policy", "cuts"),
     [
-        ("residual", ["_3", "_5"]),  # falls back to BN groups; the convolution without BN counts, since its value is not flat
+        (
+            "residual",
+            ["_3", "_5"],
+        ),  # falls back to BN groups; the convolution without BN counts, since its value is not flat
         ("batchnorm", ["_3", "_5"]),
         ("layer", ["_2", "_5"]),
         (["_3"], ["_3"]),
@@ -166,17 +236,31 @@ class _InlineResidual(nn.Module):
 
 
 def test_sums_in_the_models_own_forward_are_blocks_each():
-    assert [block.output for block in sffx.plan(_InlineResidual())] == ["layers_0", "relu", "relu_1"]
+    assert [block.output for block in sffx.plan(_InlineResidual())] == [
+        "layers_0",
+        "relu",
+        "relu_1",
+    ]
 
 
 def test_the_classifier_begins_with_the_pool():
     plan = torchvision_plan("mobilenet_v3_small")
-    assert plan.classifier.modules == ("avgpool", "classifier.0", "classifier.1", "classifier.2", "classifier.3")
+    assert plan.classifier.modules == (
+        "avgpool",
+        "classifier.0",
+        "classifier.1",
+        "classifier.2",
+        "classifier.3",
+    )
 
 
 def test_the_plan_does_not_depend_on_the_size_of_the_input():
-    small = sffx.plan(torchvision.models.mobilenet_v3_small(), example_input=torch.zeros(1, 3, 32, 32))
-    assert [block.output for block in small] == [block.output for block in torchvision_plan("mobilenet_v3_small")]
+    small = sffx.plan(
+        torchvision.models.mobilenet_v3_small(), example_input=torch.zeros(1, 3, 32, 32)
+    )
+    assert [block.output for block in small] == [
+        block.output for block in torchvision_plan("mobilenet_v3_small")
+    ]
 
 
 STRUCTURED = {
@@ -217,7 +301,10 @@ def test_structured_policies(name, policy):
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_stages_are_balanced_as_well_as_any_other_choice(n):
     """The oracle tries every choice."""
-    model, example = torchvision.models.mobilenet_v3_small(num_classes=10), torch.zeros(1, 3, 64, 64)
+    model, example = (
+        torchvision.models.mobilenet_v3_small(num_classes=10),
+        torch.zeros(1, 3, 64, 64),
+    )
     squares = lambda plan: sum(block.macs**2 for block in plan)  # noqa: E731
     analysis = analyse(trace(model, example))
     *places, last = sffx.policies.batchnorm(analysis)
@@ -230,7 +317,9 @@ def test_stages_are_balanced_as_well_as_any_other_choice(n):
         return sum(sum(macs[name] for name in order[a + 1 : b + 1]) ** 2 for a, b in pairwise(ends))
 
     assert cost(tuple(chosen)) == min(cost((*some, last)) for some in combinations(places, n - 1))
-    assert squares(sffx.plan(model, f"stages({n})", example)) == pytest.approx(cost(tuple(chosen)), rel=1e-6)
+    assert squares(sffx.plan(model, f"stages({n})", example)) == pytest.approx(
+        cost(tuple(chosen)), rel=1e-6
+    )
 
 
 def test_policies_with_parameters_can_be_written_or_called():
@@ -239,7 +328,10 @@ def test_policies_with_parameters_can_be_written_or_called():
         ("module", sffx.policies.module()),
         (" module( 2 )", "module(depth=2)"),
     ]:
-        one, other = sffx.plan(torchvision.models.resnet18(), written), sffx.plan(torchvision.models.resnet18(), called)
+        one, other = (
+            sffx.plan(torchvision.models.resnet18(), written),
+            sffx.plan(torchvision.models.resnet18(), called),
+        )
         assert one.blocks == other.blocks
     assert sffx.plan(Residual(), sffx.policies.stages(2)).policy == "stages(2)"
 
@@ -250,12 +342,24 @@ def test_policies_with_parameters_can_be_written_or_called():
         ("stages", InputError, r"policy 'stages': .*missing 1 required.*'stages\(n\)'"),
         ("stages(0)", InputError, r"n is 0\. Hint: pass a positive integer"),
         ("stages(two)", InputError, r"n is 'two'"),
-        ("stages(9)", CutError, r"stages\(9\) asks for more feature blocks than the 3 BN groups of the model\. Hint: n <= 3"),
-        ("stage(3)", InputError, r"there is no policy 'stage\(3\)'\. Hint: did you mean 'stages'\?"),
+        (
+            "stages(9)",
+            CutError,
+            r"stages\(9\) asks for more feature blocks than the 3 BN groups of the model\. Hint: n <= 3",
+        ),
+        (
+            "stage(3)",
+            InputError,
+            r"there is no policy 'stage\(3\)'\. Hint: did you mean 'stages'\?",
+        ),
         ("stages(3", InputError, r"there is no policy 'stages\(3'"),
         ("module(-1)", InputError, r"depth is -1"),
         ("memory(2 GiB)", InputError, r"missing 1 required positional argument: 'batch_size'"),
-        ("memory(much, 64)", InputError, r"the budget 'much' cannot be read\. Hint: '2 GiB', '500 MB', or a number of bytes"),
+        (
+            "memory(much, 64)",
+            InputError,
+            r"the budget 'much' cannot be read\. Hint: '2 GiB', '500 MB', or a number of bytes",
+        ),
         ("memory(2 GiB, 64, batch=3)", InputError, r"unexpected keyword argument 'batch'"),
     ],
 )
@@ -299,13 +403,23 @@ class _Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 4)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(self.embedding(x)).mean(1))
 
 
-MLP = (nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 4))
+MLP = (
+    nn.Linear(20, 32),
+    nn.ReLU(),
+    nn.Linear(32, 24),
+    nn.BatchNorm1d(24),
+    nn.ReLU(),
+    nn.Dropout(0.1),
+    nn.Linear(24, 4),
+)
 SIGNAL = (
     nn.Conv1d(2, 8, 3),
     nn.BatchNorm1d(8),
@@ -322,7 +436,11 @@ SIGNAL = (
     ("model", "example", "blocks"),
     [
         (_Recurrent(), torch.zeros(1, 7, 8), [("first", (7, 16), 2), ("second", (7, 12), 2)]),
-        (_Encoder(), None, [("embedding", (16, 16), 2), *((f"encoder.layers.{i}", (16, 16), 2) for i in range(3))]),
+        (
+            _Encoder(),
+            None,
+            [("embedding", (16, 16), 2), *((f"encoder.layers.{i}", (16, 16), 2) for i in range(3))],
+        ),
         (nn.Sequential(*MLP), None, [("0 … 1", (32,), 1), ("2 … 4", (24,), 1)]),
         (nn.Sequential(*SIGNAL), None, [("0 … 2", (8, 126), 1), ("3 … 4", (6, 124), 1)]),
     ],
@@ -333,7 +451,11 @@ def test_models_of_a_users_own(model, example, blocks):
     assert [(block.name, block.shape, block.channel_axis) for block in net.plan] == blocks
     assert not net.plan.leaves
     (given,) = net.plan.inputs
-    x = torch.randint(0, given.high, (6, *given.shape)) if given.high else torch.randn(6, *given.shape)
+    x = (
+        torch.randint(0, given.high, (6, *given.shape))
+        if given.high
+        else torch.randn(6, *given.shape)
+    )
     sffx.local_loss(net, x, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     assert all(p.grad is not None for p in net.parameters())
 
@@ -343,7 +465,12 @@ class _SharedResidual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.shared, self.last, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.first, self.shared, self.last, self.head = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -353,4 +480,8 @@ class _SharedResidual(nn.Module):
 
 
 def test_a_residual_layer_used_over_and_over_is_one_block():
-    assert names(sffx.plan(_SharedResidual(), "residual", torch.zeros(1, 6))) == ["first", "shared", "last"]
+    assert names(sffx.plan(_SharedResidual(), "residual", torch.zeros(1, 6))) == [
+        "first",
+        "shared",
+        "last",
+    ]

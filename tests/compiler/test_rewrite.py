@@ -51,13 +51,20 @@ def test_without_norm_only_the_detach_is_left():
 
 def test_side_values_cross_the_cut_and_are_detached_where_they_carry_gradient():
     net = sffx.transform(SharedBias(), "layer")
-    assert [(block.sides, block.detached) for block in net.plan] == [(("tanh",), ("tanh",)), ((), ())]
+    assert [(block.sides, block.detached) for block in net.plan] == [
+        (("tanh",), ("tanh",)),
+        ((), ()),
+    ]
     assert "tanh_detached = tanh.detach()" in code(net)
-    assert "block_1 = self.block_1(tanh_detached, norm_0)" in code(net) or "block_1 = self.block_1(norm_0, tanh_detached)" in code(net)
+    assert "block_1 = self.block_1(tanh_detached, norm_0)" in code(
+        net
+    ) or "block_1 = self.block_1(norm_0, tanh_detached)" in code(net)
     x = torch.randn(5, 6)
     first, second, _ = step_scores(net.train(), x)
     table = net.block_0.table
-    assert torch.autograd.grad(first.sum(), table, retain_graph=True, allow_unused=True)[0] is not None
+    assert (
+        torch.autograd.grad(first.sum(), table, retain_graph=True, allow_unused=True)[0] is not None
+    )
     assert torch.autograd.grad(second.sum(), table, allow_unused=True)[0] is None
 
 
@@ -99,20 +106,27 @@ class _InPlaceForms(nn.Module):
         return self.head(self.act(self.second(x)))
 
 
-@pytest.mark.parametrize("form", ["module", "function", "function by position", "torch function", "method", "view"])
+@pytest.mark.parametrize(
+    "form", ["module", "function", "function by position", "torch function", "method", "view"]
+)
 def test_an_in_place_operation_after_a_cut_does_not_write_on_the_blocks_output(form):
     model = _InPlaceForms(form).double()
     net = sffx.transform(model, ["first"], norm="none").train()
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
     seen = []
-    net.block_0.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    net.block_0.register_forward_hook(
+        lambda module, args, output: seen.append((output, output.clone()))
+    )
     sffx.sff_loss(net(x), y).backward()
     ((output, at_once),) = seen
     assert torch.equal(output, at_once)
     local = copy.deepcopy(net)
     local.zero_grad()
     sffx.local_loss(local, x, y).backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), local.parameters(), strict=True))
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(net.parameters(), local.parameters(), strict=True)
+    )
     expected = model(x)
     net.readout.mode = "classifier"
     assert torch.equal(net.eval()(x), expected)
@@ -135,7 +149,9 @@ class _CannotKeepItsInput(nn.Module):
 
 
 def test_a_write_with_no_other_form_is_refused_by_name():
-    with pytest.raises(CutError, match=r"writes in place on a value that crosses a cut.*has no form that does not"):
+    with pytest.raises(
+        CutError, match=r"writes in place on a value that crosses a cut.*has no form that does not"
+    ):
         sffx.transform(_CannotKeepItsInput(), ["first"], norm="none")
 
 
@@ -182,7 +198,9 @@ def test_a_tuple_that_crosses_a_cut_is_detached_part_by_part():
 
     net = sffx.transform(Film(), "layer").train()
     sffx.local_loss(net, torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])).backward()
-    assert net.block_0.film.grad[6:].abs().sum() == 0  # b is used by the second block only, which the cut keeps from it
+    assert (
+        net.block_0.film.grad[6:].abs().sum() == 0
+    )  # b is used by the second block only, which the cut keeps from it
 
 
 class _WritesOnAFlatCopy(nn.Module):
@@ -190,7 +208,11 @@ class _WritesOnAFlatCopy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.act = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.ReLU(inplace=True)
+        self.first, self.second, self.act = (
+            nn.Conv2d(3, 4, 1),
+            nn.Linear(4, 4),
+            nn.ReLU(inplace=True),
+        )
         self.head = nn.Linear(64, 4)
 
     def forward(self, x: Tensor) -> Tensor:

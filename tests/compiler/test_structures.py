@@ -16,7 +16,11 @@ class DenseLayers(nn.Module):
     def __init__(self, width: int = 4, layers: int = 3) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(width * (i + 1)), nn.ReLU(), nn.Conv2d(width * (i + 1), width, 3, padding=1))
+            nn.Sequential(
+                nn.BatchNorm2d(width * (i + 1)),
+                nn.ReLU(),
+                nn.Conv2d(width * (i + 1), width, 3, padding=1),
+            )
             for i in range(layers)
         )
 
@@ -30,8 +34,14 @@ class DenseLayers(nn.Module):
 class DenseNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.block1, self.block2 = nn.Conv2d(3, 4, 3, padding=1), DenseLayers(), DenseLayers()
-        self.transition = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1), nn.AvgPool2d(2))
+        self.stem, self.block1, self.block2 = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            DenseLayers(),
+            DenseLayers(),
+        )
+        self.transition = nn.Sequential(
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1), nn.AvgPool2d(2)
+        )
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +63,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.mixed1, self.mixed2 = nn.Conv2d(3, 4, 3, padding=1), Branches(4, 2), Branches(8, 4)
+        self.stem, self.mixed1, self.mixed2 = (
+            nn.Conv2d(3, 4, 3, padding=1),
+            Branches(4, 2),
+            Branches(8, 4),
+        )
         self.aux, self.head = nn.Linear(8, 4), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -103,7 +117,9 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.ln1(x)
@@ -117,7 +133,10 @@ class ViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 8, 4, 4)
-        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.token, self.positions = (
+            nn.Parameter(torch.randn(1, 1, 8)),
+            nn.Parameter(torch.randn(1, 5, 8)),
+        )
         self.blocks, self.head = nn.ModuleList(AttentionBlock(8) for _ in range(2)), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +152,10 @@ class ScaledBlock(nn.Module):
 
     def __init__(self, width: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.depthwise, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.LayerNorm(width)
+        self.depthwise, self.norm = (
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.LayerNorm(width),
+        )
         self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.scale, self.drop = nn.Parameter(torch.full((width,), 0.3)), drop
 
@@ -159,7 +181,11 @@ class ShuffleUnit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2
-        self.branch = nn.Sequential(nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half), nn.ReLU(inplace=True))
+        self.branch = nn.Sequential(
+            nn.Conv2d(half, half, 3, padding=1, bias=False),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = x.chunk(2, 1)
@@ -171,7 +197,9 @@ class ShuffleUnit(nn.Module):
 class ShuffleNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.unit1, self.unit2, self.head = ShuffleUnit(8), ShuffleUnit(8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +257,9 @@ class SpectralBlock(nn.Module):
         self.conv = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        filtered = torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho") * self.filter, s=x.shape[-2:], norm="ortho")
+        filtered = torch.fft.irfft2(
+            torch.fft.rfft2(x, norm="ortho") * self.filter, s=x.shape[-2:], norm="ortho"
+        )
         return F.gelu(filtered + self.conv(x))
 
 
@@ -256,24 +286,46 @@ def tokens() -> tuple[Tensor, ...]:
 # The model, its input, the policy, and the names of its blocks.
 STRUCTURES = {
     # Inside a dense block there is no candidate. The BN of the transition belongs to what feeds it.
-    "DenseNet": (DenseNet, image, "residual", ["stem", "block1 … transition.1", "transition.2 … transition.3", "block2"]),
-    "Inception with an auxiliary output": (Inception, image, "residual", ["stem", "mixed1", "mixed2"]),
+    "DenseNet": (
+        DenseNet,
+        image,
+        "residual",
+        ["stem", "block1 … transition.1", "transition.2 … transition.3", "block2"],
+    ),
+    "Inception with an auxiliary output": (
+        Inception,
+        image,
+        "residual",
+        ["stem", "mixed1", "mixed2"],
+    ),
     # From the stem to the last join is one block.
     "U-Net": (UNet, image, "layer", ["stem", "down1 … up2", "out"]),
     "ALBERT": (Albert, tokens, "layer", ["embedding", "up", "layer", "pooler"]),
     "ViT with a class token": (ViT, image, "residual", ["patches", "blocks.0", "blocks.1"]),
     "ConvNeXt with layer scale": (ConvNeXt, image, "residual", ["stem", "blocks.0", "blocks.1"]),
-    "stochastic depth": (lambda: ConvNeXt(0.5), image, "residual", ["stem", "blocks.0", "blocks.1"]),
+    "stochastic depth": (
+        lambda: ConvNeXt(0.5),
+        image,
+        "residual",
+        ["stem", "blocks.0", "blocks.1"],
+    ),
     "channel shuffle": (ShuffleNet, image, "residual", ["stem", "unit1", "unit2"]),
     "signal and LSTM": (Signal, lambda: (torch.randn(6, 2, 7),), "layer", ["conv … norm", "lstm"]),
-    "mask": (Masked, lambda: (*tokens(), torch.ones(6, 5, dtype=torch.int64)), "residual", ["embedding", "blocks.0", "blocks.1"]),
+    "mask": (
+        Masked,
+        lambda: (*tokens(), torch.ones(6, 5, dtype=torch.int64)),
+        "residual",
+        ["embedding", "blocks.0", "blocks.1"],
+    ),
     "Fourier": (Fourier, image, "residual", ["stem", "blocks.0", "blocks.1"]),
     "gate": (Gated, lambda: (torch.randn(6, 6),), "layer", ["layers.0", "layers.1", "layers.2"]),
 }
 LABELS = torch.arange(6) % 4
 
 
-def built(name: str, **options: object) -> tuple[nn.Module, torch.fx.GraphModule, tuple[Tensor, ...]]:
+def built(
+    name: str, **options: object
+) -> tuple[nn.Module, torch.fx.GraphModule, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     kind, inputs, policy, _ = STRUCTURES[name]
     model, x = kind().double(), inputs()
@@ -308,7 +360,12 @@ def test_each_parameter_learns_from_exactly_one_block(name):
     parameters = dict(net.train().named_parameters())
     sources: dict[str, list[int]] = {name: [] for name in parameters}
     for k, scores in enumerate(step_scores_of(net, x)):
-        found = torch.autograd.grad(F.cross_entropy(scores, LABELS), list(parameters.values()), allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(
+            F.cross_entropy(scores, LABELS),
+            list(parameters.values()),
+            allow_unused=True,
+            retain_graph=True,
+        )
         for parameter, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 sources[parameter].append(k)
@@ -332,7 +389,9 @@ def test_a_block_local_step_is_the_deferred_one(name):
 
 def step_scores_of(net: torch.fx.GraphModule, x: tuple[Tensor, ...]) -> list[Tensor]:
     seen: list[Tensor] = []
-    handle = net.get_submodule("readout").register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    handle = net.get_submodule("readout").register_forward_pre_hook(
+        lambda _, args: seen.extend(args[0])
+    )
     net(*x)
     handle.remove()
     return seen
@@ -342,17 +401,27 @@ def test_a_mask_crosses_every_cut_and_is_not_detached():
     _, net, _ = built("mask")
     sides = [(block.sides, block.detached) for block in net.plan]
     assert all(not detached for _, detached in sides)
-    crossing = {name for names, _ in sides for name in names} | {name for block in net.plan for name in block.inputs}
+    crossing = {name for names, _ in sides for name in names} | {
+        name for block in net.plan for name in block.inputs
+    }
     assert "mask" in crossing or "eq" in crossing
-    lines = [line for line in str(net.plan).splitlines() if line.startswith("crosses the cut after")]
+    lines = [
+        line for line in str(net.plan).splitlines() if line.startswith("crosses the cut after")
+    ]
     assert len(lines) == sum(bool(names) for names, _ in sides)
 
 
 def test_a_side_value_that_carries_gradient_is_detached_for_every_later_block_and_listed():
     _, net, _ = built("gate")
-    assert [(block.sides, block.detached) for block in net.plan] == [(("sigmoid",), ("sigmoid",)), ((), ()), ((), ())]
+    assert [(block.sides, block.detached) for block in net.plan] == [
+        (("sigmoid",), ("sigmoid",)),
+        ((), ()),
+        ((), ()),
+    ]
     assert "crosses the cut after block_0: sigmoid" in str(net.plan)
-    assert "sigmoid_detached" in net.plan.blocks[0].inputs or net.code.count("sigmoid_detached") >= 3
+    assert (
+        "sigmoid_detached" in net.plan.blocks[0].inputs or net.code.count("sigmoid_detached") >= 3
+    )
 
 
 class Reshaped(nn.Module):
@@ -360,7 +429,11 @@ class Reshaped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(64, 4)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.Linear(64, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape

@@ -21,7 +21,16 @@ from torch.utils.checkpoint import checkpoint
 import sffx
 from sffx.compiler.trace import TrainingFlag, trace
 from sffx.errors import InputError, TraceError
-from tests.toys import Chain, DataBranch, LayerDrop, ModeDropout, Residual, TwoBranches, TwoInputs, around
+from tests.toys import (
+    Chain,
+    DataBranch,
+    LayerDrop,
+    ModeDropout,
+    Residual,
+    TwoBranches,
+    TwoInputs,
+    around,
+)
 
 
 def test_the_callers_model_is_untouched():
@@ -82,7 +91,9 @@ class _TrainBranch(nn.Module):
 def test_a_branch_on_the_mode_makes_a_leaf_that_keeps_both_branches():
     model = around(_TrainBranch())
     net = sffx.transform(model, "layer", norm="none")
-    assert [(leaf.qualname, leaf.reason) for leaf in net.plan.leaves] == [("2", "branches on self.training")]
+    assert [(leaf.qualname, leaf.reason) for leaf in net.plan.leaves] == [
+        ("2", "branches on self.training")
+    ]
     x = torch.randn(5, 6)
     net.readout.mode = "classifier"
     assert torch.equal(net.train()(x)[-1], model.train()(x))
@@ -143,7 +154,8 @@ class _UntraceableRoot(nn.Module):
 
 def test_an_untraceable_forward_names_the_class_the_line_and_the_way_out():
     with pytest.raises(
-        TraceError, match=r"_UntraceableRoot cannot be traced: .*test_trace\.py:\d+, in forward\)\. Hint: .* move this code"
+        TraceError,
+        match=r"_UntraceableRoot cannot be traced: .*test_trace\.py:\d+, in forward\)\. Hint: .* move this code",
     ):
         trace(_UntraceableRoot())
 
@@ -158,7 +170,10 @@ class _ModeDependentRoot(nn.Module):
 
 
 def test_a_root_that_branches_on_the_mode_is_refused():
-    with pytest.raises(TraceError, match=r"differently in train and eval mode.*Hint: move the branch into a submodule"):
+    with pytest.raises(
+        TraceError,
+        match=r"differently in train and eval mode.*Hint: move the branch into a submodule",
+    ):
         trace(_ModeDependentRoot())
 
 
@@ -188,15 +203,30 @@ def test_optional_arguments_are_inputs_only_when_given(example, names):
 def test_several_inputs_by_position_and_by_name():
     image, text = torch.zeros(1, 6), torch.zeros(1, 5)
     for example in ((image, text), {"text": text, "image": image}):
-        assert [(i.name, i.shape) for i in trace(TwoInputs(), example).inputs] == [("image", (6,)), ("text", (5,))]
+        assert [(i.name, i.shape) for i in trace(TwoInputs(), example).inputs] == [
+            ("image", (6,)),
+            ("text", (5,)),
+        ]
 
 
 @pytest.mark.parametrize(
     ("model", "shape", "dtype"),
     [
         (Chain(), (3, 8, 8), "float32"),
-        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)), (2, 128), "float32"),
-        (nn.Sequential(nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)), (1, 16, 112, 112), "float32"),
+        (
+            nn.Sequential(
+                nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)
+            ),
+            (2, 128),
+            "float32",
+        ),
+        (
+            nn.Sequential(
+                nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+            ),
+            (1, 16, 112, 112),
+            "float32",
+        ),
         (nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)).double(), (20,), "float64"),
     ],
 )
@@ -214,12 +244,24 @@ def test_integer_inputs_know_how_many_values_there_are():
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
-        (TwoInputs(), None, r"TwoInputs\.forward takes 2 inputs \(image, text\).*Hint: pass example_input=\("),
-        (Chain(), torch.zeros(1, 5, 8, 8), r"does not run on example_input \(input \(1, 5, 8, 8\)\)"),
+        (
+            TwoInputs(),
+            None,
+            r"TwoInputs\.forward takes 2 inputs \(image, text\).*Hint: pass example_input=\(",
+        ),
+        (
+            Chain(),
+            torch.zeros(1, 5, 8, 8),
+            r"does not run on example_input \(input \(1, 5, 8, 8\)\)",
+        ),
         (Chain(), {"y": torch.zeros(1)}, r"example_input does not fit Chain\.forward"),
         (Chain(), "no tensor", r"example_input holds no tensor, got str"),
         (Chain(), torch.zeros(()), r"a tensor without axes"),
-        (nn.Sequential(nn.Flatten()), None, r"cannot be inferred: its first layer is of no known kind"),
+        (
+            nn.Sequential(nn.Flatten()),
+            None,
+            r"cannot be inferred: its first layer is of no known kind",
+        ),
         (Chain, None, r"model is a type, not a torch\.nn\.Module"),
     ],
 )
@@ -230,7 +272,8 @@ def test_inputs_that_cannot_be_used(model, example, message):
 
 def test_an_output_that_is_no_logits_is_refused():
     with pytest.raises(
-        TraceError, match=r"returns a tensor of shape \(B, 4, 8, 8\), but logits are of shape \(B, J\)\. Hint: sffx cuts classifiers"
+        TraceError,
+        match=r"returns a tensor of shape \(B, 4, 8, 8\), but logits are of shape \(B, J\)\. Hint: sffx cuts classifiers",
     ):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.zeros(1, 3, 8, 8))
 
@@ -247,7 +290,9 @@ def test_shapes_stay_symbolic():
             return self.head(tokens.mean(1)) + (len(tokens.shape) - 3)
 
     model = Reshaping().eval()
-    net = sffx.transform(model, lambda analysis: [analysis.candidates[0]], torch.zeros(1, 3, 4, 4), norm="none")
+    net = sffx.transform(
+        model, lambda analysis: [analysis.candidates[0]], torch.zeros(1, 3, 4, 4), norm="none"
+    )
     net.readout.mode = "classifier"
     for shape in ((2, 3, 4, 4), (5, 3, 6, 7)):
         x = torch.randn(shape)
@@ -398,7 +443,12 @@ def test_a_number_that_goes_by_the_mode_stays_a_choice():
     assert not net.plan.leaves
     net.readout.mode = "classifier"
     x = torch.randn(64, 6)
-    for whole, first, second in ((True, True, True), (False, False, False), (True, False, True), (False, False, True)):
+    for whole, first, second in (
+        (True, True, True),
+        (False, False, False),
+        (True, False, True),
+        (False, False, True),
+    ):
         for root in (model, *net.children()):
             modules = dict(root.train(whole).named_modules())
             for qualname, training in (("1", first), ("2", second)):
@@ -427,7 +477,9 @@ class _SetsItsWindow(nn.Module):
         return self.inner(x) * self.window
 
 
-@pytest.mark.parametrize("other", [_ModeNumber(), DataBranch()], ids=["traced in both modes", "traced again for a leaf"])
+@pytest.mark.parametrize(
+    "other", [_ModeNumber(), DataBranch()], ids=["traced in both modes", "traced again for a leaf"]
+)
 def test_what_a_forward_sets_does_not_outlive_an_attempt_to_trace_it(other):
     model = nn.Sequential(nn.Linear(6, 6), _SetsItsWindow(), other, nn.Linear(6, 4))
     net = sffx.transform(model, "layer", norm="none").eval()
@@ -445,7 +497,9 @@ class _Decorated(nn.Module):
         super().__init__()
         self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
 
-    def forward(self, x: Tensor, scale: float = 1.0, *, bias: Tensor | None = None, **kwargs: Tensor) -> _Record:
+    def forward(
+        self, x: Tensor, scale: float = 1.0, *, bias: Tensor | None = None, **kwargs: Tensor
+    ) -> _Record:
         x = F.relu(self.inner(x)) * scale + (0 if bias is None else bias) + kwargs.get("shift", 0)
         return _Record(logits=self.head(x), cache=object())
 
@@ -495,7 +549,10 @@ def test_a_branch_on_computed_values_makes_a_leaf(kind):
 def test_a_model_that_cannot_be_copied_says_why():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
     model.kept = model[0].weight * 2
-    with pytest.raises(TraceError, match=r"Sequential cannot be copied: .*Hint: it keeps a tensor that is computed from parameters"):
+    with pytest.raises(
+        TraceError,
+        match=r"Sequential cannot be copied: .*Hint: it keeps a tensor that is computed from parameters",
+    ):
         trace(model)
 
 
@@ -515,7 +572,13 @@ class _AddsInPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        kept = h if self.form == "name" else h[:, :3] if self.form == "view" else F.dropout(h, 0.5, self.training)
+        kept = (
+            h
+            if self.form == "name"
+            else h[:, :3]
+            if self.form == "view"
+            else F.dropout(h, 0.5, self.training)
+        )
         count = x.shape[0]
         count *= 2  # a number, which has no in-place form
         kept += count
@@ -628,7 +691,9 @@ def test_constants_have_values(way):
     torch.manual_seed(0)
     model, x = Constants(way), torch.randn(7, 5, 4)
     net = sffx.transform(model, "layer", x, norm="none").train()
-    assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in (*net.parameters(), *net.buffers()))
+    assert all(
+        type(tensor) in (Tensor, nn.Parameter) for tensor in (*net.parameters(), *net.buffers())
+    )
     assert torch.equal(net(x)[-1], model(x))
 
 
@@ -683,7 +748,15 @@ with warnings.catch_warnings():
 )
 def test_what_would_take_a_proxy_for_a_tensor_ends_in_a_leaf_or_is_left_out(kind, reason):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), kind(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        kind(),
+        nn.Conv2d(8, 8, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(288, 3),
+    )
     x = torch.randn(4, 3, 8, 8)
     net = sffx.transform(model, ["_4"], x, norm="none").train()
     assert torch.equal(net(x)[-1], model(x))
@@ -714,7 +787,10 @@ class AssignsBuffer(nn.Module):
 @pytest.mark.parametrize("way", ["always", "in training", "data"])
 def test_a_module_that_assigns_its_buffer_becomes_a_leaf(way):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 6), AssignsBuffer(way), AssignsBuffer(way), nn.Linear(6, 3)), torch.randn(8, 6)
+    model, x = (
+        nn.Sequential(nn.Linear(6, 6), AssignsBuffer(way), AssignsBuffer(way), nn.Linear(6, 3)),
+        torch.randn(8, 6),
+    )
     net = sffx.transform(model, "layer", x, norm="none").train()
     for _ in range(3):
         assert torch.equal(net(x)[-1], model(x))
@@ -723,7 +799,10 @@ def test_a_module_that_assigns_its_buffer_becomes_a_leaf(way):
 
 
 def test_a_model_that_assigns_its_own_buffer_is_refused():
-    with pytest.raises(TraceError, match=r"assigns its buffer 'mean'.*Hint: write into the buffer, self\.mean\.copy_"):
+    with pytest.raises(
+        TraceError,
+        match=r"assigns its buffer 'mean'.*Hint: write into the buffer, self\.mean\.copy_",
+    ):
         sffx.transform(AssignsBuffer("always"), example_input=torch.zeros(2, 6))
 
 
@@ -731,10 +810,19 @@ def test_a_model_that_assigns_its_own_buffer_is_refused():
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda model: torch.compile(model, backend="eager"), r"model is compiled\. Hint: pass the plain one, model\._orig_mod"),
+        (
+            lambda model: torch.compile(model, backend="eager"),
+            r"model is compiled\. Hint: pass the plain one, model\._orig_mod",
+        ),
         (nn.DataParallel, r"wrapped in DataParallel\. Hint: pass model\.module"),
-        (lambda model: torch.jit.trace(model, torch.zeros(2, 3, 8, 8)), r"whose code cannot be traced\. Hint: pass the module"),
-        (lambda model: nn.Sequential(nn.LazyConv2d(8, 3), model), r"'0\.weight' has no shape yet.*Hint: run the model once"),
+        (
+            lambda model: torch.jit.trace(model, torch.zeros(2, 3, 8, 8)),
+            r"whose code cannot be traced\. Hint: pass the module",
+        ),
+        (
+            lambda model: nn.Sequential(nn.LazyConv2d(8, 3), model),
+            r"'0\.weight' has no shape yet.*Hint: run the model once",
+        ),
     ],
 )
 def test_what_is_wrapped_round_a_model_is_named(wrap, message):
@@ -751,13 +839,18 @@ class TwoOutputs(nn.Module):
     def forward(self, x: Tensor) -> Any:
         embedding = self.b(torch.relu(self.a(x)))
         logits = self.c(embedding)
-        return {"embedding": embedding, "scores": logits} if self.as_mapping else (embedding, logits)
+        return (
+            {"embedding": embedding, "scores": logits} if self.as_mapping else (embedding, logits)
+        )
 
 
 @pytest.mark.parametrize("as_mapping", [False, True])
 def test_the_logits_among_several_outputs_are_told_by_the_number_of_classes(as_mapping):
     model, x = TwoOutputs(as_mapping), torch.randn(4, 6)
-    with pytest.raises(TraceError, match=r"could be its logits, of shapes \(B, 5\), \(B, 3\)\. Hint: pass num_classes"):
+    with pytest.raises(
+        TraceError,
+        match=r"could be its logits, of shapes \(B, 5\), \(B, 3\)\. Hint: pass num_classes",
+    ):
         sffx.plan(model, "layer", x)
     with pytest.raises(TraceError, match=r"none with num_classes=4"):
         sffx.plan(model, "layer", x, num_classes=4)

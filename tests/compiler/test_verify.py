@@ -21,7 +21,8 @@ def test_a_missing_detach_is_found():
     net.graph.erase_node(detach)
     net.recompile()
     with pytest.raises(
-        VerifyError, match=r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 but has gradient from the loss of block_1"
+        VerifyError,
+        match=r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 but has gradient from the loss of block_1",
     ):
         verify(net, net.plan)
 
@@ -32,14 +33,19 @@ def test_a_write_behind_a_cut_is_found():
     with net.graph.inserting_after(detach):
         net.graph.call_method("mul_", (detach, 2))
     net.recompile()
-    with pytest.raises(VerifyError, match=r"the value 'block_0' crosses a cut or feeds a head, and is written in place after that"):
+    with pytest.raises(
+        VerifyError,
+        match=r"the value 'block_0' crosses a cut or feeds a head, and is written in place after that",
+    ):
         verify(net, net.plan)
 
 
 def test_scores_of_another_shape_are_found():
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
     net.head_1 = torch.nn.Flatten()
-    with pytest.raises(VerifyError, match=r"head_1 returns shape \(61, 128\), not \(B, J\) = \(61, 4\)"):
+    with pytest.raises(
+        VerifyError, match=r"head_1 returns shape \(61, 128\), not \(B, J\) = \(61, 4\)"
+    ):
         verify(net, net.plan)
 
 

@@ -28,16 +28,35 @@ RESNET18 = (
 def block(target: str, name: str, inputs: tuple[str, ...], **fields: object) -> Block:
     """A block whose output is called after its target, "out_3" for block_3, with plain values for what a test does not care about."""
     output = target.replace("block", "out")
-    plain = Block(name, target, (output,), output, (8, 4, 4), 1, inputs, (), (), (f"{name}.conv",), (f"{name}.conv.weight",), 72, 1152, 512)
+    plain = Block(
+        name,
+        target,
+        (output,),
+        output,
+        (8, 4, 4),
+        1,
+        inputs,
+        (),
+        (),
+        (f"{name}.conv",),
+        (f"{name}.conv.weight",),
+        72,
+        1152,
+        512,
+    )
     return replace(plain, **fields)  # type: ignore[arg-type]
 
 
 def chain(length: int) -> BlockPlan:
     """A plan of blocks one after the other, without side values."""
     reads = [("x",), *((f"out_{index}",) for index in range(length))]
-    blocks = tuple(block(f"block_{index}", f"layers.{index}", reads[index]) for index in range(length))
+    blocks = tuple(
+        block(f"block_{index}", f"layers.{index}", reads[index]) for index in range(length)
+    )
     classifier = block("classifier", "fc", reads[length], shape=(10,))
-    return BlockPlan("Chain", "residual", blocks, classifier, 10, (Input("x", (3, 8, 8), "float32"),), (), ())
+    return BlockPlan(
+        "Chain", "residual", blocks, classifier, 10, (Input("x", (3, 8, 8), "float32"),), (), ()
+    )
 
 
 @pytest.fixture
@@ -60,7 +79,9 @@ def resnet18() -> BlockPlan:
     """The nine blocks of a ResNet-18."""
     plan = chain(len(RESNET18))
     blocks = []
-    for plain, (name, shape, modules, parameters, macs, kept) in zip(plan.blocks, RESNET18, strict=True):
+    for plain, (name, shape, modules, parameters, macs, kept) in zip(
+        plan.blocks, RESNET18, strict=True
+    ):
         inside = tuple(f"{name}.{module}" if name != "conv1" else module for module in modules)
         told = replace(plain, name=name, shape=shape, modules=inside)
         blocks.append(replace(told, num_parameters=parameters, macs=macs, activation_bytes=kept))
@@ -80,7 +101,12 @@ def residual() -> BlockPlan:
         Node("add", "iadd", False, ("conv2", "out_0"), True, "sum", (2, 0)),
         Node("out_1", "view", False, ("add", "size")),
     )
-    block = replace(plan.blocks[1], graph=graph, nodes=tuple(node.name for node in graph), modules=("layers.1.conv1", "layers.1.conv2"))
+    block = replace(
+        plan.blocks[1],
+        graph=graph,
+        nodes=tuple(node.name for node in graph),
+        modules=("layers.1.conv1", "layers.1.conv2"),
+    )
     classifier = replace(plan.classifier, graph=(Node("classifier", "fc", True, ("out_1",)),))
     return replace(plan, blocks=(stem, block), classifier=classifier)
 

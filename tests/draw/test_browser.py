@@ -26,7 +26,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def browser() -> Iterator[Any]:
     """A browser without a window; the tests are skipped where there is none."""
     with playwright.sync_playwright() as play:
-        program = next(filter(None, map(shutil.which, BROWSERS)), None) or play.chromium.executable_path
+        program = (
+            next(filter(None, map(shutil.which, BROWSERS)), None) or play.chromium.executable_path
+        )
         if not os.path.exists(program):
             pytest.skip("there is no Chromium or Chrome. Hint: playwright install chromium")
         started = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
@@ -51,13 +53,21 @@ class Shown:
         return bool(self.tab.evaluate(f"document.getElementById('{ident}').open"))
 
     def scale(self) -> float:
-        return float(self.tab.evaluate("new DOMMatrix(getComputedStyle(document.getElementById('graph')).transform).a"))
+        return float(
+            self.tab.evaluate(
+                "new DOMMatrix(getComputedStyle(document.getElementById('graph')).transform).a"
+            )
+        )
 
     def scrolled(self) -> tuple[float, float]:
         return tuple(self.tab.evaluate("[view.scrollLeft, view.scrollTop]"))
 
     def colour(self, selector: str, name: str = "background-color") -> str:
-        return str(self.tab.evaluate(f"getComputedStyle(document.querySelector('{selector}')).getPropertyValue('{name}')"))
+        return str(
+            self.tab.evaluate(
+                f"getComputedStyle(document.querySelector('{selector}')).getPropertyValue('{name}')"
+            )
+        )
 
 
 @pytest.fixture
@@ -75,8 +85,14 @@ def test_the_network_is_asked_for_nothing(shown: Shown) -> None:
     assert len(shown.requests) == 1
 
 
-def test_what_a_name_would_fetch_is_not_fetched(browser: Any, tmp_path: Path, small: BlockPlan) -> None:
-    page = Shown(browser, tmp_path / "net.html", page_of(small).replace("</header>", '<img src="http://127.0.0.1:9/x.png"></header>'))
+def test_what_a_name_would_fetch_is_not_fetched(
+    browser: Any, tmp_path: Path, small: BlockPlan
+) -> None:
+    page = Shown(
+        browser,
+        tmp_path / "net.html",
+        page_of(small).replace("</header>", '<img src="http://127.0.0.1:9/x.png"></header>'),
+    )
     assert any("Content Security Policy" in error for error in page.errors)
     page.tab.close()
 
@@ -102,9 +118,13 @@ def test_the_keyboard_goes_from_block_to_block_and_unfolds(shown: Shown) -> None
 
 def test_all_blocks_unfold_and_fold_by_buttons(shown: Shown) -> None:
     shown.tab.click("#unfold")
-    assert shown.tab.evaluate("[...document.querySelectorAll('#graph details')].every(box => box.open)")
+    assert shown.tab.evaluate(
+        "[...document.querySelectorAll('#graph details')].every(box => box.open)"
+    )
     shown.tab.click("#fold")
-    assert not shown.tab.evaluate("[...document.querySelectorAll('#graph details')].some(box => box.open)")
+    assert not shown.tab.evaluate(
+        "[...document.querySelectorAll('#graph details')].some(box => box.open)"
+    )
 
 
 def test_the_pointer_on_a_block_tells_its_figures(shown: Shown) -> None:
@@ -154,26 +174,47 @@ def test_dragging_and_arrows_pan(shown: Shown) -> None:
 
 
 def luminance(colour: str) -> float:
-    red, green, blue = (int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
+    red, green, blue = (
+        int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")
+    )
     return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
 
 
 @pytest.mark.parametrize(("scheme", "is_light"), [("light", True), ("dark", False)])
-def test_light_and_dark_are_those_of_the_reader(browser: Any, tmp_path: Path, small: BlockPlan, scheme: str, is_light: bool) -> None:
+def test_light_and_dark_are_those_of_the_reader(
+    browser: Any, tmp_path: Path, small: BlockPlan, scheme: str, is_light: bool
+) -> None:
     accuracy = {"block_0": 0.2, "block_1": 0.9, "classifier": 0.5}
-    page = Shown(browser, tmp_path / "net.html", page_of(small, progress=Progress(accuracy, {"block_0": 1e-3})), scheme)
+    page = Shown(
+        browser,
+        tmp_path / "net.html",
+        page_of(small, progress=Progress(accuracy, {"block_0": 1e-3})),
+        scheme,
+    )
     paper, ink = luminance(page.colour("body")), luminance(page.colour("body", "color"))
     assert (paper > ink) == is_light
     assert abs(paper - ink) > 0.6
-    grounds = {".badge": ".badge", "#block_0 summary b": "#block_0", ".says": "#block_0", ".cut": "body", ".head span": ".head span"}
+    grounds = {
+        ".badge": ".badge",
+        "#block_0 summary b": "#block_0",
+        ".says": "#block_0",
+        ".cut": "body",
+        ".head span": ".head span",
+    }
     for selector, ground in grounds.items():
-        assert abs(luminance(page.colour(selector, "color")) - luminance(page.colour(ground))) > 0.3, selector
+        assert (
+            abs(luminance(page.colour(selector, "color")) - luminance(page.colour(ground))) > 0.3
+        ), selector
     page.tab.close()
 
 
-def test_no_text_of_a_block_lies_over_another(browser: Any, tmp_path: Path, residual: BlockPlan) -> None:
+def test_no_text_of_a_block_lies_over_another(
+    browser: Any, tmp_path: Path, residual: BlockPlan
+) -> None:
     page = Shown(browser, tmp_path / "net.html", page_of(residual, detail="nodes"))
-    boxes = page.tab.evaluate("[...document.querySelectorAll('.flow li')].map(line => line.getBoundingClientRect())")
+    boxes = page.tab.evaluate(
+        "[...document.querySelectorAll('.flow li')].map(line => line.getBoundingClientRect())"
+    )
     assert len(boxes) > 8
     for index, one in enumerate(boxes):
         for other in boxes[index + 1 :]:

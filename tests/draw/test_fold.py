@@ -39,7 +39,13 @@ def test_two_alike_are_left_as_they_are(chain: Chain) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"shape": (8, 2, 2)}, {"num_parameters": 73}, {"macs": 1}, {"activation_bytes": 1}, {"modules": ("layers.3.conv", "layers.3.bn")}],
+    [
+        {"shape": (8, 2, 2)},
+        {"num_parameters": 73},
+        {"macs": 1},
+        {"activation_bytes": 1},
+        {"modules": ("layers.3.conv", "layers.3.bn")},
+    ],
 )
 def test_a_block_that_differs_parts_the_run(chain: Chain, other: dict[str, Any]) -> None:
     assert lengths(change(chain(7), 3, **other)) == [3, 1, 3]
@@ -59,14 +65,26 @@ def test_blocks_that_read_the_same_mask_are_alike(chain: Chain) -> None:
 
 
 def test_a_block_with_another_shortcut_parts_the_run(chain: Chain) -> None:
-    plain = tuple(Node(f"out_{index}", "iadd", False, (), True, "sum", (0, 2)) for index in range(7))
-    plan = replace(chain(7), blocks=tuple(replace(block, graph=(node,)) for block, node in zip(chain(7).blocks, plain, strict=True)))
+    plain = tuple(
+        Node(f"out_{index}", "iadd", False, (), True, "sum", (0, 2)) for index in range(7)
+    )
+    plan = replace(
+        chain(7),
+        blocks=tuple(
+            replace(block, graph=(node,))
+            for block, node in zip(chain(7).blocks, plain, strict=True)
+        ),
+    )
     assert lengths(plan) == [7]
     assert lengths(change(plan, 3, graph=(replace(plain[3], paths=(1, 2)),))) == [3, 1, 3]
 
 
 def test_an_untraced_leaf_parts_the_run(chain: Chain) -> None:
-    assert lengths(replace(chain(7), leaves=(Leaf("layers.3.conv", "Weird", "flow", 0.1),))) == [3, 1, 3]
+    assert lengths(replace(chain(7), leaves=(Leaf("layers.3.conv", "Weird", "flow", 0.1),))) == [
+        3,
+        1,
+        3,
+    ]
 
 
 def test_the_picture_of_a_deep_net_is_folded(chain: Chain) -> None:

@@ -27,7 +27,9 @@ class Drawn:
 
     def ends(self, kind: str | None = None) -> list[tuple[str, str]]:
         """The edges as pairs of names, those of one class if it is given."""
-        return sorted((edge["tail"], edge["head"]) for edge in self.edges if kind in (None, edge["class"]))
+        return sorted(
+            (edge["tail"], edge["head"]) for edge in self.edges if kind in (None, edge["class"])
+        )
 
     def one(self, kind: str) -> dict[str, Any]:
         (edge,) = [edge for edge in self.edges if edge["class"] == kind]
@@ -36,10 +38,14 @@ class Drawn:
 
 def parse(plan: BlockPlan, unfold: bool = False) -> Drawn:
     pygraphviz = pytest.importorskip("pygraphviz")
-    read = json.loads(pygraphviz.AGraph(string=dot(plan, unfold=unfold)).draw(format="dot_json", prog="dot"))
+    read = json.loads(
+        pygraphviz.AGraph(string=dot(plan, unfold=unfold)).draw(format="dot_json", prog="dot")
+    )
     names = {item["_gvid"]: item["name"] for item in read["objects"]}
     nodes = {item["name"]: item for item in read["objects"] if "nodes" not in item}
-    edges = [{**edge, "tail": names[edge["tail"]], "head": names[edge["head"]]} for edge in read["edges"]]
+    edges = [
+        {**edge, "tail": names[edge["tail"]], "head": names[edge["head"]]} for edge in read["edges"]
+    ]
     return Drawn(read, nodes, edges)
 
 
@@ -79,13 +85,35 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
         (Heads(norm="none"), "detach", "the output is detached; no gradient", "10 classes"),
         (Heads(norm="batch"), "detach · batch norm", "detached and batch-normed", "10 classes"),
         (Heads(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
-        (Heads(kernel_size=3, rank=16), "detach · layer norm", "goodness (SFF, kernels of 3, rank 16 where it saves)", "3×3 kernels"),
-        (Heads(goodness="cosine(4)"), "detach · layer norm", "goodness (cosine: a direction for each class, 4 x 4 regions)", "cosine"),
-        (Heads(goodness="mlp"), "detach · layer norm", "goodness (cosine after a hidden layer of 128 units)", "hidden"),
-        (Heads(goodness="cwc", kernel_size=3), "detach · layer norm", "goodness (CwC: groups of channels, no parameters)", "CwC, no"),
+        (
+            Heads(kernel_size=3, rank=16),
+            "detach · layer norm",
+            "goodness (SFF, kernels of 3, rank 16 where it saves)",
+            "3×3 kernels",
+        ),
+        (
+            Heads(goodness="cosine(4)"),
+            "detach · layer norm",
+            "goodness (cosine: a direction for each class, 4 x 4 regions)",
+            "cosine",
+        ),
+        (
+            Heads(goodness="mlp"),
+            "detach · layer norm",
+            "goodness (cosine after a hidden layer of 128 units)",
+            "hidden",
+        ),
+        (
+            Heads(goodness="cwc", kernel_size=3),
+            "detach · layer norm",
+            "goodness (CwC: groups of channels, no parameters)",
+            "CwC, no",
+        ),
     ],
 )
-def test_cuts_and_heads_are_called_what_they_are(small: BlockPlan, heads: Heads, cut: str, legend: str, head: str) -> None:
+def test_cuts_and_heads_are_called_what_they_are(
+    small: BlockPlan, heads: Heads, cut: str, legend: str, head: str
+) -> None:
     drawn = parse(replace(small, heads=heads))
     labels = [edge["label"] for edge in drawn.edges if edge["class"] == "cut"]
     assert all(f">{cut}<" in label for label in labels)
@@ -131,11 +159,23 @@ def test_a_value_with_many_readers_runs_along_a_rail_with_a_stop_at_each(chain: 
     drawn = parse(plan)
     assert drawn.ends("side") == []
     at_blocks = {(f"stop_{index}", f"block_{index}") for index in (0, 1, 2, 4)}
-    assert set(drawn.ends("rail")) == at_blocks | {("stop_0", "stop_1"), ("stop_1", "stop_2"), ("stop_2", "stop_4")}
-    ways = {edge["tail"]: edge["dir"] for edge in drawn.edges if (edge["tail"], edge["head"]) in at_blocks}
+    assert set(drawn.ends("rail")) == at_blocks | {
+        ("stop_0", "stop_1"),
+        ("stop_1", "stop_2"),
+        ("stop_2", "stop_4"),
+    }
+    ways = {
+        edge["tail"]: edge["dir"]
+        for edge in drawn.edges
+        if (edge["tail"], edge["head"]) in at_blocks
+    }
     assert ways == {"stop_0": "back", "stop_1": "forward", "stop_2": "forward", "stop_4": "forward"}
     labels = {name: node["label"] for name, node in drawn.nodes.items() if name.startswith("stop_")}
-    assert {name for name, label in labels.items() if ">mask<" in label} == {"stop_1", "stop_2", "stop_4"}
+    assert {name for name, label in labels.items() if ">mask<" in label} == {
+        "stop_1",
+        "stop_2",
+        "stop_4",
+    }
     assert {name for name, label in labels.items() if ">+ mask<" in label} == {"stop_0"}
 
 
@@ -144,7 +184,9 @@ def test_a_stop_names_only_what_its_block_reads(chain: Chain) -> None:
     for name, readers in (("mask", (1, 2, 3)), ("table", (2, 3, 4))):
         for index in readers:
             plan = reading(plan, index, name)
-    labels = {name: node["label"] for name, node in parse(plan).nodes.items() if name.startswith("stop_")}
+    labels = {
+        name: node["label"] for name, node in parse(plan).nodes.items() if name.startswith("stop_")
+    }
     assert {name: (">mask<" in label, ">table<" in label) for name, label in labels.items()} == {
         "stop_0": (False, False),
         "stop_1": (True, False),
@@ -166,20 +208,27 @@ def test_many_values_into_one_block_take_the_rail_as_well(chain: Chain) -> None:
 
 
 def test_an_input_that_every_block_reads_gets_on_the_rail_at_the_first(chain: Chain) -> None:
-    plan = replace(chain(3), inputs=(Input("x", (3, 8, 8), "float32"), Input("mask", (8,), "int64", 2)))
+    plan = replace(
+        chain(3), inputs=(Input("x", (3, 8, 8), "float32"), Input("mask", (8,), "int64", 2))
+    )
     for index in range(3):
         plan = reading(plan, index, "mask")
     assert parse(plan).ends("input") == [("input_mask", "stop_0"), ("input_x", "block_0")]
 
 
 def test_an_input_that_a_later_block_reads_is_drawn_to_it(chain: Chain) -> None:
-    plan = replace(reading(chain(3), 2, "mask"), inputs=(Input("x", (3, 8, 8), "float32"), Input("mask", (8,), "int64", 2)))
+    plan = replace(
+        reading(chain(3), 2, "mask"),
+        inputs=(Input("x", (3, 8, 8), "float32"), Input("mask", (8,), "int64", 2)),
+    )
     assert parse(plan).ends("input") == [("input_mask", "block_2"), ("input_x", "block_0")]
 
 
 def test_an_input_is_found_under_the_name_that_fx_gives_a_builtin(small: BlockPlan) -> None:
     first = replace(small.blocks[0], inputs=("input_1",))
-    plan = replace(small, blocks=(first, *small.blocks[1:]), inputs=(Input("input", (3, 8, 8), "float32"),))
+    plan = replace(
+        small, blocks=(first, *small.blocks[1:]), inputs=(Input("input", (3, 8, 8), "float32"),)
+    )
     assert parse(plan).ends("input") == [("input_input", "block_0")]
 
 
@@ -191,23 +240,54 @@ def test_a_value_from_nowhere_is_drawn_all_the_same(chain: Chain) -> None:
 
 def test_an_untraced_leaf_marks_the_block_that_calls_it(small: BlockPlan) -> None:
     drawn = parse(replace(small, leaves=(Leaf("layers.1.conv", "Weird", "control flow", 0.5),)))
-    assert (drawn.nodes["block_0"]["class"], drawn.nodes["block_1"]["class"]) == ("block", "block untraced")
+    assert (drawn.nodes["block_0"]["class"], drawn.nodes["block_1"]["class"]) == (
+        "block",
+        "block untraced",
+    )
     assert "not traced: conv (Weird)" in drawn.nodes["block_1"]["label"]
     assert "layers.1.conv (Weird, 50% of the parameters): control flow" in drawn.attributes["label"]
 
 
 def test_a_leaf_marks_no_block_whose_name_only_begins_alike(small: BlockPlan) -> None:
-    assert parse(replace(small, leaves=(Leaf("layers.1.co", "Weird", "flow", 0.5),))).nodes["block_1"]["class"] == "block"
+    assert (
+        parse(replace(small, leaves=(Leaf("layers.1.co", "Weird", "flow", 0.5),))).nodes["block_1"][
+            "class"
+        ]
+        == "block"
+    )
 
 
 def test_notes_stand_at_the_bottom(small: BlockPlan) -> None:
-    assert "Two &lt;blocks&gt; share a table." in parse(replace(small, notes=("Two <blocks> share a table.",))).attributes["label"]
+    assert (
+        "Two &lt;blocks&gt; share a table."
+        in parse(replace(small, notes=("Two <blocks> share a table.",))).attributes["label"]
+    )
 
 
-@pytest.mark.parametrize("name", ["a<b>&c", 'a "quoted" name', "back\\slash\\", "\\N\\G", "ünï·cödé", "tab\tand\nline", "]]>", "<!--", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a<b>&c",
+        'a "quoted" name',
+        "back\\slash\\",
+        "\\N\\G",
+        "ünï·cödé",
+        "tab\tand\nline",
+        "]]>",
+        "<!--",
+        "",
+    ],
+)
 def test_any_name_gives_a_graph_with_the_same_nodes(small: BlockPlan, name: str) -> None:
     first = replace(small.blocks[0], name=name, modules=(f"{name}.{name}", name), sides=(name,))
-    odd = replace(small, model=name, policy=name, blocks=(first, small.blocks[1]), notes=(name,), leaves=(Leaf(name, name, name, 0.1),))
+    odd = replace(
+        small,
+        model=name,
+        policy=name,
+        blocks=(first, small.blocks[1]),
+        notes=(name,),
+        leaves=(Leaf(name, name, name, 0.1),),
+    )
     assert set(parse(odd).nodes) == set(parse(small).nodes)
 
 
@@ -221,13 +301,17 @@ def test_names_reach_the_picture_as_they_are(small: BlockPlan) -> None:
 
 def test_a_shortened_name_keeps_its_end_and_its_full_form_in_the_tooltip(small: BlockPlan) -> None:
     name = "model.encoder.transformer.layers.stage_with_a_long_name.17"
-    node = parse(replace(small, blocks=(replace(small.blocks[0], name=name), small.blocks[1]))).nodes["block_0"]
+    node = parse(
+        replace(small, blocks=(replace(small.blocks[0], name=name), small.blocks[1]))
+    ).nodes["block_0"]
     assert ">…layers.stage_with_a_long_name.17<" in node["label"]
     assert node["tooltip"] == name
 
 
 def test_a_tall_plan_is_set_in_columns_of_equal_height(chain: Chain) -> None:
-    text = dot(chain(2 * ROWS), unfold=True)  # with the classifier one more than fits into two columns
+    text = dot(
+        chain(2 * ROWS), unfold=True
+    )  # with the classifier one more than fits into two columns
     assert '{ rank=same; "block_0"; "block_10"; "block_20" }' in text
     assert '{ rank=same; "block_8"; "block_18"; "classifier" }' in text
     assert '{ rank=same; "block_9"; "block_19" }' in text

@@ -28,7 +28,10 @@ def join(kind: str, *paths: int) -> Node:
         ((join("product", 0, 2), join("sum", 8, 0)), "× gate · + shortcut"),
         ((join("product", 1, 2),), "2 paths multiplied"),
         ((join("cat", 2, 4, 6, 2),), "4 paths joined (cat)"),
-        ((join("cat", 0, 2), join("cat", 0, 2, 4), join("cat", 0, 2, 4, 6)), "2 to 4 paths joined (cat) ×3"),
+        (
+            (join("cat", 0, 2), join("cat", 0, 2, 4), join("cat", 0, 2, 4, 6)),
+            "2 to 4 paths joined (cat) ×3",
+        ),
     ],
 )
 def test_joins_are_told_in_words(small: BlockPlan, joins: tuple[Node, ...], text: str) -> None:
@@ -62,14 +65,21 @@ def test_all_nodes_have_all_that_they_read(residual: BlockPlan) -> None:
         (Node("add_2", "iadd", False, (), True, "sum", (0, 1)), "+   (add_2)"),
     ],
 )
-def test_a_node_is_called_by_its_name_unless_that_does_not_tell_what_it_calls(residual: BlockPlan, node: Node, text: str) -> None:
+def test_a_node_is_called_by_its_name_unless_that_does_not_tell_what_it_calls(
+    residual: BlockPlan, node: Node, text: str
+) -> None:
     (part,) = parts(replace(residual.blocks[1], graph=(node,)), "nodes")
     assert part.text == text
 
 
 def test_between_modules_and_joins_edges_are_drawn_through(residual: BlockPlan) -> None:
     # The size is no path, so it is no way from conv2 to the output.
-    assert edges(residual, "modules") == [("conv1", ("out_0",)), ("conv2", ("conv1",)), ("add", ("conv2", "out_0")), ("out_1", ("add",))]
+    assert edges(residual, "modules") == [
+        ("conv1", ("out_0",)),
+        ("conv2", ("conv1",)),
+        ("add", ("conv2", "out_0")),
+        ("out_1", ("add",)),
+    ]
 
 
 def test_a_plan_without_nodes_gives_one_part_for_the_block(small: BlockPlan) -> None:

@@ -8,13 +8,25 @@ from dataclasses import replace
 import pytest
 
 from sffx.blocks import BlockPlan, Leaf
-from sffx.draw.label import block_label, count, edge_label, escape, footer_label, memory, shorten, title_label
+from sffx.draw.label import (
+    block_label,
+    count,
+    edge_label,
+    escape,
+    footer_label,
+    memory,
+    shorten,
+    title_label,
+)
 
 
 def lines(label: str) -> list[str]:
     """The rows of a label as plain text, cells joined by a bar."""
     rows = re.findall(r"<TR>(.*?)</TR>", label)
-    return ["|".join(re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<TD.*?</TD>", row)) for row in rows]
+    return [
+        "|".join(re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<TD.*?</TD>", row))
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +52,14 @@ def test_count_has_three_digits_and_a_prefix(number: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (802_816, "784 KiB"), (10_437_632, "9.95 MiB"), (3 * 2**30, "3.00 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (802_816, "784 KiB"),
+        (10_437_632, "9.95 MiB"),
+        (3 * 2**30, "3.00 GiB"),
+    ],
 )
 def test_memory_has_a_binary_unit(size: int, text: str) -> None:
     assert memory(size) == text
@@ -87,8 +106,16 @@ def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
 @pytest.mark.parametrize(
     ("name", "modules", "text"),
     [
-        ("m", [f"m.conv{index}" for index in range(20)], "conv0 · conv1 · conv2 · conv3 · … 13 more … · conv17 · conv18 · conv19"),
-        ("m", ["m.ln", *(f"m.mlp.{index}" for index in range(8)), "m.drop", "m.drop"], "ln · mlp (8) · drop ×2"),
+        (
+            "m",
+            [f"m.conv{index}" for index in range(20)],
+            "conv0 · conv1 · conv2 · conv3 · … 13 more … · conv17 · conv18 · conv19",
+        ),
+        (
+            "m",
+            ["m.ln", *(f"m.mlp.{index}" for index in range(8)), "m.drop", "m.drop"],
+            "ln · mlp (8) · drop ×2",
+        ),
         ("m", ["m.attn.flag", *(f"m.mlp.{index}" for index in range(8))], "attn.flag · mlp (8)"),
         ("m", ["m.0.0", "m.0.1", "m.1"], "0.0 · 0.1 · 1"),
         ("a.conv … a.pool", ["a.conv", "a.pool"], "conv · pool"),
@@ -102,7 +129,9 @@ def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
 def test_modules_are_told_as_seen_from_the_block_and_as_deep_as_there_is_room(
     small: BlockPlan, name: str, modules: list[str], text: str
 ) -> None:
-    inside = lines(block_label(replace(small.blocks[0], name=name, modules=tuple(modules)), ()))[1:-1]
+    inside = lines(block_label(replace(small.blocks[0], name=name, modules=tuple(modules)), ()))[
+        1:-1
+    ]
     assert " · ".join(inside) == text
 
 
@@ -139,8 +168,14 @@ def test_the_title_adds_up_the_blocks(resnet18: BlockPlan) -> None:
     )
 
 
-def test_the_footer_tells_leaves_and_notes_and_explains_only_what_is_drawn(small: BlockPlan) -> None:
-    told = replace(small, leaves=(Leaf("layers.0.conv", "Weird", "needs <x>", 0.25),), notes=("First.", "Second " * 20))
+def test_the_footer_tells_leaves_and_notes_and_explains_only_what_is_drawn(
+    small: BlockPlan,
+) -> None:
+    told = replace(
+        small,
+        leaves=(Leaf("layers.0.conv", "Weird", "needs <x>", 0.25),),
+        notes=("First.", "Second " * 20),
+    )
     rows = lines(footer_label(told, {"detached"}))
     assert [row.partition("|")[0] for row in rows] == [
         "",

@@ -34,13 +34,24 @@ def test_what_a_plan_prints_below_its_table_is_told_as_well(skipping: BlockPlan)
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a&b", '"quoted"', "'"])
 def test_names_are_escaped(small: BlockPlan, name: str) -> None:
-    odd = replace(small, model=name, policy=name, blocks=(replace(small.blocks[0], name=name), small.blocks[1]))
+    odd = replace(
+        small,
+        model=name,
+        policy=name,
+        blocks=(replace(small.blocks[0], name=name), small.blocks[1]),
+    )
     assert cells(odd._repr_html_())[1][1] == name
-    assert cells(Evaluation({name: 0.5}, {name: 1.0}, 2)._repr_html_())[1] == [name, "50.00%", "1.0000"]
+    assert cells(Evaluation({name: 0.5}, {name: 1.0}, 2)._repr_html_())[1] == [
+        name,
+        "50.00%",
+        "1.0000",
+    ]
 
 
 def test_an_evaluation_has_a_row_for_each_readout() -> None:
-    evaluation = Evaluation({"block_0": 0.25, "ensemble": 0.5}, {"block_0": 1.5, "ensemble": 1.25}, 8)
+    evaluation = Evaluation(
+        {"block_0": 0.25, "ensemble": 0.5}, {"block_0": 1.5, "ensemble": 1.25}, 8
+    )
     assert cells(evaluation._repr_html_()) == [
         ["", "accuracy", "loss"],
         ["block_0", "25.00%", "1.5000"],

@@ -27,7 +27,9 @@ class Element:
     text: str = ""
 
     def inside(self, ident: str) -> bool:
-        return self.around is not None and (self.around.attributes.get("id") == ident or self.around.inside(ident))
+        return self.around is not None and (
+            self.around.attributes.get("id") == ident or self.around.inside(ident)
+        )
 
 
 @dataclass
@@ -62,21 +64,46 @@ def parse(text: str) -> list[Element]:
 
 
 def ids(elements: list[Element], kind: str = "box") -> list[str | None]:
-    return [element.attributes["id"] for element in elements if kind in (element.attributes.get("class") or "").split()]
+    return [
+        element.attributes["id"]
+        for element in elements
+        if kind in (element.attributes.get("class") or "").split()
+    ]
 
 
-def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(residual: BlockPlan) -> None:
+def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(
+    residual: BlockPlan,
+) -> None:
     elements = parse(page(residual))
-    inside = [element.text for element in elements if element.tag == "li" and element.inside("block_1")]
+    inside = [
+        element.text for element in elements if element.tag == "li" and element.inside("block_1")
+    ]
     modules = ["out_0 →", "conv1", "conv2", "+", "view"]
-    assert inside == [*modules, "out_0 →", "conv1", "relu", "conv2", "size", "+   (add)", "view   (out_1)"]
-    arcs = [element.attributes["class"] for element in elements if element.tag == "path" and element.inside("block_1")]
+    assert inside == [
+        *modules,
+        "out_0 →",
+        "conv1",
+        "relu",
+        "conv2",
+        "size",
+        "+   (add)",
+        "view   (out_1)",
+    ]
+    arcs = [
+        element.attributes["class"]
+        for element in elements
+        if element.tag == "path" and element.inside("block_1")
+    ]
     # Of the modules 0-1, 1-2, 2-3, 0-3 and 3-4; of the nodes 0-1, 1-2, 2-3, 3-4, 3-5, 0-5, 5-6 and 4-6.
     assert sorted(str(arc) for arc in arcs) == ["next"] * 9 + ["skip"] * 4
 
 
 def test_a_shortcut_is_told_where_the_block_is_folded(residual: BlockPlan) -> None:
-    said = [element.text for element in parse(page(residual)) if element.attributes.get("class") == "says join"]
+    said = [
+        element.text
+        for element in parse(page(residual))
+        if element.attributes.get("class") == "says join"
+    ]
     assert said == ["inside: + shortcut"]
 
 
@@ -103,15 +130,23 @@ def test_the_figures_are_told_line_by_line(resnet18: BlockPlan) -> None:
 def test_blocks_that_look_alike_are_inside_a_run(chain: Callable[[int], BlockPlan]) -> None:
     elements = parse(page(chain(5)))
     assert ids(elements, "run") == ["run_block_0"]
-    boxes = [element for element in elements if (element.attributes.get("id") or "").startswith("block_")]
+    boxes = [
+        element for element in elements if (element.attributes.get("id") or "").startswith("block_")
+    ]
     assert len(boxes) == 5
     assert all(box.inside("run_block_0") for box in boxes)
-    assert any(element.tag == "b" and element.text == "5 × layers.0 … layers.4" for element in elements)
+    assert any(
+        element.tag == "b" and element.text == "5 × layers.0 … layers.4" for element in elements
+    )
 
 
 def opened(text: str) -> set[str | None]:
     elements = parse(text)
-    return {element.attributes.get("id") for element in elements if element.tag == "details" and "open" in element.attributes}
+    return {
+        element.attributes.get("id")
+        for element in elements
+        if element.tag == "details" and "open" in element.attributes
+    }
 
 
 def test_what_is_open_from_the_start_is_chosen(chain: Callable[[int], BlockPlan]) -> None:
@@ -125,13 +160,28 @@ def test_what_is_open_from_the_start_is_chosen(chain: Callable[[int], BlockPlan]
 def test_values_that_cross_a_cut_are_lines_with_names(skipping: BlockPlan) -> None:
     elements = parse(page(skipping))
     lines = [element for element in elements if element.tag == "path" and element.inside("values")]
-    assert [(line.attributes["class"], line.attributes["data-from"], line.attributes["data-to"]) for line in lines] == [
+    assert [
+        (line.attributes["class"], line.attributes["data-from"], line.attributes["data-to"])
+        for line in lines
+    ] == [
         ("side", "block_0", "block_2"),
         ("side detached", "block_0", "block_2"),
     ]
-    assert [element.text for element in elements if element.tag == "title" and element.around in lines] == ["mask", "skip"]
-    said = [element.text for element in elements if "says" in (element.attributes.get("class") or "").split()]
-    assert said == ["3×8×8 float32", "gives mask", "gives skip (detached)", "reads mask", "reads skip"]
+    assert [
+        element.text for element in elements if element.tag == "title" and element.around in lines
+    ] == ["mask", "skip"]
+    said = [
+        element.text
+        for element in elements
+        if "says" in (element.attributes.get("class") or "").split()
+    ]
+    assert said == [
+        "3×8×8 float32",
+        "gives mask",
+        "gives skip (detached)",
+        "reads mask",
+        "reads skip",
+    ]
 
 
 def test_every_line_ends_at_an_element(skipping: BlockPlan) -> None:
@@ -152,10 +202,20 @@ def test_the_page_needs_nothing_else(resnet18: BlockPlan) -> None:
     assert "default-src 'none'" in text
 
 
-@pytest.mark.parametrize("name", ["a<b>&c", "</script><script>alert(1)</script>", "\"' onload=x", "</details>", "ünï·cödé", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["a<b>&c", "</script><script>alert(1)</script>", "\"' onload=x", "</details>", "ünï·cödé", ""],
+)
 def test_any_name_stays_text(small: BlockPlan, name: str) -> None:
     first = replace(small.blocks[0], name=name, modules=(f"{name}.{name}", name), sides=(name,))
-    odd = replace(small, model=name, policy=name, blocks=(first, small.blocks[1]), notes=(name,), leaves=(Leaf(name, name, name, 0.1),))
+    odd = replace(
+        small,
+        model=name,
+        policy=name,
+        blocks=(first, small.blocks[1]),
+        notes=(name,),
+        leaves=(Leaf(name, name, name, 0.1),),
+    )
     elements = parse(page(odd))
     assert sum(element.tag == "script" for element in elements) == 1
     assert ids(elements) == ["block_0", "block_1", "classifier"]
@@ -164,11 +224,16 @@ def test_any_name_stays_text(small: BlockPlan, name: str) -> None:
 
 def test_light_and_dark_have_the_same_colours_by_name(small: BlockPlan) -> None:
     text = page(small)
-    light, dark = (set(re.findall(r"(--\w+):", part)) for part in text.split("@media (prefers-color-scheme: dark)")[:2])
+    light, dark = (
+        set(re.findall(r"(--\w+):", part))
+        for part in text.split("@media (prefers-color-scheme: dark)")[:2]
+    )
     assert light == dark
     assert set(re.findall(r"var\((--\w+)\)", text)) == light
 
 
-def test_draw_writes_the_page_without_graphviz(small: BlockPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_writes_the_page_without_graphviz(
+    small: BlockPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sffx.draw.render.render", None)
     assert draw(small, tmp_path / "net.html").read_text(encoding="utf-8") == page(small)

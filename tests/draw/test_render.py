@@ -42,9 +42,12 @@ def install(folder: Path, script: str) -> None:
 
 @pytest.mark.usefixtures("no_program")
 @pytest.mark.parametrize(
-    ("suffix", "start"), [(".png", b"\x89PNG\r\n\x1a\n"), (".pdf", b"%PDF-"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")]
+    ("suffix", "start"),
+    [(".png", b"\x89PNG\r\n\x1a\n"), (".pdf", b"%PDF-"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")],
 )
-def test_pygraphviz_draws_each_format(resnet18: BlockPlan, tmp_path: Path, suffix: str, start: bytes) -> None:
+def test_pygraphviz_draws_each_format(
+    resnet18: BlockPlan, tmp_path: Path, suffix: str, start: bytes
+) -> None:
     pytest.importorskip("pygraphviz")
     path = draw(resnet18, tmp_path / f"net{suffix}")
     assert path == tmp_path / f"net{suffix}"
@@ -55,7 +58,9 @@ def test_pygraphviz_draws_each_format(resnet18: BlockPlan, tmp_path: Path, suffi
 def test_an_svg_holds_every_block(resnet18: BlockPlan, tmp_path: Path) -> None:
     pytest.importorskip("pygraphviz")
     picture = draw(resnet18, tmp_path / "net.svg").read_text()
-    assert all(f">{block.name}</text>" in picture for block in (*resnet18.blocks, resnet18.classifier))
+    assert all(
+        f">{block.name}</text>" in picture for block in (*resnet18.blocks, resnet18.classifier)
+    )
     assert picture.rstrip().endswith("</svg>")
 
 
@@ -67,7 +72,9 @@ def test_text_needs_no_renderer(small: BlockPlan, tmp_path: Path, suffix: str) -
 
 @pytest.mark.usefixtures("no_program", "no_library")
 def test_no_renderer_names_the_extra_and_the_text(small: BlockPlan, tmp_path: Path) -> None:
-    with pytest.raises(MissingExtra, match=r"\.html or \.dot need nothing.*'pygraphviz'.*sffx\[viz\]"):
+    with pytest.raises(
+        MissingExtra, match=r"\.html or \.dot need nothing.*'pygraphviz'.*sffx\[viz\]"
+    ):
         draw(small, tmp_path / "net.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -119,7 +126,9 @@ def test_a_link_stays_a_link(small: BlockPlan, tmp_path: Path) -> None:
 
 
 def test_a_cut_net_is_drawn_by_its_plan(small: BlockPlan, tmp_path: Path) -> None:
-    assert draw(SimpleNamespace(plan=small), tmp_path / "net.dot").read_text(encoding="utf-8") == dot(small)
+    assert draw(SimpleNamespace(plan=small), tmp_path / "net.dot").read_text(
+        encoding="utf-8"
+    ) == dot(small)
 
 
 @pytest.mark.parametrize("thing", [None, "resnet18", SimpleNamespace(plan="residual")])
@@ -129,7 +138,9 @@ def test_what_has_no_plan_is_refused(thing: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["net.jpeg", "net", "net.svg.txt"])
-def test_an_unknown_suffix_lists_the_known_ones(small: BlockPlan, tmp_path: Path, name: str) -> None:
+def test_an_unknown_suffix_lists_the_known_ones(
+    small: BlockPlan, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(InputError, match=r"unknown.*\.svg, \.png, \.pdf, \.html, \.dot, \.gv"):
         draw(small, tmp_path / name)
 

@@ -20,11 +20,18 @@ def test_the_main_job_leaves_its_files_and_figures(tmp_path: Path) -> None:
         assert accuracy["ONNX"] == accuracy["SFF"]["ensemble"]
         assert 0 <= accuracy["BP"] <= 1
         for measure in ("peak memory of a step, MiB", "activations of a step, MiB"):
-            assert costs[measure]["SFF / BP"] == pytest.approx(costs[measure]["SFF"] / costs[measure]["BP"])
+            assert costs[measure]["SFF / BP"] == pytest.approx(
+                costs[measure]["SFF"] / costs[measure]["BP"]
+            )
             assert costs[measure]["SFF / BP"] < 1
         assert costs["time of a step, ms"]["SFF / BP"] > 0
         assert f"accuracy of {name}" in output
         assert f"{accuracy['SFF']['ensemble']:.2%}" in output
     left = {file.name for file in (tmp_path / "demo").iterdir() if file.stat().st_size}
-    assert left == {"results.json", *(file for found in results.values() for file in found["files"])}
-    assert {f"{name}.onnx" for name in results} | {f"{name}-accuracy.png" for name in results} <= left
+    assert left == {
+        "results.json",
+        *(file for found in results.values() for file in found["files"]),
+    }
+    assert {f"{name}.onnx" for name in results} | {
+        f"{name}-accuracy.png" for name in results
+    } <= left

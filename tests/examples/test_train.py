@@ -44,7 +44,11 @@ def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None
     assert "wrote run.pt" in output
     if method == "bp":
         return
-    plan = sffx.transform(torchvision.models.resnet18(num_classes=3), goodness=method, example_input=torch.zeros(1, 3, 32, 32)).plan
+    plan = sffx.transform(
+        torchvision.models.resnet18(num_classes=3),
+        goodness=method,
+        example_input=torch.zeros(1, 3, 32, 32),
+    ).plan
     assert torch.load(tmp_path / "run.pt")["sffx_cut"] == plan.record()
     progress = read_checkpoint(tmp_path / "run.pt", plan)
     assert f"{progress.accuracy['ensemble']:.2%}" in output
@@ -60,7 +64,9 @@ def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> No
     epochs = [{row.split(",")[0] for row in log.read_text().splitlines()[1:]} for log in logs]
     assert epochs == [{"0"}, {"1"}]
     assert (tmp_path / "training.png").exists()
-    assert "holds a training already. Hint: --resume" in run("train_lightning.py", *options, folder=tmp_path, fails=True)
+    assert "holds a training already. Hint: --resume" in run(
+        "train_lightning.py", *options, folder=tmp_path, fails=True
+    )
     assert {"last.ckpt"} < {file.name for file in tmp_path.glob("*.ckpt")}
 
 

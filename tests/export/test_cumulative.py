@@ -21,38 +21,56 @@ OUTPUTS = [f"scores_{i}" for i in range(BLOCKS)]
 
 @pytest.fixture(scope="module")
 def path(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sffx.export_onnx(net, tmp_path_factory.mktemp("cumulative") / "net.onnx", "cumulative", dynamic_size=True)
+    return sffx.export_onnx(
+        net, tmp_path_factory.mktemp("cumulative") / "net.onnx", "cumulative", dynamic_size=True
+    )
 
 
 @pytest.mark.parametrize("size", [8, 12])
-def test_each_output_is_the_ensemble_of_the_blocks_up_to_it(net: fx.GraphModule, path: Path, size: int) -> None:
+def test_each_output_is_the_ensemble_of_the_blocks_up_to_it(
+    net: fx.GraphModule, path: Path, size: int
+) -> None:
     x = torch.randn(5, 3, size, size)
     session = onnxruntime.InferenceSession(path)
-    found = torch.stack([torch.from_numpy(scores) for scores in session.run(OUTPUTS, {"x": x.numpy()})])
+    found = torch.stack(
+        [torch.from_numpy(scores) for scores in session.run(OUTPUTS, {"x": x.numpy()})]
+    )
     expected = sffx.EarlyExit(net).cumulative(x)
     assert len(expected) == BLOCKS
     assert not torch.allclose(expected[0], expected[-1], rtol=1e-2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert [each.name for each in session.get_outputs()] == OUTPUTS
-    assert json.loads(session.get_modelmeta().custom_metadata_map["sffx"])["readout"] == "cumulative"
+    assert (
+        json.loads(session.get_modelmeta().custom_metadata_map["sffx"])["readout"] == "cumulative"
+    )
 
 
-def test_what_leads_to_an_answer_can_be_taken_out_as_a_shorter_network(net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor) -> None:
+def test_what_leads_to_an_answer_can_be_taken_out_as_a_shorter_network(
+    net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor
+) -> None:
     sizes = []
     for output, expected in zip(OUTPUTS, sffx.EarlyExit(net).cumulative(x), strict=True):
         onnx.utils.extract_model(path, tmp_path / output, ["x"], [output])
         session = onnxruntime.InferenceSession(tmp_path / output)
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected, rtol=1e-4, atol=1e-5
+        )
         sizes.append((tmp_path / output).stat().st_size)
     assert sizes == sorted(set(sizes))
 
 
 def test_program_returns_all_answers(net: fx.GraphModule, tmp_path: Path, x: Tensor) -> None:
-    loaded: Any = torch.export.load(sffx.export_program(net, tmp_path / "net.pt2", "cumulative")).module()
-    torch.testing.assert_close(torch.stack(loaded(x)), sffx.EarlyExit(net).cumulative(x), rtol=1e-4, atol=1e-5)
+    loaded: Any = torch.export.load(
+        sffx.export_program(net, tmp_path / "net.pt2", "cumulative")
+    ).module()
+    torch.testing.assert_close(
+        torch.stack(loaded(x)), sffx.EarlyExit(net).cumulative(x), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_quantised_file_is_judged_by_its_last_answer(net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor) -> None:
+def test_quantised_file_is_judged_by_its_last_answer(
+    net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor
+) -> None:
     cumulative = sffx.EarlyExit(net).cumulative(x)
     first, last = cumulative[0].argmax(1), cumulative[-1].argmax(1)
     assert (first != last).any()
@@ -60,11 +78,15 @@ def test_quantised_file_is_judged_by_its_last_answer(net: fx.GraphModule, path: 
     assert report.accuracy_before == 1
 
 
-def test_name_of_one_of_several_outputs_may_not_be_that_of_an_input(net: fx.GraphModule, tmp_path: Path) -> None:
+def test_name_of_one_of_several_outputs_may_not_be_that_of_an_input(
+    net: fx.GraphModule, tmp_path: Path
+) -> None:
     class Renamed(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5), torch.nn.ReLU())
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 5), torch.nn.ReLU()
+            )
             self.fc = torch.nn.Linear(5, 3)
 
         def forward(self, y_1: Tensor) -> Tensor:

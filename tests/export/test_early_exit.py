@@ -41,7 +41,9 @@ def counted(runner: sffx.EarlyExit) -> list[int]:
     return seen
 
 
-def test_without_a_reachable_threshold_the_scores_are_the_ensemble_bit_by_bit(net: fx.GraphModule, x: Tensor) -> None:
+def test_without_a_reachable_threshold_the_scores_are_the_ensemble_bit_by_bit(
+    net: fx.GraphModule, x: Tensor
+) -> None:
     assert net.training
     result = sffx.EarlyExit(net, threshold=NEVER)(x)
     assert net.training
@@ -65,7 +67,9 @@ def test_later_blocks_see_only_the_samples_left_and_scores_are_those_of_the_bloc
     assert result.blocks.tolist() == blocks.tolist()
     assert len(set(blocks.tolist())) > 1
     torch.testing.assert_close(result.scores, expected[blocks - 1, torch.arange(len(x))])
-    assert seen == [n for n in (int((blocks >= depth).sum()) for depth in range(1, len(net.plan) + 1)) if n]
+    assert seen == [
+        n for n in (int((blocks >= depth).sum()) for depth in range(1, len(net.plan) + 1)) if n
+    ]
 
 
 def test_blocks_that_no_sample_needs_are_not_run(net: fx.GraphModule, x: Tensor) -> None:
@@ -85,7 +89,10 @@ def test_multiply_adds_are_those_of_blocks_and_heads() -> None:
 
 def test_values_that_cross_a_cut_are_thinned_out_with_the_batch() -> None:
     torch.manual_seed(0)
-    x = {"input_ids": torch.randint(0, 20, (12, 5)), "attention_mask": torch.ones(12, 5, dtype=torch.int64)}
+    x = {
+        "input_ids": torch.randint(0, 20, (12, 5)),
+        "attention_mask": torch.ones(12, 5, dtype=torch.int64),
+    }
     x["attention_mask"][::2, 3:] = 0
     net = sffx.transform(toys.Tokens(), example_input=x).eval()
     runner = sffx.EarlyExit(net, threshold=float(means(net, x)[0].softmax(1).amax(1).median()))
@@ -94,13 +101,17 @@ def test_values_that_cross_a_cut_are_thinned_out_with_the_batch() -> None:
     torch.testing.assert_close(result.scores, means(net, x)[result.blocks - 1, torch.arange(12)])
 
 
-def test_curve_ends_in_the_ensemble_and_each_point_is_what_the_runner_does(net: fx.GraphModule, x: Tensor) -> None:
+def test_curve_ends_in_the_ensemble_and_each_point_is_what_the_runner_does(
+    net: fx.GraphModule, x: Tensor
+) -> None:
     y = torch.randint(0, 4, (len(x),), generator=torch.Generator().manual_seed(2))
     loader = [(x[:25], y[:25]), (x[25:], y[25:])]
     runner = sffx.EarlyExit(net)
     curve = runner.curve(loader)
     assert curve.samples == len(x)
-    assert curve.points[-1].accuracy == pytest.approx(sffx.evaluate(net, loader).accuracy["ensemble"])
+    assert curve.points[-1].accuracy == pytest.approx(
+        sffx.evaluate(net, loader).accuracy["ensemble"]
+    )
     assert [point.macs for point in curve.points] == sorted(point.macs for point in curve.points)
     assert str(curve).splitlines()[-1].split()[0] == "none"
     point = curve.points[len(curve.points) // 2]
@@ -111,15 +122,22 @@ def test_curve_ends_in_the_ensemble_and_each_point_is_what_the_runner_does(net: 
     assert float((result.scores.argmax(1) == y).float().mean()) == pytest.approx(point.accuracy)
 
 
-def test_calibration_takes_the_cheapest_threshold_that_is_accurate_enough(net: fx.GraphModule, x: Tensor) -> None:
+def test_calibration_takes_the_cheapest_threshold_that_is_accurate_enough(
+    net: fx.GraphModule, x: Tensor
+) -> None:
     y = means(net, x)[-1].argmax(1)
     runner = sffx.EarlyExit(net)
     assert runner.calibrate([(x, y)], accuracy=0.0).blocks == 1
     chosen = runner.calibrate([(x, y)])
     assert chosen.accuracy == 1
     assert runner.threshold == chosen.threshold
-    assert chosen.macs == min(point.macs for point in runner.curve([(x, y)]).points if point.accuracy == 1)
-    with pytest.raises(sffx.InputError, match=r"no threshold reaches an accuracy of 1\.5\. Hint: the best on these 40 samples is 1\.0000"):
+    assert chosen.macs == min(
+        point.macs for point in runner.curve([(x, y)]).points if point.accuracy == 1
+    )
+    with pytest.raises(
+        sffx.InputError,
+        match=r"no threshold reaches an accuracy of 1\.5\. Hint: the best on these 40 samples is 1\.0000",
+    ):
         runner.calibrate([(x, y)], accuracy=1.5)
 
 

@@ -59,11 +59,15 @@ class Chain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block_0 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.block_0 = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)
+        )
         self.block_1 = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
         self.head_0, self.head_1 = Head(8), Head(12)
         self.norm_0, self.norm_1 = Norm(), Norm()
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 5))
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 5)
+        )
         self.readout = Readout()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -128,11 +132,17 @@ def scores_by_hand(net: fx.GraphModule, image: Tensor) -> dict[str, Tensor]:
 
 def run(path: Path, **feed: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in feed.items()})[0])
+    return torch.from_numpy(
+        session.run(None, {name: value.numpy() for name, value in feed.items()})[0]
+    )
 
 
 def weight_bytes(module: nn.Module) -> list[bytes]:
-    return [parameter.detach().numpy().tobytes() for parameter in module.parameters() if parameter.ndim > 1]
+    return [
+        parameter.detach().numpy().tobytes()
+        for parameter in module.parameters()
+        if parameter.ndim > 1
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +166,9 @@ def old_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def converted(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the exporter: what follows it gets the ensemble's program of an earlier export."""
-    monkeypatch.setattr(onnx_export, "_export", lambda *_, **__: Program(onnx.load(files["ensemble"])))
+    monkeypatch.setattr(
+        onnx_export, "_export", lambda *_, **__: Program(onnx.load(files["ensemble"]))
+    )
 
 
 class Program:
@@ -176,9 +188,13 @@ def assert_untouched(old_file: Path) -> None:
 
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_scores_are_those_of_torch(net: fx.GraphModule, files: dict[str, Path], readout: str, batch: int) -> None:
+def test_scores_are_those_of_torch(
+    net: fx.GraphModule, files: dict[str, Path], readout: str, batch: int
+) -> None:
     image = torch.randn(batch, *IMAGE.shape, generator=torch.Generator().manual_seed(7))
-    torch.testing.assert_close(run(files[readout], image=image), scores_by_hand(net, image)[readout], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(files[readout], image=image), scores_by_hand(net, image)[readout], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,44 +209,88 @@ def test_file_holds_only_what_the_readout_needs(
     net: fx.GraphModule, files: dict[str, Path], readout: str, kept: list[str], left_out: list[str]
 ) -> None:
     content = files[readout].read_bytes()
-    assert all(weight in content for name in kept for weight in weight_bytes(net.get_submodule(name)))
-    assert not any(weight in content for name in left_out for weight in weight_bytes(net.get_submodule(name)))
+    assert all(
+        weight in content for name in kept for weight in weight_bytes(net.get_submodule(name))
+    )
+    assert not any(
+        weight in content for name in left_out for weight in weight_bytes(net.get_submodule(name))
+    )
     operators = {node.op_type for node in onnx.load(files[readout]).graph.node}
     assert not operators & {"Dropout", "BatchNormalization", "Gradient"}
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_inputs_and_output_are_named_and_the_batch_axis_is_dynamic(files: dict[str, Path], readout: str) -> None:
+def test_inputs_and_output_are_named_and_the_batch_axis_is_dynamic(
+    files: dict[str, Path], readout: str
+) -> None:
     session = onnxruntime.InferenceSession(files[readout], providers=["CPUExecutionProvider"])
-    assert [(value.name, value.shape, value.type) for value in session.get_inputs()] == [("image", ["batch", 3, 8, 8], "tensor(float)")]
-    assert [(value.name, value.shape) for value in session.get_outputs()] == [("scores", ["batch", 5])]
+    assert [(value.name, value.shape, value.type) for value in session.get_inputs()] == [
+        ("image", ["batch", 3, 8, 8], "tensor(float)")
+    ]
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [
+        ("scores", ["batch", 5])
+    ]
 
 
-def test_file_tells_names_and_normalisation(net: fx.GraphModule, files: dict[str, Path], tmp_path: Path) -> None:
+def test_file_tells_names_and_normalisation(
+    net: fx.GraphModule, files: dict[str, Path], tmp_path: Path
+) -> None:
     names = ["cat", "dog", "Kühe", "horse", "sheep"]
-    path = export_onnx(net, tmp_path / "n.onnx", "last", class_names=names, mean=(0.5, 0.4, 0.3), std=(1, 2, 3), output_name="goodness")
+    path = export_onnx(
+        net,
+        tmp_path / "n.onnx",
+        "last",
+        class_names=names,
+        mean=(0.5, 0.4, 0.3),
+        std=(1, 2, 3),
+        output_name="goodness",
+    )
     session = onnxruntime.InferenceSession(path)
     told = json.loads(session.get_modelmeta().custom_metadata_map["sffx"])
-    assert told == {"readout": "last", "class_names": names, "mean": [0.5, 0.4, 0.3], "std": [1.0, 2.0, 3.0]}
-    assert [(value.name, value.shape) for value in session.get_outputs()] == [("goodness", ["batch", 5])]
-    plain = onnxruntime.InferenceSession(files["classifier"]).get_modelmeta().custom_metadata_map["sffx"]
-    assert json.loads(plain) == {"readout": "classifier", "class_names": None, "mean": None, "std": None}
+    assert told == {
+        "readout": "last",
+        "class_names": names,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [1.0, 2.0, 3.0],
+    }
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [
+        ("goodness", ["batch", 5])
+    ]
+    plain = (
+        onnxruntime.InferenceSession(files["classifier"])
+        .get_modelmeta()
+        .custom_metadata_map["sffx"]
+    )
+    assert json.loads(plain) == {
+        "readout": "classifier",
+        "class_names": None,
+        "mean": None,
+        "std": None,
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_names": ["a", "b"]}, r"there are 2 class names, but the model has 5 classes\. Hint: "),
+        (
+            {"class_names": ["a", "b"]},
+            r"there are 2 class names, but the model has 5 classes\. Hint: ",
+        ),
         ({"class_names": ["a", "b", "c", "d", "a"]}, r"the class name 'a' is given twice"),
         ({"class_names": "abcde"}, r"class_names is 'abcde'\. Hint: pass a list"),
         ({"mean": [0.5] * 3}, r"mean is \[0\.5, 0\.5, 0\.5\] and std is None\. Hint: pass both"),
-        ({"mean": [0.5] * 3, "std": [1, 0, 1]}, r"std is \[1, 0, 1\]\. Hint: numbers, those of std above 0"),
+        (
+            {"mean": [0.5] * 3, "std": [1, 0, 1]},
+            r"std is \[1, 0, 1\]\. Hint: numbers, those of std above 0",
+        ),
         ({"mean": [0.5], "std": [0.5]}, r"have 1 numbers, but the input has 3 channels"),
         ({"output_name": "image"}, r"output_name 'image' is the name of an input"),
         ({"output_name": ""}, r"output_name is ''"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(net: fx.GraphModule, old_file: Path, options: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_the_model_is_refused(
+    net: fx.GraphModule, old_file: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         export_onnx(net, old_file, **options)
     assert_untouched(old_file)
@@ -242,8 +302,14 @@ class Foldable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Hardswish())
-        self.strided = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, dilation=2), nn.BatchNorm2d(8, eps=1e-3, affine=False), nn.ReLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Hardswish()
+        )
+        self.strided = nn.Sequential(
+            nn.Conv2d(8, 8, 3, stride=2, dilation=2),
+            nn.BatchNorm2d(8, eps=1e-3, affine=False),
+            nn.ReLU(),
+        )
         self.up = nn.Sequential(nn.ConvTranspose2d(8, 4, 2, groups=2), nn.BatchNorm2d(4), nn.ReLU())
         self.before = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
         self.flat = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
@@ -261,16 +327,22 @@ def test_bn_is_folded_into_the_layer_before_it(tmp_path: Path) -> None:
     path = export_onnx(net, tmp_path / "net.onnx", "classifier")
     graph = onnx.load(path).graph
     producers = {name: node.op_type for node in graph.node for name in node.output}
-    assert [producers[node.input[0]] for node in graph.node if node.op_type == "BatchNormalization"] == ["Relu"]
+    assert [
+        producers[node.input[0]] for node in graph.node if node.op_type == "BatchNormalization"
+    ] == ["Relu"]
     x = torch.randn(4, 3, 12, 12)
     net.eval().readout.mode = "classifier"
     torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("goodness", ["sff", "cwc", "cosine", "cosine(3)", "mlp"])
-def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str) -> None:
+def test_height_and_width_stay_open_where_the_model_allows_it(
+    tmp_path: Path, goodness: str
+) -> None:
     torch.manual_seed(0)
-    net = sffx.transform(toys.Residual(), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()
+    net = sffx.transform(
+        toys.Residual(), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness
+    ).eval()
     path = export_onnx(net, tmp_path / "net.onnx", dynamic_size=True)
     (image,) = onnxruntime.InferenceSession(path).get_inputs()
     assert image.shape == ["batch", 3, "height", "width"]
@@ -289,14 +361,24 @@ def test_model_that_fixes_the_size_is_refused_with_its_size(old_file: Path) -> N
 
 def test_open_size_without_an_image_is_refused(old_file: Path) -> None:
     net = cut(Pair(), Input("ids", (4,), "int64", 7), Input("weight", (5,), "float32"))
-    with pytest.raises(InputError, match=r"of one image input open, but the model has 0 \(ids \(4,\), weight \(5,\)\)"):
+    with pytest.raises(
+        InputError,
+        match=r"of one image input open, but the model has 0 \(ids \(4,\), weight \(5,\)\)",
+    ):
         export_onnx(net, old_file, dynamic_size=True)
     assert_untouched(old_file)
 
 
 def test_norm_over_many_values_keeps_its_digits(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     net = sffx.transform(model, "layer", torch.zeros(1, 3, 160, 160)).eval()
     x = torch.randn(1, 3, 160, 160)
     path = export_onnx(net, tmp_path / "net.onnx", "classifier")
@@ -310,7 +392,9 @@ def test_file_does_not_tell_where_it_was_made(files: dict[str, Path]) -> None:
     assert __file__.encode() not in content
 
 
-def test_integers_are_drawn_below_their_bound_and_an_input_that_is_not_read_keeps_its_place(tmp_path: Path) -> None:
+def test_integers_are_drawn_below_their_bound_and_an_input_that_is_not_read_keeps_its_place(
+    tmp_path: Path,
+) -> None:
     net = cut(Pair(), Input("ids", (4,), "int64", 7), Input("weight", (5,), "float32"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -322,12 +406,25 @@ def test_integers_are_drawn_below_their_bound_and_an_input_that_is_not_read_keep
 
 def test_transformed_model_is_exported_as_it_is_evaluated(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
-    net = sffx.transform(nn.Sequential(model, nn.Flatten(), nn.Linear(64 * 16, 50)), "batchnorm", torch.randn(2, 3, 8, 8))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    )
+    net = sffx.transform(
+        nn.Sequential(model, nn.Flatten(), nn.Linear(64 * 16, 50)),
+        "batchnorm",
+        torch.randn(2, 3, 8, 8),
+    )
     path = export_onnx(net, tmp_path / "net.onnx")
     image = torch.randn(4, 3, 8, 8)
     (name,) = (each.name for each in net.plan.inputs)
-    torch.testing.assert_close(run(path, **{name: image}), net.eval()(image).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(path, **{name: image}), net.eval()(image).detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,14 +441,19 @@ def test_examples_of_whole_numbers_cover_the_valid_values(each: Input, values: s
     assert set(example.flatten().tolist()) == values
 
 
-def test_net_in_bfloat16_is_exported_in_float32_and_stays_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_net_in_bfloat16_is_exported_in_float32_and_stays_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     net = chain().bfloat16()
     net.readout.mode = "last"
     net.head_0.eval()
     net.block_1[0].weight.requires_grad_(False)
     net(torch.randn(2, *IMAGE.shape).bfloat16()).sum().backward()
     modes = {name: module.training for name, module in net.named_modules()}
-    before = {name: (id(p), p.dtype, p.requires_grad, p.clone(), p.grad) for name, p in net.named_parameters()}
+    before = {
+        name: (id(p), p.dtype, p.requires_grad, p.clone(), p.grad)
+        for name, p in net.named_parameters()
+    }
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     random_state = torch.get_rng_state()
 
@@ -368,10 +470,17 @@ def test_net_in_bfloat16_is_exported_in_float32_and_stays_as_it_was(tmp_path: Pa
         assert p.grad is grad
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
     image = torch.randn(4, *IMAGE.shape)
-    torch.testing.assert_close(run(path, image=image), scores_by_hand(copy.deepcopy(net).float(), image)["ensemble"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(path, image=image),
+        scores_by_hand(copy.deepcopy(net).float(), image)["ensemble"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
-def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(net: fx.GraphModule, tmp_path: Path) -> None:
+def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(
+    net: fx.GraphModule, tmp_path: Path
+) -> None:
     (tmp_path / "real.json").write_bytes(b"old")
     link = tmp_path / "link.json"
     link.symlink_to("real.json")
@@ -383,7 +492,9 @@ def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(net: fx.G
 
 
 def test_opset_without_a_form_of_the_model_is_refused(net: fx.GraphModule, old_file: Path) -> None:
-    with pytest.raises(ExportError, match=r"no form in opset 7; torch offers opset \d+\. Hint: leave opset out"):
+    with pytest.raises(
+        ExportError, match=r"no form in opset 7; torch offers opset \d+\. Hint: leave opset out"
+    ):
         export_onnx(net, old_file, opset=7)
     assert_untouched(old_file)
 
@@ -406,15 +517,23 @@ class FixedBatch(nn.Module):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Determinants(), r"the operator 'aten\._linalg_svd' \(node '_linalg_svd' in module 'block_0'\) has no ONNX form\. Hint: "),
+        (
+            Determinants(),
+            r"the operator 'aten\._linalg_svd' \(node '_linalg_svd' in module 'block_0'\) has no ONNX form\. Hint: ",
+        ),
         (
             Branch(),
             r"\(node 'block_0' in module 'block_0'\): Could not guard on data-dependent expression.*Hint: .*without Python branches",
         ),
-        (FixedBatch(), r"cannot be exported: .*a static shape of 2 for dimension .*Hint: the model must run at any batch size"),
+        (
+            FixedBatch(),
+            r"cannot be exported: .*a static shape of 2 for dimension .*Hint: the model must run at any batch size",
+        ),
     ],
 )
-def test_what_cannot_be_exported_is_named_and_the_old_file_stays(block: nn.Module, message: str, old_file: Path) -> None:
+def test_what_cannot_be_exported_is_named_and_the_old_file_stays(
+    block: nn.Module, message: str, old_file: Path
+) -> None:
     with pytest.raises(ExportError, match=message) as raised:
         export_onnx(cut(Single(block), IMAGE), old_file)
     assert raised.value.__cause__ is not None
@@ -449,11 +568,18 @@ class Choosing(Singular):
             Singular(),
             r"the operator 'aten\._linalg_svd' \(node 'linalg_svdvals' in module 'stages\.0'\) has no ONNX form\. Hint: write this",
         ),
-        (Choosing(), r"the model cannot be exported \(node 'stages_0' in module 'stages\.0'\): Could not guard on .*Hint: the model must"),
+        (
+            Choosing(),
+            r"the model cannot be exported \(node 'stages_0' in module 'stages\.0'\): Could not guard on .*Hint: the model must",
+        ),
     ],
 )
-def test_node_and_module_of_the_original_model_are_named(inner: nn.Module, message: str, old_file: Path) -> None:
-    stages = OrderedDict(stages=nn.Sequential(inner, nn.ReLU()), flatten=nn.Flatten(), head=nn.Linear(6 * 64, 4))
+def test_node_and_module_of_the_original_model_are_named(
+    inner: nn.Module, message: str, old_file: Path
+) -> None:
+    stages = OrderedDict(
+        stages=nn.Sequential(inner, nn.ReLU()), flatten=nn.Flatten(), head=nn.Linear(6 * 64, 4)
+    )
     net = sffx.transform(nn.Sequential(stages), "layer", torch.zeros(1, 3, 8, 8))
     with pytest.raises(ExportError, match=message):
         export_onnx(net, old_file)
@@ -463,7 +589,9 @@ def test_node_and_module_of_the_original_model_are_named(inner: nn.Module, messa
 def test_net_that_cannot_be_copied_is_refused(old_file: Path) -> None:
     net = chain()
     net.head_0.kept = net.head_0.conv.weight * 2
-    with pytest.raises(ExportError, match=r"cannot be copied: Only Tensors created explicitly by the user.*Hint: "):
+    with pytest.raises(
+        ExportError, match=r"cannot be copied: Only Tensors created explicitly by the user.*Hint: "
+    ):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 
@@ -484,10 +612,17 @@ def test_negative_tolerance_refuses_even_an_equal_file(net: fx.GraphModule, old_
     ],
 )
 def test_difference_beyond_the_tolerance_is_refused_with_its_value(
-    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch, factor: float, tolerance: float, message: str
+    net: fx.GraphModule,
+    old_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    tolerance: float,
+    message: str,
 ) -> None:
     right = onnxruntime.InferenceSession.run
-    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0] * factor])
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0] * factor]
+    )
     with pytest.raises(ExportError, match=message):
         export_onnx(net, old_file, tolerance=tolerance)
     assert_untouched(old_file)
@@ -499,7 +634,9 @@ def test_scores_that_would_only_agree_by_broadcasting_are_refused(
 ) -> None:
     right = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0][:1]])
-    with pytest.raises(ExportError, match=r"ONNX Runtime returns scores of shape \(1, 5\), torch of shape \(3, 5\)"):
+    with pytest.raises(
+        ExportError, match=r"ONNX Runtime returns scores of shape \(1, 5\), torch of shape \(3, 5\)"
+    ):
         export_onnx(net, old_file, tolerance=1e9)
     assert_untouched(old_file)
 
@@ -513,20 +650,31 @@ def test_scores_that_would_only_agree_by_broadcasting_are_refused(
         ([[0.0, 0.0]], [[0.0, 0.0]], 0.0),
     ],
 )
-def test_relative_error_is_measured_against_the_largest_score(scores: list[list[float]], expected: list[list[float]], error: float) -> None:
-    assert relative_error(torch.tensor(scores), torch.tensor(expected)) == pytest.approx(error, rel=1e-6)
+def test_relative_error_is_measured_against_the_largest_score(
+    scores: list[list[float]], expected: list[list[float]], error: float
+) -> None:
+    assert relative_error(torch.tensor(scores), torch.tensor(expected)) == pytest.approx(
+        error, rel=1e-6
+    )
 
 
 @pytest.mark.usefixtures("converted")
-def test_weights_beyond_one_file_are_refused(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_beyond_one_file_are_refused(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnx_export, "MAX_WEIGHT_BYTES", 4 * 8 * 3 * 3 * 3)
-    with pytest.raises(ExportError, match=r"the weights take 0\.00 GiB, and an ONNX file ends at 2 GiB\. Hint: .*external_data=True"):
+    with pytest.raises(
+        ExportError,
+        match=r"the weights take 0\.00 GiB, and an ONNX file ends at 2 GiB\. Hint: .*external_data=True",
+    ):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 
 
 @pytest.mark.usefixtures("converted")
-def test_failing_rename_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_rename_leaves_the_old_file(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -537,19 +685,26 @@ def test_failing_rename_leaves_the_old_file(net: fx.GraphModule, old_file: Path,
 
 
 @pytest.mark.usefixtures("converted")
-def test_full_disk_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_file(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: object, path: Path) -> None:
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(onnx, "save", full)
-    with pytest.raises(ExportError, match=r"cannot write '.*net\.onnx': No space left on device\. Hint: is the disk full\?"):
+    with pytest.raises(
+        ExportError,
+        match=r"cannot write '.*net\.onnx': No space left on device\. Hint: is the disk full\?",
+    ):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 
 
 @pytest.mark.usefixtures("converted")
-def test_new_file_replaces_the_old_one_with_the_permissions_of_any_new_file(net: fx.GraphModule, old_file: Path) -> None:
+def test_new_file_replaces_the_old_one_with_the_permissions_of_any_new_file(
+    net: fx.GraphModule, old_file: Path
+) -> None:
     beside = old_file.with_name("beside")
     beside.touch()
     export_onnx(net, old_file)
@@ -559,48 +714,71 @@ def test_new_file_replaces_the_old_one_with_the_permissions_of_any_new_file(net:
 
 
 def test_missing_directory_is_refused(net: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the directory '.*nowhere' does not exist\. Hint: create it"):
+    with pytest.raises(
+        InputError, match=r"the directory '.*nowhere' does not exist\. Hint: create it"
+    ):
         export_onnx(net, tmp_path / "nowhere" / "net.onnx")
 
 
 def test_directory_as_path_is_refused(net: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.onnx'"):
+    with pytest.raises(
+        InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.onnx'"
+    ):
         export_onnx(net, tmp_path)
 
 
-def test_unwritable_directory_is_refused(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_directory_is_refused(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Not chmod: the superuser, who runs the tests in a container, writes everywhere.
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tempfile, "mkdtemp", denied)
-    with pytest.raises(InputError, match=rf"cannot write to the directory '{re.escape(str(old_file.parent))}': Permission denied\. Hint: "):
+    with pytest.raises(
+        InputError,
+        match=rf"cannot write to the directory '{re.escape(str(old_file.parent))}': Permission denied\. Hint: ",
+    ):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 
 
 def test_unknown_readout_lists_the_known_ones(net: fx.GraphModule, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier', 'weighted', 'cumulative'"):
+    with pytest.raises(
+        InputError,
+        match=r"'mean'\. Hint: the readouts are 'ensemble', 'last', 'classifier', 'weighted', 'cumulative'",
+    ):
         export_onnx(net, tmp_path / "net.onnx", "mean")
 
 
 def test_plain_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Chain, not a cut model\. Hint: pass what sffx\.transform returned"):
+    with pytest.raises(
+        InputError, match=r"Chain, not a cut model\. Hint: pass what sffx\.transform returned"
+    ):
         export_onnx(Chain(), tmp_path / "net.onnx")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_missing_package_names_the_extra(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_missing_package_names_the_extra(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=rf"exporting to ONNX needs the package '{package}', .*pip install 'sffx\[export\]'"):
+    with pytest.raises(
+        MissingExtra,
+        match=rf"exporting to ONNX needs the package '{package}', .*pip install 'sffx\[export\]'",
+    ):
         export_onnx(net, old_file)
     assert_untouched(old_file)
 
 
-@pytest.mark.parametrize("classes", [4, 300])  # the direct form of the goodness, and the one by second moments
+@pytest.mark.parametrize(
+    "classes", [4, 300]
+)  # the direct form of the goodness, and the one by second moments
 def test_a_real_cut_model_exports_at_any_batch_size(tmp_path: Path, classes: int) -> None:
     net = sffx.transform(toys.Chain(classes), "layer", torch.zeros(1, 3, 8, 8)).eval()
     path = export_onnx(net, tmp_path / "net.onnx")
     x = torch.randn(7, 3, 8, 8)
-    (scores,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
+    (scores,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"input": x.numpy()}
+    )
     torch.testing.assert_close(torch.from_numpy(scores), net(x).detach(), rtol=1e-4, atol=1e-5)

@@ -34,32 +34,58 @@ def assert_untouched(old_file: Path) -> None:
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-def test_loaded_program_gives_the_scores_at_any_batch_size(net: fx.GraphModule, x: Tensor, tmp_path: Path, readout: str) -> None:
+def test_loaded_program_gives_the_scores_at_any_batch_size(
+    net: fx.GraphModule, x: Tensor, tmp_path: Path, readout: str
+) -> None:
     path = sffx.export_program(net, tmp_path / "net.pt2", readout)
     twin = copy.deepcopy(net).eval()
     twin.readout.mode = readout
     loaded: Any = torch.export.load(path).module()
     for batch in (1, 2, 7):
-        torch.testing.assert_close(loaded(x[:batch]), twin(x[:batch]).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            loaded(x[:batch]), twin(x[:batch]).detach(), rtol=1e-4, atol=1e-5
+        )
     kept = {name.partition(".")[0] for name in loaded.state_dict()}
-    assert kept == {"ensemble": {*BLOCKS, *HEADS}, "last": {*BLOCKS, HEADS[-1]}, "classifier": {*BLOCKS, "classifier"}}[readout]
+    assert (
+        kept
+        == {
+            "ensemble": {*BLOCKS, *HEADS},
+            "last": {*BLOCKS, HEADS[-1]},
+            "classifier": {*BLOCKS, "classifier"},
+        }[readout]
+    )
 
 
 def test_file_tells_names_and_normalisation(net: fx.GraphModule, tmp_path: Path) -> None:
-    path = sffx.export_program(net, tmp_path / "net.pt2", class_names=list("abcd"), mean=[0.5] * 3, std=[2] * 3)
+    path = sffx.export_program(
+        net, tmp_path / "net.pt2", class_names=list("abcd"), mean=[0.5] * 3, std=[2] * 3
+    )
     files = {"sffx.json": ""}
     torch.export.load(path, extra_files=files)
     told = json.loads(files["sffx.json"])
-    assert told == {"readout": "ensemble", "class_names": list("abcd"), "mean": [0.5] * 3, "std": [2.0] * 3}
+    assert told == {
+        "readout": "ensemble",
+        "class_names": list("abcd"),
+        "mean": [0.5] * 3,
+        "std": [2.0] * 3,
+    }
 
 
 @pytest.mark.parametrize(
     ("goodness", "classes"),
     [("sff", 4), ("sff", 300), ("cosine(8)", 4)],
-    ids=["direct form of the goodness", "by second moments", "cosine of regions of a single position"],
+    ids=[
+        "direct form of the goodness",
+        "by second moments",
+        "cosine of regions of a single position",
+    ],
 )
-def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, goodness: str, classes: int) -> None:
-    net = sffx.transform(toys.Residual(classes=classes), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()
+def test_height_and_width_stay_open_where_the_model_allows_it(
+    tmp_path: Path, goodness: str, classes: int
+) -> None:
+    net = sffx.transform(
+        toys.Residual(classes=classes), "residual", torch.zeros(1, 3, 8, 8), goodness=goodness
+    ).eval()
     path = sffx.export_program(net, tmp_path / "net.pt2", dynamic_size=True)
     loaded: Any = torch.export.load(path).module()
     for size in ((8, 8), (11, 30), (40, 9)):
@@ -69,39 +95,63 @@ def test_height_and_width_stay_open_where_the_model_allows_it(tmp_path: Path, go
 
 def test_model_that_fixes_the_size_is_refused_with_its_size(old_file: Path) -> None:
     net = sffx.transform(toys.Chain(), "layer", torch.zeros(1, 3, 8, 8))
-    with pytest.raises(sffx.ExportError, match=r"does not allow other heights and widths than 8 x 8: .*Hint: leave dynamic_size out"):
+    with pytest.raises(
+        sffx.ExportError,
+        match=r"does not allow other heights and widths than 8 x 8: .*Hint: leave dynamic_size out",
+    ):
         sffx.export_program(net, old_file, "classifier", dynamic_size=True)
     assert_untouched(old_file)
 
 
 def test_size_at_which_features_shrink_to_one_position_is_not_open(old_file: Path) -> None:
-    layers = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)]
-    net = sffx.transform(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), "layer", torch.zeros(1, 3, 8, 8))
-    with pytest.raises(sffx.ExportError, match=r"the program fails at batch size 1: .*Hint: leave dynamic_size out, or cut the model with"):
+    layers = [
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=4, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+    ]
+    net = sffx.transform(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "layer",
+        torch.zeros(1, 3, 8, 8),
+    )
+    with pytest.raises(
+        sffx.ExportError,
+        match=r"the program fails at batch size 1: .*Hint: leave dynamic_size out, or cut the model with",
+    ):
         sffx.export_program(net, old_file, dynamic_size=True)
     assert_untouched(old_file)
 
 
 def test_what_cannot_be_exported_is_named_and_the_old_file_stays(old_file: Path) -> None:
-    with pytest.raises(sffx.ExportError, match=r"cannot be exported.*Hint: the model must run at any batch size"):
+    with pytest.raises(
+        sffx.ExportError, match=r"cannot be exported.*Hint: the model must run at any batch size"
+    ):
         sffx.export_program(cut(Single(FixedBatch()), IMAGE), old_file)
     assert_untouched(old_file)
 
 
 def test_difference_beyond_the_tolerance_is_refused(net: fx.GraphModule, old_file: Path) -> None:
     with pytest.raises(
-        sffx.ExportError, match=r"the exported program and torch differ by .* at batch size 1; the tolerance is -1\. Hint: "
+        sffx.ExportError,
+        match=r"the exported program and torch differ by .* at batch size 1; the tolerance is -1\. Hint: ",
     ):
         sffx.export_program(net, old_file, tolerance=-1.0)
     assert_untouched(old_file)
 
 
-def test_full_disk_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_file(
+    net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(sffx.ExportError, match=r"cannot write '.*net\.pt2': No space left on device\. Hint: is the disk full\?"):
+    with pytest.raises(
+        sffx.ExportError,
+        match=r"cannot write '.*net\.pt2': No space left on device\. Hint: is the disk full\?",
+    ):
         sffx.export_program(net, old_file)
     assert_untouched(old_file)
 
@@ -109,7 +159,9 @@ def test_full_disk_leaves_the_old_file(net: fx.GraphModule, old_file: Path, monk
 def test_bad_arguments_are_refused(net: fx.GraphModule, tmp_path: Path) -> None:
     with pytest.raises(sffx.InputError, match=r"no readout 'mean'"):
         sffx.export_program(net, tmp_path / "net.pt2", "mean")
-    with pytest.raises(sffx.InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.pt2'"):
+    with pytest.raises(
+        sffx.InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.pt2'"
+    ):
         sffx.export_program(net, tmp_path)
     with pytest.raises(sffx.InputError, match=r"Chain, not a cut model"):
         sffx.export_program(toys.Chain(), tmp_path / "net.pt2")  # type: ignore[arg-type]

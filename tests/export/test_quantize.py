@@ -26,8 +26,14 @@ Loader = list[tuple[Tensor, Tensor]]
 def loaders() -> tuple[Loader, Loader]:
     """Batches of 1,200 digits to train on, and of 597 to test on."""
     digits = load_digits()
-    x, y = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(digits.target)
-    train, test = (list(zip(x[part].split(100), y[part].split(100), strict=True)) for part in (slice(1200), slice(1200, None)))
+    x, y = (
+        torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:, None],
+        torch.tensor(digits.target),
+    )
+    train, test = (
+        list(zip(x[part].split(100), y[part].split(100), strict=True))
+        for part in (slice(1200), slice(1200, None))
+    )
     return train, test
 
 
@@ -36,7 +42,14 @@ def source(loaders: tuple[Loader, Loader], tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     layers = [
         *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+        ),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
     ]
     net = sffx.transform(nn.Sequential(*layers), "batchnorm", torch.zeros(1, 1, 8, 8))
@@ -70,17 +83,24 @@ def assert_untouched(old_file: Path) -> None:
 def predictions(path: Path, loader: Loader) -> Tensor:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(session.run(None, {name: x.numpy()})[0]).argmax(1) for x, _ in loader])
+    return torch.cat(
+        [torch.from_numpy(session.run(None, {name: x.numpy()})[0]).argmax(1) for x, _ in loader]
+    )
 
 
-def test_report_is_what_both_files_say(quantised: Quantization, source: Path, loaders: tuple[Loader, Loader]) -> None:
+def test_report_is_what_both_files_say(
+    quantised: Quantization, source: Path, loaders: tuple[Loader, Loader]
+) -> None:
     y = torch.cat([y for _, y in loaders[1]])
     before, after = predictions(source, loaders[1]), predictions(quantised.path, loaders[1])
     assert quantised.samples == len(y) == 597
     assert quantised.accuracy_before == pytest.approx(float((before == y).double().mean()))
     assert quantised.accuracy_after == pytest.approx(float((after == y).double().mean()))
     assert quantised.agreement == pytest.approx(float((before == after).double().mean()))
-    assert (quantised.bytes_before, quantised.bytes_after) == (source.stat().st_size, quantised.path.stat().st_size)
+    assert (quantised.bytes_before, quantised.bytes_after) == (
+        source.stat().st_size,
+        quantised.path.stat().st_size,
+    )
 
 
 def test_eight_bits_are_enough_for_digits(quantised: Quantization) -> None:
@@ -89,12 +109,18 @@ def test_eight_bits_are_enough_for_digits(quantised: Quantization) -> None:
     assert quantised.bytes_after < 0.4 * quantised.bytes_before
 
 
-def test_weights_are_whole_numbers_and_the_squares_are_not_quantised(quantised: Quantization, source: Path) -> None:
+def test_weights_are_whole_numbers_and_the_squares_are_not_quantised(
+    quantised: Quantization, source: Path
+) -> None:
     model = onnx.load(quantised.path)
     kinds = Counter(node.op_type for node in model.graph.node)
     convolutions = Counter(node.op_type for node in onnx.load(source).graph.node)["Conv"]
     stored = {each.name: each.data_type for each in model.graph.initializer}
-    weights = [stored[node.input[0]] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    weights = [
+        stored[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    ]
     assert kinds["Conv"] == convolutions
     assert kinds["QuantizeLinear"] >= kinds["Conv"]
     assert weights.count(onnx.TensorProto.INT8) >= kinds["Conv"]
@@ -104,8 +130,13 @@ def test_weights_are_whole_numbers_and_the_squares_are_not_quantised(quantised: 
 
 def test_what_the_file_tells_is_kept_and_the_batch_stays_open(quantised: Quantization) -> None:
     session = onnxruntime.InferenceSession(quantised.path)
-    assert json.loads(session.get_modelmeta().custom_metadata_map["sffx"])["class_names"] == [str(i) for i in range(10)]
-    assert [value.shape for value in (*session.get_inputs(), *session.get_outputs())] == [["batch", 1, 8, 8], ["batch", 10]]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["sffx"])["class_names"] == [
+        str(i) for i in range(10)
+    ]
+    assert [value.shape for value in (*session.get_inputs(), *session.get_outputs())] == [
+        ["batch", 1, 8, 8],
+        ["batch", 10],
+    ]
 
 
 def test_report_prints_as_two_lines() -> None:
@@ -128,7 +159,9 @@ def test_report_prints_as_two_lines() -> None:
         ),
     ],
 )
-def test_loader_that_does_not_fit_is_refused(source: Path, old_file: Path, loader: Any, message: str) -> None:
+def test_loader_that_does_not_fit_is_refused(
+    source: Path, old_file: Path, loader: Any, message: str
+) -> None:
     with pytest.raises(sffx.InputError, match=message):
         sffx.quantize_onnx(source, old_file, loader)
     assert_untouched(old_file)
@@ -136,33 +169,45 @@ def test_loader_that_does_not_fit_is_refused(source: Path, old_file: Path, loade
 
 def test_inputs_of_another_shape_are_refused(source: Path, old_file: Path) -> None:
     with pytest.raises(
-        sffx.ExportError, match=r"cannot be quantised: .*Hint: the loader must yield what the file takes: input \['batch', 1, 8, 8\]"
+        sffx.ExportError,
+        match=r"cannot be quantised: .*Hint: the loader must yield what the file takes: input \['batch', 1, 8, 8\]",
     ):
         sffx.quantize_onnx(source, old_file, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
     assert_untouched(old_file)
 
 
 def test_what_is_no_onnx_file_is_refused(old_file: Path, loaders: tuple[Loader, Loader]) -> None:
-    with pytest.raises(sffx.InputError, match=r"there is no file '.*none\.onnx'\. Hint: write it with sffx\.export_onnx"):
+    with pytest.raises(
+        sffx.InputError,
+        match=r"there is no file '.*none\.onnx'\. Hint: write it with sffx\.export_onnx",
+    ):
         sffx.quantize_onnx(old_file.with_name("none.onnx"), old_file, loaders[0])
     with pytest.raises(sffx.InputError, match=r"int8\.onnx' is no ONNX file that can be used"):
         sffx.quantize_onnx(old_file, old_file, loaders[0])
     assert_untouched(old_file)
 
 
-def test_full_disk_leaves_the_old_file(source: Path, old_file: Path, loaders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_old_file(
+    source: Path, old_file: Path, loaders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
-    with pytest.raises(sffx.ExportError, match=r"cannot write '.*int8\.onnx': No space left on device"):
+    with pytest.raises(
+        sffx.ExportError, match=r"cannot write '.*int8\.onnx': No space left on device"
+    ):
         sffx.quantize_onnx(source, old_file, loaders[0][:1])
     assert_untouched(old_file)
 
 
-def test_what_cannot_be_tested_is_said_before_the_calibration(source: Path, loaders: tuple[Loader, Loader], old_file: Path) -> None:
+def test_what_cannot_be_tested_is_said_before_the_calibration(
+    source: Path, loaders: tuple[Loader, Loader], old_file: Path
+) -> None:
     for x in (loaders[1][0][0][:, :, :4], loaders[1][0][0].double()):
-        with pytest.raises(sffx.InputError, match=r"cannot run on what the test loader yields: .*Hint: it takes "):
+        with pytest.raises(
+            sffx.InputError, match=r"cannot run on what the test loader yields: .*Hint: it takes "
+        ):
             sffx.quantize_onnx(source, old_file, iter(()), [(x, loaders[1][0][1])])
     with pytest.raises(sffx.InputError, match="the test loader yielded no samples"):
         sffx.quantize_onnx(source, old_file, iter(()), iter(()))

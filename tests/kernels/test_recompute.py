@@ -14,18 +14,36 @@ from sffx.kernels.attention import self_attention
 from sffx.kernels.recompute import ACTIVATIONS, recomputed
 from sffx.memory.count import count_memory
 
-ACTIVATION_MODULES = {"relu": nn.ReLU(), "hardswish": nn.Hardswish(), "silu": nn.SiLU(), "gelu": nn.GELU(), None: nn.Identity()}
+ACTIVATION_MODULES = {
+    "relu": nn.ReLU(),
+    "hardswish": nn.Hardswish(),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    None: nn.Identity(),
+}
 
 # norm, layer, shape of the input
 CHAINS = {
     "bn-conv1d": (nn.BatchNorm1d(4), nn.Conv1d(4, 6, 3, padding=1), (5, 4, 7)),
     "bn-conv2d": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, stride=2), (5, 4, 7, 6)),
-    "bn-conv2d without bias": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, stride=2, bias=False), (5, 4, 7, 6)),
-    "bn-depthwise": (nn.BatchNorm2d(4, momentum=None), nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4), (5, 4, 7, 6)),
+    "bn-conv2d without bias": (
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 6, 3, stride=2, bias=False),
+        (5, 4, 7, 6),
+    ),
+    "bn-depthwise": (
+        nn.BatchNorm2d(4, momentum=None),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
+        (5, 4, 7, 6),
+    ),
     "bn-conv3d": (nn.BatchNorm3d(4, affine=False), nn.Conv3d(4, 6, 1), (3, 4, 3, 4, 5)),
     "bn-linear": (nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 6), (5, 4)),
     "ln-linear": (nn.LayerNorm(4), nn.Linear(4, 6), (5, 7, 4)),
-    "ln without parameters": (nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 6, bias=False), (5, 7, 4)),
+    "ln without parameters": (
+        nn.LayerNorm(4, elementwise_affine=False),
+        nn.Linear(4, 6, bias=False),
+        (5, 7, 4),
+    ),
     "conv": (None, nn.Conv2d(4, 6, 3), (5, 4, 7, 6)),
     "linear": (None, nn.Linear(4, 6), (5, 7, 4)),
     "linear without bias": (None, nn.Linear(4, 6, bias=False), (5, 4)),
@@ -39,7 +57,11 @@ def chain(name: str) -> tuple[nn.Module | None, nn.Module, Tensor]:
     for module in (norm, layer):
         for p in module.parameters() if module is not None else ():
             nn.init.normal_(p)
-    return norm.double() if norm is not None else None, layer.double(), torch.randn(shape, dtype=torch.float64)
+    return (
+        norm.double() if norm is not None else None,
+        layer.double(),
+        torch.randn(shape, dtype=torch.float64),
+    )
 
 
 def plain(x: Tensor, layer: nn.Module, norm: nn.Module | None, activation: str | None) -> Tensor:
@@ -57,10 +79,18 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "activation"), [(name, a) for name, (norm, *_) in CHAINS.items() for a in (*ACTIVATIONS, None) if norm is not None or a]
+    ("name", "activation"),
+    [
+        (name, a)
+        for name, (norm, *_) in CHAINS.items()
+        for a in (*ACTIVATIONS, None)
+        if norm is not None or a
+    ],
 )
 @pytest.mark.parametrize("private", [False, True])
-def test_values_gradients_and_buffers_are_those_of_the_plain_modules(name, activation, private, monkeypatch):
+def test_values_gradients_and_buffers_are_those_of_the_plain_modules(
+    name, activation, private, monkeypatch
+):
     monkeypatch.setattr("sffx.kernels.recompute._PART", 8)  # several parts
     norm, layer, x = chain(name)
     twin, twin_layer = copy.deepcopy(norm), copy.deepcopy(layer)
@@ -73,11 +103,18 @@ def test_values_gradients_and_buffers_are_those_of_the_plain_modules(name, activ
             if function is not None:
                 out = plain(value, b, a, activation)
             else:
-                out = recomputed(value, b, norm=a, activation=activation, overwrite=True, frees_gradient=True)
+                out = recomputed(
+                    value, b, norm=a, activation=activation, overwrite=True, frees_gradient=True
+                )
         del value
         upstream = torch.randn_like(out) if upstream is None else upstream
         # Passed through an operation that makes a gradient of its own, since the chain may free it.
-        results.append((out.detach().clone(), *torch.autograd.grad((out * 1.0 * upstream).sum(), [base, *parameters(a, b)])))
+        results.append(
+            (
+                out.detach().clone(),
+                *torch.autograd.grad((out * 1.0 * upstream).sum(), [base, *parameters(a, b)]),
+            )
+        )
     assert_same(results[1], results[0])
     if norm is not None:
         assert_same(tuple(norm.buffers()), tuple(twin.buffers()))
@@ -86,7 +123,11 @@ def test_values_gradients_and_buffers_are_those_of_the_plain_modules(name, activ
 @pytest.mark.parametrize(
     ("name", "frozen"),
     [
-        *((n, frozen) for n in ("bn-conv2d", "ln-linear") for frozen in ("x", "norm", "weight", "bias", "all but bias", "all but norm")),
+        *(
+            (n, frozen)
+            for n in ("bn-conv2d", "ln-linear")
+            for frozen in ("x", "norm", "weight", "bias", "all but bias", "all but norm")
+        ),
         *(("linear", frozen) for frozen in ("x", "weight", "bias", "all but bias")),
     ],
 )
@@ -102,7 +143,10 @@ def test_frozen_parts_get_no_gradient_and_the_others_the_right_one(name, frozen)
     assert wanted
     out = recomputed(x, layer, norm=norm, activation="silu")
     expected = plain(x, layer, norm, "silu")
-    assert_same(torch.autograd.grad(out.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted))
+    assert_same(
+        torch.autograd.grad(out.square().sum(), wanted),
+        torch.autograd.grad(expected.square().sum(), wanted),
+    )
 
 
 def test_only_the_input_of_the_norm_is_kept():
@@ -142,8 +186,12 @@ def test_a_hidden_layer_of_an_mlp_is_held_once():
 
 REFUSED = {
     "a norm in eval mode": lambda norm, layer: norm.eval(),
-    "a hook on the norm": lambda norm, layer: norm.register_forward_hook(lambda m, args, out: 2 * out),
-    "a hook before the layer": lambda norm, layer: layer.register_forward_pre_hook(lambda m, args: (3 * args[0],)),
+    "a hook on the norm": lambda norm, layer: norm.register_forward_hook(
+        lambda m, args, out: 2 * out
+    ),
+    "a hook before the layer": lambda norm, layer: layer.register_forward_pre_hook(
+        lambda m, args: (3 * args[0],)
+    ),
 }
 
 
@@ -167,25 +215,33 @@ class Adapted(nn.Conv2d):
 def test_what_was_put_in_the_place_of_a_norm_runs_as_it_is(norm):
     layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 3)
     twin = copy.deepcopy(norm)
-    torch.testing.assert_close(recomputed(x, layer, norm=norm, activation="relu"), plain(x, layer, twin, "relu"))
+    torch.testing.assert_close(
+        recomputed(x, layer, norm=norm, activation="relu"), plain(x, layer, twin, "relu")
+    )
     assert_same(tuple(norm.buffers()), tuple(twin.buffers()))
 
 
 def test_what_was_put_in_the_place_of_a_layer_runs_as_it_is():
     layer, x = Adapted(4, 6, 1), torch.randn(2, 4, 3, 3)
-    torch.testing.assert_close(recomputed(x, layer, activation="relu"), plain(x, layer, None, "relu"))
+    torch.testing.assert_close(
+        recomputed(x, layer, activation="relu"), plain(x, layer, None, "relu")
+    )
 
 
 def test_a_forward_put_on_the_instance_runs():
     layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 3)
     layer.forward = lambda z: nn.Conv2d.forward(layer, z).sin()
-    torch.testing.assert_close(recomputed(x, layer, activation="relu"), plain(x, layer, None, "relu"))
+    torch.testing.assert_close(
+        recomputed(x, layer, activation="relu"), plain(x, layer, None, "relu")
+    )
 
 
 def test_the_last_layer_of_attention_is_read_and_not_called_as_in_torch():
     attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
     attention.out_proj.register_forward_hook(lambda module, args, out: out + 1)
-    torch.testing.assert_close(self_attention(x, attention), attention(x, x, x, need_weights=False)[0])
+    torch.testing.assert_close(
+        self_attention(x, attention), attention(x, x, x, need_weights=False)[0]
+    )
 
 
 def test_autocast_is_left_to_torch():
@@ -201,7 +257,10 @@ def test_a_dropout_that_drops_is_left_to_torch_and_one_that_does_not_is_left_out
     torch.manual_seed(0)
     torch.testing.assert_close(found, layer(nn.Dropout(0.5)(nn.GELU()(x))))
     for idle in (nn.Dropout(0.0), nn.Dropout(0.5).eval()):
-        assert "Recomputed" in type(recomputed(x, layer, activation="gelu", dropout=idle).grad_fn).__name__
+        assert (
+            "Recomputed"
+            in type(recomputed(x, layer, activation="gelu", dropout=idle).grad_fn).__name__
+        )
 
 
 def test_without_gradients_nothing_is_kept():
@@ -224,7 +283,10 @@ def test_self_attention_is_that_of_torch(has_norm, bias, private):
     expected = attention(y, y, y, need_weights=False)[0]
     torch.testing.assert_close(found, expected)
     wanted = [x, *parameters(norm, attention)]
-    assert_same(torch.autograd.grad(found.square().sum(), wanted), torch.autograd.grad(expected.square().sum(), wanted))
+    assert_same(
+        torch.autograd.grad(found.square().sum(), wanted),
+        torch.autograd.grad(expected.square().sum(), wanted),
+    )
 
 
 def test_self_attention_drops_as_torch_does():
@@ -236,11 +298,15 @@ def test_self_attention_drops_as_torch_does():
     torch.testing.assert_close(found, attention(x, x, x, need_weights=False)[0])
     attention.eval()
     with torch.no_grad():
-        torch.testing.assert_close(self_attention(x, attention), attention(x, x, x, need_weights=False)[0])
+        torch.testing.assert_close(
+            self_attention(x, attention), attention(x, x, x, need_weights=False)[0]
+        )
 
 
 def test_one_value_for_each_channel_is_refused_as_torch_refuses_it():
     norm, layer, _ = chain("bn-conv2d")
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        recomputed(torch.randn(1, 4, 1, 1, dtype=layer.weight.dtype), layer, norm=norm, activation="relu")
+        recomputed(
+            torch.randn(1, 4, 1, 1, dtype=layer.weight.dtype), layer, norm=norm, activation="relu"
+        )
     assert norm.running_var.isfinite().all()

@@ -32,7 +32,8 @@ def test_gradients_in_every_layout(layout, hidden):
     assert head(y).shape == (2, 3)
     names = [name for name, _ in head.named_parameters()]
     assert torch.autograd.gradcheck(
-        lambda y, *w: torch.func.functional_call(head, dict(zip(names, w, strict=True)), (y,)), (y, *head.parameters())
+        lambda y, *w: torch.func.functional_call(head, dict(zip(names, w, strict=True)), (y,)),
+        (y, *head.parameters()),
     )
 
 
@@ -41,11 +42,15 @@ def test_image_by_hand():
     y = torch.randn(4, 3, 4, 6)
     regions = [y[:, :, h : h + 2, w : w + 3].mean((2, 3)) for h in (0, 2) for w in (0, 3)]
     features = torch.stack(regions, dim=2).flatten(1)
-    expected = 2 * F.cosine_similarity((features - features.mean(1, keepdim=True))[:, None], head.weight[None], dim=2)
+    expected = 2 * F.cosine_similarity(
+        (features - features.mean(1, keepdim=True))[:, None], head.weight[None], dim=2
+    )
     torch.testing.assert_close(head(y), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("shape", "regions"), [((4, 6), 2), ((7, 5), 3), ((2, 9), 4), ((5, 4, 7), 2)])
+@pytest.mark.parametrize(
+    ("shape", "regions"), [((4, 6), 2), ((7, 5), 3), ((2, 9), 4), ((5, 4, 7), 2)]
+)
 def test_regions_in_an_exported_file_are_those_of_adaptive_pooling(shape, regions):
     y = torch.randn(3, 5, *shape, dtype=torch.float64)
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(shape)]
@@ -57,7 +62,9 @@ def test_hidden_layer_by_hand():
     y = torch.randn(4, 3, 4, 6)
     even = F.layer_norm(F.adaptive_avg_pool2d(y, 2).flatten(1), (12,))
     hidden = torch.relu(even @ head.hidden.weight.t() + head.hidden.bias)
-    expected = 10 * F.cosine_similarity((hidden - hidden.mean(1, keepdim=True))[:, None], head.weight[None], dim=2)
+    expected = 10 * F.cosine_similarity(
+        (hidden - hidden.mean(1, keepdim=True))[:, None], head.weight[None], dim=2
+    )
     torch.testing.assert_close(head(y), expected, atol=1e-2, rtol=1e-2)
 
 
@@ -125,7 +132,11 @@ def test_what_belongs_to_a_convolution_is_refused(goodness, name, value):
 @pytest.mark.parametrize("goodness", ["cosine", "mlp"])
 def test_cut_model_learns_locally_and_exports(tmp_path, goodness):
     torch.manual_seed(0)
-    net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness=goodness).double().train()
+    net = (
+        sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness=goodness)
+        .double()
+        .train()
+    )
     x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     sffx.local_loss(net, x, y).backward()
     local = [p.grad.clone() for p in net.parameters()]

@@ -24,7 +24,9 @@ from sffx.memory.count import count_memory
 FORMS = {
     "direct": lambda y, weight, bias: DirectGoodness.apply(y, weight, bias, CHANNELS),
     "rows": lambda y, weight, bias: DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS),
-    "convolution": lambda y, weight, bias: DirectGoodness.apply(y, weight[:, :, None], bias, CONVOLUTION),
+    "convolution": lambda y, weight, bias: DirectGoodness.apply(
+        y, weight[:, :, None], bias, CONVOLUTION
+    ),
     "moment": SecondMomentGoodness.apply,
 }
 
@@ -38,7 +40,9 @@ def example(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
     generator = torch.Generator().manual_seed(0)
     batch, channels, positions, classes = shape
     y = torch.randn(batch, channels, positions, generator=generator, dtype=torch.float64) + 0.5
-    weight = torch.randn(classes, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    weight = (
+        torch.randn(classes, channels, generator=generator, dtype=torch.float64) / channels**0.5
+    )
     bias = torch.randn(classes, generator=generator, dtype=torch.float64)
     return tuple(t.to(dtype).requires_grad_() for t in (y, weight, bias))  # type: ignore[return-value]
 
@@ -66,19 +70,27 @@ def test_empty_batch(form, classes):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("classes", [3, 12, 40])  # one part; several, with z kept; several, with z computed again
+@pytest.mark.parametrize(
+    "classes", [3, 12, 40]
+)  # one part; several, with z kept; several, with z computed again
 def test_a_batch_taken_in_parts_has_the_same_value_and_gradients(form, classes, monkeypatch):
     monkeypatch.setattr("sffx.learning.goodness._SMALL", 1)
     inputs = example(5, 4, 6, classes)
     assert len(_parts(inputs[0], classes * 6)) == {3: 1, 12: 5, 40: 5}[classes]
-    upstream = torch.randn(5, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(
+        5, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     found, expected = FORMS[form](*inputs), by_definition(*inputs)
     torch.testing.assert_close(found, expected)
-    for a, b in zip(*(torch.autograd.grad(g, inputs, upstream) for g in (found, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(g, inputs, upstream) for g in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("channels", "positions"), [(32, 1024), (256, 64)])  # second moment; direct, with z computed again
+@pytest.mark.parametrize(
+    ("channels", "positions"), [(32, 1024), (256, 64)]
+)  # second moment; direct, with z computed again
 def test_no_tensor_over_classes_and_positions_is_made(channels, positions):
     classes = 2000
     head = SFFGoodness(channels, classes, spatial=1)
@@ -128,7 +140,9 @@ def test_low_precision_inputs_are_accumulated_in_float32(dtype, classes):
     y = torch.randn(4, 32, 14, 14, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = head(y)
     assert found.dtype == torch.float32
-    exact = by_definition(y.double().flatten(2), head.weight.double().flatten(1), head.bias.double())
+    exact = by_definition(
+        y.double().flatten(2), head.weight.double().flatten(1), head.bias.double()
+    )
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(y), found)
@@ -153,7 +167,10 @@ def test_every_layout_has_the_goodness_of_its_positions(layout, classes):
     rows = y.movedim(axis, -1).reshape(4, -1, 6).mT
     expected = by_definition(rows, head.weight.flatten(1), head.bias)
     torch.testing.assert_close(head(y), expected)
-    found, wanted = (torch.autograd.grad(g.square().sum(), [y, head.weight, head.bias]) for g in (head(y), expected))
+    found, wanted = (
+        torch.autograd.grad(g.square().sum(), [y, head.weight, head.bias])
+        for g in (head(y), expected)
+    )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -180,7 +197,10 @@ def test_the_gradients_of_larger_kernels(classes, monkeypatch):
     y = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
     plain = F.conv2d(y, head.weight, head.bias, padding=1).square().flatten(2).mean(2)
     upstream = torch.randn(3, classes, dtype=torch.float64)
-    for a, b in zip(*(torch.autograd.grad(g, [y, head.weight, head.bias], upstream) for g in (head(y), plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(g, [y, head.weight, head.bias], upstream) for g in (head(y), plain)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -195,7 +215,9 @@ def test_larger_kernels_make_no_large_tensor_either():
 def test_larger_kernels_on_tokens_convolve_over_the_tokens():
     head = SFFGoodness(5, 3, channel_axis=2, spatial=1, kernel_size=3)
     y = torch.randn(2, 7, 5)
-    torch.testing.assert_close(head(y), F.conv1d(y.mT, head.weight, head.bias, padding=1).square().mean(2))
+    torch.testing.assert_close(
+        head(y), F.conv1d(y.mT, head.weight, head.bias, padding=1).square().mean(2)
+    )
 
 
 def test_initialised_as_torch_initialises_a_convolution():
@@ -212,7 +234,9 @@ def test_the_cheaper_form_is_taken():
     assert not moment_is_cheaper(64, 10, 56 * 56)
     assert not moment_is_cheaper(2048, 1000, 49)
     y, weight, bias = example(2, 4, 50, 300)
-    assert type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"
+    assert (
+        type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"
+    )
     assert pointwise_goodness(*example(2, 40, 50, 3)).grad_fn.form is CHANNELS
     assert pointwise_goodness(*example(2, 40, 4, 3)).grad_fn.form is ROWS
     tokens, weight, bias = example(2, 50, 40, 3)[0].mT, *example(2, 40, 4, 3)[1:]
@@ -223,15 +247,27 @@ def test_the_cheaper_form_is_taken():
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_a_head_of_low_rank_is_the_head_of_the_product_of_its_factors(layout, kernel_size):
     shape, axis = LAYOUTS[layout]
-    head = SFFGoodness(6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size, rank=2).double()
-    full = SFFGoodness(6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size).double()
-    full.load_state_dict({"weight": torch.einsum("jr,rc...->jc...", head.weight, head.basis), "bias": head.bias})
+    head = SFFGoodness(
+        6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size, rank=2
+    ).double()
+    full = SFFGoodness(
+        6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size
+    ).double()
+    full.load_state_dict(
+        {"weight": torch.einsum("jr,rc...->jc...", head.weight, head.basis), "bias": head.bias}
+    )
     y = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(head(y), full(y))
     upstream = torch.randn(4, 30, dtype=torch.float64)
     dy, dw = torch.autograd.grad(full(y), [y, full.weight], upstream)
-    expected = (dy, torch.einsum("jc...,rc...->jr", dw, head.basis), torch.einsum("jr,jc...->rc...", head.weight, dw))
-    for a, b in zip(torch.autograd.grad(head(y), [y, head.weight, head.basis], upstream), expected, strict=True):
+    expected = (
+        dy,
+        torch.einsum("jc...,rc...->jr", dw, head.basis),
+        torch.einsum("jr,jc...->rc...", head.weight, dw),
+    )
+    for a, b in zip(
+        torch.autograd.grad(head(y), [y, head.weight, head.basis], upstream), expected, strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -262,7 +298,9 @@ def test_kernels_that_cannot_be(kernel_size):
 def test_cwc_by_hand():
     y = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])[:, :, None, None].expand(1, 5, 2, 2).clone()
     y[..., 0] = 0  # half of the positions
-    torch.testing.assert_close(CwCGoodness(5, 2)(y), torch.tensor([[(1 + 4 + 9) / 3 / 2, (16 + 25) / 2 / 2]]))
+    torch.testing.assert_close(
+        CwCGoodness(5, 2)(y), torch.tensor([[(1 + 4 + 9) / 3 / 2, (16 + 25) / 2 / 2]])
+    )
 
 
 def test_cwc_splits_evenly_and_gives_the_first_groups_the_rest():
@@ -281,22 +319,31 @@ def test_cwc_gradients(layout):
 
 
 def test_cwc_needs_as_many_channels_as_classes():
-    with pytest.raises(InputError, match="CwC needs a channel for each class, but a block has 4 channels for 5 classes"):
+    with pytest.raises(
+        InputError,
+        match="CwC needs a channel for each class, but a block has 4 channels for 5 classes",
+    ):
         CwCGoodness(4, 5)
 
 
 def with_padding() -> tuple[Tensor, Tensor]:
     """Values (4, 7, 6) of tokens, of which the padding is large, and their mask: behind, before, between, none."""
     y = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1]])
+    mask = torch.tensor(
+        [[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1]]
+    )
     return torch.where(mask.bool()[:, :, None], y, 1e3).requires_grad_(), mask
 
 
 def alone(head: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
     """The goodness of each sample's real tokens alone; with a kernel, of zeros in place of the others, which are left out of the mean."""
     if getattr(head, "kernel_size", 1) == 1:
-        return torch.cat([head(sample[real.bool()][None]) for sample, real in zip(y, mask, strict=True)])
-    weight = head.weight if head.basis is None else torch.einsum("jr,rck->jck", head.weight, head.basis)
+        return torch.cat(
+            [head(sample[real.bool()][None]) for sample, real in zip(y, mask, strict=True)]
+        )
+    weight = (
+        head.weight if head.basis is None else torch.einsum("jr,rck->jck", head.weight, head.basis)
+    )
     z = F.conv1d((y * mask[:, :, None]).mT, weight, head.bias, padding=head.kernel_size // 2)
     return (z.square() * mask[:, None]).sum(2) / mask.sum(1, keepdim=True)
 
@@ -324,7 +371,9 @@ def test_padding_changes_neither_the_goodness_nor_a_gradient(name):
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert not gradients[0][0][~mask.bool()].any()
-    torch.testing.assert_close(head(y[:, [*range(7), 6, 6]], F.pad(mask, (0, 2))), expected)  # two more of padding
+    torch.testing.assert_close(
+        head(y[:, [*range(7), 6, 6]], F.pad(mask, (0, 2))), expected
+    )  # two more of padding
     torch.testing.assert_close(head(y, torch.ones_like(mask)), head(y))
 
 
@@ -333,7 +382,10 @@ def test_gradcheck_with_padding(classes):
     assert moment_is_cheaper(4, classes, 5) == (classes == 200)
     y, weight, bias = example(3, 3, 5, classes)
     real = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
-    assert torch.autograd.gradcheck(lambda *inputs: token_goodness(*inputs, real), (y.mT.detach().requires_grad_(), weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: token_goodness(*inputs, real),
+        (y.mT.detach().requires_grad_(), weight, bias),
+    )
 
 
 def test_padding_that_is_not_finite_and_a_sample_of_nothing_else():

@@ -13,7 +13,9 @@ def test_each_sample_is_normalised_over_all_its_values():
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout"), [((3, 4, 5, 6), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)], ids=["images", "volumes"]
+    ("shape", "layout"),
+    [((3, 4, 5, 6), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)],
+    ids=["images", "volumes"],
 )
 def test_channels_last_is_normalised_as_it_lies(shape, layout):
     y = (torch.randn(shape, dtype=torch.float64) * 3 + 2).to(memory_format=layout).requires_grad_()

@@ -67,12 +67,25 @@ class CheckpointedResNet(nn.Module):
 
 
 def mlp() -> tuple[nn.Module, torch.Tensor]:
-    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)), torch.randn(32, 64)
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    ), torch.randn(32, 64)
 
 
 def convnet() -> tuple[nn.Module, torch.Tensor]:
-    first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
-    second = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1))
+    first = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )
+    second = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+    )
     return nn.Sequential(first, second, nn.Linear(16, 10)), torch.randn(4, 3, 16, 16)
 
 
@@ -89,7 +102,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer | None]] = {
     "momentum": lambda model: SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adamw": lambda model: AdamW(model.parameters(), lr=1e-3),
 }
-CASES = [(build, name) for build in (mlp, convnet) for name in OPTIMIZERS] + [(resnet18, "momentum"), (checkpointed, "none")]
+CASES = [(build, name) for build in (mlp, convnet) for name in OPTIMIZERS] + [
+    (resnet18, "momentum"),
+    (checkpointed, "none"),
+]
 
 
 def task(build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str = "none") -> Task:
@@ -115,7 +131,14 @@ def test_an_mlp_is_counted_to_the_byte() -> None:
     #   product 1: loss and its one 8 + gh 128 + gW2 192 + gW1 320           = 648: the peak
     model = nn.Sequential(nn.Linear(5, 16, bias=False), nn.ReLU(), nn.Linear(16, 3, bias=False))
     count = Task(model, torch.randn(2, 5), torch.tensor([0, 2]), None).count()
-    at_peak = MemorySplit(parameters=512, gradients=512, optimizer_state=0, optimizer_temporaries=0, activations=136, inputs=56)
+    at_peak = MemorySplit(
+        parameters=512,
+        gradients=512,
+        optimizer_state=0,
+        optimizer_temporaries=0,
+        activations=136,
+        inputs=56,
+    )
     assert count == MemoryCount(512, 512, 0, 0, 392, 56, peak=512 + 56 + 648, at_peak=at_peak)
     assert at_peak.total == count.peak
 
@@ -183,7 +206,9 @@ def test_in_place_relu_saves_one_tensor() -> None:
 
 def test_views_count_once_and_a_slice_counts_its_whole_storage() -> None:
     data = torch.zeros(100, 10)
-    count = count_memory(lambda: (data[:2] + data[2:4]).view(-1).unsqueeze(0).expand(50, -1), model=nn.Identity())
+    count = count_memory(
+        lambda: (data[:2] + data[2:4]).view(-1).unsqueeze(0).expand(50, -1), model=nn.Identity()
+    )
     assert (count.inputs, count.activations) == (4000, 80)
 
 
@@ -210,7 +235,9 @@ def test_marked_gradients_are_gradients_and_unmarked_ones_are_not() -> None:
     unused = torch.zeros(1, requires_grad=True)
 
     def step(mark: Callable[[Any], None]) -> None:
-        held = torch.autograd.grad(model.weight.exp().sum(), [model.weight, unused], allow_unused=True)
+        held = torch.autograd.grad(
+            model.weight.exp().sum(), [model.weight, unused], allow_unused=True
+        )
         mark(held)
 
     assert count_memory(lambda: step(lambda held: None), model=model).gradients == 0
@@ -250,7 +277,11 @@ def test_a_closure_that_the_optimizer_calls_holds_activations() -> None:
             loss()
             optimizer.step()
 
-        return count_memory((lambda: optimizer.step(loss)) if closure else separate, model=subject.model, optimizer=optimizer)
+        return count_memory(
+            (lambda: optimizer.step(loss)) if closure else separate,
+            model=subject.model,
+            optimizer=optimizer,
+        )
 
     assert count(closure=True) == count(closure=False)
 
@@ -258,7 +289,9 @@ def test_a_closure_that_the_optimizer_calls_holds_activations() -> None:
 def test_an_optimizer_that_steps_during_backward_is_seen_without_being_named() -> None:
     subject = task(mlp)
     parameters = list(subject.model.parameters())
-    optimizers: dict[torch.Tensor, SGD] = {parameter: SGD([parameter], lr=0.1, momentum=0.9) for parameter in parameters}
+    optimizers: dict[torch.Tensor, SGD] = {
+        parameter: SGD([parameter], lr=0.1, momentum=0.9) for parameter in parameters
+    }
 
     def step_and_drop(parameter: torch.Tensor) -> None:
         optimizers[parameter].step()
@@ -274,7 +307,9 @@ def test_an_optimizer_that_steps_during_backward_is_seen_without_being_named() -
 def test_state_that_exists_before_is_held_from_the_start() -> None:
     subject = task(mlp, "adamw")
     first, second, third = subject.count(), subject.count(), subject.count()
-    forward_only = count_memory(lambda: subject.model(subject.x), model=subject.model, optimizer=subject.optimizer)
+    forward_only = count_memory(
+        lambda: subject.model(subject.x), model=subject.model, optimizer=subject.optimizer
+    )
     assert second == third
     assert first.optimizer_state == second.optimizer_state == forward_only.at_peak.optimizer_state
 
@@ -285,11 +320,17 @@ def test_state_that_exists_before_is_held_from_the_start() -> None:
 def test_checkpointing_lowers_the_activations_and_nothing_else() -> None:
     plain, again = task(resnet18).count(), task(checkpointed).count()
     assert again.activations < 0.7 * plain.activations
-    assert (again.parameters, again.gradients, again.inputs) == (plain.parameters, plain.gradients, plain.inputs)
+    assert (again.parameters, again.gradients, again.inputs) == (
+        plain.parameters,
+        plain.gradients,
+        plain.inputs,
+    )
 
 
 @pytest.mark.parametrize(("build", "optimizer"), CASES)
-def test_fake_tensors_count_like_real_ones(build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str) -> None:
+def test_fake_tensors_count_like_real_ones(
+    build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str
+) -> None:
     def counts(fake: bool) -> list[MemoryCount]:
         with FakeTensorMode() if fake else nullcontext():
             subject = task(build, optimizer)
@@ -302,7 +343,9 @@ class Deep(torch.autograd.Function):
     """Identity whose backward runs another backward, `depth` levels down, and there calls `at_the_bottom`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, depth: int, at_the_bottom: Callable[[], object]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, depth: int, at_the_bottom: Callable[[], object]
+    ) -> torch.Tensor:
         ctx.depth, ctx.at_the_bottom = depth, at_the_bottom
         return x.clone()
 
@@ -312,7 +355,9 @@ class Deep(torch.autograd.Function):
             ctx.at_the_bottom()
         else:
             with torch.enable_grad():
-                Deep.apply(torch.zeros(1, requires_grad=True), ctx.depth - 1, ctx.at_the_bottom).sum().backward()
+                Deep.apply(
+                    torch.zeros(1, requires_grad=True), ctx.depth - 1, ctx.at_the_bottom
+                ).sum().backward()
         return grad, None, None
 
 
@@ -324,7 +369,9 @@ def test_what_a_thread_of_autograd_allocates_is_seen() -> None:
         threads.add(threading.get_ident())
         torch.zeros(1_000_000)
 
-    count = count_memory(lambda: Deep.apply(model.weight, 80, allocate).sum().backward(), model=model)
+    count = count_memory(
+        lambda: Deep.apply(model.weight, 80, allocate).sum().backward(), model=model
+    )
     assert threads.isdisjoint({threading.get_ident()})
     assert 4_000_000 < count.activations < 4_010_000
 
@@ -340,7 +387,9 @@ def test_cuda_counts_like_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(("build", "optimizer"), CASES)
-def test_mem_tracker_agrees(build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str) -> None:
+def test_mem_tracker_agrees(
+    build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str
+) -> None:
     # The total agrees to the byte, and so do the categories but for one: the tracker names a gradient when it reaches .grad, count_memory
     # from its allocation on, so gradients and activations are compared as a sum. Elsewhere there are three more differences: on CUDA the
     # tracker rounds to 512 bytes; it takes a gradient that is about to be added to an existing .grad for a gradient; it takes all that
@@ -376,14 +425,18 @@ class Polling(TorchDispatchMode):
         return result
 
     def add(self, tensors: list[torch.Tensor]) -> None:
-        self.alive = {reference: size for reference, size in self.alive.items() if not reference.expired()}
+        self.alive = {
+            reference: size for reference, size in self.alive.items() if not reference.expired()
+        }
         for storage in (tensor.untyped_storage() for tensor in tensors):
             self.alive.setdefault(StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(self.alive.values()))
 
 
 @pytest.mark.parametrize(("build", "optimizer"), CASES)
-def test_polling_weak_references_agrees(build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str) -> None:
+def test_polling_weak_references_agrees(
+    build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str
+) -> None:
     subject = task(build, optimizer)
     with Polling(subject.state()) as polling:
         subject.step()
@@ -394,7 +447,9 @@ def allocator_peak(subject: Task) -> int:
     """The peak of a step as the CPU allocator reports it to the profiler, no dispatch mode being active."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         subject.step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     now = peak = nbytes(subject.state())
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -447,7 +502,16 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 def test_it_prints_as_a_table() -> None:
-    count = MemoryCount(2**20, 0, 0, 0, 3 * 2**20, 56, peak=3 * 2**20 + 56, at_peak=MemorySplit(2**20, 0, 0, 0, 2 * 2**20, 56))
+    count = MemoryCount(
+        2**20,
+        0,
+        0,
+        0,
+        3 * 2**20,
+        56,
+        peak=3 * 2**20 + 56,
+        at_peak=MemorySplit(2**20, 0, 0, 0, 2 * 2**20, 56),
+    )
     assert len(CATEGORIES) == 6
     assert str(count).splitlines() == [
         "bytes                         own peak     at the peak       MiB",

@@ -31,9 +31,13 @@ def counted(net: nn.Module, batch_size: int, mode: FakeTensorMode | None) -> int
 
 def counted_in(net: nn.Module, batch_size: int, context: object) -> int:
     with context:
-        x = tuple(torch.ones((batch_size, *i.shape)).to(getattr(torch, i.dtype)) for i in net.plan.inputs)
+        x = tuple(
+            torch.ones((batch_size, *i.shape)).to(getattr(torch, i.dtype)) for i in net.plan.inputs
+        )
         y = torch.zeros(batch_size, dtype=torch.int64)
-        optimizer = torch.optim.AdamW(sffx.parameter_groups(net.train(), lr=1e-3, classifier_lr=1e-3))
+        optimizer = torch.optim.AdamW(
+            sffx.parameter_groups(net.train(), lr=1e-3, classifier_lr=1e-3)
+        )
 
         def step() -> None:
             sffx.local_loss(net, x, y).backward()
@@ -61,7 +65,9 @@ def test_the_predicted_peak_is_the_counted_one(name):
     build, shape, classes, batch_size = ARCHITECTURES[name]
     net = sffx.transform(build(num_classes=classes), "residual", torch.zeros(1, *shape))
     predicted = sffx.footprint(net, batch_size).peak
-    assert predicted == pytest.approx(counted(net, batch_size, FakeTensorMode(allow_non_fake_inputs=True)), rel=0.001)
+    assert predicted == pytest.approx(
+        counted(net, batch_size, FakeTensorMode(allow_non_fake_inputs=True)), rel=0.001
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,9 @@ def test_the_predicted_peak_is_the_counted_one(name):
 @pytest.mark.parametrize("batch_size", [7, 256])
 def test_the_predicted_peak_is_that_of_a_real_step(model, example, policy, batch_size):
     net = sffx.transform(model, policy, example)
-    assert sffx.footprint(net, batch_size).peak == pytest.approx(counted(net, batch_size, None), rel=0.05)
+    assert sffx.footprint(net, batch_size).peak == pytest.approx(
+        counted(net, batch_size, None), rel=0.05
+    )
 
 
 def test_a_prediction_touches_nothing_and_prints_as_a_table():
@@ -90,8 +98,24 @@ def test_a_prediction_touches_nothing_and_prints_as_a_table():
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
     assert found.peak == max(found.peaks)
     lines = str(found).splitlines()
-    assert lines[0].split() == ["MiB,", "batch", "64", "block", "alone", "peak", "of", "the", "step"]
-    assert [line.split()[0] for line in lines[1:-1]] == ["block_0", "block_1", "block_2", "classifier", "optimizer.step()"]
+    assert lines[0].split() == [
+        "MiB,",
+        "batch",
+        "64",
+        "block",
+        "alone",
+        "peak",
+        "of",
+        "the",
+        "step",
+    ]
+    assert [line.split()[0] for line in lines[1:-1]] == [
+        "block_0",
+        "block_1",
+        "block_2",
+        "classifier",
+        "optimizer.step()",
+    ]
 
 
 def best_by_trying(model: nn.Module, example: torch.Tensor, batch_size: int) -> dict[int, int]:
@@ -111,7 +135,11 @@ def best_by_trying(model: nn.Module, example: torch.Tensor, batch_size: int) -> 
 class _Narrowing(nn.Sequential):
     def __init__(self) -> None:
         widths = (3, 8, 8, 6, 6, 4)
-        layers = [layer for a, b in pairwise(widths) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+        layers = [
+            layer
+            for a, b in pairwise(widths)
+            for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())
+        ]
         super().__init__(*layers, nn.Flatten(), nn.Linear(4 * 64, 4))
 
 
@@ -135,7 +163,10 @@ def test_batch_size_that_is_none_is_refused(batch_size):
 def test_a_budget_that_cannot_be_met_names_the_smallest_peak():
     model, example = _Narrowing(), torch.zeros(1, 3, 8, 8)
     smallest = min(best_by_trying(model, example, 100).values())
-    with pytest.raises(CutError, match=rf"batch size 100 within 64\.00 KiB: the smallest achievable peak is {smallest / 1024:.2f} KiB"):
+    with pytest.raises(
+        CutError,
+        match=rf"batch size 100 within 64\.00 KiB: the smallest achievable peak is {smallest / 1024:.2f} KiB",
+    ):
         sffx.plan(model, "memory(64 KiB, 100)", example)
 
 
@@ -146,7 +177,9 @@ def test_a_budget_does_not_part_batchnorm_and_counts_real_steps():
     assert net.plan.policy == f"memory({budget}, batch_size=64)"
     assert counted(net, 64, None) <= budget
     torch.set_rng_state(rng)
-    again = sffx.transform(Residual(), [block.output for block in net.plan], torch.zeros(1, 3, 8, 8))
+    again = sffx.transform(
+        Residual(), [block.output for block in net.plan], torch.zeros(1, 3, 8, 8)
+    )
     assert torch.equal(net.head_0.weight, again.head_0.weight)  # the search drew no random numbers
 
 

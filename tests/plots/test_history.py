@@ -14,8 +14,16 @@ from sffx.runtime.evaluate import Evaluation
 from tests.plots.test_results import figures, points  # noqa: F401 - a fixture
 
 EVALUATIONS = [
-    Evaluation({"block_0": 0.3, "block_1": 0.4, "ensemble": 0.35}, {"block_0": 2.0, "block_1": 1.5, "ensemble": 1.75}, 10),
-    Evaluation({"block_0": 0.5, "block_1": 0.6, "ensemble": 0.55}, {"block_0": 1.0, "block_1": 0.5, "ensemble": 0.75}, 10),
+    Evaluation(
+        {"block_0": 0.3, "block_1": 0.4, "ensemble": 0.35},
+        {"block_0": 2.0, "block_1": 1.5, "ensemble": 1.75},
+        10,
+    ),
+    Evaluation(
+        {"block_0": 0.5, "block_1": 0.6, "ensemble": 0.55},
+        {"block_0": 1.0, "block_1": 0.5, "ensemble": 0.75},
+        10,
+    ),
 ]
 RATES = [{"block_0": 1e-2, "block_1": 1e-2}, {"block_0": 1e-3, "block_1": 1e-2}]
 
@@ -35,7 +43,9 @@ def test_evaluations_with_rates_are_epochs() -> None:
 
 
 def test_mappings_are_epochs() -> None:
-    assert epochs([{"accuracy": {"block_0": 0.5}, "lr": {"block_0": 0.1}}]) == [Epoch(0, {"block_0": 0.5}, {}, {"block_0": 0.1})]
+    assert epochs([{"accuracy": {"block_0": 0.5}, "lr": {"block_0": 0.1}}]) == [
+        Epoch(0, {"block_0": 0.5}, {}, {"block_0": 0.1})
+    ]
 
 
 def test_a_log_of_lightning_is_read_epoch_by_epoch(tmp_path: Path) -> None:
@@ -50,12 +60,18 @@ def test_a_resumed_training_is_one(tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text(LOG)
     (tmp_path / "two.csv").write_text(LOG.replace("\n1,", "\n2,").replace("\n0,", "\n1,"))
     found = epochs([tmp_path / "one.csv", str(tmp_path / "two.csv")])
-    assert [(epoch.number, epoch.accuracy["block_0"]) for epoch in found] == [(0, 0.25), (1, 0.25), (2, 0.5)]
+    assert [(epoch.number, epoch.accuracy["block_0"]) for epoch in found] == [
+        (0, 0.25),
+        (1, 0.25),
+        (2, 0.5),
+    ]
 
 
 def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,lr/model,val_acc,val_loss\n0,0.1,0.5,1.0\n")
-    assert epochs(tmp_path / "metrics.csv") == [Epoch(0, {"model": 0.5}, {"model": 1.0}, {"model": 0.1})]
+    assert epochs(tmp_path / "metrics.csv") == [
+        Epoch(0, {"model": 0.5}, {"model": 1.0}, {"model": 0.1})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +80,11 @@ def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
         ([], None, r"no epoch with an accuracy\. Hint"),
         (EVALUATIONS, RATES[:1], "1 rates for 2 epochs"),
         ([0.5], None, "epoch 0 of the history is a float, but it has no accuracy"),
-        ([{"accuracy": 0.5}], None, "epoch 0 of the history is a dict, but its accuracy is a float"),
+        (
+            [{"accuracy": 0.5}],
+            None,
+            "epoch 0 of the history is a dict, but its accuracy is a float",
+        ),
         ("nowhere.csv", None, "there is no log 'nowhere.csv'"),
         (EVALUATIONS[0], None, r"history is a \w+, not a list of epochs\. Hint: \[sffx\.evaluate"),
         ({"accuracy": {"block_0": 0.5}}, None, r"history is a dict, not a list of epochs"),
@@ -77,7 +97,11 @@ def test_what_is_no_history_is_refused(history: Any, rates: Any, message: str) -
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("epoch,val_acc\n0,high\n", "its column 'val_acc' holds 'high'"), ("val_acc\n0.5\n", "'epoch' holds ''|None"), ("", "no epoch")],
+    [
+        ("epoch,val_acc\n0,high\n", "its column 'val_acc' holds 'high'"),
+        ("val_acc\n0.5\n", "'epoch' holds ''|None"),
+        ("", "no epoch"),
+    ],
 )
 def test_a_file_that_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(text)
@@ -91,18 +115,34 @@ def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_p
     assert points(accuracy) == [[0.3, 0.5], [0.4, 0.6], [0.35, 0.55]]
     assert points(loss) == [[2.0, 1.0], [1.5, 0.5], [1.75, 0.75]]
     assert points(rate) == [[1e-2, 1e-3], [1e-2, 1e-2], []]
-    assert (accuracy.get_yscale(), loss.get_yscale(), rate.get_yscale()) == ("linear", "linear", "log")
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["block 0", "block 1", "ensemble"]
+    assert (accuracy.get_yscale(), loss.get_yscale(), rate.get_yscale()) == (
+        "linear",
+        "linear",
+        "log",
+    )
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "block 0",
+        "block 1",
+        "ensemble",
+    ]
     assert [float(x) for x in accuracy.lines[0].get_xdata()] == [1, 2]
 
 
-def test_what_is_not_known_has_no_panel_and_the_last_block_one_line(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_not_known_has_no_panel_and_the_last_block_one_line(
+    figures: list[Any], tmp_path: Path
+) -> None:  # noqa: F811
     plot_training([{"accuracy": {"block_0": 0.5, "last": 0.5}}], tmp_path / "training.svg")
     (accuracy,) = figures[0].axes
     assert points(accuracy) == [[0.5]]
 
 
 def test_of_many_blocks_the_legend_names_three(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
-    plot_training([{"accuracy": {f"block_{index}": 0.5 for index in range(21)}}], tmp_path / "training.pdf")
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["block 0", "block 10", "block 20"]
+    plot_training(
+        [{"accuracy": {f"block_{index}": 0.5 for index in range(21)}}], tmp_path / "training.pdf"
+    )
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "block 0",
+        "block 10",
+        "block 20",
+    ]
     assert len(figures[0].axes[0].lines) == 21

@@ -50,12 +50,16 @@ def test_blocks_are_a_line_and_the_rest_stands_apart(figures: list[Any], tmp_pat
 
 
 def test_blocks_are_in_the_order_of_depth(figures: list[Any], tmp_path: Path) -> None:
-    plot_accuracy({"a": [("block_10", 0.9), ("block_2", 0.5), ("block_0", 0.1)]}, tmp_path / "accuracy.svg")
+    plot_accuracy(
+        {"a": [("block_10", 0.9), ("block_2", 0.5), ("block_0", 0.1)]}, tmp_path / "accuracy.svg"
+    )
     (blocks,) = figures[0].axes
     assert points(blocks) == [[0.1, 0.5, 0.9]]
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<?xml"), (".pdf", b"%PDF-")])
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<?xml"), (".pdf", b"%PDF-")]
+)
 def test_each_format_is_written(tmp_path: Path, suffix: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
     assert plot_accuracy(EVALUATIONS, tmp_path / f"accuracy{suffix}").read_bytes().startswith(start)
@@ -74,19 +78,30 @@ def test_an_accuracy_that_is_none_is_refused(tmp_path: Path, accuracy: float) ->
 
 
 @pytest.mark.parametrize("evaluations", [{}, {"BP": []}])
-def test_nothing_to_plot_is_refused(tmp_path: Path, evaluations: dict[str, list[tuple[str, float]]]) -> None:
+def test_nothing_to_plot_is_refused(
+    tmp_path: Path, evaluations: dict[str, list[tuple[str, float]]]
+) -> None:
     with pytest.raises(InputError, match="no accuracy to plot"):
         plot_accuracy(evaluations, tmp_path / "accuracy.png")
 
 
 def test_a_single_evaluation_is_asked_for_its_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"evaluations is of type Evaluation, not a mapping by methods\. Hint: pass {'SFF': "):
-        plot_accuracy(Evaluation({"classifier": 0.5}, {"classifier": 1.0}, 2), tmp_path / "accuracy.png")
+    with pytest.raises(
+        InputError,
+        match=r"evaluations is of type Evaluation, not a mapping by methods\. Hint: pass {'SFF': ",
+    ):
+        plot_accuracy(
+            Evaluation({"classifier": 0.5}, {"classifier": 1.0}, 2), tmp_path / "accuracy.png"
+        )
 
 
-@pytest.mark.parametrize("evaluations", [{"block_0": 0.5}, {"SFF": "abc"}, {"SFF": {"block_0": "high"}}])
+@pytest.mark.parametrize(
+    "evaluations", [{"block_0": 0.5}, {"SFF": "abc"}, {"SFF": {"block_0": "high"}}]
+)
 def test_what_is_no_evaluation_is_refused(tmp_path: Path, evaluations: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"a method's evaluation is .*, not accuracies by readout\. Hint: pass"):
+    with pytest.raises(
+        InputError, match=r"a method's evaluation is .*, not accuracies by readout\. Hint: pass"
+    ):
         plot_accuracy(evaluations, tmp_path / "accuracy.svg")
 
 
@@ -95,7 +110,9 @@ def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path) -> None:
         plot_accuracy(EVALUATIONS, tmp_path / "accuracy.dot")
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -17,7 +17,14 @@ from sffx.runtime.evaluate import block_scores
 
 def cut(classes: int = 3) -> fx.GraphModule:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    layers = [
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
     return sffx.transform(model, "batchnorm", example_input=torch.zeros(1, 1, 8, 8))
 
@@ -45,7 +52,9 @@ def test_goodness_of_the_true_class_and_of_the_others_is_parted() -> None:
     ((x, y),) = loader
     with torch.no_grad():
         scores = block_scores(net.eval(), x)[:-1]
-    assert torch.equal(true, torch.stack([scores[:, n, int(label)] for n, label in enumerate(y)], dim=1))
+    assert torch.equal(
+        true, torch.stack([scores[:, n, int(label)] for n, label in enumerate(y)], dim=1)
+    )
     assert others.shape == (len(net.plan), 5 * 2)
     torch.testing.assert_close(true.sum() + others.sum(), scores.sum())
 
@@ -76,7 +85,9 @@ def test_each_format_is_written(plot: Any, suffix: str, start: bytes, tmp_path: 
 
 def test_the_names_of_the_classes_are_shown(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    text = plot_confusion(cut(), batches(), tmp_path / "confusion.svg", classes=["cat", "dog", "eel"]).read_text()
+    text = plot_confusion(
+        cut(), batches(), tmp_path / "confusion.svg", classes=["cat", "dog", "eel"]
+    ).read_text()
     assert all(f"<!-- {name} -->" in text for name in ("cat", "dog", "eel"))
 
 

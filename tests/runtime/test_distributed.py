@@ -29,25 +29,42 @@ class Residual(nn.Module):
 
 def cut_model(seed: int) -> fx.GraphModule:
     torch.manual_seed(seed)
-    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), Residual(6), Residual(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
-    return sffx.transform(nn.Sequential(*layers).double(), example_input=torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    layers = (
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(),
+        Residual(6),
+        Residual(6),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+    return sffx.transform(
+        nn.Sequential(*layers).double(), example_input=torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    )
 
 
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+    return torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=generator), torch.randint(
+        0, CLASSES, (BATCH,), generator=generator
+    )
 
 
 def train_one_step(rank: int, folder: str) -> None:
     """Run by each process: a step on its share of the batch; what it has then is left in a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
     # Each process starts from weights of its own, which DDP must replace by those of the first.
     model = DistributedDataParallel(sffx.LocalLoss(cut_model(seed=rank)))
     x, y = (part.chunk(PROCESSES)[rank] for part in batch())
     loss = model(x, y)
     loss.backward()
-    torch.save((loss.detach(), {name: p.grad for name, p in model.module.net.named_parameters()}), f"{folder}/{rank}.pt")
+    torch.save(
+        (loss.detach(), {name: p.grad for name, p in model.module.net.named_parameters()}),
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -62,6 +79,8 @@ def test_two_processes_get_the_gradients_of_one(tmp_path: Path, monkeypatch) -> 
     expected = {name: p.grad for name, p in net.named_parameters()}
 
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in expected.values())
-    torch.testing.assert_close(torch.stack([one for one, _ in found]).mean(), loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.stack([one for one, _ in found]).mean(), loss.detach(), rtol=1e-12, atol=0
+    )
     for _, gradients in found:
         torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-13)

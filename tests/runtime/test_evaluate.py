@@ -20,7 +20,13 @@ def net():
 
 def batches(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(n, 3, 8, 8, generator=generator), torch.randint(0, 4, (n,), generator=generator)) for n in sizes]
+    return [
+        (
+            torch.randn(n, 3, 8, 8, generator=generator),
+            torch.randint(0, 4, (n,), generator=generator),
+        )
+        for n in sizes
+    ]
 
 
 def test_accuracy_and_loss_by_hand(net):
@@ -35,7 +41,14 @@ def test_accuracy_and_loss_by_hand(net):
         "classifier": scores[3],
     }
     assert result.samples == 16
-    assert list(result.accuracy) == ["block_0", "block_1", "block_2", "ensemble", "last", "classifier"]
+    assert list(result.accuracy) == [
+        "block_0",
+        "block_1",
+        "block_2",
+        "ensemble",
+        "last",
+        "classifier",
+    ]
     for name, s in named.items():
         assert result.accuracy[name] == float((s.argmax(1) == y).float().mean())
         assert result.loss[name] == pytest.approx(float(F.cross_entropy(s, y)), rel=1e-5)

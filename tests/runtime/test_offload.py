@@ -38,7 +38,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.01),
-    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.01),  # has its state before the first step
+    "Adagrad": lambda groups: torch.optim.Adagrad(
+        groups, lr=0.01
+    ),  # has its state before the first step
 }
 
 
@@ -46,7 +48,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def cut_once(name: str, **options: Any) -> fx.GraphModule:
     torch.manual_seed(0)
     kind, shape = MODELS[name]
-    return sffx.transform(kind(), example_input=torch.zeros(1, *shape), **{"policy": "layer", **options}).train()
+    return sffx.transform(
+        kind(), example_input=torch.zeros(1, *shape), **{"policy": "layer", **options}
+    ).train()
 
 
 def cut(name: str = "residual", **options: Any) -> tuple[fx.GraphModule, Tensor, Tensor]:
@@ -59,7 +63,9 @@ def adamw(net: fx.GraphModule) -> torch.optim.Optimizer:
     return OPTIMIZERS["AdamW"](sffx.parameter_groups(net, lr=0.01))
 
 
-def train(net: fx.GraphModule, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[Tensor]:
+def train(
+    net: fx.GraphModule, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, steps: int = 3
+) -> list[Tensor]:
     losses = []
     for seed in range(steps):
         torch.manual_seed(seed)
@@ -69,7 +75,11 @@ def train(net: fx.GraphModule, x: Tensor, y: Tensor, optimizer: torch.optim.Opti
 
 def everything(net: fx.GraphModule, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Parameters, buffers and the optimizer's state, in order."""
-    return [leaf for leaf in tree_leaves([net.state_dict(), optimizer.state_dict()]) if isinstance(leaf, Tensor)]
+    return [
+        leaf
+        for leaf in tree_leaves([net.state_dict(), optimizer.state_dict()])
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
@@ -139,7 +149,14 @@ class Watch(TorchDispatchMode):
     """
 
     # What carrying is made of: it moves bytes, makes views of a storage, asks where it is.
-    COPYING = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::empty", "aten::detach", "aten::is_pinned")
+    COPYING = (
+        "aten::copy_",
+        "aten::_to_copy",
+        "aten::set_",
+        "aten::empty",
+        "aten::detach",
+        "aten::is_pinned",
+    )
 
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__()
@@ -154,8 +171,14 @@ class Watch(TorchDispatchMode):
         name = func._schema.name
         if name not in self.COPYING:
             for operand in tree_leaves((args, kwargs)):
-                assert not isinstance(operand, Tensor) or not self.at_home(operand), f"{name} reads host memory"
-            blocks = {i for i in range(len(self.parking.blocks)) if not all(map(self.at_home, self.parking._tensors(i)))}
+                assert not isinstance(operand, Tensor) or not self.at_home(operand), (
+                    f"{name} reads host memory"
+                )
+            blocks = {
+                i
+                for i in range(len(self.parking.blocks))
+                if not all(map(self.at_home, self.parking._tensors(i)))
+            }
             if self.parking.ahead is not None:
                 blocks.add(self.parking.ahead.block)
             self.most = max(self.most, len(blocks) + len(self.leaving))
@@ -169,7 +192,11 @@ class Watch(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
     """On the CPU, copies are made as late as they may."""
-    monkeypatch.setattr(parking, "carrier_for", lambda device: (Late if device.type == "cpu" else carrier_for)(device))
+    monkeypatch.setattr(
+        parking,
+        "carrier_for",
+        lambda device: (Late if device.type == "cpu" else carrier_for)(device),
+    )
 
 
 @pytest.fixture
@@ -179,7 +206,11 @@ def at_once(late, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "AdamW") for name in MODELS), *(("chain", kind) for kind in ("SGD", "NAdam", "Adagrad"))]
+    ("name", "kind"),
+    [
+        *((name, "AdamW") for name in MODELS),
+        *(("chain", kind) for kind in ("SGD", "NAdam", "Adagrad")),
+    ],
 )
 def test_steps_of_a_parked_model_are_those_of_any_other_to_the_bit(name, kind):
     net, x, y = cut(name)
@@ -194,7 +225,11 @@ def test_steps_of_a_parked_model_are_those_of_any_other_to_the_bit(name, kind):
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
 
 
-@pytest.mark.parametrize("options", [{"goodness": "cwc"}, {"goodness": "mlp"}, {"rank": 2, "policy": "residual", "norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"goodness": "cwc"}, {"goodness": "mlp"}, {"rank": 2, "policy": "residual", "norm": "none"}],
+    ids=str,
+)
 @pytest.mark.usefixtures("at_once")
 def test_of_all_kinds_of_blocks_and_with_one_group_for_all(options):
     net, x, y = cut("residual", **options)
@@ -218,7 +253,12 @@ def test_two_blocks_are_on_the_device_and_nothing_reads_the_others(name):
         assert watch.operators > 50
         assert watch.most == 2
         assert all(map(watch.at_home, [*net.parameters(), *net.buffers()]))
-        assert all(watch.at_home(t) for state in optimizer.state.values() for key, t in state.items() if key != "step")
+        assert all(
+            watch.at_home(t)
+            for state in optimizer.state.values()
+            for key, t in state.items()
+            if key != "step"
+        )
     with Watch(net) as watch, torch.no_grad():
         net.eval()(x)
     assert watch.most == 2
@@ -247,9 +287,13 @@ def test_the_device_holds_what_was_predicted(depth, width, batch):
     sffx.local_step(net, x, y, optimizer)
     watch = Watch(net)
     before = watch.carrier.host_bytes
-    counted = count_memory(lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer)
+    counted = count_memory(
+        lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer
+    )
     assert watch.carrier.host_bytes == before
-    assert counted.peak - before == pytest.approx(sffx.footprint(net, batch, parked=True).peak, rel=0.05)
+    assert counted.peak - before == pytest.approx(
+        sffx.footprint(net, batch, parked=True).peak, rel=0.05
+    )
 
 
 def test_the_prediction_does_not_grow_with_depth_and_prints_as_a_table():
@@ -257,7 +301,13 @@ def test_the_prediction_does_not_grow_with_depth_and_prints_as_a_table():
     assert deep.peak == shallow.peak
     assert sum(deep.resident) == pytest.approx(2 * sum(shallow.resident), rel=0.1)
     lines = str(shallow).splitlines()
-    assert [line.split()[0] for line in lines[1:-2]] == ["block_0", "block_1", "block_2", "block_3", "classifier"]
+    assert [line.split()[0] for line in lines[1:-2]] == [
+        "block_0",
+        "block_1",
+        "block_2",
+        "block_3",
+        "classifier",
+    ]
     assert lines[-1].startswith("in host memory: ")
 
 
@@ -341,7 +391,9 @@ def test_copies_pickles_and_exports_are_of_an_ordinary_model():
     file.seek(0)
     for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
         assert parking_of(other) is None
-        assert torch.equal(other.eval()(x), twin.eval()(x))  # with gradients, which a parked one refuses
+        assert torch.equal(
+            other.eval()(x), twin.eval()(x)
+        )  # with gradients, which a parked one refuses
         sffx.park(other, adamw(other))
     extracted = [sffx.extract(each) for each in (net.eval(), twin)]
     assert torch.equal(*(each(x) for each in extracted))
@@ -358,7 +410,10 @@ def test_what_is_frozen_comes_and_goes_as_it_was(frozen):
     net.get_submodule(frozen).requires_grad_(False)
     twin = copy.deepcopy(net)
     sffx.park(net, optimizer)
-    assert_same(train(net, x, y, optimizer), train(twin, x, y, torch.optim.AdamW(twin.parameters(), lr=0.01)))
+    assert_same(
+        train(net, x, y, optimizer),
+        train(twin, x, y, torch.optim.AdamW(twin.parameters(), lr=0.01)),
+    )
     assert_same(list(net.state_dict().values()), list(twin.state_dict().values()))
 
 
@@ -499,15 +554,39 @@ def parked(net: fx.GraphModule) -> fx.GraphModule:
     ("what", "message"),
     [
         (lambda net, x, y: sffx.park(Chain(), adamw(net)), r"net is a Chain, not a cut model"),
-        (lambda net, x, y: sffx.park(parked(net), adamw(net)), r"parked already\. Hint: sffx\.unpark\(net\)"),
-        (lambda net, x, y: sffx.park(net, adamw(copy.deepcopy(net))), r"holds \d+ parameters, none of them of net.*Hint: make it by AdamW"),
-        (lambda net, x, y: sffx.park(tied(net), torch.optim.SGD(net.parameters())), r"parameter head_[01]\.bias belongs to several blocks"),
-        (lambda net, x, y: sffx.park(net.to("meta"), adamw(net), "cpu"), r"lies on meta, but is to run on cpu\. Hint: net\.to\('cpu'\)"),
-        (lambda net, x, y: sffx.park(scattered(net), adamw(net)), r"net lies on cpu, meta\. Hint: net\.to"),
+        (
+            lambda net, x, y: sffx.park(parked(net), adamw(net)),
+            r"parked already\. Hint: sffx\.unpark\(net\)",
+        ),
+        (
+            lambda net, x, y: sffx.park(net, adamw(copy.deepcopy(net))),
+            r"holds \d+ parameters, none of them of net.*Hint: make it by AdamW",
+        ),
+        (
+            lambda net, x, y: sffx.park(tied(net), torch.optim.SGD(net.parameters())),
+            r"parameter head_[01]\.bias belongs to several blocks",
+        ),
+        (
+            lambda net, x, y: sffx.park(net.to("meta"), adamw(net), "cpu"),
+            r"lies on meta, but is to run on cpu\. Hint: net\.to\('cpu'\)",
+        ),
+        (
+            lambda net, x, y: sffx.park(scattered(net), adamw(net)),
+            r"net lies on cpu, meta\. Hint: net\.to",
+        ),
         (lambda net, x, y: sffx.unpark(net), r"net is not parked\. Hint: sffx\.park"),
-        (lambda net, x, y: sffx.local_step(parked(net), x, y, adamw(net)), r"parked with another optimizer.*Hint: pass that one"),
-        (lambda net, x, y: sffx.local_loss(parked(net), x, y), r"only sffx\.local_step gives it gradients.*Hint: torch\.no_grad\(\)"),
-        (lambda net, x, y: sffx.sff_loss(parked(net)(x), y), r"only sffx\.local_step gives it gradients"),
+        (
+            lambda net, x, y: sffx.local_step(parked(net), x, y, adamw(net)),
+            r"parked with another optimizer.*Hint: pass that one",
+        ),
+        (
+            lambda net, x, y: sffx.local_loss(parked(net), x, y),
+            r"only sffx\.local_step gives it gradients.*Hint: torch\.no_grad\(\)",
+        ),
+        (
+            lambda net, x, y: sffx.sff_loss(parked(net)(x), y),
+            r"only sffx\.local_step gives it gradients",
+        ),
         (lambda net, x, y: parked(net).eval()(x), r"only sffx\.local_step gives it gradients"),
     ],
 )
@@ -517,7 +596,9 @@ def test_what_cannot_be_done(what, message):
         what(net, x, y)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and pinned memory need a CUDA device")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="streams and pinned memory need a CUDA device"
+)
 
 
 @needs_gpu
@@ -529,11 +610,16 @@ def test_on_a_gpu_steps_are_those_of_an_unparked_model(from_host):
     optimizers = adamw(net), adamw(twin)
     sffx.park(net, optimizers[0], "cuda")
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        assert_same(train(net, x, y, optimizers[0], steps=20), train(twin, x, y, optimizers[1], steps=20))
+        assert_same(
+            train(net, x, y, optimizers[0], steps=20), train(twin, x, y, optimizers[1], steps=20)
+        )
         with torch.no_grad():
             assert torch.equal(net.eval()(x), twin.eval()(x))
     assert all(t.is_pinned() for t in (*net.parameters(), *net.buffers()))
-    assert_same([t.cpu() for t in everything(net, optimizers[0])], [t.cpu() for t in everything(twin, optimizers[1])])
+    assert_same(
+        [t.cpu() for t in everything(net, optimizers[0])],
+        [t.cpu() for t in everything(twin, optimizers[1])],
+    )
     sffx.unpark(net)
     assert all(t.is_cuda for t in (*net.parameters(), *net.buffers()))
 
@@ -553,4 +639,6 @@ def test_on_a_gpu_the_device_holds_what_was_predicted():
     train(net, x, y, optimizer, steps=1)
     torch.cuda.reset_peak_memory_stats()
     train(net, x, y, optimizer, steps=1)
-    assert torch.cuda.max_memory_allocated() <= 1.25 * predicted.peak  # the optimizer's loops over several parameters hold more at once
+    assert (
+        torch.cuda.max_memory_allocated() <= 1.25 * predicted.peak
+    )  # the optimizer's loops over several parameters hold more at once

@@ -35,17 +35,31 @@ def test_any_optimizer_takes_the_groups(net, kind):
 def test_frozen_blocks_have_no_group(net):
     net.block_1.requires_grad_(False)
     net.head_1.requires_grad_(False)
-    assert [group["name"] for group in sffx.parameter_groups(net, lr=0.1)] == ["block_0", "block_2", "classifier"]
+    assert [group["name"] for group in sffx.parameter_groups(net, lr=0.1)] == [
+        "block_0",
+        "block_2",
+        "classifier",
+    ]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"lr": -1}, "lr is -1"), ({"lr": 1, "classifier_lr": -2}, "classifier_lr is -2")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr": -1}, "lr is -1"), ({"lr": 1, "classifier_lr": -2}, "classifier_lr is -2")],
+)
 def test_rates_that_cannot_be(net, options, message):
     with pytest.raises(InputError, match=message):
         sffx.parameter_groups(net, **options)
 
 
 def losses(**changed: float) -> dict[str, float]:
-    return {"block_0": 1.0, "block_1": 1.0, "block_2": 1.0, "classifier": 1.0, "ensemble": 1.0, **changed}
+    return {
+        "block_0": 1.0,
+        "block_1": 1.0,
+        "block_2": 1.0,
+        "classifier": 1.0,
+        "ensemble": 1.0,
+        **changed,
+    }
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -74,19 +88,30 @@ def test_the_plateau_resumes_where_it_was(net):
         part.load_state_dict(state)
     for optimizer, plateau in (whole, second):
         plateau.step(losses(block_2=0.1))
-        assert rates(optimizer) == {"block_0": 0.5, "block_1": 0.5, "block_2": 1.0, "classifier": 0.5}
+        assert rates(optimizer) == {
+            "block_0": 0.5,
+            "block_1": 0.5,
+            "block_2": 1.0,
+            "classifier": 0.5,
+        }
 
 
 def test_misuse_is_said(net):
     with pytest.raises(
-        InputError, match=r"parameter group 0 of the optimizer has no name\. Hint: make the groups by sffx\.parameter_groups"
+        InputError,
+        match=r"parameter group 0 of the optimizer has no name\. Hint: make the groups by sffx\.parameter_groups",
     ):
         sffx.BlockPlateau(torch.optim.SGD(net.parameters(), lr=1.0))
     plateau = sffx.BlockPlateau(torch.optim.SGD(sffx.parameter_groups(net, lr=1.0)))
     with pytest.raises(InputError, match="losses lack 'block_0'"):
         plateau.step({"block_1": 1.0, "block_2": 1.0, "classifier": 1.0})
-    with pytest.raises(InputError, match=r"losses is of type Evaluation, not a mapping of names\. Hint: pass evaluate\(\.\.\.\)\.loss"):
-        plateau.step(sffx.evaluate(net, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))]))
+    with pytest.raises(
+        InputError,
+        match=r"losses is of type Evaluation, not a mapping of names\. Hint: pass evaluate\(\.\.\.\)\.loss",
+    ):
+        plateau.step(
+            sffx.evaluate(net, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))])
+        )
     with pytest.raises(InputError, match="the state is of block_9"):
         plateau.load_state_dict({"block_9": {}})
     with pytest.raises(InputError, match="not a cut model"):
@@ -94,9 +119,15 @@ def test_misuse_is_said(net):
 
 
 def test_groups_of_one_name_follow_one_loss(net):
-    weights, biases = ([p for p in net.block_0.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    weights, biases = (
+        [p for p in net.block_0.parameters() if (p.ndim > 1) is wide] for wide in (True, False)
+    )
     optimizer = torch.optim.SGD(
-        [{"params": weights, "name": "block_0"}, {"params": biases, "name": "block_0", "weight_decay": 0.0}], lr=1.0
+        [
+            {"params": weights, "name": "block_0"},
+            {"params": biases, "name": "block_0", "weight_decay": 0.0},
+        ],
+        lr=1.0,
     )
     plateau = sffx.BlockPlateau(optimizer, factor=0.5, patience=0)
     for loss in (1.0, 0.8, 0.6, 0.6):

@@ -44,13 +44,19 @@ def whole(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 def gathered(net: fx.GraphModule) -> set[str]:
     """Return the parts of a model that have a whole parameter."""
-    return {name for name, part in net.named_children() if any(not isinstance(p, DTensor) for p in part.parameters())}
+    return {
+        name
+        for name, part in net.named_children()
+        if any(not isinstance(p, DTensor) for p in part.parameters())
+    }
 
 
 def run(rank: int, folder: str) -> None:
     """Run by each process; what it has then is left in a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
     x, y = (part.chunk(PROCESSES)[rank] for part in batch())
     found: dict[str, Any] = {}
 
@@ -86,7 +92,9 @@ def run(rank: int, folder: str) -> None:
     found["losses"].append(sffx.local_step(net, x, y, optimizer))
     found["parameters"] = whole(dict(net.named_parameters()))
 
-    found["state"] = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+    found["state"] = get_model_state_dict(
+        net, options=StateDictOptions(full_state_dict=True, cpu_offload=False)
+    )
 
     together.clear()
     for part in (net.block_0, net.block_1, net.head_1):
@@ -103,7 +111,11 @@ def run(rank: int, folder: str) -> None:
 
 def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
     """Return what is said to what cannot be done, by a part of it that is expected."""
-    whole, partly, model = cut_model(0), cut_model(0), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    whole, partly, model = (
+        cut_model(0),
+        cut_model(0),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)),
+    )
     for part in whole.children():
         fully_shard(part, mesh=mesh())
     fully_shard(whole, mesh=mesh())
@@ -111,11 +123,15 @@ def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
     fully_shard(model[0], mesh=mesh())
     calls = {
         "fully_shard was called on net itself": lambda: sffx.local_loss(whole, x, y),
-        "block_0.0.weight is not sharded": lambda: sffx.local_step(partly, x, y, optimizer_of(partly)),
+        "block_0.0.weight is not sharded": lambda: sffx.local_step(
+            partly, x, y, optimizer_of(partly)
+        ),
         "model is sharded": lambda: sffx.transform(model, "layer", x.flatten(1)[:, :4]),
         "net is sharded already": lambda: sffx.shard(net),
         "net is sharded, and shards cannot be copied": lambda: sffx.extract(net),
-        "shards cannot be copied. Hint: torch.distributed.checkpoint": lambda: sffx.export_onnx(net, "net.onnx"),
+        "shards cannot be copied. Hint: torch.distributed.checkpoint": lambda: sffx.export_onnx(
+            net, "net.onnx"
+        ),
         "get_model_state_dict": lambda: sffx.EarlyExit(net),
         "loaded into a model that is cut": lambda: sffx.footprint(net, 4),
     }
@@ -128,7 +144,9 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path: Path, monkeypatch) -> None:
+def test_two_processes_with_half_of_each_parameter_train_as_one_process(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     mp.spawn(run, args=(str(tmp_path),), nprocs=PROCESSES)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
@@ -146,16 +164,27 @@ def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path
 
     for one in found:
         torch.testing.assert_close(one["gradients"], gradients, rtol=1e-10, atol=1e-13)
-        torch.testing.assert_close(one["parameters"], {name: p.detach() for name, p in net.named_parameters()}, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            one["parameters"],
+            {name: p.detach() for name, p in net.named_parameters()},
+            rtol=1e-10,
+            atol=1e-13,
+        )
         assert one["evaluation"].accuracy == evaluation.accuracy
         assert one["evaluation"].loss == pytest.approx(evaluation.loss)
         assert sorted(one["calls"][0]) == sorted(one["calls"][1])  # each hook once
-        assert set().union(*one["together in a step"]) == {name for name, _ in net.named_children() if "norm" not in name} - {"readout"}
+        assert set().union(*one["together in a step"]) == {
+            name for name, _ in net.named_children() if "norm" not in name
+        } - {"readout"}
         assert max(map(len, one["together in a step"])) == 2  # a block and its head
         assert max(map(len, one["together in scores"])) == 1
         again = cut_model(seed=1)
         again.load_state_dict(one["state"])
-        torch.testing.assert_close(dict(sffx.extract(again).state_dict()), dict(sffx.extract(net).state_dict()))
+        torch.testing.assert_close(
+            dict(sffx.extract(again).state_dict()), dict(sffx.extract(net).state_dict())
+        )
         assert max(map(len, one["together where frozen"])) == 2
         assert all(expected in said for expected, said in one["errors"].items()), one["errors"]
-    torch.testing.assert_close(torch.stack([torch.stack(one["losses"]) for one in found]).mean(0), torch.stack(losses))
+    torch.testing.assert_close(
+        torch.stack([torch.stack(one["losses"]) for one in found]).mean(0), torch.stack(losses)
+    )

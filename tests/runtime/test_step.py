@@ -29,7 +29,11 @@ def cut(name: str, **options: object) -> tuple[nn.Module, Tensor, Tensor]:
     kind, shape = MODELS[name]
     x = torch.randn(9, *shape, dtype=torch.float64)
     options = {"policy": "layer", **options}
-    return sffx.transform(kind().double(), example_input=x, **options).train(), x, torch.randint(0, 4, (9,))
+    return (
+        sffx.transform(kind().double(), example_input=x, **options).train(),
+        x,
+        torch.randint(0, 4, (9,)),
+    )
 
 
 def gradients(net: nn.Module) -> dict[str, Tensor]:
@@ -57,7 +61,16 @@ def local(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"goodness": "mlp"}, {"kernel_size": 3}, {"policy": "residual"}], ids=str
+    "options",
+    [
+        {},
+        {"norm": "none"},
+        {"goodness": "cwc"},
+        {"goodness": "mlp"},
+        {"kernel_size": 3},
+        {"policy": "residual"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_same_value_gradients_and_buffers_as_the_deferred_way_to_the_bit(name, options):
@@ -70,7 +83,10 @@ def test_same_value_gradients_and_buffers_as_the_deferred_way_to_the_bit(name, o
 
 def test_resnet18_same_to_the_bit():
     torch.manual_seed(0)
-    net = sffx.transform(torchvision.models.resnet18(num_classes=10).double(), example_input=torch.zeros(1, 3, 32, 32)).train()
+    net = sffx.transform(
+        torchvision.models.resnet18(num_classes=10).double(),
+        example_input=torch.zeros(1, 3, 32, 32),
+    ).train()
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (4,))
     twin = copy.deepcopy(net)
     assert torch.equal(deferred(net, x, y), local(twin, x, y))
@@ -81,7 +97,10 @@ def test_step_of_an_optimizer_of_the_original_model_is_refused():
     model = Chain()
     optimizer = torch.optim.AdamW(model.parameters())
     net = sffx.transform(model, example_input=torch.zeros(1, 3, 8, 8)).train()
-    with pytest.raises(InputError, match=r"the optimizer holds \d+ parameters, none of them of net\. Hint: make it by AdamW\(sffx"):
+    with pytest.raises(
+        InputError,
+        match=r"the optimizer holds \d+ parameters, none of them of net\. Hint: make it by AdamW\(sffx",
+    ):
         sffx.local_step(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), optimizer)
 
 
@@ -104,7 +123,11 @@ def test_gradients_of_a_hand_written_detached_loop():
     loss = F.cross_entropy(model.head(value.mean((2, 3))), y)
     loss.backward()
 
-    found = {name.partition(".")[2]: g for name, g in gradients(net).items() if not name.startswith("head_")}
+    found = {
+        name.partition(".")[2]: g
+        for name, g in gradients(net).items()
+        if not name.startswith("head_")
+    }
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad)
     for i, head in enumerate(heads):
@@ -118,7 +141,9 @@ def test_the_loss_of_a_block_reaches_no_other_block(name):
     parameters = dict(net.named_parameters())
     for k, scores in enumerate(step_scores(net, x)):
         own = ("classifier",) if k == len(net.plan) else (f"block_{k}", f"head_{k}")
-        found = torch.autograd.grad(F.cross_entropy(scores, y), list(parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(
+            F.cross_entropy(scores, y), list(parameters.values()), allow_unused=True
+        )
         for parameter, gradient in zip(parameters, found, strict=True):
             assert (gradient is not None) == (parameter.partition(".")[0] in own), parameter
 
@@ -126,7 +151,9 @@ def test_the_loss_of_a_block_reaches_no_other_block(name):
 def test_batch_statistics_are_updated_once_a_step():
     net, x, y = cut("residual")
     local(net, x, y)
-    assert {int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")} == {1}
+    assert {int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")} == {
+        1
+    }
 
 
 def test_accumulation_scaling_and_clipping_are_those_of_an_ordinary_loss():
@@ -155,7 +182,10 @@ def test_a_second_backward_is_refused():
     net, x, y = cut("chain")
     loss = sffx.local_loss(net, x, y)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward was called twice on one local_loss.*Hint: call local_loss again"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"backward was called twice on one local_loss.*Hint: call local_loss again",
+    ):
         loss.backward()
 
 
@@ -214,7 +244,10 @@ def test_the_module_form_is_the_same():
 def test_the_local_step_ends_where_the_loss_and_the_optimizer_do(name, kind, grouped):
     net, x, y = cut(name)
     twin = copy.deepcopy(net)
-    optimizers = [kind(sffx.parameter_groups(m, lr=0.1) if grouped else m.parameters(), lr=0.1) for m in (net, twin)]
+    optimizers = [
+        kind(sffx.parameter_groups(m, lr=0.1) if grouped else m.parameters(), lr=0.1)
+        for m in (net, twin)
+    ]
     for seed in range(3):
         torch.manual_seed(seed)
         optimizers[0].zero_grad()
@@ -246,7 +279,9 @@ def test_the_local_step_holds_the_gradients_of_one_block_at_a_time():
     net = sffx.transform(nn.Sequential(*layers, nn.Linear(256, 4)), "layer").train()
     optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=0.1))
     x, y = torch.randn(4, 256), torch.randint(0, 4, (4,))
-    counted = count_memory(lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer)
+    counted = count_memory(
+        lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer
+    )
     one_block = 4 * (256 * 256 + 256 + 4 * 256 + 4)
     assert counted.gradients <= one_block
 
@@ -269,14 +304,20 @@ def test_activations_do_not_grow_with_depth():
         x, y = torch.randn(256, 64), torch.randint(0, 4, (256,))
         return count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net).activations
 
-    assert peak(24) <= peak(4) + 24 * 256  # a few bytes of loss for each block, where one activation is 64 KiB
+    assert (
+        peak(24) <= peak(4) + 24 * 256
+    )  # a few bytes of loss for each block, where one activation is 64 KiB
 
 
 def test_nothing_of_a_block_outlives_the_step():
     net, x, y = cut("residual")
     local(net, x, y)
     gc.collect()
-    alive = [t for t in gc.get_objects() if type(t) is Tensor and t.ndim == 4 and t.shape[0] == 9 and t is not x]
+    alive = [
+        t
+        for t in gc.get_objects()
+        if type(t) is Tensor and t.ndim == 4 and t.shape[0] == 9 and t is not x
+    ]
     assert not alive
 
 
@@ -285,7 +326,9 @@ class _Summed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.d, self.s = (nn.Parameter(torch.randn(*shape)) for shape in ((6, 6), (6, 6), (6,)))
+        self.w, self.d, self.s = (
+            nn.Parameter(torch.randn(*shape)) for shape in ((6, 6), (6, 6), (6,))
+        )
         self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,7 +338,9 @@ class _Summed(nn.Module):
 
 def test_a_scaled_loss_scales_every_gradient_once():
     torch.manual_seed(0)
-    net = sffx.transform(_Summed().double(), ["relu"], torch.zeros(1, 6, dtype=torch.float64)).train()
+    net = sffx.transform(
+        _Summed().double(), ["relu"], torch.zeros(1, 6, dtype=torch.float64)
+    ).train()
     x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
     twin = copy.deepcopy(net)
     (0.5 * sffx.local_loss(net, x, y)).backward()
@@ -319,7 +364,10 @@ def test_hooks_of_parameters_run_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda net, x, y: (Chain(), x, y), r"net is a Chain, not a cut model\. Hint: pass what sffx\.transform returned"),
+        (
+            lambda net, x, y: (Chain(), x, y),
+            r"net is a Chain, not a cut model\. Hint: pass what sffx\.transform returned",
+        ),
         (lambda net, x, y: (net.eval(), x, y), r"in eval mode.*Hint: call net\.train\(\)"),
         (lambda net, x, y: (net, x, y + 4), r"labels run from \d to 7, but there are 4 classes"),
         (lambda net, x, y: (net, x, y[:-1]), r"y has shape \(8,\), not \(9,\)"),
@@ -327,7 +375,10 @@ def test_hooks_of_parameters_run_once():
         (lambda net, x, y: (net, {"z": x}, y), r"x has the keys 'z', but the model takes 'input'"),
         (lambda net, x, y: (net, [1], y), r"x is a list, not a tensor"),
         (lambda net, x, y: (net, x, [0]), r"y is a list, not a tensor"),
-        (lambda net, x, y: (net, x.clone().requires_grad_(), y), r"x requires gradient.*Hint: pass x\.detach\(\)"),
+        (
+            lambda net, x, y: (net, x.clone().requires_grad_(), y),
+            r"x requires gradient.*Hint: pass x\.detach\(\)",
+        ),
     ],
 )
 def test_steps_that_cannot_be_made(change, message):
@@ -353,10 +404,18 @@ def test_hooks_see_the_gradients_that_they_see_in_the_deferred_way(recompute):
     model(x)
     net = sffx.transform(model, ["_7"], x, recompute=recompute).train()
     # Not the first layer, whose input has no gradient.
-    watched = [module for name, module in net.named_modules() if name == "head_0" or (name.startswith("block_0.") and name != "block_0.0")]
+    watched = [
+        module
+        for name, module in net.named_modules()
+        if name == "head_0" or (name.startswith("block_0.") and name != "block_0.0")
+    ]
     seen: list[Tensor] = []
     for module in watched:
-        module.register_full_backward_hook(lambda module, given, received: seen.extend(g for g in (*given, *received) if g is not None))
+        module.register_full_backward_hook(
+            lambda module, given, received: seen.extend(
+                g for g in (*given, *received) if g is not None
+            )
+        )
     twin_seen: list[list[Tensor]] = []
     for loss in (lambda: sffx.sff_loss(net(x), y), lambda: sffx.local_loss(net, x, y)):
         seen.clear()
@@ -371,7 +430,9 @@ def test_hooks_see_the_gradients_that_they_see_in_the_deferred_way(recompute):
 def test_a_value_that_a_hook_has_kept_is_not_written_over():
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 4))
     net, kept = sffx.transform(model, ["_2"], norm="none").train(), []
-    net.block_0.get_submodule("0").register_forward_hook(lambda module, args, out: kept.append((out, out.detach().clone())))
+    net.block_0.get_submodule("0").register_forward_hook(
+        lambda module, args, out: kept.append((out, out.detach().clone()))
+    )
     local(net, torch.randn(9, 6), torch.randint(0, 4, (9,)))
     assert torch.equal(*kept[0])
 
@@ -408,7 +469,9 @@ def test_parameters_of_other_models_are_left_alone():
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_loss_of_ones_own_and_probabilities_train_as_in_the_deferred_way(soft):
     net, x, y = cut("residual")
-    loss_fn = None if soft else nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.rand(4).double())
+    loss_fn = (
+        None if soft else nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.rand(4).double())
+    )
     y = F.one_hot(y, 4).double().lerp(torch.full((9, 4), 0.25).double(), 0.3) if soft else y
     twins = [copy.deepcopy(net) for _ in range(2)]
     torch.manual_seed(1)
@@ -428,7 +491,10 @@ def test_a_loss_of_ones_own_and_probabilities_train_as_in_the_deferred_way(soft)
 
 def test_an_optimizer_that_asks_for_the_loss_again_is_refused():
     net, x, y = cut("chain")
-    with pytest.raises(InputError, match=r"LBFGS computes the loss several times.*Hint: sffx\.local_loss in its closure"):
+    with pytest.raises(
+        InputError,
+        match=r"LBFGS computes the loss several times.*Hint: sffx\.local_loss in its closure",
+    ):
         sffx.local_step(net, x, y, torch.optim.LBFGS(net.parameters()))
 
 
@@ -442,7 +508,10 @@ def test_a_block_whose_own_parameters_get_nothing_is_named(step):
         setattr(layer, name, tensor)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     train = (lambda *args: sffx.local_step(*args, optimizer)) if step else sffx.local_loss
-    with pytest.raises(InputError, match=r"block_1 has a gradient, but none for its \d trainable parameters.*sff_loss"):
+    with pytest.raises(
+        InputError,
+        match=r"block_1 has a gradient, but none for its \d trainable parameters.*sff_loss",
+    ):
         train(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 4)
 
 
@@ -451,5 +520,13 @@ def test_a_frozen_block_has_no_gradient_for_a_loss_that_learns():
     for part in (net.block_0, net.head_0):
         part.requires_grad_(False)
     scale = torch.ones((), requires_grad=True)
-    sffx.local_loss(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 4, lambda scores, y: F.cross_entropy(scores * scale, y)).backward()
-    assert all((p.grad is None) == name.startswith(("block_0.", "head_0.")) for name, p in net.named_parameters())
+    sffx.local_loss(
+        net,
+        torch.randn(4, 3, 8, 8),
+        torch.arange(4) % 4,
+        lambda scores, y: F.cross_entropy(scores * scale, y),
+    ).backward()
+    assert all(
+        (p.grad is None) == name.startswith(("block_0.", "head_0."))
+        for name, p in net.named_parameters()
+    )

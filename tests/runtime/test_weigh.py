@@ -27,7 +27,9 @@ def cut() -> fx.GraphModule:
     net(X)
     with torch.no_grad():
         for i in range(3):
-            net.get_submodule(f"head_{i}").weight.mul_(6)  # so that the blocks are sure of what they say
+            net.get_submodule(f"head_{i}").weight.mul_(
+                6
+            )  # so that the blocks are sure of what they say
     return net.eval()
 
 
@@ -77,23 +79,32 @@ def test_a_diverged_block_has_no_weight_and_without_another_nothing_changes(
     with torch.no_grad():
         for p in net.block_0.parameters():
             p.fill_(torch.nan)
-    with pytest.raises(InputError, match=r"no block gives any of the labels a probability\. Hint: "):
+    with pytest.raises(
+        InputError, match=r"no block gives any of the labels a probability\. Hint: "
+    ):
         sffx.weigh(net, loader)
     assert net.readout.weights == weights
 
 
-def test_a_net_that_was_pickled_before_there_were_weights_has_none(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_a_net_that_was_pickled_before_there_were_weights_has_none(
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     net.readout.__dict__.pop("weights", None)
     assert "weighted" not in sffx.evaluate(net, loader).accuracy
     assert "readout.weights" not in net.state_dict()
 
 
-def test_eval_mode_returns_the_weighted_mixture(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_eval_mode_returns_the_weighted_mixture(
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     weights = sffx.weigh(net, loader)
     assert list(weights) == ["block_0", "block_1", "block_2"]
     assert sum(weights.values()) == pytest.approx(1)
     assert net.readout.mode == "weighted"
-    expected = sum(weight * goodness.softmax(1) for weight, goodness in zip(weights.values(), block_scores(net, X)[:-1], strict=True))
+    expected = sum(
+        weight * goodness.softmax(1)
+        for weight, goodness in zip(weights.values(), block_scores(net, X)[:-1], strict=True)
+    )
     torch.testing.assert_close(net(X).exp(), expected)
 
 
@@ -103,8 +114,18 @@ def test_it_is_better_than_the_ensemble_and_each_block_on_what_it_was_weighed_by
     assert "weighted" not in sffx.evaluate(net, loader).loss
     sffx.weigh(net, loader)
     loss = sffx.evaluate(net, loader).loss
-    assert list(loss) == ["block_0", "block_1", "block_2", "ensemble", "weighted", "last", "classifier"]
-    assert all(loss["weighted"] < loss[other] for other in ("block_0", "block_1", "block_2", "ensemble"))
+    assert list(loss) == [
+        "block_0",
+        "block_1",
+        "block_2",
+        "ensemble",
+        "weighted",
+        "last",
+        "classifier",
+    ]
+    assert all(
+        loss["weighted"] < loss[other] for other in ("block_0", "block_1", "block_2", "ensemble")
+    )
 
 
 def test_training_is_as_before(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]) -> None:
@@ -114,7 +135,9 @@ def test_training_is_as_before(net: fx.GraphModule, loader: list[tuple[Tensor, T
     assert torch.equal(net(X)[:-1], before)
 
 
-def test_weights_travel_with_the_state(net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], tmp_path: Path) -> None:
+def test_weights_travel_with_the_state(
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
     plain = copy.deepcopy(net.state_dict())
     sffx.weigh(net, loader)
     torch.save(net.state_dict(), tmp_path / "net.pt")
@@ -132,7 +155,9 @@ def test_weights_travel_with_the_state(net: fx.GraphModule, loader: list[tuple[T
         other.load_state_dict({**plain, "readout.other": torch.ones(1)})
 
 
-def test_without_weights_the_error_names_what_finds_them(net: fx.GraphModule, tmp_path: Path) -> None:
+def test_without_weights_the_error_names_what_finds_them(
+    net: fx.GraphModule, tmp_path: Path
+) -> None:
     message = r"the blocks have no weights yet\. Hint: sffx\.weigh\(net, loader\)"
     with pytest.raises(InputError, match=message):
         net.readout.mode = "weighted"
@@ -149,7 +174,11 @@ def test_without_weights_the_error_names_what_finds_them(net: fx.GraphModule, tm
     ],
 )
 def test_export_takes_the_readout_of_the_net_and_leaves_out_what_has_no_weight(
-    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], tmp_path: Path, weights: tuple[float, ...], names: set[str]
+    net: fx.GraphModule,
+    loader: list[tuple[Tensor, Tensor]],
+    tmp_path: Path,
+    weights: tuple[float, ...],
+    names: set[str],
 ) -> None:
     sffx.weigh(net, loader)
     net.readout.weights = weights

@@ -21,7 +21,9 @@ from tests.toys import step_scores
 EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "25"))
 BATCH = 5
 
-policies = st.sampled_from(["residual", "batchnorm", "layer", "module(1)", "stages(1)", "every", "some"])
+policies = st.sampled_from(
+    ["residual", "batchnorm", "layer", "module(1)", "stages(1)", "every", "some"]
+)
 bounded = settings(
     max_examples=EXAMPLES,
     derandomize="SFFX_EXAMPLES" not in os.environ,
@@ -46,7 +48,11 @@ def cut(model: nn.Module, shape: tuple[int, ...], policy: str, norm: str) -> fx.
     try:
         return sffx.transform(model, chosen, torch.zeros(1, *shape, dtype=torch.float64), norm=norm)
     except CutError as error:
-        assume("no node to cut at" not in str(error) and "found no block" not in str(error) and "stages(1) asks" not in str(error))
+        assume(
+            "no node to cut at" not in str(error)
+            and "found no block" not in str(error)
+            and "stages(1) asks" not in str(error)
+        )
         assume("reads what it wrote by another name" not in str(error))
         raise
 
@@ -69,7 +75,12 @@ def seeded(module: nn.Module, x: Tensor) -> Tensor:
 
 def state(model: nn.Module) -> dict[str, object]:
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return {**tensors, "modules": [(name, module.training, type(module)) for name, module in model.named_modules()]}
+    return {
+        **tensors,
+        "modules": [
+            (name, module.training, type(module)) for name, module in model.named_modules()
+        ],
+    }
 
 
 def assert_same(a: dict[str, object], b: dict[str, object]) -> None:
@@ -90,7 +101,9 @@ def test_without_norm_the_trunk_is_the_model(drawn, policy, training):
     x = torch.randn(BATCH, *shape, dtype=torch.float64)
     for mode in (True, False):
         found = seeded(net.train(mode), x.clone())
-        torch.testing.assert_close(found[-1] if mode else found, seeded(model.train(mode), x.clone()), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            found[-1] if mode else found, seeded(model.train(mode), x.clone()), rtol=1e-9, atol=1e-9
+        )
     extracted = sffx.extract(net)
     assert type(extracted) is Program
     assert_same(state(model), state(extracted))
@@ -107,13 +120,31 @@ def test_each_parameter_learns_from_its_own_block_only(drawn, policy, norm):
     for k, scores in enumerate(step_scores(net, x.clone())):
         own = ("classifier",) if k == len(net.plan) else (f"block_{k}", f"head_{k}")
         loss = nn.functional.cross_entropy(scores, y)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True) if loss.requires_grad else ()
-        reached = {name for name, gradient in zip(parameters, found, strict=False) if gradient is not None}
+        found = (
+            torch.autograd.grad(
+                loss, list(parameters.values()), allow_unused=True, retain_graph=True
+            )
+            if loss.requires_grad
+            else ()
+        )
+        reached = {
+            name for name, gradient in zip(parameters, found, strict=False) if gradient is not None
+        }
         assert {name.partition(".")[0] for name in reached} <= set(own)
-    owners = [id(p) for part in (*net.plan, net.plan.classifier) for p in net.get_submodule(part.target).parameters()]
+    owners = [
+        id(p)
+        for part in (*net.plan, net.plan.classifier)
+        for p in net.get_submodule(part.target).parameters()
+    ]
     assert len(owners) == len(set(owners))
-    plain = torch.autograd.grad(model.train()(x.clone()).sum(), list(model.parameters()), allow_unused=True)
-    used = {name for (name, _), gradient in zip(model.named_parameters(), plain, strict=True) if gradient is not None}
+    plain = torch.autograd.grad(
+        model.train()(x.clone()).sum(), list(model.parameters()), allow_unused=True
+    )
+    used = {
+        name
+        for (name, _), gradient in zip(model.named_parameters(), plain, strict=True)
+        if gradient is not None
+    }
     assert used <= {name for part in (*net.plan, net.plan.classifier) for name in part.parameters}
 
 
@@ -147,7 +178,9 @@ def test_blocks_are_well_formed(drawn, policy):
     net.graph.lint()
     analysis = analyse(trace(model, torch.zeros(1, *shape, dtype=torch.float64)))
     parts = (*net.plan, net.plan.classifier)
-    assert sorted(name for part in parts for name in part.nodes) == sorted(name for step in analysis.steps for name in step.nodes)
+    assert sorted(name for part in parts for name in part.nodes) == sorted(
+        name for step in analysis.steps for name in step.nodes
+    )
     for part in parts:
         net.get_submodule(part.target).graph.lint()
         assert set(part.detached) <= set(part.sides)
@@ -157,8 +190,14 @@ def test_blocks_are_well_formed(drawn, policy):
 def is_parted(analysis: Analysis, name: str, part: sffx.Block) -> bool:
     """Whether a node is a BN layer that reads the output of a layer of another block. A sum that feeds a shortcut as well may be cut."""
     node = analysis.nodes[name]
-    if node.op != "call_module" or not isinstance(analysis.trace.root.get_submodule(node.target), nn.modules.batchnorm._BatchNorm):
+    if node.op != "call_module" or not isinstance(
+        analysis.trace.root.get_submodule(node.target), nn.modules.batchnorm._BatchNorm
+    ):
         return False
     feeder = node.all_input_nodes[0]
     is_layer = any(p.ndim > 1 for p in analysis.parameters(feeder).values())
-    return feeder.op != "placeholder" and feeder.name not in part.nodes and (is_layer or len(feeder.users) == 1)
+    return (
+        feeder.op != "placeholder"
+        and feeder.name not in part.nodes
+        and (is_layer or len(feeder.users) == 1)
+    )

@@ -35,10 +35,22 @@ def test_heads_and_norms_read_the_mask():
     assert "goodness_1 = self.head_1(block_1, attention_mask)" in lines
     assert "norm_1 = self.norm_1(detached_1, attention_mask)" in lines
     assert [block.mask for block in net.plan] == ["attention_mask"] * 3
-    assert net.plan.notes == ("the goodness and norm of block_0, block_1, block_2 run over the real tokens, by attention_mask",)
+    assert net.plan.notes == (
+        "the goodness and norm of block_0, block_1, block_2 run over the real tokens, by attention_mask",
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"goodness": "cwc"}, {"goodness": "mlp"}, {"kernel_size": 3}, {"rank": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "none"},
+        {"goodness": "cwc"},
+        {"goodness": "mlp"},
+        {"kernel_size": 3},
+        {"rank": 1},
+    ],
+)
 def test_padding_changes_neither_scores_nor_gradients(options):
     net, other = cut(**options), cut(**options)
     few, many = batch(6, padding=3), batch(11, padding=7)
@@ -73,7 +85,14 @@ def test_a_mapping_is_evaluated_and_stepped():
     sffx.local_step(net, batch(6), Y, torch.optim.SGD(sffx.parameter_groups(net, lr=0.1)))
     found = sffx.evaluate(net, [(batch(6), Y), (batch(9), Y)])
     assert found.samples == 8
-    assert set(found.accuracy) == {"block_0", "block_1", "block_2", "ensemble", "last", "classifier"}
+    assert set(found.accuracy) == {
+        "block_0",
+        "block_1",
+        "block_2",
+        "ensemble",
+        "last",
+        "classifier",
+    }
 
 
 def test_exported_with_its_mask(tmp_path):

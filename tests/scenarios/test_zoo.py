@@ -7,7 +7,15 @@ import torch
 
 from tools.zoo import Entry, build, check_refusal, fitting_input, new_record, verify_model
 
-SAMPLE = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_32", "mnasnet0_5", "regnet_y_400mf")
+SAMPLE = (
+    "resnet18",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vit_b_32",
+    "mnasnet0_5",
+    "regnet_y_400mf",
+)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -24,7 +32,11 @@ def test_torchvision(name):
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [("detection", "fasterrcnn_mobilenet_v3_large_320_fpn"), ("segmentation", "lraspp_mobilenet_v3_large")]
+    ("group", "name"),
+    [
+        ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn"),
+        ("segmentation", "lraspp_mobilenet_v3_large"),
+    ],
 )
 def test_no_classifier_is_refused_with_a_way_out(group, name):
     entry = Entry("torchvision", name, group)

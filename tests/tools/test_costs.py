@@ -10,7 +10,11 @@ from tools.costs import Training, relative_costs
 def training(width: int) -> Training:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1))
-    return Training(model, torch.optim.AdamW(model.parameters()), lambda: model(torch.ones(8, 4)).square().mean())
+    return Training(
+        model,
+        torch.optim.AdamW(model.parameters()),
+        lambda: model(torch.ones(8, 4)).square().mean(),
+    )
 
 
 def test_costs_are_ratios_of_counted_bytes_and_one_for_the_method_itself():
@@ -34,4 +38,7 @@ def test_a_step_uses_the_gradients_of_its_own_loss_alone():
         twin.optimizer.zero_grad()
         twin.loss().backward()
         twin.optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(each.model.parameters(), twin.model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(each.model.parameters(), twin.model.parameters(), strict=True)
+    )

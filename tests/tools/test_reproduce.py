@@ -19,7 +19,9 @@ from tools.reproduce.readouts import readouts
 from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
 
-SMALL = Experiment("CNNB", "toys", 16, 40, 8, 3, "batchnorm", ("BP", "SFF"), trials=2, trial_epochs=1)
+SMALL = Experiment(
+    "CNNB", "toys", 16, 40, 8, 3, "batchnorm", ("BP", "SFF"), trials=2, trial_epochs=1
+)
 
 
 def images(count: int, seed: int) -> Images:
@@ -43,7 +45,9 @@ def folder(tmp_path):
 
 
 def new_run(method: str = "SFF") -> Run:
-    return Run(SMALL, method, Setting(3e-3, 1e-3, 1e-2), 0, split(images(40, 0), images(20, 1), None, 0))
+    return Run(
+        SMALL, method, Setting(3e-3, 1e-3, 1e-2), 0, split(images(40, 0), images(20, 1), None, 0)
+    )
 
 
 def test_joined_has_the_gradients_of_plain_autograd_through_the_whole_chain():
@@ -70,7 +74,9 @@ def test_joined_has_the_gradients_of_plain_autograd_through_the_whole_chain():
     expected = torch.autograd.grad(loss, list(model.parameters()))
     targets = [*(f"block_{i}" for i in range(4)), "classifier"]
     found = [p for target in targets for p in net.get_submodule(target).parameters()]
-    assert [torch.equal(p, q) for p, q in zip(found, model.parameters(), strict=True)] == [True] * len(expected)
+    assert [torch.equal(p, q) for p, q in zip(found, model.parameters(), strict=True)] == [
+        True
+    ] * len(expected)
     for parameter, gradient in zip(found, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
 
@@ -78,7 +84,9 @@ def test_joined_has_the_gradients_of_plain_autograd_through_the_whole_chain():
 def test_groups_of_backpropagation_part_the_classifier_from_the_features():
     model = build("CNNB", 3, 16)
     features, classifier = METHODS["BP"].groups(model, 1e-3, 1e-2)
-    assert [p.shape for p in classifier["params"]] == [p.shape for p in classifier_of(model).parameters()]
+    assert [p.shape for p in classifier["params"]] == [
+        p.shape for p in classifier_of(model).parameters()
+    ]
     assert len(features["params"]) + len(classifier["params"]) == len(list(model.parameters()))
     assert (features["lr"], classifier["lr"]) == (1e-3, 1e-2)
 
@@ -113,7 +121,9 @@ def test_readouts_of_two_blocks_by_hand():
     assert found["ensemble"].tolist() == [[1.0, 2.0]]
     assert found["last"].tolist() == [[0.0, 4.0]]
     assert found["classifier"].tolist() == [[1.0, 0.0]]
-    assert torch.allclose(found["weighted"].exp(), scores[1].softmax(1), atol=1e-3)  # the second block alone knows the label
+    assert torch.allclose(
+        found["weighted"].exp(), scores[1].softmax(1), atol=1e-3
+    )  # the second block alone knows the label
 
 
 @pytest.mark.parametrize("method", ["BP", "SFF"])
@@ -126,7 +136,9 @@ def test_interrupted_run_goes_on_as_if_nothing_had_been(method, tmp_path):
     second.train(3, tmp_path / "run.pt")
 
     def timeless(run):
-        return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in run.curve]
+        return [
+            {key: value for key, value in epoch.items() if key != "seconds"} for epoch in run.curve
+        ]
 
     assert len(second.curve) == 3
     assert timeless(second) == timeless(whole)
@@ -184,22 +196,41 @@ def test_run_ends_when_nothing_improves():
 def pretrained(folder, monkeypatch):
     """The command of an experiment that starts from another's weights, and the starts of all runs with where they come from."""
     monkeypatch.setitem(EXPERIMENTS, "before", replace(SMALL, methods=("BP",)))
-    monkeypatch.setitem(EXPERIMENTS, "after", replace(SMALL, methods=("BP", "SFF"), pretrained="before", epochs=1))
+    monkeypatch.setitem(
+        EXPERIMENTS, "after", replace(SMALL, methods=("BP", "SFF"), pretrained="before", epochs=1)
+    )
     begun = []
     train = Run.train
 
     def watched(run, *args, **options):
-        begun.append((run.experiment.pretrained, {name: value.clone() for name, value in run.net.state_dict().items()}))
+        begun.append(
+            (
+                run.experiment.pretrained,
+                {name: value.clone() for name, value in run.net.state_dict().items()},
+            )
+        )
         return train(run, *args, **options)
 
     monkeypatch.setattr(Run, "train", watched)
-    return ["after", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"], begun
+    return [
+        "after",
+        "--data",
+        str(folder / "data"),
+        "--runs",
+        str(folder / "runs"),
+        "--out",
+        str(folder / "out"),
+        "--seeds",
+        "1",
+    ], begun
 
 
 def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(folder, pretrained):
     arguments, begun = pretrained
     command.main(arguments)
-    weights = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)["best"]["state"]
+    weights = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)["best"][
+        "state"
+    ]
     starts = [state for source, state in begun if source == "before"]
     assert len(starts) == 6  # two methods, two trials and a run each
     for start in starts:
@@ -209,15 +240,21 @@ def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(fold
     assert {path.stem for path in (folder / "out" / "before").glob("*.json")} == {"BP-0"}
 
 
-def test_pretraining_that_was_interrupted_goes_on_and_what_is_done_is_left_alone(folder, pretrained, monkeypatch):
+def test_pretraining_that_was_interrupted_goes_on_and_what_is_done_is_left_alone(
+    folder, pretrained, monkeypatch
+):
     arguments, begun = pretrained
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "result", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))  # trained, and not yet recorded
+        patch.setattr(
+            Run, "result", lambda run: (_ for _ in ()).throw(KeyboardInterrupt)
+        )  # trained, and not yet recorded
         with pytest.raises(KeyboardInterrupt):
             command.main(arguments)
     assert (folder / "runs" / "before" / "BP-0.pt").exists()
     command.main(arguments)
-    assert json.loads((folder / "out" / "before" / "BP-0.json").read_text())["epochs"] == SMALL.epochs
+    assert (
+        json.loads((folder / "out" / "before" / "BP-0.json").read_text())["epochs"] == SMALL.epochs
+    )
     (folder / "runs" / "before" / "BP-0.pt").unlink()
     done = len(begun)
     command.main(arguments)
@@ -231,15 +268,34 @@ def test_trials_of_other_lengths_are_not_mixed(tmp_path):
         search("toys", replace(SMALL, trial_epochs=2), "SFF", parted, tmp_path)
 
 
-def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(folder, monkeypatch, capsys):
+def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
+    folder, monkeypatch, capsys
+):
     monkeypatch.setitem(EXPERIMENTS, "toys", SMALL)
-    arguments = ["toys", "--data", str(folder / "data"), "--runs", str(folder / "runs"), "--out", str(folder / "out"), "--seeds", "1"]
+    arguments = [
+        "toys",
+        "--data",
+        str(folder / "data"),
+        "--runs",
+        str(folder / "runs"),
+        "--out",
+        str(folder / "out"),
+        "--seeds",
+        "1",
+    ]
     assert command.main(arguments) == 0
     record = folder / "out" / "toys" / "SFF-0.json"
     facts = json.loads(record.read_text())
     assert facts["config"]["network"] == "CNNB"
     assert facts["method"] == "SFF"
-    assert set(facts["test"]) == {"ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier"}
+    assert set(facts["test"]) == {
+        "ensemble",
+        "mean of softmax",
+        "weighted",
+        "last",
+        "classifier",
+        "all and classifier",
+    }
     assert len(facts["curve"]) == 3
     table = (folder / "out" / "tables.md").read_text()
     assert "## toys" in table

@@ -83,7 +83,9 @@ def test_a_steady_drift_cancels() -> None:
 
 def test_the_paired_ratio_survives_a_machine_that_changes_speed() -> None:
     # Rounds at speeds 1, 1, 1, 10, 10 with "a" always twice "b"; one round of "b" is hit by a hiccup of its own.
-    result = TimeComparison("cpu", {"a": (2.0, 2.0, 2.0, 20.0, 20.0), "b": (1.0, 1.0, 30.0, 10.0, 10.0)})
+    result = TimeComparison(
+        "cpu", {"a": (2.0, 2.0, 2.0, 20.0, 20.0), "b": (1.0, 1.0, 30.0, 10.0, 10.0)}
+    )
     assert result.paired_ratio("a", "b") == 2.0
     assert result.ratio("a", "b") == 0.2
 
@@ -120,7 +122,11 @@ def test_the_collector_comes_back_after_an_error() -> None:
 
 
 def test_real_clock_orders_real_work() -> None:
-    result = compare_time({"long": lambda: sum(range(200_000)), "short": lambda: sum(range(2_000))}, rounds=6, warmup=1)
+    result = compare_time(
+        {"long": lambda: sum(range(200_000)), "short": lambda: sum(range(2_000))},
+        rounds=6,
+        warmup=1,
+    )
     assert result.device == "cpu"
     assert result.paired_ratio("long", "short") > 5
     assert Counter(len(times) for times in result.seconds.values()) == {6: 2}

@@ -12,14 +12,25 @@ from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example
 
 
-def costs(experiment: Experiment, classes: int = 10, rounds: int = 20) -> dict[str, dict[str, float]]:
+def costs(
+    experiment: Experiment, classes: int = 10, rounds: int = 20
+) -> dict[str, dict[str, float]]:
     """Return by method the peak memory of a step with AdamW, its activations and its time, each relative to BP."""
-    x, y = torch.randn(experiment.batch, 3, experiment.size, experiment.size), torch.randint(0, classes, (experiment.batch,))
+    x, y = (
+        torch.randn(experiment.batch, 3, experiment.size, experiment.size),
+        torch.randint(0, classes, (experiment.batch,)),
+    )
     x = x.contiguous(memory_format=torch.channels_last)  # as in training
     trainings = {}
     for name in dict.fromkeys(("BP", *experiment.methods)):
         method = METHODS[name]
-        net = method.prepare(build(experiment.network, classes, experiment.size), experiment.policy, example(experiment.size)).train()
+        net = method.prepare(
+            build(experiment.network, classes, experiment.size),
+            experiment.policy,
+            example(experiment.size),
+        ).train()
         net = net.to(memory_format=torch.channels_last)
-        trainings[name] = Training(net, torch.optim.AdamW(method.groups(net, 1e-3, 1e-3)), partial(method.loss, net, x, y))
+        trainings[name] = Training(
+            net, torch.optim.AdamW(method.groups(net, 1e-3, 1e-3)), partial(method.loss, net, x, y)
+        )
     return relative_costs(trainings, "BP", rounds=rounds)

@@ -43,7 +43,9 @@ class Split:
 
     def scaled(self, x: Tensor) -> Tensor:
         """Return uint8 images as float32, normalised by channel, in the layout in which a CPU is fastest."""
-        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous(memory_format=torch.channels_last)
+        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -57,9 +59,13 @@ def load(folder: Path, cache: Path, size: int) -> Images:
     kept = cache / f"{folder.parent.name}-{folder.name}-{size}-{place}.pt"
     if not kept.exists():
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no {folder}. Hint: unzip the data there, a folder for each class")
+            raise FileNotFoundError(
+                f"there is no {folder}. Hint: unzip the data there, a folder for each class"
+            )
         source = ImageFolder(folder)
-        x = torch.stack([resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source])
+        x = torch.stack(
+            [resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source]
+        )
         save((x, torch.tensor(source.targets)), kept)
     return Images(*torch.load(kept))
 
@@ -67,7 +73,9 @@ def load(folder: Path, cache: Path, size: int) -> Images:
 def save(content: Any, path: Path) -> None:
     """Write what `torch.load` reads; a file that was there stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")  # of its own, since another process may decode the same images
+    draft = path.with_suffix(
+        f".{os.getpid()}.tmp"
+    )  # of its own, since another process may decode the same images
     torch.save(content, draft)
     draft.replace(path)
 
@@ -92,7 +100,9 @@ def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
     return Split(kept, train[order[parted:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
 
 
-def shuffled(images: Images, batch: int, generator: torch.Generator, *, flip: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+def shuffled(
+    images: Images, batch: int, generator: torch.Generator, *, flip: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch of batches, each image flipped by chance, the batch shifted by up to an eighth; a last batch of one is left out."""
     for index in torch.randperm(len(images), generator=generator).split(batch):
         if len(index) > 1:

@@ -67,15 +67,21 @@ SMALL_IMAGENETTE = Experiment(
     trials=4,
     trial_epochs=10,
 )
-LARGE_IMAGENETTE = replace(SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12)
+LARGE_IMAGENETTE = replace(
+    SMALL_IMAGENETTE, network="MobileNetV3-large", size=224, epochs=100, methods=ALL, trials=12
+)
 
 TABLE2 = {
     "cifar10-cnn": replace(FULL_CIFAR, network="CNN", policy="layer"),
     "cifar10-cnnb": FULL_CIFAR,
     "cifar10-resnet18": replace(FULL_CIFAR, network="ResNet18", policy="residual"),
     "cifar10-mobilenetv3": replace(FULL_CIFAR, network="MobileNetV3-large", policy="residual"),
-    "imagenette-resnet18": Experiment("ResNet18", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10),
-    "imagenette-mobilenetv3": Experiment("MobileNetV3-large", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10),
+    "imagenette-resnet18": Experiment(
+        "ResNet18", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10
+    ),
+    "imagenette-mobilenetv3": Experiment(
+        "MobileNetV3-large", "imagenette", 224, None, 64, 100, "residual", ALL, trial_epochs=10
+    ),
 }
 
 EXPERIMENTS = {
@@ -87,19 +93,46 @@ EXPERIMENTS = {
     # Table 3: 1,000 training images at random.
     "table3-cifar10-cnnb": SMALL_CIFAR,
     "table3-imagenette-mobilenetv3": LARGE_IMAGENETTE,
-    "table3-imagenette-mobilenetv3-momentum0.1": replace(LARGE_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1"),
+    "table3-imagenette-mobilenetv3-momentum0.1": replace(
+        LARGE_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1"
+    ),
     # Claim 1: small data, and the momentum of the batch norms.
-    "small-imagenette-momentum0.01": replace(SMALL_IMAGENETTE, momentum=0.01, settings="small-imagenette-momentum0.1"),
+    "small-imagenette-momentum0.01": replace(
+        SMALL_IMAGENETTE, momentum=0.01, settings="small-imagenette-momentum0.1"
+    ),
     "small-imagenette-momentum0.1": replace(SMALL_IMAGENETTE, momentum=0.1),
     # Table 4: the same, pretrained. Where ImageNet's weights cannot be had, on small images of CIFAR-10, enlarged.
-    **{f"table4-{name}": replace(TABLE2[f"imagenette-{name}"], pretrained="torchvision") for name in ("resnet18", "mobilenetv3")},
+    **{
+        f"table4-{name}": replace(TABLE2[f"imagenette-{name}"], pretrained="torchvision")
+        for name in ("resnet18", "mobilenetv3")
+    },
     "pretrain-cifar10-mobilenetv3": replace(
-        SMALL_IMAGENETTE, data="cifar10", samples=10_000, epochs=6, momentum=0.1, methods=("BP",), settings="small-imagenette-momentum0.1"
+        SMALL_IMAGENETTE,
+        data="cifar10",
+        samples=10_000,
+        epochs=6,
+        momentum=0.1,
+        methods=("BP",),
+        settings="small-imagenette-momentum0.1",
     ),
-    "table4-small": replace(SMALL_IMAGENETTE, momentum=0.1, pretrained="pretrain-cifar10-mobilenetv3"),
+    "table4-small": replace(
+        SMALL_IMAGENETTE, momentum=0.1, pretrained="pretrain-cifar10-mobilenetv3"
+    ),
     # Better than the paper: heads that are not the paper's, on two networks and two data sets, and above on MobileNetV3 and Imagenette.
     "heads-cifar10-cnnb": replace(SMALL_CIFAR, epochs=40, trials=4, trial_epochs=12, methods=HEADS),
-    "heads-digits-resnet18": Experiment("ResNet18/4", "digits", 16, 500, 32, 20, "residual", HEADS, trials=4, trial_epochs=6, flip=False),
+    "heads-digits-resnet18": Experiment(
+        "ResNet18/4",
+        "digits",
+        16,
+        500,
+        32,
+        20,
+        "residual",
+        HEADS,
+        trials=4,
+        trial_epochs=6,
+        flip=False,
+    ),
     # Claim 4: accuracy against depth, the same network in 2, 4 and 9 blocks.
     **{
         f"depth-{n}": Experiment(
@@ -117,5 +150,7 @@ EXPERIMENTS = {
         )
         for n in (2, 4, 9)
     },
-    "depth-1": Experiment("ResNet18/4", "cifar10", 32, 1000, 64, 20, "residual", ("BP",), trials=4, trial_epochs=5),
+    "depth-1": Experiment(
+        "ResNet18/4", "cifar10", 32, 1000, 64, 20, "residual", ("BP",), trials=4, trial_epochs=5
+    ),
 }

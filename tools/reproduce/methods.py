@@ -44,7 +44,10 @@ class Method:
         last = list(classifier_of(net).parameters())
         own = {id(p) for p in last}
         features = [p for p in net.parameters() if id(p) not in own]
-        return [{"params": features, "lr": lr, "name": "features"}, {"params": last, "lr": classifier_lr, "name": "classifier"}]
+        return [
+            {"params": features, "lr": lr, "name": "features"},
+            {"params": last, "lr": classifier_lr, "name": "classifier"},
+        ]
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.heads:
@@ -55,7 +58,9 @@ class Method:
     def scores(self, net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         """Return what each block says in eval mode, the classifier last, (K, N, J); K is 1 without heads."""
         with evaluating(net):
-            return torch.cat([block_scores(net, x) if self.heads else net(x)[None] for x in batches], dim=1)
+            return torch.cat(
+                [block_scores(net, x) if self.heads else net(x)[None] for x in batches], dim=1
+            )
 
 
 def joined(net: fx.GraphModule) -> fx.GraphModule:

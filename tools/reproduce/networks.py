@@ -24,14 +24,18 @@ class ConvNet(nn.Sequential):
         for i, (before, after) in enumerate(pairwise((3, *WIDTHS))):
             layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.BatchNorm2d(after)] if batchnorm else []
-            self.add_module(f"layer{i}", nn.Sequential(*layers, nn.ReLU(inplace=True), nn.MaxPool2d(2)))
+            self.add_module(
+                f"layer{i}", nn.Sequential(*layers, nn.ReLU(inplace=True), nn.MaxPool2d(2))
+            )
         self.flatten = nn.Flatten()
         self.classifier = nn.Linear(WIDTHS[-1] * (size // 16) ** 2, num_classes)
 
 
 def _small_stem(model: nn.Module, name: str, like: nn.Conv2d) -> nn.Module:
     """Put a first convolution of stride 1 in the place of one of stride 2, as the paper does for images of 32 x 32."""
-    model.set_submodule(name, nn.Conv2d(3, like.out_channels, 3, padding=1, bias=like.bias is not None))
+    model.set_submodule(
+        name, nn.Conv2d(3, like.out_channels, 3, padding=1, bias=like.bias is not None)
+    )
     return model
 
 
@@ -47,12 +51,23 @@ def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
     """ResNet18 with a quarter of the channels, a stem of stride 1 and no pool, for images of 32 x 32 on a small machine."""
 
     class Narrow(ResNet):
-        def _make_layer(self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        def _make_layer(
+            self,
+            block: type[nn.Module],
+            planes: int,
+            blocks: int,
+            stride: int = 1,
+            dilate: bool = False,
+        ) -> nn.Sequential:
             self.inplanes = 16 if planes == 64 else self.inplanes
             return super()._make_layer(block, planes // 4, blocks, stride, dilate)
 
     model = Narrow(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-    model.conv1, model.bn1, model.maxpool = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Identity()
+    model.conv1, model.bn1, model.maxpool = (
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.Identity(),
+    )
     model.fc = nn.Linear(128, num_classes)
     return model
 
@@ -72,7 +87,11 @@ NETWORKS = {
 }
 
 
-TORCHVISION = {"ResNet18": "resnet18", "MobileNetV3-large": "mobilenet_v3_large", "MobileNetV3-small": "mobilenet_v3_small"}
+TORCHVISION = {
+    "ResNet18": "resnet18",
+    "MobileNetV3-large": "mobilenet_v3_large",
+    "MobileNetV3-small": "mobilenet_v3_small",
+}
 
 
 def torchvision_weights(network: str) -> dict[str, torch.Tensor]:
@@ -83,7 +102,12 @@ def torchvision_weights(network: str) -> dict[str, torch.Tensor]:
 def transfer(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load the weights of a trained network of the same kind, but for the last layer, which is that of its classes."""
     last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    model.load_state_dict({**model.state_dict(), **{name: w for name, w in weights.items() if name.rpartition(".")[0] != last}})
+    model.load_state_dict(
+        {
+            **model.state_dict(),
+            **{name: w for name, w in weights.items() if name.rpartition(".")[0] != last},
+        }
+    )
 
 
 def build(network: str, num_classes: int, size: int, momentum: float | None = None) -> nn.Module:

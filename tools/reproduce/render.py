@@ -25,7 +25,9 @@ def records(out: Path) -> Records:
         if "method" in record:
             found[record["experiment"]][record["method"]].append(record)
     return {
-        name: {method: found[name][method] for method in experiment.methods if method in found[name]}
+        name: {
+            method: found[name][method] for method in experiment.methods if method in found[name]
+        }
         for name, experiment in EXPERIMENTS.items()
         if name in found
     }
@@ -43,7 +45,9 @@ def table(methods: dict[str, list[dict[str, Any]]], costs: dict[str, Any]) -> st
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, runs in methods.items():
         tests = [run["test"] for run in runs]
-        cells = [spread(test[name] for test in tests) if name in tests[0] else "–" for name in READOUTS]
+        cells = [
+            spread(test[name] for test in tests) if name in tests[0] else "–" for name in READOUTS
+        ]
         cost = [f"{costs[method][key]:.2f}" if method in costs else "–" for key in ("peak", "time")]
         epochs = f"{min(run['epochs'] for run in runs)} to {max(run['epochs'] for run in runs)}"
         cells += [f"{runs[0]['parameters']:,}", *cost, str(len(runs)), epochs]
@@ -78,15 +82,30 @@ def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> Non
     figure = blank(10, 3.6, "plotting experiments")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
-        *features, classifier = [100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)]
+        *features, classifier = [
+            100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)
+        ]
         if features:
-            blocks.plot(range(1, len(features) + 1), features, marker="o", color=f"C{i}", label=method)
-            blocks.plot(len(features) + 1, classifier, marker="s", color=f"C{i}", label=f"{method}, classifier", linestyle="")
+            blocks.plot(
+                range(1, len(features) + 1), features, marker="o", color=f"C{i}", label=method
+            )
+            blocks.plot(
+                len(features) + 1,
+                classifier,
+                marker="s",
+                color=f"C{i}",
+                label=f"{method}, classifier",
+                linestyle="",
+            )
         else:
             blocks.axhline(classifier, color=f"C{i}", linestyle="--", label=method)
         # As far as all seeds go, since a mean over fewer would jump where a seed ends.
-        epochs = list(zip(*([epoch["validation"] for epoch in run["curve"]] for run in runs), strict=False))
-        curves.plot(range(1, len(epochs) + 1), [100 * fmean(e) for e in epochs], color=f"C{i}", label=method)
+        epochs = list(
+            zip(*([epoch["validation"] for epoch in run["curve"]] for run in runs), strict=False)
+        )
+        curves.plot(
+            range(1, len(epochs) + 1), [100 * fmean(e) for e in epochs], color=f"C{i}", label=method
+        )
     blocks.xaxis.get_major_locator().set_params(integer=True)
     blocks.set(xlabel="block", ylabel="test accuracy, per cent", title=name)
     curves.set(xlabel="epoch", ylabel="validation accuracy, per cent")
@@ -106,7 +125,16 @@ def render(out: Path) -> None:
         costs = out / name / "costs.json"
         found = json.loads(costs.read_text()) if costs.exists() else {}
         plot(name, methods, out / f"{name}.png")
-        parts += ["", f"## {name}", "", table(methods, found), "", description(name, methods), "", f"![{name}]({name}.png)"]
+        parts += [
+            "",
+            f"## {name}",
+            "",
+            table(methods, found),
+            "",
+            description(name, methods),
+            "",
+            f"![{name}]({name}.png)",
+        ]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "tables.md", ("\n".join(parts) + "\n").encode())
     print("\n".join(parts))

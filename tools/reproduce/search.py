@@ -27,7 +27,9 @@ GRID = {
 
 def candidates(trials: int) -> list[dict[str, float]]:
     """Return the settings that are tried: each learning rate of the features at the middle of the others, then others at random."""
-    first = [{"lr": lr, "classifier_lr": 1e-3, "weight_decay": 1e-2} for lr in (1e-3, 3e-3, 1e-2, 3e-4)]
+    first = [
+        {"lr": lr, "classifier_lr": 1e-3, "weight_decay": 1e-2} for lr in (1e-3, 3e-3, 1e-2, 3e-4)
+    ]
     rest = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
     rest = [setting for setting in rest if setting not in first]
     random.Random(0).shuffle(rest)
@@ -35,7 +37,12 @@ def candidates(trials: int) -> list[dict[str, float]]:
 
 
 def search(
-    name: str, experiment: Experiment, method: str, split: Split, folder: Path, weights: Mapping[str, Tensor] | None = None
+    name: str,
+    experiment: Experiment,
+    method: str,
+    split: Split,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Setting:
     """Return the setting with the best validation accuracy of `experiment.trials`, on one seed's split.
 
@@ -49,12 +56,16 @@ def search(
         storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
         study_name=f"{name}, {method}",
         direction="maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=experiment.trial_epochs // 2),
+        pruner=optuna.pruners.MedianPruner(
+            n_startup_trials=3, n_warmup_steps=experiment.trial_epochs // 2
+        ),
         load_if_exists=True,
     )
 
     def objective(trial: Trial) -> float:
-        setting = Setting(**{key: trial.suggest_categorical(key, values) for key, values in GRID.items()})
+        setting = Setting(
+            **{key: trial.suggest_categorical(key, values) for key, values in GRID.items()}
+        )
         run = Run(experiment, method, setting, 0, split, weights)
 
         def each(epoch: int, accuracy: float) -> None:
@@ -65,21 +76,36 @@ def search(
                 raise optuna.TrialPruned
 
         run.train(experiment.trial_epochs, each=each)
-        print(f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}", flush=True)
+        print(
+            f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}",
+            flush=True,
+        )
         return run.best["accuracy"]
 
     had = study.user_attrs.get("epochs")
     if had is None:
         study.set_user_attr("epochs", experiment.trial_epochs)
     elif had != experiment.trial_epochs:
-        raise SystemExit(f"the trials in {folder} had {had} epochs, not {experiment.trial_epochs}. Hint: another --runs")
+        raise SystemExit(
+            f"the trials in {folder} had {had} epochs, not {experiment.trial_epochs}. Hint: another --runs"
+        )
     wanted_settings = candidates(experiment.trials)
-    done = [trial.params for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    done = [
+        trial.params
+        for trial in study.trials
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    ]
     for wanted in wanted_settings:
         if wanted not in done:
             study.enqueue_trial(wanted)
             study.optimize(objective, n_trials=1)
-    whole = [trial for trial in study.trials if trial.state == TrialState.COMPLETE and trial.params in wanted_settings]
+    whole = [
+        trial
+        for trial in study.trials
+        if trial.state == TrialState.COMPLETE and trial.params in wanted_settings
+    ]
     if not whole:
-        raise RuntimeError(f"no setting of {name}, {method}, trained to the end of its trial. Hint: see the losses above, and change GRID")
+        raise RuntimeError(
+            f"no setting of {name}, {method}, trained to the end of its trial. Hint: see the losses above, and change GRID"
+        )
     return Setting(**max(whole, key=lambda trial: trial.value).params)

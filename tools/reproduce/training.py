@@ -46,12 +46,20 @@ class Run:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.experiment, self.method, self.setting, self.seed, self.split = experiment, METHODS[name], setting, seed, split
+        self.experiment, self.method, self.setting, self.seed, self.split = (
+            experiment,
+            METHODS[name],
+            setting,
+            seed,
+            split,
+        )
         classes = int(split.test.y.max()) + 1
         model = build(experiment.network, classes, experiment.size, experiment.momentum)
         if weights is not None:
             transfer(model, weights)
-        self.net = self.method.prepare(model, experiment.policy, example(experiment.size)).to(memory_format=torch.channels_last)
+        self.net = self.method.prepare(model, experiment.policy, example(experiment.size)).to(
+            memory_format=torch.channels_last
+        )
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay)
         self.names = [group["name"] for group in groups]
@@ -59,7 +67,12 @@ class Run:
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1, "state": None}
 
-    def train(self, epochs: int, path: Path | None = None, each: Callable[[int, float], None] = lambda *_: None) -> None:
+    def train(
+        self,
+        epochs: int,
+        path: Path | None = None,
+        each: Callable[[int, float], None] = lambda *_: None,
+    ) -> None:
         """Train to the given epoch or until nothing improves; `each` gets the epoch and its validation accuracy, and may raise.
 
         Args:
@@ -69,7 +82,10 @@ class Run:
         if path is not None and path.exists():
             self.load_state_dict(torch.load(path, weights_only=False))
         saved = time.monotonic()
-        while len(self.curve) < epochs and len(self.curve) - self.best["epoch"] <= self.experiment.stop:
+        while (
+            len(self.curve) < epochs
+            and len(self.curve) - self.best["epoch"] <= self.experiment.stop
+        ):
             each(len(self.curve), self._epoch())
             if not math.isfinite(self.curve[-1]["train_loss"]):
                 break  # what was best before stays
@@ -84,7 +100,9 @@ class Run:
         self.net.train()
         total, seen = 0.0, 0
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
-        for x, y in shuffled(self.split.train, self.experiment.batch, generator, flip=self.experiment.flip):
+        for x, y in shuffled(
+            self.split.train, self.experiment.batch, generator, flip=self.experiment.flip
+        ):
             self.optimizer.zero_grad()
             loss = self.method.loss(self.net, self.split.scaled(x), y)
             loss.backward()
@@ -95,10 +113,22 @@ class Run:
         scores = self.scores(self.split.validation)
         losses = block_losses(scores, y)
         # Without heads both groups follow the one loss; with them each group follows its own.
-        self.plateau.step(dict(zip(self.names, losses if len(losses) == len(self.names) else losses * len(self.names), strict=True)))
+        self.plateau.step(
+            dict(
+                zip(
+                    self.names,
+                    losses if len(losses) == len(self.names) else losses * len(self.names),
+                    strict=True,
+                )
+            )
+        )
         found = accuracy(judged(scores, self.method.readout), y)
         if found > self.best["accuracy"]:
-            self.best = {"accuracy": found, "epoch": epoch, "state": copy.deepcopy(self.net.state_dict())}
+            self.best = {
+                "accuracy": found,
+                "epoch": epoch,
+                "state": copy.deepcopy(self.net.state_dict()),
+            }
         self.curve.append(
             {
                 "train_loss": total / seen,
@@ -112,7 +142,9 @@ class Run:
         return found
 
     def scores(self, images: Any) -> Tensor:
-        return self.method.scores(self.net, (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH)))
+        return self.method.scores(
+            self.net, (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))
+        )
 
     def result(self) -> dict[str, Any]:
         """Test the weights of the epoch with the best validation accuracy; leaves the network with them."""
@@ -129,7 +161,9 @@ class Run:
             "epochs": len(self.curve),
             "best_epoch": self.best["epoch"] + 1,
             "diverged": not math.isfinite(self.curve[-1]["train_loss"]),
-            "validation": {name: accuracy(s, v) for name, s in readouts(validation, validation, v).items()},
+            "validation": {
+                name: accuracy(s, v) for name, s in readouts(validation, validation, v).items()
+            },
             "test": {name: accuracy(s, y) for name, s in readouts(test, validation, v).items()},
             "blocks": [accuracy(s, y) for s in test],
             "parameters": parameters(self.net),

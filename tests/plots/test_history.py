@@ -11,7 +11,7 @@ from sffx.errors import InputError
 from sffx.plots.history import Epoch, epochs
 from sffx.plots.results import plot_training
 from sffx.runtime.evaluate import Evaluation
-from tests.plots.test_results import figures, points  # noqa: F401 - a fixture
+from tests.plots.test_results import figures, points  # noqa: F401, F811 - a fixture
 
 EVALUATIONS = [
     Evaluation(
@@ -130,7 +130,7 @@ def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_p
 
 def test_what_is_not_known_has_no_panel_and_the_last_block_one_line(
     figures: list[Any], tmp_path: Path
-) -> None:  # noqa: F811
+) -> None:
     plot_training([{"accuracy": {"block_0": 0.5, "last": 0.5}}], tmp_path / "training.svg")
     (accuracy,) = figures[0].axes
     assert points(accuracy) == [[0.5]]

@@ -11,7 +11,7 @@ from sffx.errors import InputError
 from sffx.plots.history import Epoch, epochs
 from sffx.plots.results import plot_training
 from sffx.runtime.evaluate import Evaluation
-from tests.plots.test_results import figures, points  # noqa: F401, F811 - a fixture
+from tests.plots.test_results import figures, points  # noqa: F401 - a fixture
 
 EVALUATIONS = [
     Evaluation(
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_log_is_refused(text: str, message: str, tmp_path: Pat
         epochs(tmp_path / "metrics.csv")
 
 
-def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+def test_each_figure_has_a_panel_and_each_block_a_line(figures: list[Any], tmp_path: Path) -> None:
     plot_training(EVALUATIONS, tmp_path / "training.png", rates=RATES)
     accuracy, loss, rate = figures[0].axes
     assert points(accuracy) == [[0.3, 0.5], [0.4, 0.6], [0.35, 0.55]]
@@ -136,7 +136,7 @@ def test_what_is_not_known_has_no_panel_and_the_last_block_one_line(
     assert points(accuracy) == [[0.5]]
 
 
-def test_of_many_blocks_the_legend_names_three(figures: list[Any], tmp_path: Path) -> None:  # noqa: F811
+def test_of_many_blocks_the_legend_names_three(figures: list[Any], tmp_path: Path) -> None:
     plot_training(
         [{"accuracy": {f"block_{index}": 0.5 for index in range(21)}}], tmp_path / "training.pdf"
     )

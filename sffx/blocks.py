@@ -8,6 +8,8 @@ from functools import cached_property
 from html import escape
 from typing import Any
 
+from sffx.parts import head_name
+
 MIB = 2**20
 
 HEADER = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
@@ -30,6 +32,23 @@ class Input:
     dtype: str
     high: int = 0
     marks_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that a block hands to later blocks.
+
+    Attributes:
+        name: of the traced node that computes it.
+        shape: of a tensor, None in the place of the batch size; () for other values.
+        dtype: of a tensor, as torch names it ("float32"); else the Python type ("int", "tuple").
+        parts: the values in a tuple or a list, "" as their names.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    parts: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class Block:
         macs: multiply-adds for one sample.
         activation_bytes: what its backward pass would keep for one sample as the model is written, without a head and before
             the rewrites that make blocks lean; `sffx.footprint` predicts the peak of a step as it is.
+        gives: the values that it hands to later blocks: its output, then its side values.
         mask: name of the model input that tells which tokens of the output are real, "" where none does. Goodness and norm take it.
         graph: the same nodes, with what each of them does and reads.
     """
@@ -128,6 +148,7 @@ class Block:
     num_parameters: int
     macs: int
     activation_bytes: int
+    gives: tuple[Value, ...] = ()
     mask: str = ""
     graph: tuple[Node, ...] = ()
 
@@ -182,10 +203,8 @@ class BlockPlan:
     @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
         """The attributes of the cut model that each block is made of, in the order they run: the block and its head; the classifier."""
-        return (
-            *((block.target, f"head_{i}") for i, block in enumerate(self.blocks)),
-            (self.classifier.target,),
-        )
+        feature_parts = [(block.target, head_name(i)) for i, block in enumerate(self.blocks)]
+        return (*feature_parts, (self.classifier.target,))
 
     def record(self) -> dict[str, Any]:
         """Return how the model was cut, in numbers and strings: the entry "sffx_cut" of a checkpoint, for `sffx-viz` and `sffx-export`."""

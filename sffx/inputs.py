@@ -1,96 +1,213 @@
-"""The inputs of a cut model, and how they differ from those that it was cut for."""
+"""The inputs of a cut model: bound to names, taken from a loader, made up as examples.
+
+A model's input x is a tensor; or a tuple of positional arguments, or a mapping of keyword
+arguments, where the model has several inputs. Every function of the package that takes x binds it
+here, so all of them accept the same and refuse the same.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
 
-OTHER_ERRORS = (SffxError, NotImplementedError, torch.OutOfMemoryError, torch.AcceleratorError)
-OTHER_MESSAGES = re.compile("allocate memory|same device|device type|out of memory")
+# Errors that say nothing about the input: the package's own, and those of memory and devices.
+_UNRELATED_ERRORS = (
+    SffxError,
+    NotImplementedError,
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+)
+_UNRELATED_MESSAGES = re.compile("allocate memory|same device|device type|out of memory")
 
 
-def arguments_of(net: fx.GraphModule, x: Any) -> Iterator[tuple[fx.Node, Any]]:
-    """Pair the placeholders of the outer graph with their values.
+def bind(plan: BlockPlan, x: Any) -> dict[str, Any]:
+    """Return the value of each model input by the input's name, in the order of the plan.
+
+    Args:
+        plan: of the cut model.
+        x: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
 
     Raises:
-        InputError: there are more or fewer values, or other names.
+        InputError: there are more or fewer values than inputs, or other names.
     """
-    placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]
-    names = [str(node.target) for node in placeholders]
+    names = [each.name for each in plan.inputs]
     if isinstance(x, Mapping):
         if set(x) != set(names):
-            raise InputError(
-                f"x has the keys {', '.join(map(repr, x))}, but the model takes {', '.join(map(repr, names))}"
-            )
-        return ((node, x[name]) for node, name in zip(placeholders, names, strict=True))
-    values = x if isinstance(x, tuple) else (x,)
+            given = ", ".join(map(repr, x))
+            wanted = ", ".join(map(repr, names))
+            raise InputError(f"x has the keys {given}, but the model takes {wanted}")
+        return {name: x[name] for name in names}
+    # A list of numbers is one wrong value; a list of tensors is what a collate function makes.
+    several = isinstance(x, tuple) or (isinstance(x, list) and _all_tensors(x))
+    values = x if several else (x,)
     if len(values) != len(names):
         raise InputError(
             f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}"
         )
-    return zip(placeholders, values, strict=True)
+    return dict(zip(names, values, strict=True))
+
+
+def batch_size(values: Mapping[str, Any]) -> int:
+    """Return the number of samples in a batch, B, given its values by name.
+
+    Raises:
+        InputError: no value is a tensor with a batch axis.
+    """
+    for value in values.values():
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    kinds = ", ".join(type(value).__name__ for value in values.values())
+    raise InputError(
+        f"x is a {kinds}, not a tensor. "
+        "Hint: pass a tensor, a tuple or a mapping of tensors, the batch first"
+    )
+
+
+def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Tensor]:
+    """Return x and y of what a loader yielded, on a device.
+
+    Args:
+        batch: a pair (x, y). A list x, as torch's collate function makes it, becomes a tuple.
+        device: where the tensors go; None leaves them where they are.
+
+    Raises:
+        InputError: the batch is no such pair.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise InputError(
+            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). "
+            "Hint: wrap the loader in a generator of pairs"
+        )
+    x, y = batch
+    if isinstance(x, list):
+        x = tuple(x)
+    elif isinstance(x, Mapping):
+        x = dict(x)  # a tokenizer's own kind of mapping is no pytree
+    if device is not None:
+        x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (x, y))
+    return x, y
+
+
+def random_batch(inputs: Sequence[Input], batch: int) -> tuple[Tensor, ...]:
+    """Return a random batch of every input, on the CPU; the caller's random state does not move.
+
+    Args:
+        inputs: of the model, as `BlockPlan.inputs` has them.
+        batch: the number of samples. The same number gives the same values.
+    """
+    generator = torch.Generator().manual_seed(batch)
+    return tuple(_random(each, batch, generator) for each in inputs)
+
+
+def constant_batch(
+    inputs: Sequence[Input], batch: int, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Return a batch of ones of every input.
+
+    Ones are valid as numbers, and as token indices, lengths and masks as well. Inside a
+    `FakeTensorMode` the tensors are fake.
+
+    Args:
+        inputs: of the model.
+        batch: the number of samples.
+        device: of the tensors.
+    """
+    return tuple(
+        torch.ones((batch, *each.shape), device=device).to(getattr(torch, each.dtype))
+        for each in inputs
+    )
+
+
+def like_the_model(net: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors on the device of a model, floats in the dtype of its parameters."""
+    like = next(p for p in net.parameters() if p.is_floating_point())
+    moved = []
+    for tensor in tensors:
+        dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        moved.append(tensor.to(like.device, dtype))
+    return tuple(moved)
 
 
 @contextmanager
-def told_of_inputs(net: fx.GraphModule, x: Any) -> Iterator[None]:
-    """Where torch fails in the model, say which input is not like the one that the model was cut for, if one is not.
+def explaining_input_errors(net: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Explain an error of torch inside the model by an input that the model was not cut for.
 
     Args:
         net: what `transform` returned.
-        x: the input; a tuple of positional or a mapping of keyword arguments where the model has several.
+        values: its inputs by name.
 
     Raises:
-        InputError: instead of torch's error. Errors of memory and devices, which have other causes, stay as they are.
+        InputError: instead of torch's error, where an input differs from the example. Errors with
+            another cause, such as too little memory, stay as they are.
     """
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        unlike = (
-            ""
-            if isinstance(error, OTHER_ERRORS) or OTHER_MESSAGES.search(str(error))
-            else _unlike(net, x)
-        )
-        if not unlike:
+        if isinstance(error, _UNRELATED_ERRORS) or _UNRELATED_MESSAGES.search(str(error)):
             raise
-        hint = "Hint: if that is why, pass inputs like those, or cut the model for these, sffx.transform(model, example_input=x)"
+        differences = _differences(net, values)
+        if not differences:
+            raise
         raise InputError(
-            f"{unlike}. In the model, torch says: {str(error).rstrip('.')}. {hint}"
+            f"{'; '.join(differences)}. In the model, torch says: {str(error).rstrip('.')}. "
+            "Hint: if that is why, pass inputs like those, or cut the model for these, "
+            "sffx.transform(model, example_input=x)"
         ) from error
 
 
-def _unlike(net: fx.GraphModule, x: Any) -> str:
-    """Return a sentence about the inputs that are not what the model was cut for, "" if all are."""
-    plan = plan_of(net)
-    names = [known.name for known in plan.inputs]
-    by_name = (
-        x
-        if isinstance(x, Mapping)
-        else dict(zip(names, x if isinstance(x, tuple) else (x,), strict=False))
-    )
-    floats = [p.dtype for p in net.parameters() if p.is_floating_point()]
+def _all_tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, *each.shape)
+    dtype = getattr(torch, each.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    if each.marks_tokens:
+        # Each sample has at least one real token, and its padding lies behind the real ones.
+        real = torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")
+        return (torch.arange(shape[1]) < real).to(dtype)
+    high = 2 if dtype == torch.bool else max(each.high, 1)
+    return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
+
+
+def _differences(net: nn.Module, values: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each input that differs from the one that the model was cut for."""
     found = []
-    for known in plan.inputs:
-        value = by_name.get(known.name)
+    for known in plan_of(net).inputs:
+        value = values.get(known.name)
         if not isinstance(value, Tensor):
             continue
-        # The model may have another precision by now than when it was cut.
-        wanted = (
-            floats[0]
-            if floats and getattr(torch, known.dtype).is_floating_point
-            else getattr(torch, known.dtype)
+        dtype = _present_dtype(net, known)
+        if tuple(value.shape[1:]) == known.shape and value.dtype == dtype:
+            continue
+        shape = ", ".join(["B", *map(str, known.shape)])
+        found.append(
+            f"{known.name} is {tuple(value.shape)} of {_dtype_name(value.dtype)}, "
+            f"but the model was cut for ({shape}) of {_dtype_name(dtype)}"
         )
-        if (tuple(value.shape[1:]), value.dtype) != (known.shape, wanted):
-            shape = ", ".join(["B", *map(str, known.shape)])
-            is_, was = (str(dtype).removeprefix("torch.") for dtype in (value.dtype, wanted))
-            found.append(
-                f"{known.name} is {tuple(value.shape)} of {is_}, but the model was cut for ({shape}) of {was}"
-            )
-    return "; ".join(found)
+    return found
+
+
+def _present_dtype(net: nn.Module, known: Input) -> torch.dtype:
+    """Return the dtype of an input; the precision of a model may have changed since the cut."""
+    traced: torch.dtype = getattr(torch, known.dtype)
+    if not traced.is_floating_point:
+        return traced
+    floats = [p.dtype for p in net.parameters() if p.is_floating_point()]
+    return floats[0] if floats else traced
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -11,12 +11,13 @@ from itertools import takewhile
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.blocks import Block, BlockPlan, Heads, Node
+from sffx.blocks import Block, BlockPlan, Heads, Node, Value
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.policies import Policy, notes
 from sffx.compiler.trace import is_flag
 from sffx.errors import InputError, in_brief
+from sffx.parts import CLASSIFIER, block_name
 
 
 def make_plan(
@@ -52,7 +53,7 @@ def make_plan(
     trace = analysis.trace
     members = _members(analysis, cuts)
     names = _names(analysis, members)
-    targets = (*(f"block_{i}" for i in range(len(cuts))), "classifier")
+    targets = [*(block_name(i) for i in range(len(cuts))), CLASSIFIER]
     ends = (*cuts, analysis.logits)
     blocks = [_block(analysis, *what) for what in zip(names, targets, members, ends, strict=True)]
     return BlockPlan(
@@ -126,9 +127,25 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
             {key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()
         )
         // TRACE_BATCH,
+        gives=tuple(
+            _value(given, analysis.nodes[given].meta["example"])
+            for given in (output, *(node.name for node in sides))
+        ),
         mask=_mask(analysis, output),
         graph=tuple(_node(analysis, node) for node in nodes),
     )
+
+
+def _value(name: str, example: object) -> Value:
+    """Describe a value by its example."""
+    if isinstance(example, Tensor):
+        # TRACE_BATCH is a size that nothing else is likely to have.
+        shape = tuple(None if size == TRACE_BATCH else size for size in example.shape)
+        return Value(name, shape, str(example.dtype).removeprefix("torch."))
+    if isinstance(example, (tuple, list)):
+        parts = tuple(_value("", part) for part in example)
+        return Value(name, (), type(example).__name__, parts)
+    return Value(name, (), type(example).__name__)
 
 
 def _node(analysis: Analysis, node: fx.Node) -> Node:

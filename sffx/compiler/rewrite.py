@@ -26,6 +26,7 @@ from sffx.compiler.memory import lean
 from sffx.compiler.trace import Trace, storage
 from sffx.errors import CutError
 from sffx.learning.readouts import Readout
+from sffx.parts import CLASSIFIER, READOUT, goodness_name, head_name, norm_name
 
 _OUT_OF_PLACE = {
     **{
@@ -76,14 +77,10 @@ def rewrite(
             block_module(trace, plan, block, nodes, recompute=recompute and plan.is_large(block)),
         )
     for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
-        root.add_module(f"head_{i}", head)
+        root.add_module(head_name(i), head.train(trace.root.training))
         if norm is not None:
-            root.add_module(f"norm_{i}", norm)
-    root.add_module("readout", Readout())
-    for name in [
-        name for name, _ in root.named_children() if name.startswith(("head_", "norm_", "readout"))
-    ]:
-        root.get_submodule(name).train(trace.root.training)
+            root.add_module(norm_name(i), norm.train(trace.root.training))
+    root.add_module(READOUT, Readout().train(trace.root.training))
     graph = _outer_graph(trace, plan, norms)
     graph.lint()
     return fx.GraphModule(root, graph, class_name=f"SFF{plan.model}")
@@ -103,17 +100,17 @@ def _outer_graph(trace: Trace, plan: BlockPlan, norms: list[nn.Module | None]) -
         )
         output = _unpack(graph, block, result, values, nodes)
         mask = (values[block.mask],) if block.mask else ()
-        goodness.append(_call(graph, f"head_{i}", f"goodness_{i}", (output, *mask)))
+        goodness.append(_call(graph, head_name(i), goodness_name(i), (output, *mask)))
         detached = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
         values[block.output] = (
-            _call(graph, f"norm_{i}", f"norm_{i}", (detached, *mask))
+            _call(graph, norm_name(i), norm_name(i), (detached, *mask))
             if norms[i] is not None
             else detached
         )
     logits = _call(
-        graph, "classifier", "classifier", tuple(values[name] for name in plan.classifier.inputs)
+        graph, CLASSIFIER, CLASSIFIER, tuple(values[name] for name in plan.classifier.inputs)
     )
-    graph.output(_call(graph, "readout", "readout", ([*goodness, logits],)))
+    graph.output(_call(graph, READOUT, READOUT, ([*goodness, logits],)))
     return graph
 
 

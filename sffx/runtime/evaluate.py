@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError
-from sffx.inputs import arguments_of, told_of_inputs
-from sffx.learning.losses import check_labels, check_pair
+from sffx.inputs import bind, explaining_input_errors, split_batch
+from sffx.learning.losses import check_labels
 from sffx.learning.readouts import WEIGHTED, mixture, readout_of
 from sffx.net import plan_of
 from sffx.runtime.offload import compute_device
@@ -68,9 +67,9 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     Raises:
         InputError: the model cannot run on it, and it is not like the input that the model was cut for.
     """
-    values = [value for _, value in arguments_of(net, x)]
-    with told_of_inputs(net, x):
-        seen = _Scores(net).run(*values)
+    values = bind(plan_of(net), x)
+    with explaining_input_errors(net, values):
+        seen = _Scores(net).run(*values.values())
     return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])
 
 
@@ -128,7 +127,7 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
     device = compute_device(net)
     empty = True
     for batch in loader:
-        x, y = _pair(batch, device)
+        x, y = split_batch(batch, device)
         scores = block_scores(net, x)
         check_labels(y, scores.shape[1], scores.shape[2])
         empty = empty and not len(y)
@@ -162,12 +161,3 @@ def _evaluation(
         loss={name: float(loss[at[name]]) / samples for name in order},
         samples=samples,
     )
-
-
-def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    check_pair(batch)
-    x, y = batch
-    x, y = tree_map_only(
-        Tensor, lambda tensor: tensor.to(device), (dict(x) if isinstance(x, Mapping) else x, y)
-    )
-    return (tuple(x) if isinstance(x, list) else x), y

@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from sffx.blocks import BlockPlan
 from sffx.compiler.trace import storage
 from sffx.errors import InputError
-from sffx.inputs import arguments_of, told_of_inputs
+from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.kernels.activation import private_gradients
 from sffx.kernels.recompute import is_plain
 from sffx.learning.goodness import full_precision
@@ -151,7 +152,7 @@ def _block_steps(
 ) -> Iterator[tuple[Tensor, dict[nn.Parameter, Tensor]]]:
     """Yield each block's loss and gradients, when its activations are freed and before the next block runs."""
     walk = BlockWalk(net)
-    check_targets(y, _batch_size(x), walk.plan.num_classes, loss_fn)
+    check_targets(y, _batch_size(walk.plan, x), walk.plan.num_classes, loss_fn)
     for part, scores in walk.run(x):
         loss, learns = block_loss(scores, y, loss_fn), scores.requires_grad
         del scores
@@ -251,14 +252,22 @@ class BlockWalk:
         A block's graph hangs on what was yielded only, so it is freed when the caller lets go of it.
         """
         ends = {part[-1]: i for i, part in enumerate(self.parts)}
-        values: dict[fx.Node, Any] = dict(arguments_of(self.net, x))
+        bound = bind(self.plan, x)
+        values: dict[fx.Node, Any] = {
+            node: bound[str(node.target)]
+            for node in self.net.graph.nodes
+            if node.op == "placeholder"
+        }
         last_readers = _last_readers(self.net.graph)
         for node in self.net.graph.nodes:
             if node.op == "placeholder":
                 continue
             if node.target == "readout":
                 return
-            with private_gradients(node.target in self.private), told_of_inputs(self.net, x):
+            with (
+                private_gradients(node.target in self.private),
+                explaining_input_errors(self.net, bound),
+            ):
                 values[node] = self._value(node, values)
             if node.target in ends:
                 # The block's value goes on without its graph, and nothing here keeps the goodness.
@@ -345,18 +354,14 @@ def _own(
     return found
 
 
-def _batch_size(x: Any) -> int:
-    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple) else (x,)
-    tensors = [value for value in values if isinstance(value, Tensor)]
+def _batch_size(plan: BlockPlan, x: Any) -> int:
+    values = bind(plan, x)
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise InputError(
             "x requires gradient, but a block-local step hands none on to its input. Hint: pass x.detach(), or use sff_loss"
         )
-    if not tensors:
-        raise InputError(
-            f"x is a {type(x).__name__}, not a tensor. Hint: pass a tensor, a tuple or a mapping of tensors, the batch first"
-        )
-    return len(tensors[0])
+    return batch_size(values)
 
 
 def _has_hooks(part: nn.Module) -> bool:

@@ -1,0 +1,67 @@
+"""The names of the parts of a cut model. No other module spells them.
+
+A cut model has, for block 3, the children `block_3`, `head_3` and `norm_3`; after the last block
+come `classifier` and `readout`.
+"""
+
+from __future__ import annotations
+
+import re
+
+CLASSIFIER = "classifier"
+READOUT = "readout"
+
+_BLOCK = "block_"
+_HEAD = "head_"
+_NORM = "norm_"
+_FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
+
+
+def block_name(index: int) -> str:
+    """Return the name of a feature block."""
+    return f"{_BLOCK}{index}"
+
+
+def head_name(index: int) -> str:
+    """Return the name of the head of a feature block."""
+    return f"{_HEAD}{index}"
+
+
+def norm_name(index: int) -> str:
+    """Return the name of the norm behind a feature block."""
+    return f"{_NORM}{index}"
+
+
+def goodness_name(index: int) -> str:
+    """Return the name of the value that the head of a feature block computes."""
+    return f"goodness_{index}"
+
+
+def is_block(name: str) -> bool:
+    """Return whether a name is that of a feature block."""
+    return re.fullmatch(rf"{_BLOCK}\d+", name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Return whether a name is that of a head."""
+    return re.fullmatch(rf"{_HEAD}\d+", name) is not None
+
+
+def owner_of(qualname: str) -> str:
+    """Return the block or classifier that learns a parameter, given the parameter's name.
+
+    A head learns with its block: "head_3.weight" belongs to "block_3".
+    """
+    part = qualname.partition(".")[0]
+    if is_head(part):
+        return part.replace(_HEAD, _BLOCK)
+    return part
+
+
+def prefix_of(qualname: str) -> str | None:
+    """Return what stands before the part's name in a key of a state dict, None without a part.
+
+    Lightning and wrappers add such prefixes: "net.block_0.0.weight" has the prefix "net.".
+    """
+    match = _FIRST_PART.match(qualname)
+    return None if match is None else match[1]

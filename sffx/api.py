@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sffx.blocks import BlockPlan, Heads
+from sffx.blocks import BlockPlan, GoodnessMaker, NormMaker, Options
 from sffx.compiler.analyse import analyse
-from sffx.compiler.heads import make_heads
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import Policy
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace import Trace, trace
 from sffx.compiler.verify import verify
-from sffx.errors import InputError
-from sffx.learning.norms import NORMS
+from sffx.learning.heads import goodness_maker, make_heads
+from sffx.learning.norms import make_norms, norm_maker
 from sffx.memory.budget import Memory
 from sffx.net import with_plan
 from sffx.policies import policy_named
@@ -31,10 +30,10 @@ def transform(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: str = "sff",
+    goodness: str | GoodnessMaker = "sff",
     kernel_size: int = 1,
     rank: int | None = None,
-    norm: str = "layer",
+    norm: str | NormMaker = "layer",
     recompute: bool = True,
 ) -> fx.GraphModule:
     """Cut a classifier into blocks that learn from their own losses.
@@ -51,10 +50,12 @@ def transform(
         goodness: "sff", an auxiliary convolution in each head; or "cwc", groups of channels and no parameters. Not the paper's, and better
             (README, "Heads"): "mlp", a hidden layer of 128 units over the features of 2 x 2 regions and then a direction for each class,
             "mlp(256, 4)" with 256 units and 4 x 4 regions; "cosine", without the hidden layer, "cosine(4)" of 4 x 4 regions.
+            Or a callable of one's own, `(block, num_classes) -> nn.Module`, by the contract in `sffx.learning.heads`.
         kernel_size: of the auxiliary convolution, odd; with "sff" alone, as is `rank`.
         rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
             blocks they stand on. None, the method's own, leaves them whole.
-        norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was.
+        norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was. Or a
+            callable of one's own, `(block) -> nn.Module | None`, by the contract in `sffx.learning.norms`.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
             instead of keeping them: less memory, for a few per cent more time.
 
@@ -72,11 +73,11 @@ def transform(
         policy,
         example_input,
         num_classes,
-        Heads(goodness, kernel_size, rank, norm),
+        Options(goodness, kernel_size, rank, norm),
         recompute,
     )
     heads = make_heads(blocks, traced.root)
-    norms = [_norm(norm) for _ in blocks]
+    norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
     verify(net, blocks)
     return with_plan(net, blocks, traced.root)
@@ -89,10 +90,10 @@ def plan(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: str = "sff",
+    goodness: str | GoodnessMaker = "sff",
     kernel_size: int = 1,
     rank: int | None = None,
-    norm: str = "layer",
+    norm: str | NormMaker = "layer",
     recompute: bool = True,
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model; the arguments and errors are those of `transform`."""
@@ -101,7 +102,7 @@ def plan(
         policy,
         example_input,
         num_classes,
-        Heads(goodness, kernel_size, rank, norm),
+        Options(goodness, kernel_size, rank, norm),
         recompute,
     )[1]
 
@@ -111,25 +112,14 @@ def _planned(
     policy: str | Policy | Iterable[str],
     example_input: Any,
     num_classes: int | None,
-    heads: Heads,
+    options: Options,
     recompute: bool,
 ) -> tuple[Trace, BlockPlan]:
     """Trace a model and plan its blocks."""
-    _check_norm(heads.norm)
+    goodness_maker(options)
+    norm_maker(options)
     name, function = policy_named(policy)
     if isinstance(function, Memory):
-        function = replace(function, heads=heads, recompute=recompute)
+        function = replace(function, options=options, recompute=recompute)
     traced = trace(model, example_input, num_classes)
-    return traced, make_plan(analyse(traced), name, function, num_classes, heads)
-
-
-def _check_norm(norm: str) -> None:
-    if norm not in NORMS:
-        raise InputError(
-            f"there is no norm {norm!r}. Hint: choose one of {', '.join(map(repr, NORMS))}"
-        )
-
-
-def _norm(norm: str) -> nn.Module | None:
-    kind = NORMS[norm]
-    return kind() if kind is not None else None
+    return traced, make_plan(analyse(traced), name, function, num_classes, options)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from sffx.errors import InputError
 
 from sffx.parts import head_name
 
@@ -92,24 +96,6 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """How the blocks of a cut model learn and what is done to a value at a cut: the arguments of `transform`, and their defaults.
-
-    Attributes:
-        goodness: "sff", an auxiliary convolution, "cwc", groups of channels, "cosine", a direction for each class, or "mlp", a hidden
-            layer before it.
-        kernel_size: of the auxiliary convolution.
-        rank: of its weight, where that saves anything; None for a whole one.
-        norm: the kind of norm after the detach, "none" for none.
-    """
-
-    goodness: str = "sff"
-    kernel_size: int = 1
-    rank: int | None = None
-    norm: str = "layer"
-
-
-@dataclass(frozen=True)
 class Block:
     """One block: the nodes between two cuts.
 
@@ -163,6 +149,87 @@ class Block:
         return self.shape[self.channel_axis - 1]
 
 
+GoodnessMaker: TypeAlias = Callable[[Block, int], nn.Module]
+NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
+
+
+@dataclass(frozen=True)
+class NotPickled:
+    """The name of a callable, in an unpickled plan: a pickle holds the name alone."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise InputError(
+            f"{self.name} is known by name only, since a pickle does not hold callables. "
+            "Hint: pass the callable itself"
+        )
+
+
+def option_name(option: Any) -> str:
+    """Return the name of a goodness or a norm; for a callable "module.qualname"."""
+    if isinstance(option, str):
+        return option
+    if isinstance(option, NotPickled):
+        return option.name
+    while isinstance(option, partial):
+        option = option.func
+    named = option if hasattr(option, "__qualname__") else type(option)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the blocks of a cut model learn, and what is done to a value at a cut.
+
+    These are arguments of `transform`, with their defaults. A pickle holds the names of callables
+    only; a copy holds the callables.
+
+    Attributes:
+        goodness: "sff", an auxiliary convolution; "cwc", groups of channels; "cosine", a direction
+            for each class; "mlp", a hidden layer before it; or a callable that makes the heads
+            (`sffx.learning.heads`).
+        kernel_size: of the auxiliary convolution.
+        rank: of its weight, where that saves anything; None for a whole one.
+        norm: after the detach: "layer", "none", or a callable that makes the norms
+            (`sffx.learning.norms`).
+    """
+
+    goodness: str | GoodnessMaker = "sff"
+    kernel_size: int = 1
+    rank: int | None = None
+    norm: str | NormMaker = "layer"
+
+    @property
+    def custom(self) -> list[str]:
+        """The names of the options that are callables."""
+        return [name for name in ("goodness", "norm") if callable(getattr(self, name))]
+
+    def record(self) -> dict[str, Any]:
+        """Return the options as numbers and strings, with the names of those that are callables."""
+        return {
+            "goodness": option_name(self.goodness),
+            "kernel_size": self.kernel_size,
+            "rank": self.rank,
+            "norm": option_name(self.norm),
+            "custom": self.custom,
+        }
+
+    def __reduce__(self) -> Any:
+        goodness = _pickled(self.goodness)
+        return Options, (goodness, self.kernel_size, self.rank, _pickled(self.norm))
+
+    def __copy__(self) -> Options:
+        return self
+
+    def __deepcopy__(self, copied: dict[int, Any]) -> Options:
+        return self
+
+
+def _pickled(option: Any) -> str | NotPickled:
+    return NotPickled(option_name(option)) if callable(option) else option
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """Where a model is cut. Frozen; prints as a table; `len` counts the feature blocks.
@@ -176,7 +243,7 @@ class BlockPlan:
         inputs: the model's inputs as traced.
         leaves: modules with children that were not traced.
         notes: what the reader of the plan must know, one sentence each.
-        heads: how the blocks learn; of a plan that nothing was cut by, as they would by default.
+        options: how the blocks learn, and the norm between them.
     """
 
     model: str
@@ -187,7 +254,7 @@ class BlockPlan:
     inputs: tuple[Input, ...]
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
-    heads: Heads = Heads()
+    options: Options = Options()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -215,7 +282,7 @@ class BlockPlan:
                 each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in self.inputs
             },
             "num_classes": self.num_classes,
-            **asdict(self.heads),
+            **self.options.record(),
         }
 
     @cached_property

@@ -47,6 +47,11 @@ def is_head(name: str) -> bool:
     return re.fullmatch(rf"{_HEAD}\d+", name) is not None
 
 
+def is_norm(name: str) -> bool:
+    """Return whether a name is that of a norm."""
+    return re.fullmatch(rf"{_NORM}\d+", name) is not None
+
+
 def owner_of(qualname: str) -> str:
     """Return the block or classifier that learns a parameter, given the parameter's name.
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sffx.blocks import Block
+
 
 class Chain(nn.Sequential):
     """conv, BN, ReLU, pool; conv, ReLU; flatten, linear: on (B, 3, 8, 8)."""
@@ -197,6 +199,27 @@ class LayerDrop(nn.Module):
 def around(middle: nn.Module) -> nn.Sequential:
     """Put a module on (B, 6) between two layers."""
     return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), middle, nn.ReLU(), nn.Linear(6, 4))
+
+
+def block_of(*shape: int, axis: int = 1, mask: str = "") -> Block:
+    """Return a block whose output has this shape, without the batch axis."""
+    return Block(
+        name="layer",
+        target="block_0",
+        nodes=("layer",),
+        output="layer",
+        shape=shape,
+        channel_axis=axis,
+        inputs=("x",),
+        sides=(),
+        detached=(),
+        modules=("layer",),
+        parameters=("layer.weight",),
+        num_parameters=1,
+        macs=1,
+        activation_bytes=1,
+        mask=mask,
+    )
 
 
 def step_scores(net: fx.GraphModule, x: Tensor) -> list[Tensor]:

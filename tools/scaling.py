@@ -27,11 +27,11 @@ import torchvision
 from torch import Tensor, nn
 
 from sffx.compiler.analyse import Analysis, analyse
-from sffx.compiler.heads import make_heads
 from sffx.compiler.partition import make_plan
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace import trace
 from sffx.compiler.verify import verify
+from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm
 from sffx.policies import policy_named
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.blocks import Block, BlockPlan, Heads, Node, Value
+from sffx.blocks import Block, BlockPlan, Node, Options, Value
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.policies import Policy, notes
@@ -25,7 +25,7 @@ def make_plan(
     name: str,
     policy: Policy,
     num_classes: int | None = None,
-    heads: Heads | None = None,
+    options: Options | None = None,
 ) -> BlockPlan:
     """Ask the policy where to cut and describe the blocks that come of it.
 
@@ -34,7 +34,7 @@ def make_plan(
         name: of the policy.
         policy: a function of the analysis to the names of the nodes to cut after.
         num_classes: J, checked against the width of the logits where given.
-        heads: how the blocks will learn, by default if None.
+        options: how the blocks will learn, by default if None.
 
     Raises:
         CutError: the policy chose no node, or one where no cut can be made.
@@ -70,7 +70,7 @@ def make_plan(
             *_shared_notes(analysis),
             *_padding_notes(analysis, blocks),
         ),
-        heads=heads or Heads(),
+        options=options or Options(),
     )
 
 

@@ -197,7 +197,9 @@ def block_module(
     for target, twin in replaced.items():
         owner, _, name = target.rpartition(".")
         setattr(module.get_submodule(owner), name, twin)
-    lean(module, feeds_head=block is not plan.classifier, recompute=recompute)
+    # The built-in heads make a gradient of their own for what they read. Others may hand on one that they hold as well.
+    feeds_head = block is not plan.classifier and not callable(plan.options.goodness)
+    lean(module, feeds_head=feeds_head, recompute=recompute)
     return module
 
 

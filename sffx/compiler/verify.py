@@ -4,6 +4,7 @@
 2. No parameter has gradient from the loss of a block that is not its own.
 3. No in-place write touches a value that crosses a cut or feeds a head.
 4. The result returns one goodness of shape (B, J) for each block, and logits of that shape.
+5. A norm returns a value of the shape that it is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
 from sffx.learning.losses import block_loss
+from sffx.parts import is_norm
 
 
 def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
@@ -93,6 +95,8 @@ class _VersionWatch(fx.Interpreter):
             self.scores = list(args[0])
             return None
         value = super().run_node(n)
+        if n.op == "call_module" and is_norm(str(n.target)):
+            _check_norm(str(n.target), self.env[n.all_input_nodes[0]], value)
         if isinstance(value, Tensor) and n.op != "placeholder":
             self.versions[n.name] = (value, value._version)
         return value
@@ -105,11 +109,24 @@ class _VersionWatch(fx.Interpreter):
                 )
 
 
+def _check_norm(target: str, y: Tensor, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise VerifyError(f"{target} returns a {type(value).__name__}, not a tensor")
+    if value.shape != y.shape:
+        raise VerifyError(
+            f"{target} returns shape {tuple(value.shape)} for a value of shape {tuple(y.shape)}"
+        )
+
+
 def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
     expected = (TRACE_BATCH, plan.num_classes)
     for score, target in zip(
         scores, [*(f"head_{i}" for i in range(len(plan))), plan.classifier.target], strict=True
     ):
+        if not isinstance(score, Tensor):
+            raise VerifyError(f"{target} returns a {type(score).__name__}, not a tensor")
+        if not score.is_floating_point():
+            raise VerifyError(f"{target} returns {score.dtype}, not floats")
         if tuple(score.shape) != expected:
             raise VerifyError(
                 f"{target} returns shape {tuple(score.shape)}, not (B, J) = {expected}"

@@ -186,7 +186,7 @@ def _entries(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
     before = plan.blocks[index - 1]
     name = _name(before, first_of(before).output)
     style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=20'
-    cut = f"{style}, label={edge_label([cut_in_words(plan.heads)], RED)}"
+    cut = f"{style}, label={edge_label([cut_in_words(plan.options)], RED)}"
     if columns[index] == columns[index - 1]:
         yield edge(name, target, cut)
         return

@@ -162,7 +162,7 @@ def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
 
 def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
     stages = plan.all_blocks
-    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label([cut_in_words(plan.heads)], RED)}'
+    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label([cut_in_words(plan.options)], RED)}'
     for index in range(1, len(stages)):
         turn = ', constraint=false, headport="w"' if index % rows == 0 else ""
         yield edge(stages[index - 1].target, stages[index].target, style + turn)

@@ -6,11 +6,11 @@ import html
 import textwrap
 from collections.abc import Collection, Sequence
 
-from sffx.blocks import MIB, Block, BlockPlan, Heads, Input, Leaf
+from sffx.blocks import MIB, Block, BlockPlan, Input, Leaf, Options, option_name
 from sffx.draw.fold import JOINT, Run, relative
 from sffx.draw.inner import joins_in_words
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress, percent
-from sffx.learning.heads import REGIONS, cosine_named
+from sffx.learning.heads import REGIONS, parse_goodness
 
 INK = "#1f2933"
 FAINT = "#66727f"
@@ -91,32 +91,36 @@ def title_label(plan: BlockPlan, progress: Progress | None = None) -> str:
     return _table([_row(heading), *(_row(_text(line, FAINT)) for line in told), GAP])
 
 
-def cut_in_words(heads: Heads) -> str:
+def cut_in_words(options: Options) -> str:
     """What is done at a cut: "detach · layer norm"."""
-    return "detach" if heads.norm == "none" else f"detach · {heads.norm} norm"
+    norm = option_name(options.norm)
+    return "detach" if norm == "none" else f"detach · {norm} norm"
 
 
 def meaning(text: str, plan: BlockPlan) -> str:
     """What a line of the legend says of a plan: which norm and which heads it has."""
-    norm = plan.heads.norm
+    norm = option_name(plan.options.norm)
     done = "detached" if norm == "none" else f"detached and {DONE.get(norm, f'normed ({norm})')}"
-    return text.format(cut=done, heads=f" ({heads_in_words(plan.heads)})")
+    return text.format(cut=done, heads=f" ({heads_in_words(plan.options)})")
 
 
-def heads_in_words(heads: Heads) -> str:
+def heads_in_words(options: Options) -> str:
     """What the heads are: "SFF", "SFF, kernels of 3, rank 64 where it saves", "CwC: groups of channels, no parameters"."""
-    if heads.goodness == "cwc":
+    if callable(options.goodness):
+        return option_name(options.goodness)
+    name, numbers = parse_goodness(options.goodness)
+    if name == "cwc":
         return "CwC: groups of channels, no parameters"
-    if cosine := cosine_named(heads.goodness):
-        units, regions = cosine
+    if name in ("cosine", "mlp"):
+        regions = numbers[-1]
         kind = (
             "cosine: a direction for each class"
-            if units is None
-            else f"cosine after a hidden layer of {units} units"
+            if name == "cosine"
+            else f"cosine after a hidden layer of {numbers[0]} units"
         )
         return kind if regions == REGIONS else f"{kind}, {regions} x {regions} regions"
-    kernel = f", kernels of {heads.kernel_size}" if heads.kernel_size > 1 else ""
-    rank = f", rank {heads.rank} where it saves" if heads.rank else ""
+    kernel = f", kernels of {options.kernel_size}" if options.kernel_size > 1 else ""
+    rank = f", rank {options.rank} where it saves" if options.rank else ""
     return f"SFF{kernel}{rank}"
 
 
@@ -214,13 +218,14 @@ def _progress_row(target: str, progress: Progress) -> list[str]:
 
 def head_label(block: Block, plan: BlockPlan) -> str:
     """The head beside a block: what it takes its goodness by."""
-    heads, axes = plan.heads, len(block.shape) - 1
+    options, axes = plan.options, len(block.shape) - 1
+    goodness = option_name(options.goodness)
     rows = [f"{plan.num_classes} classes"]
     kinds = {"cwc": ["CwC, no parameters"], "cosine": ["cosine"], "mlp": ["hidden layer", "cosine"]}
-    rows += kinds.get(heads.goodness.partition("(")[0], [])
+    rows += [goodness] if callable(options.goodness) else kinds.get(goodness.partition("(")[0], [])
     rows += (
-        [f"{'×'.join([str(heads.kernel_size)] * axes)} kernels"]
-        if heads.goodness == "sff" and heads.kernel_size > 1 and axes
+        [f"{'×'.join([str(options.kernel_size)] * axes)} kernels"]
+        if goodness == "sff" and options.kernel_size > 1 and axes
         else []
     )
     return _table(

@@ -182,7 +182,7 @@ def _with_cuts(sheet: Sheet, blocks: Iterable[Block], start: int) -> Iterator[st
 
 
 def _cut(sheet: Sheet) -> str:
-    return f'<div class="cut">{_text(cut_in_words(sheet.plan.heads))}</div>'
+    return f'<div class="cut">{_text(cut_in_words(sheet.plan.options))}</div>'
 
 
 def _run(run: Run, inside: str, sheet: Sheet) -> str:

@@ -1,67 +1,168 @@
-"""The heads by name."""
+"""The heads of a cut model: the goodness of a block, by name or by a callable of one's own.
+
+The contract of `goodness=`: a maker `(block, num_classes) -> nn.Module`, called once for each
+feature block. `block` is a `sffx.blocks.Block` and says what the block's output looks like:
+`block.shape`, `block.channels`, `block.channel_axis`, `block.mask`. The module it returns, the
+block's head, is moved to the device and the dtype of the model. Then
+
+- the head is called as `head(y)`; where `block.mask` is not empty, as `head(y, mask)`;
+- y is the output of the block, (B, C, ...) or (B, T, C); its channels are at axis
+  `block.channel_axis`;
+- mask is (B, T), nonzero at real tokens and zero at padding;
+- the head returns the goodness, (B, J), floats: the larger, the more likely the class. It is
+  used as logits;
+- its parameters are trained together with those of the block, by the loss of the block;
+- to be exported, it must be made of what torch exports.
+
+The contract of `norm=` is in `sffx.learning.norms`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
+from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.errors import InputError
 from sffx.learning.cosine import CosineGoodness
 from sffx.learning.goodness import CwCGoodness, SFFGoodness
 
-GOODNESSES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
 HIDDEN = 128  # units of "mlp"
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
 
 
-def cosine_named(goodness: str) -> tuple[int | None, int] | None:
-    """Return the number of hidden units, None without a hidden layer, and of regions of a "cosine" or "mlp"; None for other names."""
-    number = r"([1-9]\d*)"
-    if mlp := re.fullmatch(rf"mlp(?:\({number}(?:, *{number})?\))?", str(goodness)):
-        return int(mlp[1] or HIDDEN), int(mlp[2] or REGIONS)
-    if cosine := re.fullmatch(rf"cosine(?:\({number}\))?", str(goodness)):
-        return None, int(cosine[1] or REGIONS)
-    return None
+def _convolution(block: Block, num_classes: int, kernel_size: int = 1, rank: int | None = None):
+    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
+    return SFFGoodness(*shape, kernel_size, rank)
 
 
-def make_head(
-    goodness: str,
-    channels: int,
-    num_classes: int,
-    channel_axis: int,
-    spatial: int,
-    kernel_size: int = 1,
-    rank: int | None = None,
-) -> nn.Module:
-    """Return the head that computes the named goodness.
+def _channelwise(block: Block, num_classes: int) -> nn.Module:
+    return CwCGoodness(block.channels, num_classes, block.channel_axis)
 
-    Args:
-        goodness: a name in `GOODNESSES`. The number of a cosine is that of the regions along each axis of space, 2 where there is none;
-            those of "mlp", a cosine after a hidden layer, the number of its units, 128, and that of the regions.
-        channels: as are the next three, as for `SFFGoodness`.
-        num_classes: J.
-        channel_axis: of the block's batched output.
-        spatial: number of its axes besides batch and channels.
-        kernel_size: of the auxiliary convolution of "sff".
-        rank: of its weight.
+
+def _cosine(block: Block, num_classes: int, regions: int) -> nn.Module:
+    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
+    return CosineGoodness(*shape, regions)
+
+
+def _hidden_layer(block: Block, num_classes: int, hidden: int, regions: int) -> nn.Module:
+    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
+    return CosineGoodness(*shape, regions, hidden=hidden)
+
+
+def _spatial(block: Block) -> int:
+    """Return the number of axes of a block's output besides batch and channels."""
+    return len(block.shape) - 1
+
+
+# Each is called with a block, the number of classes, and the numbers of its name.
+GOODNESSES: dict[str, Callable[..., nn.Module]] = {
+    "sff": _convolution,
+    "cwc": _channelwise,
+    "cosine": _cosine,
+    "mlp": _hidden_layer,
+}
+
+# The numbers that a name may have in brackets, "mlp(128, 2)", and their values without brackets.
+NUMBERS: dict[str, tuple[int, ...]] = {
+    "sff": (),
+    "cwc": (),
+    "cosine": (REGIONS,),
+    "mlp": (HIDDEN, REGIONS),
+}
+
+EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
+
+_NAME = re.compile(r"(\w+)(?:\(([1-9]\d*(?:, *[1-9]\d*)*)\))?")
+
+
+def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
+    """Return the key in `GOODNESSES` that a name such as "mlp(256)" has, and its numbers.
+
+    Numbers that are left out have their default: "mlp(256)" gives ("mlp", (256, 2)).
 
     Raises:
-        InputError: there is no such goodness, it cannot be computed for these channels and classes, or it has no use for an argument.
+        InputError: there is no such goodness.
     """
-    if goodness == "sff":
-        return SFFGoodness(channels, num_classes, channel_axis, spatial, kernel_size, rank)
-    cosine = cosine_named(goodness)
-    if goodness != "cwc" and cosine is None:
+    match = _NAME.fullmatch(str(goodness))
+    defaults = NUMBERS.get(match[1]) if match else None
+    given = [int(number) for number in match[2].split(",")] if match and match[2] else []
+    if match is None or defaults is None or len(given) > len(defaults):
+        names = ", ".join(map(repr, EXAMPLES))
         raise InputError(
-            f"there is no goodness {goodness!r}. Hint: choose one of {', '.join(map(repr, GOODNESSES))}"
+            f"there is no goodness {goodness!r}. Hint: choose one of {names}, "
+            "or pass a callable (block, num_classes) -> nn.Module"
         )
-    for name, value, default in (("kernel_size", kernel_size, 1), ("rank", rank, None)):
+    return match[1], (*given, *defaults[len(given) :])
+
+
+def goodness_maker(options: Options) -> GoodnessMaker:
+    """Return what makes the head of a block.
+
+    Raises:
+        InputError: there is no such goodness, or it has no use for an option.
+    """
+    goodness = options.goodness
+    if isinstance(goodness, nn.Module):
+        raise InputError(
+            f"goodness is a module, {type(goodness).__name__}, but each block has a head of its "
+            "own. Hint: pass a callable (block, num_classes) -> nn.Module"
+        )
+    if goodness == "sff":
+        return partial(_convolution, kernel_size=options.kernel_size, rank=options.rank)
+    if isinstance(goodness, str) or not callable(goodness):
+        maker = _named(goodness)
+    else:
+        maker = goodness
+    for name, default in (("kernel_size", 1), ("rank", None)):
+        value = getattr(options, name)
         if value != default:
             raise InputError(
-                f"{name} is {value!r}, but heads of {goodness!r} have no convolution. Hint: leave it out, or goodness='sff'"
+                f"{name} is {value!r}, but heads of {option_name(goodness)!r} have no convolution. "
+                "Hint: leave it out, or goodness='sff'"
             )
-    if cosine is None:
-        return CwCGoodness(channels, num_classes, channel_axis)
-    hidden, regions = cosine
-    return CosineGoodness(channels, num_classes, channel_axis, spatial, regions, hidden=hidden)
+    return maker
+
+
+def _named(goodness: str) -> GoodnessMaker:
+    name, numbers = parse_goodness(goodness)
+    maker = GOODNESSES[name]
+    return lambda block, num_classes: maker(block, num_classes, *numbers)
+
+
+def make_head(options: Options, block: Block, num_classes: int) -> nn.Module:
+    """Return the head of one block.
+
+    Raises:
+        InputError: there is no such goodness, it cannot be computed for this block, or a callable
+            returned no module; names the block.
+    """
+    maker = goodness_maker(options)
+    try:
+        head = maker(block, num_classes)
+        if not isinstance(head, nn.Module):
+            raise InputError(
+                f"goodness {option_name(options.goodness)} returned a {type(head).__name__}, not "
+                "a torch.nn.Module. Hint: return the head, which is called as head(y)"
+            )
+    except InputError as cause:
+        place = f"{block.target} ({block.name}, output {block.shape})"
+        raise InputError(f"{place}: {cause}") from cause
+    return head
+
+
+def make_heads(plan: BlockPlan, root: nn.Module) -> list[nn.Module]:
+    """Return the head of each block, on the device and in the dtype of the model's parameters.
+
+    Raises:
+        InputError: as `make_head`.
+    """
+    like = next(p for p in root.parameters() if p.is_floating_point())
+    heads = []
+    for block in plan:
+        head = make_head(plan.options, block, plan.num_classes)
+        heads.append(head.to(like.device, like.dtype))
+    return heads

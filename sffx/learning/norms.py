@@ -1,10 +1,25 @@
-"""The layer norm between blocks: keeps the length of a block's output, which carries the goodness, from the next block."""
+"""The norm between two blocks: what is done to a block's output before the next block reads it.
+
+The layer norm keeps the length of the output, which carries the goodness, from the next block.
+
+The contract of `norm=`: a maker `(block) -> nn.Module | None`, called once for each feature block,
+with the `sffx.blocks.Block` whose output it normalises. None stands for no norm. The module is
+moved to the device and the dtype of the model. Then
+
+- it is called as `norm(y)`; where `block.mask` is not empty, as `norm(y, mask)`;
+- y is the detached output of the block, and mask is as for heads (`sffx.learning.heads`);
+- it returns a value of the shape of y, and does not write on y;
+- it has no trainable parameters, since it is part of no block that could train them.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sffx.blocks import Block, BlockPlan, NormMaker, Options, option_name
+from sffx.errors import InputError
 
 
 class SampleNorm(nn.Module):
@@ -54,4 +69,68 @@ def _mean(y: Tensor) -> Tensor:
     return y
 
 
-NORMS: dict[str, type[nn.Module] | None] = {"layer": SampleNorm, "none": None}
+def _layer_norm(block: Block) -> nn.Module:
+    return SampleNorm()
+
+
+def _no_norm(block: Block) -> None:
+    return None
+
+
+NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "none": _no_norm}
+
+
+def norm_maker(options: Options) -> NormMaker:
+    """Return what makes the norm behind a block.
+
+    Raises:
+        InputError: there is no such norm.
+    """
+    norm = options.norm
+    if isinstance(norm, nn.Module):
+        raise InputError(
+            f"norm is a module, {type(norm).__name__}, but each block has a norm of its own. "
+            "Hint: pass a callable (block) -> nn.Module | None"
+        )
+    if callable(norm):
+        return norm
+    if norm not in NORMS:
+        names = ", ".join(map(repr, NORMS))
+        raise InputError(
+            f"there is no norm {norm!r}. Hint: choose one of {names}, "
+            "or pass a callable (block) -> nn.Module | None"
+        )
+    return NORMS[norm]
+
+
+def make_norms(plan: BlockPlan, root: nn.Module) -> list[nn.Module | None]:
+    """Return the norm behind each block, on the device and in the dtype of the model's parameters.
+
+    Raises:
+        InputError: there is no such norm, or a callable returned something else than a module
+            without trainable parameters; names the block.
+    """
+    like = next(p for p in root.parameters() if p.is_floating_point())
+    maker = norm_maker(plan.options)
+    norms: list[nn.Module | None] = []
+    for block in plan:
+        norm = maker(block)
+        if norm is not None:
+            _require_norm(norm, block, plan.options)
+            norm = norm.to(like.device, like.dtype)
+        norms.append(norm)
+    return norms
+
+
+def _require_norm(norm: object, block: Block, options: Options) -> None:
+    place = f"{block.target} ({block.name}): norm {option_name(options.norm)} returned"
+    if not isinstance(norm, nn.Module):
+        raise InputError(
+            f"{place} a {type(norm).__name__}, not a torch.nn.Module. "
+            "Hint: return the norm, which is called as norm(y), or None"
+        )
+    if any(p.requires_grad for p in norm.parameters()):
+        raise InputError(
+            f"{place} a {type(norm).__name__} with trainable parameters, which are part of no "
+            "block. Hint: elementwise_affine=False or affine=False, or norm.requires_grad_(False)"
+        )

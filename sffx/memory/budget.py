@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sffx.blocks import Heads
+from sffx.blocks import Block, Options
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.fake import fake_copy
-from sffx.compiler.heads import make_heads
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import check_positive, group_ends, layer
 from sffx.compiler.rewrite import block_module, rewrite
 from sffx.compiler.trace import Trace, noting_saved, storage
 from sffx.errors import CutError, InputError
-from sffx.learning.heads import make_head
-from sffx.learning.norms import SampleNorm
+from sffx.learning.heads import make_head, make_heads
+from sffx.learning.norms import make_norms
 from sffx.memory.footprint import COUNTER, STATES, UPDATE, fake_footprint
 
 _UNITS = {
@@ -51,14 +50,14 @@ class Memory:
         allowed: bytes.
         batch_size: B.
         __name__: by which a plan calls it.
-        heads: that the model will be cut with, since they take memory as well.
+        options: that the model will be cut with, since heads and norms take memory as well.
         recompute: as for `transform`.
     """
 
     allowed: int
     batch_size: int
     __name__: str
-    heads: Heads = field(default_factory=Heads)
+    options: Options = field(default_factory=Options)
     recompute: bool = True
 
     def __call__(self, analysis: Analysis) -> list[str]:
@@ -67,7 +66,7 @@ class Memory:
         Raises:
             CutError: no cuts stay within the budget; names the smallest peak that some would reach.
         """
-        search = _Search(analysis, self.batch_size, self.heads, self.recompute)
+        search = _Search(analysis, self.batch_size, self.options, self.recompute)
         found = search.coarsest(self.allowed)
         if found is None:
             least = search.smallest()
@@ -155,11 +154,11 @@ class _Search:
     with such bounds is counted and the search repeated, until all blocks of what is found were counted, as they are in it.
     """
 
-    def __init__(self, analysis: Analysis, batch_size: int, wanted: Heads, recompute: bool) -> None:
-        self.analysis, self.batch_size, self.wanted, self.recompute = (
+    def __init__(self, analysis: Analysis, batch_size: int, options: Options, recompute: bool) -> None:
+        self.analysis, self.batch_size, self.options, self.recompute = (
             analysis,
             batch_size,
-            wanted,
+            options,
             recompute,
         )
         self.features = group_ends(analysis)
@@ -171,7 +170,7 @@ class _Search:
             }
         )
         self.counted: dict[Segment, int] = {}
-        self.heads = {end: self._head(end) for end in self.ends[:-1]}
+        self.heads = self._heads()
         self.bounds = dict(self._bounds())
 
     def coarsest(self, allowed: int) -> _Path | None:
@@ -311,18 +310,24 @@ class _Search:
             seen.update(tensors)
         return owned
 
-    def _head(self, end: int) -> _Owned:
-        step, axis = (
-            self.analysis.steps[end],
-            self.analysis.channel_axes[self.analysis.steps[end].node],
-        )
-        classes = int(self.analysis.nodes[self.analysis.logits].meta["example"].shape[1])
+    def _heads(self) -> dict[int, _Owned]:
+        """Return what the head at each place owns.
+
+        The heads are made for the smallest blocks, whose outputs are those of larger ones as well.
+        """
+        names = [self.analysis.steps[end].node for end in self.ends[:-1]]
+        plan = make_plan(self.analysis, "memory", lambda _: names, options=self.options)
+        return {
+            end: self._head(block, plan.num_classes)
+            for end, block in zip(self.ends[:-1], plan, strict=True)
+        }
+
+    def _head(self, block: Block, num_classes: int) -> _Owned:
         like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
-        with torch.device("meta"):
-            shape = (step.shape[axis - 1], classes, axis, len(step.shape) - 1)
-            head = make_head(
-                self.wanted.goodness, *shape, self.wanted.kernel_size, self.wanted.rank
-            )
+        # A callable may read values while it makes a head, and a tensor on "meta" has none.
+        device = "cpu" if callable(self.options.goodness) else "meta"
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            head = make_head(self.options, block, num_classes)
         return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
 
     def _input_bytes(self) -> int:
@@ -336,15 +341,15 @@ class _Search:
     def _count(self, path: _Path, *, again: bool = False) -> None:
         """Count the blocks of a path that were not counted before, or all of them, of which the larger count is kept."""
         names = [self.analysis.steps[end].node for _, end in path.segments[:-1]]
-        plan = make_plan(self.analysis, "memory", lambda _: names, heads=self.wanted)
+        plan = make_plan(self.analysis, "memory", lambda _: names, options=self.options)
         with torch.random.fork_rng(devices=[]):
             heads = make_heads(plan, self.analysis.trace.root)
+            norms = make_norms(plan, self.analysis.trace.root)
         trace, mode = self._fake_trace
         heads = list(fake_copy(nn.ModuleList(heads), mode))
+        norms = [None if norm is None else fake_copy(norm, mode) for norm in norms]
         with mode:
-            net = rewrite(
-                trace, plan, heads, [SampleNorm() for _ in heads], recompute=self.recompute
-            )
+            net = rewrite(trace, plan, heads, norms, recompute=self.recompute)
             net.plan = plan  # type: ignore[assignment]
             known = [
                 i

@@ -214,7 +214,7 @@ def test_checkpoint_of_a_script_tells_how_it_was_cut(
     assert capsys.readouterr().err == ""
     x = torch.randn(3, 3, 8, 8)
     assert torch.equal(exported[0].eval()(x), net.eval()(x))
-    assert exported[0].plan.heads == net.plan.heads
+    assert exported[0].plan.options == net.plan.options
 
 
 def test_what_is_assumed_of_the_cut_is_said(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from sffx.blocks import Heads
+from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import layer
@@ -80,14 +80,14 @@ def test_the_nodes_read_what_the_traced_graph_says(model):
 
 def test_the_heads_are_those_that_the_model_was_cut_with():
     asked = {"goodness": "sff", "kernel_size": 3, "rank": 2, "norm": "none"}
-    assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.heads == Heads(**asked)
-    assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.heads == Heads(
+    assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.options == Options(**asked)
+    assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.options == Options(
         goodness="cwc"
     )
     assert (
-        sffx.plan(Residual(), example_input=IMAGE).heads
-        == sffx.transform(Residual(), example_input=IMAGE).plan.heads
-        == Heads()
+        sffx.plan(Residual(), example_input=IMAGE).options
+        == sffx.transform(Residual(), example_input=IMAGE).plan.options
+        == Options()
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sffx.blocks import BlockPlan, Heads, Input, Leaf
+from sffx.blocks import BlockPlan, Options, Input, Leaf
 from sffx.draw.graph import ROWS, dot
 
 Chain = Callable[[int], BlockPlan]
@@ -80,31 +80,31 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "cut", "legend", "head"),
+    ("options", "cut", "legend", "head"),
     [
-        (Heads(norm="none"), "detach", "the output is detached; no gradient", "10 classes"),
-        (Heads(norm="batch"), "detach · batch norm", "detached and batch-normed", "10 classes"),
-        (Heads(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
+        (Options(norm="none"), "detach", "the output is detached; no gradient", "10 classes"),
+        (Options(norm="batch"), "detach · batch norm", "detached and batch-normed", "10 classes"),
+        (Options(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
         (
-            Heads(kernel_size=3, rank=16),
+            Options(kernel_size=3, rank=16),
             "detach · layer norm",
             "goodness (SFF, kernels of 3, rank 16 where it saves)",
             "3×3 kernels",
         ),
         (
-            Heads(goodness="cosine(4)"),
+            Options(goodness="cosine(4)"),
             "detach · layer norm",
             "goodness (cosine: a direction for each class, 4 x 4 regions)",
             "cosine",
         ),
         (
-            Heads(goodness="mlp"),
+            Options(goodness="mlp"),
             "detach · layer norm",
             "goodness (cosine after a hidden layer of 128 units)",
             "hidden",
         ),
         (
-            Heads(goodness="cwc", kernel_size=3),
+            Options(goodness="cwc", kernel_size=3),
             "detach · layer norm",
             "goodness (CwC: groups of channels, no parameters)",
             "CwC, no",
@@ -112,9 +112,9 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
     ],
 )
 def test_cuts_and_heads_are_called_what_they_are(
-    small: BlockPlan, heads: Heads, cut: str, legend: str, head: str
+    small: BlockPlan, options: Options, cut: str, legend: str, head: str
 ) -> None:
-    drawn = parse(replace(small, heads=heads))
+    drawn = parse(replace(small, options=options))
     labels = [edge["label"] for edge in drawn.edges if edge["class"] == "cut"]
     assert all(f">{cut}<" in label for label in labels)
     assert legend in drawn.attributes["label"]

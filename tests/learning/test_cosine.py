@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import sffx
+from sffx.blocks import Options
 from sffx.errors import InputError
 from sffx.learning.cosine import CosineGoodness, _by_products
 from sffx.learning.heads import make_head
-from tests.toys import Chain
+from tests.toys import Chain, block_of
 
 LAYOUTS = {
     "B, C": ((6,), 1),
@@ -77,21 +78,25 @@ def test_gradient_of_a_constant_output_is_bounded(value):
     torch.testing.assert_close(head(y), torch.zeros(2, 5), atol=1e-2, rtol=0)
 
 
+def head_named(goodness, block=None):
+    return make_head(Options(goodness), block or block_of(3, 4, 4), 5)
+
+
 def test_name_tells_the_number_of_regions():
-    assert make_head("cosine", 3, 5, 1, 2).weight.shape == (5, 12)
-    assert make_head("cosine(4)", 3, 5, 1, 2).weight.shape == (5, 48)
-    assert make_head("mlp", 3, 5, 1, 2).hidden.weight.shape == (128, 12)
-    assert make_head("mlp(64)", 3, 5, 1, 2).weight.shape == (5, 64)
-    assert make_head("mlp(64, 3)", 3, 5, 1, 2).hidden.weight.shape == (64, 27)
+    assert head_named("cosine").weight.shape == (5, 12)
+    assert head_named("cosine(4)").weight.shape == (5, 48)
+    assert head_named("mlp").hidden.weight.shape == (128, 12)
+    assert head_named("mlp(64)").weight.shape == (5, 64)
+    assert head_named("mlp(64, 3)").hidden.weight.shape == (64, 27)
     for name in ("cosine(0)", "cosine(2, 2)", "mlp(64, 0)", "mlp(64,)"):
         with pytest.raises(InputError, match=rf"there is no goodness '{re.escape(name)}'"):
-            make_head(name, 3, 5, 1, 2)
+            head_named(name)
     with pytest.raises(InputError, match=r"a cosine of 1 hidden unit has no direction\. Hint: "):
-        make_head("mlp(1)", 3, 5, 1, 2)
+        head_named("mlp(1)")
     with pytest.raises(InputError, match="a cosine of 1 feature has no direction"):
-        make_head("cosine", 1, 5, 1, 0)
+        head_named("cosine", block_of(1))
     with pytest.raises(InputError, match="there is no goodness None"):
-        make_head(None, 3, 5, 1, 2)
+        head_named(None)
 
 
 def test_neither_the_length_of_the_output_nor_a_constant_counts():
@@ -126,7 +131,7 @@ def test_low_precision_is_computed_in_float32(hidden):
 @pytest.mark.parametrize("goodness", ["cosine", "mlp", "cwc"])
 def test_what_belongs_to_a_convolution_is_refused(goodness, name, value):
     with pytest.raises(InputError, match=f"{name} is {value}, but heads of '{goodness}'"):
-        make_head(goodness, 8, 4, 1, 2, **{name: value})
+        make_head(Options(goodness, **{name: value}), block_of(8, 4, 4), 4)
 
 
 @pytest.mark.parametrize("goodness", ["cosine", "mlp"])

@@ -32,7 +32,6 @@ def transform(
     *,
     goodness: str | GoodnessMaker = "sff",
     kernel_size: int = 1,
-    rank: int | None = None,
     norm: str | NormMaker = "layer",
     recompute: bool = True,
 ) -> fx.GraphModule:
@@ -51,9 +50,7 @@ def transform(
             (README, "Heads"): "mlp", a hidden layer of 128 units over the features of 2 x 2 regions and then a direction for each class,
             "mlp(256, 4)" with 256 units and 4 x 4 regions; "cosine", without the hidden layer, "cosine(4)" of 4 x 4 regions.
             Or a callable of one's own, `(block, num_classes) -> nn.Module`, by the contract in `sffx.learning.heads`.
-        kernel_size: of the auxiliary convolution, odd; with "sff" alone, as is `rank`.
-        rank: of the auxiliary convolutions' weights, as a product of two factors: for many classes, where whole heads cost more than the
-            blocks they stand on. None, the method's own, leaves them whole.
+        kernel_size: of the auxiliary convolution, odd; with "sff" alone.
         norm: "layer", a layer norm without parameters between blocks, or "none", which leaves the model's own function as it was. Or a
             callable of one's own, `(block) -> nn.Module | None`, by the contract in `sffx.learning.norms`.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and activations again in their backward pass
@@ -73,7 +70,7 @@ def transform(
         policy,
         example_input,
         num_classes,
-        Options(goodness, kernel_size, rank, norm),
+        Options(goodness, kernel_size, norm),
         recompute,
     )
     heads = make_heads(blocks, traced.root)
@@ -92,7 +89,6 @@ def plan(
     *,
     goodness: str | GoodnessMaker = "sff",
     kernel_size: int = 1,
-    rank: int | None = None,
     norm: str | NormMaker = "layer",
     recompute: bool = True,
 ) -> BlockPlan:
@@ -102,7 +98,7 @@ def plan(
         policy,
         example_input,
         num_classes,
-        Options(goodness, kernel_size, rank, norm),
+        Options(goodness, kernel_size, norm),
         recompute,
     )[1]
 

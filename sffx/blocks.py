@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from sffx.errors import InputError
-
 from sffx.parts import head_name
 
 MIB = 2**20
@@ -190,14 +189,12 @@ class Options:
             for each class; "mlp", a hidden layer before it; or a callable that makes the heads
             (`sffx.learning.heads`).
         kernel_size: of the auxiliary convolution.
-        rank: of its weight, where that saves anything; None for a whole one.
         norm: after the detach: "layer", "none", or a callable that makes the norms
             (`sffx.learning.norms`).
     """
 
     goodness: str | GoodnessMaker = "sff"
     kernel_size: int = 1
-    rank: int | None = None
     norm: str | NormMaker = "layer"
 
     @property
@@ -210,14 +207,13 @@ class Options:
         return {
             "goodness": option_name(self.goodness),
             "kernel_size": self.kernel_size,
-            "rank": self.rank,
             "norm": option_name(self.norm),
             "custom": self.custom,
         }
 
     def __reduce__(self) -> Any:
         goodness = _pickled(self.goodness)
-        return Options, (goodness, self.kernel_size, self.rank, _pickled(self.norm))
+        return Options, (goodness, self.kernel_size, _pickled(self.norm))
 
     def __copy__(self) -> Options:
         return self

@@ -69,7 +69,7 @@ def recorded(checkpoint: Any) -> Cut | None:
             for name, each in told["inputs"].items()
         }
         heads = (
-            {name: told[name] for name in ("goodness", "kernel_size", "rank")}
+            {name: told[name] for name in ("goodness", "kernel_size")}
             if "goodness" in told
             else None
         )
@@ -208,17 +208,14 @@ def heads_of(state: Mapping[str, Tensor], model: nn.Module, cut: Cut) -> Mapping
             else f"mlp({len(hidden[0])}, {regions})"
         }
     weights = {
-        name: value
-        for name, value in state.items()
-        if re.fullmatch(r"head_\d+\.(weight|basis)", name)
+        name: value for name, value in state.items() if re.fullmatch(r"head_\d+\.weight", name)
     }
     if not weights:
         return {"goodness": "cwc"}
     if "head_0.bias" not in state:
         return {"goodness": f"cosine({_regions(weights.values(), model, cut)})"}
-    bases = [value for name, value in weights.items() if name.endswith("basis")]
     kernels = [value.shape[-1] for value in weights.values() if value.ndim > 2]
-    return {"kernel_size": max(kernels, default=1), "rank": len(bases[0]) if bases else None}
+    return {"kernel_size": max(kernels, default=1)}
 
 
 def _regions(weights: Iterable[Tensor], model: nn.Module, cut: Cut) -> int:

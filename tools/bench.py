@@ -9,7 +9,7 @@ alternating in one run. AdamW, float32, default policy. The ways:
 - checkpoint: backpropagation with `torch.utils.checkpoint` around the same blocks, with the model's own layers;
 - accumulation: backpropagation over as many smaller batches as bring its activations down to those of the local step;
 - deferred: `sff_loss(net(x), y).backward()`; local: `local_loss(net, x, y).backward()`; step: `local_step(net, x, y, optimizer)`;
-- kept: local, with `recompute=False`; rank: local, with heads of rank 64;
+- kept: local, with `recompute=False`;
   mlp: local, with `goodness="mlp"`.
 
 The limit of the multiply-adds is what a block-local step cannot do without: the forward pass, the gradients of the weights, and those of
@@ -82,11 +82,10 @@ WORKLOADS = (
     Workload("mobilenet_v3_large", 224, 10, 64, 32),
     Workload("vit_b_16", 224, 100, 16, 8),
 )
-WAYS = ("BP", "checkpoint", "accumulation", "deferred", "local", "step", "kept", "rank", "mlp")
+WAYS = ("BP", "checkpoint", "accumulation", "deferred", "local", "step", "kept", "mlp")
 PARTS = ("workloads", "depth", "classes", "batch", "overhead", "settings")
 OPTIONS: dict[str, dict[str, Any]] = {
     "kept": {"recompute": False},
-    "rank": {"rank": 64},
     "mlp": {"goodness": "mlp"},
 }
 
@@ -130,9 +129,7 @@ def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
         "accumulation": lambda x, y: F.cross_entropy(module(x), y) / parts,
         "checkpoint": lambda x, y: F.cross_entropy(checkpointed(module, x), y),
         "deferred": lambda x, y: sffx.sff_loss(module(x), y),
-        **dict.fromkeys(
-            ("local", "kept", "rank", "mlp"), lambda x, y: sffx.local_loss(module, x, y)
-        ),
+        **dict.fromkeys(("local", "kept", "mlp"), lambda x, y: sffx.local_loss(module, x, y)),
     }
 
     def step(x: Tensor, y: Tensor) -> None:

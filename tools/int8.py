@@ -25,13 +25,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
-from tools.rank import Residual
 
 WAYS = [
     (per_channel, reduce_range) for per_channel in (True, False) for reduce_range in (True, False)
 ]
 
 Batches = list[tuple[Tensor, Tensor]]
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with BN and a shortcut, (B, C, H, W) to (B, 2C, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * channels),
+            nn.ReLU(),
+        )
+        self.second = nn.Sequential(
+            nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * channels)
+        )
+        self.shortcut = nn.Conv2d(channels, 2 * channels, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
 def network() -> nn.Module:

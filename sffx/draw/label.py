@@ -105,7 +105,7 @@ def meaning(text: str, plan: BlockPlan) -> str:
 
 
 def heads_in_words(options: Options) -> str:
-    """What the heads are: "SFF", "SFF, kernels of 3, rank 64 where it saves", "CwC: groups of channels, no parameters"."""
+    """What the heads are: "SFF", "SFF, kernels of 3", "CwC: groups of channels, no parameters"."""
     if callable(options.goodness):
         return option_name(options.goodness)
     name, numbers = parse_goodness(options.goodness)
@@ -120,8 +120,7 @@ def heads_in_words(options: Options) -> str:
         )
         return kind if regions == REGIONS else f"{kind}, {regions} x {regions} regions"
     kernel = f", kernels of {options.kernel_size}" if options.kernel_size > 1 else ""
-    rank = f", rank {options.rank} where it saves" if options.rank else ""
-    return f"SFF{kernel}{rank}"
+    return f"SFF{kernel}"
 
 
 def blocks_in_words(plan: BlockPlan) -> str:

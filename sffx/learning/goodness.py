@@ -56,12 +56,9 @@ class SFFGoodness(nn.Module):
         spatial: number of axes besides batch and channels; 0 for flat values.
         kernel_size: k of the convolution, odd; its borders are padded with zeros, so that every output has a position for every input.
             Flat values have no space to convolve over: there, k is 1.
-        rank: r of a weight W = U V of two factors, which costs r (C + J) for each position instead of C J. None, or a rank that would
-            save nothing, leaves W whole, as the method has it.
 
     Attributes:
-        weight: (J, C, k, ...), initialised as a `torch.nn` convolution is; with a rank U, (J, r).
-        basis: V, (r, C, k, ...), or None.
+        weight: (J, C, k, ...), initialised as a `torch.nn` convolution is.
         bias: (J,).
     """
 
@@ -72,13 +69,8 @@ class SFFGoodness(nn.Module):
         channel_axis: int = 1,
         spatial: int = 2,
         kernel_size: int = 1,
-        rank: int | None = None,
     ) -> None:
         super().__init__()
-        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            raise InputError(
-                f"rank is {rank!r}. Hint: pass a positive integer, 64 for instance; None leaves the heads whole"
-            )
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(
                 f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default"
@@ -90,23 +82,15 @@ class SFFGoodness(nn.Module):
         self.channel_axis, self.spatial = channel_axis, spatial
         self.kernel_size = kernel_size if spatial else 1
         kernel = (channels, *[self.kernel_size] * max(spatial, 1))
-        if rank is not None and rank * (num_classes + math.prod(kernel)) >= num_classes * math.prod(
-            kernel
-        ):
-            rank = None
-        self.basis = nn.Parameter(torch.empty(rank, *kernel)) if rank is not None else None
-        self.weight = nn.Parameter(torch.empty(num_classes, *(kernel if rank is None else (rank,))))
+        self.weight = nn.Parameter(torch.empty(num_classes, *kernel))
         self.bias = nn.Parameter(torch.empty(num_classes))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as `torch.nn` convolutions do; with a rank, the product of the factors has that variance."""
+        """Initialise as `torch.nn` convolutions do."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        kernel = self.weight[0] if self.basis is None else self.basis[0]
-        bound = 1 / math.sqrt(kernel.numel())
+        bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
-        if self.basis is not None:
-            nn.init.uniform_(self.basis, -math.sqrt(3) * bound, math.sqrt(3) * bound)
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output.
@@ -122,10 +106,6 @@ class SFFGoodness(nn.Module):
                 return token_goodness(
                     self._tokens(wide, mask.bool()), weight.flatten(1), bias, mask.bool()
                 )
-            if self.basis is not None:
-                return pointwise_goodness(
-                    self._reduced(wide, self.basis.to(wide.dtype)), weight, bias
-                )
             if self.kernel_size > 1:
                 return convolved_goodness(wide.movedim(self.channel_axis, 1), weight, bias)
             return pointwise_goodness(_positions(wide, self.channel_axis), weight.flatten(1), bias)
@@ -134,26 +114,14 @@ class SFFGoodness(nn.Module):
         """Return what the weight is applied to at each token, (B, T, C); a kernel reads zeros where the padding is, as beyond the ends."""
         if self.kernel_size > 1:
             y = _zero_padded(y, real)
-        if self.basis is not None:
-            return self._reduced(y, self.basis.to(y.dtype)).mT
         return _windows(y, self.kernel_size) if self.kernel_size > 1 else y
 
-    def _reduced(self, y: Tensor, basis: Tensor) -> Tensor:
-        """Return V y, (B, r, P)."""
-        if self.kernel_size > 1:
-            return _convolution(y.movedim(self.channel_axis, 1), basis, None).flatten(2)
-        positions = _positions(y, self.channel_axis)
-        if positions.mT.is_contiguous():
-            return F.linear(positions.mT, basis.flatten(1)).mT
-        return F.conv1d(positions, basis.flatten(1)[:, :, None])
-
     def extra_repr(self) -> str:
-        classes, channels = (
-            len(self.weight),
-            (self.weight if self.basis is None else self.basis).shape[1],
+        classes, channels = self.weight.shape[:2]
+        return (
+            f"{channels}, {classes}, channel_axis={self.channel_axis}, "
+            f"kernel_size={self.kernel_size}"
         )
-        rank = "" if self.basis is None else f", rank={len(self.basis)}"
-        return f"{channels}, {classes}, channel_axis={self.channel_axis}, kernel_size={self.kernel_size}{rank}"
 
 
 class CwCGoodness(nn.Module):

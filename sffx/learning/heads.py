@@ -34,9 +34,9 @@ HIDDEN = 128  # units of "mlp"
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
 
 
-def _convolution(block: Block, num_classes: int, kernel_size: int = 1, rank: int | None = None):
+def _convolution(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
     shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
-    return SFFGoodness(*shape, kernel_size, rank)
+    return SFFGoodness(*shape, kernel_size)
 
 
 def _channelwise(block: Block, num_classes: int) -> nn.Module:
@@ -112,18 +112,13 @@ def goodness_maker(options: Options) -> GoodnessMaker:
             "own. Hint: pass a callable (block, num_classes) -> nn.Module"
         )
     if goodness == "sff":
-        return partial(_convolution, kernel_size=options.kernel_size, rank=options.rank)
-    if isinstance(goodness, str) or not callable(goodness):
-        maker = _named(goodness)
-    else:
-        maker = goodness
-    for name, default in (("kernel_size", 1), ("rank", None)):
-        value = getattr(options, name)
-        if value != default:
-            raise InputError(
-                f"{name} is {value!r}, but heads of {option_name(goodness)!r} have no convolution. "
-                "Hint: leave it out, or goodness='sff'"
-            )
+        return partial(_convolution, kernel_size=options.kernel_size)
+    maker = goodness if callable(goodness) else _named(goodness)
+    if options.kernel_size != 1:
+        raise InputError(
+            f"kernel_size is {options.kernel_size!r}, but heads of {option_name(goodness)!r} have "
+            "no convolution. Hint: leave it out, or goodness='sff'"
+        )
     return maker
 
 

@@ -154,7 +154,9 @@ class _Search:
     with such bounds is counted and the search repeated, until all blocks of what is found were counted, as they are in it.
     """
 
-    def __init__(self, analysis: Analysis, batch_size: int, options: Options, recompute: bool) -> None:
+    def __init__(
+        self, analysis: Analysis, batch_size: int, options: Options, recompute: bool
+    ) -> None:
         self.analysis, self.batch_size, self.options, self.recompute = (
             analysis,
             batch_size,

@@ -76,7 +76,6 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("options", "arguments"),
     [
         ({"kernel_size": 3, "policy": "stages(2)"}, ["--policy", "stages(2)"]),
-        ({"rank": 2}, []),
         ({"norm": "none", "goodness": "cwc"}, ["--norm", "none"]),
         ({"goodness": "cosine(4)"}, []),
         ({"goodness": "mlp(64)"}, []),
@@ -84,7 +83,6 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ],
     ids=[
         "kernels of 3",
-        "low rank",
         "CwC without norms",
         "cosine of 4 x 4 regions",
         "hidden layer of 64 units",

@@ -79,7 +79,7 @@ def test_the_nodes_read_what_the_traced_graph_says(model):
 
 
 def test_the_heads_are_those_that_the_model_was_cut_with():
-    asked = {"goodness": "sff", "kernel_size": 3, "rank": 2, "norm": "none"}
+    asked = {"goodness": "sff", "kernel_size": 3, "norm": "none"}
     assert sffx.transform(Residual(), example_input=IMAGE, **asked).plan.options == Options(**asked)
     assert sffx.transform(Residual(), example_input=IMAGE, goodness="cwc").plan.options == Options(
         goodness="cwc"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sffx.blocks import BlockPlan, Options, Input, Leaf
+from sffx.blocks import BlockPlan, Input, Leaf, Options
 from sffx.draw.graph import ROWS, dot
 
 Chain = Callable[[int], BlockPlan]
@@ -86,9 +86,9 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
         (Options(norm="batch"), "detach · batch norm", "detached and batch-normed", "10 classes"),
         (Options(norm="other"), "detach · other norm", "detached and normed (other)", "10 classes"),
         (
-            Options(kernel_size=3, rank=16),
+            Options(kernel_size=3),
             "detach · layer norm",
-            "goodness (SFF, kernels of 3, rank 16 where it saves)",
+            "goodness (SFF, kernels of 3)",
             "3×3 kernels",
         ),
         (

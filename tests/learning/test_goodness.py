@@ -243,52 +243,6 @@ def test_the_cheaper_form_is_taken():
     assert pointwise_goodness(tokens, weight, bias).grad_fn.form is ROWS
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel_size", [1, 3])
-def test_a_head_of_low_rank_is_the_head_of_the_product_of_its_factors(layout, kernel_size):
-    shape, axis = LAYOUTS[layout]
-    head = SFFGoodness(
-        6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size, rank=2
-    ).double()
-    full = SFFGoodness(
-        6, 30, channel_axis=axis, spatial=len(shape) - 1, kernel_size=kernel_size
-    ).double()
-    full.load_state_dict(
-        {"weight": torch.einsum("jr,rc...->jc...", head.weight, head.basis), "bias": head.bias}
-    )
-    y = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(head(y), full(y))
-    upstream = torch.randn(4, 30, dtype=torch.float64)
-    dy, dw = torch.autograd.grad(full(y), [y, full.weight], upstream)
-    expected = (
-        dy,
-        torch.einsum("jc...,rc...->jr", dw, head.basis),
-        torch.einsum("jr,jc...->rc...", head.weight, dw),
-    )
-    for a, b in zip(
-        torch.autograd.grad(head(y), [y, head.weight, head.basis], upstream), expected, strict=True
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_rank_that_would_save_nothing_is_not_used():
-    assert SFFGoodness(64, 10, rank=10).basis is None
-    assert SFFGoodness(64, 10, rank=8).basis.shape == (8, 64, 1, 1)
-
-
-def test_a_head_of_low_rank_starts_with_weights_of_the_usual_size():
-    torch.manual_seed(0)
-    low, full = SFFGoodness(256, 1000, rank=32), SFFGoodness(256, 1000)
-    product = torch.einsum("jr,rc...->jc...", low.weight, low.basis)
-    torch.testing.assert_close(product.std(), full.weight.std(), rtol=0.05, atol=0)
-
-
-@pytest.mark.parametrize("rank", [0, -1, 1.5, "8", True])
-def test_ranks_that_cannot_be(rank):
-    with pytest.raises(InputError, match="Hint: pass a positive integer"):
-        SFFGoodness(4, 2, rank=rank)
-
-
 @pytest.mark.parametrize("kernel_size", [0, 2, -1, 1.5, "3"])
 def test_kernels_that_cannot_be(kernel_size):
     with pytest.raises(InputError, match="Hint: pass an odd positive integer"):
@@ -341,19 +295,14 @@ def alone(head: nn.Module, y: Tensor, mask: Tensor) -> Tensor:
         return torch.cat(
             [head(sample[real.bool()][None]) for sample, real in zip(y, mask, strict=True)]
         )
-    weight = (
-        head.weight if head.basis is None else torch.einsum("jr,rck->jck", head.weight, head.basis)
-    )
-    z = F.conv1d((y * mask[:, :, None]).mT, weight, head.bias, padding=head.kernel_size // 2)
+    z = F.conv1d((y * mask[:, :, None]).mT, head.weight, head.bias, padding=head.kernel_size // 2)
     return (z.square() * mask[:, None]).sum(2) / mask.sum(1, keepdim=True)
 
 
 HEADS = {
     "rows": lambda: SFFGoodness(6, 4, channel_axis=2, spatial=1),
     "moment": lambda: SFFGoodness(6, 200, channel_axis=2, spatial=1),
-    "rank": lambda: SFFGoodness(6, 30, channel_axis=2, spatial=1, rank=2),
     "kernel": lambda: SFFGoodness(6, 4, channel_axis=2, spatial=1, kernel_size=3),
-    "kernel and rank": lambda: SFFGoodness(6, 30, channel_axis=2, spatial=1, kernel_size=3, rank=2),
     "cwc": lambda: CwCGoodness(6, 4, channel_axis=2),
 }
 

@@ -227,7 +227,11 @@ def test_steps_of_a_parked_model_are_those_of_any_other_to_the_bit(name, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"goodness": "cwc"}, {"goodness": "mlp"}, {"rank": 2, "policy": "residual", "norm": "none"}],
+    [
+        {"goodness": "cwc"},
+        {"goodness": "mlp"},
+        {"kernel_size": 3, "policy": "residual", "norm": "none"},
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("at_once")

@@ -48,7 +48,6 @@ def test_heads_and_norms_read_the_mask():
         {"goodness": "cwc"},
         {"goodness": "mlp"},
         {"kernel_size": 3},
-        {"rank": 1},
     ],
 )
 def test_padding_changes_neither_scores_nor_gradients(options):

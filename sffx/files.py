@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all: written in a folder beside their place, then renamed into it."""
+"""Files that appear whole or not at all: they are written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,51 +13,179 @@ from pathlib import Path
 from sffx.errors import ExportError, InputError
 
 
-def target_file(path: Path, example: str) -> Path:
-    """Return the file that `path` names, through symbolic links: the rename must replace the file, not the link to it.
-
-    Args:
-        path: as the caller gave it.
-        example: a file name for the hint, such as "net.onnx".
+def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Replace a file as a whole, as `writing` does.
 
     Raises:
-        InputError: `path` is a directory, or lies in one that does not exist.
+        InputError: `path` cannot be written to.
+        ExportError: the file system failed while the file was written.
     """
-    target = path.resolve()
-    if target.is_dir():
-        raise InputError(
-            f"{str(path)!r} is a directory. Hint: name the file, as in {str(path / example)!r}"
-        )
-    require_directory(target.parent)
-    return target
-
-
-def require_directory(directory: Path) -> None:
-    """Raise an InputError if there is no such directory."""
-    if not directory.is_dir():
-        raise InputError(f"the directory {str(directory)!r} does not exist. Hint: create it first")
+    with writing(path) as draft:
+        draft.write_bytes(content)
 
 
 @contextmanager
-def draft_beside(target: Path, name: str) -> Iterator[Path]:
-    """Yield a file of that name in a temporary folder beside the target, so that one rename, which is atomic, can put it in place.
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a draft, which replaces the file at `path` when the block ends.
 
-    A folder, not a temporary file, because the file in it then gets the permissions that any new file gets.
+    A reader finds the old file or the new one, never a part of it. If the block raises, the draft
+    is removed and the old file stays as it was. The new file keeps the mode of the old one.
+
+    If `path` is a symbolic link, the file behind it is replaced, not the link. A device or a named
+    pipe, such as /dev/stdout, is never replaced: the finished draft is copied into it.
+
+        with writing("run.pt") as draft, draft.open("wb") as file:
+            torch.save(content, file)
+
+    Args:
+        path: of the file; its directory must exist.
+
+    Yields:
+        the path to write to. It has the name of the file and lies in a new, empty folder, so other
+        temporary files may lie beside it.
 
     Raises:
-        InputError: the target's directory cannot be written to.
+        InputError: `path` is a directory, or its directory does not exist or cannot be written to.
         ExportError: the file system failed while the file was written.
     """
+    path = Path(path)
+    old = _status(path)
+    if old is not None and stat.S_ISDIR(old.st_mode):
+        raise InputError(
+            f"cannot write to {str(path)!r}: it is a directory. Hint: name a file in it"
+        )
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        with _drafts(path, Path(tempfile.gettempdir())) as folder:
+            yield folder / path.name
+            _copy(folder / path.name, path)
+        return
+    # Through symbolic links, because a rename onto a link replaces the link.
+    target = Path(os.path.realpath(path))
+    with _drafts(path, target.parent) as folder:
+        yield folder / path.name
+        _sync(folder / path.name)
+        _keep_mode(folder / path.name, old)
+        os.replace(folder / path.name, target)
+
+
+@contextmanager
+def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder, which replaces the folder at `path` when the block ends.
+
+    If the block raises, the new folder is removed and the old one stays as it was.
+
+    Args:
+        path: of the folder; its parent must exist, and the old folder must be one to replace.
+
+    Raises:
+        InputError: `path` is a file, or its parent does not exist or cannot be written to.
+        ExportError: the file system failed while the folder was written.
+    """
+    path = Path(path)
+    old = _status(path)
+    if old is not None and not stat.S_ISDIR(old.st_mode):
+        raise InputError(f"cannot write to {str(path)!r}: it is a file. Hint: name a folder")
+    target = Path(os.path.realpath(path))
+    with _drafts(path, target.parent) as folder:
+        new = folder / "new"
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _keep_mode(new, old)
+        _exchange(new, target, folder / "old")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return what lies at the path, through symbolic links, or None.
+
+    Raises:
+        InputError: there can be nothing at the path.
+    """
     try:
-        folder = tempfile.TemporaryDirectory(prefix=".sffx-", dir=target.parent)
+        return path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot write to {str(path)!r}: {reason}. Hint: choose another path"
+        ) from error
+
+
+@contextmanager
+def _drafts(path: Path, directory: Path) -> Iterator[Path]:
+    """Yield a temporary folder for what will lie at `path`.
+
+    It is in the directory of `path`, because a rename works within one file system only. It is a
+    folder, because a file in it gets the permissions that any new file gets.
+    """
+    if not directory.is_dir():
+        raise InputError(
+            f"cannot write to {str(path)!r}: the directory {str(directory)!r} does not exist. "
+            "Hint: create it first"
+        )
+    try:
+        place = tempfile.TemporaryDirectory(
+            prefix=".sffx-", dir=directory, ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise InputError(
-            f"cannot write to the directory {str(target.parent)!r}: {error.strerror}. Hint: choose another path"
+            f"cannot write to the directory {str(directory)!r}: {error.strerror}. "
+            "Hint: choose another path"
         ) from error
-    with folder as place:
+    with place as name:
+        folder = Path(name)
         try:
-            yield Path(place) / name
-        except OSError as error:
+            yield folder
+        except (OSError, RuntimeError) as error:
+            failure = _failure_in(error, folder, path)
+            if failure is None:
+                raise
             raise ExportError(
-                f"cannot write {str(target)!r}: {error.strerror or error}. Hint: is the disk full?"
+                f"cannot write {str(path)!r}: {failure.strerror or failure}. "
+                "Hint: is the disk full?"
             ) from error
+
+
+def _failure_in(error: BaseException, folder: Path, path: Path) -> OSError | None:
+    """Return the failure of the file system behind an error, None if it is about another file."""
+    # torch.save to an open file turns a full disk into a RuntimeError that does not say so.
+    failure = error if isinstance(error, OSError) else error.__context__
+    if not isinstance(failure, OSError):
+        return None
+    if not isinstance(failure.filename, str):
+        return failure  # a failed write does not name its file
+    named = Path(failure.filename)
+    return failure if named == path or folder in named.parents else None
+
+
+def _sync(file: Path) -> None:
+    """Wait until the content is on the disk, so that no crash leaves an empty file after a rename."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _keep_mode(new: Path, old: os.stat_result | None) -> None:
+    if old is not None:
+        new.chmod(stat.S_IMODE(old.st_mode))
+
+
+def _copy(draft: Path, device: Path) -> None:
+    with draft.open("rb") as source, device.open("wb") as sink:
+        shutil.copyfileobj(source, sink)
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Put the new folder in the place of the target, and move the target aside to `old`."""
+    # A rename cannot replace a folder with files in it.
+    existed = target.exists()
+    if existed:
+        os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if existed:
+            os.replace(old, target)
+        raise

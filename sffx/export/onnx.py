@@ -30,7 +30,7 @@ from sffx.export.prepare import (
     traced,
     trial_inputs,
 )
-from sffx.files import draft_beside, target_file
+from sffx.files import writing
 from sffx.net import plan_of
 
 if TYPE_CHECKING:
@@ -93,15 +93,13 @@ def export_onnx(
     told = metadata(plan, readout, class_names, mean, std)
     outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)
-    target = target_file(Path(path), "net.onnx")
-    require_packages()
-    with draft_beside(target, "net.onnx") as draft, torch.no_grad():
+    with writing(path) as draft, torch.no_grad():
+        require_packages()
         model = inference_copy(net, readout)
         program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = told
         save_program(program, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
-        os.replace(draft, target)
     return Path(path)
 
 

@@ -25,7 +25,7 @@ from sffx.export.prepare import (
     traced,
     trial_inputs,
 )
-from sffx.files import draft_beside, target_file
+from sffx.files import writing
 from sffx.net import plan_of
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
@@ -73,15 +73,13 @@ def export_program(
     readout = chosen_readout(net, readout)
     told = metadata(plan, readout, class_names, mean, std)
     require_image(plan.inputs, dynamic_size=dynamic_size)
-    target = target_file(Path(path), "net.pt2")
-    with draft_beside(target, "net.pt2") as draft, torch.no_grad():
+    with writing(path) as draft, torch.no_grad():
         model = inference_copy(net, readout)
         program = traced(
             lambda examples, axes: _program(model, examples, axes), model, plan.inputs, dynamic_size
         )
         _save(program, told, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
-        os.replace(draft, target)
     return Path(path)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.export.onnx import open_session, require_packages, taken_by
-from sffx.files import draft_beside, target_file
+from sffx.files import writing
 from sffx.learning.losses import check_labels, check_pair
 
 if TYPE_CHECKING:
@@ -106,13 +106,12 @@ def quantize_onnx(
     """
     require_packages()
     before = _source_session(Path(source))
-    place = target_file(Path(target), "net.int8.onnx")
-    if place == Path(source).resolve():
+    if Path(target).resolve() == Path(source).resolve():
         raise InputError(
             f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx"
         )
-    tests = _tried_out(before, test_loader) if test_loader is not None else None
-    with draft_beside(place, "net.onnx") as draft:
+    with writing(target) as draft:
+        tests = _tried_out(before, test_loader) if test_loader is not None else None
         try:
             _quantize(
                 Path(source),
@@ -130,7 +129,6 @@ def quantize_onnx(
             ) from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
         tested = _compared(before, open_session(draft), tests) if tests is not None else ()
-        os.replace(draft, place)
     return Quantization(Path(target), *sizes, *tested)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from sffx.export.explain import first_line
 from sffx.export.onnx import open_session, require_packages, save_program, taken_by, traced_program
 from sffx.export.parity import require_parity
 from sffx.export.prepare import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, random_inputs
-from sffx.files import draft_beside, require_directory
+from sffx.files import writing_folder
 from sffx.net import plan_of
 
 if TYPE_CHECKING:
@@ -62,15 +61,12 @@ def export_early_exit(
         ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond `tolerance`.
     """
     plan_of(net)
-    target = _folder(Path(folder))
-    require_packages()
-    with draft_beside(target, "draft") as draft, torch.no_grad():
+    _require_replaceable(Path(folder))
+    with writing_folder(folder) as new, torch.no_grad():
+        require_packages()
         runner = EarlyExit(inference_copy(net, "ensemble"), threshold)
-        new = draft.with_name("new")
-        new.mkdir()
         _write(runner, new, opset)
         _verify(EarlyExit.load(new, NEVER), runner, tolerance)
-        _replace(target, new, draft.with_name("old"))
     return Path(folder)
 
 
@@ -103,20 +99,16 @@ def load_stages(folder: Path) -> tuple[tuple[Stage, ...], tuple[Input, ...], fro
     return stages, inputs, batched, threshold
 
 
-def _folder(path: Path) -> Path:
-    target = path.resolve()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{str(path)!r} is a file. Hint: name a folder")
-    if (
-        foreign := sorted({each.name for each in target.iterdir()} - _exported(target))
-        if target.is_dir()
-        else []
-    ):
+def _require_replaceable(folder: Path) -> None:
+    """Raise an InputError if the folder holds something else than an early exit."""
+    if not folder.is_dir():
+        return
+    foreign = sorted({each.name for each in folder.iterdir()} - _exported(folder))
+    if foreign:
         raise InputError(
-            f"the folder {str(path)!r} holds something else than an early exit: {', '.join(foreign[:3])}. Hint: name a new folder"
+            f"the folder {str(folder)!r} holds something else than an early exit: "
+            f"{', '.join(foreign[:3])}. Hint: name a new folder"
         )
-    require_directory(target.parent)
-    return target
 
 
 def _exported(folder: Path) -> set[str]:
@@ -182,20 +174,6 @@ def _verify(written: EarlyExit, runner: EarlyExit, tolerance: float) -> None:
         expected, found = runner.cumulative(x), written.cumulative(x)
         for stage, wanted, got in zip(runner.stages, expected, found, strict=True):
             require_parity(got, wanted, tolerance, f"after {stage.name} at batch size {batch}")
-
-
-def _replace(target: Path, new: Path, old: Path) -> None:
-    """Put the new folder in the place of the old one, or leave the old one there."""
-    existed = target.exists()
-    if existed:
-        os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        if existed:
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _open(path: Path) -> InferenceSession:

@@ -722,7 +722,7 @@ def test_missing_directory_is_refused(net: fx.GraphModule, tmp_path: Path) -> No
 
 def test_directory_as_path_is_refused(net: fx.GraphModule, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"is a directory\. Hint: name the file, as in '.*net\.onnx'"
+        InputError, match=r"cannot write to '.*': it is a directory\. Hint: name a file in it"
     ):
         export_onnx(net, tmp_path)
 

@@ -1,4 +1,7 @@
-"""The errors of sffx: one root and a few subclasses, each saying what was wrong and what to do about it."""
+"""The errors of sffx: one root and six kinds, and the pieces that their messages share.
+
+Every message says what was wrong, with the value, and then "Hint: " and what to do about it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+
+# Children of a detector or a segmentation network that see the image first bear one of these words.
+_BACKBONE_WORDS = ("backbone", "encoder", "features", "body")
 
 
 class SffxError(Exception):
@@ -23,15 +29,15 @@ class TraceError(SffxError):
 
 
 class CutError(SffxError, ValueError):
-    """A cut was asked for where none can be made, or the model has no place for one."""
+    """The model cannot be cut there, or has no place for a cut at all."""
 
 
 class VerifyError(SffxError):
-    """The cut model breaks a promise of the method; this is a bug in sffx or in a custom policy."""
+    """The cut model breaks a promise of the method: a bug in sffx or in a custom policy."""
 
 
 class ExportError(SffxError):
-    """The model could not be exported, or the export disagrees with torch; no file was replaced."""
+    """A file could not be made or written, or disagrees with torch. An older file stays."""
 
 
 class MissingExtra(SffxError, ImportError):
@@ -39,44 +45,48 @@ class MissingExtra(SffxError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed. Hint: pip install 'sffx[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Hint: pip install 'sffx[{extra}]'"
         )
 
 
-_VISION = ("backbone", "encoder", "features", "body")
-
-
 def location(failure: BaseException) -> str:
-    """Name the line of the model's code in which something failed."""
-    frames = [
-        f
-        for f in traceback.extract_tb(failure.__traceback__)
-        if "/torch/" not in f.filename and "sffx/compiler/" not in f.filename
-    ]
-    return (
-        f"{frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}" if frames else "in torch"
-    )
+    """Return the line of the model's code in which something failed, as "file:line, in function"."""
+    place = "in torch"
+    for frame in traceback.extract_tb(failure.__traceback__):
+        if "/torch/" in frame.filename or "sffx/compiler/" in frame.filename:
+            continue
+        place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return place
 
 
 def in_brief(names: Sequence[str], most: int) -> str:
-    """Write the first names of a list, and how many there are besides."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """Return the first names of a list, and the number of the others: "a, b and 7 more"."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
 def way_out(model: nn.Module) -> str:
-    """Say what to do with a detector, a segmentation network or the like: train the part of it that sees the input as a classifier."""
+    """Return the hint for a model that is no classifier, such as a detector: cut its backbone."""
+    backbone = _backbone(model)
+    part = ""
+    if backbone:
+        kind = type(model.get_submodule(backbone)).__name__
+        part = f" (here self.{backbone}, a {kind})"
+    return (
+        f"Hint: sffx cuts classifiers. Of a detector or the like, transform the backbone{part} "
+        "with a pool and a linear layer behind it, then put the trained layers back"
+    )
+
+
+def _backbone(model: nn.Module) -> str:
+    """Return the name of the child that most likely sees the input first, "" if none has weights."""
     names = [
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
-    backbone = next(
-        (name for name in names if any(word in name for word in _VISION)), names[0] if names else ""
-    )
-    part = (
-        f" (here self.{backbone}, a {type(model.get_submodule(backbone)).__name__})"
-        if backbone
-        else ""
-    )
-    return (
-        f"Hint: sffx cuts classifiers. Of a detector or the like, transform the backbone{part} with a pool and a linear layer behind it, "
-        "then put the trained layers back"
-    )
+    for name in names:
+        if any(word in name for word in _BACKBONE_WORDS):
+            return name
+    return names[0] if names else ""

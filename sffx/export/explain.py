@@ -1,4 +1,4 @@
-"""What stopped an exporter, in one line: the operator, the fx node and the module of the original model, and what to do."""
+"""Why an exporter stopped, in one line: operator, fx node, module of the original model, remedy."""
 
 from __future__ import annotations
 
@@ -10,99 +10,142 @@ from types import FrameType
 
 from torch import fx, nn
 
-# Generated forwards of graph modules; a line in one is `name = ...`, with the name of its node.
+# The file name of a graph module's generated forward. A line in it is `name = ...`, where `name`
+# is that of its node.
 GENERATED = "<eval_with_key>"
 ASSIGNMENT = re.compile(r"\s*(\w+)(?: *:[^=]*)? = ")
 GENERATED_LINE = re.compile(rf'File "{GENERATED}[^"]*", line \d+, in forward\n{ASSIGNMENT.pattern}')
 
+NO_ONNX_FORM = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+TRANSLATING = re.compile(r"Error when translating node %(\w+)")
+EXECUTING = re.compile(r"While executing %(\w+)")
+
+OPERATOR_HINT = (
+    "Hint: write this module with other operators, "
+    "or use sffx.export_program, which keeps every operator"
+)
+MODEL_HINT = (
+    "Hint: the model must run at any batch size, without Python branches on the values of tensors"
+)
+
 
 def explanation(error: Exception, model: nn.Module) -> str:
-    """Say in one line what stopped the exporter.
+    """Return one line about why the exporter stopped.
 
     Args:
-        error: that it raised.
-        model: that it was given.
+        error: the exporter's.
+        model: that was exported.
     """
-    chain = _chain(error)
+    chain = _causes(error)
     text = "\n".join(map(str, chain))
     place = _place(chain, text, model)
-    if operator := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
-        hint = "Hint: write this module with other operators, or use sffx.export_program, which keeps every operator"
-        return (
-            f"the operator {operator[1]!r}{f' ({place})' if place else ''} has no ONNX form. {hint}"
-        )
-    hint = "Hint: the model must run at any batch size, without Python branches on the values of tensors"
-    return f"the model cannot be exported{f' ({place})' if place else ''}: {first_line(chain[-1])}. {hint}"
+    where = f" ({place})" if place else ""
+    operator = NO_ONNX_FORM.search(text)
+    if operator:
+        return f"the operator {operator[1]!r}{where} has no ONNX form. {OPERATOR_HINT}"
+    return f"the model cannot be exported{where}: {first_line(chain[-1])}. {MODEL_HINT}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error's message, with the second where the first only announces it."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    if first.startswith("Constraints violated") and rest:
-        first = rest[0].strip(" -")
-    return (f"{first} {rest[0].strip(' -')}" if first.endswith(":") and rest else first).rstrip(
-        ".:"
-    )
+    """Return the first line of an error's message without its full stop.
+
+    Where that line only announces the second one, return both, or the second alone.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    line = lines[0]
+    second = lines[1].strip(" -") if len(lines) > 1 else ""
+    if second and line.startswith("Constraints violated"):
+        line = second
+    if second and line.endswith(":"):
+        line = f"{line} {second}"
+    return line.rstrip(".:")
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def _causes(error: BaseException) -> list[BaseException]:
     """Return the error, its cause, the cause of that, and so on."""
-    return [error, *_chain(error.__cause__)] if error.__cause__ else [error]
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return chain
 
 
 def _place(chain: list[BaseException], text: str, model: nn.Module) -> str:
-    """Return the fx node and the module where the exporter stopped, "" where that is not known."""
-    translated = re.search(r"Error when translating node %(\w+)", text)
+    """Return the fx node and the module where the exporter stopped, "" if that is unknown."""
+    translated = TRANSLATING.search(text)
     if translated:
-        return _place_of(_exported_node(chain, translated[1]), translated[1], model)
-    executed = re.search(r"While executing %(\w+)", text)
-    name = _running(chain) or (executed[1] if executed else "")
+        name = translated[1]
+        return _place_of_exported(_exported_node(chain, name), name, model)
+    name = _running_node(chain)
+    executed = EXECUTING.search(text)
+    if not name and executed:
+        name = executed[1]
     module = _owner(model, name)
     return f"node {name!r} in module {module!r}" if module else ""
 
 
-def _place_of(node: fx.Node | None, name: str, model: nn.Module) -> str:
-    """Return the place that a node of the exporter's own graph stands for: in the model's graphs, or in a module that was not traced."""
-    meta = node.meta if node is not None else {}
-    for line in reversed(GENERATED_LINE.findall(str(meta.get("stack_trace")))):
-        if module := _owner(model, line):
+def _place_of_exported(node: fx.Node | None, name: str, model: nn.Module) -> str:
+    """Return the place in the model that a node of the exporter's own graph was made for."""
+    if node is None:
+        return f"node {name!r}"
+    for line in reversed(GENERATED_LINE.findall(str(node.meta.get("stack_trace")))):
+        module = _owner(model, line)
+        if module:
             return f"node {line!r} in module {module!r}"
-    modules = [path for path, _ in meta.get("nn_module_stack", {}).values() if path]
+    # The node lies in a module that the trace of sffx did not look into.
+    modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
     return f"node {name!r} in module {modules[-1]!r}" if modules else f"node {name!r}"
 
 
 def _exported_node(chain: list[BaseException], name: str) -> fx.Node | None:
-    """Return the node of the exporter's graph that it names in its message; it is in the hands of the functions that raised."""
-    held = (value for frame, _ in _frames(chain) for value in frame.f_locals.values())
-    return next(
-        (value for value in held if isinstance(value, fx.Node) and value.name == name), None
-    )
+    """Return the node of the exporter's graph that its message names.
+
+    The error does not carry the graph. The functions that raised it hold the node as a variable.
+    """
+    for frame, _ in _frames(chain):
+        for value in frame.f_locals.values():
+            if isinstance(value, fx.Node) and value.name == name:
+                return value
+    return None
 
 
-def _running(chain: list[BaseException]) -> str:
-    """Return the name of the model's innermost node that ran when the error was raised, "" where none did."""
-    places = [(frame.f_code.co_filename, line) for frame, line in _frames(chain)]
-    lines = [linecache.getline(file, line) for file, line in places if file.startswith(GENERATED)]
-    found = [match[1] for match in map(ASSIGNMENT.match, lines) if match]
-    return found[-1] if found else ""
+def _running_node(chain: list[BaseException]) -> str:
+    """Return the name of the model's innermost node that ran when the error was raised, or ""."""
+    name = ""
+    for frame, line in _frames(chain):
+        file = frame.f_code.co_filename
+        if not file.startswith(GENERATED):
+            continue
+        assignment = ASSIGNMENT.match(linecache.getline(file, line))
+        if assignment:
+            name = assignment[1]
+    return name
 
 
 def _frames(chain: list[BaseException]) -> Iterator[tuple[FrameType, int]]:
-    return (place for error in chain for place in traceback.walk_tb(error.__traceback__))
+    """Yield the frames of all errors, each from the outside in, with the line that ran."""
+    for error in chain:
+        yield from traceback.walk_tb(error.__traceback__)
 
 
 def _owner(model: nn.Module, name: str) -> str:
-    """Return the qualname, in the original model, of the module that a node lies in, "" where there is no such node."""
-    graphs = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, fx.GraphModule)
-    ]
-    for path, module in reversed(graphs):  # the innermost graph decides
+    """Return the qualname, in the original model, of the module that a node lies in, or ""."""
+    graphs = []
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            graphs.append((path, module))
+    # Several graphs may have a node of that name; the innermost decides.
+    for path, module in reversed(graphs):
         for node in module.graph.nodes:
             if node.name == name and node.op != "placeholder":
-                stack = [owner for owner, _ in node.meta.get("nn_module_stack", {}).values()]
-                return (
-                    str(node.target) if node.op == "call_module" else stack[-1] if stack else path
-                )
+                return _module_of(node, path)
     return ""
+
+
+def _module_of(node: fx.Node, graph: str) -> str:
+    """Return the qualname of the module that a node lies in, given the qualname of its graph."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = [owner for owner, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else graph

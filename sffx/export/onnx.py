@@ -212,7 +212,8 @@ def save_program(program: ONNXProgram, draft: Path) -> None:
     for node in ir.traversal.RecursiveGraphIterator(program.model.graph):
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     # Not program.save: above 1.5 GiB it writes a second file, asked or not, which the rename would leave behind.
-    onnx.save(program.model_proto, draft)
+    # The format is named, because onnx.save guesses another one from suffixes such as .json.
+    onnx.save(program.model_proto, draft, format="protobuf")
 
 
 def _verify(

@@ -1,4 +1,4 @@
-"""Whether an exported file says what torch says."""
+"""The check that an exported file gives the scores that torch gives."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from torch import Tensor
 from sffx.errors import ExportError
 
 TOLERANCE_HINT = "Hint: pass a larger tolerance if this much is acceptable"
-# Of models that compute with height and width in Python (windows, padding), an exporter keeps what they were when it traced.
-OPEN_SIZE_HINT = "Hint: leave dynamic_size out, since the model seems not to allow other sizes; if this much is acceptable, pass a larger tolerance"
+# An exporter keeps the height and width that it traced where a model computes with them in Python,
+# as it does for windows and padding.
+OPEN_SIZE_HINT = (
+    "Hint: leave dynamic_size out, since the model seems not to allow other sizes; "
+    "if this much is acceptable, pass a larger tolerance"
+)
 
 Scores = Tensor | tuple[Tensor, ...]
 
@@ -23,32 +27,38 @@ def require_parity(
     *,
     dynamic_size: bool = False,
 ) -> None:
-    """Raise an ExportError if an engine's scores differ from torch's by more than is tolerated; `place` says of what they are."""
+    """Raise an ExportError if an engine's scores differ from torch's by more than the tolerance.
+
+    Args:
+        scores: of the engine, (B, J); a tuple of them where a file has several outputs.
+        expected: torch's scores for the same input.
+        tolerance: the largest relative error allowed, max|a - b| / max|b|.
+        place: for the message: the input on which they were compared, as "at batch size 3".
+        engine: for the message: what ran the file.
+        dynamic_size: whether the file's height and width are open, which changes the hint.
+    """
     hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
-    for found, wanted in zip(_each(scores), _each(expected), strict=True):
-        _require_equal(found, wanted, tolerance, place, hint, engine)
-
-
-def _each(scores: Scores) -> tuple[Tensor, ...]:
-    return (scores,) if isinstance(scores, Tensor) else tuple(scores)
-
-
-def _require_equal(
-    scores: Tensor, expected: Tensor, tolerance: float, place: str, hint: str, engine: str
-) -> None:
-    if scores.shape != expected.shape:
-        raise ExportError(
-            f"{engine} returns scores of shape {tuple(scores.shape)}, torch of shape {tuple(expected.shape)}"
-        )
-    error = relative_error(scores, expected)
-    # Not `error > tolerance`: a NaN must be refused too.
-    if not error <= tolerance:
-        raise ExportError(
-            f"{engine} and torch differ by a relative error of {error:.3g} {place}; the tolerance is {tolerance:g}. {hint}"
-        )
+    for actual, wanted in zip(_as_tuple(scores), _as_tuple(expected), strict=True):
+        # Before the error, because tensors of other shapes may agree by broadcasting.
+        if actual.shape != wanted.shape:
+            raise ExportError(
+                f"{engine} returns scores of shape {tuple(actual.shape)}, "
+                f"torch of shape {tuple(wanted.shape)}"
+            )
+        error = relative_error(actual, wanted)
+        # Not `error > tolerance`: a NaN must be refused too.
+        if not error <= tolerance:
+            raise ExportError(
+                f"{engine} and torch differ by a relative error of {error:.3g} {place}; "
+                f"the tolerance is {tolerance:g}. {hint}"
+            )
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:
     """Return max|a - b| / max|b|."""
     scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float((scores.double() - expected.double()).abs().max() / scale.double())
+
+
+def _as_tuple(scores: Scores) -> tuple[Tensor, ...]:
+    return (scores,) if isinstance(scores, Tensor) else tuple(scores)

@@ -110,7 +110,9 @@ def quantize_onnx(
         raise InputError(
             f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx"
         )
-    with writing(target) as draft:
+    with writing(target) as file:
+        # ONNX Runtime would write another format for suffixes such as .json.
+        draft = file.with_name("quantised.onnx")
         tests = _tried_out(before, test_loader) if test_loader is not None else None
         try:
             _quantize(
@@ -129,6 +131,7 @@ def quantize_onnx(
             ) from error
         sizes = Path(source).stat().st_size, draft.stat().st_size
         tested = _compared(before, open_session(draft), tests) if tests is not None else ()
+        draft.rename(file)
     return Quantization(Path(target), *sizes, *tested)
 
 

@@ -688,7 +688,7 @@ def test_failing_rename_leaves_the_old_file(
 def test_full_disk_leaves_the_old_file(
     net: fx.GraphModule, old_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: object, path: Path) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

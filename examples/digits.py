@@ -1,6 +1,6 @@
 """Handwritten digits: train two networks block by block (SFF) and by backpropagation (BP) on the same batches, and compare.
 
-    python examples/digits.py --out sffx-demo
+    python -m examples.digits --out sffx-demo
 
 Takes two to three minutes and needs `pip install 'sffx[demo]'`. The images come with scikit-learn: 1,797 of 8 x 8 pixels.
 """

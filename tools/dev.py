@@ -1,9 +1,11 @@
 """Set up a virtual environment beside this repository's files and run a task in it.
 
-    python3 tools/dev.py demo    # the main job: examples/digits.py
+    python3 tools/dev.py demo    # train, compare, export and draw: examples/digits.py
     python3 tools/dev.py test    # ruff, mypy and the tests
+    python3 tools/dev.py docs    # the API reference, as HTML in build/docs
 
-Needs only Python 3.10 or later and a network. The environment is `.venv`; what is in it is brought up to date when pyproject.toml changes.
+Needs Python 3.10 or later and a network, nothing else. The environment is `.venv`. It is brought
+up to date when pyproject.toml changes. Further arguments go to the last command of the task.
 """
 
 from __future__ import annotations
@@ -13,13 +15,35 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+# The modules of the API reference: the public names, then modules with names of their own.
+DOCUMENTED = [
+    "sffx",
+    "sffx.lightning",
+    "sffx.memory.count",
+    "sffx.draw.render",
+    "sffx.draw.compare",
+    "sffx.plots.results",
+    "sffx.plots.history",
+    "sffx.plots.scores",
+]
+
+
+class Task(NamedTuple):
+    """The extra of pyproject.toml that a task needs, and its commands, all run by Python."""
+
+    extra: str
+    commands: list[list[str]]
+
+
 TASKS = {
-    "demo": ("demo", [["examples/digits.py"]]),
-    "test": (
+    "demo": Task("demo", [["-m", "examples.digits"]]),
+    "test": Task(
         "dev",
         [
             ["-m", "ruff", "check"],
@@ -27,6 +51,10 @@ TASKS = {
             ["-m", "mypy"],
             ["-m", "pytest", "-n", "2", "--dist", "loadfile"],
         ],
+    ),
+    "docs": Task(
+        "docs",
+        [["-m", "pdoc", "--docformat", "google", "--output-directory", "build/docs", *DOCUMENTED]],
     ),
 }
 
@@ -40,43 +68,43 @@ def install(extra: str) -> None:
     if not PYTHON.exists():
         print(f"making {ENVIRONMENT} …", flush=True)
         venv.create(ENVIRONMENT, with_pip=True)
-    if subprocess.run(
-        [PYTHON, "-m", "pip", "--version"], capture_output=True, check=False
-    ).returncode:
-        subprocess.run([PYTHON, "-m", "ensurepip"], check=True)  # its making was interrupted
-    print(
-        f"installing sffx[{extra}]; PyTorch is large, so this may take some minutes …", flush=True
-    )
-    subprocess.run(
-        [
-            PYTHON,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--editable",
-            f".[{extra}]",
-        ],
-        cwd=ROOT,
-        check=True,
-    )
+    if not has_pip():  # an earlier run was interrupted while it made the environment
+        run("-m", "ensurepip")
+    print(f"installing sffx[{extra}]; PyTorch is large, this may take minutes …", flush=True)
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    run("-m", "pip", "install", *quiet, "--editable", f".[{extra}]")
     stamp.write_bytes(wanted)
 
 
+def has_pip() -> bool:
+    asked = subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False)
+    return asked.returncode == 0
+
+
+def run(*arguments: str) -> None:
+    """Run the environment's Python in the root of the repository.
+
+    Raises:
+        subprocess.CalledProcessError: the command fails.
+    """
+    subprocess.run([PYTHON, *arguments], cwd=ROOT, check=True)
+
+
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 10):  # noqa: UP036 - this is the file that an older Python gets to see
-        print(f"sffx needs Python 3.10 or later, this is {sys.version.split()[0]}", file=sys.stderr)
+    if sys.version_info < (3, 10):  # noqa: UP036 - an older Python reads this file too
+        print(f"sffx needs Python 3.10 or later, not {sys.version.split()[0]}", file=sys.stderr)
         return 2
     if not arguments or arguments[0] not in TASKS:
         print(__doc__, file=sys.stderr)
         return 2
-    extra, commands = TASKS[arguments[0]]
+    task = TASKS[arguments[0]]
+    further = arguments[1:]
+    *first_commands, last_command = task.commands
     try:
-        install(extra)
-        for i, command in enumerate(commands):
-            rest = arguments[1:] if i == len(commands) - 1 else []
-            subprocess.run([PYTHON, *command, *rest], cwd=ROOT, check=True)
+        install(task.extra)
+        for command in first_commands:
+            run(*command)
+        run(*last_command, *further)
     except subprocess.CalledProcessError as failure:
         print(f"failed: {' '.join(map(str, failure.cmd))}", file=sys.stderr)
         return failure.returncode

@@ -1,0 +1,63 @@
+"""No test is skipped in silence: the end of a run names each skip and its reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+# A part of a skip's reason, and why such a skip is right.
+EXPECTED_SKIPS = {"a CUDA device": "the machines that run these tests have no GPU"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-unexpected-skips",
+        action="store_true",
+        help="fail if a test is skipped for a reason that tests/conftest.py does not list",
+    )
+
+
+def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return the reason of a skip, without the prefix that pytest puts before it."""
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def is_expected(reason: str) -> bool:
+    return any(part in reason for part in EXPECTED_SKIPS)
+
+
+def count_unexpected(reasons: Iterable[str]) -> int:
+    """Return how many skips have a reason that `EXPECTED_SKIPS` does not list."""
+    return sum(not is_expected(reason) for reason in reasons)
+
+
+def skip_reasons(config: pytest.Config) -> list[str]:
+    """Return the reason of each skip so far, in the process that prints the summary."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return [reason_of(report) for report in reporter.stats.get("skipped", [])]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    counts = Counter(skip_reasons(config))
+    if not counts:
+        return
+    terminalreporter.section("skipped")
+    for reason, count in counts.items():
+        kind = "expected" if is_expected(reason) else "NOT EXPECTED"
+        terminalreporter.write_line(f"{count} skipped, {kind}: {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run for an unexpected skip, where the option asks for it."""
+    is_xdist_worker = hasattr(session.config, "workerinput")
+    if is_xdist_worker or not session.config.getoption("--no-unexpected-skips"):
+        return
+    if session.exitstatus == pytest.ExitCode.OK and count_unexpected(skip_reasons(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

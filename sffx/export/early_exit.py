@@ -64,7 +64,14 @@ class EarlyScores:
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """One threshold with what it gives: accuracy between 0 and 1, mean multiply-adds and mean number of blocks of a sample."""
+    """One threshold, and the accuracy and the cost that it gives.
+
+    Attributes:
+        threshold: of the confidence; above 1, no sample stops early.
+        accuracy: between 0 and 1.
+        macs: multiply-adds of a sample, the mean.
+        blocks: number of blocks that a sample goes through, the mean.
+    """
 
     threshold: float
     accuracy: float

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.facts import facts
 from sffx.compiler.trace import Trace, can_learn, parameters_of
 from sffx.errors import CutError, InputError
 
@@ -117,7 +118,7 @@ class Analysis:
 
     def macs(self, step: Step) -> int:
         """Return the multiply-adds of a step for one sample."""
-        return int(sum(self.nodes[name].meta["cost"].macs for name in step.nodes) // TRACE_BATCH)
+        return int(sum(facts(self.nodes[name]).cost.macs for name in step.nodes) // TRACE_BATCH)
 
     def kind(self, qualname: str) -> type[nn.Module]:
         """Return the class of a module by its qualname."""
@@ -218,7 +219,7 @@ class Analysis:
         """Return the step of a node that is no path, from the steps of what it reads and, unless nothing reads it, from `place`."""
         sources = list(self.graph.predecessors(node.name))
         paths = [place[source] for source in sources if source in self._paths]
-        if paths and _holds_tensor(node.meta["example"]):
+        if paths and _holds_tensor(facts(node).example):
             return max(paths)
         earliest = max(
             [place[source] for source in sources] + [step + 1 for step in paths], default=0
@@ -232,8 +233,8 @@ class Analysis:
 
     def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
-        before = self.nodes[self.spine[index - 1]].meta["example"] if index else None
-        value = end.meta["example"]
+        before = facts(self.nodes[self.spine[index - 1]]).example if index else None
+        value = facts(end).example
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         parameters = {name for node in nodes for name in self.parameters(node)}
         return Step(
@@ -258,7 +259,7 @@ class Analysis:
             self._is_weighted(node) or (node.op == "call_module" and self.parameters(node))
             for node in nodes
         )
-        value = end.meta["example"]
+        value = facts(end).example
         same = (
             isinstance(before, Tensor) and isinstance(value, Tensor) and before.shape == value.shape
         )
@@ -320,7 +321,7 @@ class Analysis:
 
     def _refuse(self, index: int, shared: str, norm: str, last_weight: int) -> str:
         name = self.spine[index]
-        value = self.nodes[name].meta["example"]
+        value = facts(self.nodes[name]).example
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return "its value is no float tensor"
         if value.ndim < 2 or value.shape[0] != TRACE_BATCH:
@@ -366,8 +367,8 @@ class Analysis:
         )
 
     def _same_shape(self, one: str, other: str) -> bool:
-        return getattr(self.nodes[one].meta["example"], "shape", 1) == getattr(
-            self.nodes[other].meta["example"], "shape", 2
+        return getattr(facts(self.nodes[one]).example, "shape", 1) == getattr(
+            facts(self.nodes[other]).example, "shape", 2
         )
 
     @cached_property
@@ -394,7 +395,7 @@ class Analysis:
         """Return parameters that the node uses and buffers that its module writes, by qualname; others may be shared."""
         changed = {
             *self.parameters(node),
-            *(f"{node.target}.{name}" for name in node.meta["buffers"]),
+            *(f"{node.target}.{name}" for name in facts(node).buffers),
         }
         return {name: tensor for name, tensor in self.state(node).items() if name in changed}
 
@@ -467,10 +468,10 @@ def _dataflow(nodes: dict[str, fx.Node], root: nn.Module) -> nx.DiGraph:
     graph = nx.DiGraph()
     depends: dict[str, tuple[bool, bool]] = {}
     for name, node in nodes.items():
-        sources = [arg.name for arg in (*node.all_input_nodes, *node.meta.get("after", ()))]
+        sources = [arg.name for arg in (*node.all_input_nodes, *facts(node).after)]
         depends[name] = _dependence(node, root, [depends[source] for source in sources])
         graph.add_node(
-            name, path=all(depends[name]) and any(map(can_learn, _tensors(node.meta["example"])))
+            name, path=all(depends[name]) and any(map(can_learn, _tensors(facts(node).example)))
         )
         graph.add_edges_from((source, name) for source in sources)
     return graph
@@ -480,7 +481,7 @@ def _dependence(
     node: fx.Node, root: nn.Module, sources: list[tuple[bool, bool]]
 ) -> tuple[bool, bool]:
     """Say whether a node's value depends, through tensors, on an input and on a parameter."""
-    if not _holds_tensor(node.meta["example"]):
+    if not _holds_tensor(facts(node).example):
         return False, False
     if node.op == "placeholder":
         return True, False
@@ -494,10 +495,10 @@ def _dependence(
 
 def _stops_gradient(node: fx.Node) -> bool:
     """Whether a module's value has no gradient though its input has: rotary positions, which look at their input's dtype alone."""
-    inputs = [tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta["example"])]
+    inputs = [tensor for arg in node.all_input_nodes for tensor in _tensors(facts(arg).example)]
     reads, gives = (
         any(tensor.requires_grad for tensor in tensors)
-        for tensors in (inputs, _tensors(node.meta["example"]))
+        for tensors in (inputs, _tensors(facts(node).example))
     )
     return node.op == "call_module" and reads and not gives
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sffx.compiler.facts import facts
 from sffx.compiler.trace import Trace, storage
 
 _FIRST_CLASSES = (
@@ -43,7 +44,7 @@ def channel_axes(trace: Trace) -> dict[str, int]:
     """Return the channel axis, counted from the front with the batch at 0, of each node whose value has one that can be told."""
     axes: dict[str, int] = {}
     for node in trace.graph.nodes:
-        value = node.meta.get("example")
+        value = facts(node).example
         if isinstance(value, Tensor) and value.ndim >= 2:
             axis = 1 if value.ndim == 2 else _axis(node, value, trace.root, axes)
             if axis is not None:
@@ -101,7 +102,7 @@ def _normalised_axis(axes: int, value: Tensor) -> int | None:
 
 def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | None:
     """Follow the channel axis of `source` through a node that moves axes or leaves them."""
-    before = _first(source.meta["example"])
+    before = _first(facts(source).example)
     order = _permutation(value, before)
     if order is not None:
         return order.index(axis)
@@ -137,7 +138,7 @@ def _permutation(value: Tensor, before: Any) -> list[int] | None:
 
 def _pass_on(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
     """Let a tuple of tensors have the axis that its layer declares (the outputs of an RNN), or that of what it was made from (chunks)."""
-    first = next((v for v in node.meta["example"] if isinstance(v, Tensor)), None)
+    first = next((v for v in facts(node).example if isinstance(v, Tensor)), None)
     axis = _declared(node, first, root) if first is not None else None
     source = next((arg for arg in node.all_input_nodes if arg.name in axes), None)
     if axis is None and source is not None:
@@ -156,12 +157,12 @@ def _ask_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
     Needed where channels are split and merged again (a channel shuffle), which loses track of them on the way down.
     """
     for reader in node.users:
-        value = reader.meta.get("example")
+        value = facts(reader).example
         if _ndim(reader) != _ndim(node):
             continue
         declared = _declared(reader, value, root) if isinstance(value, Tensor) else None
         axis = declared if declared is not None else axes.get(reader.name)
-        permuted = isinstance(value, Tensor) and _permutation(value, node.meta["example"]) not in (
+        permuted = isinstance(value, Tensor) and _permutation(value, facts(node).example) not in (
             None,
             [*range(value.ndim)],
         )
@@ -171,7 +172,7 @@ def _ask_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
 
 
 def _ndim(node: fx.Node) -> int:
-    first = _first(node.meta.get("example"))
+    first = _first(facts(node).example)
     return first.ndim if isinstance(first, Tensor) else 0
 
 
@@ -185,7 +186,7 @@ def _first(value: Any) -> Any:
 
 
 def _size(node: fx.Node, axes: dict[str, int]) -> int:
-    return _width(node.meta["example"], axes[node.name])
+    return _width(facts(node).example, axes[node.name])
 
 
 def _width(value: Any, axis: int) -> int:

@@ -8,7 +8,7 @@
 5. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
    over the gradient that the layer or the head made for it, in a block-local step.
 
-An operation whose in-place write is read behind its back (`meta["read_behind"]`) is left as it is, and none is moved or made to keep its
+An operation whose in-place write is read behind its back (`BlockFacts.read_behind`) is left as it is, and none is moved or made to keep its
 input where that is written in place later.
 """
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from sffx.compiler.facts import block_facts
 from sffx.compiler.trace import holders
 from sffx.kernels.activation import LEAN, NAMES, LeanGELU
 from sffx.kernels.attention import self_attention
@@ -113,7 +114,7 @@ def _reads_one(node: fx.Node) -> bool:
 
 def _has_one_reader(node: fx.Node) -> bool:
     """Whether one node reads a value, and none what the node writes in place by another name."""
-    return len(node.users) == 1 and not node.meta.get("read_behind")
+    return len(node.users) == 1 and not block_facts(node).read_behind
 
 
 def _is_link(node: fx.Node) -> bool:
@@ -123,10 +124,10 @@ def _is_link(node: fx.Node) -> bool:
 
 def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
     """Whether what a node reads is written in place from there on, by others than the nodes that it is merged with."""
-    memory = first.args[0].meta.get("memory")  # type: ignore[union-attr]
+    memory = block_facts(first.args[0]).memory  # type: ignore[arg-type]
     later = first.next
     while later.op != "output":
-        if later not in merged and memory in later.meta.get("writes", ()):
+        if later not in merged and memory in block_facts(later).writes:
             return True
         later = later.next
     return False

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.blocks import Block, BlockPlan, Node, Options, Value
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.facts import facts
 from sffx.compiler.policies import Policy, notes
 from sffx.compiler.trace import is_flag
 from sffx.errors import InputError, in_brief
@@ -41,7 +42,7 @@ def make_plan(
         InputError: `num_classes` is not what the model returns.
     """
     cuts = analysis.require(policy(analysis))
-    width = int(analysis.nodes[analysis.logits].meta["example"].shape[1])
+    width = int(facts(analysis.nodes[analysis.logits]).example.shape[1])
     if width < 2:
         raise InputError(
             "the model returns one logit, but a goodness tells classes apart. Hint: for two classes, give it two logits"
@@ -95,7 +96,7 @@ def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
 
 def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], output: str) -> Block:
     inside = {node.name for node in nodes}
-    value = analysis.nodes[output].meta["example"]
+    value = facts(analysis.nodes[output]).example
     parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
     sides = [
         node
@@ -122,9 +123,9 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         ),
         parameters=tuple(parameters),
         num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
-        macs=sum(node.meta["cost"].macs for node in nodes) // TRACE_BATCH,
+        macs=sum(facts(node).cost.macs for node in nodes) // TRACE_BATCH,
         activation_bytes=sum(
-            {key: size for node in nodes for key, size in node.meta["cost"].saved.items()}.values()
+            {key: size for node in nodes for key, size in facts(node).cost.saved.items()}.values()
         )
         // TRACE_BATCH,
         gives=tuple(
@@ -165,11 +166,11 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
 
 def _mask(analysis: Analysis, output: str) -> str:
     """Return the input that tells which tokens of a value (B, T, C) are real, "" where the value has no tokens or others than the input."""
-    shape = analysis.nodes[output].meta["example"].shape
+    shape = facts(analysis.nodes[output]).example.shape
     if len(shape) != 3 or analysis.channel_axes.get(output) != 2:
         return ""
     return next(
-        (node.name for node in _masks(analysis) if node.meta["example"].shape == shape[:2]), ""
+        (node.name for node in _masks(analysis) if facts(node).example.shape == shape[:2]), ""
     )
 
 
@@ -202,8 +203,7 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
 
 def _carries_gradient(node: fx.Node) -> bool:
     return any(
-        isinstance(leaf, Tensor) and leaf.requires_grad
-        for leaf in tree_leaves(node.meta["example"])
+        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(facts(node).example)
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Block, BlockPlan
+from sffx.compiler.facts import BlockFacts, facts, set_block_facts
 from sffx.compiler.memory import lean
 from sffx.compiler.trace import Trace, storage
 from sffx.errors import CutError
@@ -134,7 +135,7 @@ def _unpack(
     for i, side in enumerate(block.sides, start=1):
         values[side] = graph.create_node("call_function", operator.getitem, (result, i), name=side)
         if side in block.detached:
-            values[side] = _detached(graph, values[side], nodes[side].meta["example"])
+            values[side] = _detached(graph, values[side], facts(nodes[side]).example)
     return output
 
 
@@ -158,35 +159,30 @@ def block_module(
 ) -> fx.GraphModule:
     """Build one block: its inputs as placeholders, its nodes, its output, followed by its side values.
 
-    `meta["origin"]` of a node names the traced node that it stands for; where the rewrites merged several, the last of them. For these
-    rewrites, `meta["memory"]` is a key of the memory of a node's value, and `meta["writes"]` are those that it writes over.
+    `block_facts(node)` is the record of each of its nodes.
     """
     graph = fx.Graph()
     values = {name: graph.create_node("placeholder", name, name=name) for name in block.inputs}
     for name, value in values.items():
-        value.meta = {"memory": _memory(nodes[name])}
+        set_block_facts(value, BlockFacts(memory=_memory(nodes[name])))
     views = {name for name in block.inputs if _is_written_from_outside(nodes[name])}
     outside = {_memory(nodes[name]) for name in views}
     replaced: dict[str, nn.Module] = {}
     for name in block.nodes:
         node = nodes[name]
-        writes = {_memory(written) for written in node.meta["writes"]}
+        writes = frozenset(storage(facts(written).example) for written in facts(node).writes)
         values[name] = graph.node_copy(node, lambda n: values[n.name])
-        values[name].meta = {
-            "nn_module_stack": node.meta.get("nn_module_stack", {}),
-            "read_behind": node.meta["read_behind"],
-            "origin": name,
-            "memory": _memory(node),
-            "writes": writes,
-        }
+        values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        record = BlockFacts(name, _memory(node), writes, facts(node).read_behind)
+        set_block_facts(values[name], record)
         if any(
             read.name in views and _may_be_view(node, read, trace.root)
             for read in node.all_input_nodes[:1]
         ):
             views.add(name)
         hidden = (
-            any(written.name in views for written in node.meta["writes"])
-            and not node.meta["read_behind"]
+            any(written.name in views for written in facts(node).writes)
+            and not facts(node).read_behind
         )
         if hidden or writes & outside:
             _keep_input(values[name], node, trace.root, replaced)
@@ -205,13 +201,13 @@ def block_module(
 
 def _memory(node: fx.Node) -> int | None:
     """Return a key of the memory of a node's value, which views of it share; None for what is no tensor."""
-    value = node.meta["example"]
+    value = facts(node).example
     return storage(value) if isinstance(value, Tensor) else None
 
 
 def _is_written_from_outside(node: fx.Node) -> bool:
     """Whether a block's input is a value of another block. A write on the model's own input is the model's own doing."""
-    return node.op != "placeholder" and isinstance(node.meta["example"], Tensor)
+    return node.op != "placeholder" and isinstance(facts(node).example, Tensor)
 
 
 def _may_be_view(node: fx.Node, read: fx.Node, root: nn.Module) -> bool:
@@ -221,7 +217,7 @@ def _may_be_view(node: fx.Node, read: fx.Node, root: nn.Module) -> bool:
     """
     kind = type(root.get_submodule(str(node.target))) if node.op == "call_module" else node.target
     name = getattr(kind, "__name__", str(kind)).lower()
-    value, before = node.meta["example"], read.meta["example"]
+    value, before = facts(node).example, facts(read).example
     is_view = (
         isinstance(value, Tensor)
         and isinstance(before, Tensor)
@@ -237,7 +233,7 @@ def _keep_input(
 
     1. a module with `inplace=True`; 2. a function called with `inplace=True`; 3. an in-place operator; 4. a method `name_`.
     """
-    if node.meta["read_behind"]:
+    if facts(original).read_behind:
         raise CutError(
             f"node {original.name!r} writes in place on a value that crosses a cut, and the model reads what it wrote by another name. "
             "Hint: cut elsewhere, or use the operation's result instead of the variable that it writes to"

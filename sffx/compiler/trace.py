@@ -17,7 +17,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sffx.blocks import Input, Leaf
 from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH, example_arguments
+from sffx.compiler.facts import Cost, Facts, change_facts, facts, set_facts
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.errors import InputError, TraceError, in_brief, location, way_out
 from sffx.net import is_cut
@@ -90,24 +91,13 @@ def is_flag(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).rpartition(".")[2] == _FLAG
 
 
-@dataclass
-class Cost:
-    """What one node costs for a batch of `TRACE_BATCH`."""
-
-    macs: int = 0
-    saved: dict[int, int] = field(default_factory=dict)  # bytes kept for backward, by storage
-
-
 @dataclass(frozen=True)
 class Trace:
     """A traced model.
 
     Attributes:
         root: a copy of the model, which owns every module and tensor that the graph names.
-        graph: its nodes carry `meta["example"]` (a fake value), `meta["cost"]`, `meta["writes"]` (arguments written in place),
-            `meta["buffers"]` (names of those of its module that a call writes),
-            `meta["after"]` (nodes that must run before, though no argument says so) and `meta["read_behind"]` (whether such a
-            node comes before another).
+        graph: of the whole model; `facts(node)` is the record of each of its nodes.
         inputs: the placeholders, as traced.
         leaves: modules with children that could not be traced.
         notes: what was found on the way.
@@ -372,7 +362,7 @@ class GuidedProxy(fx.Proxy):
 
     @property
     def example(self) -> Any:
-        return self.node.meta["example"]
+        return facts(self.node).example
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.example, name)
@@ -383,7 +373,7 @@ class GuidedProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """Answer `isinstance(x, Tensor)` as the value would."""
-        return Tensor if isinstance(self.node.meta.get("example"), Tensor) else GuidedProxy
+        return Tensor if isinstance(facts(self.node).example, Tensor) else GuidedProxy
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
@@ -405,7 +395,7 @@ class GuidedProxy(fx.Proxy):
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         if isinstance(self.example, Tensor):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
-        if self.node.meta["of_batch"]:
+        if facts(self.node).of_batch:
             raise RuntimeError(_FROZEN_BATCH)
         return kind(self.example)
 
@@ -431,12 +421,11 @@ def _not_the_batch(number: Any, suspect: bool) -> Any:
     return number
 
 
-def _is_of_batch(node: fx.Node) -> bool:
-    """Whether a number is a multiple of the batch size or was computed from one."""
-    value = node.meta["example"]
+def _is_of_batch(node: fx.Node, value: Any) -> bool:
+    """Whether a node's value is a number that is a multiple of the batch size or was computed from one."""
     if not isinstance(value, (int, float)):
         return False
-    return _is_multiple(value) or any(arg.meta["of_batch"] for arg in node.all_input_nodes)
+    return _is_multiple(value) or any(facts(arg).of_batch for arg in node.all_input_nodes)
 
 
 def _is_multiple(number: Any) -> bool:
@@ -446,15 +435,15 @@ def _is_multiple(number: Any) -> bool:
 def _is_settled(condition: fx.Node) -> bool:
     """Whether a condition is the same at every batch size: one on no batch size, or a comparison that others do not change."""
     if condition.target not in _COMPARISONS:
-        return not condition.meta["of_batch"]
-    sizes = [arg.meta["example"] for arg in condition.all_input_nodes if arg.meta["of_batch"]]
+        return not facts(condition).of_batch
+    sizes = [facts(arg).example for arg in condition.all_input_nodes if facts(arg).of_batch]
     if not all(map(_is_multiple, sizes)):
         return False
     return len({_outcome(condition, batch) for batch in _BATCHES}) == 1
 
 
 def _outcome(comparison: fx.Node, batch: int) -> bool:
-    sides: Any = fx.node.map_arg(comparison.args, lambda n: _at_batch(n.meta["example"], batch))
+    sides: Any = fx.node.map_arg(comparison.args, lambda n: _at_batch(facts(n).example, batch))
     compare: Any = comparison.target
     return bool(compare(*sides))
 
@@ -594,18 +583,19 @@ class GuidedTracer(fx.Tracer):
             )
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, factory)
         self._run(proxy.node)
-        # None is no value: `if mask is None` must see it, also where it is one of several outputs of a leaf.
-        return None if proxy.node.meta["example"] is None else proxy
+        # None is no value: `if mask is None` must see it, also where a leaf returns it among others.
+        return None if facts(proxy.node).example is None else proxy
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node and its facts: fx calls this for what a forward does and for constants that it makes."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        set_facts(node, Facts() if kind == "output" else self._run(node))
+        return node
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # not isinstance: a proxy says it is a tensor
             return a.node
-        argument = super().create_arg(a)
-        if (
-            isinstance(argument, fx.Node) and "example" not in argument.meta
-        ):  # a constant that the forward made
-            self._run(argument)
-        return argument
+        return super().create_arg(a)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -668,7 +658,7 @@ class GuidedTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         if is_flag(obj.node):
             self.branched.add(str(obj.node.target).rpartition(".")[0])
-        value = obj.node.meta["example"]
+        value = facts(obj.node).example
         if isinstance(value, Tensor):
             raise RuntimeError("a branch depends on the values of a tensor")
         if not _is_settled(obj.node):
@@ -676,7 +666,7 @@ class GuidedTracer(fx.Tracer):
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = obj.node.meta["example"]
+        value = facts(obj.node).example
         return iter(
             [
                 operator.getitem(obj, i)
@@ -684,15 +674,15 @@ class GuidedTracer(fx.Tracer):
             ]
         )
 
-    def _run(self, node: fx.Node) -> None:
-        args: Any = fx.node.map_arg(node.args, lambda n: n.meta["example"])
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: n.meta["example"])
+    def _run(self, node: fx.Node) -> Facts:
+        args: Any = fx.node.map_arg(node.args, lambda n: facts(n).example)
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: facts(n).example)
         tensors = {
-            arg: arg.meta["example"]
+            arg: facts(arg).example
             for arg in node.all_input_nodes
-            if isinstance(arg.meta["example"], Tensor)
+            if isinstance(facts(arg).example, Tensor)
         }
-        versions = {arg: value._version for arg, value in tensors.items()}
+        versions = {arg: tensor._version for arg, tensor in tensors.items()}
         buffers = self._buffers(node)
         cost, self._running = Cost(), True
         try:
@@ -702,16 +692,19 @@ class GuidedTracer(fx.Tracer):
                 noting_saved(cost.saved, self._alive, _is_parameter),
                 torch.enable_grad(),
             ):
-                node.meta["example"] = self._value(node, args, kwargs)
+                value = self._value(node, args, kwargs)
         finally:
             self._running = False
-        node.meta["of_batch"] = _is_of_batch(node)
-        node.meta["cost"] = cost
-        node.meta["writes"] = tuple(
-            arg for arg, value in tensors.items() if value._version != versions[arg]
-        )
-        node.meta["buffers"] = frozenset(
-            name for name, state in self._buffers(node).items() if state != buffers.get(name)
+        return Facts(
+            example=value,
+            of_batch=_is_of_batch(node, value),
+            cost=cost,
+            writes=tuple(
+                arg for arg, tensor in tensors.items() if tensor._version != versions[arg]
+            ),
+            buffers=frozenset(
+                name for name, state in self._buffers(node).items() if state != buffers.get(name)
+            ),
         )
 
     def _buffers(self, node: fx.Node) -> dict[str, tuple[int, int]]:
@@ -847,7 +840,7 @@ def _keep_logits(graph: fx.Graph, root: nn.Module) -> None:
     """Reduce the graph's output to the logits and drop what only auxiliary outputs needed."""
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
-    value = logits.meta["example"] if isinstance(logits, fx.Node) else logits
+    value = facts(logits).example if isinstance(logits, fx.Node) else logits
     if (
         not isinstance(value, Tensor)
         or value.ndim != 2
@@ -863,42 +856,41 @@ def _keep_logits(graph: fx.Graph, root: nn.Module) -> None:
             f"{type(root).__name__} returns {what}, but logits are of shape (B, J). {way_out(root)}"
         )
     _order_hidden_reads(graph)
-    needed = {writer for node in graph.nodes for writer in node.meta.get("after", ())}
+    needed = {writer for node in graph.nodes for writer in facts(node).after}
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
-    behind = {writer for node in graph.nodes for writer in node.meta["after"]}
+    behind = {writer for node in graph.nodes for writer in facts(node).after}
     for node in graph.nodes:
-        node.meta["read_behind"] = node in behind
+        change_facts(node, read_behind=node in behind)
 
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nothing reads it. Assertions go: what they say was settled when the model was traced."""
     if node.op in ("placeholder", "output"):
         return True
-    writes_state = any(
-        written.op in ("placeholder", "get_attr") for written in node.meta.get("writes", ())
-    )
+    writes_state = any(written.op in ("placeholder", "get_attr") for written in facts(node).writes)
     return writes_state or (
         node.op == "call_function" and node.target is not torch._assert and node.is_impure()
     )
 
 
 def _order_hidden_reads(graph: fx.Graph) -> None:
-    """Set `meta["after"]` of each node that reads what an earlier node wrote in place without that node's being its argument."""
+    """Set `after` of each node that reads what an earlier node wrote in place without that node's being its argument."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     writers: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         read = [
-            (arg, arg.meta["example"])
+            (arg, facts(arg).example)
             for arg in node.all_input_nodes
-            if isinstance(arg.meta.get("example"), Tensor)
+            if isinstance(facts(arg).example, Tensor)
         ]
-        node.meta["after"] = tuple(
+        after = tuple(
             writer
             for arg, value in read
             for writer in _later(writers.get(storage(value), []), position[arg], position)
         )
-        for written in node.meta.get("writes", ()):
-            writers.setdefault(storage(written.meta["example"]), []).append(node)
+        change_facts(node, after=after)
+        for written in facts(node).writes:
+            writers.setdefault(storage(facts(written).example), []).append(node)
 
 
 def _later(nodes: list[fx.Node], place: int, position: dict[fx.Node, int]) -> list[fx.Node]:
@@ -942,7 +934,7 @@ def _logits(value: Any, num_classes: int | None) -> Any:
 
 def _width(value: Any) -> int:
     """Return n of a traced value that could be logits, a float tensor (B, n); 0 of others."""
-    example = value.node.meta["example"] if issubclass(type(value), fx.Proxy) else None
+    example = facts(value.node).example if issubclass(type(value), fx.Proxy) else None
     if (
         not isinstance(example, Tensor)
         or example.ndim != 2
@@ -1023,16 +1015,8 @@ def _choice(reader: fx.Node, owner: str, numbers: tuple[Any, Any]) -> fx.Node:
         flag = graph.create_node("call_module", f"{owner}.{_FLAG}")
         picked = graph.create_node("call_function", operator.getitem, (numbers, flag))
     for node, example in ((flag, True), (picked, numbers[1])):
-        stack = reader.meta.get("nn_module_stack", {})
-        settled = {
-            "cost": Cost(),
-            "writes": (),
-            "buffers": frozenset(),
-            "after": (),
-            "read_behind": False,
-            "of_batch": False,
-        }
-        node.meta = {"example": example, "nn_module_stack": stack, **settled}
+        node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
+        set_facts(node, Facts(example))
     return picked
 
 
@@ -1066,19 +1050,19 @@ def _inputs(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
             _high(node, root),
             _marks_tokens(node),
         )
-        for node, value in ((node, node.meta["example"]) for node in placeholders)
+        for node, value in ((node, facts(node).example) for node in placeholders)
     )
 
 
 def _marks_tokens(node: fx.Node) -> bool:
     """Whether an input is what is called an attention mask everywhere, one for each token; a float one may be added to scores."""
-    value = node.meta["example"]
+    value = facts(node).example
     return node.target == "attention_mask" and value.ndim == 2 and not value.is_floating_point()
 
 
 def _high(node: fx.Node, root: nn.Module) -> int:
     """Return the size of the embedding that reads an integer input, 2 where none does directly, 0 for float inputs."""
-    if node.meta["example"].is_floating_point():
+    if facts(node).example.is_floating_point():
         return 0
     readers = [
         root.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"

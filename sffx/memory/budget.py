@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sffx.blocks import Block, Options
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
+from sffx.compiler.facts import block_facts, facts
 from sffx.compiler.fake import fake_copy
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import check_positive, group_ends, layer
@@ -282,7 +283,7 @@ class _Search:
         )
         with mode:
             x = [
-                node.meta["example"].new_empty((self.batch_size, *node.meta["example"].shape[1:]))
+                facts(node).example.new_empty((self.batch_size, *facts(node).example.shape[1:]))
                 for node in inputs
             ]
             run = _SavedBytes(block.train(), [*x, *block.parameters(), *block.buffers()])
@@ -334,9 +335,7 @@ class _Search:
 
     def _input_bytes(self) -> int:
         inputs = [
-            node.meta["example"]
-            for node in self.analysis.nodes.values()
-            if node.op == "placeholder"
+            facts(node).example for node in self.analysis.nodes.values() if node.op == "placeholder"
         ]
         return self.batch_size * (8 + sum(value.nbytes // TRACE_BATCH for value in inputs))
 
@@ -384,7 +383,7 @@ class _SavedBytes(fx.Interpreter):
         self._alive: list[UntypedStorage] = []  # or the addresses of storages would be used again
 
     def run_node(self, n: fx.Node) -> Any:
-        own = self.saved.setdefault(n.meta.get("origin", n.name), {})
+        own = self.saved.setdefault(block_facts(n).origin or n.name, {})
         with (
             noting_saved(own, self._alive, lambda tensor: storage(tensor) in self._given),
             torch.enable_grad(),

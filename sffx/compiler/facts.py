@@ -1,0 +1,92 @@
+"""The record that each node of a graph carries: `Facts` in a traced model, `BlockFacts` in a block.
+
+A node keeps its record in `node.meta`, under one key. fx copies `node.meta` when it copies a node, but
+not the values in it. So the records are frozen: a node and its copy may share one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+_FACTS = "sffx_facts"
+_BLOCK_FACTS = "sffx_block_facts"
+
+
+@dataclass
+class Cost:
+    """What one node costs for a batch of `TRACE_BATCH`.
+
+    Attributes:
+        macs: multiply-adds.
+        saved: bytes that autograd keeps for the backward pass, by storage.
+    """
+
+    macs: int = 0
+    saved: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the trace found out about one node.
+
+    Attributes:
+        example: its value on fake tensors; None for the output node.
+        of_batch: whether its value is a number that depends on the batch size.
+        cost: of its computation.
+        writes: those of its arguments that it writes in place.
+        buffers: names of the buffers that it writes, in the module that it calls.
+        after: nodes that must run before it, although no argument says so.
+        read_behind: whether it is in another node's `after`: what it writes is read by another name.
+    """
+
+    example: Any = None
+    of_batch: bool = False
+    cost: Cost = field(default_factory=Cost)
+    writes: tuple[fx.Node, ...] = ()
+    buffers: frozenset[str] = frozenset()
+    after: tuple[fx.Node, ...] = ()
+    read_behind: bool = False
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What the rewrites of a block need to know about one of its nodes.
+
+    Attributes:
+        origin: name of the traced node that it stands for; "" for a node that has none. Where a
+            rewrite merges several nodes, the last of them.
+        memory: key of the storage of its value, which views share; None where it is no tensor.
+        writes: keys of the storages that it writes in place.
+        read_behind: as in `Facts`.
+    """
+
+    origin: str = ""
+    memory: int | None = None
+    writes: frozenset[int] = frozenset()
+    read_behind: bool = False
+
+
+def facts(node: fx.Node) -> Facts:
+    """Return the record of a traced node."""
+    return node.meta[_FACTS]
+
+
+def set_facts(node: fx.Node, record: Facts) -> None:
+    node.meta[_FACTS] = record
+
+
+def change_facts(node: fx.Node, **changes: Any) -> None:
+    """Give a traced node a new record, which differs in the fields that are named."""
+    node.meta[_FACTS] = replace(facts(node), **changes)
+
+
+def block_facts(node: fx.Node) -> BlockFacts:
+    """Return the record of a node of a block; nodes that a rewrite has added have an empty one."""
+    return node.meta.get(_BLOCK_FACTS, BlockFacts())
+
+
+def set_block_facts(node: fx.Node, record: BlockFacts) -> None:
+    node.meta[_BLOCK_FACTS] = record

@@ -129,7 +129,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         )
         // TRACE_BATCH,
         gives=tuple(
-            _value(given, analysis.nodes[given].meta["example"])
+            _value(given, facts(analysis.nodes[given]).example)
             for given in (output, *(node.name for node in sides))
         ),
         mask=_mask(analysis, output),

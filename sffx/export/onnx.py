@@ -1,8 +1,10 @@
-"""The ONNX export of a cut model: one readout, one file, compared with torch before it takes its place.
+"""The ONNX export of a cut model: one readout, one file, compared with torch before it is put in place.
 
-The dynamo exporter is used, not the TorchScript one: torch has deprecated the latter, it bakes Python control flow into the graph with
-no more than a warning, and writes 1.3 to 8.6 times the nodes (swin_t: 6201 against 720). Dynamo's price, for resnet18,
-mobilenet_v3_small, vit_b_16 and swin_t on two cores: 4, 9, 14 and 30 s against 0.4, 0.3, 5 and 3 s; parity was the same, below 2e-6.
+The dynamo exporter is used, not the TorchScript one. Torch has deprecated the latter. It bakes
+Python control flow into the graph with no more than a warning, and it writes 1.3 to 8.6 times the
+nodes (swin_t: 6201 against 720). Dynamo is slower: resnet18, mobilenet_v3_small, vit_b_16 and
+swin_t take 4, 9, 14 and 30 s on two cores, against 0.4, 0.3, 5 and 3 s. The relative error was
+below 2e-6 with both.
 """
 
 from __future__ import annotations
@@ -22,16 +24,12 @@ from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity
-from sffx.export.prepare import (
-    chosen_readout,
-    inference_copy,
-    random_inputs,
-    require_image,
-    traced,
-    trial_inputs,
-)
+from sffx.export.prepare import CUMULATIVE, chosen_readout, inference_copy
+from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
+from sffx.inputs import random_batch
 from sffx.net import plan_of
+from sffx.tables import GIB, MIB
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # A protobuf file ends at 2 GiB; the 16 MiB are room for the graph around the weights.
-MAX_WEIGHT_BYTES = 2**31 - 2**24
+MAX_WEIGHT_BYTES = 2 * GIB - 16 * MIB
 
 
 def export_onnx(
@@ -57,70 +55,68 @@ def export_onnx(
 ) -> Path:
     """Write the inference graph of a cut model as an ONNX file.
 
-    The file appears only once it has passed onnx's checker and shape inference and agrees with torch at two batch sizes; whatever
-    fails, an older file of that name stays as it was. The model is exported in float32 and eval mode, with BN folded into the layers
-    before it, from a copy on the CPU; `net` is not touched. What the file says of itself is described in `sffx.export.metadata`.
+    The model is exported in float32 and eval mode, with BN folded into the layers before it, from a
+    copy on the CPU. `net` is not touched.
+
+    The file appears only after it has passed onnx's checker and shape inference and agrees with
+    torch at two batch sizes. If anything fails, an older file of that name stays as it was. The
+    file's metadata is described in `sffx.export.metadata`.
 
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         path: of the file to write; its directory must exist.
-        readout: "ensemble" (mean of the blocks' goodness), "last" (the last block's goodness), "classifier" (its logits), "weighted" (the
-            mixture that `sffx.weigh` found, as logarithms of probabilities), or "cumulative": an output for each block, the ensemble of
-            the blocks up to it. What the readout does not need is not in the file. None takes that of the net, `net.readout.mode`.
+        readout: None takes that of the net, `net.readout.mode`. The file holds only what the
+            readout needs.
+            "ensemble": the mean of the blocks' goodness.
+            "last": the last block's goodness.
+            "classifier": the classifier's logits.
+            "weighted": the mixture that `sffx.weigh` found, as logarithms of probabilities.
+            "cumulative": an output for each block, the ensemble of the blocks up to it.
         class_names: one for each of the J classes, in order, for the file's metadata.
-        mean: by which images were normalised, a number for each channel, for the file's metadata; the graph does not normalise.
+        mean: with which images were normalised, a number for each channel, for the file's metadata.
+            The graph does not normalise.
         std: likewise.
-        output_name: of the scores; with "cumulative" the outputs are "scores_0" after block_0, and so on.
-        dynamic_size: whether height and width of the image stay open as well, where the model allows it; it is checked at a second size.
+        output_name: of the scores. With "cumulative", "scores_0" is the output after block_0, and
+            so on.
+        dynamic_size: whether height and width of the image stay open as well, where the model
+            allows it. The file is then checked at a second size.
         opset: version of the ONNX operator set; torch's default if None.
-        tolerance: the largest relative error allowed between ONNX Runtime and torch, max|a - b| / max|b|.
+        tolerance: the largest relative error allowed between ONNX Runtime and torch,
+            max|a - b| / max|b|.
 
     Returns:
-        `path`. The graph's inputs are named as in `net.plan.inputs`, its outputs are (B, J); the open axes are "batch", and with
-        `dynamic_size` "height" and "width". Of a "cumulative" file ONNX Runtime computes the whole, whichever output is asked for:
-        `onnx.utils.extract_model(path, "short.onnx", ["x"], ["scores_1"])` takes out the network up to block_1, and
+        `path`. The graph's inputs are named as in `net.plan.inputs`. Its outputs are (B, J). The
+        open axes are "batch", and with `dynamic_size` "height" and "width".
+
+        ONNX Runtime computes the whole of a "cumulative" file, whichever output is asked for. To
+        take out the network up to block_1, use
+        `onnx.utils.extract_model(path, "short.onnx", ["x"], ["scores_1"])`.
         `sffx.export_early_exit` writes a file for each block.
 
     Raises:
-        InputError: `net` is not a cut model or is sharded, `readout` is unknown, names or numbers do not fit the model, or `path`
-            cannot be written to.
+        InputError: `net` is not a cut model or is sharded, `readout` is unknown, names or numbers
+            do not fit the model, or `path` cannot be written to.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: the model cannot be exported, does not allow another size, is larger than 2 GiB, or its scores differ beyond
-            `tolerance`.
+        ExportError: the model cannot be exported, does not allow another size, is larger than
+            2 GiB, or its scores differ beyond `tolerance`.
     """
     plan = plan_of(net)
     readout = chosen_readout(net, readout)
-    told = metadata(plan, readout, class_names, mean, std)
+    properties = metadata(plan, readout, class_names, mean, std)
     outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
         require_packages()
         model = inference_copy(net, readout)
         program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
-        program.model.metadata_props[KEY] = told
+        program.model.metadata_props[KEY] = properties
         save_program(program, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
     return Path(path)
 
 
-def _output_names(name: str, plan: BlockPlan, readout: str) -> list[str]:
-    """Return the names of the file's outputs.
-
-    Raises:
-        InputError: `name` is no name, or one of an input.
-    """
-    taken = [each.name for each in plan.inputs]
-    if not isinstance(name, str) or not name:
-        raise InputError(f"output_name is {name!r}. Hint: pass a name such as 'scores'")
-    names = [f"{name}_{i}" for i in range(len(plan))] if readout == "cumulative" else [name]
-    if clash := next((each for each in names if each in taken), None):
-        raise InputError(
-            f"output_name {clash!r} is the name of an input. Hint: choose another than {', '.join(taken)}"
-        )
-    return names
-
-
 def require_packages() -> None:
+    """Raise a MissingExtra if a package that writes or checks ONNX files is not installed."""
     for package in PACKAGES:
         try:
             importlib.import_module(package)
@@ -128,29 +124,12 @@ def require_packages() -> None:
             raise MissingExtra(error.name or package, "export", "exporting to ONNX") from error
 
 
-def _export(
-    model: nn.Module,
-    inputs: tuple[Input, ...],
-    outputs: list[str],
-    opset: int | None,
-    *,
-    dynamic_size: bool,
-) -> ONNXProgram:
-    names = [each.name for each in inputs]
-    return traced(
-        lambda examples, axes: traced_program(model, examples, names, outputs, axes, opset),
-        model,
-        inputs,
-        dynamic_size,
-    )
-
-
-def traced_program(
+def onnx_program(
     model: nn.Module,
     arguments: tuple[Tensor, ...],
     input_names: Sequence[str],
     output_names: Sequence[str],
-    axes: tuple[dict[int, str] | None, ...],
+    axes: tuple[Axes | None, ...],
     opset: int | None,
 ) -> ONNXProgram:
     """Return the ONNX program of a module.
@@ -160,15 +139,16 @@ def traced_program(
         arguments: an example of each input.
         input_names: in the order of the arguments.
         output_names: in the order of what the module returns.
-        axes: of each input, the names of those whose length stays open.
+        axes: the open axes of each input; None if all are fixed.
         opset: version of the operator set; torch's default if None.
 
     Raises:
-        ExportError: torch cannot export it; the error names the node and the module.
+        ExportError: torch cannot export it. The error names the node and the module.
     """
     try:
         with warnings.catch_warnings():
-            # torch says this of every input after the first, since all share the axis; the name is used all the same.
+            # All inputs share the batch axis. Torch warns of each input after the first that the
+            # name of the axis will not be used, and then uses it.
             warnings.filterwarnings(
                 "ignore", message=r"# The axis name: batch will not be used", category=UserWarning
             )
@@ -187,64 +167,45 @@ def traced_program(
     assert program is not None  # only the TorchScript exporter returns None
     written = program.model.opset_imports[""]
     if opset not in (None, written):
-        # torch only logs that it could not convert, and keeps the version it had.
+        # Torch only logs that it could not convert, and keeps the version it had.
         raise ExportError(
-            f"the model has no form in opset {opset}; torch offers opset {written}. Hint: leave opset out, or pass {written}"
+            f"the model has no form in opset {opset}; torch offers opset {written}. "
+            f"Hint: leave opset out, or pass {written}"
         )
     return program
 
 
 def save_program(program: ONNXProgram, draft: Path) -> None:
-    """Write the program as one file, without the source paths of this machine, which the exporter puts on every node."""
+    """Write the program as one file, without the paths of source files on this machine.
+
+    Raises:
+        ExportError: the weights are too large for one file.
+    """
     import onnx
     from onnxscript import ir
 
-    weights = sum(
-        value.const_value.nbytes
-        for value in program.model.graph.initializers.values()
-        if value.const_value is not None
-    )
+    weights = 0
+    for value in program.model.graph.initializers.values():
+        if value.const_value is not None:
+            weights += value.const_value.nbytes
     if weights > MAX_WEIGHT_BYTES:
-        hint = "Hint: torch.onnx.export(..., external_data=True) keeps the weights in a second file"
         raise ExportError(
-            f"the weights take {weights / 2**30:.2f} GiB, and an ONNX file ends at 2 GiB. {hint}"
+            f"the weights take {weights / GIB:.2f} GiB, and an ONNX file ends at 2 GiB. Hint: "
+            "torch.onnx.export(..., external_data=True) keeps the weights in a second file"
         )
+    # The exporter puts a stack trace with source paths on every node.
     for node in ir.traversal.RecursiveGraphIterator(program.model.graph):
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    # Not program.save: above 1.5 GiB it writes a second file, asked or not, which the rename would leave behind.
+    # Not program.save: above 1.5 GiB it writes a second file, asked or not, which would be lost.
     # The format is named, because onnx.save guesses another one from suffixes such as .json.
     onnx.save(program.model_proto, draft, format="protobuf")
-
-
-def _verify(
-    draft: Path,
-    model: nn.Module,
-    inputs: tuple[Input, ...],
-    tolerance: float,
-    *,
-    dynamic_size: bool,
-) -> None:
-    """Refuse a file that is not valid ONNX, does not run, or disagrees with torch."""
-    session = open_session(draft)
-    for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        require_parity(
-            *_both_scores(session, model, case, batch, place),
-            tolerance,
-            place,
-            dynamic_size=dynamic_size,
-        )
-
-
-def taken_by(session: InferenceSession) -> str:
-    """Write the names and shapes of a session's inputs, for a hint."""
-    return ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
 
 
 def open_session(path: Path) -> InferenceSession:
     """Check a file, its types and shapes inferred, and open it in ONNX Runtime.
 
     Raises:
-        ExportError: it is not valid or does not load.
+        ExportError: the file is not valid or does not load.
     """
     import onnx
     import onnxruntime
@@ -261,19 +222,77 @@ def open_session(path: Path) -> InferenceSession:
         ) from error
 
 
+def described_inputs(session: InferenceSession) -> str:
+    """Return the names and shapes of a session's inputs, for a hint."""
+    return ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
+
+
+def _output_names(name: str, plan: BlockPlan, readout: str) -> list[str]:
+    """Return the names of the file's outputs.
+
+    Raises:
+        InputError: `name` is no name, or that of an input.
+    """
+    if not isinstance(name, str) or not name:
+        raise InputError(f"output_name is {name!r}. Hint: pass a name such as 'scores'")
+    names = [name]
+    if readout == CUMULATIVE:
+        names = [f"{name}_{i}" for i in range(len(plan))]
+    inputs = [each.name for each in plan.inputs]
+    for each in names:
+        if each in inputs:
+            raise InputError(
+                f"output_name {each!r} is the name of an input. "
+                f"Hint: choose another than {', '.join(inputs)}"
+            )
+    return names
+
+
+def _export(
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    outputs: list[str],
+    opset: int | None,
+    *,
+    dynamic_size: bool,
+) -> ONNXProgram:
+    names = [each.name for each in inputs]
+
+    def trace(examples: tuple[Tensor, ...], axes: tuple[Axes, ...]) -> ONNXProgram:
+        return onnx_program(model, examples, names, outputs, axes, opset)
+
+    return traced(trace, model, inputs, dynamic_size=dynamic_size)
+
+
+def _verify(
+    draft: Path,
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    tolerance: float,
+    *,
+    dynamic_size: bool,
+) -> None:
+    """Raise an ExportError if a file is not valid, does not run, or disagrees with torch."""
+    session = open_session(draft)
+    for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
+        scores, expected = _both_scores(session, model, case, batch, place)
+        require_parity(scores, expected, tolerance, place, dynamic_size=dynamic_size)
+
+
 def _both_scores(
     session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str
 ) -> tuple[Scores, Scores]:
-    """Return ONNX Runtime's scores and torch's of the same random batch, (B, J) each."""
-    examples = random_inputs(inputs, batch)
-    feed: dict[str, Any] = {
-        each.name: example.numpy() for each, example in zip(inputs, examples, strict=True)
-    }
+    """Return the scores of ONNX Runtime and of torch for the same random batch, (B, J) each."""
+    examples = random_batch(inputs, batch)
+    feed: dict[str, Any] = {}
+    for each, example in zip(inputs, examples, strict=True):
+        feed[each.name] = example.numpy()
     try:
         expected = model(*examples)
         scores = tuple(map(torch.from_numpy, session.run(None, feed)))
     except Exception as error:
         raise ExportError(
-            f"the model fails {place}: {first_line(error)}. Hint: does it fix the size of the batch or the image?"
+            f"the model fails {place}: {first_line(error)}. "
+            "Hint: does it fix the size of the batch or the image?"
         ) from error
     return scores, expected

@@ -1,8 +1,9 @@
 """Static int8 quantisation of an exported ONNX file, by ONNX Runtime's own tools.
 
-Layers with weights, and what lies between them, are quantised, each channel of a weight with a scale of its own. What makes the goodness
-of a head out of its convolution, the squares and their mean, and the layer norms between blocks stay in float: they carry a block's whole
-answer, and cost little.
+Layers with weights, and what lies between them, are quantised. Each channel of a weight has a scale
+of its own. Two parts stay in float: the squares and their mean, which make the goodness of a head
+out of its convolution, and the layer norms between blocks. They carry a block's whole answer, and
+cost little.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
-from sffx.export.onnx import open_session, require_packages, taken_by
+from sffx.export.onnx import described_inputs, open_session, require_packages
 from sffx.files import writing
 from sffx.learning.losses import check_labels, check_pair
+from sffx.tables import in_mib
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -41,21 +43,20 @@ QUANTIZED = (
     "Add",
     "Concat",
 )
-MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What quantising a file has cost and gained. Prints as two lines.
+    """The cost and the gain of quantising a file. Prints as two lines.
 
     Attributes:
         path: of the quantised file.
         bytes_before: size of the file that it was made from.
         bytes_after: its own size.
-        samples: how many were tested; 0 where there was no test loader, and then the rest says nothing.
-        accuracy_before: between 0 and 1, of the file that it was made from.
+        samples: how many were tested. Without a test loader it is 0, and the other numbers are NaN.
+        accuracy_before: of the file that it was made from, between 0 and 1.
         accuracy_after: its own.
-        agreement: the share of the samples for which both predict the same class.
+        agreement: the share of the samples for which both files predict the same class.
     """
 
     path: Path
@@ -68,11 +69,13 @@ class Quantization:
 
     def __str__(self) -> str:
         share = self.bytes_after / self.bytes_before
-        size = f"{self.path}: {self.bytes_before / MIB:.2f} MiB -> {self.bytes_after / MIB:.2f} MiB ({share:.2f})"
+        before = in_mib(self.bytes_before)
+        size = f"{self.path}: {before} -> {in_mib(self.bytes_after)} ({share:.2f})"
         if not self.samples:
             return f"{size}\naccuracy not tested"
         accuracy = f"accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"
-        return f"{size}\n{accuracy}, the same prediction for {self.agreement:.2%} of {self.samples} samples"
+        agreement = f"the same prediction for {self.agreement:.2%} of {self.samples} samples"
+        return f"{size}\n{accuracy}, {agreement}"
 
 
 def quantize_onnx(
@@ -84,55 +87,60 @@ def quantize_onnx(
     per_channel: bool = True,
     reduce_range: bool = True,
 ) -> Quantization:
-    """Write an exported ONNX file once more, with int8 weights and 8-bit activations (QuantizeLinear, DequantizeLinear).
+    """Write an exported ONNX file again, with int8 weights and 8-bit activations.
 
-    The file appears only once it has passed onnx's checker and runs; whatever fails, an older file of that name stays as it was.
+    The new file holds QuantizeLinear and DequantizeLinear nodes. It appears only after it has
+    passed onnx's checker and runs. If anything fails, an older file of that name stays as it was.
 
     Args:
         source: what `sffx.export_onnx` wrote; it stays as it is.
         target: of the file to write; its directory must exist.
-        calibration_loader: yields (x, y) with inputs like those to come, from which the ranges of the activations are read; a few hundred
-            samples are enough, and y is not looked at. x is a tensor, a tuple, or a mapping by the names of the inputs.
-        test_loader: yields (x, y) with class indices y, (B,), on which both files are compared, by their last output where they have
-            several; None compares nothing.
+        calibration_loader: yields (x, y) with inputs like those to come. The ranges of the
+            activations are read from them; a few hundred samples are enough. x is a tensor, a
+            tuple, or a mapping by the names of the inputs. y is not used.
+        test_loader: yields (x, y) with class indices y, (B,), on which both files are compared, by
+            their last output if they have several. None compares nothing.
         per_channel: whether each channel of a weight has a scale of its own.
-        reduce_range: whether weights take 7 of the 8 bits. x86 processors without VNNI need it, or sums of products saturate without
-            a word: on digits that made one in a hundred of the predictions others. False is for processors that have VNNI, or ARM.
+        reduce_range: whether weights take 7 of the 8 bits. On x86 processors without VNNI, sums of
+            products otherwise saturate without an error; on digits that changed one in a hundred
+            predictions. Pass False for processors that have VNNI, and for ARM.
 
     Raises:
-        InputError: `source` is no ONNX file, `target` cannot be written to, or a loader yields something else.
+        InputError: `source` is no ONNX file, `target` cannot be written to, or a loader yields
+            something else.
         MissingExtra: onnx or onnxruntime is not installed.
         ExportError: the file cannot be quantised.
     """
     require_packages()
-    before = _source_session(Path(source))
-    if Path(target).resolve() == Path(source).resolve():
+    source = Path(source)
+    before = _source_session(source)
+    if Path(target).resolve() == source.resolve():
         raise InputError(
-            f"{str(target)!r} is the source itself, which stays as it is. Hint: name another file, such as net.int8.onnx"
+            f"{str(target)!r} is the source itself, which stays as it is. "
+            "Hint: name another file, such as net.int8.onnx"
         )
     with writing(target) as file:
         # ONNX Runtime would write another format for suffixes such as .json.
         draft = file.with_name("quantised.onnx")
-        tests = _tried_out(before, test_loader) if test_loader is not None else None
+        test_batches = None
+        if test_loader is not None:
+            # Before the calibration, which takes its time.
+            test_batches = _tried_batches(before, test_loader)
+        feeds = _feeds(calibration_loader, before)
         try:
-            _quantize(
-                Path(source),
-                draft,
-                _feeds(calibration_loader, before),
-                per_channel=per_channel,
-                reduce_range=reduce_range,
-            )
+            _quantize(source, draft, feeds, per_channel=per_channel, reduce_range=reduce_range)
         except (InputError, OSError):
             raise
         except Exception as error:
-            hint = f"Hint: the loader must yield what the file takes: {taken_by(before)}"
             raise ExportError(
-                f"{str(source)!r} cannot be quantised: {first_line(error)}. {hint}"
+                f"{str(source)!r} cannot be quantised: {first_line(error)}. "
+                f"Hint: the loader must yield what the file takes: {described_inputs(before)}"
             ) from error
-        sizes = Path(source).stat().st_size, draft.stat().st_size
-        tested = _compared(before, open_session(draft), tests) if tests is not None else ()
+        after = open_session(draft)
+        bytes_after = draft.stat().st_size
+        comparison = () if test_batches is None else _compared(before, after, test_batches)
         draft.rename(file)
-    return Quantization(Path(target), *sizes, *tested)
+    return Quantization(Path(target), source.stat().st_size, bytes_after, *comparison)
 
 
 def _source_session(source: Path) -> InferenceSession:
@@ -141,55 +149,64 @@ def _source_session(source: Path) -> InferenceSession:
     try:
         return open_session(source)
     except ExportError as error:
+        reason = first_line(error.__cause__ or error)
         raise InputError(
-            f"{str(source)!r} is no ONNX file that can be used: {first_line(error.__cause__ or error)}"
+            f"{str(source)!r} is no ONNX file that can be used: {reason}. "
+            "Hint: write it with sffx.export_onnx"
         ) from error
 
 
-def _tried_out(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any]:
-    """Return the batches of the test loader, on the first of which the file was run: before the calibration takes its time.
+def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any]:
+    """Return the batches of the test loader, after the file was run on the first of them.
 
     Raises:
-        InputError: it cannot be run on it, or there is none.
+        InputError: the file cannot be run on it, or the loader is empty.
     """
     batches = iter(loader)
     first = next(batches, None)
     if first is None:
-        raise InputError("the test loader yielded no samples")
+        raise InputError("the test loader yielded no samples. Hint: leave it out, or pass another")
     check_pair(first)
     feed = _feed(first[0], session)
     try:
         session.run(None, feed)
     except Exception as error:
         raise InputError(
-            f"the file cannot run on what the test loader yields: {first_line(error)}. Hint: it takes {taken_by(session)}"
+            f"the file cannot run on what the test loader yields: {first_line(error)}. "
+            f"Hint: it takes {described_inputs(session)}"
         ) from error
     return chain([first], batches)
 
 
 def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[str, Any]]:
-    """Yield what a session is fed for each batch of a loader."""
+    """Yield the inputs of a session for each batch of a loader."""
     for batch in loader:
         check_pair(batch)
         yield _feed(batch[0], session)
 
 
 def _feed(x: Any, session: InferenceSession) -> dict[str, Any]:
+    """Return the inputs of a session by name, as arrays, from a batch's x."""
     names = [each.name for each in session.get_inputs()]
-    values = (
-        dict(x)
-        if isinstance(x, Mapping)
-        else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
-    )
-    if missing := [name for name in names if not isinstance(values.get(name), Tensor)]:
-        raise InputError(
-            f"the loader yields no tensor for the input {missing[0]!r}. Hint: the file's inputs are {', '.join(names)}"
-        )
-    return {name: values[name].detach().cpu().numpy() for name in names}
+    if isinstance(x, Mapping):
+        values = dict(x)
+    else:
+        positional = x if isinstance(x, (tuple, list)) else (x,)
+        # Not strict: a file may take fewer inputs than the model did.
+        values = dict(zip(names, positional, strict=False))
+    feed = {}
+    for name in names:
+        if not isinstance(values.get(name), Tensor):
+            raise InputError(
+                f"the loader yields no tensor for the input {name!r}. "
+                f"Hint: the file's inputs are {', '.join(names)}"
+            )
+        feed[name] = values[name].detach().cpu().numpy()
+    return feed
 
 
 class _Reader:
-    """What ONNX Runtime's calibration asks for its inputs."""
+    """The form in which ONNX Runtime's calibration asks for its inputs."""
 
     def __init__(self, feeds: Iterator[dict[str, Any]]) -> None:
         self.feeds = feeds
@@ -209,11 +226,13 @@ def _quantize(
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
-    prepared = draft.with_name("prepared.onnx")
     first = next(feeds, None)
     if first is None:
-        raise InputError("the calibration loader yielded no samples")
-    with _quiet():
+        raise InputError(
+            "the calibration loader yielded no samples. Hint: pass a few hundred samples"
+        )
+    prepared = draft.with_name("prepared.onnx")
+    with _without_advice():
         quant_pre_process(source, prepared)
         quantize_static(
             prepared,
@@ -225,27 +244,31 @@ def _quantize(
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_in_float(onnx.load(prepared, load_external_data=False)),
+            nodes_to_exclude=_float_nodes(onnx.load(prepared, load_external_data=False)),
         )
 
 
-def _in_float(model: Any) -> list[str]:
-    """Return the names of the nodes that stay in float: products of activations, as in attention and covariances, and sums with constants.
+def _float_nodes(model: Any) -> list[str]:
+    """Return the names of the nodes of quantised kinds that stay in float.
 
-    Such sums are biases of heads, and the variance and epsilon of a norm, which spans many orders of magnitude.
+    These are products of two activations, as in attention and covariances, and sums with constants.
+    Such a sum is the bias of a head, or the variance and epsilon of a norm. A variance spans too
+    many orders of magnitude for eight bits.
     """
     constants = {each.name for each in model.graph.initializer}
-    fixed = {node.name: bool(constants & set(node.input)) for node in model.graph.node}
-    return [
-        node.name
-        for node in model.graph.node
-        if (node.op_type, fixed[node.name]) in (("MatMul", False), ("Add", True))
-    ]
+    names = []
+    for node in model.graph.node:
+        has_constant = bool(constants & set(node.input))
+        if node.op_type == "MatMul" and not has_constant:
+            names.append(node.name)
+        if node.op_type == "Add" and has_constant:
+            names.append(node.name)
+    return names
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back the advice that ONNX Runtime's tools log about models in general."""
+def _without_advice() -> Iterator[None]:
+    """Silence the advice about models in general that ONNX Runtime's tools log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -255,19 +278,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _compared(
-    before: InferenceSession, after: InferenceSession, loader: Iterable[Any]
+    before: InferenceSession, after: InferenceSession, batches: Iterable[Any]
 ) -> tuple[int, float, float, float]:
-    """Return the number of samples, the accuracy of both files, and the share of samples for which they agree."""
-    found = torch.zeros(4, dtype=torch.int64)
-    for batch in loader:
+    """Return the number of samples, the accuracy of both files, and the share where they agree."""
+    samples = right_before = right_after = same = 0
+    for batch in batches:
         check_pair(batch)
         feed = _feed(batch[0], before)
         scores = torch.from_numpy(before.run(None, feed)[-1])
         check_labels(batch[1], *scores.shape)
-        y, old = batch[1].cpu(), scores.argmax(1)
-        new = torch.from_numpy(after.run(None, feed)[-1]).argmax(1)
-        found += torch.tensor([len(y), (old == y).sum(), (new == y).sum(), (old == new).sum()])
-    samples, right_before, right_after, same = found.tolist()
+        y = batch[1].cpu()
+        old = scores.argmax(dim=1)
+        new = torch.from_numpy(after.run(None, feed)[-1]).argmax(dim=1)
+        samples += len(y)
+        right_before += int((old == y).sum())
+        right_after += int((new == y).sum())
+        same += int((old == new).sum())
     if not samples:
-        raise InputError("the test loader yielded no samples")
+        raise InputError("the test loader yielded no samples. Hint: leave it out, or pass another")
     return samples, right_before / samples, right_after / samples, same / samples

@@ -19,9 +19,16 @@ from sffx.blocks import Input
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.early_exit import NEVER, EarlyExit, Stage
 from sffx.export.explain import first_line
-from sffx.export.onnx import open_session, require_packages, save_program, taken_by, traced_program
+from sffx.export.onnx import (
+    described_inputs,
+    onnx_program,
+    open_session,
+    require_packages,
+    save_program,
+)
 from sffx.export.parity import require_parity
-from sffx.export.prepare import TRACED_BATCH, VERIFIED_BATCHES, inference_copy, random_inputs
+from sffx.export.prepare import inference_copy, random_inputs
+from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
 from sffx.files import writing_folder
 from sffx.net import plan_of
 
@@ -135,9 +142,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         axes = tuple({0: "batch"} if name in runner.batched else None for name in stage.inputs)
         module: Any = stage.run
         save_program(
-            traced_program(
-                module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset
-            ),
+            onnx_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset),
             folder / file,
         )
         described = {
@@ -202,7 +207,7 @@ def _runner(
             results = session.run([goodness, *outputs], feed)
         except Exception as error:
             raise InputError(
-                f"the file cannot run on this input: {first_line(error)}. Hint: it takes {taken_by(session)}"
+                f"the file cannot run on this input: {first_line(error)}. Hint: it takes {described_inputs(session)}"
             ) from error
         return [torch.from_numpy(result) for result in results]
 

@@ -1,0 +1,154 @@
+"""Which lengths of an exported model's inputs stay open, and the inputs that a file is tried on.
+
+The batch always stays open. With `dynamic_size`, so do the height and width of one image input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sffx.blocks import Input
+from sffx.errors import ExportError, InputError
+from sffx.export.explain import first_line
+from sffx.inputs import random_batch
+
+Program = TypeVar("Program")
+
+# The names of the open axes of one input, by the index of the axis.
+Axes = dict[int, str]
+
+TRACED_BATCH = 2
+VERIFIED_BATCHES = (1, 3)
+# What is added to height and width for a second size: multiples of the strides of common models,
+# and two different numbers, so that an exporter cannot take both axes for one.
+GROWTH = (32, 64)
+
+
+def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
+    """Raise an InputError if the image size is to stay open and there is no single image input."""
+    if dynamic_size:
+        _image_input(inputs)
+
+
+def traced(
+    trace: Callable[[tuple[Tensor, ...], tuple[Axes, ...]], Program],
+    model: nn.Module,
+    inputs: Sequence[Input],
+    *,
+    dynamic_size: bool,
+) -> Program:
+    """Return the exporter's program of a model with the batch open and, if asked, the image size.
+
+    Args:
+        trace: the exporter: from an example of each input and their open axes to a program.
+        model: that the exporter traces.
+        inputs: of the model.
+        dynamic_size: whether height and width stay open.
+
+    Raises:
+        ExportError: the exporter fails. The error says so if it fails only with the size open.
+    """
+    if not dynamic_size:
+        return _traced_at_fixed_size(trace, inputs)
+    _require_other_size(model, inputs)
+    try:
+        # At the larger size, because the exporters fix a length that is 1 when they trace.
+        return trace(random_batch(_grown(inputs), TRACED_BATCH), _axes_with_size(inputs))
+    except ExportError as error:
+        # If the model cannot be exported at all, this raises the exporter's own error.
+        _traced_at_fixed_size(trace, inputs)
+        raise _size_error(inputs, str(error)) from error
+
+
+def trial_inputs(
+    inputs: tuple[Input, ...], *, dynamic_size: bool
+) -> Iterator[tuple[tuple[Input, ...], int, str]]:
+    """Yield the cases that an exported file is tried on.
+
+    Yields:
+        the inputs with their sizes, the batch size, and words for both, as "at batch size 3".
+    """
+    for batch in VERIFIED_BATCHES:
+        yield inputs, batch, f"at batch size {batch}"
+    if dynamic_size:
+        larger = _grown(inputs)
+        yield larger, TRACED_BATCH, f"at height and width {_size_text(larger)}"
+
+
+def _traced_at_fixed_size(
+    trace: Callable[[tuple[Tensor, ...], tuple[Axes, ...]], Program], inputs: Sequence[Input]
+) -> Program:
+    axes: tuple[Axes, ...] = tuple({0: "batch"} for _ in inputs)
+    return trace(random_batch(inputs, TRACED_BATCH), axes)
+
+
+def _axes_with_size(inputs: Sequence[Input]) -> tuple[Axes, ...]:
+    image = _image_input(inputs)
+    width_axis = len(image.shape)  # the last one, since the batch comes before the shape
+    all_axes = []
+    for each in inputs:
+        axes = {0: "batch"}
+        if each is image:
+            axes[width_axis - 1] = "height"
+            axes[width_axis] = "width"
+        all_axes.append(axes)
+    return tuple(all_axes)
+
+
+def _image_input(inputs: Sequence[Input]) -> Input:
+    """Return the input that is images (C, H, W) or clips (C, T, H, W).
+
+    Raises:
+        InputError: there is none, or several.
+    """
+    images = [each for each in inputs if _is_image(each)]
+    if len(images) != 1:
+        shapes = ", ".join(f"{each.name} {each.shape}" for each in inputs)
+        raise InputError(
+            "dynamic_size leaves height and width of one image input open, "
+            f"but the model has {len(images)} ({shapes}). Hint: leave dynamic_size out"
+        )
+    return images[0]
+
+
+def _is_image(each: Input) -> bool:
+    dtype: torch.dtype = getattr(torch, each.dtype)
+    return len(each.shape) > 2 and dtype.is_floating_point
+
+
+def _grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """Return the inputs with the image's height and width larger."""
+    image = _image_input(inputs)
+    *front, height, width = image.shape
+    larger = replace(image, shape=(*front, height + GROWTH[0], width + GROWTH[1]))
+    return tuple(larger if each is image else each for each in inputs)
+
+
+def _size_text(inputs: Sequence[Input]) -> str:
+    """Return height and width of the image input, as "224 x 224"."""
+    height, width = _image_input(inputs).shape[-2:]
+    return f"{height} x {width}"
+
+
+def _require_other_size(model: nn.Module, inputs: Sequence[Input]) -> None:
+    """Raise an ExportError if the model itself runs at one size only."""
+    larger = _grown(inputs)
+    try:
+        model(*random_batch(larger, TRACED_BATCH))
+    except Exception as error:
+        reason = f"torch fails at {_size_text(larger)}: {first_line(error)}"
+        raise _size_error(inputs, reason) from error
+
+
+def _size_error(inputs: Sequence[Input], reason: str) -> ExportError:
+    """Return the error that the model does not allow other sizes than the traced one."""
+    size = _size_text(inputs)
+    return ExportError(
+        f"the model does not allow other heights and widths than {size}: {reason}. "
+        f"Hint: leave dynamic_size out, and resize images to {size}"
+    )

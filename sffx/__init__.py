@@ -3,6 +3,7 @@
 from sffx import policies
 from sffx.api import plan, transform
 from sffx.blocks import Block, BlockPlan
+from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sffx.errors import (
     CutError,
     ExportError,
@@ -31,6 +32,7 @@ __all__ = [
     "Block",
     "BlockPlan",
     "BlockPlateau",
+    "Checkpoint",
     "CutError",
     "EarlyExit",
     "EarlyScores",
@@ -52,6 +54,7 @@ __all__ = [
     "export_program",
     "extract",
     "footprint",
+    "load_checkpoint",
     "local_loss",
     "local_step",
     "parameter_groups",
@@ -59,6 +62,7 @@ __all__ = [
     "plan",
     "policies",
     "quantize_onnx",
+    "save_checkpoint",
     "sff_loss",
     "shard",
     "transform",

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sffx.checkpoint import entries
 from sffx.errors import InputError, MissingExtra
-from sffx.keys import ACCURACY_KEY, CUT_KEY, PLATEAU_KEY
 from sffx.learning.losses import LossFunction, check_labels
 from sffx.learning.readouts import WEIGHTED, mixture, readout_of
 from sffx.net import is_cut, plan_of
@@ -26,6 +26,8 @@ try:
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
+
+PLATEAU_KEY = "sffx_plateau"  # the entry of a checkpoint with the state of a `BlockPlateau`
 
 
 class _Classifier(LightningModule):
@@ -116,18 +118,15 @@ class _Classifier(LightningModule):
         self.log_dict({f"lr/{group['name']}": group["lr"] for group in groups}, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the state of the plateau, and the accuracies of the last validation by the readout's name, into the checkpoint."""
+        """Add what `sffx.load_checkpoint` reads, and the state of the plateau."""
         if self.plateau is not None:
             checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
-        metrics = {
-            name.partition("/"): float(value)
-            for name, value in self.trainer.callback_metrics.items()
-        }
-        checkpoint[ACCURACY_KEY] = {
-            name or self.answer: value
-            for (metric, _, name), value in metrics.items()
-            if metric == "val_acc"
-        }
+        accuracy = {}
+        for key, value in self.trainer.callback_metrics.items():
+            metric, _, name = key.partition("/")
+            if metric == "val_acc":
+                accuracy[name or self.answer] = float(value)
+        checkpoint.update(entries(self.net, accuracy))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the state of the plateau from the checkpoint; Lightning may call this before there is an optimizer to watch, or after."""
@@ -200,11 +199,6 @@ class SFFModule(_Classifier):
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the local loss of a batch, which holds the activations of one block at a time."""
         return local_loss(self.net, x, y, self.loss_fn)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the state of the plateau, and how the model was cut, which `sffx-export` and `sffx-viz` read, into the checkpoint."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[CUT_KEY] = plan_of(self.net).record()
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return what each block, the ensemble, the last block, the classifier and, once weighed, the mixture say, (B, J) each."""

@@ -1,4 +1,7 @@
-"""Models that packages know by name, `timm:NAME` and `hf:CONFIG_CLASS`: their graphs, without weights and without a network."""
+"""Models that packages know by name, `timm:NAME` and `hf:CONFIG_CLASS`.
+
+They are made without pretrained weights and without a network.
+"""
 
 from __future__ import annotations
 
@@ -15,69 +18,73 @@ from torch import Tensor, nn
 
 from sffx.errors import InputError
 
-# Tokens of an example; a model's graph does not depend on how many there are.
+# The number of tokens in an example; a model's graph does not depend on it.
 TOKENS = 16
 
-# Where transformers keeps the classes of classifiers by the class of their configuration.
-HF_TASKS = tuple(
-    f"MODEL_FOR_{task}_CLASSIFICATION_MAPPING" for task in ("SEQUENCE", "IMAGE", "AUDIO")
+# Where transformers maps classes of configurations to classes of classifiers.
+HF_CLASSIFIERS = (
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
 )
 
 
 def timm_model(name: str, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
-    """A model of timm, by its name there.
+    """Return a model of timm.
 
     Args:
         name: as timm has it.
         num_classes: of the classifier; timm's own number if None.
-        filled: whether its parameters have values, random ones, and not only shapes.
+        filled: whether its parameters have random values, not only shapes.
 
     Raises:
         InputError: timm is not installed or knows no such model.
     """
     timm = _package("timm", f"timm:{name}")
-    if name not in timm.list_models():
-        raise InputError(
-            f"timm has no model {name!r}. Hint: {_near(name, timm.list_models(), 'timm.list_models() lists them')}"
-        )
+    known = timm.list_models()
+    if name not in known:
+        near = _near(name, known) or "timm.list_models() lists them"
+        raise InputError(f"timm has no model {name!r}. Hint: {near}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     return _made(lambda: timm.create_model(name, **options), filled)
 
 
 def hf_model(name: str, num_classes: int | None = None, *, filled: bool = False) -> nn.Module:
-    """The classifier of transformers for a class of configurations, as it is by default: `BertConfig` gives BertForSequenceClassification.
+    """Return the classifier of transformers for a class of configurations, as it is by default.
+
+    `BertConfig` gives a BertForSequenceClassification.
 
     Args:
         name: of the class of configurations.
         num_classes: of the classifier; the configuration's own number if None.
-        filled: whether its parameters have values, random ones, and not only shapes.
+        filled: whether its parameters have random values, not only shapes.
 
     Raises:
-        InputError: transformers is not installed, knows no such configuration or has no classifier for it.
+        InputError: transformers is not installed, knows no such configuration or has no
+            classifier for it.
     """
     transformers = _package("transformers", f"hf:{name}")
-    kind = getattr(transformers, name, None) if name.endswith("Config") else None
-    if not isinstance(kind, type):
-        configs = [known for known in dir(transformers) if known.endswith("Config")]
+    config_class = getattr(transformers, name, None) if name.endswith("Config") else None
+    if not isinstance(config_class, type):
+        known = [each for each in dir(transformers) if each.endswith("Config")]
+        near = _near(name, known) or "hf:BertConfig"
+        raise InputError(f"transformers has no configuration {name!r}. Hint: {near}")
+    model_class = _hf_classifier(config_class)
+    if model_class is None:
         raise InputError(
-            f"transformers has no configuration {name!r}. Hint: {_near(name, configs, 'hf:BertConfig')}"
+            f"transformers has no classifier of sequences, images or audio for {name}. "
+            "Hint: hf:BertConfig, hf:ViTConfig"
         )
-    tasks = importlib.import_module("transformers.models.auto.modeling_auto")
-    found = [
-        mapping[kind] for mapping in (getattr(tasks, task) for task in HF_TASKS) if kind in mapping
-    ]
-    if not found:
-        raise InputError(
-            f"transformers has no classifier of sequences, images or audio for {name}. Hint: hf:BertConfig, hf:ViTConfig"
-        )
-    # Some configurations have several classes of models, the plain classifier first.
-    maker = found[0][0] if isinstance(found[0], tuple) else found[0]
     options = {} if num_classes is None else {"num_labels": num_classes}
-    return _made(lambda: maker(_traceable(kind(**options))), filled)
+    config = _traceable(config_class(**options))
+    return _made(lambda: model_class(config), filled)
 
 
 def token_example(model: nn.Module) -> dict[str, Tensor] | None:
-    """Example inputs of a model that reads tokens, all of them real; None for other models, whose input `sffx.plan` infers."""
+    """Return example inputs of a model that reads tokens, all of them real.
+
+    Other models get None: `sffx.plan` infers their input.
+    """
     known = inspect.signature(model.forward).parameters
     if "input_ids" not in known:
         return None
@@ -88,28 +95,51 @@ def token_example(model: nn.Module) -> dict[str, Tensor] | None:
 SOURCES: dict[str, Callable[..., nn.Module]] = {"timm": timm_model, "hf": hf_model}
 
 
+def _hf_classifier(config_class: type) -> Any:
+    """Return the class of the classifier for a class of configurations, None if there is none."""
+    mappings = importlib.import_module("transformers.models.auto.modeling_auto")
+    for name in HF_CLASSIFIERS:
+        mapping = getattr(mappings, name)
+        if config_class in mapping:
+            found = mapping[config_class]
+            # Some configurations have several classes of models, the plain classifier first.
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
 def _package(name: str, source: str) -> ModuleType:
+    """Return a package without its warnings.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{source} needs the package {name!r}, which cannot be imported: {error}. Hint: pip install {name}"
+            f"{source} needs the package {name!r}, which cannot be imported: {error}. "
+            f"Hint: pip install {name}"
         ) from error
 
 
-def _near(name: str, known: Iterable[str], otherwise: str) -> str:
-    return ", ".join(difflib.get_close_matches(name, list(known), n=5)) or otherwise
+def _near(name: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, list(known), n=5))
 
 
 def _traceable(config: Any) -> Any:
-    """The configuration without what only training needs and a graph cannot hold, and with the padding that a classifier asks for."""
+    """Return a configuration whose model can be traced and classifies.
+
+    What only training needs and a graph cannot hold is switched off. The padding that a classifier
+    asks for is set.
+    """
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = 0
-    for name, plain in (("layerdrop", 0.0), ("apply_spec_augment", False)):
-        if hasattr(config, name):
-            setattr(config, name, plain)
+    if hasattr(config, "layerdrop"):
+        config.layerdrop = 0.0
+    if hasattr(config, "apply_spec_augment"):
+        config.apply_spec_augment = False
     return config
 
 
@@ -118,7 +148,10 @@ def _made(make: Callable[[], nn.Module], filled: bool) -> nn.Module:
 
 
 def _without_weights(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model with parameters that have shapes and no values, so that a large one takes no memory; with values where it reads them."""
+    """Return a model whose parameters have shapes and no values, so that it takes no memory.
+
+    A model that reads its parameters while it is made gets values.
+    """
     try:
         with torch.device("meta"):
             return make()

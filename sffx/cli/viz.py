@@ -1,87 +1,86 @@
-"""The command `sffx-viz`: how a model would be cut, as a picture or as a table."""
+"""The command `sffx-viz`: how a model is cut, as a picture or as a table.
+
+`sffx-viz model.py` draws. The other subcommands are `plan`, which prints the table of one policy,
+and `compare`, which sets several policies side by side.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import webbrowser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sffx.blocks import BlockPlan
-from sffx.cli.shapes import SHAPE_HELP, example_of, given_input
-from sffx.draw.checkpoint import progress_in, read_mapping
+from sffx.cli.options import (
+    SOURCE_HELP,
+    add_cut_options,
+    complete_options,
+    cut_options,
+    with_command,
+)
 from sffx.draw.compare import comparison, draw_comparison
+from sffx.draw.progress import BLOCK, Progress
 from sffx.draw.render import PICTURES, TEXT, check_path, draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import nn
 
-    from sffx.checkpoint import Cut
+    from sffx.checkpoint import Checkpoint
+
+COMMANDS = ("draw", "plan", "compare")
 
 EXAMPLES = """examples:
-  sffx-viz model.py                           the model in the file: an instance, or a function or class without arguments
+  sffx-viz model.py                           draw the only model in the file
   sffx-viz model.py --model make_net -o net.png
-  sffx-viz torchvision.models:resnet18 --plan
-  sffx-viz torchvision.models:resnet18 --compare residual,batchnorm,layer -o policies.png
   sffx-viz timm:convnext_tiny -o convnext.html
-  sffx-viz torchvision.models:resnet18 --checkpoint run.ckpt -o trained.svg
+  sffx-viz torchvision.models:resnet18 --checkpoint run.pt -o trained.svg
   sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
+  sffx-viz plan torchvision.models:resnet18   print the table
+  sffx-viz compare torchvision.models:resnet18 residual layer 'stages(4)' -o policies.png
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Run the command.
 
     Args:
         argv: the arguments; those of the process if None.
 
     Returns:
-        the exit code: 0, or 2 when something was wrong, which stderr tells.
+        The exit code: 0, or 2 when something was wrong, which stderr tells.
     """
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(with_command(arguments, COMMANDS, "draw"))
     try:
-        return _run(options)
+        options.run(options)
     except SffxError as error:
         print(f"sffx-viz: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "sffx-viz",
-        description="Shows how a model is cut into blocks.",
+        description="Show how a model is cut into blocks. Without a subcommand, draw it.",
         epilog=EXAMPLES,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "source",
-        metavar="model.py",
-        help="a Python file, package.module:callable, timm:NAME or hf:CONFIG_CLASS",
-    )
-    parser.add_argument(
-        "--model", metavar="NAME", help="the object in the file, where there are several models"
-    )
-    parser.add_argument(
-        "--policy", help="how the cuts are chosen (default: as the checkpoint says, else residual)"
-    )
-    beside = "set policies side by side: a table, and a drawing where -o names one"
-    parser.add_argument("--compare", metavar="POLICY,POLICY", type=_policies, help=beside)
-    parser.add_argument(
-        "--input",
-        metavar="[NAME=]1,3,224,224[:int]",
-        type=given_input,
-        action="append",
-        default=[],
-        help=SHAPE_HELP,
-    )
-    parser.add_argument("--classes", metavar="N", type=int, help="number of classes")
+    commands = parser.add_subparsers(required=True, metavar="{draw,plan,compare}")
+    _add_draw(commands.add_parser("draw", help="draw the blocks (may be left out)"))
+    _add_plan(commands.add_parser("plan", help="print the table of the blocks"))
+    _add_compare(commands.add_parser("compare", help="set policies side by side"))
+    return parser
+
+
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_draw)
+    _add_model(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -89,170 +88,200 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="a .svg, .png, .pdf, .html or .dot file (default: NAME.svg)",
     )
-    parser.add_argument("--plan", action="store_true", help="print the table instead of drawing")
     parser.add_argument(
         "--detail",
         choices=("blocks", "modules", "nodes"),
         default="blocks",
-        help="what is shown of each block",
+        help="what is shown of each block (default: blocks)",
     )
-    trained = "colour each block by its accuracy and learning rate, of a training whose checkpoint this is"
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help=trained)
     parser.add_argument(
         "--unfold", action="store_true", help="draw blocks in a row that look alike one by one"
     )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="of a training: colour each block by its accuracy and learning rate",
+    )
     parser.add_argument("--open", action="store_true", help="show the drawing")
-    return parser
+    add_cut_options(parser)
 
 
-def _policies(text: str) -> list[str]:
-    """The policies between commas; those in brackets belong to a policy, as in `stages(4)`."""
-    policies = [name.strip() for name in re.split(r",(?![^()]*\))", text)]
-    if "" in policies or len(policies) < 2:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of policies such as residual,batchnorm"
-        )
-    return policies
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_print_plan, checkpoint=None)
+    _add_model(parser)
+    add_cut_options(parser)
 
 
-def _run(options: argparse.Namespace) -> int:
-    _require_together(options)
-    if options.compare is not None:
-        return _compare(options)
-    content = read_mapping(options.checkpoint) if options.checkpoint is not None else None
-    (plan,) = _plans(options, [options.policy], content)
-    if options.plan:
-        print(plan)
-        return 0
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_compare, checkpoint=None)
+    _add_model(parser)
+    parser.add_argument(
+        "policies", metavar="POLICY", nargs="+", help="two or more, such as residual 'stages(4)'"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="draw them side by side in a .svg, .png, .pdf or .dot file",
+    )
+    parser.add_argument("--open", action="store_true", help="show the drawing, with -o")
+    add_cut_options(parser, policy=False)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="model.py", help=SOURCE_HELP)
+    parser.add_argument(
+        "--model", metavar="NAME", help="the object in the file, where there are several models"
+    )
+
+
+def _draw(options: argparse.Namespace) -> None:
+    """Draw the plan of a model, in the colours of a training if there is a checkpoint."""
+    checkpoint = _checkpoint(options)
+    plan = _plan(options, checkpoint)
+    progress = None if checkpoint is None else progress_of(checkpoint, plan)
     with _writing():
-        path = _draw(plan, options, content)
+        path = _draw_file(plan, progress, options)
     print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
-    _show(path, options)
-    return 0
-
-
-def _require_together(options: argparse.Namespace) -> None:
-    """Refuse options of which one would be passed over."""
-    if options.compare is not None and options.checkpoint is not None:
-        raise InputError(
-            "--checkpoint goes with a drawing of one policy, not with --compare. Hint: --policy as in the training"
-        )
-    styles = {"--unfold": options.unfold, "--detail": options.detail != "blocks"}
-    if options.compare is not None:
-        _require_none(
-            "--compare draws several policies in brief",
-            {"--plan": options.plan, "--policy": options.policy, **styles},
-        )
-        if options.open and options.output is None:
-            raise InputError(
-                "--open shows a drawing, and --compare draws where -o names one. Hint: -o policies.svg"
-            )
-        if options.output is not None:
-            check_path(options.output, (*PICTURES, *TEXT))
-    elif options.plan:
-        drawing = {
-            "--output": options.output,
-            "--open": options.open,
-            "--checkpoint": options.checkpoint,
-            **styles,
-        }
-        _require_none("--plan prints a table and draws nothing", drawing)
-
-
-def _require_none(why: str, options: Mapping[str, Any]) -> None:
-    unused = ", ".join(name for name, value in options.items() if value)
-    if unused:
-        raise InputError(
-            f"{why}, so {unused} would be passed over. Hint: leave out one or the other"
-        )
-
-
-def _compare(options: argparse.Namespace) -> int:
-    plans = _plans(options, options.compare)
-    print(comparison(plans))
-    if options.output is not None:
-        with _writing():
-            path = draw_comparison(plans, options.output)
-        _show(path, options)
-    return 0
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Turns an error of the file system into one message."""
-    try:
-        yield
-    except OSError as error:
-        raise SffxError(f"cannot write the drawing: {error}") from error
-
-
-def _show(path: Path, options: argparse.Namespace) -> None:
     if options.open:
-        webbrowser.open(path.resolve().as_uri())
+        _show(path)
 
 
-def _plans(
-    options: argparse.Namespace,
-    policies: Sequence[str | None],
-    content: Mapping[str, Any] | None = None,
-) -> list[BlockPlan]:
-    """The plan of the model by each policy, or the one that it carries; of a checkpoint, as its model was cut."""
-    # Here, because they import torch, and --help should not wait for it.
+def _print_plan(options: argparse.Namespace) -> None:
+    print(_plan(options, None))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Print several policies side by side, and draw them if there is an output."""
+    _check_compare(options)
+    model = _model(options, None)
+    carried = plan_in(model)
+    if carried is not None:
+        raise InputError(
+            f"the model is cut already, by the policy {carried.policy}, "
+            "so there is nothing to compare. Hint: name the plain model"
+        )
+    plans = [_plan_of(model, {"policy": policy}, options) for policy in options.policies]
+    print(comparison(plans))
+    if options.output is None:
+        return
+    with _writing():
+        path = draw_comparison(plans, options.output)
+    if options.open:
+        _show(path)
+
+
+def _check_compare(options: argparse.Namespace) -> None:
+    """Refuse what could only fail after all policies are planned."""
+    if len(options.policies) < 2:
+        raise InputError(
+            f"{options.policies[0]!r} is one policy, and compare sets several side by side. "
+            "Hint: compare model.py residual layer"
+        )
+    if options.output is not None:
+        check_path(options.output, (*PICTURES, *TEXT))
+    elif options.open:
+        raise InputError(
+            "--open shows a drawing, and compare draws where -o names one. Hint: -o policies.svg"
+        )
+
+
+def _checkpoint(options: argparse.Namespace) -> Checkpoint | None:
+    if options.checkpoint is None:
+        return None
+    # Here and below, imports that need torch: --help should not wait for it.
+    from sffx.checkpoint import load_checkpoint
+
+    return load_checkpoint(options.checkpoint)
+
+
+def _plan(options: argparse.Namespace, checkpoint: Checkpoint | None) -> BlockPlan:
+    """Return the plan that the model carries, or that of the checkpoint, or of the options."""
+    model = _model(options, checkpoint)
+    carried = plan_in(model)
+    if carried is not None:
+        return carried
+    if checkpoint is None:
+        return _plan_of(model, {"policy": "residual"}, options)
     import sffx
-    from sffx.checkpoint import Cut, classes_of, heads_of
-    from sffx.cli.models import find_model
+
+    return sffx.plan(model, **complete_options(checkpoint, cut_options(options)))
+
+
+def _plan_of(
+    model: nn.Module, defaults: dict[str, Any], options: argparse.Namespace
+) -> BlockPlan:
+    """Return the plan of a plain model by the options of the command line, and by defaults."""
+    import sffx
     from sffx.cli.sources import token_example
 
-    told, state = _trained(content) if content is not None else (None, {})
-    model = find_model(
-        options.source,
-        options.model,
-        options.classes or (told and told.num_classes) or classes_of(state),
-    )
-    known = plan_in(model)
-    if known is not None and options.compare is not None:
+    arguments = {**defaults, **cut_options(options)}
+    if "example_input" not in arguments and options.source.startswith("hf:"):
+        arguments["example_input"] = token_example(model)
+    return sffx.plan(model, **arguments)
+
+
+def _model(options: argparse.Namespace, checkpoint: Checkpoint | None) -> nn.Module:
+    from sffx.cli.models import find_model
+
+    num_classes = options.classes
+    if num_classes is None and checkpoint is not None and checkpoint.cut is not None:
+        num_classes = checkpoint.cut["num_classes"]
+    return find_model(options.source, options.model, num_classes)
+
+
+def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
+    """Return what a drawing shows of a training.
+
+    Args:
+        checkpoint: of the training.
+        plan: of the model that was trained.
+
+    Returns:
+        The accuracies of all blocks, and the learning rates of those that were trained.
+
+    Raises:
+        InputError: the checkpoint has no accuracies, or is of other blocks.
+    """
+    path = str(checkpoint.path)
+    targets = [block.target for block in plan.all_blocks]
+    if not checkpoint.accuracy:
         raise InputError(
-            f"the model is cut already, by the policy {known.policy}, so there is nothing to compare. Hint: name the plain model"
+            f"{path!r} holds no accuracies of blocks. Hint: "
+            "sffx.save_checkpoint(path, net, optimizer, sffx.evaluate(net, loader).accuracy)"
         )
-    if known is not None:
-        return [known]
-    known_cut = told or Cut(
-        example=token_example(model) if options.source.startswith("hf:") else None
+    missing = sorted(set(targets) - set(checkpoint.accuracy))
+    if missing:
+        raise _other_blocks(path, plan, f"it lacks {', '.join(missing)}")
+    others = sorted(_blocks_in(checkpoint.accuracy) - set(targets))
+    if others:
+        raise _other_blocks(path, plan, f"it has {', '.join(others)} as well")
+    ends = [block.output for block in plan]
+    if checkpoint.cut is not None and list(checkpoint.cut["after"]) != ends:
+        recorded = ", ".join(checkpoint.cut["after"])
+        raise _other_blocks(path, plan, f"they end after {recorded}, not {', '.join(ends)}")
+    rates = {name: rate for name, rate in checkpoint.rates.items() if name in targets}
+    return Progress(checkpoint.accuracy, rates)
+
+
+def _blocks_in(names: Any) -> set[str]:
+    return {name for name in names if name.startswith(BLOCK)}
+
+
+def _other_blocks(path: str, plan: BlockPlan, difference: str) -> InputError:
+    return InputError(
+        f"{path!r} is of other blocks than the {len(plan)} of the policy {plan.policy}: "
+        f"{difference}. "
+        "Hint: --policy and --input as in the training, or the model that was trained"
     )
-    example = example_of(options.input)
-    plans = []
-    for policy in policies:
-        said = {"policy": policy, "name": policy and "", "example": example}
-        cut = replace(
-            known_cut, **{name: value for name, value in said.items() if value is not None}
-        )
-        heads: dict[str, Any] = {"norm": told.norm} if told is not None else {}
-        if state or cut.heads is not None:
-            heads |= heads_of(state, model, cut)
-        plan = sffx.plan(
-            model,
-            policy=cut.policy,
-            example_input=cut.example,
-            num_classes=options.classes,
-            **heads,
-        )
-        plans.append(replace(plan, policy=cut.name) if cut.name else plan)
-    return plans
 
 
-def _trained(content: Mapping[str, Any]) -> tuple[Cut | None, dict[str, Tensor]]:
-    """How a checkpoint says that its model was cut, if it does, and its weights; accuracies alone can be drawn without them."""
-    from sffx.checkpoint import recorded, weights_of
-
-    told = recorded(content)
-    try:
-        return told, weights_of(content)
-    except InputError:
-        return told, {}
-
-
-def _draw(plan: BlockPlan, options: argparse.Namespace, content: Mapping[str, Any] | None) -> Path:
-    progress = progress_in(content, options.checkpoint, plan) if content is not None else None
+def _draw_file(
+    plan: BlockPlan, progress: Progress | None, options: argparse.Namespace
+) -> Path:
+    """Draw into the file that the options name, or into one that is named after the model."""
     shown: dict[str, Any] = {
         "unfold": options.unfold,
         "detail": options.detail,
@@ -269,11 +298,30 @@ def _draw(plan: BlockPlan, options: argparse.Namespace, content: Mapping[str, An
 
 
 def _name(options: argparse.Namespace) -> str:
-    """The name of the drawing: the object's where the command line names one, else the file's."""
+    """Return the name of the drawing: the object's if the command line names one, or the file's."""
     if options.model is not None:
         return str(options.model).rpartition(".")[2]
     source = str(options.source)
     place, _, thing = source.rpartition(":")
     if place == "timm":
         return thing.replace("/", "_")
-    return Path(source).stem if Path(source).suffix == ".py" else thing.rpartition(".")[2]
+    if Path(source).suffix == ".py":
+        return Path(source).stem
+    return thing.rpartition(".")[2]
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn an error of the file system into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise SffxError(f"cannot write the drawing: {error}") from error
+
+
+def _show(path: Path) -> None:
+    webbrowser.open(path.resolve().as_uri())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

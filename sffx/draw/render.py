@@ -41,7 +41,7 @@ def draw(
         unfold: whether blocks in a row that look alike are drawn one by one, not as one box where there are many blocks.
         detail: what is shown of each block: "blocks" what it holds, in words; "modules" the graph of its modules; "nodes" that of its
             nodes.
-        progress: of a training, as `sffx.draw.checkpoint.read_checkpoint` returns it: colours the blocks by accuracy and learning rate.
+        progress: of a training, colours the blocks by accuracy and learning rate.
 
     Returns:
         the path that was written. The file is replaced as a whole; if anything fails, an older file stays as it was.

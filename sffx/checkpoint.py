@@ -181,7 +181,8 @@ class Checkpoint:
             hints = [f"{name}={value}" for name, value in missing.items()]
             raise InputError(
                 f"{self._name} does not say all of how its model was cut. "
-                f"Hint: pass {', '.join(hints)}. sffx.save_checkpoint records it"
+                f"Hint: pass {', '.join(hints)} as in the training; "
+                "sffx.save_checkpoint records them"
             )
         return {**self._recorded_options(), **given}
 

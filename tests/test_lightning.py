@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sffx.draw.checkpoint import read_checkpoint
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
-from sffx.draw.checkpoint import read_checkpoint
 from sffx.plots.history import epochs
 from tests.toys import Residual
 

@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "sffx-export",
         description="Write the inference graph of a trained, cut model, checked against torch. "
-        "Without a subcommand, export weights.",
+        "Without a subcommand, export weights. "
+        "The options of a subcommand: sffx-export weights --help",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -120,8 +120,7 @@ def complete_options(checkpoint: Checkpoint, given: dict[str, Any]) -> dict[str,
         flags = [f"{FLAGS[name]} {value}" for name, value in missing.items()]
         raise InputError(
             f"{str(checkpoint.path)!r} does not say all of how its model was cut. "
-            f"Hint: as in the training, {' '.join(flags)}. "
-            "A checkpoint of sffx.save_checkpoint needs no options"
+            f"Hint: {' '.join(flags)} as in the training; sffx.save_checkpoint records them"
         )
     return checkpoint.options(**given)
 

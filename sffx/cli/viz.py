@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "sffx-viz",
-        description="Show how a model is cut into blocks. Without a subcommand, draw it.",
+        description="Show how a model is cut into blocks. Without a subcommand, draw it. "
+        "The options of a subcommand: sffx-viz draw --help",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -210,9 +211,7 @@ def _plan(options: argparse.Namespace, checkpoint: Checkpoint | None) -> BlockPl
     return sffx.plan(model, **complete_options(checkpoint, cut_options(options)))
 
 
-def _plan_of(
-    model: nn.Module, defaults: dict[str, Any], options: argparse.Namespace
-) -> BlockPlan:
+def _plan_of(model: nn.Module, defaults: dict[str, Any], options: argparse.Namespace) -> BlockPlan:
     """Return the plan of a plain model by the options of the command line, and by defaults."""
     import sffx
     from sffx.cli.sources import token_example
@@ -278,9 +277,7 @@ def _other_blocks(path: str, plan: BlockPlan, difference: str) -> InputError:
     )
 
 
-def _draw_file(
-    plan: BlockPlan, progress: Progress | None, options: argparse.Namespace
-) -> Path:
+def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Namespace) -> Path:
     """Draw into the file that the options name, or into one that is named after the model."""
     shown: dict[str, Any] = {
         "unfold": options.unfold,

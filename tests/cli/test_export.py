@@ -25,10 +25,16 @@ from tests import toys
 def small(num_classes=3):
     return toys.Residual(classes=num_classes)
 
+def five():
+    return toys.Residual(classes=5)
+
 def wide():
-    return toys.Residual(16)
+    return toys.Residual(16, classes=5)
 """
-WEIGHTS = ["--model", "model.py:small", "--input", "1,3,8,8"]
+INPUT = ["--input", "1,3,8,8"]
+# What weights alone do not say; what comes after these wins.
+CUT = ["--policy", "residual", "--goodness", "sff", "--norm", "layer", *INPUT]
+WEIGHTS = ["--model", "model.py:five", *CUT]
 
 
 @pytest.fixture(autouse=True)
@@ -75,21 +81,17 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
-        ({"kernel_size": 3, "policy": "stages(2)"}, ["--policy", "stages(2)"]),
-        ({"norm": "none", "goodness": "cwc"}, ["--norm", "none"]),
-        ({"goodness": "cosine(4)"}, []),
-        ({"goodness": "mlp(64)"}, []),
-        ({"goodness": "mlp(64, 3)"}, []),
+        (
+            {"kernel_size": 3, "policy": "stages(2)"},
+            ["--policy", "stages(2)", "--goodness", "sff", "--kernel-size", "3"],
+        ),
+        ({"norm": "none", "goodness": "cwc"}, ["--norm", "none", "--goodness", "cwc"]),
+        ({"goodness": "cosine(4)"}, ["--goodness", "cosine(4)"]),
+        ({"goodness": "mlp(64, 3)"}, ["--goodness", "mlp(64, 3)", "--classes", "5"]),
     ],
-    ids=[
-        "kernels of 3",
-        "CwC without norms",
-        "cosine of 4 x 4 regions",
-        "hidden layer of 64 units",
-        "and of 3 x 3 regions",
-    ],
+    ids=["kernels of 3", "CwC without norms", "cosine of 4 x 4 regions", "hidden layer"],
 )
-def test_weights_find_their_heads_and_classes(
+def test_weights_alone_are_cut_as_the_options_say(
     options: dict[str, Any], arguments: list[str], exported: list[fx.GraphModule]
 ) -> None:
     net = made(**options)
@@ -98,11 +100,27 @@ def test_weights_find_their_heads_and_classes(
     assert_same(exported[0], net)
 
 
+def test_options_that_weights_alone_need_are_named(
+    exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(made().state_dict(), "net.pt")
+    model = ["--model", "model.py:small"]
+    assert (
+        "'net.pt' does not say all of how its model was cut. "
+        "Hint: --policy ... --input ... --goodness ... --norm ... as in the training"
+    ) in fails(capsys, "net.pt", "net.pt2", *model)
+    assert "Hint: --norm ... as in" in fails(
+        capsys, "net.pt", "net.pt2", *model, "--policy", "residual", "--goodness", "sff", *INPUT
+    )
+    assert main(["net.pt", "net.pt2", *WEIGHTS]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [
-        lambda s: {"model": s, "epoch": 3},
-        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
     ],
 )
 def test_weights_are_found_in_a_checkpoint_of_a_script(
@@ -131,25 +149,17 @@ def test_readout_names_and_normalisation_reach_the_onnx_file(
     net = made()
     torch.save(net.state_dict(), "net.pt")
     Path("names.txt").write_text("a\nb\n c \nd\n\ne e\n")
-    options = [
-        "--readout",
-        "classifier",
-        "--class-names",
-        "names.txt",
-        "--mean",
-        "0.5,0.5,0.5",
-        "--std",
-        "1,1,1",
-        "--dynamic-size",
-    ]
+    options = ["--readout", "classifier", "--class-names", "names.txt", "--dynamic-size"]
+    options += ["--mean", "0.5,0.5,0.5", "--std", "1,1,1"]
     assert main(["net.pt", "net.onnx", *WEIGHTS, *options]) == 0
     assert re.match(
-        r"wrote net\.onnx, 0\.\d+ MiB: classifier scores of Residual, 3 blocks, 5 classes, from x \(B, 3, 8, 8\)\n$",
+        r"wrote net\.onnx, 0\.\d+ MiB: classifier scores of Residual, 3 blocks, 5 classes, "
+        r"from x \(B, 3, 8, 8\)\n$",
         capsys.readouterr().out,
     )
     session = onnxruntime.InferenceSession("net.onnx")
-    told = json.loads(session.get_modelmeta().custom_metadata_map["sffx"])
-    assert told == {
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["sffx"])
+    assert metadata == {
         "readout": "classifier",
         "class_names": ["a", "b", "c", "d", "e e"],
         "mean": [0.5] * 3,
@@ -162,13 +172,16 @@ def test_readout_names_and_normalisation_reach_the_onnx_file(
     torch.testing.assert_close(scores, net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_whole_model_is_loaded_only_where_it_is_trusted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_model_is_loaded_by_its_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     net = made()
     torch.save(net, "whole.pt")
-    assert "loading it would run code that lies in it. Hint: --trust" in fails(
-        capsys, "whole.pt", "net.pt2"
+    assert "loading it would run code that lies in it. Hint: " in fails(
+        capsys, "whole.pt", "net.pt2", *WEIGHTS
     )
-    assert main(["whole.pt", "net.pt2", "--trust"]) == 0
+    assert (
+        "holds a whole model, which is cut already. Hint: sffx-export whole whole.pt net.pt2"
+    ) in fails(capsys, "whole.pt", "net.pt2", *WEIGHTS, "--trust")
+    assert main(["whole", "whole.pt", "net.pt2"]) == 0
     loaded: Any = torch.export.load("net.pt2").module()
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(loaded(x), net(x).detach(), rtol=1e-4, atol=1e-5)
@@ -176,7 +189,24 @@ def test_whole_model_is_loaded_only_where_it_is_trusted(capsys: pytest.CaptureFi
 
 def test_whole_model_that_is_not_cut_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(toys.Chain(), "whole.pt")
-    assert "Chain, not a cut model. Hint: " in fails(capsys, "whole.pt", "net.pt2", "--trust")
+    assert "Chain, not a cut model. Hint: " in fails(capsys, "whole", "whole.pt", "net.pt2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net.pt", "net.pt2"], "the following arguments are required: --model"),
+        (["whole", "net.pt", "net.pt2", "--policy", "layer"], "unrecognized arguments: --policy"),
+        (["net.pt", "net.pt2", "--classes", "0"], "'0' is no positive integer"),
+        (["net.pt", "net.pt2", "--mean", "a,b"], "'a,b' is not a list of numbers such as"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -198,36 +228,28 @@ def test_checkpoint_of_lightning_tells_how_it_was_cut(exported: list[fx.GraphMod
     trainer.fit(SFFModule(net.train(), plateau={"factor": 0.3}), data, data)
     trainer.save_checkpoint("last.ckpt")
     assert main(["last.ckpt", "net.pt2", "--model", "model.py:small"]) == 0
-    x = torch.randn(3, 3, 8, 8)
-    assert torch.equal(exported[0].eval()(x), net.eval()(x))
-    assert [block.nodes for block in exported[0].plan] == [block.nodes for block in net.plan]
+    assert_same(exported[0], net)
 
 
-def test_checkpoint_of_a_script_tells_how_it_was_cut(
+def test_checkpoint_tells_how_it_was_cut(
     exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]
 ) -> None:
     net = made("stages(2)", norm="none", goodness="mlp(64, 3)")
-    torch.save({"net": net.state_dict(), "sffx_cut": net.plan.record()}, "run.pt")
+    sffx.save_checkpoint("run.pt", net)
     assert main(["run.pt", "net.pt2", "--model", "model.py:small"]) == 0
     assert capsys.readouterr().err == ""
-    x = torch.randn(3, 3, 8, 8)
-    assert torch.equal(exported[0].eval()(x), net.eval()(x))
-    assert exported[0].plan.options == net.plan.options
+    assert_same(exported[0], net)
 
 
-def test_what_is_assumed_of_the_cut_is_said(
+def test_trusted_checkpoint_may_hold_python_objects(
     exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(made().state_dict(), "net.pt")
-    assert main(["net.pt", "net.pt2", "--model", "model.py:small"]) == 0
-    said = capsys.readouterr()
-    assert (
-        "assumed: --policy residual --norm layer --input x=1,3,224,224. A training that saves net.plan.record()"
-        in said.err
-    )
-    assert "5 classes, from x (B, 3, 224, 224)" in said.out
-    assert main(["net.pt", "net.pt2", *WEIGHTS, "--policy", "residual", "--norm", "layer"]) == 0
-    assert capsys.readouterr().err == ""
+    net = made()
+    torch.save({"net": net.state_dict(), "sffx_cut": net.plan.record(), "at": Path()}, "run.pt")
+    command = ["run.pt", "net.pt2", "--model", "model.py:small"]
+    assert "holds Python objects, not weights alone" in fails(capsys, *command)
+    assert main([*command, "--trust"]) == 0
+    assert_same(exported[0], net)
 
 
 def test_whole_model_of_a_file_is_found_where_the_command_runs(
@@ -236,20 +258,19 @@ def test_whole_model_of_a_file_is_found_where_the_command_runs(
     Path("own_layers.py").write_text(
         "from torch import nn\nclass Own(nn.Module):\n    def forward(self, x):\n        return x\n"
     )
-    code = "import torch, own_layers; from torch import nn; torch.save(nn.Sequential(own_layers.Own()), 'own.pt')"
+    code = (
+        "import torch, own_layers; from torch import nn; "
+        "torch.save(nn.Sequential(own_layers.Own()), 'own.pt')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert "is a Sequential, not a cut model" in fails(
-        capsys, "own.pt", "net.pt2", "--trust"
-    )  # found, and what it is
+    command = ["whole", "own.pt", "net.pt2"]
+    # The class is found, and the error says what the model is.
+    assert "is a Sequential, not a cut model" in fails(capsys, *command)
     Path("own_layers.py").unlink()
     monkeypatch.delitem(sys.modules, "own_layers")
     assert (
         "No module named 'own_layers'. Hint: run the command where the code of the model lies"
-        in fails(capsys, "own.pt", "net.pt2", "--trust")
-    )
-    torch.save(made(), "whole.pt")
-    assert "of which --model, --policy can say nothing. Hint: " in fails(
-        capsys, "whole.pt", "net.pt2", "--trust", "--model", "model.py:small", "--policy", "layer"
+        in fails(capsys, *command)
     )
 
 
@@ -257,50 +278,44 @@ def test_what_cannot_be_used_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     torch.save(made().state_dict(), "net.pt")
     torch.save(toys.Chain().state_dict(), "plain.pt")
     torch.save([1, 2], "list.pt")
-    Path("text.pt").write_text("not a checkpoint")
-    Path("names.json").write_text('["a", ')
-    assert "ends in neither .onnx nor .pt2" in fails(capsys, "net.pt", "net.tflite")
-    assert "there is no file 'none.pt'" in fails(capsys, "none.pt", "net.pt2")
-    Path("empty.pt").write_bytes(b"")
-    assert "'empty.pt' is no checkpoint of torch: it is empty, or ends too early" in fails(
-        capsys, "empty.pt", "net.pt2"
-    )
-    assert "'.' is a folder. Hint: name the file in it" in fails(capsys, ".", "net.pt2")
     torch.save({"net": made().state_dict(), "sffx_cut": {"policy": "residual"}}, "odd.pt")
-    assert (
-        "'sffx_cut' cannot be understood (KeyError: 'inputs'). Hint: save net.plan.record()"
-        in fails(capsys, "odd.pt", "net.pt2", *WEIGHTS)
-    )
-    for trust in ([], ["--trust"]):
-        assert "'text.pt' is no checkpoint of torch" in fails(capsys, "text.pt", "net.pt2", *trust)
-    assert "holds no weights of a cut model, but 0.weight, " in fails(
-        capsys, "plain.pt", "net.pt2", *WEIGHTS
-    )
-    assert "is a list, not weights by name" in fails(capsys, "list.pt", "net.pt2")
-    assert "holds weights without their model. Hint: --model" in fails(capsys, "net.pt", "net.pt2")
-    assert "is no JSON list" in fails(
-        capsys, "net.pt", "net.pt2", *WEIGHTS, "--class-names", "names.json"
-    )
-    assert "class names cannot be read" in fails(
-        capsys, "net.pt", "net.pt2", *WEIGHTS, "--class-names", "none"
-    )
+    Path("text.pt").write_text("not a checkpoint")
+    Path("empty.pt").write_bytes(b"")
+    Path("names.json").write_text('["a", ')
+    for arguments, message in [
+        (["net.pt", "net.tflite"], "ends in neither .onnx nor .pt2"),
+        (["none.pt", "net.pt2"], "there is no file 'none.pt'"),
+        (["empty.pt", "net.pt2"], "'empty.pt' is no checkpoint of torch: it is empty, or ends"),
+        ([".", "net.pt2"], "'.' is a folder. Hint: name the file in it"),
+        (["odd.pt", "net.pt2"], "the entry 'sffx_cut' lacks 'after'"),
+        (["text.pt", "net.pt2"], "'text.pt' is no checkpoint of torch"),
+        (["text.pt", "net.pt2", "--trust"], "'text.pt' is no checkpoint of torch"),
+        (["plain.pt", "net.pt2"], "holds no weights of a cut model, but 0.weight, "),
+        (["list.pt", "net.pt2"], "holds a list, not weights by name"),
+        (["net.pt", "net.pt2", "--class-names", "names.json"], "is no JSON list"),
+        (["net.pt", "net.pt2", "--class-names", "none"], "class names cannot be read"),
+    ]:
+        assert message in fails(capsys, *arguments, *WEIGHTS)
 
 
 def test_weights_of_another_model_or_cut_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(made().state_dict(), "net.pt")
-    other = ["net.pt", "net.pt2", "--input", "1,3,8,8"]
-    assert "the weights do not fit Residual, cut by 'stages(2)': " in fails(
-        capsys, *other, "--model", "model.py:small", "--policy", "stages(2)"
+    weights = ["net.pt", "net.pt2", *WEIGHTS]
+    assert "the weights of 'net.pt' do not fit Residual, cut by 'stages(2)': " in fails(
+        capsys, *weights, "--policy", "stages(2)"
     )
     assert "size mismatch for block_0.stem.0.weight" in fails(
-        capsys, *other, "--model", "model.py:wide"
+        capsys, *weights, "--model", "model.py:wide"
     )
-    assert "no 'tall'" in fails(capsys, *other, "--model", "model.py:tall")
+    assert "no 'tall'" in fails(capsys, *weights, "--model", "model.py:tall")
 
 
 def test_help_says_what_trust_means(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
+    assert "loading it runs code that lies in the file" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["weights", "--help"])
     assert "runs code that lies in it" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,4 +1,4 @@
-"""Policies side by side: the table, the drawing, and the command."""
+"""Policies side by side: the table and the drawing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 
 from sffx.blocks import BlockPlan
-from sffx.cli.viz import _policies, main
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.errors import InputError
-
-NET = """
-from torch import nn
-net = nn.Sequential(
-    *(layer for width in (3, 8, 8) for layer in (nn.Conv2d(width, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())),
-    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-"""
 
 
 def test_a_line_for_each_policy_tells_its_largest_block(
@@ -56,43 +48,3 @@ def test_a_page_of_a_comparison_is_refused(small: BlockPlan, tmp_path: Path) -> 
         InputError, match=r"'\.html' is unknown. Hint: use one of \.svg, \.png, \.pdf, \.dot, \.gv"
     ):
         draw_comparison([small], tmp_path / "policies.html")
-
-
-def test_commas_in_brackets_belong_to_a_policy() -> None:
-    assert _policies("residual, stages(4),other(a,b)") == ["residual", "stages(4)", "other(a,b)"]
-
-
-@pytest.mark.parametrize("text", ["residual", "residual,", ""])
-def test_one_policy_is_no_comparison(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["model.py", "--compare", text])
-    assert (
-        f"{text!r} is not a list of policies such as residual,batchnorm" in capsys.readouterr().err
-    )
-
-
-def test_the_command_prints_the_table_and_draws(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("model.py").write_text(NET)
-    arguments = ["model.py", "--input", "1,3,8,8", "--compare", "residual,batchnorm"]
-    assert main(arguments) == 0
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
-        ["residual", "3"],
-        ["batchnorm", "3"],
-    ]
-    assert [path.name for path in Path().iterdir()] == ["model.py"]
-    assert main([*arguments, "-o", "policies.dot"]) == 0
-    assert "batchnorm" in Path("policies.dot").read_text()
-
-
-def test_a_cut_net_has_nothing_to_compare(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("model.py").write_text(
-        f"{NET}\nimport sffx, torch\nnet = sffx.transform(net, example_input=torch.zeros(1, 3, 8, 8))"
-    )
-    assert main(["model.py", "--compare", "residual,batchnorm"]) == 2
-    assert "cut already, by the policy residual" in capsys.readouterr().err

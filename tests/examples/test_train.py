@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from sffx.draw.checkpoint import read_checkpoint
 from sklearn.datasets import load_digits
 
 import sffx
-from sffx.draw.checkpoint import read_checkpoint
 from tests.examples.scripts import EXAMPLES, run
 
 

@@ -1,0 +1,86 @@
+"""What a training has come to, in the colours of a drawing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sffx.blocks import BlockPlan
+from sffx.draw.graph import dot
+from sffx.draw.page import page
+from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress
+from sffx.draw.render import draw
+
+ACCURACY = {"block_0": 0.5, "block_1": 0.75, "classifier": 0.9, "ensemble": 0.8, "last": 0.75}
+
+
+def test_colours_go_from_the_lowest_to_the_highest() -> None:
+    progress = Progress(
+        ACCURACY, {"block_0": 1e-4, "block_1": 1e-3, "classifier": 1e-2, "other": 0.0}
+    )
+    assert [progress.accuracy_colour(name) for name in ("block_0", "classifier")] == list(
+        ACCURACY_COLOURS
+    )
+    assert [progress.rate_colour(name) for name in ("block_0", "classifier", "other")] == [
+        *RATE_COLOURS,
+        RATE_COLOURS[0],
+    ]
+    middle = [int(progress.rate_colour("block_1")[at : at + 2], 16) for at in (1, 3, 5)]
+    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in RATE_COLOURS]
+    assert middle == pytest.approx(
+        [(low + high) / 2 for low, high in zip(*ends, strict=True)], abs=0.5
+    )
+
+
+def test_where_all_are_equal_no_block_looks_the_worst() -> None:
+    assert (
+        Progress({"block_0": 0.5, "classifier": 0.5}).accuracy_colour("block_0")
+        == ACCURACY_COLOURS[1]
+    )
+
+
+def test_boxes_have_the_colours_and_tell_the_figures(small: BlockPlan) -> None:
+    text = dot(small, progress=Progress(ACCURACY, {"block_0": 1e-4, "block_1": 1e-2}))
+    boxes = {
+        name: line
+        for line in text.splitlines()
+        for name in ACCURACY
+        if line.strip().startswith(f'"{name}" [')
+    }
+    assert [
+        re.findall(r'fillcolor="(#\w+)"', boxes[name])[-1] for name in ("block_0", "classifier")
+    ] == list(ACCURACY_COLOURS)
+    assert "accuracy 50.0 %" in boxes["block_0"]
+    assert (
+        f'BGCOLOR="{RATE_COLOURS[0]}"><FONT COLOR="#1f2933" POINT-SIZE="10">learning rate 1.0e-04'
+        in boxes["block_0"]
+    )
+    assert "no learning rate" in boxes["classifier"]
+    assert "accuracy: classifier 90.0 %, ensemble 80.0 %" in text
+    assert "50.0 %</FONT></TD><TD" in text.splitlines()[4]  # the scale of the legend
+
+
+def test_a_deep_net_is_not_folded_where_its_blocks_are_told_apart(chain: Any) -> None:
+    accuracy = {block.target: 0.5 for block in chain(20).all_blocks}
+    assert " × " not in dot(chain(20), progress=Progress(accuracy))
+    assert 'id="run_block_0" open' in page(chain(20), progress=Progress(accuracy)).replace(
+        'class="box run" ', ""
+    )
+
+
+def test_the_page_has_the_colours_too(small: BlockPlan) -> None:
+    text = page(small, progress=Progress(ACCURACY, {"block_0": 1e-4}))
+    assert f'id="block_0" style="border-left: 12px solid {ACCURACY_COLOURS[0]}"' in text
+    assert (
+        f'<span class="badge" style="background: {RATE_COLOURS[1]}">learning rate 1.0e-04</span>'
+        in text
+    )
+
+
+def test_draw_takes_progress_in_every_detail(small: BlockPlan, tmp_path: Path) -> None:
+    for detail in ("blocks", "modules", "nodes"):
+        path = draw(small, tmp_path / f"{detail}.dot", detail=detail, progress=Progress(ACCURACY))
+        assert ACCURACY_COLOURS[0] in path.read_text()

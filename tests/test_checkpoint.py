@@ -1,0 +1,334 @@
+"""Checkpoints: what is saved comes back, and what cannot be understood is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import sffx
+from sffx.checkpoint import FIRST_BLOCK
+from tests import toys
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+ACCURACY = {"block_0": 0.5, "block_1": 0.75, "classifier": 1.0, "ensemble": 0}
+GROUPS = [
+    {"name": "block_0", "lr": 1e-4, "params": [0]},
+    {"name": "block_1", "lr": 1e-2, "params": [1]},
+]
+# All that the file of a bare state dict does not say.
+OPTIONS = {"policy": "residual", "example_input": EXAMPLE, "goodness": "sff", "norm": "layer"}
+
+
+def plain(classes: int = 5) -> nn.Module:
+    return toys.Residual(classes=classes)
+
+
+def trained(policy: Any = "residual", **options: Any) -> fx.GraphModule:
+    """Return a cut model whose statistics have seen a batch, in eval mode."""
+    torch.manual_seed(0)
+    net = sffx.transform(plain(), policy, EXAMPLE, **options)
+    net(torch.randn(16, 3, 8, 8))
+    return net.eval()
+
+
+def assert_same(found: fx.GraphModule, net: fx.GraphModule) -> None:
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(found.eval()(x), net.eval()(x))
+    assert found.plan == net.plan
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run.pt"
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_everything_that_is_saved_comes_back(path: Path) -> None:
+    net = trained("stages(2)")
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, lr=1e-3, classifier_lr=1e-4))
+    sffx.local_loss(net.train(), torch.randn(4, 3, 8, 8), torch.arange(4)).backward()
+    optimizer.step()
+    more = {"epoch": 3, "rng": torch.get_rng_state(), "plateau": {"block_0": [1, 2.0, None]}}
+    assert sffx.save_checkpoint(path, net, optimizer, ACCURACY, **more) == path
+
+    checkpoint = sffx.load_checkpoint(path)
+    assert checkpoint.accuracy == ACCURACY
+    assert checkpoint.cut == net.plan.record()
+    assert checkpoint.rates == {"block_0": 1e-3, "block_1": 1e-3, "classifier": 1e-4}
+    assert set(checkpoint.versions) == {"sffx", "torch"}
+    assert checkpoint.more.keys() == more.keys()
+    assert torch.equal(checkpoint.more["rng"], more["rng"])
+    assert checkpoint.more["plateau"] == more["plateau"]
+
+    other = checkpoint.net(plain())
+    resumed = torch.optim.AdamW(sffx.parameter_groups(other, lr=1.0))
+    resumed.load_state_dict(checkpoint.optimizer)
+    assert_same(other, net)
+    found, expected = resumed.state_dict(), optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(found["state"], expected["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("stages(2)", {"kernel_size": 3}),
+        ("residual", {"norm": "none", "goodness": "cwc"}),
+        ("layer", {"goodness": "cosine(4)"}),
+        ("residual", {"goodness": "mlp(64)"}),
+        ("residual", {"goodness": "mlp(64, 3)"}),
+    ],
+    ids=["kernels of 3", "CwC without norms", "cosine", "hidden layer", "3 x 3 regions"],
+)
+def test_the_model_is_cut_as_it_was(policy: str, options: dict[str, Any], path: Path) -> None:
+    net = trained(policy, **options)
+    sffx.save_checkpoint(path, net)
+    assert_same(sffx.load_checkpoint(path).net(plain()), net)
+
+
+def test_places_of_a_policy_of_one_s_own_are_kept(path: Path) -> None:
+    def second_half(analysis: Any) -> list[str]:
+        return [sffx.plan(plain(), "residual", EXAMPLE).blocks[1].output]
+
+    net = trained(second_half)
+    sffx.save_checkpoint(path, net)
+    assert_same(sffx.load_checkpoint(path).net(plain()), net)
+    assert net.plan.policy == "second_half"
+
+
+def test_weights_of_blocks_come_back(path: Path) -> None:
+    net = trained()
+    sffx.weigh(net, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)])
+    sffx.save_checkpoint(path, net)
+    found = sffx.load_checkpoint(path).net(plain())
+    assert found.readout.mode == "weighted"
+    assert_same(found, net)
+
+
+def test_a_plain_model_has_no_cut(path: Path) -> None:
+    torch.manual_seed(0)
+    model = plain()
+    sffx.save_checkpoint(path, model, accuracy={"model": 0.5})
+    checkpoint = sffx.load_checkpoint(path)
+    assert (checkpoint.cut, checkpoint.optimizer) == (None, None)
+    other = plain()
+    other.load_state_dict(checkpoint.state)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(sffx.InputError, match=r"holds no weights of a cut model, but stem\.0\."):
+        checkpoint.net(plain())
+
+
+def test_names_of_a_plain_model_are_left_as_they_are(path: Path) -> None:
+    layers = OrderedDict(head=nn.Linear(1, 1), block_0=nn.Linear(1, 1))
+    model = nn.Sequential(OrderedDict(features=nn.Sequential(layers), last=nn.Linear(1, 1)))
+    sffx.save_checkpoint(path, model)
+    assert any(FIRST_BLOCK in name for name in model.state_dict())
+    assert list(sffx.load_checkpoint(path).state) == list(model.state_dict())
+
+
+# torch.compile imports parts of torch that torch has since deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_saved_without_its_wrapper(path: Path) -> None:
+    net = trained()
+    sffx.save_checkpoint(path, torch.compile(net))
+    assert_same(sffx.load_checkpoint(path).net(plain()), net)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    ],
+    ids=["a state dict", "a checkpoint of a script", "a checkpoint of Lightning over DDP"],
+)
+def test_weights_of_others_need_the_options(wrapped: Any, path: Path) -> None:
+    net = trained()
+    checkpoint = sffx.load_checkpoint(saved(path, wrapped(net.state_dict())))
+    assert_same(checkpoint.net(plain(), **OPTIONS), net)
+    for name in OPTIONS:
+        given = {key: value for key, value in OPTIONS.items() if key != name}
+        with pytest.raises(sffx.InputError, match=rf"Hint: pass {name}=\.\.\. as in the training"):
+            checkpoint.net(plain(), **given)
+    with pytest.raises(
+        sffx.InputError,
+        match=r"'.*run\.pt' does not say all of how its model was cut\. Hint: pass policy=\.\.\., "
+        r"example_input=\.\.\., goodness=\.\.\., norm=\.\.\. as in the training; sffx\.save_checkpoint records them",
+    ):
+        checkpoint.net(plain())
+
+
+def test_options_win_over_the_record(path: Path) -> None:
+    net = trained()
+    sffx.save_checkpoint(path, net)
+    found = sffx.load_checkpoint(path).net(plain(), example_input=torch.zeros(1, 3, 16, 16))
+    assert found.plan.inputs[0].shape == (3, 16, 16)
+    assert [block.output for block in found.plan] == [block.output for block in net.plan]
+
+
+def test_states_of_optimizers_of_lightning_are_read(path: Path) -> None:
+    state = {"state": {}, "param_groups": [*GROUPS, {"lr": 1.0, "params": [2]}]}
+    content = {"optimizer_states": [state], "sffx_accuracy": ACCURACY}
+    checkpoint = sffx.load_checkpoint(saved(path, content))
+    assert checkpoint.rates == {"block_0": 1e-4, "block_1": 1e-2}
+    assert (checkpoint.state, checkpoint.more) == ({}, {})
+    with pytest.raises(sffx.InputError, match="no weights of a cut model, but none at all"):
+        checkpoint.net(plain())
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """Return the record of a cut, with entries changed; an entry that is None is left out."""
+    plan = sffx.plan(plain(), example_input=EXAMPLE)
+    changed = {**plan.record(), **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sffx_cut": "residual"}, "the entry 'sffx_cut' is a str, not a mapping"),
+        ({"sffx_cut": record(after=None)}, "lacks 'after', the names of the nodes after which"),
+        ({"sffx_cut": record(after=["a", 1])}, r"has \['a', 1\] for 'after', not the names of"),
+        ({"sffx_cut": record(after=[])}, r"has \[\] for 'after'"),
+        ({"sffx_cut": record(inputs=None)}, "lacks 'inputs', the shape and the dtype of each"),
+        ({"sffx_cut": record(inputs={"x": [3, 8, 8]})}, "for 'inputs', not the shape"),
+        (
+            {"sffx_cut": record(inputs={"x": {"shape": [3, 0], "dtype": "float32"}})},
+            "for 'inputs', not the shape",
+        ),
+        (
+            {"sffx_cut": record(inputs={"x": {"shape": [3], "dtype": "load"}})},
+            "for 'inputs', not the shape",
+        ),
+        ({"sffx_cut": record(num_classes="5")}, "has '5' for 'num_classes', not the number"),
+        ({"sffx_cut": record(goodness=1)}, "has 1 for 'goodness', not the name of a goodness"),
+        ({"sffx_cut": record(kernel_size=0)}, "has 0 for 'kernel_size'"),
+        ({"sffx_cut": record(norm={"other": "f"})}, "for 'norm', not the name of a norm"),
+        ({"sffx_cut": record(policy=3)}, "has 3 for 'policy', not the name of a policy"),
+        ({"sffx_accuracy": [0.5]}, "the entry 'sffx_accuracy' is a list, not accuracies by name"),
+        ({"sffx_accuracy": {"block_0": 50.0}}, "has 50.0 for 'block_0', not an accuracy between"),
+        ({"optimizer": [1]}, "the entry 'optimizer' is a list, not a state dict"),
+        (torch.zeros(2), "holds a Tensor, not weights by name"),
+        ([1, 2], "holds a list, not weights by name"),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named(content: Any, message: str, path: Path) -> None:
+    with pytest.raises(sffx.InputError, match=rf"run\.pt'.*{message}.*Hint: "):
+        sffx.load_checkpoint(saved(path, content))
+
+
+class Executed:
+    """Writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_executed_unless_it_is_trusted(path: Path) -> None:
+    mark = path.parent / "executed"
+    saved(path, {"sffx_accuracy": ACCURACY, "other": Executed(mark)})
+    with pytest.raises(sffx.InputError, match=r"holds Python objects.* run code.*Hint: .*trust"):
+        sffx.load_checkpoint(path)
+    assert not mark.exists()
+    assert sffx.load_checkpoint(path, trust=True).accuracy == ACCURACY
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_files_that_are_no_checkpoints_are_refused(path: Path, trust: bool) -> None:
+    with pytest.raises(sffx.InputError, match=r"there is no file '.*run\.pt'"):
+        sffx.load_checkpoint(path, trust=trust)
+    with pytest.raises(sffx.InputError, match=r"is a folder. Hint: name the file in it"):
+        sffx.load_checkpoint(path.parent, trust=trust)
+    path.write_bytes(b"")
+    with pytest.raises(sffx.InputError, match="it is empty, or ends too early"):
+        sffx.load_checkpoint(path, trust=trust)
+    path.write_text("not a checkpoint")
+    with pytest.raises(sffx.InputError, match=r"run\.pt' is no checkpoint of torch"):
+        sffx.load_checkpoint(path, trust=trust)
+
+
+def test_a_whole_model_is_loaded_only_where_it_is_trusted(path: Path) -> None:
+    net = trained()
+    torch.save(net, path)
+    with pytest.raises(sffx.InputError, match=r"run code that lies in it\. Hint: "):
+        sffx.load_checkpoint(path)
+    checkpoint = sffx.load_checkpoint(path, trust=True)
+    assert_same(checkpoint.net(), net)
+    with pytest.raises(sffx.InputError, match="so model, policy would be passed over"):
+        checkpoint.net(plain(), policy="layer")
+    torch.save(plain(), path)
+    with pytest.raises(sffx.InputError, match=r"Residual, not a cut model\. Hint: "):
+        sffx.load_checkpoint(path, trust=True).net()
+
+
+def test_weights_of_another_model_or_cut_are_refused(path: Path) -> None:
+    sffx.save_checkpoint(path, trained())
+    checkpoint = sffx.load_checkpoint(path)
+    with pytest.raises(
+        sffx.InputError, match=r"of '.*run\.pt' do not fit Residual, cut by 'stages\(2\)': Missing"
+    ):
+        checkpoint.net(plain(), policy="stages(2)")
+    with pytest.raises(sffx.InputError, match=r"size mismatch for block_0\.stem\.0\.weight"):
+        checkpoint.net(toys.Residual(16, classes=5))
+    with pytest.raises(sffx.InputError, match="num_classes is 5, but the model returns 4 logits"):
+        checkpoint.net(plain(classes=4))
+    with pytest.raises(sffx.InputError, match=r"weights without their model. Hint: pass the model"):
+        checkpoint.net()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"accuracy": {"block_0": 93.0}}, "has 93.0 for 'block_0', not an accuracy between"),
+        ({"folder": Path()}, "the entry 'folder' holds Python objects"),
+        ({"callback": lambda: None}, "the entry 'callback' holds Python objects"),
+        ({"sffx_cut": {}}, "save_checkpoint writes the entry 'sffx_cut' itself"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_saved(
+    arguments: dict[str, Any], message: str, path: Path
+) -> None:
+    path.write_text("an older file")
+    with pytest.raises(sffx.InputError, match=message):
+        sffx.save_checkpoint(path, trained(), **arguments)
+    assert path.read_text() == "an older file"
+
+
+def test_a_save_that_fails_leaves_the_older_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_text("an older file")
+    state = trained()
+
+    def fail(content: Any, draft: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        sffx.save_checkpoint(path, state)
+    assert path.read_text() == "an older file"
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(sffx.InputError, match=re.escape("nowhere")):
+        sffx.save_checkpoint(path.parent / "nowhere" / "run.pt", state)
+
+
+def test_tensors_are_on_the_cpu(path: Path) -> None:
+    sffx.save_checkpoint(path, trained(), scale=torch.ones(1))
+    checkpoint = sffx.load_checkpoint(path)
+    tensors: list[Tensor] = [*checkpoint.state.values(), checkpoint.more["scale"]]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}

@@ -33,6 +33,7 @@ from sffx.errors import InputError, in_brief
 from sffx.export.explain import first_line
 from sffx.files import draft_beside, target_file
 from sffx.net import is_cut, plan_of
+from sffx.parts import block_name
 from sffx.runtime.shard import require_whole
 
 STATE_KEY = "net"
@@ -49,7 +50,10 @@ LIGHTNING_OPTIMIZERS_KEY = "optimizer_states"
 # The arguments of `transform` that a cut model cannot be made again without.
 REQUIRED_OPTIONS = ("policy", "example_input", "goodness", "norm")
 
-FIRST_BLOCK = "block_0."
+# Those that a caller may give as a callable; then the record has its name only.
+CALLABLE_OPTIONS = ("goodness", "norm")
+
+FIRST_BLOCK = f"{block_name(0)}."
 
 # How torch reports a file that it did not write, whatever the file holds.
 NOT_OF_TORCH = ("Unsupported operand", "invalid load key")
@@ -200,9 +204,8 @@ class Checkpoint:
         return {name: self._expected(name) for name in names}
 
     def _expected(self, option: str) -> str:
-        if self.cut is not None and isinstance(self.cut[option], Mapping):
-            return str(self.cut[option]["custom"])
-        return "..."
+        """Return the name of the callable that the training used, "..." if it is not known."""
+        return "..." if self.cut is None else str(self.cut[option])
 
     def _recorded_options(self) -> dict[str, Any]:
         """Return the arguments of `transform` that the record has."""
@@ -214,9 +217,8 @@ class Checkpoint:
             "num_classes": self.cut["num_classes"],
             "kernel_size": self.cut["kernel_size"],
         }
-        for name in ("goodness", "norm"):
-            # The record has only the name of a callable, which the caller must pass.
-            if isinstance(self.cut[name], str):
+        for name in CALLABLE_OPTIONS:
+            if name not in self.cut["custom"]:
                 options[name] = self.cut[name]
         return options
 
@@ -478,14 +480,12 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
-def _is_name_or_custom(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return list(value) == ["custom"] and _is_name(value["custom"])
-    return _is_name(value)
-
-
 def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_name, value))
+
+
+def _are_callables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and set(value) <= set(CALLABLE_OPTIONS)
 
 
 def _are_inputs(value: Any) -> bool:
@@ -509,9 +509,10 @@ CUT_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "after": (_are_names, "the names of the nodes after which the model was cut"),
     "inputs": (_are_inputs, "the shape and the dtype of each input by name"),
     "num_classes": (_is_positive, "the number of classes"),
-    "goodness": (_is_name_or_custom, "the name of a goodness"),
+    "goodness": (_is_name, "the name of a goodness"),
     "kernel_size": (_is_positive, "the kernel size of the heads"),
-    "norm": (_is_name_or_custom, "the name of a norm"),
+    "norm": (_is_name, "the name of a norm"),
+    "custom": (_are_callables, "which of goodness and norm are callables"),
 }
 
 

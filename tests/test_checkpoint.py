@@ -169,6 +169,29 @@ def test_weights_of_others_need_the_options(wrapped: Any, path: Path) -> None:
         checkpoint.net(plain())
 
 
+def pooled(block: sffx.Block, num_classes: int) -> nn.Module:
+    """Return a goodness of one's own: a linear layer on the mean over space."""
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(pool, nn.Flatten(), nn.Linear(block.channels, num_classes))
+
+
+def batch_free(block: sffx.Block) -> nn.Module:
+    """Return a norm of one's own."""
+    return nn.InstanceNorm2d(block.channels)
+
+
+def test_a_goodness_of_one_s_own_must_be_passed_again(path: Path) -> None:
+    net = trained(goodness=pooled, norm=batch_free)
+    sffx.save_checkpoint(path, net)
+    checkpoint = sffx.load_checkpoint(path)
+    assert_same(checkpoint.net(plain(), goodness=pooled, norm=batch_free), net)
+    with pytest.raises(
+        sffx.InputError,
+        match=r"Hint: pass norm=tests\.test_checkpoint\.batch_free as in the training",
+    ):
+        checkpoint.net(plain(), goodness=pooled)
+
+
 def test_options_win_over_the_record(path: Path) -> None:
     net = trained()
     sffx.save_checkpoint(path, net)
@@ -214,7 +237,8 @@ def record(**changes: Any) -> dict[str, Any]:
         ({"sffx_cut": record(num_classes="5")}, "has '5' for 'num_classes', not the number"),
         ({"sffx_cut": record(goodness=1)}, "has 1 for 'goodness', not the name of a goodness"),
         ({"sffx_cut": record(kernel_size=0)}, "has 0 for 'kernel_size'"),
-        ({"sffx_cut": record(norm={"other": "f"})}, "for 'norm', not the name of a norm"),
+        ({"sffx_cut": record(norm=["layer"])}, "for 'norm', not the name of a norm"),
+        ({"sffx_cut": record(custom=["loss"])}, r"has \['loss'\] for 'custom', not which of"),
         ({"sffx_cut": record(policy=3)}, "has 3 for 'policy', not the name of a policy"),
         ({"sffx_accuracy": [0.5]}, "the entry 'sffx_accuracy' is a list, not accuracies by name"),
         ({"sffx_accuracy": {"block_0": 50.0}}, "has 50.0 for 'block_0', not an accuracy between"),

@@ -23,9 +23,10 @@ from sffx.cli.options import (
     with_command,
 )
 from sffx.draw.compare import comparison, draw_comparison
-from sffx.draw.progress import BLOCK, Progress
+from sffx.draw.progress import Progress
 from sffx.draw.render import PICTURES, TEXT, check_path, draw, plan_in
 from sffx.errors import InputError, MissingExtra, SffxError
+from sffx.parts import is_block
 
 if TYPE_CHECKING:
     from torch import nn
@@ -254,7 +255,7 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
     missing = sorted(set(targets) - set(checkpoint.accuracy))
     if missing:
         raise _other_blocks(path, plan, f"it lacks {', '.join(missing)}")
-    others = sorted(_blocks_in(checkpoint.accuracy) - set(targets))
+    others = sorted(name for name in checkpoint.accuracy if is_block(name) and name not in targets)
     if others:
         raise _other_blocks(path, plan, f"it has {', '.join(others)} as well")
     ends = [block.output for block in plan]
@@ -263,10 +264,6 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
         raise _other_blocks(path, plan, f"they end after {recorded}, not {', '.join(ends)}")
     rates = {name: rate for name, rate in checkpoint.rates.items() if name in targets}
     return Progress(checkpoint.accuracy, rates)
-
-
-def _blocks_in(names: Any) -> set[str]:
-    return {name for name in names if name.startswith(BLOCK)}
 
 
 def _other_blocks(path: str, plan: BlockPlan, difference: str) -> InputError:

@@ -83,6 +83,5 @@ if __name__ == "__main__":
         )
     if local:
         print(found := sffx.evaluate(net, test_loader))
-    told = {"sffx_accuracy": found.accuracy, "sffx_cut": net.plan.record()} if local else {}
-    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), **told}, args.out)
+    sffx.save_checkpoint(args.out, net, optimizer, found.accuracy if local else None)
     print(f"wrote {args.out}")

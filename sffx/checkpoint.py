@@ -31,7 +31,7 @@ from sffx.api import transform
 from sffx.compiler.policies import Policy, called
 from sffx.errors import InputError, in_brief
 from sffx.export.explain import first_line
-from sffx.files import draft_beside, target_file
+from sffx.files import writing
 from sffx.net import is_cut, plan_of
 from sffx.parts import block_name
 from sffx.runtime.shard import require_whole
@@ -92,10 +92,8 @@ def save_checkpoint(
     if optimizer is not None:
         content[OPTIMIZER_KEY] = optimizer.state_dict()
     content.update(more)
-    target = target_file(Path(path), "run.pt")
-    with draft_beside(target, target.name) as draft:
+    with writing(path) as draft:
         torch.save(content, draft)
-        draft.replace(target)
     return Path(path)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sffx.draw.checkpoint import read_checkpoint
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -227,9 +226,10 @@ def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(
 
     found = sffx.evaluate(net, validation)
     rates = dict.fromkeys(BLOCKS, OPTIONS["lr"]) | {"classifier": OPTIONS["classifier_lr"]}
-    progress = read_checkpoint(tmp_path / "last.ckpt", net.plan)
-    assert progress.accuracy == pytest.approx(found.accuracy, abs=1e-6)
-    assert progress.rates == pytest.approx(rates)
+    checkpoint = sffx.load_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint.accuracy == pytest.approx(found.accuracy, abs=1e-6)
+    assert checkpoint.rates == pytest.approx(rates)
+    assert checkpoint.cut == net.plan.record()
     first, second = epochs(tmp_path / "logs" / "metrics.csv")
     assert second.accuracy == pytest.approx(found.accuracy, abs=1e-6)
     assert second.loss == pytest.approx(found.loss, rel=1e-5)

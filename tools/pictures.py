@@ -86,9 +86,8 @@ def plan(picture: Picture) -> BlockPlan:
 def gallery() -> str:
     """The page that shows the pictures: a table with a small form of each, which leads to the picture itself."""
     named = [(picture.file, picture.command) for picture in GALLERY]
-    named.append(
-        ("resnet18-policies.svg", f"sffx-viz {ZOO}resnet18 --compare '{','.join(POLICIES)}'")
-    )
+    policies = " ".join(shlex.quote(policy) for policy in POLICIES)
+    named.append(("resnet18-policies.svg", f"sffx-viz compare {ZOO}resnet18 {policies}"))
     rows = [named[start : start + COLUMNS] for start in range(0, len(named), COLUMNS)]
     lines = [
         "# How models are cut",

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from sffx.draw.checkpoint import read_checkpoint
 from sklearn.datasets import load_digits
 
 import sffx
@@ -49,10 +48,10 @@ def test_the_plain_loop_runs(method: str, folders: Path, tmp_path: Path) -> None
         goodness=method,
         example_input=torch.zeros(1, 3, 32, 32),
     ).plan
-    assert torch.load(tmp_path / "run.pt")["sffx_cut"] == plan.record()
-    progress = read_checkpoint(tmp_path / "run.pt", plan)
-    assert f"{progress.accuracy['ensemble']:.2%}" in output
-    assert set(progress.rates.values()) == {1e-3}
+    checkpoint = sffx.load_checkpoint(tmp_path / "run.pt")
+    assert checkpoint.cut == plan.record()
+    assert f"{checkpoint.accuracy['ensemble']:.2%}" in output
+    assert set(checkpoint.rates.values()) == {1e-3}
 
 
 def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Needs torchvision, transformers and Graphviz. The models have no weights, so tha
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path

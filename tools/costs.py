@@ -1,4 +1,4 @@
-"""What a training step of several methods costs, relative to one of them."""
+"""The cost of a training step of several methods, relative to one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.timing import compare_time
 
 @dataclass(frozen=True)
 class Training:
-    """What a step of a method is made of.
+    """A model with its optimizer and its loss: all that a training step needs.
 
     Attributes:
         model: in train mode.
@@ -35,14 +35,18 @@ class Training:
 def relative_costs(
     trainings: Mapping[str, Training], to: str, *, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Return by method the "time" of a step, its "peak" memory and its "activations", each divided by those of one of the methods.
+    """Measure a training step of each method. This trains the models.
 
-    Memory is counted in a step that has the optimizer's state in place; times are of steps that alternate. The models are trained by it.
+    Memory is counted in a step that has the optimizer's state in place. Times are of steps that
+    alternate.
 
     Args:
         trainings: the methods by name.
-        to: the name of the method that is 1.
+        to: the name of the method that all others are divided by.
         rounds: of the time measurement, as for `compare_time`.
+
+    Returns:
+        By method, the "time" of a step, its "peak" memory and its "activations".
     """
     counts = {}
     for name, training in trainings.items():
@@ -50,14 +54,13 @@ def relative_costs(
         counts[name] = count_memory(
             training.step, model=training.model, optimizer=training.optimizer
         )
-    times = compare_time(
-        {name: training.step for name, training in trainings.items()}, rounds=rounds
-    )
-    return {
-        name: {
+    steps = {name: training.step for name, training in trainings.items()}
+    times = compare_time(steps, rounds=rounds)
+    costs = {}
+    for name, count in counts.items():
+        costs[name] = {
             "time": times.paired_ratio(name, to),
             "peak": count.peak / counts[to].peak,
             "activations": count.activations / counts[to].activations,
         }
-        for name, count in counts.items()
-    }
+    return costs

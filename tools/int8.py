@@ -1,9 +1,11 @@
-"""What eight bits cost on scikit-learn's digits: a residual network, trained by SFF, exported, and quantised in four ways.
+"""Measure the loss of accuracy by eight bits, on scikit-learn's digits.
 
     python -m tools.int8 --out tools/results/int8
 
-Weights have a scale for each channel or for each tensor, and take 8 bits or 7 (`reduce_range`, which processors without VNNI need). The
-ranges of the activations are read from 300 of the training images; 597 images are tested.
+A residual network is trained by SFF, exported, and quantised in four ways. Weights have a scale for
+each channel or for each tensor. They take 8 bits, or 7 (`reduce_range`), which processors without
+VNNI need. The ranges of the activations are read from 300 of the training images. The test uses 597
+other images.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import platform
 import tempfile
 from dataclasses import asdict
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,9 +29,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
 
-WAYS = [
-    (per_channel, reduce_range) for per_channel in (True, False) for reduce_range in (True, False)
-]
+# Whether weights have a scale for each channel, and whether they take 7 bits.
+WAYS = list(product((True, False), (True, False)))
+
+TRAINING_IMAGES = 1200
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -38,41 +42,39 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        wide = 2 * channels
         self.first = nn.Sequential(
-            nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(2 * channels),
-            nn.ReLU(),
+            nn.Conv2d(channels, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()
         )
         self.second = nn.Sequential(
-            nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, bias=False), nn.BatchNorm2d(2 * channels)
+            nn.Conv2d(wide, wide, 3, 1, 1, bias=False), nn.BatchNorm2d(wide)
         )
-        self.shortcut = nn.Conv2d(channels, 2 * channels, 1, 2)
+        self.shortcut = nn.Conv2d(channels, wide, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
 def network() -> nn.Module:
-    """A stem and two residual blocks on (B, 1, 8, 8)."""
+    """Return a stem and two residual blocks for images (B, 1, 8, 8)."""
     stem = [nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
-    return nn.Sequential(
-        *stem, Residual(32), Residual(64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
-    )
+    blocks = [Residual(32), Residual(64)]
+    classifier = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)]
+    return nn.Sequential(*stem, *blocks, *classifier)
 
 
 def digits() -> tuple[TensorDataset, Batches]:
     """Return 1,200 digits to train on, and batches of 597 others."""
-    found = load_digits()
-    x, y = (
-        torch.tensor(found.images / 8 - 1, dtype=torch.float32)[:, None],
-        torch.tensor(found.target),
-    )
-    return TensorDataset(x[:1200], y[:1200]), list(
-        zip(x[1200:].split(100), y[1200:].split(100), strict=True)
-    )
+    source = load_digits()
+    x = torch.tensor(source.images / 8 - 1, dtype=torch.float32)[:, None]
+    y = torch.tensor(source.target)
+    train = TensorDataset(x[:TRAINING_IMAGES], y[:TRAINING_IMAGES])
+    test_images = x[TRAINING_IMAGES:].split(100)
+    test_labels = y[TRAINING_IMAGES:].split(100)
+    return train, list(zip(test_images, test_labels, strict=True))
 
 
-def exported(seed: int, epochs: int, train: TensorDataset, path: Path) -> Path:
+def train_and_export(seed: int, epochs: int, train: TensorDataset, path: Path) -> Path:
     torch.manual_seed(seed)
     net = sffx.transform(network(), "batchnorm", torch.zeros(1, 1, 8, 8))
     optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 3e-3))
@@ -85,47 +87,45 @@ def exported(seed: int, epochs: int, train: TensorDataset, path: Path) -> Path:
     return sffx.export_onnx(net, path)
 
 
-def runs(seed: int, epochs: int) -> list[dict[str, Any]]:
+def run_seed(seed: int, epochs: int) -> list[dict[str, Any]]:
     """Train and export once, and quantise in every way."""
     train, test = digits()
     calibration = list(DataLoader(train, 100))[:3]
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
-        source, target = (
-            exported(seed, epochs, train, Path(folder) / "net.onnx"),
-            Path(folder) / "int8.onnx",
-        )
-        found = []
+        source = train_and_export(seed, epochs, train, Path(folder) / "net.onnx")
+        target = Path(folder) / "int8.onnx"
         for per_channel, reduce_range in WAYS:
-            report = sffx.quantize_onnx(
-                source,
-                target,
-                calibration,
-                test,
-                per_channel=per_channel,
-                reduce_range=reduce_range,
-            )
-            found.append(
-                {
-                    **asdict(report),
-                    "path": "int8.onnx",
-                    "per_channel": per_channel,
-                    "reduce_range": reduce_range,
-                    "seed": seed,
-                }
-            )
-        return found
+            way = {"per_channel": per_channel, "reduce_range": reduce_range}
+            report = sffx.quantize_onnx(source, target, calibration, test, **way)
+            runs.append({**asdict(report), "path": "int8.onnx", **way, "seed": seed})
+    return runs
 
 
-def row(per_channel: bool, reduce_range: bool, found: list[dict[str, Any]]) -> str:
-    mine = [
-        run
-        for run in found
-        if (run["per_channel"], run["reduce_range"]) == (per_channel, reduce_range)
+def row(per_channel: bool, reduce_range: bool, runs: list[dict[str, Any]]) -> str:
+    """Return one way as a row of the table, the mean over the seeds."""
+    way = (per_channel, reduce_range)
+    own = [run for run in runs if (run["per_channel"], run["reduce_range"]) == way]
+    cells = ["7" if reduce_range else "8", "channel" if per_channel else "tensor"]
+    for name in ("accuracy_before", "accuracy_after", "agreement"):
+        cells.append(f"{mean(run[name] for run in own):.2%}")
+    size = mean(run["bytes_after"] / run["bytes_before"] for run in own)
+    cells.append(f"{size:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def table(stamp: str, epochs: int, seeds: int, runs: list[dict[str, Any]]) -> str:
+    lines = [
+        f"`python -m tools.int8`, {stamp}; {epochs} epochs, the mean over {seeds} seeds; "
+        "597 test images.",
+        "",
+        "| bits of a weight | a scale for each | accuracy before | after "
+        "| same prediction | size |",
+        "|---|---|---|---|---|---|",
     ]
-    names = ("accuracy_before", "accuracy_after", "agreement")
-    shown = " | ".join(f"{mean(run[name] for run in mine):.2%}" for name in names)
-    size = mean(run["bytes_after"] / run["bytes_before"] for run in mine)
-    return f"| {7 if reduce_range else 8} | {'channel' if per_channel else 'tensor'} | {shown} | {size:.2f} |"
+    for per_channel, reduce_range in WAYS:
+        lines.append(row(per_channel, reduce_range, runs))
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -137,22 +137,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = [run for seed in range(args.seeds) for run in runs(seed, args.epochs)]
-    stamp = f"{date.today()}, {platform.machine()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    lines = [
-        f"`python -m tools.int8`, {stamp}; {args.epochs} epochs, the mean over {args.seeds} seeds; 597 test images.",
-        "",
-    ]
-    lines += [
-        "| bits of a weight | a scale for each | accuracy before | after | same prediction | size |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [row(*way, found) for way in WAYS]
-    (args.out / "record.json").write_text(
-        json.dumps({"stamp": stamp, "epochs": args.epochs, "runs": found}, indent=1) + "\n"
-    )
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    runs = []
+    for seed in range(args.seeds):
+        runs += run_seed(seed, args.epochs)
+    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    stamp = f"{date.today()}, {platform.machine()}, {versions}"
+    record = {"stamp": stamp, "epochs": args.epochs, "runs": runs}
+    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    page = table(stamp, args.epochs, args.seeds, runs)
+    (args.out / "table.md").write_text(page + "\n")
+    print(page)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Measure what tracing, planning and cutting cost as models grow: CPU seconds, of a benchmark, not of a test.
+"""Measure the time that tracing, planning and cutting take as models grow, in CPU seconds.
 
-    OMP_NUM_THREADS=1 python tools/scaling.py --out tools/results/scaling
+    OMP_NUM_THREADS=1 python -m tools.scaling --out tools/results/scaling
 
-1. `sffx.transform` of torchvision's ResNets, by phase. Each is the least of some rounds, after a small model has been cut to warm up.
-2. `make_plan` by every policy that knows no sizes in bytes, on a chain with 1,000 candidates and more, already traced and analysed.
-3. Trace, analysis and plan of synthetic models of 1,250 to 20,000 nodes. Where the seconds per 1,000 nodes stay the same, cost is linear.
+1. `sffx.transform` of torchvision's ResNets, by phase. Each figure is the least of some rounds. A
+   small model is cut first, to warm up.
+2. `make_plan` by every policy that knows no sizes in bytes, on a chain with 1,000 candidates and
+   more, which is traced and analysed already.
+3. Trace, analysis and plan of synthetic models of 1,250 to 20,000 nodes. Where the seconds per
+   1,000 nodes stay the same, the cost is linear.
 
 CPU time is counted, not wall time, so that other work on the machine matters less.
 """
@@ -20,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -35,10 +38,10 @@ from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm
 from sffx.policies import policy_named
 
-_RESNETS = ("resnet50", "resnet101", "resnet152")
-_POLICIES = ("layer", "residual", "batchnorm", "module(1)", "stages(4)", "stages(64)")
-_SIZES = (1_250, 2_500, 5_000, 10_000, 20_000)
-_WIDTH = 8
+RESNETS = ("resnet50", "resnet101", "resnet152")
+POLICIES = ("layer", "residual", "batchnorm", "module(1)", "stages(4)", "stages(64)")
+SIZES = (1_250, 2_500, 5_000, 10_000, 20_000)
+WIDTH = 8
 
 
 class Residual(nn.Module):
@@ -46,19 +49,22 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(_WIDTH, _WIDTH), nn.Linear(_WIDTH, _WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.second(torch.relu(self.first(x))))
 
 
 def chain(nodes: int) -> nn.Module:
-    layers = [layer for _ in range(nodes // 2) for layer in (nn.Linear(_WIDTH, _WIDTH), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(_WIDTH, 4))
+    layers: list[nn.Module] = []
+    for _ in range(nodes // 2):
+        layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 4))
 
 
 def residual(nodes: int) -> nn.Module:
-    return nn.Sequential(*(Residual() for _ in range(nodes // 5)), nn.Linear(_WIDTH, 4))
+    return nn.Sequential(*(Residual() for _ in range(nodes // 5)), nn.Linear(WIDTH, 4))
 
 
 class Clock:
@@ -77,70 +83,80 @@ class Clock:
     def total(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def cells(self) -> str:
+        """The seconds of all phases, as cells of a table."""
+        return " | ".join(f"{seconds:.2f}" for seconds in self.seconds.values())
 
-def planned(clock: Clock, model: nn.Module, x: Tensor, policy: str) -> tuple[Analysis, Any]:
+
+class Run(NamedTuple):
+    """The clock of a cut, and the numbers of nodes and of feature blocks."""
+
+    clock: Clock
+    nodes: int
+    blocks: int
+
+    @property
+    def per_thousand(self) -> str:
+        return f"{1000 * self.clock.total / self.nodes:.2f}"
+
+
+def analyse_and_plan(
+    clock: Clock, model: nn.Module, x: Tensor, policy: str
+) -> tuple[Analysis, Any]:
     with clock.phase("trace"):
         traced = trace(model, x)
     with clock.phase("analyse"):
         analysis = analyse(traced)
-        _ = analysis.steps
+        _ = analysis.steps  # computed when it is first read
     with clock.phase("plan"):
         plan = make_plan(analysis, *policy_named(policy))
     return analysis, plan
 
 
-def transformed(model: nn.Module, x: Tensor, policy: str = "residual") -> tuple[Clock, int, int]:
-    """Do what `sffx.transform` does, phase by phase.
-
-    Returns:
-        The clock, and the numbers of nodes and of feature blocks.
-    """
+def timed_transform(model: nn.Module, x: Tensor, policy: str = "residual") -> Run:
+    """Cut a model as `sffx.transform` does, phase by phase."""
     clock = Clock()
     with torch.inference_mode(False):
-        analysis, plan = planned(clock, model, x, policy)
+        analysis, plan = analyse_and_plan(clock, model, x, policy)
         with clock.phase("rewrite"):
             heads = make_heads(plan, analysis.trace.root)
-            net = rewrite(analysis.trace, plan, heads, [SampleNorm() for _ in plan])
+            norms = [SampleNorm() for _ in plan]
+            net = rewrite(analysis.trace, plan, heads, norms)
         with clock.phase("verify"):
             verify(net, plan)
-    return clock, len(analysis.nodes), len(plan)
+    return Run(clock, len(analysis.nodes), len(plan))
 
 
 def resnets(rounds: int) -> Iterator[str]:
     yield '### `sffx.transform`, 224 x 224, J = 10, policy "residual"'
     yield ""
-    yield "| model | nodes | blocks | trace | analyse | plan | rewrite | verify | in all, s | per 1,000 nodes, s |"
+    phases = "trace | analyse | plan | rewrite | verify"
+    yield f"| model | nodes | blocks | {phases} | in all, s | per 1,000 nodes, s |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     x = torch.zeros(1, 3, 224, 224)
-    transformed(torchvision.models.resnet18(num_classes=10), x)
-    for name in _RESNETS:
+    timed_transform(torchvision.models.resnet18(num_classes=10), x)
+    for name in RESNETS:
         model = getattr(torchvision.models, name)(num_classes=10)
-        clock, nodes, blocks = min(
-            (transformed(model, x) for _ in range(rounds)), key=lambda run: run[0].total
-        )
-        phases = " | ".join(f"{seconds:.2f}" for seconds in clock.seconds.values())
-        yield f"| {name} | {nodes} | {blocks} | {phases} | {clock.total:.2f} | {1000 * clock.total / nodes:.2f} |"
+        runs = [timed_transform(model, x) for _ in range(rounds)]
+        best = min(runs, key=lambda run: run.clock.total)
+        cells = f"{best.nodes} | {best.blocks} | {best.clock.cells} | {best.clock.total:.2f}"
+        yield f"| {name} | {cells} | {best.per_thousand} |"
 
 
 def policies(nodes: int, rounds: int) -> Iterator[str]:
-    analysis = analyse(trace(chain(nodes), torch.zeros(1, _WIDTH)))
+    analysis = analyse(trace(chain(nodes), torch.zeros(1, WIDTH)))
     yield f"### Planning alone: a chain of {nodes:,} nodes, {len(analysis.candidates):,} candidates"
     yield ""
     yield "| policy | blocks | seconds |"
     yield "|---|---|---|"
-    for policy in _POLICIES:
-        runs = [
-            _timed(lambda policy=policy: make_plan(analysis, *policy_named(policy)))
-            for _ in range(rounds)
-        ]
-        plan, seconds = min(runs, key=lambda run: run[1])
-        yield f"| {policy} | {len(plan)} | {seconds:.3f} |"
-
-
-def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.process_time()
-    result = run()
-    return result, time.process_time() - start
+    for policy in POLICIES:
+        seconds = []
+        for _ in range(rounds):
+            start = time.process_time()
+            plan = make_plan(analysis, *policy_named(policy))
+            seconds.append(time.process_time() - start)
+        yield f"| {policy} | {len(plan)} | {min(seconds):.3f} |"
 
 
 def depths(
@@ -152,10 +168,10 @@ def depths(
     yield "|---|---|---|---|---|---|---|"
     for size in sizes:
         clock = Clock()
-        analysis, plan = planned(clock, build(size), torch.zeros(1, _WIDTH), policy)
-        nodes = len(analysis.nodes)
-        phases = " | ".join(f"{seconds:.2f}" for seconds in clock.seconds.values())
-        yield f"| {nodes:,} | {len(plan):,} | {phases} | {clock.total:.1f} | {1000 * clock.total / nodes:.2f} |"
+        analysis, plan = analyse_and_plan(clock, build(size), torch.zeros(1, WIDTH), policy)
+        run = Run(clock, len(analysis.nodes), len(plan))
+        cells = f"{run.nodes:,} | {run.blocks:,} | {clock.cells} | {clock.total:.1f}"
+        yield f"| {cells} | {run.per_thousand} |"
 
 
 def main() -> None:
@@ -168,16 +184,19 @@ def main() -> None:
         "--sizes",
         type=int,
         nargs="+",
-        default=list(_SIZES),
+        default=list(SIZES),
         help="numbers of nodes of the synthetic models",
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = (
-        f"{platform.machine()}, {torch.get_num_threads()} thread of {os.cpu_count()} shared cores"
-    )
-    lines = [f"{date.today()}, {machine}, torch {torch.__version__}, CPU seconds:", ""]
-    lines += ["    OMP_NUM_THREADS=1 python tools/scaling.py", ""]
+    threads = f"{torch.get_num_threads()} thread of {os.cpu_count()} shared cores"
+    machine = f"{platform.machine()}, {threads}"
+    lines = [
+        f"{date.today()}, {machine}, torch {torch.__version__}, CPU seconds:",
+        "",
+        "    OMP_NUM_THREADS=1 python -m tools.scaling",
+        "",
+    ]
     sections = (
         resnets(args.rounds),
         policies(2_500, args.rounds),
@@ -188,6 +207,7 @@ def main() -> None:
         for line in itertools.chain(section, [""]):
             print(line, flush=True)
             lines.append(line)
+            # After each line, so that an interrupted run leaves what it has.
             (args.out / "table.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

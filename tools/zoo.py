@@ -1,18 +1,22 @@
-"""Cut every model of a zoo and verify what comes out, one process a model; what is recorded already is skipped.
+"""Cut every model of a zoo and verify the result, one process for each model.
 
-    python tools/zoo.py --jobs 2                     # all zoos that are installed, then the table
-    python tools/zoo.py --zoo timm --only vit --again
-    python tools/zoo.py --table                      # the table alone, from the records
+    python -m tools.zoo --jobs 2                     # all zoos that are installed, then the table
+    python -m tools.zoo --zoo timm --only vit --again
+    python -m tools.zoo --table                      # the table alone, from the records
 
-A model is verified when all of this holds (`verify_model`):
+A model with a record is skipped. A model is verified when all of this holds (`verify_model`):
 
-- `sffx.transform` cuts it by the default policy, with no exception made for it, into two feature blocks or more, or the plan says why not;
-- the trunk without norms computes what the original does, in train and in eval mode, at a batch size other than the traced one; weights
-  that start as constants (zeroed heads, layer scales) are drawn anew and BN is calibrated before, and outputs must differ between samples;
-- each trainable parameter that backpropagation reaches has gradient from exactly one block's loss, and has it after a `local_loss` step;
-- for a sample of families, the ONNX file agrees with torch.
+- `sffx.transform` cuts it by the default policy, with no exception made for it. Two feature blocks
+  or more come out, or the plan says why not.
+- The trunk without norms computes the same as the original, in train and in eval mode, at another
+  batch size than the traced one. Weights that start as constants (zeroed heads, layer scales) are
+  drawn anew, and BN is calibrated before. Outputs must differ between samples.
+- Each trainable parameter that backpropagation reaches has a gradient from exactly one block's
+  loss, and has it after a `local_loss` step.
+- For a sample of families, the ONNX file agrees with torch.
 
-Models are built with 10 classes and random weights, and run at the smallest image size that they accept.
+Models are built with 10 classes and random weights. They run at the smallest image size that they
+accept.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +51,29 @@ from sffx.learning.losses import block_loss
 
 RESULTS = Path(__file__).parent / "results" / "zoo"
 FAMILIES = Path(__file__).parent / "zoo_timm.txt"
-PACKAGES = ("torch", "torchvision", "timm", "transformers")
+ZOOS = ("torchvision", "timm", "transformers")
 TOLERANCE = 1e-5
 CLASSES = 10
 SAMPLES = 3
 IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 56)
 CLIPS = ((4, 32), (8, 64), (16, 64), (16, 112), (16, 224))
+REFUSED_GROUPS = ("detection", "segmentation", "optical_flow")
+
+# Models whose ONNX file is compared with torch as well.
 ONNX = {
-    *(
-        "torchvision/resnet18",
-        "torchvision/mobilenet_v3_small",
-        "torchvision/densenet121",
-        "torchvision/shufflenet_v2_x0_5",
-    ),
-    *(
-        "torchvision/vit_b_32",
-        "torchvision/efficientnet_b0",
-        "torchvision/googlenet",
-        "torchvision/regnet_y_400mf",
-        "torchvision/r3d_18",
-    ),
-    *("timm/resnet10t", "timm/ghostnet_050", "timm/test_convnext", "timm/test_vit"),
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v3_small",
+    "torchvision/densenet121",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/vit_b_32",
+    "torchvision/efficientnet_b0",
+    "torchvision/googlenet",
+    "torchvision/regnet_y_400mf",
+    "torchvision/r3d_18",
+    "timm/resnet10t",
+    "timm/ghostnet_050",
+    "timm/test_convnext",
+    "timm/test_vit",
 }
 
 Inputs = dict[str, Tensor]
@@ -79,7 +86,8 @@ class Entry:
     Attributes:
         zoo: the package that it comes from.
         name: in that package; unique in the zoo.
-        group: what the table lists it under. Models of "refused" groups are no classifiers and must be refused with a helpful error.
+        group: the kind that the table lists it under. Models of `REFUSED_GROUPS` are no
+            classifiers, and must be refused with a helpful error.
     """
 
     zoo: str
@@ -92,12 +100,17 @@ class Entry:
 
     @property
     def refused(self) -> bool:
-        return self.group in ("detection", "segmentation", "optical_flow")
+        return self.group in REFUSED_GROUPS
 
 
 @dataclass
 class Record:
-    """What was found about one model; `reason` is empty where it is verified."""
+    """The result for one model.
+
+    Attributes:
+        reason: why the model is not verified; empty where it is.
+        leaves: of each leaf its class, its share of the parameters, and the reason.
+    """
 
     zoo: str
     name: str
@@ -105,9 +118,7 @@ class Record:
     reason: str = "not finished"
     parameters: int = 0
     blocks: int = 0
-    leaves: list[tuple[str, float, str]] = field(
-        default_factory=list
-    )  # class, share of the parameters, why
+    leaves: list[tuple[str, float, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     input: str = ""
     onnx: bool = False
@@ -118,63 +129,78 @@ class Record:
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        write(path, (re.sub(r"/[^\s\"]*/site-packages/", "", text) + "\n").encode())
+        # Reasons quote file names, and the folders of one machine are of no use to others.
+        text = re.sub(r"/[^\s\"]*/site-packages/", "", text)
+        write(path, f"{text}\n".encode())
 
 
 class Unverified(AssertionError):
-    """A model breaks one of the promises; the message is the reason in the table."""
+    """A model breaks one of the promises. The message is the reason in the table."""
 
 
 # The zoos
 
 
 def entries(zoo: str) -> list[Entry]:
-    """List the models of a zoo, the smallest architectures of each timm module only."""
+    """Return the models of a zoo; of timm, the smallest architectures of each module only."""
     if zoo == "torchvision":
-        from torchvision import models
-
-        parts = {
-            "classification": models,
-            "video": models.video,
-            "quantizable": models.quantization,
-            "detection": models.detection,
-        }
-        parts |= {"segmentation": models.segmentation, "optical_flow": models.optical_flow}
-        return [
-            Entry(zoo, name, group)
-            for group, part in parts.items()
-            for name in models.list_models(module=part)
-        ]
+        return _torchvision_entries()
     if zoo == "timm":
-        rows = [
-            line.split()
-            for line in FAMILIES.read_text().splitlines()
-            if line and not line.startswith("#")
-        ]
-        return [Entry(zoo, name, module) for module, name in rows]
+        return _timm_entries()
     return [Entry(zoo, name, "classification") for name in TRANSFORMERS]
+
+
+def _torchvision_entries() -> list[Entry]:
+    from torchvision import models
+
+    parts = {
+        "classification": models,
+        "video": models.video,
+        "quantizable": models.quantization,
+        "detection": models.detection,
+        "segmentation": models.segmentation,
+        "optical_flow": models.optical_flow,
+    }
+    listed = []
+    for group, part in parts.items():
+        for name in models.list_models(module=part):
+            listed.append(Entry("torchvision", name, group))
+    return listed
+
+
+def _timm_entries() -> list[Entry]:
+    listed = []
+    for line in FAMILIES.read_text().splitlines():
+        if line and not line.startswith("#"):
+            module, name = line.split()
+            listed.append(Entry("timm", name, module))
+    return listed
 
 
 def build(entry: Entry) -> nn.Module:
     """Build a model with random weights."""
     if entry.zoo == "torchvision":
-        from torchvision import models
-
-        options: dict[str, Any] = {} if entry.refused else {"num_classes": CLASSES}
-        if entry.group in ("detection", "segmentation"):
-            options["weights_backbone"] = None
-        if entry.name.startswith("vit_"):
-            options["image_size"] = 4 * int(entry.name[-2:])  # 16 patches
-        return models.get_model(entry.name, weights=None, **options)
+        return _build_torchvision(entry)
     if entry.zoo == "timm":
         import timm
 
         return timm.create_model(entry.name, pretrained=False, num_classes=CLASSES)
     import transformers
 
-    kind, options = TRANSFORMERS[entry.name]
-    model_class = getattr(transformers, kind)
+    class_name, options = TRANSFORMERS[entry.name]
+    model_class = getattr(transformers, class_name)
     return model_class(model_class.config_class(num_labels=CLASSES, **options))
+
+
+def _build_torchvision(entry: Entry) -> nn.Module:
+    from torchvision import models
+
+    options: dict[str, Any] = {} if entry.refused else {"num_classes": CLASSES}
+    if entry.group in ("detection", "segmentation"):
+        options["weights_backbone"] = None
+    if entry.name.startswith("vit_"):
+        options["image_size"] = 4 * int(entry.name[-2:])  # 16 patches
+    return models.get_model(entry.name, weights=None, **options)
 
 
 _TEXT = {
@@ -235,22 +261,20 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
-    """Return random inputs of the smallest size that the model runs on, for a batch of `SAMPLES`."""
+    """Return random inputs of the smallest size that the model runs on, for `SAMPLES` samples.
+
+    Raises:
+        Unverified: the model runs on no size.
+    """
     if entry.zoo == "transformers":
         return _transformer_input(model)
-    images = [(3, size, size) for size in IMAGES]
-    own = getattr(model, "default_cfg", {}).get("input_size", images[0])
-    sizes = (
-        [(3, frames, side, side) for frames, side in CLIPS]
-        if entry.group == "video"
-        else [(own[0], *s[1:]) for s in images] + [own]
-    )
     failure: Exception | None = None
-    for size in sizes:
+    for size in _sizes(entry, model):
         x = torch.randn(SAMPLES, *size)
         try:
             with torch.no_grad():
-                model.train()(x), model.eval()(x)
+                model.train()(x)
+                model.eval()(x)
         except Exception as cause:
             failure = cause
         else:
@@ -258,11 +282,19 @@ def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
     raise Unverified(f"no input size is accepted, the last failed with {failure}")
 
 
+def _sizes(entry: Entry, model: nn.Module) -> list[tuple[int, ...]]:
+    """Return the sizes of a sample that are tried, smallest first, the model's own size last."""
+    if entry.group == "video":
+        return [(3, frames, side, side) for frames, side in CLIPS]
+    own = getattr(model, "default_cfg", {}).get("input_size", (3, IMAGES[0], IMAGES[0]))
+    channels = own[0]
+    return [*((channels, side, side) for side in IMAGES), tuple(own)]
+
+
 def _transformer_input(model: nn.Module) -> Inputs:
     if model.main_input_name == "pixel_values":
-        return {
-            "pixel_values": torch.randn(SAMPLES, 3, *2 * [getattr(model.config, "image_size", 64)])
-        }
+        side = getattr(model.config, "image_size", 64)
+        return {"pixel_values": torch.randn(SAMPLES, 3, side, side)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(SAMPLES, 800)}
     mask = torch.ones(SAMPLES, 12, dtype=torch.int64)
@@ -276,7 +308,13 @@ def _transformer_input(model: nn.Module) -> Inputs:
 def verify_model(
     model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool = False
 ) -> fx.GraphModule:
-    """Cut a model and check every promise; the model's weights are changed. What is found goes into the record.
+    """Cut a model and check every promise. This changes the model's weights.
+
+    Args:
+        model: with random weights.
+        inputs: for `SAMPLES` samples.
+        record: takes the results.
+        onnx: whether to export the net as well.
 
     Raises:
         Unverified: a promise is broken.
@@ -307,32 +345,45 @@ def _call_arguments(inputs: Inputs) -> Any:
 
 
 def _run(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the logits of a model, or what a cut model returns, drawing the same random numbers each time."""
-    torch.manual_seed(1), random.seed(1)
+    """Return the output of a model, or the first of several outputs.
+
+    The random numbers are the same in each call.
+    """
+    torch.manual_seed(1)
+    random.seed(1)
     output: Any = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
-    output = output.logits if hasattr(output, "logits") else output
+    if hasattr(output, "logits"):
+        output = output.logits
     return output[0] if isinstance(output, tuple) else output
 
 
 def draw_constants(model: nn.Module) -> None:
-    """Draw anew what starts as a constant: a zeroed head or a layer scale of 1e-6 would hide what is before it."""
+    """Draw parameters that start as constants anew.
+
+    A zeroed head or a layer scale of 1e-6 would hide the layers before it.
+    """
     for p in model.parameters():
-        first = p.detach().flatten()[:1]
-        if (
-            p.numel() == 0
-            or not bool((p == first).all())
-            or (p.numel() == 1 and first.abs() > 1e-3)
-        ):
+        if not _is_constant(p):
             continue
         with torch.no_grad():
-            if first == 0:
-                p.normal_(0, 0.1 if p.ndim < 2 else max(p[0].numel(), 1) ** -0.5)
+            if p.flatten()[0] == 0:
+                fan_in = max(p[0].numel(), 1)
+                p.normal_(0, 0.1 if p.ndim < 2 else fan_in**-0.5)
             else:
                 p.uniform_(0.5, 1.5)
 
 
+def _is_constant(p: nn.Parameter) -> bool:
+    if p.numel() == 0:
+        return False
+    first = p.detach().flatten()[0]
+    if p.numel() == 1 and first.abs() > 1e-3:  # a number of its own, such as a temperature
+        return False
+    return bool((p == first).all())
+
+
 def calibrate(model: nn.Module, inputs: Inputs) -> None:
-    """Let BN's running statistics be those of the batch, or outputs in eval mode would say nothing."""
+    """Set BN's running statistics to those of the batch, without which eval mode says nothing."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
@@ -344,7 +395,7 @@ def calibrate(model: nn.Module, inputs: Inputs) -> None:
 
 
 class PassOn(nn.Module):
-    """Stands for a norm that is left out, with or without a mask."""
+    """Stands in for a norm that is left out, with a mask or without."""
 
     def forward(self, x: Tensor, *_: Tensor) -> Tensor:
         return x
@@ -358,21 +409,27 @@ def _check_trunk(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
     net.readout.mode = "classifier"
     with torch.no_grad():
         try:
-            _check_same(_run(net.train(), inputs)[-1], _run(model.train(), inputs), "train")
-        except (
-            Unverified
-        ):  # random numbers may be drawn for what was left out, such as auxiliary classifiers
-            _drop_nothing(model), _drop_nothing(net)
-            _check_same(_run(net.train(), inputs)[-1], _run(model.train(), inputs), "train")
+            _check_same_in_training(model, net, inputs)
+        except Unverified:
+            # The cut model draws no random numbers for parts that it left out, such as auxiliary
+            # classifiers. Without dropout both draw none.
+            _drop_nothing(model)
+            _drop_nothing(net)
+            _check_same_in_training(model, net, inputs)
         _check_same(_run(net.eval(), inputs), _run(model.eval(), inputs), "eval")
     net.readout.mode = "ensemble"
     for name, norm in norms.items():
         setattr(net, name, norm)
 
 
+def _check_same_in_training(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+    logits = _run(net.train(), inputs)[-1]
+    _check_same(logits, _run(model.train(), inputs), "train")
+
+
 def _check_same(found: Tensor, expected: Tensor, mode: str) -> None:
     spread = (expected - expected.mean(0)).abs().max() / expected.abs().max()
-    if not spread > 1e-4:  # also where it is no number
+    if not spread > 1e-4:  # true for NaN as well
         raise Unverified(
             f"vacuous in {mode} mode: the original's outputs differ by {spread:.0e} between samples"
         )
@@ -391,61 +448,69 @@ def _drop_nothing(model: nn.Module) -> None:
 
 
 def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
-    """Check that each parameter which backpropagation reaches has gradient from exactly one block, and after a `local_loss` step."""
+    """Check that each parameter which backpropagation reaches has its gradient from one block.
+
+    It must have the gradient after a `local_loss` step too.
+    """
     labels = torch.arange(SAMPLES) % CLASSES
     F.cross_entropy(_run(model.train(), inputs), labels).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     names = {id(p): name for name, p in net.origin.model.named_parameters()}
-    blocks = _blocks_that_reach(net.train(), inputs, labels)
+    counts = _blocks_that_reach(net.train(), inputs, labels)
     sffx.local_loss(net, _call_arguments(inputs), labels).backward()
-    trained = {names[id(p)] for p in net.parameters() if id(p) in names and p.grad is not None}
-    several = sorted(names[key] for key, count in blocks.items() if count > 1 and key in names)
-    single = {names[key] for key, count in blocks.items() if count == 1 and key in names}
+    trained = set()
+    for p in net.parameters():
+        if id(p) in names and p.grad is not None:
+            trained.add(names[id(p)])
+    single = {names[key] for key, count in counts.items() if count == 1 and key in names}
+    several = {names[key] for key, count in counts.items() if count > 1 and key in names}
+    missing = reached - (trained & single)
+    surplus = (trained | single) - reached
     if several:
         raise Unverified(f"gradient from several blocks: {_shown(several)}")
-    if missing := sorted(reached - (trained & single)):
+    if missing:
         raise Unverified(f"no gradient, though backpropagation reaches it: {_shown(missing)}")
-    if surplus := sorted((trained | single) - reached):
+    if surplus:
         raise Unverified(f"gradient, though backpropagation does not reach it: {_shown(surplus)}")
 
 
 def _blocks_that_reach(net: fx.GraphModule, inputs: Inputs, labels: Tensor) -> Counter[int]:
-    """Count, for each parameter by its id, the blocks whose loss gives it gradient."""
+    """Count, for each parameter by its id, the blocks whose loss gives it a gradient."""
     scores: list[Tensor] = []
     handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
     _run(net, inputs)
     handle.remove()
     parameters = [p for p in net.parameters() if p.requires_grad]
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for score in scores:
-        gradients = torch.autograd.grad(
-            block_loss(score, labels), parameters, retain_graph=True, allow_unused=True
-        )
-        found.update(
-            id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None
-        )
-    return found
+        loss = block_loss(score, labels)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                counts[id(p)] += 1
+    return counts
 
 
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _shown(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 def check_refusal(model: nn.Module, record: Record) -> None:
-    """Check that a model which is no classifier is refused with an error that names a module and the way out.
+    """Check that a model which is no classifier is refused.
+
+    The error must name a module and the way out.
 
     Raises:
-        Unverified: it is not.
+        Unverified: it is not refused, or the error does not help.
     """
     record.parameters = sum(p.numel() for p in model.parameters())
+    example: Any = torch.zeros(1, 3, 64, 64)
+    if "raft" in record.name:  # optical flow takes two images
+        example = (torch.zeros(1, 3, 128, 128), torch.zeros(1, 3, 128, 128))
     try:
-        sffx.transform(
-            model,
-            example_input=torch.zeros(1, 3, 64, 64)
-            if "raft" not in record.name
-            else 2 * (torch.zeros(1, 3, 128, 128),),
-        )
+        sffx.transform(model, example_input=example)
     except sffx.SffxError as error:
         record.notes = [str(error)]
     else:
@@ -462,22 +527,20 @@ def measure(entry: Entry) -> None:
     """Verify one model, in this process, and write its record."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    record, start = new_record(entry), time.monotonic()
+    record = new_record(entry)
+    start = time.monotonic()
     try:
         torch.manual_seed(0)
         model = build(entry)
         if entry.refused:
             check_refusal(model, record)
         else:
-            verify_model(
-                model, fitting_input(entry, model), record, onnx=f"{entry.zoo}/{entry.name}" in ONNX
-            )
-    except (Exception, RecursionError) as failure:
-        record.reason = (
-            f"{type(failure).__name__}: {failure}"
-            if not isinstance(failure, Unverified)
-            else str(failure)
-        )
+            inputs = fitting_input(entry, model)
+            verify_model(model, inputs, record, onnx=f"{entry.zoo}/{entry.name}" in ONNX)
+    except Unverified as failure:
+        record.reason = str(failure)
+    except Exception as failure:
+        record.reason = f"{type(failure).__name__}: {failure}"
         if os.environ.get("ZOO_TRACEBACK"):
             traceback.print_exc()
     record.seconds = round(time.monotonic() - start, 1)
@@ -485,55 +548,61 @@ def measure(entry: Entry) -> None:
 
 
 def new_record(entry: Entry, reason: str = "not finished") -> Record:
-    versions = {
-        package: importlib.metadata.version(package) for package in (PACKAGES[0], entry.zoo)
-    }
-    return Record(
-        entry.zoo, entry.name, entry.group, reason, date=date.today().isoformat(), versions=versions
-    )
+    versions = {package: importlib.metadata.version(package) for package in ("torch", entry.zoo)}
+    today = date.today().isoformat()
+    return Record(entry.zoo, entry.name, entry.group, reason, date=today, versions=versions)
 
 
 def sweep(todo: list[Entry], jobs: int, limit: float) -> None:
-    """Verify models in processes of their own, `jobs` at a time, each for at most `limit` seconds."""
+    """Verify models in processes of their own.
+
+    Args:
+        todo: the models.
+        jobs: how many at a time.
+        limit: seconds for one model.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "torch._dynamo", *{entry.zoo for entry in todo}])
+    supervise = partial(_supervised, context, limit)
     with ThreadPoolExecutor(jobs) as pool:
-        for i, line in enumerate(
-            pool.map(lambda entry: _supervised(context, entry, limit), todo), start=1
-        ):
+        for i, line in enumerate(pool.map(supervise, todo), start=1):
             print(f"{i:4}/{len(todo)}  {line}", flush=True)
 
 
-def _supervised(context: Any, entry: Entry, limit: float) -> str:
+def _supervised(context: Any, limit: float, entry: Entry) -> str:
+    """Verify a model in a process of its own, and return a line about it."""
     entry.path.unlink(missing_ok=True)
-    exitcode, _ = run_apart(context, measure, entry, limit)
+    exitcode, was_killed = run_apart(context, measure, entry, limit)
     if not entry.path.exists():
-        record = new_record(entry)
-        record.reason = (
-            f"no answer after {limit:.0f} s"
-            if exitcode == -9
-            else f"the process died, exit code {exitcode}"
-        )
-        record.write(entry.path)
-    found = json.loads(entry.path.read_text())
-    return f"{entry.zoo}/{entry.name}  {found['blocks']} blocks  {found['seconds']} s  {found['reason'] or 'verified'}"
+        reason = f"the process died, exit code {exitcode}"
+        if was_killed:
+            reason = f"no answer after {limit:.0f} s"
+        new_record(entry, reason).write(entry.path)
+    record = json.loads(entry.path.read_text())
+    result = record["reason"] or "verified"
+    name = f"{entry.zoo}/{entry.name}"
+    return f"{name}  {record['blocks']} blocks  {record['seconds']} s  {result}"
 
 
 def run_apart(
     context: Any, function: Callable[[Any], None], argument: Any, limit: float
 ) -> tuple[int, bool]:
-    """Call a function in a process of its own, for at most `limit` seconds; return its exit code, and whether it was killed by then."""
+    """Call a function in a process of its own, for at most `limit` seconds.
+
+    Returns:
+        The exit code of the process, and whether it was killed because it took too long.
+    """
     process = context.Process(target=function, args=(argument,))
     process.start()
     process.join(limit)
-    late = process.is_alive()
-    if late:
+    is_late = process.is_alive()
+    if is_late:
         process.kill()
         process.join()
-    return process.exitcode, late
+    return process.exitcode, is_late
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -541,77 +610,116 @@ def _installed(package: str) -> bool:
     return True
 
 
+def is_open(path: Path, failed: bool) -> bool:
+    """Whether there is no record yet; with `failed`, a record of a failure counts as none."""
+    return not path.exists() or (failed and bool(json.loads(path.read_text())["reason"]))
+
+
 # The table
 
 
 def table(records: list[Mapping[str, Any]]) -> str:
-    """Write the records as Markdown, the counts first."""
-    dates = sorted({r["date"] for r in records})
-    versions = dict(sorted({(k, v) for r in records for k, v in r["versions"].items()}))
-    installed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    """Return the records as Markdown, the counts first."""
+    dates = sorted({record["date"] for record in records})
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    versions: dict[str, str] = {}
+    for record in records:
+        versions.update(record["versions"])
+    installed = ", ".join(f"{package} {versions[package]}" for package in sorted(versions))
+    verdict = "verified, or why not"
     lines = [
         "# Model zoos, cut and verified",
         "",
-        f"`python tools/zoo.py`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {installed}.",
+        f"`python tools/zoo.py`, {span}, {installed}.",
         "What verified means is said at the top of [tools/zoo.py](../../zoo.py).",
         "",
         "| zoo | models | verified | of these with the ONNX file checked |",
         "|---|---|---|---|",
         *_counts(records),
         "",
-        "| model | parameters | feature blocks | leaves: share of the parameters | verified, or why not |",
+        f"| model | parameters | feature blocks | leaves: share of the parameters | {verdict} |",
         "|---|--:|--:|---|---|",
-        *(_row(r) for r in records),
     ]
+    for record in records:
+        lines.append(_row(record))
     return "\n".join(lines) + "\n"
 
 
 def _kind(record: Mapping[str, Any]) -> str:
-    return (
-        record["zoo"]
-        if record["zoo"] != "torchvision"
-        else f"torchvision, {record['group'].replace('_', ' ')}"
-    )
+    if record["zoo"] != "torchvision":
+        return record["zoo"]
+    return f"torchvision, {record['group'].replace('_', ' ')}"
 
 
 def _counts(records: list[Mapping[str, Any]]) -> Iterator[str]:
-    for kind in dict.fromkeys(map(_kind, records)):
-        mine = [r for r in records if _kind(r) == kind]
-        good = [r for r in mine if not r["reason"]]
-        refused = Entry("", "", mine[0]["group"]).refused
-        cells = (
-            f"{len(good)} refused with a way out"
-            if refused
-            else f"{len(good)} ({len(good) / len(mine):.1%})"
-        )
-        yield f"| {kind} | {len(mine)} | {cells} | {sum(r['onnx'] for r in mine) or '–'} |"
+    """Yield a row for each kind of model."""
+    kinds = dict.fromkeys(_kind(record) for record in records)
+    for kind in kinds:
+        own = [record for record in records if _kind(record) == kind]
+        good = sum(not record["reason"] for record in own)
+        exported = sum(record["onnx"] for record in own)
+        result = f"{good} ({good / len(own):.1%})"
+        if own[0]["group"] in REFUSED_GROUPS:
+            result = f"{good} refused with a way out"
+        yield f"| {kind} | {len(own)} | {result} | {exported or '–'} |"
 
 
-def _row(r: Mapping[str, Any]) -> str:
-    kinds = dict.fromkeys(kind for kind, _, _ in r["leaves"])
-    leaves = ", ".join(
-        f"{kind}: {sum(share for k, share, _ in r['leaves'] if k == kind):.1%}" for kind in kinds
-    )
-    why = (
-        r["reason"].splitlines()[0][:300]
-        if r["reason"]
-        else "refused"
-        if Entry("", "", r["group"]).refused
-        else "verified"
-    )
-    if not r["reason"] and r["blocks"] < 2 and r["notes"]:
-        why += f" ({'; '.join(r['notes'])[:200]})"
-    model = f"{_kind(r)}: {r['name']}"
-    return f"| {model} | {r['parameters']:,} | {r['blocks'] or '–'} | {leaves or '–'} | {why.replace('|', chr(92) + '|')} |"
+def _row(record: Mapping[str, Any]) -> str:
+    cells = [
+        f"{_kind(record)}: {record['name']}",
+        f"{record['parameters']:,}",
+        str(record["blocks"] or "–"),
+        _leaves(record) or "–",
+        _verdict(record).replace("|", "\\|"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _leaves(record: Mapping[str, Any]) -> str:
+    """Return the classes of the leaves with their share of the parameters."""
+    shares: dict[str, float] = {}
+    for kind, share, _ in record["leaves"]:
+        shares[kind] = shares.get(kind, 0.0) + share
+    return ", ".join(f"{kind}: {share:.1%}" for kind, share in shares.items())
+
+
+def _verdict(record: Mapping[str, Any]) -> str:
+    if record["reason"]:
+        return record["reason"].splitlines()[0][:300]
+    verdict = "refused" if record["group"] in REFUSED_GROUPS else "verified"
+    if record["blocks"] < 2 and record["notes"]:
+        verdict += f" ({'; '.join(record['notes'])[:200]})"
+    return verdict
 
 
 def main() -> None:
+    options = _parser().parse_args()
+    installed = [package for package in ZOOS if is_installed(package)]
+    if not options.table:
+        todo = []
+        for zoo in options.zoo or installed:
+            for entry in entries(zoo):
+                is_wanted = options.only in f"{entry.zoo}/{entry.group}/{entry.name}"
+                if is_wanted and (options.again or is_open(entry.path, options.failed)):
+                    todo.append(entry)
+        sweep(todo, options.jobs, options.limit)
+    records = []
+    for zoo in installed:
+        for entry in entries(zoo):
+            if entry.path.exists():
+                records.append(json.loads(entry.path.read_text()))
+            else:
+                records.append(asdict(new_record(entry, "not run yet")))
+    (RESULTS / "table.md").write_text(table(records))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--zoo",
-        choices=PACKAGES[1:],
+        choices=ZOOS,
         action="append",
         help="a zoo to sweep; all that are installed by default",
     )
@@ -623,40 +731,12 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--again", action="store_true", help="verify models with a record again")
     parser.add_argument(
-        "--again", action="store_true", help="verify what is recorded already once more"
-    )
-    parser.add_argument(
-        "--failed", action="store_true", help="verify what is recorded as not verified once more"
+        "--failed", action="store_true", help="verify models again whose record is a failure"
     )
     parser.add_argument("--table", action="store_true", help="write the table only")
-    options = parser.parse_args()
-    zoos = options.zoo or [package for package in PACKAGES[1:] if _installed(package)]
-    listed = [
-        entry
-        for zoo in zoos
-        for entry in entries(zoo)
-        if options.only in f"{entry.zoo}/{entry.group}/{entry.name}"
-    ]
-    if not options.table:
-        sweep(
-            [entry for entry in listed if options.again or is_open(entry.path, options.failed)],
-            options.jobs,
-            options.limit,
-        )
-    known = [entry for package in PACKAGES[1:] if _installed(package) for entry in entries(package)]
-    records = [
-        json.loads(entry.path.read_text())
-        if entry.path.exists()
-        else asdict(new_record(entry, "not run yet"))
-        for entry in known
-    ]
-    (RESULTS / "table.md").write_text(table(records))
-
-
-def is_open(path: Path, failed: bool) -> bool:
-    """Whether there is no record yet, or, where failures count, one of a failure."""
-    return not path.exists() or (failed and bool(json.loads(path.read_text())["reason"]))
+    return parser
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from torch import fx
 from sffx.errors import ExportError
 from sffx.export.explain import first_line
 from sffx.inputs import random_batch as random_inputs  # noqa: F401
-from sffx.learning.readouts import READOUTS, WEIGHTED, Cumulative, readout_of, require_readout
+from sffx.learning.readouts import READOUTS, WEIGHTED, readout_of, require_readout, require_weights
 from sffx.runtime.shard import require_whole
 
 CUMULATIVE = "cumulative"
-EXPORT_READOUTS = (*READOUTS, WEIGHTED, CUMULATIVE)
 
 
 def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
@@ -26,9 +25,9 @@ def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
     own = readout_of(net)
     if readout is None:
         return own.mode
-    require_readout(readout, EXPORT_READOUTS)
+    require_readout(readout, tuple(READOUTS))
     if readout == WEIGHTED:
-        own.require_weights()
+        require_weights(own.weights)
     return readout
 
 
@@ -59,26 +58,16 @@ def _keep(model: fx.GraphModule, readout: str) -> None:
     """Leave out the heads, or the classifier, that the readout does not look at."""
     output = next(node for node in model.graph.nodes if node.op == "output")
     combined: Any = output.args[0]
-    *goodness, classifier = combined.args[0]
-    if readout == "ensemble":  # of which the classifier's logits, the last entry, are no part
-        readout_of(model).mode = readout
-        combined.args = ([*goodness, goodness[-1]],)
-    elif readout == WEIGHTED:  # likewise, and blocks without a weight are none
-        own = readout_of(model)
-        own.mode = readout
-        heard = [
-            (node, weight)
-            for node, weight in zip(goodness, own.require_weights(), strict=True)
-            if weight
-        ]
-        own.weights = tuple(weight for _, weight in heard)
-        combined.args = ([*(node for node, _ in heard), heard[-1][0]],)
-    elif readout == CUMULATIVE:
-        model.add_submodule(CUMULATIVE, Cumulative())
-        with model.graph.inserting_before(output):
-            output.args = (model.graph.call_module(CUMULATIVE, (goodness,)),)
-    else:
-        output.args = (classifier if readout == "classifier" else goodness[-1],)
+    # What the readout computes is traced into the graph, which then reads no more than it needs.
+    tracer = fx.proxy.GraphAppendingTracer(model.graph)
+    scores = [fx.Proxy(node, tracer) for node in combined.args[0]]
+    with model.graph.inserting_before(output):
+        answer = READOUTS[readout](scores, readout_of(model).weights)
+    output.args = (fx.node.map_aggregate(answer, _node_of),)
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     model.recompile()
+
+
+def _node_of(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value

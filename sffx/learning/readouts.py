@@ -1,45 +1,148 @@
-"""The readout: what the cut model returns, from the goodness of its blocks and the logits of its classifier."""
+"""The readout: what a cut model returns, from the goodness of its blocks and its classifier's logits.
+
+Each readout is a function in the dict `READOUTS`. The cut model, evaluation, logs and exports use
+the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sffx.errors import InputError
+from sffx.parts import READOUT
 
-READOUTS = ("ensemble", "last", "classifier")
-WEIGHTED = "weighted"  # of models whose blocks were weighed
+# Weights of the blocks, which sum to 1; None where the blocks were not weighed.
+Weights: TypeAlias = Sequence[float] | None
 
 
-def require_readout(readout: str, known: Sequence[str] = READOUTS) -> None:
+def ensemble(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+    """Return the mean of the blocks' goodness, without the classifier (section 4.3)."""
+    return mean_goodness(scores[:-1])
+
+
+def last(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+    """Return the goodness of the last block."""
+    return scores[-2]
+
+
+def classifier(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+    """Return the classifier's logits."""
+    return scores[-1]
+
+
+def weighted(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+    """Return the mixture of the blocks by their weights.
+
+    Raises:
+        InputError: there are no weights, or not one for each block.
+    """
+    goodness = scores[:-1]
+    known = require_weights(weights)
+    if len(known) != len(goodness):
+        raise InputError(
+            f"there are {len(known)} weights, but {len(goodness)} blocks. "
+            "Hint: sffx.weigh(net, loader) finds them"
+        )
+    return mixture(goodness, known)
+
+
+def cumulative(scores: Sequence[Tensor], weights: Weights = None) -> tuple[Tensor, ...]:
+    """Return the answer after each block, K tensors (B, J): the mean of the goodness up to it.
+
+    The last one is the ensemble.
+    """
+    sums = accumulate(scores[:-1])
+    return tuple(total / depth for depth, total in enumerate(sums, start=1))
+
+
+# Each takes the blocks' scores: the goodness of K blocks, (B, J) each, and the classifier's logits,
+# (B, J), as the last entry; a tensor (K + 1, B, J) will do. It also takes the weights of the blocks,
+# which "weighted" alone uses. An exporter traces it with `torch.fx` proxies in place of tensors.
+READOUTS: dict[str, Callable[..., Any]] = {
+    "ensemble": ensemble,
+    "weighted": weighted,
+    "last": last,
+    "classifier": classifier,
+    "cumulative": cumulative,
+}
+
+WEIGHTED = "weighted"
+
+# The readouts that return one score for each class, (B, J): what a cut model can return.
+MODES = ("ensemble", "weighted", "last", "classifier")
+
+
+def every_mode(scores: Sequence[Tensor], weights: Weights = None) -> dict[str, Tensor]:
+    """Return what each readout in `MODES` says, (B, J); "weighted" only where there are weights."""
+    found: dict[str, Tensor] = {}
+    for name in MODES:
+        if name != WEIGHTED or weights is not None:
+            found[name] = READOUTS[name](scores, weights)
+    return found
+
+
+def mean_goodness(goodness: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the goodness of some blocks, (B, J), from one tensor (B, J) for each."""
+    return torch.stack(tuple(goodness)).mean(dim=0)
+
+
+def mixture(goodness: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J).
+
+    A block with a weight of 0 is not looked at, so that its goodness may be nan.
+
+    Args:
+        goodness: of K blocks, (B, J) each.
+        weights: K numbers that sum to 1.
+    """
+    kept = [i for i, weight in enumerate(weights) if weight > 0]
+    stacked = torch.stack([goodness[i] for i in kept])
+    shares = stacked.new_tensor([weights[i] for i in kept])
+    return torch.logsumexp(stacked.log_softmax(2) + shares.log()[:, None, None], dim=0)
+
+
+def require_readout(readout: str, known: Sequence[str] = MODES) -> None:
     """Raise an InputError if a readout is none of those known."""
     if readout not in known:
+        names = ", ".join(map(repr, known))
+        raise InputError(f"there is no readout {readout!r}. Hint: the readouts are {names}")
+
+
+def require_weights(weights: Weights) -> Sequence[float]:
+    """Return the weights of the blocks.
+
+    Raises:
+        InputError: there are none.
+    """
+    if weights is None:
         raise InputError(
-            f"there is no readout {readout!r}. Hint: the readouts are {', '.join(map(repr, known))}"
+            "the blocks have no weights yet. Hint: sffx.weigh(net, loader) finds them, "
+            "with samples not trained on"
         )
+    return weights
 
 
 class Readout(nn.Module):
-    """In train mode all that is trained, (K, B, J), the classifier's logits last; in eval mode scores, (B, J).
+    """The last module of a cut model.
+
+    In train mode it returns all that is trained, (K + 1, B, J), the classifier's logits last; in
+    eval mode scores, (B, J), by the readout that `mode` names.
 
     Attributes:
-        mode: what eval mode returns. "ensemble" is the mean of the blocks' goodness without the classifier (section 4.3), "last" the
-            goodness of the last block, "classifier" the classifier's logits, "weighted" the `mixture` of the blocks by `weights`.
-        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part of the state dict once they are there,
-            and who loads them gets the mode "weighted".
+        mode: a name in `MODES`: what eval mode returns.
+        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part
+            of the state dict once they are there. Loading them sets the mode "weighted".
     """
-
-    weights: tuple[float, ...] | None = (
-        None  # of the class, for nets that were pickled before there were any
-    )
 
     def __init__(self) -> None:
         super().__init__()
         self._mode = "ensemble"
+        self.weights: tuple[float, ...] | None = None
 
     @property
     def mode(self) -> str:
@@ -47,40 +150,16 @@ class Readout(nn.Module):
 
     @mode.setter
     def mode(self, mode: str) -> None:
-        require_readout(mode, (*READOUTS, WEIGHTED))
+        require_readout(mode)
         if mode == WEIGHTED:
-            self.require_weights()
+            require_weights(self.weights)
         self._mode = mode
 
-    def require_weights(self) -> tuple[float, ...]:
-        """Return the weights.
-
-        Raises:
-            InputError: there are none.
-        """
-        if self.weights is None:
-            raise InputError(
-                "the blocks have no weights yet. Hint: sffx.weigh(net, loader) finds them, with samples not trained on"
-            )
-        return self.weights
-
     def forward(self, scores: list[Tensor]) -> Tensor:
-        """Combine the goodness of each block, (B, J), and the classifier's logits, (B, J), the last entry."""
+        """Combine the goodness of each block, (B, J), and the classifier's logits, the last entry."""
         if self.training:
             return torch.stack(scores)
-        if self._mode == "classifier":
-            return scores[-1]
-        if self._mode == "last":
-            return scores[-2]
-        goodness = torch.stack(scores[:-1])
-        if self._mode == WEIGHTED:
-            weights = self.require_weights()
-            if len(weights) != len(goodness):
-                raise InputError(
-                    f"there are {len(weights)} weights, but {len(goodness)} blocks. Hint: sffx.weigh(net, loader) finds them"
-                )
-            return mixture(goodness, weights)
-        return goodness.mean(dim=0)
+        return READOUTS[self._mode](scores, self.weights)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -90,17 +169,23 @@ class Readout(nn.Module):
             destination[f"{prefix}weights"] = torch.tensor(self.weights, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Take the weights of a state dict, which a model that was not weighed has none of, and the mode that goes with them."""
+        """Take over the weights of a state dict, and the mode that goes with them.
+
+        The state dict of a model whose blocks were not weighed has none.
+        """
         super()._load_from_state_dict(state_dict, prefix, *args)
-        *_, unexpected, _ = args
         key = f"{prefix}weights"
         if key in state_dict:
-            found = state_dict[key].double()
-            self.weights = tuple((found / found.sum()).tolist())
-            self._mode = WEIGHTED if self._mode == "ensemble" else self._mode
+            given = state_dict[key].double()
+            self.weights = tuple((given / given.sum()).tolist())
+            if self._mode == "ensemble":
+                self._mode = WEIGHTED
         else:
             self.weights = None
-            self._mode = "ensemble" if self._mode == WEIGHTED else self._mode
+            if self._mode == WEIGHTED:
+                self._mode = "ensemble"
+        # The weights are no buffer, so torch takes their key for an unexpected one.
+        *_, unexpected, _ = args
         unexpected[:] = [name for name in unexpected if name != key]
 
     def extra_repr(self) -> str:
@@ -109,24 +194,6 @@ class Readout(nn.Module):
 
 def readout_of(net: nn.Module) -> Readout:
     """Return the readout of a cut model."""
-    readout = net.get_submodule("readout")
+    readout = net.get_submodule(READOUT)
     assert isinstance(readout, Readout)  # every cut model has one
     return readout
-
-
-def mixture(goodness: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J), from goodness (K, B, J) and K weights that sum to 1.
-
-    What a block without weight says makes no difference, not even nan.
-    """
-    kept = [i for i, weight in enumerate(weights) if weight > 0]
-    shares = goodness.new_tensor([weights[i] for i in kept])
-    return torch.logsumexp(goodness[kept].log_softmax(2) + shares.log()[:, None, None], dim=0)
-
-
-class Cumulative(nn.Module):
-    """The answer after each block: the mean of the goodness up to it, which after the last one is the ensemble (section 4.3)."""
-
-    def forward(self, goodness: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return K means, (B, J) each, from the goodness of K blocks."""
-        return tuple(total / depth for depth, total in enumerate(accumulate(goodness), start=1))

@@ -86,14 +86,6 @@ def test_a_diverged_block_has_no_weight_and_without_another_nothing_changes(
     assert net.readout.weights == weights
 
 
-def test_a_net_that_was_pickled_before_there_were_weights_has_none(
-    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]
-) -> None:
-    net.readout.__dict__.pop("weights", None)
-    assert "weighted" not in sffx.evaluate(net, loader).accuracy
-    assert "readout.weights" not in net.state_dict()
-
-
 def test_eval_mode_returns_the_weighted_mixture(
     net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]]
 ) -> None:

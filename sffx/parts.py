@@ -42,6 +42,11 @@ def is_block(name: str) -> bool:
     return re.fullmatch(rf"{_BLOCK}\d+", name) is not None
 
 
+def index_of(block: str) -> int:
+    """Return the index of a feature block, given its name."""
+    return int(block.removeprefix(_BLOCK))
+
+
 def is_head(name: str) -> bool:
     """Return whether a name is that of a head."""
     return re.fullmatch(rf"{_HEAD}\d+", name) is not None

@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sffx
 import sffx.runtime.step as local
 from sffx.compiler.fake import fake_copy
-from sffx.draw.render import write
+from sffx.files import write
 from sffx.memory.count import count_memory
 from tools.timing import compare_time
 

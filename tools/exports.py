@@ -31,9 +31,9 @@ from torch import fx
 from torchvision import models
 
 import sffx
-from sffx.draw.render import write
 from sffx.export.parity import relative_error
 from sffx.export.prepare import trial_inputs
+from sffx.files import write
 from tools.zoo import Entry, build, calibrate, draw_constants, fitting_input, is_open, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "exports"

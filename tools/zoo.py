@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.draw.render import write
+from sffx.files import write
 from sffx.learning.losses import block_loss
 
 RESULTS = Path(__file__).parent / "results" / "zoo"

@@ -287,8 +287,8 @@ def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Nam
     try:
         return draw(plan, path, **shown)
     except MissingExtra as error:
-        print(f"sffx-viz: {error}. Writing the graph as text.", file=sys.stderr)
-        return draw(plan, path.with_suffix(".dot"), **shown)
+        print(f"sffx-viz: {error}. Writing a page instead.", file=sys.stderr)
+        return draw(plan, path.with_suffix(".html"), **shown)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -1,45 +1,76 @@
-"""A block plan as a Graphviz graph that shows the inside of every block: a cluster of its modules or nodes, and who reads whom."""
+"""The graph of a plan with the inside of every block: a frame around its modules or nodes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sffx.blocks import Block, BlockPlan
-from sffx.draw.fold import Run, first_of, fold
-from sffx.draw.graph import DEFAULTS, OUTSIDE, beside, edge, head_beside, look, node, outside, quote
-from sffx.draw.inner import JOIN_SIGNS, Part, parts
-from sffx.draw.label import (
-    FAINT,
-    GREY,
-    INK,
-    NAME_WIDTH,
-    RED,
-    TEAL,
-    cut_in_words,
-    edge_label,
-    footer_label,
-    input_label,
-    shorten,
-    title_label,
-)
+from sffx.draw.crossings import outside_node
+from sffx.draw.detail import JOIN_SIGNS, Part, parts
+from sffx.draw.fold import Run, first_of, fold, leaves_in
+from sffx.draw.graph import CUT, OUTSIDE, add_head, block_style, literal, new_graph
+from sffx.draw.labels import block_label, edge_label, footer_label, input_label, title_label
 from sffx.draw.progress import Progress
+from sffx.draw.style import FAINT, GREY, INK, NAME_WIDTH, PLAIN_TEXT, RED, TEAL
+from sffx.draw.words import cut_in_words, shorten
 
-# Rows in one column, of which a block's heading and its frame take three; a taller graph goes on at the top of the next column.
+if TYPE_CHECKING:
+    from graphviz import Digraph
+
+# Rows in one column. A taller graph goes on at the top of the next column.
 ROWS = 80
+# Rows that the heading of a block and its frame take.
 HEADING_ROWS = 3
 
-# Of a node that reads more values than this only the last edge is drawn, and its tooltip names them all: a dense block has hundreds of
-# edges, which no reader can follow and Graphviz takes minutes to lay out.
+# A dense block has hundreds of edges, which no reader can follow and Graphviz takes minutes to lay
+# out. So a node that reads more values than this has the last edge only, and its tooltip names all.
 EDGES = 6
 
-PART = f'class="part", style="rounded,filled", fillcolor="white", color="{GREY}", margin="0.08,0.03", height=0.2, fontsize=9'
-JOIN = f'class="part join", style="rounded,filled", fillcolor="#dff1f3", color="{TEAL}", margin="0.1,0.03", height=0.2, fontsize=10'
-# What is no path: sizes, positions, masks.
-ASIDE = f'class="part aside", style="rounded,dashed", color="{FAINT}", fontcolor="{FAINT}", margin="0.08,0.03", height=0.2, fontsize=8'
-INNER = f'class="inner", color="{GREY}"'
-INNER_ASIDE = f'class="inner aside", color="{FAINT}", style="dashed", arrowsize=0.5'
+PART = {
+    "class": "part",
+    "style": "rounded,filled",
+    "fillcolor": "white",
+    "color": GREY,
+    "margin": "0.08,0.03",
+    "height": "0.2",
+    "fontsize": "9",
+}
+JOIN = {
+    "class": "part join",
+    "style": "rounded,filled",
+    "fillcolor": "#dff1f3",
+    "color": TEAL,
+    "margin": "0.1,0.03",
+    "height": "0.2",
+    "fontsize": "10",
+}
+# Sizes, positions and masks, which the block does not learn from.
+ASIDE = {
+    "class": "part aside",
+    "style": "rounded,dashed",
+    "color": FAINT,
+    "fontcolor": FAINT,
+    "margin": "0.08,0.03",
+    "height": "0.2",
+    "fontsize": "8",
+}
+INNER_EDGE = {"class": "inner", "color": GREY}
+INNER_ASIDE_EDGE = {
+    "class": "inner aside",
+    "color": FAINT,
+    "style": "dashed",
+    "arrowsize": "0.5",
+}
+INPUT_EDGE = {"class": "input", "color": INK}
+SIDE_EDGE = {"class": "side", "color": GREY}
+DETACHED_EDGE = {"class": "side detached", "color": RED, "style": "dotted"}
+CUT_EDGE = {**CUT, "weight": "20"}
+TURN = {"class": "turn", "fontcolor": RED, "fontsize": "9", **PLAIN_TEXT}
+INVISIBLE = {"style": "invis"}
+ANCHOR = {"shape": "point", "height": "0", "width": "0", "label": "", **INVISIBLE}
 
 
 @dataclass(frozen=True)
@@ -48,7 +79,7 @@ class Place:
 
     Attributes:
         node: the name of its node.
-        stage: index of the block that computes it, -1 for what comes from outside.
+        stage: index of the block that computes it, -1 for a value from outside.
         is_cut: whether it carries a gradient, which the cut after the block stops.
         is_path: whether blocks learn from it.
     """
@@ -59,194 +90,268 @@ class Place:
     is_path: bool
 
 
-def clusters_dot(
+@dataclass(frozen=True)
+class Drawing:
+    """A plan with the insides of its blocks, set in columns.
+
+    Attributes:
+        plan: as it is drawn, folded or not.
+        insides: the parts of each block, the classifier's last.
+        columns: the column that each block stands in.
+        places: where each value comes from, by its name.
+    """
+
+    plan: BlockPlan
+    insides: list[list[Part]]
+    columns: list[int]
+    places: dict[str, Place]
+
+    def turns_before(self, index: int) -> bool:
+        """Return whether a block stands at the top of a column, behind the end of another one."""
+        return index > 0 and self.columns[index] != self.columns[index - 1]
+
+    def place(self, value: str) -> Place:
+        """Return where a value comes from, in a block or outside of all."""
+        return self.places.get(value) or Place(outside_node(value, self.plan), -1, False, True)
+
+
+def detailed_graph(
     plan: BlockPlan, detail: str, *, unfold: bool = False, progress: Progress | None = None
-) -> str:
-    """DOT text of the block graph with the graph inside each block.
+) -> Digraph:
+    """Return the graph of a plan with the graph inside each block.
+
+    A block is the cluster "cluster_block_3". Its heading is the node "block_3", which stands for
+    the value that enters the block. Its parts are nodes such as "block_3/conv1".
 
     Args:
         plan: of the model, as `sffx.plan` returns it.
-        detail: "modules", the modules of each block and the places where paths meet, or "nodes", all nodes of its graph.
-        unfold: whether blocks in a row that look alike are drawn one by one, not the first of them for all.
-        progress: of a training, by which the blocks are coloured; then none of them are drawn as one.
+        detail: "modules", the modules of each block and its joins, or "nodes", all its nodes.
+        unfold: whether blocks in a row that look alike are drawn one by one. By default the first
+            of them stands for all.
+        progress: of a training, by which the blocks are coloured; then no block is folded.
 
-    Returns:
-        the text of a directed graph. A block is the cluster "cluster_block_3"; its heading is the node "block_3", which stands for the
-        value that enters it, and its parts are nodes such as "block_3/conv1".
+    Raises:
+        MissingExtra: the package graphviz is not installed.
     """
-    whole, plan = plan, plan if unfold or progress else fold(plan)
-    inside = [parts(block, detail) for block in plan.all_blocks]
-    places = _places(plan, inside)
-    columns = _columns(inside)
-    shown = {"thick"} if any(isinstance(block, Run) for block in plan) else set()
-    shown |= {"side"} if any(set(block.sides) - set(block.detached) for block in plan) else set()
-    shown |= {"detached"} if any(block.detached for block in plan) else set()
-    shown |= (
-        {"wide"}
-        if any(len(part.node.reads) > EDGES for block in inside for part in block)
-        else set()
-    )
-    lines = [
-        *DEFAULTS,
-        f"label={footer_label(plan, shown, progress)}",
-        "subgraph cluster_plan {",
-        f'label={title_label(whole, progress)}; labelloc="t"; margin=0; peripheries=0',
-    ]
-    for column, group in itertools.groupby(range(len(inside)), key=columns.__getitem__):
-        # What is in a cluster is set apart from what is not, which keeps the columns beside each other.
-        lines += [f'subgraph cluster_column_{column} {{ label=""']
-        # Graphviz sets the column that has the inputs at the left.
-        lines += [
-            node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
-            for value in plan.inputs
-            if not column
-        ]
-        for index in group:
-            lines += [
-                *_turns(index, plan, columns),
-                *_cluster(plan.all_blocks[index], inside[index], plan, progress),
-            ]
-        lines += ["}"]
-    for index in range(len(inside)):
-        lines += _entries(index, plan, columns)
-        lines += _reads(index, inside[index], places, columns, plan)
-    lines += _tops(plan, columns)
-    return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
+    is_folded = not unfold and progress is None
+    drawn = fold(plan) if is_folded else plan
+    insides = [parts(block, detail) for block in drawn.all_blocks]
+    drawing = Drawing(drawn, insides, _columns(insides), _places(drawn, insides))
+
+    graph = new_graph()
+    graph.attr(label=footer_label(drawn, _kinds(drawing), progress))
+    with graph.subgraph(name="cluster_plan") as inner:
+        title = title_label(plan, progress)
+        inner.attr(label=title, labelloc="t", margin="0", peripheries="0")
+        _order_columns(inner, drawing)
+        for column in dict.fromkeys(drawing.columns):
+            _add_column(inner, column, drawing, progress)
+        for index in range(len(insides)):
+            _add_entry(inner, index, drawing)
+            _add_reads(inner, index, drawing)
+    return graph
 
 
-def _columns(inside: list[list[Part]]) -> list[int]:
-    """The column that each block stands in, so that all are about as tall."""
-    heights = [len(block) + HEADING_ROWS for block in inside]
-    count = -(-sum(heights) // ROWS)
-    columns, reached = [], 0
+def _kinds(drawing: Drawing) -> set[str]:
+    """Return what the drawing contains besides blocks and cuts, by the kinds of the legend."""
+    kinds = set()
+    for block in drawing.plan:
+        if isinstance(block, Run):
+            kinds.add("thick")
+        if block.detached:
+            kinds.add("detached")
+        if not set(block.sides) <= set(block.detached):
+            kinds.add("side")
+    for part in itertools.chain(*drawing.insides):
+        if len(part.node.reads) > EDGES:
+            kinds.add("wide")
+    return kinds
+
+
+def _columns(insides: Sequence[Sequence[Part]]) -> list[int]:
+    """Return the column that each block stands in, so that all columns are about as tall."""
+    heights = [len(inside) + HEADING_ROWS for inside in insides]
+    total = sum(heights)
+    count = -(-total // ROWS)
+    columns = []
+    top = 0
     for height in heights:
-        columns.append(min(count - 1, (reached + height // 2) * count // sum(heights)))
-        reached += height
+        middle = top + height // 2
+        columns.append(min(count - 1, middle * count // total))
+        top += height
     return columns
 
 
-def _name(block: Block, value: str) -> str:
-    return f"{block.target}/{value}"
-
-
-def _places(plan: BlockPlan, inside: list[list[Part]]) -> dict[str, Place]:
+def _places(plan: BlockPlan, insides: Sequence[Sequence[Part]]) -> dict[str, Place]:
     places = {}
     for stage, block in enumerate(plan.all_blocks):
         first = first_of(block)
-        for part in inside[stage]:
-            name, is_output = part.node.name, part.node.name == first.output
-            places[name] = Place(
-                _name(block, name), stage, is_output or name in first.detached, part.node.is_path
-            )
-            # The value that leaves a run is that of its last block.
-            places[block.output if is_output else name] = places[name]
+        for part in insides[stage]:
+            name = part.node.name
+            is_output = name == first.output
+            is_cut = is_output or name in first.detached
+            place = Place(_node(block, name), stage, is_cut, part.node.is_path)
+            places[name] = place
+            if is_output:
+                # The value that leaves a run is that of its last block.
+                places[block.output] = place
     return places
 
 
-def _cluster(
-    block: Block, inside: list[Part], plan: BlockPlan, progress: Progress | None
-) -> Iterator[str]:
-    """A frame with the heading of the block, which stands for the value that enters it, and its parts."""
-    attributes = look(block, plan, progress, contents=False)
-    yield f"subgraph {quote(f'cluster_{block.target}')} {{"
-    # A cluster inherits what the one around it has, and has one line around it at most: that of a run is a thick one.
-    width = 3 if isinstance(block, Run) else 1
-    yield f'graph [{attributes}, label="", style="rounded,filled", margin=8, peripheries=1, penwidth={width}]'
-    yield node(block.target, f'{attributes}, shape="plain", style="", peripheries=0')
-    for part in inside:
-        style = JOIN if part.node.join in JOIN_SIGNS else PART if part.node.is_path else ASIDE
-        reads = part.node.reads
-        text = (
-            f"{shorten(part.text, NAME_WIDTH)}{f' of {len(reads)}' if len(reads) > EDGES else ''}"
-        )
-        told = f"label={quote(text)}, tooltip={quote(f'{part.node.name}: {part.node.call} of ' + ', '.join(reads))}"
-        yield node(_name(block, part.node.name), f"{style}, {told}")
-    yield "}"
+def _node(block: Block, value: str) -> str:
+    return f"{block.target}/{value}"
+
+
+def _add_column(graph: Digraph, column: int, drawing: Drawing, progress: Progress | None) -> None:
+    # Graphviz sets a cluster apart from all else, which keeps the columns beside each other.
+    with graph.subgraph(name=f"cluster_column_{column}") as inner:
+        inner.attr(label="")
+        if column == 0:
+            # Graphviz sets the column that has the inputs at the left.
+            for value in drawing.plan.inputs:
+                inner.node(f"input_{value.name}", label=input_label(value), **OUTSIDE)
+        for index, own in enumerate(drawing.columns):
+            if own == column:
+                _add_turns(inner, index, drawing)
+                _add_cluster(inner, index, drawing, progress)
+
+
+def _add_turns(graph: Digraph, index: int, drawing: Drawing) -> None:
+    """Add the signs at the end of a column and at the top of the next one, where a cut turns.
+
+    A line from one to the other would run across the blocks.
+    """
+    blocks = drawing.plan.all_blocks
+    if drawing.turns_before(index):
+        before = blocks[index - 1].target
+        graph.node(f"from_{before}", label=f"from {before}", **TURN)
+    if index + 1 < len(blocks) and drawing.turns_before(index + 1):
+        following = blocks[index + 1].target
+        graph.node(f"to_{following}", label=f"to {following}", **TURN)
+
+
+def _add_cluster(graph: Digraph, index: int, drawing: Drawing, progress: Progress | None) -> None:
+    """Add the frame of a block, its heading, its parts, and the head beside its output."""
+    plan = drawing.plan
+    block = plan.all_blocks[index]
+    style = block_style(block, plan, progress)
+    # A cluster inherits the attributes of the one around it, so all of them are set. It has one
+    # line around it at most: the line of a run is a thick one.
+    frame = {"style": "rounded,filled", "margin": "8", "peripheries": "1"}
+    width = "3" if isinstance(block, Run) else "1"
+    with graph.subgraph(name=f"cluster_{block.target}") as cluster:
+        cluster.attr("graph", label="", penwidth=width, **{**style, **frame})
+        heading = block_label(block, leaves_in(block, plan), progress, contents=False)
+        plain = {**style, **PLAIN_TEXT, "peripheries": "0"}
+        cluster.node(block.target, label=heading, **plain)
+        for part in drawing.insides[index]:
+            _add_part(cluster, part, block)
     if block is not plan.classifier:
-        yield from head_beside(block, _name(block, first_of(block).output), plan)
+        add_head(graph, block, _node(block, first_of(block).output), plan)
 
 
-def _entering(index: int, plan: BlockPlan) -> str:
-    """The value that the heading of a block stands for: the output before, or the model's only input; "" where there are several."""
-    if index:
-        return plan.blocks[index - 1].output
-    outer = set(plan.blocks[0].inputs)
-    return outer.pop() if len(outer) == 1 else ""
+def _add_part(graph: Digraph, part: Part, block: Block) -> None:
+    reads = part.node.reads
+    label = shorten(part.text, NAME_WIDTH)
+    if len(reads) > EDGES:
+        label = f"{label} of {len(reads)}"
+    tooltip = f"{part.node.name}: {part.node.call} of {', '.join(reads)}"
+    node = _node(block, part.node.name)
+    graph.node(node, label=literal(label), tooltip=literal(tooltip), **_part_style(part))
 
 
-def _entries(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
-    """The edge to the heading of a block, from the block before or from the input."""
+def _part_style(part: Part) -> dict[str, str]:
+    if part.node.join in JOIN_SIGNS:
+        return JOIN
+    return PART if part.node.is_path else ASIDE
+
+
+def _add_entry(graph: Digraph, index: int, drawing: Drawing) -> None:
+    """Add the edge to the heading of a block, from the block before or from the model's input."""
+    plan = drawing.plan
     target = plan.all_blocks[index].target
-    if not index:
-        name = _entering(0, plan)
-        yield from (
-            [edge(outside(name, plan), target, f'class="input", color="{INK}"')] if name else ()
-        )
+    if index == 0:
+        name = _entering_value(0, plan)
+        if name:
+            graph.edge(outside_node(name, plan), target, **INPUT_EDGE)
         return
     before = plan.blocks[index - 1]
-    name = _name(before, first_of(before).output)
-    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=20'
-    cut = f"{style}, label={edge_label([cut_in_words(plan.options)], RED)}"
-    if columns[index] == columns[index - 1]:
-        yield edge(name, target, cut)
+    output = _node(before, first_of(before).output)
+    label = edge_label([cut_in_words(plan.options)], RED)
+    if not drawing.turns_before(index):
+        graph.edge(output, target, label=label, **CUT_EDGE)
         return
-    yield edge(name, f"to_{target}", cut)
-    yield edge(f"from_{before.target}", target, style.replace("cut", "cut turn"))
+    graph.edge(output, f"to_{target}", label=label, **CUT_EDGE)
+    graph.edge(f"from_{before.target}", target, **{**CUT_EDGE, "class": "cut turn"})
 
 
-def _turns(index: int, plan: BlockPlan, columns: list[int]) -> Iterator[str]:
-    """The signs at the end of a column, where the cut leads to the next one, and at the top of that: a line would run across the blocks."""
-    stages = plan.all_blocks
-    look = f'class="turn", shape="plain", style="", fontcolor="{RED}", fontsize=9'
-    if index and columns[index] != columns[index - 1]:
-        yield node(
-            f"from_{stages[index - 1].target}",
-            f"{look}, label={quote(f'from {stages[index - 1].target}')}",
-        )
-    if index + 1 < len(stages) and columns[index] != columns[index + 1]:
-        yield node(
-            f"to_{stages[index + 1].target}",
-            f"{look}, label={quote(f'to {stages[index + 1].target}')}",
-        )
+def _entering_value(index: int, plan: BlockPlan) -> str:
+    """Return the value that the heading of a block stands for; "" where the model has several inputs."""
+    if index > 0:
+        return plan.blocks[index - 1].output
+    values = set(plan.blocks[0].inputs)
+    return values.pop() if len(values) == 1 else ""
 
 
-def _reads(
-    index: int, inside: list[Part], places: dict[str, Place], columns: list[int], plan: BlockPlan
-) -> Iterator[str]:
-    """The edges to the parts of a block; what reads nothing of the block stands below the heading all the same."""
-    block, entering = plan.all_blocks[index], _entering(index, plan)
-    own = {part.node.name for part in inside}
-    for part in inside:
-        name = _name(block, part.node.name)
-        if not own & set(part.node.reads) and entering not in part.node.reads:
-            yield edge(block.target, name, 'style="invis"')
-        for read in part.node.reads if len(part.node.reads) <= EDGES else part.node.reads[-1:]:
+def _add_reads(graph: Digraph, index: int, drawing: Drawing) -> None:
+    """Add the edges to the parts of a block."""
+    block = drawing.plan.all_blocks[index]
+    entering = _entering_value(index, drawing.plan)
+    own = {part.node.name for part in drawing.insides[index]}
+    for part in drawing.insides[index]:
+        node = _node(block, part.node.name)
+        reads = part.node.reads
+        if own.isdisjoint(reads) and entering not in reads:
+            # A part that reads nothing of the block stands below the heading all the same.
+            graph.edge(block.target, node, **INVISIBLE)
+        shown = reads if len(reads) <= EDGES else reads[-1:]
+        for read in shown:
             if read == entering:
-                yield edge(block.target, name, INNER if part.node.is_path else INNER_ASIDE)
-                continue
-            place = places.get(read) or Place(outside(read, plan), -1, False, True)
-            turn = (
-                ", constraint=false"
-                if place.stage >= 0 and columns[place.stage] != columns[index]
-                else ""
-            )
-            yield edge(place.node, name, _style(place, index) + turn)
+                style = INNER_EDGE if part.node.is_path else INNER_ASIDE_EDGE
+                graph.edge(block.target, node, **style)
+            else:
+                _add_read(graph, node, index, drawing.place(read), drawing)
 
 
-def _style(place: Place, index: int) -> str:
-    if place.stage < 0:
-        return f'class="input", color="{INK}"'
-    if place.stage == index:
-        return INNER if place.is_path else INNER_ASIDE
-    return (
-        f'class="side detached", color="{RED}", style="dotted"'
-        if place.is_cut
-        else f'class="side", color="{GREY}"'
-    )
+def _add_read(graph: Digraph, node: str, index: int, source: Place, drawing: Drawing) -> None:
+    style = dict(_read_style(source, index))
+    if source.stage >= 0 and drawing.columns[source.stage] != drawing.columns[index]:
+        # Across columns an edge may lead upwards, so it must not push its reader down.
+        style["constraint"] = "false"
+    graph.edge(source.node, node, **style)
 
 
-def _tops(plan: BlockPlan, columns: list[int]) -> Iterator[str]:
-    """What sets the first blocks of the columns in one row, in their order."""
-    tops = [plan.all_blocks[columns.index(column)].target for column in dict.fromkeys(columns)]
-    if len(tops) > 1:
-        yield beside(" -> ".join(map(quote, tops)) + ' [style="invis"]')
+def _read_style(source: Place, index: int) -> dict[str, str]:
+    if source.stage < 0:
+        return INPUT_EDGE
+    if source.stage == index:
+        return INNER_EDGE if source.is_path else INNER_ASIDE_EDGE
+    return DETACHED_EDGE if source.is_cut else SIDE_EDGE
+
+
+def _order_columns(graph: Digraph, drawing: Drawing) -> None:
+    """Set the columns from left to right, with their first blocks beside each other.
+
+    Graphviz orders columns that nothing connects as it likes, from right to left in old versions.
+    So an invisible row of anchors stands above them, in order, each with an edge to its column:
+    the edges cross unless the columns are in the order of the anchors.
+    """
+    blocks = drawing.plan.all_blocks
+    firsts = [drawing.columns.index(column) for column in dict.fromkeys(drawing.columns)]
+    if len(firsts) < 2:
+        return
+    with graph.subgraph() as row:
+        row.attr(rank="same")
+        for index in firsts:
+            row.node(f"above_{blocks[index].target}", **ANCHOR)
+        for left, right in itertools.pairwise(firsts):
+            tail = f"above_{blocks[left].target}"
+            row.edge(tail, f"above_{blocks[right].target}", **INVISIBLE)
+    for index in firsts:
+        # The sign at the top of a column, where there is one, stands above its first block.
+        top = f"from_{blocks[index - 1].target}" if index else blocks[0].target
+        graph.edge(f"above_{blocks[index].target}", top, **INVISIBLE)
+    with graph.subgraph() as row:
+        row.attr(rank="same")
+        for index in firsts:
+            row.node(blocks[index].target)

@@ -4,69 +4,100 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree.ElementTree import Element
 
 from sffx.blocks import Block, BlockPlan
 from sffx.draw.fold import Run, fold
-from sffx.draw.graph import DEFAULTS
-from sffx.draw.label import (
-    BLUE,
-    FAINT,
-    NAME_WIDTH,
-    blocks_in_words,
-    count,
-    escape,
-    memory,
-    shape_text,
-    shorten,
-)
+from sffx.draw.graph import new_graph
+from sffx.draw.markup import cell, label, left_cell, line, line_break, row, table, text
 from sffx.draw.render import PICTURES, TEXT, check_path, write_graph
+from sffx.draw.style import BLUE, FAINT, NAME_WIDTH, PLAIN_TEXT
+from sffx.draw.words import blocks_in_words, shape_in_words, shorten
 from sffx.errors import InputError
+from sffx.tables import Column, short_byte_size, short_number, text_table
 
-HEADER = (
-    "policy",
-    "feature blocks",
-    "largest block",
-    "kept/sample, largest",
-    "kept/sample, all",
-    "of it",
-    "parameters, largest",
+if TYPE_CHECKING:
+    from graphviz import Digraph
+
+COLUMNS = (
+    Column("policy", "left"),
+    Column("feature blocks", "left"),
+    Column("largest block", "left"),
+    Column("kept/sample, largest", "left"),
+    Column("kept/sample, all", "left"),
+    Column("of it", "left"),
+    Column("parameters, largest", "left"),
 )
 
 # Points of the bar of the block that keeps most, in any of the plans.
 BAR_POINTS = 120
 
+MEANING = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the blocks of a plan keep and hold, in words.
+
+    Attributes:
+        largest: the name of the block that keeps most activations for backward.
+        kept: by that block, for one sample.
+        kept_in_all: by all blocks.
+        share: of the largest block in all.
+        parameters: of the block that has most of them.
+    """
+
+    largest: str
+    kept: str
+    kept_in_all: str
+    share: str
+    parameters: str
+
 
 def comparison(plans: Sequence[BlockPlan]) -> str:
-    """A table with a line for each policy: how many blocks it makes, and what the largest of them keeps and holds.
+    """Return a table with a line for each policy.
+
+    It tells how many blocks a policy makes, and what the largest of them keeps and holds.
 
     Args:
         plans: of one model, by different policies.
 
     Returns:
-        the text. "kept" are the activations for backward, as `Block.activation_bytes` counts them; "parameters, largest" is the number of
-        parameters of the block that has most.
+        The text. "kept" are the activations for backward, as `Block.activation_bytes` counts them.
+        "parameters, largest" is the number of parameters of the block that has most.
     """
-    rows = [HEADER, *(_figures(plan) for plan in plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(
-        [f"{plans[0].model}, {plans[0].num_classes} classes, by {len(plans)} policies", *lines]
-    )
+    rows = []
+    for plan in plans:
+        figures = _figures(plan)
+        rows.append(
+            (
+                plan.policy,
+                str(len(plan)),
+                figures.largest,
+                figures.kept,
+                figures.kept_in_all,
+                figures.share,
+                figures.parameters,
+            )
+        )
+    title = f"{plans[0].model}, {plans[0].num_classes} classes, by {len(plans)} policies"
+    return f"{title}\n{text_table(COLUMNS, rows)}"
 
 
 def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) -> Path:
-    """Draws the blocks of each policy as a column, with a bar for what a block keeps; blocks in a row that look alike are one line.
+    """Draw the blocks of each policy as a column, with a bar for what a block keeps.
+
+    Blocks in a row that look alike are one line.
 
     Args:
         plans: of one model, by different policies.
         path: of the file, .svg, .png, .pdf or .dot.
 
     Returns:
-        the path that was written; the file is replaced as a whole.
+        The path of the file, which is replaced as a whole.
 
     Raises:
         InputError: there is no plan, the suffix is unknown, or the folder does not exist.
@@ -76,78 +107,87 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
         raise InputError(
             "there is no plan to compare. Hint: pass [sffx.plan(model, policy=...), ...]"
         )
-    return write_graph(check_path(path, (*PICTURES, *TEXT)), comparison_dot(plans))
+    return write_graph(check_path(path, (*PICTURES, *TEXT)), comparison_graph(plans))
 
 
-def comparison_dot(plans: Sequence[BlockPlan]) -> str:
-    """DOT text with one node, "policies", in which the columns of the plans stand beside each other, their tops in line."""
-    most = max(stage.activation_bytes for plan in plans for stage in plan.all_blocks)
-    lines = max(len(fold(plan).all_blocks) for plan in plans)
-    columns = "".join(f"<TD>{_column(plan, most, lines)}</TD>" for plan in plans)
-    meaning = (
-        "kept for backward, one sample: the bar; of each where a line stands for several blocks"
+def comparison_graph(plans: Sequence[BlockPlan]) -> Digraph:
+    """Return a graph with one node, "policies", in which the columns stand beside each other."""
+    most = 1
+    lines = 0
+    for plan in plans:
+        most = max(most, *(block.activation_bytes for block in plan.all_blocks))
+        lines = max(lines, len(fold(plan).all_blocks))
+    columns = [cell(_column(plan, most, lines)) for plan in plans]
+
+    graph = new_graph()
+    graph.attr(label=_title(plans[0]), labelloc="t", labeljust="l")
+    content = label(table([row(*columns)], CELLSPACING="12"))
+    graph.node("policies", label=content, **PLAIN_TEXT)
+    return graph
+
+
+def _figures(plan: BlockPlan) -> Figures:
+    blocks = plan.all_blocks
+    largest = max(blocks, key=lambda block: block.activation_bytes)
+    kept_in_all = sum(block.activation_bytes for block in blocks)
+    return Figures(
+        largest=largest.name,
+        kept=short_byte_size(largest.activation_bytes),
+        kept_in_all=short_byte_size(kept_in_all),
+        share=f"{largest.activation_bytes / max(1, kept_in_all):.0%}",
+        parameters=short_number(max(block.num_parameters for block in blocks)),
     )
-    # The height of a line of its own, or the small letters would touch the large ones.
-    title = f"<{_font(plans[0].model, size=16)}<BR ALIGN='LEFT'/>{_font(' ', size=4)}<BR/>{_font(meaning, FAINT, 9)}<BR ALIGN='LEFT'/>>"
-    row = f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="12"><TR>{columns}</TR></TABLE>>'
-    parts = [
-        *DEFAULTS,
-        f'label={title}; labelloc="t"; labeljust="l"',
-        f'policies [shape="plain", style="", label={row}]',
+
+
+def _title(plan: BlockPlan) -> str:
+    return label(
+        text(plan.model, size=16),
+        line_break(),
+        # The height of a line of its own, or the small letters would touch the large ones.
+        text(" ", size=4),
+        Element("BR"),
+        text(MEANING, FAINT, 9),
+        line_break(),
+    )
+
+
+def _column(plan: BlockPlan, most: int, lines: int) -> Element:
+    """Return the blocks of a plan as a table with so many lines.
+
+    Graphviz would stretch a shorter table to the height of the others.
+    """
+    figures = _figures(plan)
+    largest = shorten(figures.largest, NAME_WIDTH)
+    summary = (
+        f"{blocks_in_words(plan)}; the largest, {largest}, "
+        f"keeps {figures.kept} of {figures.kept_in_all}, {figures.share}"
+    )
+    rows = [
+        line(text(plan.policy, size=13, bold=True), span=4),
+        line(text(summary, FAINT, 9), span=4),
     ]
-    return "digraph {\n" + "".join(f"  {part}\n" for part in parts) + "}\n"
+    blocks = fold(plan).all_blocks
+    rows += [_block_row(block, most) for block in blocks]
+    for _ in range(lines - len(blocks)):
+        rows.append(line(text(" "), span=4))
+    return table(rows, BORDER="1", CELLPADDING="3", COLOR=FAINT)
 
 
-def _figures(plan: BlockPlan) -> tuple[str, ...]:
-    stages = plan.all_blocks
-    largest = max(stages, key=lambda stage: stage.activation_bytes)
-    whole = sum(stage.activation_bytes for stage in stages)
-    kept = (
-        memory(largest.activation_bytes),
-        memory(whole),
-        f"{largest.activation_bytes / max(1, whole):.0%}",
-    )
-    return (
-        plan.policy,
-        str(len(plan)),
-        largest.name,
-        *kept,
-        count(max(stage.num_parameters for stage in stages)),
+def _block_row(block: Block, most: int) -> Element:
+    name = shorten(block.name, NAME_WIDTH)
+    if isinstance(block, Run):
+        name = f"{len(block.blocks)} × {name}"
+    return row(
+        left_cell(text(name)),
+        left_cell(text(shape_in_words(block.shape), FAINT, 9)),
+        left_cell(text(short_byte_size(block.activation_bytes), FAINT, 9)),
+        left_cell(_bar(block.activation_bytes, most)),
     )
 
 
-def _column(plan: BlockPlan, most: int, lines: int) -> str:
-    """A table of a plan with so many lines, since Graphviz would stretch a shorter one to the height of the others."""
-    _, _, largest, kept, whole, share, _ = _figures(plan)
-    told = f"{blocks_in_words(plan)}; the largest, {shorten(largest, NAME_WIDTH)}, keeps {kept} of {whole}, {share}"
-    rows = [_wide(f"<B>{_font(plan.policy, size=13)}</B>"), _wide(_font(told, FAINT, 9))]
-    rows += [_line(block, most) for block in fold(plan).all_blocks]
-    rows += [_wide(_font(" "))] * (lines - len(fold(plan).all_blocks))
-    return f'<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" COLOR="{FAINT}">{"".join(rows)}</TABLE>'
-
-
-def _line(block: Block, most: int) -> str:
-    times = f"{len(block.blocks)} × " if isinstance(block, Run) else ""
-    width = max(1, round(BAR_POINTS * block.activation_bytes / max(1, most)))
-    # The rest of the line as a cell of its own, or the bar would stand in the middle.
-    cell = f'<TD FIXEDSIZE="TRUE" WIDTH="{width}" HEIGHT="8" BGCOLOR="{BLUE}"></TD>'
-    cell += f'<TD FIXEDSIZE="TRUE" WIDTH="{BAR_POINTS + 1 - width}" HEIGHT="8"></TD>'
-    bar = (
-        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0"><TR>{cell}</TR></TABLE>'
-    )
-    name = _font(times + shorten(block.name, NAME_WIDTH))
-    cells = (
-        name,
-        _font(shape_text(block.shape), FAINT, 9),
-        _font(memory(block.activation_bytes), FAINT, 9),
-        bar,
-    )
-    return "<TR>" + "".join(f'<TD ALIGN="LEFT">{cell}</TD>' for cell in cells) + "</TR>"
-
-
-def _wide(text: str) -> str:
-    return f'<TR><TD ALIGN="LEFT" COLSPAN="4">{text}</TD></TR>'
-
-
-def _font(text: str, colour: str = "#1f2933", size: int = 10) -> str:
-    return f'<FONT COLOR="{colour}" POINT-SIZE="{size}">{escape(text)}</FONT>'
+def _bar(size: int, most: int) -> Element:
+    points = max(1, round(BAR_POINTS * size / most))
+    bar = cell(FIXEDSIZE="TRUE", WIDTH=str(points), HEIGHT="8", BGCOLOR=BLUE)
+    # The rest of the line is a cell of its own, or the bar would stand in the middle.
+    rest = cell(FIXEDSIZE="TRUE", WIDTH=str(BAR_POINTS + 1 - points), HEIGHT="8")
+    return table([row(bar, rest)], CELLPADDING="0")

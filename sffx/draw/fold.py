@@ -1,4 +1,4 @@
-"""Folding: neighbouring blocks that look alike become one, so that a deep net fits on a page."""
+"""Folding: blocks in a row that look alike become one, so that a deep net fits on a page."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 
 from sffx.blocks import Block, BlockPlan, Leaf
+from sffx.draw.words import JOINT
 
 # Fewer alike are as easily read one by one.
 SHORTEST = 3
 
-JOINT = " … "  # in the name of what is not one module or block, between its first and its last
-
 
 @dataclass(frozen=True)
 class Run(Block):
-    """Blocks in a row that have the same modules, shape and cost, as one. Its figures are those of each of them.
+    """Blocks in a row with the same modules, shape and cost, as one block with the costs of each.
 
     Attributes:
         blocks: that it stands for, in order.
@@ -26,77 +25,94 @@ class Run(Block):
 
 
 def fold(plan: BlockPlan) -> BlockPlan:
-    """The plan with a `Run` in the place of three or more blocks in a row that look alike.
+    """Return the plan with a `Run` in place of three or more blocks in a row that look alike.
 
-    Blocks whose values a later block reads, besides the next one, are left as they are: folding would hide where they come from.
+    A block stays as it is if its values are read further on than by the next block, because
+    folding would hide where they come from.
 
     Args:
         plan: as `sffx.plan` returns it.
 
     Returns:
-        a plan for drawings, not for a rewrite.
+        A plan for drawings. It cannot cut a model.
     """
-    stages = plan.all_blocks
-    readers = Counter(name for stage in stages for name in set(stage.inputs))
-    looks = [
-        _look(block, before, readers, plan)
-        for block, before in zip(plan.blocks, (None, *plan.blocks), strict=False)
-    ]
+    readers = Counter(name for block in plan.all_blocks for name in set(block.inputs))
+    looks: list[tuple[object, ...]] = []
+    before = None
+    for block in plan:
+        looks.append(_look(block, before, readers, plan))
+        before = block
+
     blocks: list[Block] = []
-    for _, group in itertools.groupby(
-        zip(looks, plan.blocks, strict=True), key=lambda pair: pair[0]
-    ):
-        alike = [block for _, block in group]
-        blocks += [_run(alike)] if len(alike) >= SHORTEST else alike
+    for _, group in itertools.groupby(range(len(plan)), key=looks.__getitem__):
+        alike = [plan.blocks[index] for index in group]
+        if len(alike) >= SHORTEST:
+            blocks.append(_run(alike))
+        else:
+            blocks += alike
     return replace(plan, blocks=tuple(blocks))
 
 
 def first_of(block: Block) -> Block:
-    """The block itself, or the first of a run, which stands for the others."""
+    """Return the block itself; for a run, its first block, which stands for the others."""
     return block.blocks[0] if isinstance(block, Run) else block
 
 
 def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
-    """The modules of a block that the trace did not look into."""
-    return [
-        leaf
-        for leaf in plan.leaves
-        if any(f"{name}.".startswith(f"{leaf.qualname}.") for name in block.modules)
-    ]
+    """Return the modules of a block that the trace did not look into."""
+    leaves = []
+    for leaf in plan.leaves:
+        prefix = f"{leaf.qualname}."
+        if any(f"{name}.".startswith(prefix) for name in block.modules):
+            leaves.append(leaf)
+    return leaves
 
 
 def relative(qualname: str, block: Block) -> str:
-    """The qualname as seen from the block: from its module, or from the innermost module around all that it calls."""
+    """Return a qualified name as seen from a block.
+
+    It is seen from the block's module, or from the innermost module around all modules of a block
+    that has no module of its own.
+    """
     if JOINT not in block.name:
         return qualname.removeprefix(f"{block.name}.")
-    paths = [name.split(".")[:-1] for name in block.modules] or [[]]
-    around = [
-        parts[0]
-        for parts in itertools.takewhile(
-            lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)
-        )
-    ]
-    return qualname.removeprefix("".join(f"{part}." for part in around))
+    return qualname.removeprefix(_common_prefix(block.modules))
 
 
-def _look(block: Block, before: Block | None, readers: Counter[str], plan: BlockPlan) -> object:
-    """What blocks of one run have in common; of a block that cannot be in a run, its own target."""
+def _common_prefix(names: tuple[str, ...]) -> str:
+    """Return the path of the innermost module around all modules of these names, with its dot."""
+    paths = [name.split(".")[:-1] for name in names]
+    prefix = ""
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1:
+            break
+        prefix += f"{level[0]}."
+    return prefix
+
+
+def _look(
+    block: Block, before: Block | None, readers: Counter[str], plan: BlockPlan
+) -> tuple[object, ...]:
+    """Return what the blocks of one run have in common.
+
+    For a block that cannot be in a run it is the block's own target, which no other block has.
+    """
     if block.sides or readers[block.output] > 1:
-        return block.target
-    modules = tuple(relative(name, block) for name in block.modules)
+        return (block.target,)
     # The first block reads an input of the model where the others read the output before.
-    handed_on = before.output if before is not None else next(iter(block.inputs), None)
-    others = tuple(name for name in block.inputs if name != handed_on)
-    cost = (block.num_parameters, block.macs, block.activation_bytes)
+    entering = before.output if before is not None else next(iter(block.inputs), None)
+    others = tuple(name for name in block.inputs if name != entering)
+    modules = tuple(relative(name, block) for name in block.modules)
     joins = tuple((node.join, node.paths) for node in block.joins)
     untraced = tuple((leaf.kind, leaf.reason) for leaf in leaves_in(block, plan))
-    return (modules, joins, others, untraced, block.shape, block.channel_axis, *cost)
+    costs = (block.num_parameters, block.macs, block.activation_bytes)
+    return (modules, joins, others, untraced, block.shape, block.channel_axis, costs)
 
 
 def _run(blocks: list[Block]) -> Run:
-    first, last = blocks[0], blocks[-1]
-    same = {field.name: getattr(first, field.name) for field in fields(Block)}
-    return Run(
-        **{**same, "name": f"{first.name}{JOINT}{last.name}", "output": last.output},
-        blocks=tuple(blocks),
-    )
+    first = blocks[0]
+    last = blocks[-1]
+    values = {field.name: getattr(first, field.name) for field in fields(Block)}
+    values["name"] = f"{first.name}{JOINT}{last.name}"
+    values["output"] = last.output
+    return Run(**values, blocks=tuple(blocks))

@@ -1,282 +1,305 @@
-"""A block plan as a Graphviz graph: a pure function from the plan to DOT text, which needs no Graphviz."""
+"""The graph of a plan: a box for each block, its head, the cuts, and the values that cross them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sffx.blocks import Block, BlockPlan
+from sffx.draw.crossings import Crossing, crossings
+from sffx.draw.detail import joins_in_words
 from sffx.draw.fold import Run, fold, leaves_in
-from sffx.draw.inner import joins_in_words
-from sffx.draw.label import (
-    AMBER,
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    RED,
-    VALUE_WIDTH,
+from sffx.draw.labels import (
     block_label,
-    cut_in_words,
     edge_label,
     footer_label,
     head_label,
     input_label,
-    printable,
-    shorten,
     stop_label,
     title_label,
 )
 from sffx.draw.progress import Progress
+from sffx.draw.style import (
+    AMBER,
+    BLUE,
+    EDGE_STYLE,
+    GRAPH_STYLE,
+    GREEN,
+    GREY,
+    INK,
+    NODE_STYLE,
+    PLAIN_TEXT,
+    RED,
+    VALUE_WIDTH,
+)
+from sffx.draw.words import cut_in_words, printable, shorten
+from sffx.errors import MissingExtra
+from sffx.parts import head_name, index_of
 
-# Boxes in one column. A taller plan is set in several columns: top to bottom, then the next column to the right.
+if TYPE_CHECKING:
+    from graphviz import Digraph
+
+# Boxes in one column. A taller plan is set in several columns, from left to right.
 ROWS = 14
 # More edges than this from one value, or into one block, become a rail beside the blocks.
 EDGES = 2
 
-FONT = 'fontname="Helvetica,Arial,sans-serif"'
-DEFAULTS = (
-    f'graph [bgcolor="white", charset="UTF-8", {FONT}, labelloc="b", labeljust="l", newrank=true, nodesep=0.3, pad=0.3, ranksep=0.2]',
-    f'node [shape="box", style="rounded,filled", margin="0.14,0.08", {FONT}]',
-    f"edge [arrowsize=0.7, penwidth=1.2, {FONT}]",
-)
-BLOCK = 'class="block", fillcolor="#f7f8fa", color="#9aa5b1"'
-UNTRACED = f'class="block untraced", fillcolor="#fdf6e9", color="{AMBER}"'
-CLASSIFIER = f'class="classifier", fillcolor="#eef3ee", color="{GREEN}"'
-HEAD = f'class="head", fillcolor="#e8f1fb", color="{BLUE}"'
-OUTSIDE = f'class="input", fillcolor="white", color="{INK}"'
-RAIL = f'class="rail", color="{GREY}"'
+BLOCK = {"class": "block", "fillcolor": "#f7f8fa", "color": "#9aa5b1"}
+UNTRACED = {"class": "block untraced", "fillcolor": "#fdf6e9", "color": AMBER}
+CLASSIFIER = {"class": "classifier", "fillcolor": "#eef3ee", "color": GREEN}
+HEAD = {"class": "head", "fillcolor": "#e8f1fb", "color": BLUE}
+HEAD_EDGE = {"class": "head", "color": BLUE}
+OUTSIDE = {"class": "input", "fillcolor": "white", "color": INK}
+RAIL = {"class": "rail", "color": GREY}
+CUT = {"class": "cut", "color": RED, "style": "dashed", "penwidth": "1.6"}
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """Values that blocks read from outside besides the normalised output of the block before.
+class Columns:
+    """A plan whose boxes are set in columns.
 
     Attributes:
-        names: of the values; those that run the same way are drawn together.
-        source: name of the node in the drawing that they come from.
-        stage: index of the block that computes them, -1 for what does not come from a block.
-        readers: indices of the blocks that read them, the classifier's is the last.
-        detached: whether the cut stops a gradient that they carry.
+        plan: as it is drawn, folded or not.
+        rows: how many boxes a column has.
     """
 
-    names: tuple[str, ...]
-    source: str
-    stage: int
-    readers: tuple[int, ...]
-    detached: bool
+    plan: BlockPlan
+    rows: int
+
+    def of(self, index: int) -> int:
+        """Return the column of a block."""
+        return index // self.rows
 
 
-def dot(plan: BlockPlan, *, unfold: bool = False, progress: Progress | None = None) -> str:
-    """DOT text of the block graph: the blocks in order, their heads, the cuts, and the values that cross a cut.
+def block_graph(
+    plan: BlockPlan, *, unfold: bool = False, progress: Progress | None = None
+) -> Digraph:
+    """Return the graph of a plan: the blocks in order, their heads, the cuts, and the side values.
+
+    A block's node is named by its target ("block_3", "classifier"), its head "head_3", a model
+    input "input_x". The same plan always gives the same source text.
 
     Args:
         plan: of the model, as `sffx.plan` returns it.
-        unfold: whether blocks in a row that look alike are drawn one by one even where they are more than a column holds.
-        progress: of a training, by which the blocks are coloured; then none of them are drawn as one.
+        unfold: whether blocks in a row that look alike are drawn one by one. By default they are
+            one box in a plan that is taller than a column.
+        progress: of a training, by which the blocks are coloured; then no block is folded.
 
-    Returns:
-        the text of a directed graph. A block's node bears its target ("block_3", "classifier"), its head "head_3",
-        a model input "input_x". The same plan always gives the same text.
+    Raises:
+        MissingExtra: the package graphviz is not installed.
     """
-    whole, plan = plan, plan if unfold or progress or len(plan) < ROWS else fold(plan)
-    rows = _rows(plan)
-    crossed = crossings(plan)
+    is_folded = not unfold and progress is None and len(plan) >= ROWS
+    drawn = fold(plan) if is_folded else plan
+    columns = Columns(drawn, _rows(drawn))
+    crossed = crossings(drawn)
     railed = _railed(crossed)
-    shown = {
-        "detached" if crossing.detached else "side" for crossing in crossed if crossing.stage >= 0
-    } | ({"rail"} if railed else set())
-    shown |= {"run"} if any(isinstance(block, Run) for block in plan) else set()
-    shown |= {"join"} if any(map(joins_in_words, plan.all_blocks)) else set()
-    lines = [
-        *DEFAULTS,
-        f"label={footer_label(plan, shown, progress)}",
-        "subgraph cluster_plan {",
-        f'label={title_label(whole, progress)}; labelloc="t"; margin=0; peripheries=0',
-    ]
-    lines += [
-        *_input_nodes(plan, crossed),
-        *_block_nodes(plan, rows, progress),
-        *_same_rows(plan, rows),
-        *_cuts(plan, rows),
-    ]
-    lines += _rail(railed, plan, rows)
-    for crossing in crossed:
-        lines += [] if crossing in railed else _edges(crossing, plan, rows)
-    return "digraph {\n" + "".join(f"  {line}\n" for line in [*lines, "}"]) + "}\n"
+
+    graph = new_graph()
+    graph.attr(label=footer_label(drawn, _kinds(drawn, crossed, railed), progress))
+    with graph.subgraph(name="cluster_plan") as inner:
+        title = title_label(plan, progress)
+        inner.attr(label=title, labelloc="t", margin="0", peripheries="0")
+        _add_inputs(inner, drawn, crossed)
+        _add_blocks(inner, columns, progress)
+        _align_rows(inner, columns)
+        _add_cuts(inner, columns)
+        _add_rail(inner, railed, columns)
+        for crossing in crossed:
+            if crossing not in railed:
+                _add_edges(inner, crossing, columns)
+    return graph
+
+
+def new_graph() -> Digraph:
+    """Return an empty graph that looks as all drawings of plans do.
+
+    Raises:
+        MissingExtra: the package graphviz is not installed.
+    """
+    try:
+        from graphviz import Digraph
+    except ImportError as error:
+        purpose = "drawing a graph (a path that ends in .html needs nothing)"
+        raise MissingExtra("graphviz", "viz", purpose) from error
+    return Digraph(graph_attr=GRAPH_STYLE, node_attr=NODE_STYLE, edge_attr=EDGE_STYLE)
+
+
+def block_style(block: Block, plan: BlockPlan, progress: Progress | None) -> dict[str, str]:
+    """Return how the box of a block looks: by its kind, and by its accuracy where that is known."""
+    if block is plan.classifier:
+        style = dict(CLASSIFIER)
+    elif leaves_in(block, plan):
+        style = dict(UNTRACED)
+    else:
+        style = dict(BLOCK)
+    if isinstance(block, Run):
+        style["peripheries"] = "2"
+    if progress is not None:
+        style["fillcolor"] = progress.accuracy_colour(block.target)
+    style["tooltip"] = literal(block.name)
+    return style
+
+
+def add_head(graph: Digraph, block: Block, node: str, plan: BlockPlan) -> None:
+    """Add the head of a block, at the right of a node."""
+    head = head_name(index_of(block.target))
+    style = dict(HEAD)
+    if isinstance(block, Run):
+        style["peripheries"] = "2"
+    graph.node(head, label=head_label(block, plan), **style)
+    add_edge_in_row(graph, node, head, HEAD_EDGE)
+
+
+def add_edge_in_row(graph: Digraph, tail: str, head: str, style: dict[str, str]) -> None:
+    """Add an edge whose ends stand beside each other."""
+    with graph.subgraph() as row:
+        row.attr(rank="same")
+        row.edge(tail, head, **style)
+
+
+def literal(text: str) -> str:
+    """Return any text as the value of an attribute that means itself, with no markup in it."""
+    from graphviz import escape
+
+    return escape(printable(text))
 
 
 def _rows(plan: BlockPlan) -> int:
-    stages = len(plan) + 1
-    return math.ceil(stages / math.ceil(stages / ROWS))
+    blocks = len(plan.all_blocks)
+    columns = math.ceil(blocks / ROWS)
+    return math.ceil(blocks / columns)
 
 
-def _input_nodes(plan: BlockPlan, crossings: list[Crossing]) -> Iterator[str]:
+def _kinds(plan: BlockPlan, crossed: Sequence[Crossing], railed: Collection[Crossing]) -> set[str]:
+    """Return what the drawing contains besides blocks and cuts, by the kinds of the legend."""
+    kinds = set()
+    for crossing in crossed:
+        if crossing.stage >= 0:
+            kinds.add("detached" if crossing.detached else "side")
+    if railed:
+        kinds.add("rail")
+    if any(isinstance(block, Run) for block in plan):
+        kinds.add("run")
+    if any(joins_in_words(block) for block in plan.all_blocks):
+        kinds.add("join")
+    return kinds
+
+
+def _railed(crossed: Sequence[Crossing]) -> list[Crossing]:
+    """Return the values that would be too many edges, from one value or into one block."""
+    edges_into: Counter[int] = Counter()
+    for crossing in crossed:
+        if crossing.stage >= 0 and len(crossing.readers) <= EDGES:
+            edges_into.update(crossing.readers)
+    crowded = {reader for reader, edges in edges_into.items() if edges > EDGES}
+    railed = []
+    for crossing in crossed:
+        has_many_readers = len(crossing.readers) > EDGES
+        is_crowded = crossing.stage >= 0 and not crowded.isdisjoint(crossing.readers)
+        if has_many_readers or is_crowded:
+            railed.append(crossing)
+    return railed
+
+
+def _add_inputs(graph: Digraph, plan: BlockPlan, crossed: Sequence[Crossing]) -> None:
     for value in plan.inputs:
-        yield node(f"input_{value.name}", f"{OUTSIDE}, label={input_label(value)}")
-    for crossing in crossings:
+        graph.node(f"input_{value.name}", label=input_label(value), **OUTSIDE)
+    for crossing in crossed:
         if crossing.source.startswith("value_"):
-            yield node(
-                crossing.source,
-                f'{OUTSIDE}, style="rounded,dashed", label={edge_label(_marked(crossing), INK)}',
-            )
+            label = edge_label(_value_names(crossing), INK)
+            graph.node(crossing.source, label=label, style="rounded,dashed", **OUTSIDE)
 
 
-def _block_nodes(plan: BlockPlan, rows: int, progress: Progress | None) -> Iterator[str]:
+def _add_blocks(graph: Digraph, columns: Columns, progress: Progress | None) -> None:
+    plan = columns.plan
     for index, block in enumerate(plan.all_blocks):
+        label = block_label(block, leaves_in(block, plan), progress)
+        style = block_style(block, plan, progress)
         # Boxes of one group are set straight below each other.
-        yield node(block.target, f'{look(block, plan, progress)}, group="column_{index // rows}"')
+        group = f"column_{columns.of(index)}"
+        graph.node(block.target, label=label, group=group, **style)
         if block is not plan.classifier:
-            yield from head_beside(block, block.target, plan)
+            add_head(graph, block, block.target, plan)
 
 
-def look(block: Block, plan: BlockPlan, progress: Progress | None, *, contents: bool = True) -> str:
-    """The attributes of a block's box."""
-    leaves = leaves_in(block, plan)
-    kind = CLASSIFIER if block is plan.classifier else UNTRACED if leaves else BLOCK
-    many = ", peripheries=2" if isinstance(block, Run) else ""
-    # Of two attributes with one name, Graphviz takes the last.
-    colour = f', fillcolor="{progress.accuracy_colour(block.target)}"' if progress else ""
-    return f"{kind}{many}{colour}, label={block_label(block, leaves, progress, contents=contents)}, tooltip={quote(block.name)}"
+def _align_rows(graph: Digraph, columns: Columns) -> None:
+    """Set the boxes of each row beside each other, where there are several columns."""
+    blocks = columns.plan.all_blocks
+    for first in range(min(columns.rows, len(blocks) - columns.rows)):
+        with graph.subgraph() as row:
+            row.attr(rank="same")
+            for block in blocks[first :: columns.rows]:
+                row.node(block.target)
 
 
-def head_beside(block: Block, name: str, plan: BlockPlan) -> Iterator[str]:
-    """A block's head, at the right of the node of that name."""
-    head = block.target.replace("block", "head")
-    yield node(
-        head,
-        f"{HEAD}{', peripheries=2' if isinstance(block, Run) else ''}, label={head_label(block, plan)}",
-    )
-    yield beside(edge(name, head, f'class="head", color="{BLUE}"'))
+def _add_cuts(graph: Digraph, columns: Columns) -> None:
+    plan = columns.plan
+    label = edge_label([cut_in_words(plan.options)], RED)
+    for index, (block, following) in enumerate(itertools.pairwise(plan.all_blocks)):
+        style = {**CUT, "weight": "100"}
+        if columns.of(index) != columns.of(index + 1):
+            # The next column begins at the top, so the cut must not push it down.
+            style |= {"constraint": "false", "headport": "w"}
+        graph.edge(block.target, following.target, label=label, **style)
 
 
-def _same_rows(plan: BlockPlan, rows: int) -> Iterator[str]:
-    stages = plan.all_blocks
-    for row in range(min(rows, len(stages) - rows)):
-        yield beside("; ".join(quote(stage.target) for stage in stages[row::rows]))
-
-
-def _cuts(plan: BlockPlan, rows: int) -> Iterator[str]:
-    stages = plan.all_blocks
-    style = f'class="cut", color="{RED}", style="dashed", penwidth=1.6, weight=100, label={edge_label([cut_in_words(plan.options)], RED)}'
-    for index in range(1, len(stages)):
-        turn = ', constraint=false, headport="w"' if index % rows == 0 else ""
-        yield edge(stages[index - 1].target, stages[index].target, style + turn)
-
-
-def crossings(plan: BlockPlan) -> list[Crossing]:
-    """The values that cross a cut besides the normalised output of a block, and those that come from outside."""
-    stages = plan.all_blocks
-    names = dict.fromkeys(name for stage in stages for name in stage.inputs)
-    groups: dict[tuple[str, int, tuple[int, ...], bool], list[str]] = {}
-    for name in names:
-        stage = next(
-            (
-                index
-                for index, block in enumerate(plan.blocks)
-                if name == block.output or name in block.sides
-            ),
-            -1,
-        )
-        handed_on = stage + 1 if stage >= 0 and name == stages[stage].output else -1
-        readers = tuple(
-            index
-            for index, block in enumerate(stages)
-            if name in block.inputs and index not in (stage, handed_on)
-        )
-        # An output that a block further on reads carries a gradient, as every output does.
-        detached = stage >= 0 and name in (*stages[stage].detached, stages[stage].output)
-        source = stages[stage].target if stage >= 0 else outside(name, plan)
-        if readers:
-            groups.setdefault((source, stage, readers, detached), []).append(name)
-    return [
-        Crossing(tuple(group), source, stage, readers, cut)
-        for (source, stage, readers, cut), group in groups.items()
-    ]
-
-
-def outside(name: str, plan: BlockPlan) -> str:
-    """The node in the drawing of a value that no block computes: an input of the model, or a value from nowhere."""
-    # fx renames an argument that is a builtin: the node of `input` is `input_1`.
-    given = {value.name for value in plan.inputs}
-    return next(
-        (f"input_{known}" for known in (name, re.sub(r"_\d+$", "", name)) if known in given),
-        f"value_{name}",
-    )
-
-
-def _edges(crossing: Crossing, plan: BlockPlan, rows: int) -> Iterator[str]:
+def _add_edges(graph: Digraph, crossing: Crossing, columns: Columns) -> None:
+    """Add an edge from a value to each block that reads it."""
+    names = edge_label(_value_names(crossing), _colour(crossing))
     for reader in crossing.readers:
+        style = _edge_style(crossing)
         # The edge from an input to the first block needs no name: the input bears it.
-        name = (
-            f", label={edge_label(_marked(crossing), _colour(crossing))}"
-            if crossing.stage >= 0 or reader
-            else ""
-        )
-        yield edge(
-            crossing.source,
-            plan.all_blocks[reader].target,
-            _style(crossing) + name + _free(crossing.stage, reader, rows),
-        )
+        if crossing.stage >= 0 or reader > 0:
+            style["label"] = names
+        if crossing.stage >= 0 and columns.of(crossing.stage) != columns.of(reader):
+            # Across columns an edge may lead upwards, so it must not push its reader down.
+            style["constraint"] = "false"
+        graph.edge(crossing.source, columns.plan.all_blocks[reader].target, **style)
 
 
-def _railed(crossings: list[Crossing]) -> list[Crossing]:
-    """The values that would be too many edges: with many readers each, or many of them with a reader in common."""
-    few = [crossing for crossing in crossings if len(crossing.readers) <= EDGES]
-    load = Counter(reader for crossing in few if crossing.stage >= 0 for reader in crossing.readers)
-    many = {reader for reader, edges in load.items() if edges > EDGES}
-    return [
-        crossing
-        for crossing in crossings
-        if crossing not in few or (crossing.stage >= 0 and many & set(crossing.readers))
-    ]
-
-
-def _rail(crossings: list[Crossing], plan: BlockPlan, rows: int) -> Iterator[str]:
-    """A line along a column, with a stop beside each block that takes values from it or gives values to it, which names them."""
-    stages = plan.all_blocks
-    stops = sorted(
-        {stop for crossing in crossings for stop in (crossing.stage, *crossing.readers)} - {-1}
-    )
+def _add_rail(graph: Digraph, railed: Sequence[Crossing], columns: Columns) -> None:
+    """Add a line along each column, with a stop beside each block that gives or reads a value."""
+    stops = sorted({index for each in railed for index in (each.stage, *each.readers)} - {-1})
     for stop in stops:
-        given = [
-            (f"+ {name}", _colour(crossing))
-            for crossing in crossings
-            if crossing.stage == stop
-            for name in _marked(crossing)
-        ]
-        taken = [
-            (name, _colour(crossing))
-            for crossing in crossings
-            if stop in crossing.readers
-            for name in _marked(crossing)
-        ]
-        yield node(
-            f"stop_{stop}",
-            f'class="stop", shape="plain", style="", label={stop_label([*given, *taken])}',
-        )
-        # Graphviz sets the tail of such an edge to the left, so what a block gives is drawn as an edge backwards.
-        ways = "both" if given and taken else "back" if given else "forward"
-        yield beside(edge(f"stop_{stop}", stages[stop].target, f'{RAIL}, dir="{ways}"'))
-    for crossing in crossings:
+        _add_stop(graph, stop, railed, columns.plan)
+    for crossing in railed:
         if crossing.stage < 0:
-            yield edge(crossing.source, f"stop_{crossing.readers[0]}", _style(crossing))
-    for before, after in itertools.pairwise(stops):
-        if before // rows == after // rows:
-            yield edge(f"stop_{before}", f"stop_{after}", f'{RAIL}, dir="none", weight=5')
+            graph.edge(crossing.source, f"stop_{crossing.readers[0]}", **_edge_style(crossing))
+    for stop, following in itertools.pairwise(stops):
+        if columns.of(stop) == columns.of(following):
+            graph.edge(f"stop_{stop}", f"stop_{following}", dir="none", weight="5", **RAIL)
 
 
-def _marked(crossing: Crossing) -> list[str]:
-    return [
-        f"{shorten(name, VALUE_WIDTH)} (detached)"
-        if crossing.detached
-        else shorten(name, VALUE_WIDTH)
-        for name in crossing.names
-    ]
+def _add_stop(graph: Digraph, stop: int, railed: Sequence[Crossing], plan: BlockPlan) -> None:
+    """Add the place at the rail that names what a block gives to it and reads from it."""
+    given = []
+    read = []
+    for crossing in railed:
+        for name in _value_names(crossing):
+            if crossing.stage == stop:
+                given.append((f"+ {name}", _colour(crossing)))
+            if stop in crossing.readers:
+                read.append((name, _colour(crossing)))
+    node = f"stop_{stop}"
+    label = stop_label([*given, *read])
+    graph.node(node, label=label, **{"class": "stop"}, **PLAIN_TEXT)
+    # Graphviz sets the tail of an edge in a row to the left, and the rail is at the left of the
+    # blocks. So an edge for what a block gives runs backwards.
+    direction = "back" if given else "forward"
+    if given and read:
+        direction = "both"
+    add_edge_in_row(graph, node, plan.all_blocks[stop].target, {**RAIL, "dir": direction})
+
+
+def _value_names(crossing: Crossing) -> list[str]:
+    names = [shorten(name, VALUE_WIDTH) for name in crossing.names]
+    if crossing.detached:
+        return [f"{name} (detached)" for name in names]
+    return names
 
 
 def _colour(crossing: Crossing) -> str:
@@ -285,34 +308,8 @@ def _colour(crossing: Crossing) -> str:
     return RED if crossing.detached else GREY
 
 
-def _style(crossing: Crossing) -> str:
-    kind = "input" if crossing.stage < 0 else "side detached" if crossing.detached else "side"
-    return f'class="{kind}", color="{_colour(crossing)}"' + (
-        ', style="dotted"' if crossing.detached else ""
-    )
-
-
-def _free(stage: int, reader: int, rows: int) -> str:
-    # Across columns an edge may lead upwards, so it must not push its reader down.
-    return ", constraint=false" if stage >= 0 and stage // rows != reader // rows else ""
-
-
-def node(name: str, attributes: str) -> str:
-    """The statement of a node in DOT."""
-    return f"{quote(name)} [{attributes}]"
-
-
-def edge(tail: str, head: str, attributes: str) -> str:
-    """The statement of an edge in DOT."""
-    return f"{quote(tail)} -> {quote(head)} [{attributes}]"
-
-
-def beside(statement: str) -> str:
-    """What sets the nodes of a statement in one row."""
-    return f"{{ rank=same; {statement} }}"
-
-
-def quote(text: str) -> str:
-    """Any text as a quoted string in DOT."""
-    # In a quoted string only the quote is special; in a tooltip the backslash is as well.
-    return '"' + printable(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _edge_style(crossing: Crossing) -> dict[str, str]:
+    style = {"class": crossing.kind, "color": _colour(crossing)}
+    if crossing.detached:
+        style["style"] = "dotted"
+    return style

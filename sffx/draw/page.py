@@ -1,33 +1,37 @@
-"""A block plan as one HTML page that needs nothing else: no network, no Graphviz."""
+"""A plan as one HTML page that needs nothing else: no network and no Graphviz."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
-from sffx.blocks import Block, BlockPlan, Input
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from sffx.blocks import Block, BlockPlan
+from sffx.draw.crossings import Crossing, crossings
+from sffx.draw.detail import JOIN_SIGNS, Part, joins_in_words, parts
 from sffx.draw.fold import Run, fold, leaves_in, relative
-from sffx.draw.graph import Crossing, crossings
-from sffx.draw.inner import JOIN_SIGNS, Part, joins_in_words, parts
-from sffx.draw.label import (
-    LEGEND,
-    blocks_in_words,
-    count,
+from sffx.draw.legend import entries
+from sffx.draw.progress import Progress, percent
+from sffx.draw.style import BLUE, FAINT, GREEN, RED, TEAL
+from sffx.draw.words import (
+    block_facts,
     cut_in_words,
-    facts,
-    figures,
-    meaning,
-    memory,
+    heading,
+    leaf_in_words,
+    plan_facts,
     printable,
-    shape_text,
+    shape_in_words,
     shorten,
 )
-from sffx.draw.progress import Progress, percent
+from sffx.tables import short_byte_size, short_number
 
-# The page can reach nothing but itself, whatever a model's names hold.
+# The page can reach nothing but itself, whatever the names of a model hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
 BUTTONS = (
     ("in", "zoom in"),
     ("out", "zoom out"),
@@ -36,38 +40,191 @@ BUTTONS = (
     ("unfold", "unfold all"),
     ("fold", "fold all"),
 )
-KEYS = "Tab: next block · Enter: unfold · arrows: pan · + and −: zoom · 0: actual size · f: fit · Ctrl and wheel: zoom · drag: pan"
-COLOURS = {
-    "#c0392b": "red",
-    "#2b6cb0": "blue",
-    "#4a6b4f": "green",
-    "#66727f": "",
-    "#0f6674": "teal",
-}
-# What the page always explains of the legend; it has no rail, and names side values beside their lines.
-TOLD = ("", "join")
+KEYS = (
+    "Tab: next block · Enter: unfold · arrows: pan · + and −: zoom · 0: actual size · f: fit · "
+    "Ctrl and wheel: zoom · drag: pan"
+)
+BAR_MEANING = (
+    "bar in a box: activations kept, against the block that keeps most; "
+    "lines at the left: values that cross a cut, dotted: detached"
+)
+COLOUR_MEANING = (
+    "colour at the left of a box: accuracy, pale for the lowest; learning rates likewise"
+)
 
-# Of a list of parts: the height of a line, the room at its left for the edges, and the width of a name in characters.
-PART_HEIGHT, EDGE_ROOM, PART_WIDTH = 20, 72, 52
+# The classes of colours in the page, which has others for light and for dark.
+COLOUR_CLASSES = {RED: "red", BLUE: "blue", GREEN: "green", FAINT: "", TEAL: "teal"}
+
+# In a list of parts: the height of a line, the room at its left for arcs, and both ends of an arc
+# away from the text, in pixels; the width of a name, in characters.
+PART_HEIGHT = 20
+ARC_ROOM = 72
+ARC_GAP = 6
+PART_WIDTH = 52
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """What every part of the page is drawn from.
+class Colour:
+    """A text on a colour, "#rrggbb"."""
+
+    text: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text with the CSS classes of its element, and the text that a pointer on it shows."""
+
+    text: str
+    kind: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Arc:
+    """A line from a part to one that reads it, as the course of an SVG path."""
+
+    kind: str
+    course: str
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The parts of a block as lines, with an arc at the left from each part to its readers.
 
     Attributes:
-        plan: the whole plan.
-        crossings: values that cross a cut besides the normalised output.
-        unfold: whether runs of blocks that look alike are open from the start.
-        detail: "blocks", or "modules" or "nodes", which are open from the start.
-        progress: of the training, if it is told.
+        lines: the values from outside, then the parts in the order they run.
+        arcs: between the lines.
+        width: of the room for the arcs, in pixels.
+        height: of all lines, in pixels.
     """
 
-    plan: BlockPlan
-    crossings: list[Crossing]
-    unfold: bool
-    detail: str
-    progress: Progress | None
+    lines: list[Words]
+    arcs: list[Arc]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Box:
+    """A block, as it is shown.
+
+    Attributes:
+        target: of the block, which is the id of its element.
+        name: of the block.
+        kind: "block", "untraced" or "classifier".
+        facts: its shape and costs in one line.
+        figures: the same in several lines, with shares of the model.
+        remarks: what it gives and reads besides its output, its joins, and what was not traced.
+        badges: its accuracy and its learning rate, empty without a training.
+        colour: of its accuracy, "" without a training.
+        bar: its kept activations in percent of those of the block that keeps most.
+        calls: how many modules it calls.
+        modules: its modules and joins.
+        node_count: how many nodes it has.
+        nodes: all its nodes.
+    """
+
+    target: str
+    name: str
+    kind: str
+    facts: str
+    figures: list[str]
+    remarks: list[Words]
+    badges: list[Colour]
+    colour: str
+    bar: str
+    calls: int
+    modules: Flow
+    node_count: int
+    nodes: Flow
+
+
+@dataclass(frozen=True)
+class RunBox:
+    """The frame around blocks that look alike: the target of the first, and texts on all."""
+
+    target: str
+    targets: str
+    name: str
+    facts: str
+    figures: list[str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One block, or the blocks of a run with their frame."""
+
+    boxes: list[Box]
+    run: RunBox | None = None
+
+
+@dataclass(frozen=True)
+class InputBox:
+    """A model input or another value that no block computes; the id of its element and texts."""
+
+    ident: str
+    name: str
+    facts: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line from a value to a block that reads it. The script sets its course.
+
+    Attributes:
+        kind: the class of its values.
+        source: id of the element that gives them.
+        reader: id of the block that reads them.
+        lane: lines of one lane run beside the blocks at the same distance.
+        names: of the values.
+    """
+
+    kind: str
+    source: str
+    reader: str
+    lane: int
+    names: str
+
+
+@dataclass(frozen=True)
+class LegendLine:
+    """A line of the footer: a mark with the class of its colour, and what it means."""
+
+    mark: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template is given; see `page`.
+
+    Attributes:
+        title: of the page.
+        facts: the lines below the title.
+        cut_words: what a cut does.
+        num_classes: of the model.
+        inputs: the values that no block computes.
+        lines: from values to blocks that read them over a cut.
+        groups: the blocks in order, the classifier's group last.
+        legend: the lines of the footer; each a mark, the class of its colour, and a text.
+        runs_open: whether runs are open from the start.
+        parts_open: whether the modules of each block are.
+        nodes_open: whether the nodes of each block are.
+    """
+
+    title: str
+    facts: list[str]
+    cut_words: str
+    num_classes: int
+    inputs: list[InputBox]
+    lines: list[Line]
+    groups: list[Group]
+    legend: list[LegendLine]
+    runs_open: bool
+    parts_open: bool
+    nodes_open: bool
 
 
 def page(
@@ -77,261 +234,237 @@ def page(
     detail: str = "blocks",
     progress: Progress | None = None,
 ) -> str:
-    """The text of an HTML page with the block graph: blocks unfold into their modules, runs of alike blocks into their blocks.
+    """Return the text of an HTML page with the graph of a plan.
+
+    Blocks unfold into their modules, and runs of alike blocks into their blocks. The element of a
+    block has the block's target as its id ("block_3", "classifier"), a model input "input_x".
+    The same plan always gives the same text.
 
     Args:
         plan: of the model, as `sffx.plan` returns it.
         unfold: whether runs of blocks that look alike are open from the start.
-        detail: what is open from the start: "blocks" nothing, "modules" the modules of every block, "nodes" its nodes as well.
+        detail: what is open from the start: "blocks" nothing, "modules" the modules of every block,
+            "nodes" its nodes as well.
         progress: of a training, by which the blocks are coloured; then runs are open from the start.
-
-    Returns:
-        the page. A block's element bears its target as its id ("block_3", "classifier"), a model input "input_x".
-        The same plan always gives the same text.
     """
-    sheet = Sheet(plan, crossings(plan), unfold or progress is not None, detail, progress)
-    title = f"{plan.model}: {blocks_in_words(plan)} and the classifier"
-    graph = "\n".join([_values(sheet), *_inputs(sheet), *_stages(sheet)])
-    buttons = " ".join(
-        f'<button type="button" id="{name}">{text}</button>' for name, text in BUTTONS
+    crossed = crossings(plan)
+    facts = [plan_facts(plan)]
+    if progress is not None:
+        facts.append(progress.summary())
+    content = Page(
+        title=heading(plan),
+        facts=facts,
+        cut_words=cut_in_words(plan.options),
+        num_classes=plan.num_classes,
+        inputs=list(_inputs(plan, crossed)),
+        lines=list(_lines(plan, crossed)),
+        groups=list(_groups(plan, crossed, progress)),
+        legend=list(_legend(plan, progress)),
+        runs_open=unfold or progress is not None,
+        parts_open=detail != "blocks",
+        nodes_open=detail == "nodes",
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width">
-<title>{_text(title)}</title>
-<style>
-{_asset("page.css")}</style>
-</head>
-<body>
-<header><h1>{_text(title)}</h1>
-<p>{_text(" · ".join(facts(plan)))}</p>{f"<p>{_text(progress.summary())}</p>" if progress else ""}
-<div role="toolbar" aria-label="view">{buttons}</div></header>
-<main id="view" tabindex="0" aria-label="block graph"><div id="sheet"><div id="graph">
-{graph}
-</div></div></main>
-<aside id="figures" aria-live="polite"></aside>
-<footer>{"".join(f"<div>{line}</div>" for line in _footer(sheet))}</footer>
-<script>
-{_asset("page.js")}</script>
-</body>
-</html>
-"""
+    return _template().render(
+        page=content,
+        policy=POLICY,
+        buttons=BUTTONS,
+        keys=KEYS,
+        css=Markup(_file("page.css")),
+        js=Markup(_file("page.js")),
+    )
 
 
-def _asset(name: str) -> str:
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_without_control_characters,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(_file("page.html.jinja").lstrip())
+
+
+def _without_control_characters(value: object) -> object:
+    # Markup is what the template or this package wrote; any other text may come from a model.
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value)
+    return value
+
+
+def _file(name: str) -> str:
     return files("sffx.draw").joinpath(name).read_text(encoding="utf-8")
 
 
-def _text(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def _lines(lines: Iterable[str]) -> str:
-    return "\n".join(map(_text, lines))
-
-
-def _values(sheet: Sheet) -> str:
-    """The lines of the values that cross a cut; the script sets their course, because it depends on what is unfolded."""
-    stages = sheet.plan.all_blocks
-    lines = []
-    for lane, crossing in enumerate(sheet.crossings):
-        kind = "input" if crossing.stage < 0 else "side detached" if crossing.detached else "side"
-        for reader in crossing.readers:
-            ends = f'data-from="{_text(crossing.source)}" data-to="{stages[reader].target}" data-lane="{lane}"'
-            # The arrow from the inputs to the first block is drawn already.
-            if crossing.stage >= 0 or reader:
-                lines.append(
-                    f'<path class="{kind}" {ends}><title>{_text(", ".join(crossing.names))}</title></path>'
-                )
-    return f'<svg id="values" aria-hidden="true">{"".join(lines)}</svg>'
-
-
-def _inputs(sheet: Sheet) -> Iterator[str]:
-    for value in sheet.plan.inputs:
-        yield _input(value)
-    for crossing in sheet.crossings:
+def _inputs(plan: BlockPlan, crossed: Sequence[Crossing]) -> Iterator[InputBox]:
+    for value in plan.inputs:
+        kind = f"{shape_in_words(value.shape)} {value.dtype}"
+        yield InputBox(f"input_{value.name}", value.name, kind)
+    for crossing in crossed:
         if crossing.source.startswith("value_"):
-            yield f'<div class="input" id="{_text(crossing.source)}"><b>{_text(", ".join(crossing.names))}</b></div>'
-    yield '<div class="arrow"></div>'
+            yield InputBox(crossing.source, ", ".join(crossing.names))
 
 
-def _input(value: Input) -> str:
-    told = f"{shape_text(value.shape)} {value.dtype}"
-    return f'<div class="input" id="input_{_text(value.name)}"><b>{_text(value.name)}</b> <span class="says">{_text(told)}</span></div>'
+def _lines(plan: BlockPlan, crossed: Sequence[Crossing]) -> Iterator[Line]:
+    blocks = plan.all_blocks
+    for lane, crossing in enumerate(crossed):
+        names = ", ".join(crossing.names)
+        for reader in crossing.readers:
+            # The arrow from the inputs to the first block is there anyway.
+            if crossing.stage >= 0 or reader > 0:
+                yield Line(crossing.kind, crossing.source, blocks[reader].target, lane, names)
 
 
-def _stages(sheet: Sheet) -> Iterator[str]:
+def _groups(
+    plan: BlockPlan, crossed: Sequence[Crossing], progress: Progress | None
+) -> Iterator[Group]:
     index = 0
-    for block in fold(sheet.plan).blocks:
+    for block in fold(plan).all_blocks:
         members = block.blocks if isinstance(block, Run) else (block,)
-        inside = "\n".join(_with_cuts(sheet, members, index))
-        yield _run(block, inside, sheet) if isinstance(block, Run) else inside
-        yield _cut(sheet)
-        index += len(members)
-    yield _stage(sheet.plan.classifier, index, sheet)
+        boxes = []
+        for member in members:
+            boxes.append(_box(member, index, plan, crossed, progress))
+            index += 1
+        yield Group(boxes, _run_box(block, plan) if isinstance(block, Run) else None)
 
 
-def _with_cuts(sheet: Sheet, blocks: Iterable[Block], start: int) -> Iterator[str]:
-    for index, block in enumerate(blocks, start):
-        if index > start:
-            yield _cut(sheet)
-        yield _stage(block, index, sheet)
-
-
-def _cut(sheet: Sheet) -> str:
-    return f'<div class="cut">{_text(cut_in_words(sheet.plan.options))}</div>'
-
-
-def _run(run: Run, inside: str, sheet: Sheet) -> str:
-    count_ = len(run.blocks)
-    targets = f"{run.blocks[0].target} … {run.blocks[-1].target}"
-    told = _lines([f"{count_} blocks alike: {run.name}", *_all_figures(run, sheet.plan)])
-    summary = (
-        f'<summary data-figures="{told}"><span class="target">{_text(targets)}</span><b>{count_} × {_text(run.name)}</b>'
-        f'<span class="facts">each: {_text(figures(run))}</span></summary>'
-    )
-    opened = " open" if sheet.unfold else ""
-    return f'<details class="box run" id="run_{run.target}"{opened}>{summary}<div class="inside">{inside}</div></details>'
-
-
-def _stage(block: Block, index: int, sheet: Sheet) -> str:
-    last = block is sheet.plan.classifier
-    kind = "classifier" if last else "untraced" if leaves_in(block, sheet.plan) else "block"
-    told = _lines([f"{block.name} ({block.target})", *_all_figures(block, sheet.plan)])
-    share = block.activation_bytes / max(
-        1, *(stage.activation_bytes for stage in sheet.plan.all_blocks)
-    )
-    summary = (
-        f'<summary data-figures="{told}"><span class="target">{block.target}</span><b>{_text(block.name)}</b>'
-        f'<span class="facts">{_text(figures(block))}</span>{"".join(_says(block, index, sheet))}{_badges(block, sheet)}'
-        f'<span class="bar" style="width:{100 * share:.1f}%"></span></summary>'
-    )
-    opened = " open" if sheet.detail != "blocks" else ""
-    head = (
-        ""
-        if last
-        else f'<div class="head"><span>goodness, {sheet.plan.num_classes} classes</span></div>'
-    )
-    edge = (
-        f' style="border-left: 12px solid {sheet.progress.accuracy_colour(block.target)}"'
-        if sheet.progress
-        else ""
-    )
-    inside = f'<div class="inside">{_inside(block, sheet)}</div>'
-    box = (
-        f'<details class="box {kind}" id="{block.target}"{edge}{opened}>{summary}{inside}</details>'
-    )
-    return f'<div class="stage">{box}{head}</div>'
-
-
-def _badges(block: Block, sheet: Sheet) -> str:
-    """The accuracy and the learning rate of a block, each on its colour."""
-    progress = sheet.progress
-    if progress is None:
-        return ""
-    told = [
-        (
-            progress.accuracy_colour(block.target),
-            f"accuracy {percent(progress.accuracy[block.target])}",
-        )
-    ]
-    if block.target in progress.rates:
-        told.append(
-            (
-                progress.rate_colour(block.target),
-                f"learning rate {progress.rates[block.target]:.1e}",
-            )
-        )
-    return "".join(
-        f'<span class="badge" style="background: {colour}">{text}</span>' for colour, text in told
+def _run_box(run: Run, plan: BlockPlan) -> RunBox:
+    number = len(run.blocks)
+    return RunBox(
+        target=run.target,
+        targets=f"{run.blocks[0].target} … {run.blocks[-1].target}",
+        name=f"{number} × {run.name}",
+        facts=f"each: {block_facts(run)}",
+        figures=[f"{number} blocks alike: {run.name}", *_figures(run, plan)],
     )
 
 
-def _all_figures(block: Block, plan: BlockPlan) -> Iterator[str]:
+def _box(
+    block: Block,
+    index: int,
+    plan: BlockPlan,
+    crossed: Sequence[Crossing],
+    progress: Progress | None,
+) -> Box:
+    most = max(1, *(each.activation_bytes for each in plan.all_blocks))
+    badges = _badges(block, progress) if progress is not None else []
+    return Box(
+        target=block.target,
+        name=block.name,
+        kind=_kind(block, plan),
+        facts=block_facts(block),
+        figures=[f"{block.name} ({block.target})", *_figures(block, plan)],
+        remarks=list(_remarks(block, index, plan, crossed)),
+        badges=badges,
+        colour=progress.accuracy_colour(block.target) if progress is not None else "",
+        bar=f"{100 * block.activation_bytes / most:.1f}",
+        calls=len(block.modules),
+        modules=_flow(parts(block, "modules")),
+        node_count=len(block.nodes),
+        nodes=_flow(parts(block, "nodes")),
+    )
+
+
+def _kind(block: Block, plan: BlockPlan) -> str:
+    if block is plan.classifier:
+        return "classifier"
+    return "untraced" if leaves_in(block, plan) else "block"
+
+
+def _badges(block: Block, progress: Progress) -> list[Colour]:
+    target = block.target
+    accuracy = f"accuracy {percent(progress.accuracy[target])}"
+    badges = [Colour(accuracy, progress.accuracy_colour(target))]
+    if target in progress.rates:
+        rate = f"learning rate {progress.rates[target]:.1e}"
+        badges.append(Colour(rate, progress.rate_colour(target)))
+    return badges
+
+
+def _figures(block: Block, plan: BlockPlan) -> Iterator[str]:
+    """Yield the shape of a block, and its costs with their shares of the whole model."""
     each = " of each" if isinstance(block, Run) else ""
-    stages = plan.all_blocks
-    yield f"output{each}: {shape_text(block.shape)}, after node {block.output}"
-    for name, unit, field in (
-        ("parameters", count, "num_parameters"),
-        ("multiply-adds", count, "macs"),
-        ("kept", memory, "activation_bytes"),
-    ):
-        own, whole = getattr(block, field), sum(getattr(stage, field) for stage in stages)
-        yield f"{name}{each}: {unit(own)}, {own / max(1, whole):.1%} of the model"
+    yield f"output{each}: {shape_in_words(block.shape)}, after node {block.output}"
+    parameters = sum(other.num_parameters for other in plan.all_blocks)
+    macs = sum(other.macs for other in plan.all_blocks)
+    kept = sum(other.activation_bytes for other in plan.all_blocks)
+    costs = (
+        ("parameters", short_number(block.num_parameters), block.num_parameters, parameters),
+        ("multiply-adds", short_number(block.macs), block.macs, macs),
+        ("kept", short_byte_size(block.activation_bytes), block.activation_bytes, kept),
+    )
+    for name, words, own, whole in costs:
+        yield f"{name}{each}: {words}, {own / max(1, whole):.1%} of the model"
 
 
-def _says(block: Block, index: int, sheet: Sheet) -> Iterator[str]:
-    """What a block gives to later blocks and reads from elsewhere, and what in it could not be traced."""
-    for crossing in sheet.crossings:
+def _remarks(
+    block: Block, index: int, plan: BlockPlan, crossed: Sequence[Crossing]
+) -> Iterator[Words]:
+    for crossing in crossed:
         names = ", ".join(crossing.names)
         kind = "says detached" if crossing.detached else "says"
         if crossing.stage == index:
-            yield f'<span class="{kind}">gives {_text(names)}{" (detached)" if crossing.detached else ""}</span>'
-        if index in crossing.readers and (crossing.stage >= 0 or index):
-            yield f'<span class="{kind}">reads {_text(names)}</span>'
-    if joins_in_words(block):
-        yield f'<span class="says join">inside: {_text(joins_in_words(block))}</span>'
-    for leaf in leaves_in(block, sheet.plan):
-        told = f"not traced: {relative(leaf.qualname, block)} ({leaf.kind}): {leaf.reason}"
-        yield f'<span class="says untraced">{_text(told)}</span>'
+            yield Words(f"gives {names}{' (detached)' if crossing.detached else ''}", kind)
+        if index in crossing.readers and (crossing.stage >= 0 or index > 0):
+            yield Words(f"reads {names}", kind)
+    joins = joins_in_words(block)
+    if joins:
+        yield Words(f"inside: {joins}", "says join")
+    for leaf in leaves_in(block, plan):
+        name = relative(leaf.qualname, block)
+        yield Words(f"not traced: {name} ({leaf.kind}): {leaf.reason}", "says untraced")
 
 
-def _inside(block: Block, sheet: Sheet) -> str:
-    opened = " open" if sheet.detail == "nodes" else ""
-    return (
-        f"{len(block.modules)} calls of modules{_flow(parts(block, 'modules'))}"
-        f"<details{opened}><summary>{len(block.nodes)} nodes of the graph</summary>{_flow(parts(block, 'nodes'))}</details>"
-    )
-
-
-def _flow(inside: list[Part]) -> str:
-    """What the parts read from outside, and the parts below it in the order they run, with an arc at the left from each to its readers."""
+def _flow(inside: Sequence[Part]) -> Flow:
     own = {part.node.name for part in inside}
-    outer = list(
-        dict.fromkeys(read for part in inside for read in part.node.reads if read not in own)
-    )
-    row = {name: index for index, name in enumerate([*outer, *(part.node.name for part in inside)])}
-    arcs = [_arc(row[read], row[part.node.name]) for part in inside for read in part.node.reads]
-    lines = [
-        f'<li class="outer" title="{_text(name)}, from outside">{_text(shorten(name, PART_WIDTH))} →</li>'
-        for name in outer
-    ]
-    lines += [
-        f'<li title="{_text(p.node.name)}"{_part_class(p)}>{_text(shorten(p.text, PART_WIDTH))}</li>'
-        for p in inside
-    ]
-    size = f'width="{EDGE_ROOM}" height="{PART_HEIGHT * len(row)}"'
-    return f'<div class="flow"><svg {size} aria-hidden="true">{"".join(arcs)}</svg><ol>{"".join(lines)}</ol></div>'
+    outer: dict[str, None] = {}
+    for part in inside:
+        for read in part.node.reads:
+            if read not in own:
+                outer[read] = None
+    names = [*outer, *(part.node.name for part in inside)]
+    rows = {name: row for row, name in enumerate(names)}
+
+    lines = []
+    for name in outer:
+        lines.append(Words(f"{shorten(name, PART_WIDTH)} →", "outer", f"{name}, from outside"))
+    arcs = []
+    for part in inside:
+        text = shorten(part.text, PART_WIDTH)
+        lines.append(Words(text, _part_kind(part), part.node.name))
+        for read in part.node.reads:
+            arcs.append(_arc(rows[read], rows[part.node.name]))
+    return Flow(lines, arcs, ARC_ROOM, PART_HEIGHT * len(names))
 
 
-def _part_class(part: Part) -> str:
-    kind = "join" if part.node.join in JOIN_SIGNS else "" if part.node.is_path else "aside"
-    return f' class="{kind}"' if kind else ""
+def _part_kind(part: Part) -> str:
+    if part.node.join in JOIN_SIGNS:
+        return "join"
+    return "" if part.node.is_path else "aside"
 
 
-def _arc(start: int, end: int) -> str:
-    top, bottom = (PART_HEIGHT * index + PART_HEIGHT / 2 for index in (start, end))
-    reach = EDGE_ROOM - 6 - min(EDGE_ROOM - 12, 8 * (end - start - 1))
-    side = EDGE_ROOM - 6
-    kind = "next" if end == start + 1 else "skip"
-    return f'<path class="{kind}" d="M {side} {top + 3:g} C {reach} {top + 6:g} {reach} {bottom - 6:g} {side} {bottom - 3:g}"/>'
+def _arc(start: int, end: int) -> Arc:
+    """Return the arc between two lines; the more lines it passes, the further it reaches left."""
+    side = ARC_ROOM - ARC_GAP
+    passed = end - start - 1
+    reach = side - min(side - ARC_GAP, 8 * passed)
+    top = PART_HEIGHT * start + PART_HEIGHT / 2
+    bottom = PART_HEIGHT * end + PART_HEIGHT / 2
+    bend = f"{reach} {top + 6:g} {reach} {bottom - 6:g}"
+    course = f"M {side} {top + 3:g} C {bend} {side} {bottom - 3:g}"
+    return Arc("skip" if passed else "next", course)
 
 
-def _footer(sheet: Sheet) -> Iterator[str]:
-    yield _text(KEYS)
-    for kind, mark, colour, text in LEGEND:
-        if kind in TOLD and colour in COLOURS:
-            yield f'<span class="{COLOURS[colour]}">{_text(mark)}</span> {_text(meaning(text, sheet.plan))}'
-    if sheet.progress:
-        yield "colour at the left of a box: accuracy, pale for the lowest; learning rates likewise"
-    yield _text(
-        "bar in a box: activations kept, against the block that keeps most; lines at the left: values that cross a cut, dotted: detached"
-    )
-    for leaf in sheet.plan.leaves:
-        told = f"{leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}"
-        yield f'<span class="amber">not traced</span> {_text(told)}'
-    for note in sheet.plan.notes:
-        yield f"note: {_text(note)}"
+def _legend(plan: BlockPlan, progress: Progress | None) -> Iterator[LegendLine]:
+    # The page has no rail, and names side values beside their lines.
+    for entry in entries(("join",), plan):
+        yield LegendLine(entry.mark, COLOUR_CLASSES[entry.colour], entry.meaning)
+    if progress is not None:
+        yield LegendLine("", "", COLOUR_MEANING)
+    yield LegendLine("", "", BAR_MEANING)
+    for leaf in plan.leaves:
+        yield LegendLine("not traced", "amber", leaf_in_words(leaf))
+    for note in plan.notes:
+        yield LegendLine("note:", "", note)

@@ -1,4 +1,4 @@
-"""What a training has come to, block by block, and the colours in which a drawing shows it."""
+"""Accuracies and learning rates of a training, block by block, and the colours that show them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from sffx.parts import CLASSIFIER, is_block
+
 # From the lowest to the highest; all of them are light enough for dark letters.
 ACCURACY_COLOURS = ("#fdf1dc", "#8ccfa9")
 RATE_COLOURS = ("#f3eff9", "#c3b0e6")
-
-BLOCK = "block_"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Progress:
     """Accuracies and learning rates of a training.
 
     Attributes:
-        accuracy: by the readout's name, "block_0", ..., "classifier", "ensemble", between 0 and 1.
+        accuracy: by the readout's name, "block_0", ..., "classifier", "ensemble"; between 0 and 1.
         rates: learning rates by the block's name; a block without trainable parameters has none.
     """
 
@@ -28,38 +28,51 @@ class Progress:
     @property
     def of_blocks(self) -> dict[str, float]:
         """The accuracies of the blocks and of the classifier, without those of the whole net."""
-        return {
-            name: value
-            for name, value in self.accuracy.items()
-            if name.startswith(BLOCK) or name == "classifier"
-        }
+        own = {}
+        for name, value in self.accuracy.items():
+            if is_block(name) or name == CLASSIFIER:
+                own[name] = value
+        return own
 
     def accuracy_colour(self, name: str) -> str:
         """Return the colour of a block's accuracy, from the lowest of all blocks to the highest."""
-        return _between(self.of_blocks[name], self.of_blocks.values(), ACCURACY_COLOURS)
+        accuracies = self.of_blocks
+        return _between(accuracies[name], accuracies.values(), ACCURACY_COLOURS)
 
     def rate_colour(self, name: str) -> str:
-        """Return the colour of a block's learning rate, from the lowest to the highest by their logarithms; 0 is like the lowest."""
+        """Return the colour of a block's learning rate, from the lowest to the highest.
+
+        The scale is logarithmic. A rate of 0 has the colour of the lowest.
+        """
         logs = [math.log(rate) for rate in self.rates.values() if rate > 0]
-        own = self.rates[name]
-        return _between(math.log(own) if own > 0 else min(logs, default=0.0), logs, RATE_COLOURS)
+        rate = self.rates[name]
+        own = math.log(rate) if rate > 0 else min(logs, default=0.0)
+        return _between(own, logs, RATE_COLOURS)
 
     def summary(self) -> str:
-        """Return the accuracies of the whole net in a phrase: "accuracy: ensemble 93.1 %, classifier 92.0 %"."""
-        whole = {name: value for name, value in self.accuracy.items() if not name.startswith(BLOCK)}
-        return "accuracy: " + ", ".join(f"{name} {percent(value)}" for name, value in whole.items())
+        """Return the accuracies of the whole net: "accuracy: ensemble 93.1 %, classifier 92.0 %"."""
+        phrases = []
+        for name, value in self.accuracy.items():
+            if not is_block(name):
+                phrases.append(f"{name} {percent(value)}")
+        return f"accuracy: {', '.join(phrases)}"
 
 
 def percent(share: float) -> str:
-    """A share as it is written in drawings: `93.1 %`."""
+    """Return a share as drawings show it: "93.1 %"."""
     return f"{100 * share:.1f} %"
 
 
 def _between(value: float, values: Collection[float], colours: tuple[str, str]) -> str:
-    """Mix two colours by where a value lies between the lowest and the highest; where all are equal, the last."""
-    low, high = min(values, default=value), max(values, default=value)
+    """Return a mix of two colours by where a value lies between the lowest and the highest.
+
+    Where all values are equal it is the second colour.
+    """
+    low = min(values, default=value)
+    high = max(values, default=value)
     share = (value - low) / (high - low) if high > low else 1.0
-    first, last = ([int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in colours)
-    return "#" + "".join(
-        f"{round(a + share * (b - a)):02x}" for a, b in zip(first, last, strict=True)
-    )
+    mixed = "#"
+    for position in (1, 3, 5):
+        first, second = (int(colour[position : position + 2], 16) for colour in colours)
+        mixed += f"{round(first + share * (second - first)):02x}"
+    return mixed

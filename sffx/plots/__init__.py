@@ -1,1 +1,1 @@
-"""Pictures of results: how a training went, and what a trained model says."""
+"""Pictures of results: how a training went, and the scores of a trained model."""

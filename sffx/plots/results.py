@@ -1,64 +1,85 @@
-"""Pictures of results: the accuracy of each block, of the ensemble and of the classifier, for several methods or epoch by epoch."""
+"""Pictures of accuracies, for several methods or epoch by epoch."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sffx.draw.progress import BLOCK
-from sffx.draw.render import PICTURES, check_path, write
-from sffx.errors import InputError, MissingExtra
+from sffx.draw.render import PICTURES, check_path
+from sffx.errors import InputError
+from sffx.parts import index_of, is_block
+from sffx.plots.figure import COLOURS, MARKERS, blank, in_percent, open_frame, save
 from sffx.plots.history import Epoch, epochs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Evaluation = Sequence[tuple[str, float]]
-
-# Okabe and Ito's colours, which the colour-blind can tell apart, each with a marker of its own for print.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Readouts with their accuracies, in order.
+Pairs = Sequence[tuple[str, float]]
 
 PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
-# The last block's readout is that block's own line.
+# The scores of the last block are that block's own line.
 NOT_DRAWN = "last"
-# Colours of readouts of the whole net, whose lines are dashed; blocks have those of a scale.
+# Colours of readouts of the whole net, whose lines are dashed. Blocks have the colours of a scale.
 WHOLE = {"ensemble": "#000000", "weighted": "#0072b2", "classifier": "#d55e00", "model": "#000000"}
+OTHER = "#5f6b7a"
 # Of more blocks than this the legend names the first, the middle and the last.
 BLOCKS_NAMED = 16
+# Of more blocks than this not every one has a tick.
+TICKS = 20
+
+HINT = "Hint: pass {'SFF': sffx.evaluate(net, loader)}"
 
 
 def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draws the accuracy of each readout for several methods: a line over the blocks, and beside it the readouts of the whole net.
+    """Draw the accuracy of each readout for several methods.
+
+    The blocks of a method are a line; the readouts of the whole net stand beside it.
 
     Args:
-        evaluations: for each method's name what `sffx.evaluate` returned, or a mapping or pairs of readouts and their accuracies between
-            0 and 1. Names that begin with "block_" are blocks, in order; all others ("ensemble", "classifier") stand apart. Methods need
-            not have the same readouts.
+        evaluations: for each method's name what `sffx.evaluate` returned, or a mapping or pairs of
+            readouts and their accuracies between 0 and 1. Names such as "block_3" are blocks; all
+            others ("ensemble", "classifier") stand apart. Methods need not have the same readouts.
         path: of the file, .svg, .png or .pdf.
 
     Returns:
-        the path that was written; the file is replaced as a whole.
+        The path of the file, which is replaced as a whole.
 
     Raises:
-        InputError: there is nothing to plot, an accuracy is not between 0 and 1, the suffix is unknown, or the folder does not exist.
+        InputError: there is nothing to plot, an accuracy is not between 0 and 1, the suffix is
+            unknown, or the folder does not exist.
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
     if not isinstance(evaluations, Mapping):
         kind = type(evaluations).__name__
-        raise InputError(
-            f"evaluations is of type {kind}, not a mapping by methods. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}"
-        )
-    evaluations = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
-    _check(evaluations)
-    figure = blank(sum(_widths(evaluations)) + 0.9, 4.2, "plotting accuracies")
-    _fill(figure, evaluations)
+        raise InputError(f"evaluations is of type {kind}, not a mapping by methods. {HINT}")
+    methods = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
+    _check(methods)
+
+    readouts = [readout for pairs in methods.values() for readout, _ in pairs]
+    blocks, others = _parted(readouts)
+    panels = []
+    widths = []
+    if blocks:
+        panels.append(blocks)
+        widths.append(min(8.0, 1.6 + 0.35 * len(blocks)))
+    if others:
+        # Room to write out each value.
+        panels.append(others)
+        widths.append(len(others) * (0.6 + 0.4 * len(methods)))
+
+    figure = blank(sum(widths) + 0.9, 4.2, "plotting accuracies")
+    rows = figure.subplots(1, len(panels), sharey=True, width_ratios=widths, squeeze=False)
+    for axes, names in zip(rows[0], panels, strict=True):
+        _draw_panel(axes, names, methods)
+    rows[0][0].set_ylabel("accuracy")
+    in_percent(rows[0][0])
+    _add_legend(figure, methods)
     return save(figure, path)
 
 
@@ -68,156 +89,105 @@ def plot_training(
     *,
     rates: Sequence[Mapping[str, float]] | None = None,
 ) -> Path:
-    """Draws how a training went: accuracy, loss and learning rate of each block over the epochs, where they are known.
+    """Draw accuracy, loss and learning rate of each block over the epochs of a training.
+
+    Loss and learning rate are left out where the history does not hold them. Blocks are coloured by
+    depth, from dark to light.
 
     Args:
-        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy" and, if known, "loss" and "lr", each by name;
-            or the path of the metrics.csv that Lightning's CSVLogger wrote of an `sffx.lightning` module, or several such paths.
+        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy" and, if
+            there are any, "loss" and "lr", each by name. Or the path of the metrics.csv that
+            Lightning's CSVLogger wrote for an `sffx.lightning` module, or several such paths.
         path: of the file, .svg, .png or .pdf.
-        rates: the learning rates of each epoch by the block's name, for a history that does not hold them:
+        rates: the learning rates of each epoch by the block's name, for a history without them:
             `{group["name"]: group["lr"] for group in optimizer.param_groups}`.
 
     Returns:
-        the path that was written; the file is replaced as a whole. Blocks are coloured by depth, from dark to light.
+        The path of the file, which is replaced as a whole.
 
     Raises:
-        InputError: there is no epoch with an accuracy, the rates do not fit, the suffix is unknown, or the folder does not exist.
+        InputError: there is no epoch with an accuracy, the rates do not fit, the suffix is unknown,
+            or the folder does not exist.
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
     found = epochs(history, rates)
     kinds = [kind for kind in PANELS if any(getattr(epoch, kind) for epoch in found)]
+    names = _line_names(found)
     figure = blank(4.4 * len(kinds), 4.0, "plotting a training")
-    names = _drawn(found)
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        _curves(axes, kind, names, found)
-    figure.legend(
-        handles=_curve_legend(names), loc="outside upper center", ncols=6, frameon=False, fontsize=8
-    )
+    row = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(row, kinds, strict=True):
+        _draw_curves(axes, kind, names, found)
+    handles = _curve_handles(names)
+    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return save(figure, path)
 
 
-def blank(width: float, height: float, purpose: str) -> Figure:
-    """An empty figure that no window and no global state of matplotlib knows of.
-
-    Args:
-        width: in inches, as is the height.
-        height: of the figure.
-        purpose: what matplotlib is needed for, told where it is missing.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "viz", purpose) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Replaces the file at the path as a whole by the figure, in the format of its suffix, and returns the path."""
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.lower()[1:], dpi=150)
-    write(path, content.getvalue())
-    return path
-
-
-def _pairs(evaluation: Any) -> Evaluation:
-    """Return readouts with their accuracies, from an evaluation, a mapping, or such pairs themselves."""
+def _pairs(evaluation: Any) -> Pairs:
+    """Return the readouts and accuracies of an evaluation, of a mapping, or of such pairs."""
     accuracy = getattr(evaluation, "accuracy", evaluation)
+    pairs = accuracy.items() if isinstance(accuracy, Mapping) else accuracy
     try:
-        return [
-            (str(name), float(value))
-            for name, value in (accuracy.items() if isinstance(accuracy, Mapping) else accuracy)
-        ]
+        return [(str(name), float(value)) for name, value in pairs]
     except (TypeError, ValueError) as cause:
         raise InputError(
-            f"a method's evaluation is {evaluation!r}, not accuracies by readout. Hint: pass {{'SFF': sffx.evaluate(net, loader)}}"
+            f"a method's evaluation is {evaluation!r}, not accuracies by readout. {HINT}"
         ) from cause
 
 
-def _check(evaluations: Mapping[str, Evaluation]) -> None:
-    if not any(evaluations.values()):
+def _check(methods: Mapping[str, Pairs]) -> None:
+    if not any(methods.values()):
         raise InputError(
             "there is no accuracy to plot. Hint: pass {method: [(readout, accuracy), ...]}"
         )
-    for method, evaluation in evaluations.items():
-        for readout, accuracy in evaluation:
+    for method, pairs in methods.items():
+        for readout, accuracy in pairs:
             if not 0 <= accuracy <= 1:
                 raise InputError(
-                    f"the accuracy of {readout!r} by {method!r} is {accuracy}, not between 0 and 1. Hint: percent / 100"
+                    f"the accuracy of {readout!r} by {method!r} is {accuracy}, "
+                    "not between 0 and 1. Hint: percent / 100"
                 )
 
 
-def _readouts(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[str]]:
-    return _parted(readout for evaluation in evaluations.values() for readout, _ in evaluation)
-
-
 def _parted(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of blocks in order, and the others as they come, each once."""
-    known = dict.fromkeys(names)
-    blocks = sorted((name for name in known if name.startswith(BLOCK)), key=_depth)
-    return blocks, [name for name in known if not name.startswith(BLOCK)]
+    """Return the names of blocks by depth, and the others in their order, each once."""
+    blocks = []
+    others = []
+    for name in dict.fromkeys(names):
+        if is_block(name):
+            blocks.append(name)
+        else:
+            others.append(name)
+    return sorted(blocks, key=index_of), others
 
 
-def _depth(block: str) -> tuple[int, str]:
-    number = block.removeprefix(BLOCK)
-    return (int(number) if number.isdecimal() else 0, block)
+def _draw_panel(axes: Axes, names: Sequence[str], methods: Mapping[str, Pairs]) -> None:
+    """Draw the accuracies of some readouts: a line for blocks, points with figures for others."""
+    has_blocks = is_block(names[0])
+    for index, pairs in enumerate(methods.values()):
+        shift = 0.0
+        if not has_blocks:
+            # Methods stand side by side, so that equal accuracies do not hide each other.
+            shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+        accuracies = dict(pairs)
+        xs = [at + shift for at, name in enumerate(names) if name in accuracies]
+        ys = [accuracies[name] for name in names if name in accuracies]
+        axes.plot(xs, ys, linestyle="-" if has_blocks else "", **_method_style(index))
+        if not has_blocks:
+            _write_figures(axes, xs, ys)
+    _set_ticks(axes, names)
+    if has_blocks:
+        axes.set_xlabel("block")
 
 
-def _widths(evaluations: Mapping[str, Evaluation]) -> list[float]:
-    """Inches for the panel of the blocks and for the other one, in which every value is written out."""
-    blocks, others = _readouts(evaluations)
-    inches = (min(8.0, 1.6 + 0.35 * len(blocks)), len(others) * (0.6 + 0.4 * len(evaluations)))
-    return [width for names, width in zip((blocks, others), inches, strict=True) if names]
-
-
-def _fill(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
-    panels = [names for names in _readouts(evaluations) if names]
-    axes = figure.subplots(
-        1, len(panels), sharey=True, width_ratios=_widths(evaluations), squeeze=False
-    )[0]
-    for panel, names in zip(axes, panels, strict=True):
-        _panel(panel, names, evaluations)
-    axes[0].set_ylabel("accuracy")
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    _legend(figure, evaluations)
-
-
-def _panel(axes: Axes, names: Sequence[str], evaluations: Mapping[str, Evaluation]) -> None:
-    blocks = names[0].startswith(BLOCK)
-    for index, evaluation in enumerate(evaluations.values()):
-        accuracies = dict(evaluation)
-        # Apart from the blocks, methods stand side by side, so that equal accuracies do not hide each other.
-        shift = 0.0 if blocks else 0.7 * ((index + 0.5) / len(evaluations) - 0.5)
-        points = [
-            (position + shift, accuracies[name])
-            for position, name in enumerate(names)
-            if name in accuracies
-        ]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            linestyle="-" if blocks else "",
-            **_style(index),
+def _write_figures(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None:
+    for x, y in zip(xs, ys, strict=True):
+        axes.annotate(
+            f"{100 * y:.1f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7
         )
-        for x, y in [] if blocks else points:
-            axes.annotate(
-                f"{100 * y:.1f}",
-                (x, y),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-    _ticks(axes, names)
 
 
-def _style(index: int) -> dict[str, Any]:
+def _method_style(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -225,93 +195,78 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
+def _add_legend(figure: Figure, methods: Mapping[str, Pairs]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], label=method, **_style(index)) for index, method in enumerate(evaluations)
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False
-    )
+    handles = []
+    for index, method in enumerate(methods):
+        handles.append(Line2D([], [], label=method, **_method_style(index)))
+    columns = min(4, len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def _ticks(axes: Axes, names: Sequence[str]) -> None:
-    step = math.ceil(len(names) / 20)
-    axes.set_xticks(
-        range(0, len(names), step), [name.removeprefix(BLOCK) for name in names[::step]]
-    )
+def _set_ticks(axes: Axes, names: Sequence[str]) -> None:
+    step = math.ceil(len(names) / TICKS)
+    labels = [str(index_of(name)) if is_block(name) else name for name in names[::step]]
+    axes.set_xticks(range(0, len(names), step), labels)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.grid(axis="y", color="#e3e7eb")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if names[0].startswith(BLOCK):
-        axes.set_xlabel("block")
+    open_frame(axes)
 
 
-def _drawn(found: Sequence[Epoch]) -> list[str]:
-    """The names of the lines: the blocks in order, then what stands for the whole net."""
-    blocks, others = _parted(
-        name
-        for epoch in found
-        for kind in PANELS
-        for name in getattr(epoch, kind)
-        if name != NOT_DRAWN
-    )
+def _line_names(found: Sequence[Epoch]) -> list[str]:
+    """Return the names of the lines: the blocks by depth, then the readouts of the whole net."""
+    names: dict[str, None] = {}
+    for epoch in found:
+        for kind in PANELS:
+            names.update(dict.fromkeys(getattr(epoch, kind)))
+    names.pop(NOT_DRAWN, None)
+    blocks, others = _parted(names)
     return [*blocks, *others]
 
 
-def _curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch]) -> None:
+def _draw_curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    marker = "." if len(found) < 30 else ""
     for name in names:
-        points = [
-            (epoch.number + 1, getattr(epoch, kind)[name])
-            for epoch in found
-            if name in getattr(epoch, kind)
-        ]
-        marker = "." if len(found) < 30 else ""
-        axes.plot(
-            [x for x, _ in points], [y for _, y in points], marker=marker, **_curve(name, names)
-        )
+        known = [epoch for epoch in found if name in getattr(epoch, kind)]
+        xs = [epoch.number + 1 for epoch in known]
+        ys = [getattr(epoch, kind)[name] for epoch in known]
+        axes.plot(xs, ys, marker=marker, **_curve_style(name, names))
     axes.set_xlabel("epoch")
     axes.set_ylabel(PANELS[kind])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "accuracy":
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        in_percent(axes)
     elif _spans_decades([value for epoch in found for value in getattr(epoch, kind).values()]):
         axes.set_yscale("log")
-    axes.grid(axis="y", color="#e3e7eb")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
-    """Whether positive values lie so far apart that small ones could not be told from each other on a plain axis."""
+    """Return whether small values could not be told from each other on a linear axis."""
     return min(values, default=0) > 0 and max(values) >= 10 * min(values)
 
 
-def _curve(name: str, names: Sequence[str]) -> dict[str, Any]:
+def _curve_style(name: str, names: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
+    if not is_block(name):
+        return {"color": WHOLE.get(name, OTHER), "linestyle": "--", "linewidth": 1.6}
     blocks, _ = _parted(names)
-    if name not in blocks:
-        return {"color": WHOLE.get(name, "#5f6b7a"), "linestyle": "--", "linewidth": 1.6}
-    # The lightest of the scale would not be seen on white.
-    return {
-        "color": colormaps["viridis"](0.88 * blocks.index(name) / max(1, len(blocks) - 1)),
-        "linewidth": 1.2,
-    }
+    depth = blocks.index(name) / max(1, len(blocks) - 1)
+    # The lightest colours of the scale would not be seen on white.
+    return {"color": colormaps["viridis"](0.88 * depth), "linewidth": 1.2}
 
 
-def _curve_legend(names: Sequence[str]) -> list[Any]:
+def _curve_handles(names: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     blocks, others = _parted(names)
-    few = (
-        blocks if len(blocks) <= BLOCKS_NAMED else [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
-    )
-    return [
-        Line2D([], [], label=name.replace("_", " "), **_curve(name, names))
-        for name in [*few, *others]
-    ]
+    if len(blocks) > BLOCKS_NAMED:
+        blocks = [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
+    handles = []
+    for name in (*blocks, *others):
+        label = name.replace("_", " ")
+        handles.append(Line2D([], [], label=label, **_curve_style(name, names)))
+    return handles

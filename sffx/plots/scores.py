@@ -1,4 +1,4 @@
-"""Pictures of what a cut net says of the samples: which classes it takes for which, and how goodness tells the true class from others."""
+"""Pictures of the scores of a cut model: its confusion matrix, and the goodness of the classes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from torch import Tensor, fx
 from sffx.draw.render import PICTURES, check_path
 from sffx.errors import InputError
 from sffx.net import plan_of
-from sffx.plots.results import COLOURS, blank, save
+from sffx.plots.figure import COLOURS, blank, save
+from sffx.runtime.evaluate import evaluating, scored
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of a sample's other classes at most so many are looked at, evenly spaced, so that a thousand classes do not fill the memory.
+# Of the other classes of a sample at most so many count, evenly spaced, so that a thousand classes
+# do not fill the memory.
 OTHERS = 32
 
-# Up to so many classes every one has its name beside the matrix, and up to so many its share is written out.
+# Up to so many classes each has its name beside the matrix, or its share written in it.
 NAMED = 40
 WRITTEN = 12
 
-# The shares of samples below the lower edge of the band, the line, and the upper edge.
+# The shares of samples below the lower edge of the band, below the line, and below the upper edge.
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -35,77 +37,75 @@ def plot_confusion(
     path: str | os.PathLike[str],
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Draws the confusion matrix of the ensemble: a line for each true class, with the shares of its samples by predicted class.
+    """Draw the confusion matrix of the ensemble.
+
+    Each row is a true class, with the shares of its samples by predicted class.
 
     Args:
-        net: what `sffx.transform` returned; it is evaluated in eval mode, and its mode is as before afterwards.
+        net: what `sffx.transform` returned. It is evaluated in eval mode, and its mode is as before
+            afterwards.
         loader: yields (x, y), as for `sffx.evaluate`.
         path: of the file, .svg, .png or .pdf.
-        classes: their names, in the order of the labels; without them the numbers are shown.
+        classes: their names, in the order of the labels; None shows the numbers.
 
     Returns:
-        the path that was written; the file is replaced as a whole.
+        The path of the file, which is replaced as a whole.
 
     Raises:
-        InputError: `net` is no cut model, the loader yields no samples, or the number of names or the path cannot be used.
+        InputError: `net` is no cut model, the loader yields no samples, or the number of names or
+            the path cannot be used.
         MissingExtra: matplotlib is not installed.
     """
-    path, size = check_path(path, PICTURES), plan_of(net).num_classes
+    path = check_path(path, PICTURES)
+    size = plan_of(net).num_classes
     names = [str(label) for label in range(size)] if classes is None else list(classes)
     if len(names) != size:
         raise InputError(
-            f"classes has {len(names)} names, but the net tells {size} classes apart. Hint: one name for each label, in order"
+            f"classes has {len(names)} names, but the net tells {size} classes apart. "
+            "Hint: one name for each label, in order"
         )
     side = min(12.0, 2.5 + 0.3 * size)
-    beside = 0.07 * max(map(len, names))  # inches of the longest name, below and beside the matrix
-    figure = blank(side + 1 + beside, side + beside, "plotting a confusion matrix")
+    # The longest name stands below the matrix and beside it.
+    longest = 0.07 * max(map(len, names))
+    figure = blank(side + 1 + longest, side + longest, "plotting a confusion matrix")
     shares = confusion(net, loader)
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    _label(axes, names)
-    for true, predicted in [] if size > WRITTEN else shares.nonzero().tolist():
-        share = float(shares[true, predicted])
-        axes.text(
-            predicted,
-            true,
-            f"{share:.0%}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if share > 0.5 else "black",
-        )
+    _name_classes(axes, names)
+    if size <= WRITTEN:
+        _write_shares(axes, shares)
     return save(figure, path)
 
 
 def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.PathLike[str]) -> Path:
-    """Draws how the goodness of the true class and of the other classes lies, block by block: the median and the middle 80 % of it.
+    """Draw the goodness of the true class and of the other classes, block by block.
+
+    A line is the median, and the band around it holds the middle 80 %.
 
     Args:
-        net: what `sffx.transform` returned; it is evaluated in eval mode, and its mode is as before afterwards.
+        net: what `sffx.transform` returned. It is evaluated in eval mode, and its mode is as before
+            afterwards.
         loader: yields (x, y), as for `sffx.evaluate`.
         path: of the file, .svg, .png or .pdf.
 
     Returns:
-        the path that was written; the file is replaced as a whole.
+        The path of the file, which is replaced as a whole.
 
     Raises:
         InputError: `net` is no cut model, the loader yields no samples, or the path cannot be used.
         MissingExtra: matplotlib is not installed.
     """
-    path, blocks = check_path(path, PICTURES), len(plan_of(net))
+    path = check_path(path, PICTURES)
+    blocks = len(plan_of(net))
     figure = blank(min(12.0, 3 + 0.45 * blocks), 4.2, "plotting goodness")
-    from matplotlib.ticker import MaxNLocator  # after `blank`, which tells how to install it
+    # Behind `blank`, whose error names the extra that installs matplotlib.
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    for goodness, label, colour in zip(
-        goodnesses(net, loader), ("true class", "other classes"), COLOURS, strict=False
-    ):
-        low, median, high = torch.quantile(
-            goodness, torch.tensor(QUANTILES, dtype=goodness.dtype), dim=1
-        ).tolist()
-        axes.fill_between(range(blocks), low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(range(blocks), median, color=colour, marker="o", markersize=4, label=label)
+    true, others = goodnesses(net, loader)
+    _draw_band(axes, true, "true class", COLOURS[0])
+    _draw_band(axes, others, "other classes", COLOURS[1])
     axes.set_xlabel("block")
     axes.set_ylabel("goodness: median, middle 80 %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -116,14 +116,17 @@ def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pat
 
 @torch.no_grad()
 def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
-    """Return the confusion matrix of the ensemble, (J, J): row by row the shares of a true class; zeros where it has no samples."""
-    from sffx.runtime.evaluate import evaluating, scored
+    """Return the confusion matrix of the ensemble, (J, J).
 
+    A row holds the shares of one true class; zeros if the class has no samples.
+    """
     size = plan_of(net).num_classes
     counts = torch.zeros(size * size, dtype=torch.float64)
     with evaluating(net):
         for scores, y in scored(net, loader):
-            pairs = y * size + scores[:-1].mean(dim=0).argmax(dim=1)
+            # The classifier's logits come last; the ensemble is the mean of the blocks.
+            predicted = scores[:-1].mean(dim=0).argmax(dim=1)
+            pairs = y * size + predicted
             counts += torch.bincount(pairs, minlength=size * size).cpu()
     counts = counts.reshape(size, size)
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -131,28 +134,54 @@ def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
 
 @torch.no_grad()
 def goodnesses(net: fx.GraphModule, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Return the goodness of the true class, and that of other classes, each (blocks, samples or more), without the classifier's logits."""
-    from sffx.runtime.evaluate import evaluating, scored
+    """Return the goodness of the true class (K, N), and that of other classes (K, N * others).
 
+    K counts the feature blocks and N the samples.
+    """
     size = plan_of(net).num_classes
     steps = torch.linspace(1, size - 1, min(OTHERS, size - 1)).long()
-    true, others = [], []
+    true = []
+    others = []
     with evaluating(net):
         for scores, y in scored(net, loader):
-            goodness, labels = scores[:-1].cpu(), y.cpu()
-            true.append(_of(goodness, labels[:, None]))
-            others.append(_of(goodness, (labels[:, None] + steps) % size))
+            goodness = scores[:-1].cpu()
+            labels = y.cpu()[:, None]
+            true.append(_of_classes(goodness, labels))
+            others.append(_of_classes(goodness, (labels + steps) % size))
     return torch.cat(true, dim=1), torch.cat(others, dim=1)
 
 
-def _of(goodness: Tensor, classes: Tensor) -> Tensor:
-    """Pick of each sample's goodness, (K, B, J), that of its classes, (B, N): (K, B * N)."""
+def _of_classes(goodness: Tensor, classes: Tensor) -> Tensor:
+    """Return the goodness (K, B, J) of some classes of each sample, (B, N), as (K, B * N)."""
     return goodness.gather(2, classes.expand(len(goodness), -1, -1)).flatten(1)
 
 
-def _label(axes: Axes, names: Sequence[str]) -> None:
+def _draw_band(axes: Axes, goodness: Tensor, label: str, colour: str) -> None:
+    quantiles = torch.tensor(QUANTILES, dtype=goodness.dtype)
+    low, median, high = torch.quantile(goodness, quantiles, dim=1).tolist()
+    blocks = range(len(median))
+    axes.fill_between(blocks, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(blocks, median, color=colour, marker="o", markersize=4, label=label)
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     step = -(-len(names) // NAMED)
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=8)
-    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=8)
+    places = range(0, len(names), step)
+    axes.set_xticks(places, names[::step], rotation=90, fontsize=8)
+    axes.set_yticks(places, names[::step], fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
+
+
+def _write_shares(axes: Axes, shares: Tensor) -> None:
+    for true, predicted in shares.nonzero().tolist():
+        share = float(shares[true, predicted])
+        axes.text(
+            predicted,
+            true,
+            f"{share:.0%}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if share > 0.5 else "black",
+        )

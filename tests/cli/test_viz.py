@@ -18,8 +18,10 @@ from torch import nn
 import sffx
 from sffx.blocks import BlockPlan
 from sffx.cli.viz import main
-from sffx.draw.graph import dot
+from sffx.draw.graph import block_graph
+from sffx.draw.page import page
 from sffx.errors import CutError
+from tests.draw.drawn import need_graphviz
 
 REAL_PLAN = sffx.plan
 
@@ -176,7 +178,7 @@ def test_plan_prints_the_table_and_draws_nothing(
 
 
 def test_the_drawing_is_called_after_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pygraphviz")
+    need_graphviz()
     save("net = nn.Linear(1, 1)")
     assert main(["model.py"]) == 0
     assert Path("model.svg").read_text().startswith("<?xml")
@@ -185,17 +187,21 @@ def test_the_drawing_is_called_after_the_file(capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_without_a_renderer_the_text_is_written_and_that_is_said(
-    small: BlockPlan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("package", ["graphviz", "pygraphviz"])
+def test_without_graphviz_a_page_is_written_and_that_is_said(
+    small: BlockPlan,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    monkeypatch.setitem(sys.modules, package, None)
     save("net = nn.Linear(1, 1)")
     assert main(["model.py"]) == 0
-    assert Path("model.dot").read_text(encoding="utf-8") == dot(small)
-    assert_message(capsys, "'pygraphviz', which is not installed.*Writing the graph as text")
+    assert Path("model.html").read_text(encoding="utf-8") == page(small)
+    assert_message(capsys, f"'{package}', which is not installed.*Writing a page instead")
     assert main(["model.py", "-o", "net.png"]) == 2
-    assert_message(capsys, "'pygraphviz', which is not installed")
+    assert_message(capsys, f"'{package}', which is not installed")
     assert not Path("net.png").exists()
 
 
@@ -232,7 +238,7 @@ def test_a_cut_net_is_drawn_as_it_is(planned: Planned, small: BlockPlan) -> None
     save_cut_net(small)
     assert main(["model.py", "-o", "net.gv"]) == 0
     assert planned.model is None
-    assert Path("net.gv").read_text(encoding="utf-8") == dot(small)
+    assert Path("net.gv").read_text(encoding="utf-8") == block_graph(small).source
 
 
 def test_open_shows_the_drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

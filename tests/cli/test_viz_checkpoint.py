@@ -13,7 +13,7 @@ from torch import fx
 import sffx
 from sffx.blocks import BlockPlan
 from sffx.cli.viz import main, progress_of
-from sffx.draw.graph import dot
+from sffx.draw.graph import block_graph
 from sffx.draw.progress import Progress
 from tests.toys import Residual
 
@@ -89,7 +89,7 @@ def test_the_model_is_drawn_as_it_was_cut(capsys: pytest.CaptureFixture[str]) ->
     accuracy = accuracy_of(net)
     sffx.save_checkpoint("run.pt", net, accuracy=accuracy)
     assert main(DRAW) == 0
-    assert Path("net.dot").read_text() == dot(net.plan, progress=Progress(accuracy))
+    assert Path("net.dot").read_text() == block_graph(net.plan, progress=Progress(accuracy)).source
     assert main([*DRAW, "--policy", "layer"]) == 2
     assert "of other blocks than the 3 of the policy layer" in capsys.readouterr().err
 

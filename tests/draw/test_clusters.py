@@ -1,8 +1,7 @@
-"""The graph inside the blocks: Graphviz parses the text, and its edges are compared with a list written by hand."""
+"""The graph inside the blocks: Graphviz reads it; its edges are compared with written lists."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 
 from sffx.blocks import BlockPlan, Node
-from sffx.draw.clusters import clusters_dot
+from sffx.draw.clusters import detailed_graph
+from tests.draw.drawn import drawn
 
 Edge = tuple[str, str, str]
 
@@ -18,20 +18,14 @@ Edge = tuple[str, str, str]
 def parse(
     plan: BlockPlan, detail: str = "nodes", **options: Any
 ) -> tuple[dict[str, dict[str, Any]], list[Edge]]:
-    """The nodes and clusters by name, and the edges that can be seen, each as its class and its ends."""
-    pygraphviz = pytest.importorskip("pygraphviz")
-    read = json.loads(
-        pygraphviz.AGraph(string=clusters_dot(plan, detail, **options)).draw(
-            format="json", prog="dot"
-        )
-    )
-    names = {item["_gvid"]: item["name"] for item in read["objects"]}
+    """The nodes and clusters by name, and the visible edges, each as its class and its ends."""
+    graph = drawn(detailed_graph(plan, detail, **options), "json")
     edges = [
-        (edge["class"], names[edge["tail"]], names[edge["head"]])
-        for edge in read["edges"]
+        (edge["class"], edge["tail"], edge["head"])
+        for edge in graph.edges
         if edge.get("style") != "invis"
     ]
-    return {item["name"]: item for item in read["objects"]}, sorted(edges)
+    return {**graph.nodes, **graph.subgraphs}, sorted(edges)
 
 
 def test_nodes_are_drawn_with_all_their_edges(residual: BlockPlan) -> None:

@@ -12,6 +12,7 @@ import pytest
 from sffx.blocks import BlockPlan
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.errors import InputError
+from tests.draw.drawn import need_graphviz
 
 
 def test_a_line_for_each_policy_tells_its_largest_block(
@@ -27,7 +28,7 @@ def test_a_line_for_each_policy_tells_its_largest_block(
 
 
 def test_the_columns_stand_side_by_side(chain: Callable[[int], BlockPlan], tmp_path: Path) -> None:
-    pytest.importorskip("pygraphviz")
+    need_graphviz()
     plans = [chain(2), replace(chain(5), policy="a<b>&c")]
     picture = xml.parse(draw_comparison(plans, tmp_path / "policies.svg")).getroot()
     shown = {

@@ -1,52 +1,26 @@
-"""The graph of a plan: Graphviz itself parses the text, and the nodes and edges are compared with lists written by hand."""
+"""The graph of a plan: Graphviz reads it; its nodes and edges are compared with written lists."""
 
 from __future__ import annotations
 
 import itertools
-import json
+import sys
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from sffx.blocks import BlockPlan, Input, Leaf, Options
-from sffx.draw.graph import ROWS, dot
+from sffx.draw.graph import ROWS, block_graph
+from sffx.draw.render import render
+from sffx.errors import MissingExtra
+from tests.draw.drawn import Drawn, drawn, need_graphviz
 
 Chain = Callable[[int], BlockPlan]
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What Graphviz read: attributes of the graph, of its nodes by name, and of its edges, which know their ends."""
-
-    attributes: dict[str, Any]
-    nodes: dict[str, dict[str, Any]]
-    edges: list[dict[str, Any]]
-
-    def ends(self, kind: str | None = None) -> list[tuple[str, str]]:
-        """The edges as pairs of names, those of one class if it is given."""
-        return sorted(
-            (edge["tail"], edge["head"]) for edge in self.edges if kind in (None, edge["class"])
-        )
-
-    def one(self, kind: str) -> dict[str, Any]:
-        (edge,) = [edge for edge in self.edges if edge["class"] == kind]
-        return edge
-
-
 def parse(plan: BlockPlan, unfold: bool = False) -> Drawn:
-    pygraphviz = pytest.importorskip("pygraphviz")
-    read = json.loads(
-        pygraphviz.AGraph(string=dot(plan, unfold=unfold)).draw(format="dot_json", prog="dot")
-    )
-    names = {item["_gvid"]: item["name"] for item in read["objects"]}
-    nodes = {item["name"]: item for item in read["objects"] if "nodes" not in item}
-    edges = [
-        {**edge, "tail": names[edge["tail"]], "head": names[edge["head"]]} for edge in read["edges"]
-    ]
-    return Drawn(read, nodes, edges)
+    return drawn(block_graph(plan, unfold=unfold))
 
 
 def reading(plan: BlockPlan, index: int, *names: str) -> BlockPlan:
@@ -64,12 +38,12 @@ def giving(plan: BlockPlan, index: int, *names: str) -> BlockPlan:
 
 
 def test_a_chain_is_its_blocks_heads_and_cuts(small: BlockPlan) -> None:
-    drawn = parse(small)
-    assert set(drawn.nodes) == {"input_x", "block_0", "block_1", "head_0", "head_1", "classifier"}
-    assert drawn.ends("cut") == [("block_0", "block_1"), ("block_1", "classifier")]
-    assert drawn.ends("head") == [("block_0", "head_0"), ("block_1", "head_1")]
-    assert drawn.ends("input") == [("input_x", "block_0")]
-    assert len(drawn.edges) == 5
+    graph = parse(small)
+    assert set(graph.nodes) == {"input_x", "block_0", "block_1", "head_0", "head_1", "classifier"}
+    assert graph.ends("cut") == [("block_0", "block_1"), ("block_1", "classifier")]
+    assert graph.ends("head") == [("block_0", "head_0"), ("block_1", "head_1")]
+    assert graph.ends("input") == [("input_x", "block_0")]
+    assert len(graph.edges) == 5
 
 
 def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
@@ -114,12 +88,12 @@ def test_every_cut_is_red_dashed_and_labelled(resnet18: BlockPlan) -> None:
 def test_cuts_and_heads_are_called_what_they_are(
     small: BlockPlan, options: Options, cut: str, legend: str, head: str
 ) -> None:
-    drawn = parse(replace(small, options=options))
-    labels = [edge["label"] for edge in drawn.edges if edge["class"] == "cut"]
+    graph = parse(replace(small, options=options))
+    labels = [edge["label"] for edge in graph.edges if edge["class"] == "cut"]
     assert all(f">{cut}<" in label for label in labels)
-    assert legend in drawn.attributes["label"]
-    assert head in drawn.nodes["head_0"]["label"]
-    assert ("kernels" in drawn.nodes["head_0"]["label"]) == (head == "3×3 kernels")
+    assert legend in graph.attributes["label"]
+    assert head in graph.nodes["head_0"]["label"]
+    assert ("kernels" in graph.nodes["head_0"]["label"]) == (head == "3×3 kernels")
 
 
 def test_the_classifier_has_no_head_and_its_own_look(resnet18: BlockPlan) -> None:
@@ -130,8 +104,8 @@ def test_the_classifier_has_no_head_and_its_own_look(resnet18: BlockPlan) -> Non
 
 
 def test_a_side_value_is_an_edge_that_bears_its_name(skipping: BlockPlan) -> None:
-    drawn = parse(skipping)
-    mask, skip = drawn.one("side"), drawn.one("side detached")
+    graph = parse(skipping)
+    mask, skip = graph.one("side"), graph.one("side detached")
     assert (mask["tail"], mask["head"]) == (skip["tail"], skip["head"]) == ("block_0", "block_2")
     assert ">mask<" in mask["label"]
     assert ">skip (detached)<" in skip["label"]
@@ -156,21 +130,21 @@ def test_a_value_with_many_readers_runs_along_a_rail_with_a_stop_at_each(chain: 
     plan = giving(chain(5), 0, "mask")
     for index in (1, 2, 4):
         plan = reading(plan, index, "mask")
-    drawn = parse(plan)
-    assert drawn.ends("side") == []
+    graph = parse(plan)
+    assert graph.ends("side") == []
     at_blocks = {(f"stop_{index}", f"block_{index}") for index in (0, 1, 2, 4)}
-    assert set(drawn.ends("rail")) == at_blocks | {
+    assert set(graph.ends("rail")) == at_blocks | {
         ("stop_0", "stop_1"),
         ("stop_1", "stop_2"),
         ("stop_2", "stop_4"),
     }
     ways = {
         edge["tail"]: edge["dir"]
-        for edge in drawn.edges
+        for edge in graph.edges
         if (edge["tail"], edge["head"]) in at_blocks
     }
     assert ways == {"stop_0": "back", "stop_1": "forward", "stop_2": "forward", "stop_4": "forward"}
-    labels = {name: node["label"] for name, node in drawn.nodes.items() if name.startswith("stop_")}
+    labels = {name: node["label"] for name, node in graph.nodes.items() if name.startswith("stop_")}
     assert {name for name, label in labels.items() if ">mask<" in label} == {
         "stop_1",
         "stop_2",
@@ -201,10 +175,10 @@ def test_many_values_into_one_block_take_the_rail_as_well(chain: Chain) -> None:
     for index in range(3):
         plan = giving(plan, index, f"size_{index}")
     plan = reading(plan, 3, "size_0", "size_1", "size_2")
-    drawn = parse(plan)
-    assert drawn.ends("side") == []
-    assert drawn.ends("input") == [("input_x", "block_0")]
-    assert all(f">size_{index}<" in drawn.nodes["stop_3"]["label"] for index in range(3))
+    graph = parse(plan)
+    assert graph.ends("side") == []
+    assert graph.ends("input") == [("input_x", "block_0")]
+    assert all(f">size_{index}<" in graph.nodes["stop_3"]["label"] for index in range(3))
 
 
 def test_an_input_that_every_block_reads_gets_on_the_rail_at_the_first(chain: Chain) -> None:
@@ -233,19 +207,19 @@ def test_an_input_is_found_under_the_name_that_fx_gives_a_builtin(small: BlockPl
 
 
 def test_a_value_from_nowhere_is_drawn_all_the_same(chain: Chain) -> None:
-    drawn = parse(reading(chain(2), 1, "table"))
-    assert set(drawn.nodes) - set(parse(chain(2)).nodes) == {"value_table"}
-    assert ("value_table", "block_1") in drawn.ends()
+    graph = parse(reading(chain(2), 1, "table"))
+    assert set(graph.nodes) - set(parse(chain(2)).nodes) == {"value_table"}
+    assert ("value_table", "block_1") in graph.ends()
 
 
 def test_an_untraced_leaf_marks_the_block_that_calls_it(small: BlockPlan) -> None:
-    drawn = parse(replace(small, leaves=(Leaf("layers.1.conv", "Weird", "control flow", 0.5),)))
-    assert (drawn.nodes["block_0"]["class"], drawn.nodes["block_1"]["class"]) == (
+    graph = parse(replace(small, leaves=(Leaf("layers.1.conv", "Weird", "control flow", 0.5),)))
+    assert (graph.nodes["block_0"]["class"], graph.nodes["block_1"]["class"]) == (
         "block",
         "block untraced",
     )
-    assert "not traced: conv (Weird)" in drawn.nodes["block_1"]["label"]
-    assert "layers.1.conv (Weird, 50% of the parameters): control flow" in drawn.attributes["label"]
+    assert "not traced: conv (Weird)" in graph.nodes["block_1"]["label"]
+    assert "layers.1.conv (Weird, 50% of the parameters): control flow" in graph.attributes["label"]
 
 
 def test_a_leaf_marks_no_block_whose_name_only_begins_alike(small: BlockPlan) -> None:
@@ -292,10 +266,10 @@ def test_any_name_gives_a_graph_with_the_same_nodes(small: BlockPlan, name: str)
 
 
 def test_names_reach_the_picture_as_they_are(small: BlockPlan) -> None:
-    pygraphviz = pytest.importorskip("pygraphviz")
+    need_graphviz()
     name = r"a<b>&c\N 'd' \\"
     odd = replace(small, blocks=(replace(small.blocks[0], name=name), small.blocks[1]))
-    picture = xml.fromstring(pygraphviz.AGraph(string=dot(odd)).draw(format="svg", prog="dot"))
+    picture = xml.fromstring(render(block_graph(odd), "svg"))
     assert name in [element.text for element in picture.iter() if element.tag.endswith("}text")]
 
 
@@ -309,25 +283,32 @@ def test_a_shortened_name_keeps_its_end_and_its_full_form_in_the_tooltip(small: 
 
 
 def test_a_tall_plan_is_set_in_columns_of_equal_height(chain: Chain) -> None:
-    text = dot(
-        chain(2 * ROWS), unfold=True
-    )  # with the classifier one more than fits into two columns
-    assert '{ rank=same; "block_0"; "block_10"; "block_20" }' in text
-    assert '{ rank=same; "block_8"; "block_18"; "classifier" }' in text
-    assert '{ rank=same; "block_9"; "block_19" }' in text
-    assert text.count("constraint=false") == 2
-    assert "constraint=false" not in dot(chain(ROWS - 1))
+    # With the classifier these are one more than fit into two columns.
+    graph = parse(chain(2 * ROWS), unfold=True)
+    rows = graph.rows()
+    assert ["block_0", "block_10", "block_20"] in rows
+    assert ["block_8", "block_18", "classifier"] in rows
+    assert ["block_9", "block_19"] in rows
+    turns = [edge for edge in graph.edges if edge.get("constraint") == "false"]
+    assert [(edge["tail"], edge["head"]) for edge in turns] == [
+        ("block_9", "block_10"),
+        ("block_19", "block_20"),
+    ]
+    low = parse(chain(ROWS - 1)).edges
+    assert not [edge for edge in low if edge.get("constraint") == "false"]
 
 
 @pytest.mark.parametrize("length", [1, 9, 17, 50])
 def test_plans_of_every_length_have_all_their_edges(chain: Chain, length: int) -> None:
     plan = chain(length)
-    drawn = parse(plan, unfold=True)
-    assert len(drawn.nodes) == 2 * length + 2
+    graph = parse(plan, unfold=True)
+    assert len(graph.nodes) == 2 * length + 2
     names = [*(f"block_{index}" for index in range(length)), "classifier"]
-    assert drawn.ends("cut") == sorted(itertools.pairwise(names))
-    assert len(drawn.edges) == 2 * length + 1
+    assert graph.ends("cut") == sorted(itertools.pairwise(names))
+    assert len(graph.edges) == 2 * length + 1
 
 
-def test_the_same_plan_gives_the_same_text(skipping: BlockPlan) -> None:
-    assert dot(skipping) == dot(replace(skipping))
+def test_a_missing_package_is_named(small: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "graphviz", None)
+    with pytest.raises(MissingExtra, match=r"'graphviz'.*sffx\[viz\]"):
+        block_graph(small)

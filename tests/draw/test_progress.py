@@ -1,18 +1,18 @@
-"""What a training has come to, in the colours of a drawing."""
+"""Accuracies and learning rates of a training, in the colours of a drawing."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sffx.blocks import BlockPlan
-from sffx.draw.graph import dot
+from sffx.draw.graph import block_graph
 from sffx.draw.page import page
 from sffx.draw.progress import ACCURACY_COLOURS, RATE_COLOURS, Progress
 from sffx.draw.render import draw
+from tests.draw.drawn import drawn
 
 ACCURACY = {"block_0": 0.5, "block_1": 0.75, "classifier": 0.9, "ensemble": 0.8, "last": 0.75}
 
@@ -43,29 +43,24 @@ def test_where_all_are_equal_no_block_looks_the_worst() -> None:
 
 
 def test_boxes_have_the_colours_and_tell_the_figures(small: BlockPlan) -> None:
-    text = dot(small, progress=Progress(ACCURACY, {"block_0": 1e-4, "block_1": 1e-2}))
-    boxes = {
-        name: line
-        for line in text.splitlines()
-        for name in ACCURACY
-        if line.strip().startswith(f'"{name}" [')
-    }
-    assert [
-        re.findall(r'fillcolor="(#\w+)"', boxes[name])[-1] for name in ("block_0", "classifier")
-    ] == list(ACCURACY_COLOURS)
-    assert "accuracy 50.0 %" in boxes["block_0"]
+    progress = Progress(ACCURACY, {"block_0": 1e-4, "block_1": 1e-2})
+    graph = drawn(block_graph(small, progress=progress))
+    block, classifier = (graph.nodes[name] for name in ("block_0", "classifier"))
+    assert [block["fillcolor"], classifier["fillcolor"]] == list(ACCURACY_COLOURS)
+    assert "accuracy 50.0 %" in block["label"]
     assert (
         f'BGCOLOR="{RATE_COLOURS[0]}"><FONT COLOR="#1f2933" POINT-SIZE="10">learning rate 1.0e-04'
-        in boxes["block_0"]
+        in block["label"]
     )
-    assert "no learning rate" in boxes["classifier"]
-    assert "accuracy: classifier 90.0 %, ensemble 80.0 %" in text
-    assert "50.0 %</FONT></TD><TD" in text.splitlines()[4]  # the scale of the legend
+    assert "no learning rate" in classifier["label"]
+    title = graph.subgraphs["cluster_plan"]["label"]
+    assert "accuracy: classifier 90.0 %, ensemble 80.0 %" in title
+    assert "50.0 %</FONT></TD><TD" in graph.attributes["label"]  # the scale of the legend
 
 
 def test_a_deep_net_is_not_folded_where_its_blocks_are_told_apart(chain: Any) -> None:
     accuracy = {block.target: 0.5 for block in chain(20).all_blocks}
-    assert " × " not in dot(chain(20), progress=Progress(accuracy))
+    assert " × " not in block_graph(chain(20), progress=Progress(accuracy)).source
     assert 'id="run_block_0" open' in page(chain(20), progress=Progress(accuracy)).replace(
         'class="box run" ', ""
     )

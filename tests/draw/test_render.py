@@ -1,18 +1,30 @@
-"""Drawings in files: the formats, the Graphviz that is used, and what a failure leaves behind."""
+"""Drawings in files: the formats, the Graphviz that draws, and what a failure leaves behind."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sffx.blocks import BlockPlan
-from sffx.draw.graph import dot
+from sffx.draw.graph import block_graph, new_graph
 from sffx.draw.render import draw, render
 from sffx.errors import InputError, MissingExtra, SffxError
+
+if TYPE_CHECKING:
+    from graphviz import Digraph
+
+FORMATS = [
+    (".png", b"\x89PNG\r\n\x1a\n"),
+    (".pdf", b"%PDF-"),
+    (".svg", b"<?xml"),
+    (".PNG", b"\x89PNG"),
+]
 
 
 @pytest.fixture
@@ -40,63 +52,107 @@ def install(folder: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.usefixtures("no_program")
-@pytest.mark.parametrize(
-    ("suffix", "start"),
-    [(".png", b"\x89PNG\r\n\x1a\n"), (".pdf", b"%PDF-"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")],
-)
-def test_pygraphviz_draws_each_format(
+@pytest.fixture(params=["program", "pygraphviz"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of the two ways to a picture, with the other one taken away."""
+    if request.param == "program":
+        if shutil.which("dot") is None:
+            pytest.skip("Graphviz's dot is not installed")
+        monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    else:
+        pytest.importorskip("pygraphviz")
+        monkeypatch.setenv("PATH", "")
+    return request.param
+
+
+def sample() -> Digraph:
+    graph = new_graph()
+    graph.edge("one", "two")
+    return graph
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize(("suffix", "start"), FORMATS)
+def test_each_format_is_drawn(
     resnet18: BlockPlan, tmp_path: Path, suffix: str, start: bytes
 ) -> None:
-    pytest.importorskip("pygraphviz")
     path = draw(resnet18, tmp_path / f"net{suffix}")
     assert path == tmp_path / f"net{suffix}"
     assert path.read_bytes().startswith(start)
 
 
-@pytest.mark.usefixtures("no_program")
+@pytest.mark.usefixtures("route")
 def test_an_svg_holds_every_block(resnet18: BlockPlan, tmp_path: Path) -> None:
-    pytest.importorskip("pygraphviz")
     picture = draw(resnet18, tmp_path / "net.svg").read_text()
-    assert all(
-        f">{block.name}</text>" in picture for block in (*resnet18.blocks, resnet18.classifier)
-    )
+    assert all(f">{block.name}</text>" in picture for block in resnet18.all_blocks)
     assert picture.rstrip().endswith("</svg>")
+
+
+@pytest.mark.usefixtures("route")
+def test_a_png_has_more_dots_than_a_picture_of_points() -> None:
+    png, svg = render(sample(), "png"), render(sample(), "svg").decode()
+    points = float(svg.partition('width="')[2].partition("pt")[0])
+    # Bytes 16 to 19 of a png are its width.
+    assert int.from_bytes(png[16:20], "big") == pytest.approx(2 * points, abs=2)
 
 
 @pytest.mark.usefixtures("no_program", "no_library")
 @pytest.mark.parametrize("suffix", [".dot", ".gv"])
 def test_text_needs_no_renderer(small: BlockPlan, tmp_path: Path, suffix: str) -> None:
-    assert draw(small, tmp_path / f"net{suffix}").read_text(encoding="utf-8") == dot(small)
+    assert (
+        draw(small, tmp_path / f"net{suffix}").read_text(encoding="utf-8")
+        == block_graph(small).source
+    )
 
 
 @pytest.mark.usefixtures("no_program", "no_library")
 def test_no_renderer_names_the_extra_and_the_text(small: BlockPlan, tmp_path: Path) -> None:
     with pytest.raises(
-        MissingExtra, match=r"\.html or \.dot need nothing.*'pygraphviz'.*sffx\[viz\]"
+        MissingExtra, match=r"\.html or \.dot need neither.*'pygraphviz'.*sffx\[viz\]"
     ):
         draw(small, tmp_path / "net.png")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".dot"])
+def test_without_the_package_a_graph_names_it_and_a_page_is_drawn(
+    small: BlockPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "graphviz", None)
+    with pytest.raises(MissingExtra, match=r"\.html needs nothing.*'graphviz'.*sffx\[viz\]"):
+        draw(small, tmp_path / f"net{suffix}")
+    assert draw(small, tmp_path / "net.html").exists()
+
+
 @pytest.mark.usefixtures("no_library")
-def test_the_system_s_dot_is_preferred(program: Path) -> None:
+def test_the_program_is_preferred(program: Path) -> None:
     install(program, 'echo "$@"; while read -r line; do echo "$line"; done')
-    assert render("digraph {}\n", "svg") == b"-Tsvg\ndigraph {}\n"
+    drawn = render(sample(), "svg").decode()
+    assert drawn.startswith("-Kdot -Tsvg\ndigraph {\n")
+    assert "one -> two" in drawn
 
 
 @pytest.mark.parametrize("script", ["exit 1", "exit 0"])
-def test_a_failing_dot_falls_back_to_pygraphviz(program: Path, script: str) -> None:
+def test_a_failing_program_falls_back_to_pygraphviz(program: Path, script: str) -> None:
     pytest.importorskip("pygraphviz")
     install(program, script)
-    assert render("digraph {}", "png").startswith(b"\x89PNG")
+    assert render(sample(), "png").startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("no_library")
-def test_a_failing_dot_without_pygraphviz_tells_what_dot_said(program: Path) -> None:
-    install(program, 'echo "Format: pdf not recognized" >&2; exit 1')
-    with pytest.raises(SffxError, match=r"dot could not draw a pdf: Format: pdf not recognized"):
-        render("digraph {}", "pdf")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ('echo "Format: pdf not recognized" >&2; exit 1', "Format: pdf not recognized"),
+        ("exit 0", "it wrote nothing"),
+    ],
+)
+def test_a_failing_program_without_pygraphviz_is_named_with_its_reason(
+    program: Path, script: str, reason: str
+) -> None:
+    install(program, script)
+    with pytest.raises(SffxError, match=f"dot could not draw a pdf: {reason}"):
+        render(sample(), "pdf")
 
 
 @pytest.mark.usefixtures("no_program")
@@ -122,13 +178,14 @@ def test_a_link_stays_a_link(small: BlockPlan, tmp_path: Path) -> None:
     (tmp_path / "latest.dot").symlink_to("first.dot")
     assert draw(small, tmp_path / "latest.dot") == tmp_path / "latest.dot"
     assert (tmp_path / "latest.dot").is_symlink()
-    assert (tmp_path / "first.dot").read_text(encoding="utf-8") == dot(small)
+    assert (tmp_path / "first.dot").read_text(encoding="utf-8") == block_graph(small).source
 
 
 def test_a_cut_net_is_drawn_by_its_plan(small: BlockPlan, tmp_path: Path) -> None:
-    assert draw(SimpleNamespace(plan=small), tmp_path / "net.dot").read_text(
-        encoding="utf-8"
-    ) == dot(small)
+    assert (
+        draw(SimpleNamespace(plan=small), tmp_path / "net.dot").read_text(encoding="utf-8")
+        == block_graph(small).source
+    )
 
 
 @pytest.mark.parametrize("thing", [None, "resnet18", SimpleNamespace(plan="residual")])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.blocks import Options
-from sffx.draw.graph import dot
+from sffx.draw.graph import block_graph
 from sffx.errors import InputError, VerifyError
 from sffx.export.early_exit import EarlyExit
 from sffx.memory.count import count_memory
@@ -315,7 +315,8 @@ def test_a_norm_of_one_s_own_may_be_none_for_some_blocks():
 
 
 def test_drawings_name_what_is_not_built_in():
-    text = dot(sffx.plan(Residual(), "residual", IMAGE, goodness=pooled, norm=halved))
+    plan = sffx.plan(Residual(), "residual", IMAGE, goodness=pooled, norm=halved)
+    text = block_graph(plan).source
     assert "tests.scenarios.test_custom_goodness.pooled" in text
     assert "tests.scenarios.test_custom_goodness.halved" in text
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from sffx.draw.render import write
+from sffx.files import write
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, load, load_digits, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment

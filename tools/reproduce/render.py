@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from sffx.draw.render import write
-from sffx.plots.results import blank, save
+from sffx.files import write
+from sffx.plots.figure import blank, save
 from tools.reproduce.experiments import EXPERIMENTS
 
 READOUTS = ("ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier")

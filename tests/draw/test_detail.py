@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sffx.blocks import BlockPlan, Node
-from sffx.draw.inner import joins_in_words, parts
-from sffx.draw.label import block_label
+from sffx.draw.detail import joins_in_words, parts
+from sffx.draw.labels import block_label
 
 
 def join(kind: str, *paths: int) -> Node:

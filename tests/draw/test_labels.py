@@ -1,4 +1,4 @@
-"""The text of a drawing: escaping, shortening, numbers, and what stands in a box."""
+"""What stands in the boxes, in the title and in the footer of a drawing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sffx.blocks import BlockPlan, Leaf
-from sffx.draw.label import (
-    block_label,
-    count,
-    edge_label,
-    escape,
-    footer_label,
-    memory,
-    shorten,
-    title_label,
-)
+from sffx.draw.labels import block_label, edge_label, footer_label, title_label
 
 
 def lines(label: str) -> list[str]:
@@ -27,72 +18,6 @@ def lines(label: str) -> list[str]:
         "|".join(re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<TD.*?</TD>", row))
         for row in rows
     ]
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (64, "64"),
-        (999, "999"),
-        (1000, "1.00 k"),
-        (9_536, "9.54 k"),
-        (99_960, "100 k"),
-        (230_144, "230 k"),
-        (999_499, "999 k"),
-        (999_500, "1.00 M"),
-        (11_689_512, "11.7 M"),
-        (1_814_073_344, "1.81 G"),
-        (2_500_000_000_000, "2.50 T"),
-    ],
-)
-def test_count_has_three_digits_and_a_prefix(number: int, text: str) -> None:
-    assert count(number) == text
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.00 KiB"),
-        (802_816, "784 KiB"),
-        (10_437_632, "9.95 MiB"),
-        (3 * 2**30, "3.00 GiB"),
-    ],
-)
-def test_memory_has_a_binary_unit(size: int, text: str) -> None:
-    assert memory(size) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "short"),
-    [
-        ("layer1.0", 8, "layer1.0"),
-        ("layer1.0", 7, "…yer1.0"),
-        ("encoder.layers.11.attention", 20, "…layers.11.attention"),
-        ("encoder.layers.11.attention", 19, "…11.attention"),
-        ("a_name_without_any_dots", 10, "…_any_dots"),
-        ("x.a_very_long_last_part", 10, "…last_part"),
-    ],
-)
-def test_a_long_name_keeps_its_end(name: str, width: int, short: str) -> None:
-    assert shorten(name, width) == short
-
-
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [
-        ("a<b> & c", "a&lt;b&gt; &amp; c"),
-        ('say "x"', "say &quot;x&quot;"),
-        ("C:\\New", "C:\\\\New"),
-        ("two\n  lines\x00\ud800", "two lines"),
-        ("", " "),
-        ("\n", " "),
-    ],
-)
-def test_escape_leaves_nothing_that_graphviz_reads(text: str, safe: str) -> None:
-    assert escape(text) == safe
 
 
 def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:

@@ -1,0 +1,86 @@
+"""Values that blocks read from outside, besides the normalised output of the block before."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sffx.blocks import BlockPlan
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Values with the same source and the same readers, which are drawn together.
+
+    Attributes:
+        names: of the values.
+        source: name of the node in the drawing that they come from.
+        stage: index of the block that computes them, -1 if no block does.
+        readers: indices of the blocks that read them; the classifier's is the last.
+        detached: whether the cut stops a gradient that they carry.
+    """
+
+    names: tuple[str, ...]
+    source: str
+    stage: int
+    readers: tuple[int, ...]
+    detached: bool
+
+    @property
+    def kind(self) -> str:
+        """The class of its edges: "input", "side" or "side detached"."""
+        if self.stage < 0:
+            return "input"
+        return "side detached" if self.detached else "side"
+
+
+def crossings(plan: BlockPlan) -> list[Crossing]:
+    """Return the side values that cross a cut, and the values that come from outside the blocks."""
+    groups: dict[Crossing, list[str]] = {}
+    read = dict.fromkeys(name for block in plan.all_blocks for name in block.inputs)
+    for name in read:
+        key = _crossing(name, plan)
+        if key.readers:
+            groups.setdefault(key, []).append(name)
+    found = []
+    for key, names in groups.items():
+        found.append(Crossing(tuple(names), key.source, key.stage, key.readers, key.detached))
+    return found
+
+
+def _crossing(name: str, plan: BlockPlan) -> Crossing:
+    """Return the way of a value, without its name, so that values with the same way are equal."""
+    stage = _stage_of(name, plan)
+    readers = []
+    for index, block in enumerate(plan.all_blocks):
+        is_own = index == stage
+        if name in block.inputs and not is_own and not _is_handed_on(name, stage, index, plan):
+            readers.append(index)
+    if stage < 0:
+        return Crossing((), outside_node(name, plan), stage, tuple(readers), detached=False)
+    block = plan.blocks[stage]
+    # An output that a block further on reads carries a gradient, as every output does.
+    detached = name == block.output or name in block.detached
+    return Crossing((), block.target, stage, tuple(readers), detached)
+
+
+def _stage_of(name: str, plan: BlockPlan) -> int:
+    for index, block in enumerate(plan.blocks):
+        if name == block.output or name in block.sides:
+            return index
+    return -1
+
+
+def _is_handed_on(name: str, stage: int, reader: int, plan: BlockPlan) -> bool:
+    """Return whether a value is the output of a block that the next block reads over the cut."""
+    return stage >= 0 and reader == stage + 1 and name == plan.blocks[stage].output
+
+
+def outside_node(name: str, plan: BlockPlan) -> str:
+    """Return the node of a value that no block computes: of a model input, or of the value itself."""
+    inputs = {value.name for value in plan.inputs}
+    # fx renames an argument that is a builtin: the node of `input` is `input_1`.
+    for argument in (name, re.sub(r"_\d+$", "", name)):
+        if argument in inputs:
+            return f"input_{argument}"
+    return f"value_{name}"

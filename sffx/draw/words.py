@@ -1,0 +1,117 @@
+"""Names, numbers and phrases as pictures and pages show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sffx.blocks import Block, BlockPlan, Leaf, Options, option_name
+from sffx.draw.style import NAME_WIDTH
+from sffx.learning.heads import REGIONS, parse_goodness
+from sffx.tables import short_byte_size, short_number
+
+# Stands in the name of several modules or blocks, between the first and the last.
+JOINT = " … "
+
+
+def cut_in_words(options: Options) -> str:
+    """Return what a cut does to a value: "detach · layer norm"."""
+    norm = option_name(options.norm)
+    return "detach" if norm == "none" else f"detach · {norm} norm"
+
+
+def heads_in_words(options: Options) -> str:
+    """Return the kind of the heads: "SFF", "SFF, kernels of 3", or the name of a callable."""
+    if not isinstance(options.goodness, str):
+        return option_name(options.goodness)
+    name, numbers = parse_goodness(options.goodness)
+    if name == "cwc":
+        return "CwC: groups of channels, no parameters"
+    if name == "cosine":
+        return f"cosine: a direction for each class{_regions_in_words(numbers[-1])}"
+    if name == "mlp":
+        layer = f"a hidden layer of {numbers[0]} units"
+        return f"cosine after {layer}{_regions_in_words(numbers[-1])}"
+    if options.kernel_size > 1:
+        return f"SFF, kernels of {options.kernel_size}"
+    return "SFF"
+
+
+def _regions_in_words(regions: int) -> str:
+    return "" if regions == REGIONS else f", {regions} x {regions} regions"
+
+
+def blocks_in_words(plan: BlockPlan) -> str:
+    """Return how many blocks a plan has: "9 feature blocks"."""
+    return "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"
+
+
+def heading(plan: BlockPlan) -> str:
+    """Return the title of a plan: "ResNet: 9 feature blocks and the classifier"."""
+    return f"{plan.model}: {blocks_in_words(plan)} and the classifier"
+
+
+def plan_facts(plan: BlockPlan) -> str:
+    """Return the policy, the classes and the total costs of a plan, in one line."""
+    kept = [block.activation_bytes for block in plan.all_blocks]
+    macs = sum(block.macs for block in plan.all_blocks)
+    in_all = short_byte_size(sum(kept))
+    in_largest = short_byte_size(max(kept))
+    facts = (
+        f"policy {plan.policy}",
+        f"{plan.num_classes} classes",
+        f"{short_number(macs)} MACs",
+        f"activations kept for one sample: {in_all} in all, {in_largest} in the largest block",
+    )
+    return " · ".join(facts)
+
+
+def block_facts(block: Block) -> str:
+    """Return the output shape and the costs of a block, in one line."""
+    facts = (
+        shape_in_words(block.shape),
+        f"{short_number(block.num_parameters)} parameters",
+        f"{short_number(block.macs)} MACs",
+        short_byte_size(block.activation_bytes),
+    )
+    return " · ".join(facts)
+
+
+def leaf_in_words(leaf: Leaf) -> str:
+    """Return which module was not traced, what it holds, and why."""
+    share = f"{leaf.share:.0%} of the parameters"
+    return f"{leaf.qualname} ({leaf.kind}, {share}): {leaf.reason}"
+
+
+def shape_in_words(shape: Sequence[int]) -> str:
+    """Return a shape as "64×56×56", or "scalar"."""
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def printable(text: str) -> str:
+    """Return the text with a space in place of every character that does not print."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def shorten(name: str, width: int) -> str:
+    """Return a name of at most `width` characters, shortened from the left.
+
+    The end of a qualified name is what tells it from its neighbours, so the end stays, behind an
+    ellipsis. It begins after a dot if that loses less than half of it.
+    """
+    if len(name) <= width:
+        return name
+    first = len(name) - width + 1
+    start = name.find(".", first - 1) + 1
+    is_after_near_dot = first <= start <= first + width // 2
+    return "…" + name[start if is_after_near_dot else first :]
+
+
+def shorten_block_name(name: str) -> str:
+    """Return a block's name that fits its box; in "first … last" both keep their ends."""
+    first, joint, last = name.partition(JOINT)
+    if len(name) <= NAME_WIDTH or not joint:
+        return shorten(name, NAME_WIDTH)
+    room = NAME_WIDTH - len(joint)
+    last = shorten(last, room - min(len(first), room // 2))
+    first = shorten(first, room - len(last))
+    return f"{first}{joint}{last}"

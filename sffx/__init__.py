@@ -22,7 +22,7 @@ from sffx.extract import extract
 from sffx.learning.losses import sff_loss
 from sffx.memory.footprint import Footprint, footprint
 from sffx.runtime.evaluate import Evaluation, evaluate
-from sffx.runtime.offload import park, unpark
+from sffx.runtime.offload import offload, onload
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups
 from sffx.runtime.shard import shard
 from sffx.runtime.step import LocalLoss, local_loss, local_step
@@ -57,8 +57,9 @@ __all__ = [
     "load_checkpoint",
     "local_loss",
     "local_step",
+    "offload",
+    "onload",
     "parameter_groups",
-    "park",
     "plan",
     "policies",
     "quantize_onnx",
@@ -66,6 +67,5 @@ __all__ = [
     "sff_loss",
     "shard",
     "transform",
-    "unpark",
     "weigh",
 ]

@@ -76,8 +76,9 @@ def transform(
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms, recompute=recompute)
-    verify(net, blocks)
-    return with_plan(net, blocks, traced.root)
+    net = with_plan(net, blocks, traced.root)
+    verify(net)
+    return net
 
 
 @torch.inference_mode(False)

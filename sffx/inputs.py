@@ -31,7 +31,7 @@ _UNRELATED_MESSAGES = re.compile("allocate memory|same device|device type|out of
 
 
 def bind(plan: BlockPlan, x: Any) -> dict[str, Any]:
-    """Return the value of each model input by the input's name, in the order of the plan.
+    """Return the value of each input of a cut model by the input's name.
 
     Args:
         plan: of the cut model.
@@ -40,7 +40,16 @@ def bind(plan: BlockPlan, x: Any) -> dict[str, Any]:
     Raises:
         InputError: there are more or fewer values than inputs, or other names.
     """
-    names = [each.name for each in plan.inputs]
+    return bind_inputs(plan.inputs, x)
+
+
+def bind_inputs(inputs: Sequence[Input], x: Any) -> dict[str, Any]:
+    """Return the value of each of some inputs by the input's name, in the order of the inputs.
+
+    Raises:
+        InputError: there are more or fewer values than inputs, or other names.
+    """
+    names = [each.name for each in inputs]
     if isinstance(x, Mapping):
         if set(x) != set(names):
             given = ", ".join(map(repr, x))

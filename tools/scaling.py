@@ -36,6 +36,7 @@ from sffx.compiler.trace import trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm
+from sffx.net import with_plan
 from sffx.policies import policy_named
 
 RESNETS = ("resnet50", "resnet101", "resnet152")
@@ -124,7 +125,7 @@ def timed_transform(model: nn.Module, x: Tensor, policy: str = "residual") -> Ru
             norms = [SampleNorm() for _ in plan]
             net = rewrite(analysis.trace, plan, heads, norms)
         with clock.phase("verify"):
-            verify(net, plan)
+            verify(with_plan(net, plan, analysis.trace.root))
     return Run(clock, len(analysis.nodes), len(plan))
 
 

@@ -1,10 +1,12 @@
-"""Check a cut model, on fake tensors, for what the method promises; the result is checked, not the input.
+"""Check that a cut model keeps the promises of the method. The result is checked, not the plan.
 
 1. The graph lints.
-2. No parameter has gradient from the loss of a block that is not its own.
+2. No parameter has a gradient from the loss of a block that is not its own.
 3. No in-place write touches a value that crosses a cut or feeds a head.
-4. The result returns one goodness of shape (B, J) for each block, and logits of that shape.
+4. Each block has one goodness of shape (B, J), and the logits have that shape too.
 5. A norm returns a value of the shape that it is given.
+
+The model runs on fake tensors, stage by stage, with its own detaches and no others.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ from sffx.blocks import BlockPlan
 from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
 from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
+from sffx.inputs import bind, constant_batch
 from sffx.learning.losses import block_loss
-from sffx.parts import is_norm
+from sffx.net import plan_of
+from sffx.parts import CLASSIFIER, head_name, is_norm, owner_of
+from sffx.runtime.stage import stages_of
+from sffx.runtime.walk import input_values, walk_attached
 
 
-def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
-    """Check the cut model on fake tensors; a model whose shapes depend on data is run for real. The model is not touched.
+def verify(net: fx.GraphModule) -> None:
+    """Check a cut model on fake tensors. The model is not touched.
+
+    A model whose shapes depend on data is run for real.
 
     Raises:
         VerifyError: a promise is broken; names the value or the parameter.
@@ -37,75 +45,72 @@ def verify(net: fx.GraphModule, plan: BlockPlan) -> None:
         probe = _twin(net, fake_tensors(net, mode)).train()
     try:
         with mode:
-            _verify_run(probe, plan)
+            _verify_run(probe)
     except DATA_DEPENDENT:
         with torch.random.fork_rng(devices=[]):
-            _verify_run(_twin(net, {}).train(), plan)
+            _verify_run(_twin(net, {}).train())
 
 
-def _twin(net: fx.GraphModule, copied: dict[int, Any]) -> fx.GraphModule:
-    """Copy the modules and tensors of a cut model, but share its graphs and their code, whose copying would cost as much again.
+def _twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
+    """Copy the modules and tensors of a cut model, but share its graphs and their code.
+
+    Copying graphs would cost as much time as everything else.
 
     Args:
         net: the cut model.
-        copied: twins of its tensors where there are some already, by `id`.
+        twins: of its tensors where there are some already, by `id`.
     """
-    for module in reversed(
-        [module for module in net.modules() if isinstance(module, fx.GraphModule)]
-    ):  # what a module holds comes first
+    graph_modules = [module for module in net.modules() if isinstance(module, fx.GraphModule)]
+    # In reverse order, a module's children come before the module itself.
+    for module in reversed(graph_modules):
         twin = object.__new__(type(module))
-        held = {
-            name: copy.deepcopy(module.__dict__[name], copied)
-            for name in ("_parameters", "_buffers", "_modules")
-        }
-        twin.__dict__ = {**module.__dict__, **held}
-        copied[id(module)] = twin
-    return copied[id(net)]
+        twin.__dict__ = dict(module.__dict__)
+        for name in ("_parameters", "_buffers", "_modules"):
+            twin.__dict__[name] = copy.deepcopy(module.__dict__[name], twins)
+        twins[id(module)] = twin
+    return twins[id(net)]
 
 
-def _verify_run(probe: fx.GraphModule, plan: BlockPlan) -> None:
+def _verify_run(probe: fx.GraphModule) -> None:
+    plan = plan_of(probe)
     device = next(probe.parameters()).device
-    inputs = [
-        torch.ones((TRACE_BATCH, *i.shape), device=device).to(getattr(torch, i.dtype))
-        for i in plan.inputs
-    ]
-    run = _VersionWatch(probe)
+    x = constant_batch(plan.inputs, TRACE_BATCH, device)
+    values = _WatchedValues(input_values(probe, bind(plan, x)))
+    scores: list[Tensor] = []
     with torch.enable_grad():
-        run.run(*inputs)
-        run.check()
-        _check_scores(run.scores, plan)
-        _check_gradients(probe, run.scores, plan)
+        for _, own in walk_attached(stages_of(probe), values):
+            scores.append(own)
+        values.require_unwritten()
+        _check_scores(scores, plan)
+        _check_gradients(probe, scores, plan)
 
 
-class _VersionWatch(fx.Interpreter):
-    """Runs the outer graph and remembers the version of each value that leaves a block, at the moment it does.
+class _WatchedValues(dict[fx.Node, Any]):
+    """The values of the outer graph, with the version that each tensor had when it was added.
 
-    Attributes:
-        scores: what the readout was given, before it is stacked: in the stack, each block's loss reaches all others with zeros.
+    A write in place raises a tensor's version. The values are kept here when the walk removes them.
     """
 
-    def __init__(self, net: fx.GraphModule) -> None:
-        super().__init__(net, garbage_collect_values=False)
-        self.versions: dict[str, tuple[Tensor, int]] = {}
-        self.scores: list[Tensor] = []
+    def __init__(self, inputs: dict[fx.Node, Any]) -> None:
+        super().__init__(inputs)
+        self._seen: dict[fx.Node, Any] = {}
+        self._versions: dict[fx.Node, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target == "readout":
-            args: Any = self.map_nodes_to_values(n.args, n)
-            self.scores = list(args[0])
-            return None
-        value = super().run_node(n)
-        if n.op == "call_module" and is_norm(str(n.target)):
-            _check_norm(str(n.target), self.env[n.all_input_nodes[0]], value)
-        if isinstance(value, Tensor) and n.op != "placeholder":
-            self.versions[n.name] = (value, value._version)
-        return value
+    def __setitem__(self, node: fx.Node, value: Any) -> None:
+        super().__setitem__(node, value)
+        self._seen[node] = value
+        if isinstance(value, Tensor):
+            self._versions[node] = value._version
+        if node.op == "call_module" and is_norm(str(node.target)):
+            _check_norm(str(node.target), self._seen[node.all_input_nodes[0]], value)
 
-    def check(self) -> None:
-        for name, (value, version) in self.versions.items():
-            if value._version != version:
+    def require_unwritten(self) -> None:
+        """Raise a VerifyError if a value was written in place after it had been added."""
+        for node, version in self._versions.items():
+            if self._seen[node]._version != version:
                 raise VerifyError(
-                    f"the value {name!r} crosses a cut or feeds a head, and is written in place after that"
+                    f"the value {node.name!r} crosses a cut or feeds a head, "
+                    "and is written in place after that"
                 )
 
 
@@ -120,45 +125,43 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
 
 def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
     expected = (TRACE_BATCH, plan.num_classes)
-    for score, target in zip(
-        scores, [*(f"head_{i}" for i in range(len(plan))), plan.classifier.target], strict=True
-    ):
-        if not isinstance(score, Tensor):
-            raise VerifyError(f"{target} returns a {type(score).__name__}, not a tensor")
-        if not score.is_floating_point():
-            raise VerifyError(f"{target} returns {score.dtype}, not floats")
-        if tuple(score.shape) != expected:
-            raise VerifyError(
-                f"{target} returns shape {tuple(score.shape)}, not (B, J) = {expected}"
-            )
+    sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
+    for own, source in zip(scores, sources, strict=True):
+        if not isinstance(own, Tensor):
+            raise VerifyError(f"{source} returns a {type(own).__name__}, not a tensor")
+        if not own.is_floating_point():
+            raise VerifyError(f"{source} returns {own.dtype}, not floats")
+        if tuple(own.shape) != expected:
+            raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not (B, J) = {expected}")
 
 
 def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan) -> None:
-    """Check promise 2: what backpropagation from each block's loss would reach, one backward pass where it reaches another's parameter."""
+    """Check promise 2.
+
+    The autograd graph of a block's scores says cheaply which parameters they may reach. Only where
+    a parameter of another block is among them, a backward pass tells whether it gets a gradient.
+    """
     names: dict[Tensor, str] = {p: name for name, p in net.named_parameters() if p.requires_grad}
     labels = torch.zeros(TRACE_BATCH, dtype=torch.int64, device=scores[0].device)
-    sources: dict[str, list[str]] = {}
-    for score, target in zip(
-        scores, [*(block.target for block in plan.blocks), plan.classifier.target], strict=True
-    ):
-        foreign = [p for p in _reached(score) if p in names and _owner(names[p]) != target]
-        if foreign:
-            gradients = torch.autograd.grad(
-                block_loss(score, labels), foreign, retain_graph=True, allow_unused=True
-            )
-            for p in (
-                p for p, gradient in zip(foreign, gradients, strict=True) if gradient is not None
-            ):
-                sources.setdefault(names[p], []).append(target)
+    losses_by_name: dict[str, list[str]] = {}
+    for own, block in zip(scores, plan.all_blocks, strict=True):
+        foreign = []
+        for leaf in _reached(own):
+            if leaf in names and owner_of(names[leaf]) != block.target:
+                foreign.append(leaf)
+        if not foreign:
+            continue
+        loss = block_loss(own, labels)
+        gradients = torch.autograd.grad(loss, foreign, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(foreign, gradients, strict=True):
+            if gradient is not None:
+                losses_by_name.setdefault(names[parameter], []).append(block.target)
     for name in names.values():
-        if name in sources:
+        if name in losses_by_name:
             raise VerifyError(
-                f"parameter {name!r} belongs to {_owner(name)} but has gradient from the loss of {', '.join(sources[name])}"
+                f"parameter {name!r} belongs to {owner_of(name)} but has gradient from the "
+                f"loss of {', '.join(losses_by_name[name])}"
             )
-
-
-def _owner(parameter: str) -> str:
-    return parameter.partition(".")[0].replace("head_", "block_")
 
 
 def _reached(value: Tensor) -> Iterator[Tensor]:
@@ -171,6 +174,7 @@ def _reached(value: Tensor) -> Iterator[Tensor]:
             continue
         if hasattr(step, "variable"):
             yield step.variable
-        fresh = {following for following, _ in step.next_functions} - seen
-        seen |= fresh
-        ahead += fresh
+        for following, _ in step.next_functions:
+            if following not in seen:
+                seen.add(following)
+                ahead.append(following)

@@ -8,43 +8,26 @@ reach the threshold leave the batch, so what follows is not computed for them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError
-from sffx.export.prepare import random_inputs
-from sffx.learning.losses import check_labels, check_pair
+from sffx.export.exit_stage import ExitStage
+from sffx.inputs import bind_inputs, like_the_model, random_batch, split_batch
+from sffx.learning.losses import check_labels
 from sffx.net import plan_of
 from sffx.runtime.shard import require_whole
+from sffx.runtime.stage import Stage, nodes_read_by, stages_of
+from sffx.runtime.walk import walk_attached
 
 NEVER = 2.0  # a threshold that no softmax reaches
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One block with its head, as the runner runs it.
-
-    Attributes:
-        name: of the block, "block_0".
-        inputs: names of the values that it reads.
-        outputs: names of the values that later stages read; its goodness, (B, J), comes before them.
-        macs: multiply-adds for one sample, the head included.
-        run: from the inputs, in order, to the goodness and the outputs, in order.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    macs: int
-    run: Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +108,7 @@ class EarlyExit:
         self.threshold = threshold
         self.inputs = plan.inputs
         # Parameters keep their requires_grad: by it the heads choose their form, which must be the form that `net` itself takes.
-        self.stages, self.batched = _stages(copy.deepcopy(net).eval(), plan)
+        self.stages, self.batched = _exit_stages(copy.deepcopy(net).eval())
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:
@@ -173,7 +156,7 @@ class EarlyExit:
         Raises:
             InputError: x does not fit the model's inputs.
         """
-        values = self._arguments(x)
+        values = bind_inputs(self.inputs, x)
         rows = torch.arange(len(next(iter(values.values()))))
         blocks = torch.zeros(len(rows), dtype=torch.int64)
         scores: Tensor | None = None
@@ -196,7 +179,7 @@ class EarlyExit:
     @torch.no_grad()
     def cumulative(self, x: Any) -> Tensor:
         """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold; the last is the ensemble."""
-        values = self._arguments(x)
+        values = bind_inputs(self.inputs, x)
         goodness = list(self._goodness(values))
         return torch.stack(
             [torch.stack(goodness[:depth]).mean(dim=0) for depth in range(1, len(goodness) + 1)]
@@ -247,14 +230,18 @@ class EarlyExit:
         return chosen
 
     def _goodness(self, values: dict[str, Any]) -> Iterator[Tensor]:
-        """Run the stages one after the other and yield each one's goodness, when its values have taken the place of those that no later
-        stage reads; before the next stage runs, the caller may thin out the values."""
-        last_reader = {name: i for i, stage in enumerate(self.stages) for name in stage.inputs}
+        """Run one stage after the other and yield each one's goodness.
+
+        The values that no later stage reads are removed. Before the next stage runs, the caller
+        may thin out the others.
+        """
+        last_reader: dict[str, int] = {}
         for i, stage in enumerate(self.stages):
-            goodness, *outputs = stage.run(*(values[name] for name in stage.inputs))
-            for name in [name for name in values if last_reader.get(name, i) <= i]:
-                del values[name]
-            values.update(zip(stage.outputs, outputs, strict=True))
+            last_reader.update(dict.fromkeys(stage.inputs, i))
+        for i, (_, goodness) in enumerate(walk_attached(self.stages, values)):
+            for name in list(values):
+                if last_reader.get(name, 0) <= i:
+                    del values[name]
             yield goodness
 
     def _keep(self, rows: Tensor, values: dict[str, Any]) -> None:
@@ -273,11 +260,11 @@ class EarlyExit:
         """Return the confidence after each block, and whether the answer there is right, (N, K) each."""
         confidence, correct = [], []
         for batch in loader:
-            check_pair(batch)
-            means = self.cumulative(batch[0]).cpu()
-            check_labels(batch[1], means.shape[1], means.shape[2])
+            x, y = split_batch(batch)
+            means = self.cumulative(x).cpu()
+            check_labels(y, means.shape[1], means.shape[2])
             confidence.append(_confidence(means).T)
-            correct.append((means.argmax(dim=2) == batch[1].cpu()).T)
+            correct.append((means.argmax(dim=2) == y.cpu()).T)
         if not confidence:
             raise InputError("the loader yielded no samples")
         return torch.cat(confidence), torch.cat(correct)
@@ -291,82 +278,77 @@ class EarlyExit:
             threshold, float(right), self._macs(at + 1), float((at + 1).double().mean())
         )
 
-    def _arguments(self, x: Any) -> dict[str, Any]:
-        """Pair the model's inputs with their names."""
-        names = [each.name for each in self.inputs]
-        values = (
-            dict(x)
-            if isinstance(x, Mapping)
-            else dict(zip(names, x if isinstance(x, (tuple, list)) else (x,), strict=False))
-        )
-        given = len(x) if isinstance(x, (Mapping, tuple, list)) else 1
-        if set(values) != set(names) or given != len(names):
-            raise InputError(
-                f"x holds {given} inputs ({', '.join(values)}), but the model takes {len(names)}: {', '.join(names)}"
-            )
-        return values
-
 
 def _confidence(scores: Tensor) -> Tensor:
     """Return the largest probability of each sample, with the scores, (..., B, J), as logits: (..., B)."""
     return scores.float().softmax(dim=-1).amax(dim=-1)
 
 
-def _stages(net: fx.GraphModule, plan: BlockPlan) -> tuple[tuple[Stage, ...], frozenset[str]]:
-    """Take the outer graph apart at the heads. Returns the stages and the names of the values that have a batch axis."""
-    parts = _parts(net.graph, len(plan))
-    stages: list[Stage] = []
-    small, large = (
-        {
-            each.name: value
-            for each, value in zip(plan.inputs, _like(net, plan.inputs, n), strict=True)
+def _exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[str]]:
+    """Return the stages of a net in eval mode, and the names of the values with a batch axis."""
+    stages = stages_of(net)[:-1]  # the classifier is no exit
+    # A value has a batch axis if it has as many rows as there are samples, whatever their number.
+    two = _ExampleRun(net, samples=2)
+    three = _ExampleRun(net, samples=3)
+    exits = []
+    for i, stage in enumerate(stages):
+        nodes = stage.nodes_from(stages[i - 1] if i else None)
+        inputs = nodes_read_by(nodes)
+        outputs = [node for node in nodes if node in _read_by_any(stages, i)]
+        module = _module(net, nodes, inputs, outputs)
+        names = tuple(map(_name, inputs))
+        given = tuple(map(_name, outputs))
+        with FlopCounterMode(display=False) as counter:
+            two.run(module, names, given)
+        three.run(module, names, given)
+        macs = counter.get_total_flops() // 4  # two operations for each, and two samples
+        exits.append(ExitStage(stage.name, names, given, macs, module))
+    batched = [
+        name
+        for name, value in two.values.items()
+        if _rows(value) == 2 and _rows(three.values[name]) == 3
+    ]
+    return tuple(exits), frozenset(batched)
+
+
+class _ExampleRun:
+    """Example values of a number of samples, stage after stage.
+
+    Attributes:
+        values: by name.
+    """
+
+    def __init__(self, net: fx.GraphModule, samples: int) -> None:
+        inputs = plan_of(net).inputs
+        tensors = like_the_model(net, random_batch(inputs, samples))
+        self.values: dict[str, Any] = {
+            each.name: value for each, value in zip(inputs, tensors, strict=True)
         }
-        for n in (2, 3)
-    )
-    for i, (block, part) in enumerate(zip(plan, parts, strict=True)):
-        inputs = list(
-            dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in part)
-        )
-        later = {n for other in parts[i + 1 :] for node in other for n in node.all_input_nodes}
-        outputs = [node for node in part if node in later]
-        module = _module(net, part, inputs, outputs)
-        names = [_name(node) for node in inputs]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            small.update(
-                zip(map(_name, outputs), module(*(small[name] for name in names))[1:], strict=True)
-            )
-        with torch.no_grad():
-            large.update(
-                zip(map(_name, outputs), module(*(large[name] for name in names))[1:], strict=True)
-            )
-        macs = counter.get_total_flops() // 4  # two operations each, two samples
-        stages.append(Stage(block.target, tuple(names), tuple(map(_name, outputs)), macs, module))
-    batched = frozenset(
-        name for name in small if _rows(small[name]) == 2 and _rows(large[name]) == 3
-    )
-    return tuple(stages), batched
+
+    @torch.no_grad()
+    def run(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        """Run one stage, and add its outputs to the values."""
+        _, *returned = module(*(self.values[name] for name in inputs))
+        self.values.update(zip(outputs, returned, strict=True))
 
 
-def _parts(graph: fx.Graph, blocks: int) -> list[list[fx.Node]]:
-    """Return the nodes of each block, from the head before it, excluded, to its own, included."""
-    parts: list[list[fx.Node]] = [[]]
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            continue
-        parts[-1].append(node)
-        if node.op == "call_module" and node.target == f"head_{len(parts) - 1}":
-            parts.append([])
-    return parts[:blocks]
+def _read_by_any(stages: Sequence[Stage], index: int) -> set[fx.Node]:
+    """Return the nodes that exits after one read."""
+    read: set[fx.Node] = set()
+    for i in range(index + 1, len(stages)):
+        read.update(nodes_read_by(stages[i].nodes_from(stages[i - 1])))
+    return read
 
 
 def _module(
-    net: fx.GraphModule, part: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+    net: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> fx.GraphModule:
+    """Return some nodes of the outer graph as a module; its first output is the last node."""
     graph = fx.Graph()
     values = {node: graph.placeholder(_name(node)) for node in inputs}
-    for node in part:
+    for node in nodes:
         values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in (part[-1], *outputs)))
+    graph.output(tuple(values[node] for node in (nodes[-1], *outputs)))
     graph.lint()
     return fx.GraphModule(net, graph, class_name="Stage").eval()
 
@@ -375,23 +357,11 @@ def _name(node: fx.Node) -> str:
     return str(node.target) if node.op == "placeholder" else node.name
 
 
-def _like(net: fx.GraphModule, inputs: tuple[Input, ...], batch: int) -> list[Tensor]:
-    """Return example inputs on the device and, where they are floats, in the dtype of the model."""
-    like = next(p for p in net.parameters() if p.is_floating_point())
-    return [
-        each.to(like.device, like.dtype if each.is_floating_point() else each.dtype)
-        for each in random_inputs(inputs, batch)
-    ]
-
-
 def _rows(value: Any) -> int | None:
-    """Return the length of the first axis of a tensor or of every tensor in a tuple; None where there is none, or no one length."""
-    tensors = (
-        [value]
-        if isinstance(value, Tensor)
-        else list(value)
-        if isinstance(value, (tuple, list))
-        else []
-    )
-    lengths = {len(each) if isinstance(each, Tensor) and each.ndim else None for each in tensors}
+    """Return the length of the first axis that a tensor, or all tensors of a tuple, have."""
+    tensors = list(value) if isinstance(value, (tuple, list)) else [value]
+    lengths: set[int | None] = set()
+    for tensor in tensors:
+        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
+        lengths.add(len(tensor) if has_rows else None)
     return lengths.pop() if len(lengths) == 1 else None

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from sffx.blocks import Input
 from sffx.errors import ExportError, InputError, MissingExtra
-from sffx.export.early_exit import NEVER, EarlyExit, Stage
+from sffx.export.early_exit import NEVER, EarlyExit
+from sffx.export.exit_stage import ExitStage
 from sffx.export.explain import first_line
 from sffx.export.onnx import (
     described_inputs,
@@ -77,7 +78,9 @@ def export_early_exit(
     return Path(folder)
 
 
-def load_stages(folder: Path) -> tuple[tuple[Stage, ...], tuple[Input, ...], frozenset[str], float]:
+def load_stages(
+    folder: Path,
+) -> tuple[tuple[ExitStage, ...], tuple[Input, ...], frozenset[str], float]:
     """Return the stages on ONNX Runtime, the model's inputs, the names of the values with a batch axis, and the threshold."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -94,7 +97,7 @@ def load_stages(folder: Path) -> tuple[tuple[Stage, ...], tuple[Input, ...], fro
             f"there is no early exit in {str(folder)!r}: {type(error).__name__}: {error}. {hint}"
         ) from error
     stages = tuple(
-        Stage(
+        ExitStage(
             each["name"],
             reads,
             outputs,
@@ -164,7 +167,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _require_tensors(stage: Stage, values: dict[str, Any]) -> None:
+def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
     for name in stage.outputs:
         if not isinstance(values[name], Tensor):
             kind = type(values[name]).__name__

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from sffx.errors import InputError
-
-MIB = 2**20
+from sffx.runtime.gradients import listeners
+from sffx.tables import MIB, Column, text_table
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,20 @@ class MemoryCount:
     at_peak: MemorySplit
 
     def __str__(self) -> str:
-        rows = [
-            (name.replace("_", " "), getattr(self, name), getattr(self.at_peak, name))
-            for name in CATEGORIES
-        ]
-        lines = [f"{'bytes':<22}{'own peak':>16}{'at the peak':>16}{'MiB':>10}"]
-        lines += [
-            f"{label:<22}{own:>16,}{at_peak:>16,}{at_peak / MIB:>10.2f}"
-            for label, own, at_peak in rows
-        ]
-        lines.append(f"{'total':<22}{'':>16}{self.peak:>16,}{self.peak / MIB:>10.2f}")
-        return "\n".join(lines)
+        columns = (
+            Column("bytes", align="left", width=22),
+            Column("own peak", width=14),
+            Column("at the peak", width=14),
+            Column("MiB", width=8),
+        )
+        rows = []
+        for name in CATEGORIES:
+            own = getattr(self, name)
+            at_peak = getattr(self.at_peak, name)
+            label = name.replace("_", " ")
+            rows.append((label, f"{own:,}", f"{at_peak:,}", f"{at_peak / MIB:.2f}"))
+        rows.append(("total", "", f"{self.peak:,}", f"{self.peak / MIB:.2f}"))
+        return text_table(columns, rows)
 
 
 def count_memory(
@@ -139,21 +142,6 @@ def count_memory(
     return log.summarise()
 
 
-def mark_gradients(tensors: Iterable[torch.Tensor | None]) -> None:
-    """Tell the running `count_memory`, if there is one, that these tensors are gradients of parameters.
-
-    Block-local training holds a block's gradients before they land in `p.grad`; unmarked, they would count as activations.
-
-    Args:
-        tensors: as `torch.autograd.grad` returns them, None included.
-    """
-    if not _active:
-        return
-    marked = list(tensors)
-    for log in _active:
-        log.claim(marked, "gradients")
-
-
 @dataclass
 class _Live:
     """A storage that is alive."""
@@ -161,10 +149,6 @@ class _Live:
     serial: int
     nbytes: int
     finalizer: weakref.finalize[Any, Any]
-
-
-# Counters that run now. Not a context variable: autograd's threads have a context of their own.
-_active: list[_StorageLog] = []
 
 
 class _StorageLog(TorchDispatchMode):
@@ -200,6 +184,10 @@ class _StorageLog(TorchDispatchMode):
         for tensor in _tensors(candidates):
             serial = self._note(tensor, created=False)
             self._category[serial] = min(category, self._category[serial], key=CATEGORIES.index)
+
+    def claim_gradients(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Claim gradients that are in no parameter's `.grad` yet."""
+        self.claim(list(gradients), "gradients")
 
     def claim_state(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Claim what the model and the optimizer hold at this moment."""
@@ -292,11 +280,12 @@ def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
     hooks.append(register_optimizer_step_post_hook(log.optimizer_ends))
     collecting = gc.isenabled()
     gc.disable()
-    _active.append(log)
+    # Not a context variable, since threads of autograd have a context of their own.
+    listeners.append(log.claim_gradients)
     try:
         yield
     finally:
-        _active.remove(log)
+        listeners.remove(log.claim_gradients)
         log.close()
         for hook in hooks:
             hook.remove()

@@ -1,9 +1,11 @@
-"""Predict, on fake tensors and so without any memory of its own, what a block-local training step of a cut model holds at its peak.
+"""Predict the peak memory of a block-local training step, on fake tensors.
 
-The step is `local_loss(net, x, y).backward(); optimizer.step()` in the steady state of AdamW, which keeps two values for each trainable
-parameter; `local_step` holds no more. Each block is run by itself, forward and backward with its head, and its bytes are counted; what is
-held beside a block while it runs is added: parameters, optimizer state, the gradients of the blocks before, the input batch. Of a parked
-model, these are the parameters and the optimizer state of the block and of the one that comes next, and no gradients.
+The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW, which keeps two values
+for each trainable parameter, in its steady state. `local_step` holds no more. Each stage runs
+forward and backward by itself, and its bytes are counted. Memory that is held beside the stage is
+added: parameters, optimizer state, the gradients of earlier stages, the input batch. With
+offloading that is the parameters and optimizer state of the block and the next one, and no
+gradients.
 """
 
 from __future__ import annotations
@@ -21,34 +23,40 @@ from sffx.blocks import Block, BlockPlan
 from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.fake import fake_copy
 from sffx.errors import InputError
+from sffx.inputs import constant_batch
 from sffx.learning.losses import block_loss
-from sffx.memory.count import MIB, count_memory, mark_gradients
+from sffx.memory.count import count_memory
 from sffx.net import plan_of
+from sffx.runtime.gradients import mark_gradients
 from sffx.runtime.shard import require_whole
-from sffx.runtime.step import BlockWalk
+from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.walk import walk
+from sffx.tables import MIB, Column, text_table
 
-# What AdamW keeps for a trainable parameter, in sizes of the parameter, and a step counter for each.
-STATES = 2
-COUNTER = 4
-# What AdamW makes while it updates a parameter, in sizes of the parameter: the root of the second moment, and its quotient.
+STATES = 2  # AdamW's state for a trainable parameter, in sizes of the parameter.
+COUNTER = 4  # Bytes of AdamW's step counter for a trainable parameter.
+# Temporaries of AdamW while it updates a parameter, in sizes of the parameter: the root of the
+# second moment, and the quotient.
 UPDATE = 2
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The predicted peak of a block-local step with AdamW, in bytes. Frozen; prints as a table.
+    """The predicted peak of a block-local step with AdamW, in bytes. Prints as a table.
 
     Attributes:
-        batch_size: that it was predicted for.
+        batch_size: B.
         blocks: names of the blocks, "block_0" to "classifier".
         parameters: parameters and buffers of the cut model, heads included.
         optimizer_state: of AdamW.
         inputs: the input batch and the labels.
         gradients: of each block with its head.
-        running: for each block, the peak while it runs: activations, side values, its own gradients.
-        updates: for each block, what the optimizer makes beside its state.
-        passed: for each block, what it and those before it pass on, which is there while the optimizer updates the block by itself.
-        resident: for each block of a parked model, its parameters, buffers and state with AdamW; empty where all are held all the time.
+        running: for each block, its peak while it runs: activations, side values, own gradients.
+        updates: for each block, the optimizer's temporaries.
+        passed: for each block, the values that it and earlier blocks hand on. They are held while
+            the optimizer updates the block by itself.
+        resident: with offloading, for each block its parameters, buffers and AdamW's state; empty
+            where all blocks are on the device.
     """
 
     batch_size: int
@@ -64,29 +72,37 @@ class Footprint:
 
     @property
     def update(self) -> int:
-        """What the optimizer makes beside its state."""
+        """The optimizer's temporaries for the largest block."""
         return max(self.updates)
 
     @property
     def held(self) -> int:
-        """What is on the device all the time."""
-        return (
-            self.inputs if self.resident else self.parameters + self.optimizer_state + self.inputs
-        )
+        """The bytes on the device all the time."""
+        if self.resident:
+            return self.inputs
+        return self.parameters + self.optimizer_state + self.inputs
 
     @property
     def peaks(self) -> tuple[int, ...]:
-        """The peak of the step in each block, and last in the optimizer; of a parked model, in each block and its own update."""
+        """The peak of the step in each block, and at the end in the optimizer.
+
+        With offloading, each block is updated by itself, so the optimizer has no entry of its own.
+        """
         if self.resident:
-            present = [sum(self.resident[i : i + 2]) for i in range(len(self.resident))]
-            updates = map(sum, zip(self.gradients, self.updates, self.passed, strict=True))
-            return tuple(
-                self.held + there + max(both)
-                for there, *both in zip(present, self.running, updates, strict=True)
-            )
-        before = [sum(self.gradients[:i]) for i in range(len(self.gradients) + 1)]
-        own = [self.held + before[i] + running for i, running in enumerate(self.running)]
-        return (*own, self.held + before[-1] + self.update)
+            return tuple(self._offloaded_peaks())
+        peaks = []
+        gradients = 0
+        for running, own in zip(self.running, self.gradients, strict=True):
+            peaks.append(self.held + gradients + running)
+            gradients += own
+        peaks.append(self.held + gradients + self.update)
+        return tuple(peaks)
+
+    def _offloaded_peaks(self) -> Iterator[int]:
+        for i, running in enumerate(self.running):
+            present = sum(self.resident[i : i + 2])  # the block and the one that is prefetched
+            updating = self.gradients[i] + self.updates[i] + self.passed[i]
+            yield self.held + present + max(running, updating)
 
     @property
     def peak(self) -> int:
@@ -94,38 +110,41 @@ class Footprint:
         return max(self.peaks)
 
     def __str__(self) -> str:
+        columns = (
+            Column(f"MiB, batch {self.batch_size}", align="left", width=22),
+            Column("block alone", width=12),
+            Column("peak of the step"),
+        )
+        names = (*self.blocks, "optimizer.step()")
+        alone = (*self.running, self.update)
+        rows = []
+        for name, own, peak in zip(names, alone, self.peaks, strict=False):
+            rows.append((name, f"{own / MIB:.2f}", f"{peak / MIB:.2f}"))
+        parameters = 0 if self.resident else self.parameters
         lines = [
-            f"{'MiB, batch ' + str(self.batch_size):<22}{'block alone':>14}{'peak of the step':>18}"
+            text_table(columns, rows),
+            f"held all the time: {self.held / MIB:.2f} (parameters {parameters / MIB:.2f})",
         ]
-        rows = zip(
-            (*self.blocks, "optimizer.step()"),
-            (*self.running, self.update),
-            self.peaks,
-            strict=False,
-        )
-        lines += [
-            f"{name:<22}{running / MIB:>14.2f}{peak / MIB:>18.2f}" for name, running, peak in rows
-        ]
-        lines.append(
-            f"held all the time: {self.held / MIB:.2f} (parameters {0 if self.resident else self.parameters / MIB:.2f})"
-        )
         if self.resident:
+            host = sum(self.resident) / MIB
             lines.append(
-                f"in host memory: {sum(self.resident) / MIB:.2f}, of which a block and the next are copied to the device"
+                f"in host memory: {host:.2f}, of which a block and the next are copied to the device"
             )
         return "\n".join(lines)
 
 
-def footprint(net: fx.GraphModule, batch_size: int, *, parked: bool = False) -> Footprint:
+def footprint(net: fx.GraphModule, batch_size: int, *, offloaded: bool = False) -> Footprint:
     """Predict the peak memory of a training step of a cut model for a batch size.
 
     Args:
         net: what `transform` returned; it is not touched.
         batch_size: B.
-        parked: predict what a `local_step` holds on the device once the model is parked (`park`).
+        offloaded: predict the device memory of a `local_step` once the model is offloaded
+            (`offload`).
 
     Raises:
-        InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the shapes depend on data.
+        InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
+            shapes depend on data.
     """
     plan_of(net)
     require_whole(net)
@@ -134,132 +153,141 @@ def footprint(net: fx.GraphModule, batch_size: int, *, parked: bool = False) -> 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(net, mode).train()
     with mode:
-        found = fake_footprint(probe, batch_size)
-    return replace(found, resident=_resident(net)) if parked else found
+        predicted = fake_footprint(probe, batch_size)
+    if not offloaded:
+        return predicted
+    return replace(predicted, resident=tuple(_resident(stage) for stage in stages_of(net)))
 
 
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
-    """Predict the peak of a cut model on fake parameters, inside their mode; blocks to skip are run but not counted.
+    """Predict the peak of a cut model on fake parameters, inside their mode.
+
+    Args:
+        net: on fake parameters.
+        batch_size: B.
+        skip: indices of stages that run but are not counted.
 
     Raises:
         InputError: shapes depend on data.
     """
-    plan, device = plan_of(net), next(net.parameters()).device
-    x = tuple(
-        torch.ones((batch_size, *i.shape), device=device).to(getattr(torch, i.dtype))
-        for i in plan.inputs
-    )
+    plan = plan_of(net)
+    device = next(net.parameters()).device
+    x = constant_batch(plan.inputs, batch_size, device)
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    walk = BlockWalk(net)
+    count = _StageCount(net, x, y)
     try:
-        running, passed = _running(walk, x, y, skip)
+        for stage in stages_of(net):
+            if stage.index in skip:
+                count.skip()
+            else:
+                count.count(stage)
     except DATA_DEPENDENT as cause:
         raise InputError(
-            f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. Hint: count a real step with "
-            "sffx.memory.count.count_memory"
+            f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. "
+            "Hint: count a real step with sffx.memory.count.count_memory"
         ) from cause
-    trainable = [p for part in walk.trainable for p in part]
+    parameters = [stage.trainable for stage in stages_of(net)]
+    trainable = [parameter for own in parameters for parameter in own]
     return Footprint(
         batch_size=batch_size,
-        blocks=tuple(part[0] for part in walk.parts),
+        blocks=tuple(stage.name for stage in stages_of(net)),
         parameters=_bytes([*net.parameters(), *net.buffers()]),
         optimizer_state=STATES * _bytes(trainable) + COUNTER * len(trainable),
         inputs=_bytes([*x, y]),
-        gradients=tuple(_bytes(part) for part in walk.trainable),
-        running=running,
-        updates=tuple(UPDATE * max((p.nbytes for p in part), default=0) for part in walk.trainable),
-        passed=passed,
+        gradients=tuple(_bytes(own) for own in parameters),
+        running=tuple(count.running),
+        updates=tuple(UPDATE * _largest(own) for own in parameters),
+        passed=tuple(count.passed),
     )
 
 
-def _resident(net: fx.GraphModule) -> tuple[int, ...]:
-    """Return the bytes of each block and of AdamW's state for it."""
-    parts = [[net.get_submodule(target) for target in part] for part in plan_of(net).parts]
-    tensors = [
-        [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        for modules in parts
-    ]
-    return tuple(
-        _bytes(part) + STATES * _bytes(p for p in part if p.requires_grad) for part in tensors
-    )
+class _StageCount:
+    """Counts the bytes of one stage after the other.
 
-
-def _running(
-    walk: BlockWalk, x: tuple[Tensor, ...], y: Tensor, skip: Collection[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return, for each block, the peak while it runs, all bytes but those of parameters and of the input batch, and what is passed on then.
-
-    The peak is 0 for blocks to skip.
+    Attributes:
+        running: for each stage, its peak while it runs, without parameters and the input batch; 0
+            for a stage that was skipped.
+        passed: for each stage, the bytes that it and earlier stages hand on; 0 likewise.
     """
-    sizes = _value_bytes(walk)
-    scores = walk.run(x)
-    running, passed = [], []
-    for part, parameters in enumerate(walk.trainable):
-        if part in skip:
-            with torch.no_grad():
-                next(scores)
-            running.append(0)
-            passed.append(0)
-            continue
-        count = count_memory(
-            lambda parameters=parameters: _step(scores, x, y, parameters), model=walk.net
-        )  # type: ignore[misc]
-        passing = sum(sizes[name] for name in _passing(walk.plan, part))
-        running.append(count.peak - count.parameters - _bytes([*x, y]) + passing)
-        own = [(block.output, *block.sides) for block in walk.plan.blocks[part : part + 1]]
-        passed.append(passing + sum(sizes[name] for names in own for name in names))
-    return tuple(running), tuple(passed)
+
+    def __init__(self, net: fx.GraphModule, x: tuple[Tensor, ...], y: Tensor) -> None:
+        self.running: list[int] = []
+        self.passed: list[int] = []
+        self._net = net
+        self._plan = plan_of(net)
+        self._x = x
+        self._y = y
+        self._walk = walk(net, x)
+        self._sizes = _value_sizes(net)
+
+    def skip(self) -> None:
+        """Run the next stage without a backward pass."""
+        with torch.no_grad():
+            next(self._walk)
+        self.running.append(0)
+        self.passed.append(0)
+
+    def count(self, stage: Stage) -> None:
+        """Run the next stage as `local_loss` does, and count its bytes."""
+        counted = count_memory(lambda: self._train(stage), model=self._net)
+        relayed = sum(self._sizes[name] for name in _relayed(self._plan, stage.index))
+        inputs = _bytes([*self._x, self._y])
+        self.running.append(counted.peak - counted.parameters - inputs + relayed)
+        given = sum(self._sizes[value.name] for value in stage.gives)
+        self.passed.append(relayed + given)
+
+    def _train(self, stage: Stage) -> None:
+        for tensor in (*self._x, self._y):
+            # A view reads the tensor, so that it is counted even if the stage does not read it.
+            tensor.view_as(tensor)
+        loss = block_loss(next(self._walk)[1], self._y)
+        if loss.requires_grad:
+            mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
 
 
-def _step(
-    scores: Iterator[tuple[int, Tensor]],
-    x: tuple[Tensor, ...],
-    y: Tensor,
-    parameters: list[nn.Parameter],
-) -> None:
-    """Run the next block forward and backward, as `local_loss` does."""
-    for tensor in (*x, y):
-        tensor.view_as(tensor)  # read, so that it is counted whether or not the block reads it
-    loss = block_loss(next(scores)[1], y)
-    if loss.requires_grad:
-        mark_gradients(torch.autograd.grad(loss, parameters, allow_unused=True))
-
-
-def _value_bytes(walk: BlockWalk) -> dict[str, int]:
-    """Return a dict that fills with the bytes of each block's output and side values when the block has run."""
-    found: dict[str, int] = {}
-    for block in walk.plan:
+def _value_sizes(net: fx.GraphModule) -> dict[str, int]:
+    """Return a dict that fills with the bytes of each value that a block gives, as blocks run."""
+    sizes: dict[str, int] = {}
+    for block in plan_of(net):
 
         def note(_: nn.Module, args: object, returned: Any, block: Block = block) -> None:
             values = returned if block.sides else (returned,)
-            found.update(
-                {
-                    name: _bytes(tree_leaves(value))
-                    for name, value in zip((block.output, *block.sides), values, strict=True)
-                }
-            )
+            for name, value in zip((block.output, *block.sides), values, strict=True):
+                sizes[name] = _bytes(tree_leaves(value))
 
-        walk.net.get_submodule(block.target).register_forward_hook(note)
-    return found
+        net.get_submodule(block.target).register_forward_hook(note)
+    return sizes
 
 
-def _passing(plan: BlockPlan, part: int) -> list[str]:
+def _relayed(plan: BlockPlan, index: int) -> list[str]:
     """Return the side values of earlier blocks that a block does not read and a later one does."""
     blocks = plan.all_blocks
-    later = {name for block in blocks[part + 1 :] for name in block.inputs}
-    return [
-        side
-        for block in blocks[:part]
-        for side in block.sides
-        if side in later and side not in blocks[part].inputs
-    ]
+    read_later: set[str] = set()
+    for block in blocks[index + 1 :]:
+        read_later.update(block.inputs)
+    relayed = []
+    for block in blocks[:index]:
+        for side in block.sides:
+            if side in read_later and side not in blocks[index].inputs:
+                relayed.append(side)
+    return relayed
+
+
+def _resident(stage: Stage) -> int:
+    """Return the bytes of a stage's parameters and buffers and of AdamW's state for them."""
+    tensors = [t for module in stage.modules for t in (*module.parameters(), *module.buffers())]
+    return _bytes(tensors) + STATES * _bytes(stage.trainable)
+
+
+def _largest(parameters: list[nn.Parameter]) -> int:
+    return max((parameter.nbytes for parameter in parameters), default=0)
 
 
 def _bytes(values: Iterable[object]) -> int:
     """Return the bytes of tensors, each storage once."""
-    storages = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for t in values
-        if isinstance(t, Tensor)
-    }
+    storages: dict[int, int] = {}
+    for value in values:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())

@@ -1,11 +1,10 @@
-"""Evaluate a cut model: accuracy and loss of every block, the ensemble, the weighted mixture, the last block and the classifier."""
+"""Evaluate a cut model: accuracy and loss of every block and of every readout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import torch
@@ -13,21 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
-from sffx.inputs import bind, explaining_input_errors, split_batch
+from sffx.inputs import split_batch
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import WEIGHTED, mixture, readout_of
 from sffx.net import plan_of
-from sffx.runtime.offload import compute_device
-from sffx.runtime.shard import reshard
+from sffx.parts import CLASSIFIER
+from sffx.runtime.residencies import residency_of
+from sffx.runtime.walk import walk
+from sffx.tables import Column, html_table, text_table
+
+_COLUMNS = (Column("", align="left"), Column("accuracy"), Column("loss", width=8))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and loss by name: "block_0", ..., "ensemble", "weighted" where blocks were weighed, "last", "classifier". Prints as a table.
+    """Accuracy and loss of each block and each readout, by name. Prints as a table.
+
+    The names are "block_0", ..., "ensemble", "weighted" where blocks were weighed, "last" and
+    "classifier".
 
     Attributes:
-        accuracy: the share of samples whose highest score is their label's, between 0 and 1 ("layers accuracy" is that of the ensemble,
-            "head accuracy" that of the classifier).
+        accuracy: the share of samples whose highest score is their label's, between 0 and 1. The
+            paper's "layers accuracy" is that of the ensemble, its "head accuracy" that of the
+            classifier.
         loss: the mean cross-entropy with the scores as logits, in nats.
         samples: how many samples were seen.
     """
@@ -37,78 +44,83 @@ class Evaluation:
     samples: int
 
     def __str__(self) -> str:
-        width = max(map(len, self.accuracy))
-        lines = [f"{'':{width}}  accuracy      loss   ({self.samples} samples)"]
-        lines += [
-            f"{name:{width}}  {value:8.2%}  {self.loss[name]:8.4f}"
-            for name, value in self.accuracy.items()
-        ]
-        return "\n".join(lines)
+        return text_table(_COLUMNS, self._rows(), note=f"({self.samples} samples)")
 
     def _repr_html_(self) -> str:
-        """The same table for a notebook."""
-        cells = "".join(
-            f"<tr><th>{escape(name)}</th><td>{value:.2%}</td><td>{self.loss[name]:.4f}</td></tr>"
-            for name, value in self.accuracy.items()
-        )
-        head = "<thead><tr><th></th><th>accuracy</th><th>loss</th></tr></thead>"
-        return (
-            f"<table><caption>{self.samples} samples</caption>{head}<tbody>{cells}</tbody></table>"
-        )
+        """Return the same table for a notebook."""
+        return html_table(_COLUMNS, self._rows(), caption=f"{self.samples} samples")
 
-
-def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
-    """Return what every block says of a batch in the model's present mode: goodness and the classifier's logits last, (K, B, J).
-
-    Args:
-        net: what `transform` returned.
-        x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
-
-    Raises:
-        InputError: the model cannot run on it, and it is not like the input that the model was cut for.
-    """
-    values = bind(plan_of(net), x)
-    with explaining_input_errors(net, values):
-        seen = _Scores(net).run(*values.values())
-    return torch.stack([scores.float() if scores.dtype.itemsize < 4 else scores for scores in seen])
-
-
-class _Scores(fx.Interpreter):
-    """Runs a cut model up to its readout, and returns what that is given."""
-
-    def __init__(self, net: fx.GraphModule) -> None:
-        super().__init__(net)
-        self.extra_traceback = False
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == "readout":
-            return args[0]
-        value = super().call_module(target, args, kwargs)
-        reshard(self.submodules[target])
-        return value
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [
+            (name, f"{accuracy:.2%}", f"{self.loss[name]:.4f}")
+            for name, accuracy in self.accuracy.items()
+        ]
 
 
 @torch.no_grad()
 def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
-    """Evaluate the cut model in eval mode; its mode is as before afterwards.
+    """Evaluate the cut model in eval mode; afterwards its mode is as before.
 
     Args:
         net: what `transform` returned.
-        loader: yields (x, y), x as `net` takes it and y class indices (B,); both are moved to the model's device.
+        loader: yields (x, y), x as `net` takes it and y class indices, (B,). Both are moved to the
+            model's device.
 
     Raises:
-        InputError: `net` is no cut model, the loader is empty or yields something else, or labels are out of range.
+        InputError: `net` is no cut model, the loader is empty or yields something else, or labels
+            are out of range.
     """
-    plan = plan_of(net)
+    plan_of(net)
+    totals = _Totals()
     with evaluating(net):
-        return _evaluation(
-            [block.target for block in plan], readout_of(net).weights, scored(net, loader)
-        )
+        for scores, y in scored(net, loader):
+            totals.add(scores_by_name(net, scores), y)
+    return totals.evaluation()
+
+
+def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
+    """Return the scores of every block for a batch, in the model's present mode, (K, B, J).
+
+    The scores are the goodness of each feature block; the classifier's logits come last.
+
+    Args:
+        net: what `transform` returned.
+        x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
+            model has several.
+
+    Raises:
+        InputError: the model cannot run on x, and x is not like the input that it was cut for.
+    """
+    residency = residency_of(net)
+    all_scores = []
+    for stage, scores in walk(net, x):
+        is_half = scores.dtype.itemsize < 4
+        all_scores.append(scores.float() if is_half else scores)
+        residency.release(stage, changed=False)
+    return torch.stack(all_scores)
+
+
+def scores_by_name(net: fx.GraphModule, scores: Tensor) -> dict[str, Tensor]:
+    """Return the scores of each block and each readout, (B, J) each, in the order of a table.
+
+    Args:
+        net: what `transform` returned.
+        scores: of its blocks, as `block_scores` returns them.
+    """
+    goodness = scores[:-1]
+    weights = readout_of(net).weights
+    named = {block.target: own for block, own in zip(plan_of(net), goodness, strict=True)}
+    named["ensemble"] = goodness.mean(dim=0)
+    if weights is not None:
+        named[WEIGHTED] = mixture(goodness, weights)
+    named["last"] = goodness[-1]
+    named[CLASSIFIER] = scores[-1]
+    return named
 
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the context; afterwards every module has its own mode again."""
+    """Hold a model in eval mode; afterwards every module has its own mode again."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -119,45 +131,47 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield for each batch what `block_scores` says of it, (K, B, J), and its labels, (B,), both on the model's device.
+    """Yield the scores of every block, (K, B, J), and the labels, (B,), of each batch.
+
+    Both are on the model's device.
 
     Raises:
-        InputError: the loader is empty or yields something else than pairs, or labels are out of range.
+        InputError: the loader is empty or yields something else than pairs, or labels are out of
+            range.
     """
-    device = compute_device(net)
-    empty = True
+    device = residency_of(net).device
+    samples = 0
     for batch in loader:
         x, y = split_batch(batch, device)
         scores = block_scores(net, x)
         check_labels(y, scores.shape[1], scores.shape[2])
-        empty = empty and not len(y)
+        samples += len(y)
         yield scores, y
-    if empty:
+    if not samples:
         raise InputError("the loader yielded no samples")
 
 
-def _evaluation(
-    blocks: list[str], weights: Sequence[float] | None, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Evaluation:
-    mixed = [WEIGHTED] if weights is not None else []
-    names = [*blocks, "classifier", "ensemble", "last", *mixed]
-    correct, loss, samples = (
-        torch.zeros(len(names)),
-        torch.zeros(len(names), dtype=torch.float64),
-        0,
-    )
-    for scores, y in batches:
-        goodness = scores[:-1]
-        scores = torch.cat([scores, goodness.mean(dim=0, keepdim=True), goodness[-1:]])
-        if weights is not None:
-            scores = torch.cat([scores, mixture(goodness, weights)[None]])
-        correct += (scores.argmax(dim=2) == y).sum(dim=1).cpu()
-        loss += torch.stack([F.cross_entropy(s, y, reduction="sum") for s in scores]).cpu()
-        samples += len(y)
-    order = [*blocks, "ensemble", *mixed, "last", "classifier"]
-    at = {name: i for i, name in enumerate(names)}
-    return Evaluation(
-        accuracy={name: float(correct[at[name]]) / samples for name in order},
-        loss={name: float(loss[at[name]]) / samples for name in order},
-        samples=samples,
-    )
+class _Totals:
+    """The counts of an evaluation so far, by name."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.correct: dict[str, int] = {}
+        self.loss: dict[str, float] = {}
+
+    def add(self, scores: dict[str, Tensor], y: Tensor) -> None:
+        """Count one batch."""
+        self.samples += len(y)
+        # One transfer for all names: on a GPU each one waits for the device.
+        correct = torch.stack([(own.argmax(dim=1) == y).sum() for own in scores.values()])
+        losses = [F.cross_entropy(own, y, reduction="sum") for own in scores.values()]
+        counts = zip(scores, correct.tolist(), torch.stack(losses).tolist(), strict=True)
+        for name, right, loss in counts:
+            self.correct[name] = self.correct.get(name, 0) + right
+            self.loss[name] = self.loss.get(name, 0.0) + loss
+
+    def evaluation(self) -> Evaluation:
+        """Return accuracies and mean losses."""
+        accuracy = {name: right / self.samples for name, right in self.correct.items()}
+        loss = {name: total / self.samples for name, total in self.loss.items()}
+        return Evaluation(accuracy, loss, self.samples)

@@ -1,14 +1,17 @@
-"""Keep the blocks of a cut model in host memory, and on the device only the block that runs and the one that comes next.
+"""Keep the blocks of a cut model in host memory, and on the device only the ones that are needed.
 
-A block is its modules and its head: their parameters and buffers, and in a step what the optimizer keeps for the parameters. While a block
-runs, the next one is on its way to the device; when it is done, it goes home. Tensors stay the objects that they are, their `data` is
-exchanged, so optimizers, groups and state dicts hold good.
+A block here is a stage's modules: the block and its head, with their parameters and buffers. In a
+training step it is also the optimizer's state for these parameters. While a block runs, the next
+one is copied to the device. When a block is done, it is copied back to host memory.
 
-    local_step:   enter(0)  fetch(1)  step, leave  enter(1)  fetch(2)  step, leave  ...
-    scores:       enter(0)  fetch(1)  leave        enter(1)  fetch(2)  leave        ...
+    local_step:   load(0)  prefetch(1)  step, evict  load(1)  prefetch(2)  step, evict  ...
+    scores:       load(0)  prefetch(1)  evict        load(1)  prefetch(2)  evict        ...
 
-Torch's own offloading does other things: that of FSDP steps the optimizer on the CPU and wants a process group, and the hooks of
-`accelerate` serve inference and put other parameters in the place of the model's.
+Tensors stay the objects that they are; only their `data` is exchanged. So optimizers, parameter
+groups and state dicts stay valid.
+
+Torch's own offloading does other things. FSDP's steps the optimizer on the CPU and wants a process
+group. The hooks of `accelerate` serve inference and replace the model's parameters.
 """
 
 from __future__ import annotations
@@ -29,84 +32,88 @@ from sffx.compiler.trace import storage
 from sffx.errors import InputError
 from sffx.net import plan_of
 from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage, stages_of
+
+_ATTRIBUTE = "offloading"
 
 
 @torch.inference_mode(False)
-def park(
+def offload(
     net: fx.GraphModule, optimizer: Optimizer, device: torch.device | str | None = None
 ) -> None:
-    """Move a cut model and the state of its optimizer to host memory, from where `local_step` fetches one block after the other.
+    """Move a cut model and its optimizer's state to host memory; `local_step` loads block by block.
 
-    It is a state of the model, not an argument of the step, because scores and checkpoints meet it as well: a training loop with
-    `local_step`, `evaluate` and `state_dict` stays as it is. Scores, from `evaluate` or from `net(x)` under `torch.no_grad()`, are computed
-    block by block in the same way. `local_loss` and `sff_loss(net(x), y)`, whose gradients of all blocks come at once, are refused.
+    Offloading is a state of the model, not an argument of the step, because scores and checkpoints
+    meet it as well. A training loop with `local_step`, `evaluate` and `state_dict` stays as it is.
+    Scores, from `evaluate` or from `net(x)` under `torch.no_grad()`, are computed block by block in
+    the same way. `local_loss` and `sff_loss(net(x), y)` are refused, since they give gradients to
+    all blocks at once.
 
-    Between two calls all that the model holds is in host memory, pinned where the device is a GPU: state dicts can be saved and loaded.
-    After a forward that raised, the block that it was in goes home at the next call.
-    Copies of the model, and with them `extract` and the exports, are of an ordinary model there. A buffer of several blocks stays on the
-    device. Where host memory does not suffice, the model goes back to the device. On a GPU, copies run beside the computation, and
-    `local_step` returns when the last block is home; on other devices each copy is waited for.
+    Between two calls the whole model is in host memory, pinned where the device is a GPU. State
+    dicts can be saved and loaded. After a forward that raised, its block is evicted at the next
+    call. Copies of the model, and with them `extract` and the exports, are of an ordinary model in
+    host memory. A buffer that several blocks share stays on the device. Where host memory does not
+    suffice, the model goes back to the device.
+
+    On a GPU, copies run beside the computation, and `local_step` returns when the last block is in
+    host memory. On other devices each copy is waited for.
 
     Args:
         net: what `transform` returned. Gradients that it holds are dropped.
         optimizer: over parameters of `net`, before or after its first step.
-        device: where blocks run, which inputs are to be on; that of `net` if None. A model on the CPU can be parked for a device that it
-            would not fit on.
+        device: where blocks run and inputs must be; the device of `net` if None. A model on the CPU
+            can be offloaded for a device that it would not fit on.
 
     Raises:
-        InputError: `net` is no cut model, is parked already, lies on several devices or on another than `device`, has a parameter in two
-            blocks or one that is no plain tensor, or the optimizer holds none of its parameters.
+        InputError: `net` is no cut model, is offloaded already, lies on several devices or on
+            another than `device`, has a parameter in two blocks or one that is no plain tensor, or
+            the optimizer holds none of its parameters.
     """
     plan_of(net)
-    if parking_of(net) is not None:
-        raise InputError("net is parked already. Hint: sffx.unpark(net) before parking it anew")
+    if offloading_of(net) is not None:
+        raise InputError(
+            "net is offloaded already. Hint: sffx.onload(net) before offloading it anew"
+        )
     require_optimizer_of(net, optimizer)
-    device = _device(net, device)
+    device = _compute_device(net, device)
     was_there = next(net.parameters()).device == device
-    parking = Parking(net, optimizer, carrier_for(device))
+    offloading = Offloading(net, optimizer, copier_for(device))
     net.zero_grad(set_to_none=True)
     try:
-        parking.begin()
-    except BaseException:  # host memory that is not there, or cannot be pinned
+        offloading.start()
+    except BaseException:
+        # Host memory may not suffice, or may not be pinned.
         if was_there:
-            parking.end()
+            offloading.stop()
         raise
-    setattr(net, _NAME, parking)
+    setattr(net, _ATTRIBUTE, offloading)
 
 
 @torch.inference_mode(False)
-def unpark(net: fx.GraphModule) -> None:
-    """Bring a parked model and the state of its optimizer to the device, all of it, to stay.
+def onload(net: fx.GraphModule) -> None:
+    """Bring an offloaded model and its optimizer's state back to the device, to stay.
 
     Args:
-        net: what `park` was called with.
+        net: what `offload` was called with.
 
     Raises:
-        InputError: `net` is not parked.
+        InputError: `net` is not offloaded.
     """
-    parking = parking_of(net)
-    if parking is None:
-        raise InputError("net is not parked. Hint: sffx.park(net, optimizer) parks it")
-    parking.end()
-    delattr(net, _NAME)
+    offloading = offloading_of(net)
+    if offloading is None:
+        raise InputError("net is not offloaded. Hint: sffx.offload(net, optimizer) offloads it")
+    offloading.stop()
+    delattr(net, _ATTRIBUTE)
 
 
-_NAME = "parking"
+def offloading_of(net: nn.Module) -> Offloading | None:
+    """Return how a model is offloaded, None where it is not."""
+    return getattr(net, _ATTRIBUTE, None)
 
 
-def parking_of(net: nn.Module) -> Parking | None:
-    """Return how a model is parked, None where it is not."""
-    return getattr(net, _NAME, None)
-
-
-def compute_device(net: nn.Module) -> torch.device:
-    """Return the device that a model runs on, which is not where its parameters are while it is parked."""
-    parking = parking_of(net)
-    return parking.carrier.device if parking is not None else next(net.parameters()).device
-
-
-class Carrier:
-    """Copies bytes between host memory and a device, each when it is asked for.
+class Copier:
+    """Copies bytes between host memory and a device, and waits for each copy.
 
     Attributes:
         device: the device.
@@ -118,285 +125,341 @@ class Carrier:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def host(self, nbytes: int) -> Tensor:
+    def allocate(self, nbytes: int) -> Tensor:
         """Return so many bytes of host memory."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
-    def bring(self, homes: list[Tensor]) -> list[Tensor]:
-        """Begin to copy to the device; the copies may be read after `arrive`."""
-        return [home.to(self.device, copy=True) for home in homes]
+    def begin_load(self, host: list[Tensor]) -> list[Tensor]:
+        """Begin to copy host memory to the device. The copies may be read after `finish_load`."""
+        return [each.to(self.device, copy=True) for each in host]
 
-    def arrive(self, copies: Iterable[Tensor]) -> None:
-        """Let what is computed from now on wait for what was brought."""
+    def finish_load(self, copies: Iterable[Tensor]) -> None:
+        """Let what is computed from now on wait for copies that `begin_load` began."""
 
-    def send(self, pairs: list[tuple[Tensor, Tensor]], left: Iterable[Tensor]) -> None:
-        """Begin to copy each first tensor, on the device, to the second, once all that was asked of the device is done.
+    def begin_store(self, pairs: list[tuple[Tensor, Tensor]], freed: Iterable[Tensor]) -> None:
+        """Begin to copy from the device, once the device has done all that it was asked to do.
 
         Args:
-            pairs: of device and host memory, which may be read after `settle`.
-            left: all memory on the device that is given up.
+            pairs: of device memory and the host memory that it is copied to. The host memory may
+                be read after `finish_store`.
+            freed: all memory on the device that is given up.
         """
-        for copy, home in pairs:
-            home.copy_(copy)
+        for source, target in pairs:
+            target.copy_(source)
 
-    def settle(self) -> None:
-        """Wait until what was sent is there and what was given up is free."""
+    def finish_store(self) -> None:
+        """Wait until everything is stored and what was given up is free."""
 
 
-class StreamCarrier(Carrier):
-    """Copies on two CUDA streams of its own, one for each direction, beside what is computed.
+class StreamCopier(Copier):
+    """Copies on two CUDA streams of its own, one for each direction, beside the computation.
 
-    The device memory that it brings blocks in belongs to the inward stream's part of torch's caching allocator: `record_stream` tells the
-    allocator who else uses it, so that it is not given out again before they are done.
+    The device memory that blocks are loaded into belongs to the inward stream's part of torch's
+    caching allocator. `record_stream` tells the allocator who else uses the memory. So it is not
+    given out again before they are done.
     """
 
     pins = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.inward, self.outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.inward = torch.cuda.Stream(device)
+        self.outward = torch.cuda.Stream(device)
 
-    def bring(self, homes: list[Tensor]) -> list[Tensor]:
+    def begin_load(self, host: list[Tensor]) -> list[Tensor]:
         with torch.cuda.stream(self.inward):
-            return [home.to(self.device, non_blocking=True, copy=True) for home in homes]
+            return [each.to(self.device, non_blocking=True, copy=True) for each in host]
 
-    def arrive(self, copies: Iterable[Tensor]) -> None:
+    def finish_load(self, copies: Iterable[Tensor]) -> None:
         compute = torch.cuda.current_stream(self.device)
         compute.wait_stream(self.inward)
         for copy in copies:
             copy.record_stream(compute)
 
-    def send(self, pairs: list[tuple[Tensor, Tensor]], left: Iterable[Tensor]) -> None:
+    def begin_store(self, pairs: list[tuple[Tensor, Tensor]], freed: Iterable[Tensor]) -> None:
         self.outward.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.outward):
-            for copy, home in pairs:
-                home.copy_(copy, non_blocking=True)
-        for copy in left:
-            copy.record_stream(self.outward)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        for memory in freed:
+            memory.record_stream(self.outward)
 
-    def settle(self) -> None:
+    def finish_store(self) -> None:
         self.outward.synchronize()
 
 
-def carrier_for(device: torch.device) -> Carrier:
-    """Return what carries blocks to a device."""
-    return StreamCarrier(device) if device.type == "cuda" else Carrier(device)
+def copier_for(device: torch.device) -> Copier:
+    """Return the copier between host memory and a device."""
+    return StreamCopier(device) if device.type == "cuda" else Copier(device)
 
 
 @dataclass(frozen=True)
-class Cargo:
-    """What of a block is on the device, or on its way there.
+class Load:
+    """The tensors of a block that are on the device, or on their way there.
+
+    Memory is listed by the storage that tensors are on: while the load is on its way, the storage
+    in host memory; once it is there, the storage on the device.
 
     Attributes:
-        block: its index.
+        block: index of the block.
         tensors: those that were in host memory.
-        homes: the bytes of their storages in host memory, by the storage: that at home while on the way, that on the device once there.
-        copies: the bytes on the device, by the same.
+        host: the bytes in host memory.
+        device: the bytes on the device.
     """
 
     block: int
     tensors: list[Tensor] = field(default_factory=list)
-    homes: dict[int, Tensor] = field(default_factory=dict)
-    copies: dict[int, Tensor] = field(default_factory=dict)
+    host: dict[int, Tensor] = field(default_factory=dict)
+    device: dict[int, Tensor] = field(default_factory=dict)
 
 
-class Parking:
-    """A parked model.
+class Offloading(Residency):
+    """The blocks of a model are in host memory.
+
+    At most two blocks are on the device or on their way there: `loaded` and `coming`.
 
     Attributes:
-        optimizer: whose state is parked as well.
-        carrier: copies to the device and back.
-        blocks: the modules of each block, the classifier's last.
-        here: the block on the device, if there is one.
-        ahead: the block on its way there, if there is one. There are no others.
+        optimizer: whose state is offloaded as well.
+        copier: copies to the device and back.
+        blocks: the modules of each stage, the classifier's last.
+        loaded: the block on the device, if there is one.
+        coming: the block on its way there, if there is one.
     """
 
-    def __init__(self, net: fx.GraphModule, optimizer: Optimizer, carrier: Carrier) -> None:
-        self.optimizer, self.carrier = optimizer, carrier
-        self.blocks = [
-            [net.get_submodule(target) for target in part] for part in plan_of(net).parts
-        ]
-        self.here: Cargo | None = None
-        self.ahead: Cargo | None = None
-        self._stepping = False
-        self._counted: set[Tensor] = set()
-        self._common = _common_buffers(net, self.blocks)
+    def __init__(self, net: fx.GraphModule, optimizer: Optimizer, copier: Copier) -> None:
+        super().__init__(net)
+        self.optimizer = optimizer
+        self.copier = copier
+        self.blocks = [stage.modules for stage in stages_of(net)]
+        self.loaded: Load | None = None
+        self.coming: Load | None = None
+        self._is_training = False
+        self._counted_on_device: set[Tensor] = set()
+        self._shared_buffers = _shared_buffers(net, self.blocks)
         self._hooks: list[Any] = []
 
-    def begin(self) -> None:
-        """Send all blocks home, and put gates around them."""
-        with self.step():
-            for block in range(len(self.blocks)):
-                self.here = Cargo(block)
-                self.leave()
-        for buffer in self._common:
-            buffer.data = buffer.data.to(self.carrier.device)
-        for block, modules in enumerate(self.blocks):
-            self._hooks += [
-                module.register_forward_pre_hook(_Gate(self._before, block)) for module in modules
-            ]
-            self._hooks.append(modules[-1].register_forward_hook(_Gate(self._after, block)))
+    @property
+    def device(self) -> torch.device:
+        """The device that the blocks run on."""
+        return self.copier.device
 
-    def end(self) -> None:
-        """Bring all blocks to the device and leave them there, without gates."""
-        with self.step():
+    def start(self) -> None:
+        """Store all blocks in host memory, and put gates around their forwards."""
+        with self._moving_optimizer_state():
             for block in range(len(self.blocks)):
-                self.enter(block)
-                self.here = None
+                self.loaded = Load(block)
+                self.evict()
+        for buffer in self._shared_buffers:
+            buffer.data = buffer.data.to(self.device)
+        for block, modules in enumerate(self.blocks):
+            before = _Gate(self._before, block)
+            for module in modules:
+                self._hooks.append(module.register_forward_pre_hook(before))
+            after = _Gate(self._after, block)
+            self._hooks.append(modules[-1].register_forward_hook(after))
+
+    def stop(self) -> None:
+        """Load all blocks to stay on the device, and remove the gates."""
+        with self._moving_optimizer_state():
+            for block in range(len(self.blocks)):
+                self.load(block)
+                self.loaded = None
         for hook in self._hooks:
             hook.remove()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """A training step: the optimizer's state moves with the blocks. Afterwards everything is at home, whatever happened."""
-        self._send_all_home()
-        on_device = [
-            group
-            for group in self.optimizer.param_groups
-            if group.get("fused") or group.get("capturable")
-        ]
-        self._counted = {p for group in on_device for p in group["params"]}
-        self._stepping = True
+    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Hold a context for one `local_step`: the optimizer's state moves with the blocks.
+
+        Raises:
+            InputError: the model was offloaded with another optimizer.
+        """
+        if self.optimizer is not optimizer:
+            raise InputError(
+                "net is offloaded with another optimizer, whose state moves with it. "
+                "Hint: pass that one, or onload net and offload it anew"
+            )
+        with self._moving_optimizer_state():
+            yield
+
+    def release(self, stage: Stage, *, changed: bool) -> None:
+        """Evict a stage that has learnt. Outside of training, the gates evict."""
+        if self._is_training:
+            self.evict(changed=changed)
+
+    @contextmanager
+    def _moving_optimizer_state(self) -> Iterator[None]:
+        """Let the optimizer's state move with the blocks; afterwards all is in host memory."""
+        self._evict_all()
+        self._counted_on_device = _counted_on_device(self.optimizer)
+        self._is_training = True
         try:
             yield
         finally:
             try:
-                self._send_all_home()
+                self._evict_all()
             finally:
-                self._stepping = False
+                self._is_training = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fetch(self, block: int) -> None:
-        """Begin to bring a block, in the room that the one before the present one has left."""
-        self.carrier.settle()
+    def prefetch(self, block: int) -> None:
+        """Begin to load a block, into the memory that the block before the present one has left."""
+        self.copier.finish_store()
         tensors = [tensor for tensor in self._tensors(block) if self._is_away(tensor)]
-        homes = {storage(tensor): _bytes(tensor) for tensor in tensors}
-        copies = dict(zip(homes, self.carrier.bring(list(homes.values())), strict=True))
-        self.ahead = Cargo(block, tensors, homes, copies)
+        host = {storage(tensor): _bytes(tensor) for tensor in tensors}
+        copies = self.copier.begin_load(list(host.values()))
+        self.coming = Load(block, tensors, host, dict(zip(host, copies, strict=True)))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def enter(self, block: int) -> None:
-        """Have a block on the device, and none of the others."""
-        if self.here is not None and self.here.block == block:
+    def load(self, block: int) -> None:
+        """Have one block on the device, and no other."""
+        if self.loaded is not None and self.loaded.block == block:
             return
-        if self.here is not None:
-            self.leave()
-        if self.ahead is None or self.ahead.block != block:
-            self.ahead = None
-            self.fetch(block)
-        cargo, self.ahead = self.ahead, None
-        assert cargo is not None
-        self.carrier.arrive(cargo.copies.values())
-        for tensor in cargo.tensors:
-            tensor.data = _view(cargo.copies[storage(tensor)], tensor)
-        self.here = Cargo(
-            block,
-            cargo.tensors,
-            homes={
-                storage(copy): home
-                for home, copy in zip(cargo.homes.values(), cargo.copies.values(), strict=True)
-            },
-            copies={storage(copy): copy for copy in cargo.copies.values()},
-        )
+        if self.loaded is not None:
+            self.evict()
+        if self.coming is None or self.coming.block != block:
+            self.coming = None
+            self.prefetch(block)
+        coming = self.coming
+        self.coming = None
+        assert coming is not None  # by the prefetch
+        self.copier.finish_load(coming.device.values())
+        for tensor in coming.tensors:
+            tensor.data = _view(coming.device[storage(tensor)], tensor)
+        # From now on the tensors are on the storages of the device.
+        host: dict[int, Tensor] = {}
+        device: dict[int, Tensor] = {}
+        for key, copy in coming.device.items():
+            host[storage(copy)] = coming.host[key]
+            device[storage(copy)] = copy
+        self.loaded = Load(block, coming.tensors, host, device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def leave(self, *, changed: bool = True) -> None:
-        """Send the block on the device home; its parameters and the optimizer's state are only copied where they may have changed."""
-        assert self.here is not None
-        cargo, self.here = self.here, None
-        leaving = [tensor for tensor in self._tensors(cargo.block) if self._is_here(tensor)]
-        left = {**cargo.copies, **{storage(tensor): _bytes(tensor) for tensor in leaving}}
-        homes = {key: home for key, home in cargo.homes.items() if self._is_a_home(home, left[key])}
-        as_it_was = (
-            set() if changed else {storage(p) for p in self._parameters(cargo.block)} & set(homes)
-        )
-        for key in {storage(tensor) for tensor in leaving} - set(homes):
-            homes[key] = self.carrier.host(left[key].nbytes)
-        going = {storage(tensor) for tensor in leaving} - as_it_was
-        self.carrier.send([(left[key], homes[key]) for key in going], left.values())
+    def evict(self, *, changed: bool = True) -> None:
+        """Store the block that is on the device in host memory.
+
+        Args:
+            changed: whether parameters and the optimizer's state may have changed. If not, they are
+                not copied, since host memory still has them.
+        """
+        load = self.loaded
+        self.loaded = None
+        assert load is not None  # the caller has seen to it
+        leaving = [tensor for tensor in self._tensors(load.block) if self._is_here(tensor)]
+        freed = dict(load.device)
         for tensor in leaving:
-            tensor.data = _view(homes[storage(tensor)], tensor)
-        torch.clear_autocast_cache()  # which holds what it has cast of the block
+            freed[storage(tensor)] = _bytes(tensor)
+        host = self._host_memory(load, leaving, freed)
+        unchanged: set[int] = set()
+        if not changed:
+            parameters = {storage(p) for p in self._parameters(load.block)}
+            unchanged = parameters & self._reusable(load, freed)
+        moving = {storage(tensor) for tensor in leaving} - unchanged
+        self.copier.begin_store([(freed[key], host[key]) for key in moving], freed.values())
+        for tensor in leaving:
+            tensor.data = _view(host[storage(tensor)], tensor)
+        # Autocast caches casts of the block's parameters.
+        torch.clear_autocast_cache()
+
+    def _host_memory(
+        self, load: Load, leaving: list[Tensor], freed: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Return host memory for each storage that leaves: where it came from, or new."""
+        host = {key: load.host[key] for key in self._reusable(load, freed)}
+        for tensor in leaving:
+            key = storage(tensor)
+            if key not in host:
+                host[key] = self.copier.allocate(freed[key].nbytes)
+        return host
+
+    def _reusable(self, load: Load, freed: dict[int, Tensor]) -> set[int]:
+        """Return the storages that can go where they came from."""
+        reusable = set()
+        for key, host in load.host.items():
+            is_pinned_alike = host.device.type == "cpu" and host.is_pinned() == self.copier.pins
+            if is_pinned_alike and host.nbytes == freed[key].nbytes:
+                reusable.add(key)
+        return reusable
 
     def _before(self, block: int) -> None:
-        """Called when a module of a block is about to run.
+        """Load a block whose module is about to run.
 
         Raises:
-            InputError: it would be given gradients that no step takes care of.
+            InputError: its parameters would get gradients that no step takes care of.
         """
-        if (
-            torch.is_grad_enabled()
-            and not self._stepping
-            and any(p.requires_grad for p in self._parameters(block))
-        ):
+        if torch.is_grad_enabled() and not self._is_training and self._learns(block):
             raise InputError(
-                "net is parked, and then only sffx.local_step gives it gradients. "
-                "Hint: torch.no_grad() around what only asks for scores, or sffx.unpark(net)"
+                "net is offloaded, and then only sffx.local_step gives it gradients. "
+                "Hint: torch.no_grad() around what only asks for scores, or sffx.onload(net)"
             )
-        self.enter(block)
+        self.load(block)
 
     def _after(self, block: int) -> None:
-        """Called when the last module of a block has run: its backward pass, in a step, comes yet."""
+        """Prefetch the next block when the last module of a block has run.
+
+        In a step, the backward pass of the block is still to come, so it stays.
+        """
         is_last = block == len(self.blocks) - 1
         if not is_last:
-            self.fetch(block + 1)
-        if not self._stepping:
-            self.leave(changed=False)
-        if is_last and not self._stepping:
-            self.carrier.settle()
+            self.prefetch(block + 1)
+        if self._is_training:
+            return
+        self.evict(changed=False)
+        if is_last:
+            self.copier.finish_store()
 
-    def _send_all_home(self) -> None:
-        self.ahead = None
-        if self.here is not None:
-            self.leave()
-        self.carrier.settle()
+    def _evict_all(self) -> None:
+        self.coming = None
+        if self.loaded is not None:
+            self.evict()
+        self.copier.finish_store()
+
+    def _learns(self, block: int) -> bool:
+        return any(parameter.requires_grad for parameter in self._parameters(block))
 
     def _is_away(self, tensor: Tensor) -> bool:
-        """Whether a tensor has to be brought; where device and host are one, everything has."""
-        return self.carrier.device.type == "cpu" or tensor.device != self.carrier.device
+        """Return whether a tensor must be loaded; where device and host are one, all must."""
+        return self.device.type == "cpu" or tensor.device != self.device
 
     def _is_here(self, tensor: Tensor) -> bool:
-        return tensor.device == self.carrier.device
-
-    def _is_a_home(self, home: Tensor, copy: Tensor) -> bool:
-        """Whether a storage can go where it came from."""
-        return (
-            home.device.type == "cpu"
-            and home.is_pinned() == self.carrier.pins
-            and home.nbytes == copy.nbytes
-        )
+        return tensor.device == self.device
 
     def _parameters(self, block: int) -> list[nn.Parameter]:
         return [p for module in self.blocks[block] for p in module.parameters()]
 
     def _tensors(self, block: int) -> list[Tensor]:
-        """Return what moves with a block, as it is now."""
+        """Return the tensors that move with a block, as they are now."""
         parameters = self._parameters(block)
-        buffers = [
-            b
-            for module in self.blocks[block]
-            for b in module.buffers()
-            if not any(b is common for common in self._common)
-        ]
-        state = [tensor for p in parameters for tensor in self._state(p)] if self._stepping else []
-        return [*parameters, *buffers, *state]
+        moving: list[Tensor] = list(parameters)
+        shared = {id(buffer) for buffer in self._shared_buffers}
+        for module in self.blocks[block]:
+            moving += [buffer for buffer in module.buffers() if id(buffer) not in shared]
+        if self._is_training:
+            for parameter in parameters:
+                moving += self._state(parameter)
+        return moving
 
-    def _state(self, p: nn.Parameter) -> list[Tensor]:
-        """Return what the optimizer keeps for a parameter, but for a step counter that torch keeps on the CPU."""
-        state = self.optimizer.state.get(p, {})
-        moving = [value for key, value in state.items() if key != "step" or p in self._counted]
-        return [leaf for leaf in tree_leaves(moving) if isinstance(leaf, Tensor)]
+    def _state(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Return the optimizer's state for a parameter that moves with it.
+
+        Torch keeps the step counter on the CPU, but for some kinds of optimizers.
+        """
+        state = dict(self.optimizer.state.get(parameter, {}))
+        if parameter not in self._counted_on_device:
+            state.pop("step", None)
+        return [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
 
     def __reduce__(self) -> Any:
-        return _none, ()  # copies and pickles of a parked model are not parked
+        # Copies and pickles of an offloaded model are not offloaded.
+        return _none, ()
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """A hook around the forward of a block's module, which a copy of the module does not have.
+    """A hook around the forward of a block's module. A copy of the module has none.
 
     Attributes:
         call: what to call with the block.
@@ -422,61 +485,80 @@ def _open_gate() -> Callable[..., None]:
 
 
 def _pass(*_: object) -> None:
-    """What is left of a gate in a copy."""
+    """Do nothing, in the place of a gate that was copied."""
 
 
-def _device(net: fx.GraphModule, device: torch.device | str | None) -> torch.device:
+def _counted_on_device(optimizer: Optimizer) -> set[Tensor]:
+    """Return the parameters whose step counter torch keeps on the device."""
+    counted: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        if group.get("fused") or group.get("capturable"):
+            counted.update(group["params"])
+    return counted
+
+
+def _compute_device(net: fx.GraphModule, device: torch.device | str | None) -> torch.device:
     """Return the device to compute on, with its index.
 
     Raises:
         InputError: the model lies elsewhere, or in several places.
     """
-    found = sorted({str(tensor.device) for tensor in (*net.parameters(), *net.buffers())})
-    if len(found) != 1:
-        raise InputError(f"net lies on {', '.join(found)}. Hint: net.to(device) before parking it")
-    wanted = torch.empty(0, device=found[0] if device is None else device).device
-    if found[0] not in ("cpu", str(wanted)):
+    present = sorted({str(tensor.device) for tensor in (*net.parameters(), *net.buffers())})
+    if len(present) != 1:
         raise InputError(
-            f"net lies on {found[0]}, but is to run on {wanted}. Hint: net.to({str(wanted)!r}) before parking it"
+            f"net lies on {', '.join(present)}. Hint: net.to(device) before offloading it"
+        )
+    # Only a tensor has the index of a device that was named without one.
+    wanted = torch.empty(0, device=present[0] if device is None else device).device
+    if present[0] not in ("cpu", str(wanted)):
+        raise InputError(
+            f"net lies on {present[0]}, but is to run on {wanted}. "
+            f"Hint: net.to({str(wanted)!r}) before offloading it"
         )
     return wanted
 
 
-def _common_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[Tensor]:
+def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[Tensor]:
     """Return the buffers that several blocks read.
 
     Raises:
-        InputError: a parameter is, or shares its memory with, that of another block, or is no plain tensor.
+        InputError: a parameter is shared with another block, or is no plain tensor.
     """
     names = {id(tensor): name for name, tensor in (*net.named_parameters(), *net.named_buffers())}
-    owned = [
-        {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-        for modules in blocks
-    ]
-    for tensor in (t for tensors in owned for t in tensors.values()):
-        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
-            kind = f"{type(tensor).__name__} with layout {tensor.layout}"
-            raise InputError(
-                f"{names[id(tensor)]} is a {kind}, which cannot be parked. Hint: plain, dense parameters and buffers can"
-            )
-    owners = Counter(key for tensors in owned for key in {storage(t) for t in tensors.values()})
-    common = {id(t): t for tensors in owned for t in tensors.values() if owners[storage(t)] > 1}
-    for tensor in common.values():
+    owners: Counter[int] = Counter()
+    tensors: dict[int, Tensor] = {}
+    for modules in blocks:
+        owned = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        for key, tensor in owned.items():
+            _require_plain(tensor, names[key])
+        tensors.update(owned)
+        owners.update({storage(tensor) for tensor in owned.values()})
+    shared = [tensor for tensor in tensors.values() if owners[storage(tensor)] > 1]
+    for tensor in shared:
         if isinstance(tensor, nn.Parameter):
             raise InputError(
-                f"parameter {names[id(tensor)]} belongs to several blocks. Hint: give each a copy of its own, or do not park"
+                f"parameter {names[id(tensor)]} belongs to several blocks. "
+                "Hint: give each a copy of its own, or do not offload"
             )
-    return list(common.values())
+    return shared
+
+
+def _require_plain(tensor: Tensor, name: str) -> None:
+    if tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor):
+        return
+    raise InputError(
+        f"{name} is a {type(tensor).__name__} with layout {tensor.layout}, which cannot be "
+        "offloaded. Hint: plain, dense parameters and buffers can"
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """View the storage of a tensor."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    """View the storage of a tensor as bytes."""
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage())
 
 
 def _view(memory: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor on another storage, which is to have the same content as its own."""
-    size = (like.storage_offset(), like.size(), like.stride())
-    return torch.empty(0, dtype=like.dtype, device=memory.device).set_(
-        memory.untyped_storage(), *size
-    )
+    """Return a tensor on another storage that has the same content as a tensor's own storage."""
+    empty = torch.empty(0, dtype=like.dtype, device=memory.device)
+    return empty.set_(memory.untyped_storage(), like.storage_offset(), like.size(), like.stride())

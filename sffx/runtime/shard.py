@@ -1,29 +1,40 @@
-"""Spread the parameters of a cut model over processes, so that a process gathers those of one block at a time (FSDP2).
+"""Spread the parameters of a cut model over processes (FSDP2), gathered one block at a time.
 
-Each block and each head is a root of its own to FSDP: its parameters are gathered before its forward and let go of after its backward
-pass. In a block-local step the one follows the other at once. FSDP gives gradients to the shards, which are the parameters of the model, in
-a backward pass and not to `torch.autograd.grad`.
+Each block and each head is a root of its own to FSDP. FSDP gathers a root's parameters before its
+forward and lets go of them after its backward pass. In a block-local step the backward pass follows
+at once. FSDP hands gradients to the shards, which are the model's parameters, in a backward pass.
+It does not hand them to `torch.autograd.grad`.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
-from sffx.compiler.trace import shards_in
 from sffx.errors import InputError
+from sffx.learning.goodness import full_precision
 from sffx.net import plan_of
-from sffx.runtime.hooks import kept_back
+from sffx.runtime.gradients import Gradients, hooks_held_back
+from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage, stages_of
 
 
 def shard(net: fx.GraphModule, **options: Any) -> None:
-    """Shard the parameters of a cut model over the processes, block by block and head by head, by torch's `fully_shard`.
+    """Shard the parameters of a cut model over the processes, by torch's `fully_shard`.
 
-    To be called by every process, before the optimizer is made. `local_loss`, `local_step` and `evaluate` then gather the parameters of one
-    block and its head at a time. Gradients are averaged over the processes at every call, also where gradient sync is off. Weights for
-    `extract` and the exports come by `get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))` of
-    `torch.distributed.checkpoint.state_dict`, loaded into a model that is cut in the same way.
+    Every process must call it, before the optimizer is made. `local_loss`, `local_step` and
+    `evaluate` then gather the parameters of one block and its head at a time. Gradients are
+    averaged over the processes at every call, also where gradient sync is off.
+
+    For `extract` and the exports, get the whole weights by
+    `get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))` of
+    `torch.distributed.checkpoint.state_dict`. Load them into a model that is cut in the same way.
 
     Args:
         net: what `transform` returned, the same in every process.
@@ -32,91 +43,122 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
     Raises:
         InputError: `net` is no cut model, or is sharded already.
     """
-    plan = plan_of(net)
+    plan_of(net)
     if shards_in(net):
         raise InputError("net is sharded already")
+    # Here, because its import takes a second.
     from torch.distributed import fsdp
 
-    parts: list[Any] = [net.get_submodule(target) for part in plan.parts for target in part]
+    parts: list[Any] = [module for stage in stages_of(net) for module in stage.modules]
     for part in parts:
         fsdp.fully_shard(part, **options)
-    if hasattr(
-        fsdp, "share_comm_ctx"
-    ):  # or each part has streams of its own, and memory that no other part can use
+    # Without a common context, each part has streams and memory that no other part can use.
+    if hasattr(fsdp, "share_comm_ctx"):
         fsdp.share_comm_ctx(parts)
     origin: Any = net.origin
     _forget_parameters(origin.model)
 
 
+def shards_in(module: nn.Module) -> list[Any]:
+    """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
+    # FSDP takes a second to import. If nobody has imported it, nothing is sharded.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+
+
 def require_whole(net: nn.Module) -> None:
-    """Raise an InputError if a model is sharded, of which no copy can be made."""
+    """Raise an InputError if a model is sharded, since shards cannot be copied."""
     if shards_in(net):
         raise InputError(
-            "net is sharded, and shards cannot be copied. Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
-            "(net, options=StateDictOptions(full_state_dict=True)), loaded into a model that is cut in the same way"
+            "net is sharded, and shards cannot be copied. "
+            "Hint: torch.distributed.checkpoint.state_dict.get_model_state_dict"
+            "(net, options=StateDictOptions(full_state_dict=True)), loaded into a model that is "
+            "cut in the same way"
         )
 
 
-def ready(net: nn.Module) -> bool:
-    """Make a cut model ready for a block-local step, and return whether it is sharded.
+class Sharding(Residency):
+    """The parameters are spread over processes."""
 
-    Raises:
-        InputError: it is no cut model, is sharded as a whole, where FSDP waits for a backward pass of the whole, or in parts only, where
-            gradients of the others would differ between the processes.
-    """
-    plan_of(net)
-    shards = shards_in(net)
-    if not shards:
-        return False
-    if net in shards:
-        raise InputError(
-            "fully_shard was called on net itself, whose blocks then stay whole. Hint: sffx.shard(net) shards its parts"
-        )
-    for module in shards:
-        module.reshard()  # or the parameters are those of the last forward pass
-    left = [name for name, p in net.named_parameters() if p.requires_grad and _is_whole(p)]
-    if left:
-        raise InputError(
-            f"{left[0]} is not sharded, while others of net are; its gradient would be averaged by nobody. Hint: sffx.shard(net) shards all"
-        )
-    for module in shards:
-        module.set_requires_gradient_sync(True, recurse=False)
-    return True
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__(net)
+        self._shards = shards_in(net)
 
+    def prepare(self) -> None:
+        """Make the shards ready for a block-local step.
 
-def reshard(module: nn.Module) -> None:
-    """Let go of parameters that were gathered, which FSDP keeps after a forward pass that no backward pass has followed yet."""
-    for each in shards_in(module):
-        each.reshard()
+        Raises:
+            InputError: the model is sharded as a whole, so that FSDP waits for a backward pass of
+                the whole; or only parts of it are, so that gradients of the other parts would
+                differ between the processes.
+        """
+        if self.net in self._shards:
+            raise InputError(
+                "fully_shard was called on net itself, whose blocks then stay whole. "
+                "Hint: sffx.shard(net) shards its parts"
+            )
+        # Until then, the parameters are those that the last forward pass gathered.
+        for module in self._shards:
+            module.reshard()
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad and _is_whole(parameter):
+                raise InputError(
+                    f"{name} is not sharded, while others of net are; its gradient would be "
+                    "averaged by nobody. Hint: sffx.shard(net) shards all"
+                )
+        for module in self._shards:
+            module.set_requires_gradient_sync(True, recurse=False)
 
+    @contextmanager
+    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Hold a context for one `local_step`. FSDP averages the gradients of the processes."""
+        require_optimizer_of(self.net, optimizer)
+        yield
 
-def sharded_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Return the gradients of shards, averaged over the processes; what the shards had is left as it was, their hooks are not called."""
-    held = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    try:
-        with kept_back(p._post_accumulate_grad_hooks for p in parameters):
-            loss.backward()
-        return {p: p.grad for p in parameters if p.grad is not None}
-    finally:
-        for p, gradient in zip(parameters, held, strict=True):
-            p.grad = gradient
+    def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
+        """Return the gradients of shards, averaged over the processes.
+
+        What the shards hold as `.grad` is left as it was. Their hooks are not called.
+        """
+        held = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        hooks = (parameter._post_accumulate_grad_hooks for parameter in parameters)
+        try:
+            with hooks_held_back(hooks), full_precision(loss):
+                loss.backward()
+            return {p: p.grad for p in parameters if p.grad is not None}
+        finally:
+            for parameter, gradient in zip(parameters, held, strict=True):
+                parameter.grad = gradient
+
+    def release(self, stage: Stage, *, changed: bool) -> None:
+        """Let go of a stage's gathered parameters.
+
+        FSDP does so after a backward pass. A frozen part, or one that runs without gradients, has
+        none.
+        """
+        for module in stage.modules:
+            for each in shards_in(module):
+                each.reshard()
 
 
 def _forget_parameters(model: nn.Module) -> None:
-    """Put meta tensors in the place of whole parameters: those that a block reads itself, and not by a layer, are held here as well."""
+    """Put meta tensors in the place of whole parameters of the original model.
+
+    A parameter that a block reads itself, not through a layer, would be held whole here.
+    """
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and _is_whole(p):
-                module._parameters[name] = nn.Parameter(
-                    p.detach().to("meta"), requires_grad=p.requires_grad
-                )
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _is_whole(parameter):
+                meta = parameter.detach().to("meta")
+                module._parameters[name] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
 
 
-def _is_whole(p: nn.Parameter) -> bool:
-    from torch.distributed.tensor import (
-        DTensor,
-    )  # which whatever has sharded parameters has imported
+def _is_whole(parameter: nn.Parameter) -> bool:
+    # A model with a sharded parameter has imported this already.
+    from torch.distributed.tensor import DTensor
 
-    return not isinstance(p, DTensor)
+    return not isinstance(parameter, DTensor)

@@ -1,4 +1,4 @@
-"""Weigh the blocks of a trained model by samples that it was not trained on: early blocks often know less than late ones."""
+"""Weigh the blocks of a trained model by held-out samples: early blocks often know less."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ from sffx.learning.readouts import WEIGHTED, readout_of
 from sffx.net import plan_of
 from sffx.runtime.evaluate import evaluating, scored
 
-ROUNDS = 2000
-STEADY = 1e-6  # a change of every weight by less ends the search
-LEAST = 1e-3  # of a weight that is kept
+MOST_ROUNDS = 2000
+CONVERGED = 1e-6  # The search ends when no weight changes by more.
+SMALLEST_WEIGHT = 1e-3  # A smaller weight becomes zero.
 
 
 @torch.no_grad()
 def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
-    """Weigh the blocks by held-out samples, and let eval mode return the weighted mixture of what they say.
+    """Weigh the blocks by held-out samples, and let eval mode return their weighted mixture.
 
-    The mixture is the mean of the blocks' softmax by weights that give the labels the highest likelihood. It is not the paper's readout,
-    which is the mean of all blocks' goodness ("ensemble"). A block that adds next to nothing gets no weight, and is left out of what is
-    exported, where later blocks do not need it.
+    The mixture is the weighted mean of the blocks' softmax. The weights are those that give the
+    labels the highest likelihood. This is not the paper's readout, which is the mean of all blocks'
+    goodness ("ensemble"). A block that adds next to nothing gets the weight zero. Exports leave it
+    out where later blocks do not need it.
 
-    Afterwards `net.readout.mode` is "weighted", and the weights are in the state dict; who loads it has that mode as well. Weigh again
-    after further training. `EarlyExit` and the readout "cumulative" do not use the weights.
+    Afterwards `net.readout.mode` is "weighted" and the weights are in the state dict. A net that
+    loads this state dict has that mode as well. Weigh again after further training. `EarlyExit` and
+    the readout "cumulative" do not use the weights.
 
     Args:
         net: what `transform` returned, trained.
-        loader: yields (x, y), x as `net` takes it and y class indices (B,): validation samples, which the net was not trained on.
+        loader: yields (x, y), x as `net` takes it and y class indices, (B,): validation samples,
+            which the net was not trained on.
 
     Returns:
-        The weight of each block, by its name ("block_0", ...); they sum to 1.
+        The weight of each block, by its name ("block_0", ...). They sum to 1.
 
     Raises:
-        InputError: `net` is no cut model, the loader is empty or yields something else, labels are out of range, or no block gives the
-            labels a probability. The net is as it was.
+        InputError: `net` is no cut model, the loader is empty or yields something else, labels are
+            out of range, or no block gives the labels a probability. The net is as it was.
     """
     plan = plan_of(net)
+    log_shares = []
     with evaluating(net):
-        told = [
-            F.cross_entropy(scores[:-1].movedim(2, 1), y.expand(len(plan), -1), reduction="none")
-            for scores, y in scored(net, loader)
-        ]
-    weights = mixture_weights(-torch.cat(told, dim=1)).tolist()
+        for scores, y in scored(net, loader):
+            goodness = scores[:-1]
+            labels = y.expand(len(plan), -1)
+            loss = F.cross_entropy(goodness.movedim(2, 1), labels, reduction="none")
+            log_shares.append(-loss)
+    weights = mixture_weights(torch.cat(log_shares, dim=1)).tolist()
     readout = readout_of(net)
     readout.weights = tuple(weights)
     readout.mode = WEIGHTED
@@ -55,27 +60,36 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
 
 
 def mixture_weights(log_shares: Tensor) -> Tensor:
-    """Return the weights of a mixture, (K,), that give N labels the highest likelihood, by expectation-maximisation.
+    """Return the mixture weights that give N labels the highest likelihood, (K,).
+
+    They are found by expectation-maximisation.
 
     Args:
-        log_shares: the logarithm of the probability that each of K components gives each label, (K, N). One that is not a number, as that
-            of a block that has diverged, counts as a probability of 0.
+        log_shares: the logarithm of the probability that each of K components gives each label,
+            (K, N). A value that is not a number, from a block that has diverged, counts as a
+            probability of 0.
 
     Raises:
         InputError: no component gives any label a probability.
     """
-    told = log_shares.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    told = told[:, told.max(0).values > -torch.inf]
-    if not told.numel():
+    likely = log_shares.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    likely = likely[:, likely.max(0).values > -torch.inf]
+    if not likely.numel():
         raise InputError(
-            "no block gives any of the labels a probability. Hint: a goodness that is nan tells of a diverged training"
+            "no block gives any of the labels a probability. "
+            "Hint: a goodness that is nan tells of a diverged training"
         )
-    shares = (told - told.max(0).values).exp()  # a factor for each sample makes no difference
+    # A common factor of a sample's shares changes nothing, so the largest becomes 1.
+    shares = (likely - likely.max(0).values).exp()
     weights = shares.new_full((len(shares),), 1 / len(shares))
-    for _ in range(ROUNDS):
-        parts = weights[:, None] * shares
-        before, weights = weights, (parts / parts.sum(0)).mean(1)
-        if (weights - before).abs().max() < STEADY:
+    for _ in range(MOST_ROUNDS):
+        responsibilities = weights[:, None] * shares
+        responsibilities /= responsibilities.sum(0)
+        updated = responsibilities.mean(1)
+        change = (updated - weights).abs().max()
+        weights = updated
+        if change < CONVERGED:
             break
-    weights[weights < min(LEAST, float(weights.max()))] = 0
+    # The largest weight stays, whatever its size.
+    weights[weights < min(SMALLEST_WEIGHT, float(weights.max()))] = 0
     return weights / weights.sum()

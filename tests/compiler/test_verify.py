@@ -11,7 +11,7 @@ from tests.toys import Chain, Residual
 
 def test_what_transform_returns_is_verified():
     net = sffx.transform(Residual())
-    verify(net, net.plan)
+    verify(net)
 
 
 def test_a_missing_detach_is_found():
@@ -24,7 +24,7 @@ def test_a_missing_detach_is_found():
         VerifyError,
         match=r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 but has gradient from the loss of block_1",
     ):
-        verify(net, net.plan)
+        verify(net)
 
 
 def test_a_write_behind_a_cut_is_found():
@@ -37,7 +37,7 @@ def test_a_write_behind_a_cut_is_found():
         VerifyError,
         match=r"the value 'block_0' crosses a cut or feeds a head, and is written in place after that",
     ):
-        verify(net, net.plan)
+        verify(net)
 
 
 def test_scores_of_another_shape_are_found():
@@ -46,13 +46,13 @@ def test_scores_of_another_shape_are_found():
     with pytest.raises(
         VerifyError, match=r"head_1 returns shape \(61, 128\), not \(B, J\) = \(61, 4\)"
     ):
-        verify(net, net.plan)
+        verify(net)
 
 
 def test_verification_touches_neither_parameters_nor_buffers_nor_the_generator():
     net = sffx.transform(Residual())
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
-    verify(net, net.plan)
+    verify(net)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sffx.errors import InputError
-from sffx.memory import count as memory
-from sffx.memory.count import CATEGORIES, MemoryCount, MemorySplit, count_memory, mark_gradients
+from sffx.memory.count import CATEGORIES, MemoryCount, MemorySplit, count_memory
+from sffx.runtime.gradients import listeners, mark_gradients
 
 
 @dataclass
@@ -246,7 +246,7 @@ def test_marked_gradients_are_gradients_and_unmarked_ones_are_not() -> None:
 
 def test_marking_does_nothing_when_no_count_runs() -> None:
     mark_gradients([torch.zeros(1), None])
-    assert memory._active == []
+    assert listeners == []
 
 
 def test_temporaries_of_the_optimizer_are_no_activations() -> None:
@@ -473,7 +473,7 @@ def test_a_step_that_fails_leaves_nothing_behind() -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(ZeroDivisionError):
         count_memory(lambda: 1 / 0, model=model)
-    assert memory._active == []
+    assert listeners == []
     assert gc.isenabled()
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Parked models, on one CPU: a carrier that notes what host memory is, so that a computation that reads it is found out.
+"""Offloaded models, on one CPU: a copier that notes what host memory is, so that a computation that reads it is found out.
 
 What only a GPU shows is at the end, and skipped without one.
 """
@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 import sffx
 from sffx.errors import InputError
 from sffx.memory.count import count_memory
-from sffx.runtime import offload as parking
-from sffx.runtime.offload import Carrier, Parking, carrier_for, parking_of
+from sffx.runtime import offload as offload_module
+from sffx.runtime.offload import Copier, Offloading, copier_for, offloading_of
 from tests.toys import Chain, Residual, SharedBias, TwoBranches
 
 MODELS = {
@@ -91,7 +91,7 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 RUBBISH = 0xFF
 
 
-class Noting(Carrier):
+class Noting(Copier):
     """Knows its host memory by the storages, and how much it is."""
 
     def __init__(self, device: torch.device) -> None:
@@ -99,7 +99,7 @@ class Noting(Carrier):
         self.homes: set[int] = set()
         self.host_bytes = 0
 
-    def host(self, nbytes: int) -> Tensor:
+    def allocate(self, nbytes: int) -> Tensor:
         home = torch.full((nbytes,), RUBBISH, dtype=torch.uint8)
         storage = home.untyped_storage()
         self.homes.add(storage._cdata)
@@ -120,18 +120,18 @@ class Late(Noting):
         self.inwards: list[list[tuple[Tensor, Tensor]]] = []
         self.outwards: list[list[tuple[Tensor, Tensor]]] = []
 
-    def bring(self, homes: list[Tensor]) -> list[Tensor]:
+    def begin_load(self, homes: list[Tensor]) -> list[Tensor]:
         copies = [torch.full((home.nbytes,), RUBBISH, dtype=torch.uint8) for home in homes]
         self.inwards.append(list(zip(copies, homes, strict=True)))
         return copies
 
-    def arrive(self, copies: Any) -> None:
+    def finish_load(self, copies: Any) -> None:
         self._run(self.inwards)
 
-    def send(self, pairs: list[tuple[Tensor, Tensor]], left: Any) -> None:
+    def begin_store(self, pairs: list[tuple[Tensor, Tensor]], left: Any) -> None:
         self.outwards.append([(home, copy) for copy, home in pairs])
 
-    def settle(self) -> None:
+    def finish_store(self) -> None:
         self._run(self.outwards)
 
     def _run(self, queue: list[list[tuple[Tensor, Tensor]]]) -> None:
@@ -160,11 +160,11 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__()
-        found = parking_of(net)
-        assert isinstance(found, Parking)
-        assert isinstance(found.carrier, Noting)
-        self.parking, self.carrier = found, found.carrier
-        self.leaving = found.carrier.outwards if isinstance(found.carrier, Late) else []
+        found = offloading_of(net)
+        assert isinstance(found, Offloading)
+        assert isinstance(found.copier, Noting)
+        self.offloading, self.copier = found, found.copier
+        self.leaving = found.copier.outwards if isinstance(found.copier, Late) else []
         self.most = self.operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,33 +176,33 @@ class Watch(TorchDispatchMode):
                 )
             blocks = {
                 i
-                for i in range(len(self.parking.blocks))
-                if not all(map(self.at_home, self.parking._tensors(i)))
+                for i in range(len(self.offloading.blocks))
+                if not all(map(self.at_home, self.offloading._tensors(i)))
             }
-            if self.parking.ahead is not None:
-                blocks.add(self.parking.ahead.block)
+            if self.offloading.coming is not None:
+                blocks.add(self.offloading.coming.block)
             self.most = max(self.most, len(blocks) + len(self.leaving))
             self.operators += 1
         return func(*args, **(kwargs or {}))
 
     def at_home(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self.carrier.homes
+        return tensor.untyped_storage()._cdata in self.copier.homes
 
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
     """On the CPU, copies are made as late as they may."""
     monkeypatch.setattr(
-        parking,
-        "carrier_for",
-        lambda device: (Late if device.type == "cpu" else carrier_for)(device),
+        offload_module,
+        "copier_for",
+        lambda device: (Late if device.type == "cpu" else copier_for)(device),
     )
 
 
 @pytest.fixture
 def at_once(late, monkeypatch):
     """On the CPU, copies are made at once, as there they are outside of this file."""
-    monkeypatch.setattr(parking, "carrier_for", Noting)
+    monkeypatch.setattr(offload_module, "copier_for", Noting)
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,14 @@ def at_once(late, monkeypatch):
         *(("chain", kind) for kind in ("SGD", "NAdam", "Adagrad")),
     ],
 )
-def test_steps_of_a_parked_model_are_those_of_any_other_to_the_bit(name, kind):
+def test_steps_of_a_offloaded_model_are_those_of_any_other_to_the_bit(name, kind):
     net, x, y = cut(name)
     twin = copy.deepcopy(net)
     optimizers = [OPTIMIZERS[kind](sffx.parameter_groups(each, lr=0.01)) for each in (net, twin)]
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
-    sffx.unpark(net)
+    sffx.onload(net)
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
@@ -241,7 +241,7 @@ def test_of_all_kinds_of_blocks_and_with_one_group_for_all(options):
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.01) for each in (net, twin)]
     train(net, x, y, optimizers[0], steps=1)
     train(twin, x, y, optimizers[1], steps=1)
-    sffx.park(net, optimizers[0])  # with state
+    sffx.offload(net, optimizers[0])  # with state
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
 
@@ -250,7 +250,7 @@ def test_of_all_kinds_of_blocks_and_with_one_group_for_all(options):
 def test_two_blocks_are_on_the_device_and_nothing_reads_the_others(name):
     net, x, y = cut(name)
     optimizer = adamw(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     for _ in range(2):
         with Watch(net) as watch:
             sffx.local_step(net, x, y, optimizer)
@@ -271,7 +271,7 @@ def test_two_blocks_are_on_the_device_and_nothing_reads_the_others(name):
 
 def test_the_watch_finds_a_computation_in_host_memory():
     net, _, _ = cut()
-    sffx.park(net, adamw(net))
+    sffx.offload(net, adamw(net))
     with Watch(net), pytest.raises(AssertionError, match="aten::mul reads host memory"):
         next(net.parameters()).detach() * 2
 
@@ -287,21 +287,21 @@ def test_the_device_holds_what_was_predicted(depth, width, batch):
     net = chain(depth, width)
     optimizer = adamw(net)
     x, y = torch.randn(batch, width), torch.randint(0, 4, (batch,))
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     sffx.local_step(net, x, y, optimizer)
     watch = Watch(net)
-    before = watch.carrier.host_bytes
+    before = watch.copier.host_bytes
     counted = count_memory(
         lambda: sffx.local_step(net, x, y, optimizer), model=net, optimizer=optimizer
     )
-    assert watch.carrier.host_bytes == before
+    assert watch.copier.host_bytes == before
     assert counted.peak - before == pytest.approx(
-        sffx.footprint(net, batch, parked=True).peak, rel=0.05
+        sffx.footprint(net, batch, offloaded=True).peak, rel=0.05
     )
 
 
 def test_the_prediction_does_not_grow_with_depth_and_prints_as_a_table():
-    shallow, deep = (sffx.footprint(chain(depth, 64), 8, parked=True) for depth in (4, 8))
+    shallow, deep = (sffx.footprint(chain(depth, 64), 8, offloaded=True) for depth in (4, 8))
     assert deep.peak == shallow.peak
     assert sum(deep.resident) == pytest.approx(2 * sum(shallow.resident), rel=0.1)
     lines = str(shallow).splitlines()
@@ -315,30 +315,30 @@ def test_the_prediction_does_not_grow_with_depth_and_prints_as_a_table():
     assert lines[-1].startswith("in host memory: ")
 
 
-def test_a_prediction_for_a_parked_model_is_that_for_any_other():
+def test_a_prediction_for_a_offloaded_model_is_that_for_any_other():
     net, _, _ = cut()
-    expected = [sffx.footprint(net, 16, parked=parked) for parked in (False, True)]
-    sffx.park(net, adamw(net))
-    assert [sffx.footprint(net, 16, parked=parked) for parked in (False, True)] == expected
+    expected = [sffx.footprint(net, 16, offloaded=offloaded) for offloaded in (False, True)]
+    sffx.offload(net, adamw(net))
+    assert [sffx.footprint(net, 16, offloaded=offloaded) for offloaded in (False, True)] == expected
 
 
 def test_scores_are_computed_block_by_block():
     net, x, y = cut()
     twin = copy.deepcopy(net)
-    sffx.park(net, adamw(net))
+    sffx.offload(net, adamw(net))
     with torch.no_grad():
         assert torch.equal(net.eval()(x), twin.eval()(x))
     with torch.inference_mode():
         assert torch.equal(net(x), twin(x))
     assert sffx.evaluate(net, [(x, y)]) == sffx.evaluate(twin, [(x, y)])
-    optimizers = parking_of(net).optimizer, adamw(twin)
+    optimizers = offloading_of(net).optimizer, adamw(twin)
     assert_same(train(net.train(), x, y, optimizers[0]), train(twin.train(), x, y, optimizers[1]))
 
 
 def test_statistics_of_a_forward_in_train_mode_are_kept():
     net, x, _ = cut()
     twin = copy.deepcopy(net)
-    sffx.park(net, adamw(net))
+    sffx.offload(net, adamw(net))
     with torch.no_grad():
         for each in (net, twin):
             torch.manual_seed(0)
@@ -349,30 +349,30 @@ def test_statistics_of_a_forward_in_train_mode_are_kept():
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_went_on():
     net, x, y = cut()
     optimizer = adamw(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     train(net, x, y, optimizer)
     file = io.BytesIO()
     torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
     expected = train(net, x, y, optimizer)
-    for order in itertools.permutations(["net", "optimizer", "park"]):
+    for order in itertools.permutations(["net", "optimizer", "offload"]):
         other, _, _ = cut()
         resumed = adamw(other)
         file.seek(0)
         saved = torch.load(file)
         for what in order:
-            if what == "park":
-                sffx.park(other, resumed)
+            if what == "offload":
+                sffx.offload(other, resumed)
             else:
                 {"net": other, "optimizer": resumed}[what].load_state_dict(saved[what])
         assert_same(train(other, x, y, resumed), expected)
         assert_same(everything(other, resumed), everything(net, optimizer))
 
 
-def test_parameters_that_are_put_in_the_place_of_others_are_parked_as_well():
+def test_parameters_that_are_put_in_the_place_of_others_are_offloaded_as_well():
     net, x, y = cut()
     twin = copy.deepcopy(net)
     optimizer = adamw(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     other, _, _ = cut("residual")
     for p in other.parameters():
         p.data.mul_(0.5)
@@ -387,22 +387,22 @@ def test_copies_pickles_and_exports_are_of_an_ordinary_model():
     net, x, y = cut()
     twin = copy.deepcopy(net)
     optimizers = adamw(net), adamw(twin)
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     train(net, x, y, optimizers[0])
     train(twin, x, y, optimizers[1])
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
     for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
-        assert parking_of(other) is None
+        assert offloading_of(other) is None
         assert torch.equal(
             other.eval()(x), twin.eval()(x)
-        )  # with gradients, which a parked one refuses
-        sffx.park(other, adamw(other))
+        )  # with gradients, which a offloaded one refuses
+        sffx.offload(other, adamw(other))
     extracted = [sffx.extract(each) for each in (net.eval(), twin)]
     assert torch.equal(*(each(x) for each in extracted))
     scores = sffx.EarlyExit(net, 0.5)(x)
-    sffx.unpark(net)
+    sffx.onload(net)
     assert torch.equal(scores.scores, sffx.EarlyExit(net, 0.5)(x).scores)
     assert torch.equal(sffx.extract(net)(x), extracted[1](x))
 
@@ -413,7 +413,7 @@ def test_what_is_frozen_comes_and_goes_as_it_was(frozen):
     optimizer = adamw(net)
     net.get_submodule(frozen).requires_grad_(False)
     twin = copy.deepcopy(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     assert_same(
         train(net, x, y, optimizer),
         train(twin, x, y, torch.optim.AdamW(twin.parameters(), lr=0.01)),
@@ -425,7 +425,7 @@ def test_a_step_without_gradients_leaves_the_parameters():
     net, x, y = cut()
     before = [p.detach().clone() for p in net.parameters()]
     optimizer = adamw(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     with torch.no_grad(), Watch(net) as watch:
         loss = sffx.local_step(net, x, y, optimizer)
         value = sffx.local_loss(net, x, y)
@@ -439,7 +439,7 @@ def test_autocast_of_several_steps_casts_the_parameters_of_each():
     net, x, y = cut()
     twin = copy.deepcopy(net)
     optimizers = adamw(net), adamw(twin)
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     with torch.autocast("cpu", torch.bfloat16):
         found = train(net, x, y, optimizers[0])
     expected = []
@@ -468,17 +468,17 @@ def stopping_at(net: fx.GraphModule, target: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("target", ["block_1", "head_1", "classifier"])
-def test_a_step_that_is_broken_off_leaves_what_an_unparked_one_would(target):
+def test_a_step_that_is_broken_off_leaves_what_an_onloaded_one_would(target):
     net, x, y = cut()
     twin = copy.deepcopy(net)
     optimizers = adamw(net), adamw(twin)
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     for each, optimizer in zip((net, twin), optimizers, strict=True):
         torch.manual_seed(0)
         with stopping_at(each, target):
             sffx.local_step(each, x, y, optimizer)
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
-    assert parking_of(net).here is parking_of(net).ahead is None
+    assert offloading_of(net).loaded is offloading_of(net).coming is None
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     with torch.no_grad():
         with stopping_at(net, target):
@@ -489,25 +489,25 @@ def test_a_step_that_is_broken_off_leaves_what_an_unparked_one_would(target):
     assert all(map(watch.at_home, [*net.parameters(), *net.buffers()]))
 
 
-def test_where_host_memory_does_not_suffice_nothing_is_parked(monkeypatch):
+def test_where_host_memory_does_not_suffice_nothing_is_offloaded(monkeypatch):
     net, x, y = cut()
     twin = copy.deepcopy(net)
     optimizers = adamw(net), adamw(twin)
     calls = itertools.count()
 
-    def host(self: Noting, nbytes: int, plenty: Any = Noting.host) -> Tensor:
+    def allocate(self: Noting, nbytes: int, plenty: Any = Noting.allocate) -> Tensor:
         if next(calls) == 6:  # in the midst of a block
             raise RuntimeError("no more memory to pin")
         return plenty(self, nbytes)
 
-    monkeypatch.setattr(Noting, "host", host)
+    monkeypatch.setattr(Noting, "allocate", allocate)
     with pytest.raises(RuntimeError, match="no more memory"):
-        sffx.park(net, optimizers[0])
+        sffx.offload(net, optimizers[0])
     assert next(calls) == 7
-    assert parking_of(net) is None
+    assert offloading_of(net) is None
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert_same(everything(net, optimizers[0]), everything(twin, optimizers[1]))
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     with Watch(net) as watch:
         assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert watch.most == 2
@@ -522,7 +522,7 @@ def test_views_of_one_memory_in_a_block_stay_views_of_one_memory():
         start += p.numel()
     twin = copy.deepcopy(net)
     optimizers = adamw(net), adamw(twin)
-    sffx.park(net, optimizers[0])
+    sffx.offload(net, optimizers[0])
     assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
     assert len({p.untyped_storage()._cdata for p in net.block_0.parameters()}) == 1
 
@@ -533,7 +533,7 @@ def test_a_buffer_of_two_blocks_stays():
     net.block_0.register_buffer("common", buffer)
     net.block_1.register_buffer("common", buffer)
     optimizer = adamw(net)
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     place = buffer.data_ptr()
     train(net, x, y, optimizer, steps=1)
     assert net.block_0.common.data_ptr() == net.block_1.common.data_ptr() == place
@@ -549,49 +549,49 @@ def scattered(net: fx.GraphModule) -> fx.GraphModule:
     return net
 
 
-def parked(net: fx.GraphModule) -> fx.GraphModule:
-    sffx.park(net, adamw(net))
+def offloaded(net: fx.GraphModule) -> fx.GraphModule:
+    sffx.offload(net, adamw(net))
     return net
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (lambda net, x, y: sffx.park(Chain(), adamw(net)), r"net is a Chain, not a cut model"),
+        (lambda net, x, y: sffx.offload(Chain(), adamw(net)), r"net is a Chain, not a cut model"),
         (
-            lambda net, x, y: sffx.park(parked(net), adamw(net)),
-            r"parked already\. Hint: sffx\.unpark\(net\)",
+            lambda net, x, y: sffx.offload(offloaded(net), adamw(net)),
+            r"offloaded already\. Hint: sffx\.onload\(net\)",
         ),
         (
-            lambda net, x, y: sffx.park(net, adamw(copy.deepcopy(net))),
+            lambda net, x, y: sffx.offload(net, adamw(copy.deepcopy(net))),
             r"holds \d+ parameters, none of them of net.*Hint: make it by AdamW",
         ),
         (
-            lambda net, x, y: sffx.park(tied(net), torch.optim.SGD(net.parameters())),
+            lambda net, x, y: sffx.offload(tied(net), torch.optim.SGD(net.parameters())),
             r"parameter head_[01]\.bias belongs to several blocks",
         ),
         (
-            lambda net, x, y: sffx.park(net.to("meta"), adamw(net), "cpu"),
+            lambda net, x, y: sffx.offload(net.to("meta"), adamw(net), "cpu"),
             r"lies on meta, but is to run on cpu\. Hint: net\.to\('cpu'\)",
         ),
         (
-            lambda net, x, y: sffx.park(scattered(net), adamw(net)),
+            lambda net, x, y: sffx.offload(scattered(net), adamw(net)),
             r"net lies on cpu, meta\. Hint: net\.to",
         ),
-        (lambda net, x, y: sffx.unpark(net), r"net is not parked\. Hint: sffx\.park"),
+        (lambda net, x, y: sffx.onload(net), r"net is not offloaded\. Hint: sffx\.offload"),
         (
-            lambda net, x, y: sffx.local_step(parked(net), x, y, adamw(net)),
-            r"parked with another optimizer.*Hint: pass that one",
+            lambda net, x, y: sffx.local_step(offloaded(net), x, y, adamw(net)),
+            r"offloaded with another optimizer.*Hint: pass that one",
         ),
         (
-            lambda net, x, y: sffx.local_loss(parked(net), x, y),
+            lambda net, x, y: sffx.local_loss(offloaded(net), x, y),
             r"only sffx\.local_step gives it gradients.*Hint: torch\.no_grad\(\)",
         ),
         (
-            lambda net, x, y: sffx.sff_loss(parked(net)(x), y),
+            lambda net, x, y: sffx.sff_loss(offloaded(net)(x), y),
             r"only sffx\.local_step gives it gradients",
         ),
-        (lambda net, x, y: parked(net).eval()(x), r"only sffx\.local_step gives it gradients"),
+        (lambda net, x, y: offloaded(net).eval()(x), r"only sffx\.local_step gives it gradients"),
     ],
 )
 def test_what_cannot_be_done(what, message):
@@ -607,12 +607,12 @@ needs_gpu = pytest.mark.skipif(
 
 @needs_gpu
 @pytest.mark.parametrize("from_host", [False, True])
-def test_on_a_gpu_steps_are_those_of_an_unparked_model(from_host):
+def test_on_a_gpu_steps_are_those_of_an_onloaded_model(from_host):
     net, x, y = cut()
     x, y, twin = x.cuda(), y.cuda(), copy.deepcopy(net).cuda()
     net = net if from_host else net.cuda()
     optimizers = adamw(net), adamw(twin)
-    sffx.park(net, optimizers[0], "cuda")
+    sffx.offload(net, optimizers[0], "cuda")
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
         assert_same(
             train(net, x, y, optimizers[0], steps=20), train(twin, x, y, optimizers[1], steps=20)
@@ -624,7 +624,7 @@ def test_on_a_gpu_steps_are_those_of_an_unparked_model(from_host):
         [t.cpu() for t in everything(net, optimizers[0])],
         [t.cpu() for t in everything(twin, optimizers[1])],
     )
-    sffx.unpark(net)
+    sffx.onload(net)
     assert all(t.is_cuda for t in (*net.parameters(), *net.buffers()))
 
 
@@ -636,9 +636,9 @@ def test_on_a_gpu_the_device_holds_what_was_predicted():
     train(net, x, y, optimizer, steps=1)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    sffx.park(net, optimizer)
+    sffx.offload(net, optimizer)
     fallen = before - torch.cuda.memory_allocated()
-    predicted = sffx.footprint(net, batch, parked=True)
+    predicted = sffx.footprint(net, batch, offloaded=True)
     assert fallen == pytest.approx(sum(predicted.resident), rel=0.05)
     train(net, x, y, optimizer, steps=1)
     torch.cuda.reset_peak_memory_stats()

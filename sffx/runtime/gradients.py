@@ -1,0 +1,83 @@
+"""Compute the gradients of one block's parameters, without touching any `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sffx.compiler.trace import storage
+from sffx.learning.goodness import full_precision
+
+Gradients = dict[nn.Parameter, Tensor]
+
+# Each is called with every gradient that a block-local step computes; a memory counter listens.
+listeners: list[Callable[[Iterable[Tensor | None]], None]] = []
+
+
+def mark_gradients(tensors: Iterable[Tensor | None]) -> None:
+    """Tell all listeners that these tensors are gradients of parameters.
+
+    A block-local step holds gradients before they reach any `.grad`. A memory counter would take
+    them for activations otherwise.
+
+    Args:
+        tensors: as `torch.autograd.grad` returns them, None included.
+    """
+    if not listeners:
+        return
+    marked = list(tensors)
+    for listener in listeners:
+        listener(marked)
+
+
+def block_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    """Return the gradient of each parameter that the loss depends on; the loss's graph is freed."""
+    if not parameters:
+        return {}
+    # Autocast is for forward passes. `.backward()` runs outside of it, so this must as well.
+    with full_precision(loss):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return _separated(parameters, gradients)
+
+
+@contextmanager
+def hooks_held_back(hooks: Iterable[dict[int, Any] | None]) -> Iterator[None]:
+    """Keep hooks of parameters from running inside the context.
+
+    A gradient that is only computed now and handed over later must run its hooks later, once.
+
+    Args:
+        hooks: the dictionaries in which parameters keep their hooks, None where there are none.
+    """
+    held = [(registry, dict(registry)) for registry in hooks if registry]
+    for registry, _ in held:
+        registry.clear()
+    try:
+        yield
+    finally:
+        for registry, entries in held:
+            registry.update(entries)
+
+
+def _separated(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> Gradients:
+    """Return gradients by parameter, each in memory of its own.
+
+    Autograd gives both terms of a sum the same tensor. A broadcast gradient is a view whose
+    elements share memory. An optimizer or a scaler that writes in place would corrupt both.
+    """
+    separated: Gradients = {}
+    seen: set[int] = set()
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        key = storage(gradient)
+        is_shared = key in seen or 0 in gradient.stride()
+        if is_shared:
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        separated[parameter] = gradient
+        seen.add(key)
+    return separated

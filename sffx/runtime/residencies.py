@@ -1,0 +1,25 @@
+"""Find out where the parameters of a cut model are."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sffx.net import plan_of
+from sffx.runtime.offload import offloading_of
+from sffx.runtime.residency import Residency
+from sffx.runtime.shard import Sharding, shards_in
+
+
+def residency_of(net: fx.GraphModule) -> Residency:
+    """Return the residency of a cut model as it is now.
+
+    Raises:
+        InputError: `net` is no cut model.
+    """
+    plan_of(net)
+    offloading = offloading_of(net)
+    if offloading is not None:
+        return offloading
+    if shards_in(net):
+        return Sharding(net)
+    return Residency(net)

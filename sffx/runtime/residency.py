@@ -1,0 +1,74 @@
+"""Where the parameters of a cut model are while its stages run.
+
+The training step asks a residency and does not know which one it has. There are three: all
+parameters are on the device (`Residency` itself), in host memory (`sffx.runtime.offload`), or
+spread over processes (`sffx.runtime.shard`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from sffx.runtime.gradients import Gradients, block_gradients
+from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.stage import Stage
+
+
+class Residency:
+    """All parameters are on the device, all the time."""
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        self.net = net
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the stages run on, where inputs must be."""
+        return next(self.net.parameters()).device
+
+    def prepare(self) -> None:
+        """Make the model ready for a block-local step.
+
+        Raises:
+            InputError: it cannot be trained block by block as it is.
+        """
+
+    @contextmanager
+    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Hold a context for one `local_step`.
+
+        Raises:
+            InputError: the optimizer does not fit the model.
+        """
+        require_optimizer_of(self.net, optimizer)
+        if _several_processes():
+            warnings.warn(
+                "local_step does not average gradients over processes. "
+                "Hint: DistributedDataParallel(sffx.LocalLoss(net))",
+                stacklevel=4,  # the caller of local_step
+            )
+        yield
+
+    def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
+        """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
+        return block_gradients(loss, parameters)
+
+    def release(self, stage: Stage, *, changed: bool) -> None:
+        """Let go of a stage that has run and, in training, has learnt.
+
+        Args:
+            stage: that is done.
+            changed: whether its parameters may have changed.
+        """
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return distributed.get_world_size() > 1

@@ -1,0 +1,257 @@
+"""A stage: one block of a cut model with its head and its norm.
+
+Stages are the only way in which the package runs a cut model part by part. Training, evaluation,
+verification, early exit, memory counting, offloading and sharding all go over the same stages.
+
+    score:      block_1 = self.block_1(norm_0)         run the block
+                goodness_1 = self.head_1(block_1)      and its head
+    hand_on:    detached_1 = block_1.detach()          cut the gradient
+                norm_1 = self.norm_1(detached_1)       what the next stage reads
+
+A stage runs its nodes of the cut model's own graph. So it computes what `net(x)` computes, to the
+bit, and a graph that a user edited is run as edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from sffx.blocks import Block, BlockPlan, Value
+from sffx.kernels.activation import private_gradients
+from sffx.kernels.recompute import is_plain
+from sffx.net import plan_of
+from sffx.parts import READOUT, head_name, norm_name
+
+# Values of the outer graph while it runs, by the node that computed them.
+Values = dict[fx.Node, Any]
+
+
+class Stage:
+    """One block of a cut model with its head and its norm.
+
+    The classifier is the last stage. It has no head, since its logits are its scores, and no norm.
+
+    Attributes:
+        index: 0 for the first stage.
+        name: "block_0", ..., "classifier"; the name of its parameter group as well.
+        plan: of the block.
+        reads: the values that the block reads: inputs of the model, or given by earlier stages.
+        gives: the values that later stages read: the output, detached and normed, and side values.
+    """
+
+    def __init__(self, net: fx.GraphModule, index: int, nodes: _Nodes, order: _Order) -> None:
+        plan = plan_of(net)
+        self.index = index
+        self.plan: Block = plan.all_blocks[index]
+        self.name = self.plan.target
+        self.reads = _reads(net, self.plan)
+        self.gives = self.plan.gives if index < len(plan) else ()
+        self._net = net
+        self._scoring = nodes.scoring
+        self._passing = nodes.passing
+        self._order = order
+
+    @property
+    def block(self) -> nn.Module:
+        """The block's module."""
+        return self._net.get_submodule(self.name)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The block's head, None for the classifier."""
+        return getattr(self._net, head_name(self.index), None)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The norm behind the block, None for the classifier and for `norm="none"`."""
+        return getattr(self._net, norm_name(self.index), None)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that learn together, in the order in which they run: the block, its head."""
+        return [self.block] if self.head is None else [self.block, self.head]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that require a gradient, of the block and its head."""
+        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
+
+    def nodes_from(self, previous: Stage | None) -> list[fx.Node]:
+        """Return the nodes of the outer graph that lead from a stage's scores to this one's.
+
+        Args:
+            previous: the stage before this one, None for the first stage.
+        """
+        handed_on = previous._passing if previous is not None else []
+        return [*handed_on, *self._scoring]
+
+    def score(self, values: Values) -> Tensor:
+        """Run the block and its head, and return the goodness or logits, (B, J).
+
+        Args:
+            values: that the stage reads. What the block computed is added, and values that no
+                later node reads are removed, so that their memory is free.
+        """
+        # Without hooks nobody sees the gradient of a value, so kernels may write over it.
+        is_private = not any(_has_inner_hooks(module) for module in self.modules)
+        with private_gradients(is_private):
+            for node in self._scoring:
+                self._run(node, values)
+        return values.pop(self._scoring[-1])
+
+    def hand_on(self, values: Values) -> None:
+        """Add the detached, normed output of the block to the values."""
+        for node in self._passing:
+            self._run(node, values)
+
+    def _run(self, node: fx.Node, values: Values) -> None:
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        target: Any = node.target
+        if node.op == "call_module":
+            values[node] = self._net.get_submodule(target)(*args)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], target)(*args[1:])
+        else:
+            values[node] = target(*args)
+        for spent in self._order.last_read_by(node):
+            values.pop(spent, None)
+
+    def __repr__(self) -> str:
+        reads = ", ".join(value.name for value in self.reads)
+        gives = ", ".join(value.name for value in self.gives)
+        return f"Stage({self.name}: reads {reads}; gives {gives or 'logits'})"
+
+
+def stages_of(net: fx.GraphModule) -> tuple[Stage, ...]:
+    """Return the stages of a cut model, made once for its present graph.
+
+    Raises:
+        InputError: `net` is no cut model.
+    """
+    plan_of(net)
+    memo: _Memo | None = net.__dict__.get(_MEMO)
+    if memo is None or not memo.is_of(net):
+        memo = _Memo(net)
+        net.__dict__[_MEMO] = memo
+    return memo.stages
+
+
+def placeholders_of(net: fx.GraphModule) -> dict[str, fx.Node]:
+    """Return the nodes of the model's inputs by the inputs' names."""
+    return {str(node.target): node for node in net.graph.nodes if node.op == "placeholder"}
+
+
+def nodes_read_by(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that some nodes read and that are not among them, each once, in order."""
+    inside = set(nodes)
+    outside: dict[fx.Node, None] = {}
+    for node in nodes:
+        for read in node.all_input_nodes:
+            if read not in inside:
+                outside[read] = None
+    return list(outside)
+
+
+_MEMO = "_stages"
+
+
+class _Memo:
+    """The stages of one cut model. A copy of the model does not get a copy of them."""
+
+    def __init__(self, net: fx.GraphModule | None = None) -> None:
+        self._net = net
+        self._code = None if net is None else net.code
+        self.stages = () if net is None else _make_stages(net)
+
+    def is_of(self, net: fx.GraphModule) -> bool:
+        """Return whether these are the stages of a model and of its graph as it is now."""
+        return self._net is net and self._code == net.code
+
+    def __reduce__(self) -> Any:
+        return _Memo, ()
+
+
+class _Nodes:
+    """The nodes of one stage in the outer graph.
+
+    Attributes:
+        scoring: from the block to its head; for the classifier, the call of the classifier.
+        passing: what makes the value that the next block reads: the detach and the norm.
+    """
+
+    def __init__(self) -> None:
+        self.scoring: list[fx.Node] = []
+        self.passing: list[fx.Node] = []
+
+
+class _Order:
+    """Tells when a value of the outer graph is read for the last time."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        position = {node: i for i, node in enumerate(graph.nodes)}
+        self._spent: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.users:
+                last = max(node.users, key=position.__getitem__)
+                self._spent.setdefault(last, []).append(node)
+
+    def last_read_by(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose values no node reads after this one."""
+        return self._spent.get(node, [])
+
+
+def _make_stages(net: fx.GraphModule) -> tuple[Stage, ...]:
+    order = _Order(net.graph)
+    parts = enumerate(_split(net.graph, plan_of(net)))
+    return tuple(Stage(net, index, nodes, order) for index, nodes in parts)
+
+
+def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
+    """Divide the outer graph among the stages: at each call of a block, and after each head."""
+    starts = {block.target: i for i, block in enumerate(plan.all_blocks)}
+    ends = {part[-1] for part in plan.parts}
+    stages = [_Nodes() for _ in starts]
+    index = 0
+    is_scored = False
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output" or node.target == READOUT:
+            break
+        if node.op == "call_module" and starts.get(str(node.target), 0) > index:
+            index += 1
+            is_scored = False
+        nodes = stages[index]
+        (nodes.passing if is_scored else nodes.scoring).append(node)
+        is_scored = is_scored or (node.op == "call_module" and node.target in ends)
+    return stages
+
+
+def _reads(net: fx.GraphModule, block: Block) -> tuple[Value, ...]:
+    plan = plan_of(net)
+    placeholders = placeholders_of(net)
+    known: dict[str, Value] = {}
+    for each in plan.inputs:
+        # The node of an input called "input" is called "input_1": fx keeps clear of builtins.
+        name = placeholders[each.name].name
+        known[name] = Value(name, (None, *each.shape), each.dtype)
+    for earlier in plan.blocks:
+        known.update({value.name: value for value in earlier.gives})
+    return tuple(known[name] for name in block.inputs)
+
+
+def _has_inner_hooks(part: nn.Module) -> bool:
+    """Return whether hooks on a block or a head, or inside it, may see gradients.
+
+    Forward hooks on the part itself see none: offloading has some there.
+    """
+    if part._backward_hooks or part._backward_pre_hooks:
+        return True
+    return not all(is_plain(module) for module in _inner(part))
+
+
+def _inner(part: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in part.modules() if module is not part)

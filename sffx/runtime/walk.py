@@ -1,0 +1,85 @@
+"""Walk over the stages of a cut model: run one after the other and stop at each one's scores.
+
+This is the only walker. Training, evaluation, verification, early exit and memory counting differ
+in what they do between two stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from sffx.inputs import bind, explaining_input_errors
+from sffx.net import plan_of
+from sffx.runtime.stage import Stage, Values, placeholders_of, stages_of
+
+
+class Runs(Protocol):
+    """A stage of any kind, as a walk sees it."""
+
+    def score(self, values: Any) -> Tensor:
+        """Run on the values that it reads, add its own, and return the scores, (B, J)."""
+        ...
+
+    def hand_on(self, values: Any) -> None:
+        """Add what the next stage reads."""
+        ...
+
+
+S = TypeVar("S", bound=Runs)
+
+
+def walk(net: fx.GraphModule, x: Any) -> Iterator[tuple[Stage, Tensor]]:
+    """Yield each stage of a cut model with its scores, (B, J); the classifier's logits come last.
+
+    The scores hold the stage's own autograd graph and nothing else holds it. So the activations of
+    a stage are freed when the caller has let go of its scores, before the next stage runs.
+
+    Args:
+        net: what `transform` returned.
+        x: its input, as `sffx.inputs.bind` takes it.
+
+    Raises:
+        InputError: x does not fit the model.
+    """
+    inputs = bind(plan_of(net), x)
+    values = input_values(net, inputs)
+    for stage in stages_of(net):
+        # No local name may hold the scores while the caller works on them.
+        yield stage, _detached_scores(net, stage, inputs, values)
+        with explaining_input_errors(net, inputs):
+            stage.hand_on(values)
+
+
+def walk_attached(stages: Sequence[Stage], values: Values) -> Iterator[tuple[Stage, Tensor]]:
+    """Yield each stage with its scores, and leave the values as the model's graph has them.
+
+    Here only the model's own detaches cut gradients. The caller holds the values, and may look at
+    them or change them between two stages.
+
+    Args:
+        stages: of one cut model, in order; or of another kind with these two methods, such as the
+            files of an early exit.
+        values: of the model's inputs, as `input_values` returns them, or as that kind takes them.
+    """
+    for stage in stages:
+        yield stage, stage.score(values)
+        stage.hand_on(values)
+
+
+def input_values(net: fx.GraphModule, inputs: Mapping[str, Any]) -> Values:
+    """Return the values of a model's inputs by their nodes, given them by name."""
+    return {node: inputs[name] for name, node in placeholders_of(net).items()}
+
+
+def _detached_scores(
+    net: fx.GraphModule, stage: Stage, inputs: Mapping[str, Any], values: Values
+) -> Tensor:
+    with explaining_input_errors(net, inputs):
+        scores = stage.score(values)
+    for node, value in values.items():
+        values[node] = tree_map_only(Tensor, Tensor.detach, value)
+    return scores

@@ -1,11 +1,17 @@
-"""Train a torchvision classifier on folders of images with Lightning, by backpropagation, SFF or CwC.
+"""Train a torchvision classifier on folders of images, with Lightning.
 
     python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18
-    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18 --resume    # after an interrupt
+    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18 \
+--resume
 
-DIR holds train/ and val/ or test/, each with a folder per class. The output folder gets the logs (CSV, and TensorBoard where it is
-installed), a picture of them, and the checkpoints: the best by validation accuracy, and the last. `sffx-viz torchvision.models:resnet18
---checkpoint last.ckpt` colours each block by what it had learnt.
+DIR holds train/ and val/ or test/, each with a folder per class. The methods are backpropagation
+(bp) and three ways to train block by block (sff, cwc, mlp).
+
+The output folder gets the checkpoints (the best by validation accuracy, and the last), the logs
+(CSV, and TensorBoard where it is installed), and a picture of them. An interrupted run goes on
+with --resume. This colours each block by its accuracy:
+
+    sffx-viz torchvision.models:resnet18 --checkpoint runs/resnet18/last.ckpt
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import sffx
 from sffx.lightning import BPModule, SFFModule
 from sffx.plots.results import plot_training
 
-# Each block's learning rate falls when its own validation loss has not improved for so many epochs.
+# A block's learning rate falls when its own validation loss has not improved for three epochs.
 PLATEAU = {"factor": 0.3, "patience": 3}
 
 
@@ -36,11 +42,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
     parser.add_argument("--method", default="sff", choices=("bp", "sff", "cwc", "mlp"))
-    parser.add_argument(
-        "--policy", default="residual", help="where to cut: residual, batchnorm or layer"
-    )
+    parser.add_argument("--model", default="resnet18", help="any classifier of torchvision.models")
+    parser.add_argument("--policy", default="residual", help="where to cut the model into blocks")
     parser.add_argument("--epochs", type=int, default=30, help="at least 1")
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=64, help="for each device")
@@ -66,28 +70,45 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
-    """Return the loaders of both parts and the number of classes."""
-    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    prepare = transforms.Compose(
-        [transforms.Resize((args.size, args.size)), transforms.ToTensor(), normalize]
-    )
-    train = ImageFolder(args.data / "train", prepare)
-    held_out = ImageFolder(args.data / ("val" if (args.data / "val").is_dir() else "test"), prepare)
-    if train.classes != held_out.classes:  # folders are numbered in each part by itself
+def last_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Return the checkpoint to go on from, None for a new run."""
+    last = args.out / "last.ckpt"
+    if args.resume and not last.exists():
+        raise SystemExit(f"there is nothing to resume: {last} does not exist")
+    if last.exists() and not args.resume:
         raise SystemExit(
-            f"{train.root} and {held_out.root} differ in the folders {set(train.classes) ^ set(held_out.classes)}"
+            f"{args.out} holds a training already. "
+            "Hint: --resume goes on with it, and another --out begins a new one"
         )
+    return last if args.resume else None
+
+
+def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
+    """Return the batches to train on, the batches to validate on, and the number of classes."""
+    prepare = transforms.Compose(
+        [
+            transforms.Resize((args.size, args.size)),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ]
+    )
+    held_out_folder = args.data / "val"
+    if not held_out_folder.is_dir():
+        held_out_folder = args.data / "test"
+    train = ImageFolder(args.data / "train", prepare)
+    held_out = ImageFolder(held_out_folder, prepare)
+    # ImageFolder numbers the classes of each folder by itself, so the folders must agree.
+    if train.classes != held_out.classes:
+        different = set(train.classes) ^ set(held_out.classes)
+        raise SystemExit(f"{train.root} and {held_out.root} differ in the folders {different}")
     options = {
         "batch_size": args.batch,
         "num_workers": args.workers,
         "persistent_workers": args.workers > 0,
     }
-    return (
-        DataLoader(train, shuffle=True, **options),
-        DataLoader(held_out, **options),
-        len(train.classes),
-    )
+    train_loader = DataLoader(train, shuffle=True, **options)
+    held_out_loader = DataLoader(held_out, **options)
+    return train_loader, held_out_loader, len(train.classes)
 
 
 def module(args: argparse.Namespace, classes: int) -> LightningModule:
@@ -95,49 +116,47 @@ def module(args: argparse.Namespace, classes: int) -> LightningModule:
     model = torchvision.models.get_model(args.model, num_classes=classes)
     if args.method == "bp":
         return BPModule(model, lr=args.lr, plateau=PLATEAU)
-    net = sffx.transform(
-        model, args.policy, torch.zeros(1, 3, args.size, args.size), goodness=args.method
-    )
+    # Only the shape of the example matters: the compiler follows it through the model.
+    example = torch.zeros(1, 3, args.size, args.size)
+    net = sffx.transform(model, args.policy, example, goodness=args.method)
     return SFFModule(net, lr=args.lr, plateau=PLATEAU)
 
 
-def logs(folder: Path) -> list[Logger]:
-    found: list[Logger] = [CSVLogger(folder, name="csv")]
+def loggers(folder: Path) -> list[Logger]:
+    chosen: list[Logger] = [CSVLogger(folder, name="csv")]
     if importlib.util.find_spec("tensorboard") is not None:
-        found.append(TensorBoardLogger(folder, name="tensorboard"))
-    return found
+        chosen.append(TensorBoardLogger(folder, name="tensorboard"))
+    return chosen
+
+
+def logs(folder: Path) -> list[Path]:
+    """Return what the CSV logger wrote, one file for each start of the run."""
+    files = folder.glob("csv/version_*/metrics.csv")
+    return sorted(files, key=lambda file: int(file.parent.name.removeprefix("version_")))
 
 
 def main() -> None:
     args = arguments()
+    last = last_checkpoint(args)
     seed_everything(args.seed)
-    train, held_out, classes = loaders(args)
+    train_loader, held_out_loader, classes = loaders(args)
     best = ModelCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max")
-    # A checkpoint of its own, since `save_last` follows the best ones only; the counter would name that of a second run last-v1.ckpt.
+    # The last epoch has a callback of its own: `save_last` would follow the best epochs only.
+    # Without the counter, a resumed run does not write to last-v1.ckpt.
     newest = ModelCheckpoint(args.out, "last", enable_version_counter=False)
-    last = args.out / "last.ckpt"
-    if args.resume and not last.exists():
-        raise SystemExit(f"there is nothing to resume: {last} does not exist")
-    if last.exists() and not args.resume:
-        raise SystemExit(
-            f"{args.out} holds a training already. Hint: --resume goes on with it, and another --out begins a new one"
-        )
+    patience = EarlyStopping("val_acc", mode="max", patience=args.patience)
     trainer = Trainer(
         max_epochs=args.epochs,
         devices=args.devices,
         precision=args.precision,
-        callbacks=[best, newest, EarlyStopping("val_acc", mode="max", patience=args.patience)],
-        logger=logs(args.out),
+        callbacks=[best, newest, patience],
+        logger=loggers(args.out),
         log_every_n_steps=10,
     )
-    trainer.fit(module(args, classes), train, held_out, ckpt_path=last if args.resume else None)
+    trainer.fit(module(args, classes), train_loader, held_out_loader, ckpt_path=last)
     if trainer.is_global_zero:
         print(f"best: {best.best_model_path}, validation accuracy {best.best_model_score:.2%}")
-        written = sorted(
-            args.out.glob("csv/version_*/metrics.csv"),
-            key=lambda path: int(path.parent.name.removeprefix("version_")),
-        )
-        print(f"how it went: {plot_training(written, args.out / 'training.png')}")
+        print(f"how it went: {plot_training(logs(args.out), args.out / 'training.png')}")
 
 
 if __name__ == "__main__":

@@ -12,28 +12,21 @@ ROOT = EXAMPLES.parent
 
 
 def run(script: str, *arguments: object, folder: Path, fails: bool = False) -> str:
-    """Run an example from a folder with one thread.
+    """Run an example from a folder; return what it printed, or the error where it is to fail."""
+    with start(script, *arguments, folder=folder) as process:
+        output, error = process.communicate()
+    assert bool(process.returncode) == fails, error
+    return error if fails else output
 
-    Returns:
-        What it printed; its errors instead, if it is to fail.
-    """
-    return run_python(EXAMPLES / script, *arguments, folder=folder, fails=fails)
 
-
-def run_python(*arguments: object, folder: Path, fails: bool = False) -> str:
-    """Run Python from a folder with one thread.
-
-    Returns:
-        What it printed; its errors instead, if it is to fail.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+def start(script: str, *arguments: object, folder: Path) -> subprocess.Popen[str]:
+    """Start an example with one thread, in a folder."""
+    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
         cwd=folder,
-        env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert bool(done.returncode) == fails, done.stderr
-    return done.stderr if fails else done.stdout

@@ -51,7 +51,7 @@ class MissingExtra(SffxError, ImportError):
 
 
 def location(failure: BaseException) -> str:
-    """Return the line of the model's code in which something failed, as "file:line, in function"."""
+    """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
     for frame in traceback.extract_tb(failure.__traceback__):
         if "/torch/" in frame.filename or "sffx/compiler/" in frame.filename:
@@ -82,10 +82,11 @@ def way_out(model: nn.Module) -> str:
 
 
 def _backbone(model: nn.Module) -> str:
-    """Return the name of the child that most likely sees the input first, "" if none has weights."""
-    names = [
-        name for name, child in model.named_children() if any(True for _ in child.parameters())
-    ]
+    """Return the name of the child that most likely sees the input; "" if none has weights."""
+    names = []
+    for name, child in model.named_children():
+        if next(child.parameters(), None) is not None:
+            names.append(name)
     for name in names:
         if any(word in name for word in _BACKBONE_WORDS):
             return name

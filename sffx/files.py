@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: they are written beside their place, then renamed into it."""
+"""Files and folders that appear whole or not at all.
+
+They are written in a temporary folder beside their place, and then renamed into it.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +165,7 @@ def _failure_in(error: BaseException, folder: Path, path: Path) -> OSError | Non
 
 
 def _sync(file: Path) -> None:
-    """Wait until the content is on the disk, so that no crash leaves an empty file after a rename."""
+    """Wait until the content is on the disk. A crash after the rename must not lose it."""
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
 

@@ -1,4 +1,4 @@
-"""The ONNX export of a cut model: one readout, one file, compared with torch before it is put in place.
+"""The ONNX export of a cut model: one readout, one file, which is compared with torch.
 
 The dynamo exporter is used, not the TorchScript one. Torch has deprecated the latter. It bakes
 Python control flow into the graph with no more than a warning, and it writes 1.3 to 8.6 times the
@@ -24,7 +24,12 @@ from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity
-from sffx.export.prepare import CUMULATIVE, chosen_readout, inference_copy
+from sffx.export.prepare import (
+    CUMULATIVE,
+    chosen_readout,
+    inference_copy,
+    reduce_to_readout,
+)
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
@@ -107,7 +112,8 @@ def export_onnx(
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
         require_packages()
-        model = inference_copy(net, readout)
+        model = inference_copy(net)
+        reduce_to_readout(model, readout)
         program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = properties
         save_program(program, draft)

@@ -31,10 +31,10 @@ def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
     return readout
 
 
-def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
-    """Return a copy of the net for inference, without the parts that the readout does not need.
+def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the net for inference: on the CPU, in float32, in eval mode.
 
-    The copy is on the CPU, in float32, in eval mode, and no parameter requires a gradient.
+    No parameter of the copy requires a gradient.
 
     Raises:
         InputError: the net is sharded.
@@ -49,21 +49,26 @@ def inference_copy(net: fx.GraphModule, readout: str) -> fx.GraphModule:
             "Hint: a module that keeps tensors with a grad history as attributes cannot be "
             "copied; detach them"
         ) from error
-    model = model.cpu().float().eval().requires_grad_(False)
-    _keep(model, readout)
-    return model
+    return model.cpu().float().eval().requires_grad_(False)
 
 
-def _keep(model: fx.GraphModule, readout: str) -> None:
-    """Leave out the heads, or the classifier, that the readout does not look at."""
+def reduce_to_readout(model: fx.GraphModule, readout: str) -> None:
+    """Remove the parts of a cut model that a readout does not need.
+
+    The functions of the readout become part of the graph, in the place of the readout module.
+
+    Args:
+        model: to alter, in eval mode.
+        readout: a name in `READOUTS`.
+    """
     output = next(node for node in model.graph.nodes if node.op == "output")
-    combined: Any = output.args[0]
-    # What the readout computes is traced into the graph, which then reads no more than it needs.
+    readout_call: Any = output.args[0]
     tracer = fx.proxy.GraphAppendingTracer(model.graph)
-    scores = [fx.Proxy(node, tracer) for node in combined.args[0]]
+    scores = [fx.Proxy(node, tracer) for node in readout_call.args[0]]
     with model.graph.inserting_before(output):
         answer = READOUTS[readout](scores, readout_of(model).weights)
     output.args = (fx.node.map_aggregate(answer, _node_of),)
+    # Whatever the answer does not depend on is dead code now: heads, or the classifier.
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     model.recompile()

@@ -20,7 +20,7 @@ from sffx.errors import ExportError
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity
-from sffx.export.prepare import chosen_readout, inference_copy
+from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
@@ -81,7 +81,8 @@ def export_program(
     properties = metadata(plan, readout, class_names, mean, std)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
-        model = inference_copy(net, readout)
+        model = inference_copy(net)
+        reduce_to_readout(model, readout)
         program = _export(model, plan.inputs, dynamic_size=dynamic_size)
         _save(program, properties, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)

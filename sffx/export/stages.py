@@ -72,7 +72,7 @@ def export_early_exit(
     _require_replaceable(Path(folder))
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
-        runner = EarlyExit(inference_copy(net, "ensemble"), threshold)
+        runner = EarlyExit(inference_copy(net), threshold)
         _write(runner, new, opset)
         _verify(EarlyExit.load(new, NEVER), runner, tolerance)
     return Path(folder)

@@ -14,7 +14,7 @@ from sffx.compiler.analyse import analyse
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import Policy
 from sffx.compiler.rewrite import rewrite
-from sffx.compiler.trace import Trace, trace
+from sffx.compiler.trace.trace import Trace, trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker

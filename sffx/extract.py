@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sffx.compiler.trace import TrainingFlag
+from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import LeanMaxPool2d
 from sffx.net import plan_of
 from sffx.runtime.shard import require_whole

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from sffx.compiler.analyse import Analysis, analyse
 from sffx.compiler.partition import make_plan
 from sffx.compiler.rewrite import rewrite
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm

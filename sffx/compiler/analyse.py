@@ -23,8 +23,10 @@ from torch import Tensor, fx, nn
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
-from sffx.compiler.trace import Trace, can_learn, parameters_of
+from sffx.compiler.qualnames import parameters_of
+from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError, InputError
+from sffx.tensors import can_learn
 
 _SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
 

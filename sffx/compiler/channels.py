@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.compiler.facts import facts
-from sffx.compiler.trace import Trace, storage
+from sffx.compiler.trace.trace import Trace
+from sffx.tensors import storage_key
 
 _FIRST_CLASSES = (
     *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm),
@@ -124,7 +125,7 @@ def _permutation(value: Tensor, before: Any) -> list[int] | None:
     if (
         not isinstance(before, Tensor)
         or before.ndim != value.ndim
-        or storage(before) != storage(value)
+        or storage_key(before) != storage_key(value)
     ):
         return None
     axes = [*zip(before.shape, before.stride(), strict=True)]

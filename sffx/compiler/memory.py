@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sffx.compiler.facts import block_facts
-from sffx.compiler.trace import holders
+from sffx.compiler.qualnames import holders
 from sffx.kernels.activation import LEAN, NAMES, LeanGELU
 from sffx.kernels.attention import self_attention
 from sffx.kernels.pool import LeanMaxPool2d

@@ -16,7 +16,7 @@ from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.policies import Policy, notes
-from sffx.compiler.trace import is_flag
+from sffx.compiler.trace.flags import is_flag
 from sffx.errors import InputError, in_brief
 from sffx.parts import CLASSIFIER, block_name
 

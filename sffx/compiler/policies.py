@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from sffx.compiler.analyse import Analysis, Step
-from sffx.compiler.trace import holders, outermost
+from sffx.compiler.qualnames import holders, outermost
 from sffx.errors import CutError, InputError
 
 Policy = Callable[[Analysis], Iterable[str]]

@@ -24,10 +24,11 @@ from torch import Tensor, fx, nn
 from sffx.blocks import Block, BlockPlan
 from sffx.compiler.facts import BlockFacts, facts, set_block_facts
 from sffx.compiler.memory import lean
-from sffx.compiler.trace import Trace, storage
+from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
 from sffx.learning.readouts import Readout
 from sffx.parts import CLASSIFIER, READOUT, goodness_name, head_name, norm_name
+from sffx.tensors import storage_key
 
 _OUT_OF_PLACE = {
     **{
@@ -170,7 +171,7 @@ def block_module(
     replaced: dict[str, nn.Module] = {}
     for name in block.nodes:
         node = nodes[name]
-        writes = frozenset(storage(facts(written).example) for written in facts(node).writes)
+        writes = frozenset(storage_key(facts(written).example) for written in facts(node).writes)
         values[name] = graph.node_copy(node, lambda n: values[n.name])
         values[name].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         record = BlockFacts(name, _memory(node), writes, facts(node).read_behind)
@@ -202,7 +203,7 @@ def block_module(
 def _memory(node: fx.Node) -> int | None:
     """Return a key of the memory of a node's value, which views of it share; None for what is no tensor."""
     value = facts(node).example
-    return storage(value) if isinstance(value, Tensor) else None
+    return storage_key(value) if isinstance(value, Tensor) else None
 
 
 def _is_written_from_outside(node: fx.Node) -> bool:
@@ -221,7 +222,7 @@ def _may_be_view(node: fx.Node, read: fx.Node, root: nn.Module) -> bool:
     is_view = (
         isinstance(value, Tensor)
         and isinstance(before, Tensor)
-        and storage(value) == storage(before)
+        and storage_key(value) == storage_key(before)
     )
     return is_view or name.startswith(_VIEWS)
 

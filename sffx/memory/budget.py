@@ -22,11 +22,13 @@ from sffx.compiler.fake import fake_copy
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import check_positive, group_ends, layer
 from sffx.compiler.rewrite import block_module, rewrite
-from sffx.compiler.trace import Trace, noting_saved, storage
+from sffx.compiler.trace.costs import noting_saved
+from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError, InputError
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms
 from sffx.memory.footprint import COUNTER, STATES, UPDATE, fake_footprint
+from sffx.tensors import storage_key
 
 _UNITS = {
     "B": 1,
@@ -379,13 +381,13 @@ class _SavedBytes(fx.Interpreter):
     def __init__(self, block: fx.GraphModule, given: list[Tensor]) -> None:
         super().__init__(block)
         self.saved: dict[str, dict[int, int]] = {}
-        self._given = {storage(tensor) for tensor in given}
+        self._given = {storage_key(tensor) for tensor in given}
         self._alive: list[UntypedStorage] = []  # or the addresses of storages would be used again
 
     def run_node(self, n: fx.Node) -> Any:
         own = self.saved.setdefault(block_facts(n).origin or n.name, {})
         with (
-            noting_saved(own, self._alive, lambda tensor: storage(tensor) in self._given),
+            noting_saved(own, self._alive, lambda tensor: storage_key(tensor) in self._given),
             torch.enable_grad(),
         ):
             return super().run_node(n)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.trace import storage
 from sffx.learning.goodness import full_precision
+from sffx.tensors import storage_key
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -74,7 +74,7 @@ def _separated(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        key = storage(gradient)
+        key = storage_key(gradient)
         is_shared = key in seen or 0 in gradient.stride()
         if is_shared:
             gradient = gradient.clone(memory_format=torch.contiguous_format)

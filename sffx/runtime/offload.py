@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.trace import storage
 from sffx.errors import InputError
 from sffx.net import plan_of
 from sffx.runtime.optimizers import require_optimizer_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
+from sffx.tensors import storage_key
 
 _ATTRIBUTE = "offloading"
 
@@ -307,7 +307,7 @@ class Offloading(Residency):
         """Begin to load a block, into the memory that the block before the present one has left."""
         self.copier.finish_store()
         tensors = [tensor for tensor in self._tensors(block) if self._is_away(tensor)]
-        host = {storage(tensor): _bytes(tensor) for tensor in tensors}
+        host = {storage_key(tensor): _bytes(tensor) for tensor in tensors}
         copies = self.copier.begin_load(list(host.values()))
         self.coming = Load(block, tensors, host, dict(zip(host, copies, strict=True)))
 
@@ -327,13 +327,13 @@ class Offloading(Residency):
         assert coming is not None  # by the prefetch
         self.copier.finish_load(coming.device.values())
         for tensor in coming.tensors:
-            tensor.data = _view(coming.device[storage(tensor)], tensor)
+            tensor.data = _view(coming.device[storage_key(tensor)], tensor)
         # From now on the tensors are on the storages of the device.
         host: dict[int, Tensor] = {}
         device: dict[int, Tensor] = {}
         for key, copy in coming.device.items():
-            host[storage(copy)] = coming.host[key]
-            device[storage(copy)] = copy
+            host[storage_key(copy)] = coming.host[key]
+            device[storage_key(copy)] = copy
         self.loaded = Load(block, coming.tensors, host, device)
 
     @torch.inference_mode(False)
@@ -351,16 +351,16 @@ class Offloading(Residency):
         leaving = [tensor for tensor in self._tensors(load.block) if self._is_here(tensor)]
         freed = dict(load.device)
         for tensor in leaving:
-            freed[storage(tensor)] = _bytes(tensor)
+            freed[storage_key(tensor)] = _bytes(tensor)
         host = self._host_memory(load, leaving, freed)
         unchanged: set[int] = set()
         if not changed:
-            parameters = {storage(p) for p in self._parameters(load.block)}
+            parameters = {storage_key(p) for p in self._parameters(load.block)}
             unchanged = parameters & self._reusable(load, freed)
-        moving = {storage(tensor) for tensor in leaving} - unchanged
+        moving = {storage_key(tensor) for tensor in leaving} - unchanged
         self.copier.begin_store([(freed[key], host[key]) for key in moving], freed.values())
         for tensor in leaving:
-            tensor.data = _view(host[storage(tensor)], tensor)
+            tensor.data = _view(host[storage_key(tensor)], tensor)
         # Autocast caches casts of the block's parameters.
         torch.clear_autocast_cache()
 
@@ -370,7 +370,7 @@ class Offloading(Residency):
         """Return host memory for each storage that leaves: where it came from, or new."""
         host = {key: load.host[key] for key in self._reusable(load, freed)}
         for tensor in leaving:
-            key = storage(tensor)
+            key = storage_key(tensor)
             if key not in host:
                 host[key] = self.copier.allocate(freed[key].nbytes)
         return host
@@ -532,8 +532,8 @@ def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
         for key, tensor in owned.items():
             _require_plain(tensor, names[key])
         tensors.update(owned)
-        owners.update({storage(tensor) for tensor in owned.values()})
-    shared = [tensor for tensor in tensors.values() if owners[storage(tensor)] > 1]
+        owners.update({storage_key(tensor) for tensor in owned.values()})
+    shared = [tensor for tensor in tensors.values() if owners[storage_key(tensor)] > 1]
     for tensor in shared:
         if isinstance(tensor, nn.Parameter):
             raise InputError(

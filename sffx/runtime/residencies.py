@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from sffx.fsdp import shards_in
 from sffx.net import plan_of
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.residency import Residency
-from sffx.runtime.shard import Sharding, shards_in
+from sffx.runtime.shard import Sharding
 
 
 def residency_of(net: fx.GraphModule) -> Residency:

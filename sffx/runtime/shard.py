@@ -8,7 +8,6 @@ It does not hand them to `torch.autograd.grad`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
+from sffx.fsdp import shards_in
 from sffx.learning.goodness import full_precision
 from sffx.net import plan_of
 from sffx.runtime.gradients import Gradients, hooks_held_back
@@ -57,15 +57,6 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
         fsdp.share_comm_ctx(parts)
     origin: Any = net.origin
     _forget_parameters(origin.model)
-
-
-def shards_in(module: nn.Module) -> list[Any]:
-    """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
-    # FSDP takes a second to import. If nobody has imported it, nothing is sharded.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return []
-    return [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
 
 
 def require_whole(net: nn.Module) -> None:

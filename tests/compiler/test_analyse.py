@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.compiler.analyse import Analysis, analyse
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError
 from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, TwoInputs
 

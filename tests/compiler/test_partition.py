@@ -11,7 +11,7 @@ from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
 from sffx.compiler.partition import make_plan
 from sffx.compiler.policies import layer
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError
 from tests.toys import Chain, Residual, TwoBranches, TwoInputs
 

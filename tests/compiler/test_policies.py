@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.compiler.analyse import analyse
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from tests.toys import Chain, Residual, SharedWeight
 

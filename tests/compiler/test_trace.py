@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import sffx
-from sffx.compiler.trace import TrainingFlag, trace
+from sffx.compiler.trace.flags import TrainingFlag
+from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError, TraceError
 from tests.toys import (
     Chain,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 import sffx
 from sffx.compiler.analyse import analyse
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from sffx.memory.count import count_memory
 from tests.toys import Chain, Residual, SharedBias, TwoInputs

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import sffx
 from sffx.compiler.analyse import Analysis, analyse
-from sffx.compiler.trace import trace
+from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError
 from tests.random_models import CLASSES, Program, models
 from tests.toys import step_scores

@@ -1,0 +1,48 @@
+"""Qualified names of modules and parameters: what holds what, and what a name stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def holders(qualname: str) -> Iterator[str]:
+    """Yield the qualnames of the modules that hold one, innermost first, without the model."""
+    parent = qualname.rpartition(".")[0]
+    while parent:
+        yield parent
+        parent = parent.rpartition(".")[0]
+
+
+def outermost(qualnames: Iterable[str]) -> list[str]:
+    """Return the qualnames that lie in no other of them, in their order."""
+    known = dict.fromkeys(qualnames)
+    found = []
+    for name in known:
+        is_inside = any(holder in known for holder in holders(name))
+        if not is_inside:
+            found.append(name)
+    return found
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """Return what the target of a get_attr node names: a tensor or a module."""
+    owner, _, name = target.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def parameters_of(root: nn.Module, target: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that the target of a node holds, by their qualname in `root`.
+
+    Args:
+        root: the traced model.
+        target: of a call_module or get_attr node.
+    """
+    value = attribute(root, target)
+    if isinstance(value, nn.Parameter):
+        return {target: value}
+    if isinstance(value, nn.Module):
+        return {f"{target}.{name}": p for name, p in value.named_parameters()}
+    return {}

@@ -1,0 +1,156 @@
+"""Trace again and again: what cannot be traced becomes a leaf, until the rest can be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from sffx.compiler.trace.flags import lift_flags, plant_flags
+from sffx.compiler.trace.leaves import add_leaves
+from sffx.compiler.trace.modes import merge_modes
+from sffx.compiler.trace.outputs import keep_logits
+from sffx.compiler.trace.randomness import call_without_draws
+from sffx.compiler.trace.tracer import GuidedTracer
+from sffx.errors import TraceError, location, way_out
+
+# Makes a tracer for train mode, if given True, or for eval mode.
+MakeTracer = Callable[[bool], GuidedTracer]
+
+
+def trace_until_it_works(
+    probe: nn.Module, make_tracer: MakeTracer, leaves: dict[str, str]
+) -> tuple[GuidedTracer, fx.Graph]:
+    """Return the tracer and the graph of the first attempt that holds for both modes.
+
+    Args:
+        probe: the model on fake tensors.
+        make_tracer: which stops at `leaves`.
+        leaves: the reasons why modules are leaves, by qualname; to write to.
+
+    Raises:
+        TraceError: the forward of the model itself cannot be traced.
+    """
+    attributes = _Attributes(probe)
+    while True:
+        attributes.restore()
+        tracer = make_tracer(True)
+        graph = _attempt(probe, tracer, leaves)
+        if graph is None or _buffers_were_assigned(probe, leaves):
+            continue
+        if not tracer.branched:
+            return tracer, graph
+        attributes.restore()
+        eval_graph = _attempt(probe, make_tracer(False), leaves)
+        if eval_graph is None:
+            continue
+        if merge_modes(graph, eval_graph, tracer.branched):
+            return tracer, graph
+        if "" in tracer.branched:
+            raise TraceError(
+                f"{type(probe).__name__}.forward computes its logits differently in train and eval "
+                "mode, by a branch on self.training, which a graph cannot hold. "
+                "Hint: move the branch into a submodule, or pass training=self.training to a "
+                "function"
+            )
+        leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
+
+
+class _Attributes:
+    """The attributes of all modules of a model before it was traced.
+
+    What a forward sets on a module, `self.window = x.shape[1]`, may be a proxy of the attempt's
+    graph. The next attempt must not read it.
+    """
+
+    def __init__(self, probe: nn.Module) -> None:
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        for module in probe.modules():
+            self._before.append((module, _attributes(module)))
+
+    def restore(self) -> None:
+        for module, before in self._before:
+            for name in list(vars(module)):
+                # fx keeps constants on the model, for the graph that reads them.
+                if name not in before and not name.startswith("_tensor_constant"):
+                    del module.__dict__[name]
+            # A copy of the buffers, or the attempt would write to those from before.
+            module.__dict__.update({**before, "_buffers": dict(before["_buffers"])})
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), "_buffers": dict(module._buffers)}
+
+
+def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> fx.Graph | None:
+    """Trace once.
+
+    Returns:
+        The graph; None if a submodule failed, whose class was then added to `leaves`.
+
+    Raises:
+        TraceError: the model itself failed, or its output is no logits.
+    """
+    try:
+        plant_flags(probe, tracer.is_leaf_module)
+        with tracer.patches.applied():
+            graph = call_without_draws(lambda: tracer.trace(probe))
+        keep_logits(graph, probe)
+    except TraceError:
+        raise
+    except Exception as failure:
+        if not tracer.failed:
+            raise _root_failed(probe, failure) from failure
+        kind = type(probe.get_submodule(tracer.failed))
+        add_leaves(leaves, probe, kind, _reason(failure))
+        return None
+    finally:
+        lift_flags(probe)
+    return graph
+
+
+def _reason(failure: Exception) -> str:
+    message = str(failure)
+    first_line = message.splitlines()[0] if message else ""
+    return f"{type(failure).__name__}: {first_line} ({location(failure)})"
+
+
+def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
+    return TraceError(
+        f"{type(probe).__name__} cannot be traced: "
+        f"{type(failure).__name__}: {failure} ({location(failure)}). {way_out(probe)}. "
+        "In a classifier, move this code into a submodule, which then becomes a leaf"
+    )
+
+
+def _buffers_were_assigned(probe: nn.Module, leaves: dict[str, str]) -> bool:
+    """Whether a forward has put a traced value in the place of a buffer; its class becomes leaves.
+
+    The graph would compute the value, and assign nothing.
+
+    Raises:
+        TraceError: the forward of the model itself has done it.
+    """
+    found = False
+    for qualname, module in list(probe.named_modules()):
+        buffer = _assigned_buffer(module)
+        if not buffer:
+            continue
+        if not qualname:
+            raise TraceError(
+                f"{type(probe).__name__}.forward assigns its buffer {buffer!r}, which a graph "
+                f"cannot hold. Hint: write into the buffer, self.{buffer}.copy_(...), or move this "
+                "into a submodule, which then becomes a leaf"
+            )
+        add_leaves(leaves, probe, type(module), f"assigns its buffer {buffer!r}")
+        found = True
+    return found
+
+
+def _assigned_buffer(module: nn.Module) -> str:
+    """Return the name of the first buffer that is a proxy, "" where none is."""
+    for name, value in module._buffers.items():
+        if isinstance(value, fx.Proxy):
+            return name
+    return ""

@@ -1,0 +1,55 @@
+"""What a node costs: the multiply-adds that it runs and the bytes that autograd keeps for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sffx.compiler.facts import Cost
+from sffx.tensors import storage_key
+
+
+class CountMacs(TorchDispatchMode):
+    """Adds the multiply-adds of every operation to a cost, by the formulas of torch's counter."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        result = func(*args, **named)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            # torch counts a multiply-add as two operations.
+            self.cost.macs += formula(*args, **named, out_val=result) // 2
+        return result
+
+
+def noting_saved(
+    saved: dict[int, int], alive: list[UntypedStorage], is_given: Callable[[Tensor], bool]
+) -> AbstractContextManager[Any]:
+    """Return a context that notes what autograd keeps for the backward pass, and keeps it.
+
+    Args:
+        saved: to write to: bytes by storage.
+        alive: to append the storages to. Without it their addresses, which are the keys of
+            `saved`, would be used again for other storages.
+        is_given: whether a tensor is there anyway, as a parameter is. It is not counted.
+    """
+
+    def note(tensor: Tensor) -> Tensor:
+        if not is_given(tensor):
+            storage = tensor.untyped_storage()
+            alive.append(storage)
+            saved[storage_key(tensor)] = storage.nbytes()
+        # Detached, or an operation that keeps its own result would be a cycle that nobody frees.
+        return tensor.detach()
+
+    return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)

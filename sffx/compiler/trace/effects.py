@@ -1,0 +1,65 @@
+"""Writes in place: which nodes must stay for what they write, and which order they ask for."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+from torch import Tensor, fx
+
+from sffx.compiler.facts import change_facts, facts
+from sffx.tensors import storage_key
+
+
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Drop the nodes that neither the output needs nor a write asks for, and complete the facts.
+
+    Sets `after` and `read_behind` of every node.
+    """
+    _order_hidden_reads(graph)
+    needed = _written_for_others(graph)
+    graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
+    needed = _written_for_others(graph)  # by the nodes that are left
+    for node in graph.nodes:
+        change_facts(node, read_behind=node in needed)
+
+
+def _written_for_others(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose writes another node reads although they are no argument of it."""
+    return {writer for node in graph.nodes for writer in facts(node).after}
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nothing reads it."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if any(written.op in ("placeholder", "get_attr") for written in facts(node).writes):
+        return True
+    # Assertions can go: the trace has settled what they say.
+    return node.op == "call_function" and node.target is not torch._assert and node.is_impure()
+
+
+def _order_hidden_reads(graph: fx.Graph) -> None:
+    """Set `after` of each node that reads what an earlier node has written by another name.
+
+    `y = x.view(-1); y.add_(1); z = x * 2` is the case: the product reads x, and no argument says
+    that it comes after the sum.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    writers: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        after: list[fx.Node] = []
+        for arg in node.all_input_nodes:
+            value = facts(arg).example
+            if isinstance(value, Tensor):
+                writers_of_value = writers.get(storage_key(value), [])
+                after += _behind(writers_of_value, position[arg], position)
+        change_facts(node, after=tuple(after))
+        for written in facts(node).writes:
+            writers.setdefault(storage_key(facts(written).example), []).append(node)
+
+
+def _behind(nodes: list[fx.Node], place: int, position: dict[fx.Node, int]) -> list[fx.Node]:
+    """Return those of the nodes, which are in order, that come after a place."""
+    # By bisection: a residual stream may have as many writers as the model has layers.
+    return nodes[bisect_right(nodes, place, key=position.__getitem__) :]

@@ -1,0 +1,84 @@
+"""Training flags: `self.training` as a node of the graph, so that it follows train() and eval().
+
+A plain trace reads `self.training` once and freezes it. Here each module that is traced through
+has a `_PlantedFlag` in the place of the attribute while the trace runs. When the forward reads it,
+the tracer creates a call of a `TrainingFlag`, a child of that module, whose mode train() and eval()
+set as they set that of every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+_FLAG = "training_flag"
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own `training`, and so that of the module whose child it is."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class PlantedFlag:
+    """Stands, during a trace, in the place of the attribute `training` of a module.
+
+    Attributes:
+        target: of the flag's node.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+
+def flag_target(owner: str) -> str:
+    """Return the target of a module's flag by the module's qualname."""
+    return f"{owner}.{_FLAG}" if owner else _FLAG
+
+
+def flag_owner(node: fx.Node) -> str:
+    """Return the qualname of the module whose mode a flag's node reads."""
+    return str(node.target).rpartition(".")[0]
+
+
+def is_flag(node: fx.Node) -> bool:
+    """Whether a node reads the mode of a module."""
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == _FLAG
+
+
+def plant_flags(
+    module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], qualname: str = ""
+) -> None:
+    """Replace the attribute `training` of every module that will be traced through.
+
+    Args:
+        module: of the probe, and all that it holds.
+        is_leaf: whether the trace stops at a module, given the module and its qualname.
+        qualname: of the module.
+    """
+    for name, child in module.named_children():
+        path = f"{qualname}.{name}" if qualname else name
+        if not is_leaf(child, path):
+            plant_flags(child, is_leaf, path)
+    if module.__dict__.pop("training", None) is None:
+        return
+    # fx intercepts only what `nn.Module.__getattr__` finds: parameters, buffers and modules.
+    # Among the modules, a Sequential would run the flag. So it lies among the buffers.
+    buffers: dict[str, Any] = module._buffers
+    buffers["training"] = PlantedFlag(flag_target(qualname))
+
+
+def lift_flags(probe: nn.Module) -> None:
+    """Undo `plant_flags`."""
+    for module in probe.modules():
+        if isinstance(module._buffers.get("training"), PlantedFlag):
+            del module._buffers["training"]
+            module.training = True
+
+
+def add_flag(owner: nn.Module) -> None:
+    """Give a module the child that the flags in the graph call."""
+    owner.add_module(_FLAG, TrainingFlag().train(owner.training))

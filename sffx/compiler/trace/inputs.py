@@ -1,0 +1,50 @@
+"""The records of a traced model's inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from sffx.blocks import Input
+from sffx.compiler.facts import facts
+
+
+def input_records(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
+    """Return a record of each placeholder, in their order."""
+    return tuple(_record(node, root) for node in graph.nodes if node.op == "placeholder")
+
+
+def _record(node: fx.Node, root: nn.Module) -> Input:
+    value = facts(node).example
+    return Input(
+        name=str(node.target),
+        shape=tuple(value.shape[1:]),
+        dtype=str(value.dtype).removeprefix("torch."),
+        high=_high(node, value, root),
+        marks_tokens=_marks_tokens(node, value),
+    )
+
+
+def _marks_tokens(node: fx.Node, value: Tensor) -> bool:
+    """Whether an input is an attention mask, (B, T), as everybody calls it.
+
+    Not one of floats: it may be added to attention scores, and then its zeros are real tokens.
+    """
+    if node.target != "attention_mask":
+        return False
+    return value.ndim == 2 and not value.is_floating_point()
+
+
+def _high(node: fx.Node, value: Tensor, root: nn.Module) -> int:
+    """Return the number of valid values of an integer input, 0 for float inputs.
+
+    It is the size of the embedding that reads the input. Where none does, 2 is safe.
+    """
+    if value.is_floating_point():
+        return 0
+    for user in node.users:
+        if user.op != "call_module":
+            continue
+        reader = root.get_submodule(str(user.target))
+        if isinstance(reader, nn.Embedding):
+            return reader.num_embeddings
+    return 2

@@ -1,0 +1,71 @@
+"""Leaves: the modules that a trace does not look into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sffx.blocks import Leaf
+from sffx.compiler.qualnames import outermost
+
+# torch's classes whose forward only calls their children, and so is traced.
+_CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+)
+_LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a trace stops at a module.
+
+    1. It has no children.
+    2. It is one of torch's own layers, or a subclass of one.
+    """
+    if isinstance(module, _CONTAINERS):
+        return False
+    if not any(module.children()):
+        return True
+    bases = [base for base in type(module).__mro__ if base is not nn.Module]
+    return any(base.__module__.startswith(_LAYER_PACKAGES) for base in bases)
+
+
+def has_no_code(module: nn.Module) -> bool:
+    """Whether a module is a container with the forward of its torch class."""
+    return any(type(module).forward is kind.forward for kind in _CONTAINERS)
+
+
+def add_leaves(
+    reasons: dict[str, str], model: nn.Module, kind: type[nn.Module], reason: str
+) -> None:
+    """Make leaves of all modules of a class, since what stops a trace in one stops it in all.
+
+    Args:
+        reasons: why each leaf is one, by its qualname; to write to.
+        model: that is traced. It never is a leaf itself.
+        kind: the exact class.
+        reason: why no module of the class can be traced.
+    """
+    for name, module in model.named_modules():
+        if name and type(module) is kind:
+            reasons[name] = reason
+
+
+def leaf_records(root: nn.Module, reasons: Mapping[str, str]) -> tuple[Leaf, ...]:
+    """Return the records of the outermost leaves."""
+    total = max(_number_of_parameters(root), 1)
+    records = []
+    for name in outermost(reasons):
+        module = root.get_submodule(name)
+        share = _number_of_parameters(module) / total
+        records.append(Leaf(name, type(module).__name__, reasons[name], share))
+    return tuple(records)
+
+
+def _number_of_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

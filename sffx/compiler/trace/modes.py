@@ -1,0 +1,122 @@
+"""One graph for both modes: merge what was traced in train mode with what was traced in eval mode.
+
+A branch on `self.training` cannot be a node. Where a forward branches, the model is traced in both
+modes. If the two graphs differ in numbers only, as by the dropout of `p if self.training else 0.0`,
+each such number becomes a choice by the training flag.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sffx.compiler.facts import Facts, set_facts
+from sffx.compiler.trace.flags import flag_target
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A number among a node's arguments that depends on a mode.
+
+    Attributes:
+        place: among the flattened arguments of the node.
+        owner: qualname of the module whose mode it depends on.
+        numbers: in (eval, train) mode, so that the flag, False or True, is the index.
+    """
+
+    place: int
+    owner: str
+    numbers: tuple[int | float, int | float]
+
+
+def merge_modes(graph: fx.Graph, eval_graph: fx.Graph, branched: set[str]) -> bool:
+    """Make a graph that was traced in train mode hold for eval mode as well, if that is possible.
+
+    Args:
+        graph: traced in train mode; to change.
+        eval_graph: of the same model, traced in eval mode.
+        branched: qualnames of the modules that branch on their mode.
+
+    Returns:
+        Whether it was possible; if not, the graph is as it was.
+    """
+    if len(graph.nodes) != len(eval_graph.nodes):
+        return False
+    pairs = list(zip(graph.nodes, eval_graph.nodes, strict=True))
+    names = {in_eval.name: in_train.name for in_train, in_eval in pairs}
+    choices_by_node: dict[fx.Node, list[_Choice]] = {}
+    for in_train, in_eval in pairs:
+        choices = _differences(in_train, in_eval, names, branched)
+        if choices is None:
+            return False
+        choices_by_node[in_train] = choices
+    for node, choices in choices_by_node.items():
+        _apply(node, choices)
+    return True
+
+
+def _differences(
+    in_train: fx.Node, in_eval: fx.Node, names: dict[str, str], branched: set[str]
+) -> list[_Choice] | None:
+    """Compare a node in train and in eval mode.
+
+    Returns:
+        The arguments that differ; None if not only numbers differ, or if it is not clear which
+        module's mode they depend on.
+    """
+    if not _call_the_same(in_train, in_eval):
+        return None
+    train_arguments, structure = tree_flatten((in_train.args, in_train.kwargs))
+    eval_arguments, eval_structure = tree_flatten((in_eval.args, in_eval.kwargs))
+    if structure != eval_structure:
+        return None
+    scopes = in_train.meta.get("nn_module_stack", {}).values()
+    owners = [path for path, _ in scopes if path in branched]
+    choices = []
+    for place, (ours, theirs) in enumerate(zip(train_arguments, eval_arguments, strict=True)):
+        if _spelled(ours, {}) == _spelled(theirs, names):
+            continue
+        if len(owners) != 1 or not _is_number(ours) or not _is_number(theirs):
+            return None
+        choices.append(_Choice(place, owners[0], (theirs, ours)))
+    return choices
+
+
+def _call_the_same(in_train: fx.Node, in_eval: fx.Node) -> bool:
+    if in_train.op != in_eval.op:
+        return False
+    return in_train.op == "placeholder" or str(in_train.target) == str(in_eval.target)
+
+
+def _spelled(argument: Any, names: dict[str, str]) -> str:
+    """Write an argument as text, the nodes in it by these names or else by their own."""
+    return str(fx.node.map_arg(argument, lambda node: names.get(node.name, node.name)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _apply(node: fx.Node, choices: list[_Choice]) -> None:
+    if not choices:
+        return
+    arguments, structure = tree_flatten((node.args, node.kwargs))
+    for choice in choices:
+        arguments[choice.place] = _insert(choice, node)
+    node.args, node.kwargs = tree_unflatten(arguments, structure)
+
+
+def _insert(choice: _Choice, reader: fx.Node) -> fx.Node:
+    """Insert before a node what reads a training flag and picks a number by it."""
+    graph = reader.graph
+    with graph.inserting_before(reader):
+        flag = graph.create_node("call_module", flag_target(choice.owner))
+        number = graph.create_node("call_function", operator.getitem, (choice.numbers, flag))
+    for node, example in ((flag, True), (number, choice.numbers[1])):
+        node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
+        set_facts(node, Facts(example))
+    return number

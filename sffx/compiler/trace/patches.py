@@ -1,0 +1,101 @@
+"""Functions of torch that do not know proxies, replaced while a trace runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd import Function
+from torch.utils import checkpoint
+
+from sffx.compiler.trace.proxy import has_proxy
+
+# They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
+
+
+class Patches:
+    """What stands in for torch's functions during one trace.
+
+    Attributes:
+        tracer: creates the nodes.
+        checkpointed: whether gradient checkpointing was met. It changes no value, and is left out
+            of the graph.
+    """
+
+    def __init__(self, tracer: fx.Tracer) -> None:
+        self.tracer = tracer
+        self.checkpointed = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replace the functions, and put torch's own back at the end."""
+        # torch keeps the result of this call for ever, and fx asks for it during a trace. Asked
+        # here first, it holds torch's own functions. Else it would hold ours, and so the tracer.
+        torch.overrides.get_overridable_functions()
+        with ExitStack() as stack:
+            for owner, name, stand_in in self._stand_ins():
+                stack.enter_context(_replaced(owner, name, stand_in))
+            yield
+
+    def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
+        """Yield what has a function to replace, the function's name, and what replaces it."""
+        for name in _FACTORIES:
+            yield torch, name, functools.partial(self._make, getattr(torch, name))
+        # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
+        # in memory, and end the process.
+        apply = vars(Function)["apply"]
+        yield Function, "apply", classmethod(functools.partial(self._apply, apply))
+        call = torch._C.ScriptFunction.__call__
+        yield torch._C.ScriptFunction, "__call__", self._script_caller(call)
+        # A private function: other versions of torch may have several of this name, or none.
+        for name in list(vars(checkpoint)):
+            if name.startswith("_checkpoint_without_reentrant_generator"):
+                yield checkpoint, name, self._without_checkpoint
+
+    def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Record `torch.zeros(b, t)` and its like where a size or a dtype is a proxy."""
+        if has_proxy(args, kwargs):
+            return self.tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
+
+    def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `Function.apply` of the class `kind`."""
+        if not has_proxy(args, kwargs):
+            return apply.__get__(None, kind)(*args, **kwargs)
+        if kind is checkpoint.CheckpointFunction:
+            function, _, *inputs = args
+            self.checkpointed = True
+            return function(*inputs)
+        raise RuntimeError(
+            f"it calls the autograd function {kind.__name__}, which a graph cannot hold"
+        )
+
+    def _script_caller(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method for scripted functions; a bound method would not be given the script."""
+
+        def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
+            if has_proxy(args, kwargs):
+                raise RuntimeError(f"it calls the script {script.name}, which a graph cannot hold")
+            return call(script, *args, **kwargs)
+
+        return call_script
+
+    def _without_checkpoint(self, *_: Any, **__: Any) -> Iterator[None]:
+        """Stand in for what checkpointing does before and after a function: nothing."""
+        self.checkpointed = True
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,60 @@
+"""What can be traced: a plain module, whose tensors have values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import jit, nn
+from torch.nn.parameter import is_lazy
+
+from sffx.errors import InputError
+from sffx.fsdp import shards_in
+from sffx.net import is_cut
+
+
+def require_plain(model: Any) -> None:
+    """Refuse what is no module, what is wrapped around a model, and a model without values.
+
+    Raises:
+        InputError: says what to pass instead.
+    """
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {kind}, not a torch.nn.Module. "
+            "Hint: pass an instance, not a class or a function"
+        )
+    # By its attribute: to import the class of torch.compile takes seconds.
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise InputError(
+            "model is compiled. "
+            "Hint: pass the plain one, model._orig_mod, and compile what transform returns"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(
+            f"model is wrapped in {kind}. "
+            "Hint: pass model.module, and wrap sffx.LocalLoss(net) instead"
+        )
+    if shards_in(model):
+        raise InputError(
+            "model is sharded by fully_shard. Hint: transform it first, then sffx.shard(net)"
+        )
+    if isinstance(model, (jit.ScriptModule, jit.TopLevelTracedModule)):
+        raise InputError(
+            f"model is a {kind}, whose code cannot be traced. "
+            "Hint: pass the module that it was scripted or traced from"
+        )
+    _require_values(model)
+    if is_cut(model):
+        raise InputError(
+            "the model is cut already. Hint: sffx.extract(net) gives the plain model back, "
+            "which can be cut in another way"
+        )
+
+
+def _require_values(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"{name!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)"
+            )

@@ -1,0 +1,152 @@
+"""Run a node on fake tensors as soon as it is created, and write down its facts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sffx.compiler.examples import DATA_DEPENDENT
+from sffx.compiler.facts import Cost, Facts, facts
+from sffx.compiler.qualnames import attribute
+from sffx.compiler.trace.batch import depends_on_batch
+from sffx.compiler.trace.costs import CountMacs, noting_saved
+from sffx.compiler.trace.flags import is_flag
+from sffx.compiler.trace.randomness import generators_restored
+from sffx.tensors import can_learn
+
+
+class NodeRunner:
+    """Runs the nodes of one trace.
+
+    Attributes:
+        mode: in which the fake tensors live.
+        probe: the model on fake tensors, which is traced.
+        original: the model with values, for leaves that fake tensors cannot run.
+        arguments: of the forward, by name.
+        training: what `self.training` is, for every module.
+        is_running: whether a node runs now, and calls of modules are to be no nodes.
+    """
+
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        probe: nn.Module,
+        original: nn.Module,
+        arguments: Mapping[str, Any],
+        *,
+        training: bool,
+    ) -> None:
+        self.mode = mode
+        self.probe = probe
+        self.original = original
+        self.arguments = arguments
+        self.training = training
+        self.is_running = False
+        self._saved_storages: list[UntypedStorage] = []
+
+    def run(self, node: fx.Node) -> Facts:
+        """Return the facts of a node whose arguments have theirs."""
+        tensors: dict[fx.Node, Tensor] = {}
+        for arg in node.all_input_nodes:
+            value = facts(arg).example
+            if isinstance(value, Tensor):
+                tensors[arg] = value
+        # torch counts the writes on a tensor in its version, also those through views of it.
+        versions = {arg: tensor._version for arg, tensor in tensors.items()}
+        buffers = self._buffer_states(node)
+        cost = Cost()
+        value = self._counted(node, cost)
+        writes = [arg for arg, tensor in tensors.items() if tensor._version != versions[arg]]
+        written_buffers = []
+        for name, state in self._buffer_states(node).items():
+            if state != buffers.get(name):
+                written_buffers.append(name)
+        return Facts(
+            example=value,
+            of_batch=depends_on_batch(node, value),
+            cost=cost,
+            writes=tuple(writes),
+            buffers=frozenset(written_buffers),
+        )
+
+    def _buffer_states(self, node: fx.Node) -> dict[str, tuple[int, int]]:
+        """Return the identity and the version of each buffer of the module that a node calls."""
+        if node.op != "call_module" or is_flag(node):
+            return {}
+        module = self.probe.get_submodule(str(node.target))
+        return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+
+    def _counted(self, node: fx.Node, cost: Cost) -> Any:
+        """Return a node's value, and add to `cost` what it costs."""
+        count_macs = CountMacs(cost)
+        note_saved = noting_saved(cost.saved, self._saved_storages, _is_parameter)
+        self.is_running = True
+        try:
+            # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
+            with self.mode, count_macs, note_saved, torch.enable_grad():
+                return self._value(node)
+        finally:
+            self.is_running = False
+
+    def _value(self, node: fx.Node) -> Any:
+        args: Any = fx.node.map_arg(node.args, lambda arg: facts(arg).example)
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: facts(arg).example)
+        target: Any = node.target
+        if node.op == "placeholder":
+            return self.arguments[target]
+        if node.op == "get_attr":
+            return self._attribute(target)
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if is_flag(node):
+            return self.training
+        return self._call_module(target, args, kwargs)
+
+    def _attribute(self, target: str) -> Any:
+        value = attribute(self.probe, target)
+        # The mode makes one fake twin of a constant and gives the same one again. Each read of the
+        # constant must have the same storage, by which writes on it are found.
+        return self.mode.from_tensor(value) if type(value) is Tensor else value
+
+    def _call_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A leaf may draw by itself, for it draws again whenever the graph calls it.
+        with generators_restored():
+            try:
+                return self.probe.get_submodule(target)(*args, **kwargs)
+            except DATA_DEPENDENT:
+                return self._computed(target, args, kwargs)
+
+    def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a leaf whose shapes depend on values, with values, and return a fake result.
+
+        The values are ones, which are valid as lengths and as indices as well.
+        """
+        with unset_fake_temporarily(), torch.no_grad():
+            module = copy.deepcopy(self.original.get_submodule(target))
+            real_args, real_kwargs = tree_map_only(Tensor, _ones_like, (args, kwargs))
+            result = module(*real_args, **real_kwargs)
+        sources = [*module.parameters(), *tree_leaves((args, kwargs))]
+        has_gradient = any(source.requires_grad for source in sources if isinstance(source, Tensor))
+
+        def faked(tensor: Tensor) -> Tensor:
+            fake = self.mode.from_tensor(tensor.detach())
+            return fake.requires_grad_(has_gradient and can_learn(tensor))
+
+        return tree_map_only(Tensor, faked, result)
+
+
+def _ones_like(tensor: Tensor) -> Tensor:
+    """Return ones with values, also for a fake tensor, of which `torch.ones_like` makes a fake."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)

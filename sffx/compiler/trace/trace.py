@@ -1,0 +1,127 @@
+"""Trace a model into an fx graph whose every node carries an example value, on fake tensors.
+
+The example values answer what a plain trace cannot (`bool`, `len`, `iter`), while shapes stay
+symbolic. `self.training` stays symbolic too, so train() and eval() of the result act as they do on
+the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from sffx.blocks import Input, Leaf
+from sffx.compiler.examples import example_arguments
+from sffx.compiler.fake import fake_copy_but_constants
+from sffx.compiler.trace.attempts import trace_until_it_works
+from sffx.compiler.trace.flags import add_flag, flag_owner, is_flag
+from sffx.compiler.trace.inputs import input_records
+from sffx.compiler.trace.leaves import leaf_records
+from sffx.compiler.trace.notes import notes
+from sffx.compiler.trace.randomness import generators_restored
+from sffx.compiler.trace.requirements import require_plain
+from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.tracer import GuidedTracer
+from sffx.errors import TraceError
+
+# Threads trace one after the other: while a trace runs, functions of torch are replaced.
+_TRACING = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced model.
+
+    Attributes:
+        root: a copy of the model, which owns every module and tensor that the graph names.
+        graph: of the whole model; `facts(node)` is the record of each of its nodes.
+        inputs: the placeholders, as traced.
+        leaves: modules with children that could not be traced.
+        notes: what was noticed on the way.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...]
+
+
+def trace(model: nn.Module, example_input: Any = None, num_classes: int | None = None) -> Trace:
+    """Trace a copy of a model. The model itself is not touched and nothing is computed.
+
+    Args:
+        model: any module whose output holds logits of shape (B, J).
+        example_input: a tensor, a tuple of positional or a mapping of keyword arguments; None to
+            infer it.
+        num_classes: J, which tells the logits among several outputs.
+
+    Raises:
+        InputError: the input cannot be inferred, or the example does not fit.
+        TraceError: the top-level `forward` cannot be traced.
+    """
+    with _TRACING, generators_restored():
+        return _trace(model, example_input, num_classes)
+
+
+def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Trace:
+    require_plain(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    leaves: dict[str, str] = {}
+    root = _copy(model)
+    probe = fake_copy_but_constants(model, mode).train()
+    arguments = example_arguments(probe, example_input, mode)
+
+    def make_tracer(training: bool) -> GuidedTracer:
+        runner = NodeRunner(mode, probe, root, arguments, training=training)
+        return GuidedTracer(runner, leaves, num_classes)
+
+    tracer, graph = trace_until_it_works(probe, make_tracer, leaves)
+    _add_what_the_graph_names(root, probe, graph)
+    return Trace(
+        root=root,
+        graph=graph,
+        inputs=input_records(graph, root),
+        leaves=leaf_records(root, leaves),
+        notes=tuple(notes(root, graph, checkpointed=tracer.patches.checkpointed)),
+    )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as cause:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {cause}. "
+            "Hint: it keeps a tensor that is computed from parameters, as the old "
+            "torch.nn.utils.weight_norm and pruning do; use torch.nn.utils.parametrizations, "
+            "or remove the reparametrization"
+        ) from cause
+
+
+def _add_what_the_graph_names(root: nn.Module, probe: nn.Module, graph: fx.Graph) -> None:
+    """Give the copy of the model the constants and the training flags of the graph."""
+    for node in graph.nodes:
+        if is_flag(node):
+            add_flag(root.get_submodule(flag_owner(node)))
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            _add_constant(root, probe, node.target)
+
+
+def _add_constant(root: nn.Module, probe: nn.Module, name: str) -> None:
+    """Give the copy of the model a tensor that the forward made, which fx has put on the probe."""
+    if hasattr(root, name):
+        return
+    value = getattr(probe, name)
+    if isinstance(value, FakeTensor):
+        raise TraceError(
+            f"{type(root).__name__} computes a constant, of shape {tuple(value.shape)}, from what "
+            "has no values in a trace. "
+            "Hint: register the tensor that it is made of by self.register_buffer"
+        )
+    root.register_buffer(name, value, persistent=False)

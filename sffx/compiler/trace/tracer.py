@@ -1,0 +1,154 @@
+"""The tracer: creates the nodes of a graph, and refuses what a graph cannot hold."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.facts import Facts, facts, set_facts
+from sffx.compiler.trace.batch import is_settled, length
+from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
+from sffx.compiler.trace.leaves import has_no_code, is_layer
+from sffx.compiler.trace.outputs import find_logits
+from sffx.compiler.trace.patches import Patches
+from sffx.compiler.trace.proxy import GuidedProxy
+from sffx.compiler.trace.randomness import call_without_draws
+from sffx.compiler.trace.runner import NodeRunner
+
+
+class GuidedTracer(fx.Tracer):
+    """A tracer that runs every node on fake tensors as it creates it.
+
+    The methods with names of fx's own are called by fx. An error in one of them stops the trace in
+    the module whose forward runs, which then becomes a leaf.
+
+    Attributes:
+        leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
+        patches: of torch's functions, for the time of the trace.
+        branched: qualnames of modules that branched on their `training`.
+        failed: qualname of the innermost module in which the trace failed.
+    """
+
+    def __init__(
+        self, runner: NodeRunner, leaves: Mapping[str, str], num_classes: int | None
+    ) -> None:
+        super().__init__()
+        # fx takes a buffer for a constant. What is computed from it alone would be frozen, and
+        # writes on it would be lost.
+        self.proxy_buffer_attributes = True
+        self.leaves = leaves
+        self.patches = Patches(self)
+        self.branched: set[str] = set()
+        self.failed: str | None = None
+        self._runner = runner
+        self._num_classes = num_classes
+        self._switches = _switches()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves or is_layer(m):
+            return True
+        return isinstance(m, torch.jit.ScriptModule)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make a placeholder of each argument that is a tensor; the others keep their values.
+
+        fx reads the arguments off the code object of `root_fn`, which is that of a decorator where
+        there is one. Here they are those of the example, and all others take their defaults.
+        """
+        arguments: dict[str, Any] = {}
+        for name, value in self._runner.arguments.items():
+            is_input = isinstance(value, Tensor)
+            arguments[name] = self.create_proxy("placeholder", name, (), {}) if is_input else value
+
+        def forward() -> Any:
+            return find_logits(root_fn(self.root, **arguments), self._num_classes)
+
+        return forward, []
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        if _switches() != self._switches:
+            raise RuntimeError(
+                "a region like torch.no_grad() or torch.autocast() begins in its forward, "
+                "which a graph cannot hold"
+            )
+        proxy = super().create_proxy(*args, **kwargs)
+        # `if mask is None` must see None itself, also where a leaf returns it among other values.
+        return None if facts(proxy.node).example is None else proxy
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node and its facts; fx calls this for constants of a forward as well."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        set_facts(node, Facts() if kind == "output" else self._runner.run(node))
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
+        if isinstance(a, fx.Proxy):
+            return a.node
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> GuidedProxy:
+        return GuidedProxy(node, self)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        # A module that a forward makes for itself is part of its code.
+        is_part_of_model = m in (self.submodule_paths or ())
+        if self._runner.is_running or not is_part_of_model:
+            return forward(*args, **kwargs)
+        qualname = self.path_of_module(m)
+        is_leaf = self.is_leaf_module(m, qualname)
+        call = functools.partial(super().call_module, m, forward, args, kwargs)
+        try:
+            # A leaf runs with the generators restored. To look at them again would cost a tenth of
+            # the trace.
+            return call() if is_leaf else call_without_draws(call)
+        except Exception:
+            # To make a leaf of a leaf helps nobody, nor of a container, whose children failed. The
+            # module around them may do as one.
+            if self.failed is None and not is_leaf and not has_no_code(m):
+                self.failed = qualname
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._runner.is_running:
+            return attr_val
+        if isinstance(attr_val, PlantedFlag):
+            return self.create_proxy("call_module", attr_val.target, (), {})
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if is_flag(obj.node):
+            self.branched.add(flag_owner(obj.node))
+        value = facts(obj.node).example
+        if isinstance(value, Tensor):
+            raise RuntimeError("a branch depends on the values of a tensor")
+        if not is_settled(obj.node):
+            raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
+        return bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        number = length(facts(obj.node).example)
+        return iter([operator.getitem(obj, i) for i in range(number)])
+
+
+def _switches() -> tuple[bool, ...]:
+    """Return what a context manager in a forward may switch."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )

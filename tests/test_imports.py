@@ -15,7 +15,7 @@ PACKAGE = Path(sffx.__file__).parent
 
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
-    ("errors", "files", "tables", "tensors", "kernels", "keys"),
+    ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys"),
     ("parts", "blocks"),
     ("net",),
     ("learning", "inputs"),
@@ -47,7 +47,7 @@ def test_imports_run_one_way_only(part):
     files = (
         [PACKAGE / f"{part}.py"]
         if (PACKAGE / f"{part}.py").exists()
-        else list((PACKAGE / part).glob("*.py"))
+        else list((PACKAGE / part).rglob("*.py"))
     )
     for path in files:
         for other in imported(path) - {part}:

@@ -1,4 +1,4 @@
-"""Example inputs for a trace: from the caller where given, else inferred from the model's first layer on fake tensors."""
+"""Example inputs for a trace: the caller's, or inferred from the first layer, on fake tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ from torch._subclasses.fake_tensor import (
 
 from sffx.errors import InputError, location, way_out
 
-# A batch size that nothing else in a model is likely to be, so that an axis of this size, or a number read from one, is the batch.
+# A size that nothing else in a model is likely to have. So an axis of this size, or a number read
+# from one, is the batch.
 TRACE_BATCH = 61
 
-# What an operation raises on fake tensors when its result depends on their values. It says nothing against the shape.
+# What an operation raises on fake tensors when its result depends on their values. It says nothing
+# against the shape of the input.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
+# Sizes to try, the most likely first.
 _IMAGE_SIZES = (224, 32, 28, 64, 8, 16, 48, 96, 128, 256, 299, 384, 512)
 _SIGNAL_LENGTHS = (128, 1024, 4096, 16000, 64, 32, 16, 8)
 _CLIPS = ((16, 112, 112), (16, 224, 224), (8, 224, 224), (8, 64, 64), (4, 16, 16))
@@ -31,197 +35,251 @@ _TOKENS = (16, 8, 32, 128)
 
 
 def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode) -> dict[str, Any]:
-    """Return the arguments of `model.forward` by name, tensors as fake tensors of batch size `TRACE_BATCH`.
+    """Return the arguments of `model.forward` by name, tensors as fakes of batch `TRACE_BATCH`.
 
     Args:
         model: on fake parameters.
-        example_input: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or None to infer one.
-            The first axis of every tensor is the batch.
+        example_input: a tensor, a tuple of positional arguments, a mapping of keyword arguments,
+            or None to infer one. The first axis of every tensor is the batch.
         mode: in which the fake tensors live.
 
     Raises:
-        InputError: the example does not fit `forward`, or none was given and none could be inferred.
+        InputError: the example does not fit `forward`, or none was given and none could be
+            inferred.
     """
     if example_input is None:
-        return _inferred(model, mode)
-    arguments = _bound(model, example_input)
-    fakes = {name: _fake(value, mode, _device(model)) for name, value in arguments.items()}
+        return _infer(model, mode)
+    arguments = _bind(model, example_input)
+    fakes: dict[str, Any] = {}
+    for name, value in arguments.items():
+        is_tensor = isinstance(value, Tensor)
+        fakes[name] = _fake(model, value.shape[1:], value.dtype, mode) if is_tensor else value
     failure = _failure(model, fakes, mode)
-    if failure is None:
-        return fakes
-    shapes = ", ".join(
-        f"{name} {tuple(value.shape)}"
-        for name, value in arguments.items()
-        if isinstance(value, Tensor)
-    )
-    raise InputError(
-        f"{type(model).__name__} does not run on example_input ({shapes}): {_told(failure)}{_hint(model, failure)}"
-    ) from failure
+    if failure is not None:
+        raise InputError(
+            f"{type(model).__name__} does not run on example_input ({_shapes(arguments)}): "
+            f"{_description(failure)}{_way_out(model, failure)}"
+        ) from failure
+    return fakes
 
 
-def _bound(model: nn.Module, example_input: Any) -> dict[str, Any]:
-    positional = (
-        ()
-        if isinstance(example_input, Mapping)
-        else example_input
-        if isinstance(example_input, tuple)
-        else (example_input,)
-    )
-    keyword = example_input if isinstance(example_input, Mapping) else {}
+def _shapes(arguments: Mapping[str, Any]) -> str:
+    """Write the shape of each tensor beside its name."""
+    parts = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append(f"{name} {tuple(value.shape)}")
+    return ", ".join(parts)
+
+
+# Binding what the caller gave.
+
+
+def _bind(model: nn.Module, example_input: Any) -> dict[str, Any]:
+    """Return the arguments of `forward` by name, as the caller gave them.
+
+    Raises:
+        InputError: they do not fit its signature, or hold no tensor with a batch axis.
+    """
+    positional: tuple[Any, ...] = (example_input,)
+    keyword: Mapping[str, Any] = {}
+    if isinstance(example_input, Mapping):
+        positional = ()
+        keyword = example_input
+    elif isinstance(example_input, tuple):
+        positional = example_input
+    signature = inspect.signature(model.forward)
     try:
-        arguments = _named(inspect.signature(model.forward).bind(*positional, **keyword))
+        arguments = _by_name(signature.bind(*positional, **keyword))
     except TypeError as cause:
         raise InputError(
-            f"example_input does not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {cause}. "
+            f"example_input does not fit {type(model).__name__}.forward{signature}: {cause}. "
             "Hint: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from cause
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-    if not tensors:
-        raise InputError(
-            f"example_input holds no tensor, got {type(example_input).__name__}. Hint: pass torch.randn(1, 3, 224, 224)"
-        )
-    if any(value.ndim == 0 for value in tensors):
-        raise InputError(
-            "example_input holds a tensor without axes. Hint: the first axis of every input is the batch"
-        )
+    _require_batch_axes(arguments, example_input)
     return arguments
 
 
-def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Return the arguments by name, those that `**kwargs` collects among them."""
-    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
-    collected = {
-        name: value
-        for name, value in bound.arguments.items()
-        if kinds[name] is inspect.Parameter.VAR_KEYWORD
-    }
-    plain = {name: value for name, value in bound.arguments.items() if name not in collected}
-    return {
-        **plain,
-        **{name: value for values in collected.values() for name, value in values.items()},
-    }
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the arguments by name, those that `**kwargs` collects as well."""
+    arguments: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            collected = value
+        else:
+            arguments[name] = value
+    return {**arguments, **collected}
 
 
-def _fake(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    with mode:
-        return torch.empty((TRACE_BATCH, *value.shape[1:]), dtype=value.dtype, device=device)
+def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> None:
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if not tensors:
+        raise InputError(
+            f"example_input holds no tensor, got {type(example_input).__name__}. "
+            "Hint: pass torch.randn(1, 3, 224, 224)"
+        )
+    if any(value.ndim == 0 for value in tensors):
+        raise InputError(
+            "example_input holds a tensor without axes. "
+            "Hint: the first axis of every input is the batch"
+        )
 
 
-def _inferred(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
-    name = _single_argument(model)
+# Inferring an input where the caller gave none.
+
+
+def _infer(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
+    """Return the first likely input on which the model runs.
+
+    Raises:
+        InputError: it runs on none of them, or it takes several inputs.
+    """
+    name = _only_argument(model)
+    reason = "its first layer is of no known kind"
     failure: Exception | None = None
-    for shape, dtype in _candidates(model):
-        with mode:
-            arguments = {
-                name: torch.empty((TRACE_BATCH, *shape), dtype=dtype, device=_device(model))
-            }
+    for shape, dtype in _likely_inputs(model):
+        arguments = {name: _fake(model, shape, dtype, mode)}
         failure = _failure(model, arguments, mode)
         if failure is None:
             return arguments
-    why = (
-        f"the last shape tried failed with: {_told(failure)}"
-        if failure
-        else "its first layer is of no known kind"
-    )
-    hint = ". Hint: pass example_input=torch.randn(1, ...)"
+        reason = f"the last shape tried failed with: {_description(failure)}"
     raise InputError(
-        f"the input shape of {type(model).__name__} cannot be inferred: {why}{hint}{_hint(model, failure)}"
+        f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
+        f"Hint: pass example_input=torch.randn(1, ...){_way_out(model, failure)}"
     ) from failure
 
 
-def _single_argument(model: nn.Module) -> str:
-    parameters = inspect.signature(model.forward).parameters.values()
-    required = [
-        p.name
-        for p in parameters
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    named = [
-        p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD
-    ]
+def _only_argument(model: nn.Module) -> str:
+    """Return the name of the one argument that `forward` requires, or of its first one.
+
+    Raises:
+        InputError: it requires several, or takes none by name.
+    """
+    named: list[str] = []
+    required: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        named.append(parameter.name)
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
     if len(required) == 1:
         return required[0]
     if not required and named:
         return named[0]
     raise InputError(
-        f"{type(model).__name__}.forward takes {len(required)} inputs ({', '.join(required)}), which cannot be inferred. "
+        f"{type(model).__name__}.forward takes {len(required)} inputs ({', '.join(required)}), "
+        "which cannot be inferred. "
         "Hint: pass example_input=(..., ...) or example_input={'name': ...}"
     )
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Yield (shape of one sample, dtype), the most likely first; float inputs take the dtype of the parameters."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def _likely_inputs(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Yield (shape of one sample, dtype), the most likely first, by the first layer of a known kind.
+
+    Float inputs have the dtype of the parameters.
+    """
+    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtype = floats[0] if floats else torch.float32
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            sizes = (*_image_size_hints(model), *((size, size) for size in _IMAGE_SIZES))
-            yield from (((layer.in_channels, *size), dtype) for size in dict.fromkeys(sizes))
-        elif isinstance(layer, nn.Conv1d):
-            yield from (((layer.in_channels, length), dtype) for length in _SIGNAL_LENGTHS)
-        elif isinstance(layer, nn.Conv3d):
-            yield from (((layer.in_channels, *clip), dtype) for clip in _CLIPS)
-        elif isinstance(layer, nn.Linear):
-            yield (layer.in_features,), dtype
-        elif isinstance(layer, nn.Embedding):
-            yield from (((length,), torch.int64) for length in _TOKENS)
-        else:
-            continue
-        return
+        if isinstance(layer, nn.Embedding):
+            for length in _TOKENS:
+                yield (length,), torch.int64
+            return
+        shapes = _likely_shapes(model, layer)
+        for shape in shapes:
+            yield shape, dtype
+        if shapes:
+            return
 
 
-def _image_size_hints(model: nn.Module) -> list[tuple[int, int]]:
-    """Read the image size where torchvision ("image_size"), timm ("pretrained_cfg") and transformers ("config") keep it."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    hints = [
-        config.get("input_size", (0,))[-2:] if isinstance(config, Mapping) else None,
-        getattr(model, "image_size", None),
-        getattr(getattr(model, "config", None), "image_size", None),
-    ]
-    sizes = [(hint, hint) if isinstance(hint, int) else hint for hint in hints]
-    return [
-        (size[0], size[1]) for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2
-    ]
+def _likely_shapes(model: nn.Module, layer: nn.Module) -> list[tuple[int, ...]]:
+    """Return the likely shapes of one sample for a layer that takes floats; none for other kinds."""
+    if isinstance(layer, nn.Conv2d):
+        squares = [(size, size) for size in _IMAGE_SIZES]
+        sizes = dict.fromkeys([*_image_sizes_on_record(model), *squares])
+        return [(layer.in_channels, *size) for size in sizes]
+    if isinstance(layer, nn.Conv1d):
+        return [(layer.in_channels, length) for length in _SIGNAL_LENGTHS]
+    if isinstance(layer, nn.Conv3d):
+        return [(layer.in_channels, *clip) for clip in _CLIPS]
+    if isinstance(layer, nn.Linear):
+        return [(layer.in_features,)]
+    return []
+
+
+def _image_sizes_on_record(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the image sizes (H, W) that a model keeps among its attributes."""
+    timm_config = getattr(model, "pretrained_cfg", None) or {}
+    records: list[Any] = []
+    if isinstance(timm_config, Mapping):
+        records.append(timm_config.get("input_size", (0,))[-2:])  # (C, H, W)
+    records.append(getattr(model, "image_size", None))  # torchvision
+    transformers_config = getattr(model, "config", None)
+    records.append(getattr(transformers_config, "image_size", None))
+    sizes = []
+    for record in records:
+        size = (record, record) if isinstance(record, int) else record
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            sizes.append((size[0], size[1]))
+    return sizes
+
+
+# Trying an input.
+
+
+def _fake(
+    model: nn.Module, sample_shape: tuple[int, ...], dtype: torch.dtype, mode: FakeTensorMode
+) -> Tensor:
+    """Return a fake batch on the device of the model."""
+    devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    device = devices[0] if devices else torch.device("cpu")
+    with mode:
+        return torch.empty((TRACE_BATCH, *sample_shape), dtype=dtype, device=device)
 
 
 def _failure(
     model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMode
 ) -> Exception | None:
-    # A shape that does not fit is an answer here, not an event to log.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, logger.disabled = logger.disabled, True
+    """Return the error that a model raises on an input, None if it runs or might run."""
     try:
-        with mode, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # checkpointing does without gradients
-            model.forward(
-                **arguments
-            )  # not the call: hooks of the model itself are no part of what is traced
+        with _quiet_fakes(), mode, torch.no_grad(), warnings.catch_warnings():
+            # Gradient checkpointing warns when it runs without gradients.
+            warnings.simplefilter("ignore")
+            # Not the call: hooks of the model itself are no part of what is traced.
+            model.forward(**arguments)
     except DATA_DEPENDENT:
         return None
     except Exception as failure:
         return failure
-    finally:
-        logger.disabled = disabled
     return None
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(
-        (tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu")
-    )
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Switch off the log of fake tensors: a shape that does not fit is an answer, no event."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
-def _told(failure: Exception) -> str:
+def _description(failure: Exception) -> str:
+    """Write the kind of an error, the first line of its message and the place in the model."""
     message = str(failure).strip()
-    return f"{type(failure).__name__}: {message.splitlines()[0] if message else ''} ({location(failure)})"
+    first_line = message.splitlines()[0] if message else ""
+    return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
-def _hint(model: nn.Module, failure: Exception | None) -> str:
-    """Return the way out where a model refuses its input for another reason than its shape, as a detector without targets does."""
-    return (
-        f". {way_out(model)}"
-        if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError))
-        else ""
-    )
+def _way_out(model: nn.Module, failure: Exception | None) -> str:
+    """Return what to do where a model refuses its input for another reason than its shape.
+
+    A detector without targets is one.
+    """
+    if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
+        return f". {way_out(model)}"
+    return ""

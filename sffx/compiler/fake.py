@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
+from sffx.tensors import storage_key
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -20,42 +22,48 @@ def fake_copy(module: M, mode: FakeTensorMode) -> M:
 
 
 def fake_copy_but_constants(module: M, mode: FakeTensorMode) -> M:
-    """Return a copy of a module with fake twins of its parameters and buffers, and real copies of tensors that are plain attributes.
+    """Return a copy of a module with fake twins of its parameters and buffers only.
 
-    What a forward computes from these alone is a constant of the graph, and must have values.
+    Tensors that are plain attributes are really copied: what a forward computes from these alone is
+    a constant of the graph, and must have values.
     """
-    memo: dict[int, Any] = dict(fake_tensors(module, mode))
+    copied: dict[int, Any] = dict(fake_tensors(module, mode))
     with FakeCopyMode(mode):
-        copy.deepcopy([*module.parameters(), *module.buffers()], memo)  # the others, into the memo
-    return copy.deepcopy(module, memo)
+        # Those that `fake_tensors` leaves out. The result goes into `copied`.
+        copy.deepcopy([*module.parameters(), *module.buffers()], copied)
+    return copy.deepcopy(module, copied)
 
 
 def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:
     """Return fake twins by the `id` of what they stand for, as a memo for `copy.deepcopy`.
 
-    Many times as fast as what `FakeCopyMode` does for each tensor, since nothing is dispatched. What is more than a plain tensor with a
-    storage of its own (a subclass, a view, a tensor computed from others) is left out, and so to that mode.
+    This is many times as fast as what `FakeCopyMode` does for each tensor, since nothing is
+    dispatched. It leaves to that mode what is more than a plain tensor with a storage of its own:
+    a subclass, a view, a tensor computed from others.
     """
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_plain(t)}
-    owners = Counter(t.untyped_storage()._cdata for t in tensors.values())
-    return {
-        key: _twin(t, mode) for key, t in tensors.items() if owners[t.untyped_storage()._cdata] == 1
-    }
+    plain = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_plain(t)}
+    owners = Counter(storage_key(tensor) for tensor in plain.values())
+    twins = {}
+    for key, tensor in plain.items():
+        if owners[storage_key(tensor)] == 1:
+            twins[key] = _twin(tensor, mode)
+    return twins
 
 
-def _is_plain(t: Tensor) -> bool:
-    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.is_quantized:
+def _is_plain(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, nn.Parameter):
         return False
-    return (
-        type(t) is nn.Parameter or not t.requires_grad
-    ) and t.untyped_storage().nbytes() == t.nbytes
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return False
+    is_computed = type(tensor) is Tensor and tensor.requires_grad
+    is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return is_whole and not is_computed
 
 
-def _twin(t: Tensor, mode: FakeTensorMode) -> Tensor:
-    twin = FakeTensor(
-        mode, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), t.device
-    )
-    if isinstance(t, nn.Parameter):
-        twin.requires_grad_(t.requires_grad)
+def _twin(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    twin = FakeTensor(mode, meta, tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        twin.requires_grad_(tensor.requires_grad)
         twin._is_param = True  # how torch marks a parameter of a tensor subclass
     return twin

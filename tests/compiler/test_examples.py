@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sffx.compiler.trace.trace import trace
+from sffx.errors import InputError
+from tests.toys import Chain, Residual, TwoInputs
+
+
+class _Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        x = self.inner(x) * scale
+        return self.head(x if mask is None else x * mask)
+
+
+@pytest.mark.parametrize(
+    ("example", "names"),
+    [
+        (torch.zeros(1, 6), ["x"]),
+        (None, ["x"]),
+        ({"x": torch.zeros(1, 6), "mask": torch.ones(1, 6)}, ["x", "mask"]),
+        ((torch.zeros(1, 6), None, 3.0), ["x"]),
+    ],
+)
+def test_optional_arguments_are_inputs_only_when_given(example, names):
+    assert [i.name for i in trace(_Optional(), example).inputs] == names
+
+
+def test_several_inputs_by_position_and_by_name():
+    image, text = torch.zeros(1, 6), torch.zeros(1, 5)
+    expected = [("image", (6,)), ("text", (5,))]
+    for example in ((image, text), {"text": text, "image": image}):
+        assert [(i.name, i.shape) for i in trace(TwoInputs(), example).inputs] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "dtype"),
+    [
+        (Chain(), (3, 8, 8), "float32"),
+        (
+            nn.Sequential(
+                nn.Conv1d(2, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)
+            ),
+            (2, 128),
+            "float32",
+        ),
+        (
+            nn.Sequential(
+                nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+            ),
+            (1, 16, 112, 112),
+            "float32",
+        ),
+        (nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)).double(), (20,), "float64"),
+    ],
+)
+def test_the_input_is_inferred_from_the_first_layer(model, shape, dtype):
+    (record,) = trace(model).inputs
+    assert (record.shape, record.dtype) == (shape, dtype)
+
+
+class _Configuration:
+    image_size = 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", 12),
+        ("image_size", (12, 12)),
+        ("pretrained_cfg", {"input_size": (3, 12, 12)}),
+        ("config", _Configuration()),
+    ],
+)
+def test_an_image_size_that_the_model_keeps_is_tried_first(name, value):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    setattr(model, name, value)
+    assert trace(model).inputs[0].shape == (3, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (
+            TwoInputs(),
+            None,
+            r"TwoInputs\.forward takes 2 inputs \(image, text\).*Hint: pass example_input=\(",
+        ),
+        (
+            Chain(),
+            torch.zeros(1, 5, 8, 8),
+            r"does not run on example_input \(input \(1, 5, 8, 8\)\)",
+        ),
+        (Chain(), {"y": torch.zeros(1)}, r"example_input does not fit Chain\.forward"),
+        (Chain(), "no tensor", r"example_input holds no tensor, got str"),
+        (Chain(), torch.zeros(()), r"a tensor without axes"),
+        (
+            nn.Sequential(nn.Flatten()),
+            None,
+            r"cannot be inferred: its first layer is of no known kind",
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_used(model, example, message):
+    with pytest.raises(InputError, match=message):
+        trace(model, example)
+
+
+class _Detector(nn.Module):
+    """Asks for targets in train mode, as torchvision's detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.boxes = Residual(), nn.Linear(4, 4)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+        assert targets is not None, "targets should not be none"
+        return self.boxes(self.backbone(images))
+
+
+def test_a_detector_is_told_to_transform_its_backbone():
+    message = (
+        r"_Detector does not run on example_input \(images \(1, 3, 8, 8\)\): "
+        r"AssertionError: targets should not be none.* \(.*test_examples\.py:\d+, in forward\)\. "
+        r"Hint: sffx cuts classifiers\..*\(here self\.backbone, a Residual\)"
+    )
+    with pytest.raises(InputError, match=message):
+        trace(_Detector(), torch.zeros(1, 3, 8, 8))

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.compiler.trace.trace import trace
+from sffx.errors import TraceError
+from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms, leaf_names
+from tests.compiler.trace.test_modes import ModeNumber
+from tests.toys import DataBranch, LayerDrop, around
+
+
+def test_a_branch_on_data_makes_a_leaf():
+    model = around(DataBranch()).eval()
+    net = cut_without_norms(model)
+    (leaf,) = net.plan.leaves
+    assert leaf.qualname == "2"
+    assert leaf.kind == "DataBranch"
+    assert leaf.share == pytest.approx(42 / 112)
+    assert "toys.py" in leaf.reason
+    assert_same_logits(net, model, torch.randn(5, 6))
+
+
+def test_all_modules_of_an_untraceable_class_become_leaves_at_once():
+    model = nn.Sequential(nn.Linear(6, 6), *(DataBranch() for _ in range(12)), nn.Linear(6, 4))
+    assert len(trace(model).leaves) == 12
+
+
+class _BranchInside(nn.Module):
+    """A branch on what the module itself computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return h if h.sum() > 0 else h * 2
+
+
+class _Gate(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h if h.sum() > 0 else h * 2
+
+
+@pytest.mark.parametrize("make", [_BranchInside, lambda: _Gate(nn.Linear(6, 6))])
+def test_a_branch_on_computed_values_makes_a_leaf(make):
+    model = around(make()).eval()
+    net = cut_without_norms(model)
+    assert leaf_names(net) == ["2"]
+    assert_same_logits(net, model, torch.randn(3, 6))
+
+
+class _UntraceableRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.inner(x)
+        return -self.inner(x)
+
+
+def test_an_untraceable_forward_names_the_class_the_line_and_the_way_out():
+    message = (
+        r"_UntraceableRoot cannot be traced: .*test_attempts\.py:\d+, in forward\)\. "
+        r"Hint: .* move this code"
+    )
+    with pytest.raises(TraceError, match=message):
+        trace(_UntraceableRoot())
+
+
+class _SetsItsWindow(nn.Module):
+    """Sets an attribute by the size of its input and reads it in the next forward.
+
+    transformers' Swin does so with its windows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.window = nn.Linear(6, 6), 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= self.window:
+            self.window = x.shape[1]
+        return self.inner(x) * self.window
+
+
+@pytest.mark.parametrize(
+    "other", [ModeNumber(), DataBranch()], ids=["traced in both modes", "traced again for a leaf"]
+)
+def test_what_a_forward_sets_does_not_outlive_an_attempt_to_trace_it(other):
+    model = nn.Sequential(nn.Linear(6, 6), _SetsItsWindow(), other, nn.Linear(6, 4)).eval()
+    net = cut_without_norms(model)
+    assert "1" not in leaf_names(net)
+    assert model[1].window == 10
+    assert_same_logits(net, model, torch.randn(5, 6))
+
+
+class _AssignsBuffer(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.linear = way, nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.way == "in training":
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        elif self.way == "data":
+            self.mean.data = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return torch.relu(y - self.mean)
+
+
+@pytest.mark.parametrize("way", ["always", "in training", "data"])
+def test_a_module_that_assigns_its_buffer_becomes_a_leaf(way):
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 6), _AssignsBuffer(way), _AssignsBuffer(way), nn.Linear(6, 3))
+    model, x = nn.Sequential(*layers), torch.randn(8, 6)
+    net = cut_without_norms(model, example=x).train()
+    assert_same_logits(net, model, x, x, x)
+    assert torch.equal(sffx.extract(net)[1].mean, model[1].mean)
+    assert leaf_names(net) == ["1", "2"]
+
+
+def test_a_model_that_assigns_its_own_buffer_is_refused():
+    message = r"assigns its buffer 'mean'.*Hint: write into the buffer, self\.mean\.copy_"
+    with pytest.raises(TraceError, match=message):
+        sffx.transform(_AssignsBuffer("always"), example_input=torch.zeros(2, 6))
+
+
+def test_a_branch_on_random_numbers_makes_a_leaf():
+    assert [leaf.qualname for leaf in trace(around(LayerDrop())).leaves] == ["2"]

@@ -1,9 +1,10 @@
-"""A goodness by direction: the cosine between what a block says of a sample and a learned direction for each class.
+"""A goodness by direction: the cosine between a sample's features and a learned direction.
 
-It is not the paper's. Where an auxiliary convolution's mean square begins flat and grows without bound, a cosine has a gradient from the
-first step on and is bounded, which teaches small blocks more. With a hidden layer before it a block need not make its classes linearly
-separable itself, and keeps what later blocks can use, as the auxiliary networks of Belilovsky et al. (arXiv 1901.08164) let it (README,
-"Heads").
+It is not the paper's. The mean square of an auxiliary convolution begins flat and grows without
+bound. A cosine has a gradient from the first step on, and is bounded, which teaches small blocks
+more. With a hidden layer before it, a block need not make its classes linearly separable itself: it
+keeps what later blocks can use, as with the auxiliary networks of Belilovsky et al.
+(arXiv 1901.08164).
 """
 
 from __future__ import annotations
@@ -15,32 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.errors import InputError
-from sffx.learning.goodness import full_precision
+from sffx.kernels.precision import full_precision, widened
 
 _POOLS = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 class CosineGoodness(nn.Module):
-    """`g[n, j] = scale * cos(w_j, v_n)`, v being a sample's features by region, less their mean; or what a hidden layer makes of these.
+    """`g[n, j] = scale * cos(w_j, v_n)`, for a sample's centred features v_n.
 
-    Images are pooled to so many regions along each axis of space, two of which make v have 4 C features, and volumes likewise; of tokens it
-    is their mean, of flat values the values.
+    Images and volumes are pooled to some regions along each axis of space: 2 regions give an image
+    4 C features. Tokens are averaged, flat values taken as they are. A hidden layer may lie between
+    these features and the cosine.
 
     Args:
         channels: C of the block's output.
         num_classes: J.
         channel_axis: axis of the channels in the batched output, as in `SFFGoodness`.
         spatial: number of axes besides batch and channels.
-        regions: along each axis of space of images and volumes. More let small images and early blocks learn more, and cost parameters.
-        scale: by which the cosine is multiplied: the inverse of the softmax's temperature.
-        hidden: number of units, with a ReLU, between the features and the cosine; None leaves them out.
+        regions: along each axis of space of images and volumes. More regions let small images and
+            early blocks learn more, and cost parameters.
+        scale: factor of the cosine, the inverse of the softmax's temperature.
+        hidden: number of units of the hidden layer, with a ReLU; None for no such layer.
 
     Raises:
-        InputError: there is no more than one feature, or hidden unit.
+        InputError: there is only one feature, or one hidden unit.
 
     Attributes:
-        weight: (J, features or hidden); only the direction of its rows counts.
-        hidden: the linear layer to the hidden units, of features with a mean of 0 and a variance of 1, or None.
+        weight: (J, features or hidden units); only the direction of its rows counts.
+        hidden: the linear layer to the hidden units, or None. It reads features with a mean of 0
+            and a variance of 1.
     """
 
     def __init__(
@@ -54,25 +58,19 @@ class CosineGoodness(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        self.channel_axis, self.spatial, self.regions, self.scale = (
-            channel_axis,
-            spatial,
-            regions,
-            scale,
-        )
-        features = channels * (regions**spatial if spatial in _POOLS else 1)
-        if (
-            min(features, 2 if hidden is None else hidden) < 2
-        ):  # a single value, less its mean, is 0
-            number = f"{features} feature" if features < 2 else f"{hidden} hidden unit"
-            raise InputError(
-                f"a cosine of {number} has no direction. Hint: goodness='sff' for such a block, and 2 hidden units at least"
-            )
+        self.channel_axis = channel_axis
+        self.spatial = spatial
+        self.regions = regions
+        self.scale = scale
+        features = channels * regions**spatial if spatial in _POOLS else channels
+        _check_directions(features, hidden)
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
-        self.weight = nn.Parameter(torch.empty(num_classes, features if hidden is None else hidden))
+        inputs = features if hidden is None else hidden
+        self.weight = nn.Parameter(torch.empty(num_classes, inputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw random directions, and the hidden layer as `torch.nn.Linear` does."""
         nn.init.normal_(self.weight)
         if self.hidden is not None:
             self.hidden.reset_parameters()
@@ -82,69 +80,90 @@ class CosineGoodness(nn.Module):
 
         Args:
             y: the output of a block.
-            mask: (B, T) where y is (B, T, C), nonzero at real tokens, over which alone the mean then runs.
+            mask: (B, T) where y is (B, T, C), nonzero at real tokens. The mean then runs over
+                these alone.
         """
         with full_precision(y):
-            wide = (y if y.dtype.itemsize > 2 else y.float()).movedim(self.channel_axis, 1)
-            features = _direction(
-                self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool())
-            )
+            wide = widened(y).movedim(self.channel_axis, 1)
+            pooled = self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool())
+            features = _direction(pooled)
             if self.hidden is not None:
-                even = features * math.sqrt(features.shape[1])
-                features = _direction(
-                    F.linear(
-                        even, self.hidden.weight.to(wide.dtype), self.hidden.bias.to(wide.dtype)
-                    ).relu()
-                )
-            return F.linear(features, self.scale * _length_one(self.weight.to(wide.dtype)))
+                features = _direction(self._hidden_units(features, self.hidden))
+            directions = _of_length_one(self.weight.to(wide.dtype))
+            return F.linear(features, self.scale * directions)
 
     def _pooled(self, y: Tensor) -> Tensor:
-        """Return the features by region, (B, features), of (B, C, ...)."""
-        if self.spatial in _POOLS:
+        """Return the features by region, (B, features), of y (B, C, ...)."""
+        if self.spatial not in _POOLS:
+            return y.flatten(2).mean(2) if y.ndim > 2 else y
+        if torch.compiler.is_exporting():
             # ONNX has no operator for regions of images whose size is open.
-            pooled = (
-                _by_products(y, self.regions)
-                if torch.compiler.is_exporting()
-                else _POOLS[self.spatial](y, self.regions)
-            )
-            return pooled.flatten(1)
-        return y.flatten(2).mean(2) if y.ndim > 2 else y
+            return _pooled_by_products(y, self.regions).flatten(1)
+        return _POOLS[self.spatial](y, self.regions).flatten(1)
+
+    def _hidden_units(self, features: Tensor, hidden: nn.Linear) -> Tensor:
+        """Return the hidden units, (B, hidden), of features of length 1."""
+        of_variance_one = features * math.sqrt(features.shape[1])
+        weight = hidden.weight.to(features.dtype)
+        bias = hidden.bias.to(features.dtype)
+        return F.linear(of_variance_one, weight, bias).relu()
 
     def extra_repr(self) -> str:
-        classes, features = (
-            len(self.weight),
-            self.weight.shape[1] if self.hidden is None else self.hidden.in_features,
+        classes, inputs = self.weight.shape
+        features = inputs if self.hidden is None else self.hidden.in_features
+        return (
+            f"{features}, {classes}, channel_axis={self.channel_axis}, "
+            f"regions={self.regions}, scale={self.scale:g}"
         )
-        return f"{features}, {classes}, channel_axis={self.channel_axis}, regions={self.regions}, scale={self.scale:g}"
 
 
-def _by_products(y: Tensor, regions: int) -> Tensor:
-    """Return the means by region, (B, C, regions, ...), of (B, C, ...): adaptive average pooling, as a product for each axis of space."""
+def _check_directions(features: int, hidden: int | None) -> None:
+    # A single value, less its mean, is 0.
+    if features < 2:
+        number = f"{features} feature"
+    elif hidden is not None and hidden < 2:
+        number = f"{hidden} hidden unit"
+    else:
+        return
+    raise InputError(
+        f"a cosine of {number} has no direction. "
+        "Hint: goodness='sff' for such a block, and 2 hidden units at least"
+    )
+
+
+def _pooled_by_products(y: Tensor, regions: int) -> Tensor:
+    """Return the means by region, (B, C, regions, ...), of y (B, C, ...).
+
+    This is adaptive average pooling, written as a product for each axis of space.
+    """
     for axis in range(2, y.ndim):
         size = y.shape[axis]
-        place, region = (
-            torch.arange(size, device=y.device),
-            torch.arange(regions, device=y.device)[:, None],
-        )
-        start, end = size * region // regions, (size * (region + 1) + regions - 1) // regions
-        share = ((start <= place) & (place < end)).to(y.dtype) / (end - start)  # (regions, size)
-        y = (y.movedim(axis, -1) @ share.t()).movedim(-1, axis)
+        place = torch.arange(size, device=y.device)
+        region = torch.arange(regions, device=y.device)[:, None]
+        start = size * region // regions
+        end = (size * (region + 1) + regions - 1) // regions
+        is_inside = (start <= place) & (place < end)  # (regions, size)
+        shares = is_inside.to(y.dtype) / (end - start)
+        y = (y.movedim(axis, -1) @ shares.t()).movedim(-1, axis)
     return y
 
 
 def _direction(features: Tensor) -> Tensor:
     """Return rows (N, features), less the mean of each, of length 1."""
-    return _length_one(features - features.mean(1, keepdim=True))
+    return _of_length_one(features - features.mean(1, keepdim=True))
 
 
-def _length_one(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return rows (N, features) of length 1, but shorter where a row is nearly zero: its direction would be noise, with a vast gradient."""
+def _of_length_one(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return rows (N, features) of length 1.
+
+    A row that is nearly zero stays shorter: its direction would be noise, with a vast gradient.
+    """
     mean_square = features.square().mean(1, keepdim=True)
     return features * torch.rsqrt(mean_square + eps) / math.sqrt(features.shape[1])
 
 
 def _mean_of_real(y: Tensor, real: Tensor) -> Tensor:
-    """Return the mean of each sample's real tokens, (B, C), of (B, C, T)."""
-    return y.masked_fill(~real[:, None], 0).sum(2) / real.sum(1, keepdim=True).clamp(min=1).to(
-        y.dtype
-    )
+    """Return the mean of each sample's real tokens, (B, C), of y (B, C, T)."""
+    total = y.masked_fill(~real[:, None], 0).sum(2)
+    count = real.sum(1, keepdim=True).clamp(min=1)
+    return total / count.to(y.dtype)

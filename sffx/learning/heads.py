@@ -27,8 +27,9 @@ from torch import nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.errors import InputError
+from sffx.learning.channelwise import CwCGoodness
+from sffx.learning.convolution import SFFGoodness
 from sffx.learning.cosine import CosineGoodness
-from sffx.learning.goodness import CwCGoodness, SFFGoodness
 
 HIDDEN = 128  # units of "mlp"
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"

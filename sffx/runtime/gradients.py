@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sffx.learning.goodness import full_precision
+from sffx.kernels.precision import full_precision
 from sffx.tensors import storage_key
 
 Gradients = dict[nn.Parameter, Tensor]

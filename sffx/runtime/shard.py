@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
-from sffx.learning.goodness import full_precision
+from sffx.kernels.precision import full_precision
 from sffx.net import plan_of
 from sffx.runtime.gradients import Gradients, hooks_held_back
 from sffx.runtime.optimizers import require_optimizer_of

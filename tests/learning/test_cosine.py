@@ -9,18 +9,10 @@ import torch.nn.functional as F
 import sffx
 from sffx.blocks import Options
 from sffx.errors import InputError
-from sffx.learning.cosine import CosineGoodness, _by_products
+from sffx.learning.cosine import CosineGoodness, _pooled_by_products
 from sffx.learning.heads import make_head
+from tests.learning.values import LAYOUTS
 from tests.toys import Chain, block_of
-
-LAYOUTS = {
-    "B, C": ((6,), 1),
-    "B, C, H, W": ((6, 4, 5), 1),
-    "B, C, 1, 1": ((6, 1, 1), 1),
-    "B, C, T, H, W": ((6, 2, 3, 4), 1),
-    "B, T, C": ((9, 6), 2),
-    "B, H, W, C": ((4, 5, 6), 3),
-}
 
 
 @pytest.mark.parametrize("hidden", [None, 5])
@@ -55,7 +47,7 @@ def test_image_by_hand():
 def test_regions_in_an_exported_file_are_those_of_adaptive_pooling(shape, regions):
     y = torch.randn(3, 5, *shape, dtype=torch.float64)
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(shape)]
-    torch.testing.assert_close(_by_products(y, regions), pool(y, regions))
+    torch.testing.assert_close(_pooled_by_products(y, regions), pool(y, regions))
 
 
 def test_hidden_layer_by_hand():

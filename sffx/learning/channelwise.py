@@ -1,0 +1,69 @@
+"""The modified channel-wise competitive loss (CwC): groups of channels, and no parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sffx.errors import InputError
+from sffx.kernels.goodness import as_positions, mean_square
+from sffx.kernels.padding import per_real_token, zero_padded
+from sffx.kernels.precision import full_precision, widened
+
+
+class CwCGoodness(nn.Module):
+    """The mean square of each class's group of channels (sections 2.3.1, 2.3.2).
+
+    The C channels are split over the J classes in order, and as evenly as possible: where J does
+    not divide C, each of the first C mod J groups has one channel more.
+
+    Args:
+        channels: C of the block's output.
+        num_classes: J.
+        channel_axis: axis of the channels in the batched output, as in `SFFGoodness`.
+
+    Raises:
+        InputError: there are fewer channels than classes.
+
+    Attributes:
+        groups: (C, J); column j holds the weights of the mean over the channels of class j.
+    """
+
+    groups: Tensor
+
+    def __init__(self, channels: int, num_classes: int, channel_axis: int = 1) -> None:
+        super().__init__()
+        if num_classes > channels:
+            raise InputError(
+                f"CwC needs a channel for each class, but a block has {channels} channels for "
+                f"{num_classes} classes. Hint: use goodness='sff', or a policy whose blocks end "
+                "with more channels"
+            )
+        self.channel_axis = channel_axis
+        groups = torch.arange(channels).tensor_split(num_classes)
+        sizes = torch.tensor([len(group) for group in groups])
+        class_of_channel = torch.arange(num_classes).repeat_interleave(sizes)
+        shares = F.one_hot(class_of_channel, num_classes) / sizes
+        self.register_buffer("groups", shares, persistent=False)
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the goodness (B, J), in float32 or wider, of a block's output.
+
+        Args:
+            y: the output of a block.
+            mask: (B, T) where y is (B, T, C), nonzero at real tokens. The mean then runs over
+                these alone.
+        """
+        with full_precision(y):
+            wide = widened(y)
+            groups = self.groups.to(wide.dtype)
+            if mask is None:
+                return mean_square(as_positions(wide, self.channel_axis)) @ groups
+            real = mask.bool()
+            positions = as_positions(zero_padded(wide, real), self.channel_axis)
+            return mean_square(positions) @ groups * per_real_token(real, wide.dtype)
+
+    def extra_repr(self) -> str:
+        channels, classes = self.groups.shape
+        return f"{channels}, {classes}, channel_axis={self.channel_axis}"

@@ -1,6 +1,6 @@
 """Measure a training step by backpropagation and by sffx side by side: counted memory, counted arithmetic, time.
 
-    python tools/bench.py --out tools/results/bench
+    python -m tools.bench --out tools/results/bench
 
 Memory and arithmetic are counted on fake tensors at the large batch, nothing is computed; time is measured at the small batch, the ways
 alternating in one run. AdamW, float32, default policy. The ways:

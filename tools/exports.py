@@ -1,13 +1,17 @@
-"""Export torchvision's classifiers to ONNX and compare ONNX Runtime with torch, one process a model; what is recorded is skipped.
+"""Export torchvision's classifiers to ONNX, and compare ONNX Runtime with torch.
 
-    python -m tools.exports                      # the smallest model of every family first, then the table
+    python -m tools.exports                      # the smallest model of every family first
     python -m tools.exports --only resnet --again
     python -m tools.exports --table              # the table alone, from the records
 
-Each model has 10 classes and random weights, those that start as constants drawn anew and BN calibrated, and is cut by the default policy
-at the smallest image size that it accepts. `sffx.export_onnx` is asked to leave height and width open, and where the model does not allow
-it, the batch alone. The file and torch are compared on new random images at batch sizes 1 and 3, and at a second image size where the
-size is open. A model passes if the largest relative error, max|a - b| / max|b|, is 1e-4 or less.
+Each model runs in a process of its own. A model with a record is skipped. It has 10 classes and
+random weights; weights that start as constants are drawn anew, and BN is calibrated. It is cut by
+the default policy at the smallest image size that it accepts. `sffx.export_onnx` is asked to leave
+height and width open. Where the model does not allow it, only the batch stays open.
+
+The file and torch are compared on new random images at batch sizes 1 and 3, and at a second image
+size where the size is open. A model passes if the largest relative error, max|a - b| / max|b|, is
+1e-4 or less.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +37,27 @@ from torchvision import models
 
 import sffx
 from sffx.export.parity import relative_error
-from sffx.export.prepare import trial_inputs
+from sffx.export.sizes import trial_inputs
 from sffx.files import write
+from sffx.tables import MIB
 from tools.zoo import Entry, build, calibrate, draw_constants, fitting_input, is_open, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "exports"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
-MIB = 2**20
-# What is not tried, and why.
-LEFT_OUT = {
-    "regnet_y_128gf": "its weights take 2.4 GiB, and an ONNX file ends at 2 GiB",
-    "vit_h_14": "its weights take 2.4 GiB, and an ONNX file ends at 2 GiB",
-}
+# Models that are not tried, and why.
+TOO_LARGE = "its weights take 2.4 GiB, and an ONNX file ends at 2 GiB"
+LEFT_OUT = {"regnet_y_128gf": TOO_LARGE, "vit_h_14": TOO_LARGE}
 
 
 @dataclass
 class Record:
-    """What was found about one model; `reason` is empty where the file agrees with torch."""
+    """The result for one model.
+
+    Attributes:
+        reason: why the model does not pass; empty where the file agrees with torch.
+        fixed: why the image size is not open; empty where it is.
+    """
 
     name: str
     family: str
@@ -61,15 +69,18 @@ class Record:
     nodes: int = 0
     bytes: int = 0
     dynamic_size: bool = False
-    fixed: str = ""  # why the size is not open
+    fixed: str = ""
     seconds: float = 0.0
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        path_of(self.name).parent.mkdir(parents=True, exist_ok=True)
+        path = path_of(self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        write(path_of(self.name), (re.sub(r"/[^\s\"]*/site-packages/", "", text) + "\n").encode())
+        # Reasons quote file names, and the folders of one machine are of no use to others.
+        text = re.sub(r"/[^\s\"]*/site-packages/", "", text)
+        write(path, f"{text}\n".encode())
 
 
 def path_of(name: str) -> Path:
@@ -81,18 +92,21 @@ def family_of(name: str) -> str:
 
 
 def listed() -> list[str]:
-    """Return the models so that each family's smallest come first, then each family's second, and so on."""
-    names = models.list_models(module=models)
-    size = {name: models.get_model_weights(name).DEFAULT.meta["num_params"] for name in names}
-    families = [
-        sorted((n for n in names if family_of(n) == family), key=size.__getitem__)
-        for family in sorted({*map(family_of, names)})
-    ]
-    rounds = [
-        [members[i] for members in families if i < len(members)]
-        for i in range(max(map(len, families)))
-    ]
-    return [name for names in rounds for name in sorted(names, key=size.__getitem__)]
+    """Return the models in rounds: the smallest of each family, then each family's second, ..."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(models.list_models(module=models), key=_size):
+        families.setdefault(family_of(name), []).append(name)
+    order = []
+    for members in zip_longest(*families.values()):
+        round_of_one_each = [name for name in members if name is not None]
+        order += sorted(round_of_one_each, key=_size)
+    return order
+
+
+def _size(name: str) -> tuple[int, str, str]:
+    """Return the number of parameters; models of the same size go by family and name."""
+    parameters = models.get_model_weights(name).DEFAULT.meta["num_params"]
+    return parameters, family_of(name), name
 
 
 def cut(name: str) -> fx.GraphModule:
@@ -107,7 +121,10 @@ def cut(name: str) -> fx.GraphModule:
 
 
 def export(net: fx.GraphModule, path: Path, record: Record) -> None:
-    """Write the file, with an open image size if the model allows it, and say in the record how long it took."""
+    """Write the file, with an open image size if the model allows it.
+
+    The record takes whether it does, and how long the export took.
+    """
     start = time.monotonic()
     try:
         sffx.export_onnx(net, path, dynamic_size=True)
@@ -126,14 +143,12 @@ def largest_error(net: fx.GraphModule, path: Path, *, dynamic_size: bool) -> flo
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     errors = []
     for inputs, batch, _ in trial_inputs(net.plan.inputs, dynamic_size=dynamic_size):
-        x = torch.randn(batch, *inputs[0].shape)
+        image = inputs[0]
+        x = torch.randn(batch, *image.shape)
         with torch.no_grad():
             expected = net(x)
-        errors.append(
-            relative_error(
-                torch.from_numpy(session.run(None, {inputs[0].name: x.numpy()})[0]), expected
-            )
-        )
+        scores = session.run(None, {image.name: x.numpy()})[0]
+        errors.append(relative_error(torch.from_numpy(scores), expected))
     return max(errors)
 
 
@@ -163,77 +178,107 @@ def measure(name: str) -> None:
 
 def new_record(name: str, reason: str = "not finished") -> Record:
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return Record(name, family_of(name), reason, date=date.today().isoformat(), versions=versions)
+    today = date.today().isoformat()
+    return Record(name, family_of(name), reason, date=today, versions=versions)
 
 
 def sweep(todo: list[str], limit: float) -> None:
-    """Export models one after the other, each in a process of its own and for at most `limit` seconds."""
+    """Export models one after the other, each for at most `limit` seconds."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["__main__", "torch.onnx", "torchvision", "onnxscript", "onnxruntime"]
     )
     for i, name in enumerate(todo, start=1):
-        exitcode, late = run_apart(context, measure, name, limit)
-        if late or exitcode:
-            new_record(
-                name,
-                f"no answer after {limit:.0f} s"
-                if late
-                else f"the process died, exit code {exitcode}",
-            ).write()
-        found = json.loads(path_of(name).read_text())
-        print(
-            f"{i:3}/{len(todo)}  {name}  {found['seconds']} s  {found['reason'] or found['error']}",
-            flush=True,
-        )
+        exitcode, was_killed = run_apart(context, measure, name, limit)
+        if was_killed:
+            new_record(name, f"no answer after {limit:.0f} s").write()
+        elif exitcode:
+            new_record(name, f"the process died, exit code {exitcode}").write()
+        record = json.loads(path_of(name).read_text())
+        result = record["reason"] or record["error"]
+        print(f"{i:3}/{len(todo)}  {name}  {record['seconds']} s  {result}", flush=True)
 
 
 def table(records: list[Mapping[str, Any]]) -> str:
-    """Write the records as Markdown, the counts first."""
-    done = [r for r in records if r["date"]]
-    good = [r for r in done if not r["reason"]]
-    versions = ", ".join(
-        f"{package} {version}"
-        for package, version in sorted({(k, v) for r in done for k, v in r["versions"].items()})
-    )
+    """Return the records as Markdown, the counts first."""
+    done = [record for record in records if record["date"]]
+    good = [record for record in done if not record["reason"]]
+    dates = " to ".join(sorted({record["date"] for record in done}))
+    families = len({record["family"] for record in done})
+    largest = max((record["error"] for record in good), default=0)
+    open_sizes = sum(record["dynamic_size"] for record in good)
     lines = [
         "# ONNX files of torchvision's classifiers",
         "",
-        f"`python -m tools.exports`, {' to '.join(sorted({r['date'] for r in done}))},",
-        f"x86_64, two shared cores, {versions}.",
+        f"`python -m tools.exports`, {dates},",
+        f"x86_64, two shared cores, {_versions(done)}.",
         "What is compared is said at the top of [tools/exports.py](../../exports.py).",
         "",
-        f"{len(done)} of {len(records)} models, of {len({r['family'] for r in done})} families, were tried; {len(good)} agree with torch",
-        f"within {TOLERANCE:g}, the largest relative error being {max((r['error'] for r in good), default=0):.1e}; "
-        f"{sum(r['dynamic_size'] for r in good)} leave height and width open.",
+        f"{len(done)} of {len(records)} models, of {families} families, were tried; "
+        f"{len(good)} agree with torch",
+        f"within {TOLERANCE:g}, the largest relative error being {largest:.1e}; "
+        f"{open_sizes} leave height and width open.",
         "",
-        "| model | parameters | input | relative error | opset | nodes | MiB | size open | seconds | |",
+        "| model | parameters | input | relative error | opset | nodes | MiB | size open "
+        "| seconds | |",
         "|---|--:|---|--:|--:|--:|--:|---|--:|---|",
-        *(_row(r) for r in records),
     ]
+    for record in records:
+        lines.append(_row(record))
     return "\n".join(lines) + "\n"
 
 
-def _row(r: Mapping[str, Any]) -> str:
-    why = (
-        (r["reason"] or r["fixed"]).splitlines()[0][:200].replace("|", "\\|")
-        if r["reason"] or r["fixed"]
-        else ""
-    )
-    if r["error"] is None:
-        return f"| {r['name']} | {' | '.join(8 * ['–'])} | {why} |"
+def _versions(records: list[Mapping[str, Any]]) -> str:
+    """Return all packages with all versions that the records were made with."""
+    versions = set()
+    for record in records:
+        versions |= set(record["versions"].items())
+    return ", ".join(f"{package} {version}" for package, version in sorted(versions))
+
+
+def _row(record: Mapping[str, Any]) -> str:
+    why = record["reason"] or record["fixed"]
+    if why:
+        why = why.splitlines()[0][:200].replace("|", "\\|")
+    if record["error"] is None:
+        return f"| {record['name']} | {' | '.join(8 * ['–'])} | {why} |"
     cells = (
-        f"{r['parameters']:,}",
-        r["input"],
-        f"{r['error']:.1e}",
-        r["opset"],
-        r["nodes"],
-        f"{r['bytes'] / MIB:.1f}",
+        record["name"],
+        f"{record['parameters']:,}",
+        record["input"],
+        f"{record['error']:.1e}",
+        record["opset"],
+        record["nodes"],
+        f"{record['bytes'] / MIB:.1f}",
+        "yes" if record["dynamic_size"] else "no",
+        record["seconds"],
+        why,
     )
-    return f"| {r['name']} | {' | '.join(map(str, cells))} | {'yes' if r['dynamic_size'] else 'no'} | {r['seconds']} | {why} |"
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def main() -> None:
+    options = _parser().parse_args()
+    if not options.table:
+        todo = []
+        for name in listed():
+            is_wanted = options.only in f"{family_of(name)}/{name}" and name not in LEFT_OUT
+            if is_wanted and (options.again or is_open(path_of(name), options.failed)):
+                todo.append(name)
+        sweep(todo, options.limit)
+    records = [_record_of(name) for name in models.list_models(module=models)]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "table.md").write_text(table(records))
+
+
+def _record_of(name: str) -> dict[str, Any]:
+    if path_of(name).exists():
+        return dict(json.loads(path_of(name).read_text()))
+    reason = f"left out: {LEFT_OUT[name]}" if name in LEFT_OUT else "not run"
+    return asdict(Record(name, family_of(name), reason))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -241,37 +286,12 @@ def main() -> None:
         "--only", default="", metavar="SUBSTRING", help="models whose family or name contains this"
     )
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
+    parser.add_argument("--again", action="store_true", help="export models with a record again")
     parser.add_argument(
-        "--again", action="store_true", help="export what is recorded already once more"
-    )
-    parser.add_argument(
-        "--failed", action="store_true", help="export what is recorded as failed once more"
+        "--failed", action="store_true", help="export models again whose record is a failure"
     )
     parser.add_argument("--table", action="store_true", help="write the table only")
-    options = parser.parse_args()
-    if not options.table:
-        wanted = [
-            name
-            for name in listed()
-            if options.only in f"{family_of(name)}/{name}" and name not in LEFT_OUT
-        ]
-        sweep(
-            [name for name in wanted if options.again or is_open(path_of(name), options.failed)],
-            options.limit,
-        )
-    records = [_found(name) for name in models.list_models(module=models)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "table.md").write_text(table(records))
-
-
-def _found(name: str) -> dict[str, Any]:
-    if path_of(name).exists():
-        return dict(json.loads(path_of(name).read_text()))
-    return asdict(
-        Record(
-            name, family_of(name), f"left out: {LEFT_OUT[name]}" if name in LEFT_OUT else "not run"
-        )
-    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""Each tool can be imported, and says how it is called."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+NO_COMMANDS = ("timing", "costs")  # parts that other tools import
+COMMANDS = [path.stem for path in sorted(TOOLS.glob("*.py")) if path.stem not in NO_COMMANDS]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "reproduce.__main__"])
+def test_each_tool_can_be_imported_and_says_how_it_is_called(name: str) -> None:
+    tool = importlib.import_module(f"tools.{name}")
+    module = name.partition(".")[0]
+    assert f"tools/{module}.py" in tool.__doc__ or f"-m tools.{module}" in tool.__doc__

@@ -1,6 +1,8 @@
-"""Lightning modules that a Trainer trains as they are: `SFFModule` block by block, `BPModule` by backpropagation, with the same logs.
+"""Lightning modules that a Trainer trains as they are.
 
-The loss is an ordinary scalar, so the Trainer's gradient clipping and accumulation, mixed precision and DDP need nothing from here.
+`SFFModule` trains a cut model block by block, `BPModule` a plain one by backpropagation, with the
+same logs. The loss is an ordinary scalar. So gradient clipping, gradient accumulation, mixed
+precision and DDP are the Trainer's own.
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ from torch import Tensor, fx, nn
 from sffx.checkpoint import entries
 from sffx.errors import InputError, MissingExtra
 from sffx.learning.losses import LossFunction, check_labels
-from sffx.learning.readouts import WEIGHTED, mixture, readout_of
 from sffx.net import is_cut, plan_of
-from sffx.runtime.evaluate import block_scores
+from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups
 from sffx.runtime.step import local_loss
 
@@ -31,12 +32,14 @@ PLATEAU_KEY = "sffx_plateau"  # the entry of a checkpoint with the state of a `B
 
 
 class _Classifier(LightningModule):
-    """What both modules share: AdamW over named groups, a plateau for each group that travels in checkpoints, the metrics.
+    """What both modules share: AdamW over named groups, a plateau for each group, the metrics.
 
     Attributes:
-        net: what is trained.
-        answer: the name of those scores that are logged as "val_acc" and "val_loss"; others are logged as "val_acc/<name>".
-        plateau: lowers the learning rate of each group by the validation loss of the scores that have the group's name.
+        net: the model that is trained.
+        answer: the name of the scores that are logged as "val_acc" and "val_loss". Others are
+            logged as "val_acc/<name>".
+        plateau: lowers the learning rate of each group by the validation loss of the scores that
+            have the group's name.
     """
 
     answer: str
@@ -49,7 +52,7 @@ class _Classifier(LightningModule):
         self.weight_decay = weight_decay
         self.plateau_options = plateau
         self.plateau: BlockPlateau | None = None
-        self._restored: Mapping[str, Any] | None = None
+        self._saved_plateau: Mapping[str, Any] | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups, each with a name and a learning rate."""
@@ -60,18 +63,16 @@ class _Classifier(LightningModule):
         raise NotImplementedError
 
     def scores(self, x: Any) -> dict[str, Tensor]:
-        """Return what each readout says of a batch, (B, J), by the readout's name."""
+        """Return the scores of a batch, (B, J), by the name of the readout."""
         raise NotImplementedError
 
     def forward(self, x: Any) -> Tensor:
-        """Return what the model returns; in eval mode these are scores, (B, J)."""
-        return (
-            self.net(**x)
-            if isinstance(x, Mapping)
-            else self.net(*x)
-            if isinstance(x, tuple)
-            else self.net(x)
-        )
+        """Return the output of the model; in eval mode these are scores, (B, J)."""
+        if isinstance(x, Mapping):
+            return self.net(**x)
+        if isinstance(x, tuple):
+            return self.net(*x)
+        return self.net(x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the groups."""
@@ -98,46 +99,54 @@ class _Classifier(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the scores, (B, J), for a batch (x, y) or for x alone."""
-        return self(_pair(batch)[0] if isinstance(batch, (list, tuple)) else batch)
+        if isinstance(batch, (list, tuple)):
+            x, _ = _pair(batch)
+            return self(x)
+        return self(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Step the plateau and log the learning rates; checkpoints are written after this, so they hold what it made of the epoch."""
+        """Step the plateau and log the learning rates.
+
+        Checkpoints are written after this, so they hold the learning rates of the next epoch.
+        """
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
-        metrics = self.trainer.callback_metrics
         if self.plateau is not None:
-            self.plateau.step(
-                {
-                    name: float(metrics[self._key("val_loss", name)])
-                    for name in self.plateau.schedulers
-                }
-            )
-        groups = [
-            group for optimizer in self.trainer.optimizers for group in optimizer.param_groups
-        ]
-        self.log_dict({f"lr/{group['name']}": group["lr"] for group in groups}, sync_dist=True)
+            metrics = self.trainer.callback_metrics
+            names = self.plateau.schedulers
+            losses = {name: float(metrics[self._key("val_loss", name)]) for name in names}
+            self.plateau.step(losses)
+        rates = {}
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                rates[f"lr/{group['name']}"] = group["lr"]
+        self.log_dict(rates, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `sffx.load_checkpoint` reads, and the state of the plateau."""
-        if self.plateau is not None:
-            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
+        """Add the entries that `sffx.load_checkpoint` reads, and the state of the plateau."""
         accuracy = {}
         for key, value in self.trainer.callback_metrics.items():
             metric, _, name = key.partition("/")
             if metric == "val_acc":
                 accuracy[name or self.answer] = float(value)
         checkpoint.update(entries(self.net, accuracy))
+        if self.plateau is not None:
+            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of the plateau from the checkpoint; Lightning may call this before there is an optimizer to watch, or after."""
-        self._restored = checkpoint.get(PLATEAU_KEY)
+        """Take the state of the plateau from the checkpoint."""
+        self._saved_plateau = checkpoint.get(PLATEAU_KEY)
         self._restore_plateau()
 
     def _restore_plateau(self) -> None:
-        if self.plateau is None or self._restored is None:
+        """Restore the plateau as soon as there are both a plateau and a saved state.
+
+        Lightning may load the checkpoint before it asks for the optimizer, or after.
+        """
+        if self.plateau is None or self._saved_plateau is None:
             return
-        self.plateau.load_state_dict(self._restored)
-        self._restored = None
+        self.plateau.load_state_dict(self._saved_plateau)
+        self._saved_plateau = None
 
     def _log_scores(self, stage: str, batch: Any) -> None:
         x, y = _pair(batch)
@@ -147,8 +156,9 @@ class _Classifier(LightningModule):
                 self._key(f"{stage}_loss", name): F.cross_entropy(scores, y),
                 self._key(f"{stage}_acc", name): (scores.argmax(dim=1) == y).float().mean(),
             }
-            # With the batch's size and the processes' sum, the epoch's mean is exact whatever the last batch holds.
-            self.log_dict(metrics, batch_size=len(y), sync_dist=True, prog_bar=name == self.answer)
+            # The batch size makes the epoch's mean exact where the last batch is smaller.
+            is_answer = name == self.answer
+            self.log_dict(metrics, batch_size=len(y), sync_dist=True, prog_bar=is_answer)
 
     def _key(self, metric: str, name: str) -> str:
         return metric if name == self.answer else f"{metric}/{name}"
@@ -157,18 +167,24 @@ class _Classifier(LightningModule):
 class SFFModule(_Classifier):
     """A cut model that a Trainer trains block by block with AdamW.
 
-    Logged are "train_loss"; "val_acc" and "val_loss" of the ensemble; "val_acc/block_0", "val_loss/block_0" and so on of every block, of
-    the last block ("last"), of the classifier, and, where `sffx.weigh` weighed the blocks, of "weighted"; and "lr/block_0" and so on.
-    Checkpoints hold the accuracies of the last validation as "sffx_accuracy", which `sffx-viz --checkpoint` reads, and
-    `sffx.plots.results.plot_training` draws what a CSVLogger wrote.
+    It logs
+
+    - "train_loss";
+    - "val_acc" and "val_loss" of the ensemble;
+    - "val_acc/block_0", "val_loss/block_0" and so on of every block, of the last block ("last"), of
+      the classifier, and of "weighted" where `sffx.weigh` weighed the blocks;
+    - "lr/block_0" and so on.
+
+    `sffx.load_checkpoint`, `sffx-viz` and `sffx-export` read its checkpoints.
+    `sffx.plots.results.plot_training` draws the log of a CSVLogger.
 
     Args:
         net: what `sffx.transform` returned.
         lr: learning rate of the feature blocks and their heads.
-        classifier_lr: learning rate of the classifier, `lr` where None.
+        classifier_lr: learning rate of the classifier, `lr` if None.
         weight_decay: of AdamW.
-        plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's own validation loss lowers that block's
-            learning rate; None keeps the learning rates as they are.
+        plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's
+            own validation loss lowers that block's learning rate. None keeps the learning rates.
         loss_fn: a block's training loss, as `sffx.sff_loss` takes it; cross-entropy if None.
 
     Raises:
@@ -187,9 +203,11 @@ class SFFModule(_Classifier):
         plateau: Mapping[str, Any] | None = None,
         loss_fn: LossFunction | None = None,
     ) -> None:
-        plan_of(net)  # raises where there is none
+        plan_of(net)  # raises if it is no cut model
         super().__init__(net, weight_decay, plateau)
-        self.lr, self.classifier_lr, self.loss_fn = lr, classifier_lr, loss_fn
+        self.lr = lr
+        self.classifier_lr = classifier_lr
+        self.loss_fn = loss_fn
         self.save_hyperparameters(ignore=["net", "loss_fn"])
 
     def groups(self) -> list[dict[str, Any]]:
@@ -201,30 +219,21 @@ class SFFModule(_Classifier):
         return local_loss(self.net, x, y, self.loss_fn)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
-        """Return what each block, the ensemble, the last block, the classifier and, once weighed, the mixture say, (B, J) each."""
-        *blocks, classifier = block_scores(self.net, x)
-        goodness, weights = torch.stack(blocks), readout_of(self.net).weights
-        by_block = {f"block_{i}": each for i, each in enumerate(blocks)}
-        mixed = {WEIGHTED: mixture(goodness, weights)} if weights is not None else {}
-        return {
-            "ensemble": goodness.mean(dim=0),
-            **mixed,
-            **by_block,
-            "last": blocks[-1],
-            "classifier": classifier,
-        }
+        """Return the scores of each block and of each readout, (B, J)."""
+        return scores_by_name(self.net, block_scores(self.net, x))
 
 
 class BPModule(_Classifier):
-    """An ordinary classifier that a Trainer trains by backpropagation with AdamW: the baseline for `SFFModule`.
+    """A plain classifier that a Trainer trains by backpropagation with AdamW.
 
-    Logged are "train_loss", "val_acc" and "val_loss", and "lr/model".
+    It is the baseline for `SFFModule`. It logs "train_loss", "val_acc", "val_loss" and "lr/model".
 
     Args:
         net: a classifier that returns logits, (B, J), or holds them as `.logits`.
         lr: learning rate.
         weight_decay: of AdamW.
-        plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the validation loss; None keeps the learning rate.
+        plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the
+            validation loss. None keeps the learning rate.
 
     Raises:
         InputError: `net` is a cut model.
@@ -249,13 +258,8 @@ class BPModule(_Classifier):
 
     def groups(self) -> list[dict[str, Any]]:
         """Return one parameter group, named "model"."""
-        return [
-            {
-                "params": [p for p in self.net.parameters() if p.requires_grad],
-                "lr": self.lr,
-                "name": "model",
-            }
-        ]
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        return [{"params": trained, "lr": self.lr, "name": "model"}]
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the cross-entropy of a batch."""
@@ -271,14 +275,16 @@ class BPModule(_Classifier):
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:
-    """Take a batch apart; a list of inputs, as Lightning's collate makes them, is a tuple to the model.
+    """Return the input and the labels of a batch.
 
     Raises:
         InputError: the batch is no pair (x, y).
     """
     if not isinstance(batch, (list, tuple)) or len(batch) != 2:
         raise InputError(
-            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). Hint: wrap the data set so that it gives pairs"
+            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). "
+            "Hint: wrap the data set so that it gives pairs"
         )
     x, y = batch
+    # Lightning's collate makes a list of several inputs; the model takes a tuple.
     return (tuple(x) if isinstance(x, list) else x), y

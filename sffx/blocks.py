@@ -1,4 +1,4 @@
-"""The block plan: where a model is cut, and everything that the rewrite and the drawing need to know of it."""
+"""The block plan: where a model is cut, and everything that the rewrite and the drawing need."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from torch import nn
 
 from sffx.errors import InputError
 from sffx.parts import head_name
+from sffx.tables import Column, html_table, in_mib, text_table
 
-MIB = 2**20
-
-HEADER = ("block", "modules", "cut after", "output", "parameters", "MACs", "kept/sample")
+COLUMNS = (
+    Column("block", "left"),
+    Column("modules", "left"),
+    Column("cut after", "left"),
+    Column("output", "left"),
+    Column("parameters"),
+    Column("MACs"),
+    Column("kept/sample"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,8 @@ class Input:
         name: the argument of the model's `forward`.
         shape: of one sample, without the batch axis.
         dtype: of the tensor, as torch names it ("float32", "int64").
-        high: for integer inputs, one more than the largest value that is valid (an embedding's rows); 0 for float inputs.
-        marks_tokens: whether it is an attention mask (B, T), which tells real tokens from padding, the zeros.
+        high: for integers, one more than the largest valid value (an embedding's rows); else 0.
+        marks_tokens: whether it is an attention mask (B, T), with zeros for padding.
     """
 
     name: str
@@ -56,7 +63,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A module that the trace did not look into although it has children.
+    """A module with children that the trace did not look into.
 
     Attributes:
         qualname: of the module in the original model.
@@ -77,12 +84,14 @@ class Node:
 
     Attributes:
         name: of the fx node.
-        call: what it calls: the qualname of a module, or the name of a function, a method or an attribute.
+        call: qualname of the module, or name of the function, method or attribute, that it calls.
         is_module: whether that is a module.
         reads: names of the values that it reads, of this block or from outside.
-        is_path: whether its value is what the block learns from: a float tensor that depends on an input and on a parameter.
-        join: "sum", "cat" or "product" where several paths meet in it, "other" where they meet otherwise, "" elsewhere.
-        paths: for each path that meets there, how many layers with parameters it has gone through since they parted.
+        is_path: whether its value is one that the block learns from: a float tensor that depends
+            on an input and on a parameter.
+        join: how paths meet in it, "sum", "cat", "product" or "other"; "" where none do.
+        paths: for each path that meets there, the number of layers with parameters on it since the
+            paths parted.
     """
 
     name: str
@@ -98,24 +107,30 @@ class Node:
 class Block:
     """One block: the nodes between two cuts.
 
+    A side value is a value other than the output that later blocks read: a mask, positions, a skip
+    connection.
+
     Attributes:
-        name: in the model's own words, the qualname of the module (or the first and last module) that it holds.
+        name: qualname of the module that it holds, or of the first and the last one.
         target: the attribute of the cut model that runs it, "block_3" or "classifier".
         nodes: names of its fx nodes, in the order they run.
         output: name of the node whose value leaves it; the cut lies after this node.
         shape: of one sample's output, without the batch axis.
-        channel_axis: axis of the channels in the batched output, 1 for (B, C, H, W), 2 for (B, T, C).
-        inputs: names of the values that it reads from outside: model inputs, the output of the block before, side values.
-        sides: names of values, other than the output, that it computes and later blocks read (masks, positions, skips).
-        detached: the side values among `sides` that carry gradient, which the cut stops.
+        channel_axis: of the batched output, 1 for (B, C, H, W), 2 for (B, T, C).
+        inputs: names of the values that it reads from outside: model inputs, the output of the
+            block before, side values.
+        sides: names of its side values.
+        detached: names of the side values that carry gradient, which the cut stops.
         modules: qualnames of the leaf modules that it calls, in order.
         parameters: names of its parameters in the original model.
         num_parameters: the number of scalars in them.
         macs: multiply-adds for one sample.
-        activation_bytes: what its backward pass would keep for one sample as the model is written, without a head and before
-            the rewrites that make blocks lean; `sffx.footprint` predicts the peak of a step as it is.
+        activation_bytes: what its backward pass would keep for one sample, as the model is
+            written: without a head, and before the memory-saving rewrites. `sffx.footprint`
+            predicts the peak of a real step.
         gives: the values that it hands to later blocks: its output, then its side values.
-        mask: name of the model input that tells which tokens of the output are real, "" where none does. Goodness and norm take it.
+        mask: name of the model input that marks the real tokens of the output, "" for none. The
+            goodness and the norm read it.
         graph: the same nodes, with what each of them does and reads.
     """
 
@@ -139,7 +154,7 @@ class Block:
 
     @property
     def joins(self) -> tuple[Node, ...]:
-        """The nodes in which several paths inside the block meet, as a shortcut and what it goes round."""
+        """The nodes in which several paths meet, such as a shortcut and the layers beside it."""
         return tuple(node for node in self.graph if node.join)
 
     @property
@@ -191,11 +206,13 @@ class Options:
         kernel_size: of the auxiliary convolution.
         norm: after the detach: "layer", "none", or a callable that makes the norms
             (`sffx.learning.norms`).
+        recompute: whether the largest blocks compute cheap values again in their backward pass.
     """
 
     goodness: str | GoodnessMaker = "sff"
     kernel_size: int = 1
     norm: str | NormMaker = "layer"
+    recompute: bool = True
 
     @property
     def custom(self) -> list[str]:
@@ -213,7 +230,8 @@ class Options:
 
     def __reduce__(self) -> Any:
         goodness = _pickled(self.goodness)
-        return Options, (goodness, self.kernel_size, _pickled(self.norm))
+        norm = _pickled(self.norm)
+        return Options, (goodness, self.kernel_size, norm, self.recompute)
 
     def __copy__(self) -> Options:
         return self
@@ -265,18 +283,25 @@ class BlockPlan:
 
     @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
-        """The attributes of the cut model that each block is made of, in the order they run: the block and its head; the classifier."""
+        """The attributes of the cut model that make up each block, in the order they run.
+
+        These are a block and its head; for the classifier, itself.
+        """
         feature_parts = [(block.target, head_name(i)) for i, block in enumerate(self.blocks)]
         return (*feature_parts, (self.classifier.target,))
 
     def record(self) -> dict[str, Any]:
-        """Return how the model was cut, in numbers and strings: the entry "sffx_cut" of a checkpoint, for `sffx-viz` and `sffx-export`."""
+        """Return how the model was cut, in numbers and strings.
+
+        It is the entry "sffx_cut" of a checkpoint, which `sffx-viz` and `sffx-export` read.
+        """
+        inputs = {}
+        for value in self.inputs:
+            inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
         return {
             "policy": self.policy,
             "after": [block.output for block in self],
-            "inputs": {
-                each.name: {"shape": list(each.shape), "dtype": each.dtype} for each in self.inputs
-            },
+            "inputs": inputs,
             "num_classes": self.num_classes,
             **self.options.record(),
         }
@@ -286,39 +311,35 @@ class BlockPlan:
         return max(block.activation_bytes for block in self.all_blocks)
 
     def is_large(self, block: Block) -> bool:
-        """Whether a block is among those that set the peak of a block-local step: it keeps more than two thirds of what the largest keeps.
+        """Return whether a block is among those that set the peak of a block-local step.
 
-        Computing again what costs little saves no more than about a third, so a smaller block has nothing to gain by it.
+        It is if it keeps more than two thirds of what the largest block keeps. Recomputation saves
+        about a third at most, so it would not lower the peak in a smaller block.
         """
         return 3 * block.activation_bytes > 2 * self._most_kept
 
     def __str__(self) -> str:
         rows = [_row(block) for block in self.all_blocks]
-        widths = [max(len(row[i]) for row in (HEADER, *rows)) for i in range(len(HEADER))]
-        return "\n".join(
-            [self._heading(), *(_align(row, widths) for row in (HEADER, *rows)), *self._remarks()]
-        )
+        return "\n".join([self._heading(), text_table(COLUMNS, rows), *self._remarks()])
 
     def _repr_html_(self) -> str:
         """The same table for a notebook."""
-        head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-        rows = "".join(_html_row(_row(block)) for block in self.all_blocks)
-        remarks = "".join(f"<p>{escape(remark)}</p>" for remark in self._remarks())
-        return f"<table><caption>{escape(self._heading())}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{remarks}"
+        rows = [_row(block) for block in self.all_blocks]
+        remarks = [f"<p>{escape(remark)}</p>" for remark in self._remarks()]
+        return html_table(COLUMNS, rows, caption=self._heading()) + "".join(remarks)
 
     def _heading(self) -> str:
-        return f"{self.model}, policy {self.policy!r}: {len(self)} feature blocks and the classifier, {self.num_classes} classes"
+        size = f"{len(self)} feature blocks and the classifier, {self.num_classes} classes"
+        return f"{self.model}, policy {self.policy!r}: {size}"
 
     def _remarks(self) -> list[str]:
-        lines = [
-            f"crosses the cut after {block.target}: {', '.join(block.sides)}"
-            for block in self.blocks
-            if block.sides
-        ]
-        lines += [
-            f"not traced: {leaf.qualname} ({leaf.kind}, {leaf.share:.0%} of the parameters): {leaf.reason}"
-            for leaf in self.leaves
-        ]
+        lines = []
+        for block in self.blocks:
+            if block.sides:
+                lines.append(f"crosses the cut after {block.target}: {', '.join(block.sides)}")
+        for leaf in self.leaves:
+            share = f"{leaf.share:.0%} of the parameters"
+            lines.append(f"not traced: {leaf.qualname} ({leaf.kind}, {share}): {leaf.reason}")
         return lines + [f"note: {note}" for note in self.notes]
 
 
@@ -330,16 +351,5 @@ def _row(block: Block) -> tuple[str, ...]:
         "x".join(map(str, block.shape)),
         f"{block.num_parameters:,}",
         f"{block.macs:,}",
-        f"{block.activation_bytes / MIB:.2f} MiB",
+        in_mib(block.activation_bytes),
     )
-
-
-def _html_row(row: tuple[str, ...]) -> str:
-    left = "".join(f'<td style="text-align: left">{escape(cell)}</td>' for cell in row[:4])
-    return f"<tr>{left}{''.join(f'<td>{escape(cell)}</td>' for cell in row[4:])}</tr>"
-
-
-def _align(row: tuple[str, ...], widths: list[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
-    return "  ".join(left + right).rstrip()

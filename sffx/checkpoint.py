@@ -28,7 +28,9 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sffx.api import transform
-from sffx.compiler.policies import Policy, called
+from sffx.blocks import Options
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.policies import Cuts, Policy, named
 from sffx.errors import InputError, in_brief
 from sffx.export.explain import first_line
 from sffx.files import writing
@@ -353,12 +355,12 @@ def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
 
 def _recorded_policy(cut: Mapping[str, Any]) -> Policy:
     """Return a policy that cuts where the model was cut, under the name of the one that chose."""
-    after = list(cut["after"])
+    cuts = Cuts(tuple(cut["after"]))
 
-    def policy(_: Any) -> list[str]:
-        return after
+    def policy(analysis: Analysis, options: Options) -> Cuts:
+        return cuts
 
-    return called(policy, cut["policy"])
+    return named(policy, cut["policy"])
 
 
 def _recorded_example(cut: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,81 +1,115 @@
 """Policies by name: where a model is cut, for `sffx.transform(model, policy)`.
 
-A policy is a function from the analysed graph to the names of the nodes to cut after. Those with parameters are made by a function here,
-and can be written as a string as well: `stages(4)` and "stages(4)", `memory("2 GiB", batch_size=64)` and "memory(2 GiB, 64)".
+A policy is a function `(analysis, options) -> Cuts`. Some policies have parameters. They are made
+by a function here, and can be written as a string as well: `stages(4)` and "stages(4)",
+`memory("2 GiB", batch_size=64)` and "memory(2 GiB, 64)".
+
+A policy of your own takes `(analysis)` or `(analysis, options)`. It gets the options if it has two
+parameters without a default, or one called `options`. It returns `Cuts`, or node names:
+
+    def every_candidate(analysis):
+        return analysis.candidates
+
+    net = sffx.transform(model, every_candidate)
+
+`analysis` is the analysed graph (`sffx.compiler.analyse.Analysis`): its `steps` in order, and
+`candidates`, the names of the nodes after which a cut may lie. `options` (`sffx.blocks.Options`)
+are the goodness, the norm and the other arguments of `transform`.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeAlias
 
-from sffx.compiler.policies import Policy, batchnorm, layer, module, residual, stages
+from torch import Tensor
+
+from sffx.compiler.policies import Cuts, Policy, batchnorm, layer, module, residual, stages
 from sffx.errors import InputError
 from sffx.memory.budget import memory
 
-__all__ = ["Policy", "batchnorm", "layer", "memory", "module", "residual", "stages"]
+__all__ = ["Cuts", "Policy", "batchnorm", "layer", "memory", "module", "residual", "stages"]
+
+# What `transform` takes: a name, a function, or the names of the nodes to cut after.
+AnyPolicy: TypeAlias = str | Callable[..., Any] | Iterable[str]
 
 POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
 MAKERS: dict[str, Callable[..., Policy]] = {"module": module, "stages": stages, "memory": memory}
-_FORMS = (
-    *map(repr, POLICIES),
-    "'module'",
-    "'module(depth)'",
-    "'stages(n)'",
-    "'memory(budget, batch_size)'",
+FORMS = (
+    "'residual', 'batchnorm', 'layer', 'module', 'module(depth)', 'stages(n)', "
+    "'memory(budget, batch_size)'"
 )
 
 
-def policy_named(policy: str | Policy | Iterable[str]) -> tuple[str, Policy]:
-    """Return the name and the function of a policy given by name, as a function, or as the names of the nodes to cut after.
+def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
+    """Return the name and the function of a policy.
+
+    Args:
+        policy: a name, a function, or the names of the nodes to cut after.
 
     Raises:
-        InputError: there is no policy of this name, or it is neither a name, nor a callable, nor names.
+        InputError: there is no policy of this name, or the argument is something else.
     """
     if isinstance(policy, str):
-        return policy, _written(policy)
+        return policy, _parse(policy)
     if callable(policy):
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):
         raise InputError(
-            f"policy is a {type(policy).__name__}. Hint: pass a name ({', '.join(_FORMS)}), a function, or a list of node names"
+            f"policy is a {type(policy).__name__}. "
+            f"Hint: pass a name ({FORMS}), a function, or a list of node names"
         )
-    names = list(policy)
-    return "nodes", lambda _: names
+    _require_no_input(policy)
+    names = tuple(policy)
+    return "nodes", lambda analysis: names
 
 
-def _written(text: str) -> Policy:
+def _require_no_input(policy: Iterable[Any]) -> None:
+    """Raise an InputError for what looks like an input of the model, not like names of nodes."""
+    is_input = isinstance(policy, (Tensor, Mapping))
+    if isinstance(policy, (tuple, list)):
+        is_input = any(isinstance(part, Tensor) for part in policy)
+    if is_input:
+        raise InputError(
+            f"the second argument is a {type(policy).__name__}, but it is the policy. "
+            "Hint: transform(model, policy, example_input), or example_input=x"
+        )
+
+
+def _parse(text: str) -> Policy:
     """Return the policy that a string such as "residual" or "stages(4)" names."""
-    name, _, rest = text.partition("(")
-    name = name.strip()
     if text in POLICIES:
         return POLICIES[text]
-    if name not in MAKERS or (rest and not rest.rstrip().endswith(")")):
-        near = difflib.get_close_matches(name, [*POLICIES, *MAKERS], n=1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(
-            f"there is no policy {text!r}. Hint: {meant}the policies are {', '.join(_FORMS)}"
-        )
-    arguments = [
-        part.strip() for part in rest.rstrip().removesuffix(")").split(",") if part.strip()
-    ]
-    keywords = {
-        key.strip(): _value(value)
-        for key, equals, value in (part.partition("=") for part in arguments)
-        if equals
-    }
+    name, _, rest = text.partition("(")
+    name = name.strip()
+    rest = rest.rstrip()
+    if name not in MAKERS or (rest and not rest.endswith(")")):
+        _refuse(text, name)
+    arguments: list[object] = []
+    keywords: dict[str, object] = {}
+    for part in rest.removesuffix(")").split(","):
+        key, equals, value = part.partition("=")
+        if equals:
+            keywords[key.strip()] = _literal(value.strip())
+        elif part.strip():
+            arguments.append(_literal(part.strip()))
     try:
-        return MAKERS[name](*[_value(part) for part in arguments if "=" not in part], **keywords)
+        return MAKERS[name](*arguments, **keywords)
     except TypeError as cause:
-        raise InputError(
-            f"policy {text!r}: {cause}. Hint: the policies are {', '.join(_FORMS)}"
-        ) from cause
+        raise InputError(f"policy {text!r}: {cause}. Hint: the policies are {FORMS}") from cause
 
 
-def _value(text: str) -> object:
-    """Read a Python literal, such as 4 or '2 GiB'; what is none stands for itself."""
+def _refuse(text: str, name: str) -> NoReturn:
+    near = difflib.get_close_matches(name, [*POLICIES, *MAKERS], n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"there is no policy {text!r}. Hint: {meant}the policies are {FORMS}")
+
+
+def _literal(text: str) -> object:
+    """Return the value of a Python literal such as 4 or '2 GiB'; other text as it is."""
     try:
-        return ast.literal_eval(text.strip())
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text.strip()
+        return text

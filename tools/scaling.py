@@ -4,7 +4,7 @@
 
 1. `sffx.transform` of torchvision's ResNets, by phase. Each figure is the least of some rounds. A
    small model is cut first, to warm up.
-2. `make_plan` by every policy that knows no sizes in bytes, on a chain with 1,000 candidates and
+2. The plan by every policy that knows no sizes in bytes, on a chain with 1,000 candidates and
    more, which is traced and analysed already.
 3. Trace, analysis and plan of synthetic models of 1,250 to 20,000 nodes. Where the seconds per
    1,000 nodes stay the same, the cost is linear.
@@ -29,14 +29,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from sffx.blocks import BlockPlan, Options
 from sffx.compiler.analyse import Analysis, analyse
-from sffx.compiler.partition import make_plan
+from sffx.compiler.inplace import keep_foreign_values
+from sffx.compiler.memory import save_memory
+from sffx.compiler.partition import partition
+from sffx.compiler.policies import select
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm
-from sffx.net import with_plan
 from sffx.policies import policy_named
 
 RESNETS = ("resnet50", "resnet101", "resnet152")
@@ -111,8 +114,15 @@ def analyse_and_plan(
         analysis = analyse(traced)
         _ = analysis.steps  # computed when it is first read
     with clock.phase("plan"):
-        plan = make_plan(analysis, *policy_named(policy))
+        plan = plan_by(analysis, policy)
     return analysis, plan
+
+
+def plan_by(analysis: Analysis, policy: str) -> BlockPlan:
+    """Return the plan of a policy."""
+    name, function = policy_named(policy)
+    cuts = select(analysis, function, Options())
+    return partition(analysis, cuts, Options(), policy=name)
 
 
 def timed_transform(model: nn.Module, x: Tensor, policy: str = "residual") -> Run:
@@ -124,8 +134,10 @@ def timed_transform(model: nn.Module, x: Tensor, policy: str = "residual") -> Ru
             heads = make_heads(plan, analysis.trace.root)
             norms = [SampleNorm() for _ in plan]
             net = rewrite(analysis.trace, plan, heads, norms)
+            keep_foreign_values(net)
+            save_memory(net)
         with clock.phase("verify"):
-            verify(with_plan(net, plan, analysis.trace.root))
+            verify(net)
     return Run(clock, len(analysis.nodes), len(plan))
 
 
@@ -155,7 +167,7 @@ def policies(nodes: int, rounds: int) -> Iterator[str]:
         seconds = []
         for _ in range(rounds):
             start = time.process_time()
-            plan = make_plan(analysis, *policy_named(policy))
+            plan = plan_by(analysis, policy)
             seconds.append(time.process_time() - start)
         yield f"| {policy} | {len(plan)} | {min(seconds):.3f} |"
 

@@ -61,12 +61,14 @@ class BlockFacts:
         memory: key of the storage of its value, which views share; None where it is no tensor.
         writes: keys of the storages that it writes in place.
         read_behind: as in `Facts`.
+        is_foreign: whether its value was computed in another block, as that of a placeholder may.
     """
 
     origin: str = ""
     memory: int | None = None
     writes: frozenset[int] = frozenset()
     read_behind: bool = False
+    is_foreign: bool = False
 
 
 def facts(node: fx.Node) -> Facts:

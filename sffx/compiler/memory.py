@@ -1,15 +1,18 @@
-"""Make a block's graph keep less for its backward pass, without changing a value or a gradient.
+"""Make each block keep less for its backward pass, without changing a value or a gradient.
 
-1. A ReLU that only feeds a max pool moves behind it: the two commute, and what the ReLU keeps shrinks with the pool.
+1. A ReLU that only feeds a max pool moves behind it. The two commute, and the ReLU then keeps the
+   small output of the pool.
 2. A `torch.nn.MaxPool2d` becomes a `LeanMaxPool2d`, which keeps its indices but not its input.
-3. A layer takes over the norm and the activation before it, which nothing else reads: their values are computed again for the backward
-   pass instead of kept (`recomputed`).
-4. Self-attention that keeps a copy of its input becomes `self_attention`, which does not.
-5. An activation that only feeds one layer, or only leaves the block and so feeds a head, becomes its lean twin, whose backward pass writes
-   over the gradient that the layer or the head made for it, in a block-local step.
+3. A layer takes over the norm, the activation and the dropout before it, where no other node reads
+   them. The call of `recomputed` computes their values again in the backward pass.
+4. Self-attention that keeps a copy of its input becomes `self_attention`, which does not. It takes
+   over the layer norm before it.
+5. An activation that only feeds one layer, or whose value only leaves the block and so feeds a
+   head, becomes its memory-saving twin. In a block-local step the backward pass of the twin writes
+   over the gradient that the layer or the head made for it.
 
-An operation whose in-place write is read behind its back (`BlockFacts.read_behind`) is left as it is, and none is moved or made to keep its
-input where that is written in place later.
+No rewrite touches an operation whose in-place write is read by another name
+(`BlockFacts.read_behind`). None moves a read of a value behind a later write on it.
 """
 
 from __future__ import annotations
@@ -27,85 +30,81 @@ from sffx.kernels.activation import LEAN, NAMES, LeanGELU
 from sffx.kernels.attention import self_attention
 from sffx.kernels.pool import LeanMaxPool2d
 from sffx.kernels.recompute import BATCH_NORMS, CONVOLUTIONS, is_plain, recomputed
+from sffx.net import plan_of
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
-# Layers whose backward pass makes a tensor of its own for the gradient of its input. Exact classes: a subclass may hand one through.
-_FRESH = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, LeanMaxPool2d, recomputed)
+
+# Kinds of nodes that a layer takes over, from the layer up.
+_TAKEN_OVER: dict[str, tuple[Any, ...]] = {
+    "dropout": (nn.Dropout,),
+    "activation": tuple(NAMES),
+    "norm": (*BATCH_NORMS, nn.LayerNorm),
+}
+
 # Layers whose backward pass does not read their output.
-_FORGETFUL = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
+_DO_NOT_READ_OUTPUT = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
+
+# Layers whose backward pass makes a new tensor for the gradient of their input. Exact classes: a
+# subclass may hand through the tensor that it was given.
+_MAKE_NEW_GRADIENT = (*_DO_NOT_READ_OUTPUT, LeanMaxPool2d)
 
 
-def lean(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
-    """Apply the rewrites to a block in place; its graph must be valid and stays so.
+def save_memory(net: fx.GraphModule) -> None:
+    """Rewrite the blocks of a cut model, in place. The plan says which of them recompute."""
+    plan = plan_of(net)
+    # A head of the user's own may hand on a gradient that it holds as well.
+    is_built_in = not callable(plan.options.goodness)
+    for block in plan.all_blocks:
+        module = net.get_submodule(block.target)
+        assert isinstance(module, fx.GraphModule)
+        feeds_head = is_built_in and block is not plan.classifier
+        recompute = plan.options.recompute and plan.is_large(block)
+        save_memory_in(module, feeds_head=feeds_head, recompute=recompute)
+
+
+def save_memory_in(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
+    """Rewrite one block, in place; its graph must be valid and stays so.
 
     Args:
         block: the block.
-        feeds_head: whether its output is read by a head, and by nothing else that gives it a gradient.
-        recompute: whether what costs little is computed again rather than kept (3, and the norm of 4).
+        feeds_head: whether a head reads its output, which alone makes a gradient for it.
+        recompute: whether to compute cheap values again rather than keep them (3, and the norm
+            of 4).
     """
     for node in list(block.graph.nodes):
-        if _is_pool(block, node):
-            _commute(block, node)
-            _replace_pool(block, str(node.target))
+        if _is_max_pool(block, node):
+            _move_relu_behind(block, node)
+            _replace_max_pool(block, node)
     for node in list(block.graph.nodes):
-        if recompute and _is_layer(block, node):
+        if recompute and _can_recompute(block, node):
             _take_over(block, node)
         if _is_self_attention(block, node):
-            _replace_attention(block, node, recompute=recompute)
-    for node in block.graph.nodes:
-        if node.target is recomputed and _feeds_recomputed(node):
-            node.kwargs = {**node.kwargs, "frees_gradient": True}
+            _replace_self_attention(block, node, recompute=recompute)
+    _free_gradients(block)
     for node in list(block.graph.nodes):
-        if _kind(block, node) in LEAN and _has_gradient_of_its_own(block, node, feeds_head):
+        if _can_write_over_gradient(block, node, feeds_head):
             _replace_activation(block, node)
     _delete_unused(block)
     block.graph.lint()
     block.recompile()
 
 
-def _delete_unused(block: fx.GraphModule) -> None:
-    """Delete the modules that the graph has no use for; torch's own way takes the children from those that it passes to functions."""
-    used = {
-        str(node.target) for node in block.graph.nodes if node.op in ("call_module", "get_attr")
-    }
-    needed = used | {holder for target in used for holder in holders(target)}
-    names = [name for name, _ in block.named_modules() if name]
-    for name in [n for n in names if n not in needed and used.isdisjoint(holders(n))]:
-        block.delete_submodule(name)
+# What a node is
 
 
-def _module(block: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+def _module(block: fx.GraphModule, node: fx.Node) -> Any:
     return block.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
-    """Return the class of the module that a node calls, or the function; None where the module is more than its class."""
+    """Return the class of the module, or the function, that a node calls.
+
+    None where there is neither, and where the module has hooks, so that it is more than its class.
+    """
     module = _module(block, node)
-    if module is None:
-        return node.target if node.op == "call_function" else None
-    return type(module) if is_plain(module) else None
-
-
-def _is_pool(block: fx.GraphModule, node: fx.Node) -> bool:
-    pool: Any = _module(block, node)
-    return _kind(block, node) is nn.MaxPool2d and not pool.return_indices and _reads_one(node)
-
-
-def _commute(block: fx.GraphModule, pool: fx.Node) -> None:
-    relu = pool.args[0]
-    if (
-        not isinstance(relu, fx.Node)
-        or _kind(block, relu) not in _MONOTONE
-        or not _is_link(relu)
-        or _is_written_later(relu, [relu])
-    ):
-        return
-    with block.graph.inserting_after(pool):
-        moved = block.graph.node_copy(relu, lambda node: node)
-    pool.replace_all_uses_with(moved)
-    moved.args = (pool, *relu.args[1:])
-    pool.replace_input_with(relu, relu.args[0])  # type: ignore[arg-type]
-    block.graph.erase_node(relu)
+    if module is not None:
+        return type(module) if is_plain(module) else None
+    return node.target if node.op == "call_function" else None
 
 
 def _reads_one(node: fx.Node) -> bool:
@@ -113,18 +112,21 @@ def _reads_one(node: fx.Node) -> bool:
 
 
 def _has_one_reader(node: fx.Node) -> bool:
-    """Whether one node reads a value, and none what the node writes in place by another name."""
+    """Return whether one node reads a value, and none reads a write of its node by another name."""
     return len(node.users) == 1 and not block_facts(node).read_behind
 
 
 def _is_link(node: fx.Node) -> bool:
-    """Whether a node stands between one value and one reader."""
+    """Return whether a node stands between one value and one reader."""
     return _reads_one(node) and _has_one_reader(node)
 
 
 def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
-    """Whether what a node reads is written in place from there on, by others than the nodes that it is merged with."""
-    memory = block_facts(first.args[0]).memory  # type: ignore[arg-type]
+    """Return whether the value that a node reads is written in place later.
+
+    Writes by the nodes that it is merged with do not count.
+    """
+    memory = block_facts(_source(first)).memory
     later = first.next
     while later.op != "output":
         if later not in merged and memory in block_facts(later).writes:
@@ -133,117 +135,178 @@ def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
     return False
 
 
-def _replace_pool(block: fx.GraphModule, target: str) -> None:
-    pool: Any = block.get_submodule(target)
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _writes_input(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether an activation writes over its input."""
+    module = _module(block, node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
+
+
+def _is_approximate(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether an activation is a GELU in its approximate form."""
+    return getattr(_module(block, node), "approximate", "none") != "none"
+
+
+# 1 and 2: max pools
+
+
+def _is_max_pool(block: fx.GraphModule, node: fx.Node) -> bool:
+    is_pool = _kind(block, node) is nn.MaxPool2d and _reads_one(node)
+    return is_pool and not _module(block, node).return_indices
+
+
+def _move_relu_behind(block: fx.GraphModule, pool: fx.Node) -> None:
+    relu = _source(pool)
+    if _kind(block, relu) not in _MONOTONE or not _is_link(relu):
+        return
+    if _is_written_later(relu, [relu]):
+        return
+    with block.graph.inserting_after(pool):
+        moved = block.graph.node_copy(relu, lambda node: node)
+    pool.replace_all_uses_with(moved)
+    moved.args = (pool, *relu.args[1:])
+    pool.replace_input_with(relu, _source(relu))
+    block.graph.erase_node(relu)
+
+
+def _replace_max_pool(block: fx.GraphModule, node: fx.Node) -> None:
+    pool = _module(block, node)
     twin = LeanMaxPool2d(
         pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
     )
-    owner, _, name = target.rpartition(".")
+    owner, _, name = str(node.target).rpartition(".")
     setattr(block.get_submodule(owner), name, twin.train(pool.training))
 
 
-def _is_layer(block: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a layer whose gradients `recomputed` knows to compute."""
-    kind: Any = _kind(block, node)
-    if kind not in (nn.Linear, *CONVOLUTIONS) or not _reads_one(node) or node.kwargs:
+# 3: layers that take over the nodes before them
+
+
+def _can_recompute(block: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a node is a layer whose gradients `recomputed` can compute."""
+    kind = _kind(block, node)
+    if not _reads_one(node) or node.kwargs:
         return False
-    layer: Any = _module(block, node)
-    return kind is nn.Linear or (
-        layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if kind is nn.Linear:
+        return True
+    layer = _module(block, node)
+    return (
+        kind in CONVOLUTIONS
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
     )
 
 
 def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
-    """Replace a layer and what comes before it by one call of `recomputed`."""
-    found: dict[str, Any] = {}
-    spent = [layer]
-    for name, kinds in (
-        ("dropout", (nn.Dropout,)),
-        ("activation", tuple(NAMES)),
-        ("norm", (*BATCH_NORMS, nn.LayerNorm)),
-    ):
-        node: Any = spent[-1].args[0]
-        if _kind(block, node) in kinds and _is_link(node):
-            found[name] = node
-            spent.append(node)
-    first: Any = spent[-1]
-    if not {"activation", "norm"} & set(found) or (
-        _writes(block, first) and len(first.args[0].users) > 1
-    ):
+    """Replace a layer and the nodes before it by one call of `recomputed`."""
+    taken = _nodes_before(block, layer)
+    if not _may_take_over(block, layer, taken):
         return
-    if _is_written_later(first, spent):
-        return
-    if (
-        "activation" in found
-        and getattr(_module(block, found["activation"]), "approximate", "none") != "none"
-    ):
-        return
-    source: Any = first.args[0]
+    merged = [layer, *taken.values()]
+    source = _source(merged[-1])
     graph = block.graph
     with graph.inserting_before(layer):
-        named: dict[str, Any] = {
-            name: graph.get_attr(str(node.target))
-            for name, node in found.items()
-            if name != "activation"
-        }
-        if "activation" in found:
-            named["activation"] = NAMES[_kind(block, found["activation"])]
-        if "norm" not in found and _kind(block, source) in _FORGETFUL and _has_one_reader(source):
+        named: dict[str, Any] = {}
+        for name, node in taken.items():
+            if name != "activation":
+                named[name] = graph.get_attr(str(node.target))
+        if "activation" in taken:
+            named["activation"] = NAMES[_kind(block, taken["activation"])]
+        if "norm" not in taken and _may_overwrite(block, source):
             named["overwrite"] = True
         call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
-    call.meta = {
-        **layer.meta,
-        "is_wrapped": True,
-    }  # fx does not trace into it when it reads the graph's code again
+    call.meta = _meta_of_call(layer)
     layer.replace_all_uses_with(call)
-    for node in spent:
+    for node in merged:
         graph.erase_node(node)
 
 
-def _feeds_recomputed(node: fx.Node) -> bool:
-    return _has_one_reader(node) and next(iter(node.users)).target is recomputed
+def _nodes_before(block: fx.GraphModule, layer: fx.Node) -> dict[str, fx.Node]:
+    """Return the dropout, the activation and the norm before a layer, in this order."""
+    taken: dict[str, fx.Node] = {}
+    reader = layer
+    for name, kinds in _TAKEN_OVER.items():
+        node = _source(reader)
+        if _kind(block, node) in kinds and _is_link(node):
+            taken[name] = node
+            reader = node
+    return taken
+
+
+def _may_take_over(block: fx.GraphModule, layer: fx.Node, taken: dict[str, fx.Node]) -> bool:
+    if "activation" not in taken and "norm" not in taken:
+        return False
+    merged = [layer, *taken.values()]
+    first = merged[-1]
+    if _writes_input(block, first) and len(_source(first).users) > 1:
+        return False
+    if "activation" in taken and _is_approximate(block, taken["activation"]):
+        return False
+    return not _is_written_later(first, merged)
+
+
+def _may_overwrite(block: fx.GraphModule, source: fx.Node) -> bool:
+    """Return whether nobody but its one reader needs a value, in the backward pass as well."""
+    return _kind(block, source) in _DO_NOT_READ_OUTPUT and _has_one_reader(source)
+
+
+def _meta_of_call(node: fx.Node) -> dict[str, Any]:
+    # fx traces into a function when it reads the graph's code again, unless it is "wrapped".
+    return {**node.meta, "is_wrapped": True}
+
+
+def _free_gradients(block: fx.GraphModule) -> None:
+    """Let each call of `recomputed` whose only reader is another one free its gradient early."""
+    for node in block.graph.nodes:
+        if node.target is recomputed and _has_one_reader(node):
+            (reader,) = node.users
+            if reader.target is recomputed:
+                node.kwargs = {**node.kwargs, "frees_gradient": True}
+
+
+# 4: self-attention
 
 
 def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is attention of a value to itself whose weights nobody reads."""
-    if (
-        _kind(block, node) is not nn.MultiheadAttention
-        or len(set(node.args)) != 1
-        or len(node.args) != 3
-    ):
+    """Return whether a node is attention of a value to itself whose weights nobody reads."""
+    if _kind(block, node) is not nn.MultiheadAttention:
         return False
-    if node.kwargs.get("need_weights") is not False or any(
-        v is not None for k, v in node.kwargs.items() if k != "need_weights"
-    ):
+    if len(node.args) != 3 or len(set(node.args)) != 1:
         return False
-    attention: Any = _module(block, node)
-    plain = (
+    given = {key: value for key, value in node.kwargs.items() if value is not None}
+    if given != {"need_weights": False}:
+        return False
+    reads_output = [user.target is operator.getitem and user.args[1] == 0 for user in node.users]
+    return all(reads_output) and _has_plain_projection(_module(block, node))
+
+
+def _has_plain_projection(attention: Any) -> bool:
+    return bool(
         attention.batch_first
         and attention._qkv_same_embed_dim
         and attention.bias_k is None
         and not attention.add_zero_attn
     )
-    return plain and all(
-        user.target is operator.getitem and user.args[1] == 0 for user in node.users
-    )
 
 
-def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
-    source: Any = node.args[0]
-    graph, norm = block.graph, None
-    if (
-        recompute
-        and _kind(block, source) is nn.LayerNorm
-        and _is_link(source)
-        and not _is_written_later(source, [source])
-    ):
-        norm, source = source, source.args[0]
+def _replace_self_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
+    graph = block.graph
+    source = _source(node)
+    norm = source if recompute and _is_norm_to_take_over(block, source) else None
     with graph.inserting_before(node):
-        named = {"norm": graph.get_attr(str(norm.target))} if norm is not None else {}
-        call = graph.call_function(
-            self_attention, (source, graph.get_attr(str(node.target))), named
-        )  # type: ignore[arg-type]
-    call.meta = {**node.meta, "is_wrapped": True}
+        named = {}
+        if norm is not None:
+            named["norm"] = graph.get_attr(str(norm.target))
+            source = _source(norm)
+        attention = graph.get_attr(str(node.target))
+        call = graph.call_function(self_attention, (source, attention), named)  # type: ignore[arg-type]
+    call.meta = _meta_of_call(node)
     for item in list(node.users):
         item.replace_all_uses_with(call)
         graph.erase_node(item)
@@ -252,40 +315,59 @@ def _replace_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool)
         graph.erase_node(norm)
 
 
-def _writes(block: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an activation writes over its input."""
-    module = _module(block, node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
+def _is_norm_to_take_over(block: fx.GraphModule, node: fx.Node) -> bool:
+    is_norm = _kind(block, node) is nn.LayerNorm and _is_link(node)
+    return is_norm and not _is_written_later(node, [node])
 
 
-def _has_gradient_of_its_own(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+# 5: activations that write over a gradient
+
+
+def _can_write_over_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+    if _kind(block, node) not in LEAN or _is_approximate(block, node):
+        return False
+    return _has_new_gradient(block, node, feeds_head)
+
+
+def _has_new_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+    """Return whether the gradient of a value is a new tensor, which nobody else holds."""
     if not _is_link(node):
         return False
     (reader,) = node.users
-    if (
-        _kind(block, reader) is nn.Dropout
-    ):  # makes a gradient of its own, or with p = 0 passes on that of its reader
-        return _has_gradient_of_its_own(block, reader, feeds_head)
+    kind = _kind(block, reader)
+    if kind is nn.Dropout:
+        # It makes a new gradient, or with p = 0 it passes on that of its reader.
+        return _has_new_gradient(block, reader, feeds_head)
     if reader.op == "output":
-        return (
-            feeds_head and reader.args[0] is node
-        )  # not among side values, which other blocks read
-    return _kind(block, reader) in _FRESH
+        # A side value is read by other blocks as well.
+        return feeds_head and reader.args[0] is node
+    return kind in _MAKE_NEW_GRADIENT
 
 
 def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
-    module: Any = _module(block, node)
-    if getattr(module, "approximate", "none") != "none":
-        return
-    twin = LEAN[_kind(block, node)]
-    made = twin() if twin is LeanGELU else twin(inplace=_writes(block, node))
-    block.add_module(f"{node.name}_lean", made.train(block.training))
+    kind = LEAN[_kind(block, node)]
+    twin = kind() if kind is LeanGELU else kind(inplace=_writes_input(block, node))
+    name = f"{node.name}_saving"
+    block.add_module(name, twin.train(block.training))
     with block.graph.inserting_before(node):
-        replacement = block.graph.create_node(
-            "call_module", f"{node.name}_lean", (node.args[0],), name=f"{node.name}_lean"
-        )
-    replacement.meta = node.meta
-    node.replace_all_uses_with(replacement)
+        call = block.graph.create_node("call_module", name, (node.args[0],), name=name)
+    call.meta = node.meta
+    node.replace_all_uses_with(call)
     block.graph.erase_node(node)
+
+
+def _delete_unused(block: fx.GraphModule) -> None:
+    """Delete the modules that the graph does not use.
+
+    torch's own `delete_all_unused_submodules` deletes children of modules that the graph hands to
+    functions.
+    """
+    used: set[str] = set()
+    needed: set[str] = set()
+    for node in block.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            used.add(str(node.target))
+            needed.update((str(node.target), *holders(str(node.target))))
+    for name in [name for name, _ in block.named_modules() if name]:
+        if name not in needed and used.isdisjoint(holders(name)):
+            block.delete_submodule(name)

@@ -15,73 +15,68 @@ from sffx.blocks import Block, BlockPlan, Node, Options, Value
 from sffx.compiler.analyse import Analysis, common_scope, scopes
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
-from sffx.compiler.policies import Policy, notes
+from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.flags import is_flag
 from sffx.errors import InputError, in_brief
 from sffx.parts import CLASSIFIER, block_name
 
 
-def make_plan(
+def partition(
     analysis: Analysis,
-    name: str,
-    policy: Policy,
+    cuts: Cuts,
+    options: Options,
+    *,
+    policy: str = "nodes",
     num_classes: int | None = None,
-    options: Options | None = None,
 ) -> BlockPlan:
-    """Ask the policy where to cut and describe the blocks that come of it.
+    """Return the plan of the blocks that some cuts make.
 
     Args:
         analysis: of the traced model.
-        name: of the policy.
-        policy: a function of the analysis to the names of the nodes to cut after.
+        cuts: after candidates, in the order of the model, as `select` returns them.
+        options: of the cut.
+        policy: name of the policy that chose the cuts.
         num_classes: J, checked against the width of the logits where given.
-        options: how the blocks will learn, by default if None.
 
     Raises:
-        CutError: the policy chose no node, or one where no cut can be made.
-        InputError: `num_classes` is not what the model returns.
+        InputError: `num_classes` is not the width of the logits, or there is one logit.
     """
-    cuts = analysis.require(policy(analysis))
-    width = int(facts(analysis.nodes[analysis.logits]).example.shape[1])
-    if width < 2:
-        raise InputError(
-            "the model returns one logit, but a goodness tells classes apart. Hint: for two classes, give it two logits"
-        )
-    if num_classes not in (None, width):
-        raise InputError(
-            f"num_classes is {num_classes}, but the model returns {width} logits. Hint: leave num_classes out"
-        )
-    trace = analysis.trace
-    members = _members(analysis, cuts)
+    width = _width_of_logits(analysis, num_classes)
+    members = _members(analysis, cuts.after)
     names = _names(analysis, members)
-    targets = [*(block_name(i) for i in range(len(cuts))), CLASSIFIER]
-    ends = (*cuts, analysis.logits)
-    blocks = [_block(analysis, *what) for what in zip(names, targets, members, ends, strict=True)]
+    targets = [*(block_name(i) for i in range(len(cuts.after))), CLASSIFIER]
+    outputs = (*cuts.after, analysis.logits)
+    blocks = []
+    for name, target, nodes, output in zip(names, targets, members, outputs, strict=True):
+        blocks.append(_block(analysis, name, target, nodes, output))
+    trace = analysis.trace
+    notes = (*trace.notes, *cuts.notes, *_shared_notes(analysis), *_padding_notes(analysis, blocks))
     return BlockPlan(
         model=type(trace.root).__name__,
-        policy=name,
+        policy=policy,
         blocks=tuple(blocks[:-1]),
         classifier=blocks[-1],
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
-        notes=(
-            *trace.notes,
-            *notes(name, analysis),
-            *_shared_notes(analysis),
-            *_padding_notes(analysis, blocks),
-        ),
-        options=options or Options(),
+        notes=notes,
+        options=options,
     )
 
 
-def _shared_notes(analysis: Analysis) -> list[str]:
-    shared = analysis.shared
-    return (
-        [f"no cut can lie between uses of {in_brief(shared, 3)}: what learns belongs to one block"]
-        if shared
-        else []
-    )
+def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
+    width = int(facts(analysis.nodes[analysis.logits]).example.shape[1])
+    if width < 2:
+        raise InputError(
+            "the model returns one logit, but a goodness tells classes apart. "
+            "Hint: for two classes, give it two logits"
+        )
+    if num_classes not in (None, width):
+        raise InputError(
+            f"num_classes is {num_classes}, but the model returns {width} logits. "
+            "Hint: leave num_classes out"
+        )
+    return width
 
 
 def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
@@ -90,55 +85,76 @@ def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
     members: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
     for name, node in analysis.nodes.items():
         if node.op != "placeholder":
-            members[bisect_left(ends, analysis.step_of[name])].append(node)
+            block = bisect_left(ends, analysis.step_of[name])
+            members[block].append(node)
     return members
 
 
 def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], output: str) -> Block:
-    inside = {node.name for node in nodes}
-    value = facts(analysis.nodes[output]).example
-    parameters = {name: p for node in nodes for name, p in analysis.parameters(node).items()}
-    sides = [
-        node
-        for node in nodes
-        if node.name != output
-        and any(user.name not in inside and user.op != "output" for user in node.users)
-    ]
+    """Return the description of one block."""
+    parameters: dict[str, nn.Parameter] = {}
+    for node in nodes:
+        parameters.update(analysis.parameters(node))
+    distinct = {id(p): p for p in parameters.values()}  # a tied weight has several names
+    sides = _sides(nodes, output)
+    macs, activation_bytes = _cost(nodes)
+    given = [analysis.nodes[output], *sides]
     return Block(
         name=name,
         target=target,
         nodes=tuple(node.name for node in nodes),
         output=output,
-        shape=tuple(value.shape[1:]),
+        shape=tuple(facts(analysis.nodes[output]).example.shape[1:]),
         channel_axis=analysis.channel_axes.get(output, 1),
-        inputs=tuple(
-            dict.fromkeys(
-                arg.name for node in nodes for arg in node.all_input_nodes if arg.name not in inside
-            )
-        ),
+        inputs=_inputs(nodes),
         sides=tuple(node.name for node in sides),
         detached=tuple(node.name for node in sides if _carries_gradient(node)),
-        modules=tuple(
-            str(node.target) for node in nodes if node.op == "call_module" and not is_flag(node)
-        ),
+        modules=tuple(str(node.target) for node in nodes if _calls_module(node)),
         parameters=tuple(parameters),
-        num_parameters=sum(p.numel() for p in {id(p): p for p in parameters.values()}.values()),
-        macs=sum(facts(node).cost.macs for node in nodes) // TRACE_BATCH,
-        activation_bytes=sum(
-            {key: size for node in nodes for key, size in facts(node).cost.saved.items()}.values()
-        )
-        // TRACE_BATCH,
-        gives=tuple(
-            _value(given, facts(analysis.nodes[given]).example)
-            for given in (output, *(node.name for node in sides))
-        ),
+        num_parameters=sum(p.numel() for p in distinct.values()),
+        macs=macs,
+        activation_bytes=activation_bytes,
+        gives=tuple(_value(node.name, facts(node).example) for node in given),
         mask=_mask(analysis, output),
         graph=tuple(_node(analysis, node) for node in nodes),
     )
 
 
+def _inputs(nodes: list[fx.Node]) -> tuple[str, ...]:
+    """Return the names of the values that the nodes read from outside, each once."""
+    inside = set(nodes)
+    names: dict[str, None] = {}
+    for node in nodes:
+        for arg in node.all_input_nodes:
+            if arg not in inside:
+                names[arg.name] = None
+    return tuple(names)
+
+
+def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
+    """Return the nodes, other than the output, whose values later blocks read."""
+    inside = set(nodes)
+    sides = []
+    for node in nodes:
+        outside = [user for user in node.users if user not in inside and user.op != "output"]
+        if outside and node.name != output:
+            sides.append(node)
+    return sides
+
+
+def _cost(nodes: list[fx.Node]) -> tuple[int, int]:
+    """Return the multiply-adds for one sample, and the bytes kept for its backward pass."""
+    macs = 0
+    saved: dict[int, int] = {}  # by storage: two nodes may keep the same one
+    for node in nodes:
+        cost = facts(node).cost
+        macs += cost.macs
+        saved.update(cost.saved)
+    return macs // TRACE_BATCH, sum(saved.values()) // TRACE_BATCH
+
+
 def _value(name: str, example: object) -> Value:
-    """Describe a value by its example."""
+    """Return the description of a value, made from its example."""
     if isinstance(example, Tensor):
         # TRACE_BATCH is a size that nothing else is likely to have.
         shape = tuple(None if size == TRACE_BATCH else size for size in example.shape)
@@ -150,13 +166,14 @@ def _value(name: str, example: object) -> Value:
 
 
 def _node(analysis: Analysis, node: fx.Node) -> Node:
+    """Return the description of one node."""
     join = analysis.join(node.name)
+    target = node.target
+    call = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return Node(
         name=node.name,
-        call=str(node.target)
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", str(node.target)),
-        is_module=node.op == "call_module" and not is_flag(node),
+        call=call,
+        is_module=_calls_module(node),
         reads=tuple(arg.name for arg in node.all_input_nodes),
         is_path=analysis.is_path(node.name),
         join=join,
@@ -164,83 +181,128 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
     )
 
 
+def _calls_module(node: fx.Node) -> bool:
+    """Return whether a node calls a module of the model; the trace adds some for `training`."""
+    return node.op == "call_module" and not is_flag(node)
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    tensors = [leaf for leaf in tree_leaves(facts(node).example) if isinstance(leaf, Tensor)]
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+# Masks and notes
+
+
 def _mask(analysis: Analysis, output: str) -> str:
-    """Return the input that tells which tokens of a value (B, T, C) are real, "" where the value has no tokens or others than the input."""
+    """Return the input that marks the real tokens of a value (B, T, C), "" where there is none.
+
+    There is none where the value has no tokens, or other tokens than the input.
+    """
     shape = facts(analysis.nodes[output]).example.shape
     if len(shape) != 3 or analysis.channel_axes.get(output) != 2:
         return ""
-    return next(
-        (node.name for node in _masks(analysis) if facts(node).example.shape == shape[:2]), ""
-    )
+    for node in _masks(analysis):
+        if facts(node).example.shape == shape[:2]:
+            return node.name
+    return ""
 
 
 def _masks(analysis: Analysis) -> list[fx.Node]:
-    placeholders = takewhile(
-        lambda node: node.op == "placeholder", analysis.nodes.values()
-    )  # they come first in a trace
-    return [
-        node
-        for node, read in zip(placeholders, analysis.trace.inputs, strict=True)
-        if read.marks_tokens
-    ]
+    """Return the nodes of the inputs that are attention masks."""
+    nodes = analysis.nodes.values()
+    placeholders = takewhile(lambda node: node.op == "placeholder", nodes)  # they come first
+    masks = []
+    for node, read in zip(placeholders, analysis.trace.inputs, strict=True):
+        if read.marks_tokens:
+            masks.append(node)
+    return masks
+
+
+def _shared_notes(analysis: Analysis) -> list[str]:
+    if not analysis.shared:
+        return []
+    shared = in_brief(analysis.shared, 3)
+    return [f"no cut can lie between uses of {shared}: what learns belongs to one block"]
 
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
-    masked = [block.target for block in blocks[:-1] if block.mask]
-    others = [block.target for block in blocks[:-1] if len(block.shape) == 2 and not block.mask]
+    """Return notes on the blocks whose goodness and norm leave padding out, and the others."""
+    features = blocks[:-1]
     names = ", ".join(str(node.target) for node in _masks(analysis))
-    notes = (
-        [f"the goodness and norm of {', '.join(masked)} run over the real tokens, by {names}"]
-        if masked
-        else []
-    )
+    masked = [block.target for block in features if block.mask]
+    others = [block.target for block in features if len(block.shape) == 2 and not block.mask]
+    notes = []
+    if masked:
+        listed = ", ".join(masked)
+        notes.append(f"the goodness and norm of {listed} run over the real tokens, by {names}")
     if names and others:
+        listed = ", ".join(others)
         notes.append(
-            f"{', '.join(others)} return other tokens than {names} marks: their goodness and norm run over padding as well"
+            f"{listed} return other tokens than {names} marks: "
+            "their goodness and norm run over padding as well"
         )
     return notes
 
 
-def _carries_gradient(node: fx.Node) -> bool:
-    return any(
-        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(facts(node).example)
-    )
-
-
-def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
-    """Return the module that a container is all there is of, as an InvertedResidual is its Sequential `block`."""
-    parent = owner.rpartition(".")[0]
-    while parent and not is_elsewhere(parent) and issubclass(analysis.kind(owner), nn.Sequential):
-        owner, parent = parent, parent.rpartition(".")[0]
-    return owner
+# Names of blocks
 
 
 def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
+    """Return the name of each block, in the words of the model."""
     paths = [[node for node in nodes if analysis.is_path(node.name)] for nodes in members]
-    held = [{scope for node in nodes for scope in scopes(node)} for nodes in paths]
-    blocks = Counter(
-        scope for own in held for scope in own
-    )  # in how many blocks a module has paths
-    return [
-        _name(analysis, nodes, partial(_is_elsewhere, blocks, own))
-        for nodes, own in zip(paths, held, strict=True)
-    ]
+    blocks_of: Counter[str] = Counter()  # in how many blocks a module has paths
+    for nodes in paths:
+        blocks_of.update(_modules_around(nodes))
+    names = []
+    for nodes in paths:
+        is_elsewhere = partial(_is_elsewhere, blocks_of, _modules_around(nodes))
+        names.append(_name(analysis, nodes, is_elsewhere))
+    return names
 
 
-def _is_elsewhere(blocks: Counter[str], own: set[str], scope: str) -> bool:
-    """Whether a module has paths in a block besides the one that has paths in `own`."""
-    return blocks[scope] > (scope in own)
+def _is_elsewhere(blocks_of: Counter[str], own: set[str], scope: str) -> bool:
+    """Return whether a module has paths in another block than the one with the modules `own`."""
+    return blocks_of[scope] > (scope in own)
+
+
+def _modules_around(nodes: list[fx.Node]) -> set[str]:
+    around: set[str] = set()
+    for node in nodes:
+        around.update(scopes(node))
+    return around
 
 
 def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str], bool]) -> str:
-    """Name a block by the one module that is all its paths lie in, else by the first and the last module that it does not share."""
-    stacks = [stack for stack in map(scopes, nodes) if stack]
+    """Return the name of a block: the module that holds all of its paths and no others.
+
+    If there is none, it is the first and the last module that the block does not share.
+
+    Args:
+        analysis: of the model.
+        nodes: the paths of the block.
+        is_elsewhere: whether a module has paths in another block.
+    """
+    stacks = [scopes(node) for node in nodes if scopes(node)]
     owner = common_scope(stacks)
     if owner and not is_elsewhere(owner):
         return _unit(analysis, owner, is_elsewhere)
-    own = [
-        next((scope for scope in stack if not is_elsewhere(scope)), stack[-1]) for stack in stacks
-    ]
-    if not own:
+    if not stacks:
         return nodes[-1].name
-    return own[0] if own[0] == own[-1] else f"{own[0]} … {own[-1]}"
+    first = _outermost_own(stacks[0], is_elsewhere)
+    last = _outermost_own(stacks[-1], is_elsewhere)
+    return first if first == last else f"{first} … {last}"
+
+
+def _outermost_own(stack: tuple[str, ...], is_elsewhere: Callable[[str], bool]) -> str:
+    """Return the outermost module around a node that no other block shares."""
+    return next((scope for scope in stack if not is_elsewhere(scope)), stack[-1])
+
+
+def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
+    """Return the module whose only content is a container, as an InvertedResidual and its `conv`."""
+    parent = owner.rpartition(".")[0]
+    while parent and not is_elsewhere(parent) and issubclass(analysis.kind(owner), nn.Sequential):
+        owner = parent
+        parent = parent.rpartition(".")[0]
+    return owner

@@ -78,8 +78,8 @@ def test_an_activation_writes_over_the_gradient_it_is_given(activation, twin, af
     )  # a plain convolution would take over the activation
     rest = {"layer": [reader], "dropout": [nn.Dropout(0.0), reader], "end": []}[after]
     net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, *rest)
-    assert lean_modules(net) == ["block_0._2_lean"]
-    assert type(net.block_0._2_lean) is twin
+    assert lean_modules(net) == ["block_0._2_saving"]
+    assert type(net.block_0._2_saving) is twin
     assert_as_the_plain_layers(net, plain, X)
     assert torch.equal(net.eval().block_0(X), plain.eval()(X))
 
@@ -94,9 +94,9 @@ def test_functions_are_replaced_as_modules_are():
             return self.head(torch.relu(self.b(F.relu(self.a(x), True))))
 
     net = sffx.transform(Functional(), ["relu_1"])
-    assert lean_modules(net) == ["block_0.relu_lean", "block_0.relu_1_lean"]
-    assert net.block_0.relu_lean.inplace
-    assert not net.block_0.relu_1_lean.inplace
+    assert lean_modules(net) == ["block_0.relu_saving", "block_0.relu_1_saving"]
+    assert net.block_0.relu_saving.inplace
+    assert not net.block_0.relu_1_saving.inplace
 
 
 class _Branching(nn.Module):
@@ -135,7 +135,7 @@ def test_an_activation_that_no_head_reads_stays():
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.head(F.relu(self.a(x))))
 
-    assert lean_modules(sffx.transform(Skips(), ["relu"])) == ["block_0.relu_lean"]
+    assert lean_modules(sffx.transform(Skips(), ["relu"])) == ["block_0.relu_saving"]
 
 
 def test_a_relu_with_another_reader_stays_before_the_pool():
@@ -249,7 +249,7 @@ def test_an_activation_whose_in_place_write_is_read_again_stays():
 
     model = ReadsAgain()
     net = sffx.transform(model, ["relu"], norm="none").train()
-    assert lean_modules(net) == ["block_0.relu_lean"]
+    assert lean_modules(net) == ["block_0.relu_saving"]
     x = torch.randn(5, 6)
     with private_gradients():
         net.readout.mode = "classifier"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
-from sffx.compiler.partition import make_plan
+from sffx.compiler.partition import partition
 from sffx.compiler.policies import layer
 from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError
@@ -70,7 +70,7 @@ def test_joins_and_the_layers_on_their_paths(model, example, joins):
 def test_the_nodes_read_what_the_traced_graph_says(model):
     analysis = analyse(trace(model, IMAGE))
     traced = {node.name: node for node in analysis.trace.graph.nodes}
-    for block in make_plan(analysis, "layer", layer).all_blocks:
+    for block in partition(analysis, layer(analysis, Options()), Options()).all_blocks:
         assert tuple(node.name for node in block.graph) == block.nodes
         for node in block.graph:
             assert node.reads == tuple(arg.name for arg in traced[node.name].all_input_nodes)

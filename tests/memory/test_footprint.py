@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 import sffx
+from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
@@ -121,8 +122,10 @@ def test_a_prediction_touches_nothing_and_prints_as_a_table():
 def best_by_trying(model: nn.Module, example: torch.Tensor, batch_size: int) -> dict[int, int]:
     """Return the least peak of all cuts into each number of feature blocks, the last one where the features end."""
     analysis = analyse(trace(model, example))
-    features = sffx.policies.batchnorm(analysis)
-    places = sorted({*features, *sffx.policies.layer(analysis)}, key=analysis.spine.index)
+    features = sffx.policies.batchnorm(analysis, Options()).after
+    places = sorted(
+        {*features, *sffx.policies.layer(analysis, Options()).after}, key=analysis.spine.index
+    )
     least: dict[int, int] = {}
     for size in range(1, len(places) + 1):
         for cuts in combinations(places, size):

@@ -1,0 +1,169 @@
+"""No write in place crosses a cut.
+
+A value that crosses a cut is read by the head of the block that computed it. So no later block may
+write over it. This pass looks for such writes in each block. It turns the operation into its twin
+that leaves its input alone:
+
+1. a module with `inplace=True` becomes a copy with `inplace=False`,
+2. a function called with `inplace=True` is called with False,
+3. an in-place operator (`+=`) becomes the plain one (`+`),
+4. a method or a torch function `name_` becomes `name`.
+
+An operation with no such twin is refused. So is one whose written value the model then reads by
+another name, since that name would keep the old value.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.facts import block_facts
+from sffx.errors import CutError
+from sffx.net import plan_of
+
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.imatmul: operator.matmul,
+    operator.ipow: operator.pow,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
+
+# These return their input, or a view of it, in some layouts or modes that the trace did not see.
+# A norm lays out its result in order, which makes a view of what was a copy. Dropout returns its
+# input in eval mode.
+_MAYBE_VIEWS = (
+    "flatten",
+    "reshape",
+    "contiguous",
+    "dropout",
+    "alphadropout",
+    "featurealphadropout",
+    "identity",
+)
+
+
+def keep_foreign_values(net: fx.GraphModule) -> None:
+    """Rewrite the blocks of a cut model, in place, so that none writes on another one's values.
+
+    Raises:
+        CutError: an operation writes on such a value, and cannot be replaced; names the node.
+    """
+    for block in plan_of(net).all_blocks:
+        module = net.get_submodule(block.target)
+        assert isinstance(module, fx.GraphModule)
+        keep_foreign_values_in(module)
+
+
+def keep_foreign_values_in(block: fx.GraphModule) -> None:
+    """Rewrite one block, in place; its graph must be valid and stays so."""
+    foreign = {node for node in block.graph.nodes if block_facts(node).is_foreign}
+    memories = {block_facts(node).memory for node in foreign}
+    replaced: dict[str, nn.Module] = {}
+    for node in block.graph.nodes:
+        if _may_be_foreign(block, node, foreign):
+            foreign.add(node)
+        record = block_facts(node)
+        certain = not memories.isdisjoint(record.writes)
+        possible = any(arg in foreign for arg in _written(node)) and not record.read_behind
+        if certain or possible:
+            _replace(block, node, replaced)
+    for target, twin in replaced.items():
+        owner, _, name = target.rpartition(".")
+        setattr(block.get_submodule(owner), name, twin)
+    block.graph.lint()
+    block.recompile()
+
+
+def _may_be_foreign(block: fx.GraphModule, node: fx.Node, foreign: set[fx.Node]) -> bool:
+    """Return whether a node returns a foreign value or a view of it, at least in some modes."""
+    source = next(iter(node.all_input_nodes), None)
+    if source not in foreign or node.op == "output":
+        return False
+    memory = block_facts(node).memory
+    is_view = memory is not None and memory == block_facts(source).memory
+    return is_view or _name_of(block, node).lower().startswith(_MAYBE_VIEWS)
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that a node writes in place."""
+    writes = block_facts(node).writes
+    return [arg for arg in node.all_input_nodes if block_facts(arg).memory in writes]
+
+
+def _name_of(block: fx.GraphModule, node: fx.Node) -> str:
+    """Return the name of what a node calls: of a module's class, of a function or of a method."""
+    if node.op == "call_module":
+        return type(block.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _replace(block: fx.GraphModule, node: fx.Node, replaced: dict[str, nn.Module]) -> None:
+    """Turn an in-place operation into its twin that leaves its input alone.
+
+    Args:
+        block: the block.
+        node: the operation.
+        replaced: the modules to put in the place of the block's own; may get another.
+    """
+    name = block_facts(node).origin
+    if block_facts(node).read_behind:
+        raise CutError(
+            f"node {name!r} writes in place on a value that crosses a cut, and the model reads "
+            "what it wrote by another name. Hint: cut elsewhere, or use the operation's result "
+            "instead of the variable that it writes to"
+        )
+    target = node.target
+    module: Any = block.get_submodule(str(target)) if node.op == "call_module" else None
+    if getattr(module, "inplace", False):
+        twin = copy.copy(module)
+        twin.inplace = False
+        replaced[str(target)] = twin
+    elif _has_inplace(target):
+        _call_with_inplace_false(node)
+    elif target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[target]
+    elif _without_underscore(target) is not None:
+        node.target = _without_underscore(target)  # type: ignore[assignment]
+    else:
+        raise CutError(
+            f"node {name!r} writes in place on a value that crosses a cut, and {target} has no "
+            "form that does not. Hint: cut elsewhere, or write the model without this in-place "
+            "operation"
+        )
+
+
+def _has_inplace(target: object) -> bool:
+    try:
+        return callable(target) and "inplace" in inspect.signature(target).parameters
+    except (ValueError, TypeError):  # some functions written in C have no signature
+        return False
+
+
+def _call_with_inplace_false(node: fx.Node) -> None:
+    assert callable(node.target)
+    place = list(inspect.signature(node.target).parameters).index("inplace")
+    node.args = tuple(node.args[:place])
+    node.kwargs = {**node.kwargs, "inplace": False}
+
+
+def _without_underscore(target: object) -> str | Callable[..., object] | None:
+    """Return the method or torch function whose name lacks the trailing underscore, if any."""
+    is_method = isinstance(target, str)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    plain = getattr(Tensor if is_method else torch, name[:-1], None)
+    return name[:-1] if is_method and plain is not None else plain

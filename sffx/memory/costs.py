@@ -1,0 +1,285 @@
+"""What the blocks of a model take in bytes, for the search that cuts for a memory budget.
+
+A *place* is the index of a step that a cut may follow; -1 is the start of the model, and the last
+place is the logits. A *span* is a block: the place before it, and the place where it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sffx.blocks import Block, BlockPlan, Options
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
+from sffx.compiler.facts import block_facts, facts
+from sffx.compiler.fake import fake_copy
+from sffx.compiler.inplace import keep_foreign_values
+from sffx.compiler.memory import save_memory, save_memory_in
+from sffx.compiler.partition import partition
+from sffx.compiler.policies import Cuts, group_ends, layer_ends
+from sffx.compiler.rewrite import block_module, rewrite
+from sffx.compiler.trace.costs import noting_saved
+from sffx.learning.heads import make_head, make_heads
+from sffx.learning.norms import make_norms
+from sffx.memory.footprint import COUNTER, STATES, fake_footprint
+from sffx.tensors import storage_key
+
+Place = int
+Span = tuple[Place, Place]
+
+START: Place = -1
+LABEL_BYTES = 8  # one int64 for each sample
+
+
+@dataclass(frozen=True)
+class Owned:
+    """The tensors of the model, of a part of it or of a head.
+
+    Attributes:
+        everything: bytes of all.
+        trainable: bytes of those that are trained.
+        largest: bytes of the largest that is trained.
+        count: the number of those that are trained.
+    """
+
+    everything: int = 0
+    trainable: int = 0
+    largest: int = 0
+    count: int = 0
+
+    @property
+    def lasting(self) -> int:
+        """Bytes with the optimizer's state."""
+        return self.everything + STATES * self.trainable + COUNTER * self.count
+
+
+class BlockCosts:
+    """The places of a model, and the bytes that each span takes.
+
+    The bytes of a block while it runs are known once it was counted on fake tensors, as a block of
+    a plan. Before that there is a lower bound, the bytes that its backward pass keeps at least.
+
+    A block is counted in a plan, because the plan says whether it recomputes. So one span may take
+    more in another plan than in the one where it was counted; the largest count is kept.
+
+    Attributes:
+        places: in order; the last one is the logits.
+        bounds: for each place, the spans that end there, with their lower bounds.
+        heads: what the head at each place owns.
+    """
+
+    def __init__(self, analysis: Analysis, batch_size: int, options: Options) -> None:
+        self.analysis = analysis
+        self.batch_size = batch_size
+        self.options = options
+        features = group_ends(analysis)
+        logits = len(analysis.steps) - 1
+        self.places = sorted({*features, *layer_ends(analysis), logits})
+        self.heads = self._heads()
+        self.bounds: dict[Place, dict[Span, int]] = {}
+        saved = self._saved_by_node()
+        for place in self.places:
+            # The classifier begins behind the last BN group, and no earlier.
+            earliest = features[-1] if place == logits else START
+            self.bounds[place] = self._bounds_to(place, earliest, saved)
+        self._counted: dict[Span, int] = {}
+
+    @cached_property
+    def model(self) -> Owned:
+        """All tensors of the model."""
+        return _owned(tensor for tensors in self._tensors_by_step for tensor in tensors)
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """The bytes of the input batch and its labels."""
+        samples = [facts(node).example.nbytes // TRACE_BATCH for node in self._placeholders]
+        return self.batch_size * (LABEL_BYTES + sum(samples))
+
+    def running(self, span: Span) -> int:
+        """Return the bytes that a block takes while it runs: its count, or its lower bound."""
+        return self._counted.get(span, self.bounds[span[1]][span])
+
+    def trainable(self, span: Span) -> int:
+        """Return the bytes of a block's trainable parameters, without its head."""
+        start, end = span
+        return self._trainable_before[end + 1] - self._trainable_before[start + 1]
+
+    def is_counted(self, span: Span) -> bool:
+        """Return whether a block was counted."""
+        return span in self._counted
+
+    def count(self, spans: Sequence[Span], *, again: bool = False) -> None:
+        """Count the blocks of a plan on fake tensors.
+
+        Args:
+            spans: all blocks of the plan, in order.
+            again: whether to count those that were counted before.
+        """
+        known = [i for i, span in enumerate(spans) if span in self._counted and not again]
+        net = self._fake_net([end for _, end in spans[:-1]])
+        with self._fake_mode:
+            running = fake_footprint(net.train(), self.batch_size, skip=known).running
+        for span, size in zip(spans, running, strict=True):
+            self._counted[span] = max(size, self._counted.get(span, 0))
+
+    def _bounds_to(
+        self, end: Place, earliest: Place, saved: dict[str, dict[int, int]]
+    ) -> dict[Span, int]:
+        """Return the spans that end at a place, with the least bytes that they keep.
+
+        Args:
+            end: the place.
+            earliest: the first place where they may start.
+            saved: what each node keeps, by storage.
+        """
+        bounds: dict[Span, int] = {}
+        kept: dict[int, int] = {}
+        has_weight = False
+        for i in range(end, -1, -1):
+            step = self.analysis.steps[i]
+            for name in step.nodes:
+                kept.update(saved.get(name, {}))
+            has_weight = has_weight or step.weighted
+            start = i - 1
+            is_place = start == START or start in self.heads
+            if has_weight and is_place and start >= earliest:
+                bounds[start, end] = sum(kept.values())
+        return bounds
+
+    def _saved_by_node(self) -> dict[str, dict[int, int]]:
+        """Return what each node keeps for the backward pass, in bytes by storage.
+
+        It is noted with the whole model as one memory-saving block. Shorter blocks keep no less:
+        each has the same values to come back to, and a head besides.
+        """
+        nodes = self.analysis.nodes
+        computed = tuple(name for name, node in nodes.items() if node.op != "placeholder")
+        inputs = tuple(node.name for node in self._placeholders)
+        last = partition(self.analysis, Cuts(self.analysis.candidates[-1:]), self.options)
+        whole = replace(last.classifier, nodes=computed, inputs=inputs)
+        block = block_module(self._fake_root, whole, nodes)
+        save_memory_in(block, feeds_head=False, recompute=self.options.recompute)
+        with self._fake_mode:
+            x = []
+            for node in self._placeholders:
+                example = facts(node).example
+                x.append(example.new_empty((self.batch_size, *example.shape[1:])))
+            run = _SavedBytes(block.train(), [*x, *block.parameters(), *block.buffers()])
+            # Where shapes depend on data there are no bounds; the count will report it.
+            with contextlib.suppress(*DATA_DEPENDENT):
+                run.run(*x)
+        return run.saved
+
+    @cached_property
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.analysis.nodes.values() if node.op == "placeholder"]
+
+    @cached_property
+    def _trainable_before(self) -> list[int]:
+        """The bytes of trainable parameters before each step."""
+        return [0, *accumulate(_owned(tensors).trainable for tensors in self._tensors_by_step)]
+
+    @cached_property
+    def _tensors_by_step(self) -> list[list[Tensor]]:
+        """Parameters and buffers of each step, each with the first step that has it."""
+        seen: set[int] = set()
+        by_step = []
+        for step in self.analysis.steps:
+            new: list[Tensor] = []
+            for name in step.nodes:
+                for tensor in self.analysis.state(self.analysis.nodes[name]).values():
+                    if id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        new.append(tensor)
+            by_step.append(new)
+        return by_step
+
+    def _heads(self) -> dict[Place, Owned]:
+        """Return what the head at each place owns.
+
+        The heads are made for the smallest blocks, whose outputs are those of larger ones as well.
+        """
+        places = self.places[:-1]
+        plan = self._plan(places)
+        heads = {}
+        for place, block in zip(places, plan, strict=True):
+            heads[place] = self._head(block, plan.num_classes)
+        return heads
+
+    def _head(self, block: Block, num_classes: int) -> Owned:
+        like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
+        # A callable may read values while it makes a head, and a tensor on "meta" has none.
+        device = "cpu" if callable(self.options.goodness) else "meta"
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            head = make_head(self.options, block, num_classes)
+        return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
+
+    def _plan(self, places: Sequence[Place]) -> BlockPlan:
+        names = tuple(self.analysis.steps[place].node for place in places)
+        return partition(self.analysis, Cuts(names), self.options)
+
+    def _fake_net(self, places: Sequence[Place]) -> fx.GraphModule:
+        """Return the model, cut at some places, on fake tensors."""
+        plan = self._plan(places)
+        root = self.analysis.trace.root
+        with torch.random.fork_rng(devices=[]):
+            heads = make_heads(plan, root)
+            norms = make_norms(plan, root)
+        mode = self._fake_mode
+        fake_heads = list(fake_copy(nn.ModuleList(heads), mode))
+        fake_norms = [None if norm is None else fake_copy(norm, mode) for norm in norms]
+        trace = replace(self.analysis.trace, root=self._fake_root)
+        with mode:
+            net = rewrite(trace, plan, fake_heads, fake_norms)
+            keep_foreign_values(net)
+            save_memory(net)
+        return net
+
+    @cached_property
+    def _fake_mode(self) -> FakeTensorMode:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+    @cached_property
+    def _fake_root(self) -> nn.Module:
+        return fake_copy(self.analysis.trace.root, self._fake_mode).train()
+
+
+class _SavedBytes(fx.Interpreter):
+    """Runs a block and notes what each node keeps for its backward pass.
+
+    Attributes:
+        saved: bytes by storage, by the name of the traced node; the given tensors do not count.
+    """
+
+    def __init__(self, block: fx.GraphModule, given: list[Tensor]) -> None:
+        super().__init__(block)
+        self.saved: dict[str, dict[int, int]] = {}
+        self._given = {storage_key(tensor) for tensor in given}
+        # The key of a storage is its address, which a later one may get unless this one is held.
+        self._alive: list[UntypedStorage] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        own = self.saved.setdefault(block_facts(n).origin or n.name, {})
+        noting = noting_saved(own, self._alive, lambda tensor: storage_key(tensor) in self._given)
+        with noting, torch.enable_grad():
+            return super().run_node(n)
+
+
+def _owned(tensors: Iterable[Tensor]) -> Owned:
+    tensors = list(tensors)
+    sizes = [t.nbytes for t in tensors if t.requires_grad]
+    return Owned(
+        everything=sum(t.nbytes for t in tensors),
+        trainable=sum(sizes),
+        largest=max(sizes, default=0),
+        count=len(sizes),
+    )

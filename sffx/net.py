@@ -1,4 +1,4 @@
-"""The cut model: what it carries beside its graph, and how to tell it from others."""
+"""The cut model: a `GraphModule` that carries its block plan and its origin."""
 
 from __future__ import annotations
 
@@ -14,41 +14,50 @@ from sffx.errors import InputError
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that a cut model was made from. It is wrapped so that it does not become a child module of the cut model.
+    """The model that a cut model was made from.
+
+    The wrapper keeps the model from becoming a child module of the cut model.
 
     Attributes:
-        model: a copy of the original, whose layers are those of the blocks.
+        model: a copy of the original. Its layers are those of the blocks.
     """
 
     model: nn.Module
 
 
 class CutModel(fx.GraphModule):
-    """A `GraphModule` that keeps its plan and its origin when it is pickled, and in copies of what was unpickled."""
+    """An ordinary `GraphModule` with a block plan and an origin.
+
+    Both survive copies and pickles, and copies of an unpickled model.
+
+    Attributes:
+        plan: where the model was cut, and how its blocks learn.
+        origin: what `extract` fills with the trained weights.
+    """
 
     def __reduce__(self) -> Any:
         return _restored, super().__reduce__()
 
 
-def _restored(function: Any, arguments: tuple[Any, ...]) -> fx.GraphModule:
-    net = function(*arguments)
-    return with_plan(net, net.plan, net.origin.model)
+def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutModel:
+    """Return a cut model that carries its plan, and the model that `extract` fills.
 
-
-def with_plan(net: fx.GraphModule, blocks: BlockPlan, skeleton: nn.Module) -> fx.GraphModule:
-    """Let the plan, and the model that `extract` fills, travel with the cut model through copies and pickles."""
-    net = CutModel(net, net.graph, class_name=type(net).__name__)
-    attributes = {"plan": blocks, "origin": Origin(skeleton)}
-    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = (
-        attributes  # what fx carries over when a GraphModule is copied
-    )
+    Args:
+        net: the graph and the modules of the cut model.
+        plan: by which it was cut.
+        original: the model that it was cut from.
+    """
+    cut = CutModel(net, net.graph, class_name=type(net).__name__)
+    attributes = {"plan": plan, "origin": Origin(original)}
+    # fx copies a GraphModule by its graph, and carries over what stands under this key.
+    cut.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes
     for name, value in attributes.items():
-        setattr(net, name, value)
-    return net
+        setattr(cut, name, value)
+    return cut
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Whether a model was cut by sffx."""
+    """Return whether a model was cut by sffx."""
     return isinstance(getattr(model, "plan", None), BlockPlan)
 
 
@@ -58,9 +67,16 @@ def plan_of(net: nn.Module) -> BlockPlan:
     Raises:
         InputError: the model was not cut by sffx.
     """
-    found = getattr(net, "plan", None)
-    if not isinstance(found, BlockPlan):
+    plan = getattr(net, "plan", None)
+    if not isinstance(plan, BlockPlan):
         raise InputError(
-            f"net is a {type(net).__name__}, not a cut model. Hint: pass what sffx.transform returned"
+            f"net is a {type(net).__name__}, not a cut model. "
+            "Hint: pass what sffx.transform returned"
         )
-    return found
+    return plan
+
+
+def _restored(make: Any, arguments: tuple[Any, ...]) -> CutModel:
+    """Return an unpickled model, made by what fx pickles in its place."""
+    net = make(*arguments)
+    return with_plan(net, net.plan, net.origin.model)

@@ -14,9 +14,8 @@ from torch import Tensor, fx, nn
 from sffx.errors import InputError
 from sffx.inputs import split_batch
 from sffx.learning.losses import check_labels
-from sffx.learning.readouts import WEIGHTED, mixture, readout_of
+from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import plan_of
-from sffx.parts import CLASSIFIER
 from sffx.runtime.residencies import residency_of
 from sffx.runtime.walk import walk
 from sffx.tables import Column, html_table, text_table
@@ -107,15 +106,9 @@ def scores_by_name(net: fx.GraphModule, scores: Tensor) -> dict[str, Tensor]:
         net: what `transform` returned.
         scores: of its blocks, as `block_scores` returns them.
     """
-    goodness = scores[:-1]
-    weights = readout_of(net).weights
-    named = {block.target: own for block, own in zip(plan_of(net), goodness, strict=True)}
-    named["ensemble"] = goodness.mean(dim=0)
-    if weights is not None:
-        named[WEIGHTED] = mixture(goodness, weights)
-    named["last"] = goodness[-1]
-    named[CLASSIFIER] = scores[-1]
-    return named
+    names = [block.target for block in plan_of(net)]
+    blocks = dict(zip(names, scores[:-1], strict=True))
+    return {**blocks, **every_mode(scores.unbind(), readout_of(net).weights)}
 
 
 @contextmanager

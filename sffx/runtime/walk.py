@@ -54,7 +54,7 @@ def walk(net: fx.GraphModule, x: Any) -> Iterator[tuple[Stage, Tensor]]:
             stage.hand_on(values)
 
 
-def walk_attached(stages: Sequence[Stage], values: Values) -> Iterator[tuple[Stage, Tensor]]:
+def walk_attached(stages: Sequence[S], values: Any) -> Iterator[tuple[S, Tensor]]:
     """Yield each stage with its scores, and leave the values as the model's graph has them.
 
     Here only the model's own detaches cut gradients. The caller holds the values, and may look at

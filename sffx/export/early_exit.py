@@ -1,8 +1,9 @@
-"""Early exit: blocks run one after the other, and a sample stops at the first one that is sure of it.
+"""Early exit: a sample stops at the first block that is sure of it.
 
-Local learning gives every block an answer of its own. After each block the answer so far is the mean of the goodness of the blocks up to
-it, the ensemble of section 4.3 cut short, and its confidence is the largest entry of that mean's softmax, as in the loss. Samples that
-reach the threshold leave the batch, so what follows is not computed for them.
+Local learning gives every block an answer of its own. The answer after a block is the mean of the
+goodness of the blocks up to it, the ensemble of section 4.3 cut short. Its confidence is the
+largest entry of that mean's softmax, as in the loss. Samples that reach the threshold leave the
+batch, so later blocks are not computed for them.
 """
 
 from __future__ import annotations
@@ -10,33 +11,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from sffx.errors import InputError
-from sffx.export.exit_stage import ExitStage
-from sffx.inputs import bind_inputs, like_the_model, random_batch, split_batch
+from sffx.export.exit_files import load_stages, read_manifest
+from sffx.export.exit_stage import exit_stages
+from sffx.inputs import batch_size, bind_inputs, split_batch
 from sffx.learning.losses import check_labels
+from sffx.learning.readouts import mean_goodness
 from sffx.net import plan_of
 from sffx.runtime.shard import require_whole
-from sffx.runtime.stage import Stage, nodes_read_by, stages_of
 from sffx.runtime.walk import walk_attached
+from sffx.tables import Column, text_table
 
 NEVER = 2.0  # a threshold that no softmax reaches
+
+# How many quantiles of the confidences seen a curve has by default.
+CURVE_POINTS = 41
 
 
 @dataclass(frozen=True)
 class EarlyScores:
-    """What the runner says of a batch.
+    """The runner's answer for a batch.
 
     Attributes:
         scores: the mean of the goodness of the blocks that a sample went through, (B, J).
-        blocks: how many blocks those are, (B,), from 1.
+        blocks: the number of those blocks, (B,), from 1.
         macs: multiply-adds, the mean over the samples.
     """
 
@@ -75,28 +81,36 @@ class ExitCurve:
     samples: int
 
     def __str__(self) -> str:
-        lines = [f"threshold  accuracy  blocks            MACs   ({self.samples} samples)"]
+        columns = [
+            Column("threshold"),
+            Column("accuracy"),
+            Column("blocks"),
+            Column("MACs", width=14),
+        ]
+        rows = []
         for point in self.points:
             threshold = "none" if point.threshold > 1 else f"{point.threshold:.4f}"
-            lines.append(
-                f"{threshold:>9}  {point.accuracy:8.2%}  {point.blocks:6.2f}  {point.macs:14,.0f}"
-            )
-        return "\n".join(lines)
+            accuracy = f"{point.accuracy:.2%}"
+            rows.append((threshold, accuracy, f"{point.blocks:.2f}", f"{point.macs:,.0f}"))
+        return text_table(columns, rows, note=f"({self.samples} samples)")
 
 
 class EarlyExit:
-    """Runs a cut model block by block and stops, sample by sample, at the first block that is confident.
+    """A runner that stops, sample by sample, at the first block that is confident.
 
-    The confidence after a block is the softmax maximum of the mean of the goodness so far; the weights of `sffx.weigh` play no part. With a
-    threshold above 1 no sample leaves early, and the scores are those of the ensemble, bit by bit. The model is copied as it is and runs in
-    eval mode on its device.
+    The confidence after a block is the softmax maximum of the mean of the goodness so far. The
+    weights of `sffx.weigh` are not used. With a threshold above 1 no sample leaves early, and the
+    scores are those of the ensemble, bit by bit. The model is copied and runs in eval mode, on its
+    device.
 
     Args:
         net: what `sffx.transform` returned.
         threshold: of the confidence, above 0; `calibrate` chooses one.
 
     Attributes:
+        inputs: of the model.
         stages: the feature blocks, in order. The classifier is not among them.
+        batched: names of the values that have a batch axis.
 
     Raises:
         InputError: `net` is no cut model or is sharded, or `threshold` is not a number above 0.
@@ -107,26 +121,29 @@ class EarlyExit:
         require_whole(net)
         self.threshold = threshold
         self.inputs = plan.inputs
-        # Parameters keep their requires_grad: by it the heads choose their form, which must be the form that `net` itself takes.
-        self.stages, self.batched = _exit_stages(copy.deepcopy(net).eval())
+        # The copy's parameters keep their requires_grad. A head chooses its form by it, and the
+        # form must be the one that `net` itself takes.
+        self.stages, self.batched = exit_stages(copy.deepcopy(net).eval())
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:
-        """Return a runner on ONNX Runtime, on what `sffx.export_early_exit` wrote.
+        """Return a runner on ONNX Runtime, from a folder that `sffx.export_early_exit` wrote.
 
         Args:
-            folder: that it wrote.
-            threshold: the one that was written with it if None.
+            folder: that was written.
+            threshold: None takes the one that was written with it.
 
         Raises:
             InputError: there is no such export in the folder, or it cannot be read.
             MissingExtra: onnxruntime is not installed.
         """
-        from sffx.export.stages import load_stages
-
+        folder = Path(folder)
+        manifest = read_manifest(folder)
         runner = cls.__new__(cls)
-        runner.stages, runner.inputs, runner.batched, written = load_stages(Path(folder))
-        runner.threshold = written if threshold is None else threshold
+        runner.threshold = manifest.threshold if threshold is None else threshold
+        runner.inputs = manifest.inputs
+        runner.stages = load_stages(folder, manifest)
+        runner.batched = frozenset(manifest.batched)
         return runner
 
     @property
@@ -136,13 +153,12 @@ class EarlyExit:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        if (
-            isinstance(threshold, bool)
-            or not isinstance(threshold, (int, float))
-            or not threshold > 0
-        ):
+        is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        # Not `threshold <= 0`: a NaN must be refused too.
+        if not is_number or not threshold > 0:
             raise InputError(
-                f"the threshold is {threshold!r}. Hint: pass a number above 0; from above 1 on, no sample stops early"
+                f"the threshold is {threshold!r}. "
+                "Hint: pass a number above 0; from above 1 on, no sample stops early"
             )
         self._threshold = float(threshold)
 
@@ -151,71 +167,83 @@ class EarlyExit:
         """Run the blocks on a batch, each on the samples that the blocks before were not sure of.
 
         Args:
-            x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the model has several.
+            x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments if the
+                model has several.
 
         Raises:
             InputError: x does not fit the model's inputs.
         """
         values = bind_inputs(self.inputs, x)
-        rows = torch.arange(len(next(iter(values.values()))))
-        blocks = torch.zeros(len(rows), dtype=torch.int64)
+        samples = batch_size(values)
+        blocks = torch.zeros(samples, dtype=torch.int64)
         scores: Tensor | None = None
-        goodness: list[Tensor] = []
-        for depth, stage_goodness in enumerate(self._goodness(values), start=1):
-            goodness.append(stage_goodness)
-            mean = torch.stack(goodness).mean(dim=0)
-            scores = mean.new_zeros(mean.shape) if scores is None else scores
-            sure = (_confidence(mean) >= self.threshold) | (depth == len(self.stages))
-            left = rows[sure.cpu()]
-            scores[left.to(scores.device)], blocks[left] = mean[sure], depth
-            if sure.all():
+        rows = torch.arange(samples)  # of the samples that are still in the batch
+        goodness: list[Tensor] = []  # of those samples, after each block so far
+        for depth, new_goodness in enumerate(self._goodness(values), start=1):
+            goodness.append(new_goodness)
+            mean = mean_goodness(goodness)
+            if scores is None:
+                scores = torch.zeros_like(mean)
+            leaving = _confidence(mean) >= self.threshold
+            if depth == len(self.stages):
+                leaving[:] = True
+            left = rows[leaving.cpu()]
+            scores[left.to(scores.device)] = mean[leaving]
+            blocks[left] = depth
+            if leaving.all():
                 break
-            if sure.any():
-                rows, goodness = rows[~sure.cpu()], [each[~sure] for each in goodness]
-                self._keep(~sure, values)
+            if leaving.any():
+                rows = rows[~leaving.cpu()]
+                goodness = [each[~leaving] for each in goodness]
+                self._keep_rows(~leaving, values)
         assert scores is not None  # a plan has at least one block
-        return EarlyScores(scores, blocks, self._macs(blocks))
+        return EarlyScores(scores, blocks, self._mean_macs(blocks))
 
     @torch.no_grad()
     def cumulative(self, x: Any) -> Tensor:
-        """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold; the last is the ensemble."""
-        values = bind_inputs(self.inputs, x)
-        goodness = list(self._goodness(values))
-        return torch.stack(
-            [torch.stack(goodness[:depth]).mean(dim=0) for depth in range(1, len(goodness) + 1)]
-        )
+        """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold.
+
+        The last one is the ensemble.
+        """
+        goodness = list(self._goodness(bind_inputs(self.inputs, x)))
+        depths = range(1, len(goodness) + 1)
+        return torch.stack([mean_goodness(goodness[:depth]) for depth in depths])
 
     def curve(self, loader: Iterable[Any], thresholds: Sequence[float] | None = None) -> ExitCurve:
-        """Return accuracy against mean multiply-adds for a range of thresholds; the runner's own stays as it is.
+        """Return accuracy against mean multiply-adds for a range of thresholds.
+
+        The runner's own threshold stays as it is.
 
         Args:
-            loader: yields (x, y), x as the runner takes it and y class indices, (B,): validation data.
-            thresholds: quantiles of the confidences seen if None. The whole ensemble is always the last point.
+            loader: yields (x, y) of validation data: x as the runner takes it, and class indices y,
+                (B,).
+            thresholds: None takes quantiles of the confidences seen. The whole ensemble is always
+                the last point.
 
         Raises:
             InputError: the loader is empty or yields something else, or labels are out of range.
         """
         confidence, correct = self._judged(loader)
         if thresholds is None:
-            thresholds = (
-                confidence.double()
-                .flatten()
-                .quantile(torch.linspace(0, 1, 41, dtype=torch.float64))
-                .tolist()
-            )
+            shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+            thresholds = confidence.double().flatten().quantile(shares).tolist()
         levels = sorted({float(level) for level in thresholds if 0 < level <= 1})
         points = tuple(self._point(level, confidence, correct) for level in (*levels, NEVER))
         return ExitCurve(points, len(confidence))
 
     def calibrate(self, loader: Iterable[Any], accuracy: float | None = None) -> ExitPoint:
-        """Set the threshold that needs the fewest multiply-adds for an accuracy on validation data, and return its point of the curve.
+        """Set the threshold that reaches an accuracy with the fewest multiply-adds.
 
         Args:
-            loader: yields (x, y), as for `curve`.
-            accuracy: to be reached, between 0 and 1; that of the whole ensemble if None.
+            loader: yields (x, y) of validation data, as for `curve`.
+            accuracy: to be reached, between 0 and 1; None takes that of the whole ensemble.
+
+        Returns:
+            the threshold's point of the curve.
 
         Raises:
-            InputError: no threshold reaches the accuracy, or the loader cannot be used; the threshold stays as it was.
+            InputError: no threshold reaches the accuracy, or the loader cannot be used. The
+                threshold then stays as it was.
         """
         curve = self.curve(loader)
         wanted = curve.points[-1].accuracy if accuracy is None else accuracy
@@ -223,7 +251,8 @@ class EarlyExit:
         if not reached:
             best = max(point.accuracy for point in curve.points)
             raise InputError(
-                f"no threshold reaches an accuracy of {wanted}. Hint: the best on these {curve.samples} samples is {best:.4f}"
+                f"no threshold reaches an accuracy of {wanted}. "
+                f"Hint: the best on these {curve.samples} samples is {best:.4f}"
             )
         chosen = min(reached, key=lambda point: point.macs)
         self.threshold = chosen.threshold
@@ -244,21 +273,24 @@ class EarlyExit:
                     del values[name]
             yield goodness
 
-    def _keep(self, rows: Tensor, values: dict[str, Any]) -> None:
-        for name in self.batched & set(values):
+    def _keep_rows(self, kept: Tensor, values: dict[str, Any]) -> None:
+        """Remove the samples that have left from the values, given which ones stay, (B,)."""
+        for name in self.batched & values.keys():
             values[name] = tree_map_only(
-                Tensor, lambda tensor: tensor[rows.to(tensor.device)], values[name]
+                Tensor, lambda tensor: tensor[kept.to(tensor.device)], values[name]
             )
 
-    def _macs(self, blocks: Tensor) -> float:
-        total = torch.tensor(
-            [0, *(stage.macs for stage in self.stages)], dtype=torch.float64
-        ).cumsum(0)
-        return float(total[blocks].mean()) if len(blocks) else 0.0
+    def _mean_macs(self, blocks: Tensor) -> float:
+        """Return the mean multiply-adds of samples that went through so many blocks, (B,)."""
+        if not len(blocks):
+            return 0.0
+        totals = accumulate((stage.macs for stage in self.stages), initial=0)
+        return float(torch.tensor(list(totals), dtype=torch.float64)[blocks].mean())
 
     def _judged(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Return the confidence after each block, and whether the answer there is right, (N, K) each."""
-        confidence, correct = [], []
+        """Return, after each block, the confidence and whether the answer is right, (N, K) each."""
+        confidence = []
+        correct = []
         for batch in loader:
             x, y = split_batch(batch)
             means = self.cumulative(x).cpu()
@@ -266,102 +298,20 @@ class EarlyExit:
             confidence.append(_confidence(means).T)
             correct.append((means.argmax(dim=2) == y.cpu()).T)
         if not confidence:
-            raise InputError("the loader yielded no samples")
+            raise InputError("the loader yielded no samples. Hint: pass validation data")
         return torch.cat(confidence), torch.cat(correct)
 
     def _point(self, threshold: float, confidence: Tensor, correct: Tensor) -> ExitPoint:
+        """Return the point of the curve, given what `_judged` returns."""
         sure = confidence >= threshold
-        sure[:, -1] = True
-        at = sure.int().argmax(dim=1)
-        right = correct.gather(1, at[:, None]).double().mean()
-        return ExitPoint(
-            threshold, float(right), self._macs(at + 1), float((at + 1).double().mean())
-        )
+        sure[:, -1] = True  # after the last block every sample leaves
+        exits = sure.int().argmax(dim=1)
+        accuracy = correct.gather(1, exits[:, None]).double().mean()
+        blocks = exits + 1
+        mean_blocks = blocks.double().mean()
+        return ExitPoint(threshold, float(accuracy), self._mean_macs(blocks), float(mean_blocks))
 
 
 def _confidence(scores: Tensor) -> Tensor:
-    """Return the largest probability of each sample, with the scores, (..., B, J), as logits: (..., B)."""
+    """Return the largest probability of each sample, (..., B), from scores as logits."""
     return scores.float().softmax(dim=-1).amax(dim=-1)
-
-
-def _exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[str]]:
-    """Return the stages of a net in eval mode, and the names of the values with a batch axis."""
-    stages = stages_of(net)[:-1]  # the classifier is no exit
-    # A value has a batch axis if it has as many rows as there are samples, whatever their number.
-    two = _ExampleRun(net, samples=2)
-    three = _ExampleRun(net, samples=3)
-    exits = []
-    for i, stage in enumerate(stages):
-        nodes = stage.nodes_from(stages[i - 1] if i else None)
-        inputs = nodes_read_by(nodes)
-        outputs = [node for node in nodes if node in _read_by_any(stages, i)]
-        module = _module(net, nodes, inputs, outputs)
-        names = tuple(map(_name, inputs))
-        given = tuple(map(_name, outputs))
-        with FlopCounterMode(display=False) as counter:
-            two.run(module, names, given)
-        three.run(module, names, given)
-        macs = counter.get_total_flops() // 4  # two operations for each, and two samples
-        exits.append(ExitStage(stage.name, names, given, macs, module))
-    batched = [
-        name
-        for name, value in two.values.items()
-        if _rows(value) == 2 and _rows(three.values[name]) == 3
-    ]
-    return tuple(exits), frozenset(batched)
-
-
-class _ExampleRun:
-    """Example values of a number of samples, stage after stage.
-
-    Attributes:
-        values: by name.
-    """
-
-    def __init__(self, net: fx.GraphModule, samples: int) -> None:
-        inputs = plan_of(net).inputs
-        tensors = like_the_model(net, random_batch(inputs, samples))
-        self.values: dict[str, Any] = {
-            each.name: value for each, value in zip(inputs, tensors, strict=True)
-        }
-
-    @torch.no_grad()
-    def run(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-        """Run one stage, and add its outputs to the values."""
-        _, *returned = module(*(self.values[name] for name in inputs))
-        self.values.update(zip(outputs, returned, strict=True))
-
-
-def _read_by_any(stages: Sequence[Stage], index: int) -> set[fx.Node]:
-    """Return the nodes that exits after one read."""
-    read: set[fx.Node] = set()
-    for i in range(index + 1, len(stages)):
-        read.update(nodes_read_by(stages[i].nodes_from(stages[i - 1])))
-    return read
-
-
-def _module(
-    net: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
-) -> fx.GraphModule:
-    """Return some nodes of the outer graph as a module; its first output is the last node."""
-    graph = fx.Graph()
-    values = {node: graph.placeholder(_name(node)) for node in inputs}
-    for node in nodes:
-        values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in (nodes[-1], *outputs)))
-    graph.lint()
-    return fx.GraphModule(net, graph, class_name="Stage").eval()
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "placeholder" else node.name
-
-
-def _rows(value: Any) -> int | None:
-    """Return the length of the first axis that a tensor, or all tensors of a tuple, have."""
-    tensors = list(value) if isinstance(value, (tuple, list)) else [value]
-    lengths: set[int | None] = set()
-    for tensor in tensors:
-        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
-        lengths.add(len(tensor) if has_rows else None)
-    return lengths.pop() if len(lengths) == 1 else None

@@ -1,4 +1,8 @@
-"""One stage of an early exit, on torch or on ONNX Runtime."""
+"""The stages of an early exit: on torch, made from a cut model, or on ONNX Runtime, from files.
+
+A stage of an early exit begins with the norm of the block before, where a stage of training ends
+with its own norm. So the norm is not computed for samples that have left.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sffx.inputs import like_the_model, random_batch
+from sffx.net import plan_of
+from sffx.runtime.stage import nodes_read_by, stages_of
 
 
 @dataclass(frozen=True)
@@ -35,3 +45,99 @@ class ExitStage:
 
     def hand_on(self, values: dict[str, Any]) -> None:
         """Do nothing: the next stage begins with this one's norm."""
+
+
+def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[str]]:
+    """Return the stages of a net in eval mode, and the names of the values with a batch axis.
+
+    The classifier is no stage of an early exit.
+    """
+    node_lists = _nodes_of_exits(net)
+    # A value has a batch axis if it has as many rows as there are samples, whatever their number.
+    two = _ExampleRun(net, samples=2)
+    three = _ExampleRun(net, samples=3)
+    stages = []
+    for i, block in enumerate(plan_of(net)):
+        nodes = node_lists[i]
+        inputs = nodes_read_by(nodes)
+        read_later = _read_by_any(node_lists[i + 1 :])
+        outputs = [node for node in nodes if node in read_later]
+        module = _module(net, nodes, inputs, outputs)
+        input_names = tuple(map(_name, inputs))
+        output_names = tuple(map(_name, outputs))
+        with FlopCounterMode(display=False) as counter:
+            two.run(module, input_names, output_names)
+        three.run(module, input_names, output_names)
+        macs = counter.get_total_flops() // 4  # two operations for each, and two samples
+        stages.append(ExitStage(block.target, input_names, output_names, macs, module))
+    batched = set()
+    for name, value in two.values.items():
+        if _rows(value) == 2 and _rows(three.values[name]) == 3:
+            batched.add(name)
+    return tuple(stages), frozenset(batched)
+
+
+class _ExampleRun:
+    """Example values of a number of samples, stage after stage.
+
+    Attributes:
+        values: by name.
+    """
+
+    def __init__(self, net: fx.GraphModule, samples: int) -> None:
+        inputs = plan_of(net).inputs
+        tensors = like_the_model(net, random_batch(inputs, samples))
+        self.values: dict[str, Any] = {}
+        for each, tensor in zip(inputs, tensors, strict=True):
+            self.values[each.name] = tensor
+
+    @torch.no_grad()
+    def run(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        """Run one stage, and add its outputs to the values."""
+        _, *returned = module(*(self.values[name] for name in inputs))
+        self.values.update(zip(outputs, returned, strict=True))
+
+
+def _nodes_of_exits(net: fx.GraphModule) -> list[list[fx.Node]]:
+    """Return, for each block, the nodes from the head before it to its own head."""
+    node_lists = []
+    previous = None
+    for stage in stages_of(net)[:-1]:
+        node_lists.append(stage.nodes_from(previous))
+        previous = stage
+    return node_lists
+
+
+def _read_by_any(node_lists: Sequence[list[fx.Node]]) -> set[fx.Node]:
+    read: set[fx.Node] = set()
+    for nodes in node_lists:
+        read.update(nodes_read_by(nodes))
+    return read
+
+
+def _module(
+    net: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
+) -> fx.GraphModule:
+    """Return some nodes of the outer graph as a module; its first output is the last node."""
+    graph = fx.Graph()
+    values = {node: graph.placeholder(_name(node)) for node in inputs}
+    for node in nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in (nodes[-1], *outputs)))
+    graph.lint()
+    return fx.GraphModule(net, graph, class_name="Stage").eval()
+
+
+def _name(node: fx.Node) -> str:
+    # The target of an input is its name in `forward`; the node's name may have a suffix.
+    return str(node.target) if node.op == "placeholder" else node.name
+
+
+def _rows(value: Any) -> int | None:
+    """Return the length of the first axis that a tensor, or all tensors of a tuple, have."""
+    tensors = list(value) if isinstance(value, (tuple, list)) else [value]
+    lengths: set[int | None] = set()
+    for tensor in tensors:
+        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
+        lengths.add(len(tensor) if has_rows else None)
+    return lengths.pop() if len(lengths) == 1 else None

@@ -9,7 +9,6 @@ from torch import fx
 
 from sffx.errors import ExportError
 from sffx.export.explain import first_line
-from sffx.inputs import random_batch as random_inputs  # noqa: F401
 from sffx.learning.readouts import READOUTS, WEIGHTED, readout_of, require_readout, require_weights
 from sffx.runtime.shard import require_whole
 

@@ -24,7 +24,8 @@ from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.export.onnx import described_inputs, open_session, require_packages
 from sffx.files import writing
-from sffx.learning.losses import check_labels, check_pair
+from sffx.inputs import split_batch
+from sffx.learning.losses import check_labels
 from sffx.tables import in_mib
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator
     first = next(batches, None)
     if first is None:
         raise InputError("the test loader yielded no samples. Hint: leave it out, or pass another")
-    check_pair(first)
-    feed = _feed(first[0], session)
+    x, _ = split_batch(first)
+    feed = _feed(x, session)
     try:
         session.run(None, feed)
     except Exception as error:
@@ -181,8 +182,8 @@ def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator
 def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[str, Any]]:
     """Yield the inputs of a session for each batch of a loader."""
     for batch in loader:
-        check_pair(batch)
-        yield _feed(batch[0], session)
+        x, _ = split_batch(batch)
+        yield _feed(x, session)
 
 
 def _feed(x: Any, session: InferenceSession) -> dict[str, Any]:
@@ -283,11 +284,11 @@ def _compared(
     """Return the number of samples, the accuracy of both files, and the share where they agree."""
     samples = right_before = right_after = same = 0
     for batch in batches:
-        check_pair(batch)
-        feed = _feed(batch[0], before)
+        x, y = split_batch(batch)
+        feed = _feed(x, before)
         scores = torch.from_numpy(before.run(None, feed)[-1])
-        check_labels(batch[1], *scores.shape)
-        y = batch[1].cpu()
+        check_labels(y, *scores.shape)
+        y = y.cpu()
         old = scores.argmax(dim=1)
         new = torch.from_numpy(after.run(None, feed)[-1]).argmax(dim=1)
         samples += len(y)

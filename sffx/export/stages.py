@@ -1,43 +1,26 @@
-"""The files of an early exit: one ONNX file for each block with its head, and a manifest that says how they hang together.
-
-A file for each block, and not one for all, because ONNX Runtime computes the whole of a file.
-"""
+"""The export of an early exit: each block with its head becomes an ONNX file of its own."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sffx.blocks import Input
-from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.errors import ExportError
 from sffx.export.early_exit import NEVER, EarlyExit
+from sffx.export.exit_files import Manifest, StageFile, require_replaceable, write_manifest
 from sffx.export.exit_stage import ExitStage
-from sffx.export.explain import first_line
-from sffx.export.onnx import (
-    described_inputs,
-    onnx_program,
-    open_session,
-    require_packages,
-    save_program,
-)
+from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity
-from sffx.export.prepare import inference_copy, random_inputs
+from sffx.export.prepare import inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
 from sffx.files import writing_folder
+from sffx.inputs import random_batch
 from sffx.net import plan_of
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
-MANIFEST = "manifest.json"
-VERSION = 1
+from sffx.parts import goodness_name
 
 
 def export_early_exit(
@@ -48,28 +31,32 @@ def export_early_exit(
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> Path:
-    """Write an early exit for ONNX Runtime: a folder with a file for each block and a manifest. `EarlyExit.load(folder)` runs it.
+    """Write an early exit for ONNX Runtime: a folder with a file for each block and a manifest.
 
-    The folder appears only once the answers after every block agree with torch at two batch sizes; whatever fails, an older export
-    there stays as it was.
+    `EarlyExit.load(folder)` runs it. The folder appears only after the answers after every block
+    agree with torch at two batch sizes. If anything fails, an older export there stays as it was.
 
     Args:
         net: what `sffx.transform` returned, in any mode, on any device.
         folder: to write; an older export in it is replaced.
         threshold: the confidence that the runner starts with, such as `EarlyExit.calibrate` chose.
         opset: version of the ONNX operator set; torch's default if None.
-        tolerance: the largest relative error allowed between ONNX Runtime and torch, max|a - b| / max|b|.
+        tolerance: the largest relative error allowed between ONNX Runtime and torch,
+            max|a - b| / max|b|.
 
     Returns:
-        `folder`. The files are block_0.onnx and so on; their first output is the goodness, (B, J), the others are what later blocks read.
+        `folder`. The files are block_0.onnx and so on. Their first output is the goodness, (B, J);
+        the others are the values that later blocks read. `sffx.export.exit_files` describes the
+        manifest.
 
     Raises:
-        InputError: `net` is no cut model, or `folder` is something else than a new or an exported folder.
+        InputError: `net` is no cut model, or `folder` holds something else than an early exit.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
-        ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond `tolerance`.
+        ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond
+            `tolerance`.
     """
     plan_of(net)
-    _require_replaceable(Path(folder))
+    require_replaceable(Path(folder))
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
         runner = EarlyExit(inference_copy(net), threshold)
@@ -78,93 +65,44 @@ def export_early_exit(
     return Path(folder)
 
 
-def load_stages(
-    folder: Path,
-) -> tuple[tuple[ExitStage, ...], tuple[Input, ...], frozenset[str], float]:
-    """Return the stages on ONNX Runtime, the model's inputs, the names of the values with a batch axis, and the threshold."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        inputs = tuple(
-            Input(**{**each, "shape": tuple(each["shape"])}) for each in manifest["inputs"]
-        )
-        described = [
-            (each, tuple(each["inputs"]), tuple(each["outputs"])) for each in manifest["stages"]
-        ]
-        batched, threshold = frozenset(manifest["batched"]), float(manifest["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        hint = "Hint: pass the folder that sffx.export_early_exit wrote"
-        raise InputError(
-            f"there is no early exit in {str(folder)!r}: {type(error).__name__}: {error}. {hint}"
-        ) from error
-    stages = tuple(
-        ExitStage(
-            each["name"],
-            reads,
-            outputs,
-            int(each["macs"]),
-            _runner(_open(folder / each["file"]), reads, each["goodness"], outputs),
-        )
-        for each, reads, outputs in described
-    )
-    return stages, inputs, batched, threshold
-
-
-def _require_replaceable(folder: Path) -> None:
-    """Raise an InputError if the folder holds something else than an early exit."""
-    if not folder.is_dir():
-        return
-    foreign = sorted({each.name for each in folder.iterdir()} - _exported(folder))
-    if foreign:
-        raise InputError(
-            f"the folder {str(folder)!r} holds something else than an early exit: "
-            f"{', '.join(foreign[:3])}. Hint: name a new folder"
-        )
-
-
-def _exported(folder: Path) -> set[str]:
-    """Return the names of the files of an export in a folder; none where there is none."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return {MANIFEST, *(str(each["file"]) for each in manifest["stages"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
-    examples = random_inputs(runner.inputs, TRACED_BATCH)
-    values: dict[str, Any] = {
-        each.name: value for each, value in zip(runner.inputs, examples, strict=True)
-    }
+    """Write the files of the stages, and the manifest."""
+    examples = random_batch(runner.inputs, TRACED_BATCH)
+    values: dict[str, Any] = {}
+    for each, example in zip(runner.inputs, examples, strict=True):
+        values[each.name] = example
     stages = []
     for i, stage in enumerate(runner.stages):
-        goodness, file = f"goodness_{i}", f"{stage.name}.onnx"
-        arguments = tuple(values[name] for name in stage.inputs)
-        _, *outputs = stage.run(*arguments)
-        values.update(zip(stage.outputs, outputs, strict=True))
-        _require_tensors(stage, values)
-        axes = tuple({0: "batch"} if name in runner.batched else None for name in stage.inputs)
-        module: Any = stage.run
-        save_program(
-            onnx_program(module, arguments, stage.inputs, (goodness, *stage.outputs), axes, opset),
-            folder / file,
+        described = StageFile(
+            name=stage.name,
+            file=f"{stage.name}.onnx",
+            inputs=stage.inputs,
+            goodness=goodness_name(i),
+            outputs=stage.outputs,
+            macs=stage.macs,
         )
-        described = {
-            "name": stage.name,
-            "file": file,
-            "inputs": stage.inputs,
-            "goodness": goodness,
-            "outputs": stage.outputs,
-        }
-        stages.append({**described, "macs": stage.macs})
-    inputs = [asdict(each) for each in runner.inputs]
-    manifest = {
-        "version": VERSION,
-        "threshold": runner.threshold,
-        "inputs": inputs,
-        "batched": sorted(runner.batched),
-        "stages": stages,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        arguments = tuple(values[name] for name in stage.inputs)
+        stage.score(values)
+        _require_tensors(stage, values)
+        _write_stage(described, stage, arguments, runner.batched, folder, opset)
+        stages.append(described)
+    batched = tuple(sorted(runner.batched))
+    write_manifest(folder, Manifest(runner.threshold, runner.inputs, batched, tuple(stages)))
+
+
+def _write_stage(
+    described: StageFile,
+    stage: ExitStage,
+    arguments: tuple[Tensor, ...],
+    batched: frozenset[str],
+    folder: Path,
+    opset: int | None,
+) -> None:
+    axes = tuple({0: "batch"} if name in batched else None for name in stage.inputs)
+    outputs = (described.goodness, *described.outputs)
+    module: Any = stage.run
+    program = onnx_program(module, arguments, stage.inputs, outputs, axes, opset)
+    save_program(program, folder / described.file)
 
 
 def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
@@ -172,46 +110,17 @@ def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
         if not isinstance(values[name], Tensor):
             kind = type(values[name]).__name__
             raise ExportError(
-                f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, and ONNX hands on tensors. Hint: cut elsewhere"
+                f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, "
+                "and ONNX hands on tensors. Hint: cut elsewhere"
             )
 
 
 def _verify(written: EarlyExit, runner: EarlyExit, tolerance: float) -> None:
+    """Raise an ExportError if the files' answer after a block differs from torch's."""
     for batch in VERIFIED_BATCHES:
-        x = random_inputs(runner.inputs, batch)
-        expected, found = runner.cumulative(x), written.cumulative(x)
-        for stage, wanted, got in zip(runner.stages, expected, found, strict=True):
-            require_parity(got, wanted, tolerance, f"after {stage.name} at batch size {batch}")
-
-
-def _open(path: Path) -> InferenceSession:
-    try:
-        import onnxruntime  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtra("onnxruntime", "export", "EarlyExit.load") from error
-    if not path.is_file():
-        raise InputError(f"the file {str(path)!r} is missing. Hint: export the model again")
-    return open_session(path)
-
-
-def _runner(
-    session: InferenceSession, inputs: Sequence[str], goodness: str, outputs: Sequence[str]
-) -> Callable[..., list[Tensor]]:
-    """Return the stage as a function of tensors. An input that the file does not read is not given to it."""
-    read = {each.name for each in session.get_inputs()}
-
-    def run(*values: Tensor) -> list[Tensor]:
-        feed = {
-            name: value.detach().cpu().numpy()
-            for name, value in zip(inputs, values, strict=True)
-            if name in read
-        }
-        try:
-            results = session.run([goodness, *outputs], feed)
-        except Exception as error:
-            raise InputError(
-                f"the file cannot run on this input: {first_line(error)}. Hint: it takes {described_inputs(session)}"
-            ) from error
-        return [torch.from_numpy(result) for result in results]
-
-    return run
+        x = random_batch(runner.inputs, batch)
+        expected = runner.cumulative(x)
+        actual = written.cumulative(x)
+        for i, stage in enumerate(runner.stages):
+            place = f"after {stage.name} at batch size {batch}"
+            require_parity(actual[i], expected[i], tolerance, place)

@@ -26,7 +26,7 @@ from sffx.blocks import Block, BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.onnx import export_onnx
 from sffx.export.parity import relative_error
-from sffx.export.prepare import random_inputs
+from sffx.inputs import random_batch
 from sffx.learning.readouts import Readout
 from tests import toys
 
@@ -437,7 +437,7 @@ def test_transformed_model_is_exported_as_it_is_evaluated(tmp_path: Path) -> Non
     ],
 )
 def test_examples_of_whole_numbers_cover_the_valid_values(each: Input, values: set[int]) -> None:
-    (example,) = random_inputs((each,), 4)
+    (example,) = random_batch((each,), 4)
     assert (example.shape, example.dtype) == ((4, 50), getattr(torch, each.dtype))
     assert set(example.flatten().tolist()) == values
 

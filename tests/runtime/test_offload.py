@@ -1,7 +1,6 @@
-"""Offloaded models, on one CPU.
+"""Offloaded models, on one CPU: a copier that notes what host memory is, so that a computation that reads it is found out.
 
-The copier notes which memory is host memory, so a computation that reads it is found out. Tests
-that need a GPU are at the end, and skipped without one.
+What only a GPU shows is at the end, and skipped without one.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class Noting(Copier):
 
 
 class Late(Noting):
-    """Copies as late as it may: when somebody waits for the copy. Until then there is rubbish."""
+    """Copies as late as it may: inwards when somebody waits for it, outwards when somebody waits for that. Until then there is rubbish."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -142,7 +141,7 @@ class Late(Noting):
 
 
 class Watch(TorchDispatchMode):
-    """Sees to it that an operator reads no host memory unless it copies, and counts loaded blocks.
+    """Looks, at each operator, that it reads no host memory unless it copies, and which blocks are on the device.
 
     Attributes:
         most: the most blocks that were on the device, or on their way there or back, at a time.

@@ -1,4 +1,4 @@
-"""Weights of blocks against the likelihood that they maximise, and weighed models."""
+"""Weights of blocks against the likelihood that they are to maximise, and what a weighed model does with them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,287 @@
+"""The folder of an exported early exit: an ONNX file for each block with its head, and a manifest.
+
+There is a file for each block, and not one for all, because ONNX Runtime computes the whole of a
+file. The manifest says how the files are connected:
+
+    {"version": 1,
+     "threshold": 0.9,
+     "inputs": [{"name": "x", "shape": [3, 8, 8], "dtype": "float32", ...}],
+     "batched": ["norm_0", "x"],                  values that have a batch axis
+     "stages": [{"name": "block_0",
+                 "file": "block_0.onnx",
+                 "inputs": ["x"],                 values that it reads
+                 "goodness": "goodness_0",        the name of its first output
+                 "outputs": ["block_0"],          values that later stages read
+                 "macs": 15872},                  multiply-adds for one sample
+                ...]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sffx.blocks import Input
+from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.export.exit_stage import ExitStage
+from sffx.export.explain import first_line
+from sffx.export.onnx import described_inputs, open_session
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+# The fields of the manifest's objects with their types in JSON.
+_FIELDS: dict[str, Any] = {
+    "version": int,
+    "threshold": (int, float),
+    "inputs": list,
+    "batched": list,
+    "stages": list,
+}
+_INPUT_FIELDS: dict[str, Any] = {
+    "name": str,
+    "shape": list,
+    "dtype": str,
+    "high": int,
+    "marks_tokens": bool,
+}
+_STAGE_FIELDS: dict[str, Any] = {
+    "name": str,
+    "file": str,
+    "inputs": list,
+    "goodness": str,
+    "outputs": list,
+    "macs": int,
+}
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """One stage in the manifest.
+
+    Attributes:
+        name: of the block, "block_0".
+        file: its ONNX file, a name inside the folder.
+        inputs: names of the values that it reads.
+        goodness: name of the file's first output, (B, J).
+        outputs: names of the values that later stages read.
+        macs: multiply-adds for one sample, the head included.
+    """
+
+    name: str
+    file: str
+    inputs: tuple[str, ...]
+    goodness: str
+    outputs: tuple[str, ...]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the folder says about itself.
+
+    Attributes:
+        threshold: the confidence at which a sample stops.
+        inputs: of the model.
+        batched: names of the values that have a batch axis, sorted.
+        stages: the feature blocks, in order.
+    """
+
+    threshold: float
+    inputs: tuple[Input, ...]
+    batched: tuple[str, ...]
+    stages: tuple[StageFile, ...]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into the folder."""
+    content = {"version": VERSION, **asdict(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder.
+
+    Raises:
+        InputError: there is none, or it is not one of an early exit. The error says why.
+    """
+    try:
+        return _manifest(json.loads((folder / MANIFEST).read_text()))
+    except OSError as error:
+        problem = f"{MANIFEST} cannot be read: {error.strerror}"
+        cause: Exception = error
+    except (ValueError, RecursionError) as error:
+        problem = f"{MANIFEST} is not the one of an early exit: {first_line(error)}"
+        cause = error
+    raise InputError(
+        f"there is no early exit in {str(folder)!r}: {problem}. "
+        "Hint: pass the folder that sffx.export_early_exit wrote"
+    ) from cause
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raise an InputError if a folder holds anything that is not of an exported early exit."""
+    if not folder.is_dir():
+        return
+    try:
+        exported = {MANIFEST, *(stage.file for stage in read_manifest(folder).stages)}
+    except InputError:
+        exported = set()
+    foreign = sorted({each.name for each in folder.iterdir()} - exported)
+    if foreign:
+        raise InputError(
+            f"the folder {str(folder)!r} holds something else than an early exit: "
+            f"{', '.join(foreign[:3])}. Hint: name a new folder"
+        )
+
+
+def load_stages(folder: Path, manifest: Manifest) -> tuple[ExitStage, ...]:
+    """Return the stages of an exported early exit, on ONNX Runtime.
+
+    Raises:
+        InputError: a file is missing or is not the stage that the manifest describes.
+        MissingExtra: onnxruntime is not installed.
+    """
+    stages = []
+    for stage in manifest.stages:
+        session = _open(folder / stage.file)
+        outputs = (stage.goodness, *stage.outputs)
+        _require_outputs(session, outputs, folder / stage.file)
+        run = _runner(session, stage.inputs, outputs)
+        stages.append(ExitStage(stage.name, stage.inputs, stage.outputs, stage.macs, run))
+    return tuple(stages)
+
+
+def _manifest(content: Any) -> Manifest:
+    """Return the manifest that a JSON file holds.
+
+    Raises:
+        ValueError: it is not a manifest.
+    """
+    _require_fields(content, _FIELDS, "it")
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"its version is {content['version']}, and this version of sffx reads {VERSION}"
+        )
+    if not content["threshold"] > 0:
+        raise ValueError(f"its threshold is {content['threshold']}, not a number above 0")
+    if not content["inputs"] or not content["stages"]:
+        raise ValueError("it lists no inputs or no stages")
+    inputs = tuple(_input(each, f"input {i}") for i, each in enumerate(content["inputs"]))
+    stages = tuple(_stage(each, f"stage {i}") for i, each in enumerate(content["stages"]))
+    _require_connected(inputs, stages)
+    batched = _names(content["batched"], "'batched'")
+    return Manifest(float(content["threshold"]), inputs, batched, stages)
+
+
+def _require_fields(content: Any, fields: dict[str, Any], place: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} is a {type(content).__name__}, not an object")
+    for name, kind in fields.items():
+        if name not in content:
+            raise ValueError(f"{place} has no {name!r}")
+        value = content[name]
+        # In Python a bool is an int as well.
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise ValueError(f"{name!r} of {place} is {value!r}")
+
+
+def _input(content: Any, place: str) -> Input:
+    _require_fields(content, _INPUT_FIELDS, place)
+    if not isinstance(getattr(torch, content["dtype"], None), torch.dtype):
+        raise ValueError(f"'dtype' of {place} is {content['dtype']!r}")
+    for length in content["shape"]:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+            raise ValueError(f"'shape' of {place} is {content['shape']}")
+    values = {name: content[name] for name in _INPUT_FIELDS}
+    values["shape"] = tuple(content["shape"])
+    return Input(**values)
+
+
+def _stage(content: Any, place: str) -> StageFile:
+    _require_fields(content, _STAGE_FIELDS, place)
+    file = content["file"]
+    # Both kinds of separator count, so that no file outside the folder is opened.
+    if PureWindowsPath(file).name != file or file in ("", ".", ".."):
+        raise ValueError(f"'file' of {place} is {file!r}, not a name inside the folder")
+    values = {name: content[name] for name in _STAGE_FIELDS}
+    values["inputs"] = _names(content["inputs"], f"'inputs' of {place}")
+    values["outputs"] = _names(content["outputs"], f"'outputs' of {place}")
+    return StageFile(**values)
+
+
+def _names(content: list[Any], place: str) -> tuple[str, ...]:
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(f"{place} holds {name!r}, not a name")
+    return tuple(content)
+
+
+def _require_connected(inputs: Sequence[Input], stages: Sequence[StageFile]) -> None:
+    """Raise a ValueError if a stage reads a value that nothing before it gives."""
+    given = {each.name for each in inputs}
+    for stage in stages:
+        for name in stage.inputs:
+            if name not in given:
+                raise ValueError(f"{stage.name} reads {name!r}, which nothing before it gives")
+        given.update(stage.outputs)
+
+
+def _open(path: Path) -> InferenceSession:
+    try:
+        import onnxruntime  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra("onnxruntime", "export", "EarlyExit.load") from error
+    if not path.is_file():
+        raise InputError(f"the file {str(path)!r} is missing. Hint: export the model again")
+    try:
+        return open_session(path)
+    except ExportError as error:
+        reason = first_line(error.__cause__ or error)
+        raise InputError(
+            f"{str(path)!r} is no ONNX file that can be used: {reason}. "
+            "Hint: export the model again"
+        ) from error
+
+
+def _require_outputs(session: InferenceSession, names: Sequence[str], path: Path) -> None:
+    known = {each.name for each in session.get_outputs()}
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"the file {str(path)!r} has no output {name!r}, which {MANIFEST} names. "
+                "Hint: export the model again"
+            )
+
+
+def _runner(
+    session: InferenceSession, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[..., list[Tensor]]:
+    """Return a function that runs a file: from the values of its inputs to those of its outputs."""
+    # The exporter leaves out an input that the stage does not use.
+    read = {each.name for each in session.get_inputs()}
+
+    def run(*values: Tensor) -> list[Tensor]:
+        feed = {}
+        for name, value in zip(inputs, values, strict=True):
+            if name in read:
+                feed[name] = value.detach().cpu().numpy()
+        try:
+            results = session.run(list(outputs), feed)
+        except Exception as error:
+            raise InputError(
+                f"the file cannot run on this input: {first_line(error)}. "
+                f"Hint: it takes {described_inputs(session)}"
+            ) from error
+        return [torch.from_numpy(result) for result in results]
+
+    return run

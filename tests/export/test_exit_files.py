@@ -1,0 +1,147 @@
+"""The folder of an exported early exit: a manifest that is wrong says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import sffx
+from sffx.blocks import Input
+from sffx.export.exit_files import Manifest, StageFile, read_manifest, write_manifest
+
+MANIFEST = Manifest(
+    threshold=0.5,
+    inputs=(Input("x", (6,), "float32"),),
+    batched=("norm_0", "x"),
+    stages=(
+        StageFile("block_0", "block_0.onnx", ("x",), "goodness_0", ("block_0",), 30),
+        StageFile("block_1", "block_1.onnx", ("block_0",), "goodness_1", (), 15),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
+    net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(1, 6))
+    return sffx.export_early_exit(net, tmp_path_factory.mktemp("exit") / "net", 0.7)
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "net"))
+
+
+def changed(content: Any, place: tuple[str | int, ...], value: Any) -> Any:
+    """Return JSON with one value set, or removed where it is None."""
+    content = json.loads(json.dumps(content))
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    if value is None:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    return content
+
+
+def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    assert read_manifest(tmp_path) == MANIFEST
+
+
+def test_the_threshold_that_was_written_is_the_default(exported: Path) -> None:
+    assert sffx.EarlyExit.load(exported).threshold == 0.7
+    assert sffx.EarlyExit.load(exported, threshold=0.2).threshold == 0.2
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (("version",), None, r"it has no 'version'"),
+        (("version",), 2, r"its version is 2, and this version of sffx reads 1"),
+        (("version",), True, r"'version' of it is True"),
+        (("threshold",), "high", r"'threshold' of it is 'high'"),
+        (("threshold",), -0.5, r"its threshold is -0\.5, not a number above 0"),
+        (("threshold",), float("nan"), r"its threshold is nan"),
+        (("inputs",), [], r"it lists no inputs or no stages"),
+        (("stages",), [], r"it lists no inputs or no stages"),
+        (("stages",), {}, r"'stages' of it is \{\}"),
+        (("inputs", 0), "x", r"input 0 is a str, not an object"),
+        (("inputs", 0, "shape"), None, r"input 0 has no 'shape'"),
+        (("inputs", 0, "shape"), ["six"], r"'shape' of input 0 is \['six'\]"),
+        (("inputs", 0, "dtype"), "load", r"'dtype' of input 0 is 'load'"),
+        (("inputs", 0, "high"), 1.5, r"'high' of input 0 is 1\.5"),
+        (("batched",), [1], r"'batched' holds 1, not a name"),
+        (("stages", 1, "goodness"), None, r"stage 1 has no 'goodness'"),
+        (("stages", 1, "macs"), "15", r"'macs' of stage 1 is '15'"),
+        (("stages", 1, "inputs"), [None], r"'inputs' of stage 1 holds None, not a name"),
+        (("stages", 1, "inputs"), ["z"], r"block_1 reads 'z', which nothing before it gives"),
+        (("stages", 0, "file"), "../block_0.onnx", r"'file' of stage 0 is '\.\./block_0\.onnx'"),
+        (("stages", 0, "file"), "a\\b.onnx", r"'file' of stage 0 is .*not a name inside"),
+        (("stages", 0, "file"), "..", r"'file' of stage 0 is '\.\.'"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(
+    tmp_path: Path, place: tuple[str | int, ...], value: Any, problem: str
+) -> None:
+    write_manifest(tmp_path, MANIFEST)
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), place, value)))
+    with pytest.raises(
+        sffx.InputError,
+        match=rf"no early exit in '.*': manifest\.json is not the one of an early exit: {problem}.*"
+        r"Hint: pass the folder that sffx\.export_early_exit wrote",
+    ):
+        sffx.EarlyExit.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"{", "is not the one of an early exit: Expecting property name"),
+        (b"\xff", "is not the one of an early exit: 'utf-8' codec"),
+        (b"[]", "is not the one of an early exit: it is a list, not an object"),
+        (b"[" * 100_000, "is not the one of an early exit: "),
+    ],
+)
+def test_what_is_no_manifest_is_refused(
+    tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(sffx.InputError, match=rf"no early exit in .*: manifest\.json {problem}"):
+        sffx.EarlyExit.load(tmp_path)
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "block_0.onnx").unlink()
+    with pytest.raises(sffx.InputError, match=r"the file '.*block_0\.onnx' is missing\. Hint: "):
+        sffx.EarlyExit.load(folder)
+
+
+def test_a_broken_file_is_named(folder: Path) -> None:
+    (folder / "block_0.onnx").write_bytes(b"half a file")
+    with pytest.raises(sffx.InputError, match=r"block_0\.onnx' is no ONNX file that can be used"):
+        sffx.EarlyExit.load(folder)
+
+
+def test_a_file_of_another_export_is_named(folder: Path) -> None:
+    model = onnx.load(folder / "block_0.onnx")
+    model.graph.output[0].name = "scores"
+    model.graph.node[-1].output[0] = "scores"
+    onnx.save(model, folder / "block_0.onnx")
+    with pytest.raises(
+        sffx.InputError,
+        match=r"block_0\.onnx' has no output 'goodness_0', which manifest\.json names\. Hint: ",
+    ):
+        sffx.EarlyExit.load(folder)

@@ -5,8 +5,10 @@ Every message says what was wrong, with the value, and then "Hint: " and what to
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,11 +52,15 @@ class MissingExtra(SffxError, ImportError):
         )
 
 
+# The frames of sffx itself say nothing about the model.
+_PACKAGE = str(Path(__file__).parent) + os.sep
+
+
 def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
     for frame in traceback.extract_tb(failure.__traceback__):
-        if "/torch/" in frame.filename or "sffx/compiler/" in frame.filename:
+        if "/torch/" in frame.filename or frame.filename.startswith(_PACKAGE):
             continue
         place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place

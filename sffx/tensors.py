@@ -15,5 +15,5 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def can_learn(tensor: Tensor) -> bool:
-    """Whether a tensor may have a gradient: floats, and complex numbers as of a Fourier transform."""
+    """Whether a tensor may have a gradient: floats and complex numbers may."""
     return tensor.is_floating_point() or tensor.is_complex()

@@ -108,7 +108,7 @@ def test_shapes_and_readouts(net):
     assert torch.equal(scores["classifier"], parts[-1])
     with pytest.raises(
         InputError,
-        match=r"there is no readout 'best'\. Hint: the readouts are 'ensemble', 'last', 'classifier'",
+        match=r"there is no readout 'best'\. Hint: the readouts are 'ensemble', 'weighted', 'last', 'classifier'",
     ):
         net.readout.mode = "best"
 

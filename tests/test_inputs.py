@@ -19,7 +19,8 @@ Y = torch.tensor([0, 1])
     [
         (
             torch.zeros(2, 1, 8, 8),
-            r"input is \(2, 1, 8, 8\) of float32, but .* for \(B, 3, 8, 8\) of float32.* to have 3 channels",
+            r"input is \(2, 1, 8, 8\) of float32, but .* for \(B, 3, 8, 8\) of float32.* "
+            r"to have 3 channels",
         ),
         (
             torch.zeros(2, 3, 16, 16),
@@ -45,7 +46,10 @@ def test_of_several_inputs_the_one_that_differs_is_named() -> None:
     net = sffx.transform(TwoInputs(), example_input=(torch.zeros(1, 6), torch.zeros(1, 5))).train()
     with pytest.raises(
         InputError,
-        match=r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. In the model",
+        match=(
+            r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. "
+            r"In the model"
+        ),
     ):
         sffx.local_loss(net, {"image": torch.zeros(2, 6), "text": torch.zeros(2, 7)}, Y)
 

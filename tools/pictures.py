@@ -1,24 +1,21 @@
 """Draw the gallery in examples/pictures: python tools/pictures.py
 
-Needs torchvision, transformers and Graphviz. The models have no weights, so that nothing is downloaded.
+Needs torchvision, transformers and Graphviz. The models have no weights, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import sffx
-from sffx.blocks import BlockPlan
-from sffx.cli.models import find_model
-from sffx.cli.sources import token_example
-from sffx.draw.compare import draw_comparison
-from sffx.draw.render import draw
+from sffx.cli.viz import main
 
 PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 COLUMNS = 3
+ZOO = "torchvision.models:"
 
 
 @dataclass(frozen=True)
@@ -26,70 +23,61 @@ class Picture:
     """One picture of the gallery.
 
     Attributes:
-        source: of the model, as `sffx-viz` takes it.
-        policy: by which it is cut.
-        detail: what is shown of each block.
+        file: its name.
+        arguments: of `sffx-viz`, which draws it.
     """
 
-    source: str
-    policy: str = "residual"
-    detail: str = "blocks"
-
-    @property
-    def file(self) -> str:
-        name = self.source.rpartition(":")[2].replace("Config", "").lower()
-        return f"{name}-{self.policy.replace('(', '').replace(')', '')}{'' if self.detail == 'blocks' else f'-{self.detail}'}.svg"
+    file: str
+    arguments: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        detail = "" if self.detail == "blocks" else f" --detail {self.detail}"
-        policy = "" if self.policy == "residual" else f" --policy '{self.policy}'"
-        return f"sffx-viz {self.source}{policy}{detail}"
+        return shlex.join(["sffx-viz", *self.arguments])
+
+    def draw(self) -> int:
+        """Draw the picture, and return the exit code of the command."""
+        with warnings.catch_warnings():
+            # How a model would draw its weights does not matter here.
+            warnings.simplefilter("ignore")
+            return main([*self.arguments, "--output", str(PICTURES / self.file)])
 
 
-ZOO = "torchvision.models:"
-GALLERY = (
-    *(
-        Picture(f"{ZOO}resnet18", policy)
-        for policy in ("residual", "batchnorm", "layer", "stages(4)")
-    ),
-    Picture(f"{ZOO}resnet18", detail="modules"),
-    *(
-        Picture(f"{ZOO}{name}")
-        for name in (
-            "resnet152",
-            "densenet121",
-            "inception_v3",
-            "mobilenet_v3_large",
-            "swin_t",
-            "vit_b_16",
-        )
-    ),
-    Picture(f"{ZOO}convnext_tiny"),
-    Picture(f"{ZOO}vgg11_bn", "batchnorm"),
-    Picture("hf:BertConfig"),
-    Picture("hf:BertConfig", detail="modules"),
-)
+def picture(source: str, *, policy: str = "residual", detail: str = "blocks") -> Picture:
+    """Return the picture of a model, named after the model, the policy and the detail."""
+    name = source.rpartition(":")[2].replace("Config", "").lower()
+    words = [name, policy.replace("(", "").replace(")", "")]
+    arguments = [source]
+    if policy != "residual":
+        arguments += ["--policy", policy]
+    if detail != "blocks":
+        words.append(detail)
+        arguments += ["--detail", detail]
+    return Picture(f"{'-'.join(words)}.svg", tuple(arguments))
+
+
 POLICIES = ("residual", "batchnorm", "layer", "stages(4)")
-
-
-def plan(picture: Picture) -> BlockPlan:
-    """The plan of the picture's model by its policy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of how a model would draw its weights, which it does not here
-        model = find_model(picture.source)
-    example = token_example(model) if picture.source.startswith("hf:") else None
-    return sffx.plan(model, picture.policy, example)
+GALLERY = (
+    picture(f"{ZOO}resnet18"),
+    picture(f"{ZOO}resnet18", policy="batchnorm"),
+    picture(f"{ZOO}resnet18", policy="layer"),
+    picture(f"{ZOO}resnet18", policy="stages(4)"),
+    picture(f"{ZOO}resnet18", detail="modules"),
+    picture(f"{ZOO}resnet152"),
+    picture(f"{ZOO}densenet121"),
+    picture(f"{ZOO}inception_v3"),
+    picture(f"{ZOO}mobilenet_v3_large"),
+    picture(f"{ZOO}swin_t"),
+    picture(f"{ZOO}vit_b_16"),
+    picture(f"{ZOO}convnext_tiny"),
+    picture(f"{ZOO}vgg11_bn", policy="batchnorm"),
+    picture("hf:BertConfig"),
+    picture("hf:BertConfig", detail="modules"),
+    Picture("resnet18-policies.svg", ("compare", f"{ZOO}resnet18", *POLICIES)),
+)
 
 
 def gallery() -> str:
-    """The page that shows the pictures: a table with a small form of each, which leads to the picture itself."""
-    named = [(picture.file, picture.command) for picture in GALLERY]
-    policies = " ".join(shlex.quote(policy) for policy in POLICIES)
-    named.append(("resnet18-policies.svg", f"sffx-viz compare {ZOO}resnet18 {policies}"))
-    rows = [named[start : start + COLUMNS] for start in range(0, len(named), COLUMNS)]
+    """Return the page of the pictures: a table in which each leads to its full size."""
     lines = [
         "# How models are cut",
         "",
@@ -97,19 +85,23 @@ def gallery() -> str:
         "",
         "<table>",
     ]
-    for row in rows:
-        cells = (
-            f'<td valign="top"><a href="{file}"><img src="{file}" width="260"></a><br><code>{command}</code></td>'
-            for file, command in row
-        )
-        lines += ["<tr>", *cells, "</tr>"]
+    for start in range(0, len(GALLERY), COLUMNS):
+        lines.append("<tr>")
+        for each in GALLERY[start : start + COLUMNS]:
+            image = f'<img src="{each.file}" width="260">'
+            link = f'<a href="{each.file}">{image}</a>'
+            lines.append(f'<td valign="top">{link}<br><code>{each.command}</code></td>')
+        lines.append("</tr>")
     return "\n".join([*lines, "</table>", ""])
 
 
-if __name__ == "__main__":
+def draw_all() -> int:
+    """Draw all pictures and write their page; return 0, or 1 if a picture could not be drawn."""
     PICTURES.mkdir(exist_ok=True)
-    for picture in GALLERY:
-        print(draw(plan(picture), PICTURES / picture.file, detail=picture.detail), flush=True)
-    plans = [plan(Picture(f"{ZOO}resnet18", policy)) for policy in POLICIES]
-    print(draw_comparison(plans, PICTURES / "resnet18-policies.svg"))
+    codes = [each.draw() for each in GALLERY]
     (PICTURES / "README.md").write_text(gallery(), encoding="utf-8")
+    return 1 if any(codes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(draw_all())

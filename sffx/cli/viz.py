@@ -11,6 +11,7 @@ import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def _draw(options: argparse.Namespace) -> None:
     plan = _plan(options, checkpoint)
     progress = None if checkpoint is None else progress_of(checkpoint, plan)
     with _writing():
-        path = _draw_file(plan, progress, options)
+        path = _draw_file(_titled(plan, options), progress, options)
     print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
     if options.open:
         _show(path)
@@ -165,7 +166,10 @@ def _compare(options: argparse.Namespace) -> None:
             f"the model is cut already, by the policy {carried.policy}, "
             "so there is nothing to compare. Hint: name the plain model"
         )
-    plans = [_plan_of(model, {"policy": policy}, options) for policy in options.policies]
+    plans = []
+    for policy in options.policies:
+        plan = _plan_of(model, {"policy": policy}, options)
+        plans.append(_titled(plan, options))
     print(comparison(plans))
     if options.output is None:
         return
@@ -272,6 +276,19 @@ def _other_blocks(path: str, plan: BlockPlan, difference: str) -> InputError:
         f"{difference}. "
         "Hint: --policy and --input as in the training, or the model that was trained"
     )
+
+
+def _titled(plan: BlockPlan, options: argparse.Namespace) -> BlockPlan:
+    """Return the plan with the name of the architecture: "resnet18 (ResNet)".
+
+    Only the callable of a package names one. A file or a configuration class does not.
+    """
+    source = str(options.source)
+    place, _, thing = source.rpartition(":")
+    name = thing.rpartition(".")[2]
+    if source.endswith(".py") or place in ("", "hf") or name == plan.model:
+        return plan
+    return replace(plan, model=f"{name} ({plan.model})")
 
 
 def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Namespace) -> Path:

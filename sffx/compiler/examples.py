@@ -156,6 +156,7 @@ def _only_argument(model: nn.Module) -> str:
     Raises:
         InputError: it requires several, or takes none by name.
     """
+    # `*args` and `**kwargs` are no arguments that an example could be passed as.
     named: list[str] = []
     required: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
@@ -176,7 +177,7 @@ def _only_argument(model: nn.Module) -> str:
 
 
 def _likely_inputs(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Yield (shape of one sample, dtype), the most likely first, by the first layer of a known kind.
+    """Yield (shape of one sample, dtype) by the first layer of a known kind, the likeliest first.
 
     Float inputs have the dtype of the parameters.
     """
@@ -195,7 +196,7 @@ def _likely_inputs(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dt
 
 
 def _likely_shapes(model: nn.Module, layer: nn.Module) -> list[tuple[int, ...]]:
-    """Return the likely shapes of one sample for a layer that takes floats; none for other kinds."""
+    """Return the likely shapes of one sample for a layer that takes floats; [] for others."""
     if isinstance(layer, nn.Conv2d):
         squares = [(size, size) for size in _IMAGE_SIZES]
         sizes = dict.fromkeys([*_image_sizes_on_record(model), *squares])
@@ -258,7 +259,7 @@ def _failure(
 
 @contextmanager
 def _quiet_fakes() -> Iterator[None]:
-    """Switch off the log of fake tensors: a shape that does not fit is an answer, no event."""
+    """Switch off the log of fake tensors: a shape that does not fit is an answer here."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = logger.disabled
     logger.disabled = True
@@ -276,9 +277,9 @@ def _description(failure: Exception) -> str:
 
 
 def _way_out(model: nn.Module, failure: Exception | None) -> str:
-    """Return what to do where a model refuses its input for another reason than its shape.
+    """Return what to do where the shape is not why a model refuses its input.
 
-    A detector without targets is one.
+    A detector without targets is such a model.
     """
     if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
         return f". {way_out(model)}"

@@ -1,7 +1,7 @@
-"""The record that each node of a graph carries: `Facts` in a traced model, `BlockFacts` in a block.
+"""The record of each node of a graph: `Facts` in a traced model, `BlockFacts` in a block.
 
-A node keeps its record in `node.meta`, under one key. fx copies `node.meta` when it copies a node, but
-not the values in it. So the records are frozen: a node and its copy may share one.
+A node keeps its record in `node.meta`, under one key. When fx copies a node it copies `node.meta`,
+but not the values in it. So the records are frozen: a node and its copy may share one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Facts:
         writes: those of its arguments that it writes in place.
         buffers: names of the buffers that it writes, in the module that it calls.
         after: nodes that must run before it, although no argument says so.
-        read_behind: whether it is in another node's `after`: what it writes is read by another name.
+        read_behind: whether it is in another node's `after`, which reads by another name what it
+            writes.
     """
 
     example: Any = None

@@ -286,7 +286,10 @@ def _add_entry(graph: Digraph, index: int, drawing: Drawing) -> None:
 
 
 def _entering_value(index: int, plan: BlockPlan) -> str:
-    """Return the value that the heading of a block stands for; "" where the model has several inputs."""
+    """Return the value that the heading of a block stands for.
+
+    It is the output of the block before, or the input of the model; "" if the model has several.
+    """
     if index > 0:
         return plan.blocks[index - 1].output
     values = set(plan.blocks[0].inputs)

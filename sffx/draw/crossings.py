@@ -77,7 +77,7 @@ def _is_handed_on(name: str, stage: int, reader: int, plan: BlockPlan) -> bool:
 
 
 def outside_node(name: str, plan: BlockPlan) -> str:
-    """Return the node of a value that no block computes: of a model input, or of the value itself."""
+    """Return the node of a value that no block computes: a model input's, or one of its own."""
     inputs = {value.name for value in plan.inputs}
     # fx renames an argument that is a builtin: the node of `input` is `input_1`.
     for argument in (name, re.sub(r"_\d+$", "", name)):

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # Boxes in one column. A taller plan is set in several columns, from left to right.
 ROWS = 14
+# In a plan of more blocks than this, blocks in a row that look alike are one box.
+FEW = 8
 # More edges than this from one value, or into one block, become a rail beside the blocks.
 EDGES = 2
 
@@ -86,13 +88,13 @@ def block_graph(
     Args:
         plan: of the model, as `sffx.plan` returns it.
         unfold: whether blocks in a row that look alike are drawn one by one. By default they are
-            one box in a plan that is taller than a column.
+            one box in a plan of more than a few blocks.
         progress: of a training, by which the blocks are coloured; then no block is folded.
 
     Raises:
         MissingExtra: the package graphviz is not installed.
     """
-    is_folded = not unfold and progress is None and len(plan) >= ROWS
+    is_folded = not unfold and progress is None and len(plan) > FEW
     drawn = fold(plan) if is_folded else plan
     columns = Columns(drawn, _rows(drawn))
     crossed = crossings(drawn)

@@ -66,7 +66,7 @@ def block_label(
         block: of the plan. It is named with its target, its shape and its costs.
         leaves: its modules that were not traced.
         progress: of its training; None shows none.
-        contents: whether its modules and joins are told in words. They are not where they are drawn.
+        contents: whether its modules and joins are named, which is needless where they are drawn.
     """
     rows = [_name_row(block)]
     if contents:
@@ -85,7 +85,7 @@ def block_label(
 
 
 def head_label(block: Block, plan: BlockPlan) -> str:
-    """Return the label of the head beside a block: how many classes, and how it computes goodness."""
+    """Return the label of the head beside a block: the classes, and how it computes goodness."""
     rows = [text("goodness", BLUE, bold=True)]
     for words in (f"{plan.num_classes} classes", *_head_kind(block, plan)):
         rows.append(text(words, BLUE, SMALL))
@@ -219,20 +219,19 @@ def _module_lines(block: Block) -> list[str]:
         if qualname != block.name:
             paths.append(relative(qualname, block).split("."))
     depth = max(map(len, paths), default=0)
-    items = _modules_at(depth, paths)
-    # The deepest names that fit tell most.
-    for shallower in range(depth, 0, -1):
-        shorter = _modules_at(shallower, paths)
-        if len(shorter) <= MODULES_SHOWN and len(_lines(shorter)) <= MODULE_LINES:
-            return _lines(shorter)
-        items = shorter
+    items: list[str] = []
+    # The deepest names that fit say most, so the depth shrinks until they do.
+    for level in range(depth, 0, -1):
+        items = _modules_at(level, paths)
+        if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
+            return _lines(items)
     if len(items) > MODULES_SHOWN:
         items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
     return _lines(items)
 
 
 def _modules_at(depth: int, paths: Sequence[Sequence[str]]) -> list[str]:
-    """Return the modules of so many levels, each with the number of leaves in it or of its calls."""
+    """Return the modules down to a depth, each with the number of its leaves or of its calls."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(".".join(path[:depth]), []).append(".".join(path))

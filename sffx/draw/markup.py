@@ -1,4 +1,4 @@
-"""HTML-like labels of Graphviz, built from elements, so that every text and attribute is escaped."""
+"""HTML-like labels of Graphviz, made of elements, which escape every text and attribute."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 "use strict";
-// Blocks unfold and the page scrolls without this script; it adds zoom, dragging, the figures' panel and the lines of side values.
+
+// Blocks unfold and the page scrolls without this script. It adds zoom, dragging, the panel of
+// figures, and the lines of values that cross a cut.
 const view = document.getElementById("view");
 const sheet = document.getElementById("sheet");
 const graph = document.getElementById("graph");
@@ -7,6 +9,7 @@ const figures = document.getElementById("figures");
 const paths = [...document.querySelectorAll("#values path")];
 let scale = 1;
 
+// Zoom about a point of the view, which stays where it is.
 function zoom(wanted, x = view.clientWidth / 2, y = 0) {
   const before = scale;
   scale = Math.min(4, Math.max(0.1, wanted));
@@ -17,43 +20,63 @@ function zoom(wanted, x = view.clientWidth / 2, y = 0) {
   view.scrollTo(left, top);
 }
 
+// A transform leaves the room of an element as it was, so the sheet takes the room of the graph.
 function resize() {
   sheet.style.width = `${graph.offsetWidth * scale}px`;
   sheet.style.height = `${graph.offsetHeight * scale}px`;
-  lines();
+  drawLines();
 }
 
 function fit() {
-  zoom(Math.min(1, view.clientWidth / graph.offsetWidth, view.clientHeight / graph.offsetHeight));
+  const wide = view.clientWidth / graph.offsetWidth;
+  const high = view.clientHeight / graph.offsetHeight;
+  zoom(Math.min(1, wide, high));
 }
 
-// A block in a folded run has no place that can be seen: the run stands for it.
-function place(id) {
-  let element = document.getElementById(id);
-  for (let around = element.parentElement.closest("details"); around; around = around.parentElement.closest("details")) {
-    if (!around.open) element = around;
+// A block in a folded run cannot be seen: the outermost folded run around it stands for it.
+function visible(id) {
+  const element = document.getElementById(id);
+  let shown = element;
+  let around = element.parentElement.closest("details");
+  while (around) {
+    if (!around.open) shown = around;
+    around = around.parentElement.closest("details");
   }
-  const box = (element.matches("details") ? element.querySelector("summary") : element).getBoundingClientRect();
-  const origin = graph.getBoundingClientRect();
-  return { left: (box.left - origin.left) / scale, y: (box.top + box.height / 2 - origin.top) / scale };
+  return shown.matches("details") ? shown.querySelector("summary") : shown;
 }
 
-function lines() {
+function place(id) {
+  const box = visible(id).getBoundingClientRect();
+  const origin = graph.getBoundingClientRect();
+  return {
+    left: (box.left - origin.left) / scale,
+    y: (box.top + box.height / 2 - origin.top) / scale,
+  };
+}
+
+function drawLines() {
+  // In a narrow window there is less room for the lanes at the left.
+  const room = parseFloat(getComputedStyle(graph).paddingLeft);
+  const step = room > 60 ? 12 : 5;
   const lanes = new Map();
   for (const path of paths) {
     const from = place(path.dataset.from);
     const to = place(path.dataset.to);
     if (!lanes.has(path.dataset.lane)) lanes.set(path.dataset.lane, lanes.size);
-    const lane = 78 - 12 * (lanes.get(path.dataset.lane) % 6);
-    path.setAttribute("d", `M ${from.left} ${from.y + 4} H ${lane} V ${to.y} H ${to.left} m -7 -4 l 7 4 l -7 4`);
+    const lane = room - step - step * (lanes.get(path.dataset.lane) % 6);
+    const course = `M ${from.left} ${from.y + 4} H ${lane} V ${to.y} H ${to.left}`;
+    path.setAttribute("d", `${course} m -7 -4 l 7 4 l -7 4`);
   }
 }
 
 function show(event) {
-  const told = event.target.closest("[data-figures]");
-  figures.textContent = told ? told.dataset.figures : "";
+  const owner = event.target.closest("[data-figures]");
+  figures.textContent = owner ? owner.dataset.figures : "";
   const box = event.target.closest(".box, .input");
-  for (const path of paths) path.classList.toggle("shown", box !== null && [path.dataset.from, path.dataset.to].includes(box.id));
+  for (const path of paths) {
+    const ends = [path.dataset.from, path.dataset.to];
+    path.classList.toggle("shown", box !== null && ends.includes(box.id));
+  }
 }
 
 const KEYS = {
@@ -83,11 +106,13 @@ view.addEventListener("wheel", (event) => {
   if (!event.ctrlKey && !event.metaKey) return;
   event.preventDefault();
   const box = view.getBoundingClientRect();
-  zoom(scale * (event.deltaY < 0 ? 1.1 : 1 / 1.1), event.clientX - box.left, event.clientY - box.top);
+  const factor = event.deltaY < 0 ? 1.1 : 1 / 1.1;
+  zoom(scale * factor, event.clientX - box.left, event.clientY - box.top);
 }, { passive: false });
 
 view.addEventListener("pointerdown", (event) => {
-  if (event.pointerType !== "mouse" || event.button !== 0 || event.target.closest(".box, .input")) return;
+  const isOnBox = event.target.closest(".box, .input") !== null;
+  if (event.pointerType !== "mouse" || event.button !== 0 || isOnBox) return;
   const start = { x: view.scrollLeft + event.clientX, y: view.scrollTop + event.clientY };
   const drag = (move) => view.scrollTo(start.x - move.clientX, start.y - move.clientY);
   view.classList.add("dragged");
@@ -99,15 +124,20 @@ view.addEventListener("pointerdown", (event) => {
   }, { once: true });
 });
 
-const all = (open) => { for (const box of document.querySelectorAll("#graph details")) box.open = open; };
+function openAll(open) {
+  for (const box of document.querySelectorAll("#graph details")) box.open = open;
+}
+
 const BUTTONS = {
   in: () => zoom(scale * 1.2),
   out: () => zoom(scale / 1.2),
   actual: () => zoom(1),
   fit,
-  unfold: () => all(true),
-  fold: () => all(false),
+  unfold: () => openAll(true),
+  fold: () => openAll(false),
 };
-for (const button of document.querySelectorAll("button")) button.addEventListener("click", BUTTONS[button.id]);
+for (const button of document.querySelectorAll("button")) {
+  button.addEventListener("click", BUTTONS[button.id]);
+}
 
 resize();

@@ -245,7 +245,7 @@ def page(
         unfold: whether runs of blocks that look alike are open from the start.
         detail: what is open from the start: "blocks" nothing, "modules" the modules of every block,
             "nodes" its nodes as well.
-        progress: of a training, by which the blocks are coloured; then runs are open from the start.
+        progress: of a training. The blocks are coloured by it, and runs are open from the start.
     """
     crossed = crossings(plan)
     facts = [plan_facts(plan)]

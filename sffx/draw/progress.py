@@ -50,7 +50,7 @@ class Progress:
         return _between(own, logs, RATE_COLOURS)
 
     def summary(self) -> str:
-        """Return the accuracies of the whole net: "accuracy: ensemble 93.1 %, classifier 92.0 %"."""
+        """Return the accuracies of the whole net, as in "accuracy: ensemble 93.1 %"."""
         phrases = []
         for name, value in self.accuracy.items():
             if not is_block(name):

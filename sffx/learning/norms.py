@@ -20,21 +20,29 @@ from torch import Tensor, nn
 
 from sffx.blocks import Block, BlockPlan, NormMaker, Options, option_name
 from sffx.errors import InputError
+from sffx.kernels.precision import widened
 
 
 class SampleNorm(nn.Module):
-    """Layer norm without parameters over all axes but the batch (section 4.2); over real tokens only where a mask tells them."""
+    """Layer norm without parameters, over all axes but the batch (section 4.2).
+
+    With a mask it runs over the real tokens alone.
+
+    Args:
+        eps: is added to the variance.
+    """
 
     def __init__(self, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise each sample: (B, ...) to (B, ...).
+        """Return y, (B, ...), with each sample normalised.
 
         Args:
             y: the output of a block.
-            mask: (B, T) where y is (B, T, C), nonzero at real tokens. The others take no part in mean and variance, and become zero.
+            mask: (B, T) where y is (B, T, C), nonzero at real tokens. The others take no part in
+                mean and variance, and become zero.
         """
         if mask is not None:
             return self._over_tokens(y, mask.bool()[:, :, None])
@@ -43,18 +51,23 @@ class SampleNorm(nn.Module):
         last = y.movedim(1, -1)
         if torch.compiler.is_exporting() or y.is_contiguous() or not last.is_contiguous():
             return F.layer_norm(y, y.shape[1:], eps=self.eps)
-        # No axis is told from another, so what is in the layout channels-last is normalised as it lies, and stays in it.
+        # The result does not depend on the order of the axes. A channels-last value is normalised
+        # without a copy, and stays channels-last.
         return F.layer_norm(last, last.shape[1:], eps=self.eps).movedim(-1, 1)
 
     def _in_steps(self, y: Tensor) -> Tensor:
-        """The same for an ONNX file: over as many values as an image's features have, ONNX Runtime's own layer norm loses digits."""
+        """Return the same for an ONNX file.
+
+        ONNX Runtime's own layer norm loses digits over as many values as an image's features have.
+        """
         centred = y - _mean(y)
         return centred * torch.rsqrt(_mean(centred.square()) + self.eps)
 
     def _over_tokens(self, y: Tensor, real: Tensor) -> Tensor:
-        wide = (y if y.dtype.itemsize > 2 else y.float()).masked_fill(~real, 0)
+        wide = widened(y).masked_fill(~real, 0)
         count = real.sum((1, 2), keepdim=True).clamp(min=1) * y.shape[2]
-        centred = (wide - wide.sum((1, 2), keepdim=True) / count).masked_fill(~real, 0)
+        mean = wide.sum((1, 2), keepdim=True) / count
+        centred = (wide - mean).masked_fill(~real, 0)
         variance = centred.square().sum((1, 2), keepdim=True) / count
         return (centred * torch.rsqrt(variance + self.eps)).to(y.dtype)
 
@@ -63,7 +76,8 @@ class SampleNorm(nn.Module):
 
 
 def _mean(y: Tensor) -> Tensor:
-    """Return the mean of each sample, (B, 1, ...), one axis after the other: short sums are exact ones."""
+    """Return the mean of each sample, (B, 1, ...)."""
+    # One axis after the other: short sums lose fewer digits.
     for axis in range(y.ndim - 1, 0, -1):
         y = y.mean(axis, keepdim=True)
     return y

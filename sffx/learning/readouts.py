@@ -60,9 +60,10 @@ def cumulative(scores: Sequence[Tensor], weights: Weights = None) -> tuple[Tenso
     return tuple(total / depth for depth, total in enumerate(sums, start=1))
 
 
-# Each takes the blocks' scores: the goodness of K blocks, (B, J) each, and the classifier's logits,
-# (B, J), as the last entry; a tensor (K + 1, B, J) will do. It also takes the weights of the blocks,
-# which "weighted" alone uses. An exporter traces it with `torch.fx` proxies in place of tensors.
+# Each function takes the blocks' scores, and the weights of the blocks, which "weighted" alone
+# uses. The scores are the goodness of K blocks, (B, J) each, and as the last entry the classifier's
+# logits, (B, J); a tensor (K + 1, B, J) will do as well. An exporter passes proxies in place of
+# tensors, to trace the function: so it must not look at values.
 READOUTS: dict[str, Callable[..., Any]] = {
     "ensemble": ensemble,
     "weighted": weighted,

@@ -1,4 +1,4 @@
-"""Count, to the byte, the memory that a training step holds, on real or fake tensors of any device."""
+"""Count to the byte the memory that a training step holds, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ from sffx.tables import MIB, Column, text_table
 
 @dataclass(frozen=True)
 class MemorySplit:
-    """Bytes by what they hold. The order of the fields is the precedence: a storage belongs to the first that claims it.
+    """Bytes by category.
+
+    The order of the fields is the precedence: a storage belongs to the first category that claims
+    it.
 
     Attributes:
         parameters: parameters and buffers of the model.
-        gradients: what is or was a parameter's `.grad`, and what `mark_gradients` marked.
+        gradients: tensors that are or were a parameter's `.grad`, and those that a block-local step
+            computes.
         optimizer_state: tensors in the state of an optimizer.
-        optimizer_temporaries: made and dropped inside `optimizer.step()`, such as the denominators of AdamW.
-        activations: everything else that the step makes: what is saved for backward, gradients with respect to activations, temporaries.
-        inputs: what the step reads but did not make (x, y, constants outside the model); held from the start.
+        optimizer_temporaries: made and dropped inside `optimizer.step()`, such as the denominators
+            of AdamW.
+        activations: everything else that the step makes: values saved for backward, gradients with
+            respect to activations, temporaries.
+        inputs: values that the step reads but did not make (x, y, constants outside the model).
+            They are held from the start.
     """
 
     parameters: int
@@ -56,10 +63,10 @@ CATEGORIES = tuple(field.name for field in fields(MemorySplit))
 
 @dataclass(frozen=True)
 class MemoryCount:
-    """The memory of one step, in bytes. Frozen; prints as a table.
+    """The memory of one step, in bytes. Prints as a table.
 
-    The categories are those of `MemorySplit`. Each has its own peak here, and these peaks need not fall together,
-    so their sum is at least `peak`; `at_peak` is the split of `peak`.
+    The categories are those of `MemorySplit`. Each has its own peak here. These peaks need not fall
+    together, so their sum is at least `peak`. `at_peak` is the split of `peak`.
 
     Attributes:
         parameters: their peak.
@@ -101,35 +108,40 @@ class MemoryCount:
 def count_memory(
     step: Callable[[], object], *, model: nn.Module, optimizer: Optimizer | None = None
 ) -> MemoryCount:
-    """Run one training step and count the bytes of every tensor storage that it holds, from allocation to release.
+    """Run one training step and count the bytes of every tensor storage that it holds.
 
-    The step really runs: it changes gradients, parameters and optimizer state like any other. Optimizer state that exists before is
-    held from the start, so run one step beforehand to count the steady state. The same count comes from fake tensors: build the model
-    and the inputs under `torch._subclasses.FakeTensorMode` and call this inside the mode.
+    The step really runs. It changes gradients, parameters and optimizer state like any other step.
+    Optimizer state that exists before the step is held from the start. So run one step beforehand
+    to count the steady state. Fake tensors give the same count: build the model and the inputs
+    under `torch._subclasses.FakeTensorMode` and call this function inside the mode.
 
-    What a byte is: the size of the untyped storage, once for all its views, not rounded to the allocator's blocks, summed over all
-    devices. An input that is a slice of a data set counts as the whole data set, since that is what it keeps alive.
-    Garbage collection is off during the step, so that the count does not depend on when it would strike:
-    storages in reference cycles stay until the end.
+    A storage counts with its size, once for all its views, not rounded to the allocator's blocks,
+    on whatever device. An input that is a slice of a data set counts as the whole data set, since
+    the slice keeps all of it alive. Garbage collection is off during the step. So the count does
+    not depend on when it would run, and storages in reference cycles stay until the end.
 
-    What is not seen: workspace inside one operator (oneDNN, cuDNN), the scalars that torch wraps into 0-d tensors of 8 bytes for an
-    operation such as `x * 2` and saves for its backward, `storage.resize_()` until an operator next touches the storage, threads that
-    the step starts in Python. Autograd's own threads (CUDA) are seen, because the engine hands the caller's dispatch modes to them.
+    The count does not see: workspace inside one operator (oneDNN, cuDNN); the 0-d tensors of 8
+    bytes that torch makes of numbers, as in `x * 2`; `storage.resize_()` until an operator next
+    touches the storage; threads that the step starts in Python. It sees autograd's own threads
+    (CUDA), since the engine hands the caller's dispatch modes to them.
 
     Args:
         step: forward, loss, backward and, if wanted, `optimizer.step()`.
-        model: whose parameters, buffers and gradients are told from the rest.
-        optimizer: whose state is told from the rest. Any optimizer that steps inside `step` is seen as well, named here or not.
+        model: its parameters, buffers and gradients have categories of their own.
+        optimizer: its state has a category of its own. Any optimizer that steps inside `step` is
+            seen as well, named here or not.
 
     Returns:
         The peaks, by category and in total.
 
     Raises:
-        InputError: an argument is of the wrong kind, or the step uses sparse tensors or tensor subclasses that wrap others.
+        InputError: an argument is of the wrong kind, or the step uses sparse tensors or tensor
+            subclasses that wrap others.
     """
     if not callable(step):
         raise InputError(
-            f"step must be a callable without arguments, not {type(step).__name__}. Hint: pass the function, not its result."
+            f"step must be a callable without arguments, not {type(step).__name__}. "
+            "Hint: pass the function, not its result."
         )
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -152,11 +164,14 @@ class _Live:
 
 
 class _StorageLog(TorchDispatchMode):
-    """Writes down when each storage begins and ends.
+    """Logs when each storage begins and ends.
 
-    A storage is known by the address of its C++ object while it lives and by a serial number for good, since addresses are used again.
-    The Python wrapper that carries the finalizer lives exactly as long as the C++ storage, even when only autograd's saved tensors hold
-    it: torch hands the wrapper's ownership to the C++ object when Python drops it, and returns the same wrapper ever after.
+    Addresses are used again. So a storage has its address only while it lives, and a serial number
+    for good.
+
+    The Python wrapper that carries the finalizer lives exactly as long as the C++ storage, even
+    when only autograd's saved tensors hold the storage. Torch hands the wrapper's ownership to the
+    C++ object when Python drops it, and returns the same wrapper ever after.
     """
 
     def __init__(self) -> None:
@@ -170,7 +185,8 @@ class _StorageLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # The operand of lift_fresh is what torch.tensor() has just made out of sight; its result is that same storage.
+        # torch.tensor() makes the operand of lift_fresh out of sight, and its result is the same
+        # storage.
         if func is not torch.ops.aten.lift_fresh.default:
             for operand in _tensors((args, kwargs)):
                 self._note(operand, created=False)
@@ -180,7 +196,10 @@ class _StorageLog(TorchDispatchMode):
         return result
 
     def claim(self, candidates: object, category: str) -> None:
-        """Put the storages of all tensors in a nested structure into a category, unless one of higher precedence has them."""
+        """Put the storages of all tensors in a nested structure into a category.
+
+        A storage that a category of higher precedence has claimed stays there.
+        """
         for tensor in _tensors(candidates):
             serial = self._note(tensor, created=False)
             self._category[serial] = min(category, self._category[serial], key=CATEGORIES.index)
@@ -190,7 +209,7 @@ class _StorageLog(TorchDispatchMode):
         self.claim(list(gradients), "gradients")
 
     def claim_state(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """Claim what the model and the optimizer hold at this moment."""
+        """Claim the tensors that the model and the optimizer hold at this moment."""
         self.claim([*model.parameters(), *model.buffers()], "parameters")
         self.claim([parameter.grad for parameter in model.parameters()], "gradients")
         if optimizer is not None:
@@ -220,7 +239,8 @@ class _StorageLog(TorchDispatchMode):
         now = dict.fromkeys(CATEGORIES, 0)
         for serial, change in self._initial:
             now[self._category[serial]] += change
-        own, at_peak = dict(now), MemorySplit(**now)
+        own = dict(now)
+        at_peak = MemorySplit(**now)
         for serial, change in self._events:
             category = self._category[serial]
             now[category] += change
@@ -230,7 +250,7 @@ class _StorageLog(TorchDispatchMode):
         return MemoryCount(**own, peak=at_peak.total, at_peak=at_peak)
 
     def _note(self, tensor: torch.Tensor, *, created: bool) -> int:
-        """Begin the record of a storage that is new to the log, or note its new size, and return its serial number."""
+        """Begin the record of a new storage, or note its new size, and return its serial number."""
         storage = _storage_of(tensor)
         live = self._live.get(storage._cdata)
         if live is None:
@@ -245,9 +265,14 @@ class _StorageLog(TorchDispatchMode):
         finalizer = weakref.finalize(storage, self._end, storage._cdata)
         finalizer.atexit = False
         self._live[storage._cdata] = _Live(serial, storage.nbytes(), finalizer)
-        # What an operator reads before any operator made it was there before the step.
-        (self._events if created else self._initial).append((serial, storage.nbytes()))
-        self._category[serial] = self._origin() if created else "inputs"
+        event = (serial, storage.nbytes())
+        if created:
+            self._events.append(event)
+            self._category[serial] = self._origin()
+        else:
+            # An operator reads it and no operator has made it, so it was there before the step.
+            self._initial.append(event)
+            self._category[serial] = "inputs"
         return serial
 
     def _end(self, address: int) -> None:
@@ -256,17 +281,18 @@ class _StorageLog(TorchDispatchMode):
 
     def _origin(self) -> str:
         """The category of a new storage as long as nothing claims it."""
-        # A closure that the optimizer calls runs forward with gradients enabled and backward inside a graph task: not its arithmetic.
+        # A closure that the optimizer calls runs forward with gradients enabled, and backward in a
+        # graph task. Neither is the optimizer's own arithmetic.
+        in_forward = torch.is_grad_enabled()
         in_backward = torch._C._current_graph_task_id() != -1
-        arithmetic = (
-            self._optimizers_stepping > 0 and not in_backward and not torch.is_grad_enabled()
-        )
-        return "optimizer_temporaries" if arithmetic else "activations"
+        if self._optimizers_stepping and not in_forward and not in_backward:
+            return "optimizer_temporaries"
+        return "activations"
 
 
 @contextmanager
 def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
-    """Tell the log of gradients and optimizer steps, with the garbage collector off."""
+    """Let the log hear of gradients and optimizer steps, with the garbage collector off."""
 
     def claim_gradient(parameter: torch.Tensor) -> None:
         log.claim(parameter.grad, "gradients")
@@ -300,7 +326,8 @@ def _tensors(structure: object) -> list[torch.Tensor]:
 def _storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
     if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         raise InputError(
-            f"the memory of a {type(tensor).__name__} with layout {tensor.layout} cannot be counted: it has no storage of its own. "
+            f"the memory of a {type(tensor).__name__} with layout {tensor.layout} cannot be "
+            "counted: it has no storage of its own. "
             "Hint: use dense gradients (sparse=False) and plain tensors."
         )
     return tensor.untyped_storage()

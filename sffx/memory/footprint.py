@@ -128,7 +128,8 @@ class Footprint:
         if self.resident:
             host = sum(self.resident) / MIB
             lines.append(
-                f"in host memory: {host:.2f}, of which a block and the next are copied to the device"
+                f"in host memory: {host:.2f}, "
+                "of which a block and the next are copied to the device"
             )
         return "\n".join(lines)
 

@@ -106,7 +106,7 @@ def _no_epoch(number: int, entry: Any, reason: str) -> InputError:
 
 
 def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
-    """Yield the epochs that files hold, with the last value of each; a later file replaces an earlier."""
+    """Yield the epochs that files hold. Of several values for one figure the last one counts."""
     by_number: dict[int, dict[str, dict[str, float]]] = {}
     for path in paths:
         for number, kind, name, value in _values(path):
@@ -127,13 +127,13 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
         )
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = [column.partition("/") for column in rows[0] if column] if rows else []
-    has_blocks = any(metric == "val_acc" and is_block(name) for metric, _, name in columns)
-    # The scores that the net is judged by have no name in the log.
+    # Columns are called "val_acc/block_0"; the scores that the net is judged by have no name.
+    columns = [column for column in rows[0] if column] if rows else []
+    has_blocks = any(is_block(column.removeprefix("val_acc/")) for column in columns)
     whole = "ensemble" if has_blocks else "model"
     for row in rows:
-        for metric, slash, name in columns:
-            column = f"{metric}{slash}{name}"
+        for column in columns:
+            metric, _, name = column.partition("/")
             if metric in LOGGED and row[column]:
                 number = _number(path, row, "epoch", int)
                 value = _number(path, row, column, float)

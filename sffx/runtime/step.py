@@ -1,4 +1,4 @@
-"""The block-local step: the gradients of `sff_loss(net(x), y)`, one block's activations at a time."""
+"""The block-local step: all gradients, with the activations of one block at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sffx.runtime.walk import walk
 def local_loss(
     net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None
 ) -> Tensor:
-    """Return the loss of all blocks, computing each block's gradient as soon as its goodness exists.
+    """Return the loss of all blocks; each block's gradient is computed as soon as it can be.
 
     The value equals `sff_loss(net(x), y)`. After `.backward()` the gradients are equal as well. But
     the activations of a block are freed before the next block runs. The result is an ordinary

@@ -205,6 +205,33 @@ def test_without_graphviz_a_page_is_written_and_that_is_said(
     assert not Path("net.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ("zoo_of_this_test:make_small", "make_small (Chain): 2 feature blocks"),
+        ("zoo_of_this_test:Zoo.tiny", "tiny (Chain): 2 feature blocks"),
+        ("zoo_of_this_test:Chain", "Chain: 2 feature blocks"),
+        ("zoo_of_this_test.py", "Chain: 2 feature blocks"),
+    ],
+)
+def test_a_drawing_is_titled_after_the_architecture(
+    source: str, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    save(
+        """
+        class Chain(nn.Module): ...
+        def make_small(): return Chain()
+        class Zoo: tiny = make_small
+        """,
+        "zoo_of_this_test.py",
+    )
+    options = ["--model", "Chain"] if source.endswith(".py") else []
+    assert main([source, *options, "-o", "net.dot"]) == 0
+    sys.modules.pop("zoo_of_this_test", None)
+    assert f">{title} " in Path("net.dot").read_text()
+
+
 def test_an_error_of_sffx_is_a_message(
     planned: Planned, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Block plans written by hand, small enough that every node and edge of their drawing can be listed."""
+"""Plans written by hand, so small that every node and edge of their drawing can be listed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from sffx.blocks import Block, BlockPlan, Input, Node
 
-# ResNet-18 at 224 x 224: name, output shape, leaf modules, parameters, multiply-adds, bytes kept for one sample.
+# ResNet-18 at 224 x 224: name, output shape, leaf modules, parameters, multiply-adds, and bytes
+# kept for one sample.
 BASIC = ("conv1", "bn1", "relu", "conv2", "bn2", "relu")
 DOWN = (*BASIC, "downsample.0", "downsample.1")
 RESNET18 = (
@@ -26,7 +27,7 @@ RESNET18 = (
 
 
 def block(target: str, name: str, inputs: tuple[str, ...], **fields: object) -> Block:
-    """A block whose output is called after its target, "out_3" for block_3, with plain values for what a test does not care about."""
+    """A block with plain values where none are given; its output is "out_3" for block_3."""
     output = target.replace("block", "out")
     plain = Block(
         name,
@@ -67,7 +68,7 @@ def small() -> BlockPlan:
 
 @pytest.fixture
 def skipping() -> BlockPlan:
-    """Three blocks; the first computes a mask and a skip, which the last two read; the skip carries a gradient."""
+    """Three blocks; the last reads a mask and a skip of the first; the skip carries a gradient."""
     plan = chain(3)
     first = replace(plan.blocks[0], sides=("mask", "skip"), detached=("skip",))
     last = replace(plan.blocks[2], inputs=("out_1", "mask", "skip"))
@@ -83,14 +84,14 @@ def resnet18() -> BlockPlan:
         plan.blocks, RESNET18, strict=True
     ):
         inside = tuple(f"{name}.{module}" if name != "conv1" else module for module in modules)
-        told = replace(plain, name=name, shape=shape, modules=inside)
-        blocks.append(replace(told, num_parameters=parameters, macs=macs, activation_bytes=kept))
+        block = replace(plain, name=name, shape=shape, modules=inside)
+        blocks.append(replace(block, num_parameters=parameters, macs=macs, activation_bytes=kept))
     return replace(plan, model="ResNet", blocks=tuple(blocks), num_classes=1000)
 
 
 @pytest.fixture
 def residual() -> BlockPlan:
-    """Two blocks: a convolution, then a residual block with a size that its last node reads, and the classifier."""
+    """A convolution, a residual block whose last node reads a size, and the classifier."""
     plan = chain(2)
     stem = replace(plan.blocks[0], graph=(Node("out_0", "layers.0", True, ("x",)),))
     graph = (
@@ -113,5 +114,5 @@ def residual() -> BlockPlan:
 
 @pytest.fixture(name="chain")
 def chain_factory() -> Callable[[int], BlockPlan]:
-    """Makes a chain of so many blocks."""
+    """A function that makes a chain of so many blocks."""
     return chain

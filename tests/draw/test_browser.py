@@ -1,6 +1,7 @@
-"""The page in a real browser: what unfolds, moves and is told, in light and in dark, and that it asks the network for nothing.
+"""The page in a real browser: what unfolds and moves, in light and in dark, without a network.
 
-Needs playwright and a browser: the system's Chromium or Chrome, or the one that `playwright install chromium` fetches.
+Needs playwright and a browser: the system's Chromium or Chrome, or the one that
+`playwright install chromium` fetches.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def browser() -> Iterator[Any]:
     """A browser without a window; the tests are skipped where there is none."""
     with playwright.sync_playwright() as play:
-        program = (
-            next(filter(None, map(shutil.which, BROWSERS)), None) or play.chromium.executable_path
-        )
-        if not os.path.exists(program):
+        programs = [*map(shutil.which, BROWSERS), play.chromium.executable_path]
+        program = next((path for path in programs if path and os.path.exists(path)), None)
+        if program is None:
             pytest.skip("there is no Chromium or Chrome. Hint: playwright install chromium")
         started = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield started
@@ -37,11 +37,13 @@ def browser() -> Iterator[Any]:
 
 
 class Shown:
-    """The page of a plan as a browser shows it; what it logs, and what it asks the network for, is noted."""
+    """The page of a plan as a browser shows it, with all that it logs and asks the network for."""
 
-    def __init__(self, browser: Any, path: Path, text: str, scheme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, path: Path, text: str, scheme: str = "light", width: int = 900
+    ) -> None:
         path.write_text(text, encoding="utf-8")
-        self.tab = browser.new_page(viewport={"width": 900, "height": 500}, color_scheme=scheme)
+        self.tab = browser.new_page(viewport={"width": width, "height": 500}, color_scheme=scheme)
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.tab.on("request", lambda request: self.requests.append(request.url))
@@ -220,3 +222,38 @@ def test_no_text_of_a_block_lies_over_another(
         for other in boxes[index + 1 :]:
             assert one["bottom"] <= other["top"] + 0.5 or other["bottom"] <= one["top"] + 0.5
     page.tab.close()
+
+
+@pytest.mark.parametrize("detail", ["blocks", "nodes"])
+def test_a_narrow_window_holds_the_page(
+    browser: Any, tmp_path: Path, skipping: BlockPlan, detail: str
+) -> None:
+    page = Shown(browser, tmp_path / "net.html", page_of(skipping, detail=detail), width=390)
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.tab.evaluate("view.scrollWidth <= view.clientWidth")
+    sides = page.tab.evaluate(
+        "[...document.querySelectorAll('.box, .head span, .input, .cut, button, h1')]"
+        ".map(box => [box.getBoundingClientRect().left, box.getBoundingClientRect().right])"
+    )
+    assert len(sides) > 15
+    assert all(0 <= left < right <= 390 for left, right in sides)
+    lanes = page.tab.evaluate("paths.map(path => path.getBBox().x)")
+    assert len(lanes) == 2
+    assert all(0 < lane < 40 for lane in lanes)
+    page.tab.close()
+
+
+def test_all_of_the_page_is_printed(shown: Shown) -> None:
+    shown.tab.keyboard.press("+")
+    shown.tab.emulate_media(media="print")
+    assert shown.tab.evaluate("getComputedStyle(graph).transform") == "none"
+    assert not shown.tab.is_visible("[role=toolbar]")
+    # Nothing is left in a part that only scrolling would show.
+    bottoms = shown.tab.evaluate(
+        "[view, document.body].map(box => box.getBoundingClientRect().bottom)"
+    )
+    last = shown.tab.evaluate("classifier.getBoundingClientRect().bottom")
+    assert all(last <= bottom for bottom in bottoms)
+    assert last > 500
+    paper = shown.tab.pdf(format="A5")
+    assert paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") >= 2

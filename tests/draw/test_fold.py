@@ -10,7 +10,7 @@ import pytest
 
 from sffx.blocks import BlockPlan, Leaf, Node
 from sffx.draw.fold import Run, fold
-from sffx.draw.graph import ROWS, block_graph
+from sffx.draw.graph import FEW, block_graph
 
 Chain = Callable[[int], BlockPlan]
 
@@ -96,4 +96,5 @@ def test_the_picture_of_a_deep_net_is_folded(chain: Chain) -> None:
     assert "same modules, shape and cost" in text
     assert "block_0 -> classifier " in text
     assert "40 × " not in block_graph(plan, unfold=True).source
-    assert " × layers" not in block_graph(chain(ROWS - 1)).source
+    assert " × layers" not in block_graph(chain(FEW)).source
+    assert "9 × layers.0 … layers.8" in block_graph(chain(FEW + 1)).source

@@ -89,7 +89,8 @@ def test_the_title_adds_up_the_blocks(resnet18: BlockPlan) -> None:
     heading, facts, _ = lines(title_label(resnet18))
     assert heading == "ResNet: 9 feature blocks and the classifier"
     assert facts == (
-        "policy residual · 1000 classes · 1.81 G MACs · activations kept for one sample: 28.5 MiB in all, 9.95 MiB in the largest block"
+        "policy residual · 1000 classes · 1.81 G MACs · "
+        "activations kept for one sample: 28.5 MiB in all, 9.95 MiB in the largest block"
     )
 
 

@@ -34,7 +34,7 @@ class Element:
 
 @dataclass
 class Reader(HTMLParser):
-    """Collects the elements; a tag that is closed in the wrong order, or not at all, is an error."""
+    """The elements of a page; a tag that is closed in the wrong order, or never, is an error."""
 
     elements: list[Element] = field(default_factory=list)
     open: list[Element] = field(default_factory=list)
@@ -94,7 +94,8 @@ def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(
         for element in elements
         if element.tag == "path" and element.inside("block_1")
     ]
-    # Of the modules 0-1, 1-2, 2-3, 0-3 and 3-4; of the nodes 0-1, 1-2, 2-3, 3-4, 3-5, 0-5, 5-6 and 4-6.
+    # Of the modules 0-1, 1-2, 2-3, 0-3 and 3-4;
+    # of the nodes 0-1, 1-2, 2-3, 3-4, 3-5, 0-5, 5-6 and 4-6.
     assert sorted(str(arc) for arc in arcs) == ["next"] * 9 + ["skip"] * 4
 
 
@@ -115,10 +116,15 @@ def test_every_block_has_a_box_a_head_and_a_cut(resnet18: BlockPlan) -> None:
 
 
 def test_the_figures_are_told_line_by_line(resnet18: BlockPlan) -> None:
-    (told,) = [element.attributes["data-figures"] for element in parse(page(resnet18)) if element.tag == "summary" and element.around
-               and element.around.attributes.get("id") == "block_0"]  # fmt: skip
-    assert told is not None
-    assert told.splitlines() == [
+    (figures,) = [
+        element.attributes["data-figures"]
+        for element in parse(page(resnet18))
+        if element.tag == "summary"
+        and element.around
+        and element.around.attributes.get("id") == "block_0"
+    ]
+    assert figures is not None
+    assert figures.splitlines() == [
         "conv1 (block_0)",
         "output: 64×56×56, after node out_0",
         "parameters: 9.54 k, 0.1% of the model",

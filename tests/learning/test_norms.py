@@ -42,3 +42,10 @@ def test_a_mask_of_ones_is_none():
     found = SampleNorm()(y, torch.ones(2, 5))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, SampleNorm()(y))
+
+
+def test_the_norm_takes_away_mean_and_length_of_each_sample():
+    y = torch.randn(4, 3, 5, 5) * torch.tensor([1.0, 10.0, 100.0, 0.1])[:, None, None, None] + 7
+    normed = SampleNorm(eps=0)(y).flatten(1)
+    torch.testing.assert_close(normed.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed.square().mean(1), torch.ones(4))

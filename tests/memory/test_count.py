@@ -1,4 +1,8 @@
-"""Oracles: counts by hand, torch's MemTracker, a second counter that polls weak references, and the allocator as the profiler sees it."""
+"""Counted memory against four oracles.
+
+They are: counts by hand, torch's MemTracker, a second counter that polls weak references, and the
+allocator as the profiler sees it.
+"""
 
 from __future__ import annotations
 
@@ -122,12 +126,16 @@ def nbytes(tensors: Any) -> int:
 
 
 def test_an_mlp_is_counted_to_the_byte() -> None:
-    # B = 2, Linear(5, 16), ReLU, Linear(16, 3), no biases, float32, int64 labels. W1 320, W2 192; x 40, y 16.
-    # Forward:  h 128, r = relu(h) 128 (saved; h is dropped), z 24, log-softmax p 24 (saved; z is dropped), loss 4, total weight 4.
-    # Backward: a gradient of one for the loss 4, which torch.autograd.backward holds until it returns (and the step holds the loss);
-    # with respect to p 24, with respect to z 24 (p is dropped), then
+    # B = 2, Linear(5, 16), ReLU, Linear(16, 3), no biases, float32, int64 labels.
+    # W1 320, W2 192; x 40, y 16.
+    # Forward:  h 128, r = relu(h) 128 (saved; h is dropped), z 24, log-softmax p 24 (saved; z is
+    # dropped), loss 4, total weight 4.
+    # Backward: a gradient of one for the loss, 4. torch.autograd.backward holds it until it
+    # returns, and the step holds the loss. With respect to p 24, with respect to z 24 (p is
+    # dropped), then
     #   product 2: r 128 + loss and its one 8 + gz 24 + gW2 192 + gr 128     = 480
-    #   relu:      r 128 + loss and its one 8 + gr 128 + gh 128 + gW2 192    = 584, of which 392 are activations: their peak
+    #   relu:      r 128 + loss and its one 8 + gr 128 + gh 128 + gW2 192    = 584
+    #              (392 of them are activations: their peak)
     #   product 1: loss and its one 8 + gh 128 + gW2 192 + gW1 320           = 648: the peak
     model = nn.Sequential(nn.Linear(5, 16, bias=False), nn.ReLU(), nn.Linear(16, 3, bias=False))
     count = Task(model, torch.randn(2, 5), torch.tensor([0, 2]), None).count()
@@ -167,8 +175,9 @@ def test_a_chain_without_gradient_holds_two_tensors_at_a_time() -> None:
 
 
 def test_what_only_autograd_saves_is_alive_until_backward_releases_it() -> None:
-    # Eight results of 4,000 bytes are saved by the exp nodes and by nothing in Python; backward adds one gradient at a time (and loss and
-    # its gradient, 4 bytes each). The 32,000 bytes that follow would reach 64,000 if backward had not released the eight.
+    # The exp nodes save eight results of 4,000 bytes; nothing in Python holds them. Backward adds
+    # one gradient at a time, and loss and its gradient, 4 bytes each. The 32,000 bytes that follow
+    # would reach 64,000 if backward had not released the eight.
     model = nn.Linear(1000, 1, bias=False)
 
     def step() -> None:
@@ -250,7 +259,8 @@ def test_marking_does_nothing_when_no_count_runs() -> None:
 
 
 def test_temporaries_of_the_optimizer_are_no_activations() -> None:
-    # 1,000 parameters, batch 1: 4 bytes of output, its gradient and the ones, but AdamW's denominators take 4,000 and more.
+    # 1,000 parameters, batch 1: 4 bytes of output, its gradient and the ones. But AdamW's
+    # denominators take 4,000 and more.
     model, x = nn.Linear(1000, 1, bias=False), torch.ones(1, 1000)
     optimizer = AdamW(model.parameters(), lr=0.1)
 
@@ -340,7 +350,10 @@ def test_fake_tensors_count_like_real_ones(
 
 
 class Deep(torch.autograd.Function):
-    """Identity whose backward runs another backward, `depth` levels down, and there calls `at_the_bottom`."""
+    """Identity whose backward runs another backward, `depth` levels down.
+
+    At the bottom it calls `at_the_bottom`.
+    """
 
     @staticmethod
     def forward(
@@ -362,7 +375,8 @@ class Deep(torch.autograd.Function):
 
 
 def test_what_a_thread_of_autograd_allocates_is_seen() -> None:
-    # Past 60 nested calls the engine goes on in a thread of its own, as it does for every backward on CUDA.
+    # Past 60 nested calls the engine goes on in a thread of its own, as it does for every backward
+    # on CUDA.
     model, threads = nn.Linear(1, 1, bias=False), set()
 
     def allocate() -> None:
@@ -390,10 +404,11 @@ def test_cuda_counts_like_the_cpu() -> None:
 def test_mem_tracker_agrees(
     build: Callable[[], tuple[nn.Module, torch.Tensor]], optimizer: str
 ) -> None:
-    # The total agrees to the byte, and so do the categories but for one: the tracker names a gradient when it reaches .grad, count_memory
-    # from its allocation on, so gradients and activations are compared as a sum. Elsewhere there are three more differences: on CUDA the
-    # tracker rounds to 512 bytes; it takes a gradient that is about to be added to an existing .grad for a gradient; it takes all that
-    # happens inside optimizer.step(closure) for optimizer state.
+    # The total agrees to the byte, and so do all categories but one. The tracker calls a tensor a
+    # gradient when it reaches .grad, count_memory from its allocation on. So gradients and
+    # activations are compared as a sum. Elsewhere there are three more differences. On CUDA the
+    # tracker rounds to 512 bytes. It takes a tensor that will be added to an existing .grad for a
+    # gradient. It takes all that happens inside optimizer.step(closure) for optimizer state.
     subject = task(build, optimizer)
     tracker = MemTracker()
     tracker.track_external(subject.model, subject.x, subject.y)
@@ -411,7 +426,10 @@ def test_mem_tracker_agrees(
 
 
 class Polling(TorchDispatchMode):
-    """Sums up, after every operator, the storages whose C++ weak reference has not expired: no finalizers, no Python wrappers."""
+    """Sums up, after every operator, the storages whose C++ weak reference has not expired.
+
+    It needs no finalizers and no Python wrappers.
+    """
 
     def __init__(self, held: list[torch.Tensor]) -> None:
         super().__init__()
@@ -444,7 +462,10 @@ def test_polling_weak_references_agrees(
 
 
 def allocator_peak(subject: Task) -> int:
-    """The peak of a step as the CPU allocator reports it to the profiler, no dispatch mode being active."""
+    """Return the peak of a step as the CPU allocator reports it to the profiler.
+
+    No dispatch mode is active.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         subject.step()
     events = [

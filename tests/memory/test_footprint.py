@@ -120,7 +120,10 @@ def test_a_prediction_touches_nothing_and_prints_as_a_table():
 
 
 def best_by_trying(model: nn.Module, example: torch.Tensor, batch_size: int) -> dict[int, int]:
-    """Return the least peak of all cuts into each number of feature blocks, the last one where the features end."""
+    """Return the least peak of all cuts into each number of feature blocks.
+
+    The last block ends where the features end.
+    """
     analysis = analyse(trace(model, example))
     features = sffx.policies.batchnorm(analysis, Options()).after
     places = sorted(
@@ -168,7 +171,10 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_peak():
     smallest = min(best_by_trying(model, example, 100).values())
     with pytest.raises(
         CutError,
-        match=rf"batch size 100 within 64\.00 KiB: the smallest achievable peak is {smallest / 1024:.2f} KiB",
+        match=(
+            r"batch size 100 within 64\.00 KiB: "
+            rf"the smallest achievable peak is {smallest / 1024:.2f} KiB"
+        ),
     ):
         sffx.plan(model, "memory(64 KiB, 100)", example)
 

@@ -1,4 +1,4 @@
-"""The picture of a training: what is read of evaluations and logs, and what is drawn, read back from matplotlib's own objects."""
+"""The picture of a training: what evaluations and logs hold, and what matplotlib draws."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ EVALUATIONS = [
 ]
 RATES = [{"block_0": 1e-2, "block_1": 1e-2}, {"block_0": 1e-3, "block_1": 1e-2}]
 
-# As Lightning's CSVLogger writes it: rows of training and of validation, the columns in the order of the alphabet.
-LOG = """epoch,lr/block_0,step,train_loss,val_acc,val_acc/block_0,val_acc/last,val_loss,val_loss/block_0
+# As Lightning's CSVLogger writes it: rows of training and of validation, with columns in
+# alphabetical order.
+LOG = """\
+epoch,lr/block_0,step,train_loss,val_acc,val_acc/block_0,val_acc/last,val_loss,val_loss/block_0
 0,,9,3.5,,,,,
 0,0.01,15,,0.5,0.25,0.25,1.5,2.0
 1,,19,2.5,,,,,
@@ -99,7 +101,7 @@ def test_what_is_no_history_is_refused(history: Any, rates: Any, message: str) -
     ("text", "message"),
     [
         ("epoch,val_acc\n0,high\n", "its column 'val_acc' holds 'high'"),
-        ("val_acc\n0.5\n", "'epoch' holds ''|None"),
+        ("val_acc\n0.5\n", "its column 'epoch' holds None"),
         ("", "no epoch"),
     ],
 )

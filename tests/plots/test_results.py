@@ -1,4 +1,4 @@
-"""The picture of accuracies: what is drawn, read back from matplotlib's own objects, and what is refused."""
+"""The picture of accuracies: what matplotlib draws, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two processes on half a batch each get, from DistributedDataParallel, the gradients of one process on the whole batch."""
+"""Two processes on half a batch each, under DistributedDataParallel.
+
+They get the gradients of one process on the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ PROCESSES, BATCH, CLASSES = 2, 8, 4
 
 
 class Residual(nn.Module):
-    """A convolution with a shortcut around it. Without BN, whose statistics are those of each process's own samples."""
+    """A convolution with a shortcut around it.
+
+    There is no BN, since its statistics would be those of each process's own samples.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

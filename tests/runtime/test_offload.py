@@ -1,6 +1,7 @@
-"""Offloaded models, on one CPU: a copier that notes what host memory is, so that a computation that reads it is found out.
+"""Offloaded models, on one CPU.
 
-What only a GPU shows is at the end, and skipped without one.
+The copier notes which memory is host memory, so a computation that reads it is found out. Tests
+that need a GPU are at the end, and skipped without one.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Noting(Copier):
 
 
 class Late(Noting):
-    """Copies as late as it may: inwards when somebody waits for it, outwards when somebody waits for that. Until then there is rubbish."""
+    """Copies as late as it may: when somebody waits for the copy. Until then there is rubbish."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -141,7 +142,7 @@ class Late(Noting):
 
 
 class Watch(TorchDispatchMode):
-    """Looks, at each operator, that it reads no host memory unless it copies, and which blocks are on the device.
+    """Sees to it that an operator reads no host memory unless it copies, and counts loaded blocks.
 
     Attributes:
         most: the most blocks that were on the device, or on their way there or back, at a time.

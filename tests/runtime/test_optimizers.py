@@ -99,7 +99,10 @@ def test_the_plateau_resumes_where_it_was(net):
 def test_misuse_is_said(net):
     with pytest.raises(
         InputError,
-        match=r"parameter group 0 of the optimizer has no name\. Hint: make the groups by sffx\.parameter_groups",
+        match=(
+            r"parameter group 0 of the optimizer has no name\. "
+            r"Hint: make the groups by sffx\.parameter_groups"
+        ),
     ):
         sffx.BlockPlateau(torch.optim.SGD(net.parameters(), lr=1.0))
     plateau = sffx.BlockPlateau(torch.optim.SGD(sffx.parameter_groups(net, lr=1.0)))
@@ -107,7 +110,10 @@ def test_misuse_is_said(net):
         plateau.step({"block_1": 1.0, "block_2": 1.0, "classifier": 1.0})
     with pytest.raises(
         InputError,
-        match=r"losses is of type Evaluation, not a mapping of names\. Hint: pass evaluate\(\.\.\.\)\.loss",
+        match=(
+            r"losses is of type Evaluation, not a mapping of names\. "
+            r"Hint: pass evaluate\(\.\.\.\)\.loss"
+        ),
     ):
         plateau.step(
             sffx.evaluate(net, [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))])

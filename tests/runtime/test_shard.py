@@ -1,4 +1,7 @@
-"""Two processes that hold half of each parameter (FSDP2) and get half a batch do what one process does on the whole batch."""
+"""Two processes that hold half of each parameter (FSDP2) and get half a batch each.
+
+They do what one process does on the whole batch.
+"""
 
 from __future__ import annotations
 

@@ -99,7 +99,10 @@ def test_step_of_an_optimizer_of_the_original_model_is_refused():
     net = sffx.transform(model, example_input=torch.zeros(1, 3, 8, 8)).train()
     with pytest.raises(
         InputError,
-        match=r"the optimizer holds \d+ parameters, none of them of net\. Hint: make it by AdamW\(sffx",
+        match=(
+            r"the optimizer holds \d+ parameters, none of them of net\. "
+            r"Hint: make it by AdamW\(sffx"
+        ),
     ):
         sffx.local_step(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), optimizer)
 
@@ -287,7 +290,10 @@ def test_the_local_step_holds_the_gradients_of_one_block_at_a_time():
 
 
 def test_activations_of_one_block_at_a_time_on_resnet18():
-    """The bar of the project: at most 0.55 of backpropagation's peak of activations (32 x 32, batch 128, 10 classes)."""
+    """The bar of the project: at most 0.55 of backpropagation's peak of activations.
+
+    The images are of 32 x 32, the batch is 128, and there are 10 classes.
+    """
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).train()
     net = sffx.transform(model, example_input=torch.zeros(1, 3, 32, 32))
@@ -322,7 +328,10 @@ def test_nothing_of_a_block_outlives_the_step():
 
 
 class _Summed(nn.Module):
-    """Two parameters added up, and one that is broadcast: autograd gives the first two one gradient tensor."""
+    """Two parameters added up, and one that is broadcast.
+
+    Autograd gives the first two one gradient tensor.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights of blocks against the likelihood that they are to maximise, and what a weighed model does with them."""
+"""Weights of blocks against the likelihood that they maximise, and weighed models."""
 
 from __future__ import annotations
 

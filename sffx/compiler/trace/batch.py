@@ -54,7 +54,7 @@ def is_settled(condition: fx.Node) -> bool:
     if condition.target not in _COMPARISONS:
         return not facts(condition).of_batch
     for arg in condition.all_input_nodes:
-        # Of a number made from a batch size, as B // 2, nobody knows the value at another size.
+        # A number made from a batch size, as B // 2, has an unknown value at another size.
         if facts(arg).of_batch and not _is_multiple(facts(arg).example):
             return False
     outcomes = {_outcome(condition, size) for size in _BATCH_SIZES}

@@ -49,7 +49,7 @@ def noting_saved(
             storage = tensor.untyped_storage()
             alive.append(storage)
             saved[storage_key(tensor)] = storage.nbytes()
-        # Detached, or an operation that keeps its own result would be a cycle that nobody frees.
+        # Detached: an operation that keeps its own result would be in a cycle, and never freed.
         return tensor.detach()
 
     return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)

@@ -25,9 +25,9 @@ def _record(node: fx.Node, root: nn.Module) -> Input:
 
 
 def _marks_tokens(node: fx.Node, value: Tensor) -> bool:
-    """Whether an input is an attention mask, (B, T), as everybody calls it.
+    """Whether an input is an attention mask of shape (B, T), by the name that libraries give it.
 
-    Not one of floats: it may be added to attention scores, and then its zeros are real tokens.
+    A float mask does not count: it may be added to attention scores, where zero marks a real token.
     """
     if node.target != "attention_mask":
         return False

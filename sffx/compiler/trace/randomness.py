@@ -28,8 +28,8 @@ def generators_restored() -> Iterator[None]:
 def call_without_draws(call: Callable[[], Any]) -> Any:
     """Return what `call` returns, and refuse code that draws random numbers by itself.
 
-    A traced operation may draw, since it draws again whenever the graph runs. What other code
-    decides by a random number would be frozen into the graph.
+    A traced operation may draw, since it draws again whenever the graph runs. A random number that
+    other code draws would be frozen into the graph.
 
     Raises:
         RuntimeError: a generator has moved.
@@ -45,7 +45,7 @@ def call_without_draws(call: Callable[[], Any]) -> Any:
 
 
 def _states() -> tuple[Any, ...]:
-    # As bytes: a comparison of tensors or arrays is one for each element.
+    # As bytes, since tensors and arrays compare element by element.
     return (
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),

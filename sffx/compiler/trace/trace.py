@@ -82,7 +82,7 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
         return GuidedTracer(runner, leaves, num_classes)
 
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves)
-    _add_what_the_graph_names(root, probe, graph)
+    _add_constants_and_flags(root, probe, graph)
     return Trace(
         root=root,
         graph=graph,
@@ -104,8 +104,8 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from cause
 
 
-def _add_what_the_graph_names(root: nn.Module, probe: nn.Module, graph: fx.Graph) -> None:
-    """Give the copy of the model the constants and the training flags of the graph."""
+def _add_constants_and_flags(root: nn.Module, probe: nn.Module, graph: fx.Graph) -> None:
+    """Give the copy of the model the constants and the training flags that the graph reads."""
     for node in graph.nodes:
         if is_flag(node):
             add_flag(root.get_submodule(flag_owner(node)))

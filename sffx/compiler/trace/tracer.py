@@ -24,8 +24,8 @@ from sffx.compiler.trace.runner import NodeRunner
 class GuidedTracer(fx.Tracer):
     """A tracer that runs every node on fake tensors as it creates it.
 
-    The methods with names of fx's own are called by fx. An error in one of them stops the trace in
-    the module whose forward runs, which then becomes a leaf.
+    fx calls the methods that have names of its own. An error in one of them ends the attempt; the
+    module whose forward ran then becomes a leaf.
 
     Attributes:
         leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
@@ -79,7 +79,8 @@ class GuidedTracer(fx.Tracer):
                 "which a graph cannot hold"
             )
         proxy = super().create_proxy(*args, **kwargs)
-        # `if mask is None` must see None itself, also where a leaf returns it among other values.
+        # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
+        # it among other values.
         return None if facts(proxy.node).example is None else proxy
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -112,12 +113,12 @@ class GuidedTracer(fx.Tracer):
         is_leaf = self.is_leaf_module(m, qualname)
         call = functools.partial(super().call_module, m, forward, args, kwargs)
         try:
-            # A leaf runs with the generators restored. To look at them again would cost a tenth of
-            # the trace.
+            # A leaf runs with the generators restored. To compare their states for each leaf would
+            # cost a tenth of the trace.
             return call() if is_leaf else call_without_draws(call)
         except Exception:
-            # To make a leaf of a leaf helps nobody, nor of a container, whose children failed. The
-            # module around them may do as one.
+            # A leaf is one already, and a container has no code that could have failed. The module
+            # around them may do as a leaf.
             if self.failed is None and not is_leaf and not has_no_code(m):
                 self.failed = qualname
             raise

@@ -1,8 +1,7 @@
 """Train a torchvision classifier on folders of images, with Lightning.
 
-    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18
-    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/resnet18 \
---resume
+    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/sff
+    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/sff --resume
 
 DIR holds train/ and val/ or test/, each with a folder per class. The methods are backpropagation
 (bp) and three ways to train block by block (sff, cwc, mlp).
@@ -11,7 +10,7 @@ The output folder gets the checkpoints (the best by validation accuracy, and the
 (CSV, and TensorBoard where it is installed), and a picture of them. An interrupted run goes on
 with --resume. This colours each block by its accuracy:
 
-    sffx-viz torchvision.models:resnet18 --checkpoint runs/resnet18/last.ckpt
+    sffx-viz torchvision.models:resnet18 --checkpoint runs/sff/last.ckpt
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command on every kind of checkpoint: the net that it exports gives the scores of the net that was saved."""
+"""The command `sffx-export`: it exports the net that was saved, from every kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
         nets.append(net)
         path.write_bytes(b"")
 
-    monkeypatch.setattr("sffx.export.program.export_program", keep)
+    monkeypatch.setattr("sffx.cli.exporting.export_program", keep)
     return nets
 
 

@@ -195,9 +195,9 @@ def test_a_file_is_loaded_as_a_script_would_be_and_leaves_no_trace() -> None:
 def test_a_callable_of_a_module_is_called_without_arguments() -> None:
     save(
         NET + "class Zoo:\n    @staticmethod\n    def small(width=3):\n        return Net(width)",
-        "zoo_of_this_test.py",
+        "makers_of_this_test.py",
     )
-    assert find_model("zoo_of_this_test:Zoo.small").layer.in_features == 3
+    assert find_model("makers_of_this_test:Zoo.small").layer.in_features == 3
 
 
 @pytest.mark.parametrize(

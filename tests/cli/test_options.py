@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sffx.cli.options import add_cut_options, cut_options, with_command
+from sffx.cli.cut import cut_options
+from sffx.cli.options import add_cut_options, with_command
 from sffx.errors import InputError
 
 

@@ -1,4 +1,4 @@
-"""The command `sffx-viz --checkpoint`: the model of a training, in the colours of its accuracies."""
+"""The command `sffx-viz --checkpoint`: a model in the colours of its accuracies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import fx
 
 import sffx
 from sffx.blocks import BlockPlan
-from sffx.cli.viz import main, progress_of
+from sffx.cli.drawing import progress_of
+from sffx.cli.viz import main
 from sffx.draw.graph import block_graph
 from sffx.draw.progress import Progress
 from tests.toys import Residual

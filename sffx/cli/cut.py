@@ -1,0 +1,90 @@
+"""The arguments of `sffx.transform` that a command line means."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sffx.checkpoint import Checkpoint
+from sffx.cli.models import find_callable
+from sffx.cli.options import GivenInput
+from sffx.errors import InputError
+
+# The option of the command line for each argument of `sffx.transform`.
+FLAGS = {
+    "policy": "--policy",
+    "goodness": "--goodness",
+    "kernel_size": "--kernel-size",
+    "norm": "--norm",
+    "num_classes": "--classes",
+    "example_input": "--input",
+}
+
+
+def cut_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `sffx.transform` that the command line gives.
+
+    Raises:
+        InputError: the inputs are named in part, or there is no such goodness or norm of one's own.
+    """
+    given = {
+        "policy": getattr(options, "policy", None),
+        "goodness": _name_or_callable(options.goodness),
+        "kernel_size": options.kernel_size,
+        "norm": _name_or_callable(options.norm),
+        "num_classes": options.classes,
+        "example_input": example_of(options.input),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def complete_options(checkpoint: Checkpoint, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which the model of a checkpoint is cut.
+
+    Args:
+        checkpoint: which may say how the model was cut.
+        given: the arguments that the command line gives; they win.
+
+    Raises:
+        InputError: neither says one of those that are required.
+    """
+    missing = checkpoint.missing(given)
+    if missing:
+        flags = [f"{FLAGS[name]} {value}" for name, value in missing.items()]
+        raise InputError(
+            f"{str(checkpoint.path)!r} does not say all of how its model was cut. "
+            f"Hint: {' '.join(flags)} as in the training; sffx.save_checkpoint records them"
+        )
+    return checkpoint.options(**given)
+
+
+def example_of(given: Sequence[GivenInput]) -> Any:
+    """Return an example input: a tensor, a tuple of them, or a mapping by name; None for none.
+
+    Raises:
+        InputError: some inputs have a name, and others have none.
+    """
+    tensors = []
+    for each in given:
+        tensors.append(torch.zeros(each.shape, dtype=torch.long if each.is_integer else None))
+    names = [each.name for each in given if each.name]
+    if names and len(names) != len(given):
+        raise InputError(
+            f"--input is given {len(given)} times, but only {', '.join(names)} by name. "
+            "Hint: name all of them, or none"
+        )
+    if names:
+        return dict(zip(names, tensors, strict=True))
+    if len(tensors) > 1:
+        return tuple(tensors)
+    return tensors[0] if tensors else None
+
+
+def _name_or_callable(text: str | None) -> Any:
+    """Return a name as it is, and the object that `file.py:NAME` or `module:NAME` means."""
+    if text is None or ":" not in text:
+        return text
+    return find_callable(text)

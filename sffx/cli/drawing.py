@@ -1,0 +1,211 @@
+"""The work of `sffx-viz`: find the model, plan its cuts, draw them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import sffx
+from sffx.blocks import BlockPlan
+from sffx.checkpoint import Checkpoint, load_checkpoint
+from sffx.cli.cut import complete_options, cut_options
+from sffx.cli.models import find_model
+from sffx.cli.sources import token_example
+from sffx.draw.compare import comparison, draw_comparison
+from sffx.draw.progress import Progress
+from sffx.draw.render import PICTURES, TEXT, check_path, plan_in
+from sffx.draw.render import draw as draw_plan
+from sffx.errors import InputError, MissingExtra, SffxError
+from sffx.parts import is_block
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw the plan of a model, in the colours of a training if there is a checkpoint."""
+    checkpoint = _checkpoint(options)
+    plan = _plan(options, checkpoint)
+    progress = None if checkpoint is None else progress_of(checkpoint, plan)
+    with _writing():
+        path = _draw_file(_titled(plan, options), progress, options)
+    print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
+    if options.open:
+        _show(path)
+
+
+def print_plan(options: argparse.Namespace) -> None:
+    print(_plan(options, None))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print several policies side by side, and draw them if there is an output."""
+    _check_compare(options)
+    model = _model(options, None)
+    carried = plan_in(model)
+    if carried is not None:
+        raise InputError(
+            f"the model is cut already, by the policy {carried.policy}, "
+            "so there is nothing to compare. Hint: name the plain model"
+        )
+    plans = []
+    for policy in options.policies:
+        plan = _plan_of(model, {"policy": policy}, options)
+        plans.append(_titled(plan, options))
+    print(comparison(plans))
+    if options.output is None:
+        return
+    with _writing():
+        path = draw_comparison(plans, options.output)
+    if options.open:
+        _show(path)
+
+
+def _check_compare(options: argparse.Namespace) -> None:
+    """Refuse what could only fail after all policies are planned."""
+    if len(options.policies) < 2:
+        raise InputError(
+            f"{options.policies[0]!r} is one policy, and compare sets several side by side. "
+            "Hint: compare model.py residual layer"
+        )
+    if options.output is not None:
+        check_path(options.output, (*PICTURES, *TEXT))
+    elif options.open:
+        raise InputError(
+            "--open shows a drawing, and compare draws where -o names one. Hint: -o policies.svg"
+        )
+
+
+def _checkpoint(options: argparse.Namespace) -> Checkpoint | None:
+    if options.checkpoint is None:
+        return None
+    return load_checkpoint(options.checkpoint)
+
+
+def _plan(options: argparse.Namespace, checkpoint: Checkpoint | None) -> BlockPlan:
+    """Return the plan that the model carries, or that of the checkpoint, or of the options."""
+    model = _model(options, checkpoint)
+    carried = plan_in(model)
+    if carried is not None:
+        return carried
+    if checkpoint is None:
+        return _plan_of(model, {"policy": "residual"}, options)
+    return sffx.plan(model, **complete_options(checkpoint, cut_options(options)))
+
+
+def _plan_of(model: nn.Module, defaults: dict[str, Any], options: argparse.Namespace) -> BlockPlan:
+    """Return the plan of a plain model by the options of the command line, and by defaults."""
+    arguments = {**defaults, **cut_options(options)}
+    if "example_input" not in arguments and options.source.startswith("hf:"):
+        arguments["example_input"] = token_example(model)
+    return sffx.plan(model, **arguments)
+
+
+def _model(options: argparse.Namespace, checkpoint: Checkpoint | None) -> nn.Module:
+    num_classes = options.classes
+    if num_classes is None and checkpoint is not None and checkpoint.cut is not None:
+        num_classes = checkpoint.cut["num_classes"]
+    return find_model(options.source, options.model, num_classes)
+
+
+def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
+    """Return what a drawing shows of a training.
+
+    Args:
+        checkpoint: of the training.
+        plan: of the model that was trained.
+
+    Returns:
+        The accuracies of all blocks, and the learning rates of those that were trained.
+
+    Raises:
+        InputError: the checkpoint has no accuracies, or is of other blocks.
+    """
+    path = str(checkpoint.path)
+    targets = [block.target for block in plan.all_blocks]
+    if not checkpoint.accuracy:
+        raise InputError(
+            f"{path!r} holds no accuracies of blocks. Hint: "
+            "sffx.save_checkpoint(path, net, optimizer, sffx.evaluate(net, loader).accuracy)"
+        )
+    missing = sorted(set(targets) - set(checkpoint.accuracy))
+    if missing:
+        raise _other_blocks(path, plan, f"it lacks {', '.join(missing)}")
+    others = sorted(name for name in checkpoint.accuracy if is_block(name) and name not in targets)
+    if others:
+        raise _other_blocks(path, plan, f"it has {', '.join(others)} as well")
+    ends = [block.output for block in plan]
+    if checkpoint.cut is not None and list(checkpoint.cut["after"]) != ends:
+        recorded = ", ".join(checkpoint.cut["after"])
+        raise _other_blocks(path, plan, f"they end after {recorded}, not {', '.join(ends)}")
+    rates = {name: rate for name, rate in checkpoint.rates.items() if name in targets}
+    return Progress(checkpoint.accuracy, rates)
+
+
+def _other_blocks(path: str, plan: BlockPlan, difference: str) -> InputError:
+    return InputError(
+        f"{path!r} is of other blocks than the {len(plan)} of the policy {plan.policy}: "
+        f"{difference}. "
+        "Hint: --policy and --input as in the training, or the model that was trained"
+    )
+
+
+def _titled(plan: BlockPlan, options: argparse.Namespace) -> BlockPlan:
+    """Return the plan with the name of the architecture: "resnet18 (ResNet)".
+
+    Only the callable of a package names one. A file or a configuration class does not.
+    """
+    source = str(options.source)
+    place, _, thing = source.rpartition(":")
+    name = thing.rpartition(".")[2]
+    if source.endswith(".py") or place in ("", "hf") or name == plan.model:
+        return plan
+    return replace(plan, model=f"{name} ({plan.model})")
+
+
+def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Namespace) -> Path:
+    """Draw into the file that the options name, or into one that is named after the model."""
+    shown: dict[str, Any] = {
+        "unfold": options.unfold,
+        "detail": options.detail,
+        "progress": progress,
+    }
+    if options.output is not None:
+        return draw_plan(plan, options.output, **shown)
+    path = Path(f"{_name(options)}.svg")
+    try:
+        return draw_plan(plan, path, **shown)
+    except MissingExtra as error:
+        print(f"sffx-viz: {error}. Writing a page instead.", file=sys.stderr)
+        return draw_plan(plan, path.with_suffix(".html"), **shown)
+
+
+def _name(options: argparse.Namespace) -> str:
+    """Return the name of the drawing: the object's if the command line names one, or the file's."""
+    if options.model is not None:
+        return str(options.model).rpartition(".")[2]
+    source = str(options.source)
+    place, _, thing = source.rpartition(":")
+    if place == "timm":
+        return thing.replace("/", "_")
+    if Path(source).suffix == ".py":
+        return Path(source).stem
+    return thing.rpartition(".")[2]
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn an error of the file system into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise SffxError(f"cannot write the drawing: {error}") from error
+
+
+def _show(path: Path) -> None:
+    webbrowser.open(path.resolve().as_uri())

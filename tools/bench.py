@@ -1,23 +1,35 @@
-"""Measure a training step by backpropagation and by sffx side by side: counted memory, counted arithmetic, time.
+"""Measure a training step by backpropagation and by sffx: memory, arithmetic and time.
 
     python -m tools.bench --out tools/results/bench
 
-Memory and arithmetic are counted on fake tensors at the large batch, nothing is computed; time is measured at the small batch, the ways
-alternating in one run. AdamW, float32, default policy. The ways:
+Memory and arithmetic are counted on fake tensors at the large batch; nothing is computed. Time is
+measured at the small batch, the ways to train alternating in one run. AdamW, float32, default
+policy. The ways:
 
 - BP: plain backpropagation;
-- checkpoint: backpropagation with `torch.utils.checkpoint` around the same blocks, with the model's own layers;
-- accumulation: backpropagation over as many smaller batches as bring its activations down to those of the local step;
-- deferred: `sff_loss(net(x), y).backward()`; local: `local_loss(net, x, y).backward()`; step: `local_step(net, x, y, optimizer)`;
+- checkpoint: backpropagation with `torch.utils.checkpoint` around the same blocks, with the model's
+  own layers;
+- accumulation: backpropagation over as many smaller batches as bring its activations down to those
+  of the local step;
+- deferred: `sff_loss(net(x), y).backward()`;
+- local: `local_loss(net, x, y).backward()`;
+- step: `local_step(net, x, y, optimizer)`;
 - kept: local, with `recompute=False`;
-  mlp: local, with `goodness="mlp"`.
+- mlp: local, with `goodness="mlp"`.
 
-The limit of the multiply-adds is what a block-local step cannot do without: the forward pass, the gradients of the weights, and those of
-the values inside the blocks; heads left aside.
+The limit of the multiply-adds is the part that a block-local step cannot do without: the forward
+pass, the gradients of the weights, and those of the values inside the blocks. Heads are left aside.
 
-Beyond the workloads: depth (activations of ResNets of 50 to 1,001 layers), classes (10 to 21,841), batch (peaks, and the largest batch that
-fits a budget), overhead (the outer loop's share of a step of resnet152), settings (bfloat16 autocast, channels-last, `torch.compile`).
-`--parts` chooses among them; a part that was measured before stays in the record. On a machine with a GPU, `--device cuda` times there.
+Beyond the workloads there are:
+
+- depth: activations of ResNets of 50 to 1,001 layers;
+- classes: 10 to 21,841 classes;
+- batch: peaks, and the largest batch that fits a budget;
+- overhead: the outer loop's share of a step of resnet152;
+- settings: bfloat16 autocast, channels-last, `torch.compile`.
+
+`--parts` chooses among them. A part that was measured before stays in the record. On a machine with
+a GPU, `--device cuda` measures time there.
 """
 
 from __future__ import annotations
@@ -30,6 +42,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -46,18 +59,31 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sffx
-import sffx.runtime.step as local
+import sffx.runtime.step
 from sffx.compiler.fake import fake_copy
 from sffx.files import write
 from sffx.memory.count import count_memory
+from sffx.parts import head_name
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage
+from sffx.tables import GIB, MIB
 from tools.timing import compare_time
 
 Step = Callable[[Tensor, Tensor], object]
+Counts = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model at a size, with the batch that memory is counted at and the one that time is measured at."""
+    """A model at a size.
+
+    Attributes:
+        model: its name in torchvision.
+        size: height and width of an image.
+        classes: J.
+        count_batch: the batch size at which memory is counted.
+        time_batch: the batch size at which time is measured.
+    """
 
     model: str
     size: int
@@ -69,9 +95,18 @@ class Workload:
     def name(self) -> str:
         return f"{self.model}, {self.size} x {self.size}, J = {self.classes}"
 
+    @property
+    def example(self) -> Tensor:
+        return torch.zeros(1, 3, self.size, self.size)
+
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         return getattr(torchvision.models, self.model)(num_classes=self.classes).train()
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Draw images and labels."""
+        images = torch.randn(size, 3, self.size, self.size)
+        return images, torch.randint(0, self.classes, (size,))
 
 
 WORKLOADS = (
@@ -84,122 +119,105 @@ WORKLOADS = (
 )
 WAYS = ("BP", "checkpoint", "accumulation", "deferred", "local", "step", "kept", "mlp")
 PARTS = ("workloads", "depth", "classes", "batch", "overhead", "settings")
+
+# The arguments of `transform` for a way.
 OPTIONS: dict[str, dict[str, Any]] = {
     "kept": {"recompute": False},
     "mlp": {"goodness": "mlp"},
 }
 
+COUNTED = (
+    "parameters",
+    "gradients",
+    "optimizer_state",
+    "optimizer_temporaries",
+    "activations",
+    "peak",
+)
+
+
+def _product(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
 # The in-place forms of products, which torch's counter does not know.
 IN_PLACE_PRODUCTS = {
-    torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * math.prod(a) * b[-1],
-    torch.ops.aten.addbmm_: lambda total, a, b, *_, **__: 2 * math.prod(a) * b[-1],
+    torch.ops.aten.addmm_: _product,
+    torch.ops.aten.addbmm_: _product,
 }
 
 
 @dataclass
 class Candidate:
-    """A way to train: what is trained, its optimizer, and the step on a batch."""
+    """A way to train: a model, its optimizer, and the step on a batch."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     step: Step
 
 
+# The ways to train
+
+
 def prepare(way: str, model: nn.Module, example: Tensor) -> nn.Module:
-    """Return the model as a way trains it; the model itself is left alone."""
+    """Return the model as a way trains it. The model itself is left alone."""
     if way in ("BP", "accumulation"):
         return copy.deepcopy(model)
     if way != "checkpoint":
         return sffx.transform(model, example_input=example, **OPTIONS.get(way, {}))
+    # The rival gets the same blocks, but the model's own layers, and no heads.
     with mock.patch("sffx.api.save_memory"):
         net = sffx.transform(model, example_input=example, norm="none")
     for i in range(len(net.plan)):
-        net.set_submodule(f"head_{i}", nn.Identity())
+        net.set_submodule(head_name(i), nn.Identity())
     return net
 
 
 def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
-    """Make the step of a way on a prepared module; `parts` is the number of smaller batches of "accumulation"."""
+    """Make the step of a way on a prepared module.
+
+    Args:
+        way: one of `WAYS`.
+        module: as `prepare` returned it.
+        parts: number of smaller batches of a step, for "accumulation".
+    """
     is_cut = way not in ("BP", "checkpoint", "accumulation")
-    optimizer = torch.optim.AdamW(
-        sffx.parameter_groups(module, lr=1e-3) if is_cut else module.parameters(), lr=1e-3
-    )
-    losses: dict[str, Step] = {
-        "BP": lambda x, y: F.cross_entropy(module(x), y),
-        "accumulation": lambda x, y: F.cross_entropy(module(x), y) / parts,
-        "checkpoint": lambda x, y: F.cross_entropy(checkpointed(module, x), y),
-        "deferred": lambda x, y: sffx.sff_loss(module(x), y),
-        **dict.fromkeys(("local", "kept", "mlp"), lambda x, y: sffx.local_loss(module, x, y)),
-    }
+    parameters = sffx.parameter_groups(module, lr=1e-3) if is_cut else module.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    if way == "step":
+        return Candidate(module, optimizer, lambda x, y: sffx.local_step(module, x, y, optimizer))
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            losses[way](a, b).backward()  # type: ignore[attr-defined]
+        for some_x, some_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (loss_of(way, module, some_x, some_y) / parts).backward()
         optimizer.step()
 
-    return Candidate(
-        module,
-        optimizer,
-        step if way != "step" else lambda x, y: sffx.local_step(module, x, y, optimizer),
-    )
+    return Candidate(module, optimizer, step)
+
+
+def loss_of(way: str, module: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of a batch by a way."""
+    if way in ("BP", "accumulation"):
+        return F.cross_entropy(module(x), y)
+    if way == "checkpoint":
+        return F.cross_entropy(checkpointed(module, x), y)
+    if way == "deferred":
+        return sffx.sff_loss(module(x), y)
+    return sffx.local_loss(module, x, y)
 
 
 def checkpointed(net: Any, x: Tensor) -> Tensor:
     """Run the blocks of a net cut without norm as one model, each under a checkpoint."""
     values = {net.plan.inputs[0].name: x}
     for block in net.plan.all_blocks:
-        result = checkpoint(
-            net.get_submodule(block.target),
-            *(values[name] for name in block.inputs),
-            use_reentrant=False,
-        )
-        values.update(
-            zip((block.output, *block.sides), result if block.sides else (result,), strict=True)
-        )
+        module = net.get_submodule(block.target)
+        arguments = [values[name] for name in block.inputs]
+        results = checkpoint(module, *arguments, use_reentrant=False)
+        if not block.sides:
+            results = (results,)
+        values.update(zip((block.output, *block.sides), results, strict=True))
     return values[net.plan.classifier.output]
-
-
-def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> dict[str, float]:
-    """Count bytes and multiply-adds of a step that has the optimizer's state in place, on fake tensors."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = fake_copy(module, mode)
-    with mode:
-        made = candidate(way, fake, parts)
-        x, y = batch(workload, workload.count_batch)
-        made.step(x, y)
-        memory = count_memory(lambda: made.step(x, y), model=fake, optimizer=made.optimizer)
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops:
-            made.step(x, y)
-    fields = (
-        "parameters",
-        "gradients",
-        "optimizer_state",
-        "optimizer_temporaries",
-        "activations",
-        "peak",
-    )
-    return {
-        **{name: getattr(memory, name) for name in fields},
-        "macs": flops.get_total_flops() // 2,
-    }
-
-
-def batch(workload: Workload, size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(size, 3, workload.size, workload.size), torch.randint(
-        0, workload.classes, (size,)
-    )
-
-
-def fitting_parts(model: nn.Module, workload: Workload, activations: float) -> int:
-    """Return into how few equal parts a batch must be split for backpropagation to need no more activations than given."""
-    parts = 1
-    while (
-        parts < workload.count_batch
-        and count("accumulation", model, workload, parts)["activations"] > activations
-    ):
-        parts *= 2
-    return parts
 
 
 class FreeHead(nn.Module):
@@ -213,21 +231,58 @@ class FreeHead(nn.Module):
         return y.flatten(1).square().mean(1, keepdim=True).expand(-1, self.classes)
 
 
-def limit(model: nn.Module, example: Tensor, workload: Workload) -> float:
+# Counting
+
+
+def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> Counts:
+    """Count bytes and multiply-adds of a step on fake tensors, the optimizer's state in place."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_copy(module, mode)
+    with mode:
+        made = candidate(way, fake, parts)
+        x, y = workload.batch(workload.count_batch)
+        step = partial(made.step, x, y)
+        step()
+        memory = count_memory(step, model=fake, optimizer=made.optimizer)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops:
+            step()
+    counts: Counts = {name: getattr(memory, name) for name in COUNTED}
+    counts["macs"] = flops.get_total_flops() // 2
+    return counts
+
+
+def fitting_parts(model: nn.Module, workload: Workload, activations: float) -> int:
+    """Return the number of equal parts of a batch that keeps backpropagation within activations."""
+    parts = 1
+    while parts < workload.count_batch:
+        counts = count("accumulation", model, workload, parts)
+        if counts["activations"] <= activations:
+            break
+        parts *= 2
+    return parts
+
+
+def limit(model: nn.Module, workload: Workload) -> float:
     """Count the multiply-adds of a block-local step whose heads cost nothing."""
-    net: Any = prepare("kept", model, example)
+    net: Any = prepare("kept", model, workload.example)
     for i in range(len(net.plan)):
-        net.set_submodule(f"head_{i}", FreeHead(workload.classes))
+        net.set_submodule(head_name(i), FreeHead(workload.classes))
     return count("kept", net, workload)["macs"]
+
+
+# The parts of the record
 
 
 def measure(
     workload: Workload, rounds: int, device: str, timed: tuple[str, ...] = WAYS
 ) -> dict[str, Any]:
+    """Count, and with `rounds` time, every way to train a workload."""
     model = workload.build()
-    example = torch.zeros(1, 3, workload.size, workload.size)
-    modules = {way: prepare(way, model, example) for way in WAYS}
-    counts = {way: count(way, modules[way], workload) for way in WAYS if way != "accumulation"}
+    modules = {way: prepare(way, model, workload.example) for way in WAYS}
+    counts = {}
+    for way in WAYS:
+        if way != "accumulation":
+            counts[way] = count(way, modules[way], workload)
     parts = fitting_parts(model, workload, counts["local"]["activations"])
     counts["accumulation"] = count("accumulation", modules["accumulation"], workload, parts)
     record: dict[str, Any] = {
@@ -235,210 +290,225 @@ def measure(
         "batch": workload.count_batch,
         "parts": parts,
         "counts": counts,
+        "limit": limit(model, workload),
     }
-    record["limit"] = limit(model, example, workload)
     if rounds:
-        x, y = (t.to(device) for t in batch(workload, workload.time_batch))
-        steps = {}
-        for way in timed:
-            made = candidate(
-                way,
-                modules[way].to(device),
-                min(parts, workload.time_batch // 2) if way == "accumulation" else 1,
-            )
-            steps[way] = partial(made.step, x, y)
-        if device == "cuda":
-            record["max_memory_allocated"] = {way: allocated(step) for way, step in steps.items()}
-        times = compare_time(steps, rounds=rounds, warmup=1, device=device)
-        record |= {
-            "time_batch": workload.time_batch,
-            "time": {way: times.paired_ratio(way, "BP") for way in timed},
-        }
-        record["seconds"] = {way: times.median(way) for way in timed}
+        time_parts = min(parts, workload.time_batch // 2)
+        steps = _steps(workload, modules, timed, time_parts, device)
+        record |= _times(workload, steps, rounds, device)
     print(table(record), flush=True)
     return record
 
 
+def _steps(
+    workload: Workload,
+    modules: dict[str, nn.Module],
+    timed: tuple[str, ...],
+    parts: int,
+    device: str,
+) -> dict[str, Callable[[], object]]:
+    x, y = (tensor.to(device) for tensor in workload.batch(workload.time_batch))
+    steps: dict[str, Callable[[], object]] = {}
+    for way in timed:
+        module = modules[way].to(device)
+        made = candidate(way, module, parts if way == "accumulation" else 1)
+        steps[way] = partial(made.step, x, y)
+    return steps
+
+
+def _times(
+    workload: Workload, steps: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"time_batch": workload.time_batch}
+    if device == "cuda":
+        record["max_memory_allocated"] = {way: allocated(step) for way, step in steps.items()}
+    times = compare_time(steps, rounds=rounds, warmup=1, device=device)
+    record["time"] = {way: times.paired_ratio(way, "BP") for way in steps}
+    record["seconds"] = {way: times.median(way) for way in steps}
+    return record
+
+
 def allocated(step: Callable[[], object]) -> int:
-    """Return the most bytes that the GPU's allocator held in a second step, all models of the workload included."""
+    """Return the most bytes that the GPU's allocator held in a second step.
+
+    All models of the workload are on the GPU, and are included.
+    """
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated()
 
 
-def table(record: dict[str, Any]) -> str:
-    """Render one workload as a table; everything but the bytes is relative to BP."""
-    base = record["counts"]["BP"]
-    lines = [
-        f"### {record['name']} (memory at batch {record['batch']}, time at {record.get('time_batch', '–')})",
-        "",
-        "| way | time | peak | activations | multiply-adds | peak, MiB | activations, MiB | gradients, MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for way in (way for way in WAYS if way in record["counts"]):
-        found = record["counts"][way]
-        ratios = [found[key] / base[key] for key in ("peak", "activations", "macs")]
-        mib = [found[key] / 2**20 for key in ("peak", "activations", "gradients")]
-        time = f"{record['time'][way]:.2f}" if way in record.get("time", {}) else "–"
-        name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
-        lines.append(
-            f"| {name} | {time} | {' | '.join(f'{r:.2f}' for r in ratios)} | {' | '.join(f'{m:.1f}' for m in mib)} |"
-        )
-    fixed = {key: base[key] / 2**20 for key in ("parameters", "optimizer_state")}
-    lines += [
-        "",
-        f"The limit of the multiply-adds, heads left aside, is {record['limit'] / base['macs']:.2f} of BP's.",
-    ]
-    lines += [
-        f"BP holds {fixed['parameters']:.1f} MiB of parameters and {fixed['optimizer_state']:.1f} MiB of optimizer state.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def depth() -> dict[str, Any]:
-    """Count activations against depth: bottleneck ResNets of 50 to 1,001 layers, 224 x 224, batch 16."""
-    record = {}
-    for layers, blocks in {
+    """Count activations of bottleneck ResNets of 50 to 1,001 layers, 224 x 224, batch 16."""
+    layers_and_blocks = {
         50: (3, 4, 6, 3),
         101: (3, 4, 23, 3),
         152: (3, 8, 36, 3),
         1001: (3, 94, 233, 3),
-    }.items():
-        workload = Workload("resnet", 224, 1000, 16, 0)
+    }
+    workload = Workload("resnet", 224, 1000, 16, 0)
+    record = {}
+    for layers, blocks in layers_and_blocks.items():
         model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, blocks).train()
-        example = torch.zeros(1, 3, 224, 224)
-        ways = ("BP", "checkpoint", "local")
-        record[layers] = {
-            way: count(way, prepare(way, model, example), workload)["activations"] for way in ways
-        }
-        print(
-            f"depth {layers}: "
-            + ", ".join(f"{way} {value / 2**20:.0f} MiB" for way, value in record[layers].items()),
-            flush=True,
-        )
+        activations = {}
+        for way in ("BP", "checkpoint", "local"):
+            module = prepare(way, model, workload.example)
+            activations[way] = count(way, module, workload)["activations"]
+        record[layers] = activations
+        shown = [f"{way} {value / MIB:.0f} MiB" for way, value in activations.items()]
+        print(f"depth {layers}: {', '.join(shown)}", flush=True)
     return record
 
 
 def classes(rounds: int) -> dict[str, Any]:
-    """Compare resnet18 at many classes with itself at 1,000, 224 x 224: memory at batch 64, time at 16."""
+    """Compare resnet18 at many classes with itself at 1,000, 224 x 224.
+
+    Memory is counted at batch 64, time is measured at 16.
+    """
     record: dict[str, Any] = {}
-    steps = {}
+    steps: dict[str, Callable[[], object]] = {}
     for j in (10, 100, 1000, 21_841):
         workload = Workload("resnet18", 224, j, 64, 16)
-        net = prepare("local", workload.build(), torch.zeros(1, 3, 224, 224))
+        net = prepare("local", workload.build(), workload.example)
         record[j] = count("local", net, workload)
         if rounds:
-            x, y = batch(workload, workload.time_batch)
+            x, y = workload.batch(workload.time_batch)
             steps[str(j)] = partial(candidate("local", net).step, x, y)
     if rounds:
         times = compare_time(steps, rounds=rounds, warmup=1)
         for j in record:
             record[j]["time"] = times.paired_ratio(str(j), "1000")
-    for j, found in record.items():
-        ratio = found["peak"] / record[1000]["peak"]
-        print(
-            f"J = {j}: peak {found['peak'] / 2**20:.0f} MiB, {ratio:.2f} of J = 1000; time {found.get('time', float('nan')):.2f}",
-            flush=True,
-        )
+    for j, counts in record.items():
+        peak = f"peak {counts['peak'] / MIB:.0f} MiB"
+        ratio = counts["peak"] / record[1000]["peak"]
+        seconds = f"time {counts.get('time', math.nan):.2f}"
+        print(f"J = {j}: {peak}, {ratio:.2f} of J = 1000; {seconds}", flush=True)
     return record
 
 
-def batches(budget: int = 8 * 2**30) -> dict[str, Any]:
-    """Count peaks at two batches, 224 x 224, and find from them, since a peak grows in proportion, the largest batch that fits a budget."""
+def batches(budget: int = 8 * GIB) -> dict[str, Any]:
+    """Find the largest batch that fits a budget, for the workloads of 224 x 224."""
     record: dict[str, Any] = {}
     for workload in WORKLOADS[2:]:
-        model, example = workload.build(), torch.zeros(1, 3, workload.size, workload.size)
+        model = workload.build()
         record[workload.name] = {}
         for way in ("BP", "checkpoint", "local", "step"):
-            module = prepare(way, model, example)
-            low, high = (
-                count(way, module, replace(workload, count_batch=size))["peak"] for size in (32, 64)
-            )
-            fits, peak = 64 + int((budget - high) / ((high - low) / 32)), budget + 1.0
-            while peak > budget:  # a line through two counts may miss by a sample or two
-                peak = count(way, module, replace(workload, count_batch=fits))["peak"]
-                fits = (
-                    fits
-                    if peak <= budget
-                    else min(fits - 1, 64 + int((budget - high) / ((peak - high) / (fits - 64))))
-                )
-            record[workload.name][way] = {"32": low, "64": high, "fits": fits, "peak": peak}
-            print(
-                f"{workload.name}, {way}: batch {fits} fits {budget / 2**30:.0f} GiB (counted: {peak / 2**30:.2f})",
-                flush=True,
-            )
+            module = prepare(way, model, workload.example)
+            result = largest_batch(way, module, workload, budget)
+            record[workload.name][way] = result
+            counted = f"counted: {result['peak'] / GIB:.2f}"
+            fits = f"batch {result['fits']} fits {budget / GIB:.0f} GiB ({counted})"
+            print(f"{workload.name}, {way}: {fits}", flush=True)
     return record
 
 
-def overhead(repeats: int = 3) -> dict[str, Any]:
-    """Measure which part of a block-local step of resnet152, 224 x 224, batch 4, is not spent in blocks, heads, losses and gradients."""
-    workload = Workload("resnet152", 224, 1000, 4, 4)
-    net = prepare("local", workload.build(), torch.zeros(1, 3, 224, 224))
-    spent = 0.0
+def largest_batch(way: str, module: nn.Module, workload: Workload, budget: int) -> dict[str, float]:
+    """Find the largest batch that fits a budget from the peaks at two batches.
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    A peak grows in proportion to the batch, so a line through two counts gives a first guess. It
+    may miss by a sample or two.
+    """
+
+    def peak_at(size: int) -> float:
+        return count(way, module, replace(workload, count_batch=size))["peak"]
+
+    low, high = 32, 64
+    peak_low = peak_at(low)
+    peak_high = peak_at(high)
+    fits = high + int((budget - peak_high) / ((peak_high - peak_low) / (high - low)))
+    peak = peak_at(fits)
+    while peak > budget:
+        slope = (peak - peak_high) / (fits - high)
+        fits = min(fits - 1, high + int((budget - peak_high) / slope))
+        peak = peak_at(fits)
+    return {str(low): peak_low, str(high): peak_high, "fits": fits, "peak": peak}
+
+
+class Spent:
+    """Adds up the seconds that some functions take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent += time.perf_counter() - start
+                self.seconds += time.perf_counter() - start
 
         return call
 
-    x, y = batch(workload, 4)
-    names = ("block_loss", "_gradients")
-    patches = [mock.patch.object(local, name, timed(getattr(local, name))) for name in names]
-    patches.append(mock.patch.object(local.BlockWalk, "_value", timed(local.BlockWalk._value)))
+
+def overhead(repeats: int = 3) -> dict[str, Any]:
+    """Measure the share of the outer loop in a block-local step of resnet152, 224 x 224, batch 4.
+
+    It is the time that is not spent in blocks, heads, norms, losses and gradients.
+    """
+    workload = Workload("resnet152", 224, 1000, 4, 4)
+    net: Any = prepare("local", workload.build(), workload.example)
+    x, y = workload.batch(4)
+    spent = Spent()
     shares = []
-    for patch in patches:
-        patch.start()
-    for _ in range(repeats + 1):
-        spent, start = 0.0, time.perf_counter()
-        sffx.local_loss(net, x, y)
-        shares.append(1 - spent / (time.perf_counter() - start))
-    for patch in patches:
-        patch.stop()
-    share = statistics.median(shares[1:])
-    print(
-        f"overhead of the outer loop, resnet152 ({len(net.plan)} blocks): {share:.2%} of a step",
-        flush=True,
-    )
-    return {"share": share, "blocks": len(net.plan)}
+    with ExitStack() as patches:
+        for owner, name in (
+            (sffx.runtime.step, "block_loss"),
+            (Residency, "gradients"),
+            (Stage, "_run"),
+        ):
+            timed = spent.timed(getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, timed))
+        for _ in range(repeats + 1):
+            spent.seconds = 0.0
+            start = time.perf_counter()
+            sffx.local_loss(net, x, y)
+            shares.append(1 - spent.seconds / (time.perf_counter() - start))
+    share = statistics.median(shares[1:])  # the first is a warm-up
+    blocks = len(net.plan)
+    print(f"overhead of the outer loop, resnet152 ({blocks} blocks): {share:.2%} of a step")
+    return {"share": share, "blocks": blocks}
 
 
 def settings(rounds: int, device: str) -> dict[str, Any]:
-    """Time BP and local on resnet18, 224 x 224, J = 10, batch 8: plain, under bfloat16 autocast, channels-last, and compiled."""
+    """Time BP and local on resnet18, 224 x 224, J = 10, batch 8, in four settings.
+
+    They are plain, under bfloat16 autocast, channels-last, and compiled.
+    """
     workload = Workload("resnet18", 224, 10, 8, 8)
-    model, example = workload.build(), torch.zeros(1, 3, 224, 224)
-    x, y = (t.to(device) for t in batch(workload, 8))
-    last = {"memory_format": torch.channels_last}
+    model = workload.build()
+    x, y = (tensor.to(device) for tensor in workload.batch(8))
+    channels_last = x.to(memory_format=torch.channels_last)
     record: dict[str, Any] = {"compile_seconds": {}}
     steps: dict[str, Callable[[], object]] = {}
     for way in ("BP", "local"):
-        made = candidate(way, prepare(way, model, example).to(device))
-        steps[way] = partial(made.step, x, y)
-        steps[f"{way}, bfloat16"] = partial(under_autocast, made.step, x, y)
-        laid = candidate(way, prepare(way, model, example).to(device, **last))
-        steps[f"{way}, channels-last"] = partial(laid.step, x.to(**last), y)
-        compiled: Any = prepare(way, model, example).to(device)
-        for part in (
-            [compiled]
-            if way == "BP"
-            else [compiled.get_submodule(block.target) for block in compiled.plan]
-        ):
-            part.compile()
+        plain = candidate(way, prepare(way, model, workload.example).to(device))
+        steps[way] = partial(plain.step, x, y)
+        steps[f"{way}, bfloat16"] = partial(under_autocast, plain.step, x, y)
+        module = prepare(way, model, workload.example)
+        module = module.to(device, memory_format=torch.channels_last)
+        steps[f"{way}, channels-last"] = partial(candidate(way, module).step, channels_last, y)
+        compiled = prepare(way, model, workload.example).to(device)
+        compile_parts(compiled, way)
+        step = partial(candidate(way, compiled).step, x, y)
         start = time.perf_counter()
-        steps[f"{way}, compiled"] = partial(candidate(way, compiled).step, x, y)
-        steps[f"{way}, compiled"]()
+        step()
         record["compile_seconds"][way] = time.perf_counter() - start
+        steps[f"{way}, compiled"] = step
     times = compare_time(steps, rounds=rounds, warmup=1, device=device)
     record["time"] = {name: times.paired_ratio(name, "BP") for name in steps}
     print(json.dumps(record), flush=True)
     return record
+
+
+def compile_parts(module: Any, way: str) -> None:
+    """Compile a plain model as a whole, and a cut one block by block."""
+    if way == "BP":
+        module.compile()
+        return
+    for block in module.plan:
+        module.get_submodule(block.target).compile()
 
 
 def under_autocast(step: Step, x: Tensor, y: Tensor) -> None:
@@ -446,48 +516,156 @@ def under_autocast(step: Step, x: Tensor, y: Tensor) -> None:
         step(x, y)
 
 
+# The page
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return one workload as a table. Everything but the bytes is relative to BP."""
+    base = record["counts"]["BP"]
+    batches = f"memory at batch {record['batch']}, time at {record.get('time_batch', '–')}"
+    absolute = "peak, MiB | activations, MiB | gradients, MiB"
+    lines = [
+        f"### {record['name']} ({batches})",
+        "",
+        f"| way | time | peak | activations | multiply-adds | {absolute} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for way in WAYS:
+        if way in record["counts"]:
+            lines.append(_row(way, record))
+    limit_of_bp = record["limit"] / base["macs"]
+    parameters = base["parameters"] / MIB
+    state = base["optimizer_state"] / MIB
+    lines += [
+        "",
+        f"The limit of the multiply-adds, heads left aside, is {limit_of_bp:.2f} of BP's.",
+        f"BP holds {parameters:.1f} MiB of parameters and {state:.1f} MiB of optimizer state.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(way: str, record: dict[str, Any]) -> str:
+    base = record["counts"]["BP"]
+    counts = record["counts"][way]
+    name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
+    times = record.get("time", {})
+    cells = [name, f"{times[way]:.2f}" if way in times else "–"]
+    for key in ("peak", "activations", "macs"):
+        cells.append(f"{counts[key] / base[key]:.2f}")
+    for key in ("peak", "activations", "gradients"):
+        cells.append(f"{counts[key] / MIB:.1f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def report(record: dict[str, Any]) -> str:
+    """Return the record as a page."""
+    lines = ["AdamW, float32. Time, peak, activations and multiply-adds are relative to BP.", ""]
+    for workload in record.get("workloads", {}).values():
+        lines += [table(workload), f"{workload['date']}, {workload['hardware']}.", ""]
+    for name in PARTS[1:]:
+        if name not in record:
+            continue
+        part = record[name]
+        text = json.dumps(part["found"], indent=1)
+        stamp = f"{part['date']}, {part['hardware']}:"
+        lines += [f"### {name}", "", stamp, "", "```", text, "```", ""]
+    return "\n".join(lines)
+
+
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Draw activations against depth, the peak against the number of classes, and the largest batch by way."""
+    """Draw activations over depth, the peak over classes, and the largest batch of each way."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    found = {name: record[name]["found"] for name in ("depth", "classes", "batch")}
+    plot_depth(left, record["depth"]["found"])
+    plot_classes(middle, record["classes"]["found"])
+    plot_batches(right, record["batch"]["found"])
+    figure.savefig(path, dpi=120)
+
+
+def plot_depth(axes: Any, by_depth: dict[str, Any]) -> None:
+    layers = [int(each) for each in by_depth]
     for way in ("BP", "checkpoint", "local"):
-        left.plot(
-            [int(d) for d in found["depth"]],
-            [counts[way] / 2**20 for counts in found["depth"].values()],
-            marker="o",
-            label=way,
-        )
-    left.set(
+        activations = [counts[way] / MIB for counts in by_depth.values()]
+        axes.plot(layers, activations, marker="o", label=way)
+    axes.set(
         xlabel="layers of a bottleneck ResNet",
         ylabel="activations, MiB (224 x 224, batch 16)",
         xscale="log",
         yscale="log",
     )
-    left.legend(frameon=False)
-    peaks = [counts["peak"] / 2**20 for counts in found["classes"].values()]
-    middle.plot([int(j) for j in found["classes"]], peaks, marker="o")
-    middle.set(
+    axes.legend(frameon=False)
+
+
+def plot_classes(axes: Any, by_classes: dict[str, Any]) -> None:
+    peaks = [counts["peak"] / MIB for counts in by_classes.values()]
+    axes.plot([int(j) for j in by_classes], peaks, marker="o")
+    axes.set(
         xlabel="classes",
         ylabel="peak of a local step, MiB (resnet18, batch 64)",
         xscale="log",
         ylim=(0, None),
     )
-    names = [name.split(",")[0] for name in found["batch"]]
+
+
+def plot_batches(axes: Any, by_workload: dict[str, Any]) -> None:
+    width = 0.2
     for i, way in enumerate(("BP", "checkpoint", "local", "step")):
-        places = [j + 0.2 * i - 0.3 for j in range(len(names))]
-        right.bar(places, [ways[way]["fits"] for ways in found["batch"].values()], 0.2, label=way)
-    right.set(
+        places = [j + width * i - 0.3 for j in range(len(by_workload))]
+        fits = [ways[way]["fits"] for ways in by_workload.values()]
+        axes.bar(places, fits, width, label=way)
+    names = [name.split(",")[0] for name in by_workload]
+    axes.set(
         ylabel="largest batch in 8 GiB (224 x 224)", xticks=range(len(names)), xticklabels=names
     )
-    right.tick_params(axis="x", labelrotation=15)
-    right.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.tick_params(axis="x", labelrotation=15)
+    axes.legend(frameon=False)
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Write the record, or leave the old one."""
+    write(path, json.dumps(record, indent=1).encode())
 
 
 def main() -> None:
+    args = _parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "record.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    measurements: dict[str, Callable[[], Any]] = {
+        "depth": depth,
+        "classes": partial(classes, args.rounds),
+        "batch": batches,
+        "overhead": overhead,
+        "settings": partial(settings, args.rounds, args.device),
+    }
+    stamp = {"date": str(date.today()), "hardware": hardware(args.device)}
+    for part in args.parts:
+        if part != "workloads":
+            record[part] = {**stamp, "found": measurements[part]()}
+            save(record, path)
+            continue
+        for workload in WORKLOADS:
+            if args.only in workload.name:
+                measured = measure(workload, args.rounds, args.device, tuple(args.time))
+                record.setdefault("workloads", {})[workload.name] = {**stamp, **measured}
+                save(record, path)
+    if {"depth", "classes", "batch"} <= set(record):
+        plot(record, args.out / "scaling.png")
+    (args.out / "table.md").write_text(report(record))
+
+
+def hardware(device: str) -> str:
+    """Return where time is measured, and the version of torch."""
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    return f"{where}, torch {torch.__version__}"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -509,64 +687,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="where time is measured"
     )
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "record.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    measurements: dict[str, Callable[[], Any]] = {
-        "depth": depth,
-        "classes": partial(classes, args.rounds),
-        "batch": batches,
-        "overhead": overhead,
-        "settings": partial(settings, args.rounds, args.device),
-    }
-    where = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    stamp = {"date": str(date.today()), "hardware": f"{where}, torch {torch.__version__}"}
-    for part in args.parts:
-        if part != "workloads":
-            record[part] = {**stamp, "found": measurements[part]()}
-            save(record, path)
-            continue
-        for workload in WORKLOADS:
-            if args.only in workload.name:
-                record.setdefault("workloads", {})[workload.name] = {
-                    **stamp,
-                    **measure(workload, args.rounds, args.device, tuple(args.time)),
-                }
-                save(record, path)
-    if {"depth", "classes", "batch"} <= set(record):
-        plot(record, args.out / "scaling.png")
-    (args.out / "table.md").write_text(report(record))
-
-
-def save(record: dict[str, Any], path: Path) -> None:
-    """Write the record, or leave the old one."""
-    write(path, json.dumps(record, indent=1).encode())
-
-
-def report(record: dict[str, Any]) -> str:
-    """Render the record as a page."""
-    lines = ["AdamW, float32. Time, peak, activations and multiply-adds are relative to BP.", ""]
-    for found in record.get("workloads", {}).values():
-        lines += [table(found), f"{found['date']}, {found['hardware']}.", ""]
-    for name in PARTS[1:]:
-        if name in record:
-            stamp = f"{record[name]['date']}, {record[name]['hardware']}"
-            lines += [
-                f"### {name}",
-                "",
-                f"{stamp}:",
-                "",
-                "```",
-                json.dumps(record[name]["found"], indent=1),
-                "```",
-                "",
-            ]
-    return "\n".join(lines)
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from sffx.compiler.trace.flags import TrainingFlag
-from sffx.kernels.pool import LeanMaxPool2d
+from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import plan_of
 from sffx.runtime.shard import require_whole
 
@@ -68,7 +68,7 @@ def _put_back_replacements(part: nn.Module, model: nn.Module) -> None:
 def _belongs_to_the_cut(module: nn.Module, original: nn.Module) -> bool:
     """Return whether the cut itself made a module of a block in the place of the original one."""
     # A block's graph holds plain modules in the place of those that only hold other layers.
-    made_by_the_cut = (nn.Module, type(original), LeanMaxPool2d)
+    made_by_the_cut = (nn.Module, type(original), MemorySavingMaxPool2d)
     return type(module) in made_by_the_cut or isinstance(module, fx.GraphModule)
 
 

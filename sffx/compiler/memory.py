@@ -2,7 +2,7 @@
 
 1. A ReLU that only feeds a max pool moves behind it. The two commute, and the ReLU then keeps the
    small output of the pool.
-2. A `torch.nn.MaxPool2d` becomes a `LeanMaxPool2d`, which keeps its indices but not its input.
+2. A `torch.nn.MaxPool2d` becomes a `MemorySavingMaxPool2d`, which keeps its indices but not its input.
 3. A layer takes over the norm, the activation and the dropout before it, where no other node reads
    them. The call of `recomputed` computes their values again in the backward pass.
 4. Self-attention that keeps a copy of its input becomes `self_attention`, which does not. It takes
@@ -26,10 +26,11 @@ from torch import fx, nn
 
 from sffx.compiler.facts import block_facts
 from sffx.compiler.qualnames import holders
-from sffx.kernels.activation import LEAN, NAMES, LeanGELU
+from sffx.kernels.activation import MEMORY_SAVING, NAMES, MemorySavingGELU
 from sffx.kernels.attention import self_attention
-from sffx.kernels.pool import LeanMaxPool2d
-from sffx.kernels.recompute import BATCH_NORMS, CONVOLUTIONS, is_plain, recomputed
+from sffx.kernels.chain import BATCH_NORMS, CONVOLUTIONS
+from sffx.kernels.pool import MemorySavingMaxPool2d
+from sffx.kernels.recompute import is_plain, recomputed
 from sffx.net import plan_of
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
@@ -46,7 +47,7 @@ _DO_NOT_READ_OUTPUT = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
 
 # Layers whose backward pass makes a new tensor for the gradient of their input. Exact classes: a
 # subclass may hand through the tensor that it was given.
-_MAKE_NEW_GRADIENT = (*_DO_NOT_READ_OUTPUT, LeanMaxPool2d)
+_MAKE_NEW_GRADIENT = (*_DO_NOT_READ_OUTPUT, MemorySavingMaxPool2d)
 
 
 def save_memory(net: fx.GraphModule) -> None:
@@ -178,7 +179,7 @@ def _move_relu_behind(block: fx.GraphModule, pool: fx.Node) -> None:
 
 def _replace_max_pool(block: fx.GraphModule, node: fx.Node) -> None:
     pool = _module(block, node)
-    twin = LeanMaxPool2d(
+    twin = MemorySavingMaxPool2d(
         pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
     )
     owner, _, name = str(node.target).rpartition(".")
@@ -324,7 +325,7 @@ def _is_norm_to_take_over(block: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _can_write_over_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
-    if _kind(block, node) not in LEAN or _is_approximate(block, node):
+    if _kind(block, node) not in MEMORY_SAVING or _is_approximate(block, node):
         return False
     return _has_new_gradient(block, node, feeds_head)
 
@@ -345,8 +346,8 @@ def _has_new_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) ->
 
 
 def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
-    kind = LEAN[_kind(block, node)]
-    twin = kind() if kind is LeanGELU else kind(inplace=_writes_input(block, node))
+    kind = MEMORY_SAVING[_kind(block, node)]
+    twin = kind() if kind is MemorySavingGELU else kind(inplace=_writes_input(block, node))
     name = f"{node.name}_saving"
     block.add_module(name, twin.train(block.training))
     with block.graph.inserting_before(node):

@@ -1,7 +1,8 @@
-"""Activations whose backward pass writes its result over the gradient that it is given, instead of beside it.
+"""Activations whose backward pass writes its result over the gradient that it is given.
 
-They may only stand where that gradient is nobody else's: where one layer reads the activation, which makes a gradient of its own for it.
-And they only do so inside `private_gradients()`, where whoever computes the gradients keeps none but those of the parameters.
+Use them only where no other code holds that gradient: where one layer reads the activation, and
+makes a new gradient for it. They write over it only inside `private_gradients()`, where the caller
+keeps no gradients but those of the parameters. Values and gradients are those of `torch.nn`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Activation:
 
     Attributes:
         function: of its input.
-        backward: the operator that computes the gradient from that of the output and from the input (of a ReLU, the output will do).
-        out: the operator's name for a tensor to write the result to.
-        settings: its arguments besides.
+        backward: the operator that returns the gradient of the input, given that of the output and
+            the input. For a ReLU, the output may stand in for the input.
+        out: the operator's keyword for a tensor to write the result to.
+        settings: further arguments of the operator.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -54,18 +56,26 @@ ACTIVATIONS = {
     "gelu": Activation(F.gelu, _aten.gelu_backward),
 }
 
-# The class and the functions that compute each activation.
+# The name in `ACTIVATIONS` of each class and function that computes an activation.
 NAMES: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu), "relu"),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
+    nn.ReLU: "relu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    nn.Hardswish: "hardswish",
+    F.hardswish: "hardswish",
+    nn.SiLU: "silu",
+    F.silu: "silu",
     nn.GELU: "gelu",
 }
 
 
 @contextmanager
 def private_gradients(private: bool = True) -> Iterator[None]:
-    """Promise that nobody sees the gradients of what is computed inside but those of the parameters; or, with False, do not."""
+    """Promise that nobody sees the gradients of values computed inside, but of parameters only.
+
+    Args:
+        private: False takes back an outer promise.
+    """
     token = _PRIVATE.set(private)
     try:
         yield
@@ -74,67 +84,69 @@ def private_gradients(private: bool = True) -> Iterator[None]:
 
 
 def gradients_are_private() -> bool:
-    """Whether the code runs inside `private_gradients()`."""
+    """Return whether the code runs inside `private_gradients()`."""
     return _PRIVATE.get()
 
 
-class LeanReLU(nn.ReLU):
-    """`torch.nn.ReLU`, same values and gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _ReLU.apply(x, self.inplace) if _may_write_over(x) else super().forward(x)
-
-
-class LeanHardswish(nn.Hardswish):
-    """`torch.nn.Hardswish`, same values and gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            _Pointwise.apply(x, ACTIVATIONS["hardswish"])
-            if _may_write_over(x)
-            else super().forward(x)
-        )
-
-
-class LeanSiLU(nn.SiLU):
-    """`torch.nn.SiLU`, same values and gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            _Pointwise.apply(x, ACTIVATIONS["silu"]) if _may_write_over(x) else super().forward(x)
-        )
-
-
-class LeanGELU(nn.GELU):
-    """`torch.nn.GELU` in its exact form, same values and gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            _Pointwise.apply(x, ACTIVATIONS["gelu"]) if _may_write_over(x) else super().forward(x)
-        )
-
-
-_TWINS: dict[str, type[nn.Module]] = {
-    "relu": LeanReLU,
-    "hardswish": LeanHardswish,
-    "silu": LeanSiLU,
-    "gelu": LeanGELU,
-}
-
-# The class and the functions of each activation, and its lean twin.
-LEAN = {kind: _TWINS[name] for kind, name in NAMES.items()}
-
-
 def is_training_step(x: Tensor) -> bool:
-    """Whether a backward pass will follow that nobody else takes care of, as a compiler does."""
+    """Return whether a backward pass will follow, and no compiler writes it."""
     return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
 
 
-def _may_write_over(x: Tensor) -> bool:
+class MemorySavingReLU(nn.ReLU):
+    """`torch.nn.ReLU` that writes over its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _may_write_over_gradient(x):
+            return super().forward(x)
+        return _ReLU.apply(x, self.inplace)
+
+
+class MemorySavingHardswish(nn.Hardswish):
+    """`torch.nn.Hardswish` that writes over its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _may_write_over_gradient(x):
+            return super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["hardswish"])
+
+
+class MemorySavingSiLU(nn.SiLU):
+    """`torch.nn.SiLU` that writes over its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _may_write_over_gradient(x):
+            return super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["silu"])
+
+
+class MemorySavingGELU(nn.GELU):
+    """`torch.nn.GELU` in its exact form that writes over its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _may_write_over_gradient(x):
+            return super().forward(x)
+        return _Pointwise.apply(x, ACTIVATIONS["gelu"])
+
+
+_CLASSES: dict[str, type[nn.Module]] = {
+    "relu": MemorySavingReLU,
+    "hardswish": MemorySavingHardswish,
+    "silu": MemorySavingSiLU,
+    "gelu": MemorySavingGELU,
+}
+
+# The memory-saving class for each class and function that computes an activation.
+MEMORY_SAVING = {kind: _CLASSES[name] for kind, name in NAMES.items()}
+
+
+def _may_write_over_gradient(x: Tensor) -> bool:
     return _PRIVATE.get() and is_training_step(x)
 
 
 class _ReLU(Function):
+    """A ReLU that keeps its output, so that it may write over its input as well."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         if inplace:
@@ -145,12 +157,14 @@ class _ReLU(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return _written_over(gradient, y, ACTIVATIONS["relu"]), None
+        return _gradient_written_over(dy, y, ACTIVATIONS["relu"]), None
 
 
 class _Pointwise(Function):
+    """Any other activation, which keeps its input."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(x)
@@ -159,14 +173,13 @@ class _Pointwise(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _written_over(gradient, x, ctx.activation), None
+        return _gradient_written_over(dy, x, ctx.activation), None
 
 
-def _written_over(gradient: Tensor, kept: Tensor, activation: Activation) -> Tensor:
-    if (
-        gradient.stride() != kept.stride()
-    ):  # a view, or laid out otherwise: the plain result is laid out as torch would
-        return activation.gradient(gradient, kept)
-    return activation.write_gradient(gradient, kept)
+def _gradient_written_over(dy: Tensor, kept: Tensor, activation: Activation) -> Tensor:
+    # Other strides: dy is a view, or the result must be laid out as torch would lay it out.
+    if dy.stride() != kept.stride():
+        return activation.gradient(dy, kept)
+    return activation.write_gradient(dy, kept)

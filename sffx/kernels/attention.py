@@ -1,4 +1,7 @@
-"""Self-attention of `torch.nn.MultiheadAttention` without its copies, and with the norm before it computed again in the backward pass."""
+"""Self-attention of `torch.nn.MultiheadAttention` without its copies.
+
+The norm before it is computed again in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,40 @@ from sffx.kernels.recompute import Chain, Recomputed, can_recompute
 
 
 def self_attention(x: Tensor, attention: Any, *, norm: Any = None) -> Tensor:
-    """Return `attention(y, y, y, need_weights=False)[0]` for y = `norm(x)`, keeping x, but not y, for the backward pass.
+    """Return `attention(y, y, y, need_weights=False)[0]` for y = `norm(x)`.
+
+    It keeps x for the backward pass, but not y.
 
     Args:
         x: tokens, (B, T, C).
-        attention: with `batch_first`, one embedding size, and no keys or values of its own.
-        norm: a layer norm.
+        attention: a `torch.nn.MultiheadAttention` with `batch_first`, one embedding size, and no
+            keys or values of its own.
+        norm: a layer norm; None for none.
     """
-    if x.ndim != 3 or not can_recompute(
-        x, [module for module in (norm, attention) if module is not None]
-    ):
+    modules = [attention] if norm is None else [norm, attention]
+    if x.ndim != 3 or not can_recompute(x, modules):
         y = norm(x) if norm is not None else x
         return attention(y, y, y, need_weights=False)[0]
-    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    chain = Chain(norm, frees_gradient=gradients_are_private())
-    stacked = Recomputed.apply(
-        x, weight, bias, attention.in_proj_weight, attention.in_proj_bias, chain
-    )
-    query, key, value = (
-        stacked.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    )
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=attention.dropout if attention.training else 0.0
-    )
+    mixed = _mixed_values(_projected(x, attention, norm), attention)
+    # The module's weights are used without a call of it, as torch does.
     return F.linear(
         mixed.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias
-    )  # as torch does, without a call
+    )
+
+
+def _projected(x: Tensor, attention: Any, norm: Any) -> Tensor:
+    """Return queries, keys and values of each token side by side, (B, T, 3 C)."""
+    norm_weight = None if norm is None else norm.weight
+    norm_bias = None if norm is None else norm.bias
+    chain = Chain(norm, frees_gradient=gradients_are_private())
+    return Recomputed.apply(
+        x, norm_weight, norm_bias, attention.in_proj_weight, attention.in_proj_bias, chain
+    )
+
+
+def _mixed_values(projected: Tensor, attention: Any) -> Tensor:
+    """Return the values that each head mixes for each token, (B, heads, T, C / heads)."""
+    by_head = projected.unflatten(2, (3, attention.num_heads, -1))
+    query, key, value = by_head.permute(2, 0, 3, 1, 4).unbind()
+    dropout = attention.dropout if attention.training else 0.0
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

@@ -1,4 +1,4 @@
-"""A max pool that keeps its indices for the backward pass but not its input."""
+"""A max pool that keeps its indices for the backward pass, but not its input."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch.autograd.function import once_differentiable
 
 from sffx.kernels.activation import is_training_step
 
-Pair = list[int]
+_Pair = list[int]
 
 
-class LeanMaxPool2d(nn.MaxPool2d):
-    """`torch.nn.MaxPool2d`, same values and gradients, without the input among what is saved."""
+class MemorySavingMaxPool2d(nn.MaxPool2d):
+    """`torch.nn.MaxPool2d`, same values and gradients, that does not keep its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool (B, C, H, W)."""
-        # Where nothing is saved, or the gradient's memory format would have to be read off the input, torch's own does as well.
+        """Return the pooled x, (B, C, H, W)."""
+        # torch's own pool does as well where nothing is kept. It is needed for other layouts too,
+        # where the gradient's layout is read off the input.
         if not (is_training_step(x) and x.ndim == 4 and x.is_contiguous()):
             return super().forward(x)
-        geometry = [
-            _pair(size) for size in (self.kernel_size, self.stride, self.padding, self.dilation)
-        ]
-        return _MaxPool.apply(x, *geometry, self.ceil_mode)
+        kernel = _pair(self.kernel_size)
+        stride = _pair(self.stride)
+        padding = _pair(self.padding)
+        dilation = _pair(self.dilation)
+        return _MaxPool.apply(x, kernel, stride, padding, dilation, self.ceil_mode)
 
 
 class _MaxPool(Function):
@@ -33,29 +35,30 @@ class _MaxPool(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        kernel: Pair,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
+        kernel: _Pair,
+        stride: _Pair,
+        padding: _Pair,
+        dilation: _Pair,
         ceil_mode: bool,
     ) -> Tensor:
-        pooled, indices = torch.ops.aten.max_pool2d_with_indices(
-            x, kernel, stride, padding, dilation, ceil_mode
-        )
+        geometry = (kernel, stride, padding, dilation, ceil_mode)
+        pooled, indices = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
         ctx.save_for_backward(indices)
-        ctx.geometry, ctx.shape = (kernel, stride, padding, dilation, ceil_mode), x.shape
+        ctx.geometry = geometry
+        ctx.shape = x.shape
         return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        like = gradient.new_empty(1).expand(ctx.shape)  # torch asks the input for its shape only
-        result = torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient.contiguous(), like, *ctx.geometry, indices
+        # torch asks the input for its shape only, so one value stands for all.
+        like = dy.new_empty(1).expand(ctx.shape)
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(
+            dy.contiguous(), like, *ctx.geometry, indices
         )
-        return result, None, None, None, None, None
+        return dx, None, None, None, None, None
 
 
-def _pair(size: int | tuple[int, ...]) -> Pair:
+def _pair(size: int | tuple[int, ...]) -> _Pair:
     return [size, size] if isinstance(size, int) else list(size)

@@ -1,4 +1,7 @@
-"""The lean rewrites change no value and no gradient; each kind is one test, and so is each place where it must not be made."""
+"""The memory-saving rewrites change no value and no gradient.
+
+Each kind is one test, and so is each place where it must not be made.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.kernels.activation import LeanGELU, LeanHardswish, LeanReLU, LeanSiLU, private_gradients
+from sffx.kernels.activation import (
+    MemorySavingGELU,
+    MemorySavingHardswish,
+    MemorySavingReLU,
+    MemorySavingSiLU,
+    private_gradients,
+)
 from sffx.kernels.attention import self_attention
-from sffx.kernels.pool import LeanMaxPool2d
+from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.kernels.recompute import recomputed
 from sffx.memory.count import count_memory
 from tests.toys import Residual, step_scores
 
-LEAN = (LeanReLU, LeanHardswish, LeanSiLU, LeanGELU, LeanMaxPool2d)
+MEMORY_SAVING = (
+    MemorySavingReLU,
+    MemorySavingHardswish,
+    MemorySavingSiLU,
+    MemorySavingGELU,
+    MemorySavingMaxPool2d,
+)
 
 
-def lean_modules(net: nn.Module) -> list[str]:
-    return [name for name, module in net.named_modules() if type(module) in LEAN]
+def memory_saving_modules(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if type(module) in MEMORY_SAVING]
 
 
 def assert_as_the_plain_layers(net: fx.GraphModule, plain: nn.Module, x: Tensor) -> None:
@@ -56,19 +71,19 @@ def test_a_relu_moves_behind_a_pool_that_keeps_only_its_indices(relu, pool):
     net, plain = cut(nn.Conv2d(3, 4, 3), relu, pool)
     order = [node.name for node in net.block_0.graph.nodes]
     assert order[1:3] == ["_0", "_2"]
-    assert isinstance(net.block_0.get_submodule("2"), LeanMaxPool2d)
+    assert isinstance(net.block_0.get_submodule("2"), MemorySavingMaxPool2d)
     assert_as_the_plain_layers(net, plain, X)
 
 
 @pytest.mark.parametrize(
     ("activation", "twin"),
     [
-        (nn.ReLU(), LeanReLU),
-        (nn.ReLU(inplace=True), LeanReLU),
-        (nn.Hardswish(), LeanHardswish),
-        (nn.Hardswish(inplace=True), LeanHardswish),
-        (nn.SiLU(), LeanSiLU),
-        (nn.GELU(), LeanGELU),
+        (nn.ReLU(), MemorySavingReLU),
+        (nn.ReLU(inplace=True), MemorySavingReLU),
+        (nn.Hardswish(), MemorySavingHardswish),
+        (nn.Hardswish(inplace=True), MemorySavingHardswish),
+        (nn.SiLU(), MemorySavingSiLU),
+        (nn.GELU(), MemorySavingGELU),
     ],
 )
 @pytest.mark.parametrize("after", ["layer", "dropout", "end"])
@@ -78,7 +93,7 @@ def test_an_activation_writes_over_the_gradient_it_is_given(activation, twin, af
     )  # a plain convolution would take over the activation
     rest = {"layer": [reader], "dropout": [nn.Dropout(0.0), reader], "end": []}[after]
     net, plain = cut(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, *rest)
-    assert lean_modules(net) == ["block_0._2_saving"]
+    assert memory_saving_modules(net) == ["block_0._2_saving"]
     assert type(net.block_0._2_saving) is twin
     assert_as_the_plain_layers(net, plain, X)
     assert torch.equal(net.eval().block_0(X), plain.eval()(X))
@@ -94,7 +109,7 @@ def test_functions_are_replaced_as_modules_are():
             return self.head(torch.relu(self.b(F.relu(self.a(x), True))))
 
     net = sffx.transform(Functional(), ["relu_1"])
-    assert lean_modules(net) == ["block_0.relu_saving", "block_0.relu_1_saving"]
+    assert memory_saving_modules(net) == ["block_0.relu_saving", "block_0.relu_1_saving"]
     assert net.block_0.relu_saving.inplace
     assert not net.block_0.relu_1_saving.inplace
 
@@ -121,7 +136,7 @@ class _Branching(nn.Module):
 
 
 def test_activations_with_other_readers_stay():
-    assert lean_modules(sffx.transform(_Branching(), ["watched"])) == []
+    assert memory_saving_modules(sffx.transform(_Branching(), ["watched"])) == []
 
 
 def test_an_activation_that_no_head_reads_stays():
@@ -135,7 +150,7 @@ def test_an_activation_that_no_head_reads_stays():
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.head(F.relu(self.a(x))))
 
-    assert lean_modules(sffx.transform(Skips(), ["relu"])) == ["block_0.relu_saving"]
+    assert memory_saving_modules(sffx.transform(Skips(), ["relu"])) == ["block_0.relu_saving"]
 
 
 def test_a_relu_with_another_reader_stays_before_the_pool():
@@ -153,7 +168,9 @@ def test_a_relu_with_another_reader_stays_before_the_pool():
     assert order.index("relu") < order.index("pool")
 
 
-@pytest.mark.parametrize("twin", [LeanReLU, LeanHardswish, LeanSiLU, LeanGELU])
+@pytest.mark.parametrize(
+    "twin", [MemorySavingReLU, MemorySavingHardswish, MemorySavingSiLU, MemorySavingGELU]
+)
 def test_a_broadcast_gradient_is_not_written_over(twin):
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     plain = twin.__mro__[1]()
@@ -182,7 +199,7 @@ def test_less_is_held_at_the_peak():
 
 
 def test_the_original_keeps_its_own_layers():
-    assert not lean_modules(sffx.extract(sffx.transform(Residual())))
+    assert not memory_saving_modules(sffx.extract(sffx.transform(Residual())))
 
 
 def test_outside_a_block_local_step_no_gradient_is_written_over():
@@ -209,7 +226,7 @@ def test_a_layer_that_may_hand_its_gradient_through_is_no_reader_to_rely_on():
     model = nn.Sequential(
         nn.Linear(6, 6), nn.ReLU(), Switchable(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
     )
-    assert lean_modules(sffx.transform(model, ["_3"])) == []
+    assert memory_saving_modules(sffx.transform(model, ["_3"])) == []
 
 
 @pytest.mark.parametrize(
@@ -228,7 +245,7 @@ def test_layers_with_hooks_stay_what_they_are(register):
     )
     for layer in (model[2], model[4]):
         getattr(layer, register)(lambda *_: None)
-    assert lean_modules(sffx.transform(model, ["_4"], torch.zeros(1, 3, 8, 8))) == []
+    assert memory_saving_modules(sffx.transform(model, ["_4"], torch.zeros(1, 3, 8, 8))) == []
 
 
 def test_an_activation_whose_in_place_write_is_read_again_stays():
@@ -249,7 +266,7 @@ def test_an_activation_whose_in_place_write_is_read_again_stays():
 
     model = ReadsAgain()
     net = sffx.transform(model, ["relu"], norm="none").train()
-    assert lean_modules(net) == ["block_0.relu_saving"]
+    assert memory_saving_modules(net) == ["block_0.relu_saving"]
     x = torch.randn(5, 6)
     with private_gradients():
         net.readout.mode = "classifier"

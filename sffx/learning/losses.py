@@ -73,16 +73,6 @@ def total(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def check_pair(batch: object) -> None:
-    """Raise an InputError if what a loader yielded is no pair (x, y)."""
-    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if not is_pair or not isinstance(batch[1], Tensor):  # type: ignore[index]
-        raise InputError(
-            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). "
-            "Hint: wrap the loader in a generator of pairs"
-        )
-
-
 def check_targets(
     y: Tensor, batch: int, num_classes: int, loss_fn: LossFunction | None = None
 ) -> None:

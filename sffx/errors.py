@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# Children of a detector or a segmentation network that see the image first bear one of these words.
+# In the names of the children of a detector or the like that see the input first.
 _BACKBONE_WORDS = ("backbone", "encoder", "features", "body")
+
+# The frames of sffx itself say nothing about the model.
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class SffxError(Exception):
@@ -52,10 +55,6 @@ class MissingExtra(SffxError, ImportError):
         )
 
 
-# The frames of sffx itself say nothing about the model.
-_PACKAGE = str(Path(__file__).parent) + os.sep
-
-
 def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
@@ -74,7 +73,7 @@ def in_brief(names: Sequence[str], most: int) -> str:
     return text
 
 
-def way_out(model: nn.Module) -> str:
+def backbone_hint(model: nn.Module) -> str:
     """Return the hint for a model that is no classifier, such as a detector: cut its backbone."""
     backbone = _backbone(model)
     part = ""

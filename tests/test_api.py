@@ -220,45 +220,6 @@ def test_cwc_needs_a_channel_for_each_class():
         sffx.transform(Chain(classes=9), example_input=torch.zeros(1, 3, 8, 8), goodness="cwc")
 
 
-def test_extract_gives_the_original_model_back_with_the_trained_weights(net):
-    net.train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    sffx.local_loss(net, X, Y).backward()
-    optimizer.step()
-    model = sffx.extract(net)
-    assert type(model) is Residual
-    assert model.state_dict().keys() == Residual().state_dict().keys()
-    trained = {
-        name: value
-        for block in ("block_0", "block_1", "block_2", "classifier")
-        for name, value in net.get_submodule(block).state_dict().items()
-    }
-    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
-    with torch.no_grad():
-        next(model.parameters()).zero_()
-    assert next(net.parameters()).abs().sum() > 0
-
-
-class Adapter(nn.Module):
-    def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base, self.low, self.high = base, nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 3, padding=1)
-
-    def forward(self, x):
-        return self.base(x) + self.high(self.low(x))
-
-
-def test_extract_gives_back_what_was_put_in_the_place_of_layers():
-    net = sffx.transform(Residual(), norm="none", example_input=X)
-    net.block_1.block1.conv1 = Adapter(net.block_1.block1.conv1)
-    net.block_2.block2.bn1 = nn.GroupNorm(2, 8)
-    net.readout.mode = "classifier"
-    model = sffx.extract(net.eval())
-    assert isinstance(model.block1.conv1, Adapter)
-    assert isinstance(model.block2.bn1, nn.GroupNorm)
-    assert torch.equal(model(X), net(X))
-
-
 def test_the_plan_prints_as_a_table(net):
     lines = str(net.plan).splitlines()
     assert lines[0] == "Residual, policy 'residual': 3 feature blocks and the classifier, 4 classes"

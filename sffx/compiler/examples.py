@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from sffx.errors import InputError, location, way_out
+from sffx.errors import InputError, backbone_hint, location
 
 # A size that nothing else in a model is likely to have. So an axis of this size, or a number read
 # from one, is the batch.
@@ -58,7 +58,7 @@ def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode
     if failure is not None:
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(arguments)}): "
-            f"{_description(failure)}{_way_out(model, failure)}"
+            f"{_description(failure)}{_backbone_hint(model, failure)}"
         ) from failure
     return fakes
 
@@ -146,7 +146,7 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
         reason = f"the last shape tried failed with: {_description(failure)}"
     raise InputError(
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
-        f"Hint: pass example_input=torch.randn(1, ...){_way_out(model, failure)}"
+        f"Hint: pass example_input=torch.randn(1, ...){_backbone_hint(model, failure)}"
     ) from failure
 
 
@@ -276,11 +276,11 @@ def _description(failure: Exception) -> str:
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
-def _way_out(model: nn.Module, failure: Exception | None) -> str:
+def _backbone_hint(model: nn.Module, failure: Exception | None) -> str:
     """Return what to do where the shape is not why a model refuses its input.
 
     A detector without targets is such a model.
     """
     if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
-        return f". {way_out(model)}"
+        return f". {backbone_hint(model)}"
     return ""

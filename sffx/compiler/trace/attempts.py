@@ -13,7 +13,7 @@ from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.tracer import GuidedTracer
-from sffx.errors import TraceError, location, way_out
+from sffx.errors import TraceError, backbone_hint, location
 
 # Makes a tracer for train mode, if given True, or for eval mode.
 MakeTracer = Callable[[bool], GuidedTracer]
@@ -119,7 +119,7 @@ def _reason(failure: Exception) -> str:
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
     return TraceError(
         f"{type(probe).__name__} cannot be traced: "
-        f"{type(failure).__name__}: {failure} ({location(failure)}). {way_out(probe)}. "
+        f"{type(failure).__name__}: {failure} ({location(failure)}). {backbone_hint(probe)}. "
         "In a classifier, move this code into a submodule, which then becomes a leaf"
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.effects import drop_dead_code
-from sffx.errors import TraceError, way_out
+from sffx.errors import TraceError, backbone_hint
 
 
 def find_logits(value: Any, num_classes: int | None) -> Any:
@@ -82,7 +82,7 @@ def keep_logits(graph: fx.Graph, root: nn.Module) -> None:
     if not _could_be_logits(value):
         raise TraceError(
             f"{type(root).__name__} returns {_description(value)}, "
-            f"but logits are of shape (B, J). {way_out(root)}"
+            f"but logits are of shape (B, J). {backbone_hint(root)}"
         )
     drop_dead_code(graph)
 

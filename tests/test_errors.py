@@ -1,0 +1,86 @@
+"""The errors have one root, and the pieces that their messages share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import MissingExtra, SffxError, backbone_hint, in_brief, location
+
+KINDS = ("InputError", "TraceError", "CutError", "VerifyError", "ExportError", "MissingExtra")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_public_and_has_the_one_root(name: str) -> None:
+    assert issubclass(getattr(sffx, name), SffxError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"), [("InputError", ValueError), ("MissingExtra", ImportError)]
+)
+def test_code_that_expects_a_builtin_error_catches_ours(
+    kind: str, builtin: type[Exception]
+) -> None:
+    assert issubclass(getattr(sffx, kind), builtin)
+
+
+def test_a_missing_package_names_the_extra_that_brings_it() -> None:
+    assert str(MissingExtra("onnx", "export", "exporting")) == (
+        "exporting needs the package 'onnx', which is not installed. "
+        "Hint: pip install 'sffx[export]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (["a", "b"], "a, b"), (["a", "b", "c", "d"], "a, b and 2 more")],
+)
+def test_a_long_list_is_cut_short(names: list[str], text: str) -> None:
+    assert in_brief(names, 2) == text
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.zeros(3, 3)  # the line that fails
+
+
+def failure_of(model: nn.Module, x: Tensor) -> BaseException:
+    with pytest.raises(RuntimeError) as raised:
+        model(x)
+    return raised.value
+
+
+def test_the_location_is_the_innermost_line_of_the_models_own_code() -> None:
+    place = location(failure_of(Failing(), torch.zeros(2, 2)))
+    assert place.startswith(f"{__file__}:")
+    assert place.endswith(", in forward")
+    line = int(place.split(":")[-1].split(",")[0])
+    with open(__file__) as file:
+        assert "# the line that fails" in file.readlines()[line - 1]
+
+
+def test_an_error_without_a_line_of_the_models_code_is_in_torch() -> None:
+    assert location(RuntimeError("never raised")) == "in torch"
+
+
+@pytest.mark.parametrize(
+    ("children", "part"),
+    [
+        ({"neck": nn.Linear(1, 1), "backbone": nn.Linear(1, 1)}, "self.backbone, a Linear"),
+        ({"image_encoder": nn.Conv2d(1, 1, 1)}, "self.image_encoder, a Conv2d"),
+        ({"act": nn.ReLU(), "first": nn.Linear(1, 1)}, "self.first, a Linear"),
+    ],
+)
+def test_the_hint_names_the_part_that_sees_the_input(
+    children: dict[str, nn.Module], part: str
+) -> None:
+    model = nn.Module()
+    for name, child in children.items():
+        model.add_module(name, child)
+    assert f"transform the backbone (here {part}) with a pool" in backbone_hint(model)
+
+
+def test_the_hint_names_no_part_where_none_has_weights() -> None:
+    assert "transform the backbone with a pool" in backbone_hint(nn.Sequential(nn.ReLU()))

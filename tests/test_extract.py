@@ -1,0 +1,114 @@
+"""Extraction: the plain model has what was trained, under its own names, and nothing of the cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import sffx
+from tests.toys import Residual
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def net() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return sffx.transform(Residual(), example_input=X)
+
+
+def test_the_original_model_comes_back_with_the_trained_weights(net: fx.GraphModule) -> None:
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sffx.local_loss(net, X, Y).backward()
+    optimizer.step()
+    model = sffx.extract(net)
+    assert type(model) is Residual
+    assert model.state_dict().keys() == Residual().state_dict().keys()
+    trained = {}
+    for part in ("block_0", "block_1", "block_2", "classifier"):
+        for name, value in net.get_submodule(part).state_dict().items():
+            trained[name] = value
+            if value.is_floating_point() and value.ndim > 1:
+                assert not torch.equal(value, before[f"{part}.{name}"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name])
+
+
+def test_the_plain_model_shares_no_memory_with_the_cut_one(net: fx.GraphModule) -> None:
+    model = sffx.extract(net)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for parameter in net.parameters():
+        assert parameter.ndim == 1 or parameter.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_and_the_dtype_are_those_of_the_cut_model(
+    net: fx.GraphModule, *, training: bool
+) -> None:
+    net.train(training).double()
+    net.block_0.half()
+    model = sffx.extract(net)
+    assert all(module.training is training for module in model.modules())
+    assert model.stem[0].weight.dtype == torch.float16
+    assert model.head.weight.dtype == torch.float64
+
+
+class Flagged(nn.Module):
+    """Passes on its mode, and reads a constant tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.offset = [torch.ones(4)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.offset[0]
+        return self.last(F.dropout(torch.relu(x), 0.5, self.training))
+
+
+def test_what_the_trace_added_is_removed() -> None:
+    model = Flagged()
+    net = sffx.transform(model, "layer", torch.zeros(2, 4), norm="none").eval()
+    plain = sffx.extract(net)
+    assert [name for name, _ in plain.named_modules()] == ["", "first", "last"]
+    assert list(plain.state_dict()) == list(model.state_dict())
+    x = torch.randn(5, 4)
+    for training in (True, False):
+        outputs = []
+        for each in (plain.train(training), model.train(training)):
+            torch.manual_seed(0)
+            outputs.append(each(x))
+        assert torch.equal(*outputs)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base
+        self.low, self.high = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.high(self.low(x))
+
+
+def test_modules_that_were_put_in_the_place_of_layers_come_back() -> None:
+    net = sffx.transform(Residual(), norm="none", example_input=X)
+    net.block_1.block1.conv1 = Adapter(net.block_1.block1.conv1)
+    net.block_2.block2.bn1 = nn.GroupNorm(2, 8)
+    net.readout.mode = "classifier"
+    model = sffx.extract(net.eval())
+    assert isinstance(model.block1.conv1, Adapter)
+    assert isinstance(model.block2.bn1, nn.GroupNorm)
+    assert torch.equal(model(X), net(X))
+
+
+def test_a_plain_model_is_refused() -> None:
+    with pytest.raises(sffx.InputError, match=r"Residual, not a cut model\. Hint: "):
+        sffx.extract(Residual())  # type: ignore[arg-type]

@@ -42,10 +42,10 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
         key = _crossing(name, plan)
         if key.readers:
             groups.setdefault(key, []).append(name)
-    found = []
+    crossed = []
     for key, names in groups.items():
-        found.append(Crossing(tuple(names), key.source, key.stage, key.readers, key.detached))
-    return found
+        crossed.append(Crossing(tuple(names), key.source, key.stage, key.readers, key.detached))
+    return crossed
 
 
 def _crossing(name: str, plan: BlockPlan) -> Crossing:

@@ -74,7 +74,7 @@ def _without_functions(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
             shown.add(node.name)
 
     reads: dict[str, tuple[str, ...]] = {}
-    # A node comes after all that it reads, so what those read is known by then.
+    # A node comes after all that it reads, so the reads of those are complete by then.
     for node in nodes:
         sources: dict[str, None] = {}
         for read in node.reads:

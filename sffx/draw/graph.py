@@ -131,7 +131,7 @@ def new_graph() -> Digraph:
 
 
 def block_style(block: Block, plan: BlockPlan, progress: Progress | None) -> dict[str, str]:
-    """Return how the box of a block looks: by its kind, and by its accuracy where that is known."""
+    """Return how the box of a block looks: by its kind, and by its accuracy after a training."""
     if block is plan.classifier:
         style = dict(CLASSIFIER)
     elif leaves_in(block, plan):

@@ -404,17 +404,17 @@ def _remarks(
 ) -> Iterator[Words]:
     for crossing in crossed:
         names = ", ".join(crossing.names)
-        kind = "says detached" if crossing.detached else "says"
+        kind = "remark detached" if crossing.detached else "remark"
         if crossing.stage == index:
             yield Words(f"gives {names}{' (detached)' if crossing.detached else ''}", kind)
         if index in crossing.readers and (crossing.stage >= 0 or index > 0):
             yield Words(f"reads {names}", kind)
     joins = joins_in_words(block)
     if joins:
-        yield Words(f"inside: {joins}", "says join")
+        yield Words(f"inside: {joins}", "remark join")
     for leaf in leaves_in(block, plan):
         name = relative(leaf.qualname, block)
-        yield Words(f"not traced: {name} ({leaf.kind}): {leaf.reason}", "says untraced")
+        yield Words(f"not traced: {name} ({leaf.kind}): {leaf.reason}", "remark untraced")
 
 
 def _flow(inside: Sequence[Part]) -> Flow:

@@ -57,24 +57,24 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
     entries = list(history)
     files = [Path(entry) for entry in entries if isinstance(entry, (str, os.PathLike))]
     if files:
-        found = list(_read(files))
+        listed = list(_read(files))
     else:
-        found = [_epoch(number, entry) for number, entry in enumerate(entries)]
-    if not any(epoch.accuracy for epoch in found):
+        listed = [_epoch(number, entry) for number, entry in enumerate(entries)]
+    if not any(epoch.accuracy for epoch in listed):
         where = f" in {', '.join(map(str, files))}" if files else ""
         raise InputError(
             f"there is no epoch with an accuracy{where}. {HINT}, or a metrics.csv of SFFModule"
         )
-    return found if rates is None else _with_rates(found, rates)
+    return listed if rates is None else _with_rates(listed, rates)
 
 
-def _with_rates(found: Sequence[Epoch], rates: Sequence[Mapping[str, float]]) -> list[Epoch]:
-    if len(rates) != len(found):
+def _with_rates(listed: Sequence[Epoch], rates: Sequence[Mapping[str, float]]) -> list[Epoch]:
+    if len(rates) != len(listed):
         raise InputError(
-            f"there are {len(rates)} rates for {len(found)} epochs. "
+            f"there are {len(rates)} rates for {len(listed)} epochs. "
             "Hint: one mapping for each epoch, by the block's name"
         )
-    return [replace(epoch, lr=dict(rate)) for epoch, rate in zip(found, rates, strict=True)]
+    return [replace(epoch, lr=dict(rate)) for epoch, rate in zip(listed, rates, strict=True)]
 
 
 def _epoch(number: int, entry: Any) -> Epoch:

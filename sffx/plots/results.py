@@ -111,13 +111,13 @@ def plot_training(
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
-    found = epochs(history, rates)
-    kinds = [kind for kind in PANELS if any(getattr(epoch, kind) for epoch in found)]
-    names = _line_names(found)
+    trained = epochs(history, rates)
+    kinds = [kind for kind in PANELS if any(getattr(epoch, kind) for epoch in trained)]
+    names = _line_names(trained)
     figure = blank(4.4 * len(kinds), 4.0, "plotting a training")
     row = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(row, kinds, strict=True):
-        _draw_curves(axes, kind, names, found)
+        _draw_curves(axes, kind, names, trained)
     handles = _curve_handles(names)
     figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return save(figure, path)
@@ -213,10 +213,10 @@ def _set_ticks(axes: Axes, names: Sequence[str]) -> None:
     open_frame(axes)
 
 
-def _line_names(found: Sequence[Epoch]) -> list[str]:
+def _line_names(trained: Sequence[Epoch]) -> list[str]:
     """Return the names of the lines: the blocks by depth, then the readouts of the whole net."""
     names: dict[str, None] = {}
-    for epoch in found:
+    for epoch in trained:
         for kind in PANELS:
             names.update(dict.fromkeys(getattr(epoch, kind)))
     names.pop(NOT_DRAWN, None)
@@ -224,21 +224,21 @@ def _line_names(found: Sequence[Epoch]) -> list[str]:
     return [*blocks, *others]
 
 
-def _draw_curves(axes: Axes, kind: str, names: Sequence[str], found: Sequence[Epoch]) -> None:
+def _draw_curves(axes: Axes, kind: str, names: Sequence[str], trained: Sequence[Epoch]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    marker = "." if len(found) < 30 else ""
+    marker = "." if len(trained) < 30 else ""
     for name in names:
-        known = [epoch for epoch in found if name in getattr(epoch, kind)]
-        xs = [epoch.number + 1 for epoch in known]
-        ys = [getattr(epoch, kind)[name] for epoch in known]
+        logged = [epoch for epoch in trained if name in getattr(epoch, kind)]
+        xs = [epoch.number + 1 for epoch in logged]
+        ys = [getattr(epoch, kind)[name] for epoch in logged]
         axes.plot(xs, ys, marker=marker, **_curve_style(name, names))
     axes.set_xlabel("epoch")
     axes.set_ylabel(PANELS[kind])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "accuracy":
         in_percent(axes)
-    elif _spans_decades([value for epoch in found for value in getattr(epoch, kind).values()]):
+    elif _spans_decades([value for epoch in trained for value in getattr(epoch, kind).values()]):
         axes.set_yscale("log")
     open_frame(axes)
 

@@ -129,7 +129,7 @@ def test_all_blocks_unfold_and_fold_by_buttons(shown: Shown) -> None:
     )
 
 
-def test_the_pointer_on_a_block_tells_its_figures(shown: Shown) -> None:
+def test_the_pointer_on_a_block_shows_its_figures(shown: Shown) -> None:
     assert not shown.tab.is_visible("#figures")
     shown.tab.hover("#block_2 > summary")
     assert "parameters: 74.0 k" in shown.tab.inner_text("#figures")
@@ -199,7 +199,7 @@ def test_light_and_dark_are_those_of_the_reader(
     grounds = {
         ".badge": ".badge",
         "#block_0 summary b": "#block_0",
-        ".says": "#block_0",
+        ".remark": "#block_0",
         ".cut": "body",
         ".head span": ".head span",
     }

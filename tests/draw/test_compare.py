@@ -15,7 +15,7 @@ from sffx.errors import InputError
 from tests.draw.drawn import need_graphviz
 
 
-def test_a_line_for_each_policy_tells_its_largest_block(
+def test_a_line_for_each_policy_has_its_largest_block(
     small: BlockPlan, resnet18: BlockPlan
 ) -> None:
     head, columns, *lines = comparison([resnet18, replace(small, policy="other")]).splitlines()

@@ -1,4 +1,4 @@
-"""What is told and drawn of the inside of a block."""
+"""The inside of a block: its parts, and its joins in words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def join(kind: str, *paths: int) -> Node:
         ),
     ],
 )
-def test_joins_are_told_in_words(small: BlockPlan, joins: tuple[Node, ...], text: str) -> None:
+def test_joins_are_written_in_words(small: BlockPlan, joins: tuple[Node, ...], text: str) -> None:
     block = replace(small.blocks[0], graph=joins)
     assert joins_in_words(block) == text
     assert (f"inside: {text}" in block_label(block, ())) == bool(text)
@@ -65,7 +65,7 @@ def test_all_nodes_have_all_that_they_read(residual: BlockPlan) -> None:
         (Node("add_2", "iadd", False, (), True, "sum", (0, 1)), "+   (add_2)"),
     ],
 )
-def test_a_node_is_called_by_its_name_unless_that_does_not_tell_what_it_calls(
+def test_a_node_bears_its_name_unless_that_hides_what_it_calls(
     residual: BlockPlan, node: Node, text: str
 ) -> None:
     (part,) = parts(replace(residual.blocks[1], graph=(node,)), "nodes")

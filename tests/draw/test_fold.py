@@ -1,4 +1,4 @@
-"""Which blocks become one, and what the folded picture says of them."""
+"""Which blocks become one, and how the folded picture shows them."""
 
 from __future__ import annotations
 

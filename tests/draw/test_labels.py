@@ -20,7 +20,7 @@ def lines(label: str) -> list[str]:
     ]
 
 
-def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
+def test_a_box_holds_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
     assert lines(block_label(resnet18.blocks[3], ())) == [
         "layer2.0|block_3",
         "conv1 · bn1 · relu ×2 · conv2 · bn2 · downsample.0 · downsample.1",
@@ -51,7 +51,7 @@ def test_a_box_tells_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
         ("add_7", [], ""),
     ],
 )
-def test_modules_are_told_as_seen_from_the_block_and_as_deep_as_there_is_room(
+def test_modules_are_named_from_the_block_and_as_deep_as_there_is_room(
     small: BlockPlan, name: str, modules: list[str], text: str
 ) -> None:
     inside = lines(block_label(replace(small.blocks[0], name=name, modules=tuple(modules)), ()))[
@@ -94,15 +94,15 @@ def test_the_title_adds_up_the_blocks(resnet18: BlockPlan) -> None:
     )
 
 
-def test_the_footer_tells_leaves_and_notes_and_explains_only_what_is_drawn(
+def test_the_footer_has_leaves_and_notes_and_explains_only_what_is_drawn(
     small: BlockPlan,
 ) -> None:
-    told = replace(
+    noted = replace(
         small,
         leaves=(Leaf("layers.0.conv", "Weird", "needs <x>", 0.25),),
         notes=("First.", "Second " * 20),
     )
-    rows = lines(footer_label(told, {"detached"}))
+    rows = lines(footer_label(noted, {"detached"}))
     assert [row.partition("|")[0] for row in rows] == [
         "",
         "– – →",

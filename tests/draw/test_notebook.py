@@ -26,10 +26,10 @@ def test_a_plan_has_the_rows_that_it_prints(resnet18: BlockPlan) -> None:
     assert len(cells(resnet18._repr_html_())) == 11
 
 
-def test_what_a_plan_prints_below_its_table_is_told_as_well(skipping: BlockPlan) -> None:
+def test_the_remarks_of_a_plan_stand_below_its_table(skipping: BlockPlan) -> None:
     html = replace(skipping, notes=("a <b> & c",))._repr_html_()
-    told = [paragraph.text for paragraph in xml.fromstring(f"<body>{html}</body>").iter("p")]
-    assert told == ["crosses the cut after block_0: mask, skip", "note: a <b> & c"]
+    remarks = [paragraph.text for paragraph in xml.fromstring(f"<body>{html}</body>").iter("p")]
+    assert remarks == ["crosses the cut after block_0: mask, skip", "note: a <b> & c"]
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a&b", '"quoted"', "'"])

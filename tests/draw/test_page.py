@@ -99,13 +99,13 @@ def test_a_block_unfolds_into_its_modules_and_nodes_with_what_they_read(
     assert sorted(str(arc) for arc in arcs) == ["next"] * 9 + ["skip"] * 4
 
 
-def test_a_shortcut_is_told_where_the_block_is_folded(residual: BlockPlan) -> None:
-    said = [
+def test_a_folded_block_names_its_shortcut(residual: BlockPlan) -> None:
+    remarks = [
         element.text
         for element in parse(page(residual))
-        if element.attributes.get("class") == "says join"
+        if element.attributes.get("class") == "remark join"
     ]
-    assert said == ["inside: + shortcut"]
+    assert remarks == ["inside: + shortcut"]
 
 
 def test_every_block_has_a_box_a_head_and_a_cut(resnet18: BlockPlan) -> None:
@@ -115,7 +115,7 @@ def test_every_block_has_a_box_a_head_and_a_cut(resnet18: BlockPlan) -> None:
     assert sum(element.attributes.get("class") == "cut" for element in elements) == 9
 
 
-def test_the_figures_are_told_line_by_line(resnet18: BlockPlan) -> None:
+def test_the_figures_are_one_a_line(resnet18: BlockPlan) -> None:
     (figures,) = [
         element.attributes["data-figures"]
         for element in parse(page(resnet18))
@@ -176,12 +176,12 @@ def test_values_that_cross_a_cut_are_lines_with_names(skipping: BlockPlan) -> No
     assert [
         element.text for element in elements if element.tag == "title" and element.around in lines
     ] == ["mask", "skip"]
-    said = [
+    remarks = [
         element.text
         for element in elements
-        if "says" in (element.attributes.get("class") or "").split()
+        if "remark" in (element.attributes.get("class") or "").split()
     ]
-    assert said == [
+    assert remarks == [
         "3×8×8 float32",
         "gives mask",
         "gives skip (detached)",

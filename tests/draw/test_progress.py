@@ -58,7 +58,7 @@ def test_boxes_have_the_colours_and_tell_the_figures(small: BlockPlan) -> None:
     assert "50.0 %</FONT></TD><TD" in graph.attributes["label"]  # the scale of the legend
 
 
-def test_a_deep_net_is_not_folded_where_its_blocks_are_told_apart(chain: Any) -> None:
+def test_a_deep_net_with_accuracies_is_not_folded(chain: Any) -> None:
     accuracy = {block.target: 0.5 for block in chain(20).all_blocks}
     assert " × " not in block_graph(chain(20), progress=Progress(accuracy)).source
     assert 'id="run_block_0" open' in page(chain(20), progress=Progress(accuracy)).replace(

@@ -1,7 +1,8 @@
 """Find the channel axis of each value in a traced graph from the layers that made it.
 
-A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an embedding at the last axis. What has no layer
-of its own (additions, activations, permutations, slices) passes on the axis of its input.
+A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an embedding
+at the last axis. An operation that is no such layer (an addition, an activation, a permutation, a
+slice) passes on the axis of its input.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from sffx.compiler.trace.trace import Trace
 from sffx.tensors import storage_key
 
 _FIRST_CLASSES = (
-    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm),
-    *(
-        nn.modules.pooling._MaxPoolNd,
-        nn.modules.pooling._AvgPoolNd,
-        nn.modules.pooling._AdaptiveAvgPoolNd,
-    ),
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 _LAST_CLASSES = (
@@ -36,164 +37,195 @@ _LAST_CLASSES = (
 )
 _FIRST_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.group_norm, F.instance_norm)
 _LAST_FUNCTIONS = (
-    *(F.linear, F.embedding, F.scaled_dot_product_attention),
-    *(torch.matmul, torch.bmm, torch.einsum, operator.matmul, "matmul"),
+    F.linear,
+    F.embedding,
+    F.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.einsum,
+    operator.matmul,
+    "matmul",
 )
+_CATS = (torch.cat, torch.concat, torch.concatenate)
 
 
 def channel_axes(trace: Trace) -> dict[str, int]:
-    """Return the channel axis, counted from the front with the batch at 0, of each node whose value has one that can be told."""
+    """Return the channel axis of each node's value, where it can be told.
+
+    Axes are counted from the front; the batch is axis 0.
+    """
     axes: dict[str, int] = {}
     for node in trace.graph.nodes:
-        value = facts(node).example
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            axis = 1 if value.ndim == 2 else _axis(node, value, trace.root, axes)
+        axis = _axis_from_above(node, trace.root, axes)
+        if axis is not None:
+            axes[node.name] = axis
+    # Where channels are split and merged again (a channel shuffle), the way down loses their axis.
+    for node in reversed(trace.graph.nodes):
+        if node.name not in axes and _num_axes(node) >= 2:
+            axis = _axis_from_readers(node, trace.root, axes)
             if axis is not None:
                 axes[node.name] = axis
-        elif isinstance(value, (tuple, list)):
-            _pass_on(node, trace.root, axes)
-    for node in reversed(trace.graph.nodes):
-        if node.name not in axes and _ndim(node) >= 2:
-            _ask_readers(node, trace.root, axes)
     return axes
 
 
-def _axis(node: fx.Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -> int | None:
+def _axis_from_above(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+    """Return the axis that a node's layer declares, or that its inputs pass on.
+
+    Args:
+        node: the node.
+        root: the traced model.
+        axes: of the nodes before it.
+    """
+    value = facts(node).example
+    if isinstance(value, Tensor) and value.ndim >= 2:
+        return 1 if value.ndim == 2 else _axis_of_tensor(node, value, root, axes)
+    if isinstance(value, (tuple, list)):
+        return _axis_of_tuple(node, root, axes)
+    return None
+
+
+def _axis_of_tensor(
+    node: fx.Node, value: Tensor, root: nn.Module, axes: dict[str, int]
+) -> int | None:
     declared = _declared(node, value, root)
     if declared is not None:
         return declared
     # Where paths meet and disagree, the one that began earlier is the residual path.
-    known = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
-    if not known:
+    sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
+    if not sources:
         return None
-    source = next((arg for arg in known if _size(arg, axes) in value.shape[1:]), known[0])
+    source = sources[0]
+    for other in sources:
+        if _width(facts(other).example, axes[other.name]) in value.shape[1:]:
+            source = other
+            break
     return _moved(node, source, axes[source.name], value)
+
+
+def _axis_of_tuple(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+    """Return the axis of a tuple of tensors: the outputs of an RNN, or chunks of one value."""
+    first = _first_tensor(facts(node).example)
+    declared = _declared(node, first, root) if first is not None else None
+    if declared is not None:
+        return declared
+    source = next((arg for arg in node.all_input_nodes if arg.name in axes), None)
+    if source is None:
+        return None
+    axis = axes[source.name]
+    if first is None or first.ndim == _num_axes(source):
+        return axis
+    return _moved(node, source, axis, first)
+
+
+def _axis_from_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+    """Return the axis that a reader's layer declares, or that a reader has and leaves in place."""
+    for reader in node.users:
+        value = facts(reader).example
+        if _num_axes(reader) != _num_axes(node):
+            continue
+        declared = _declared(reader, value, root) if isinstance(value, Tensor) else None
+        axis = declared if declared is not None else axes.get(reader.name)
+        if axis is not None and not _is_permuted(value, facts(node).example):
+            return axis
+    return None
 
 
 def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis that the node's own layer declares."""
+    last = value.ndim - 1
     if node.target is F.layer_norm:
-        shape = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
-        return _normalised_axis(len(shape), value)  # type: ignore[arg-type]
-    if node.op != "call_module":
-        return (
-            1
-            if node.target in _FIRST_FUNCTIONS
-            else value.ndim - 1
-            if node.target in _LAST_FUNCTIONS
-            else None
-        )
-    module = root.get_submodule(str(node.target))
+        shape: Any = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
+        return last if len(shape) == 1 else None
+    if node.op == "call_module":
+        return _declared_by_module(root.get_submodule(str(node.target)), value)
+    if node.target in _FIRST_FUNCTIONS:
+        return 1
+    return last if node.target in _LAST_FUNCTIONS else None
+
+
+def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
     if isinstance(module, _FIRST_CLASSES):
         return 1
     if isinstance(module, nn.LayerNorm):
-        shape = module.normalized_shape
-        if type(module).forward is nn.LayerNorm.forward or value.shape[1] != shape[-1]:
-            return _normalised_axis(len(shape), value)
-        return (
-            1 if value.shape[-1] != shape[-1] else None
-        )  # torchvision's LayerNorm2d is one, and keeps its channels at axis 1
+        return _declared_by_layer_norm(module, value)
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
 
 
-def _normalised_axis(axes: int, value: Tensor) -> int | None:
-    """Return the axis of the channels of what a layer norm returns: over (C,), the last one; over (C, H, W), that of its input."""
-    return value.ndim - 1 if axes == 1 else None
+def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:
+    """Return the last axis for a norm over (C,); None for one over (C, H, W), as its input's."""
+    shape = module.normalized_shape
+    is_plain = type(module).forward is nn.LayerNorm.forward
+    if is_plain or value.shape[1] != shape[-1]:
+        return value.ndim - 1 if len(shape) == 1 else None
+    # torchvision's LayerNorm2d is a subclass that keeps its channels at axis 1.
+    return 1 if value.shape[-1] != shape[-1] else None
 
 
 def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | None:
-    """Follow the channel axis of `source` through a node that moves axes or leaves them."""
-    before = _first(facts(source).example)
+    """Return the channel axis of a value, from that of its source.
+
+    Args:
+        node: makes the value; may move axes, fold them or leave them.
+        source: the node whose value it reads.
+        axis: of the source's channels.
+        value: the value.
+    """
+    before = _first_tensor(facts(source).example)
     order = _permutation(value, before)
     if order is not None:
         return order.index(axis)
-    same_ndim = value.ndim == getattr(before, "ndim", 0)
-    if same_ndim and value.shape[axis] == _width(before, axis):
+    same_axes = before is not None and value.ndim == before.ndim
+    if same_axes and value.shape[axis] == _width(before, axis):
         return axis
-    if same_ndim and node.target in (torch.cat, torch.concat, torch.concatenate):
+    if same_axes and node.target in _CATS:
         return axis
     matches = [i for i in range(1, value.ndim) if value.shape[i] == _width(before, axis)]
-    if (
-        len(matches) > 1
-    ):  # axes before the channels keep their places when the ones behind are folded, and the other way round
-        return matches[0] if axis == 1 else matches[-1]
-    return matches[0] if matches else (axis if same_ndim else None)
+    if not matches:
+        return axis if same_axes else None
+    # Axes before the channels keep their places when those behind are folded. It is the other way
+    # round for channels at the end.
+    return matches[0] if axis == 1 else matches[-1]
+
+
+def _is_permuted(value: Any, before: Any) -> bool:
+    """Return whether a value is a view of another one with its axes in another order."""
+    if not isinstance(value, Tensor):
+        return False
+    return _permutation(value, before) not in (None, list(range(value.ndim)))
 
 
 def _permutation(value: Tensor, before: Any) -> list[int] | None:
     """Return the order of axes of a value that is a permuted view, None for other values."""
-    if (
-        not isinstance(before, Tensor)
-        or before.ndim != value.ndim
-        or storage_key(before) != storage_key(value)
-    ):
+    if not isinstance(before, Tensor) or before.ndim != value.ndim:
         return None
-    axes = [*zip(before.shape, before.stride(), strict=True)]
-    if sorted(axes) != sorted(zip(value.shape, value.stride(), strict=True)):
+    if storage_key(before) != storage_key(value):
+        return None
+    axes_before = list(zip(before.shape, before.stride(), strict=True))
+    axes = list(zip(value.shape, value.stride(), strict=True))
+    if sorted(axes_before) != sorted(axes):
         return None
     order: list[int] = []
-    for axis in zip(value.shape, value.stride(), strict=True):
-        order.append(next(i for i, other in enumerate(axes) if other == axis and i not in order))
+    for axis in axes:
+        places = [i for i, other in enumerate(axes_before) if other == axis and i not in order]
+        order.append(places[0])
     return order
 
 
-def _pass_on(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
-    """Let a tuple of tensors have the axis that its layer declares (the outputs of an RNN), or that of what it was made from (chunks)."""
-    first = next((v for v in facts(node).example if isinstance(v, Tensor)), None)
-    axis = _declared(node, first, root) if first is not None else None
-    source = next((arg for arg in node.all_input_nodes if arg.name in axes), None)
-    if axis is None and source is not None:
-        axis = (
-            axes[source.name]
-            if first is None or first.ndim == _ndim(source)
-            else _moved(node, source, axes[source.name], first)
-        )
-    if axis is not None:
-        axes[node.name] = axis
+def _first_tensor(value: Any) -> Tensor | None:
+    """Return a tensor itself, or the first one in a tuple or a list; None where there is none."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        return next((part for part in value if isinstance(part, Tensor)), None)
+    return None
 
 
-def _ask_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> None:
-    """Take the axis from what reads the value: a layer that declares its input's, or a node that keeps the order of axes.
-
-    Needed where channels are split and merged again (a channel shuffle), which loses track of them on the way down.
-    """
-    for reader in node.users:
-        value = facts(reader).example
-        if _ndim(reader) != _ndim(node):
-            continue
-        declared = _declared(reader, value, root) if isinstance(value, Tensor) else None
-        axis = declared if declared is not None else axes.get(reader.name)
-        permuted = isinstance(value, Tensor) and _permutation(value, facts(node).example) not in (
-            None,
-            [*range(value.ndim)],
-        )
-        if axis is not None and not permuted:
-            axes[node.name] = axis
-            return
-
-
-def _ndim(node: fx.Node) -> int:
-    first = _first(facts(node).example)
-    return first.ndim if isinstance(first, Tensor) else 0
-
-
-def _first(value: Any) -> Any:
-    """Return a value that is no tuple itself, of a tuple its first tensor."""
-    return (
-        next((v for v in value if isinstance(v, Tensor)), None)
-        if isinstance(value, (tuple, list))
-        else value
-    )
-
-
-def _size(node: fx.Node, axes: dict[str, int]) -> int:
-    return _width(facts(node).example, axes[node.name])
+def _num_axes(node: fx.Node) -> int:
+    first = _first_tensor(facts(node).example)
+    return first.ndim if first is not None else 0
 
 
 def _width(value: Any, axis: int) -> int:
-    first = (
-        value
-        if isinstance(value, Tensor)
-        else next((v for v in value if isinstance(v, Tensor)), None)
-    )
+    """Return the size of a value along an axis, -1 where it has no such axis."""
+    first = _first_tensor(value)
     return int(first.shape[axis]) if first is not None and axis < first.ndim else -1

@@ -301,12 +301,13 @@ def _replace_self_attention(block: fx.GraphModule, node: fx.Node, *, recompute: 
     source = _source(node)
     norm = source if recompute and _is_norm_to_take_over(block, source) else None
     with graph.inserting_before(node):
-        named = {}
+        named: dict[str, Any] = {}
         if norm is not None:
             named["norm"] = graph.get_attr(str(norm.target))
             source = _source(norm)
         attention = graph.get_attr(str(node.target))
-        call = graph.call_function(self_attention, (source, attention), named)  # type: ignore[arg-type]
+        args: Any = (source, attention)
+        call = graph.call_function(self_attention, args, named)
     call.meta = _meta_of_call(node)
     for item in list(node.users):
         item.replace_all_uses_with(call)

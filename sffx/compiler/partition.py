@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import Block, BlockPlan, Node, Options, Value
-from sffx.compiler.analyse import Analysis, common_scope, scopes
+from sffx.compiler.analyse import Analysis
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
+from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.flags import is_flag
 from sffx.errors import InputError, in_brief
@@ -300,7 +301,13 @@ def _outermost_own(stack: tuple[str, ...], is_elsewhere: Callable[[str], bool]) 
 
 
 def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
-    """Return the module whose only content is a container, as an InvertedResidual and its `conv`."""
+    """Return the module whose only content is a container, as an InvertedResidual is its `conv`.
+
+    Args:
+        analysis: of the model.
+        owner: the container.
+        is_elsewhere: whether a module has paths in another block.
+    """
     parent = owner.rpartition(".")[0]
     while parent and not is_elsewhere(parent) and issubclass(analysis.kind(owner), nn.Sequential):
         owner = parent

@@ -1,0 +1,200 @@
+"""The dataflow of a traced model: its paths, its spine of dominators, and the steps between them.
+
+A node is on a *path* if a block can learn from its value: float or complex tensors that depend,
+through tensor edges, on an input and on a parameter. Sizes, masks, positions and values computed
+from parameters alone are no paths. They cross a cut as side values.
+
+One node *dominates* another if every path from the inputs to the other passes through it. The
+*spine* is the row of nodes that dominate the logits. A *step* is everything that is computed
+between one node of the spine and the next, so step i ends in `spine[i]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from sffx.compiler.facts import facts
+from sffx.compiler.layers import Layers
+from sffx.compiler.trace.trace import Trace
+from sffx.errors import CutError
+from sffx.tensors import can_learn
+
+SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
+
+
+class Dataflow:
+    """The dataflow graph of a traced model.
+
+    Attributes:
+        nodes: the traced nodes by name, in the order they run, without the output.
+        logits: name of the node that computes the logits.
+        graph: of all nodes. An edge is an argument, or an order that an in-place write asks for.
+            Each node has the attribute `path`.
+        paths: the graph of the paths alone, which start in `SOURCE`.
+        dominator: for each node on a path, the last node that dominates it.
+        spine: names of the nodes that dominate the logits, in order; the last one is the logits.
+        step_of: for each node, the index of its step.
+
+    Raises:
+        CutError: the logits are on no path.
+    """
+
+    def __init__(self, trace: Trace, layers: Layers) -> None:
+        self.nodes = {node.name: node for node in trace.graph.nodes if node.op != "output"}
+        output = next(iter(reversed(trace.graph.nodes)))
+        self.logits: str = output.args[0].name
+        self.graph = _graph(self.nodes, layers)
+        self.paths = _paths(self.graph)
+        if self.logits not in self.paths:
+            raise CutError(
+                "the model's output does not depend on a parameter and an input, "
+                "so there is nothing to train"
+            )
+        self.dominator: dict[str, str] = nx.immediate_dominators(self.paths, SOURCE)
+        self.spine = self._spine()
+        self.step_of = self._steps_of_nodes()
+
+    def is_path(self, name: str) -> bool:
+        """Return whether a node is on a path."""
+        return bool(self.graph.nodes[name]["path"])
+
+    def is_on_spine(self, name: str) -> bool:
+        """Return whether a node dominates the logits."""
+        return self.spine[self.step_of[name]] == name
+
+    def between(self, start: str, end: str) -> set[str]:
+        """Return the nodes on paths from `start` to `end`, without `start`."""
+        passed = {start}
+        ahead = [end]
+        while ahead:
+            name = ahead.pop()
+            if name not in passed:
+                passed.add(name)
+                ahead += self.paths.predecessors(name)
+        return passed - {start}
+
+    def _spine(self) -> list[str]:
+        spine = [self.logits]
+        while self.dominator[spine[-1]] not in (SOURCE, None):
+            spine.append(self.dominator[spine[-1]])
+        return spine[::-1]
+
+    def _steps_of_nodes(self) -> dict[str, int]:
+        """Return the index of the step of each node.
+
+        1. A node gets the first step that uses its value.
+        2. Exception: a node that is no path, but reads one, goes with the value that it reads.
+        3. A node is computed no later than the nodes that use its value, wherever they went.
+        """
+        step_of = {name: i for i, name in enumerate(self.spine)}
+        for name in reversed(self.nodes):
+            uses = [step_of[user] for user in self.graph.successors(name) if user in step_of]
+            if uses and name not in step_of:
+                step_of[name] = min(uses)
+        beside = [name for name in self.nodes if not self.is_path(name)]
+        for name in beside:
+            step_of[name] = self._step_beside(name, step_of)
+        for name in reversed(beside):
+            uses = [step_of[user] for user in self.graph.successors(name)]
+            step_of[name] = min([step_of[name], *uses])
+        return step_of
+
+    def _step_beside(self, name: str, step_of: dict[str, int]) -> int:
+        """Return the step of a node that is no path.
+
+        A tensor stays in the step of the path that it reads, since behind a cut the value is
+        normalised. A size may be read in the step after as well, where the value is at hand.
+
+        Args:
+            name: of the node.
+            step_of: the steps of the nodes that it reads; its own, unless nothing uses its value.
+        """
+        sources = list(self.graph.predecessors(name))
+        paths = [step_of[source] for source in sources if self.is_path(source)]
+        if paths and holds_tensor(facts(self.nodes[name]).example):
+            return max(paths)
+        last = len(self.spine) - 1
+        behind_paths = [step + 1 for step in paths]
+        earliest = max([*behind_paths, *(step_of[source] for source in sources)], default=0)
+        if name not in step_of:  # nothing uses its value, as that of an assertion
+            return min(earliest, last)
+        if not paths:
+            return step_of[name]
+        return min(step_of[name], earliest, last)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, however deep."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def holds_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor or holds one."""
+    return any(True for _ in tensors_in(value))
+
+
+def _graph(nodes: dict[str, fx.Node], layers: Layers) -> nx.DiGraph:
+    graph = nx.DiGraph()
+    depends: dict[str, tuple[bool, bool]] = {}
+    for name, node in nodes.items():
+        sources = [source.name for source in (*node.all_input_nodes, *facts(node).after)]
+        depends[name] = _dependence(node, layers, [depends[source] for source in sources])
+        learns = any(can_learn(tensor) for tensor in tensors_in(facts(node).example))
+        graph.add_node(name, path=learns and all(depends[name]))
+        graph.add_edges_from((source, name) for source in sources)
+    return graph
+
+
+def _dependence(
+    node: fx.Node, layers: Layers, sources: list[tuple[bool, bool]]
+) -> tuple[bool, bool]:
+    """Return whether a node's value depends, through tensors, on an input and on a parameter.
+
+    Args:
+        node: the node.
+        layers: of the model.
+        sources: the same of the nodes that it reads.
+    """
+    if not holds_tensor(facts(node).example):
+        return False, False
+    if node.op == "placeholder":
+        return True, False
+    has_parameters = bool(layers.parameters(node))
+    if _stops_gradient(node) and not has_parameters:
+        return False, False
+    on_input = any(source[0] for source in sources)
+    on_parameter = any(source[1] for source in sources)
+    return on_input, on_parameter or has_parameters
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    """Return whether a module's value has no gradient though its input has.
+
+    Rotary positions are such a module: it looks at its input's dtype alone.
+    """
+    if node.op != "call_module":
+        return False
+    has_gradient = False
+    for source in node.all_input_nodes:
+        for tensor in tensors_in(facts(source).example):
+            has_gradient = has_gradient or tensor.requires_grad
+    gives_gradient = any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
+    return has_gradient and not gives_gradient
+
+
+def _paths(graph: nx.DiGraph) -> nx.DiGraph:
+    """Return the graph of the nodes on paths, with `SOURCE` before those that start one."""
+    paths = nx.DiGraph(graph.edges)
+    paths.add_nodes_from(graph)
+    others = [name for name, is_path in graph.nodes(data="path") if not is_path]
+    paths.remove_nodes_from(others)
+    starts = [name for name, degree in paths.in_degree if degree == 0]
+    paths.add_edges_from((SOURCE, name) for name in starts)
+    return paths

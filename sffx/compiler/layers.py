@@ -1,0 +1,112 @@
+"""What the nodes of a traced model call: their modules, parameters and kinds of layers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import parameters_of
+
+_WEIGHTED_FUNCTIONS = (
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.embedding,
+    F.bilinear,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    torch.addmm,
+    torch.einsum,
+    operator.matmul,
+    "matmul",
+)
+
+
+class Layers:
+    """Questions about the nodes of a traced model, by the modules that they call.
+
+    Attributes:
+        root: the traced model, which owns the modules.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, None for another kind of node."""
+        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
+        """Return the parameters that a node holds, by their qualname in the model."""
+        if node.op not in ("call_module", "get_attr"):
+            return {}
+        return parameters_of(self.root, str(node.target))
+
+    def state(self, node: fx.Node) -> dict[str, Tensor]:
+        """Return the parameters of a node and the buffers of its module, by qualname."""
+        state: dict[str, Tensor] = dict(self.parameters(node))
+        module = self.module(node)
+        if module is not None:
+            for name, buffer in module.named_buffers():
+                state[f"{node.target}.{name}"] = buffer
+        return state
+
+    def changing_state(self, node: fx.Node) -> dict[str, Tensor]:
+        """Return the parameters of a node and the buffers that it writes, by qualname."""
+        written = {f"{node.target}.{name}" for name in facts(node).buffers}
+        changing = written.union(self.parameters(node))
+        return {name: tensor for name, tensor in self.state(node).items() if name in changing}
+
+    def is_weighted(self, node: fx.Node) -> bool:
+        """Return whether a node is a layer with a weight matrix or a kernel.
+
+        It is a module with one, or a function such as `F.linear` that reads one.
+        """
+        if node.op == "call_module":
+            return self._holds_matrix(node)
+        if node.target not in _WEIGHTED_FUNCTIONS:
+            return False
+        return any(self._holds_matrix(arg) for arg in node.all_input_nodes)
+
+    def is_batch_norm(self, node: fx.Node) -> bool:
+        """Return whether a node is a BN layer, one of torch's or a class derived from one."""
+        if node.target is F.batch_norm:
+            return True
+        module = self.module(node)
+        kinds = type(module).__mro__ if module is not None else ()
+        return any("BatchNorm" in kind.__name__ for kind in kinds)
+
+    def begins_with(self, node: fx.Node, prefixes: tuple[str, ...]) -> bool:
+        """Return whether the name of a node's class or function begins with one of these."""
+        module = self.module(node)
+        if module is not None:
+            name = type(module).__name__
+        else:
+            name = getattr(node.target, "__name__", str(node.target))
+        return name.lower().startswith(prefixes)
+
+    def _holds_matrix(self, node: fx.Node) -> bool:
+        return any(p.ndim > 1 for p in self.parameters(node).values())
+
+
+def scopes(node: fx.Node) -> tuple[str, ...]:
+    """Return the qualnames of the modules whose forward created a node, outermost first."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+    return tuple(path for path, _ in stack.values())
+
+
+def common_scope(stacks: list[tuple[str, ...]]) -> str:
+    """Return the deepest module that all stacks have in common, "" for the model itself."""
+    common = ""
+    for level in zip(*stacks, strict=False):
+        if len(set(level)) > 1:
+            break
+        common = level[0]
+    return common

@@ -1,0 +1,114 @@
+"""Why no cut may lie after a node of the spine.
+
+A cut may lie after a node if its value is a float tensor with a batch axis and a channel axis, if
+a layer with parameters comes after it, if no parameter or state is used on both sides of it, and
+if it parts no BN layer from the layer that feeds it ("BN must always lie inside a block").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sffx.compiler.dataflow import Dataflow
+from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.facts import facts
+from sffx.compiler.layers import Layers
+
+
+def refusals(
+    flow: Dataflow, layers: Layers, shared: list[str], channel_axes: Mapping[str, int]
+) -> list[str]:
+    """Return for each step why no cut may lie after it, "" where one may.
+
+    Args:
+        flow: the dataflow of the model.
+        layers: of the model.
+        shared: for each step, what is used on both sides of it (`shared_state`).
+        channel_axes: the channel axis of each value that has one.
+    """
+    fed = _batch_norms_fed(flow, layers)
+    holding = [flow.step_of[name] for name, node in flow.nodes.items() if layers.parameters(node)]
+    last = max(holding, default=-1)
+    reasons = []
+    for i, name in enumerate(flow.spine):
+        value = facts(flow.nodes[name]).example
+        reason = _reason_of_value(value)
+        if not reason and i >= last:
+            reason = "nothing after it has a parameter, so that no classifier would be left"
+        if not reason and shared[i]:
+            reason = f"{shared[i]} is used on both sides of it"
+        if not reason and fed[name]:
+            reason = f"it would part the BN layer {fed[name]} from the layer that feeds it"
+        if not reason and name not in channel_axes:
+            shape = tuple(value.shape)
+            reason = f"the channel axis of its value, of shape {shape}, cannot be told"
+        reasons.append(reason)
+    return reasons
+
+
+def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
+    """Return for each step the name of a state that is used both up to it and after it.
+
+    A state is a parameter, or a module that writes its buffers; "" stands for none.
+    """
+    used_in: dict[int, list[int]] = {}  # the steps, by the `id` of the tensor
+    names: dict[int, str] = {}
+    for name, node in flow.nodes.items():
+        steps = [flow.step_of[name]]
+        if node.op == "get_attr":  # a parameter is used where it is read
+            steps = [flow.step_of[user] for user in flow.graph.successors(name)]
+        for state, tensor in layers.changing_state(node).items():
+            module_or_parameter = str(node.target) if node.op == "call_module" else state
+            names.setdefault(id(tensor), module_or_parameter)
+            used_in.setdefault(id(tensor), []).extend(steps)
+    shared = [""] * len(flow.spine)
+    for key, steps in used_in.items():
+        if steps:
+            inside = range(min(steps), max(steps))
+            shared[inside.start : inside.stop] = [names[key]] * len(inside)
+    return shared
+
+
+def _reason_of_value(value: Any) -> str:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return "its value is no float tensor"
+    if value.ndim < 2 or value.shape[0] != TRACE_BATCH:
+        shape = tuple(value.shape)
+        return (
+            "the first axis of its value is not the batch, "
+            f"shape {shape} for a batch of {TRACE_BATCH}"
+        )
+    return ""
+
+
+def _batch_norms_fed(flow: Dataflow, layers: Layers) -> dict[str, str]:
+    """Return the BN layer that each value of the spine feeds, "" for none.
+
+    It feeds it directly, or through a row of single activations or dropout.
+    """
+    fed: dict[str, str] = {}
+    for name in reversed(flow.spine):  # what a value goes through is looked at before it
+        fed[name] = _batch_norm_fed(name, flow, layers, fed)
+    return fed
+
+
+def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, str]) -> str:
+    readers = [flow.nodes[reader] for reader in flow.paths.successors(name)]
+    norms = [reader for reader in readers if layers.is_batch_norm(reader)]
+    # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds both
+    # as well, but a cut may lie there, or such a model could not be cut at all.
+    if norms and (len(readers) == 1 or layers.is_weighted(flow.nodes[name])):
+        return str(norms[0].target)
+    if len(readers) != 1:
+        return ""
+    reader = readers[0]
+    is_link = flow.is_on_spine(reader.name) and not layers.parameters(reader)
+    same_shape = _shape(flow, name) is not None and _shape(flow, name) == _shape(flow, reader.name)
+    return fed[reader.name] if is_link and same_shape else ""
+
+
+def _shape(flow: Dataflow, name: str) -> Any:
+    return getattr(facts(flow.nodes[name]).example, "shape", None)

@@ -80,14 +80,18 @@ def offload(
     was_there = next(net.parameters()).device == device
     offloading = Offloading(net, optimizer, copier_for(device))
     net.zero_grad(set_to_none=True)
+    # Noted before anything moves: whatever ends this call, `onload` can then bring all back.
+    setattr(net, _ATTRIBUTE, offloading)
     try:
         offloading.start()
     except BaseException:
         # Host memory may not suffice, or may not be pinned.
         if was_there:
-            offloading.stop()
+            onload(net)
+        else:
+            offloading.remove_gates()
+            delattr(net, _ATTRIBUTE)
         raise
-    setattr(net, _ATTRIBUTE, offloading)
 
 
 @torch.inference_mode(False)
@@ -264,6 +268,10 @@ class Offloading(Residency):
             for block in range(len(self.blocks)):
                 self.load(block)
                 self.loaded = None
+        self.remove_gates()
+
+    def remove_gates(self) -> None:
+        """Let forwards run without loading and evicting blocks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -284,7 +292,7 @@ class Offloading(Residency):
 
     def release(self, stage: Stage, *, changed: bool) -> None:
         """Evict a stage that has learnt. Outside of training, the gates evict."""
-        if self._is_training:
+        if self._is_training and self.loaded is not None:
             self.evict(changed=changed)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,8 @@ def local_loss(
             None.
 
     Raises:
-        InputError: `net` is no cut model, is in eval mode or is offloaded; x requires gradient or
-            does not fit the model; or the labels do not fit.
+        InputError: `net` is no cut model, is in eval mode or is offloaded; x, y or a parameter of
+            `loss_fn` requires gradient; x does not fit the model; or the labels do not fit.
     """
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
@@ -95,8 +95,9 @@ def local_step(
         The loss of all blocks before the step, a scalar without gradient.
 
     Raises:
-        InputError: `net` is no cut model, is in eval mode, or is offloaded with another optimizer;
-            the optimizer holds none of its parameters or is LBFGS; or the labels do not fit.
+        InputError: `net` is no cut model, is in eval mode, is frozen, or is offloaded with another
+            optimizer; gradients are switched off; the optimizer holds none of its parameters or is
+            LBFGS; `loss_fn` or y requires gradients; or the labels do not fit.
 
     Warns:
         UserWarning: several processes train. Their gradients are not averaged.
@@ -107,6 +108,7 @@ def local_step(
         )
     residency = residency_of(net)
     residency.prepare()
+    _require_learning(net)
     losses: list[Tensor] = []
     with residency.training_step(optimizer):
         net.zero_grad(set_to_none=True)
@@ -178,6 +180,8 @@ def _learn(
     for stage, scores in walk(net, x):
         loss = block_loss(scores, y, loss_fn)
         learns = scores.requires_grad
+        if loss_fn is not None or y.requires_grad:
+            _require_own(loss, scores)
         # Nothing but the loss may hold the activations, or they outlive the backward pass.
         del scores
         parameters = trainable[stage.index]
@@ -205,6 +209,51 @@ def _samples(plan: BlockPlan, x: Any) -> int:
     return samples
 
 
+def _require_learning(net: fx.GraphModule) -> None:
+    """Raise an InputError if a step would train nothing."""
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "local_step was called without gradients, so it would train nothing. "
+            "Hint: leave torch.no_grad() or torch.inference_mode(); "
+            "sffx.local_loss returns the loss there"
+        )
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise InputError(
+            "no parameter of net requires a gradient, so local_step would train nothing. "
+            "Hint: net.requires_grad_(True), or freeze some blocks only"
+        )
+
+
+def _require_own(loss: Tensor, scores: Tensor) -> None:
+    """Raise an InputError if a loss hands gradients to something else than a block's scores.
+
+    A block-local step would drop these gradients: those of a parameter of `loss_fn`, or of y.
+    """
+    foreign = list(_leaves_between(loss, scores))
+    if not foreign:
+        return
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3])
+    raise InputError(
+        f"loss_fn or y hands gradients to {len(foreign)} tensors besides a block's scores, of "
+        f"shapes {shapes}, and a block-local step would drop them. "
+        "Hint: use sffx.sff_loss(net(x), y, loss_fn), or detach them"
+    )
+
+
+def _leaves_between(loss: Tensor, scores: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of a loss's autograd graph that lie on this side of some scores."""
+    ahead = [loss.grad_fn]
+    seen = {scores.grad_fn}
+    while ahead:
+        step = ahead.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        if hasattr(step, "variable"):
+            yield step.variable
+        ahead += [following for following, _ in step.next_functions]
+
+
 def _nothing_learned(stage: Stage, count: int) -> InputError:
     return InputError(
         f"{stage.name} has a gradient, but none for its {count} trainable parameters. "
@@ -214,33 +263,47 @@ def _nothing_learned(stage: Stage, count: int) -> InputError:
 
 
 def _apply(optimizer: Optimizer, gradients: Gradients) -> None:
-    """Let the optimizer step on these parameters only."""
-    with _only(optimizer, gradients):
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                hook(parameter)
-        optimizer.step()
-
-
-@contextmanager
-def _only(optimizer: Optimizer, gradients: Gradients) -> Iterator[None]:
-    """Hide all other parameters from the optimizer; afterwards all are there, without gradients."""
+    """Let the optimizer step on these parameters only, and leave none of their gradients."""
     groups = optimizer.param_groups
-    all_parameters = [group["params"] for group in groups]
+    everything = [group["params"] for group in groups]
+    # Restored twice, so that one interrupt, even in the first restoring, cannot leave the optimizer
+    # with the parameters of one block.
     try:
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p in gradients]
-        optimizer.param_groups = [group for group in groups if group["params"]]
-        yield
+        try:
+            _step_on(optimizer, gradients)
+        finally:
+            _restore(optimizer, groups, everything, gradients)
     finally:
-        optimizer.param_groups = groups
-        for group, parameters in zip(groups, all_parameters, strict=True):
-            group["params"] = parameters
-        for parameter in gradients:
-            parameter.grad = None
-        # Autocast caches casts of the parameters as they were before the step.
-        torch.clear_autocast_cache()
+        _restore(optimizer, groups, everything, gradients)
+
+
+def _step_on(optimizer: Optimizer, gradients: Gradients) -> None:
+    """Step, with all other parameters hidden from the optimizer."""
+    groups = optimizer.param_groups
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p in gradients]
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            hook(parameter)
+    optimizer.step()
+
+
+def _restore(
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    everything: list[list[nn.Parameter]],
+    gradients: Gradients,
+) -> None:
+    """Show the optimizer all its parameters again, and drop the gradients of those it stepped on."""
+    optimizer.param_groups = groups
+    for group, parameters in zip(groups, everything, strict=True):
+        group["params"] = parameters
+    for parameter in gradients:
+        parameter.grad = None
+    # Autocast caches casts of the parameters as they were before the step.
+    torch.clear_autocast_cache()
 
 
 class _Deposit(Function):
@@ -264,7 +327,7 @@ class _Deposit(Function):
         ctx.gradients = None
         handed_over = list(gradients)
         if not _is_one(scale):
-            handed_over = [gradient.mul_(scale.to(gradient.dtype)) for gradient in gradients]
+            handed_over = [_scaled(gradient, scale) for gradient in gradients]
         gradients.clear()
         return (None, None, *handed_over)
 
@@ -272,3 +335,11 @@ class _Deposit(Function):
 def _is_one(scale: Tensor) -> bool:
     """Return whether a scale is one, as far as that can be seen without waiting for a device."""
     return type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Return a gradient times a scale, in the gradient's own memory where its dtype allows it."""
+    if gradient.dtype.itemsize >= scale.dtype.itemsize:
+        return gradient.mul_(scale.to(gradient.dtype))
+    # A loss scale of 65,536, the first of torch's GradScaler, is infinite in float16.
+    return (gradient.to(scale.dtype) * scale).to(gradient.dtype)

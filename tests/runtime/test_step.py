@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 import sffx
 from sffx.errors import InputError
 from sffx.memory.count import count_memory
+from sffx.runtime import step as step_module
+from tests.runtime import interrupts
 from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, step_scores
 
 MODELS = {
@@ -524,18 +528,84 @@ def test_a_block_whose_own_parameters_get_nothing_is_named(step):
         train(net, torch.randn(4, 3, 8, 8), torch.arange(4) % 4)
 
 
-def test_a_frozen_block_has_no_gradient_for_a_loss_that_learns():
+def test_a_loss_that_learns_is_refused_where_the_first_block_is_frozen():
     net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
     for part in (net.block_0, net.head_0):
         part.requires_grad_(False)
     scale = torch.ones((), requires_grad=True)
-    sffx.local_loss(
-        net,
-        torch.randn(4, 3, 8, 8),
-        torch.arange(4) % 4,
-        lambda scores, y: F.cross_entropy(scores * scale, y),
-    ).backward()
-    assert all(
-        (p.grad is None) == name.startswith(("block_0.", "head_0."))
-        for name, p in net.named_parameters()
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4) % 4
+    with pytest.raises(InputError, match="hands gradients to 1 tensors"):
+        sffx.local_loss(net, x, y, lambda scores, y: F.cross_entropy(scores * scale, y))
+    assert scale.grad is None
+
+
+def test_an_interrupt_at_any_line_of_the_update_leaves_the_optimizer_whole():
+    net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-3))
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    call = functools.partial(sffx.local_step, net, x, y, optimizer)
+    call()
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    functions = ("_apply", "_step_on", "_restore")
+    for line in range(interrupts.lines_run(step_module, call, functions)):
+        interrupts.interrupt(step_module, call, functions, line)
+        assert [list(group["params"]) for group in optimizer.param_groups] == groups, line
+    before = [p.clone() for p in net.parameters()]
+    call()
+    changed = [not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True)]
+    assert all(changed)
+
+
+class Tempered(nn.Module):
+    """Cross-entropy with a temperature that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, goodness: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(goodness * self.temperature, y)
+
+
+def test_a_loss_that_learns_and_targets_that_learn_are_refused():
+    net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    learning = torch.full((4, 4), 0.25, requires_grad=True)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-3))
+    for targets, loss_fn in ((y, Tempered()), (learning, None), (learning * 1, None)):
+        with pytest.raises(
+            InputError, match=r"hands gradients to 1 tensors .* Hint: use sffx\.sff"
+        ):
+            sffx.local_loss(net, x, targets, loss_fn)
+        with pytest.raises(InputError, match="hands gradients to 1 tensors"):
+            sffx.local_step(net, x, targets, optimizer, loss_fn)
+    sffx.local_loss(net, x, y, Tempered().requires_grad_(False)).backward()
+
+
+@pytest.mark.parametrize("place", ["no_grad", "inference_mode", "frozen"])
+def test_a_step_that_would_train_nothing_is_refused_and_changes_nothing(place):
+    net = sffx.transform(Residual(), "layer", torch.zeros(1, 3, 8, 8)).train()
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-3))
+    before = copy.deepcopy(net.state_dict())
+    contexts = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    if place == "frozen":
+        net.requires_grad_(False)
+    with contexts.get(place, nullcontext)(), pytest.raises(InputError, match="would train nothing"):
+        sffx.local_step(net, torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]), optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_gradients_of_half_precision_survive_the_first_loss_scale_of_a_scaler():
+    net = (
+        sffx.transform(
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), "layer", torch.zeros(2, 4)
+        )
+        .train()
+        .half()
     )
+    other = copy.deepcopy(net)
+    x, y = torch.randn(4, 4).half() / 100, torch.tensor([0, 1, 2, 0])
+    (sffx.local_loss(net, x, y) * 65536.0).backward()
+    (sffx.sff_loss(other(x), y) * 65536.0).backward()
+    for p, expected in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad, atol=0.05, rtol=0.02)

@@ -1,4 +1,4 @@
-"""The experiments' parts against plain references, and one small experiment from the command to its table."""
+"""The parts of the experiments against plain references, and one small experiment as a whole."""
 
 import json
 from dataclasses import replace
@@ -194,7 +194,12 @@ def test_run_ends_when_nothing_improves():
 
 @pytest.fixture
 def pretrained(folder, monkeypatch):
-    """The command of an experiment that starts from another's weights, and the starts of all runs with where they come from."""
+    """Two experiments, the second of which starts from the weights of the first.
+
+    Returns:
+        The arguments that run the second, and a list that collects the start of each run: the name
+        of the experiment that its weights come from, and its weights.
+    """
     monkeypatch.setitem(EXPERIMENTS, "before", replace(SMALL, methods=("BP",)))
     monkeypatch.setitem(
         EXPERIMENTS, "after", replace(SMALL, methods=("BP", "SFF"), pretrained="before", epochs=1)

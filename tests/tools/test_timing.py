@@ -70,7 +70,8 @@ def test_the_seed_fixes_the_order() -> None:
 
 
 def test_a_steady_drift_cancels() -> None:
-    # The machine gets slower by the same amount with every call: equal steps must come out equal, to the last bit, over two rounds.
+    # The machine gets slower by the same amount with every call. Over two rounds, equal steps must
+    # come out equal to the last bit.
     machine = FakeMachine()
 
     def drifting() -> float:
@@ -82,7 +83,7 @@ def test_a_steady_drift_cancels() -> None:
 
 
 def test_the_paired_ratio_survives_a_machine_that_changes_speed() -> None:
-    # Rounds at speeds 1, 1, 1, 10, 10 with "a" always twice "b"; one round of "b" is hit by a hiccup of its own.
+    # Rounds at speeds 1, 1, 1, 10, 10, with "a" always twice "b". In one round "b" alone is slowed.
     result = TimeComparison(
         "cpu", {"a": (2.0, 2.0, 2.0, 20.0, 20.0), "b": (1.0, 1.0, 30.0, 10.0, 10.0)}
     )

@@ -4,8 +4,9 @@
     python -m tools.reproduce --list
     python -m tools.reproduce --render
 
-`--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/` and there a folder for each class. What is done lies
-below `--runs`; the same command goes on where it was interrupted. Results are gathered in `--out`. `--costs` wants a quiet machine.
+`--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/`, and in these a folder
+for each class. Checkpoints and searches go to `--runs`; the same command goes on where it was
+interrupted. Results are gathered in `--out`. `--costs` wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -30,6 +33,28 @@ from tools.reproduce.render import render
 from tools.reproduce.search import search
 from tools.reproduce.training import Run, Setting
 
+# The fields of an experiment that an option may replace.
+SHORTENING = {
+    "epochs": "at most",
+    "trials": "settings tried for each method",
+    "trial_epochs": "of such a trial",
+}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where data is read, where runs are kept, and where records go."""
+
+    data: Path
+    runs: Path
+    out: Path
+
+    def record(self, name: str, method: str, seed: int) -> Path:
+        return self.out / name / f"{method.replace(' ', '-')}-{seed}.json"
+
+    def checkpoint(self, name: str, method: str, seed: int) -> Path:
+        return self.runs / name / f"{method.replace(' ', '-')}-{seed}.pt"
+
 
 def versions() -> dict[str, str]:
     return {
@@ -41,52 +66,40 @@ def versions() -> dict[str, str]:
     }
 
 
-def images(experiment: Experiment, folders: argparse.Namespace) -> tuple[Images, Images]:
+def images(experiment: Experiment, folders: Folders) -> tuple[Images, Images]:
     """Return the training and the test images of an experiment."""
     if experiment.data == "digits":
         return load_digits(experiment.size)
-    train, test = (
-        load(folders.data / experiment.data / part, folders.runs / "images", experiment.size)
-        for part in ("train", "test")
-    )
+    source = folders.data / experiment.data
+    cache = folders.runs / "images"
+    train = load(source / "train", cache, experiment.size)
+    test = load(source / "test", cache, experiment.size)
     return train, test
 
 
 def run(
-    name: str,
-    experiment: Experiment,
-    methods: tuple[str, ...],
-    seeds: range,
-    folders: argparse.Namespace,
+    name: str, experiment: Experiment, methods: Sequence[str], seeds: range, folders: Folders
 ) -> None:
-    """Run an experiment to its end: seeds outermost, so that all methods are there as early as may be."""
+    """Run an experiment to its end."""
+    # Seeds outermost, so that all methods have a first result as early as possible.
     for seed in seeds:
         for method in methods:
-            record, _ = places(name, method, seed, folders)
+            record = folders.record(name, method, seed)
             if record.exists():
                 require_same(record, experiment)
             else:
                 run_once(name, experiment, method, seed, folders)
 
 
-def places(name: str, method: str, seed: int, folders: argparse.Namespace) -> tuple[Path, Path]:
-    """Return where the record and the checkpoint of a run are."""
-    stem = f"{method.replace(' ', '-')}-{seed}"
-    return folders.out / name / f"{stem}.json", folders.runs / name / f"{stem}.pt"
-
-
-def run_once(
-    name: str, experiment: Experiment, method: str, seed: int, folders: argparse.Namespace
-) -> None:
+def run_once(name: str, experiment: Experiment, method: str, seed: int, folders: Folders) -> None:
     """Train by one method from one seed, or go on with it, and write its record."""
-    record, checkpoint = places(name, method, seed, folders)
     train, test = images(experiment, folders)
-    setting = found_setting(name, experiment, method, folders)
-    parted = split(train, test, experiment.samples, seed)
-    made = Run(experiment, method, setting, seed, parted, starting_weights(experiment, folders))
-    made.train(experiment.epochs, checkpoint)
-    result = made.result()
-    record.parent.mkdir(parents=True, exist_ok=True)
+    setting = find_setting(name, experiment, method, folders)
+    data = split(train, test, experiment.samples, seed)
+    weights = starting_weights(experiment, folders)
+    training = Run(experiment, method, setting, seed, data, weights)
+    training.train(experiment.epochs, folders.checkpoint(name, method, seed))
+    result = training.result()
     facts = {
         "experiment": name,
         "method": method,
@@ -94,39 +107,42 @@ def run_once(
         "versions": versions(),
         **result,
     }
+    record = folders.record(name, method, seed)
+    record.parent.mkdir(parents=True, exist_ok=True)
     write(record, json.dumps(facts).encode())
-    shown = ", ".join(f"{key} {value:.2%}" for key, value in result["test"].items())
-    print(
-        f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}: {shown}", flush=True
-    )
+    accuracies = ", ".join(f"{readout} {value:.2%}" for readout, value in result["test"].items())
+    heading = f"{name}, {method}, seed {seed}, {result['epochs']} epochs, {setting}"
+    print(f"{heading}: {accuracies}", flush=True)
 
 
-def found_setting(
-    name: str, experiment: Experiment, method: str, folders: argparse.Namespace
-) -> Setting:
-    """Search for a method's setting, for the experiment itself or for the one whose setting it takes."""
+def find_setting(name: str, experiment: Experiment, method: str, folders: Folders) -> Setting:
+    """Search for a method's setting.
+
+    The search is the experiment's own, or that of the experiment whose settings it takes.
+    """
     if experiment.settings is not None:
         name = experiment.settings
         experiment = replace(
             EXPERIMENTS[name], trials=experiment.trials, trial_epochs=experiment.trial_epochs
         )
     train, test = images(experiment, folders)
-    parted = split(train, test, experiment.samples, 0)
-    return search(
-        name, experiment, method, parted, folders.runs / name, starting_weights(experiment, folders)
-    )
+    data = split(train, test, experiment.samples, 0)
+    weights = starting_weights(experiment, folders)
+    return search(name, experiment, method, data, folders.runs / name, weights)
 
 
-def starting_weights(
-    experiment: Experiment, folders: argparse.Namespace
-) -> dict[str, torch.Tensor] | None:
-    """Return the weights that the experiment starts from; where another experiment makes them, its run is first brought to its end."""
+def starting_weights(experiment: Experiment, folders: Folders) -> dict[str, torch.Tensor] | None:
+    """Return the weights that the experiment starts from, None for those drawn at random.
+
+    Where another experiment makes them, its run is first brought to its end.
+    """
     name = experiment.pretrained
     if name is None:
         return None
     if name == "torchvision":
         return torchvision_weights(experiment.network)
-    record, checkpoint = places(name, "BP", 0, folders)
+    record = folders.record(name, "BP", 0)
+    checkpoint = folders.checkpoint(name, "BP", 0)
     if record.exists():
         require_same(record, EXPERIMENTS[name])
     if not (record.exists() and checkpoint.exists()):
@@ -138,26 +154,68 @@ def require_same(record: Path, experiment: Experiment) -> None:
     """Check that a record is of the experiment as it is asked for.
 
     Raises:
-        SystemExit: it is not; says where they differ.
+        SystemExit: it is not; names the differences.
     """
+    # Older records lack the fields that came later, and were made with their defaults.
     defaults = {each.name: each.default for each in fields(Experiment)}
-    config, asked = (
-        defaults | json.loads(record.read_text())["config"],
-        json.loads(json.dumps(asdict(experiment))),
-    )
-    del asked["methods"]  # which others there are makes no difference to a record
-    other = [
-        f"{key} {config[key]!r} instead of {value!r}"
-        for key, value in asked.items()
-        if config[key] != value
-    ]
-    if other:
+    recorded = defaults | json.loads(record.read_text())["config"]
+    asked = json.loads(json.dumps(asdict(experiment)))
+    del asked["methods"]  # a record does not depend on the other methods
+    differences = []
+    for key, value in asked.items():
+        if recorded[key] != value:
+            differences.append(f"{key} {recorded[key]!r} instead of {value!r}")
+    if differences:
         raise SystemExit(
-            f"{record} was made with {', '.join(other)}. Hint: another --out and --runs for another experiment"
+            f"{record} was made with {', '.join(differences)}. "
+            "Hint: another --out and --runs for another experiment"
         )
 
 
+def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:
+    record = folders.out / name / "costs.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, Any] = {**costs(experiment), "versions": versions()}
+    write(record, json.dumps(measured).encode())
+
+
 def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    folders = Folders(args.data, args.runs, args.out)
+    for name in args.experiments:
+        if name not in EXPERIMENTS:
+            known = ", ".join(EXPERIMENTS)
+            parser.error(f"there is no experiment {name!r}. Hint: choose from {known}")
+    if args.list:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name}: {', '.join(experiment.methods)}; {experiment}")
+        return 0
+    for name in args.experiments:
+        experiment = shortened(EXPERIMENTS[name], args)
+        methods = tuple(args.methods or experiment.methods)
+        for method in methods:
+            if method not in experiment.methods:
+                known = ", ".join(experiment.methods)
+                parser.error(f"{name} has no method {method!r}. Hint: it has {known}")
+        if args.costs:
+            write_costs(name, replace(experiment, methods=methods), folders)
+            continue
+        try:
+            run(name, experiment, methods, range(args.seeds), folders)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    render(args.out)
+    return 0
+
+
+def shortened(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+    """Return the experiment with the options that shorten it."""
+    given = {key: getattr(args, key) for key in SHORTENING}
+    return replace(experiment, **{key: value for key, value in given.items() if value is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.reproduce",
         description=__doc__,
@@ -179,15 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--methods", nargs="+", help="some of the experiment's methods")
     parser.add_argument("--seeds", type=int, default=3)
-    for option, what in (
-        ("epochs", "at most"),
-        ("trials", "settings tried for each method"),
-        ("trial_epochs", "of such a trial"),
-    ):
+    for name, meaning in SHORTENING.items():
         parser.add_argument(
-            f"--{option.replace('_', '-')}",
+            f"--{name.replace('_', '-')}",
             type=int,
-            help=f"{what}, instead of the experiment's own; the record says so",
+            help=f"{meaning}, instead of the experiment's own; the record says so",
         )
     parser.add_argument(
         "--costs",
@@ -198,43 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--render", action="store_true", help="only render the tables and plots from the records"
     )
-    args = parser.parse_args(arguments)
-    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
-    if unknown:
-        parser.error(
-            f"there is no experiment {unknown[0]!r}. Hint: choose from {', '.join(EXPERIMENTS)}"
-        )
-    if args.list:
-        print("\n".join(f"{name}: {', '.join(e.methods)}; {e}" for name, e in EXPERIMENTS.items()))
-        return 0
-    for name in args.experiments:
-        asked = {
-            key: value
-            for key in ("epochs", "trials", "trial_epochs")
-            if (value := getattr(args, key)) is not None
-        }
-        experiment = replace(EXPERIMENTS[name], **asked)
-        strange = [method for method in args.methods or () if method not in experiment.methods]
-        if strange:
-            parser.error(
-                f"{name} has no method {strange[0]!r}. Hint: it has {', '.join(experiment.methods)}"
-            )
-        methods = tuple(args.methods or experiment.methods)
-        if args.costs:
-            (args.out / name).mkdir(parents=True, exist_ok=True)
-            write(
-                args.out / name / "costs.json",
-                json.dumps(
-                    {**costs(replace(experiment, methods=methods)), "versions": versions()}
-                ).encode(),
-            )
-            continue
-        try:
-            run(name, experiment, methods, range(args.seeds), args)
-        except FileNotFoundError as error:
-            parser.error(str(error))
-    render(args.out)
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training step of each method costs: counted memory, and time side by side."""
+"""The cost of a training step of each method: counted memory, and time side by side."""
 
 from __future__ import annotations
 
@@ -15,22 +15,19 @@ from tools.reproduce.networks import build, example
 def costs(
     experiment: Experiment, classes: int = 10, rounds: int = 20
 ) -> dict[str, dict[str, float]]:
-    """Return by method the peak memory of a step with AdamW, its activations and its time, each relative to BP."""
-    x, y = (
-        torch.randn(experiment.batch, 3, experiment.size, experiment.size),
-        torch.randint(0, classes, (experiment.batch,)),
-    )
+    """Return by method the peak memory of a step with AdamW, its activations and its time.
+
+    All are relative to BP.
+    """
+    x = torch.randn(experiment.batch, 3, experiment.size, experiment.size)
     x = x.contiguous(memory_format=torch.channels_last)  # as in training
+    y = torch.randint(0, classes, (experiment.batch,))
     trainings = {}
     for name in dict.fromkeys(("BP", *experiment.methods)):
         method = METHODS[name]
-        net = method.prepare(
-            build(experiment.network, classes, experiment.size),
-            experiment.policy,
-            example(experiment.size),
-        ).train()
+        model = build(experiment.network, classes, experiment.size)
+        net = method.prepare(model, experiment.policy, example(experiment.size)).train()
         net = net.to(memory_format=torch.channels_last)
-        trainings[name] = Training(
-            net, torch.optim.AdamW(method.groups(net, 1e-3, 1e-3)), partial(method.loss, net, x, y)
-        )
+        optimizer = torch.optim.AdamW(method.groups(net, 1e-3, 1e-3))
+        trainings[name] = Training(net, optimizer, partial(method.loss, net, x, y))
     return relative_costs(trainings, "BP", rounds=rounds)

@@ -16,6 +16,9 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+SAMPLES_FOR_STATISTICS = 2000
+DIGITS_FOR_TRAINING = 1000
+
 
 @dataclass(frozen=True)
 class Images:
@@ -33,7 +36,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Split:
-    """What one seed trains on, is validated and tested on; `mean` and `std` (3,) are those of 2,000 of its training images."""
+    """The images of one seed, to train, to validate and to test with.
+
+    Attributes:
+        mean: of each channel, (3,), over 2,000 of the training images.
+        std: likewise.
+    """
 
     train: Images
     validation: Images
@@ -42,15 +50,22 @@ class Split:
     std: Tensor
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Return uint8 images as float32, normalised by channel, in the layout in which a CPU is fastest."""
-        return ((x.float() - self.mean[:, None, None]) / self.std[:, None, None]).contiguous(
-            memory_format=torch.channels_last
-        )
+        """Return uint8 images as float32, normalised by channel.
+
+        They are channels-last, the layout in which a CPU is fastest.
+        """
+        normalised = (x.float() - self.mean[:, None, None]) / self.std[:, None, None]
+        return normalised.contiguous(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=4)
 def load(folder: Path, cache: Path, size: int) -> Images:
-    """Return all images of an `ImageFolder` at size x size; what was decoded is kept in `cache`.
+    """Return all images of an `ImageFolder` at size x size.
+
+    Args:
+        folder: with a folder for each class.
+        cache: keeps the decoded images.
+        size: height and width.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -63,47 +78,60 @@ def load(folder: Path, cache: Path, size: int) -> Images:
                 f"there is no {folder}. Hint: unzip the data there, a folder for each class"
             )
         source = ImageFolder(folder)
-        x = torch.stack(
-            [resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source]
-        )
-        save((x, torch.tensor(source.targets)), kept)
+        resized = [
+            resize(pil_to_tensor(image), [size, size], antialias=True) for image, _ in source
+        ]
+        save((torch.stack(resized), torch.tensor(source.targets)), kept)
     return Images(*torch.load(kept))
 
 
 def save(content: Any, path: Path) -> None:
-    """Write what `torch.load` reads; a file that was there stays until the new one is whole."""
+    """Write a file for `torch.load`. An older file stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(
-        f".{os.getpid()}.tmp"
-    )  # of its own, since another process may decode the same images
+    # Named by the process, since another process may decode the same images.
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(content, draft)
     draft.replace(path)
 
 
 def load_digits(size: int) -> tuple[Images, Images]:
-    """Return scikit-learn's digits, 1,000 to train with and 797 to test with, enlarged to size x size, grey in three channels."""
+    """Return scikit-learn's digits, 1,000 to train with and 797 to test with.
+
+    They are enlarged to size x size, grey in three channels.
+    """
     from sklearn import datasets
 
     source = datasets.load_digits()
     grey = (torch.tensor(source.images) * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    x, y = resize(grey, [size, size], antialias=True), torch.tensor(source.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return Images(x[order[:1000]], y[order[:1000]]), Images(x[order[1000:]], y[order[1000:]])
+    digits = Images(resize(grey, [size, size], antialias=True), torch.tensor(source.target))
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    return digits[order[:DIGITS_FOR_TRAINING]], digits[order[DIGITS_FOR_TRAINING:]]
 
 
 def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
-    """Take `samples` training images at random, None for all, and part them 80/20 into training and validation (section 3)."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:samples]
-    parted = len(order) * 4 // 5
-    kept = train[order[:parted]]
-    few = kept.x[:2000].float()
-    return Split(kept, train[order[parted:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
+    """Split training images 80/20 into training and validation (section 3).
+
+    Args:
+        train: of which images are taken at random.
+        test: kept as they are.
+        samples: how many images are taken; None takes all.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train), generator=generator)[:samples]
+    count = len(order) * 4 // 5
+    kept = train[order[:count]]
+    few = kept.x[:SAMPLES_FOR_STATISTICS].float()
+    return Split(kept, train[order[count:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
 
 
 def shuffled(
     images: Images, batch: int, generator: torch.Generator, *, flip: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch of batches, each image flipped by chance, the batch shifted by up to an eighth; a last batch of one is left out."""
+    """Yield an epoch of augmented batches. A last batch of one image is left out.
+
+    Each image is flipped by chance, and each batch is shifted by up to an eighth.
+    """
     for index in torch.randperm(len(images), generator=generator).split(batch):
         if len(index) > 1:
             yield _augmented(images.x[index], generator, flip=flip), images.y[index]
@@ -114,8 +142,10 @@ def in_order(images: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _augmented(x: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    turned = torch.rand(len(x), 1, 1, 1, generator=generator) < (0.5 if flip else 0)
-    size, reach = x.shape[-1], x.shape[-1] // 8
+    probability = 0.5 if flip else 0
+    flips = torch.rand(len(x), 1, 1, 1, generator=generator) < probability
+    size = x.shape[-1]
+    reach = size // 8
     dy, dx = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    padded = F.pad(torch.where(turned, x.flip(3), x), (reach,) * 4, mode="reflect")
+    padded = F.pad(torch.where(flips, x.flip(3), x), (reach,) * 4, mode="reflect")
     return padded[:, :, dy : dy + size, dx : dx + size]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,78 +13,100 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 WIDTHS = (20, 40, 80, 80)
 
+# Larger images go through the network's own stem.
+SMALL = 64
+
 
 class ConvNet(nn.Sequential):
-    """Four 3 x 3 convolutions, each with ReLU and a pool, with BN or without, and a linear classifier: CNNB and CNN of section 3.
+    """CNNB and CNN of section 3: four 3 x 3 convolutions and a linear classifier.
 
-    Takes (B, 3, H, W), H and W multiples of 16; returns (B, J).
+    Each convolution has a ReLU and a pool, with BN or without. Takes (B, 3, H, W), H and W
+    multiples of 16, and returns (B, J).
     """
 
     def __init__(self, num_classes: int, size: int, batchnorm: bool) -> None:
         super().__init__()
         for i, (before, after) in enumerate(pairwise((3, *WIDTHS))):
             layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
-            layers += [nn.BatchNorm2d(after)] if batchnorm else []
-            self.add_module(
-                f"layer{i}", nn.Sequential(*layers, nn.ReLU(inplace=True), nn.MaxPool2d(2))
-            )
+            if batchnorm:
+                layers.append(nn.BatchNorm2d(after))
+            layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+            self.add_module(f"layer{i}", nn.Sequential(*layers))
         self.flatten = nn.Flatten()
         self.classifier = nn.Linear(WIDTHS[-1] * (size // 16) ** 2, num_classes)
 
 
-def _small_stem(model: nn.Module, name: str, like: nn.Conv2d) -> nn.Module:
-    """Put a first convolution of stride 1 in the place of one of stride 2, as the paper does for images of 32 x 32."""
-    model.set_submodule(
-        name, nn.Conv2d(3, like.out_channels, 3, padding=1, bias=like.bias is not None)
-    )
+def _cnn(num_classes: int, size: int) -> nn.Module:
+    return ConvNet(num_classes, size, batchnorm=False)
+
+
+def _cnnb(num_classes: int, size: int) -> nn.Module:
+    return ConvNet(num_classes, size, batchnorm=True)
+
+
+def _with_small_stem(model: nn.Module, name: str) -> nn.Module:
+    """Give the first convolution stride 1, as the paper does for images of 32 x 32."""
+    first: Any = model.get_submodule(name)
+    has_bias = first.bias is not None
+    model.set_submodule(name, nn.Conv2d(3, first.out_channels, 3, padding=1, bias=has_bias))
     return model
 
 
 def _resnet18(num_classes: int, size: int) -> nn.Module:
     model = resnet18(num_classes=num_classes)
-    if size > 64:
+    if size > SMALL:
         return model
     model.set_submodule("maxpool", nn.Identity())
-    return _small_stem(model, "conv1", model.conv1)
+    return _with_small_stem(model, "conv1")
+
+
+class _NarrowResNet(ResNet):
+    """A ResNet with a quarter of the channels."""
+
+    def _make_layer(
+        self,
+        block: type[nn.Module],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        if planes == 64:  # the first layer reads the narrow stem
+            self.inplanes = 16
+        return super()._make_layer(block, planes // 4, blocks, stride, dilate)
 
 
 def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
-    """ResNet18 with a quarter of the channels, a stem of stride 1 and no pool, for images of 32 x 32 on a small machine."""
+    """Return a ResNet18 with a quarter of the channels, a stem of stride 1, and no pool.
 
-    class Narrow(ResNet):
-        def _make_layer(
-            self,
-            block: type[nn.Module],
-            planes: int,
-            blocks: int,
-            stride: int = 1,
-            dilate: bool = False,
-        ) -> nn.Sequential:
-            self.inplanes = 16 if planes == 64 else self.inplanes
-            return super()._make_layer(block, planes // 4, blocks, stride, dilate)
-
-    model = Narrow(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-    model.conv1, model.bn1, model.maxpool = (
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.Identity(),
-    )
+    It is for images of 32 x 32 on a small machine.
+    """
+    model = _NarrowResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(16)
+    model.maxpool = nn.Identity()
     model.fc = nn.Linear(128, num_classes)
     return model
 
 
-def _mobilenet(make, num_classes: int, size: int) -> nn.Module:
-    model = make(num_classes=num_classes)
-    return model if size > 64 else _small_stem(model, "features.0.0", model.features[0][0])
+def _mobilenet_large(num_classes: int, size: int) -> nn.Module:
+    model = mobilenet_v3_large(num_classes=num_classes)
+    return model if size > SMALL else _with_small_stem(model, "features.0.0")
 
 
-NETWORKS = {
-    "CNN": lambda classes, size: ConvNet(classes, size, batchnorm=False),
-    "CNNB": lambda classes, size: ConvNet(classes, size, batchnorm=True),
+def _mobilenet_small(num_classes: int, size: int) -> nn.Module:
+    model = mobilenet_v3_small(num_classes=num_classes)
+    return model if size > SMALL else _with_small_stem(model, "features.0.0")
+
+
+# Each makes a network from the number of classes and the size of the images.
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "CNN": _cnn,
+    "CNNB": _cnnb,
     "ResNet18": _resnet18,
     "ResNet18/4": narrow_resnet18,
-    "MobileNetV3-large": lambda classes, size: _mobilenet(mobilenet_v3_large, classes, size),
-    "MobileNetV3-small": lambda classes, size: _mobilenet(mobilenet_v3_small, classes, size),
+    "MobileNetV3-large": _mobilenet_large,
+    "MobileNetV3-small": _mobilenet_small,
 }
 
 
@@ -95,23 +118,33 @@ TORCHVISION = {
 
 
 def torchvision_weights(network: str) -> dict[str, torch.Tensor]:
-    """Download, where need be, what torchvision trained on ImageNet."""
+    """Return weights that torchvision trained on ImageNet; they are downloaded where need be."""
     return get_model(TORCHVISION[network], weights="DEFAULT").state_dict()
 
 
 def transfer(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load the weights of a trained network of the same kind, but for the last layer, which is that of its classes."""
-    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    model.load_state_dict(
-        {
-            **model.state_dict(),
-            **{name: w for name, w in weights.items() if name.rpartition(".")[0] != last},
-        }
-    )
+    """Load the weights of a trained network of the same kind, except for the last layer's.
+
+    The last layer belongs to the classes that the network was trained for.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    last = linear[-1]
+    state = model.state_dict()
+    for name, weight in weights.items():
+        if name.rpartition(".")[0] != last:
+            state[name] = weight
+    model.load_state_dict(state)
 
 
 def build(network: str, num_classes: int, size: int, momentum: float | None = None) -> nn.Module:
-    """Build a network for images of size x size; `momentum` is that of its batch norms, None for the network's own."""
+    """Build a network.
+
+    Args:
+        network: a name in `NETWORKS`.
+        num_classes: J.
+        size: height and width of the images.
+        momentum: of its batch norms; None keeps the network's own.
+    """
     model = NETWORKS[network](num_classes, size)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and momentum is not None:

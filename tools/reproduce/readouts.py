@@ -11,7 +11,7 @@ from sffx.runtime.weigh import mixture_weights
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:
-    """Return the share of samples, scores (N, J) and class indices (N,), whose highest score is their label's."""
+    """Return the share of samples whose highest score, (N, J), is that of their label, (N,)."""
     return float((scores.argmax(1) == y).float().mean())
 
 
@@ -19,25 +19,33 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     """Return each readout's scores, (N, J), by its name.
 
     Args:
-        scores: what each block says, the classifier last, (K, N, J).
-        validation: the same for the validation images, (K, V, J).
-        y: class indices of the validation images, (V,); the weights of the weighted mean come from them.
+        scores: of each block, the classifier's last, (K, N, J).
+        validation: the same for the validation images, (K, V, J). They give the weights of
+            "weighted".
+        y: class indices of the validation images, (V,).
     """
     if len(scores) == 1:
         return {"classifier": scores[0]}
-    weights = mixture_weights(validation[:-1].log_softmax(2)[:, torch.arange(len(y)), y]).tolist()
+    blocks = scores[:-1]
+    log_shares = validation[:-1].log_softmax(2)
+    weights = mixture_weights(log_shares[:, torch.arange(len(y)), y]).tolist()
     return {
-        "ensemble": scores[:-1].mean(0),
-        "mean of softmax": scores[:-1].softmax(2).mean(0),
-        "weighted": mixture(scores[:-1], weights),
-        "last": scores[-2],
+        "ensemble": blocks.mean(0),
+        "mean of softmax": blocks.softmax(2).mean(0),
+        "weighted": mixture(blocks, weights),
+        "last": blocks[-1],
         "classifier": scores[-1],
         "all and classifier": scores.softmax(2).mean(0),
     }
 
 
 def judged(scores: Tensor, readout: str) -> Tensor:
-    """Return from the scores of all blocks, (K, N, J), those of the readout by which a method is judged: "ensemble" or "classifier"."""
+    """Return the scores, (N, J), by which a method is judged.
+
+    Args:
+        scores: of all blocks, (K, N, J).
+        readout: "ensemble" or "classifier".
+    """
     return scores[:-1].mean(0) if readout == "ensemble" else scores[-1]
 
 

@@ -1,9 +1,8 @@
-"""Tables and plots of what was recorded."""
+"""Tables and plots of the records."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,98 +13,114 @@ from sffx.plots.figure import blank, save
 from tools.reproduce.experiments import EXPERIMENTS
 
 READOUTS = ("ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier")
-Records = dict[str, dict[str, list[dict[str, Any]]]]
+
+# The records of one experiment, by method.
+Methods = dict[str, list[dict[str, Any]]]
 
 
-def records(out: Path) -> Records:
-    """Return the records below `out` by experiment and method, in the order in which both are defined."""
-    found: Records = defaultdict(lambda: defaultdict(list))
+def records(out: Path) -> dict[str, Methods]:
+    """Return the records below `out` by experiment and method, in the order of the definitions."""
+    by_experiment: dict[str, Methods] = {}
     for path in sorted(out.glob("*/*.json")):
         record = json.loads(path.read_text())
         if "method" in record:
-            found[record["experiment"]][record["method"]].append(record)
-    return {
-        name: {
-            method: found[name][method] for method in experiment.methods if method in found[name]
-        }
-        for name, experiment in EXPERIMENTS.items()
-        if name in found
-    }
+            methods = by_experiment.setdefault(record["experiment"], {})
+            methods.setdefault(record["method"], []).append(record)
+    ordered = {}
+    for name, experiment in EXPERIMENTS.items():
+        methods = by_experiment.get(name, {})
+        if methods:
+            ordered[name] = {each: methods[each] for each in experiment.methods if each in methods}
+    return ordered
 
 
 def spread(values: Iterable[float]) -> str:
-    """Write the mean of shares and their standard deviation over seeds, in per cent."""
-    values = [100 * value for value in values]
-    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    """Return the mean of shares and their standard deviation over seeds, in per cent."""
+    per_cent = [100 * value for value in values]
+    if len(per_cent) == 1:
+        return f"{per_cent[0]:.2f}"
+    return f"{fmean(per_cent):.2f} ± {stdev(per_cent):.2f}"
 
 
-def table(methods: dict[str, list[dict[str, Any]]], costs: dict[str, Any]) -> str:
-    """Write one experiment: test accuracy of every readout in per cent over seeds, and what a step costs, where it was measured."""
-    head = ["method", *READOUTS, "parameters", "peak / BP", "time / BP", "seeds", "epochs"]
-    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+def table(methods: Methods, costs: dict[str, Any]) -> str:
+    """Return the table of one experiment.
+
+    It has the test accuracy of every readout in per cent over seeds, and the cost of a step, where
+    it was measured.
+    """
+    titles = ["method", *READOUTS, "parameters", "peak / BP", "time / BP", "seeds", "epochs"]
+    rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for method, runs in methods.items():
-        tests = [run["test"] for run in runs]
-        cells = [
-            spread(test[name] for test in tests) if name in tests[0] else "–" for name in READOUTS
-        ]
-        cost = [f"{costs[method][key]:.2f}" if method in costs else "–" for key in ("peak", "time")]
-        epochs = f"{min(run['epochs'] for run in runs)} to {max(run['epochs'] for run in runs)}"
-        cells += [f"{runs[0]['parameters']:,}", *cost, str(len(runs)), epochs]
-        rows.append(f"| {method} | {' | '.join(cells)} |")
+        rows.append(_row(method, runs, costs.get(method)))
     return "\n".join(rows)
 
 
-def description(name: str, methods: dict[str, list[dict[str, Any]]]) -> str:
-    """Say how an experiment was run, as its records have it."""
-    runs = [run for found in methods.values() for run in found]
-    config, versions = runs[0]["config"], runs[-1]["versions"]
+def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None) -> str:
+    cells = [method]
+    for readout in READOUTS:
+        if readout in runs[0]["test"]:
+            cells.append(spread(run["test"][readout] for run in runs))
+        else:
+            cells.append("–")
+    cells.append(f"{runs[0]['parameters']:,}")
+    for key in ("peak", "time"):
+        cells.append("–" if cost is None else f"{cost[key]:.2f}")
+    epochs = [run["epochs"] for run in runs]
+    cells += [str(len(runs)), f"{min(epochs)} to {max(epochs)}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def description(name: str, methods: Methods) -> str:
+    """Return how an experiment was run, by its records."""
+    runs = [run for of_one_method in methods.values() for run in of_one_method]
+    config = runs[0]["config"]
+    versions = runs[-1]["versions"]
     samples = "all images" if config["samples"] is None else f"{config['samples']} images"
-    settings = "; ".join(
-        f"{method}: {setting['lr']:g}, {setting['classifier_lr']:g}, {setting['weight_decay']:g}"
-        for method, setting in ((method, found[0]["setting"]) for method, found in methods.items())
-    )
-    momentum = "" if config["momentum"] is None else f", BN momentum {config['momentum']:g}"
-    pretrained = f", from the weights of {config['pretrained']}" if config.get("pretrained") else ""
+    size = f"{config['size']} x {config['size']}"
+    patience = f"patience {config['patience']}, early stopping after {config['stop']}"
+    momentum = ""
+    if config["momentum"] is not None:
+        momentum = f", BN momentum {config['momentum']:g}"
+    pretrained = ""
+    if config.get("pretrained"):
+        pretrained = f", from the weights of {config['pretrained']}"
+    searched_elsewhere = ""
+    if config["settings"] is not None:
+        searched_elsewhere = f" in {config['settings']}"
+    trials = f"{config['trials']} tried for {config['trial_epochs']} epochs"
     return (
-        f"{config['network']}, {config['data']}, {samples} (80/20 training and validation), {config['size']} x {config['size']}, policy "
-        f"`{config['policy']}`, batch {config['batch']}, at most {config['epochs']} epochs (patience {config['patience']}, early stopping "
-        f"after {config['stop']}){momentum}{pretrained}. Learning rates of features and classifier, and weight decay, of "
-        f"{config['trials']} tried for {config['trial_epochs']} epochs"
-        f"{'' if config['settings'] is None else ' in ' + config['settings']}: {settings}. "
+        f"{config['network']}, {config['data']}, {samples} (80/20 training and validation), "
+        f"{size}, policy `{config['policy']}`, batch {config['batch']}, "
+        f"at most {config['epochs']} epochs ({patience}){momentum}{pretrained}. "
+        "Learning rates of features and classifier, and weight decay, of "
+        f"{trials}{searched_elsewhere}: {_settings(methods)}. "
         f"{versions['date']}, {versions['hardware']}, torch {versions['torch']}. "
         f"`python -m tools.reproduce {name}`"
     )
 
 
-def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _settings(methods: Methods) -> str:
+    """Return the setting of each method that the search chose."""
+    shown = []
+    for method, runs in methods.items():
+        setting = runs[0]["setting"]
+        rates = f"{setting['lr']:g}, {setting['classifier_lr']:g}"
+        shown.append(f"{method}: {rates}, {setting['weight_decay']:g}")
+    return "; ".join(shown)
+
+
+def plot(name: str, methods: Methods, path: Path) -> None:
     """Plot test accuracy by block, and validation accuracy by epoch; the mean over seeds."""
     figure = blank(10, 3.6, "plotting experiments")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
-        *features, classifier = [
-            100 * fmean(values) for values in zip(*(run["blocks"] for run in runs), strict=True)
-        ]
-        if features:
-            blocks.plot(
-                range(1, len(features) + 1), features, marker="o", color=f"C{i}", label=method
-            )
-            blocks.plot(
-                len(features) + 1,
-                classifier,
-                marker="s",
-                color=f"C{i}",
-                label=f"{method}, classifier",
-                linestyle="",
-            )
-        else:
-            blocks.axhline(classifier, color=f"C{i}", linestyle="--", label=method)
-        # As far as all seeds go, since a mean over fewer would jump where a seed ends.
-        epochs = list(
-            zip(*([epoch["validation"] for epoch in run["curve"]] for run in runs), strict=False)
-        )
-        curves.plot(
-            range(1, len(epochs) + 1), [100 * fmean(e) for e in epochs], color=f"C{i}", label=method
-        )
+        _plot_blocks(blocks, method, runs, f"C{i}")
+        # As far as all seeds go: a mean over fewer would jump where a seed ends.
+        length = min(len(run["curve"]) for run in runs)
+        validation = []
+        for epoch in range(length):
+            validation.append(100 * fmean(run["curve"][epoch]["validation"] for run in runs))
+        curves.plot(range(1, length + 1), validation, color=f"C{i}", label=method)
     blocks.xaxis.get_major_locator().set_params(integer=True)
     blocks.set(xlabel="block", ylabel="test accuracy, per cent", title=name)
     curves.set(xlabel="epoch", ylabel="validation accuracy, per cent")
@@ -114,27 +129,34 @@ def plot(name: str, methods: dict[str, list[dict[str, Any]]], path: Path) -> Non
     save(figure, path)
 
 
+def _plot_blocks(axes: Any, method: str, runs: list[dict[str, Any]], color: str) -> None:
+    """Plot the blocks as a line and the classifier as a square, or as a line without blocks."""
+    by_block = zip(*(run["blocks"] for run in runs), strict=True)
+    *features, classifier = [100 * fmean(values) for values in by_block]
+    if not features:
+        axes.axhline(classifier, color=color, linestyle="--", label=method)
+        return
+    count = len(features)
+    axes.plot(range(1, count + 1), features, marker="o", color=color, label=method)
+    label = f"{method}, classifier"
+    axes.plot(count + 1, classifier, marker="s", color=color, label=label, linestyle="")
+
+
 def render(out: Path) -> None:
     """Write `tables.md` and a plot for each experiment from the records below `out`."""
     parts = [
         "# What was run",
         "",
-        "Test accuracy in per cent, mean and standard deviation over seeds. Made by `python -m tools.reproduce --render`.",
+        "Test accuracy in per cent, mean and standard deviation over seeds. "
+        "Made by `python -m tools.reproduce --render`.",
     ]
     for name, methods in records(out).items():
-        costs = out / name / "costs.json"
-        found = json.loads(costs.read_text()) if costs.exists() else {}
+        costs_file = out / name / "costs.json"
+        costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
         plot(name, methods, out / f"{name}.png")
-        parts += [
-            "",
-            f"## {name}",
-            "",
-            table(methods, found),
-            "",
-            description(name, methods),
-            "",
-            f"![{name}]({name}.png)",
-        ]
+        parts += ["", f"## {name}", "", table(methods, costs)]
+        parts += ["", description(name, methods), "", f"![{name}]({name}.png)"]
+    page = "\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "tables.md", ("\n".join(parts) + "\n").encode())
-    print("\n".join(parts))
+    write(out / "tables.md", page.encode())
+    print(page, end="")

@@ -1,4 +1,8 @@
-"""Search learning rates and weight decay with optuna: the same settings of one grid for every method, pruned, resumable."""
+"""Search learning rates and weight decay with optuna.
+
+Every method tries the same settings of one grid. Bad trials are pruned, and a search that was
+interrupted goes on.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,19 @@ GRID = {
 
 
 def candidates(trials: int) -> list[dict[str, float]]:
-    """Return the settings that are tried: each learning rate of the features at the middle of the others, then others at random."""
-    first = [
-        {"lr": lr, "classifier_lr": 1e-3, "weight_decay": 1e-2} for lr in (1e-3, 3e-3, 1e-2, 3e-4)
-    ]
-    rest = [dict(zip(GRID, values, strict=True)) for values in product(*GRID.values())]
-    rest = [setting for setting in rest if setting not in first]
+    """Return the settings that are tried.
+
+    Each learning rate of the features comes first, in the middle of the other values. Then come
+    others at random.
+    """
+    first = []
+    for lr in (1e-3, 3e-3, 1e-2, 3e-4):
+        first.append({"lr": lr, "classifier_lr": 1e-3, "weight_decay": 1e-2})
+    rest = []
+    for values in product(*GRID.values()):
+        setting = dict(zip(GRID, values, strict=True))
+        if setting not in first:
+            rest.append(setting)
     random.Random(0).shuffle(rest)
     return [*first, *rest][:trials]
 
@@ -44,68 +55,87 @@ def search(
     folder: Path,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Setting:
-    """Return the setting with the best validation accuracy of `experiment.trials`, on one seed's split.
+    """Return the setting with the best validation accuracy among the experiment's trials.
 
-    The settings are the same for every method (`candidates`). The trials lie in `folder`; those that were made before are not made
-    again, and one that was interrupted is. Where a method is judged by its ensemble, the classifier's learning rate makes no difference
-    to it, and the first of equal settings is taken.
+    The settings are the same for every method (`candidates`). Trials that were made before are not
+    made again, and one that was interrupted is. Where a method is judged by its ensemble, the
+    classifier's learning rate makes no difference to it. Then the first of equal settings is taken.
+
+    Args:
+        name: of the experiment.
+        experiment: says how many trials there are, and how long they are.
+        method: that is trained.
+        split: of one seed.
+        folder: keeps the trials.
+        weights: from which each trial starts; None starts from scratch.
+
+    Raises:
+        SystemExit: the trials in the folder had another length.
+        RuntimeError: no trial trained to its end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / "search.journal"))),
-        study_name=f"{name}, {method}",
-        direction="maximize",
-        pruner=optuna.pruners.MedianPruner(
-            n_startup_trials=3, n_warmup_steps=experiment.trial_epochs // 2
-        ),
-        load_if_exists=True,
-    )
+    study = _study(f"{name}, {method}", experiment.trial_epochs, folder)
+    require_same_length(study, experiment.trial_epochs, folder)
 
     def objective(trial: Trial) -> float:
-        setting = Setting(
-            **{key: trial.suggest_categorical(key, values) for key, values in GRID.items()}
-        )
+        values = {key: trial.suggest_categorical(key, grid) for key, grid in GRID.items()}
+        setting = Setting(**values)
         run = Run(experiment, method, setting, 0, split, weights)
 
-        def each(epoch: int, accuracy: float) -> None:
+        def prune_if_hopeless(epoch: int, accuracy: float) -> None:
             if not math.isfinite(run.curve[-1]["train_loss"]):
                 raise optuna.TrialPruned
             trial.report(run.best["accuracy"], epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        run.train(experiment.trial_epochs, each=each)
-        print(
-            f"  {name}, {method}, trial {trial.number}: {setting}, {run.best['accuracy']:.2%}",
-            flush=True,
-        )
-        return run.best["accuracy"]
+        run.train(experiment.trial_epochs, each=prune_if_hopeless)
+        best = run.best["accuracy"]
+        print(f"  {name}, {method}, trial {trial.number}: {setting}, {best:.2%}", flush=True)
+        return best
 
-    had = study.user_attrs.get("epochs")
-    if had is None:
-        study.set_user_attr("epochs", experiment.trial_epochs)
-    elif had != experiment.trial_epochs:
-        raise SystemExit(
-            f"the trials in {folder} had {had} epochs, not {experiment.trial_epochs}. Hint: another --runs"
-        )
-    wanted_settings = candidates(experiment.trials)
-    done = [
-        trial.params
-        for trial in study.trials
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    ]
-    for wanted in wanted_settings:
-        if wanted not in done:
-            study.enqueue_trial(wanted)
+    wanted = candidates(experiment.trials)
+    done = [trial.params for trial in _trials(study, TrialState.COMPLETE, TrialState.PRUNED)]
+    for setting in wanted:
+        if setting not in done:
+            study.enqueue_trial(setting)
             study.optimize(objective, n_trials=1)
-    whole = [
-        trial
-        for trial in study.trials
-        if trial.state == TrialState.COMPLETE and trial.params in wanted_settings
-    ]
+    whole = [trial for trial in _trials(study, TrialState.COMPLETE) if trial.params in wanted]
     if not whole:
         raise RuntimeError(
-            f"no setting of {name}, {method}, trained to the end of its trial. Hint: see the losses above, and change GRID"
+            f"no setting of {name}, {method}, trained to the end of its trial. "
+            "Hint: see the losses above, and change GRID"
         )
     return Setting(**max(whole, key=lambda trial: trial.value).params)
+
+
+def _study(name: str, epochs: int, folder: Path) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = JournalFileBackend(str(folder / "search.journal"))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=epochs // 2)
+    return optuna.create_study(
+        storage=JournalStorage(journal),
+        study_name=name,
+        direction="maximize",
+        pruner=pruner,
+        load_if_exists=True,
+    )
+
+
+def require_same_length(study: optuna.Study, epochs: int, folder: Path) -> None:
+    """Check that the trials of a study are as long as the ones to come.
+
+    Raises:
+        SystemExit: they are not.
+    """
+    before = study.user_attrs.get("epochs")
+    if before is None:
+        study.set_user_attr("epochs", epochs)
+    elif before != epochs:
+        raise SystemExit(
+            f"the trials in {folder} had {before} epochs, not {epochs}. Hint: another --runs"
+        )
+
+
+def _trials(study: optuna.Study, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in study.trials if trial.state in states]

@@ -1,4 +1,4 @@
-"""Train one network by one method from its checkpoint to its end, by the schedule of section 3."""
+"""Train one network by one method to its end, by the schedule of section 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from tools.reproduce.data import Split, in_order, save, shuffled
+from tools.reproduce.data import Images, Split, in_order, save, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example, transfer
@@ -26,11 +26,15 @@ SAVE_EVERY = 30  # seconds
 
 @dataclass(frozen=True)
 class Setting:
-    """What is searched for: the learning rates of features and classifier, and AdamW's weight decay."""
+    """The values of a search: learning rates of features and classifier, AdamW's weight decay."""
 
     lr: float
     classifier_lr: float
     weight_decay: float
+
+
+def _do_nothing(epoch: int, accuracy: float) -> None:
+    pass
 
 
 class Run:
@@ -46,20 +50,12 @@ class Run:
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.experiment, self.method, self.setting, self.seed, self.split = (
-            experiment,
-            METHODS[name],
-            setting,
-            seed,
-            split,
-        )
-        classes = int(split.test.y.max()) + 1
-        model = build(experiment.network, classes, experiment.size, experiment.momentum)
-        if weights is not None:
-            transfer(model, weights)
-        self.net = self.method.prepare(model, experiment.policy, example(experiment.size)).to(
-            memory_format=torch.channels_last
-        )
+        self.experiment = experiment
+        self.method = METHODS[name]
+        self.setting = setting
+        self.seed = seed
+        self.split = split
+        self.net = self._network(weights).to(memory_format=torch.channels_last)
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay)
         self.names = [group["name"] for group in groups]
@@ -67,106 +63,131 @@ class Run:
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1, "state": None}
 
+    def _network(self, weights: Mapping[str, Tensor] | None) -> nn.Module:
+        experiment = self.experiment
+        classes = int(self.split.test.y.max()) + 1
+        model = build(experiment.network, classes, experiment.size, experiment.momentum)
+        if weights is not None:
+            transfer(model, weights)
+        return self.method.prepare(model, experiment.policy, example(experiment.size))
+
     def train(
         self,
         epochs: int,
         path: Path | None = None,
-        each: Callable[[int, float], None] = lambda *_: None,
+        each: Callable[[int, float], None] = _do_nothing,
     ) -> None:
-        """Train to the given epoch or until nothing improves; `each` gets the epoch and its validation accuracy, and may raise.
+        """Train to the given epoch or until nothing improves.
 
         Args:
             epochs: the last epoch.
-            path: of the checkpoint, which is written now and then and from which an interrupted run goes on. None keeps none.
+            path: of the checkpoint. It is written now and then, and an interrupted run goes on from
+                it. None keeps none.
+            each: gets each epoch and its validation accuracy, and may raise.
         """
         if path is not None and path.exists():
             self.load_state_dict(torch.load(path, weights_only=False))
         saved = time.monotonic()
-        while (
-            len(self.curve) < epochs
-            and len(self.curve) - self.best["epoch"] <= self.experiment.stop
-        ):
+        while len(self.curve) < epochs and not self._has_stalled:
             each(len(self.curve), self._epoch())
-            if not math.isfinite(self.curve[-1]["train_loss"]):
-                break  # what was best before stays
+            if self._has_diverged:
+                break  # the best weights so far stay
             if path is not None and time.monotonic() - saved > SAVE_EVERY:
                 self.save(path)
                 saved = time.monotonic()
         if path is not None:
             self.save(path)
 
+    @property
+    def _has_stalled(self) -> bool:
+        return len(self.curve) - self.best["epoch"] > self.experiment.stop
+
+    @property
+    def _has_diverged(self) -> bool:
+        return not math.isfinite(self.curve[-1]["train_loss"])
+
     def _epoch(self) -> float:
-        epoch, start = len(self.curve), time.perf_counter()
-        self.net.train()
-        total, seen = 0.0, 0
-        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
-        for x, y in shuffled(
-            self.split.train, self.experiment.batch, generator, flip=self.experiment.flip
-        ):
-            self.optimizer.zero_grad()
-            loss = self.method.loss(self.net, self.split.scaled(x), y)
-            loss.backward()
-            self.optimizer.step()
-            total, seen = total + loss.item() * len(y), seen + len(y)
+        """Train and validate for one epoch, and return the validation accuracy."""
+        epoch = len(self.curve)
+        start = time.perf_counter()
+        train_loss = self._train_epoch(epoch)
         seconds = time.perf_counter() - start
-        y = self.split.validation.y
+        labels = self.split.validation.y
         scores = self.scores(self.split.validation)
-        losses = block_losses(scores, y)
-        # Without heads both groups follow the one loss; with them each group follows its own.
-        self.plateau.step(
-            dict(
-                zip(
-                    self.names,
-                    losses if len(losses) == len(self.names) else losses * len(self.names),
-                    strict=True,
-                )
-            )
-        )
-        found = accuracy(judged(scores, self.method.readout), y)
-        if found > self.best["accuracy"]:
-            self.best = {
-                "accuracy": found,
-                "epoch": epoch,
-                "state": copy.deepcopy(self.net.state_dict()),
-            }
+        losses = block_losses(scores, labels)
+        self.plateau.step(self._loss_of_groups(losses))
+        validation = accuracy(judged(scores, self.method.readout), labels)
+        if validation > self.best["accuracy"]:
+            state = copy.deepcopy(self.net.state_dict())
+            self.best = {"accuracy": validation, "epoch": epoch, "state": state}
         self.curve.append(
             {
-                "train_loss": total / seen,
-                "validation": found,
-                "blocks": [accuracy(s, y) for s in scores],
+                "train_loss": train_loss,
+                "validation": validation,
+                "blocks": [accuracy(s, labels) for s in scores],
                 "losses": losses,
                 "lr": [group["lr"] for group in self.optimizer.param_groups],
                 "seconds": seconds,
             }
         )
-        return found
+        return validation
 
-    def scores(self, images: Any) -> Tensor:
-        return self.method.scores(
-            self.net, (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))
+    def _train_epoch(self, epoch: int) -> float:
+        """Train on all images once, and return the mean loss."""
+        self.net.train()
+        total = 0.0
+        seen = 0
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        batches = shuffled(
+            self.split.train, self.experiment.batch, generator, flip=self.experiment.flip
         )
+        for x, y in batches:
+            self.optimizer.zero_grad()
+            loss = self.method.loss(self.net, self.split.scaled(x), y)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.item() * len(y)
+            seen += len(y)
+        return total / seen
+
+    def _loss_of_groups(self, losses: list[float]) -> dict[str, float]:
+        """Return the validation loss that each parameter group follows.
+
+        With heads each group follows its own block's. Without heads both groups follow the one
+        loss.
+        """
+        if len(losses) == 1:
+            losses = losses * len(self.names)
+        return dict(zip(self.names, losses, strict=True))
+
+    def scores(self, images: Images) -> Tensor:
+        batches = (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))
+        return self.method.scores(self.net, batches)
 
     def result(self) -> dict[str, Any]:
-        """Test the weights of the epoch with the best validation accuracy; leaves the network with them."""
+        """Test the weights of the epoch with the best validation accuracy.
+
+        The network is left with these weights.
+        """
         self.net.load_state_dict(self.best["state"])
-        validation, test, y, v = (
-            self.scores(self.split.validation),
-            self.scores(self.split.test),
-            self.split.test.y,
-            self.split.validation.y,
-        )
+        validation = self.scores(self.split.validation)
+        test = self.scores(self.split.test)
+        validation_labels = self.split.validation.y
+        test_labels = self.split.test.y
+        on_validation = readouts(validation, validation, validation_labels)
+        on_test = readouts(test, validation, validation_labels)
         return {
             "setting": asdict(self.setting),
             "seed": self.seed,
             "epochs": len(self.curve),
             "best_epoch": self.best["epoch"] + 1,
-            "diverged": not math.isfinite(self.curve[-1]["train_loss"]),
+            "diverged": self._has_diverged,
             "validation": {
-                name: accuracy(s, v) for name, s in readouts(validation, validation, v).items()
+                name: accuracy(s, validation_labels) for name, s in on_validation.items()
             },
-            "test": {name: accuracy(s, y) for name, s in readouts(test, validation, v).items()},
-            "blocks": [accuracy(s, y) for s in test],
-            "parameters": parameters(self.net),
+            "test": {name: accuracy(s, test_labels) for name, s in on_test.items()},
+            "blocks": [accuracy(s, test_labels) for s in test],
+            "parameters": sum(p.numel() for p in self.net.parameters()),
             "curve": self.curve,
         }
 
@@ -185,9 +206,6 @@ class Run:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
-        self.curve, self.best = state["curve"], state["best"]
+        self.curve = state["curve"]
+        self.best = state["best"]
         torch.set_rng_state(state["random"])
-
-
-def parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sffx.checkpoint import entries
+from sffx.checkpoint.entries import own_entries
 from sffx.errors import InputError, MissingExtra
 from sffx.learning.losses import LossFunction, check_labels
 from sffx.net import is_cut, plan_of
@@ -129,7 +129,7 @@ class _Classifier(LightningModule):
             metric, _, name = key.partition("/")
             if metric == "val_acc":
                 accuracy[name or self.answer] = float(value)
-        checkpoint.update(entries(self.net, accuracy))
+        checkpoint.update(own_entries(self.net, accuracy))
         if self.plateau is not None:
             checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.checkpoint import FIRST_BLOCK
+from sffx.checkpoint.load import FIRST_BLOCK
 from tests import toys
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

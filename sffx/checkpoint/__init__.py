@@ -1,0 +1,18 @@
+"""Checkpoints: the one place that writes them and the one that reads them.
+
+A checkpoint is a mapping in a file of `torch.save`. Its entries are
+
+- "net": the state dict of the model;
+- "optimizer": the state dict of the optimizer;
+- "sffx_accuracy": the accuracy of each readout, as `sffx.evaluate(net, loader).accuracy`;
+- "sffx_cut": how the model was cut, as `net.plan.record()`; plain models have none;
+- "sffx_versions": the versions of sffx and of torch that wrote the file;
+- any other entry that the training wants to keep.
+
+The reader also accepts checkpoints of Lightning and files with nothing but a state dict.
+"""
+
+from sffx.checkpoint.load import Checkpoint, load_checkpoint
+from sffx.checkpoint.save import save_checkpoint
+
+__all__ = ["Checkpoint", "load_checkpoint", "save_checkpoint"]

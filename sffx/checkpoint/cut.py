@@ -1,0 +1,119 @@
+"""How a model was cut: the record in a checkpoint, checked, and as arguments of `transform`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sffx.blocks import Options
+from sffx.checkpoint.entries import CUT_KEY
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.policies import Cuts, Policy, named
+from sffx.errors import InputError
+
+# The options that a caller may give as a callable; then the record has its name only.
+CALLABLE_OPTIONS = ("goodness", "norm")
+
+
+def check_cut(cut: Any) -> None:
+    """Raise an InputError that names the first entry that `BlockPlan.record` does not write."""
+    hint = "Hint: sffx.save_checkpoint writes it, or save net.plan.record() there"
+    if not isinstance(cut, Mapping):
+        raise InputError(f"the entry {CUT_KEY!r} is a {type(cut).__name__}, not a mapping. {hint}")
+    for name, (is_valid, meaning) in CUT_ENTRIES.items():
+        if name not in cut:
+            raise InputError(f"the entry {CUT_KEY!r} lacks {name!r}, {meaning}. {hint}")
+        if not is_valid(cut[name]):
+            raise InputError(
+                f"the entry {CUT_KEY!r} has {cut[name]!r} for {name!r}, not {meaning}. {hint}"
+            )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_name, value))
+
+
+def _are_callables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and set(value) <= set(CALLABLE_OPTIONS)
+
+
+def _are_inputs(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(_is_name(name) and _is_input(each) for name, each in value.items())
+
+
+def _is_input(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not {"shape", "dtype"} <= set(value):
+        return False
+    return _is_shape(value["shape"]) and _is_dtype(value["dtype"])
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_positive, value))
+
+
+def _is_dtype(value: Any) -> bool:
+    # The name is looked up in torch, which has more than dtypes: "load" must not pass.
+    return _is_name(value) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
+# The schema of a record: for each of its entries, whether a value is valid, and what it means.
+CUT_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "policy": (_is_name, "the name of a policy"),
+    "after": (_are_names, "the names of the nodes after which the model was cut"),
+    "inputs": (_are_inputs, "the shape and the dtype of each input by name"),
+    "num_classes": (_is_positive, "the number of classes"),
+    "goodness": (_is_name, "the name of a goodness"),
+    "kernel_size": (_is_positive, "the kernel size of the heads"),
+    "norm": (_is_name, "the name of a norm"),
+    "custom": (_are_callables, "which of goodness and norm are callables"),
+}
+
+
+def recorded_options(cut: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `transform` by which a model was cut, without callables.
+
+    Args:
+        cut: a record that `check_cut` has checked.
+    """
+    options = {
+        "policy": _recorded_policy(cut),
+        "example_input": _recorded_example(cut),
+        "num_classes": cut["num_classes"],
+        "kernel_size": cut["kernel_size"],
+    }
+    for name in CALLABLE_OPTIONS:
+        if name not in cut["custom"]:
+            options[name] = cut[name]
+    return options
+
+
+def _recorded_policy(cut: Mapping[str, Any]) -> Policy:
+    """Return a policy that cuts where the model was cut, under the name of the one that chose."""
+    cuts = Cuts(tuple(cut["after"]))
+
+    def policy(analysis: Analysis, options: Options) -> Cuts:
+        return cuts
+
+    return named(policy, cut["policy"])
+
+
+def _recorded_example(cut: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return an example batch of one sample, by the names of the model's inputs."""
+    # The compiler looks at shapes and dtypes only, so zeros will do.
+    example = {}
+    for name, each in cut["inputs"].items():
+        example[name] = torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"]))
+    return example

@@ -1,0 +1,59 @@
+"""The entries of a checkpoint: their names, what sffx writes there, and what is valid there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from sffx.errors import InputError
+from sffx.net import is_cut, plan_of
+
+STATE_KEY = "net"
+OPTIMIZER_KEY = "optimizer"
+ACCURACY_KEY = "sffx_accuracy"
+CUT_KEY = "sffx_cut"
+VERSIONS_KEY = "sffx_versions"
+KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY)
+
+
+def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Return the entries that sffx adds to the weights and the state of the optimizer.
+
+    Raises:
+        InputError: an accuracy is no number between 0 and 1.
+    """
+    content: dict[str, Any] = {VERSIONS_KEY: _versions()}
+    if accuracy is not None:
+        check_accuracy(accuracy)
+        content[ACCURACY_KEY] = {name: float(value) for name, value in accuracy.items()}
+    if is_cut(net):
+        content[CUT_KEY] = plan_of(net).record()
+    return content
+
+
+def check_accuracy(accuracy: Any) -> None:
+    """Raise an InputError if these are not accuracies by name."""
+    if not isinstance(accuracy, Mapping):
+        raise InputError(
+            f"the entry {ACCURACY_KEY!r} is a {type(accuracy).__name__}, not accuracies by name. "
+            "Hint: save sffx.evaluate(net, loader).accuracy"
+        )
+    for name, value in accuracy.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(
+                f"the entry {ACCURACY_KEY!r} has {value!r} for {name!r}, "
+                "not an accuracy between 0 and 1. "
+                "Hint: save sffx.evaluate(net, loader).accuracy"
+            )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = metadata.version("sffx")
+    except metadata.PackageNotFoundError:  # a source tree that was not installed
+        own = "unknown"
+    return {"sffx": own, "torch": str(torch.__version__)}

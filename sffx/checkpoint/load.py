@@ -1,0 +1,284 @@
+"""Read a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from sffx.api import transform
+from sffx.checkpoint.cut import check_cut, recorded_options
+from sffx.checkpoint.entries import (
+    ACCURACY_KEY,
+    CUT_KEY,
+    OPTIMIZER_KEY,
+    STATE_KEY,
+    VERSIONS_KEY,
+    check_accuracy,
+)
+from sffx.checkpoint.read import read
+from sffx.errors import InputError, in_brief
+from sffx.net import plan_of
+from sffx.parts import block_name
+
+# Where other training scripts keep the state dict; the first is Lightning's.
+OTHER_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+LIGHTNING_OPTIMIZERS_KEY = "optimizer_states"
+
+# The arguments of `transform` that a cut model cannot be made again without.
+REQUIRED_OPTIONS = ("policy", "example_input", "goodness", "norm")
+
+FIRST_BLOCK = f"{block_name(0)}."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, on the CPU.
+
+    Attributes:
+        path: of the file.
+        state: the weights by the names that the trained model has for them; may be empty.
+        optimizer: the state dict of the optimizer, None if there is none.
+        accuracy: of each readout, between 0 and 1; empty if none was saved.
+        cut: how the model was cut, as `net.plan.record()`; None if the file does not say so.
+        versions: of the packages that wrote the file; empty if it does not say so.
+        more: all other entries.
+        whole: the model itself, where it was saved as a whole and the file was trusted.
+    """
+
+    path: Path
+    state: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    cut: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    whole: nn.Module | None = None
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the optimizer's groups that have a name, as a block's group has."""
+        if self.optimizer is None:
+            return {}
+        rates = {}
+        for group in self.optimizer.get("param_groups", ()):
+            if "name" in group and "lr" in group:
+                rates[str(group["name"])] = float(group["lr"])
+        return rates
+
+    def net(self, model: nn.Module | None = None, **options: Any) -> fx.GraphModule:
+        """Return the cut model that was saved.
+
+        Args:
+            model: the plain model; it is copied, cut as the trained one was, and filled with its
+                weights. A model that was saved as a whole needs none.
+            options: arguments of `sffx.transform`. They win over what the checkpoint says. Without
+                a record in the checkpoint, `policy`, `example_input`, `goodness` and `norm` are
+                required. A goodness or norm of your own must be passed again.
+
+        Raises:
+            InputError: the model or an option is missing, or the weights do not fit.
+            SffxError: the model cannot be cut.
+        """
+        if self.whole is not None:
+            self._refuse_for_whole(model, options)
+            return _as_cut(self.whole)
+        self.require_weights()
+        if model is None:
+            raise InputError(
+                f"{self._name} holds weights without their model. "
+                "Hint: pass the model, as in checkpoint.net(model)"
+            )
+        net = transform(model, **self.options(**options))
+        self._fill(net)
+        return net
+
+    def options(self, **given: Any) -> dict[str, Any]:
+        """Return the arguments by which `sffx.transform` cuts the model as it was cut.
+
+        Args:
+            given: arguments that win over what the checkpoint says.
+
+        Raises:
+            InputError: neither says one of those that are required.
+        """
+        missing = self.missing(given)
+        if missing:
+            hints = [f"{name}={value}" for name, value in missing.items()]
+            raise InputError(
+                f"{self._name} does not say all of how its model was cut. "
+                f"Hint: pass {', '.join(hints)} as in the training; "
+                "sffx.save_checkpoint records them"
+            )
+        return {**self._recorded_options(), **given}
+
+    def missing(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """Return the required options that neither the checkpoint nor the caller says.
+
+        Args:
+            given: the options that the caller has.
+
+        Returns:
+            What to pass, by the option's name.
+        """
+        known = {**self._recorded_options(), **given}
+        names = [name for name in REQUIRED_OPTIONS if name not in known]
+        return {name: self._expected(name) for name in names}
+
+    def _expected(self, option: str) -> str:
+        """Return the name of the callable that the training used, "..." if it is not known."""
+        return "..." if self.cut is None else str(self.cut[option])
+
+    def _recorded_options(self) -> dict[str, Any]:
+        return {} if self.cut is None else recorded_options(self.cut)
+
+    def _refuse_for_whole(self, model: nn.Module | None, options: Mapping[str, Any]) -> None:
+        unused = list(options) if model is None else ["model", *options]
+        if unused:
+            raise InputError(
+                f"{self._name} holds a whole model, which is cut already, "
+                f"so {', '.join(unused)} would be passed over. Hint: leave it out"
+            )
+
+    def require_weights(self) -> None:
+        """Raise an InputError if the checkpoint holds no weights of a cut model."""
+        if any(name.startswith(FIRST_BLOCK) for name in self.state):
+            return
+        names = in_brief([str(name) for name in self.state], 3) or "none at all"
+        raise InputError(
+            f"{self._name} holds no weights of a cut model, but {names}. "
+            "Hint: save what sffx.transform returned, with sffx.save_checkpoint(path, net)"
+        )
+
+    def _fill(self, net: fx.GraphModule) -> None:
+        try:
+            net.load_state_dict(self.state)
+        except RuntimeError as error:
+            plan = plan_of(net)
+            raise InputError(
+                f"the weights of {self._name} do not fit {plan.model}, cut by {plan.policy!r}: "
+                f"{_first_mismatches(error)}. "
+                "Hint: model, policy, goodness, input and classes must be those of the training"
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        return repr(str(self.path))
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Checkpoint:
+    """Return what a checkpoint holds.
+
+    It reads files of `save_checkpoint`, of Lightning with `sffx.lightning`, and of
+    `torch.save(net.state_dict(), path)`.
+
+    Args:
+        path: of the file.
+        trust: whether the file may hold Python objects. Loading these runs code from the file.
+
+    Raises:
+        InputError: there is no such file, it is no checkpoint, one of its entries is wrong, or it
+            holds Python objects and is not trusted.
+    """
+    path = Path(path)
+    content = read(path, trust)
+    if isinstance(content, nn.Module):
+        return Checkpoint(path, content.state_dict(), whole=content)
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{str(path)!r} holds a {type(content).__name__}, not weights by name. "
+            "Hint: sffx.save_checkpoint(path, net) writes checkpoints"
+        )
+    try:
+        return _checkpoint(path, content)
+    except InputError as error:
+        raise InputError(f"{str(path)!r}: {error}") from error
+
+
+def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
+    """Return a mapping's entries in their places, each checked.
+
+    Raises:
+        InputError: an entry is wrong.
+    """
+    rest = dict(content)
+    state = _take_state(rest)
+    optimizer = _take_optimizer(rest)
+    accuracy = rest.pop(ACCURACY_KEY, {})
+    check_accuracy(accuracy)
+    cut = rest.pop(CUT_KEY, None)
+    if cut is not None:
+        check_cut(cut)
+    versions = rest.pop(VERSIONS_KEY, {})
+    return Checkpoint(path, state, optimizer, accuracy, cut, versions, rest)
+
+
+def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:
+    """Remove the state dict from a checkpoint's content and return it."""
+    for key in (STATE_KEY, *OTHER_STATE_KEYS):
+        if isinstance(content.get(key), Mapping):
+            return _without_prefix(content.pop(key))
+    # A file of `torch.save(net.state_dict(), path)` is the state dict itself.
+    state = {}
+    for name, value in list(content.items()):
+        if isinstance(value, Tensor):
+            state[name] = content.pop(name)
+    return _without_prefix(state)
+
+
+def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the weights by the names that the cut model has for them.
+
+    Lightning puts "net." before these names, and DistributedDataParallel "module.".
+    """
+    prefix = _prefix(state)
+    if not prefix:
+        return state
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """Return what stands before the name of the first block in all names, "" if nothing does."""
+    for name in names:
+        prefix, block, _ = name.partition(FIRST_BLOCK)
+        if block:
+            # A wrapper's prefix is before all names; a plain model may have a "block_0" anywhere.
+            is_wrapper = all(each.startswith(prefix) for each in names)
+            return prefix if is_wrapper else ""
+    return ""
+
+
+def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
+    """Remove the state of the optimizer from a checkpoint's content and return it."""
+    optimizer = content.pop(OPTIMIZER_KEY, None)
+    of_lightning = content.get(LIGHTNING_OPTIMIZERS_KEY)
+    if optimizer is None and isinstance(of_lightning, Sequence) and len(of_lightning) == 1:
+        optimizer = content.pop(LIGHTNING_OPTIMIZERS_KEY)[0]
+    if optimizer is not None and not isinstance(optimizer, Mapping):
+        raise InputError(
+            f"the entry {OPTIMIZER_KEY!r} is a {type(optimizer).__name__}, not a state dict. "
+            "Hint: save optimizer.state_dict()"
+        )
+    return optimizer
+
+
+def _as_cut(model: nn.Module) -> fx.GraphModule:
+    """Return a model that must be a cut one.
+
+    Raises:
+        InputError: it is another.
+    """
+    plan_of(model)
+    assert isinstance(model, fx.GraphModule)  # a model with a plan is one
+    return model
+
+
+def _first_mismatches(error: RuntimeError) -> str:
+    """Return the first names in a complaint of `load_state_dict`."""
+    # Its first line names the class alone, and the second lists what is missing or does not fit.
+    complaint = " ".join(str(error).splitlines()[1:2]).strip(" \t.")
+    return in_brief(complaint.split(", "), 3)

@@ -1,0 +1,55 @@
+"""Read the file of a checkpoint, and explain why one cannot be read."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sffx.errors import InputError
+from sffx.export.explain import first_line
+
+# How torch reports a file that it did not write, whatever the file holds.
+NOT_OF_TORCH = ("Unsupported operand", "invalid load key")
+
+
+def read(path: Path, trust: bool) -> Any:
+    """Return what a file of `torch.save` holds, on the CPU.
+
+    Raises:
+        InputError: there is no such file, it is no checkpoint, or it holds Python objects and is
+            not trusted.
+    """
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder. Hint: name the file in it")
+    if not path.is_file():
+        raise InputError(f"there is no file {str(path)!r}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust)
+    except Exception as error:
+        raise InputError(f"{str(path)!r} {_why_unreadable(error, trust)}") from error
+
+
+def _why_unreadable(error: Exception, trust: bool) -> str:
+    """Return why `torch.load` failed, and a hint; the name of the file goes before it."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"cannot be loaded: {first_line(error)}. "
+            "Hint: run the command where the code of the model lies, or install it"
+        )
+    if isinstance(error, EOFError):
+        return "is no checkpoint of torch: it is empty, or ends too early"
+    if not isinstance(error, pickle.UnpicklingError):
+        return (
+            f"cannot be loaded: {type(error).__name__}: {first_line(error)}. "
+            "Hint: is the file whole, and did torch.save write it?"
+        )
+    if trust or any(sign in str(error) for sign in NOT_OF_TORCH):
+        return "is no checkpoint of torch"
+    return (
+        "holds Python objects, not weights alone, and loading it would run code that lies in it. "
+        "Hint: sffx.save_checkpoint saves without them; if you know where the file comes from, "
+        "trust it: load_checkpoint(path, trust=True), sffx-export --trust"
+    )

@@ -1,0 +1,86 @@
+"""Write a checkpoint."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sffx.checkpoint.entries import KEYS, OPTIMIZER_KEY, STATE_KEY, own_entries
+from sffx.errors import InputError
+from sffx.files import writing
+from sffx.runtime.shard import require_whole
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    accuracy: Mapping[str, float] | None = None,
+    **more: Any,
+) -> Path:
+    """Write a checkpoint that `load_checkpoint`, `sffx-viz` and `sffx-export` read.
+
+    The file is replaced as a whole. If anything fails, an older file stays as it was.
+
+    Args:
+        path: of the file.
+        net: what `sffx.transform` returned, or a plain model.
+        optimizer: whose state is saved.
+        accuracy: of each readout, between 0 and 1, as `sffx.evaluate(net, loader).accuracy`.
+        more: further entries, such as `epoch=3`: tensors, numbers, strings and containers of these.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: `net` is sharded, an entry cannot be saved, or the file cannot be written.
+        ExportError: the file system failed while the file was written.
+    """
+    model = _unwrapped(net)
+    require_whole(model)
+    for name, value in more.items():
+        _check_further_entry(name, value)
+    content = {STATE_KEY: model.state_dict(), **own_entries(model, accuracy)}
+    if optimizer is not None:
+        content[OPTIMIZER_KEY] = optimizer.state_dict()
+    content.update(more)
+    # To an open file, because torch does not explain a full disk when it opens the file itself.
+    with writing(path) as draft, draft.open("wb") as file:
+        torch.save(content, file)
+    return Path(path)
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of DDP and torch.compile.
+
+    A wrapper has no plan, and puts a prefix before the names in the state dict.
+    """
+    if isinstance(net, DistributedDataParallel):
+        return _unwrapped(net.module)
+    compiled_from: nn.Module = getattr(net, "_orig_mod", net)
+    return compiled_from
+
+
+def _check_further_entry(name: str, value: Any) -> None:
+    """Raise an InputError if `load_checkpoint` could not read an entry."""
+    if name in KEYS:
+        raise InputError(f"save_checkpoint writes the entry {name!r} itself. Hint: rename yours")
+    # The loader's own rules decide, so the entry is saved and loaded once in memory.
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"the entry {name!r} holds Python objects, which load_checkpoint would not read. "
+            "Hint: save tensors, numbers, strings, and lists and mappings of these"
+        ) from error

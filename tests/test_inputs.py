@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import sffx
+from sffx.blocks import Input
 from sffx.errors import InputError
+from sffx.inputs import random_batch
 from tests.toys import Chain, TwoInputs
 
 Y = torch.tensor([0, 1])
@@ -85,3 +87,17 @@ def test_what_fails_on_inputs_like_the_example_stays_torchs_error() -> None:
     net.block_1.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match=r"^no$"):
         sffx.local_loss(net, torch.zeros(2, 3, 8, 8), Y)
+
+
+@pytest.mark.parametrize(
+    ("each", "values"),
+    [
+        (Input("ids", (50,), "int64", 3), {0, 1, 2}),
+        (Input("ids", (50,), "int32", 1), {0}),
+        (Input("mask", (50,), "bool"), {False, True}),
+    ],
+)
+def test_random_whole_numbers_cover_the_valid_values(each: Input, values: set[int]) -> None:
+    (example,) = random_batch((each,), 4)
+    assert (example.shape, example.dtype) == ((4, 50), getattr(torch, each.dtype))
+    assert set(example.flatten().tolist()) == values

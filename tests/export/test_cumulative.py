@@ -1,4 +1,4 @@
-"""One file that answers after every block. The oracle is the runner that goes block by block in torch."""
+"""One file with an answer for every block. The oracle is the runner on torch, block by block."""
 
 from __future__ import annotations
 

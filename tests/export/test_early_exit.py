@@ -1,4 +1,4 @@
-"""The oracles are the ensemble of the cut model, and the goodness of its blocks as the readout is given it."""
+"""The oracles are the ensemble of the cut model, and the goodness that its readout is given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_a_reachable_threshold_the_scores_are_the_ensemble_bit_by_bit(
     assert result.blocks.tolist() == [len(net.plan)] * len(x)
 
 
-def test_later_blocks_see_only_the_samples_left_and_scores_are_those_of_the_block_where_a_sample_left(
+def test_a_sample_that_left_is_not_computed_further_and_keeps_its_scores(
     net: fx.GraphModule, x: Tensor
 ) -> None:
     threshold = middle_threshold(net, x)
@@ -136,7 +136,8 @@ def test_calibration_takes_the_cheapest_threshold_that_is_accurate_enough(
     )
     with pytest.raises(
         sffx.InputError,
-        match=r"no threshold reaches an accuracy of 1\.5\. Hint: the best on these 40 samples is 1\.0000",
+        match=r"no threshold reaches an accuracy of 1\.5\. "
+        r"Hint: the best on these 40 samples is 1\.0000",
     ):
         runner.calibrate([(x, y)], accuracy=1.5)
 

@@ -117,7 +117,8 @@ def test_size_at_which_features_shrink_to_one_position_is_not_open(old_file: Pat
     )
     with pytest.raises(
         sffx.ExportError,
-        match=r"the program fails at batch size 1: .*Hint: leave dynamic_size out, or cut the model with",
+        match=r"the program fails at batch size 1: "
+        r".*Hint: leave dynamic_size out, or cut the model with",
     ):
         sffx.export_program(net, old_file, dynamic_size=True)
     assert_untouched(old_file)
@@ -134,7 +135,8 @@ def test_what_cannot_be_exported_is_named_and_the_old_file_stays(old_file: Path)
 def test_difference_beyond_the_tolerance_is_refused(net: fx.GraphModule, old_file: Path) -> None:
     with pytest.raises(
         sffx.ExportError,
-        match=r"the exported program and torch differ by .* at batch size 1; the tolerance is -1\. Hint: ",
+        match=r"the exported program and torch differ by .* at batch size 1; "
+        r"the tolerance is -1\. Hint: ",
     ):
         sffx.export_program(net, old_file, tolerance=-1.0)
     assert_untouched(old_file)

@@ -1,4 +1,7 @@
-"""Digits, a small network trained on them, and its file in eight bits: smaller, and nearly always of the same opinion."""
+"""A small network trained on digits, and its file in eight bits.
+
+That is smaller, and nearly always predicts the same.
+"""
 
 from __future__ import annotations
 
@@ -170,7 +173,8 @@ def test_loader_that_does_not_fit_is_refused(
 def test_inputs_of_another_shape_are_refused(source: Path, old_file: Path) -> None:
     with pytest.raises(
         sffx.ExportError,
-        match=r"cannot be quantised: .*Hint: the loader must yield what the file takes: input \['batch', 1, 8, 8\]",
+        match=r"cannot be quantised: .*Hint: the loader must yield what the file takes: "
+        r"input \['batch', 1, 8, 8\]",
     ):
         sffx.quantize_onnx(source, old_file, [(torch.zeros(2, 3, 8, 8), torch.zeros(2))])
     assert_untouched(old_file)

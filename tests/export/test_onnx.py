@@ -22,10 +22,11 @@ from torch import Tensor, fx, nn
 
 import sffx
 import sffx.export.onnx as onnx_export
-from sffx.blocks import Block, BlockPlan, Input
+from sffx.blocks import Block, BlockPlan, Input, Options
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.onnx import export_onnx
 from sffx.export.parity import relative_error
+from sffx.learning.heads import make_head
 from sffx.learning.readouts import Readout
 from tests import toys
 
@@ -152,6 +153,12 @@ def net() -> fx.GraphModule:
 
 
 @pytest.fixture(scope="module")
+def linear() -> fx.GraphModule:
+    """The cut model that is exported the fastest, for tests of what is around the graph."""
+    return cut(Single(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))), IMAGE)
+
+
+@pytest.fixture(scope="module")
 def files(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("onnx")
     return {readout: export_onnx(net, folder / f"{readout}.onnx", readout) for readout in READOUTS}
@@ -234,11 +241,11 @@ def test_inputs_and_output_are_named_and_the_batch_axis_is_dynamic(
 
 
 def test_file_tells_names_and_normalisation(
-    net: fx.GraphModule, files: dict[str, Path], tmp_path: Path
+    linear: fx.GraphModule, files: dict[str, Path], tmp_path: Path
 ) -> None:
     names = ["cat", "dog", "Kühe", "horse", "sheep"]
     path = export_onnx(
-        net,
+        linear,
         tmp_path / "n.onnx",
         "last",
         class_names=names,
@@ -339,31 +346,32 @@ def test_bn_is_folded_into_the_layer_before_it(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-class TwoBlocks(nn.Module):
-    """Two convolutions, the second with a stride, which run at any size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU())
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x)).mean((2, 3)))
+HEADS = ("sff", "cwc", "cosine", "cosine(3)", "mlp")
 
 
-@pytest.mark.parametrize("goodness", ["sff", "cwc", "cosine", "cosine(3)", "mlp"])
-def test_height_and_width_stay_open_where_the_model_allows_it(
-    tmp_path: Path, goodness: str
-) -> None:
+def head_by_block(block: Block, num_classes: int) -> nn.Module:
+    """Give each block another kind of head, so that one export tries them all."""
+    return make_head(Options(goodness=HEADS[int(block.target[-1])]), block, num_classes)
+
+
+def test_height_and_width_stay_open_with_every_kind_of_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = sffx.transform(TwoBlocks(), "layer", torch.zeros(1, 3, 8, 8), goodness=goodness).eval()
-    path = export_onnx(net, tmp_path / "net.onnx", dynamic_size=True)
-    (image,) = onnxruntime.InferenceSession(path).get_inputs()
+    layers: list[nn.Module] = []
+    for channels in (3, 8, 8, 8, 8):
+        layers += [nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    example = torch.zeros(1, 3, 8, 8)
+    net = sffx.transform(nn.Sequential(*layers), "layer", example, goodness=head_by_block)
+    path = export_onnx(net, tmp_path / "net.onnx", "cumulative", dynamic_size=True)
+    session = onnxruntime.InferenceSession(path)
+    (image,) = session.get_inputs()
     assert image.shape == ["batch", 3, "height", "width"]
     for size in ((8, 8), (11, 30)):
         x = torch.randn(3, 3, *size)
-        torch.testing.assert_close(run(path, x=x), net(x).detach(), rtol=1e-4, atol=1e-5)
+        expected = sffx.EarlyExit(net).cumulative(x)
+        assert len(expected) == len(HEADS)
+        for found, wanted in zip(session.run(None, {image.name: x.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_model_that_fixes_the_size_is_refused_with_its_size(old_file: Path) -> None:
@@ -460,23 +468,25 @@ def test_net_in_bfloat16_is_exported_in_float32_and_stays_as_it_was(
 
 
 def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(
-    net: fx.GraphModule, tmp_path: Path
+    linear: fx.GraphModule, tmp_path: Path
 ) -> None:
     (tmp_path / "real.json").write_bytes(b"old")
     link = tmp_path / "link.json"
     link.symlink_to("real.json")
-    assert export_onnx(net, str(link), "classifier", opset=18) == link
+    assert export_onnx(linear, str(link), "classifier", opset=18) == link
     assert link.is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["link.json", "real.json"]
     model = onnx.load(link, format="protobuf")
     assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
 
 
-def test_opset_without_a_form_of_the_model_is_refused(net: fx.GraphModule, old_file: Path) -> None:
+def test_opset_without_a_form_of_the_model_is_refused(
+    linear: fx.GraphModule, old_file: Path
+) -> None:
     with pytest.raises(
         ExportError, match=r"no form in opset 7; torch offers opset \d+\. Hint: leave opset out"
     ):
-        export_onnx(net, old_file, opset=7)
+        export_onnx(linear, old_file, opset=7)
     assert_untouched(old_file)
 
 

@@ -1,1 +1,1 @@
-"""Operations with the values and gradients of torch's own that keep less memory for the backward pass."""
+"""Operations with the values and gradients of torch's own, which keep less memory."""

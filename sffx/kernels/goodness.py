@@ -104,8 +104,13 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     # A product that was not kept is computed once more in the backward pass.
     direct_products = 3 if j <= KEPT_TIMES * channels else 4
     moment_products = 2 if j <= channels else 3
-    direct = direct_products * p * c * j + _MACS_PER_VALUE * 6 * j * p
-    moment = 2 * p * c * c + moment_products * j * c * c + _MACS_PER_VALUE * 6 * c * (c + j)
+    direct_macs = direct_products * p * c * j
+    moment_macs = 2 * p * c * c + moment_products * j * c * c
+    # In a step, each value of a product is written or read about six times.
+    direct_moves = 6 * j * p
+    moment_moves = 6 * c * (c + j)
+    direct = direct_macs + _MACS_PER_VALUE * direct_moves
+    moment = moment_macs + _MACS_PER_VALUE * moment_moves
     return moment < direct
 
 
@@ -138,10 +143,13 @@ def _is_inference_graph() -> bool:
 
 
 def _in_plain_operations(y: Tensor, weight: Tensor, bias: Tensor, by_moment: bool) -> Tensor:
-    """Return the goodness by operations that any batch size goes through."""
+    """Return the goodness by operations that an exporter knows, for any batch size."""
     if not by_moment:
-        return (weight @ y + bias[:, None]).square().mean(2)
+        z = weight @ y + bias[:, None]
+        return z.square().mean(2)
     mean = y.mean(2)
     centred = y - mean[:, :, None]
     covariance = centred @ centred.mT / y.shape[2]
-    return (weight @ covariance * weight).sum(2) + (mean @ weight.t() + bias).square()
+    spread = (weight @ covariance * weight).sum(2)
+    mean_z = mean @ weight.t() + bias
+    return spread + mean_z.square()

@@ -16,7 +16,7 @@ def widened(y: Tensor) -> Tensor:
 
 def full_precision(y: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast, for computing on the device of y."""
-    # A tensor on "meta" has no autocast to switch off, and an exported graph cannot hold the switch.
+    # A tensor on "meta" has no autocast to switch off, and an exported graph cannot hold a switch.
     if y.device.type == "meta" or torch.compiler.is_exporting():
         return nullcontext()
     return torch.autocast(y.device.type, enabled=False)

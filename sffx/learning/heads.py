@@ -1,18 +1,20 @@
-"""The heads of a cut model: the goodness of a block, by name or by a callable of one's own.
+"""The heads of a cut model: what computes the goodness of a block, by name or by a callable.
 
-The contract of `goodness=`: a maker `(block, num_classes) -> nn.Module`, called once for each
-feature block. `block` is a `sffx.blocks.Block` and says what the block's output looks like:
-`block.shape`, `block.channels`, `block.channel_axis`, `block.mask`. The module it returns, the
-block's head, is moved to the device and the dtype of the model. Then
+The contract of `goodness=`: a callable `(block, num_classes) -> nn.Module`. It is called for each
+feature block, and by the policy "memory" for blocks that may become one. It returns a new module,
+the head of the block. `block` is a `sffx.blocks.Block`; its `shape`, `channels`, `channel_axis` and
+`mask` say what the block's output looks like.
 
-- the head is called as `head(y)`; where `block.mask` is not empty, as `head(y, mask)`;
-- y is the output of the block, (B, C, ...) or (B, T, C); its channels are at axis
+The head is moved to the device and the dtype of the model. Then
+
+- it is called as `head(y)`; where `block.mask` is not empty, as `head(y, mask)`;
+- y is the output of the block, (B, C, ...) or (B, T, C), with its channels at axis
   `block.channel_axis`;
-- mask is (B, T), nonzero at real tokens and zero at padding;
-- the head returns the goodness, (B, J), floats: the larger, the more likely the class. It is
-  used as logits;
-- its parameters are trained together with those of the block, by the loss of the block;
-- to be exported, it must be made of what torch exports.
+- mask is (B, T), nonzero at real tokens, zero at padding;
+- it returns the goodness, (B, J), floats: the larger, the more likely the class. The loss takes
+  them for logits;
+- its parameters learn together with those of the block, from the loss of the block;
+- to be exported, it must consist of operations that torch exports.
 
 The contract of `norm=` is in `sffx.learning.norms`.
 """
@@ -59,7 +61,7 @@ def _spatial(block: Block) -> int:
     return len(block.shape) - 1
 
 
-# Each is called with a block, the number of classes, and the numbers of its name.
+# Each is called with a block, the number of classes, and the numbers that its name has in brackets.
 GOODNESSES: dict[str, Callable[..., nn.Module]] = {
     "sff": _convolution,
     "cwc": _channelwise,
@@ -67,7 +69,7 @@ GOODNESSES: dict[str, Callable[..., nn.Module]] = {
     "mlp": _hidden_layer,
 }
 
-# The numbers that a name may have in brackets, "mlp(128, 2)", and their values without brackets.
+# The numbers that a name may have in brackets, as "mlp(128, 2)" has, and their defaults.
 NUMBERS: dict[str, tuple[int, ...]] = {
     "sff": (),
     "cwc": (),
@@ -89,15 +91,22 @@ def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
         InputError: there is no such goodness.
     """
     match = _NAME.fullmatch(str(goodness))
-    defaults = NUMBERS.get(match[1]) if match else None
-    given = [int(number) for number in match[2].split(",")] if match and match[2] else []
-    if match is None or defaults is None or len(given) > len(defaults):
-        names = ", ".join(map(repr, EXAMPLES))
-        raise InputError(
-            f"there is no goodness {goodness!r}. Hint: choose one of {names}, "
-            "or pass a callable (block, num_classes) -> nn.Module"
-        )
-    return match[1], (*given, *defaults[len(given) :])
+    if match is None or match[1] not in NUMBERS:
+        raise _unknown(goodness)
+    name, brackets = match.groups()
+    defaults = NUMBERS[name]
+    given = [int(number) for number in brackets.split(",")] if brackets else []
+    if len(given) > len(defaults):
+        raise _unknown(goodness)
+    return name, (*given, *defaults[len(given) :])
+
+
+def _unknown(goodness: object) -> InputError:
+    names = ", ".join(map(repr, EXAMPLES))
+    return InputError(
+        f"there is no goodness {goodness!r}. Hint: choose one of {names}, "
+        "or pass a callable (block, num_classes) -> nn.Module"
+    )
 
 
 def goodness_maker(options: Options) -> GoodnessMaker:
@@ -137,16 +146,16 @@ def make_head(options: Options, block: Block, num_classes: int) -> nn.Module:
             returned no module; names the block.
     """
     maker = goodness_maker(options)
+    place = f"{block.target} ({block.name}, output {block.shape})"
     try:
         head = maker(block, num_classes)
-        if not isinstance(head, nn.Module):
-            raise InputError(
-                f"goodness {option_name(options.goodness)} returned a {type(head).__name__}, not "
-                "a torch.nn.Module. Hint: return the head, which is called as head(y)"
-            )
     except InputError as cause:
-        place = f"{block.target} ({block.name}, output {block.shape})"
         raise InputError(f"{place}: {cause}") from cause
+    if not isinstance(head, nn.Module):
+        raise InputError(
+            f"{place}: goodness {option_name(options.goodness)} returned a {type(head).__name__}, "
+            "not a torch.nn.Module. Hint: return the head, which is called as head(y)"
+        )
     return head
 
 

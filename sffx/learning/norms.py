@@ -1,10 +1,12 @@
 """The norm between two blocks: what is done to a block's output before the next block reads it.
 
-The layer norm keeps the length of the output, which carries the goodness, from the next block.
+The layer norm takes the length of the output, which carries the goodness, from the next block.
 
-The contract of `norm=`: a maker `(block) -> nn.Module | None`, called once for each feature block,
-with the `sffx.blocks.Block` whose output it normalises. None stands for no norm. The module is
-moved to the device and the dtype of the model. Then
+The contract of `norm=`: a callable `(block) -> nn.Module | None`. It is called for each feature
+block, and returns a new module, or None for no norm. `block` is the `sffx.blocks.Block` whose
+output is normalised.
+
+The norm is moved to the device and the dtype of the model. Then
 
 - it is called as `norm(y)`; where `block.mask` is not empty, as `norm(y, mask)`;
 - y is the detached output of the block, and mask is as for heads (`sffx.learning.heads`);

@@ -1,4 +1,4 @@
-"""The readout: what a cut model returns, from the goodness of its blocks and its classifier's logits.
+"""The readout: what a cut model returns, from its blocks' goodness and its classifier's logits.
 
 Each readout is a function in the dict `READOUTS`. The cut model, evaluation, logs and exports use
 the same ones.
@@ -157,7 +157,11 @@ class Readout(nn.Module):
         self._mode = mode
 
     def forward(self, scores: list[Tensor]) -> Tensor:
-        """Combine the goodness of each block, (B, J), and the classifier's logits, the last entry."""
+        """Return what training needs, or the scores of the present mode.
+
+        Args:
+            scores: the goodness of each block, (B, J), and the classifier's logits, (B, J), last.
+        """
         if self.training:
             return torch.stack(scores)
         return READOUTS[self._mode](scores, self.weights)

@@ -67,7 +67,7 @@ def test_a_loss_of_ones_own():
     )
     with pytest.raises(
         InputError,
-        match=r"labels run from -100 to 3.*Hint: loss_fn=torch\.nn\.CrossEntropyLoss\(\) leaves out",
+        match=r"labels run from -100 to 3.*Hint: loss_fn=torch\.nn\.CrossEntropyLoss\(\) leaves",
     ):
         sffx.sff_loss(goodness, y)
     with pytest.raises(

@@ -46,7 +46,7 @@ class PooledTokens(nn.Module):
 
 
 class Shifted(nn.Module):
-    """A linear layer on the pooled difference from a learned map: its gradient is that of the map."""
+    """A linear layer on the pooled squares of the output plus a learned map."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -141,7 +141,10 @@ def test_local_step_is_a_step_with_the_gradients_of_all_losses():
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_head_may_give_the_same_gradient_to_its_input_and_to_a_parameter(batch):
-    """With one sample, autograd gives the block and the map one tensor, which no kernel may use up."""
+    """With one sample, autograd gives the block and the map one tensor.
+
+    A kernel that wrote over it would change the gradient of the map.
+    """
 
     def shifted(block, num_classes):
         return Shifted(block.shape, num_classes)

@@ -53,8 +53,8 @@ def offload(
     Between two calls the whole model is in host memory, pinned where the device is a GPU. State
     dicts can be saved and loaded. After a forward that raised, its block is evicted at the next
     call. Copies of the model, and with them `extract` and the exports, are of an ordinary model in
-    host memory. A buffer that several blocks share stays on the device. Where host memory does not
-    suffice, the model goes back to the device.
+    host memory. A buffer that several blocks share stays on the device, and so do the buffers of
+    norms. Where host memory does not suffice, the model goes back to the device.
 
     On a GPU, copies run beside the computation, and `local_step` returns when the last block is in
     host memory. On other devices each copy is waited for.
@@ -240,6 +240,7 @@ class Offloading(Residency):
         self._is_training = False
         self._counted_on_device: set[Tensor] = set()
         self._shared_buffers = _shared_buffers(net, self.blocks)
+        self._norm_tensors = _norm_tensors(net)
         self._hooks: list[Any] = []
 
     @property
@@ -253,8 +254,8 @@ class Offloading(Residency):
             for block in range(len(self.blocks)):
                 self.loaded = Load(block)
                 self.evict()
-        for buffer in self._shared_buffers:
-            buffer.data = buffer.data.to(self.device)
+        for tensor in (*self._shared_buffers, *self._norm_tensors):
+            tensor.data = tensor.data.to(self.device)
         for block, modules in enumerate(self.blocks):
             before = _Gate(self._before, block)
             for module in modules:
@@ -549,6 +550,16 @@ def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
                 "Hint: give each a copy of its own, or do not offload"
             )
     return shared
+
+
+def _norm_tensors(net: fx.GraphModule) -> list[Tensor]:
+    """Return the buffers and the frozen parameters of the norms, which run between the blocks."""
+    norms = [stage.norm for stage in stages_of(net)]
+    tensors: list[Tensor] = []
+    for norm in norms:
+        if norm is not None:
+            tensors += [*norm.parameters(), *norm.buffers()]
+    return tensors
 
 
 def _require_plain(tensor: Tensor, name: str) -> None:

@@ -1,18 +1,13 @@
 """The cosine goodness against its definition, in every layout."""
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import sffx
-from sffx.blocks import Options
-from sffx.errors import InputError
 from sffx.learning.cosine import CosineGoodness, _pooled_by_products
-from sffx.learning.heads import make_head
 from tests.learning.values import LAYOUTS
-from tests.toys import Chain, block_of
+from tests.toys import Chain
 
 
 @pytest.mark.parametrize("hidden", [None, 5])
@@ -70,27 +65,6 @@ def test_gradient_of_a_constant_output_is_bounded(value):
     torch.testing.assert_close(head(y), torch.zeros(2, 5), atol=1e-2, rtol=0)
 
 
-def head_named(goodness, block=None):
-    return make_head(Options(goodness), block or block_of(3, 4, 4), 5)
-
-
-def test_name_tells_the_number_of_regions():
-    assert head_named("cosine").weight.shape == (5, 12)
-    assert head_named("cosine(4)").weight.shape == (5, 48)
-    assert head_named("mlp").hidden.weight.shape == (128, 12)
-    assert head_named("mlp(64)").weight.shape == (5, 64)
-    assert head_named("mlp(64, 3)").hidden.weight.shape == (64, 27)
-    for name in ("cosine(0)", "cosine(2, 2)", "mlp(64, 0)", "mlp(64,)"):
-        with pytest.raises(InputError, match=rf"there is no goodness '{re.escape(name)}'"):
-            head_named(name)
-    with pytest.raises(InputError, match=r"a cosine of 1 hidden unit has no direction\. Hint: "):
-        head_named("mlp(1)")
-    with pytest.raises(InputError, match="a cosine of 1 feature has no direction"):
-        head_named("cosine", block_of(1))
-    with pytest.raises(InputError, match="there is no goodness None"):
-        head_named(None)
-
-
 def test_neither_the_length_of_the_output_nor_a_constant_counts():
     head = CosineGoodness(3, 5)
     y = torch.randn(4, 3, 4, 4)
@@ -117,12 +91,6 @@ def test_low_precision_is_computed_in_float32(hidden):
     assert torch.equal(head(y), head(y.float()))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head(y), head(y.float()))
-
-
-@pytest.mark.parametrize("goodness", ["cosine", "mlp", "cwc"])
-def test_what_belongs_to_a_convolution_is_refused(goodness):
-    with pytest.raises(InputError, match=f"kernel_size is 3, but heads of '{goodness}'"):
-        make_head(Options(goodness, kernel_size=3), block_of(8, 4, 4), 4)
 
 
 @pytest.mark.parametrize("goodness", ["cosine", "mlp"])

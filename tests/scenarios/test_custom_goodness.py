@@ -5,6 +5,7 @@ import pickle
 import re
 from functools import partial
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,30 @@ def test_local_step_is_a_step_with_the_gradients_of_all_losses():
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_offloaded_steps_are_those_on_the_device():
+    """A norm with buffers runs between the blocks, and is not moved with them."""
+    torch.manual_seed(0)
+    plain = sffx.transform(
+        Chain(),
+        "layer",
+        IMAGE,
+        goodness=pooled,
+        norm=lambda block: nn.BatchNorm2d(block.channels, affine=False),
+    ).train()
+    offloaded = copy.deepcopy(plain)
+    x, y = images()
+    optimizers = [torch.optim.AdamW(net.parameters()) for net in (plain, offloaded)]
+    sffx.offload(offloaded, optimizers[1])
+    for _ in range(2):
+        sffx.local_step(plain, x.float(), y, optimizers[0])
+        sffx.local_step(offloaded, x.float(), y, optimizers[1])
+    sffx.onload(offloaded)
+    expected = plain.state_dict()
+    assert expected["norm_0.num_batches_tracked"] == 2
+    for name, value in offloaded.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_head_may_give_the_same_gradient_to_its_input_and_to_a_parameter(batch):
     """With one sample, autograd gives the block and the map one tensor.
@@ -249,9 +274,23 @@ def _bytes(message: str) -> int:
 
 
 @pytest.mark.parametrize("readout", ["ensemble", "last", "classifier", "cumulative"])
-def test_onnx(tmp_path, readout):
-    report = sffx.export_onnx(custom_net(norm=halved), tmp_path / "net.onnx", readout)
-    assert report  # it compares with ONNX Runtime, and raises where they differ
+def test_an_onnx_file_has_the_scores_by_hand(tmp_path, readout):
+    net = custom_net(norm=halved).eval()
+    path = sffx.export_onnx(net, tmp_path / "net.onnx", readout)
+    x, _ = images()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.float().numpy()})
+    with torch.no_grad():
+        *goodness, logits = by_hand(net, x)
+    means = [torch.stack(goodness[:depth]).mean(0) for depth in range(1, len(goodness) + 1)]
+    expected = {
+        "ensemble": means[-1:],
+        "last": goodness[-1:],
+        "classifier": [logits],
+        "cumulative": means,
+    }[readout]
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours).double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_early_exit_answers_as_the_ensemble_where_nobody_leaves_early():

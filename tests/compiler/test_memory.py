@@ -1,11 +1,13 @@
-"""The memory-saving rewrites change no value and no gradient.
+"""The memory-saving rewrites: before and after as text, then values and gradients.
 
-Each kind is one test, and so is each place where it must not be made.
+Each kind of rewrite has cases, and so has each place where it must not be made.
 """
 
 from __future__ import annotations
 
 import copy
+from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
+from sffx.compiler.memory import save_memory
 from sffx.kernels.activation import (
     MemorySavingGELU,
     MemorySavingHardswish,
@@ -24,6 +27,7 @@ from sffx.kernels.attention import self_attention
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.kernels.recompute import recomputed
 from sffx.memory.count import count_memory
+from tests.compiler.passes import layers, rewritten, text
 from tests.toys import Residual, step_scores
 
 MEMORY_SAVING = (
@@ -33,6 +37,214 @@ MEMORY_SAVING = (
     MemorySavingGELU,
     MemorySavingMaxPool2d,
 )
+
+
+class Attends(nn.Module):
+    """Attention of a norm's output to itself, with a shortcut around both."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, **self.options)[0]
+        return self.head(x.mean(1))
+
+
+def conv(size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(4, 4, size)
+
+
+IMAGE = torch.zeros(2, 4, 9, 9)
+
+# case: the layers of a block, and its text before the pass and after it. The numbers are those of
+# the docstring of `sffx.compiler.memory`.
+CASES = {
+    "1, 2 and 5: a ReLU moves behind a max pool": (
+        layers(conv=conv(), relu=nn.ReLU(), pool=nn.MaxPool2d(2)),
+        """
+        conv = Conv2d(input_1)
+        relu = ReLU(conv)
+        pool = MaxPool2d(relu)
+        return pool
+        """,
+        """
+        conv = Conv2d(input_1)
+        pool = MemorySavingMaxPool2d(conv)
+        relu_1_saving = MemorySavingReLU(pool)
+        return relu_1_saving
+        """,
+    ),
+    "2: a GELU does not commute with a max pool": (
+        layers(conv=conv(), gelu=nn.GELU(), pool=nn.MaxPool2d(2)),
+        """
+        conv = Conv2d(input_1)
+        gelu = GELU(conv)
+        pool = MaxPool2d(gelu)
+        return pool
+        """,
+        """
+        conv = Conv2d(input_1)
+        gelu_saving = MemorySavingGELU(conv)
+        pool = MemorySavingMaxPool2d(gelu_saving)
+        return pool
+        """,
+    ),
+    "3: a layer takes over a norm and an activation": (
+        layers(first=conv(), norm=nn.BatchNorm2d(4), relu=nn.ReLU(), last=conv()),
+        """
+        first = Conv2d(input_1)
+        norm = BatchNorm2d(first)
+        relu = ReLU(norm)
+        last = Conv2d(relu)
+        return last
+        """,
+        """
+        first = Conv2d(input_1)
+        recomputed = recomputed(first, self.last, norm=self.norm, activation='relu')
+        return recomputed
+        """,
+    ),
+    "3: without a norm, the layer's gradient may be written over its input": (
+        layers(first=conv(), act=nn.Hardswish(inplace=True), last=conv(1)),
+        """
+        first = Conv2d(input_1)
+        act = Hardswish[inplace](first)
+        last = Conv2d(act)
+        return last
+        """,
+        """
+        first = Conv2d(input_1)
+        recomputed = recomputed(first, self.last, activation='hardswish', overwrite=True)
+        return recomputed
+        """,
+    ),
+    "3: two in a row, of which the first frees its gradient": (
+        layers(
+            norm=nn.BatchNorm2d(4), first=conv(1), act=nn.SiLU(), drop=nn.Dropout(), last=conv()
+        ),
+        """
+        norm = BatchNorm2d(input_1)
+        first = Conv2d(norm)
+        act = SiLU(first)
+        drop = Dropout(act)
+        last = Conv2d(drop)
+        return last
+        """,
+        """
+        recomputed = recomputed(input_1, self.first, norm=self.norm, frees_gradient=True)
+        recomputed_1 = recomputed(recomputed, self.last, dropout=self.drop, activation='silu', \
+overwrite=True)
+        return recomputed_1
+        """,
+    ),
+    "3: dropout alone is not taken over": (
+        layers(first=conv(), drop=nn.Dropout(), last=conv()),
+        """
+        first = Conv2d(input_1)
+        drop = Dropout(first)
+        last = Conv2d(drop)
+        return last
+        """,
+        """
+        first = Conv2d(input_1)
+        drop = Dropout(first)
+        last = Conv2d(drop)
+        return last
+        """,
+    ),
+    "3: a convolution with other padding takes nothing over, but reads a memory-saving twin": (
+        layers(first=conv(), act=nn.ReLU(), last=nn.Conv2d(4, 4, 3, padding_mode="circular")),
+        """
+        first = Conv2d(input_1)
+        act = ReLU(first)
+        last = Conv2d(act)
+        return last
+        """,
+        """
+        first = Conv2d(input_1)
+        act_saving = MemorySavingReLU(first)
+        last = Conv2d(act_saving)
+        return last
+        """,
+    ),
+    "4: self-attention takes over its norm": (
+        Attends(need_weights=False),
+        """
+        norm = LayerNorm(x)
+        attention = MultiheadAttention(norm, norm, norm, need_weights=False)
+        getitem = getitem(attention, 0)
+        add = add(x, getitem)
+        return add
+        """,
+        """
+        self_attention = self_attention(x, self.attention, norm=self.norm)
+        add = add(x, self_attention)
+        return add
+        """,
+    ),
+    "5: an activation that feeds a head, in place as before": (
+        layers(conv=conv(), norm=nn.BatchNorm2d(4), relu=nn.ReLU(inplace=True)),
+        """
+        conv = Conv2d(input_1)
+        norm = BatchNorm2d(conv)
+        relu = ReLU[inplace](norm)
+        return relu
+        """,
+        """
+        conv = Conv2d(input_1)
+        norm = BatchNorm2d(conv)
+        relu_saving = MemorySavingReLU[inplace](norm)
+        return relu_saving
+        """,
+    ),
+}
+
+
+def uncut(block: nn.Module) -> tuple[nn.Module, str, Tensor]:
+    """Return a classifier around the layers of a case, where to cut it, and its input."""
+    if isinstance(block, Attends):
+        return block, "add", torch.zeros(2, 5, 8)
+    named = dict(block.named_children())
+    model = layers(**named, flat=nn.Flatten(), head=nn.LazyLinear(3))
+    model(IMAGE)
+    return model, list(named)[-1], IMAGE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_before_and_after(case):
+    block, before, after = CASES[case]
+    model, last, x = uncut(block)
+    net = rewritten(model, [last], x)
+    assert text(net.block_0) == dedent(before).strip()
+    save_memory(net)
+    assert text(net.block_0) == dedent(after).strip()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_block_computes_the_same_before_and_after(case):
+    model, last, x = uncut(copy.deepcopy(CASES[case][0]))
+    net = rewritten(model, [last], x).double().train()
+    x = torch.randn(x.shape, dtype=torch.float64)
+    results = []
+    for _ in ("before", "after"):
+        twin = copy.deepcopy(net)
+        torch.manual_seed(0)
+        with private_gradients():
+            output = twin.block_0(x)
+            weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+            (output * weights).sum().backward()
+        results.append((output, {name: p.grad for name, p in twin.named_parameters()}))
+        save_memory(net)
+    (output, gradients), (output_after, gradients_after) = results
+    torch.testing.assert_close(output_after, output, rtol=1e-12, atol=1e-12)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients_after[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 def memory_saving_modules(net: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
+from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from tests.toys import Chain, Residual, SharedWeight
@@ -30,72 +32,67 @@ def torchvision_plan(name: str, policy: str = "residual") -> sffx.BlockPlan:
     return sffx.plan(model, policy)
 
 
+def nested(template: str, first: int, sizes: list[int]) -> list[str]:
+    """Return the names of numbered modules in numbered stages.
+
+    Args:
+        template: of a name, with the numbers of the stage and of the module.
+        first: the number of the first stage.
+        sizes: how many modules each stage holds; they count from 0.
+    """
+    names = []
+    for stage, size in enumerate(sizes, start=first):
+        names += [template.format(stage, module) for module in range(size)]
+    return names
+
+
 # name: the blocks, and why. Written down from the models' sources, not from the output.
 GOLDEN = {
     # Stem, then each BasicBlock with the ReLU behind its sum.
-    "resnet18": [STEM, *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))],
-    "resnet50": [
-        STEM,
-        *(
-            f"layer{i}.{j}"
-            for i, n in zip((1, 2, 3, 4), (3, 4, 6, 3), strict=True)
-            for j in range(n)
-        ),
-    ],
-    # Stem, each InvertedResidual, strided ones included though they have no shortcut, and the last convolution.
+    "resnet18": [STEM, *nested("layer{}.{}", 1, [2, 2, 2, 2])],
+    "resnet50": [STEM, *nested("layer{}.{}", 1, [3, 4, 6, 3])],
+    # Stem, each InvertedResidual, the last convolution. A strided one is a block as well, though it
+    # has no shortcut.
     "mobilenet_v3_small": [f"features.{i}" for i in range(13)],
     "mobilenet_v3_large": [f"features.{i}" for i in range(17)],
     # Stem, 16 MBConv, last convolution.
     "efficientnet_b0": [
         "features.0",
-        *(
-            f"features.{i}.{j}"
-            for i, n in zip(range(1, 8), (1, 2, 2, 3, 3, 4, 1), strict=True)
-            for j in range(n)
-        ),
+        *nested("features.{}.{}", 1, [1, 2, 2, 3, 3, 4, 1]),
         "features.8",
     ],
-    # Patch embedding with class token and position, 12 encoder blocks. The norm after them has no layer to train and is the classifier's.
+    # Patch embedding with class token and position, 12 encoder blocks. The norm after them has no
+    # layer to train and is the classifier's.
     "vit_b_16": [
         "conv_proj … encoder.dropout",
         *(f"encoder.layers.encoder_layer_{i}" for i in range(12)),
     ],
-    # Stem, 18 CNBlocks, and the three downsampling layers between the stages, which have weights of their own as a stem has.
+    # Stem, 18 CNBlocks, and the three downsampling layers between the stages, which have weights of
+    # their own as a stem has.
     "convnext_tiny": [
-        *(
-            "features.0",
-            "features.1.0",
-            "features.1.1",
-            "features.1.2",
-            "features.2",
-            "features.3.0",
-            "features.3.1",
-            "features.3.2",
-        ),
-        *(
-            "features.4",
-            *(f"features.5.{j}" for j in range(9)),
-            "features.6",
-            "features.7.0",
-            "features.7.1",
-            "features.7.2",
-        ),
+        "features.0",
+        *(f"features.1.{i}" for i in range(3)),
+        "features.2",
+        *(f"features.3.{i}" for i in range(3)),
+        "features.4",
+        *(f"features.5.{i}" for i in range(9)),
+        "features.6",
+        *(f"features.7.{i}" for i in range(3)),
     ],
     # Patch embedding, 12 transformer blocks, three patch mergings.
     "swin_t": [
-        *(
-            "features.0",
-            "features.1.0",
-            "features.1.1",
-            "features.2",
-            "features.3.0",
-            "features.3.1",
-            "features.4",
-        ),
-        *(*(f"features.5.{j}" for j in range(6)), "features.6", "features.7.0", "features.7.1"),
+        "features.0",
+        *(f"features.1.{i}" for i in range(2)),
+        "features.2",
+        *(f"features.3.{i}" for i in range(2)),
+        "features.4",
+        *(f"features.5.{i}" for i in range(6)),
+        "features.6",
+        *(f"features.7.{i}" for i in range(2)),
     ],
-    # Inside a dense block every layer reads all earlier ones, so it is one block. The BN behind it belongs to what feeds it; the
-    # convolution and pool of a transition lie between dense blocks and have weights.
+    # Inside a dense block every layer reads all earlier ones, so it is one block. The BN behind it
+    # belongs to the layer that feeds it. The convolution and the pool of a transition lie between
+    # dense blocks and have weights.
     "densenet121": [
         "features.conv0 … features.pool0",
         "features.denseblock1 … features.transition1.relu",
@@ -106,73 +103,68 @@ GOLDEN = {
         "features.transition3.conv … features.transition3.pool",
         "features.denseblock4 … features.norm5",
     ],
-    # Inception modules join parallel convolutions by concatenation; the convolutions before them are the stem. A pool between modules
-    # opens the next block. The auxiliary classifiers are no part of the logits.
+    # Inception modules join parallel convolutions by concatenation; the convolutions before them
+    # are the stem. A pool between modules opens the next block. The auxiliary classifiers are no
+    # part of the logits.
     "googlenet": [
-        *("conv1 … maxpool2", "inception3a", "inception3b", "maxpool3 … inception4a"),
-        *(
-            "inception4b",
-            "inception4c",
-            "inception4d",
-            "inception4e",
-            "maxpool4 … inception5a",
-            "inception5b",
-        ),
+        "conv1 … maxpool2",
+        "inception3a",
+        "inception3b",
+        "maxpool3 … inception4a",
+        "inception4b",
+        "inception4c",
+        "inception4d",
+        "inception4e",
+        "maxpool4 … inception5a",
+        "inception5b",
     ],
     "inception_v3": [
         "Conv2d_1a_3x3 … maxpool2",
         *(
             f"Mixed_{name}"
-            for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+            for name in ["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"]
         ),
     ],
     # No joins, so BN groups: a convolution with BN, ReLU and, where one follows, the pool.
     "vgg11_bn": [
-        *(
-            "features.0 … features.3",
-            "features.4 … features.7",
-            "features.8 … features.10",
-            "features.11 … features.14",
-        ),
-        *(
-            "features.15 … features.17",
-            "features.18 … features.21",
-            "features.22 … features.24",
-            "features.25 … features.28",
-        ),
+        "features.0 … features.3",
+        "features.4 … features.7",
+        "features.8 … features.10",
+        "features.11 … features.14",
+        "features.15 … features.17",
+        "features.18 … features.21",
+        "features.22 … features.24",
+        "features.25 … features.28",
     ],
-    # Fire modules join two convolutions by concatenation. The last convolution is the classifier: it has a channel for each class.
+    # Fire modules join two convolutions by concatenation. The last convolution is the classifier:
+    # it has a channel for each class.
     "squeezenet1_0": [
-        *(
-            "features.0 … features.2",
-            "features.3",
-            "features.4",
-            "features.5",
-            "features.6 … features.7",
-            "features.8",
-        ),
-        *("features.9", "features.10", "features.11 … features.12"),
+        "features.0 … features.2",
+        "features.3",
+        "features.4",
+        "features.5",
+        "features.6 … features.7",
+        "features.8",
+        "features.9",
+        "features.10",
+        "features.11 … features.12",
     ],
     # Stem, 16 units with the channel shuffle that ends each, last convolution.
-    "shufflenet_v2_x1_0": [
-        STEM,
-        *(f"stage{i}.{j}" for i, n in zip((2, 3, 4), (4, 8, 4), strict=True) for j in range(n)),
-        "conv5",
-    ],
-    # Stem, and in each of the 11 layers the convolution (MBConv), the window attention and the grid attention, each with sums of its own.
-    # The stem's second convolution feeds the BN that opens the first MBConv, and goes with it.
+    "shufflenet_v2_x1_0": [STEM, *nested("stage{}.{}", 2, [4, 8, 4]), "conv5"],
+    # Stem, and in each of the 11 layers the convolution (MBConv), the window attention and the grid
+    # attention, each with sums of its own. The stem's second convolution feeds the BN that opens
+    # the first MBConv, and goes with it.
     "maxvit_t": [
         "stem.0",
         "stem.1 … blocks.0.layers.0.layers.MBconv",
         *(
-            f"blocks.{i}.layers.{j}.layers.{part}"
-            for i, n in zip(range(4), (2, 2, 5, 2), strict=True)
-            for j in range(n)
+            f"{layer}.layers.{part}"
+            for layer in nested("blocks.{}.layers.{}", 0, [2, 2, 5, 2])
             for part in ("MBconv", "window_attention", "grid_attention")
-            if (i, j, part) != (0, 0, "MBconv")
         ),
     ],
 }
+GOLDEN["maxvit_t"].remove("blocks.0.layers.0.layers.MBconv")  # which the stem goes with
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -196,10 +188,8 @@ def test_a_model_without_residual_blocks_says_that_it_falls_back():
 @pytest.mark.parametrize(
     ("policy", "cuts"),
     [
-        (
-            "residual",
-            ["_3", "_5"],
-        ),  # falls back to BN groups; the convolution without BN counts, since its value is not flat
+        # It falls back to BN groups. The convolution without BN is one: its value is not flat.
+        ("residual", ["_3", "_5"]),
         ("batchnorm", ["_3", "_5"]),
         ("layer", ["_2", "_5"]),
         (["_3"], ["_3"]),
@@ -209,6 +199,83 @@ def test_a_model_without_residual_blocks_says_that_it_falls_back():
 )
 def test_policies_on_a_chain(policy, cuts):
     assert [block.output for block in sffx.plan(Chain(), policy, torch.zeros(1, 3, 8, 8))] == cuts
+
+
+def first(analysis):
+    return [analysis.candidates[0]]
+
+
+def first_with_options(analysis, options):
+    assert options == Options(kernel_size=3)
+    return (name for name in analysis.candidates[:1])
+
+
+def first_by_name(analysis, options=None):
+    assert options == Options(kernel_size=3)
+    return [analysis.candidates[0]]
+
+
+def first_by_default(analysis, index=0):
+    return [analysis.candidates[index]]
+
+
+def first_with_a_note(analysis):
+    return Cuts((analysis.candidates[0],), ("the first one",))
+
+
+def nowhere():
+    return []
+
+
+class First:
+    def __call__(self, analysis, options):
+        return first_with_options(analysis, options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        (first, "first"),
+        (first_with_options, "first_with_options"),
+        (first_by_name, "first_by_name"),
+        (first_by_default, "first_by_default"),
+        (first_with_a_note, "first_with_a_note"),
+        (First(), "First"),
+        (partial(first_by_default, index=0), "partial"),
+        (lambda *arguments: [arguments[0].candidates[0]], "<lambda>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_policies_of_ones_own(policy, name):
+    plan = sffx.plan(Chain(), policy, torch.zeros(1, 3, 8, 8), kernel_size=3)
+    assert [block.output for block in plan] == ["_1"]
+    assert plan.policy == name
+    assert plan.notes == (("the first one",) if policy is first_with_a_note else ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (nowhere, r"the policy takes \(\)\. Hint: .* \(analysis\) or \(analysis, options\)"),
+        (lambda a, b, c: [], r"the policy takes \(a, b, c\)"),
+        (lambda analysis, *, depth: [], r"the policy takes \(analysis, \*, depth\)"),
+        (lambda analysis: "_1", r"the policy returned a str\. Hint: return the names"),
+        (lambda analysis: None, r"the policy returned a NoneType"),
+    ],
+)
+def test_policies_of_ones_own_that_cannot_be_used(policy, message):
+    with pytest.raises(InputError, match=message):
+        sffx.plan(Chain(), policy, torch.zeros(1, 3, 8, 8))
+
+
+IMAGES = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("given", [IMAGES, (IMAGES,), {"x": IMAGES}])
+def test_an_input_in_the_place_of_the_policy_is_said(given):
+    message = r"the second argument is a (Tensor|tuple|dict), but it is the policy\. Hint: .*input"
+    with pytest.raises(InputError, match=message):
+        sffx.transform(Chain(), given)
 
 
 def test_layer_policy_makes_a_block_of_every_layer():
@@ -265,14 +332,17 @@ def test_the_plan_does_not_depend_on_the_size_of_the_input():
 
 
 STRUCTURED = {
-    # The modules one level down. The BN and the pool behind conv1 go with it; the pool before fc is the classifier's.
+    # The modules one level down. The BN and the pool behind conv1 go with it. The pool before fc is
+    # the classifier's.
     ("resnet18", "module(1)"): [STEM, "layer1", "layer2", "layer3", "layer4"],
     # Two levels down lie the BasicBlocks, and the stem is higher up.
-    ("resnet18", "module"): [STEM, *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1))],
-    # The encoder, which adds the positions, is one level down; its blocks are three. What has no weights goes with the module before.
+    ("resnet18", "module"): GOLDEN["resnet18"],
+    # The encoder, which adds the positions, is one level down; its blocks are three. A module
+    # without weights goes with the one before.
     ("vit_b_16", "module(1)"): ["conv_proj", "encoder"],
     ("vit_b_16", "module(3)"): [
-        *("conv_proj … encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(11))),
+        "conv_proj … encoder.dropout",
+        *(f"encoder.layers.encoder_layer_{i}" for i in range(11)),
         "encoder.layers.encoder_layer_11 … encoder.ln",
     ],
     # Its stages, and the downsampling between them.
@@ -346,7 +416,8 @@ def test_policies_with_parameters_can_be_written_or_called():
         (
             "stages(9)",
             CutError,
-            r"stages\(9\) asks for more feature blocks than the 3 BN groups of the model\. Hint: n <= 3",
+            r"stages\(9\) asks for more feature blocks than the 3 BN groups of the model\. "
+            r"Hint: n <= 3",
         ),
         (
             "stage(3)",
@@ -375,7 +446,8 @@ def test_parameters_that_cannot_be_used(policy, error, message):
         (
             "residul",
             InputError,
-            r"there is no policy 'residul'\. Hint: did you mean 'residual'\? the policies are 'residual', 'batchnorm', 'layer'",
+            r"there is no policy 'residul'\. Hint: did you mean 'residual'\? "
+            r"the policies are 'residual', 'batchnorm', 'layer'",
         ),
         (3, InputError, "policy is a int"),
         (["block1_conv1"], CutError, "does not dominate the output"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import sffx
 from sffx.compiler.verify import verify
@@ -9,9 +10,22 @@ from sffx.errors import VerifyError
 from tests.toys import Chain, Residual
 
 
-def test_what_transform_returns_is_verified():
+def test_transform_verifies_the_model_that_it_returns(monkeypatch):
+    verified = []
+    monkeypatch.setattr("sffx.api.verify", verified.append)
     net = sffx.transform(Residual())
-    verify(net)
+    assert len(verified) == 1
+    assert verified[0] is net
+
+
+def test_a_pass_that_does_nothing_is_found_by_transform(monkeypatch):
+    layers = [nn.Linear(6, 6), nn.Hardtanh(inplace=True), nn.Linear(6, 6), nn.Linear(6, 4)]
+    model = nn.Sequential(*layers)
+    sffx.transform(model, ["_0"], norm="none")
+    monkeypatch.setattr("sffx.api.keep_foreign_values", lambda net: None)
+    message = "'block_0' crosses a cut or feeds a head, and is written in place after that"
+    with pytest.raises(VerifyError, match=message):
+        sffx.transform(model, ["_0"], norm="none")
 
 
 def test_a_missing_detach_is_found():
@@ -20,10 +34,11 @@ def test_a_missing_detach_is_found():
     detach.replace_all_uses_with(detach.args[0])
     net.graph.erase_node(detach)
     net.recompile()
-    with pytest.raises(
-        VerifyError,
-        match=r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 but has gradient from the loss of block_1",
-    ):
+    message = (
+        r"parameter 'block_0\.stem\.0\.weight' belongs to block_0 "
+        "but has gradient from the loss of block_1"
+    )
+    with pytest.raises(VerifyError, match=message):
         verify(net)
 
 
@@ -33,10 +48,10 @@ def test_a_write_behind_a_cut_is_found():
     with net.graph.inserting_after(detach):
         net.graph.call_method("mul_", (detach, 2))
     net.recompile()
-    with pytest.raises(
-        VerifyError,
-        match=r"the value 'block_0' crosses a cut or feeds a head, and is written in place after that",
-    ):
+    message = (
+        "the value 'block_0' crosses a cut or feeds a head, and is written in place after that"
+    )
+    with pytest.raises(VerifyError, match=message):
         verify(net)
 
 

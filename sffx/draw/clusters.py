@@ -11,7 +11,19 @@ from sffx.blocks import Block, BlockPlan
 from sffx.draw.crossings import outside_node
 from sffx.draw.detail import JOIN_SIGNS, Part, parts
 from sffx.draw.fold import Run, first_of, fold, leaves_in
-from sffx.draw.graph import CUT, OUTSIDE, add_head, block_style, literal, new_graph
+from sffx.draw.graph import (
+    CUT,
+    CUT_FROM_TURN,
+    INVISIBLE,
+    OUTSIDE,
+    add_head,
+    add_sign_from,
+    add_sign_to,
+    block_style,
+    literal,
+    new_graph,
+    order_columns,
+)
 from sffx.draw.labels import block_label, edge_label, footer_label, input_label, title_label
 from sffx.draw.progress import Progress
 from sffx.draw.style import FAINT, GREY, INK, NAME_WIDTH, PLAIN_TEXT, RED, TEAL
@@ -68,9 +80,6 @@ INPUT_EDGE = {"class": "input", "color": INK}
 SIDE_EDGE = {"class": "side", "color": GREY}
 DETACHED_EDGE = {"class": "side detached", "color": RED, "style": "dotted"}
 CUT_EDGE = {**CUT, "weight": "20"}
-TURN = {"class": "turn", "fontcolor": RED, "fontsize": "9", **PLAIN_TEXT}
-INVISIBLE = {"style": "invis"}
-ANCHOR = {"shape": "point", "height": "0", "width": "0", "label": "", **INVISIBLE}
 
 
 @dataclass(frozen=True)
@@ -223,11 +232,9 @@ def _add_turns(graph: Digraph, index: int, drawing: Drawing) -> None:
     """
     blocks = drawing.plan.all_blocks
     if drawing.turns_before(index):
-        before = blocks[index - 1].target
-        graph.node(f"from_{before}", label=f"from {before}", **TURN)
+        add_sign_from(graph, blocks[index - 1])
     if index + 1 < len(blocks) and drawing.turns_before(index + 1):
-        following = blocks[index + 1].target
-        graph.node(f"to_{following}", label=f"to {following}", **TURN)
+        add_sign_to(graph, blocks[index + 1])
 
 
 def _add_cluster(graph: Digraph, index: int, drawing: Drawing, progress: Progress | None) -> None:
@@ -282,7 +289,7 @@ def _add_entry(graph: Digraph, index: int, drawing: Drawing) -> None:
         graph.edge(output, target, label=label, **CUT_EDGE)
         return
     graph.edge(output, f"to_{target}", label=label, **CUT_EDGE)
-    graph.edge(f"from_{before.target}", target, **{**CUT_EDGE, "class": "cut turn"})
+    graph.edge(f"from_{before.target}", target, weight="20", **CUT_FROM_TURN)
 
 
 def _entering_value(index: int, plan: BlockPlan) -> str:
@@ -333,27 +340,14 @@ def _read_style(source: Place, index: int) -> dict[str, str]:
 
 
 def _order_columns(graph: Digraph, drawing: Drawing) -> None:
-    """Set the columns from left to right, with their first blocks beside each other.
-
-    Graphviz orders columns that nothing connects as it likes, from right to left in old versions.
-    So an invisible row of anchors stands above them, in order, each with an edge to its column:
-    the edges cross unless the columns are in the order of the anchors.
-    """
+    """Set the columns from left to right, with their first blocks beside each other."""
     blocks = drawing.plan.all_blocks
     firsts = [drawing.columns.index(column) for column in dict.fromkeys(drawing.columns)]
-    if len(firsts) < 2:
-        return
-    with graph.subgraph() as row:
-        row.attr(rank="same")
-        for index in firsts:
-            row.node(f"above_{blocks[index].target}", **ANCHOR)
-        for left, right in itertools.pairwise(firsts):
-            tail = f"above_{blocks[left].target}"
-            row.edge(tail, f"above_{blocks[right].target}", **INVISIBLE)
-    for index in firsts:
-        # The sign at the top of a column, where there is one, stands above its first block.
-        top = f"from_{blocks[index - 1].target}" if index else blocks[0].target
-        graph.edge(f"above_{blocks[index].target}", top, **INVISIBLE)
+    tops = [blocks[0].target]
+    for index in firsts[1:]:
+        # The sign where the cut comes in stands above the first block.
+        tops.append(f"from_{blocks[index - 1].target}")
+    order_columns(graph, tops)
     with graph.subgraph() as row:
         row.attr(rank="same")
         for index in firsts:

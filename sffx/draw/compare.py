@@ -35,7 +35,7 @@ COLUMNS = (
 # Points of the bar of the block that keeps most, in any of the plans.
 BAR_POINTS = 120
 
-MEANING = "kept for backward, one sample: the bar; of each where a line stands for several blocks"
+MEANING = "the bar: kept for backward, one sample; of each where a line stands for several blocks"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def comparison_graph(plans: Sequence[BlockPlan]) -> Digraph:
     columns = [cell(_column(plan, most, lines)) for plan in plans]
 
     graph = new_graph()
-    graph.attr(label=_title(plans[0]), labelloc="t", labeljust="l")
+    graph.attr(label=_title(plans[0], most), labelloc="t", labeljust="l")
     content = label(table([row(*columns)], CELLSPACING="12"))
     graph.node("policies", label=content, **PLAIN_TEXT)
     return graph
@@ -139,14 +139,15 @@ def _figures(plan: BlockPlan) -> Figures:
     )
 
 
-def _title(plan: BlockPlan) -> str:
+def _title(plan: BlockPlan, most: int) -> str:
+    scale = f"the longest bar is {short_byte_size(most)}"
     return label(
         text(plan.model, size=16),
         line_break(),
         # The height of a line of its own, or the small letters would touch the large ones.
         text(" ", size=4),
         Element("BR"),
-        text(MEANING, FAINT, 9),
+        text(f"{MEANING}; {scale}", FAINT, 9),
         line_break(),
     )
 

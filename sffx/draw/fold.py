@@ -58,6 +58,11 @@ def first_of(block: Block) -> Block:
     return block.blocks[0] if isinstance(block, Run) else block
 
 
+def last_of(block: Block) -> Block:
+    """Return the block itself; for a run, its last block."""
+    return block.blocks[-1] if isinstance(block, Run) else block
+
+
 def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
     """Return the modules of a block that the trace did not look into."""
     leaves = []

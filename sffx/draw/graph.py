@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sffx.blocks import Block, BlockPlan
 from sffx.draw.crossings import Crossing, crossings
 from sffx.draw.detail import joins_in_words
-from sffx.draw.fold import Run, fold, leaves_in
+from sffx.draw.fold import Run, fold, last_of, leaves_in
 from sffx.draw.labels import (
     block_label,
     edge_label,
@@ -58,6 +58,11 @@ HEAD_EDGE = {"class": "head", "color": BLUE}
 OUTSIDE = {"class": "input", "fillcolor": "white", "color": INK}
 RAIL = {"class": "rail", "color": GREY}
 CUT = {"class": "cut", "color": RED, "style": "dashed", "penwidth": "1.6"}
+# The sign at the end of a column, where a cut leads to the next one, or at the top of that.
+TURN = {"class": "turn", "fontcolor": RED, "fontsize": "9", **PLAIN_TEXT}
+CUT_FROM_TURN = {**CUT, "class": "cut turn"}
+INVISIBLE = {"style": "invis"}
+ANCHOR = {"shape": "point", "height": "0", "width": "0", "label": "", **INVISIBLE}
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def block_graph(
     with graph.subgraph(name="cluster_plan") as inner:
         title = title_label(plan, progress)
         inner.attr(label=title, labelloc="t", margin="0", peripheries="0")
+        order_columns(inner, _tops(columns))
         _add_inputs(inner, drawn, crossed)
         _add_blocks(inner, columns, progress)
         _align_rows(inner, columns)
@@ -161,6 +167,40 @@ def add_edge_in_row(graph: Digraph, tail: str, head: str, style: dict[str, str])
     with graph.subgraph() as row:
         row.attr(rank="same")
         row.edge(tail, head, **style)
+
+
+def add_sign_to(graph: Digraph, following: Block) -> None:
+    """Add the sign "to_block_9" at the end of a column, where the cut leads to the next column."""
+    graph.node(f"to_{following.target}", label=f"to {following.target}", **TURN)
+
+
+def add_sign_from(graph: Digraph, block: Block) -> None:
+    """Add the sign "from_block_8" at the top of a column, where the cut comes in."""
+    graph.node(f"from_{block.target}", label=f"from {last_of(block).target}", **TURN)
+
+
+def order_columns(graph: Digraph, tops: Sequence[str]) -> None:
+    """Set columns from left to right.
+
+    Graphviz orders columns that nothing holds as it likes, from right to left in old versions. So
+    an invisible row of anchors stands above them, in order, each with an edge to its column: these
+    edges cross unless the columns are in the order of the anchors.
+
+    Args:
+        graph: to add the anchors to.
+        tops: the node at the top of each column, in the order of the columns.
+    """
+    if len(tops) < 2:
+        return
+    anchors = [f"above_{top}" for top in tops]
+    with graph.subgraph() as row:
+        row.attr(rank="same")
+        for anchor in anchors:
+            row.node(anchor, **ANCHOR)
+        for left, right in itertools.pairwise(anchors):
+            row.edge(left, right, **INVISIBLE)
+    for anchor, top in zip(anchors, tops, strict=True):
+        graph.edge(anchor, top, **INVISIBLE)
 
 
 def literal(text: str) -> str:
@@ -242,11 +282,23 @@ def _add_cuts(graph: Digraph, columns: Columns) -> None:
     plan = columns.plan
     label = edge_label([cut_in_words(plan.options)], RED)
     for index, (block, following) in enumerate(itertools.pairwise(plan.all_blocks)):
-        style = {**CUT, "weight": "100"}
-        if columns.of(index) != columns.of(index + 1):
-            # The next column begins at the top, so the cut must not push it down.
-            style |= {"constraint": "false", "headport": "w"}
-        graph.edge(block.target, following.target, label=label, **style)
+        if columns.of(index) == columns.of(index + 1):
+            graph.edge(block.target, following.target, label=label, weight="100", **CUT)
+            continue
+        # A line to the top of the next column would run across the blocks.
+        add_sign_to(graph, following)
+        add_sign_from(graph, block)
+        graph.edge(block.target, f"to_{following.target}", label=label, weight="100", **CUT)
+        graph.edge(f"from_{block.target}", following.target, weight="100", **CUT_FROM_TURN)
+
+
+def _tops(columns: Columns) -> list[str]:
+    """Return the node at the top of each column: the first block, then signs of turns."""
+    blocks = columns.plan.all_blocks
+    tops = [blocks[0].target]
+    for first in range(columns.rows, len(blocks), columns.rows):
+        tops.append(f"from_{blocks[first - 1].target}")
+    return tops
 
 
 def _add_edges(graph: Digraph, crossing: Crossing, columns: Columns) -> None:

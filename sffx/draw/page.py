@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from sffx.blocks import Block, BlockPlan
 from sffx.draw.crossings import Crossing, crossings
-from sffx.draw.detail import JOIN_SIGNS, Part, joins_in_words, parts
+from sffx.draw.detail import joins_in_words, parts
+from sffx.draw.flow import Flow, Words, flow_of
 from sffx.draw.fold import Run, fold, leaves_in, relative
 from sffx.draw.legend import entries
 from sffx.draw.progress import Progress, percent
@@ -25,7 +26,6 @@ from sffx.draw.words import (
     plan_facts,
     printable,
     shape_in_words,
-    shorten,
 )
 from sffx.tables import short_byte_size, short_number
 
@@ -55,13 +55,6 @@ COLOUR_MEANING = (
 # The classes of colours in the page, which has others for light and for dark.
 COLOUR_CLASSES = {RED: "red", BLUE: "blue", GREEN: "green", FAINT: "", TEAL: "teal"}
 
-# In a list of parts: the height of a line, the room at its left for arcs, and both ends of an arc
-# away from the text, in pixels; the width of a name, in characters.
-PART_HEIGHT = 20
-ARC_ROOM = 72
-ARC_GAP = 6
-PART_WIDTH = 52
-
 
 @dataclass(frozen=True)
 class Colour:
@@ -69,40 +62,6 @@ class Colour:
 
     text: str
     colour: str
-
-
-@dataclass(frozen=True)
-class Words:
-    """A text with the CSS classes of its element, and the text that a pointer on it shows."""
-
-    text: str
-    kind: str = ""
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Arc:
-    """A line from a part to one that reads it, as the course of an SVG path."""
-
-    kind: str
-    course: str
-
-
-@dataclass(frozen=True)
-class Flow:
-    """The parts of a block as lines, with an arc at the left from each part to its readers.
-
-    Attributes:
-        lines: the values from outside, then the parts in the order they run.
-        arcs: between the lines.
-        width: of the room for the arcs, in pixels.
-        height: of all lines, in pixels.
-    """
-
-    lines: list[Words]
-    arcs: list[Arc]
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -361,9 +320,9 @@ def _box(
         colour=progress.accuracy_colour(block.target) if progress is not None else "",
         bar=f"{100 * block.activation_bytes / most:.1f}",
         calls=len(block.modules),
-        modules=_flow(parts(block, "modules")),
+        modules=flow_of(parts(block, "modules")),
         node_count=len(block.nodes),
-        nodes=_flow(parts(block, "nodes")),
+        nodes=flow_of(parts(block, "nodes")),
     )
 
 
@@ -415,46 +374,6 @@ def _remarks(
     for leaf in leaves_in(block, plan):
         name = relative(leaf.qualname, block)
         yield Words(f"not traced: {name} ({leaf.kind}): {leaf.reason}", "remark untraced")
-
-
-def _flow(inside: Sequence[Part]) -> Flow:
-    own = {part.node.name for part in inside}
-    outer: dict[str, None] = {}
-    for part in inside:
-        for read in part.node.reads:
-            if read not in own:
-                outer[read] = None
-    names = [*outer, *(part.node.name for part in inside)]
-    rows = {name: row for row, name in enumerate(names)}
-
-    lines = []
-    for name in outer:
-        lines.append(Words(f"{shorten(name, PART_WIDTH)} →", "outer", f"{name}, from outside"))
-    arcs = []
-    for part in inside:
-        text = shorten(part.text, PART_WIDTH)
-        lines.append(Words(text, _part_kind(part), part.node.name))
-        for read in part.node.reads:
-            arcs.append(_arc(rows[read], rows[part.node.name]))
-    return Flow(lines, arcs, ARC_ROOM, PART_HEIGHT * len(names))
-
-
-def _part_kind(part: Part) -> str:
-    if part.node.join in JOIN_SIGNS:
-        return "join"
-    return "" if part.node.is_path else "aside"
-
-
-def _arc(start: int, end: int) -> Arc:
-    """Return the arc between two lines; the more lines it passes, the further it reaches left."""
-    side = ARC_ROOM - ARC_GAP
-    passed = end - start - 1
-    reach = side - min(side - ARC_GAP, 8 * passed)
-    top = PART_HEIGHT * start + PART_HEIGHT / 2
-    bottom = PART_HEIGHT * end + PART_HEIGHT / 2
-    bend = f"{reach} {top + 6:g} {reach} {bottom - 6:g}"
-    course = f"M {side} {top + 3:g} C {bend} {side} {bottom - 3:g}"
-    return Arc("skip" if passed else "next", course)
 
 
 def _legend(plan: BlockPlan, progress: Progress | None) -> Iterator[LegendLine]:

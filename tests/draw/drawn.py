@@ -31,12 +31,12 @@ class Drawn:
     def ends(self, kind: str | None = None) -> list[tuple[str, str]]:
         """The edges as pairs of names, those of one class if it is given."""
         return sorted(
-            (edge["tail"], edge["head"]) for edge in self.edges if kind in (None, edge["class"])
+            (edge["tail"], edge["head"]) for edge in self.edges if kind in (None, edge.get("class"))
         )
 
     def one(self, kind: str) -> dict[str, Any]:
         """The only edge of a class."""
-        (edge,) = [edge for edge in self.edges if edge["class"] == kind]
+        (edge,) = [edge for edge in self.edges if edge.get("class") == kind]
         return edge
 
     def rows(self) -> list[list[str]]:

@@ -39,6 +39,11 @@ def test_the_columns_stand_side_by_side(chain: Callable[[int], BlockPlan], tmp_p
         assert abs(float(shown[left]["y"]) - float(shown[right]["y"])) < 4
 
 
+def test_the_bars_have_a_scale(small: BlockPlan, resnet18: BlockPlan, tmp_path: Path) -> None:
+    text = draw_comparison([small, resnet18], tmp_path / "policies.dot").read_text()
+    assert "the longest bar is 9.95 MiB<" in text
+
+
 def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no plan to compare"):
         draw_comparison([], tmp_path / "policies.dot")

@@ -289,23 +289,38 @@ def test_a_tall_plan_is_set_in_columns_of_equal_height(chain: Chain) -> None:
     assert ["block_0", "block_10", "block_20"] in rows
     assert ["block_8", "block_18", "classifier"] in rows
     assert ["block_9", "block_19"] in rows
-    turns = [edge for edge in graph.edges if edge.get("constraint") == "false"]
-    assert [(edge["tail"], edge["head"]) for edge in turns] == [
-        ("block_9", "block_10"),
-        ("block_19", "block_20"),
-    ]
-    low = parse(chain(ROWS - 1), unfold=True).edges
-    assert not [edge for edge in low if edge.get("constraint") == "false"]
+    assert graph.ends("cut turn") == [("from_block_19", "block_20"), ("from_block_9", "block_10")]
+    assert {("block_9", "to_block_10"), ("block_19", "to_block_20")} <= set(graph.ends("cut"))
+    assert parse(chain(ROWS - 1), unfold=True).ends("cut turn") == []
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_columns_stand_from_left_to_right(chain: Chain, inputs: int) -> None:
+    plan = chain(5 * ROWS)
+    more = [Input(f"x{index}", (3, 8, 8), "float32") for index in range(1, inputs)]
+    plan = replace(plan, inputs=(*plan.inputs, *more))
+    nodes = drawn(block_graph(plan, unfold=True), "json").nodes
+    places = [nodes[f"block_{index}"]["pos"].split(",") for index in range(5 * ROWS)]
+    left = [float(x) for x, _ in places]
+    columns = list(dict.fromkeys(left))
+    assert len(columns) == 6
+    assert columns == sorted(columns)
+    assert left == sorted(left)
 
 
 @pytest.mark.parametrize("length", [1, 9, 17, 50])
 def test_plans_of_every_length_have_all_their_edges(chain: Chain, length: int) -> None:
-    plan = chain(length)
-    graph = parse(plan, unfold=True)
-    assert len(graph.nodes) == 2 * length + 2
+    graph = parse(chain(length), unfold=True)
     names = [*(f"block_{index}" for index in range(length)), "classifier"]
-    assert graph.ends("cut") == sorted(itertools.pairwise(names))
-    assert len(graph.edges) == 2 * length + 1
+    cuts = sorted(itertools.pairwise(names))
+    assert [(tail, head.removeprefix("to_")) for tail, head in graph.ends("cut")] == cuts
+    turns = [(tail.removeprefix("from_"), head) for tail, head in graph.ends("cut turn")]
+    assert turns == [(tail, head[3:]) for tail, head in graph.ends("cut") if head[:3] == "to_"]
+    assert len(turns) == length // ROWS
+    shown = [edge for edge in graph.edges if edge.get("style") != "invis"]
+    assert len(shown) == 2 * length + 1 + len(turns)
+    boxes = [node for node in graph.nodes.values() if node.get("style") != "invis"]
+    assert len(boxes) == 2 * length + 2 + 2 * len(turns)
 
 
 def test_a_missing_package_is_named(small: BlockPlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
-"""Handwritten digits: train two networks block by block (SFF) and by backpropagation (BP) on the same batches, and compare.
+"""Handwritten digits: train two networks block by block (SFF) and by backpropagation (BP).
 
     python -m examples.digits --out sffx-demo
 
-Takes two to three minutes and needs `pip install 'sffx[demo]'`. The images come with scikit-learn: 1,797 of 8 x 8 pixels.
+Both ways start from the same weights and see the same batches. The script compares accuracy, memory
+and time, exports to ONNX, and draws the blocks. It takes two to three minutes, and needs
+`pip install 'sffx[demo]'`. The images come with scikit-learn: 1,797 of 8 x 8 pixels.
 """
 
 from __future__ import annotations
@@ -28,30 +30,33 @@ from tqdm import tqdm
 
 import sffx
 from sffx.draw.render import draw
-from sffx.memory.count import MIB, count_memory
+from sffx.memory.count import count_memory
 from sffx.plots.results import plot_accuracy
+from sffx.tables import MIB
 from tools.timing import compare_time
 
-BATCH, TEST = 64, 360
+BATCH = 64
+TEST_IMAGES = 360
+BAR = "{desc} {percentage:3.0f} % {bar:30} {elapsed} < {remaining}{postfix}"
+
 Pair = tuple[Tensor, Tensor]  # images (N, 3, size, size) and labels (N,)
 
 
+# The networks
+
+
 class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with BN and a shortcut, (B, C, H, W) to (B, D, H/stride, W/stride)."""
+
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1, self.bn1 = (
-            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.conv2, self.bn2 = (
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = (
-            nn.Identity()
-            if inputs == outputs
-            else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        )
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -59,12 +64,15 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualNetwork(nn.Sequential):
+    """A stem, four residual blocks and a linear layer, (B, 3, H, W) to (B, 10)."""
+
     def __init__(self) -> None:
+        stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
         super().__init__(
             OrderedDict(
-                stem=nn.Sequential(
-                    nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-                ),
+                stem=stem,
                 residual1=ResidualBlock(16, 16),
                 residual2=ResidualBlock(16, 32, stride=2),
                 residual3=ResidualBlock(32, 64, stride=2),
@@ -80,22 +88,24 @@ def mobilenet() -> nn.Module:
     model = torchvision.models.mobilenet_v3_small(num_classes=10)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = (
-                0.1  # by torchvision's 0.01 the running statistics lag behind a training this short
-            )
+            # With torchvision's 0.01 the running statistics lag behind a training this short.
+            module.momentum = 0.1
     return model
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network and how to train it; all of it was chosen on 237 of the training images, never on the test images.
+    """A network and how to train it.
+
+    All of it was chosen on 237 of the training images, never on the test images.
 
     Attributes:
         name: of its files.
-        make: makes it.
+        make: makes the network.
         size: height and width of its images; both networks want more than 8 x 8 pixels.
         epochs: how often every training image is seen.
-        kernel_size: of the goodness heads. 3 instead of 1 adds 1.6 % to MobileNet's ensemble, whose early blocks see little of an image.
+        kernel_size: of the goodness heads. 3 instead of 1 adds 1.6 % to MobileNet's ensemble, whose
+            early blocks see little of an image.
         rates: learning rates.
     """
 
@@ -127,19 +137,50 @@ TASKS = (
 )
 
 
+# The images
+
+
+def digits(size: int, seed: int) -> tuple[Pair, Pair]:
+    """Return the images to train on and those to test on, every digit with its share in both."""
+    source = load_digits()
+    grey = torch.tensor(source.images).float()[:, None] / 16
+    enlarged = F.interpolate(grey, size=size, mode="bilinear")
+    x = ((enlarged - 0.3) / 0.38).repeat(1, 3, 1, 1)
+    y = torch.tensor(source.target)
+    train, test = train_test_split(
+        torch.arange(len(y)), test_size=TEST_IMAGES, stratify=y, random_state=seed
+    )
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn each image by up to 11 degrees, scale it and shift it by up to 10 % each."""
+    limits = torch.tensor([[0.2], [0.1], [0.2], [0.2]])
+    angle, scale, right, down = (torch.rand(4, len(x), generator=generator) * 2 - 1) * limits
+    cos = (1 + scale) * angle.cos()
+    sin = (1 + scale) * angle.sin()
+    moves = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(moves, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+# The training
+
+
 class Learner:
-    """A network, the way it learns and its optimizer, which follows a one-cycle schedule of the learning rate."""
+    """A network, its loss and its optimizer, which follows a one-cycle schedule."""
 
     def __init__(
         self,
         net: nn.Module,
         loss: Callable[[Any, Tensor, Tensor], Tensor],
-        groups: Any,
+        parameters: Any,
         lr: float,
         steps: int,
     ) -> None:
-        self.net, self.loss = net.train(), loss
-        self.optimizer = torch.optim.AdamW(groups, lr)
+        self.net = net.train()
+        self.loss = loss
+        self.optimizer = torch.optim.AdamW(parameters, lr)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps)
 
     def step(self, x: Tensor, y: Tensor) -> float:
@@ -150,139 +191,114 @@ class Learner:
         return loss.item()
 
 
-def learners(task: Task, steps: int, seed: int) -> dict[str, Learner]:
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def make_learners(task: Task, steps: int, seed: int) -> dict[str, Learner]:
     """Make the cut network and the plain one from the same initial weights."""
     torch.manual_seed(seed)
     model = task.make()
-    net = sffx.transform(
-        model, "residual", torch.zeros(1, 3, task.size, task.size), kernel_size=task.kernel_size
-    )
+    image = torch.zeros(1, 3, task.size, task.size)
+    net = sffx.transform(model, "residual", image, kernel_size=task.kernel_size)
     print(f"{net.plan}\n", flush=True)
+    groups = sffx.parameter_groups(net, task.rates["SFF"])
     return {
-        "SFF": Learner(
-            net,
-            sffx.local_loss,
-            sffx.parameter_groups(net, task.rates["SFF"]),
-            task.rates["SFF"],
-            steps,
-        ),
-        "BP": Learner(
-            model,
-            lambda net, x, y: F.cross_entropy(net(x), y),
-            model.parameters(),
-            task.rates["BP"],
-            steps,
-        ),
+        "SFF": Learner(net, sffx.local_loss, groups, task.rates["SFF"], steps),
+        "BP": Learner(model, cross_entropy, model.parameters(), task.rates["BP"], steps),
     }
-
-
-def digits(size: int, seed: int) -> tuple[Pair, Pair]:
-    """Return the images to train on and those to test on, every digit with its share in both."""
-    found = load_digits()
-    images = F.interpolate(
-        torch.tensor(found.images).float()[:, None] / 16, size=size, mode="bilinear"
-    )
-    x, y = ((images - 0.3) / 0.38).repeat(1, 3, 1, 1), torch.tensor(found.target)
-    train, test = train_test_split(
-        torch.arange(len(y)), test_size=TEST, stratify=y, random_state=seed
-    )
-    return (x[train], y[train]), (x[test], y[test])
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn each image by up to 11 degrees, scale it by up to 10 % and shift it by up to 10 % of its width."""
-    angle, scale, right, down = (torch.rand(4, len(x), generator=generator) * 2 - 1) * torch.tensor(
-        [[0.2], [0.1], [0.2], [0.2]]
-    )
-    cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    moves = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
-    return F.grid_sample(
-        x,
-        F.affine_grid(moves, list(x.shape), align_corners=False),
-        padding_mode="border",
-        align_corners=False,
-    )
 
 
 def train(learners: dict[str, Learner], data: Pair, epochs: int, seed: int) -> None:
     """Give every batch to all learners."""
     x, y = data
     generator = torch.Generator().manual_seed(seed)
-    order = [
-        index
-        for _ in range(epochs)
-        for index in torch.randperm(len(x), generator=generator).split(BATCH)
-        if len(index) == BATCH
-    ]
-    with tqdm(
-        order,
-        "training",
-        mininterval=1,
-        bar_format="{desc} {percentage:3.0f} % {bar:30} {elapsed} < {remaining}{postfix}",
-    ) as bar:
+    batches = []
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=generator)
+        batches += [index for index in order.split(BATCH) if len(index) == BATCH]
+    with tqdm(batches, "training", mininterval=1, bar_format=BAR) as bar:
         for index in bar:
             images = augment(x[index], generator)
-            losses = {name: learner.step(images, y[index]) for name, learner in learners.items()}
-            for learner in learners.values():
+            losses = {}
+            for name, learner in learners.items():
+                losses[name] = learner.step(images, y[index])
                 learner.schedule.step()
-            bar.set_postfix_str(
-                f"loss: SFF {losses['SFF']:.2f} (all blocks), BP {losses['BP']:.2f}", refresh=False
-            )
+            shown = f"loss: SFF {losses['SFF']:.2f} (all blocks), BP {losses['BP']:.2f}"
+            bar.set_postfix_str(shown, refresh=False)
 
 
+# The comparison
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, data: Pair) -> float:
-    with torch.no_grad():
-        return int((model.eval()(data[0]).argmax(dim=1) == data[1]).sum()) / len(data[1])
+    x, y = data
+    return share_correct(model.eval()(x), y)
 
 
 def accuracy_onnx(path: Path, data: Pair) -> float:
+    x, y = data
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (scores,) = session.run(None, {session.get_inputs()[0].name: data[0].numpy()})
-    return int((torch.tensor(scores).argmax(dim=1) == data[1]).sum()) / len(data[1])
+    (scores,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return share_correct(torch.tensor(scores), y)
 
 
-def costs(learners: dict[str, Learner], data: Pair) -> dict[str, dict[str, float]]:
-    """Measure a training step of both, now that the states of the optimizers exist. This changes the weights."""
+def share_correct(scores: Tensor, y: Tensor) -> float:
+    return int((scores.argmax(dim=1) == y).sum()) / len(y)
+
+
+def measure_costs(learners: dict[str, Learner], data: Pair) -> dict[str, dict[str, float]]:
+    """Measure a training step of both ways. This changes the weights.
+
+    Returns:
+        By measure, the values of "SFF" and "BP" and their ratio.
+    """
     x, y = data[0][:BATCH], data[1][:BATCH]
-    for learner in learners.values():
+    steps = {}
+    counts = {}
+    for name, learner in learners.items():
         learner.net.train()
-    steps = {name: partial(learner.step, x, y) for name, learner in learners.items()}
-    counts = {
-        name: count_memory(steps[name], model=learner.net, optimizer=learner.optimizer)
-        for name, learner in learners.items()
-    }
+        steps[name] = partial(learner.step, x, y)
+        counts[name] = count_memory(steps[name], model=learner.net, optimizer=learner.optimizer)
     times = compare_time(steps, rounds=10, warmup=1)
-    peaks = {name: count.peak / MIB for name, count in counts.items()}
-    activations = {name: count.activations / MIB for name, count in counts.items()}
     return {
-        "peak memory of a step, MiB": {**peaks, "SFF / BP": peaks["SFF"] / peaks["BP"]},
-        "activations of a step, MiB": {
-            **activations,
-            "SFF / BP": activations["SFF"] / activations["BP"],
-        },
-        # Of steps that ran side by side, which whatever else the machine does slows alike.
+        "peak memory of a step, MiB": with_ratio(
+            {name: count.peak / MIB for name, count in counts.items()}
+        ),
+        "activations of a step, MiB": with_ratio(
+            {name: count.activations / MIB for name, count in counts.items()}
+        ),
         "time of a step, ms": {
-            **{name: times.median(name) * 1e3 for name in steps},
+            "SFF": times.median("SFF") * 1e3,
+            "BP": times.median("BP") * 1e3,
+            # Of steps that ran side by side: other work on the machine slows both alike.
             "SFF / BP": times.paired_ratio("SFF", "BP"),
         },
     }
 
 
-def report(name: str, found: dict[str, Any]) -> None:
-    bp = {"classifier": f"{found['accuracy']['BP']:10.2%}"}
-    print(f"\n{f'accuracy of {name}':34}{'SFF':>10}{'BP':>10}")
-    for readout, value in found["accuracy"]["SFF"].items():
-        print(f"{readout:34}{value:10.2%}{bp.get(readout, '')}")
-    print(f"{'ensemble, by ONNX Runtime':34}{found['accuracy']['ONNX']:10.2%}")
+def with_ratio(values: dict[str, float]) -> dict[str, float]:
+    return {**values, "SFF / BP": values["SFF"] / values["BP"]}
+
+
+def report(name: str, results: dict[str, Any]) -> None:
+    accuracies = results["accuracy"]
+    title = f"accuracy of {name}"
+    print(f"\n{title:34}{'SFF':>10}{'BP':>10}")
+    for readout, value in accuracies["SFF"].items():
+        # Backpropagation trains the classifier alone.
+        bp = f"{accuracies['BP']:10.2%}" if readout == "classifier" else ""
+        print(f"{readout:34}{value:10.2%}{bp}")
+    print(f"{'ensemble, by ONNX Runtime':34}{accuracies['ONNX']:10.2%}")
     print(f"\n{'':34}{'SFF':>10}{'BP':>10}{'SFF / BP':>10}")
-    for measure, cost in found["costs"].items():
-        print(
-            f"{measure:34}{cost['SFF']:10.1f}{cost['BP']:10.1f}{cost['SFF / BP']:10.2f}", flush=True
-        )
+    for measure, cost in results["costs"].items():
+        values = f"{cost['SFF']:10.1f}{cost['BP']:10.1f}{cost['SFF / BP']:10.2f}"
+        print(f"{measure:34}{values}", flush=True)
 
 
-def picture(net: fx.GraphModule, path: Path) -> list[Path]:
-    """Draw the blocks; where nothing is installed that renders, leave the DOT text."""
+def draw_blocks(net: fx.GraphModule, path: Path) -> list[Path]:
+    """Draw the blocks; without a program that renders, leave the DOT text."""
     try:
         return [draw(net, path.with_suffix(suffix)) for suffix in (".svg", ".png")]
     except sffx.MissingExtra as missing:
@@ -294,28 +310,29 @@ def run(task: Task, out: Path, epochs: int, seed: int) -> dict[str, Any]:
     """Train, evaluate, export, draw and measure one network."""
     print(f"\n=== {task.name}: {task.size} x {task.size} pixels, {epochs} epochs ===\n", flush=True)
     data, test = digits(task.size, seed)
-    pair = learners(task, steps=epochs * (len(data[0]) // BATCH), seed=seed)
-    train(pair, data, epochs, seed)
-    net: Any = pair["SFF"].net
-    accuracies: dict[str, Any] = {
-        "SFF": sffx.evaluate(net, [test]).accuracy,
-        "BP": accuracy(pair["BP"].net, test),
-    }
+    learners = make_learners(task, steps=epochs * (len(data[0]) // BATCH), seed=seed)
+    train(learners, data, epochs, seed)
+
+    net: Any = learners["SFF"].net
+    sff = sffx.evaluate(net, [test]).accuracy
+    bp = accuracy(learners["BP"].net, test)
     onnx_file = sffx.export_onnx(net, out / f"{task.name}.onnx")
-    accuracies["ONNX"] = accuracy_onnx(onnx_file, test)
-    if accuracies["ONNX"] != accuracies["SFF"]["ensemble"]:
-        raise SystemExit(f"ONNX Runtime and torch differ in accuracy: {accuracies}")
-    series = {"SFF": list(accuracies["SFF"].items()), "BP": [("classifier", accuracies["BP"])]}
-    plot = plot_accuracy(series, out / f"{task.name}-accuracy.png")
-    files = [onnx_file, *picture(net, out / f"{task.name}-blocks"), plot]
-    found = {
+    onnx = accuracy_onnx(onnx_file, test)
+    if onnx != sff["ensemble"]:
+        raise SystemExit(f"ONNX Runtime and torch differ in accuracy: {onnx} and {sff['ensemble']}")
+
+    plot = plot_accuracy(
+        {"SFF": list(sff.items()), "BP": [("classifier", bp)]}, out / f"{task.name}-accuracy.png"
+    )
+    pictures = draw_blocks(net, out / f"{task.name}-blocks")
+    results = {
         "epochs": epochs,
-        "accuracy": accuracies,
-        "costs": costs(pair, data),
-        "files": [file.name for file in files],
+        "accuracy": {"SFF": sff, "BP": bp, "ONNX": onnx},
+        "costs": measure_costs(learners, data),
+        "files": [file.name for file in (onnx_file, *pictures, plot)],
     }
-    report(task.name, found)
-    return found
+    report(task.name, results)
+    return results
 
 
 def main() -> None:
@@ -323,28 +340,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("sffx-demo"), help="folder for what is left behind"
+        "--out", type=Path, default=Path("sffx-demo"), help="folder for the files that are written"
     )
     parser.add_argument("--epochs", type=int, help="instead of each network's own number")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # Tensors this small gain little from threads, and where another process holds a core, each operation waits for the slowest thread:
-    # ten times the time and more. With one thread, the figures are also the same however many cores there are.
+    # Tensors this small gain little from threads. Where another process holds a core, each
+    # operation waits for the slowest thread, which takes ten times as long and more. With one
+    # thread, the figures are also the same however many cores there are.
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     print(
-        f"Handwritten digits, {TEST} of 1,797 held back for the test: two networks, each trained block by block (SFF) and"
+        f"Handwritten digits, {TEST_IMAGES} of 1,797 held back for the test. Two networks are each "
+        "trained block by\nblock (SFF) and by backpropagation (BP), from the same weights, on the "
+        f"same batches of {BATCH}, with AdamW."
     )
-    print(
-        f"by backpropagation (BP) from the same weights, on the same batches of {BATCH}, with AdamW."
-    )
-    results = {
-        task.name: run(task, args.out, args.epochs or task.epochs, args.seed) for task in TASKS
-    }
+    results = {}
+    for task in TASKS:
+        results[task.name] = run(task, args.out, args.epochs or task.epochs, args.seed)
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Left in {args.out}:")
-    for file in ["results.json", *(file for found in results.values() for file in found["files"])]:
+    files = ["results.json"]
+    for result in results.values():
+        files += result["files"]
+    for file in files:
         print(f"  {file:34}{(args.out / file).stat().st_size / 1e3:7,.0f} kB")
 
 

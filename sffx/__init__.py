@@ -1,32 +1,38 @@
 """Train a PyTorch model block by block, without end-to-end backpropagation."""
 
-from sffx import policies
-from sffx.api import plan, transform
-from sffx.blocks import Block, BlockPlan
-from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sffx.errors import (
-    CutError,
-    ExportError,
-    InputError,
-    MissingExtra,
-    SffxError,
-    TraceError,
-    VerifyError,
-)
-from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
-from sffx.export.onnx import export_onnx
-from sffx.export.program import export_program
-from sffx.export.quantize import Quantization, quantize_onnx
-from sffx.export.stages import export_early_exit
-from sffx.extract import extract
-from sffx.learning.losses import sff_loss
-from sffx.memory.footprint import Footprint, footprint
-from sffx.runtime.evaluate import Evaluation, evaluate
-from sffx.runtime.offload import offload, onload
-from sffx.runtime.optimizers import BlockPlateau, parameter_groups
-from sffx.runtime.shard import shard
-from sffx.runtime.step import LocalLoss, local_loss, local_step
-from sffx.runtime.weigh import weigh
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sffx import policies
+    from sffx.api import plan, transform
+    from sffx.blocks import Block, BlockPlan
+    from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from sffx.errors import (
+        CutError,
+        ExportError,
+        InputError,
+        MissingExtra,
+        SffxError,
+        TraceError,
+        VerifyError,
+    )
+    from sffx.export.early_exit import EarlyExit, EarlyScores, ExitCurve, ExitPoint
+    from sffx.export.onnx import export_onnx
+    from sffx.export.program import export_program
+    from sffx.export.quantize import Quantization, quantize_onnx
+    from sffx.export.stages import export_early_exit
+    from sffx.extraction import extract
+    from sffx.learning.losses import sff_loss
+    from sffx.memory.footprint import Footprint, footprint
+    from sffx.runtime.evaluate import Evaluation, evaluate
+    from sffx.runtime.offload import offload, onload
+    from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+    from sffx.runtime.shard import shard
+    from sffx.runtime.step import LocalLoss, local_loss, local_step
+    from sffx.runtime.weigh import weigh
 
 __all__ = [
     "Block",
@@ -69,3 +75,61 @@ __all__ = [
     "transform",
     "weigh",
 ]
+
+# Where each public name comes from. It is imported when it is first used, because the commands'
+# `--help` should not wait for torch.
+_MODULE_OF = {
+    "Block": "sffx.blocks",
+    "BlockPlan": "sffx.blocks",
+    "BlockPlateau": "sffx.runtime.optimizers",
+    "Checkpoint": "sffx.checkpoint",
+    "CutError": "sffx.errors",
+    "EarlyExit": "sffx.export.early_exit",
+    "EarlyScores": "sffx.export.early_exit",
+    "Evaluation": "sffx.runtime.evaluate",
+    "ExitCurve": "sffx.export.early_exit",
+    "ExitPoint": "sffx.export.early_exit",
+    "ExportError": "sffx.errors",
+    "Footprint": "sffx.memory.footprint",
+    "InputError": "sffx.errors",
+    "LocalLoss": "sffx.runtime.step",
+    "MissingExtra": "sffx.errors",
+    "Quantization": "sffx.export.quantize",
+    "SffxError": "sffx.errors",
+    "TraceError": "sffx.errors",
+    "VerifyError": "sffx.errors",
+    "evaluate": "sffx.runtime.evaluate",
+    "export_early_exit": "sffx.export.stages",
+    "export_onnx": "sffx.export.onnx",
+    "export_program": "sffx.export.program",
+    "extract": "sffx.extraction",
+    "footprint": "sffx.memory.footprint",
+    "load_checkpoint": "sffx.checkpoint",
+    "local_loss": "sffx.runtime.step",
+    "local_step": "sffx.runtime.step",
+    "offload": "sffx.runtime.offload",
+    "onload": "sffx.runtime.offload",
+    "parameter_groups": "sffx.runtime.optimizers",
+    "plan": "sffx.api",
+    "policies": "sffx.policies",
+    "quantize_onnx": "sffx.export.quantize",
+    "save_checkpoint": "sffx.checkpoint",
+    "sff_loss": "sffx.learning.losses",
+    "shard": "sffx.runtime.shard",
+    "transform": "sffx.api",
+    "weigh": "sffx.runtime.weigh",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'sffx' has no attribute {name!r}")
+    module = import_module(_MODULE_OF[name])
+    value = module if name == "policies" else getattr(module, name)
+    globals()[name] = value  # so that this function is not called again
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,7 +24,7 @@ FLOORS = (
     ("memory", "export"),
     ("policies",),
     ("api",),
-    ("checkpoint", "extract"),
+    ("checkpoint", "extraction"),
     ("plots", "cli", "lightning"),
 )
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}

@@ -76,8 +76,8 @@ __all__ = [
     "weigh",
 ]
 
-# Where each public name comes from. It is imported when it is first used, because the commands'
-# `--help` should not wait for torch.
+# The module of each public name. A name is imported when it is first used, so that `--help` of the
+# commands does not wait for torch.
 _MODULE_OF = {
     "Block": "sffx.blocks",
     "BlockPlan": "sffx.blocks",
@@ -126,8 +126,10 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sffx' has no attribute {name!r}")
     module = import_module(_MODULE_OF[name])
+    # "policies" alone is a module itself.
     value = module if name == "policies" else getattr(module, name)
-    globals()[name] = value  # so that this function is not called again
+    # From now on Python finds the name without calling this function.
+    globals()[name] = value
     return value
 
 

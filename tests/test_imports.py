@@ -85,3 +85,13 @@ def test_the_public_face_is_complete_and_needs_no_optional_package():
     complete = "assert all(hasattr(sffx, name) for name in sffx.__all__)"
     code = f"import sys; {blocked}; import sffx; {complete}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_used():
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    seen = {}
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("sffx."):
+            seen.update({alias.name: node.module for alias in node.names})
+    assert seen == {name: sffx._MODULE_OF[name] for name in seen}
+    assert set(sffx._MODULE_OF) == set(sffx.__all__) == {*seen, "policies"}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sffx.kernels.activation import private_gradients
-from sffx.kernels.attention import self_attention
 from sffx.kernels.recompute import ACTIVATIONS, recomputed
 from sffx.memory.count import count_memory
 
@@ -236,14 +235,6 @@ def test_a_forward_put_on_the_instance_runs():
     )
 
 
-def test_the_last_layer_of_attention_is_read_and_not_called_as_in_torch():
-    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
-    attention.out_proj.register_forward_hook(lambda module, args, out: out + 1)
-    torch.testing.assert_close(
-        self_attention(x, attention), attention(x, x, x, need_weights=False)[0]
-    )
-
-
 def test_autocast_is_left_to_torch():
     norm, layer, x = nn.LayerNorm(4), nn.Linear(4, 6), torch.randn(5, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,40 +258,6 @@ def test_without_gradients_nothing_is_kept():
     norm, layer, x = chain("bn-conv2d")
     with torch.no_grad():
         assert recomputed(x, layer, norm=norm).grad_fn is None
-
-
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("private", [False, True])
-def test_self_attention_is_that_of_torch(has_norm, bias, private):
-    torch.manual_seed(0)
-    attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True).double()
-    norm = nn.LayerNorm(8).double() if has_norm else None
-    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-    with private_gradients() if private else nullcontext():
-        found = self_attention(x, attention, norm=norm)
-    y = norm(x) if norm is not None else x
-    expected = attention(y, y, y, need_weights=False)[0]
-    torch.testing.assert_close(found, expected)
-    wanted = [x, *parameters(norm, attention)]
-    assert_same(
-        torch.autograd.grad(found.square().sum(), wanted),
-        torch.autograd.grad(expected.square().sum(), wanted),
-    )
-
-
-def test_self_attention_drops_as_torch_does():
-    attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
-    x = torch.randn(3, 5, 8)
-    torch.manual_seed(0)
-    found = self_attention(x, attention)
-    torch.manual_seed(0)
-    torch.testing.assert_close(found, attention(x, x, x, need_weights=False)[0])
-    attention.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(
-            self_attention(x, attention), attention(x, x, x, need_weights=False)[0]
-        )
 
 
 def test_one_value_for_each_channel_is_refused_as_torch_refuses_it():

@@ -37,6 +37,7 @@ class Crossing:
 def crossings(plan: BlockPlan) -> list[Crossing]:
     """Return the side values that cross a cut, and the values that come from outside the blocks."""
     groups: dict[Crossing, list[str]] = {}
+    # A dict keeps the order in which the blocks read the values, and each of them once.
     read = dict.fromkeys(name for block in plan.all_blocks for name in block.inputs)
     for name in read:
         key = _crossing(name, plan)

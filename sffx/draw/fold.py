@@ -67,6 +67,7 @@ def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
     """Return the modules of a block that the trace did not look into."""
     leaves = []
     for leaf in plan.leaves:
+        # With a dot at the end, because "layer1" is no part of "layer10".
         prefix = f"{leaf.qualname}."
         if any(f"{name}.".startswith(prefix) for name in block.modules):
             leaves.append(leaf)
@@ -117,6 +118,7 @@ def _look(
 def _run(blocks: list[Block]) -> Run:
     first = blocks[0]
     last = blocks[-1]
+    # The costs of the blocks are equal, so those of the first are those of each.
     values = {field.name: getattr(first, field.name) for field in fields(Block)}
     values["name"] = f"{first.name}{JOINT}{last.name}"
     values["output"] = last.output

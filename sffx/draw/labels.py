@@ -161,6 +161,7 @@ def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
     options = plan.options
     if not isinstance(options.goodness, str):
         return [option_name(options.goodness)]
+    # The numbers of "cosine(4)" or "mlp(64, 3)" are in the legend.
     kind = options.goodness.partition("(")[0]
     if kind == "cwc":
         return ["CwC, no parameters"]
@@ -205,6 +206,7 @@ def _mark_cell(mark: str, colour: str) -> Element:
 
 def _paragraph(mark: str, colour: str, words: str) -> list[Element]:
     lines = textwrap.wrap(words, NOTE_WIDTH) or [" "]
+    # Graphviz breaks no lines in a cell, so each line is a row, and the first bears the mark.
     marks = [mark] + [" "] * (len(lines) - 1)
     return [_sample_row(each, colour, part) for each, part in zip(marks, lines, strict=True)]
 
@@ -226,6 +228,7 @@ def _module_lines(block: Block) -> list[str]:
         if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
             return _lines(items)
     if len(items) > MODULES_SHOWN:
+        # The first and the last show how the block begins and ends.
         items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
     return _lines(items)
 

@@ -228,6 +228,7 @@ def page(
         policy=POLICY,
         buttons=BUTTONS,
         keys=KEYS,
+        # Files of this package; escaped they would not work.
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
     )
@@ -243,7 +244,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.from_string(_file("page.html.jinja").lstrip())
+    return environment.from_string(_file("page.html.jinja"))
 
 
 def _without_control_characters(value: object) -> object:
@@ -286,6 +287,7 @@ def _groups(
         for member in members:
             boxes.append(_box(member, index, plan, crossed, progress))
             index += 1
+        # A run is a frame around its blocks; any other block stands alone.
         yield Group(boxes, _run_box(block, plan) if isinstance(block, Run) else None)
 
 

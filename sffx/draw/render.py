@@ -145,9 +145,11 @@ def render(graph: Digraph, kind: str) -> bytes:
         graph = graph.copy()
         graph.graph_attr["dpi"] = RESOLUTION
     try:
+        # Quiet, or each warning of the program, as of its fonts, would be printed.
         picture = graph.pipe(format=kind, quiet=True)
     except ExecutableNotFound:
         return _by_pygraphviz(graph.source, kind)
+    # A program that ends early breaks the pipe, which is an OSError.
     except (OSError, CalledProcessError) as error:
         return _after_failure(graph.source, kind, _reason(error), error)
     if not picture:
@@ -165,6 +167,7 @@ def _by_pygraphviz(text: str, kind: str) -> bytes:
         raise MissingExtra("pygraphviz", "viz", purpose) from error
     try:
         picture = AGraph(string=text).draw(format=kind, prog="dot")
+    # What pygraphviz raises depends on where its C library fails.
     except Exception as error:
         raise SffxError(f"pygraphviz could not draw a {kind}: {error}. {KEEP_TEXT}") from error
     if not picture:

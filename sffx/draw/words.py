@@ -89,6 +89,7 @@ def shape_in_words(shape: Sequence[int]) -> str:
 
 def printable(text: str) -> str:
     """Return the text with a space in place of every character that does not print."""
+    # Graphviz and HTML refuse control characters and halves of surrogate pairs.
     return "".join(character if character.isprintable() else " " for character in text)
 
 

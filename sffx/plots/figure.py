@@ -36,6 +36,7 @@ def blank(width: float, height: float, purpose: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtra("matplotlib", "viz", purpose) from error
+    # Not pyplot, which keeps every figure and chooses a window system.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

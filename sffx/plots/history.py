@@ -134,6 +134,7 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
     for row in rows:
         for column in columns:
             metric, _, name = column.partition("/")
+            # A row of training has no values of validation, and the other way round.
             if metric in LOGGED and row[column]:
                 number = _number(path, row, "epoch", int)
                 value = _number(path, row, column, float)

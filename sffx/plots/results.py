@@ -209,6 +209,7 @@ def _set_ticks(axes: Axes, names: Sequence[str]) -> None:
     step = math.ceil(len(names) / TICKS)
     labels = [str(index_of(name)) if is_block(name) else name for name in names[::step]]
     axes.set_xticks(range(0, len(names), step), labels)
+    # Half a step at both ends, so that the outermost points are not cut off.
     axes.set_xlim(-0.5, len(names) - 0.5)
     open_frame(axes)
 

@@ -131,10 +131,11 @@ def constant_batch(
         batch: the number of samples.
         device: of the tensors.
     """
-    return tuple(
-        torch.ones((batch, *each.shape), device=device).to(getattr(torch, each.dtype))
-        for each in inputs
-    )
+    tensors = []
+    for each in inputs:
+        ones = torch.ones((batch, *each.shape), device=device)
+        tensors.append(ones.to(getattr(torch, each.dtype)))
+    return tuple(tensors)
 
 
 def like_the_model(net: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -50,10 +50,10 @@ class Evaluation:
         return html_table(_COLUMNS, self._rows(), caption=f"{self.samples} samples")
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        return [
-            (name, f"{accuracy:.2%}", f"{self.loss[name]:.4f}")
-            for name, accuracy in self.accuracy.items()
-        ]
+        rows = []
+        for name, accuracy in self.accuracy.items():
+            rows.append((name, f"{accuracy:.2%}", f"{self.loss[name]:.4f}"))
+        return rows
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ bit, and a graph that a user edited is run as edited.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -72,12 +72,17 @@ class Stage:
     @property
     def modules(self) -> list[nn.Module]:
         """The modules that learn together, in the order in which they run: the block, its head."""
-        return [self.block] if self.head is None else [self.block, self.head]
+        if self.head is None:
+            return [self.block]
+        return [self.block, self.head]
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that require a gradient, of the block and its head."""
-        return [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        parameters: list[nn.Parameter] = []
+        for module in self.modules:
+            parameters += [p for p in module.parameters() if p.requires_grad]
+        return parameters
 
     def nodes_from(self, previous: Stage | None) -> list[fx.Node]:
         """Return the nodes of the outer graph that lead from a stage's scores to this one's.
@@ -108,16 +113,23 @@ class Stage:
             self._run(node, values)
 
     def _run(self, node: fx.Node, values: Values) -> None:
-        args: Any = fx.node.map_arg(node.args, values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_module":
-            values[node] = self._net.get_submodule(target)(*args)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], target)(*args[1:])
-        else:
-            values[node] = target(*args)
+        """Run one node, and remove the values that no later node reads."""
+        values[node] = self._value(node, values)
         for spent in self._order.last_read_by(node):
             values.pop(spent, None)
+
+    def _value(self, node: fx.Node, values: Values) -> Any:
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+        target: Any = node.target
+        if node.op == "call_module":
+            return self._net.get_submodule(target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        # The compiler writes no such node, but a user may add one.
+        if node.op == "get_attr":
+            return operator.attrgetter(target)(self._net)
+        return target(*args, **kwargs)
 
     def __repr__(self) -> str:
         reads = ", ".join(value.name for value in self.reads)
@@ -212,7 +224,8 @@ def _make_stages(net: fx.GraphModule) -> tuple[Stage, ...]:
 def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
     """Divide the outer graph among the stages: at each call of a block, and after each head."""
     starts = {block.target: i for i, block in enumerate(plan.all_blocks)}
-    ends = {part[-1] for part in plan.parts}
+    # The head of a block, and the classifier itself, give the scores.
+    scorers = {part[-1] for part in plan.parts}
     stages = [_Nodes() for _ in starts]
     index = 0
     is_scored = False
@@ -221,12 +234,16 @@ def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
             continue
         if node.op == "output" or node.target == READOUT:
             break
-        if node.op == "call_module" and starts.get(str(node.target), 0) > index:
+        called = str(node.target) if node.op == "call_module" else ""
+        if starts.get(called, 0) > index:
             index += 1
             is_scored = False
-        nodes = stages[index]
-        (nodes.passing if is_scored else nodes.scoring).append(node)
-        is_scored = is_scored or (node.op == "call_module" and node.target in ends)
+        if is_scored:
+            stages[index].passing.append(node)
+        else:
+            stages[index].scoring.append(node)
+        if called in scorers:
+            is_scored = True
     return stages
 
 
@@ -250,8 +267,4 @@ def _has_inner_hooks(part: nn.Module) -> bool:
     """
     if part._backward_hooks or part._backward_pre_hooks:
         return True
-    return not all(is_plain(module) for module in _inner(part))
-
-
-def _inner(part: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in part.modules() if module is not part)
+    return any(module is not part and not is_plain(module) for module in part.modules())

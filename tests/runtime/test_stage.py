@@ -118,7 +118,7 @@ def test_an_edited_graph_has_new_stages() -> None:
     before = [own for _, own in walk(net, x)]
     detached = next(node for node in net.graph.nodes if node.name == "detached_0")
     with net.graph.inserting_after(detached):
-        doubled = net.graph.call_method("mul", (detached, 2))
+        doubled = net.graph.call_function(torch.add, (detached, detached), {"alpha": 1.0})
     detached.replace_all_uses_with(doubled, lambda user: user is not doubled)
     net.recompile()
     after = [own for _, own in walk(net, x)]

@@ -316,6 +316,18 @@ def test_copies_and_pickles_of_models_cut_with_closures(copied):
     assert str(twin.plan) == str(net.plan)
 
 
+def test_a_checkpoint_names_the_callables_and_takes_them_back(tmp_path):
+    net = custom_net(norm=halved).eval()
+    path = tmp_path / "net.pt"
+    sffx.save_checkpoint(path, net)
+    checkpoint = sffx.load_checkpoint(path)
+    with pytest.raises(InputError, match=r"pass goodness=.*pooled, norm=.*halved as in the train"):
+        checkpoint.net(Residual())
+    loaded = checkpoint.net(Residual(), goodness=pooled, norm=halved).double().eval()
+    x, _ = images()
+    assert torch.equal(block_scores(loaded, x), block_scores(net, x))
+
+
 def test_a_copy_of_a_plan_keeps_the_callable_and_a_pickle_its_name():
     plan = sffx.plan(Residual(), "residual", IMAGE, goodness=pooled, norm=halved)
     assert copy.deepcopy(plan).options.goodness is pooled

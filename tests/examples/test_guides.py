@@ -73,12 +73,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-# Pages that use names of version 0.2 which have not landed yet.
-WAITING = pytest.mark.xfail(reason="names of 0.2 that are not there yet", strict=False)
-MARKED = [pytest.param(page, marks=WAITING if page.stem in ("offload",) else ()) for page in PAGES]
-
-
-@pytest.mark.parametrize("page", MARKED, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """Train a torchvision classifier on folders of images, with Lightning.
 
-    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/sff
-    python examples/train_lightning.py --data DIR --model resnet18 --method sff --out runs/sff --resume
+    python examples/train_lightning.py --data DIR --method sff --out runs/sff
+    python examples/train_lightning.py --data DIR --method sff --out runs/sff --resume
 
 DIR holds train/ and val/ or test/, each with a folder per class. The methods are backpropagation
 (bp) and three ways to train block by block (sff, cwc, mlp).

@@ -21,7 +21,7 @@ GROUPS = [
     {"name": "block_0", "lr": 1e-4, "params": [0]},
     {"name": "block_1", "lr": 1e-2, "params": [1]},
 ]
-# All that the file of a bare state dict does not say.
+# All that the file of a bare state dict does not record.
 OPTIONS = {"policy": "residual", "example_input": EXAMPLE, "goodness": "sff", "norm": "layer"}
 
 
@@ -163,8 +163,9 @@ def test_weights_of_others_need_the_options(wrapped: Any, path: Path) -> None:
             checkpoint.net(plain(), **given)
     with pytest.raises(
         sffx.InputError,
-        match=r"'.*run\.pt' does not say all of how its model was cut\. Hint: pass policy=\.\.\., "
-        r"example_input=\.\.\., goodness=\.\.\., norm=\.\.\. as in the training; sffx\.save_checkpoint records them",
+        match=r"'.*run\.pt' does not record all of how its model was cut\. "
+        r"Hint: pass policy=\.\.\., example_input=\.\.\., goodness=\.\.\., norm=\.\.\. "
+        r"as in the training; sffx\.save_checkpoint records them",
     ):
         checkpoint.net(plain())
 

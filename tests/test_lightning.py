@@ -1,4 +1,7 @@
-"""The Lightning modules against plain loops: a Trainer adds nothing to the arithmetic and loses nothing over an interruption."""
+"""The Lightning modules against plain loops.
+
+A Trainer adds nothing to the arithmetic and loses nothing over an interruption.
+"""
 
 from __future__ import annotations
 
@@ -80,9 +83,8 @@ def trainer(folder: Path, **options: Any) -> Any:
         "enable_checkpointing": False,
         "logger": False,
     }
-    return lightning.Trainer(
-        accelerator="cpu", default_root_dir=folder, num_sanity_val_steps=0, **{**quiet, **options}
-    )
+    chosen = {"num_sanity_val_steps": 0, **quiet, **options}
+    return lightning.Trainer(accelerator="cpu", default_root_dir=folder, **chosen)
 
 
 def train_plainly(
@@ -125,7 +127,8 @@ def assert_same_state(
 def test_a_trainer_trains_as_a_plain_loop_does(
     digits: tuple[Tensor, Tensor], tmp_path: Path, clip: float | None
 ) -> None:
-    net, loader = cut_model(), batches(digits, 80)
+    net = cut_model()
+    loader = batches(digits, 80)
     start = copy.deepcopy(net)
     torch.manual_seed(1)  # of the dropout
     expected = train_locally(copy.deepcopy(net), loader, clip)
@@ -160,7 +163,8 @@ def test_backpropagation_is_the_plain_loop_too(
     digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    net, loader = Residual(classes=10), batches(digits, 80)
+    net = Residual(classes=10)
+    loader = batches(digits, 80)
     start = copy.deepcopy(net)
     twin = copy.deepcopy(net)
     torch.manual_seed(1)
@@ -175,10 +179,8 @@ def test_backpropagation_is_the_plain_loop_too(
 
 
 def test_the_logs_are_what_evaluate_says(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    net, validation = (
-        cut_model(),
-        batches((digits[0][:100], digits[1][:100]), 64),
-    )  # the second batch is a smaller one
+    net = cut_model()
+    validation = batches((digits[0][:100], digits[1][:100]), 64)  # the second batch is smaller
     logger = lightning.loggers.CSVLogger(tmp_path, name="logs", version="")
     module = SFFModule(net, **OPTIONS, plateau={"patience": 3})
     run = trainer(tmp_path, max_epochs=1, logger=logger, log_every_n_steps=1)
@@ -195,21 +197,16 @@ def test_the_logs_are_what_evaluate_says(digits: tuple[Tensor, Tensor], tmp_path
     }
     assert set(run.callback_metrics) == {"train_loss", *validated, *rates}
 
-    found = sffx.evaluate(net, validation)
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    evaluation = sffx.evaluate(net, validation)
+    accuracy = evaluation.accuracy
+    loss = evaluation.loss
     for name in readouts:
-        assert float(run.callback_metrics[f"val_acc/{name}"]) == pytest.approx(
-            found.accuracy[name], abs=1e-6
-        )
-        assert float(run.callback_metrics[f"val_loss/{name}"]) == pytest.approx(
-            found.loss[name], rel=1e-5
-        )
-    assert float(run.callback_metrics["val_acc"]) == pytest.approx(
-        found.accuracy["ensemble"], abs=1e-6
-    )
-    assert float(run.callback_metrics["val_loss"]) == pytest.approx(
-        found.loss["ensemble"], rel=1e-5
-    )
-    assert {name: float(run.callback_metrics[name]) for name in rates} == pytest.approx(rates)
+        assert logged[f"val_acc/{name}"] == pytest.approx(accuracy[name], abs=1e-6)
+        assert logged[f"val_loss/{name}"] == pytest.approx(loss[name], rel=1e-5)
+    assert logged["val_acc"] == pytest.approx(accuracy["ensemble"], abs=1e-6)
+    assert logged["val_loss"] == pytest.approx(loss["ensemble"], rel=1e-5)
+    assert {name: logged[name] for name in rates} == pytest.approx(rates)
     with open(tmp_path / "logs" / "metrics.csv") as file:
         assert validated | set(rates) | {"train_loss"} <= set(next(csv.reader(file)))
     assert net.training  # as it was before
@@ -218,35 +215,37 @@ def test_the_logs_are_what_evaluate_says(digits: tuple[Tensor, Tensor], tmp_path
 def test_a_checkpoint_and_the_log_hold_what_a_drawing_shows(
     digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    net, validation = cut_model(), batches((digits[0][:100], digits[1][:100]), 64)
+    net = cut_model()
+    validation = batches((digits[0][:100], digits[1][:100]), 64)
     logger = lightning.loggers.CSVLogger(tmp_path, name="logs", version="")
     run = trainer(tmp_path, max_epochs=2, logger=logger)
     run.fit(SFFModule(net, **OPTIONS), batches(digits, 80), validation)
     run.save_checkpoint(tmp_path / "last.ckpt")
 
-    found = sffx.evaluate(net, validation)
+    evaluation = sffx.evaluate(net, validation)
     rates = dict.fromkeys(BLOCKS, OPTIONS["lr"]) | {"classifier": OPTIONS["classifier_lr"]}
     checkpoint = sffx.load_checkpoint(tmp_path / "last.ckpt")
-    assert checkpoint.accuracy == pytest.approx(found.accuracy, abs=1e-6)
+    assert checkpoint.accuracy == pytest.approx(evaluation.accuracy, abs=1e-6)
     assert checkpoint.rates == pytest.approx(rates)
     assert checkpoint.cut == net.plan.record()
     first, second = epochs(tmp_path / "logs" / "metrics.csv")
-    assert second.accuracy == pytest.approx(found.accuracy, abs=1e-6)
-    assert second.loss == pytest.approx(found.loss, rel=1e-5)
+    assert second.accuracy == pytest.approx(evaluation.accuracy, abs=1e-6)
+    assert second.loss == pytest.approx(evaluation.loss, rel=1e-5)
     assert (first.number, second.number, second.lr) == (0, 1, pytest.approx(rates))
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    # Nothing counts as an improvement, so each rate falls after the second epoch without one, which the interruption lies before.
+    # Nothing counts as an improvement, so each rate falls after the second epoch without one. The
+    # run is interrupted before that epoch.
     plateau = {"factor": 0.1, "patience": 1, "threshold": 100.0, "threshold_mode": "abs"}
-    loader, size = batches(digits, 120), 3
+    loader = batches(digits, 120)
+    size = 3
 
     def fit(epochs: int, ckpt_path: Path | None = None) -> tuple[SFFModule, Any]:
-        module = SFFModule(
-            cut_model(dropout=0.0), **OPTIONS, plateau=plateau
-        )  # no checkpoint holds dropout's random state
+        # Lightning's checkpoints do not hold the random state of dropout.
+        module = SFFModule(cut_model(dropout=0.0), **OPTIONS, plateau=plateau)
         run = trainer(tmp_path, max_epochs=epochs)
         run.fit(module, loader, loader, ckpt_path=ckpt_path)
         return module, run
@@ -269,14 +268,8 @@ def test_only_the_epochs_of_training_step_the_plateau(
 ) -> None:
     loader = batches(digits, 120)
     module = SFFModule(cut_model(), plateau={"patience": 5})
-    run = lightning.Trainer(  # with the sanity check of validation that a Trainer makes by default
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    # A Trainer makes two steps of validation as a sanity check by default.
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=2)
     run.fit(module, loader, loader)
     run.validate(module, loader, verbose=False)
     assert {state["last_epoch"] for state in module.plateau.state_dict().values()} == {1}

@@ -44,8 +44,8 @@ class Checkpoint:
         state: the weights by the names that the trained model has for them; may be empty.
         optimizer: the state dict of the optimizer, None if there is none.
         accuracy: of each readout, between 0 and 1; empty if none was saved.
-        cut: how the model was cut, as `net.plan.record()`; None if the file does not say so.
-        versions: of the packages that wrote the file; empty if it does not say so.
+        cut: how the model was cut, as `net.plan.record()`; None if the file has no record.
+        versions: of the packages that wrote the file; empty if the file has none.
         more: all other entries.
         whole: the model itself, where it was saved as a whole and the file was trusted.
     """
@@ -76,9 +76,9 @@ class Checkpoint:
         Args:
             model: the plain model; it is copied, cut as the trained one was, and filled with its
                 weights. A model that was saved as a whole needs none.
-            options: arguments of `sffx.transform`. They win over what the checkpoint says. Without
-                a record in the checkpoint, `policy`, `example_input`, `goodness` and `norm` are
-                required. A goodness or norm of your own must be passed again.
+            options: arguments of `sffx.transform`. They win over the record. Without a record,
+                `policy`, `example_input`, `goodness` and `norm` are required. A goodness or norm
+                of your own must be passed again.
 
         Raises:
             InputError: the model or an option is missing, or the weights do not fit.
@@ -101,23 +101,23 @@ class Checkpoint:
         """Return the arguments by which `sffx.transform` cuts the model as it was cut.
 
         Args:
-            given: arguments that win over what the checkpoint says.
+            given: arguments that win over the record.
 
         Raises:
-            InputError: neither says one of those that are required.
+            InputError: a required argument is neither recorded nor given.
         """
         missing = self.missing(given)
         if missing:
             hints = [f"{name}={value}" for name, value in missing.items()]
             raise InputError(
-                f"{self._name} does not say all of how its model was cut. "
+                f"{self._name} does not record all of how its model was cut. "
                 f"Hint: pass {', '.join(hints)} as in the training; "
                 "sffx.save_checkpoint records them"
             )
         return {**self._recorded_options(), **given}
 
     def missing(self, given: Mapping[str, Any]) -> dict[str, str]:
-        """Return the required options that neither the checkpoint nor the caller says.
+        """Return the required options that are neither recorded nor given.
 
         Args:
             given: the options that the caller has.
@@ -125,8 +125,8 @@ class Checkpoint:
         Returns:
             What to pass, by the option's name.
         """
-        known = {**self._recorded_options(), **given}
-        names = [name for name in REQUIRED_OPTIONS if name not in known]
+        available = {**self._recorded_options(), **given}
+        names = [name for name in REQUIRED_OPTIONS if name not in available]
         return {name: self._expected(name) for name in names}
 
     def _expected(self, option: str) -> str:

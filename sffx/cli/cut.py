@@ -45,17 +45,17 @@ def complete_options(checkpoint: Checkpoint, given: dict[str, Any]) -> dict[str,
     """Return the arguments by which the model of a checkpoint is cut.
 
     Args:
-        checkpoint: which may say how the model was cut.
+        checkpoint: which may record how the model was cut.
         given: the arguments that the command line gives; they win.
 
     Raises:
-        InputError: neither says one of those that are required.
+        InputError: a required argument is neither recorded nor given.
     """
     missing = checkpoint.missing(given)
     if missing:
         flags = [f"{FLAGS[name]} {value}" for name, value in missing.items()]
         raise InputError(
-            f"{str(checkpoint.path)!r} does not say all of how its model was cut. "
+            f"{str(checkpoint.path)!r} does not record all of how its model was cut. "
             f"Hint: {' '.join(flags)} as in the training; sffx.save_checkpoint records them"
         )
     return checkpoint.options(**given)

@@ -18,10 +18,10 @@ COMMANDS = ("weights", "whole")
 
 EXAMPLES = """examples:
   sffx-export run.pt net.onnx --model torchvision.models:resnet18
-          a checkpoint of sffx.save_checkpoint or of Lightning, which says how the model was cut
+          a checkpoint of sffx.save_checkpoint or of Lightning records how the model was cut
   sffx-export weights.pt net.pt2 --model model.py:make_net --policy "stages(4)" --goodness sff
       --norm layer --input 1,3,128,128
-          weights alone, as torch.save(net.state_dict(), path) writes them, do not say it
+          weights alone, as torch.save(net.state_dict(), path) writes them, do not
   sffx-export run.pt net.onnx --model model.py:make_net --readout classifier --class-names names.txt
   sffx-export whole net.pt net.onnx
           a whole model, torch.save(net, path): loading it runs code that lies in the file

@@ -22,7 +22,7 @@ SUFFIXES = (".onnx", ".pt2")
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the file and say what is in it."""
+    """Write the file and print what is in it."""
     if options.target.suffix not in SUFFIXES:
         raise InputError(
             f"{str(options.target)!r} ends in neither {' nor '.join(SUFFIXES)}. "

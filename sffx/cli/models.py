@@ -50,6 +50,7 @@ def find_model(
     if path is None:
         _refuse_name(source, name)
         return _model_of_module(source, num_classes)
+    # A callable may import or read its arguments as late as when it is called.
     with as_script(path):
         module = _load(path)
         if name_in_file is None:
@@ -78,9 +79,9 @@ def find_callable(source: str) -> Callable[..., Any]:
 def candidates(module: ModuleType) -> dict[str, str]:
     """Return the public names of a loaded file that mean a model, each with its kind.
 
-    Instances come first: where there are any, functions and classes are not looked at. Functions
-    count whose annotation says that they return a model, and they go before classes. Neither must
-    need arguments.
+    These are the models that the file has made. Without any, they are the functions that are
+    annotated to return a model. Without these, they are the classes of models. Functions and
+    classes count only if they can be called without arguments.
     """
     public = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
     own = {
@@ -96,15 +97,15 @@ def candidates(module: ModuleType) -> dict[str, str]:
 
 def _instances(public: dict[str, Any]) -> dict[str, str]:
     """Return the names of the models that a file has made."""
-    found: dict[str, str] = {}
+    instances: dict[str, str] = {}
     seen: set[int] = set()
     for name, thing in public.items():
-        # A loss function is an nn.Module as well, but has nothing to train.
+        # A loss function is an nn.Module, too, but has no parameters.
         is_model = isinstance(thing, nn.Module) and any(True for _ in thing.parameters())
         if is_model and id(thing) not in seen:
-            found[name] = f"instance of {type(thing).__name__}"
+            instances[name] = f"instance of {type(thing).__name__}"
             seen.add(id(thing))
-    return found
+    return instances
 
 
 def _is_model_class(thing: Any) -> bool:
@@ -112,13 +113,13 @@ def _is_model_class(thing: Any) -> bool:
 
 
 def _is_maker(thing: Any) -> bool:
-    """Whether the annotation of a function says that it returns a model."""
+    """Return whether a function is annotated to return a model."""
     if not isinstance(thing, FunctionType):
         return False
     try:
         return _is_model_class(typing.get_type_hints(thing).get("return"))
     except Exception:
-        # An annotation that cannot be evaluated says nothing, whatever went wrong.
+        # Some annotations cannot be evaluated. Then the function is not a candidate.
         return False
 
 
@@ -126,7 +127,7 @@ def _required(thing: Any) -> list[str]:
     """Return the names of the arguments without which an object cannot be called."""
     try:
         parameters = inspect.signature(thing).parameters.values()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # no callable, or one that was not written in Python
         return []
     return [each.name for each in parameters if _is_required(each)]
 
@@ -143,14 +144,15 @@ def _only_candidate(module: ModuleType, path: Path) -> str:
     Raises:
         InputError: there is none, or there are several.
     """
-    found = candidates(module)
-    if len(found) == 1:
-        return next(iter(found))
-    if found:
-        listed = [f"{name} ({kind})" for name, kind in found.items()]
+    kinds = candidates(module)
+    names = list(kinds)
+    if len(names) == 1:
+        return names[0]
+    if names:
+        listed = [f"{name} ({kind})" for name, kind in kinds.items()]
         raise InputError(
             f"{path} holds several models, and which one is meant is not clear: "
-            f"{', '.join(listed)}. Hint: --model {next(iter(found))}"
+            f"{', '.join(listed)}. Hint: --model {names[0]}"
         )
     others = [f"{name} ({kind})" for name, kind in _others(module).items()]
     rest = f"; it holds {', '.join(others)}" if others else ""
@@ -162,7 +164,7 @@ def _only_candidate(module: ModuleType, path: Path) -> str:
 
 def _others(module: ModuleType) -> dict[str, str]:
     """Return the names in a file that could make a model if they were named, with their kinds."""
-    found = {}
+    others = {}
     for name, thing in vars(module).items():
         is_own = getattr(thing, "__module__", None) == module.__name__
         is_function = isinstance(thing, FunctionType)
@@ -170,8 +172,8 @@ def _others(module: ModuleType) -> dict[str, str]:
             continue
         kind = "function" if is_function else "class"
         required = _required(thing)
-        found[name] = f"{kind}, needs {', '.join(required)}" if required else kind
-    return found
+        others[name] = f"{kind}, needs {', '.join(required)}" if required else kind
+    return others
 
 
 def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | None]:
@@ -233,11 +235,11 @@ def _member(holder: Any, name: str, place: str) -> Any:
 
 def _near(holder: Any, name: str) -> str:
     """Return the public callables of an object whose names come near, or else the first ones."""
-    known = []
+    callables = []
     for each, thing in vars(holder).items():
         if callable(thing) and not each.startswith("_"):
-            known.append(each)
-    near = difflib.get_close_matches(name, known) or known[:20]
+            callables.append(each)
+    near = difflib.get_close_matches(name, callables) or callables[:20]
     return ", ".join(near) or "nothing that could be one"
 
 
@@ -270,7 +272,7 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None) -> nn.Mod
 
 
 def _takes_num_classes(maker: Callable[..., Any]) -> bool:
-    """Whether a callable takes `num_classes`, by name or among its `**kwargs`."""
+    """Return whether a callable takes `num_classes`, by name or among its `**kwargs`."""
     parameters = inspect.signature(maker).parameters
     kinds = {each.kind for each in parameters.values()}
     return "num_classes" in parameters or inspect.Parameter.VAR_KEYWORD in kinds

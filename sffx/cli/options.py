@@ -36,14 +36,14 @@ def with_command(argv: Sequence[str], commands: Collection[str], default: str) -
 
 
 def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> None:
-    """Add the options that say how a model is cut.
+    """Add the options for how a model is cut.
 
     Args:
         parser: of a command.
         policy: whether there is a `--policy`.
     """
     group = parser.add_argument_group(
-        "how the model is cut (a checkpoint of sffx says it; what is given here wins)"
+        "how the model is cut (a checkpoint of sffx records it; an option here wins)"
     )
     if policy:
         group.add_argument("--policy", help="how the cuts are chosen, such as residual")
@@ -73,7 +73,7 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
 
 
 def given_input(text: str) -> GivenInput:
-    """Return what the argument of `--input` says.
+    """Return the example input that an argument of `--input` describes.
 
     Raises:
         ArgumentTypeError: it is no shape; argparse shows the message.

@@ -1,4 +1,4 @@
-"""Models that packages know by name, `timm:NAME` and `hf:CONFIG_CLASS`.
+"""Models that packages have by name, `timm:NAME` and `hf:CONFIG_CLASS`.
 
 They are made without pretrained weights and without a network.
 """
@@ -41,9 +41,9 @@ def timm_model(name: str, num_classes: int | None = None, *, filled: bool = Fals
         InputError: timm is not installed or knows no such model.
     """
     timm = _package("timm", f"timm:{name}")
-    known = timm.list_models()
-    if name not in known:
-        near = _near(name, known) or "timm.list_models() lists them"
+    all_models = timm.list_models()
+    if name not in all_models:
+        near = _near(name, all_models) or "timm.list_models() lists them"
         raise InputError(f"timm has no model {name!r}. Hint: {near}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     return _made(lambda: timm.create_model(name, **options), filled)
@@ -66,8 +66,8 @@ def hf_model(name: str, num_classes: int | None = None, *, filled: bool = False)
     transformers = _package("transformers", f"hf:{name}")
     config_class = getattr(transformers, name, None) if name.endswith("Config") else None
     if not isinstance(config_class, type):
-        known = [each for each in dir(transformers) if each.endswith("Config")]
-        near = _near(name, known) or "hf:BertConfig"
+        all_configs = [each for each in dir(transformers) if each.endswith("Config")]
+        near = _near(name, all_configs) or "hf:BertConfig"
         raise InputError(f"transformers has no configuration {name!r}. Hint: {near}")
     model_class = _hf_classifier(config_class)
     if model_class is None:
@@ -85,10 +85,10 @@ def token_example(model: nn.Module) -> dict[str, Tensor] | None:
 
     Other models get None: `sffx.plan` infers their input.
     """
-    known = inspect.signature(model.forward).parameters
-    if "input_ids" not in known:
+    arguments = inspect.signature(model.forward).parameters
+    if "input_ids" not in arguments:
         return None
-    names = [name for name in ("input_ids", "attention_mask") if name in known]
+    names = [name for name in ("input_ids", "attention_mask") if name in arguments]
     return {name: torch.ones(1, TOKENS, dtype=torch.long) for name in names}
 
 
@@ -101,9 +101,9 @@ def _hf_classifier(config_class: type) -> Any:
     for name in HF_CLASSIFIERS:
         mapping = getattr(mappings, name)
         if config_class in mapping:
-            found = mapping[config_class]
+            classifiers = mapping[config_class]
             # Some configurations have several classes of models, the plain classifier first.
-            return found[0] if isinstance(found, tuple) else found
+            return classifiers[0] if isinstance(classifiers, tuple) else classifiers
     return None
 
 
@@ -124,8 +124,8 @@ def _package(name: str, source: str) -> ModuleType:
         ) from error
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, list(known), n=5))
+def _near(name: str, all_names: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, list(all_names), n=5))
 
 
 def _traceable(config: Any) -> Any:

@@ -32,7 +32,7 @@ def wide():
     return toys.Residual(16, classes=5)
 """
 INPUT = ["--input", "1,3,8,8"]
-# What weights alone do not say; what comes after these wins.
+# What weights alone do not record; what comes after these wins.
 CUT = ["--policy", "residual", "--goodness", "sff", "--norm", "layer", *INPUT]
 WEIGHTS = ["--model", "model.py:five", *CUT]
 
@@ -106,7 +106,7 @@ def test_options_that_weights_alone_need_are_named(
     torch.save(made().state_dict(), "net.pt")
     model = ["--model", "model.py:small"]
     assert (
-        "'net.pt' does not say all of how its model was cut. "
+        "'net.pt' does not record all of how its model was cut. "
         "Hint: --policy ... --input ... --goodness ... --norm ... as in the training"
     ) in fails(capsys, "net.pt", "net.pt2", *model)
     assert "Hint: --norm ... as in" in fails(

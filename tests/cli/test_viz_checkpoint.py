@@ -31,7 +31,7 @@ def small(num_classes=4) -> Residual:
     return Residual(classes=num_classes)
 """
 DRAW = ["model.py", "--checkpoint", "run.pt", "-o", "net.dot"]
-# What a file without a record of the cut does not say.
+# What a file without a record of the cut does not record.
 CUT = ["--policy", "stages(2)", "--goodness", "sff", "--norm", "layer", "--input", "1,3,8,8"]
 
 
@@ -107,6 +107,6 @@ def test_a_file_without_a_record_needs_the_options(capsys: pytest.CaptureFixture
     assert text.count("learning rate 1.0e-03") == len(net.plan)
     assert main(DRAW) == 2
     assert (
-        "'run.pt' does not say all of how its model was cut. "
+        "'run.pt' does not record all of how its model was cut. "
         "Hint: --policy ... --input ... --goodness ... --norm ... as in the training"
     ) in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The training scripts run on a folder of images, by every method, and go on after an interruption."""
+"""The training scripts: every method runs, and an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.examples.scripts import run, start
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write three digits as an ImageFolder, two thirds of 60 images to train on and one third to test on."""
+    """Write 60 images of three digits as an ImageFolder: 40 to train on and 20 to test on."""
     root = tmp_path_factory.mktemp("digits")
-    found = load_digits(n_class=3)
-    for i, (image, label) in enumerate(zip(found.images[:60], found.target[:60], strict=True)):
+    digits = load_digits(n_class=3)
+    for i, (image, label) in enumerate(zip(digits.images[:60], digits.target[:60], strict=True)):
         part = root / ("train" if i % 3 else "test") / str(label)
         part.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15).astype("uint8")).convert("RGB").save(part / f"{i}.png")

@@ -16,26 +16,28 @@ from torch import Tensor, nn
 from sffx.errors import InputError
 from sffx.parts import READOUT
 
+# The goodness of K blocks, (B, J) each, and as the last entry the classifier's logits, (B, J).
+Scores: TypeAlias = Sequence[Tensor] | Tensor
 # Weights of the blocks, which sum to 1; None where the blocks were not weighed.
 Weights: TypeAlias = Sequence[float] | None
 
 
-def ensemble(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+def ensemble(scores: Scores, weights: Weights = None) -> Tensor:
     """Return the mean of the blocks' goodness, without the classifier (section 4.3)."""
     return mean_goodness(scores[:-1])
 
 
-def last(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+def last(scores: Scores, weights: Weights = None) -> Tensor:
     """Return the goodness of the last block."""
     return scores[-2]
 
 
-def classifier(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+def classifier(scores: Scores, weights: Weights = None) -> Tensor:
     """Return the classifier's logits."""
     return scores[-1]
 
 
-def weighted(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
+def weighted(scores: Scores, weights: Weights = None) -> Tensor:
     """Return the mixture of the blocks by their weights.
 
     Raises:
@@ -51,7 +53,7 @@ def weighted(scores: Sequence[Tensor], weights: Weights = None) -> Tensor:
     return mixture(goodness, known)
 
 
-def cumulative(scores: Sequence[Tensor], weights: Weights = None) -> tuple[Tensor, ...]:
+def cumulative(scores: Scores, weights: Weights = None) -> tuple[Tensor, ...]:
     """Return the answer after each block, K tensors (B, J): the mean of the goodness up to it.
 
     The last one is the ensemble.
@@ -60,10 +62,8 @@ def cumulative(scores: Sequence[Tensor], weights: Weights = None) -> tuple[Tenso
     return tuple(total / depth for depth, total in enumerate(sums, start=1))
 
 
-# Each function takes the blocks' scores, and the weights of the blocks, which "weighted" alone
-# uses. The scores are the goodness of K blocks, (B, J) each, and as the last entry the classifier's
-# logits, (B, J); a tensor (K + 1, B, J) will do as well. An exporter passes proxies in place of
-# tensors, to trace the function: so it must not look at values.
+# Each function takes the scores, and the weights of the blocks, which "weighted" alone uses. An
+# exporter passes proxies in place of tensors, to trace the function: so it must not look at values.
 READOUTS: dict[str, Callable[..., Any]] = {
     "ensemble": ensemble,
     "weighted": weighted,
@@ -78,7 +78,7 @@ WEIGHTED = "weighted"
 MODES = ("ensemble", "weighted", "last", "classifier")
 
 
-def every_mode(scores: Sequence[Tensor], weights: Weights = None) -> dict[str, Tensor]:
+def every_mode(scores: Scores, weights: Weights = None) -> dict[str, Tensor]:
     """Return what each readout in `MODES` says, (B, J); "weighted" only where there are weights."""
     found: dict[str, Tensor] = {}
     for name in MODES:
@@ -87,12 +87,12 @@ def every_mode(scores: Sequence[Tensor], weights: Weights = None) -> dict[str, T
     return found
 
 
-def mean_goodness(goodness: Sequence[Tensor]) -> Tensor:
+def mean_goodness(goodness: Scores) -> Tensor:
     """Return the mean of the goodness of some blocks, (B, J), from one tensor (B, J) for each."""
     return torch.stack(tuple(goodness)).mean(dim=0)
 
 
-def mixture(goodness: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def mixture(goodness: Scores, weights: Sequence[float]) -> Tensor:
     """Return the logarithm of the weighted mean of the blocks' softmax, (B, J).
 
     A block with a weight of 0 is not looked at, so that its goodness may be nan.

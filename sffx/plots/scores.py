@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from sffx.draw.render import PICTURES, check_path
 from sffx.errors import InputError
+from sffx.learning.readouts import READOUTS
 from sffx.net import plan_of
 from sffx.plots.figure import COLOURS, blank, save
 from sffx.runtime.evaluate import evaluating, scored
@@ -124,8 +125,7 @@ def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
     counts = torch.zeros(size * size, dtype=torch.float64)
     with evaluating(net):
         for scores, y in scored(net, loader):
-            # The classifier's logits come last; the ensemble is the mean of the blocks.
-            predicted = scores[:-1].mean(dim=0).argmax(dim=1)
+            predicted = READOUTS["ensemble"](scores).argmax(dim=1)
             pairs = y * size + predicted
             counts += torch.bincount(pairs, minlength=size * size).cpu()
     counts = counts.reshape(size, size)

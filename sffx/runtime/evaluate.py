@@ -108,7 +108,7 @@ def scores_by_name(net: fx.GraphModule, scores: Tensor) -> dict[str, Tensor]:
     """
     names = [block.target for block in plan_of(net)]
     blocks = dict(zip(names, scores[:-1], strict=True))
-    return {**blocks, **every_mode(scores.unbind(), readout_of(net).weights)}
+    return {**blocks, **every_mode(scores, readout_of(net).weights)}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sffx.learning.readouts import mixture
+from sffx.learning.readouts import READOUTS, every_mode
 from sffx.runtime.weigh import mixture_weights
 
 
@@ -30,11 +30,8 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     log_shares = validation[:-1].log_softmax(2)
     weights = mixture_weights(log_shares[:, torch.arange(len(y)), y]).tolist()
     return {
-        "ensemble": blocks.mean(0),
+        **every_mode(scores, weights),
         "mean of softmax": blocks.softmax(2).mean(0),
-        "weighted": mixture(blocks, weights),
-        "last": blocks[-1],
-        "classifier": scores[-1],
         "all and classifier": scores.softmax(2).mean(0),
     }
 
@@ -46,7 +43,7 @@ def judged(scores: Tensor, readout: str) -> Tensor:
         scores: of all blocks, (K, N, J).
         readout: "ensemble" or "classifier".
     """
-    return scores[:-1].mean(0) if readout == "ensemble" else scores[-1]
+    return READOUTS[readout](scores)
 
 
 def block_losses(scores: Tensor, y: Tensor) -> list[float]:

@@ -53,12 +53,19 @@ def complete_options(checkpoint: Checkpoint, given: dict[str, Any]) -> dict[str,
     """
     missing = checkpoint.missing(given)
     if missing:
-        flags = [f"{FLAGS[name]} {value}" for name, value in missing.items()]
+        flags = [_flag(name, value) for name, value in missing.items()]
         raise InputError(
             f"{str(checkpoint.path)!r} does not record all of how its model was cut. "
             f"Hint: {' '.join(flags)} as in the training; sffx.save_checkpoint records them"
         )
     return checkpoint.options(**given)
+
+
+def _flag(name: str, value: str) -> str:
+    """Return the option of the command line for an argument of `transform` that is missing."""
+    # A callable is recorded by its name, which does not tell in which file it lies.
+    is_callable = value != "..."
+    return f"{FLAGS[name]} file.py:NAME ({value})" if is_callable else f"{FLAGS[name]} {value}"
 
 
 def example_of(given: Sequence[GivenInput]) -> Any:

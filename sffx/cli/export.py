@@ -53,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "sffx-export",
-        description="Write the inference graph of a trained, cut model, checked against torch. "
-        "Without a subcommand, export weights. "
-        "The options of a subcommand: sffx-export weights --help",
+        description="Write the inference graph of a trained, cut model, checked against torch.\n"
+        "Without a subcommand, export weights. sffx-export weights --help lists the options.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

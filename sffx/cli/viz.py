@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "sffx-viz",
-        description="Show how a model is cut into blocks. Without a subcommand, draw it. "
-        "The options of a subcommand: sffx-viz draw --help",
+        description="Show how a model is cut into blocks. Without a subcommand, draw it.\n"
+        "sffx-viz draw --help lists the options.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -31,6 +31,13 @@ def five():
 def wide():
     return toys.Residual(16, classes=5)
 """
+HEAD = """
+from torch import nn
+
+def pooled(block, num_classes):
+    layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(block.channels, num_classes)]
+    return nn.Sequential(*layers)
+"""
 INPUT = ["--input", "1,3,8,8"]
 # What weights alone do not record; what comes after these wins.
 CUT = ["--policy", "residual", "--goodness", "sff", "--norm", "layer", *INPUT]
@@ -239,6 +246,26 @@ def test_checkpoint_tells_how_it_was_cut(
     assert main(["run.pt", "net.pt2", "--model", "model.py:small"]) == 0
     assert capsys.readouterr().err == ""
     assert_same(exported[0], net)
+
+
+def test_goodness_of_one_s_own_is_named_by_its_file(
+    exported: list[fx.GraphModule],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("own_heads.py").write_text(HEAD)
+    from own_heads import pooled
+
+    net = made(goodness=pooled)
+    sffx.save_checkpoint("run.pt", net)
+    command = ["run.pt", "net.pt2", "--model", "model.py:small"]
+    assert "Hint: --goodness file.py:NAME (own_heads.pooled) as in the training" in fails(
+        capsys, *command
+    )
+    assert main([*command, "--goodness", "own_heads.py:pooled"]) == 0
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(exported[0].eval()(x), net.eval()(x))
 
 
 def test_trusted_checkpoint_may_hold_python_objects(

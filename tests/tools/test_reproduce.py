@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import sffx
 from tools.reproduce import __main__ as command
-from tools.reproduce.data import Images, load, split
+from tools.reproduce.data import Images, Split, load, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
@@ -20,7 +21,16 @@ from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
 
 SMALL = Experiment(
-    "CNNB", "toys", 16, 40, 8, 3, "batchnorm", ("BP", "SFF"), trials=2, trial_epochs=1
+    network="CNNB",
+    data="toys",
+    size=16,
+    samples=40,
+    batch=8,
+    epochs=3,
+    policy="batchnorm",
+    methods=("BP", "SFF"),
+    trials=2,
+    trial_epochs=1,
 )
 
 
@@ -33,21 +43,33 @@ def images(count: int, seed: int) -> Images:
     return Images(x, y)
 
 
+def small_split() -> Split:
+    return split(images(40, 0), images(20, 1), None, 0)
+
+
 @pytest.fixture
 def folder(tmp_path):
+    """A folder with images below data/toys."""
     for part, count in (("train", 40), ("test", 20)):
-        found = images(count, 0)
+        drawn = images(count, 0)
         for i in range(count):
-            place = tmp_path / "data" / "toys" / part / f"class{int(found.y[i])}"
+            place = tmp_path / "data" / "toys" / part / f"class{int(drawn.y[i])}"
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(found.x[i].permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+            Image.fromarray(drawn.x[i].permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     return tmp_path
 
 
+def command_line(folder: Path, name: str) -> list[str]:
+    """Return the arguments that run an experiment with one seed in a folder."""
+    options = {"--data": folder / "data", "--runs": folder / "runs", "--out": folder / "out"}
+    arguments = [name, "--seeds", "1"]
+    for option, value in options.items():
+        arguments += [option, str(value)]
+    return arguments
+
+
 def new_run(method: str = "SFF") -> Run:
-    return Run(
-        SMALL, method, Setting(3e-3, 1e-3, 1e-2), 0, split(images(40, 0), images(20, 1), None, 0)
-    )
+    return Run(SMALL, method, Setting(3e-3, 1e-3, 1e-2), 0, small_split())
 
 
 def test_joined_has_the_gradients_of_plain_autograd_through_the_whole_chain():
@@ -158,7 +180,7 @@ def test_run_that_diverges_ends_with_what_was_best_before():
 
 
 def test_interrupted_search_makes_the_same_trials(tmp_path, monkeypatch):
-    parted = split(images(40, 0), images(20, 1), None, 0)
+    parted = small_split()
     experiment = replace(SMALL, trials=3)
     tried = []
     train = Run.train
@@ -208,34 +230,19 @@ def pretrained(folder, monkeypatch):
     train = Run.train
 
     def watched(run, *args, **options):
-        begun.append(
-            (
-                run.experiment.pretrained,
-                {name: value.clone() for name, value in run.net.state_dict().items()},
-            )
-        )
+        weights = {name: value.clone() for name, value in run.net.state_dict().items()}
+        begun.append((run.experiment.pretrained, weights))
         return train(run, *args, **options)
 
     monkeypatch.setattr(Run, "train", watched)
-    return [
-        "after",
-        "--data",
-        str(folder / "data"),
-        "--runs",
-        str(folder / "runs"),
-        "--out",
-        str(folder / "out"),
-        "--seeds",
-        "1",
-    ], begun
+    return command_line(folder, "after"), begun
 
 
 def test_weights_but_for_the_last_layer_come_from_the_run_that_trained_them(folder, pretrained):
     arguments, begun = pretrained
     command.main(arguments)
-    weights = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)["best"][
-        "state"
-    ]
+    checkpoint = torch.load(folder / "runs" / "before" / "BP-0.pt", weights_only=False)
+    weights = checkpoint["best"]["state"]
     starts = [state for source, state in begun if source == "before"]
     assert len(starts) == 6  # two methods, two trials and a run each
     for start in starts:
@@ -249,25 +256,27 @@ def test_pretraining_that_was_interrupted_goes_on_and_what_is_done_is_left_alone
     folder, pretrained, monkeypatch
 ):
     arguments, begun = pretrained
+    checkpoint = folder / "runs" / "before" / "BP-0.pt"
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Run, "result", lambda run: (_ for _ in ()).throw(KeyboardInterrupt)
-        )  # trained, and not yet recorded
+        patch.setattr(Run, "result", interrupted)  # trained, and not yet recorded
         with pytest.raises(KeyboardInterrupt):
             command.main(arguments)
-    assert (folder / "runs" / "before" / "BP-0.pt").exists()
+    assert checkpoint.exists()
     command.main(arguments)
-    assert (
-        json.loads((folder / "out" / "before" / "BP-0.json").read_text())["epochs"] == SMALL.epochs
-    )
-    (folder / "runs" / "before" / "BP-0.pt").unlink()
+    record = json.loads((folder / "out" / "before" / "BP-0.json").read_text())
+    assert record["epochs"] == SMALL.epochs
+    checkpoint.unlink()
     done = len(begun)
     command.main(arguments)
     assert len(begun) == done
 
 
 def test_trials_of_other_lengths_are_not_mixed(tmp_path):
-    parted = split(images(40, 0), images(20, 1), None, 0)
+    parted = small_split()
     search("toys", SMALL, "SFF", parted, tmp_path)
     with pytest.raises(SystemExit, match="had 1 epochs, not 2"):
         search("toys", replace(SMALL, trial_epochs=2), "SFF", parted, tmp_path)
@@ -277,17 +286,7 @@ def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     folder, monkeypatch, capsys
 ):
     monkeypatch.setitem(EXPERIMENTS, "toys", SMALL)
-    arguments = [
-        "toys",
-        "--data",
-        str(folder / "data"),
-        "--runs",
-        str(folder / "runs"),
-        "--out",
-        str(folder / "out"),
-        "--seeds",
-        "1",
-    ]
+    arguments = command_line(folder, "toys")
     assert command.main(arguments) == 0
     record = folder / "out" / "toys" / "SFF-0.json"
     facts = json.loads(record.read_text())

@@ -75,7 +75,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder, which replaces the folder at `path` when the block ends.
 
-    If the block raises, the new folder is removed and the old one stays as it was.
+    If the block raises, the new folder is removed and the old one stays as it was. Between the two
+    renames at the end there is no folder for a moment.
 
     Args:
         path: of the folder; its parent must exist, and the old folder must be one to replace.
@@ -171,6 +172,7 @@ def _sync(file: Path) -> None:
 
 
 def _keep_mode(new: Path, old: os.stat_result | None) -> None:
+    """Give the new file the mode of the old one. Without an old one it keeps its own."""
     if old is not None:
         new.chmod(stat.S_IMODE(old.st_mode))
 
@@ -182,7 +184,7 @@ def _copy(draft: Path, device: Path) -> None:
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """Put the new folder in the place of the target, and move the target aside to `old`."""
-    # A rename cannot replace a folder with files in it.
+    # Two renames, because one rename cannot replace a folder with files in it.
     existed = target.exists()
     if existed:
         os.replace(target, old)

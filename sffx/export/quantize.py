@@ -131,12 +131,9 @@ def quantize_onnx(
         try:
             _quantize(source, draft, feeds, per_channel=per_channel, reduce_range=reduce_range)
         except (InputError, OSError):
-            raise
+            raise  # they say what is wrong: with the loader, or with the disk
         except Exception as error:
-            raise ExportError(
-                f"{str(source)!r} cannot be quantised: {first_line(error)}. "
-                f"Hint: the loader must yield what the file takes: {described_inputs(before)}"
-            ) from error
+            raise _not_quantised(source, before, error) from error
         after = open_session(draft)
         bytes_after = draft.stat().st_size
         comparison = () if test_batches is None else _compared(before, after, test_batches)
@@ -155,6 +152,13 @@ def _source_session(source: Path) -> InferenceSession:
             f"{str(source)!r} is no ONNX file that can be used: {reason}. "
             "Hint: write it with sffx.export_onnx"
         ) from error
+
+
+def _not_quantised(source: Path, session: InferenceSession, error: Exception) -> ExportError:
+    return ExportError(
+        f"{str(source)!r} cannot be quantised: {first_line(error)}. "
+        f"Hint: the loader must yield what the file takes: {described_inputs(session)}"
+    )
 
 
 def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sffx.errors import ExportError
-from sffx.export.early_exit import NEVER, EarlyExit
+from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, require_replaceable, write_manifest
 from sffx.export.exit_stage import ExitStage
 from sffx.export.onnx import onnx_program, require_packages, save_program
@@ -61,12 +61,15 @@ def export_early_exit(
         require_packages()
         runner = EarlyExit(inference_copy(net), threshold)
         _write(runner, new, opset)
-        _verify(EarlyExit.load(new, NEVER), runner, tolerance)
+        _verify(EarlyExit.load(new), runner, tolerance)
     return Path(folder)
 
 
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
-    """Write the files of the stages, and the manifest."""
+    """Write the files of the stages, and the manifest.
+
+    Each stage is traced with the values that the stages before it gave for one example batch.
+    """
     examples = random_batch(runner.inputs, TRACED_BATCH)
     values: dict[str, Any] = {}
     for each, example in zip(runner.inputs, examples, strict=True):
@@ -100,12 +103,13 @@ def _write_stage(
 ) -> None:
     axes = tuple({0: "batch"} if name in batched else None for name in stage.inputs)
     outputs = (described.goodness, *described.outputs)
-    module: Any = stage.run
+    module: Any = stage.run  # on torch it is a module
     program = onnx_program(module, arguments, stage.inputs, outputs, axes, opset)
     save_program(program, folder / described.file)
 
 
 def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
+    """Raise an ExportError if a stage gives a tuple, a list or a number to later stages."""
     for name in stage.outputs:
         if not isinstance(values[name], Tensor):
             kind = type(values[name]).__name__

@@ -6,7 +6,7 @@ file. The manifest says how the files are connected:
     {"version": 1,
      "threshold": 0.9,
      "inputs": [{"name": "x", "shape": [3, 8, 8], "dtype": "float32", ...}],
-     "batched": ["norm_0", "x"],                  values that have a batch axis
+     "batched": ["block_0", "x"],                 values that have a batch axis
      "stages": [{"name": "block_0",
                  "file": "block_0.onnx",
                  "inputs": ["x"],                 values that it reads

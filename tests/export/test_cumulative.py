@@ -68,7 +68,21 @@ def test_program_returns_all_answers(net: fx.GraphModule, tmp_path: Path, x: Ten
     )
 
 
-def test_quantised_file_is_judged_by_its_last_answer(
+def products_of_activations(path: Path) -> list[set[str]]:
+    """Return, for each product of two computed values, the operators that computed them."""
+    graph = onnx.load(path).graph
+    stored = {each.name for each in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    products = []
+    for node in graph.node:
+        factors = [producers[name] for name in node.input if name in producers]
+        computed = [factor for factor in factors if factor.input[0] not in stored]
+        if node.op_type == "MatMul" and len(computed) == 2:
+            products.append({factor.op_type for factor in computed})
+    return products
+
+
+def test_quantised_file_is_judged_by_its_last_answer_and_keeps_covariances_in_float(
     net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor
 ) -> None:
     cumulative = sffx.EarlyExit(net).cumulative(x)
@@ -76,6 +90,10 @@ def test_quantised_file_is_judged_by_its_last_answer(
     assert (first != last).any()
     report = sffx.quantize_onnx(path, tmp_path / "int8.onnx", [(x, last)], [(x, last)])
     assert report.accuracy_before == 1
+    # The heads of this net have covariances, products of two activations, which stay in float.
+    before, after = products_of_activations(path), products_of_activations(report.path)
+    assert len(before) == len(after) > 0
+    assert not any("DequantizeLinear" in operators for operators in after)
 
 
 def test_name_of_one_of_several_outputs_may_not_be_that_of_an_input(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import sffx
 from sffx.export.early_exit import NEVER
@@ -98,6 +98,33 @@ def test_values_that_cross_a_cut_are_thinned_out_with_the_batch() -> None:
     runner = sffx.EarlyExit(net, threshold=float(means(net, x)[0].softmax(1).amax(1).median()))
     result = runner(x)
     assert set(result.blocks.tolist()) > {1}
+    torch.testing.assert_close(result.scores, means(net, x)[result.blocks - 1, torch.arange(12)])
+
+
+class SharedRows(nn.Module):
+    """Two rows of a parameter, which cross the cut: as many as a batch of two has samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 6))
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tanh(self.table)
+        x = torch.relu(self.first(x) + rows[0])
+        x = torch.relu(self.second(x) + rows[1])
+        return self.head(x)
+
+
+def test_a_value_without_a_batch_axis_is_not_thinned_out() -> None:
+    torch.manual_seed(0)
+    net = sffx.transform(SharedRows(), "layer", torch.zeros(1, 6)).eval()
+    x = torch.randn(12, 6)
+    runner = sffx.EarlyExit(net, middle_threshold(net, x))
+    shared = set(runner.stages[1].inputs) - runner.batched
+    assert len(shared) == 1
+    result = runner(x)
+    assert set(result.blocks.tolist()) == {1, 2}
     torch.testing.assert_close(result.scores, means(net, x)[result.blocks - 1, torch.arange(12)])
 
 

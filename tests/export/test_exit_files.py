@@ -19,7 +19,7 @@ from sffx.export.exit_files import Manifest, StageFile, read_manifest, write_man
 MANIFEST = Manifest(
     threshold=0.5,
     inputs=(Input("x", (6,), "float32"),),
-    batched=("norm_0", "x"),
+    batched=("block_0", "x"),
     stages=(
         StageFile("block_0", "block_0.onnx", ("x",), "goodness_0", ("block_0",), 30),
         StageFile("block_1", "block_1.onnx", ("block_0",), "goodness_1", (), 15),

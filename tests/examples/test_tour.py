@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and prints the figures of a trained network."""
+"""The notebook runs from its first cell to its last, with the figures of a trained network."""
 
 from __future__ import annotations
 

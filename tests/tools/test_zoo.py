@@ -1,4 +1,4 @@
-"""A small sample of the zoo sweep (`tools/zoo.py`), by name."""
+"""A small sample of the zoo, verified as `tools/zoo.py` does it."""
 
 from __future__ import annotations
 

@@ -116,7 +116,10 @@ class Analysis:
             if node.op != "placeholder":
                 members[self.step_of[name]].append(node)
         reasons = refusals(self._flow, self._layers, self._shared_by_step, self.channel_axes)
-        return tuple(self._step(i, nodes, reasons[i]) for i, nodes in enumerate(members))
+        steps = []
+        for i, nodes in enumerate(members):
+            steps.append(self._step(i, nodes, reasons[i]))
+        return tuple(steps)
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -142,7 +145,10 @@ class Analysis:
 
     def macs(self, step: Step) -> int:
         """Return the multiply-adds of a step for one sample."""
-        return int(sum(facts(self.nodes[name]).cost.macs for name in step.nodes) // TRACE_BATCH)
+        macs = 0
+        for name in step.nodes:
+            macs += facts(self.nodes[name]).cost.macs
+        return int(macs // TRACE_BATCH)
 
     def kind(self, qualname: str) -> type[nn.Module]:
         """Return the class of a module by its qualname."""
@@ -184,8 +190,8 @@ class Analysis:
         counts = []
         for end in ends:
             if self._flow.paths.has_edge(end, name):
-                passed = [self.nodes[passed] for passed in self._flow.between(start, end)]
-                counts.append(sum(1 for node in passed if self._is_layer(node)))
+                passed = self._flow.between(start, end)
+                counts.append(sum(self._is_layer(self.nodes[each]) for each in passed))
         return tuple(counts)
 
     def require(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -231,14 +237,15 @@ class Analysis:
 
     def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
-        before = facts(self.nodes[self.spine[index - 1]]).example if index else None
         value = facts(end).example
+        before = self._value_before(index)
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         is_flattened = len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2
+        paths = [node for node in nodes if self.is_path(node.name)]
         return Step(
             node=end.name,
             nodes=tuple(node.name for node in nodes),
-            scope=common_scope([scopes(node) for node in nodes if self.is_path(node.name)]),
+            scope=common_scope([scopes(node) for node in paths]),
             scopes=scopes(end),
             join=self.join(end.name) if index else "",
             shape=shape,
@@ -250,6 +257,13 @@ class Analysis:
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
         )
+
+    def _value_before(self, index: int) -> Any:
+        """Return the value that a step starts from; None for the first step."""
+        if index == 0:
+            return None
+        before = self.nodes[self.spine[index - 1]]
+        return facts(before).example
 
     def _keeps_shape(self, nodes: list[fx.Node], end: fx.Node, before: Any) -> bool:
         if self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):

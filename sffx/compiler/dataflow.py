@@ -11,8 +11,8 @@ between one node of the spine and the next, so step i ends in `spine[i]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import networkx as nx
 from torch import Tensor, fx
@@ -45,8 +45,8 @@ class Dataflow:
     """
 
     def __init__(self, trace: Trace, layers: Layers) -> None:
-        self.nodes = {node.name: node for node in trace.graph.nodes if node.op != "output"}
-        output = next(iter(reversed(trace.graph.nodes)))
+        *nodes, output = trace.graph.nodes
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in nodes}
         self.logits: str = output.args[0].name
         self.graph = _graph(self.nodes, layers)
         self.paths = _paths(self.graph)
@@ -93,14 +93,14 @@ class Dataflow:
         """
         step_of = {name: i for i, name in enumerate(self.spine)}
         for name in reversed(self.nodes):
-            uses = [step_of[user] for user in self.graph.successors(name) if user in step_of]
+            uses = _steps(self.graph.successors(name), step_of)
             if uses and name not in step_of:
                 step_of[name] = min(uses)
         beside = [name for name in self.nodes if not self.is_path(name)]
         for name in beside:
             step_of[name] = self._step_beside(name, step_of)
         for name in reversed(beside):
-            uses = [step_of[user] for user in self.graph.successors(name)]
+            uses = _steps(self.graph.successors(name), step_of)
             step_of[name] = min([step_of[name], *uses])
         return step_of
 
@@ -119,13 +119,17 @@ class Dataflow:
         if paths and holds_tensor(facts(self.nodes[name]).example):
             return max(paths)
         last = len(self.spine) - 1
-        behind_paths = [step + 1 for step in paths]
-        earliest = max([*behind_paths, *(step_of[source] for source in sources)], default=0)
+        earliest = max(_steps(sources, step_of), default=0)
+        if paths:
+            earliest = max(earliest, max(paths) + 1)
         if name not in step_of:  # nothing uses its value, as that of an assertion
             return min(earliest, last)
-        if not paths:
-            return step_of[name]
-        return min(step_of[name], earliest, last)
+        return min(step_of[name], earliest, last) if paths else step_of[name]
+
+
+def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
+    """Return the steps of those of the nodes that have one so far."""
+    return [step_of[name] for name in names if name in step_of]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -137,41 +141,43 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def holds_tensor(value: Any) -> bool:
     """Return whether a value is a tensor or holds one."""
-    return any(True for _ in tensors_in(value))
+    return next(tensors_in(value), None) is not None
 
 
 def _graph(nodes: dict[str, fx.Node], layers: Layers) -> nx.DiGraph:
     graph = nx.DiGraph()
-    depends: dict[str, tuple[bool, bool]] = {}
+    dependences: dict[str, Dependence] = {}
     for name, node in nodes.items():
-        sources = [source.name for source in (*node.all_input_nodes, *facts(node).after)]
-        depends[name] = _dependence(node, layers, [depends[source] for source in sources])
+        before = (*node.all_input_nodes, *facts(node).after)
+        sources = [source.name for source in before]
+        own = _dependence(node, layers, [dependences[source] for source in sources])
+        dependences[name] = own
         learns = any(can_learn(tensor) for tensor in tensors_in(facts(node).example))
-        graph.add_node(name, path=learns and all(depends[name]))
-        graph.add_edges_from((source, name) for source in sources)
+        graph.add_node(name, path=learns and own.on_input and own.on_parameter)
+        for source in sources:
+            graph.add_edge(source, name)
     return graph
 
 
-def _dependence(
-    node: fx.Node, layers: Layers, sources: list[tuple[bool, bool]]
-) -> tuple[bool, bool]:
-    """Return whether a node's value depends, through tensors, on an input and on a parameter.
+class Dependence(NamedTuple):
+    """Whether a value depends, through tensors, on an input and on a parameter."""
 
-    Args:
-        node: the node.
-        layers: of the model.
-        sources: the same of the nodes that it reads.
-    """
+    on_input: bool = False
+    on_parameter: bool = False
+
+
+def _dependence(node: fx.Node, layers: Layers, sources: list[Dependence]) -> Dependence:
+    """Return the dependence of a node's value, from those of the values that it reads."""
     if not holds_tensor(facts(node).example):
-        return False, False
+        return Dependence()
     if node.op == "placeholder":
-        return True, False
+        return Dependence(on_input=True)
     has_parameters = bool(layers.parameters(node))
     if _stops_gradient(node) and not has_parameters:
-        return False, False
-    on_input = any(source[0] for source in sources)
-    on_parameter = any(source[1] for source in sources)
-    return on_input, on_parameter or has_parameters
+        return Dependence()
+    on_input = any(source.on_input for source in sources)
+    on_parameter = any(source.on_parameter for source in sources)
+    return Dependence(on_input, on_parameter or has_parameters)
 
 
 def _stops_gradient(node: fx.Node) -> bool:
@@ -181,20 +187,22 @@ def _stops_gradient(node: fx.Node) -> bool:
     """
     if node.op != "call_module":
         return False
-    has_gradient = False
-    for source in node.all_input_nodes:
-        for tensor in tensors_in(facts(source).example):
-            has_gradient = has_gradient or tensor.requires_grad
-    gives_gradient = any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
-    return has_gradient and not gives_gradient
+    reads_gradient = any(_has_gradient(source) for source in node.all_input_nodes)
+    return reads_gradient and not _has_gradient(node)
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    return any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
 
 
 def _paths(graph: nx.DiGraph) -> nx.DiGraph:
     """Return the graph of the nodes on paths, with `SOURCE` before those that start one."""
     paths = nx.DiGraph(graph.edges)
     paths.add_nodes_from(graph)
-    others = [name for name, is_path in graph.nodes(data="path") if not is_path]
-    paths.remove_nodes_from(others)
-    starts = [name for name, degree in paths.in_degree if degree == 0]
-    paths.add_edges_from((SOURCE, name) for name in starts)
+    for name, is_path in graph.nodes(data="path"):
+        if not is_path:
+            paths.remove_node(name)
+    starts = [name for name, num_sources in paths.in_degree if num_sources == 0]
+    for name in starts:
+        paths.add_edge(SOURCE, name)
     return paths

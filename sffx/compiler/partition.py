@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import takewhile
 
@@ -45,18 +45,17 @@ def partition(
     width = _width_of_logits(analysis, num_classes)
     members = _members(analysis, cuts.after)
     names = _names(analysis, members)
-    targets = [*(block_name(i) for i in range(len(cuts.after))), CLASSIFIER]
-    outputs = (*cuts.after, analysis.logits)
     blocks = []
-    for name, target, nodes, output in zip(names, targets, members, outputs, strict=True):
-        blocks.append(_block(analysis, name, target, nodes, output))
+    for i, output in enumerate(cuts.after):
+        blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
+    classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
     notes = (*trace.notes, *cuts.notes, *_shared_notes(analysis), *_padding_notes(analysis, blocks))
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=policy,
-        blocks=tuple(blocks[:-1]),
-        classifier=blocks[-1],
+        blocks=tuple(blocks),
+        classifier=classifier,
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
@@ -97,28 +96,35 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
     for node in nodes:
         parameters.update(analysis.parameters(node))
     distinct = {id(p): p for p in parameters.values()}  # a tied weight has several names
+    output_node = analysis.nodes[output]
     sides = _sides(nodes, output)
+    detached = [node for node in sides if _carries_gradient(node)]
+    modules = [str(node.target) for node in nodes if _calls_module(node)]
     macs, activation_bytes = _cost(nodes)
-    given = [analysis.nodes[output], *sides]
+    gives = [_value(node.name, facts(node).example) for node in (output_node, *sides)]
     return Block(
         name=name,
         target=target,
-        nodes=tuple(node.name for node in nodes),
+        nodes=_names_of(nodes),
         output=output,
-        shape=tuple(facts(analysis.nodes[output]).example.shape[1:]),
+        shape=tuple(facts(output_node).example.shape[1:]),
         channel_axis=analysis.channel_axes.get(output, 1),
         inputs=_inputs(nodes),
-        sides=tuple(node.name for node in sides),
-        detached=tuple(node.name for node in sides if _carries_gradient(node)),
-        modules=tuple(str(node.target) for node in nodes if _calls_module(node)),
+        sides=_names_of(sides),
+        detached=_names_of(detached),
+        modules=tuple(modules),
         parameters=tuple(parameters),
         num_parameters=sum(p.numel() for p in distinct.values()),
         macs=macs,
         activation_bytes=activation_bytes,
-        gives=tuple(_value(node.name, facts(node).example) for node in given),
+        gives=tuple(gives),
         mask=_mask(analysis, output),
         graph=tuple(_node(analysis, node) for node in nodes),
     )
+
+
+def _names_of(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    return tuple(node.name for node in nodes)
 
 
 def _inputs(nodes: list[fx.Node]) -> tuple[str, ...]:
@@ -137,9 +143,11 @@ def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
     inside = set(nodes)
     sides = []
     for node in nodes:
-        outside = [user for user in node.users if user not in inside and user.op != "output"]
-        if outside and node.name != output:
-            sides.append(node)
+        for user in node.users:
+            is_later_block = user not in inside and user.op != "output"
+            if is_later_block and node.name != output:
+                sides.append(node)
+                break
     return sides
 
 
@@ -175,7 +183,7 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
         name=node.name,
         call=call,
         is_module=_calls_module(node),
-        reads=tuple(arg.name for arg in node.all_input_nodes),
+        reads=_names_of(node.all_input_nodes),
         is_path=analysis.is_path(node.name),
         join=join,
         paths=analysis.layers_on_paths(node.name) if join else (),
@@ -228,11 +236,15 @@ def _shared_notes(analysis: Analysis) -> list[str]:
 
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
-    """Return notes on the blocks whose goodness and norm leave padding out, and the others."""
-    features = blocks[:-1]
+    """Return notes on the feature blocks whose goodness and norm leave padding out, and others."""
     names = ", ".join(str(node.target) for node in _masks(analysis))
-    masked = [block.target for block in features if block.mask]
-    others = [block.target for block in features if len(block.shape) == 2 and not block.mask]
+    masked = []
+    others = []
+    for block in blocks:
+        if block.mask:
+            masked.append(block.target)
+        elif len(block.shape) == 2:
+            others.append(block.target)
     notes = []
     if masked:
         listed = ", ".join(masked)
@@ -251,10 +263,11 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
 
 def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
     """Return the name of each block, in the words of the model."""
-    paths = [[node for node in nodes if analysis.is_path(node.name)] for nodes in members]
+    paths = []
     blocks_of: Counter[str] = Counter()  # in how many blocks a module has paths
-    for nodes in paths:
-        blocks_of.update(_modules_around(nodes))
+    for nodes in members:
+        paths.append([node for node in nodes if analysis.is_path(node.name)])
+        blocks_of.update(_modules_around(paths[-1]))
     names = []
     for nodes in paths:
         is_elsewhere = partial(_is_elsewhere, blocks_of, _modules_around(nodes))

@@ -47,6 +47,7 @@ class Cuts:
 
 
 Policy = Callable[[Analysis, Options], Cuts]
+Steps = tuple[Step, ...]
 
 
 def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> Cuts:
@@ -62,10 +63,10 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
         InputError: the policy takes other arguments, or returns something else.
         CutError: the policy chose no node, or a node after which no cut can lie.
     """
-    arguments = (analysis, options) if _takes_options(policy) else (analysis,)
-    chosen = policy(*arguments)
+    chosen = policy(analysis, options) if _takes_options(policy) else policy(analysis)
     cuts = chosen if isinstance(chosen, Cuts) else Cuts(_node_names(chosen))
-    return Cuts(analysis.require(cuts.after), cuts.notes)
+    after = analysis.require(cuts.after)
+    return Cuts(after, cuts.notes)
 
 
 def residual(analysis: Analysis, options: Options) -> Cuts:
@@ -81,12 +82,12 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
         groups = batchnorm(analysis, options)
         return Cuts(groups.after, (NO_RESIDUAL_BLOCK,))
     steps = analysis.steps
-    cuts = sorted(_legal_ends(steps, blocks))
+    ends = sorted(_legal_ends(steps, blocks))
     for start in blocks:
-        _cut_before(steps, cuts, start)
-    last = max(blocks.values())
-    cuts.append(_tail(steps, _settled(steps, last)))
-    return _cuts(steps, cuts)
+        _cut_before(steps, ends, start)
+    last = _settled(steps, max(blocks.values()))
+    ends.append(_tail(steps, last))
+    return _cuts(steps, ends)
 
 
 def batchnorm(analysis: Analysis, options: Options) -> Cuts:
@@ -94,7 +95,8 @@ def batchnorm(analysis: Analysis, options: Options) -> Cuts:
 
     A layer without BN is a group as well, while the value has not been flattened.
     """
-    return _cuts(analysis.steps, _batch_norm_ends(analysis.steps))
+    ends = _batch_norm_ends(analysis.steps)
+    return _cuts(analysis.steps, ends)
 
 
 def layer(analysis: Analysis, options: Options) -> Cuts:
@@ -119,8 +121,13 @@ def module(depth: int = 2) -> Policy:
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         steps = analysis.steps
-        runs = [run for run in _runs(steps, depth) if any(steps[i].weighted for i in run)]
-        ends = [_run_end(steps, run, following[0]) for run, following in pairwise(runs)]
+        runs = []
+        for run in _runs(steps, depth):
+            if _has_weight(steps, run.start, run.stop):
+                runs.append(run)
+        ends = []
+        for run, following in pairwise(runs):
+            ends.append(_run_end(steps, run, following.start))
         return _cuts(steps, ends)
 
     return named(cut, f"module({depth})")
@@ -144,8 +151,10 @@ def stages(n: int) -> Policy:
                 f"stages({n}) asks for more feature blocks than the {len(ends)} BN groups of the "
                 f"model. Hint: n <= {len(ends)}"
             )
-        macs = np.cumsum([analysis.macs(step) for step in analysis.steps], dtype=float)
-        chosen = _balanced([0.0, *macs[ends]], n)
+        macs_of_steps = [analysis.macs(step) for step in analysis.steps]
+        macs_until = np.cumsum(macs_of_steps, dtype=float)
+        cost = [0.0, *macs_until[ends]]
+        chosen = _balanced(cost, n)
         return _cuts(analysis.steps, [ends[i - 1] for i in chosen])
 
     return named(cut, f"stages({n})")
@@ -153,13 +162,17 @@ def stages(n: int) -> Policy:
 
 def group_ends(analysis: Analysis) -> list[int]:
     """Return the steps that end a BN group; those that end a layer where there is no group."""
-    return _legal(analysis.steps, _batch_norm_ends(analysis.steps)) or layer_ends(analysis)
+    groups = _legal(analysis.steps, _batch_norm_ends(analysis.steps))
+    return groups or layer_ends(analysis)
 
 
 def layer_ends(analysis: Analysis) -> list[int]:
     """Return the steps that end a layer with its BN and its activation, but the classifier's."""
     steps = analysis.steps
-    return _legal(steps, [_settled(steps, start) for start in _layer_starts(steps)[:-1]])
+    ends = []
+    for start in _layer_starts(steps)[:-1]:
+        ends.append(_settled(steps, start))
+    return _legal(steps, ends)
 
 
 def require_positive(name: str, value: object) -> None:
@@ -180,19 +193,25 @@ def _takes_options(policy: Callable[..., Any]) -> bool:
     It is where it has two parameters without a default, or one that is called `options`.
     """
     try:
-        parameters = inspect.signature(policy).parameters.values()
+        signature = inspect.signature(policy)
     except (TypeError, ValueError):  # some callables written in C have no signature
         return False
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in places if p.default is p.empty]
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if len(required) > 2 or keyword_only or not (places or variadic):
+    places = []
+    required = []
+    can_be_called = False
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            places.append(parameter.name)
+        can_be_called = can_be_called or bool(places) or parameter.kind is parameter.VAR_POSITIONAL
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not is_variadic:
+            required.append(parameter.name)
+    needs_more = len(required) > 2 or not set(required) <= set(places)
+    if needs_more or not can_be_called:
         raise InputError(
-            f"the policy takes {inspect.signature(policy)}. "
-            "Hint: a policy takes (analysis) or (analysis, options)"
+            f"the policy takes {signature}. Hint: a policy takes (analysis) or (analysis, options)"
         )
-    return len(required) == 2 or any(p.name == "options" for p in places[1:2])
+    return len(required) == 2 or places[1:2] == ["options"]
 
 
 def _node_names(chosen: Any) -> tuple[str, ...]:
@@ -204,13 +223,27 @@ def _node_names(chosen: Any) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _legal(steps: tuple[Step, ...], ends: Iterable[int]) -> list[int]:
+def _legal(steps: Steps, ends: Iterable[int]) -> list[int]:
     """Return those of the steps that a cut may follow, in order, each once."""
     return [i for i in sorted(set(ends)) if i >= 0 and not steps[i].refusal]
 
 
-def _cuts(steps: tuple[Step, ...], ends: Iterable[int]) -> Cuts:
-    return Cuts(tuple(steps[i].node for i in _legal(steps, ends)))
+def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:
+    names = [steps[i].node for i in _legal(steps, ends)]
+    return Cuts(tuple(names))
+
+
+def _has_weight(steps: Steps, start: int, stop: int) -> bool:
+    """Return whether one of the steps in [start, stop) has a weight."""
+    return any(step.weighted for step in steps[start:stop])
+
+
+def _first_pool(steps: Steps, start: int, stop: int) -> int:
+    """Return the step in [start, stop) that starts the way to the classifier; `stop` if none."""
+    for i in range(start, stop):
+        if steps[i].pools:
+            return i
+    return stop
 
 
 # Residual blocks
@@ -223,37 +256,39 @@ def _residual_blocks(analysis: Analysis) -> dict[int, int]:
     written in the model's own forward or in a `Sequential`, is a block of its own.
     """
     joins = {}
+    owners: Counter[str] = Counter()
     for i, step in enumerate(analysis.steps):
         if step.join in ("sum", "cat") and step.trainable:
             joins[i] = step
-    kinds = _unit_kinds(analysis, Counter(step.scope for step in joins.values()))
+            owners[step.scope] += 1
+    kinds = _unit_kinds(analysis, owners)
     ends: dict[int, int] = {}
     inside: set[int] = set()
     for indices in _unit_steps(analysis, kinds):
-        ends[indices[0]] = indices[-1]
+        first = indices[0]
+        ends[first] = indices[-1]
         inside.update(indices)
     for i, step in joins.items():
-        if i not in inside and analysis.kind(step.scope) not in kinds:
+        is_unit = analysis.kind(step.scope) in kinds
+        if i not in inside and not is_unit:
             ends[i] = i
     return dict(sorted(ends.items()))
 
 
-def _unit_kinds(analysis: Analysis, joins: Counter[str]) -> set[type[nn.Module]]:
+def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]]:
     """Return the classes of modules that are residual blocks as a whole.
-
-    A module with several joins is one if there are others of its class. The only one of its class
-    is a model written in one forward.
 
     Args:
         analysis: of the model.
-        joins: how many joins each module owns, by its qualname.
+        owners: how many joins each module owns, by its qualname.
     """
     kinds: set[type[nn.Module]] = set()
-    for owner, count in joins.items():
+    for owner, num_joins in owners.items():
         kind = analysis.kind(owner)
         if owner == "" or issubclass(kind, nn.Sequential):
             continue
-        if count == 1 or len(_instances(analysis, {kind})) > 1:
+        # The only module of its class with several joins is a model written in one forward.
+        if num_joins == 1 or len(_instances(analysis, {kind})) > 1:
             kinds.add(kind)
     return kinds
 
@@ -263,18 +298,23 @@ def _unit_steps(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[list[in
     units = set(_instances(analysis, kinds))
     inside: dict[str, list[int]] = {}
     for i, step in enumerate(analysis.steps):
-        for unit in units.intersection((step.scope, *holders(step.scope))):
-            inside.setdefault(unit, []).append(i)  # one unit at most: no unit lies in another
+        # No unit lies in another, so there is at most one around a step.
+        for scope in (step.scope, *holders(step.scope)):
+            if scope in units:
+                inside.setdefault(scope, []).append(i)
     return list(inside.values())
 
 
 def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
     """Return the qualnames of the modules of these classes, outermost ones only."""
-    modules = analysis.trace.root.named_modules()
-    return outermost(name for name, module in modules if name and type(module) in kinds)
+    names = []
+    for name, candidate in analysis.trace.root.named_modules():
+        if name and type(candidate) in kinds:
+            names.append(name)
+    return outermost(names)
 
 
-def _legal_ends(steps: tuple[Step, ...], blocks: dict[int, int]) -> set[int]:
+def _legal_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
     """Return the end of each residual block, moved to a step that a cut may follow."""
     starts = list(blocks)
     reached = list(accumulate(blocks.values(), max))
@@ -282,57 +322,71 @@ def _legal_ends(steps: tuple[Step, ...], blocks: dict[int, int]) -> set[int]:
     for start, end in blocks.items():
         settled = _settled(steps, end)
         legal = _legal_before(steps, settled, start - 1)
-        if steps[legal].refusal:
-            # A layer that is used again and again (ALBERT) is one block with all its uses. So the
-            # block goes on to the next legal step, unless that step is in another block.
-            behind = _legal_behind(steps, settled)
-            if behind is not None and behind >= reached[bisect_right(starts, behind) - 1]:
+        if not steps[legal].refusal:
+            ends.add(legal)
+            continue
+        # A layer that is used again and again (ALBERT) is one block with all its uses. So the block
+        # goes on to the next legal step, unless that step is in another block.
+        behind = _legal_behind(steps, settled)
+        if behind is not None:
+            last_block = bisect_right(starts, behind) - 1
+            if behind >= reached[last_block]:
                 legal = behind
         ends.add(legal)
     return ends
 
 
-def _cut_before(steps: tuple[Step, ...], cuts: list[int], start: int) -> None:
-    """Add a cut before a residual block if there is a weight between it and the cut before it."""
-    place = bisect_left(cuts, start)
-    before = cuts[place - 1] if place else -1
-    if any(step.weighted for step in steps[before + 1 : start]):
-        cuts.insert(place, _legal_before(steps, start - 1, before))
+def _cut_before(steps: Steps, ends: list[int], start: int) -> None:
+    """Add a cut before a residual block if there is a weight between it and the cut before it.
+
+    Args:
+        steps: of the model.
+        ends: the cuts so far, in order; may get another.
+        start: the first step of the residual block.
+    """
+    place = bisect_left(ends, start)
+    before = ends[place - 1] if place else -1
+    if _has_weight(steps, before + 1, start):
+        ends.insert(place, _legal_before(steps, start - 1, before))
 
 
-def _tail(steps: tuple[Step, ...], last: int) -> int:
+def _tail(steps: Steps, last: int) -> int:
     """Return the end of the block after the last residual block; `last` if there is none.
 
     Such a block is a convolution before the pool, as in MobileNet.
     """
-    stop = len(steps)
-    for i in range(last + 1, len(steps)):
-        if steps[i].pools or len(steps[i].shape) < 2:
-            stop = i
-            break
     weighted = [i for i, step in enumerate(steps) if step.weighted]
-    features = [i for i in weighted[:-1] if last < i < stop]
-    return _settled(steps, features[-1]) if features else last
+    classifier = weighted[-1] if weighted else -1
+    end = last
+    for i in range(last + 1, classifier):
+        is_flat = len(steps[i].shape) < 2
+        if steps[i].pools or is_flat:
+            break
+        if steps[i].weighted:
+            end = i
+    return end if end == last else _settled(steps, end)
 
 
 # BN groups and layers
 
 
-def _layer_starts(steps: tuple[Step, ...]) -> list[int]:
+def _layer_starts(steps: Steps) -> list[int]:
+    """Return the steps that begin a layer. A gate is none, since it belongs to another layer."""
     return [i for i, step in enumerate(steps) if step.weighted and step.join != "product"]
 
 
-def _batch_norm_ends(steps: tuple[Step, ...]) -> list[int]:
+def _batch_norm_ends(steps: Steps) -> list[int]:
     """Return the last step of each BN group. A group begins with a layer; the last is left out."""
-    flat = next((i for i, step in enumerate(steps) if step.pools), len(steps))
+    flat = _first_pool(steps, 0, len(steps))
     ends = []
     for start, following in pairwise(_layer_starts(steps)):
-        if start < flat or any(step.batchnorm for step in steps[start:following]):
+        has_batch_norm = any(step.batchnorm for step in steps[start:following])
+        if start < flat or has_batch_norm:
             ends.append(_group_end(steps, start, following))
     return ends
 
 
-def _group_end(steps: tuple[Step, ...], start: int, following: int) -> int:
+def _group_end(steps: Steps, start: int, following: int) -> int:
     """Return the last step of a group, which ends before the way to the classifier begins.
 
     Args:
@@ -340,34 +394,33 @@ def _group_end(steps: tuple[Step, ...], start: int, following: int) -> int:
         start: the first step of the group.
         following: the first step of the group after it.
     """
-    stop = next((i for i in range(start + 1, following) if steps[i].pools), following)
+    stop = _first_pool(steps, start + 1, following)
     while stop > start + 1 and _is_classifier_dropout(steps, stop - 1):
         stop -= 1
     return _legal_before(steps, stop - 1, start - 1)
 
 
-def _is_classifier_dropout(steps: tuple[Step, ...], index: int) -> bool:
+def _is_classifier_dropout(steps: Steps, index: int) -> bool:
     """Return whether a step is dropout with no weight after it but the classifier's."""
-    return steps[index].drops and not any(step.weighted for step in steps[index + 1 : -1])
+    return steps[index].drops and not _has_weight(steps, index + 1, len(steps) - 1)
 
 
 # Modules at a depth
 
 
-def _runs(steps: tuple[Step, ...], depth: int) -> list[list[int]]:
+def _runs(steps: Steps, depth: int) -> list[range]:
     """Return the runs of neighbouring steps that lie in one module, at most this deep."""
-    runs: list[list[int]] = []
+    starts = []
     owner = None
     for i, step in enumerate(steps):
-        module_of_step = step.scope.split(".")[:depth]
-        if module_of_step != owner:
-            runs.append([])
-            owner = module_of_step
-        runs[-1].append(i)
-    return runs
+        module_at_depth = step.scope.split(".")[:depth]
+        if module_at_depth != owner:
+            starts.append(i)
+            owner = module_at_depth
+    return [range(start, stop) for start, stop in pairwise([*starts, len(steps)])]
 
 
-def _run_end(steps: tuple[Step, ...], run: list[int], stop: int) -> int:
+def _run_end(steps: Steps, run: range, stop: int) -> int:
     """Return the last step of a block that begins as a run of steps and may go on up to `stop`.
 
     It goes on further only where a BN layer behind it would be parted from its layer.
@@ -380,7 +433,7 @@ def _run_end(steps: tuple[Step, ...], run: list[int], stop: int) -> int:
 # The end of a block
 
 
-def _settled(steps: tuple[Step, ...], end: int) -> int:
+def _settled(steps: Steps, end: int) -> int:
     """Return a cut moved behind the steps that belong to the block before it."""
     while end + 1 < len(steps) and _follows(steps[end + 1], steps[end]):
         end += 1
@@ -395,14 +448,20 @@ def _follows(step: Step, before: Step) -> bool:
     return step.keeps_shape or is_gate or is_batch_norm or is_needed
 
 
-def _legal_before(steps: tuple[Step, ...], end: int, floor: int) -> int:
+def _legal_before(steps: Steps, end: int, floor: int) -> int:
     """Return the last step in (floor, end] that a cut may follow; `end` if none may."""
-    return next((i for i in range(end, floor, -1) if not steps[i].refusal), end)
+    for i in range(end, floor, -1):
+        if not steps[i].refusal:
+            return i
+    return end
 
 
-def _legal_behind(steps: tuple[Step, ...], end: int) -> int | None:
+def _legal_behind(steps: Steps, end: int) -> int | None:
     """Return the first step after `end` that a cut may follow."""
-    return next((i for i in range(end + 1, len(steps)) if not steps[i].refusal), None)
+    for i in range(end + 1, len(steps)):
+        if not steps[i].refusal:
+            return i
+    return None
 
 
 # Blocks of similar cost
@@ -418,16 +477,21 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
         cost: of everything up to each place, rising.
         parts: how many.
     """
+    places = len(cost)
     reached = np.asarray(cost) / max(cost[-1], 1.0)
-    squares = (reached[None, :] - reached[:, None]) ** 2
-    squares[np.tri(len(reached), dtype=bool)] = np.inf  # a part goes forward, by one place at least
-    best = np.where(np.arange(len(reached)) == 0, 0.0, np.inf)
+    part_costs = reached[None, :] - reached[:, None]  # of a part from row to column
+    squares = part_costs**2
+    # A part goes forward, by one place at least.
+    squares[np.tri(places, dtype=bool)] = np.inf
+    best = np.full(places, np.inf)
+    best[0] = 0.0
     sources = []
     for _ in range(parts):
         total = best[:, None] + squares
         sources.append(total.argmin(0))
         best = total.min(0)
-    ends = [len(reached) - 1]
+    # The last part ends in the last place. Where it starts, the part before it ends.
+    ends = [places - 1]
     for source in reversed(sources[1:]):
         ends.append(int(source[ends[-1]]))
     return ends[::-1]

@@ -30,8 +30,10 @@ def refusals(
         channel_axes: the channel axis of each value that has one.
     """
     fed = _batch_norms_fed(flow, layers)
-    holding = [flow.step_of[name] for name, node in flow.nodes.items() if layers.parameters(node)]
-    last = max(holding, default=-1)
+    last = -1  # step with a parameter
+    for name, node in flow.nodes.items():
+        if layers.parameters(node):
+            last = max(last, flow.step_of[name])
     reasons = []
     for i, name in enumerate(flow.spine):
         value = facts(flow.nodes[name]).example
@@ -61,14 +63,16 @@ def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
         if node.op == "get_attr":  # a parameter is used where it is read
             steps = [flow.step_of[user] for user in flow.graph.successors(name)]
         for state, tensor in layers.changing_state(node).items():
-            module_or_parameter = str(node.target) if node.op == "call_module" else state
-            names.setdefault(id(tensor), module_or_parameter)
-            used_in.setdefault(id(tensor), []).extend(steps)
+            key = id(tensor)
+            is_module = node.op == "call_module"
+            names.setdefault(key, str(node.target) if is_module else state)
+            used_in.setdefault(key, []).extend(steps)
     shared = [""] * len(flow.spine)
     for key, steps in used_in.items():
         if steps:
-            inside = range(min(steps), max(steps))
-            shared[inside.start : inside.stop] = [names[key]] * len(inside)
+            # After its last use, a state is no longer in the way of a cut.
+            for step in range(min(steps), max(steps)):
+                shared[step] = names[key]
     return shared
 
 
@@ -96,6 +100,14 @@ def _batch_norms_fed(flow: Dataflow, layers: Layers) -> dict[str, str]:
 
 
 def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, str]) -> str:
+    """Return the BN layer that a value of the spine feeds.
+
+    Args:
+        name: of the node that computes the value.
+        flow: the dataflow of the model.
+        layers: of the model.
+        fed: the same for the values after it.
+    """
     readers = [flow.nodes[reader] for reader in flow.paths.successors(name)]
     norms = [reader for reader in readers if layers.is_batch_norm(reader)]
     # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds both
@@ -106,8 +118,9 @@ def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, st
         return ""
     reader = readers[0]
     is_link = flow.is_on_spine(reader.name) and not layers.parameters(reader)
-    same_shape = _shape(flow, name) is not None and _shape(flow, name) == _shape(flow, reader.name)
-    return fed[reader.name] if is_link and same_shape else ""
+    shape = _shape(flow, name)
+    keeps_shape = shape is not None and shape == _shape(flow, reader.name)
+    return fed[reader.name] if is_link and keeps_shape else ""
 
 
 def _shape(flow: Dataflow, name: str) -> Any:

@@ -40,21 +40,27 @@ def rewrite(
         norms: one for each feature block; None leaves the output as it is, but for the detach.
     """
     traced = {node.name: node for node in trace.graph.nodes}
-    root = nn.Module()
-    for block in plan.all_blocks:
-        root.add_module(block.target, block_module(trace.root, block, traced))
-    added: dict[str, nn.Module] = {}
-    for i, (head, norm) in enumerate(zip(heads, norms, strict=True)):
-        added[head_name(i)] = head
+    parts: dict[str, nn.Module] = {}
+    for i, head in enumerate(heads):
+        parts[head_name(i)] = head
+    for i, norm in enumerate(norms):
         if norm is not None:
-            added[norm_name(i)] = norm
-    added[READOUT] = Readout()
-    for name, module in added.items():
-        root.add_module(name, module.train(trace.root.training))
+            parts[norm_name(i)] = norm
+    parts[READOUT] = Readout()
+    root = nn.Module()
     root.training = trace.root.training
-    graph = _outer_graph(traced, plan, norms)
-    graph.lint()
-    net = fx.GraphModule(root, graph, class_name=f"SFF{plan.model}")
+    for block in plan.all_blocks:
+        # The layers of a block keep the mode that they had in the model.
+        root.add_module(block.target, block_module(trace.root, block, traced))
+    for name, part in parts.items():
+        root.add_module(name, part.train(trace.root.training))
+    outer = _OuterGraph(traced)
+    outer.add_inputs()
+    for i, block in enumerate(plan.blocks):
+        outer.add_block(i, block, has_norm=norms[i] is not None)
+    outer.add_end(plan.classifier)
+    outer.graph.lint()
+    net = fx.GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
     return with_plan(net, plan, trace.root)
 
 
@@ -76,13 +82,16 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, fx.Node]) -> f
     for name in block.nodes:
         node = traced[name]
         copy = graph.node_copy(node, lambda arg: copies[arg.name])
+        # The rest of the trace's records would keep its fake tensors alive.
         copy.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         set_block_facts(copy, _facts_of_node(node))
         copies[name] = copy
-    outputs = tuple(copies[name] for name in (block.output, *block.sides))
-    graph.output(outputs if block.sides else outputs[0])
+    output = copies[block.output]
+    sides = [copies[name] for name in block.sides]
+    graph.output((output, *sides) if sides else output)
     graph.lint()
-    return fx.GraphModule(root, graph, class_name=block.target.title().replace("_", ""))
+    class_name = block.target.title().replace("_", "")
+    return fx.GraphModule(root, graph, class_name=class_name)
 
 
 def _facts_of_input(node: fx.Node) -> BlockFacts:
@@ -104,66 +113,87 @@ def _memory(node: fx.Node) -> int | None:
     return storage_key(value) if isinstance(value, Tensor) else None
 
 
-def _outer_graph(
-    traced: dict[str, fx.Node], plan: BlockPlan, norms: list[nn.Module | None]
-) -> fx.Graph:
-    graph = fx.Graph()
-    values: dict[str, Any] = {}  # by the name of the traced node that computes it
-    for node in traced.values():
-        if node.op == "placeholder":
-            values[node.name] = graph.create_node("placeholder", str(node.target), name=node.name)
-    scores: list[fx.Node] = []
-    for i, block in enumerate(plan.blocks):
-        inputs = tuple(values[name] for name in block.inputs)
-        result = _call(graph, block.target, block.target, inputs)
-        output = _unpack(graph, block, result, values, traced)
-        mask = (values[block.mask],) if block.mask else ()
-        scores.append(_call(graph, head_name(i), goodness_name(i), (output, *mask)))
-        value = graph.create_node("call_method", "detach", (output,), name=f"detached_{i}")
-        if norms[i] is not None:
-            value = _call(graph, norm_name(i), norm_name(i), (value, *mask))
-        values[block.output] = value
-    inputs = tuple(values[name] for name in plan.classifier.inputs)
-    scores.append(_call(graph, CLASSIFIER, CLASSIFIER, inputs))
-    graph.output(_call(graph, READOUT, READOUT, (scores,)))
-    return graph
+class _OuterGraph:
+    """Writes the outer graph, part by part.
 
-
-def _call(graph: fx.Graph, target: str, name: str, args: tuple[Any, ...]) -> fx.Node:
-    return graph.create_node("call_module", target, args, name=name)
-
-
-def _unpack(
-    graph: fx.Graph,
-    block: Block,
-    result: fx.Node,
-    values: dict[str, Any],
-    traced: dict[str, fx.Node],
-) -> fx.Node:
-    """Return a block's output, taken from its result, and add its side values to `values`.
-
-    A side value that carries gradient is detached.
+    Attributes:
+        graph: the graph so far.
+        traced: the nodes of the traced model, by name.
+        values: the node of the outer graph that has the value of a traced node, by its name. After
+            a cut this is the detached and normalised value.
+        scores: the nodes that the readout reads.
     """
-    if not block.sides:
-        return result
-    output = _item(graph, result, 0, f"{block.target}_output")
-    for i, name in enumerate(block.sides, start=1):
-        side = _item(graph, result, i, name)
-        is_detached = name in block.detached
-        values[name] = _detached(graph, side, facts(traced[name]).example) if is_detached else side
-    return output
+
+    def __init__(self, traced: dict[str, fx.Node]) -> None:
+        self.graph = fx.Graph()
+        self.traced = traced
+        self.values: dict[str, Any] = {}
+        self.scores: list[fx.Node] = []
+
+    def add_inputs(self) -> None:
+        """Add the inputs of the model."""
+        for name, node in self.traced.items():
+            if node.op == "placeholder":
+                target = str(node.target)
+                self.values[name] = self.graph.create_node("placeholder", target, name=name)
+
+    def add_block(self, index: int, block: Block, *, has_norm: bool) -> None:
+        """Add a feature block, its head, the detach and the norm."""
+        result = self._call(block.target, block.target, self._inputs_of(block))
+        output = self._output_of(block, result)
+        mask = [self.values[block.mask]] if block.mask else []
+        score = self._call(head_name(index), goodness_name(index), [output, *mask])
+        self.scores.append(score)
+        value = _detach_tensor(self.graph, output, f"detached_{index}")
+        if has_norm:
+            value = self._call(norm_name(index), norm_name(index), [value, *mask])
+        self.values[block.output] = value
+
+    def add_end(self, classifier: Block) -> None:
+        """Add the classifier, the readout and the output."""
+        logits = self._call(CLASSIFIER, CLASSIFIER, self._inputs_of(classifier))
+        self.scores.append(logits)
+        scores = self._call(READOUT, READOUT, [self.scores])
+        self.graph.output(scores)
+
+    def _inputs_of(self, block: Block) -> list[Any]:
+        return [self.values[name] for name in block.inputs]
+
+    def _output_of(self, block: Block, result: fx.Node) -> fx.Node:
+        """Return a block's output, taken from its result; add its side values to `values`.
+
+        A side value that carries gradient is detached.
+        """
+        if not block.sides:
+            return result
+        output = _item(self.graph, result, 0, f"{block.target}_output")
+        for i, name in enumerate(block.sides, start=1):
+            side = _item(self.graph, result, i, name)
+            example = facts(self.traced[name]).example
+            is_detached = name in block.detached
+            self.values[name] = _detached(self.graph, side, example) if is_detached else side
+        return output
+
+    def _call(self, target: str, name: str, args: list[Any]) -> fx.Node:
+        return self.graph.create_node("call_module", target, tuple(args), name=name)
 
 
 def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
     """Return a side value, detached; of a tuple or a list, each tensor in it, however deep."""
     if isinstance(example, Tensor):
-        return graph.create_node("call_method", "detach", (side,), name=f"{side.name}_detached")
+        return _detach_tensor(graph, side, f"{side.name}_detached")
     if not isinstance(example, (tuple, list)):
         return side
     items = [_item(graph, side, i, f"{side.name}_{i}") for i in range(len(example))]
-    parts = zip(items, example, strict=True)
-    return type(example)(_detached(graph, item, part) for item, part in parts)
+    parts = []
+    for item, part in zip(items, example, strict=True):
+        parts.append(_detached(graph, item, part))
+    return type(example)(parts)
 
 
 def _item(graph: fx.Graph, value: fx.Node, index: int, name: str) -> fx.Node:
     return graph.create_node("call_function", operator.getitem, (value, index), name=name)
+
+
+def _detach_tensor(graph: fx.Graph, value: fx.Node, name: str) -> fx.Node:
+    return graph.create_node("call_method", "detach", (value,), name=name)

@@ -7,10 +7,9 @@ place is the logits. A *span* is a block: the place before it, and the place whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -96,7 +95,10 @@ class BlockCosts:
     @cached_property
     def model(self) -> Owned:
         """All tensors of the model."""
-        return _owned(tensor for tensors in self._tensors_by_step for tensor in tensors)
+        tensors: list[Tensor] = []
+        for new in self._tensors_by_step:
+            tensors += new
+        return _owned(tensors)
 
     @cached_property
     def input_bytes(self) -> int:
@@ -124,8 +126,11 @@ class BlockCosts:
             spans: all blocks of the plan, in order.
             again: whether to count those that were counted before.
         """
-        known = [i for i, span in enumerate(spans) if span in self._counted and not again]
-        net = self._fake_net([end for _, end in spans[:-1]])
+        known = []
+        if not again:
+            known = [i for i, span in enumerate(spans) if span in self._counted]
+        cuts = [end for _, end in spans[:-1]]
+        net = self._fake_net(cuts)
         with self._fake_mode:
             running = fake_footprint(net.train(), self.batch_size, skip=known).running
         for span, size in zip(spans, running, strict=True):
@@ -144,6 +149,7 @@ class BlockCosts:
         bounds: dict[Span, int] = {}
         kept: dict[int, int] = {}
         has_weight = False
+        # The block grows backwards, one step at a time.
         for i in range(end, -1, -1):
             step = self.analysis.steps[i]
             for name in step.nodes:
@@ -152,7 +158,8 @@ class BlockCosts:
             start = i - 1
             is_place = start == START or start in self.heads
             if has_weight and is_place and start >= earliest:
-                bounds[start, end] = sum(kept.values())
+                span = (start, end)
+                bounds[span] = sum(kept.values())
         return bounds
 
     def _saved_by_node(self) -> dict[str, dict[int, int]]:
@@ -161,23 +168,33 @@ class BlockCosts:
         It is noted with the whole model as one memory-saving block. Shorter blocks keep no less:
         each has the same values to come back to, and a head besides.
         """
-        nodes = self.analysis.nodes
-        computed = tuple(name for name, node in nodes.items() if node.op != "placeholder")
-        inputs = tuple(node.name for node in self._placeholders)
-        last = partition(self.analysis, Cuts(self.analysis.candidates[-1:]), self.options)
-        whole = replace(last.classifier, nodes=computed, inputs=inputs)
-        block = block_module(self._fake_root, whole, nodes)
-        save_memory_in(block, feeds_head=False, recompute=self.options.recompute)
+        block = self._whole_model()
         with self._fake_mode:
             x = []
             for node in self._placeholders:
                 example = facts(node).example
-                x.append(example.new_empty((self.batch_size, *example.shape[1:])))
-            run = _SavedBytes(block.train(), [*x, *block.parameters(), *block.buffers()])
+                shape = (self.batch_size, *example.shape[1:])
+                x.append(example.new_empty(shape))
+            given = [*x, *block.parameters(), *block.buffers()]
+            run = _SavedBytes(block, given)
             # Where shapes depend on data there are no bounds; the count will report it.
             with contextlib.suppress(*DATA_DEPENDENT):
                 run.run(*x)
         return run.saved
+
+    def _whole_model(self) -> fx.GraphModule:
+        """Return the whole model as one memory-saving block, on fake tensors."""
+        last_cut = Cuts(self.analysis.candidates[-1:])
+        plan = partition(self.analysis, last_cut, self.options)
+        inputs = tuple(node.name for node in self._placeholders)
+        nodes = []
+        for name, node in self.analysis.nodes.items():
+            if node.op != "placeholder":
+                nodes.append(name)
+        whole = replace(plan.classifier, nodes=tuple(nodes), inputs=inputs)
+        module = block_module(self._fake_root, whole, self.analysis.nodes)
+        save_memory_in(module, feeds_head=False, recompute=self.options.recompute)
+        return module.train()
 
     @cached_property
     def _placeholders(self) -> list[fx.Node]:
@@ -186,7 +203,10 @@ class BlockCosts:
     @cached_property
     def _trainable_before(self) -> list[int]:
         """The bytes of trainable parameters before each step."""
-        return [0, *accumulate(_owned(tensors).trainable for tensors in self._tensors_by_step)]
+        before = [0]
+        for tensors in self._tensors_by_step:
+            before.append(before[-1] + _owned(tensors).trainable)
+        return before
 
     @cached_property
     def _tensors_by_step(self) -> list[list[Tensor]]:
@@ -234,11 +254,13 @@ class BlockCosts:
         with torch.random.fork_rng(devices=[]):
             heads = make_heads(plan, root)
             norms = make_norms(plan, root)
-        mode = self._fake_mode
-        fake_heads = list(fake_copy(nn.ModuleList(heads), mode))
-        fake_norms = [None if norm is None else fake_copy(norm, mode) for norm in norms]
+        # One copy of all heads, so that those that share a tensor still do.
+        fake_heads = list(fake_copy(nn.ModuleList(heads), self._fake_mode))
+        fake_norms: list[nn.Module | None] = []
+        for norm in norms:
+            fake_norms.append(None if norm is None else fake_copy(norm, self._fake_mode))
         trace = replace(self.analysis.trace, root=self._fake_root)
-        with mode:
+        with self._fake_mode:
             net = rewrite(trace, plan, fake_heads, fake_norms)
             keep_foreign_values(net)
             save_memory(net)
@@ -274,8 +296,7 @@ class _SavedBytes(fx.Interpreter):
             return super().run_node(n)
 
 
-def _owned(tensors: Iterable[Tensor]) -> Owned:
-    tensors = list(tensors)
+def _owned(tensors: list[Tensor]) -> Owned:
     sizes = [t.nbytes for t in tensors if t.requires_grad]
     return Owned(
         everything=sum(t.nbytes for t in tensors),

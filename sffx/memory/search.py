@@ -64,7 +64,8 @@ class Search:
     def smallest(self) -> Path:
         """Return the path of the least peak; among those, the one of the fewest blocks."""
         path = self._settled(None, lambda path: (path.peak, len(path.spans)))
-        assert path is not None  # without a limit there is always a path
+        # Without a limit there is always a path.
+        assert path is not None
         return path
 
     def _settled(self, allowed: int | None, rank: Callable[[Path], tuple[int, int]]) -> Path | None:
@@ -74,7 +75,8 @@ class Search:
             if not paths:
                 return None
             best = min(paths, key=rank)
-            if not all(self.costs.is_counted(span) for span in best.spans):
+            is_counted = all(self.costs.is_counted(span) for span in best.spans)
+            if not is_counted:
                 self.costs.count(best.spans)
             elif not self._grows(best):
                 return best
@@ -109,9 +111,11 @@ class Search:
         """Return the paths to a place, each one block longer than one to an earlier place."""
         reached = []
         for span, bound in self.costs.bounds[place].items():
-            for path in paths.get(span[0], ()):
-                if allowed is not None and path.lasting + path.gradients + bound > allowed:
-                    continue
+            start = span[0]
+            for path in paths.get(start, []):
+                least = path.lasting + path.gradients + bound
+                if allowed is not None and least > allowed:
+                    continue  # it would be too large, whatever its head
                 longer = self._extended(path, span)
                 if allowed is None or longer.peak <= allowed:
                     reached.append(longer)
@@ -123,11 +127,20 @@ class Search:
         head = self.costs.heads.get(end, Owned())  # the classifier has none
         gradients = path.gradients + self.costs.trainable(span) + head.trainable
         largest = max(path.largest, head.largest)
-        running = max(path.running, path.gradients + self.costs.running(span))
-        if end == self.costs.places[-1]:
-            running = max(running, gradients + UPDATE * largest)
-        lasting = path.lasting + head.lasting
-        return Path((*path.spans, span), lasting, gradients, running, largest)
+        # While a block runs, the gradients of the blocks before it are held.
+        while_it_runs = path.gradients + self.costs.running(span)
+        running = max(path.running, while_it_runs)
+        logits = self.costs.places[-1]
+        if end == logits:
+            while_it_updates = gradients + UPDATE * largest
+            running = max(running, while_it_updates)
+        return Path(
+            spans=(*path.spans, span),
+            lasting=path.lasting + head.lasting,
+            gradients=gradients,
+            running=running,
+            largest=largest,
+        )
 
 
 def _undominated(paths: list[Path], *, by_length: bool) -> list[Path]:
@@ -139,14 +152,18 @@ def _undominated(paths: list[Path], *, by_length: bool) -> list[Path]:
     """
 
     def respects(path: Path) -> tuple[int, ...]:
-        return (len(path.spans) if by_length else 0, *path.sizes)
+        length = len(path.spans) if by_length else 0
+        return (length, *path.sizes)
 
     kept: list[Path] = []
+    # A path can only be beaten by one that comes before it in this order.
     for path in sorted(paths, key=respects):
-        if not any(_no_larger(respects(other), respects(path)) for other in kept):
+        is_beaten = any(_no_larger(respects(other), respects(path)) for other in kept)
+        if not is_beaten:
             kept.append(path)
     return kept
 
 
 def _no_larger(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return whether one path is as good as another in all respects."""
     return all(a <= b for a, b in zip(one, other, strict=True))

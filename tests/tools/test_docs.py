@@ -15,6 +15,7 @@ import sffx
 from tools.dev import DOCUMENTED
 
 FUNCTIONS = [name for name in sffx.__all__ if inspect.isfunction(getattr(sffx, name))]
+CLASSES = [name for name in sffx.__all__ if inspect.isclass(getattr(sffx, name))]
 RECORDS = [name for name in sffx.__all__ if dataclasses.is_dataclass(getattr(sffx, name))]
 
 # Functions that take the arguments of another one, and say so.
@@ -53,6 +54,16 @@ def test_each_record_documents_its_attributes(name: str) -> None:
     fields = dataclasses.fields(getattr(sffx, name))
     public = [field.name for field in fields if not field.name.startswith("_")]
     assert not [each for each in public if not describes(document(name), each)]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_method_has_a_docstring(name: str) -> None:
+    undocumented = []
+    for member, value in vars(getattr(sffx, name)).items():
+        is_documentable = inspect.isroutine(value) or isinstance(value, property)
+        if is_documentable and not member.startswith("_") and not value.__doc__:
+            undocumented.append(member)
+    assert not undocumented
 
 
 def test_the_command_writes_the_reference(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Random models for property tests: programs of layers, branches, joins, shared layers, in-place operations and changes of shape."""
+"""Random models for property tests.
+
+They are programs of layers, branches, joins, shared layers, in-place operations and changes of
+shape.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +91,10 @@ class Program(nn.Module):
 
 
 class Writer:
-    """Writes a program, drawing every choice, and follows the shape of the value (C, H, W), (T, C) or (C,)."""
+    """Writes a program and draws every choice.
+
+    It follows the shape of the value: (C, H, W), (T, C) or (C,).
+    """
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw

@@ -1,4 +1,4 @@
-"""The cut model as a whole: the original's function is kept, and what people do with models works."""
+"""The cut model as a whole: it keeps the original's function, and does what models do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ FAMILIES = {
 
 
 def rerandomised(model: nn.Module) -> nn.Module:
-    """Give every parameter a value that matters: some models start with a zero head, which would make a comparison empty."""
+    """Give every parameter a value that matters.
+
+    Some models start with a head of zeros, which would make a comparison empty.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -108,7 +111,8 @@ def test_shapes_and_readouts(net):
     assert torch.equal(scores["classifier"], parts[-1])
     with pytest.raises(
         InputError,
-        match=r"there is no readout 'best'\. Hint: the readouts are 'ensemble', 'weighted', 'last', 'classifier'",
+        match=r"there is no readout 'best'\. Hint: the readouts are "
+        "'ensemble', 'weighted', 'last', 'classifier'",
     ):
         net.readout.mode = "best"
 
@@ -191,11 +195,13 @@ def test_blocks_have_the_mode_of_the_model():
         ({"norm": "batch"}, r"there is no norm 'batch'\. Hint: choose one of 'layer', 'none'"),
         (
             {"goodness": "best"},
-            r"there is no goodness 'best'\. Hint: choose one of 'sff', 'cwc', 'cosine', 'cosine\(4\)'",
+            r"there is no goodness 'best'\. "
+            r"Hint: choose one of 'sff', 'cwc', 'cosine', 'cosine\(4\)'",
         ),
         (
             {"kernel_size": 2},
-            r"block_0 \(0 … 3, output \(6, 4, 4\)\): kernel_size is 2\. Hint: pass an odd positive integer",
+            r"block_0 \(0 … 3, output \(6, 4, 4\)\): kernel_size is 2\. "
+            "Hint: pass an odd positive integer",
         ),
         ({"num_classes": 7}, r"num_classes is 7, but the model returns 4 logits"),
     ],
@@ -242,7 +248,8 @@ def test_costs_are_counted():
     assert [block.macs for block in plan] == [3 * 8 * 9 * 64, 2 * convolution, 2 * convolution]
     assert plan.blocks[1].num_parameters == 2 * (8 * 8 * 9) + 4 * 8
     value = 8 * 64 * 4  # bytes of one sample's value
-    # The block's input, both BN inputs, the ReLU between, the output; BN's batch statistics are shared by the batch.
+    # The block's input, both BN inputs, the ReLU between, the output. The batch shares BN's
+    # statistics.
     assert plan.blocks[1].activation_bytes // value == 5
 
 

@@ -113,7 +113,10 @@ class TokenBlock(nn.Module):
 
 
 class Tokens(nn.Module):
-    """An embedding, two blocks that respect an attention mask, a classifier of the mean of the real tokens: on (B, T) twice."""
+    """An embedding, two blocks that respect an attention mask, a classifier: on (B, T) twice.
+
+    The classifier reads the mean of the real tokens.
+    """
 
     def __init__(self, width: int = 8, classes: int = 4) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class Rounding(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """A bias computed from a parameter in the first layer and read again by the second, as relative positions are."""
+    """A bias computed from a parameter and read by two layers, as relative positions are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +226,7 @@ def block_of(*shape: int, axis: int = 1, mask: str = "") -> Block:
 
 
 def step_scores(net: fx.GraphModule, x: Tensor) -> list[Tensor]:
-    """Return each block's goodness and the logits, as the readout is given them, with their graphs."""
+    """Return each block's goodness and the logits with their graphs, as the readout gets them."""
     seen: list[Tensor] = []
     handle = net.get_submodule("readout").register_forward_pre_hook(
         lambda _, args: seen.extend(args[0])

@@ -230,7 +230,7 @@ def test_a_layer_on_a_transposed_value_does_not_move_the_channels(shortcut_first
 
 
 class _Positions(nn.Module):
-    """Looks at its input's dtype and shape alone, in a region without gradient, as rotary positions do."""
+    """Looks at its input's dtype and shape alone, without gradient, as rotary positions do."""
 
     def forward(self, x: Tensor, at: Tensor) -> Tensor:
         with torch.no_grad():
@@ -260,7 +260,7 @@ def test_a_value_without_gradient_is_no_path_around_a_cut():
 
 
 class _Unbound(nn.Module):
-    """Keys and values stacked in one tensor and taken apart, as in attention over a reduced grid."""
+    """Keys and values in one tensor, taken apart, as in attention over a reduced grid."""
 
     def __init__(self) -> None:
         super().__init__()

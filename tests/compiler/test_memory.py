@@ -352,7 +352,7 @@ def test_activations_with_other_readers_stay():
 
 
 def test_an_activation_that_no_head_reads_stays():
-    """The classifier ends in an activation, whose gradient comes from a loss that sffx does not make."""
+    """The classifier ends in an activation, whose gradient comes from a loss of the user's own."""
 
     class Skips(nn.Module):
         def __init__(self) -> None:
@@ -406,7 +406,8 @@ def test_less_is_held_at_the_peak():
     net = sffx.transform(model, example_input=x).train()
     counted = count_memory(lambda: sffx.local_loss(net, x, y).backward(), model=net).activations
     value = 64 * 32 * 14 * 14 * 4
-    # BN's input, the gradient of its output and that of its input; the block's output, a quarter of that, is handed on.
+    # BN's input, the gradient of its output and that of its input. The block's output, a quarter
+    # of that, is handed on.
     assert counted < 3.5 * value
 
 

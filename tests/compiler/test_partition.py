@@ -1,4 +1,4 @@
-"""What a plan holds of the inside of its blocks and of their heads; the oracle is the traced graph."""
+"""A plan's record of its blocks, their nodes and their heads; the oracle is the traced graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 
 
 class Gated(nn.Module):
-    """A convolution, a squeeze-and-excitation gate of two layers, and a sum through a projection of one layer."""
+    """A convolution, a squeeze-and-excitation gate of two layers, a sum with a projection."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Structures that models are known by, each named, small, and cut: the trunk stays the model, and each parameter learns from one block."""
+"""Structures that models are known by, small and cut.
+
+The trunk of each stays the model, and each parameter learns from one block.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ class Inception(nn.Module):
 
 
 class UNet(nn.Module):
-    """Skips from the way down to the way up, nested: between the first of them and its join no value dominates the output."""
+    """Nested skips from the way down to the way up.
+
+    Between the first of them and its join no value dominates the output.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +154,7 @@ class ViT(nn.Module):
 
 
 class ScaledBlock(nn.Module):
-    """ConvNeXt: depthwise convolution, channels last, layer scale, stochastic depth over samples."""
+    """ConvNeXt: depthwise convolution, channels last, layer scale, stochastic depth."""
 
     def __init__(self, width: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -236,7 +242,7 @@ class Masked(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gate computed by the first layer and read in every later one: a side value that carries gradient."""
+    """A gate that the first layer computes and later ones read: a side value with gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +316,7 @@ STRUCTURES = {
         ["stem", "blocks.0", "blocks.1"],
     ),
     "channel shuffle": (ShuffleNet, image, "residual", ["stem", "unit1", "unit2"]),
-    "signal and LSTM": (Signal, lambda: (torch.randn(6, 2, 7),), "layer", ["conv … norm", "lstm"]),
+    "signal, LSTM": (Signal, lambda: (torch.randn(6, 2, 7),), "layer", ["conv … norm", "lstm"]),
     "mask": (
         Masked,
         lambda: (*tokens(), torch.ones(6, 5, dtype=torch.int64)),

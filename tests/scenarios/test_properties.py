@@ -42,7 +42,7 @@ def some(analysis: Analysis) -> list[str]:
 
 
 def cut(model: nn.Module, shape: tuple[int, ...], policy: str, norm: str) -> fx.GraphModule:
-    """Cut a model; a model that has no place for a cut, or that cannot be trained as it is, is no example."""
+    """Cut a model. One without a place for a cut, or that cannot be trained, is no example."""
     assume(trains(model, shape))
     chosen = {"every": every, "some": some}.get(policy, policy)
     try:
@@ -58,7 +58,10 @@ def cut(model: nn.Module, shape: tuple[int, ...], policy: str, norm: str) -> fx.
 
 
 def trains(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether backpropagation runs; an in-place operation may have written on what another one had kept."""
+    """Return whether backpropagation runs.
+
+    An in-place operation may have written on a value that another one keeps.
+    """
     twin = copy.deepcopy(model).train()
     try:
         twin(torch.randn(BATCH, *shape, dtype=torch.float64)).sum().backward()
@@ -188,7 +191,10 @@ def test_blocks_are_well_formed(drawn, policy):
 
 
 def is_parted(analysis: Analysis, name: str, part: sffx.Block) -> bool:
-    """Whether a node is a BN layer that reads the output of a layer of another block. A sum that feeds a shortcut as well may be cut."""
+    """Return whether a node is a BN layer that reads the output of a layer of another block.
+
+    A sum that feeds a shortcut as well may be cut.
+    """
     node = analysis.nodes[name]
     if node.op != "call_module" or not isinstance(
         analysis.trace.root.get_submodule(node.target), nn.modules.batchnorm._BatchNorm

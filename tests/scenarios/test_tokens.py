@@ -1,4 +1,4 @@
-"""Models of tokens with an attention mask: padding changes nothing, in whatever way the cut model is run."""
+"""Models of tokens with an attention mask: padding changes nothing, however the model is run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_heads_and_norms_read_the_mask():
     assert "norm_1 = self.norm_1(detached_1, attention_mask)" in lines
     assert [block.mask for block in net.plan] == ["attention_mask"] * 3
     assert net.plan.notes == (
-        "the goodness and norm of block_0, block_1, block_2 run over the real tokens, by attention_mask",
+        "the goodness and norm of block_0, block_1, block_2 run over the real tokens, "
+        "by attention_mask",
     )
 
 
@@ -111,7 +112,8 @@ def test_a_block_of_other_tokens_says_that_padding_counts():
 
     plan = sffx.plan(Strided(), example_input=batch(6))
     assert plan.notes == (
-        "block_0, block_1, block_2 return other tokens than attention_mask marks: their goodness and norm run over padding as well",
+        "block_0, block_1, block_2 return other tokens than attention_mask marks: "
+        "their goodness and norm run over padding as well",
     )
 
 

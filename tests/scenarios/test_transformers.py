@@ -1,4 +1,4 @@
-"""Hugging Face transformers: classifiers from small random configurations, cut, trained and compared with the original."""
+"""Classifiers of Hugging Face's transformers: small, random, cut, compared with the original."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ WAV2VEC2 |= dict.fromkeys(
     0.0,
 )
 
-# name: the class before "For...Classification", its configuration, the kind of input, the number of feature blocks.
+# name: the class before "For...Classification", its configuration, the kind of input, the number
+# of feature blocks.
 MODELS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     # Embeddings, then each encoder layer.
     "bert": ("Bert", BERT, "text", 4),
@@ -216,7 +217,10 @@ def test_cut_equals_the_original_and_every_parameter_learns_in_one_block(name):
 
 
 def learning(net: torch.fx.GraphModule, inputs: dict[str, Tensor]) -> list[str]:
-    """Return the parameters of the original that have gradient from `local_loss`; `transform` has checked that it is of one block."""
+    """Return the parameters of the original that have gradient from `local_loss`.
+
+    `transform` has checked that it is the gradient of one block.
+    """
     sffx.local_loss(net.train(), inputs, torch.tensor([0, 1, 2, 3])).backward()
     owned = [
         (name.partition(".")[2], p)

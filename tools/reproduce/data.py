@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor, resize
+
+from sffx.files import writing
 
 SAMPLES_FOR_STATISTICS = 2000
 DIGITS_FOR_TRAINING = 1000
@@ -88,10 +89,8 @@ def load(folder: Path, cache: Path, size: int) -> Images:
 def save(content: Any, path: Path) -> None:
     """Write a file for `torch.load`. An older file stays until the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by the process, since another process may decode the same images.
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(content, draft)
-    draft.replace(path)
+    with writing(path) as draft, draft.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_digits(size: int) -> tuple[Images, Images]:

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Node
 
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.dataflow import SOURCE, Dataflow
@@ -111,7 +112,7 @@ class Analysis:
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The steps, in order; the last one computes the logits."""
-        members: list[list[fx.Node]] = [[] for _ in self.spine]
+        members: list[list[Node]] = [[] for _ in self.spine]
         for name, node in self.nodes.items():
             if node.op != "placeholder":
                 members[self.step_of[name]].append(node)
@@ -154,11 +155,11 @@ class Analysis:
         """Return the class of a module by its qualname."""
         return type(self.trace.root.get_submodule(qualname))
 
-    def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
+    def parameters(self, node: Node) -> dict[str, nn.Parameter]:
         """Return the parameters that a node holds, by their qualname in the model."""
         return self._layers.parameters(node)
 
-    def state(self, node: fx.Node) -> dict[str, Tensor]:
+    def state(self, node: Node) -> dict[str, Tensor]:
         """Return the parameters of a node and the buffers of its module, by qualname."""
         return self._layers.state(node)
 
@@ -235,7 +236,7 @@ class Analysis:
             return "it does not dominate the output: some path from input to logits passes it by"
         return self.steps[self.step_of[name]].refusal
 
-    def _step(self, index: int, nodes: list[fx.Node], refusal: str) -> Step:
+    def _step(self, index: int, nodes: list[Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
         value = facts(end).example
         before = self._value_before(index)
@@ -265,7 +266,7 @@ class Analysis:
         before = self.nodes[self.spine[index - 1]]
         return facts(before).example
 
-    def _keeps_shape(self, nodes: list[fx.Node], end: fx.Node, before: Any) -> bool:
+    def _keeps_shape(self, nodes: list[Node], end: Node, before: Any) -> bool:
         if self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
             return False
         value = facts(end).example
@@ -279,7 +280,7 @@ class Analysis:
                 return False
         return True
 
-    def _is_layer(self, node: fx.Node) -> bool:
+    def _is_layer(self, node: Node) -> bool:
         return bool(self.parameters(node)) or self._layers.is_weighted(node)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Node
 
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.trace import Trace
@@ -68,7 +69,7 @@ def channel_axes(trace: Trace) -> dict[str, int]:
     return axes
 
 
-def _axis_from_above(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+def _axis_from_above(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
     """Return the axis that a node's layer declares, or that its inputs pass on.
 
     Args:
@@ -84,9 +85,7 @@ def _axis_from_above(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> in
     return None
 
 
-def _axis_of_tensor(
-    node: fx.Node, value: Tensor, root: nn.Module, axes: dict[str, int]
-) -> int | None:
+def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -> int | None:
     declared = _declared(node, value, root)
     if declared is not None:
         return declared
@@ -102,7 +101,7 @@ def _axis_of_tensor(
     return _moved(node, source, axes[source.name], value)
 
 
-def _axis_of_tuple(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
     """Return the axis of a tuple of tensors: the outputs of an RNN, or chunks of one value."""
     first = _first_tensor(facts(node).example)
     declared = _declared(node, first, root) if first is not None else None
@@ -117,7 +116,7 @@ def _axis_of_tuple(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int 
     return _moved(node, source, axis, first)
 
 
-def _axis_from_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> int | None:
+def _axis_from_readers(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
     """Return the axis that a reader's layer declares, or that a reader has and leaves in place."""
     for reader in node.users:
         value = facts(reader).example
@@ -130,7 +129,7 @@ def _axis_from_readers(node: fx.Node, root: nn.Module, axes: dict[str, int]) -> 
     return None
 
 
-def _declared(node: fx.Node, value: Tensor, root: nn.Module) -> int | None:
+def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis that the node's own layer declares."""
     last = value.ndim - 1
     if node.target is F.layer_norm:
@@ -161,7 +160,7 @@ def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:
     return 1 if value.shape[-1] != shape[-1] else None
 
 
-def _moved(node: fx.Node, source: fx.Node, axis: int, value: Tensor) -> int | None:
+def _moved(node: Node, source: Node, axis: int, value: Tensor) -> int | None:
     """Return the channel axis of a value, from that of its source.
 
     Args:
@@ -220,7 +219,7 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _num_axes(node: fx.Node) -> int:
+def _num_axes(node: Node) -> int:
     first = _first_tensor(facts(node).example)
     return first.ndim if first is not None else 0
 

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import networkx as nx
-from torch import Tensor, fx
+from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.facts import facts
@@ -46,7 +47,7 @@ class Dataflow:
 
     def __init__(self, trace: Trace, layers: Layers) -> None:
         *nodes, output = trace.graph.nodes
-        self.nodes: dict[str, fx.Node] = {node.name: node for node in nodes}
+        self.nodes: dict[str, Node] = {node.name: node for node in nodes}
         self.logits: str = output.args[0].name
         self.graph = _graph(self.nodes, layers)
         self.paths = _paths(self.graph)
@@ -144,7 +145,7 @@ def holds_tensor(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
 
 
-def _graph(nodes: dict[str, fx.Node], layers: Layers) -> nx.DiGraph:
+def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
     graph = nx.DiGraph()
     dependences: dict[str, Dependence] = {}
     for name, node in nodes.items():
@@ -166,7 +167,7 @@ class Dependence(NamedTuple):
     on_parameter: bool = False
 
 
-def _dependence(node: fx.Node, layers: Layers, sources: list[Dependence]) -> Dependence:
+def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Dependence:
     """Return the dependence of a node's value, from those of the values that it reads."""
     if not holds_tensor(facts(node).example):
         return Dependence()
@@ -180,7 +181,7 @@ def _dependence(node: fx.Node, layers: Layers, sources: list[Dependence]) -> Dep
     return Dependence(on_input, on_parameter or has_parameters)
 
 
-def _stops_gradient(node: fx.Node) -> bool:
+def _stops_gradient(node: Node) -> bool:
     """Return whether a module's value has no gradient though its input has.
 
     Rotary positions are such a module: it looks at its input's dtype alone.
@@ -191,7 +192,7 @@ def _stops_gradient(node: fx.Node) -> bool:
     return reads_gradient and not _has_gradient(node)
 
 
-def _has_gradient(node: fx.Node) -> bool:
+def _has_gradient(node: Node) -> bool:
     return any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
 
 

@@ -22,7 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts
 from sffx.errors import CutError
@@ -55,7 +56,7 @@ _MAYBE_VIEWS = (
 )
 
 
-def keep_foreign_values(net: fx.GraphModule) -> None:
+def keep_foreign_values(net: GraphModule) -> None:
     """Rewrite the blocks of a cut model, in place, so that none writes on another one's values.
 
     Raises:
@@ -63,11 +64,11 @@ def keep_foreign_values(net: fx.GraphModule) -> None:
     """
     for block in plan_of(net).all_blocks:
         module = net.get_submodule(block.target)
-        assert isinstance(module, fx.GraphModule)
+        assert isinstance(module, GraphModule)
         keep_foreign_values_in(module)
 
 
-def keep_foreign_values_in(block: fx.GraphModule) -> None:
+def keep_foreign_values_in(block: GraphModule) -> None:
     """Rewrite one block, in place; its graph must be valid and stays so."""
     foreign = {node for node in block.graph.nodes if block_facts(node).is_foreign}
     memories = {block_facts(node).memory for node in foreign}
@@ -87,7 +88,7 @@ def keep_foreign_values_in(block: fx.GraphModule) -> None:
     block.recompile()
 
 
-def _may_be_foreign(block: fx.GraphModule, node: fx.Node, foreign: set[fx.Node]) -> bool:
+def _may_be_foreign(block: GraphModule, node: Node, foreign: set[Node]) -> bool:
     """Return whether a node returns a foreign value or a view of it, at least in some modes."""
     source = next(iter(node.all_input_nodes), None)
     if source not in foreign or node.op == "output":
@@ -97,20 +98,20 @@ def _may_be_foreign(block: fx.GraphModule, node: fx.Node, foreign: set[fx.Node])
     return is_view or _name_of(block, node).lower().startswith(_MAYBE_VIEWS)
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def _written(node: Node) -> list[Node]:
     """Return the arguments that a node writes in place."""
     writes = block_facts(node).writes
     return [arg for arg in node.all_input_nodes if block_facts(arg).memory in writes]
 
 
-def _name_of(block: fx.GraphModule, node: fx.Node) -> str:
+def _name_of(block: GraphModule, node: Node) -> str:
     """Return the name of what a node calls: of a module's class, of a function or of a method."""
     if node.op == "call_module":
         return type(block.get_submodule(str(node.target))).__name__
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _replace(block: fx.GraphModule, node: fx.Node, replaced: dict[str, nn.Module]) -> None:
+def _replace(block: GraphModule, node: Node, replaced: dict[str, nn.Module]) -> None:
     """Turn an in-place operation into its twin that leaves its input alone.
 
     Args:
@@ -152,7 +153,7 @@ def _has_inplace(target: object) -> bool:
         return False
 
 
-def _call_with_inplace_false(node: fx.Node) -> None:
+def _call_with_inplace_false(node: Node) -> None:
     assert callable(node.target)
     place = list(inspect.signature(node.target).parameters).index("inplace")
     node.args = tuple(node.args[:place])

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Node
 
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import parameters_of
@@ -39,17 +40,17 @@ class Layers:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def module(self, node: Node) -> nn.Module | None:
         """Return the module that a node calls, None for another kind of node."""
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def parameters(self, node: fx.Node) -> dict[str, nn.Parameter]:
+    def parameters(self, node: Node) -> dict[str, nn.Parameter]:
         """Return the parameters that a node holds, by their qualname in the model."""
         if node.op not in ("call_module", "get_attr"):
             return {}
         return parameters_of(self.root, str(node.target))
 
-    def state(self, node: fx.Node) -> dict[str, Tensor]:
+    def state(self, node: Node) -> dict[str, Tensor]:
         """Return the parameters of a node and the buffers of its module, by qualname."""
         state: dict[str, Tensor] = dict(self.parameters(node))
         module = self.module(node)
@@ -58,13 +59,13 @@ class Layers:
                 state[f"{node.target}.{name}"] = buffer
         return state
 
-    def changing_state(self, node: fx.Node) -> dict[str, Tensor]:
+    def changing_state(self, node: Node) -> dict[str, Tensor]:
         """Return the parameters of a node and the buffers that it writes, by qualname."""
         written = {f"{node.target}.{name}" for name in facts(node).buffers}
         changing = written.union(self.parameters(node))
         return {name: tensor for name, tensor in self.state(node).items() if name in changing}
 
-    def is_weighted(self, node: fx.Node) -> bool:
+    def is_weighted(self, node: Node) -> bool:
         """Return whether a node is a layer with a weight matrix or a kernel.
 
         It is a module with one, or a function such as `F.linear` that reads one.
@@ -75,7 +76,7 @@ class Layers:
             return False
         return any(self._holds_matrix(arg) for arg in node.all_input_nodes)
 
-    def is_batch_norm(self, node: fx.Node) -> bool:
+    def is_batch_norm(self, node: Node) -> bool:
         """Return whether a node is a BN layer, one of torch's or a class derived from one."""
         if node.target is F.batch_norm:
             return True
@@ -83,7 +84,7 @@ class Layers:
         kinds = type(module).__mro__ if module is not None else ()
         return any("BatchNorm" in kind.__name__ for kind in kinds)
 
-    def begins_with(self, node: fx.Node, prefixes: tuple[str, ...]) -> bool:
+    def begins_with(self, node: Node, prefixes: tuple[str, ...]) -> bool:
         """Return whether the name of a node's class or function begins with one of these."""
         module = self.module(node)
         if module is not None:
@@ -92,11 +93,11 @@ class Layers:
             name = getattr(node.target, "__name__", str(node.target))
         return name.lower().startswith(prefixes)
 
-    def _holds_matrix(self, node: fx.Node) -> bool:
+    def _holds_matrix(self, node: Node) -> bool:
         return any(p.ndim > 1 for p in self.parameters(node).values())
 
 
-def scopes(node: fx.Node) -> tuple[str, ...]:
+def scopes(node: Node) -> tuple[str, ...]:
     """Return the qualnames of the modules whose forward created a node, outermost first."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
     return tuple(path for path, _ in stack.values())

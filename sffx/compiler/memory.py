@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
+from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts
 from sffx.compiler.qualnames import holders
@@ -50,20 +51,20 @@ _DO_NOT_READ_OUTPUT = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear, recomputed)
 _MAKE_NEW_GRADIENT = (*_DO_NOT_READ_OUTPUT, MemorySavingMaxPool2d)
 
 
-def save_memory(net: fx.GraphModule) -> None:
+def save_memory(net: GraphModule) -> None:
     """Rewrite the blocks of a cut model, in place. The plan says which of them recompute."""
     plan = plan_of(net)
     # A head of the user's own may hand on a gradient that it holds as well.
     is_built_in = not callable(plan.options.goodness)
     for block in plan.all_blocks:
         module = net.get_submodule(block.target)
-        assert isinstance(module, fx.GraphModule)
+        assert isinstance(module, GraphModule)
         feeds_head = is_built_in and block is not plan.classifier
         recompute = plan.options.recompute and plan.is_large(block)
         save_memory_in(module, feeds_head=feeds_head, recompute=recompute)
 
 
-def save_memory_in(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) -> None:
+def save_memory_in(block: GraphModule, *, feeds_head: bool, recompute: bool) -> None:
     """Rewrite one block, in place; its graph must be valid and stays so.
 
     Args:
@@ -93,11 +94,11 @@ def save_memory_in(block: fx.GraphModule, *, feeds_head: bool, recompute: bool) 
 # What a node is
 
 
-def _module(block: fx.GraphModule, node: fx.Node) -> Any:
+def _module(block: GraphModule, node: Node) -> Any:
     return block.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
+def _kind(block: GraphModule, node: Node) -> Any:
     """Return the class of the module, or the function, that a node calls.
 
     None where there is neither, and where the module has hooks, so that it is more than its class.
@@ -108,21 +109,21 @@ def _kind(block: fx.GraphModule, node: fx.Node) -> Any:
     return node.target if node.op == "call_function" else None
 
 
-def _reads_one(node: fx.Node) -> bool:
-    return bool(node.args) and isinstance(node.args[0], fx.Node)
+def _reads_one(node: Node) -> bool:
+    return bool(node.args) and isinstance(node.args[0], Node)
 
 
-def _has_one_reader(node: fx.Node) -> bool:
+def _has_one_reader(node: Node) -> bool:
     """Return whether one node reads a value, and none reads a write of its node by another name."""
     return len(node.users) == 1 and not block_facts(node).read_behind
 
 
-def _is_link(node: fx.Node) -> bool:
+def _is_link(node: Node) -> bool:
     """Return whether a node stands between one value and one reader."""
     return _reads_one(node) and _has_one_reader(node)
 
 
-def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
+def _is_written_later(first: Node, merged: list[Node]) -> bool:
     """Return whether the value that a node reads is written in place later.
 
     Writes by the nodes that it is merged with do not count.
@@ -130,27 +131,30 @@ def _is_written_later(first: fx.Node, merged: list[fx.Node]) -> bool:
     memory = block_facts(_source(first)).memory
     later = first.next
     while later.op != "output":
-        if later not in merged and memory in block_facts(later).writes:
+        writes = block_facts(later).writes
+        if memory in writes and later not in merged:
             return True
         later = later.next
     return False
 
 
-def _source(node: fx.Node) -> fx.Node:
+def _source(node: Node) -> Node:
     source = node.args[0]
-    assert isinstance(source, fx.Node)
+    assert isinstance(source, Node)
     return source
 
 
-def _writes_input(block: fx.GraphModule, node: fx.Node) -> bool:
+def _writes_input(block: GraphModule, node: Node) -> bool:
     """Return whether an activation writes over its input."""
     module = _module(block, node)
     if module is not None:
         return bool(getattr(module, "inplace", False))
-    return bool(node.args[1] if len(node.args) > 1 else node.kwargs.get("inplace", False))
+    if len(node.args) > 1:
+        return bool(node.args[1])
+    return bool(node.kwargs.get("inplace", False))
 
 
-def _is_approximate(block: fx.GraphModule, node: fx.Node) -> bool:
+def _is_approximate(block: GraphModule, node: Node) -> bool:
     """Return whether an activation is a GELU in its approximate form."""
     return getattr(_module(block, node), "approximate", "none") != "none"
 
@@ -158,26 +162,26 @@ def _is_approximate(block: fx.GraphModule, node: fx.Node) -> bool:
 # 1 and 2: max pools
 
 
-def _is_max_pool(block: fx.GraphModule, node: fx.Node) -> bool:
+def _is_max_pool(block: GraphModule, node: Node) -> bool:
     is_pool = _kind(block, node) is nn.MaxPool2d and _reads_one(node)
     return is_pool and not _module(block, node).return_indices
 
 
-def _move_relu_behind(block: fx.GraphModule, pool: fx.Node) -> None:
+def _move_relu_behind(block: GraphModule, pool: Node) -> None:
     relu = _source(pool)
-    if _kind(block, relu) not in _MONOTONE or not _is_link(relu):
-        return
-    if _is_written_later(relu, [relu]):
+    is_monotone = _kind(block, relu) in _MONOTONE
+    if not is_monotone or not _is_link(relu) or _is_written_later(relu, [relu]):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
     pool.replace_all_uses_with(moved)
+    # Only now, or the line above would make the ReLU read itself.
     moved.args = (pool, *relu.args[1:])
     pool.replace_input_with(relu, _source(relu))
     block.graph.erase_node(relu)
 
 
-def _replace_max_pool(block: fx.GraphModule, node: fx.Node) -> None:
+def _replace_max_pool(block: GraphModule, node: Node) -> None:
     pool = _module(block, node)
     twin = MemorySavingMaxPool2d(
         pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode
@@ -189,22 +193,21 @@ def _replace_max_pool(block: fx.GraphModule, node: fx.Node) -> None:
 # 3: layers that take over the nodes before them
 
 
-def _can_recompute(block: fx.GraphModule, node: fx.Node) -> bool:
+def _can_recompute(block: GraphModule, node: Node) -> bool:
     """Return whether a node is a layer whose gradients `recomputed` can compute."""
     kind = _kind(block, node)
     if not _reads_one(node) or node.kwargs:
         return False
     if kind is nn.Linear:
         return True
+    if kind not in CONVOLUTIONS:
+        return False
     layer = _module(block, node)
-    return (
-        kind in CONVOLUTIONS
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-    )
+    is_padding_by_numbers = not isinstance(layer.padding, str)
+    return layer.padding_mode == "zeros" and is_padding_by_numbers
 
 
-def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
+def _take_over(block: GraphModule, layer: Node) -> None:
     """Replace a layer and the nodes before it by one call of `recomputed`."""
     taken = _nodes_before(block, layer)
     if not _may_take_over(block, layer, taken):
@@ -213,24 +216,26 @@ def _take_over(block: fx.GraphModule, layer: fx.Node) -> None:
     source = _source(merged[-1])
     graph = block.graph
     with graph.inserting_before(layer):
-        named: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for name, node in taken.items():
             if name != "activation":
-                named[name] = graph.get_attr(str(node.target))
+                options[name] = graph.get_attr(str(node.target))
         if "activation" in taken:
-            named["activation"] = NAMES[_kind(block, taken["activation"])]
+            kind = _kind(block, taken["activation"])
+            options["activation"] = NAMES[kind]
         if "norm" not in taken and _may_overwrite(block, source):
-            named["overwrite"] = True
-        call = graph.call_function(recomputed, (source, graph.get_attr(str(layer.target))), named)
+            options["overwrite"] = True
+        layer_module = graph.get_attr(str(layer.target))
+        call = graph.call_function(recomputed, (source, layer_module), options)
     call.meta = _meta_of_call(layer)
     layer.replace_all_uses_with(call)
-    for node in merged:
+    for node in merged:  # from the last one back, since a node with users cannot be erased
         graph.erase_node(node)
 
 
-def _nodes_before(block: fx.GraphModule, layer: fx.Node) -> dict[str, fx.Node]:
+def _nodes_before(block: GraphModule, layer: Node) -> dict[str, Node]:
     """Return the dropout, the activation and the norm before a layer, in this order."""
-    taken: dict[str, fx.Node] = {}
+    taken: dict[str, Node] = {}
     reader = layer
     for name, kinds in _TAKEN_OVER.items():
         node = _source(reader)
@@ -240,29 +245,30 @@ def _nodes_before(block: fx.GraphModule, layer: fx.Node) -> dict[str, fx.Node]:
     return taken
 
 
-def _may_take_over(block: fx.GraphModule, layer: fx.Node, taken: dict[str, fx.Node]) -> bool:
+def _may_take_over(block: GraphModule, layer: Node, taken: dict[str, Node]) -> bool:
     if "activation" not in taken and "norm" not in taken:
+        return False
+    if "activation" in taken and _is_approximate(block, taken["activation"]):
         return False
     merged = [layer, *taken.values()]
     first = merged[-1]
-    if _writes_input(block, first) and len(_source(first).users) > 1:
-        return False
-    if "activation" in taken and _is_approximate(block, taken["activation"]):
+    has_other_readers = len(_source(first).users) > 1
+    if has_other_readers and _writes_input(block, first):
         return False
     return not _is_written_later(first, merged)
 
 
-def _may_overwrite(block: fx.GraphModule, source: fx.Node) -> bool:
+def _may_overwrite(block: GraphModule, source: Node) -> bool:
     """Return whether nobody but its one reader needs a value, in the backward pass as well."""
     return _kind(block, source) in _DO_NOT_READ_OUTPUT and _has_one_reader(source)
 
 
-def _meta_of_call(node: fx.Node) -> dict[str, Any]:
+def _meta_of_call(node: Node) -> dict[str, Any]:
     # fx traces into a function when it reads the graph's code again, unless it is "wrapped".
     return {**node.meta, "is_wrapped": True}
 
 
-def _free_gradients(block: fx.GraphModule) -> None:
+def _free_gradients(block: GraphModule) -> None:
     """Let each call of `recomputed` whose only reader is another one free its gradient early."""
     for node in block.graph.nodes:
         if node.target is recomputed and _has_one_reader(node):
@@ -274,7 +280,7 @@ def _free_gradients(block: fx.GraphModule) -> None:
 # 4: self-attention
 
 
-def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
+def _is_self_attention(block: GraphModule, node: Node) -> bool:
     """Return whether a node is attention of a value to itself whose weights nobody reads."""
     if _kind(block, node) is not nn.MultiheadAttention:
         return False
@@ -283,8 +289,12 @@ def _is_self_attention(block: fx.GraphModule, node: fx.Node) -> bool:
     given = {key: value for key, value in node.kwargs.items() if value is not None}
     if given != {"need_weights": False}:
         return False
-    reads_output = [user.target is operator.getitem and user.args[1] == 0 for user in node.users]
-    return all(reads_output) and _has_plain_projection(_module(block, node))
+    for user in node.users:
+        # Attention returns a pair of its output and its weights.
+        reads_output = user.target is operator.getitem and user.args[1] == 0
+        if not reads_output:
+            return False
+    return _has_plain_projection(_module(block, node))
 
 
 def _has_plain_projection(attention: Any) -> bool:
@@ -296,18 +306,17 @@ def _has_plain_projection(attention: Any) -> bool:
     )
 
 
-def _replace_self_attention(block: fx.GraphModule, node: fx.Node, *, recompute: bool) -> None:
+def _replace_self_attention(block: GraphModule, node: Node, *, recompute: bool) -> None:
     graph = block.graph
     source = _source(node)
     norm = source if recompute and _is_norm_to_take_over(block, source) else None
     with graph.inserting_before(node):
-        named: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if norm is not None:
-            named["norm"] = graph.get_attr(str(norm.target))
+            options["norm"] = graph.get_attr(str(norm.target))
             source = _source(norm)
         attention = graph.get_attr(str(node.target))
-        args: Any = (source, attention)
-        call = graph.call_function(self_attention, args, named)
+        call = graph.call_function(self_attention, (source, attention), options)
     call.meta = _meta_of_call(node)
     for item in list(node.users):
         item.replace_all_uses_with(call)
@@ -317,7 +326,7 @@ def _replace_self_attention(block: fx.GraphModule, node: fx.Node, *, recompute: 
         graph.erase_node(norm)
 
 
-def _is_norm_to_take_over(block: fx.GraphModule, node: fx.Node) -> bool:
+def _is_norm_to_take_over(block: GraphModule, node: Node) -> bool:
     is_norm = _kind(block, node) is nn.LayerNorm and _is_link(node)
     return is_norm and not _is_written_later(node, [node])
 
@@ -325,13 +334,13 @@ def _is_norm_to_take_over(block: fx.GraphModule, node: fx.Node) -> bool:
 # 5: activations that write over a gradient
 
 
-def _can_write_over_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+def _can_write_over_gradient(block: GraphModule, node: Node, feeds_head: bool) -> bool:
     if _kind(block, node) not in MEMORY_SAVING or _is_approximate(block, node):
         return False
     return _has_new_gradient(block, node, feeds_head)
 
 
-def _has_new_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) -> bool:
+def _has_new_gradient(block: GraphModule, node: Node, feeds_head: bool) -> bool:
     """Return whether the gradient of a value is a new tensor, which nobody else holds."""
     if not _is_link(node):
         return False
@@ -346,7 +355,7 @@ def _has_new_gradient(block: fx.GraphModule, node: fx.Node, feeds_head: bool) ->
     return kind in _MAKE_NEW_GRADIENT
 
 
-def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
+def _replace_activation(block: GraphModule, node: Node) -> None:
     kind = MEMORY_SAVING[_kind(block, node)]
     twin = kind() if kind is MemorySavingGELU else kind(inplace=_writes_input(block, node))
     name = f"{node.name}_saving"
@@ -358,7 +367,7 @@ def _replace_activation(block: fx.GraphModule, node: fx.Node) -> None:
     block.graph.erase_node(node)
 
 
-def _delete_unused(block: fx.GraphModule) -> None:
+def _delete_unused(block: GraphModule) -> None:
     """Delete the modules that the graph does not use.
 
     torch's own `delete_all_unused_submodules` deletes children of modules that the graph hands to
@@ -368,8 +377,11 @@ def _delete_unused(block: fx.GraphModule) -> None:
     needed: set[str] = set()
     for node in block.graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            used.add(str(node.target))
-            needed.update((str(node.target), *holders(str(node.target))))
-    for name in [name for name, _ in block.named_modules() if name]:
-        if name not in needed and used.isdisjoint(holders(name)):
+            target = str(node.target)
+            used.add(target)
+            needed.update([target, *holders(target)])
+    names = [name for name, _ in block.named_modules() if name]
+    for name in names:
+        is_inside_used = not used.isdisjoint(holders(name))
+        if name not in needed and not is_inside_used:
             block.delete_submodule(name)

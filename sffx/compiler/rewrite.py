@@ -17,7 +17,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
 from sffx.blocks import Block, BlockPlan
 from sffx.compiler.facts import BlockFacts, facts, set_block_facts
@@ -30,7 +31,7 @@ from sffx.tensors import storage_key
 
 def rewrite(
     trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None]
-) -> fx.GraphModule:
+) -> GraphModule:
     """Return the cut model.
 
     Args:
@@ -60,11 +61,11 @@ def rewrite(
         outer.add_block(i, block, has_norm=norms[i] is not None)
     outer.add_end(plan.classifier)
     outer.graph.lint()
-    net = fx.GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
+    net = GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
     return with_plan(net, plan, trace.root)
 
 
-def block_module(root: nn.Module, block: Block, traced: dict[str, fx.Node]) -> fx.GraphModule:
+def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> GraphModule:
     """Return one block: a graph of its inputs, its nodes, its output and its side values.
 
     `block_facts(node)` is the record of each of its nodes.
@@ -74,8 +75,8 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, fx.Node]) -> f
         block: its description.
         traced: the nodes of the traced model, by name.
     """
-    graph = fx.Graph()
-    copies: dict[str, fx.Node] = {}
+    graph = Graph()
+    copies: dict[str, Node] = {}
     for name in block.inputs:
         copies[name] = graph.create_node("placeholder", name, name=name)
         set_block_facts(copies[name], _facts_of_input(traced[name]))
@@ -91,23 +92,23 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, fx.Node]) -> f
     graph.output((output, *sides) if sides else output)
     graph.lint()
     class_name = block.target.title().replace("_", "")
-    return fx.GraphModule(root, graph, class_name=class_name)
+    return GraphModule(root, graph, class_name=class_name)
 
 
-def _facts_of_input(node: fx.Node) -> BlockFacts:
+def _facts_of_input(node: Node) -> BlockFacts:
     memory = _memory(node)
     # The model's own input is no foreign value: a write on it is the model's own doing.
     is_foreign = node.op != "placeholder" and memory is not None
     return BlockFacts(origin=node.name, memory=memory, is_foreign=is_foreign)
 
 
-def _facts_of_node(node: fx.Node) -> BlockFacts:
+def _facts_of_node(node: Node) -> BlockFacts:
     record = facts(node)
     writes = frozenset(storage_key(facts(written).example) for written in record.writes)
     return BlockFacts(node.name, _memory(node), writes, record.read_behind)
 
 
-def _memory(node: fx.Node) -> int | None:
+def _memory(node: Node) -> int | None:
     """Return a key of the memory of a node's value, which its views share; None for no tensor."""
     value = facts(node).example
     return storage_key(value) if isinstance(value, Tensor) else None
@@ -124,11 +125,11 @@ class _OuterGraph:
         scores: the nodes that the readout reads.
     """
 
-    def __init__(self, traced: dict[str, fx.Node]) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, traced: dict[str, Node]) -> None:
+        self.graph = Graph()
         self.traced = traced
         self.values: dict[str, Any] = {}
-        self.scores: list[fx.Node] = []
+        self.scores: list[Node] = []
 
     def add_inputs(self) -> None:
         """Add the inputs of the model."""
@@ -159,7 +160,7 @@ class _OuterGraph:
     def _inputs_of(self, block: Block) -> list[Any]:
         return [self.values[name] for name in block.inputs]
 
-    def _output_of(self, block: Block, result: fx.Node) -> fx.Node:
+    def _output_of(self, block: Block, result: Node) -> Node:
         """Return a block's output, taken from its result; add its side values to `values`.
 
         A side value that carries gradient is detached.
@@ -174,11 +175,11 @@ class _OuterGraph:
             self.values[name] = _detached(self.graph, side, example) if is_detached else side
         return output
 
-    def _call(self, target: str, name: str, args: list[Any]) -> fx.Node:
+    def _call(self, target: str, name: str, args: list[Any]) -> Node:
         return self.graph.create_node("call_module", target, tuple(args), name=name)
 
 
-def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
+def _detached(graph: Graph, side: Node, example: Any) -> Any:
     """Return a side value, detached; of a tuple or a list, each tensor in it, however deep."""
     if isinstance(example, Tensor):
         return _detach_tensor(graph, side, f"{side.name}_detached")
@@ -191,9 +192,9 @@ def _detached(graph: fx.Graph, side: fx.Node, example: Any) -> Any:
     return type(example)(parts)
 
 
-def _item(graph: fx.Graph, value: fx.Node, index: int, name: str) -> fx.Node:
+def _item(graph: Graph, value: Node, index: int, name: str) -> Node:
     return graph.create_node("call_function", operator.getitem, (value, index), name=name)
 
 
-def _detach_tensor(graph: fx.Graph, value: fx.Node, name: str) -> fx.Node:
+def _detach_tensor(graph: Graph, value: Node, name: str) -> Node:
     return graph.create_node("call_method", "detach", (value,), name=name)

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, fx, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
 
 from sffx.blocks import Block, BlockPlan, Options
 from sffx.compiler.analyse import Analysis
@@ -182,7 +183,7 @@ class BlockCosts:
                 run.run(*x)
         return run.saved
 
-    def _whole_model(self) -> fx.GraphModule:
+    def _whole_model(self) -> GraphModule:
         """Return the whole model as one memory-saving block, on fake tensors."""
         last_cut = Cuts(self.analysis.candidates[-1:])
         plan = partition(self.analysis, last_cut, self.options)
@@ -197,7 +198,7 @@ class BlockCosts:
         return module.train()
 
     @cached_property
-    def _placeholders(self) -> list[fx.Node]:
+    def _placeholders(self) -> list[Node]:
         return [node for node in self.analysis.nodes.values() if node.op == "placeholder"]
 
     @cached_property
@@ -247,7 +248,7 @@ class BlockCosts:
         names = tuple(self.analysis.steps[place].node for place in places)
         return partition(self.analysis, Cuts(names), self.options)
 
-    def _fake_net(self, places: Sequence[Place]) -> fx.GraphModule:
+    def _fake_net(self, places: Sequence[Place]) -> GraphModule:
         """Return the model, cut at some places, on fake tensors."""
         plan = self._plan(places)
         root = self.analysis.trace.root
@@ -275,21 +276,21 @@ class BlockCosts:
         return fake_copy(self.analysis.trace.root, self._fake_mode).train()
 
 
-class _SavedBytes(fx.Interpreter):
+class _SavedBytes(Interpreter):
     """Runs a block and notes what each node keeps for its backward pass.
 
     Attributes:
         saved: bytes by storage, by the name of the traced node; the given tensors do not count.
     """
 
-    def __init__(self, block: fx.GraphModule, given: list[Tensor]) -> None:
+    def __init__(self, block: GraphModule, given: list[Tensor]) -> None:
         super().__init__(block)
         self.saved: dict[str, dict[int, int]] = {}
         self._given = {storage_key(tensor) for tensor in given}
         # The key of a storage is its address, which a later one may get unless this one is held.
         self._alive: list[UntypedStorage] = []
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         own = self.saved.setdefault(block_facts(n).origin or n.name, {})
         noting = noting_saved(own, self._alive, lambda tensor: storage_key(tensor) in self._given)
         with noting, torch.enable_grad():

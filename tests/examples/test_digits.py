@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.scripts import ROOT, run_python
+from tests.examples.scripts import run_module
 
 
 def test_the_main_job_leaves_its_files_and_figures(tmp_path: Path) -> None:
-    options = ["--epochs", 1, "--out", tmp_path / "demo"]
-    output = run_python("-m", "examples.digits", *options, folder=ROOT)
+    output = run_module("examples.digits", "--epochs", 1, "--out", tmp_path / "demo")
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results) == ["residual_network", "mobilenet_v3_small"]
     for name, found in results.items():

@@ -5,15 +5,19 @@ They are written in a temporary folder beside their place, and then renamed into
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sffx.errors import ExportError, InputError
+
+PATIENCE = 2.0  # Seconds to wait for the reader of a named pipe.
 
 
 def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
@@ -178,8 +182,32 @@ def _keep_mode(new: Path, old: os.stat_result | None) -> None:
 
 
 def _copy(draft: Path, device: Path) -> None:
-    with draft.open("rb") as source, device.open("wb") as sink:
+    """Copy a draft into a device or a named pipe."""
+    descriptor = _open_device(device)
+    os.set_blocking(descriptor, True)
+    with draft.open("rb") as source, open(descriptor, "wb") as sink:
         shutil.copyfileobj(source, sink)
+
+
+def _open_device(device: Path) -> int:
+    """Return a file descriptor to write to; wait a moment for the reader of a pipe.
+
+    Raises:
+        InputError: nobody reads the pipe. An ordinary write would wait for a reader for ever.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.open(device, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"cannot write to {str(device)!r}: nobody reads this pipe. "
+                    "Hint: start the reader first"
+                ) from error
+        time.sleep(0.01)
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:

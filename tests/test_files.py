@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sffx import files
 from sffx.errors import ExportError, InputError
 from sffx.files import write, writing, writing_folder
 
@@ -291,3 +292,14 @@ def test_a_file_is_no_folder(old_file: Path) -> None:
     ):
         pass
     assert_untouched(old_file)
+
+
+def test_a_pipe_that_nobody_reads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"nobody reads this pipe\. Hint: start the reader first"):
+        write(pipe, b"content")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

@@ -138,7 +138,8 @@ class Analysis:
 
         No cut can lie between their uses.
         """
-        return tuple(dict.fromkeys(name for name in self._shared_by_step[:-1] if name))
+        names = dict.fromkeys(self._shared_by_step[:-1])
+        return tuple(name for name in names if name)
 
     @cached_property
     def _shared_by_step(self) -> list[str]:
@@ -192,7 +193,8 @@ class Analysis:
         for end in ends:
             if self._flow.paths.has_edge(end, name):
                 passed = self._flow.between(start, end)
-                counts.append(sum(self._is_layer(self.nodes[each]) for each in passed))
+                layers = [each for each in passed if self._is_layer(self.nodes[each])]
+                counts.append(len(layers))
         return tuple(counts)
 
     def require(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -223,7 +225,8 @@ class Analysis:
                 "the policy found no block besides the classifier. Hint: choose another policy, "
                 f"or pass a list of node names; the candidates are {listed}"
             )
-        reasons = "; ".join(f"{step.node}: {step.refusal}" for step in self.steps[:4])
+        first_reasons = [f"{step.node}: {step.refusal}" for step in self.steps[:4]]
+        reasons = "; ".join(first_reasons)
         return (
             "the model has no node to cut at, since no value lies on every path from input to "
             f"logits and may be cut ({reasons})"
@@ -241,7 +244,8 @@ class Analysis:
         value = facts(end).example
         before = self._value_before(index)
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
-        is_flattened = len(shape) == 1 and isinstance(before, Tensor) and before.ndim > 2
+        was_flat = not isinstance(before, Tensor) or before.ndim <= 2
+        is_flattened = len(shape) == 1 and not was_flat
         paths = [node for node in nodes if self.is_path(node.name)]
         return Step(
             node=end.name,
@@ -289,7 +293,8 @@ def _candidate_hint(name: str, candidates: tuple[str, ...]) -> str:
     if not candidates:
         return "the model has no candidates"
     near = difflib.get_close_matches(str(name), candidates, n=3, cutoff=0.6)
-    meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    alternatives = " or ".join(map(repr, near))
+    meant = f"did you mean {alternatives}? " if near else ""
     listed = candidates
     if len(candidates) > MOST_CANDIDATES:
         shown = MOST_CANDIDATES - 1

@@ -93,12 +93,12 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not sources:
         return None
-    source = sources[0]
-    for other in sources:
-        if _width(facts(other).example, axes[other.name]) in value.shape[1:]:
-            source = other
-            break
-    return _moved(node, source, axes[source.name], value)
+    for source in sources:
+        axis = axes[source.name]
+        width = _width(facts(source).example, axis)
+        if width in value.shape[1:]:
+            return _moved(node, source, axis, value)
+    return _moved(node, sources[0], axes[sources[0].name], value)
 
 
 def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
@@ -133,7 +133,8 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis that the node's own layer declares."""
     last = value.ndim - 1
     if node.target is F.layer_norm:
-        shape: Any = node.kwargs.get("normalized_shape", node.args[1] if len(node.args) > 1 else ())
+        given = node.args[1:]
+        shape: Any = given[0] if given else node.kwargs.get("normalized_shape", ())
         return last if len(shape) == 1 else None
     if node.op == "call_module":
         return _declared_by_module(root.get_submodule(str(node.target)), value)
@@ -178,7 +179,8 @@ def _moved(node: Node, source: Node, axis: int, value: Tensor) -> int | None:
         return axis
     if same_axes and node.target in _CATS:
         return axis
-    matches = [i for i in range(1, value.ndim) if value.shape[i] == _width(before, axis)]
+    width = _width(before, axis)
+    matches = [i for i in range(1, value.ndim) if value.shape[i] == width]
     if not matches:
         return axis if same_axes else None
     # Axes before the channels keep their places when those behind are folded. It is the other way
@@ -205,8 +207,9 @@ def _permutation(value: Tensor, before: Any) -> list[int] | None:
         return None
     order: list[int] = []
     for axis in axes:
-        places = [i for i, other in enumerate(axes_before) if other == axis and i not in order]
-        order.append(places[0])
+        # Two axes may be of one size and stride; then each gets a place of its own.
+        free = [i for i in range(len(axes_before)) if i not in order]
+        order.append(next(i for i in free if axes_before[i] == axis))
     return order
 
 
@@ -227,4 +230,6 @@ def _num_axes(node: Node) -> int:
 def _width(value: Any, axis: int) -> int:
     """Return the size of a value along an axis, -1 where it has no such axis."""
     first = _first_tensor(value)
-    return int(first.shape[axis]) if first is not None and axis < first.ndim else -1
+    if first is None or axis >= first.ndim:
+        return -1
+    return int(first.shape[axis])

@@ -62,8 +62,11 @@ class Layers:
     def changing_state(self, node: Node) -> dict[str, Tensor]:
         """Return the parameters of a node and the buffers that it writes, by qualname."""
         written = {f"{node.target}.{name}" for name in facts(node).buffers}
-        changing = written.union(self.parameters(node))
-        return {name: tensor for name, tensor in self.state(node).items() if name in changing}
+        changing: dict[str, Tensor] = dict(self.parameters(node))
+        for name, tensor in self.state(node).items():
+            if name in written:
+                changing[name] = tensor
+        return changing
 
     def is_weighted(self, node: Node) -> bool:
         """Return whether a node is a layer with a weight matrix or a kernel.

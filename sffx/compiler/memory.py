@@ -2,7 +2,8 @@
 
 1. A ReLU that only feeds a max pool moves behind it. The two commute, and the ReLU then keeps the
    small output of the pool.
-2. A `torch.nn.MaxPool2d` becomes a `MemorySavingMaxPool2d`, which keeps its indices but not its input.
+2. A `torch.nn.MaxPool2d` becomes a `MemorySavingMaxPool2d`, which keeps its indices but not its
+   input.
 3. A layer takes over the norm, the activation and the dropout before it, where no other node reads
    them. The call of `recomputed` computes their values again in the backward pass.
 4. Self-attention that keeps a copy of its input becomes `self_attention`, which does not. It takes

@@ -50,7 +50,8 @@ def partition(
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
     classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
-    notes = (*trace.notes, *cuts.notes, *_shared_notes(analysis), *_padding_notes(analysis, blocks))
+    notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
+    notes += _padding_notes(analysis, blocks)
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=policy,
@@ -59,7 +60,7 @@ def partition(
         num_classes=width,
         inputs=trace.inputs,
         leaves=trace.leaves,
-        notes=notes,
+        notes=tuple(notes),
         options=options,
     )
 
@@ -82,7 +83,8 @@ def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
 def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
     """Return the nodes of each block, in the order they run."""
     ends = [analysis.step_of[cut] for cut in cuts]
-    members: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
+    num_blocks = len(cuts) + 1  # with the classifier
+    members: list[list[fx.Node]] = [[] for _ in range(num_blocks)]
     for name, node in analysis.nodes.items():
         if node.op != "placeholder":
             block = bisect_left(ends, analysis.step_of[name])

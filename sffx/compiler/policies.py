@@ -206,8 +206,8 @@ def _takes_options(policy: Callable[..., Any]) -> bool:
         is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not is_variadic:
             required.append(parameter.name)
-    needs_more = len(required) > 2 or not set(required) <= set(places)
-    if needs_more or not can_be_called:
+    by_keyword = set(required).difference(places)
+    if len(required) > 2 or by_keyword or not can_be_called:
         raise InputError(
             f"the policy takes {signature}. Hint: a policy takes (analysis) or (analysis, options)"
         )
@@ -225,7 +225,12 @@ def _node_names(chosen: Any) -> tuple[str, ...]:
 
 def _legal(steps: Steps, ends: Iterable[int]) -> list[int]:
     """Return those of the steps that a cut may follow, in order, each once."""
-    return [i for i in sorted(set(ends)) if i >= 0 and not steps[i].refusal]
+    legal = []
+    for i in sorted(set(ends)):
+        # -1 stands for the start of the model.
+        if i >= 0 and not steps[i].refusal:
+            legal.append(i)
+    return legal
 
 
 def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:
@@ -372,7 +377,12 @@ def _tail(steps: Steps, last: int) -> int:
 
 def _layer_starts(steps: Steps) -> list[int]:
     """Return the steps that begin a layer. A gate is none, since it belongs to another layer."""
-    return [i for i, step in enumerate(steps) if step.weighted and step.join != "product"]
+    starts = []
+    for i, step in enumerate(steps):
+        is_gate = step.join == "product"
+        if step.weighted and not is_gate:
+            starts.append(i)
+    return starts
 
 
 def _batch_norm_ends(steps: Steps) -> list[int]:
@@ -402,7 +412,8 @@ def _group_end(steps: Steps, start: int, following: int) -> int:
 
 def _is_classifier_dropout(steps: Steps, index: int) -> bool:
     """Return whether a step is dropout with no weight after it but the classifier's."""
-    return steps[index].drops and not _has_weight(steps, index + 1, len(steps) - 1)
+    classifier = len(steps) - 1
+    return steps[index].drops and not _has_weight(steps, index + 1, classifier)
 
 
 # Modules at a depth
@@ -417,7 +428,8 @@ def _runs(steps: Steps, depth: int) -> list[range]:
         if module_at_depth != owner:
             starts.append(i)
             owner = module_at_depth
-    return [range(start, stop) for start, stop in pairwise([*starts, len(steps)])]
+    bounds = [*starts, len(steps)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _run_end(steps: Steps, run: range, stop: int) -> int:
@@ -435,8 +447,10 @@ def _run_end(steps: Steps, run: range, stop: int) -> int:
 
 def _settled(steps: Steps, end: int) -> int:
     """Return a cut moved behind the steps that belong to the block before it."""
-    while end + 1 < len(steps) and _follows(steps[end + 1], steps[end]):
-        end += 1
+    for following in range(end + 1, len(steps)):
+        if not _follows(steps[following], steps[end]):
+            break
+        end = following
     return end
 
 

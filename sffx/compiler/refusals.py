@@ -112,7 +112,8 @@ def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, st
     norms = [reader for reader in readers if layers.is_batch_norm(reader)]
     # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds both
     # as well, but a cut may lie there, or such a model could not be cut at all.
-    if norms and (len(readers) == 1 or layers.is_weighted(flow.nodes[name])):
+    is_layer = layers.is_weighted(flow.nodes[name])
+    if norms and (is_layer or len(readers) == 1):
         return str(norms[0].target)
     if len(readers) != 1:
         return ""

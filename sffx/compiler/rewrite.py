@@ -185,9 +185,9 @@ def _detached(graph: Graph, side: Node, example: Any) -> Any:
         return _detach_tensor(graph, side, f"{side.name}_detached")
     if not isinstance(example, (tuple, list)):
         return side
-    items = [_item(graph, side, i, f"{side.name}_{i}") for i in range(len(example))]
     parts = []
-    for item, part in zip(items, example, strict=True):
+    for i, part in enumerate(example):
+        item = _item(graph, side, i, f"{side.name}_{i}")
         parts.append(_detached(graph, item, part))
     return type(example)(parts)
 

@@ -71,10 +71,10 @@ def transform(
         CutError: there is nothing to cut, or no cut can lie where one was asked for.
     """
     options = _checked(Options(goodness, kernel_size, norm, recompute))
-    name, policy = policy_named(policy)
+    name, choose = policy_named(policy)
     traced = trace(model, example_input, num_classes)
     analysis = analyse(traced)
-    cuts = select(analysis, policy, options)
+    cuts = select(analysis, choose, options)
     blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
@@ -102,9 +102,9 @@ def plan(
     The arguments and errors are those of `transform`.
     """
     options = _checked(Options(goodness, kernel_size, norm, recompute))
-    name, policy = policy_named(policy)
+    name, choose = policy_named(policy)
     analysis = analyse(trace(model, example_input, num_classes))
-    cuts = select(analysis, policy, options)
+    cuts = select(analysis, choose, options)
     return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
 
 

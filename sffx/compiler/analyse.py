@@ -47,7 +47,6 @@ class Step:
         node: name of the spine node that ends it, the place of a possible cut.
         nodes: names of all its nodes, in the order they run.
         scope: qualname of the deepest module that holds all its paths, "" for the model itself.
-        scopes: qualnames of all modules that hold the node that ends it, outermost first.
         join: how several paths meet in `node`, "sum", "cat", "product" or "other"; "" where there
             is one path.
         shape: of one sample's value, without the batch axis; () where the value is no tensor.
@@ -65,7 +64,6 @@ class Step:
     node: str
     nodes: tuple[str, ...]
     scope: str
-    scopes: tuple[str, ...]
     join: str
     shape: tuple[int, ...]
     trainable: bool
@@ -251,7 +249,6 @@ class Analysis:
             node=end.name,
             nodes=tuple(node.name for node in nodes),
             scope=common_scope([scopes(node) for node in paths]),
-            scopes=scopes(end),
             join=self.join(end.name) if index else "",
             shape=shape,
             trainable=any(self.parameters(node) for node in nodes),

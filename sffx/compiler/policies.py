@@ -1,33 +1,32 @@
 """Policies: where to cut a model.
 
 A policy is a function of the analysed graph and the options of the cut. It returns `Cuts`. The
-policies below choose among the steps of the spine (see `analyse`) and share three rules:
-
-- An activation after a block belongs to the block: it has no layer of its own and keeps the shape.
-  So does a BN layer.
-- A gate (squeeze-and-excitation, a product of paths) belongs to the layer that it gates.
-- The last layer with a weight is the classifier's, with the pool, the flatten and the dropout
-  before it.
-
-In this file a place in the model is the index of a step, and a cut is made after a step.
+policies below choose among the steps of the spine (see `dataflow`) and share the rules of `spans`.
 """
 
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from sffx.blocks import Options
-from sffx.compiler.analyse import Analysis, Step
-from sffx.compiler.qualnames import holders, outermost
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.residual import cut_between, residual_blocks, residual_ends, tail_end
+from sffx.compiler.spans import (
+    Steps,
+    batch_norm_ends,
+    group_end,
+    group_ends,
+    has_weight,
+    layer_ends,
+    legal,
+    settled,
+)
 from sffx.errors import CutError, InputError
 
 NO_RESIDUAL_BLOCK = "the model has no residual block, so it is cut into BN groups"
@@ -47,7 +46,6 @@ class Cuts:
 
 
 Policy = Callable[[Analysis, Options], Cuts]
-Steps = tuple[Step, ...]
 
 
 def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> Cuts:
@@ -77,16 +75,16 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     block, an Inception module, a dense block. A class of modules that is a residual block in one
     place is one everywhere in the model. A model without residual blocks is cut into BN groups.
     """
-    blocks = _residual_blocks(analysis)
+    blocks = residual_blocks(analysis)
     if not blocks:
         groups = batchnorm(analysis, options)
         return Cuts(groups.after, (NO_RESIDUAL_BLOCK,))
     steps = analysis.steps
-    ends = sorted(_legal_ends(steps, blocks))
+    ends = sorted(residual_ends(steps, blocks))
     for start in blocks:
-        _cut_before(steps, ends, start)
-    last = _settled(steps, max(blocks.values()))
-    ends.append(_tail(steps, last))
+        cut_between(steps, ends, start)
+    last = settled(steps, max(blocks.values()))
+    ends.append(tail_end(steps, last))
     return _cuts(steps, ends)
 
 
@@ -95,7 +93,7 @@ def batchnorm(analysis: Analysis, options: Options) -> Cuts:
 
     A layer without BN is a group as well, while the value has not been flattened.
     """
-    ends = _batch_norm_ends(analysis.steps)
+    ends = batch_norm_ends(analysis.steps)
     return _cuts(analysis.steps, ends)
 
 
@@ -123,7 +121,7 @@ def module(depth: int = 2) -> Policy:
         steps = analysis.steps
         runs = []
         for run in _runs(steps, depth):
-            if _has_weight(steps, run.start, run.stop):
+            if has_weight(steps, run.start, run.stop):
                 runs.append(run)
         ends = []
         for run, following in pairwise(runs):
@@ -158,21 +156,6 @@ def stages(n: int) -> Policy:
         return _cuts(analysis.steps, [ends[i - 1] for i in chosen])
 
     return named(cut, f"stages({n})")
-
-
-def group_ends(analysis: Analysis) -> list[int]:
-    """Return the steps that end a BN group; those that end a layer where there is no group."""
-    groups = _legal(analysis.steps, _batch_norm_ends(analysis.steps))
-    return groups or layer_ends(analysis)
-
-
-def layer_ends(analysis: Analysis) -> list[int]:
-    """Return the steps that end a layer with its BN and its activation, but the classifier's."""
-    steps = analysis.steps
-    ends = []
-    for start in _layer_starts(steps)[:-1]:
-        ends.append(_settled(steps, start))
-    return _legal(steps, ends)
 
 
 def require_positive(name: str, value: object) -> None:
@@ -223,200 +206,9 @@ def _node_names(chosen: Any) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _legal(steps: Steps, ends: Iterable[int]) -> list[int]:
-    """Return those of the steps that a cut may follow, in order, each once."""
-    legal = []
-    for i in sorted(set(ends)):
-        # -1 stands for the start of the model.
-        if i >= 0 and not steps[i].refusal:
-            legal.append(i)
-    return legal
-
-
 def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:
-    names = [steps[i].node for i in _legal(steps, ends)]
+    names = [steps[i].node for i in legal(steps, ends)]
     return Cuts(tuple(names))
-
-
-def _has_weight(steps: Steps, start: int, stop: int) -> bool:
-    """Return whether one of the steps in [start, stop) has a weight."""
-    return any(step.weighted for step in steps[start:stop])
-
-
-def _first_pool(steps: Steps, start: int, stop: int) -> int:
-    """Return the step in [start, stop) that starts the way to the classifier; `stop` if none."""
-    for i in range(start, stop):
-        if steps[i].pools:
-            return i
-    return stop
-
-
-# Residual blocks
-
-
-def _residual_blocks(analysis: Analysis) -> dict[int, int]:
-    """Return the residual blocks, {index of the first step: index of the last step}, in order.
-
-    A join inside a unit (a module that is a block as a whole) belongs to the unit. Another join,
-    written in the model's own forward or in a `Sequential`, is a block of its own.
-    """
-    joins = {}
-    owners: Counter[str] = Counter()
-    for i, step in enumerate(analysis.steps):
-        if step.join in ("sum", "cat") and step.trainable:
-            joins[i] = step
-            owners[step.scope] += 1
-    kinds = _unit_kinds(analysis, owners)
-    ends: dict[int, int] = {}
-    inside: set[int] = set()
-    for indices in _unit_steps(analysis, kinds):
-        first = indices[0]
-        ends[first] = indices[-1]
-        inside.update(indices)
-    for i, step in joins.items():
-        is_unit = analysis.kind(step.scope) in kinds
-        if i not in inside and not is_unit:
-            ends[i] = i
-    return dict(sorted(ends.items()))
-
-
-def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]]:
-    """Return the classes of modules that are residual blocks as a whole.
-
-    Args:
-        analysis: of the model.
-        owners: how many joins each module owns, by its qualname.
-    """
-    kinds: set[type[nn.Module]] = set()
-    for owner, num_joins in owners.items():
-        kind = analysis.kind(owner)
-        if owner == "" or issubclass(kind, nn.Sequential):
-            continue
-        # The only module of its class with several joins is a model written in one forward.
-        if num_joins == 1 or len(_instances(analysis, {kind})) > 1:
-            kinds.add(kind)
-    return kinds
-
-
-def _unit_steps(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[list[int]]:
-    """Return for each module of these classes the indices of its steps."""
-    units = set(_instances(analysis, kinds))
-    inside: dict[str, list[int]] = {}
-    for i, step in enumerate(analysis.steps):
-        # No unit lies in another, so there is at most one around a step.
-        for scope in (step.scope, *holders(step.scope)):
-            if scope in units:
-                inside.setdefault(scope, []).append(i)
-    return list(inside.values())
-
-
-def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
-    """Return the qualnames of the modules of these classes, outermost ones only."""
-    names = []
-    for name, candidate in analysis.trace.root.named_modules():
-        if name and type(candidate) in kinds:
-            names.append(name)
-    return outermost(names)
-
-
-def _legal_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
-    """Return the end of each residual block, moved to a step that a cut may follow."""
-    starts = list(blocks)
-    reached = list(accumulate(blocks.values(), max))
-    ends = set()
-    for start, end in blocks.items():
-        settled = _settled(steps, end)
-        legal = _legal_before(steps, settled, start - 1)
-        if not steps[legal].refusal:
-            ends.add(legal)
-            continue
-        # A layer that is used again and again (ALBERT) is one block with all its uses. So the block
-        # goes on to the next legal step, unless that step is in another block.
-        behind = _legal_behind(steps, settled)
-        if behind is not None:
-            last_block = bisect_right(starts, behind) - 1
-            if behind >= reached[last_block]:
-                legal = behind
-        ends.add(legal)
-    return ends
-
-
-def _cut_before(steps: Steps, ends: list[int], start: int) -> None:
-    """Add a cut before a residual block if there is a weight between it and the cut before it.
-
-    Args:
-        steps: of the model.
-        ends: the cuts so far, in order; may get another.
-        start: the first step of the residual block.
-    """
-    place = bisect_left(ends, start)
-    before = ends[place - 1] if place else -1
-    if _has_weight(steps, before + 1, start):
-        ends.insert(place, _legal_before(steps, start - 1, before))
-
-
-def _tail(steps: Steps, last: int) -> int:
-    """Return the end of the block after the last residual block; `last` if there is none.
-
-    Such a block is a convolution before the pool, as in MobileNet.
-    """
-    weighted = [i for i, step in enumerate(steps) if step.weighted]
-    classifier = weighted[-1] if weighted else -1
-    end = last
-    for i in range(last + 1, classifier):
-        is_flat = len(steps[i].shape) < 2
-        if steps[i].pools or is_flat:
-            break
-        if steps[i].weighted:
-            end = i
-    return end if end == last else _settled(steps, end)
-
-
-# BN groups and layers
-
-
-def _layer_starts(steps: Steps) -> list[int]:
-    """Return the steps that begin a layer. A gate is none, since it belongs to another layer."""
-    starts = []
-    for i, step in enumerate(steps):
-        is_gate = step.join == "product"
-        if step.weighted and not is_gate:
-            starts.append(i)
-    return starts
-
-
-def _batch_norm_ends(steps: Steps) -> list[int]:
-    """Return the last step of each BN group. A group begins with a layer; the last is left out."""
-    flat = _first_pool(steps, 0, len(steps))
-    ends = []
-    for start, following in pairwise(_layer_starts(steps)):
-        has_batch_norm = any(step.batchnorm for step in steps[start:following])
-        if start < flat or has_batch_norm:
-            ends.append(_group_end(steps, start, following))
-    return ends
-
-
-def _group_end(steps: Steps, start: int, following: int) -> int:
-    """Return the last step of a group, which ends before the way to the classifier begins.
-
-    Args:
-        steps: of the model.
-        start: the first step of the group.
-        following: the first step of the group after it.
-    """
-    stop = _first_pool(steps, start + 1, following)
-    while stop > start + 1 and _is_classifier_dropout(steps, stop - 1):
-        stop -= 1
-    return _legal_before(steps, stop - 1, start - 1)
-
-
-def _is_classifier_dropout(steps: Steps, index: int) -> bool:
-    """Return whether a step is dropout with no weight after it but the classifier's."""
-    classifier = len(steps) - 1
-    return steps[index].drops and not _has_weight(steps, index + 1, classifier)
-
-
-# Modules at a depth
 
 
 def _runs(steps: Steps, depth: int) -> list[range]:
@@ -438,47 +230,8 @@ def _run_end(steps: Steps, run: range, stop: int) -> int:
     It goes on further only where a BN layer behind it would be parted from its layer.
     """
     last_weighted = max(i for i in run if steps[i].weighted)
-    end = _group_end(steps, last_weighted, stop)
-    return _settled(steps, end) if steps[end].refusal else end
-
-
-# The end of a block
-
-
-def _settled(steps: Steps, end: int) -> int:
-    """Return a cut moved behind the steps that belong to the block before it."""
-    for following in range(end + 1, len(steps)):
-        if not _follows(steps[following], steps[end]):
-            break
-        end = following
-    return end
-
-
-def _follows(step: Step, before: Step) -> bool:
-    """Return whether a step belongs to the block that the step before it is in."""
-    is_gate = step.join == "product" and step.shape == before.shape
-    is_batch_norm = step.batchnorm and not step.weighted
-    is_needed = bool(before.refusal) and not step.trainable
-    return step.keeps_shape or is_gate or is_batch_norm or is_needed
-
-
-def _legal_before(steps: Steps, end: int, floor: int) -> int:
-    """Return the last step in (floor, end] that a cut may follow; `end` if none may."""
-    for i in range(end, floor, -1):
-        if not steps[i].refusal:
-            return i
-    return end
-
-
-def _legal_behind(steps: Steps, end: int) -> int | None:
-    """Return the first step after `end` that a cut may follow."""
-    for i in range(end + 1, len(steps)):
-        if not steps[i].refusal:
-            return i
-    return None
-
-
-# Blocks of similar cost
+    end = group_end(steps, last_weighted, stop)
+    return settled(steps, end) if steps[end].refusal else end
 
 
 def _balanced(cost: list[float], parts: int) -> list[int]:

@@ -6,7 +6,8 @@ import re
 
 from sffx.blocks import Options
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.policies import Cuts, Policy, group_ends, named, require_positive
+from sffx.compiler.policies import Cuts, Policy, named, require_positive
+from sffx.compiler.spans import group_ends
 from sffx.errors import CutError, InputError
 from sffx.memory.costs import BlockCosts
 from sffx.memory.search import Search

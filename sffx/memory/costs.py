@@ -25,8 +25,9 @@ from sffx.compiler.fake import fake_copy
 from sffx.compiler.inplace import keep_foreign_values
 from sffx.compiler.memory import save_memory, save_memory_in
 from sffx.compiler.partition import partition
-from sffx.compiler.policies import Cuts, group_ends, layer_ends
+from sffx.compiler.policies import Cuts
 from sffx.compiler.rewrite import block_module, rewrite
+from sffx.compiler.spans import group_ends, layer_ends
 from sffx.compiler.trace.costs import noting_saved
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms

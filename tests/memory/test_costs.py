@@ -11,7 +11,7 @@ from torch import nn
 import sffx
 from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
-from sffx.compiler.policies import group_ends
+from sffx.compiler.spans import group_ends
 from sffx.compiler.trace.trace import trace
 from sffx.memory.costs import START, BlockCosts
 from tests.toys import Chain, Residual, SharedWeight

@@ -1,0 +1,131 @@
+"""Residual blocks: modules that own a place where paths join by a sum or a concatenation."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from itertools import accumulate
+
+from torch import nn
+
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.qualnames import holders, outermost
+from sffx.compiler.spans import Steps, has_weight, legal_before, legal_behind, settled
+
+
+def residual_blocks(analysis: Analysis) -> dict[int, int]:
+    """Return the residual blocks, {index of the first step: index of the last step}, in order.
+
+    A join inside a unit (a module that is a block as a whole) belongs to the unit. Another join,
+    written in the model's own forward or in a `Sequential`, is a block of its own.
+    """
+    joins = {}
+    owners: Counter[str] = Counter()
+    for i, step in enumerate(analysis.steps):
+        if step.join in ("sum", "cat") and step.trainable:
+            joins[i] = step
+            owners[step.scope] += 1
+    kinds = _unit_kinds(analysis, owners)
+    ends: dict[int, int] = {}
+    inside: set[int] = set()
+    for indices in _unit_steps(analysis, kinds):
+        first = indices[0]
+        ends[first] = indices[-1]
+        inside.update(indices)
+    for i, step in joins.items():
+        is_unit = analysis.kind(step.scope) in kinds
+        if i not in inside and not is_unit:
+            ends[i] = i
+    return dict(sorted(ends.items()))
+
+
+def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]]:
+    """Return the classes of modules that are residual blocks as a whole.
+
+    Args:
+        analysis: of the model.
+        owners: how many joins each module owns, by its qualname.
+    """
+    kinds: set[type[nn.Module]] = set()
+    for owner, num_joins in owners.items():
+        kind = analysis.kind(owner)
+        if owner == "" or issubclass(kind, nn.Sequential):
+            continue
+        # The only module of its class with several joins is a model written in one forward.
+        if num_joins == 1 or len(_instances(analysis, {kind})) > 1:
+            kinds.add(kind)
+    return kinds
+
+
+def _unit_steps(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[list[int]]:
+    """Return for each module of these classes the indices of its steps."""
+    units = set(_instances(analysis, kinds))
+    inside: dict[str, list[int]] = {}
+    for i, step in enumerate(analysis.steps):
+        # No unit lies in another, so there is at most one around a step.
+        for scope in (step.scope, *holders(step.scope)):
+            if scope in units:
+                inside.setdefault(scope, []).append(i)
+    return list(inside.values())
+
+
+def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
+    """Return the qualnames of the modules of these classes, outermost ones only."""
+    names = []
+    for name, candidate in analysis.trace.root.named_modules():
+        if name and type(candidate) in kinds:
+            names.append(name)
+    return outermost(names)
+
+
+def residual_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
+    """Return the end of each residual block, moved to a step that a cut may follow."""
+    starts = list(blocks)
+    reached = list(accumulate(blocks.values(), max))
+    ends = set()
+    for start, end in blocks.items():
+        whole = settled(steps, end)
+        place = legal_before(steps, whole, start - 1)
+        if not steps[place].refusal:
+            ends.add(place)
+            continue
+        # A layer that is used again and again (ALBERT) is one block with all its uses. So the block
+        # goes on to the next legal step, unless that step is in another block.
+        behind = legal_behind(steps, whole)
+        if behind is not None:
+            last_block = bisect_right(starts, behind) - 1
+            if behind >= reached[last_block]:
+                place = behind
+        ends.add(place)
+    return ends
+
+
+def cut_between(steps: Steps, ends: list[int], start: int) -> None:
+    """Add a cut before a residual block if there is a weight between it and the cut before it.
+
+    Args:
+        steps: of the model.
+        ends: the cuts so far, in order; may get another.
+        start: the first step of the residual block.
+    """
+    place = bisect_left(ends, start)
+    before = ends[place - 1] if place else -1
+    if has_weight(steps, before + 1, start):
+        ends.insert(place, legal_before(steps, start - 1, before))
+
+
+def tail_end(steps: Steps, last: int) -> int:
+    """Return the end of the block after the last residual block; `last` if there is none.
+
+    Such a block is a convolution before the pool, as in MobileNet.
+    """
+    weighted = [i for i, step in enumerate(steps) if step.weighted]
+    classifier = weighted[-1] if weighted else -1
+    end = last
+    for i in range(last + 1, classifier):
+        is_flat = len(steps[i].shape) < 2
+        if steps[i].pools or is_flat:
+            break
+        if steps[i].weighted:
+            end = i
+    return end if end == last else settled(steps, end)

@@ -1,0 +1,132 @@
+"""Where blocks begin and end on the spine of a model.
+
+A place in the model is the index of a step, and a cut is made after a step. A span of steps is a
+block. All policies share three rules:
+
+- An activation after a block belongs to the block: it has no layer of its own and keeps the shape.
+  So does a BN layer.
+- A gate (squeeze-and-excitation, a product of paths) belongs to the layer that it gates.
+- The last layer with a weight is the classifier's, with the pool, the flatten and the dropout
+  before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from sffx.compiler.analyse import Analysis, Step
+
+Steps = tuple[Step, ...]
+
+
+def group_ends(analysis: Analysis) -> list[int]:
+    """Return the steps that end a BN group; those that end a layer where there is no group."""
+    groups = legal(analysis.steps, batch_norm_ends(analysis.steps))
+    return groups or layer_ends(analysis)
+
+
+def layer_ends(analysis: Analysis) -> list[int]:
+    """Return the steps that end a layer with its BN and its activation, but the classifier's."""
+    steps = analysis.steps
+    ends = []
+    for start in _layer_starts(steps)[:-1]:
+        ends.append(settled(steps, start))
+    return legal(steps, ends)
+
+
+def legal(steps: Steps, ends: Iterable[int]) -> list[int]:
+    """Return those of the steps that a cut may follow, in order, each once."""
+    places = []
+    for i in sorted(set(ends)):
+        # -1 stands for the start of the model.
+        if i >= 0 and not steps[i].refusal:
+            places.append(i)
+    return places
+
+
+def has_weight(steps: Steps, start: int, stop: int) -> bool:
+    """Return whether one of the steps in [start, stop) has a weight."""
+    return any(step.weighted for step in steps[start:stop])
+
+
+def _first_pool(steps: Steps, start: int, stop: int) -> int:
+    """Return the step in [start, stop) that starts the way to the classifier; `stop` if none."""
+    for i in range(start, stop):
+        if steps[i].pools:
+            return i
+    return stop
+
+
+def settled(steps: Steps, end: int) -> int:
+    """Return a cut moved behind the steps that belong to the block before it."""
+    for following in range(end + 1, len(steps)):
+        if not _follows(steps[following], steps[end]):
+            break
+        end = following
+    return end
+
+
+def _follows(step: Step, before: Step) -> bool:
+    """Return whether a step belongs to the block that the step before it is in."""
+    is_gate = step.join == "product" and step.shape == before.shape
+    is_batch_norm = step.batchnorm and not step.weighted
+    is_needed = bool(before.refusal) and not step.trainable
+    return step.keeps_shape or is_gate or is_batch_norm or is_needed
+
+
+def legal_before(steps: Steps, end: int, floor: int) -> int:
+    """Return the last step in (floor, end] that a cut may follow; `end` if none may."""
+    for i in range(end, floor, -1):
+        if not steps[i].refusal:
+            return i
+    return end
+
+
+def legal_behind(steps: Steps, end: int) -> int | None:
+    """Return the first step after `end` that a cut may follow."""
+    for i in range(end + 1, len(steps)):
+        if not steps[i].refusal:
+            return i
+    return None
+
+
+def _layer_starts(steps: Steps) -> list[int]:
+    """Return the steps that begin a layer. A gate is none, since it belongs to another layer."""
+    starts = []
+    for i, step in enumerate(steps):
+        is_gate = step.join == "product"
+        if step.weighted and not is_gate:
+            starts.append(i)
+    return starts
+
+
+def batch_norm_ends(steps: Steps) -> list[int]:
+    """Return the last step of each BN group. A group begins with a layer; the last is left out."""
+    flat = _first_pool(steps, 0, len(steps))
+    ends = []
+    for start, following in pairwise(_layer_starts(steps)):
+        has_batch_norm = any(step.batchnorm for step in steps[start:following])
+        if start < flat or has_batch_norm:
+            ends.append(group_end(steps, start, following))
+    return ends
+
+
+def group_end(steps: Steps, start: int, following: int) -> int:
+    """Return the last step of a group, which ends before the way to the classifier begins.
+
+    Args:
+        steps: of the model.
+        start: the first step of the group.
+        following: the first step of the group after it.
+    """
+    stop = _first_pool(steps, start + 1, following)
+    while stop > start + 1 and _is_classifier_dropout(steps, stop - 1):
+        stop -= 1
+    return legal_before(steps, stop - 1, start - 1)
+
+
+def _is_classifier_dropout(steps: Steps, index: int) -> bool:
+    """Return whether a step is dropout with no weight after it but the classifier's."""
+    classifier = len(steps) - 1
+    return steps[index].drops and not has_weight(steps, index + 1, classifier)

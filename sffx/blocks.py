@@ -234,7 +234,7 @@ class Options:
         return Options, (goodness, self.kernel_size, norm, self.recompute)
 
     def __copy__(self) -> Options:
-        return self
+        return self  # not by way of `__reduce__`, which would lose the callables
 
     def __deepcopy__(self, copied: dict[int, Any]) -> Options:
         return self

@@ -25,6 +25,7 @@ from sffx.compiler.refusals import refusals, shared_state
 from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
 
+# Targets of nodes, by how they join paths. A string is the name of a method.
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, torch.sub, "sub")
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")
@@ -33,6 +34,7 @@ _JOINS: dict[Any, str] = {
     **dict.fromkeys(_CATS, "cat"),
     **dict.fromkeys(_PRODUCTS, "product"),
 }
+# Beginnings of names of classes and functions, in small letters.
 _POOLS = ("adaptive",)
 _DROPOUT = ("dropout",)
 
@@ -114,6 +116,7 @@ class Analysis:
         for name, node in self.nodes.items():
             if node.op != "placeholder":
                 members[self.step_of[name]].append(node)
+        # A placeholder is in no step, since the inputs of the model are at hand in every block.
         reasons = refusals(self._flow, self._layers, self._shared_by_step, self.channel_axes)
         steps = []
         for i, nodes in enumerate(members):
@@ -175,7 +178,7 @@ class Analysis:
         if not self.is_path(name) or self._flow.paths.in_degree(name) < 2:
             return ""
         if self._flow.dominator[name] == SOURCE:
-            return ""
+            return ""  # the paths start at several inputs
         return _JOINS.get(self.nodes[name].target, "other")
 
     def layers_on_paths(self, name: str) -> tuple[int, ...]:

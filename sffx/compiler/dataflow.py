@@ -81,6 +81,7 @@ class Dataflow:
 
     def _spine(self) -> list[str]:
         spine = [self.logits]
+        # The last node that dominates a node is dominated by all others that do.
         while self.dominator[spine[-1]] not in (SOURCE, None):
             spine.append(self.dominator[spine[-1]])
         return spine[::-1]
@@ -93,6 +94,7 @@ class Dataflow:
         3. A node is computed no later than the nodes that use its value, wherever they went.
         """
         step_of = {name: i for i, name in enumerate(self.spine)}
+        # A node comes before its users, so the steps of its users are known on the way back.
         for name in reversed(self.nodes):
             uses = _steps(self.graph.successors(name), step_of)
             if uses and name not in step_of:

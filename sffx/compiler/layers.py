@@ -13,6 +13,7 @@ from torch.fx import Node
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import parameters_of
 
+# Functions that are a layer if one of their arguments is a parameter. A string is a method.
 _WEIGHTED_FUNCTIONS = (
     F.linear,
     F.conv1d,
@@ -74,6 +75,7 @@ class Layers:
         It is a module with one, or a function such as `F.linear` that reads one.
         """
         if node.op == "call_module":
+            # Norms and activations with parameters hold vectors only.
             return self._holds_matrix(node)
         if node.target not in _WEIGHTED_FUNCTIONS:
             return False
@@ -84,6 +86,7 @@ class Layers:
         if node.target is F.batch_norm:
             return True
         module = self.module(node)
+        # By name, so that BN layers of other libraries count as well.
         kinds = type(module).__mro__ if module is not None else ()
         return any("BatchNorm" in kind.__name__ for kind in kinds)
 

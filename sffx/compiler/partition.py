@@ -87,6 +87,7 @@ def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
     members: list[list[fx.Node]] = [[] for _ in range(num_blocks)]
     for name, node in analysis.nodes.items():
         if node.op != "placeholder":
+            # A cut lies after its step, so the step itself is still in the block before it.
             block = bisect_left(ends, analysis.step_of[name])
             members[block].append(node)
     return members

@@ -19,7 +19,10 @@ def has_proxy(*values: Any) -> bool:
 
 
 class GuidedProxy(fx.Proxy):
-    """A proxy that answers `len`, `int`, `isinstance` and attribute reads from its example."""
+    """A proxy that answers `len`, `int` and attribute reads from its example.
+
+    That of a tensor is a `TensorProxy`.
+    """
 
     @property
     def example(self) -> Any:
@@ -30,11 +33,6 @@ class GuidedProxy(fx.Proxy):
         if callable(getattr(self.example, name)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """Answer `isinstance(x, Tensor)` as the value would; a plain proxy is no tensor."""
-        return Tensor if isinstance(self.example, Tensor) else GuidedProxy
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
@@ -80,3 +78,45 @@ def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(GuidedProxy, f"__i{_name}__", _in_place(_name))
+
+
+class TensorProxy(GuidedProxy, Tensor):
+    """The proxy of a tensor, which is a tensor in memory as well, without data.
+
+    torch's parser of arguments looks into the memory of whatever `isinstance` calls a tensor,
+    before it asks for `__torch_function__`. A proxy that only says so would end the process.
+    """
+
+    @staticmethod
+    def __new__(cls, node: fx.Node, tracer: fx.Tracer) -> TensorProxy:
+        example = facts(node).example
+        # Of the same shape, so that torch's parser chooses the overload that it chooses for the
+        # value.
+        return Tensor._make_wrapper_subclass(
+            cls, example.shape, dtype=example.dtype, device=example.device
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse what got past `__torch_function__`, where fx records every call."""
+        raise RuntimeError(
+            f"it calls {func} where a trace cannot see it, which a graph cannot hold"
+        )
+
+    def __getattribute__(self, name: str) -> Any:
+        # Tensor's own attributes would be read from the memory of the proxy, and be no nodes.
+        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
+        if name in own:
+            return own[name]
+        if name in _NAMES_OF_PROXIES or name.startswith("__"):
+            return object.__getattribute__(self, name)
+        return GuidedProxy.__getattr__(self, name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    # Texts of error messages are written in a trace as well. Tensor's own would be a node.
+    __format__ = object.__format__
+
+
+_NAMES_OF_PROXIES = frozenset(dir(GuidedProxy))

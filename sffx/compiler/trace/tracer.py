@@ -16,7 +16,7 @@ from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import find_logits
 from sffx.compiler.trace.patches import Patches
-from sffx.compiler.trace.proxy import GuidedProxy
+from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.runner import NodeRunner
 
@@ -96,7 +96,8 @@ class GuidedTracer(fx.Tracer):
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
-        return GuidedProxy(node, self)
+        is_tensor = isinstance(facts(node).example, Tensor)
+        return TensorProxy(node, self) if is_tensor else GuidedProxy(node, self)
 
     def call_module(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import keyword
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +82,21 @@ def _restored(make: Any, arguments: tuple[Any, ...]) -> CutModel:
     """Return an unpickled model, made by what fx pickles in its place."""
     net = make(*arguments)
     return with_plan(net, net.plan, net.origin.model)
+
+
+def _format_target(base: str, target: str) -> str:
+    """Write the Python code that reads a module or tensor by its qualname.
+
+    A module may have any name: "in", or one with a quote. torch writes such a name as it is.
+    """
+    code = base
+    for name in target.split("."):
+        is_plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+        # A text of JSON is one of Python, too, and has its quotes escaped.
+        quoted = json.dumps(name, ensure_ascii=False)
+        code = f"{code}.{name}" if is_plain else f"getattr({code}, {quoted})"
+    return code
+
+
+# For good, since an unpickled or edited graph is written as code again.
+fx.graph._format_target = _format_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -82,15 +83,15 @@ def _bind(model: nn.Module, example_input: Any) -> dict[str, Any]:
         InputError: they do not fit its signature, or hold no tensor with a batch axis.
     """
     positional: tuple[Any, ...] = (example_input,)
-    keyword: Mapping[str, Any] = {}
+    named: Mapping[str, Any] = {}
     if isinstance(example_input, Mapping):
         positional = ()
-        keyword = example_input
+        named = example_input
     elif isinstance(example_input, tuple):
         positional = example_input
     signature = inspect.signature(model.forward)
     try:
-        arguments = _by_name(signature.bind(*positional, **keyword))
+        arguments = _by_name(signature.bind(*positional, **named))
     except TypeError as cause:
         raise InputError(
             f"example_input does not fit {type(model).__name__}.forward{signature}: {cause}. "
@@ -113,6 +114,12 @@ def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> None:
+    for name in arguments:
+        if keyword.iskeyword(name) or not name.isidentifier():
+            raise InputError(
+                f"an input is called {name!r}, which cannot be the name of an argument. "
+                "Hint: wrap the model in a module whose forward calls it otherwise"
+            )
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if not tensors:
         raise InputError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-_FLAG = "training_flag"
+TRAINING_FLAG = "training_flag"
 
 
 class TrainingFlag(nn.Module):
@@ -36,7 +36,7 @@ class PlantedFlag:
 
 def flag_target(owner: str) -> str:
     """Return the target of a module's flag by the module's qualname."""
-    return f"{owner}.{_FLAG}" if owner else _FLAG
+    return f"{owner}.{TRAINING_FLAG}" if owner else TRAINING_FLAG
 
 
 def flag_owner(node: fx.Node) -> str:
@@ -46,7 +46,7 @@ def flag_owner(node: fx.Node) -> str:
 
 def is_flag(node: fx.Node) -> bool:
     """Whether a node reads the mode of a module."""
-    return node.op == "call_module" and str(node.target).rpartition(".")[2] == _FLAG
+    return node.op == "call_module" and str(node.target).rpartition(".")[2] == TRAINING_FLAG
 
 
 def plant_flags(
@@ -81,4 +81,4 @@ def lift_flags(probe: nn.Module) -> None:
 
 def add_flag(owner: nn.Module) -> None:
     """Give a module the child that the flags in the graph call."""
-    owner.add_module(_FLAG, TrainingFlag().train(owner.training))
+    owner.add_module(TRAINING_FLAG, TrainingFlag().train(owner.training))

@@ -80,7 +80,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(GuidedProxy, f"__i{_name}__", _in_place(_name))
 
 
-class TensorProxy(GuidedProxy, Tensor):
+class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
     """The proxy of a tensor, which is a tensor in memory as well, without data.
 
     torch's parser of arguments looks into the memory of whatever `isinstance` calls a tensor,
@@ -96,7 +96,7 @@ class TensorProxy(GuidedProxy, Tensor):
             cls, example.shape, dtype=example.dtype, device=example.device
         )
 
-    @classmethod
+    @classmethod  # type: ignore[override]
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse what got past `__torch_function__`, where fx records every call."""
         raise RuntimeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import keyword
 import logging
 import warnings
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from sffx.compiler.calls import by_name, call, signature
 from sffx.errors import InputError, backbone_hint, location
 
 # A size that nothing else in a model is likely to have. So an axis of this size, or a number read
@@ -27,6 +27,9 @@ TRACE_BATCH = 61
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+
+# How deep the attributes of an argument are searched for tensors.
+_DEEPEST = 6
 
 # Sizes to try, the most likely first.
 _IMAGE_SIZES = (224, 32, 28, 64, 8, 16, 48, 96, 128, 256, 299, 384, 512)
@@ -89,28 +92,16 @@ def _bind(model: nn.Module, example_input: Any) -> dict[str, Any]:
         named = example_input
     elif isinstance(example_input, tuple):
         positional = example_input
-    signature = inspect.signature(model.forward)
+    expected = signature(model)
     try:
-        arguments = _by_name(signature.bind(*positional, **named))
+        arguments = by_name(expected.bind(*positional, **named))
     except TypeError as cause:
         raise InputError(
-            f"example_input does not fit {type(model).__name__}.forward{signature}: {cause}. "
+            f"example_input does not fit {type(model).__name__}.forward{expected}: {cause}. "
             "Hint: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from cause
     _require_batch_axes(arguments, example_input)
     return arguments
-
-
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Return the arguments by name, those that `**kwargs` collects as well."""
-    arguments: dict[str, Any] = {}
-    collected: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            collected = value
-        else:
-            arguments[name] = value
-    return {**arguments, **collected}
 
 
 def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> None:
@@ -119,6 +110,13 @@ def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> Non
             raise InputError(
                 f"an input is called {name!r}, which cannot be the name of an argument. "
                 "Hint: wrap the model in a module whose forward calls it otherwise"
+            )
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and _holds_tensor(value):
+            raise InputError(
+                f"the input {name!r} is a {type(value).__name__} that holds tensors, but an input "
+                "of a cut model is one tensor. Hint: wrap the model in a module whose forward "
+                "takes each tensor as an argument of its own, and puts them together"
             )
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     if not tensors:
@@ -131,6 +129,20 @@ def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> Non
             "example_input holds a tensor without axes. "
             "Hint: the first axis of every input is the batch"
         )
+
+
+def _holds_tensor(value: Any, depth: int = 0) -> bool:
+    """Whether a tensor is in a value: in its items, however nested, or in its attributes."""
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (tuple, list, set)):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    # An object may refer to itself.
+    return depth < _DEEPEST and any(_holds_tensor(part, depth + 1) for part in parts)
 
 
 # Inferring an input where the caller gave none.
@@ -163,11 +175,12 @@ def _only_argument(model: nn.Module) -> str:
     Raises:
         InputError: it requires several, or takes none by name.
     """
-    # `*args` and `**kwargs` are no arguments that an example could be passed as.
     named: list[str] = []
     required: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for parameter in signature(model).parameters.values():
+        # `**kwargs`, and `*args` behind other arguments, are none that an example is passed as.
+        is_rest = parameter.kind is parameter.VAR_POSITIONAL and bool(named)
+        if is_rest or parameter.kind is parameter.VAR_KEYWORD:
             continue
         named.append(parameter.name)
         if parameter.default is parameter.empty:
@@ -255,8 +268,7 @@ def _failure(
         with _quiet_fakes(), mode, torch.no_grad(), warnings.catch_warnings():
             # Gradient checkpointing warns when it runs without gradients.
             warnings.simplefilter("ignore")
-            # Not the call: hooks of the model itself are no part of what is traced.
-            model.forward(**arguments)
+            call(model, arguments)
     except DATA_DEPENDENT:
         return None
     except Exception as failure:

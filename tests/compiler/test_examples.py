@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import sffx
 from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError
 from tests.toys import Chain, Residual, TwoInputs
@@ -132,3 +135,46 @@ def test_a_detector_is_told_to_transform_its_backbone():
     )
     with pytest.raises(InputError, match=message):
         trace(_Detector(), torch.zeros(1, 3, 8, 8))
+
+
+class _Star(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.head(self.inner(sum(x)).relu())
+
+
+class _PositionOnly(_Star):
+    def forward(self, x: Tensor, /, scale: float = 2.0) -> Tensor:
+        return self.head(self.inner(x * scale).relu())
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "names"),
+    [(_Star, 1, ["x"]), (_Star, 2, ["x_0", "x_1"]), (_PositionOnly, 1, ["x"])],
+)
+def test_arguments_without_names_are_inputs(make, inputs, names):
+    model = make().eval()
+    x = tuple(torch.randn(3, 6) for _ in range(inputs))
+    net = sffx.transform(model, "layer", x, norm="none")
+    net.readout.mode = "classifier"
+    assert [each.name for each in net.plan.inputs] == names
+    assert torch.equal(net(*x), model(*x))
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        [torch.zeros(2, 6)],
+        (torch.zeros(2, 6), [torch.zeros(2, 6)]),
+        {"a": {"b": torch.zeros(2, 6)}},
+        types.SimpleNamespace(x=torch.zeros(2, 6)),
+    ],
+)
+def test_an_input_that_holds_tensors_is_refused(nested):
+    with pytest.raises(InputError, match=r"the input 'x.*' is a \w+ that holds tensors"):
+        sffx.plan(_Star(), example_input=(torch.zeros(2, 6), nested))
+    with pytest.raises(InputError, match=r"the input 'x' is a \w+ that holds tensors"):
+        sffx.plan(_Star(), example_input=(nested,))

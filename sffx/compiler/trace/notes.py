@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from sffx.compiler.qualnames import outermost, parameters_of
+from sffx.compiler.qualnames import holders, outermost, parameters_of
 from sffx.errors import in_brief
 
 
@@ -20,11 +20,46 @@ def notes(root: nn.Module, graph: fx.Graph, *, checkpointed: bool) -> Iterator[s
     """
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
+    inlined = dict(_inlined(root, graph))
+    hooked = [name for name, module in inlined.items() if name and _has_hooks(module)]
+    if hooked:
+        yield (
+            f"hooks of {in_brief(hooked, 4)} ran during the trace alone: their operations on "
+            "tensors are part of the cut model, and what else they do is not"
+        )
+    switching = [name or "the model itself" for name in inlined if _switches(inlined[name])]
+    if switching:
+        yield (
+            f"train() or eval() of {in_brief(switching, 4)} is overridden, and is no part of the "
+            "cut model, whose own sets the mode of every layer"
+        )
     idle = _idle(root, _used_parameters(root, graph))
     if idle:
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
         yield "gradient checkpointing in the model is left out"
+
+
+def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that the cut model does not call, since their forward is in the graph."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name, module in root.named_modules():
+        if name not in called and called.isdisjoint(holders(name)):
+            yield name, module
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks)
+
+
+def _switches(module: nn.Module) -> bool:
+    """Whether a module has another `train()` or `eval()` than every module has."""
+    for name in ("train", "eval"):
+        own = getattr(type(module), name) is not getattr(nn.Module, name)
+        if own or name in vars(module):
+            return True
+    return False
 
 
 def _used_parameters(root: nn.Module, graph: fx.Graph) -> set[int]:

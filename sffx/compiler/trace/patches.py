@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import nn
 from torch.autograd import Function
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.proxy import has_proxy
+
+if TYPE_CHECKING:
+    from sffx.compiler.trace.tracer import GuidedTracer
 
 # They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
@@ -23,12 +26,14 @@ class Patches:
 
     Attributes:
         tracer: creates the nodes.
+        probe: the model that is traced.
         checkpointed: whether gradient checkpointing was met. It changes no value, and is left out
             of the graph.
     """
 
-    def __init__(self, tracer: fx.Tracer) -> None:
+    def __init__(self, tracer: GuidedTracer, probe: nn.Module) -> None:
         self.tracer = tracer
+        self.probe = probe
         self.checkpointed = False
 
     @contextmanager
@@ -52,6 +57,10 @@ class Patches:
         yield Function, "apply", classmethod(functools.partial(self._apply, apply))
         call = torch._C.ScriptFunction.__call__
         yield torch._C.ScriptFunction, "__call__", self._script_caller(call)
+        for kind in {type(module) for module in self.probe.modules()}:
+            for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+                if "__call__" in vars(base) and issubclass(base, nn.Module):
+                    yield base, "__call__", self._caller(vars(base)["__call__"])
         # A private function: other versions of torch may have several of this name, or none.
         for name in list(vars(checkpoint)):
             if name.startswith("_checkpoint_without_reentrant_generator"):
@@ -84,6 +93,14 @@ class Patches:
             return call(script, *args, **kwargs)
 
         return call_script
+
+    def _caller(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a method for classes with a `__call__`; see `GuidedTracer.call_by_class`."""
+
+        def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.tracer.call_by_class(call, module, *args, **kwargs)
+
+        return call_module
 
     def _without_checkpoint(self, *_: Any, **__: Any) -> Iterator[None]:
         """Stand in for what checkpointing does before and after a function: nothing."""

@@ -96,8 +96,10 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
             cls, example.shape, dtype=example.dtype, device=example.device
         )
 
-    @classmethod  # type: ignore[override]
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuse what got past `__torch_function__`, where fx records every call."""
         raise RuntimeError(
             f"it calls {func} where a trace cannot see it, which a graph cannot hold"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, jit, nn
 from torch.nn.parameter import is_lazy
 
+from sffx.compiler.trace.closures import closure_over_the_model
 from sffx.compiler.trace.flags import TRAINING_FLAG
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
@@ -47,6 +48,7 @@ def require_plain(model: Any) -> None:
         )
     _require_values(model)
     _require_names(model)
+    _require_copyable(model)
     if is_cut(model):
         raise InputError(
             "the model is cut already. Hint: sffx.extract(net) gives the plain model back, "
@@ -79,4 +81,14 @@ def _require_names(model: nn.Module) -> None:
             f"{type(model).__name__} has a module or a tensor called {wrong[0]!r}, a name that "
             "a cut model uses itself. Hint: rename it, or put a model with such a layer at its top "
             "into a torch.nn.Sequential"
+        )
+
+
+def _require_copyable(model: nn.Module) -> None:
+    place = closure_over_the_model(model)
+    if place:
+        raise InputError(
+            f"{place!r} of {type(model).__name__} is a function that holds a part of the model, "
+            "which a copy of the model would share. Hint: make it a method of a class, or bind it "
+            "by types.MethodType(function, module) and read the part from the module"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.batch import is_settled, length
 from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
@@ -42,12 +43,13 @@ class GuidedTracer(fx.Tracer):
         # writes on it would be lost.
         self.proxy_buffer_attributes = True
         self.leaves = leaves
-        self.patches = Patches(self)
+        self.patches = Patches(self, runner.probe)
         self.branched: set[str] = set()
         self.failed: str | None = None
         self._runner = runner
         self._num_classes = num_classes
         self._switches = _switches()
+        self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or is_layer(m):
@@ -68,7 +70,8 @@ class GuidedTracer(fx.Tracer):
             arguments[name] = self.create_proxy("placeholder", name, (), {}) if is_input else value
 
         def forward() -> Any:
-            return find_logits(root_fn(self.root, **arguments), self._num_classes)
+            # Not `root_fn`, the forward of the class: an instance may have one of its own.
+            return find_logits(call(self.root, arguments), self._num_classes)
 
         return forward, []
 
@@ -106,6 +109,12 @@ class GuidedTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if self._entered and self._entered[-1] is m:
+            # A `__call__` of its own calls that of `nn.Module`. Hooks of the model itself are no
+            # part of what is traced.
+            return m.forward(*args, **kwargs) if m is self.root else forward(*args, **kwargs)
+        if m is self.root:
+            return forward(*args, **kwargs)
         # A module that a forward makes for itself is part of its code.
         is_part_of_model = m in (self.submodule_paths or ())
         if self._runner.is_running or not is_part_of_model:
@@ -123,6 +132,22 @@ class GuidedTracer(fx.Tracer):
             if self.failed is None and not is_leaf and not has_no_code(m):
                 self.failed = qualname
             raise
+
+    def call_by_class(
+        self, call: Callable[..., Any], m: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call a module whose class has a `__call__` of its own, which fx does not know of."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._entered.append(m)
+            try:
+                return call(m, *args, **kwargs)
+            finally:
+                self._entered.pop()
+
+        if self._entered and self._entered[-1] is m:  # by the `__call__` of a subclass
+            return call(m, *args, **kwargs)
+        return self.call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self._runner.is_running:

@@ -1,0 +1,165 @@
+"""What a class or an instance overrides is honoured, noted or refused, and never dropped."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import InputError
+from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms, logits
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).relu())
+
+
+class _Called(_Net):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class _CalledTwice(_Called):
+    def __call__(self, x: Tensor, times: int = 2) -> Tensor:
+        return super().__call__(x) * times + 1
+
+
+def _other_forward(self: _Net, inputs: Tensor) -> Tensor:
+    return self.head(self.b(self.a(inputs).tanh()).tanh()) * 2
+
+
+def _by_method() -> nn.Module:
+    model = _Net()
+    model.forward = types.MethodType(_other_forward, model)
+    return model
+
+
+def _by_partial() -> nn.Module:
+    model = _Net()
+    model.forward = functools.partial(_other_forward, model)
+    return model
+
+
+@pytest.mark.parametrize("make", [_by_method, _by_partial, _Called, _CalledTwice])
+def test_what_a_call_of_the_model_runs_is_what_is_cut(make):
+    model = make().eval()
+    net = cut_without_norms(model)
+    assert_same_logits(net, model)
+    assert_same_logits(sffx.extract(net), model)
+
+
+class _Doubled(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class _DoubledBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+def test_the_call_of_a_layer_is_run_once():
+    model = nn.Sequential(
+        *(_Doubled(6, 8), nn.ReLU(), _DoubledBlock(), nn.ReLU(), nn.Linear(8, 4))
+    ).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+    assert torch.equal(net.block_0(torch.ones(2, 6)), model[1](model[0](torch.ones(2, 6))))
+
+
+def test_the_forward_of_a_layers_instance_is_honoured():
+    model = nn.Sequential(_Net(), nn.ReLU(), nn.Linear(4, 4)).eval()
+    model[0].forward = types.MethodType(_other_forward, model[0])
+    model[2].forward = types.MethodType(lambda self, x: x @ self.weight - 1, model[2])
+    assert_same_logits(cut_without_norms(model), model)
+
+
+def _around_a_layer() -> nn.Module:
+    model = _Net()
+    old = model.a.forward
+    model.a.forward = lambda x: old(x) * 2
+    return model
+
+
+def _by_default() -> nn.Module:
+    model = _Net()
+    model.b.forward = lambda x, old=model.b.forward: old(x) * 2
+    return model
+
+
+def _hook_on_another() -> nn.Module:
+    model = _Net()
+    model.b.register_forward_hook(lambda m, args, output: output + model.b.weight[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (_around_a_layer, "a.forward"),
+        (_by_default, "b.forward"),
+        (_hook_on_another, "b._forward_hooks"),
+    ],
+)
+def test_a_function_that_a_copy_would_share_with_the_model_is_refused(make, place):
+    with pytest.raises(InputError, match=f"{place!r} of _Net is a function that holds a part"):
+        sffx.plan(make())
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(width, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x)).relu()
+
+
+def _train_frozen(self: _Block, mode: bool = True) -> _Block:
+    nn.Module.train(self, mode)
+    self.norm.eval()
+    return self
+
+
+class _Frozen(_Block):
+    train = _train_frozen
+
+
+def test_hooks_of_modules_that_are_traced_through_are_noted():
+    model = nn.Sequential(_Block(6), _Block(8), nn.Linear(8, 4))
+    model[1].register_forward_hook(lambda m, args, output: output * 2)
+    model[1].linear.register_forward_hook(lambda m, args, output: output + 1)
+    net = cut_without_norms(model)
+    (note,) = net.plan.notes
+    assert note.startswith("hooks of 1 ran during the trace alone")
+    assert_same_logits(net.eval(), model.eval())
+
+
+@pytest.mark.parametrize("is_instance", [False, True])
+def test_an_overridden_train_is_noted(is_instance):
+    kind: Any = _Block if is_instance else _Frozen
+    model = nn.Sequential(_Block(6), kind(8), nn.Linear(8, 4))
+    if is_instance:
+        model[1].train = types.MethodType(_train_frozen, model[1])
+    net = cut_without_norms(model)
+    assert any(note.startswith("train() or eval() of 1 is overridden") for note in net.plan.notes)
+    x = torch.randn(5, 6)
+    assert torch.equal(logits(net.eval(), x), model.eval()(x))

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from sffx.extraction import extract
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
-    from sffx.runtime.evaluate import Evaluation, evaluate
+    from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
     from sffx.runtime.shard import shard
-    from sffx.runtime.step import LocalLoss, local_loss, local_step
+    from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
 
 __all__ = [
@@ -54,6 +54,8 @@ __all__ = [
     "SffxError",
     "TraceError",
     "VerifyError",
+    "block_losses",
+    "block_scores",
     "evaluate",
     "export_early_exit",
     "export_onnx",
@@ -98,6 +100,8 @@ _MODULE_OF = {
     "SffxError": "sffx.errors",
     "TraceError": "sffx.errors",
     "VerifyError": "sffx.errors",
+    "block_losses": "sffx.runtime.step",
+    "block_scores": "sffx.runtime.evaluate",
     "evaluate": "sffx.runtime.evaluate",
     "export_early_exit": "sffx.export.stages",
     "export_onnx": "sffx.export.onnx",

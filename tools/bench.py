@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import sffx
-import sffx.runtime.step
+import sffx.runtime.learn
 from sffx.compiler.fake import fake_copy
 from sffx.files import write
 from sffx.memory.count import count_memory
@@ -454,7 +454,7 @@ def overhead(repeats: int = 3) -> dict[str, Any]:
     shares = []
     with ExitStack() as patches:
         for owner, name in (
-            (sffx.runtime.step, "block_loss"),
+            (sffx.runtime.learn, "block_loss"),
             (Residency, "gradients"),
             (Stage, "_run"),
         ):

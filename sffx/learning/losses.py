@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
+from sffx.parts import CLASSIFIER, block_name
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+# One function for all blocks, one by each block's name, or one for each block in order.
+LossFunctions: TypeAlias = (
+    LossFunction | Mapping[str, LossFunction | None] | Sequence[LossFunction | None]
+)
 
-def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
+
+def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunctions | None = None) -> Tensor:
     """Return the loss of all blocks, a scalar.
 
     It is the sum over blocks of `-mean_n( g[n, y_n] - log sum_j exp g[n, j] )`. Since it is a sum,
@@ -27,18 +33,53 @@ def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None) -
             what `loss_fn` takes.
         loss_fn: returns the loss of one block, a scalar, given its goodness, (B, J), and y. An
             example is `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`. None stands for
-            cross-entropy, the method's own.
+            cross-entropy, the method's own. A mapping gives each block a function of its own by
+            name ("block_0", ..., "classifier"); blocks that it leaves out have cross-entropy. A
+            list gives one function for each block, the classifier's last.
 
     Raises:
-        InputError: the shapes do not fit, a label is out of range, or `loss_fn` returns no scalar.
+        InputError: the shapes do not fit, a label is out of range, `loss_fn` returns no scalar, or
+            it names other blocks.
     """
     if goodness.ndim != 3:
         raise InputError(
             f"goodness has shape {tuple(goodness.shape)}, not (K, B, J). "
             "Hint: in eval mode the model returns scores; call net.train()"
         )
-    check_targets(y, goodness.shape[1], goodness.shape[2], loss_fn)
-    return total([block_loss(g, y, loss_fn) for g in goodness])
+    functions = loss_functions(loss_fn, len(goodness))
+    check_targets(y, goodness.shape[1], goodness.shape[2], functions)
+    pairs = zip(goodness, functions, strict=True)
+    return total([block_loss(own, y, function) for own, function in pairs])
+
+
+def loss_functions(loss_fn: LossFunctions | None, count: int) -> list[LossFunction | None]:
+    """Return the loss function of each block, None for cross-entropy.
+
+    Args:
+        loss_fn: as `sff_loss` takes it.
+        count: the number of blocks, the classifier included.
+
+    Raises:
+        InputError: it names other blocks, or there are more or fewer functions than blocks.
+    """
+    if isinstance(loss_fn, (Mapping, nn.ModuleDict)):
+        names = [*map(block_name, range(count - 1)), CLASSIFIER]
+        unknown = [name for name in loss_fn if name not in names]
+        if unknown:
+            raise InputError(
+                f"loss_fn names {', '.join(map(repr, unknown))}, "
+                f"but the blocks are {', '.join(names)}"
+            )
+        by_name = dict(loss_fn.items())
+        return [by_name.get(name) for name in names]
+    if isinstance(loss_fn, (Sequence, nn.ModuleList)):
+        if len(loss_fn) != count:
+            raise InputError(
+                f"loss_fn holds {len(loss_fn)} functions, but there are {count} blocks, "
+                "the classifier included"
+            )
+        return list(loss_fn)
+    return [loss_fn] * count
 
 
 def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
@@ -74,13 +115,14 @@ def total(losses: list[Tensor]) -> Tensor:
 
 
 def check_targets(
-    y: Tensor, batch: int, num_classes: int, loss_fn: LossFunction | None = None
+    y: Tensor, batch: int, num_classes: int, functions: Sequence[LossFunction | None]
 ) -> None:
     """Raise an InputError if y is neither class indices nor probabilities of the classes.
 
-    A loss function of one's own may take other targets, which are not checked.
+    A loss function of one's own may take other targets. They are not checked where no block has
+    cross-entropy.
     """
-    if loss_fn is not None:
+    if None not in functions:
         return
     is_tensor_of_floats = isinstance(y, Tensor) and y.is_floating_point()
     if is_tensor_of_floats and tuple(y.shape) == (batch, num_classes):

@@ -15,7 +15,8 @@ from sffx.errors import InputError
 from sffx.learning.readouts import READOUTS
 from sffx.net import plan_of
 from sffx.plots.figure import COLOURS, blank, save
-from sffx.runtime.evaluate import evaluating, scored
+from sffx.runtime.evaluate import scored
+from sffx.runtime.modes import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from sffx.errors import InputError
 from sffx.inputs import split_batch
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import plan_of
+from sffx.runtime.modes import evaluating
 from sffx.runtime.residencies import residency_of
 from sffx.runtime.walk import walk
 from sffx.tables import Column, html_table, text_table
@@ -109,18 +109,6 @@ def scores_by_name(net: fx.GraphModule, scores: Tensor) -> dict[str, Tensor]:
     names = [block.target for block in plan_of(net)]
     blocks = dict(zip(names, scores[:-1], strict=True))
     return {**blocks, **every_mode(scores, readout_of(net).weights)}
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode; afterwards every module has its own mode again."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ group. The hooks of `accelerate` serve inference and replace the model's paramet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,13 +277,13 @@ class Offloading(Residency):
             hook.remove()
 
     @contextmanager
-    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+    def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         """Hold a context for one `local_step`: the optimizer's state moves with the blocks.
 
         Raises:
             InputError: the model was offloaded with another optimizer.
         """
-        if self.optimizer is not optimizer:
+        if any(optimizer is not self.optimizer for optimizer in optimizers):
             raise InputError(
                 "net is offloaded with another optimizer, whose state moves with it. "
                 "Hint: pass that one, or onload net and offload it anew"

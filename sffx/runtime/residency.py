@@ -8,7 +8,7 @@ spread over processes (`sffx.runtime.shard`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,13 +39,14 @@ class Residency:
         """
 
     @contextmanager
-    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+    def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         """Hold a context for one `local_step`.
 
         Raises:
-            InputError: the optimizer does not fit the model.
+            InputError: an optimizer does not fit the model.
         """
-        require_optimizer_of(self.net, optimizer)
+        for optimizer in optimizers:
+            require_optimizer_of(self.net, optimizer)
         if _several_processes():
             warnings.warn(
                 "local_step does not average gradients over processes. "

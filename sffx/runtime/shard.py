@@ -8,7 +8,7 @@ It does not hand them to `torch.autograd.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,9 +103,10 @@ class Sharding(Residency):
             module.set_requires_gradient_sync(True, recurse=False)
 
     @contextmanager
-    def training_step(self, optimizer: Optimizer) -> Iterator[None]:
+    def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         """Hold a context for one `local_step`. FSDP averages the gradients of the processes."""
-        require_optimizer_of(self.net, optimizer)
+        for optimizer in optimizers:
+            require_optimizer_of(self.net, optimizer)
         yield
 
     def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:

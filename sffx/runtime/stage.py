@@ -107,6 +107,17 @@ class Stage:
                 self._run(node, values)
         return values.pop(self._scoring[-1])
 
+    def run_block(self, values: Values) -> None:
+        """Run the block without its head, where nobody asks for its scores.
+
+        Args:
+            values: as for `score`.
+        """
+        *own, scorer = self._scoring
+        for node in own:
+            self._run(node, values)
+        self._forget(scorer, values)
+
     def hand_on(self, values: Values) -> None:
         """Add the detached, normed output of the block to the values."""
         for node in self._passing:
@@ -115,6 +126,10 @@ class Stage:
     def _run(self, node: fx.Node, values: Values) -> None:
         """Run one node, and remove the values that no later node reads."""
         values[node] = self._value(node, values)
+        self._forget(node, values)
+
+    def _forget(self, node: fx.Node, values: Values) -> None:
+        """Remove the values that no node after this one reads."""
         for spent in self._order.last_read_by(node):
             values.pop(spent, None)
 

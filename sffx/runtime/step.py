@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,20 +11,25 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from sffx.blocks import BlockPlan
 from sffx.errors import InputError
-from sffx.inputs import batch_size, bind
-from sffx.learning.losses import LossFunction, block_loss, check_targets, total
-from sffx.net import plan_of
-from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
+from sffx.learning.losses import LossFunctions, total
+from sffx.runtime.learn import OnBlock, learn, learning_stages
 from sffx.runtime.residencies import residency_of
-from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, stages_of
-from sffx.runtime.walk import walk
+from sffx.runtime.stage import Stage
+from sffx.runtime.update import apply
+
+# One optimizer, or one for each block by the block's name.
+Optimizers: TypeAlias = Optimizer | Mapping[str, Optimizer]
 
 
 def local_loss(
-    net: fx.GraphModule, x: Any, y: Tensor, loss_fn: LossFunction | None = None
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    loss_fn: LossFunctions | None = None,
+    *,
+    blocks: Collection[str] | None = None,
+    on_block: OnBlock | None = None,
 ) -> Tensor:
     """Return the loss of all blocks; each block's gradient is computed as soon as it can be.
 
@@ -42,35 +45,72 @@ def local_loss(
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
             model has several.
         y: class indices, (B,); or class probabilities, (B, J); or what `loss_fn` takes.
-        loss_fn: a block's loss from its goodness and y, as `sff_loss` takes it; cross-entropy if
-            None.
+        loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
+            as `sff_loss` takes it; cross-entropy if None.
+        blocks: names of the blocks that learn ("block_0", ..., "classifier"), all if None. The
+            loss is theirs alone. Blocks before them run in eval mode without gradients, so their
+            running statistics stay. Blocks behind the last of them do not run.
+        on_block: called with the name of each block that learns, its scores, (B, J), and its loss,
+            both detached.
 
     Raises:
         InputError: `net` is no cut model, is in eval mode or is offloaded; x, y or a parameter of
-            `loss_fn` requires gradient; x does not fit the model; or the labels do not fit.
+            `loss_fn` requires gradient; x does not fit the model; the labels do not fit; or a name
+            is not that of a block.
     """
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
     residency = residency_of(net)
     residency.prepare()
-    for learned in _learn(net, x, y, loss_fn, residency, hooks_wait=True):
+    for learned in learn(
+        net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
+    ):
         losses.append(learned.loss)
         parameters += learned.gradients
         gradients += learned.gradients.values()
         residency.release(learned.stage, changed=False)
-    value = total(losses)
-    if not parameters or not torch.is_grad_enabled():
-        return value
-    return _Deposit.apply(value, gradients, *parameters)
+    return _with_gradients(total(losses), parameters, gradients)
+
+
+def block_losses(
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    loss_fn: LossFunctions | None = None,
+    *,
+    blocks: Collection[str] | None = None,
+    on_block: OnBlock | None = None,
+) -> dict[str, Tensor]:
+    """Return the loss of each block by the block's name, scalars whose sum is `local_loss`.
+
+    Each loss hands its own block its gradients, by a `.backward()` of its own or of any sum. So a
+    loss can be weighted, logged or left out. As with `local_loss`, the activations of a block are
+    freed before the next block runs, and the gradients are held until they are handed over.
+
+    The arguments and errors are those of `local_loss`.
+    """
+    losses: dict[str, Tensor] = {}
+    residency = residency_of(net)
+    residency.prepare()
+    for learned in learn(
+        net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
+    ):
+        own = learned.gradients
+        losses[learned.stage.name] = _with_gradients(learned.loss, list(own), list(own.values()))
+        residency.release(learned.stage, changed=False)
+    return losses
 
 
 def local_step(
     net: fx.GraphModule,
     x: Any,
     y: Tensor,
-    optimizer: Optimizer,
-    loss_fn: LossFunction | None = None,
+    optimizer: Optimizers,
+    loss_fn: LossFunctions | None = None,
+    *,
+    blocks: Collection[str] | None = None,
+    on_block: OnBlock | None = None,
 ) -> Tensor:
     """Train one step: compute, use and free the gradients of each block before the next block runs.
 
@@ -87,36 +127,41 @@ def local_step(
         optimizer: over the parameters of `net`; for an offloaded model, the one that it was
             offloaded with. With the groups of `parameter_groups`, each call of its `step` looks at
             one block only. An optimizer that looks at all gradients at once (LAMB, at their norm)
-            sees one block's.
-        loss_fn: a block's loss from its goodness and y, as `sff_loss` takes it; cross-entropy if
-            None.
+            sees one block's. Or a mapping with an optimizer for each block that learns, by the
+            block's name.
+        loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
+            as `sff_loss` takes it; cross-entropy if None.
+        blocks: names of the blocks that learn, as for `local_loss`; all if None.
+        on_block: called with the name of each block that learns, its scores, (B, J), and its loss,
+            both detached, before the block's parameters change.
 
     Returns:
-        The loss of all blocks before the step, a scalar without gradient.
+        The loss of the blocks that learn before the step, a scalar without gradient.
 
     Raises:
         InputError: `net` is no cut model, is in eval mode, is frozen, or is offloaded with another
             optimizer; gradients are switched off; the optimizer holds none of its parameters or is
-            LBFGS; `loss_fn` or y requires gradients; or the labels do not fit.
+            LBFGS; a block has no optimizer; `loss_fn` or y requires gradients; the labels do not
+            fit; or a name is not that of a block.
 
     Warns:
         UserWarning: several processes train. Their gradients are not averaged.
     """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError(
-            "LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure"
-        )
     residency = residency_of(net)
     residency.prepare()
-    _require_learning(net)
+    stages = learning_stages(net, blocks)
+    _require_learning(stages)
+    optimizers = _optimizers(stages, optimizer)
     losses: list[Tensor] = []
-    with residency.training_step(optimizer):
+    with residency.training_step(list(dict.fromkeys(optimizers.values()))):
         net.zero_grad(set_to_none=True)
-        for learned in _learn(net, x, y, loss_fn, residency, hooks_wait=False):
+        for learned in learn(
+            net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=False
+        ):
             losses.append(learned.loss)
             changed = bool(learned.gradients)
             if changed:
-                _apply(optimizer, learned.gradients)
+                apply(optimizers[learned.stage.name], learned.gradients)
             residency.release(learned.stage, changed=changed)
             learned.gradients.clear()
     return total(losses)
@@ -127,89 +172,74 @@ class LocalLoss(nn.Module):
 
     Attributes:
         net: the cut model.
-        loss_fn: a block's loss, as `sff_loss` takes it; cross-entropy if None.
+        loss_fn: the blocks' losses, as `sff_loss` takes them; cross-entropy if None.
+        blocks: names of the blocks that learn, all if None.
     """
 
-    def __init__(self, net: fx.GraphModule, loss_fn: LossFunction | None = None) -> None:
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        loss_fn: LossFunctions | None = None,
+        *,
+        blocks: Collection[str] | None = None,
+    ) -> None:
         super().__init__()
         self.net = net
         self.loss_fn = loss_fn
+        self.blocks = blocks
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
-        """Return the loss of all blocks, a scalar; see `local_loss`."""
-        return local_loss(self.net, x, y, self.loss_fn)
+        """Return the loss of the blocks, a scalar; see `local_loss`."""
+        return local_loss(self.net, x, y, self.loss_fn, blocks=self.blocks)
 
 
-@dataclass(frozen=True)
-class _Learned:
-    """One stage's loss, a detached scalar, and the gradients of its parameters."""
+def _optimizers(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimizer]:
+    """Return the optimizer of each stage that learns, by the stage's name.
 
-    stage: Stage
-    loss: Tensor
-    gradients: Gradients
-
-
-def _learn(
-    net: fx.GraphModule,
-    x: Any,
-    y: Tensor,
-    loss_fn: LossFunction | None,
-    residency: Residency,
-    *,
-    hooks_wait: bool,
-) -> Iterator[_Learned]:
-    """Yield each stage's loss and gradients when its activations are freed, before the next runs.
-
-    Args:
-        net: as for `local_loss`, and so are the next three.
-        x: the input.
-        y: the targets.
-        loss_fn: a block's loss.
-        residency: of the net.
-        hooks_wait: whether hooks of parameters wait until the gradients are handed over.
+    Raises:
+        InputError: a stage has none, or one that lacks some of its parameters or is LBFGS.
     """
-    plan = plan_of(net)
-    if not net.training:
+    if not isinstance(optimizer, Mapping):
+        _require_single_loss(optimizer)
+        return {stage.name: optimizer for stage in stages}
+    by_name: dict[str, Optimizer] = {}
+    for stage in stages:
+        if not stage.trainable:
+            continue
+        if stage.name not in optimizer:
+            raise InputError(
+                f"{stage.name} has no optimizer, only {', '.join(optimizer) or 'nothing'} has one. "
+                "Hint: blocks=[...] trains some blocks only"
+            )
+        own = optimizer[stage.name]
+        _require_single_loss(own)
+        _require_whole(stage, own)
+        by_name[stage.name] = own
+    return by_name
+
+
+def _require_whole(stage: Stage, optimizer: Optimizer) -> None:
+    """Raise an InputError if an optimizer of one stage lacks some of its trainable parameters."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    trainable = stage.trainable
+    lacking = [p for p in trainable if p not in held]
+    if lacking:
         raise InputError(
-            "the model is in eval mode, where it returns scores. "
-            "Hint: call net.train() before a training step"
+            f"the optimizer of {stage.name} lacks {len(lacking)} of its {len(trainable)} trainable "
+            "parameters. Hint: a group of sffx.parameter_groups(net, lr) has those of the block "
+            "and of its head"
         )
-    check_targets(y, _samples(plan, x), plan.num_classes, loss_fn)
-    # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
-    trainable = [stage.trainable for stage in stages_of(net)]
-    for stage, scores in walk(net, x):
-        loss = block_loss(scores, y, loss_fn)
-        learns = scores.requires_grad
-        if loss_fn is not None or y.requires_grad:
-            _require_own(loss, scores)
-        # Nothing but the loss may hold the activations, or they outlive the backward pass.
-        del scores
-        parameters = trainable[stage.index]
-        gradients: Gradients = {}
-        if learns:
-            hooks = (p._backward_hooks for p in parameters)
-            with hooks_held_back(hooks) if hooks_wait else nullcontext():
-                gradients = residency.gradients(loss, parameters)
-            mark_gradients(gradients.values())
-            if not gradients:
-                raise _nothing_learned(stage, len(parameters))
-        yield _Learned(stage, loss.detach(), gradients)
 
 
-def _samples(plan: BlockPlan, x: Any) -> int:
-    """Return the batch size of an input that a block-local step can take."""
-    values = bind(plan, x)
-    samples = batch_size(values)
-    wants_gradient = any(isinstance(v, Tensor) and v.requires_grad for v in values.values())
-    if wants_gradient and torch.is_grad_enabled():
+def _require_single_loss(optimizer: Optimizer) -> None:
+    """Raise an InputError for an optimizer that computes the loss itself."""
+    if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError(
-            "x requires gradient, but a block-local step hands none on to its input. "
-            "Hint: pass x.detach(), or use sff_loss"
+            "LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure"
         )
-    return samples
 
 
-def _require_learning(net: fx.GraphModule) -> None:
+def _require_learning(stages: list[Stage]) -> None:
     """Raise an InputError if a step would train nothing."""
     if not torch.is_grad_enabled():
         raise InputError(
@@ -217,93 +247,20 @@ def _require_learning(net: fx.GraphModule) -> None:
             "Hint: leave torch.no_grad() or torch.inference_mode(); "
             "sffx.local_loss returns the loss there"
         )
-    if not any(parameter.requires_grad for parameter in net.parameters()):
+    if not any(stage.trainable for stage in stages):
         raise InputError(
-            "no parameter of net requires a gradient, so local_step would train nothing. "
-            "Hint: net.requires_grad_(True), or freeze some blocks only"
+            "no parameter of the blocks to train requires a gradient, so local_step would train "
+            "nothing. Hint: net.requires_grad_(True), or freeze some blocks only"
         )
 
 
-def _require_own(loss: Tensor, scores: Tensor) -> None:
-    """Raise an InputError if a loss hands gradients to something else than a block's scores.
-
-    A block-local step would drop these gradients: those of a parameter of `loss_fn`, or of y.
-    """
-    foreign = list(_leaves_between(loss, scores))
-    if not foreign:
-        return
-    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3])
-    raise InputError(
-        f"loss_fn or y hands gradients to {len(foreign)} tensors besides a block's scores, of "
-        f"shapes {shapes}, and a block-local step would drop them. "
-        "Hint: use sffx.sff_loss(net(x), y, loss_fn), or detach them"
-    )
-
-
-def _leaves_between(loss: Tensor, scores: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a loss's autograd graph that lie on this side of some scores."""
-    ahead = [loss.grad_fn]
-    seen = {scores.grad_fn}
-    while ahead:
-        step = ahead.pop()
-        if step is None or step in seen:
-            continue
-        seen.add(step)
-        if hasattr(step, "variable"):
-            yield step.variable
-        ahead += [following for following, _ in step.next_functions]
-
-
-def _nothing_learned(stage: Stage, count: int) -> InputError:
-    return InputError(
-        f"{stage.name} has a gradient, but none for its {count} trainable parameters. "
-        "Hint: a wrapper, such as FSDP with flat parameters, trains others in their place; "
-        "use sffx.sff_loss(net(x), y)"
-    )
-
-
-def _apply(optimizer: Optimizer, gradients: Gradients) -> None:
-    """Let the optimizer step on these parameters only, and leave none of their gradients."""
-    groups = optimizer.param_groups
-    everything = [group["params"] for group in groups]
-    # Restored twice, so that one interrupt, even in the first restoring, cannot leave the optimizer
-    # with the parameters of one block.
-    try:
-        try:
-            _step_on(optimizer, gradients)
-        finally:
-            _restore(optimizer, groups, everything, gradients)
-    finally:
-        _restore(optimizer, groups, everything, gradients)
-
-
-def _step_on(optimizer: Optimizer, gradients: Gradients) -> None:
-    """Step, with all other parameters hidden from the optimizer."""
-    groups = optimizer.param_groups
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p in gradients]
-    optimizer.param_groups = [group for group in groups if group["params"]]
-    for parameter, gradient in gradients.items():
-        parameter.grad = gradient
-        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-            hook(parameter)
-    optimizer.step()
-
-
-def _restore(
-    optimizer: Optimizer,
-    groups: list[dict[str, Any]],
-    everything: list[list[nn.Parameter]],
-    gradients: Gradients,
-) -> None:
-    """Show the optimizer all its parameters again, and drop the gradients of those it stepped on."""
-    optimizer.param_groups = groups
-    for group, parameters in zip(groups, everything, strict=True):
-        group["params"] = parameters
-    for parameter in gradients:
-        parameter.grad = None
-    # Autocast caches casts of the parameters as they were before the step.
-    torch.clear_autocast_cache()
+def _with_gradients(
+    value: Tensor, parameters: list[nn.Parameter], gradients: list[Tensor]
+) -> Tensor:
+    """Return a loss whose backward pass hands these gradients to the parameters."""
+    if not parameters or not torch.is_grad_enabled():
+        return value
+    return _Deposit.apply(value, gradients, *parameters)
 
 
 class _Deposit(Function):

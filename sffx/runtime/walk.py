@@ -6,14 +6,17 @@ in what they do between two stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from sffx.inputs import bind, explaining_input_errors
 from sffx.net import plan_of
+from sffx.runtime.modes import evaluating
+from sffx.runtime.residencies import residency_of
 from sffx.runtime.stage import Stage, Values, placeholders_of, stages_of
 
 
@@ -32,7 +35,9 @@ class Runs(Protocol):
 S = TypeVar("S", bound=Runs)
 
 
-def walk(net: fx.GraphModule, x: Any) -> Iterator[tuple[Stage, Tensor]]:
+def walk(
+    net: fx.GraphModule, x: Any, only: Collection[str] | None = None
+) -> Iterator[tuple[Stage, Tensor]]:
     """Yield each stage of a cut model with its scores, (B, J); the classifier's logits come last.
 
     The scores hold the stage's own autograd graph and nothing else holds it. So the activations of
@@ -41,15 +46,25 @@ def walk(net: fx.GraphModule, x: Any) -> Iterator[tuple[Stage, Tensor]]:
     Args:
         net: what `transform` returned.
         x: its input, as `sffx.inputs.bind` takes it.
+        only: names of the stages to yield, all if None. The stages between them only pass their
+            values on: in eval mode, without gradients and without their heads. The stages behind
+            the last of them do not run.
 
     Raises:
         InputError: x does not fit the model.
     """
     inputs = bind(plan_of(net), x)
     values = input_values(net, inputs)
-    for stage in stages_of(net):
+    stages = _until_the_last(stages_of(net), only)
+    for stage in stages:
+        if only is not None and stage.name not in only:
+            with explaining_input_errors(net, inputs):
+                _pass_through(net, stage, values)
+            continue
         # No local name may hold the scores while the caller works on them.
         yield stage, _detached_scores(net, stage, inputs, values)
+        if only is not None and stage is stages[-1]:
+            return
         with explaining_input_errors(net, inputs):
             stage.hand_on(values)
 
@@ -73,6 +88,23 @@ def walk_attached(stages: Sequence[S], values: Any) -> Iterator[tuple[S, Tensor]
 def input_values(net: fx.GraphModule, inputs: Mapping[str, Any]) -> Values:
     """Return the values of a model's inputs by their nodes, given them by name."""
     return {node: inputs[name] for name, node in placeholders_of(net).items()}
+
+
+def _until_the_last(stages: Sequence[Stage], only: Collection[str] | None) -> Sequence[Stage]:
+    """Return the stages up to the last one with one of these names."""
+    if only is None:
+        return stages
+    named = [stage.index for stage in stages if stage.name in only]
+    return stages[: max(named, default=-1) + 1]
+
+
+def _pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
+    """Run a stage that only passes its values on."""
+    parts = [stage.block] if stage.norm is None else [stage.block, stage.norm]
+    with torch.no_grad(), evaluating(*parts):
+        stage.run_block(values)
+        stage.hand_on(values)
+    residency_of(net).release(stage, changed=False)
 
 
 def _detached_scores(

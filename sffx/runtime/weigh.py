@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from sffx.errors import InputError
 from sffx.learning.readouts import WEIGHTED, readout_of
 from sffx.net import plan_of
-from sffx.runtime.evaluate import evaluating, scored
+from sffx.runtime.evaluate import scored
+from sffx.runtime.modes import evaluating
 
 MOST_ROUNDS = 2000
 CONVERGED = 1e-6  # The search ends when no weight changes by more.

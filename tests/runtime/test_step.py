@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.errors import InputError
 from sffx.memory.count import count_memory
-from sffx.runtime import step as step_module
+from sffx.runtime import update
 from tests.runtime import interrupts
 from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, step_scores
 
@@ -546,9 +546,9 @@ def test_an_interrupt_at_any_line_of_the_update_leaves_the_optimizer_whole():
     call = functools.partial(sffx.local_step, net, x, y, optimizer)
     call()
     groups = [list(group["params"]) for group in optimizer.param_groups]
-    functions = ("_apply", "_step_on", "_restore")
-    for line in range(interrupts.lines_run(step_module, call, functions)):
-        interrupts.interrupt(step_module, call, functions, line)
+    functions = ("apply", "_step_on", "_restore")
+    for line in range(interrupts.lines_run(update, call, functions)):
+        interrupts.interrupt(update, call, functions, line)
         assert [list(group["params"]) for group in optimizer.param_groups] == groups, line
     before = [p.clone() for p in net.parameters()]
     call()

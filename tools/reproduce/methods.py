@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.runtime.evaluate import block_scores, evaluating
+from sffx.runtime.evaluate import block_scores
+from sffx.runtime.modes import evaluating
 from tools.reproduce.networks import classifier_of
 
 

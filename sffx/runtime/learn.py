@@ -1,0 +1,170 @@
+"""Learn block by block: each block's loss and gradients, as soon as they can be computed.
+
+This is the one loop behind `local_loss`, `block_losses` and `local_step`. They differ in what they
+do with the gradients of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from sffx.blocks import BlockPlan
+from sffx.errors import InputError
+from sffx.inputs import batch_size, bind
+from sffx.learning.losses import LossFunctions, block_loss, check_targets, loss_functions
+from sffx.net import plan_of
+from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.walk import walk
+
+# Called with the name of a block, its scores, (B, J), and its loss, a scalar, both detached.
+OnBlock: TypeAlias = Callable[[str, Tensor, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One stage's loss, a detached scalar, and the gradients of its parameters."""
+
+    stage: Stage
+    loss: Tensor
+    gradients: Gradients
+
+
+def learn(
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    loss_fn: LossFunctions | None,
+    residency: Residency,
+    *,
+    only: Collection[str] | None,
+    on_block: OnBlock | None,
+    hooks_wait: bool,
+) -> Iterator[Learned]:
+    """Yield each stage's loss and gradients when its activations are freed, before the next runs.
+
+    Args:
+        net: as for `local_loss`, and so are the next three.
+        x: the input.
+        y: the targets.
+        loss_fn: the blocks' losses.
+        residency: of the net.
+        only: names of the blocks that learn, all if None.
+        on_block: called with each block's name, scores and loss, if given.
+        hooks_wait: whether hooks of parameters wait until the gradients are handed over.
+    """
+    plan = plan_of(net)
+    if not net.training:
+        raise InputError(
+            "the model is in eval mode, where it returns scores. "
+            "Hint: call net.train() before a training step"
+        )
+    stages = learning_stages(net, only)
+    functions = loss_functions(loss_fn, len(plan.all_blocks))
+    learning = [functions[stage.index] for stage in stages]
+    check_targets(y, _samples(plan, x), plan.num_classes, learning)
+    # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
+    trainable = {stage: stage.trainable for stage in stages}
+    for stage, scores in walk(net, x, only):
+        function = functions[stage.index]
+        loss = block_loss(scores, y, function)
+        if on_block is not None:
+            on_block(stage.name, scores.detach(), loss.detach())
+        learns = scores.requires_grad
+        if function is not None or y.requires_grad:
+            _require_own(loss, scores)
+        # Nothing but the loss may hold the activations, or they outlive the backward pass.
+        del scores
+        parameters = trainable[stage]
+        gradients: Gradients = {}
+        if learns:
+            hooks = (p._backward_hooks for p in parameters)
+            with hooks_held_back(hooks) if hooks_wait else nullcontext():
+                gradients = residency.gradients(loss, parameters)
+            mark_gradients(gradients.values())
+            if not gradients:
+                raise _nothing_learned(stage, len(parameters))
+        yield Learned(stage, loss.detach(), gradients)
+
+
+def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[Stage]:
+    """Return the stages that learn in a step.
+
+    Args:
+        net: what `transform` returned.
+        only: names of blocks, all if None.
+
+    Raises:
+        InputError: a block is not there, or none is named.
+    """
+    stages = list(stages_of(net))
+    if only is None:
+        return stages
+    if isinstance(only, str):
+        raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{only!r}]")
+    names = [stage.name for stage in stages]
+    unknown = [name for name in only if name not in names]
+    if unknown or not only:
+        raise InputError(
+            f"blocks names {', '.join(map(repr, unknown)) or 'no block'}. "
+            f"Hint: the blocks are {', '.join(names)}"
+        )
+    return [stage for stage in stages if stage.name in only]
+
+
+def _samples(plan: BlockPlan, x: Any) -> int:
+    """Return the batch size of an input that a block-local step can take."""
+    values = bind(plan, x)
+    samples = batch_size(values)
+    wants_gradient = any(isinstance(v, Tensor) and v.requires_grad for v in values.values())
+    if wants_gradient and torch.is_grad_enabled():
+        raise InputError(
+            "x requires gradient, but a block-local step hands none on to its input. "
+            "Hint: pass x.detach(), or use sff_loss"
+        )
+    return samples
+
+
+def _require_own(loss: Tensor, scores: Tensor) -> None:
+    """Raise an InputError if a loss hands gradients to something else than a block's scores.
+
+    A block-local step would drop these gradients: those of a parameter of `loss_fn`, or of y.
+    """
+    foreign = list(_leaves_between(loss, scores))
+    if not foreign:
+        return
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign[:3])
+    raise InputError(
+        f"loss_fn or y hands gradients to {len(foreign)} tensors besides a block's scores, of "
+        f"shapes {shapes}, and a block-local step would drop them. "
+        "Hint: use sffx.sff_loss(net(x), y, loss_fn), or detach them"
+    )
+
+
+def _leaves_between(loss: Tensor, scores: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of a loss's autograd graph that lie on this side of some scores."""
+    ahead = [loss.grad_fn]
+    seen = {scores.grad_fn}
+    while ahead:
+        step = ahead.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        if hasattr(step, "variable"):
+            yield step.variable
+        ahead += [following for following, _ in step.next_functions]
+
+
+def _nothing_learned(stage: Stage, count: int) -> InputError:
+    return InputError(
+        f"{stage.name} has a gradient, but none for its {count} trainable parameters. "
+        "Hint: a wrapper, such as FSDP with flat parameters, trains others in their place; "
+        "use sffx.sff_loss(net(x), y)"
+    )

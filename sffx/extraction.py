@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from sffx.compiler.qualnames import holders
 from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import plan_of
 from sffx.runtime.shard import require_whole
+from sffx.tensors import computed_tensors, copied
+
+# What every module has: its mode, its hooks, and the dictionaries of its tensors and children.
+_ATTRIBUTES_OF_MODULES = frozenset(nn.Module().__dict__)
 
 
 def extract(net: fx.GraphModule) -> nn.Module:
@@ -29,18 +36,10 @@ def extract(net: fx.GraphModule) -> nn.Module:
     plan = plan_of(net)
     require_whole(net)
     origin: Any = net.origin
-    model: nn.Module = copy.deepcopy(origin.model)
+    model: nn.Module = copied(origin.model)
     _remove_additions(model)
-    parts = [net.get_submodule(block.target) for block in plan.all_blocks]
-    for part in parts:
-        _put_back_replacements(part, model)
     model.to(next(net.parameters()).device).train(net.training)
-    # The model's own state dict is updated, because it carries the versions by which layers load.
-    state = model.state_dict()
-    for part in parts:
-        for name, tensor in part.state_dict().items():
-            state[name] = tensor.clone()
-    model.load_state_dict(state, assign=True)  # assigning keeps the dtype of each tensor
+    _PutBack(model, [net.get_submodule(block.target) for block in plan.all_blocks]).run()
     return model
 
 
@@ -55,21 +54,115 @@ def _remove_additions(model: nn.Module) -> None:
             delattr(model, name)
 
 
-def _put_back_replacements(part: nn.Module, model: nn.Module) -> None:
-    """Copy the modules that someone put in the place of layers after the cut, such as adapters."""
-    for name, module in part.named_modules():
-        original = _submodule(model, name)
-        if original is None or _belongs_to_the_cut(module, original):
-            continue
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, copy.deepcopy(module))
+class _PutBack:
+    """Puts copies of what the blocks hold in the place of what the model holds, name by name.
+
+    All copies share one memo of `copy.deepcopy`. So tensors that are shared in the cut model are
+    shared in the plain one, however many blocks and names they have.
+
+    Attributes:
+        model: to fill.
+        parts: the blocks, in order.
+        copies: the memo: of tensors their copies, of the blocks' modules those of the model.
+        old: the tensors of the model as it was, by name. One may have several names, of which some
+            are in no block.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+        self.model = model
+        self.parts = parts
+        self.copies: dict[int, Any] = {}
+        self.old = dict(_named_tensors(model))
+
+    def run(self) -> None:
+        """Fill the model."""
+        kept: list[tuple[str, nn.Module]] = []
+        replaced: dict[str, nn.Module] = {}
+        for part in self.parts:
+            self.copies.update(computed_tensors(part))
+            for name, module in part.named_modules(remove_duplicate=False):
+                original = _submodule(self.model, name)
+                is_inside = any(holder in replaced for holder in holders(name))
+                if original is None or is_inside:
+                    continue
+                if _belongs_to_the_cut(module, original):
+                    kept.append((name, module))
+                    self.copies[id(module)] = original
+                else:
+                    replaced[name] = module
+        for name, module in kept:
+            self._put_tensors(name, module)
+            if not _is_holder(module):
+                self._put_attributes(module, self.model.get_submodule(name))
+        for name, module in replaced.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, self._copied(module))
+
+    def _put_tensors(self, qualname: str, module: nn.Module) -> None:
+        """Put the parameters and buffers of one module in the place of the model's."""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            target = f"{qualname}.{name}" if qualname else name
+            # A tensor that the trace added is not among the model's.
+            if tensor is None or target not in self.old:
+                continue
+            for other, old in self.old.items():
+                if old is self.old[target]:
+                    _put(self.model, other, self._copied(tensor))
+
+    def _put_attributes(self, module: nn.Module, original: nn.Module) -> None:
+        """Put what a layer keeps beside its parameters and buffers: counters, tables, tensors."""
+        for name, value in module.__dict__.items():
+            if name not in _ATTRIBUTES_OF_MODULES:
+                original.__dict__[name] = self._copied(value)
+
+    def _copied(self, value: Any) -> Any:
+        return copy.deepcopy(value, self.copies)
 
 
 def _belongs_to_the_cut(module: nn.Module, original: nn.Module) -> bool:
-    """Return whether the cut itself made a module of a block in the place of the original one."""
-    # A block's graph holds plain modules in the place of those that only hold other layers.
-    made_by_the_cut = (nn.Module, type(original), MemorySavingMaxPool2d)
-    return type(module) in made_by_the_cut or isinstance(module, fx.GraphModule)
+    """Return whether a module of a block is the original one, or was put there by the cut itself.
+
+    Any other was put in its place after the cut, such as an adapter, or was reparametrised.
+    """
+    if _is_holder(module) or isinstance(module, MemorySavingMaxPool2d):
+        return True
+    # A scripted module cannot be filled tensor by tensor.
+    if type(module) is not type(original) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    return _names_held(module) == _names_held(original)
+
+
+def _is_holder(module: nn.Module) -> bool:
+    """Return whether a module of a block only holds other layers, in the place of the original."""
+    return type(module) is nn.Module or isinstance(module, fx.GraphModule)
+
+
+def _names_held(module: nn.Module) -> set[str]:
+    children = {n for n, each in module._modules.items() if not isinstance(each, TrainingFlag)}
+    return {*module._parameters, *module._buffers, *children}
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters, buffers and plain tensor attributes, shared ones by each of their names."""
+    for qualname, module in model.named_modules(remove_duplicate=False):
+        for attributes in (module._parameters, module._buffers, module.__dict__):
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    yield (f"{qualname}.{name}" if qualname else name), value
+
+
+def _put(model: nn.Module, target: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter, a buffer or a plain attribute."""
+    owner, _, name = target.rpartition(".")
+    module = model.get_submodule(owner)
+    if name in module._parameters:
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, tensor.requires_grad)
+        module._parameters[name] = tensor
+    elif name in module._buffers:
+        module._buffers[name] = tensor
+    else:
+        module.__dict__[name] = tensor
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -1,8 +1,14 @@
-"""Questions about a single tensor that several rooms of the package ask."""
+"""Questions about a single tensor, and copies of modules, that several rooms of the package ask."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -17,3 +23,23 @@ def storage_key(tensor: Tensor) -> int:
 def can_learn(tensor: Tensor) -> bool:
     """Whether a tensor may have a gradient: floats and complex numbers may."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def copied(module: M) -> M:
+    """Return a deep copy of a module, also of one that keeps tensors computed from parameters.
+
+    Such a tensor is the `weight` that the old `torch.nn.utils.weight_norm` and `spectral_norm` and
+    pruning compute before each forward. Its copy has the value and no gradient history.
+    """
+    return copy.deepcopy(module, computed_tensors(module))
+
+
+def computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """Return copies of the tensors that torch's own deepcopy refuses, as a memo for it."""
+    return {id(tensor): tensor.detach().clone() for tensor in find_computed(module)}
+
+
+def find_computed(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that a module keeps and that have a gradient history."""
+    values = tree_leaves([list(part.__dict__.values()) for part in module.modules()])
+    return [value for value in values if isinstance(value, Tensor) and not value.is_leaf]

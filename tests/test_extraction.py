@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 import sffx
+from sffx.tensors import copied
 from tests.toys import Residual
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -112,3 +116,142 @@ def test_modules_that_were_put_in_the_place_of_layers_come_back() -> None:
 def test_a_plain_model_is_refused() -> None:
     with pytest.raises(sffx.InputError, match=r"Residual, not a cut model\. Hint: "):
         sffx.extract(Residual())  # type: ignore[arg-type]
+
+
+class Keeping(nn.Module):
+    """Keeps tensors in every way that torch allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
+        self.mean = torch.linspace(-1, 1, 4)
+        self.inner = nn.Module()
+        self.inner.offset = torch.linspace(-1, 1, 8)
+        self.register_buffer("scale", torch.full((8,), 1.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x - self.mean).relu()
+        x = (self.b(x) + self.inner.offset).relu()
+        return self.last((self.c(x) * self.scale).relu())
+
+
+class Counting(nn.Linear):
+    """A layer with state of its own in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.seen = 0
+        self.table: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            self.table["mean"] = x.detach().mean(0)
+        return super().forward(x)
+
+
+def plain(model: Keeping) -> None:
+    pass
+
+
+def shared_weight(model: Keeping) -> None:
+    model.c.weight = model.b.weight
+
+
+def shared_layer(model: Keeping) -> None:
+    model.c = model.b
+
+
+def shared_plain_tensor(model: Keeping) -> None:
+    model.inner.offset = model.scale
+
+
+def old_weight_norm(model: Keeping) -> None:
+    torch.nn.utils.weight_norm(model.b)
+    torch.nn.utils.weight_norm(model.last)
+
+
+def old_spectral_norm(model: Keeping) -> None:
+    torch.nn.utils.spectral_norm(model.b)
+    torch.nn.utils.spectral_norm(model.c)
+
+
+def new_weight_norm(model: Keeping) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.b)
+
+
+def pruned(model: Keeping) -> None:
+    prune.l1_unstructured(model.b, "weight", 0.5)
+
+
+KEPT = [
+    plain,
+    shared_weight,
+    shared_layer,
+    shared_plain_tensor,
+    old_weight_norm,
+    old_spectral_norm,
+    new_weight_norm,
+    pruned,
+]
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+@pytest.mark.parametrize("change", KEPT)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_every_way_to_keep_a_tensor_survives_training(
+    change: Callable[[Keeping], None], *, is_copied: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Keeping()
+    change(model)
+    x = torch.randn(6, 4)
+    net = sffx.transform(model, "layer", x, norm="none").train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    for _ in range(2):
+        sffx.local_step(net, x, Y % 3, optimizer)
+    if is_copied:
+        net = copied(net)
+    plain_model = sffx.extract(net)
+    net.readout.mode = "classifier"
+    net.eval()
+    assert torch.equal(plain_model.eval()(x), net(x))
+    assert list(plain_model.state_dict()) == list(model.state_dict())
+    before = [name for name, _ in model.named_parameters()]  # the shared ones once
+    assert [name for name, _ in plain_model.named_parameters()] == before
+    with torch.no_grad():
+        for parameter in plain_model.parameters():
+            parameter.zero_()
+    assert any(parameter.abs().sum() > 0 for parameter in net.parameters())
+    net.readout.mode = "ensemble"
+    assert torch.equal(sffx.EarlyExit(net, 2.0)(x).scores, net(x))
+
+
+def test_state_that_a_layer_keeps_by_itself_comes_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Counting(), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(6, 4)
+    model(x)
+    net = sffx.transform(model, "layer", x, norm="none").train()
+    layer = next(module for module in net.modules() if isinstance(module, Counting))
+    if layer.seen:  # where the trace keeps the layer as it is
+        for each in (net, copied(net)):
+            for _ in range(3):
+                each(x)
+            kept = next(module for module in each.modules() if isinstance(module, Counting))
+            back = sffx.extract(each)
+            assert back[2].seen == kept.seen
+            assert torch.equal(back[2].table["mean"], kept.table["mean"])
+            assert back[2].table["mean"] is not kept.table["mean"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_layer_that_was_reparametrised_after_the_cut_comes_back(net: fx.GraphModule) -> None:
+    net = sffx.transform(Residual(), norm="none", example_input=X)
+    torch.nn.utils.weight_norm(net.block_1.block1.conv1)
+    net.readout.mode = "classifier"
+    net.train()
+    sffx.local_loss(net, X, Y).backward()
+    model = sffx.extract(net)
+    assert torch.equal(model.eval()(X), net.eval()(X))
+    assert "weight_g" in model.block1.conv1._parameters

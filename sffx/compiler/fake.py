@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from sffx.tensors import storage_key
+from sffx.tensors import find_computed, storage_key
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +39,7 @@ def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:
 
     This is many times as fast as what `FakeCopyMode` does for each tensor, since nothing is
     dispatched. It leaves to that mode what is more than a plain tensor with a storage of its own:
-    a subclass, a view, a tensor computed from others.
+    a subclass, a view. A tensor computed from others, which cannot be copied, gets a twin too.
     """
     plain = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_plain(t)}
     owners = Counter(storage_key(tensor) for tensor in plain.values())
@@ -47,6 +47,8 @@ def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:
     for key, tensor in plain.items():
         if owners[storage_key(tensor)] == 1:
             twins[key] = _twin(tensor, mode)
+    for tensor in find_computed(module):
+        twins[id(tensor)] = mode.from_tensor(tensor.detach())
     return twins
 
 

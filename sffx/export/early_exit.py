@@ -8,7 +8,6 @@ batch, so later blocks are not computed for them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,6 +28,7 @@ from sffx.net import plan_of
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
+from sffx.tensors import copied
 
 NEVER = 2.0  # a threshold that no softmax reaches
 
@@ -123,7 +123,7 @@ class EarlyExit:
         self.inputs = plan.inputs
         # The copy's parameters keep their requires_grad. A head chooses its form by it, and the
         # form must be the one that `net` itself takes.
-        self.stages, self.batched = exit_stages(copy.deepcopy(net).eval())
+        self.stages, self.batched = exit_stages(copied(net).eval())
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import fx
@@ -11,6 +10,7 @@ from sffx.errors import ExportError
 from sffx.export.explain import first_line
 from sffx.learning.readouts import READOUTS, WEIGHTED, readout_of, require_readout, require_weights
 from sffx.runtime.shard import require_whole
+from sffx.tensors import copied
 
 CUMULATIVE = "cumulative"
 
@@ -41,12 +41,12 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
     """
     require_whole(net)
     try:
-        model = copy.deepcopy(net)
+        model = copied(net)
     except Exception as error:
         raise ExportError(
             f"the model cannot be copied: {first_line(error)}. "
-            "Hint: a module that keeps tensors with a grad history as attributes cannot be "
-            "copied; detach them"
+            "Hint: a module keeps something as an attribute that copy.deepcopy refuses; "
+            "keep that outside the model"
         ) from error
     return model.cpu().float().eval().requires_grad_(False)
 

@@ -7,7 +7,6 @@ the original.
 
 from __future__ import annotations
 
-import copy
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
+from sffx.tensors import copied
 
 # Threads trace one after the other: while a trace runs, functions of torch are replaced.
 _TRACING = threading.RLock()
@@ -94,13 +94,12 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
-    except RuntimeError as cause:
+        return copied(model)
+    except Exception as cause:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {cause}. "
-            "Hint: it keeps a tensor that is computed from parameters, as the old "
-            "torch.nn.utils.weight_norm and pruning do; use torch.nn.utils.parametrizations, "
-            "or remove the reparametrization"
+            "Hint: it keeps something as an attribute that copy.deepcopy refuses, such as a lock "
+            "or a generator; keep that outside the model"
         ) from cause
 
 

@@ -45,7 +45,7 @@ def _restore(
     everything: list[list[nn.Parameter]],
     gradients: Gradients,
 ) -> None:
-    """Show the optimizer all its parameters again, and drop the gradients of those it stepped on."""
+    """Show the optimizer all its parameters again, without the gradients that it stepped on."""
     optimizer.param_groups = groups
     for group, parameters in zip(groups, everything, strict=True):
         group["params"] = parameters

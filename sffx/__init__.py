@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
     from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
+    from sffx.runtime.keywords import KeywordLoss
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
     from sffx.runtime.shard import shard
@@ -48,6 +49,7 @@ __all__ = [
     "ExportError",
     "Footprint",
     "InputError",
+    "KeywordLoss",
     "LocalLoss",
     "MissingExtra",
     "Quantization",
@@ -94,6 +96,7 @@ _MODULE_OF = {
     "ExportError": "sffx.errors",
     "Footprint": "sffx.memory.footprint",
     "InputError": "sffx.errors",
+    "KeywordLoss": "sffx.runtime.keywords",
     "LocalLoss": "sffx.runtime.step",
     "MissingExtra": "sffx.errors",
     "Quantization": "sffx.export.quantize",

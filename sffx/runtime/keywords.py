@@ -1,0 +1,77 @@
+"""A cut model for trainers that pass a batch by keywords and take loss and logits back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sffx.errors import InputError
+from sffx.learning.losses import LossFunctions
+from sffx.learning.readouts import READOUTS, readout_of
+from sffx.net import plan_of
+from sffx.runtime.step import local_loss
+
+
+class KeywordLoss(nn.Module):
+    """A cut model that returns its loss and its logits, as `transformers.Trainer` expects them.
+
+    `transformers.Trainer(model=KeywordLoss(net), args=TrainingArguments(...,
+    remove_unused_columns=False))` trains the net block by block. Without that option the Trainer
+    drops the inputs, since it cannot read their names from `forward`.
+
+    Attributes:
+        net: the cut model.
+        loss_fn: the blocks' losses in train mode, as `sff_loss` takes them; cross-entropy if None.
+    """
+
+    # Tells the Trainer that the loss is a batch's mean, which it divides for accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, net: fx.GraphModule, loss_fn: LossFunctions | None = None) -> None:
+        plan_of(net)  # raises if it is no cut model
+        super().__init__()
+        self.net = net
+        self.loss_fn = loss_fn
+
+    def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Return the logits of a batch, (B, J), and its loss where there are labels, a scalar.
+
+        Args:
+            labels: class indices, (B,), or class probabilities, (B, J).
+            inputs: those of the model, by name.
+
+        Returns:
+            "loss" and "logits". In train mode the loss is `local_loss`. In eval mode it is the
+            cross-entropy of the logits. The logits are the scores that `net.readout.mode` chooses.
+
+        Raises:
+            InputError: there are no inputs, no labels in train mode, or they do not fit.
+        """
+        if not inputs:
+            raise InputError(
+                "the batch holds labels only. "
+                "Hint: TrainingArguments(remove_unused_columns=False) keeps the model's inputs"
+            )
+        if self.net.training:
+            return self._train(inputs, labels)
+        logits = self.net(**inputs)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    def _train(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:
+        if labels is None:
+            raise InputError(
+                "labels are missing, which a training step needs. Hint: a batch with the key "
+                "'labels', or eval mode"
+            )
+        scores: list[Tensor] = []
+
+        def keep(name: str, own: Tensor, loss: Tensor) -> None:
+            scores.append(own)
+
+        loss = local_loss(self.net, inputs, labels, self.loss_fn, on_block=keep)
+        readout = readout_of(self.net)
+        return {"loss": loss, "logits": READOUTS[readout.mode](scores, readout.weights)}

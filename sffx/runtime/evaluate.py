@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from sffx.errors import InputError
 from sffx.inputs import split_batch
+from sffx.kernels.precision import widened
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import plan_of
@@ -93,8 +94,7 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     residency = residency_of(net)
     all_scores = []
     for stage, scores in walk(net, x):
-        is_half = scores.dtype.itemsize < 4
-        all_scores.append(scores.float() if is_half else scores)
+        all_scores.append(widened(scores))
         residency.release(stage, changed=False)
     return torch.stack(all_scores)
 
@@ -145,9 +145,8 @@ class _Totals:
         self.samples += len(y)
         # One transfer for all names: on a GPU each one waits for the device.
         correct = torch.stack([(own.argmax(dim=1) == y).sum() for own in scores.values()])
-        losses = [F.cross_entropy(own, y, reduction="sum") for own in scores.values()]
-        counts = zip(scores, correct.tolist(), torch.stack(losses).tolist(), strict=True)
-        for name, right, loss in counts:
+        losses = torch.stack([F.cross_entropy(own, y, reduction="sum") for own in scores.values()])
+        for name, right, loss in zip(scores, correct.tolist(), losses.tolist(), strict=True):
             self.correct[name] = self.correct.get(name, 0) + right
             self.loss[name] = self.loss.get(name, 0.0) + loss
 

@@ -14,7 +14,7 @@ from sffx.tensors import storage_key
 
 Gradients = dict[nn.Parameter, Tensor]
 
-# Each is called with every gradient that a block-local step computes; a memory counter listens.
+# Each is called with every gradient that a block-local step computes. `sffx.memory.count` adds one.
 listeners: list[Callable[[Iterable[Tensor | None]], None]] = []
 
 
@@ -48,14 +48,17 @@ def block_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
 def hooks_held_back(hooks: Iterable[dict[int, Any] | None]) -> Iterator[None]:
     """Keep hooks of parameters from running inside the context.
 
-    A gradient that is only computed now and handed over later must run its hooks later, once.
+    A gradient that is computed now and handed over later must run its hooks once, when it is
+    handed over.
 
     Args:
         hooks: the dictionaries in which parameters keep their hooks, None where there are none.
     """
-    held = [(registry, dict(registry)) for registry in hooks if registry]
-    for registry, _ in held:
-        registry.clear()
+    held: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for registry in hooks:
+        if registry:
+            held.append((registry, dict(registry)))
+            registry.clear()
     try:
         yield
     finally:
@@ -66,8 +69,9 @@ def hooks_held_back(hooks: Iterable[dict[int, Any] | None]) -> Iterator[None]:
 def _separated(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> Gradients:
     """Return gradients by parameter, each in memory of its own.
 
-    Autograd gives both terms of a sum the same tensor. A broadcast gradient is a view whose
-    elements share memory. An optimizer or a scaler that writes in place would corrupt both.
+    An optimizer or a scaler that writes in place would corrupt shared memory. Autograd shares it in
+    two cases: both terms of a sum get the same tensor, and the elements of a broadcast gradient
+    (stride 0) are one.
     """
     separated: Gradients = {}
     seen: set[int] = set()

@@ -7,12 +7,12 @@ do with the gradients of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
@@ -58,7 +58,8 @@ def learn(
         residency: of the net.
         only: names of the blocks that learn, all if None.
         on_block: called with each block's name, scores and loss, if given.
-        hooks_wait: whether hooks of parameters wait until the gradients are handed over.
+        hooks_wait: whether hooks of parameters are held back, because a later backward pass hands
+            the gradients over and runs the hooks.
     """
     plan = plan_of(net)
     if not net.training:
@@ -77,21 +78,34 @@ def learn(
         loss = block_loss(scores, y, function)
         if on_block is not None:
             on_block(stage.name, scores.detach(), loss.detach())
+        # A frozen stage has scores without a graph, and so has every stage under torch.no_grad().
         learns = scores.requires_grad
-        if function is not None or y.requires_grad:
+        # Cross-entropy with labels that need no gradient depends on nothing but the scores.
+        has_other_leaves = function is not None or y.requires_grad
+        if has_other_leaves:
             _require_own(loss, scores)
         # Nothing but the loss may hold the activations, or they outlive the backward pass.
         del scores
         parameters = trainable[stage]
         gradients: Gradients = {}
         if learns:
-            hooks = (p._backward_hooks for p in parameters)
-            with hooks_held_back(hooks) if hooks_wait else nullcontext():
-                gradients = residency.gradients(loss, parameters)
-            mark_gradients(gradients.values())
+            gradients = _stage_gradients(loss, parameters, residency, hooks_wait=hooks_wait)
             if not gradients:
                 raise _nothing_learned(stage, len(parameters))
         yield Learned(stage, loss.detach(), gradients)
+
+
+def _stage_gradients(
+    loss: Tensor, parameters: list[nn.Parameter], residency: Residency, *, hooks_wait: bool
+) -> Gradients:
+    """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
+    waiting: AbstractContextManager[None] = nullcontext()
+    if hooks_wait:
+        waiting = hooks_held_back(parameter._backward_hooks for parameter in parameters)
+    with waiting:
+        gradients = residency.gradients(loss, parameters)
+    mark_gradients(gradients.values())
+    return gradients
 
 
 def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[Stage]:
@@ -149,17 +163,20 @@ def _require_own(loss: Tensor, scores: Tensor) -> None:
 
 
 def _leaves_between(loss: Tensor, scores: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a loss's autograd graph that lie on this side of some scores."""
-    ahead = [loss.grad_fn]
+    """Yield the leaves of a loss's autograd graph that it reaches without passing the scores."""
+    to_visit = [loss.grad_fn]
+    # The scores count as seen, so the search does not go on into the stage behind them.
     seen = {scores.grad_fn}
-    while ahead:
-        step = ahead.pop()
-        if step is None or step in seen:
+    while to_visit:
+        function = to_visit.pop()
+        if function is None or function in seen:
             continue
-        seen.add(step)
-        if hasattr(step, "variable"):
-            yield step.variable
-        ahead += [following for following, _ in step.next_functions]
+        seen.add(function)
+        # Only AccumulateGrad, the function of a leaf, has a variable: the leaf itself.
+        if hasattr(function, "variable"):
+            yield function.variable
+        for following, _ in function.next_functions:
+            to_visit.append(following)
 
 
 def _nothing_learned(stage: Stage, count: int) -> InputError:

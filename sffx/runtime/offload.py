@@ -1,8 +1,8 @@
-"""Keep the blocks of a cut model in host memory, and on the device only the ones that are needed.
+"""Keep the blocks of a cut model in host memory, and on the device only those that are needed.
 
 A block here is a stage's modules: the block and its head, with their parameters and buffers. In a
-training step it is also the optimizer's state for these parameters. While a block runs, the next
-one is copied to the device. When a block is done, it is copied back to host memory.
+training step the optimizer's state for these parameters belongs to it, too. While a block runs, the
+next one is copied to the device. When a block is done, it is copied back to host memory.
 
     local_step:   load(0)  prefetch(1)  step, evict  load(1)  prefetch(2)  step, evict  ...
     scores:       load(0)  prefetch(1)  evict        load(1)  prefetch(2)  evict        ...
@@ -10,8 +10,8 @@ one is copied to the device. When a block is done, it is copied back to host mem
 Tensors stay the objects that they are; only their `data` is exchanged. So optimizers, parameter
 groups and state dicts stay valid.
 
-Torch's own offloading does other things. FSDP's steps the optimizer on the CPU and wants a process
-group. The hooks of `accelerate` serve inference and replace the model's parameters.
+Other libraries offload in other ways. FSDP steps the optimizer on the CPU and needs a process
+group. `accelerate` offloads for inference, and its hooks replace the model's parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +36,9 @@ from sffx.runtime.stage import Stage, stages_of
 from sffx.tensors import storage_key
 
 _ATTRIBUTE = "offloading"
+
+# Memory as bytes, by the `storage_key` of the tensors that are on it.
+Storages: TypeAlias = dict[int, Tensor]
 
 
 @torch.inference_mode(False)
@@ -77,16 +80,16 @@ def offload(
         )
     require_optimizer_of(net, optimizer)
     device = _compute_device(net, device)
-    was_there = next(net.parameters()).device == device
+    was_on_device = next(net.parameters()).device == device
     offloading = Offloading(net, optimizer, copier_for(device))
     net.zero_grad(set_to_none=True)
-    # Noted before anything moves: whatever ends this call, `onload` can then bring all back.
+    # Set before anything moves, so that `onload` can bring all back whatever ends this call.
     setattr(net, _ATTRIBUTE, offloading)
     try:
         offloading.start()
     except BaseException:
         # Host memory may not suffice, or may not be pinned.
-        if was_there:
+        if was_on_device:
             onload(net)
         else:
             offloading.remove_gates()
@@ -119,6 +122,9 @@ def offloading_of(net: nn.Module) -> Offloading | None:
 class Copier:
     """Copies bytes between host memory and a device, and waits for each copy.
 
+    A copy of `StreamCopier` runs on while the caller does other things. So both begin a copy in one
+    method, and finish it in another. Here the first method does all the work.
+
     Attributes:
         device: the device.
         pins: whether host memory is pinned.
@@ -130,7 +136,7 @@ class Copier:
         self.device = device
 
     def allocate(self, nbytes: int) -> Tensor:
-        """Return so many bytes of host memory."""
+        """Return host memory of a number of bytes."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
     def begin_load(self, host: list[Tensor]) -> list[Tensor]:
@@ -138,10 +144,10 @@ class Copier:
         return [each.to(self.device, copy=True) for each in host]
 
     def finish_load(self, copies: Iterable[Tensor]) -> None:
-        """Let what is computed from now on wait for copies that `begin_load` began."""
+        """Make all later computations wait for copies that `begin_load` began."""
 
     def begin_store(self, pairs: list[tuple[Tensor, Tensor]], freed: Iterable[Tensor]) -> None:
-        """Begin to copy from the device, once the device has done all that it was asked to do.
+        """Begin to copy from the device, after all computations that are queued there.
 
         Args:
             pairs: of device memory and the host memory that it is copied to. The host memory may
@@ -152,15 +158,15 @@ class Copier:
             target.copy_(source)
 
     def finish_store(self) -> None:
-        """Wait until everything is stored and what was given up is free."""
+        """Wait until everything is stored, and the memory that was given up is free."""
 
 
 class StreamCopier(Copier):
     """Copies on two CUDA streams of its own, one for each direction, beside the computation.
 
-    The device memory that blocks are loaded into belongs to the inward stream's part of torch's
-    caching allocator. `record_stream` tells the allocator who else uses the memory. So it is not
-    given out again before they are done.
+    Torch's caching allocator has a part for each stream. Blocks are loaded into memory of the inward
+    stream's part. `record_stream` tells the allocator which other stream uses this memory. The
+    allocator does not give it out again before that stream is done.
     """
 
     pins = True
@@ -201,20 +207,20 @@ def copier_for(device: torch.device) -> Copier:
 class Load:
     """The tensors of a block that are on the device, or on their way there.
 
-    Memory is listed by the storage that tensors are on: while the load is on its way, the storage
-    in host memory; once it is there, the storage on the device.
+    `host` and `device` have the same keys, those of the storages that the tensors are on. While the
+    load is on its way, these storages are in host memory. Once it is there, they are on the device.
 
     Attributes:
         block: index of the block.
         tensors: those that were in host memory.
-        host: the bytes in host memory.
-        device: the bytes on the device.
+        host: their memory in host memory.
+        device: their memory on the device.
     """
 
     block: int
     tensors: list[Tensor] = field(default_factory=list)
-    host: dict[int, Tensor] = field(default_factory=dict)
-    device: dict[int, Tensor] = field(default_factory=dict)
+    host: Storages = field(default_factory=dict)
+    device: Storages = field(default_factory=dict)
 
 
 class Offloading(Residency):
@@ -223,7 +229,7 @@ class Offloading(Residency):
     At most two blocks are on the device or on their way there: `loaded` and `coming`.
 
     Attributes:
-        optimizer: whose state is offloaded as well.
+        optimizer: its state is offloaded as well.
         copier: copies to the device and back.
         blocks: the modules of each stage, the classifier's last.
         loaded: the block on the device, if there is one.
@@ -252,22 +258,26 @@ class Offloading(Residency):
         """Store all blocks in host memory, and put gates around their forwards."""
         with self._moving_optimizer_state():
             for block in range(len(self.blocks)):
+                # Nothing was loaded, so the block has no host memory yet, and `evict` allocates it.
                 self.loaded = Load(block)
                 self.evict()
+        # These do not belong to one block, so no block can bring them.
         for tensor in (*self._shared_buffers, *self._norm_tensors):
             tensor.data = tensor.data.to(self.device)
         for block, modules in enumerate(self.blocks):
-            before = _Gate(self._before, block)
+            before = _Gate(self._before_forward, block)
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(before))
-            after = _Gate(self._after, block)
-            self._hooks.append(modules[-1].register_forward_hook(after))
+            last_module = modules[-1]
+            after = _Gate(self._after_forward, block)
+            self._hooks.append(last_module.register_forward_hook(after))
 
     def stop(self) -> None:
         """Load all blocks to stay on the device, and remove the gates."""
         with self._moving_optimizer_state():
             for block in range(len(self.blocks)):
                 self.load(block)
+                # Forgotten, not evicted: the block stays.
                 self.loaded = None
         self.remove_gates()
 
@@ -292,7 +302,7 @@ class Offloading(Residency):
             yield
 
     def release(self, stage: Stage, *, changed: bool) -> None:
-        """Evict a stage that has learnt. Outside of training, the gates evict."""
+        """Evict a stage that has learnt. Outside of training, its gate has evicted it already."""
         if self._is_training and self.loaded is not None:
             self.evict(changed=changed)
 
@@ -313,7 +323,8 @@ class Offloading(Residency):
     @torch.inference_mode(False)
     @torch.no_grad()
     def prefetch(self, block: int) -> None:
-        """Begin to load a block, into the memory that the block before the present one has left."""
+        """Begin to load a block, while the block before it is on the device."""
+        # The block that was evicted last must be gone, or three blocks would be on the device.
         self.copier.finish_store()
         tensors = [tensor for tensor in self._tensors(block) if self._is_away(tensor)]
         host = {storage_key(tensor): _bytes(tensor) for tensor in tensors}
@@ -323,11 +334,12 @@ class Offloading(Residency):
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, block: int) -> None:
-        """Have one block on the device, and no other."""
+        """Have a block on the device, and no other."""
         if self.loaded is not None and self.loaded.block == block:
             return
         if self.loaded is not None:
             self.evict()
+        # The wrong block is coming if the caller did not run the blocks in order.
         if self.coming is None or self.coming.block != block:
             self.coming = None
             self.prefetch(block)
@@ -337,12 +349,13 @@ class Offloading(Residency):
         self.copier.finish_load(coming.device.values())
         for tensor in coming.tensors:
             tensor.data = _view(coming.device[storage_key(tensor)], tensor)
-        # From now on the tensors are on the storages of the device.
-        host: dict[int, Tensor] = {}
-        device: dict[int, Tensor] = {}
-        for key, copy in coming.device.items():
-            host[storage_key(copy)] = coming.host[key]
-            device[storage_key(copy)] = copy
+        # From now on the tensors are on storages of the device, so the keys are theirs.
+        host: Storages = {}
+        device: Storages = {}
+        for old_key, copy in coming.device.items():
+            new_key = storage_key(copy)
+            host[new_key] = coming.host[old_key]
+            device[new_key] = copy
         self.loaded = Load(block, coming.tensors, host, device)
 
     @torch.inference_mode(False)
@@ -351,49 +364,57 @@ class Offloading(Residency):
         """Store the block that is on the device in host memory.
 
         Args:
-            changed: whether parameters and the optimizer's state may have changed. If not, they are
-                not copied, since host memory still has them.
+            changed: whether the parameters may have changed. If not, they are not copied, since host
+                memory still has them. Buffers are copied always: a forward pass changes running
+                statistics.
         """
         load = self.loaded
         self.loaded = None
-        assert load is not None  # the caller has seen to it
-        leaving = [tensor for tensor in self._tensors(load.block) if self._is_here(tensor)]
+        assert load is not None  # the callers have checked it
+        leaving = [tensor for tensor in self._tensors(load.block) if self._is_on_device(tensor)]
+        # Loaded memory is given up also where the tensors have moved to other memory since.
         freed = dict(load.device)
         for tensor in leaving:
             freed[storage_key(tensor)] = _bytes(tensor)
-        host = self._host_memory(load, leaving, freed)
-        unchanged: set[int] = set()
+        reusable = self._reusable(load, freed)
+        host = self._host_memory(load, leaving, freed, reusable)
+        to_copy = {storage_key(tensor) for tensor in leaving}
         if not changed:
             parameters = {storage_key(p) for p in self._parameters(load.block)}
-            unchanged = parameters & self._reusable(load, freed)
-        moving = {storage_key(tensor) for tensor in leaving} - unchanged
-        self.copier.begin_store([(freed[key], host[key]) for key in moving], freed.values())
+            to_copy -= parameters & reusable
+        pairs = [(freed[key], host[key]) for key in to_copy]
+        self.copier.begin_store(pairs, freed.values())
         for tensor in leaving:
             tensor.data = _view(host[storage_key(tensor)], tensor)
-        # Autocast caches casts of the block's parameters.
+        # Autocast caches casts of the block's parameters, which would stay on the device.
         torch.clear_autocast_cache()
 
     def _host_memory(
-        self, load: Load, leaving: list[Tensor], freed: dict[int, Tensor]
-    ) -> dict[int, Tensor]:
-        """Return host memory for each storage that leaves: where it came from, or new."""
-        host = {key: load.host[key] for key in self._reusable(load, freed)}
+        self, load: Load, leaving: list[Tensor], freed: Storages, reusable: set[int]
+    ) -> Storages:
+        """Return host memory for each storage that leaves: the memory it came from, or new memory."""
+        host = {key: load.host[key] for key in reusable}
         for tensor in leaving:
             key = storage_key(tensor)
             if key not in host:
                 host[key] = self.copier.allocate(freed[key].nbytes)
         return host
 
-    def _reusable(self, load: Load, freed: dict[int, Tensor]) -> set[int]:
-        """Return the storages that can go where they came from."""
+    def _reusable(self, load: Load, freed: Storages) -> set[int]:
+        """Return the storages that can go back to the memory they came from.
+
+        They cannot if a user brought other memory, as `load_state_dict(..., assign=True)` does.
+        """
         reusable = set()
         for key, host in load.host.items():
-            is_pinned_alike = host.device.type == "cpu" and host.is_pinned() == self.copier.pins
-            if is_pinned_alike and host.nbytes == freed[key].nbytes:
+            is_on_host = host.device.type == "cpu"
+            is_pinned_as_wanted = is_on_host and host.is_pinned() == self.copier.pins
+            has_same_size = host.nbytes == freed[key].nbytes
+            if is_pinned_as_wanted and has_same_size:
                 reusable.add(key)
         return reusable
 
-    def _before(self, block: int) -> None:
+    def _before_forward(self, block: int) -> None:
         """Load a block whose module is about to run.
 
         Raises:
@@ -406,7 +427,7 @@ class Offloading(Residency):
             )
         self.load(block)
 
-    def _after(self, block: int) -> None:
+    def _after_forward(self, block: int) -> None:
         """Prefetch the next block when the last module of a block has run.
 
         In a step, the backward pass of the block is still to come, so it stays.
@@ -430,17 +451,22 @@ class Offloading(Residency):
         return any(parameter.requires_grad for parameter in self._parameters(block))
 
     def _is_away(self, tensor: Tensor) -> bool:
-        """Return whether a tensor must be loaded; where device and host are one, all must."""
-        return self.device.type == "cpu" or tensor.device != self.device
+        """Return whether a tensor must be loaded."""
+        # On a CPU, device memory is host memory too, so a tensor does not show where it is.
+        return self.device.type == "cpu" or not self._is_on_device(tensor)
 
-    def _is_here(self, tensor: Tensor) -> bool:
+    def _is_on_device(self, tensor: Tensor) -> bool:
         return tensor.device == self.device
 
     def _parameters(self, block: int) -> list[nn.Parameter]:
         return [p for module in self.blocks[block] for p in module.parameters()]
 
     def _tensors(self, block: int) -> list[Tensor]:
-        """Return the tensors that move with a block, as they are now."""
+        """Return the tensors that move with a block.
+
+        They are looked up at each move, because the optimizer makes its state in its first step and
+        a user may replace parameters.
+        """
         parameters = self._parameters(block)
         moving: list[Tensor] = list(parameters)
         shared = {id(buffer) for buffer in self._shared_buffers}
@@ -452,9 +478,10 @@ class Offloading(Residency):
         return moving
 
     def _state(self, parameter: nn.Parameter) -> list[Tensor]:
-        """Return the optimizer's state for a parameter that moves with it.
+        """Return the part of the optimizer's state that moves with a parameter.
 
-        Torch keeps the step counter on the CPU, but for some kinds of optimizers.
+        Torch keeps the step counter on the CPU, so it stays there. Fused and capturable optimizers
+        have it on the device, so it moves.
         """
         state = dict(self.optimizer.state.get(parameter, {}))
         if parameter not in self._counted_on_device:
@@ -462,13 +489,15 @@ class Offloading(Residency):
         return [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
 
     def __reduce__(self) -> Any:
-        # Copies and pickles of an offloaded model are not offloaded.
+        # Copies and pickles of an offloaded model are ordinary models, in host memory.
         return _none, ()
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """A hook around the forward of a block's module. A copy of the module has none.
+    """A hook around the forward of a block's module.
+
+    It does nothing in a copied or unpickled module, since copies are not offloaded.
 
     Attributes:
         call: what to call with the block.
@@ -486,15 +515,16 @@ class _Gate:
 
 
 def _none() -> None:
-    return None
+    """Return the offloading of a copied model: None."""
 
 
 def _open_gate() -> Callable[..., None]:
+    """Return what a copied module has in the place of a gate."""
     return _pass
 
 
 def _pass(*_: object) -> None:
-    """Do nothing, in the place of a gate that was copied."""
+    """Do nothing."""
 
 
 def _counted_on_device(optimizer: Optimizer) -> set[Tensor]:
@@ -512,16 +542,18 @@ def _compute_device(net: fx.GraphModule, device: torch.device | str | None) -> t
     Raises:
         InputError: the model lies elsewhere, or in several places.
     """
-    present = sorted({str(tensor.device) for tensor in (*net.parameters(), *net.buffers())})
-    if len(present) != 1:
+    tensors = (*net.parameters(), *net.buffers())
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) != 1:
         raise InputError(
-            f"net lies on {', '.join(present)}. Hint: net.to(device) before offloading it"
+            f"net lies on {', '.join(devices)}. Hint: net.to(device) before offloading it"
         )
-    # Only a tensor has the index of a device that was named without one.
-    wanted = torch.empty(0, device=present[0] if device is None else device).device
-    if present[0] not in ("cpu", str(wanted)):
+    present = devices[0]
+    # "cuda" has no index, but the device of a tensor that is made there has one: "cuda:0".
+    wanted = torch.empty(0, device=present if device is None else device).device
+    if present not in ("cpu", str(wanted)):
         raise InputError(
-            f"net lies on {present[0]}, but is to run on {wanted}. "
+            f"net lies on {present}, but is to run on {wanted}. "
             f"Hint: net.to({str(wanted)!r}) before offloading it"
         )
     return wanted
@@ -533,16 +565,20 @@ def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
     Raises:
         InputError: a parameter is shared with another block, or is no plain tensor.
     """
-    names = {id(tensor): name for name, tensor in (*net.named_parameters(), *net.named_buffers())}
-    owners: Counter[int] = Counter()
+    names: dict[int, str] = {}
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        names[id(tensor)] = name
+    blocks_on: Counter[int] = Counter()  # how many blocks have a tensor on a storage, by its key
     tensors: dict[int, Tensor] = {}
     for modules in blocks:
-        owned = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-        for key, tensor in owned.items():
-            _require_plain(tensor, names[key])
-        tensors.update(owned)
-        owners.update({storage_key(tensor) for tensor in owned.values()})
-    shared = [tensor for tensor in tensors.values() if owners[storage_key(tensor)] > 1]
+        of_block: dict[int, Tensor] = {}
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                _require_plain(tensor, names[id(tensor)])
+                of_block[id(tensor)] = tensor
+        tensors.update(of_block)
+        blocks_on.update({storage_key(tensor) for tensor in of_block.values()})
+    shared = [tensor for tensor in tensors.values() if blocks_on[storage_key(tensor)] > 1]
     for tensor in shared:
         if isinstance(tensor, nn.Parameter):
             raise InputError(
@@ -572,12 +608,12 @@ def _require_plain(tensor: Tensor, name: str) -> None:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """View the storage of a tensor as bytes."""
+    """Return the whole storage of a tensor as bytes, not only the part that the tensor views."""
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return empty.set_(tensor.untyped_storage())
 
 
 def _view(memory: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor on another storage that has the same content as a tensor's own storage."""
+    """Return a tensor like another one, with its offset, shape and strides, on a copy's memory."""
     empty = torch.empty(0, dtype=like.dtype, device=memory.device)
     return empty.set_(memory.untyped_storage(), like.storage_offset(), like.size(), like.stride())

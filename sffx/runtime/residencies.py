@@ -1,4 +1,7 @@
-"""Find out where the parameters of a cut model are."""
+"""Choose the residency of a cut model: where its parameters are.
+
+It stands apart from `sffx.runtime.residency`, which all residencies import.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Where the parameters of a cut model are while its stages run.
 
-The training step asks a residency and does not know which one it has. There are three: all
-parameters are on the device (`Residency` itself), in host memory (`sffx.runtime.offload`), or
-spread over processes (`sffx.runtime.shard`).
+There are three residencies, and a training step treats them alike. The parameters are on the
+device (`Residency` itself), in host memory (`sffx.runtime.offload`), or spread over processes
+(`sffx.runtime.shard`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Residency:
         return next(self.net.parameters()).device
 
     def prepare(self) -> None:
-        """Make the model ready for a block-local step.
+        """Make the model ready for a block-local step. Here there is nothing to do.
 
         Raises:
             InputError: it cannot be trained block by block as it is.
@@ -60,7 +60,7 @@ class Residency:
         return block_gradients(loss, parameters)
 
     def release(self, stage: Stage, *, changed: bool) -> None:
-        """Let go of a stage that has run and, in training, has learnt.
+        """Let go of a stage that has run and, in training, has learnt. Here it stays.
 
         Args:
             stage: that is done.

@@ -101,10 +101,11 @@ class Stage:
                 later node reads are removed, so that their memory is free.
         """
         # Without hooks nobody sees the gradient of a value, so kernels may write over it.
-        is_private = not any(_has_inner_hooks(module) for module in self.modules)
-        with private_gradients(is_private):
+        has_hooks = any(_has_inner_hooks(module) for module in self.modules)
+        with private_gradients(not has_hooks):
             for node in self._scoring:
                 self._run(node, values)
+        # The caller alone holds the scores now, and with them the activations of the stage.
         return values.pop(self._scoring[-1])
 
     def run_block(self, values: Values) -> None:
@@ -113,9 +114,10 @@ class Stage:
         Args:
             values: as for `score`.
         """
-        *own, scorer = self._scoring
-        for node in own:
+        *of_block, scorer = self._scoring
+        for node in of_block:
             self._run(node, values)
+        # The head does not run, so its inputs are removed here.
         self._forget(scorer, values)
 
     def hand_on(self, values: Values) -> None:
@@ -130,8 +132,8 @@ class Stage:
 
     def _forget(self, node: fx.Node, values: Values) -> None:
         """Remove the values that no node after this one reads."""
-        for spent in self._order.last_read_by(node):
-            values.pop(spent, None)
+        for no_longer_read in self._order.last_read_by(node):
+            values.pop(no_longer_read, None)
 
     def _value(self, node: fx.Node, values: Values) -> Any:
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
@@ -186,7 +188,11 @@ _MEMO = "_stages"
 
 
 class _Memo:
-    """The stages of one cut model. A copy of the model does not get a copy of them."""
+    """The stages of one cut model.
+
+    They refer to its modules and nodes, so a copy of the model makes its own: `__reduce__` gives
+    the copy an empty memo.
+    """
 
     def __init__(self, net: fx.GraphModule | None = None) -> None:
         self._net = net
@@ -206,7 +212,7 @@ class _Nodes:
 
     Attributes:
         scoring: from the block to its head; for the classifier, the call of the classifier.
-        passing: what makes the value that the next block reads: the detach and the norm.
+        passing: the detach and the norm, which make the value that the next block reads.
     """
 
     def __init__(self) -> None:
@@ -215,19 +221,19 @@ class _Nodes:
 
 
 class _Order:
-    """Tells when a value of the outer graph is read for the last time."""
+    """Knows which node of the outer graph is the last to read a value."""
 
     def __init__(self, graph: fx.Graph) -> None:
         position = {node: i for i, node in enumerate(graph.nodes)}
-        self._spent: dict[fx.Node, list[fx.Node]] = {}
+        self._last_read_by: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if node.users:
-                last = max(node.users, key=position.__getitem__)
-                self._spent.setdefault(last, []).append(node)
+                last_reader = max(node.users, key=position.__getitem__)
+                self._last_read_by.setdefault(last_reader, []).append(node)
 
     def last_read_by(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes whose values no node reads after this one."""
-        return self._spent.get(node, [])
+        """Return the nodes whose values this node is the last to read."""
+        return self._last_read_by.get(node, [])
 
 
 def _make_stages(net: fx.GraphModule) -> tuple[Stage, ...]:
@@ -238,10 +244,10 @@ def _make_stages(net: fx.GraphModule) -> tuple[Stage, ...]:
 
 def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
     """Divide the outer graph among the stages: at each call of a block, and after each head."""
-    starts = {block.target: i for i, block in enumerate(plan.all_blocks)}
+    index_of_block = {block.target: i for i, block in enumerate(plan.all_blocks)}
     # The head of a block, and the classifier itself, give the scores.
     scorers = {part[-1] for part in plan.parts}
-    stages = [_Nodes() for _ in starts]
+    stages = [_Nodes() for _ in plan.all_blocks]
     index = 0
     is_scored = False
     for node in graph.nodes:
@@ -250,7 +256,8 @@ def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
         if node.op == "output" or node.target == READOUT:
             break
         called = str(node.target) if node.op == "call_module" else ""
-        if starts.get(called, 0) > index:
+        begins_next_stage = index_of_block.get(called, -1) > index
+        if begins_next_stage:
             index += 1
             is_scored = False
         if is_scored:
@@ -265,20 +272,21 @@ def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
 def _reads(net: fx.GraphModule, block: Block) -> tuple[Value, ...]:
     plan = plan_of(net)
     placeholders = placeholders_of(net)
-    known: dict[str, Value] = {}
+    values: dict[str, Value] = {}
     for each in plan.inputs:
         # The node of an input called "input" is called "input_1": fx keeps clear of builtins.
         name = placeholders[each.name].name
-        known[name] = Value(name, (None, *each.shape), each.dtype)
+        values[name] = Value(name, (None, *each.shape), each.dtype)
     for earlier in plan.blocks:
-        known.update({value.name: value for value in earlier.gives})
-    return tuple(known[name] for name in block.inputs)
+        for value in earlier.gives:
+            values[value.name] = value
+    return tuple(values[name] for name in block.inputs)
 
 
 def _has_inner_hooks(part: nn.Module) -> bool:
     """Return whether hooks on a block or a head, or inside it, may see gradients.
 
-    Forward hooks on the part itself see none: offloading has some there.
+    Forward hooks on the part itself do not count: they see no gradient, and offloading sets some.
     """
     if part._backward_hooks or part._backward_pre_hooks:
         return True

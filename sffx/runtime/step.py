@@ -1,4 +1,4 @@
-"""The block-local step: all gradients, with the activations of one block at a time."""
+"""The block-local step: compute all gradients, and hold the activations of one block only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def local_loss(
     blocks: Collection[str] | None = None,
     on_block: OnBlock | None = None,
 ) -> Tensor:
-    """Return the loss of all blocks; each block's gradient is computed as soon as it can be.
+    """Return the loss of all blocks, and compute each block's gradients as soon as it has run.
 
     The value equals `sff_loss(net(x), y)`. After `.backward()` the gradients are equal as well. But
     the activations of a block are freed before the next block runs. The result is an ordinary
@@ -48,8 +48,8 @@ def local_loss(
         loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
             as `sff_loss` takes it; cross-entropy if None.
         blocks: names of the blocks that learn ("block_0", ..., "classifier"), all if None. The
-            loss is theirs alone. Blocks before them run in eval mode without gradients, so their
-            running statistics stay. Blocks behind the last of them do not run.
+            loss is the sum of their losses only. Blocks before them run in eval mode without
+            gradients, so their running statistics stay. Blocks behind the last of them do not run.
         on_block: called with the name of each block that learns, its scores, (B, J), and its loss,
             both detached.
 
@@ -96,8 +96,9 @@ def block_losses(
     for learned in learn(
         net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
     ):
-        own = learned.gradients
-        losses[learned.stage.name] = _with_gradients(learned.loss, list(own), list(own.values()))
+        parameters = list(learned.gradients)
+        gradients = list(learned.gradients.values())
+        losses[learned.stage.name] = _with_gradients(learned.loss, parameters, gradients)
         residency.release(learned.stage, changed=False)
     return losses
 
@@ -153,7 +154,9 @@ def local_step(
     _require_learning(stages)
     optimizers = _optimizers(stages, optimizer)
     losses: list[Tensor] = []
-    with residency.training_step(list(dict.fromkeys(optimizers.values()))):
+    # Several stages may have the same optimizer.
+    distinct = list(dict.fromkeys(optimizers.values()))
+    with residency.training_step(distinct):
         net.zero_grad(set_to_none=True)
         for learned in learn(
             net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=False
@@ -220,7 +223,9 @@ def _optimizers(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimiz
 
 def _require_whole(stage: Stage, optimizer: Optimizer) -> None:
     """Raise an InputError if an optimizer of one stage lacks some of its trainable parameters."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    held: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        held.update(group["params"])
     trainable = stage.trainable
     lacking = [p for p in trainable if p not in held]
     if lacking:

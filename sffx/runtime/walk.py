@@ -46,9 +46,9 @@ def walk(
     Args:
         net: what `transform` returned.
         x: its input, as `sffx.inputs.bind` takes it.
-        only: names of the stages to yield, all if None. The stages between them only pass their
-            values on: in eval mode, without gradients and without their heads. The stages behind
-            the last of them do not run.
+        only: names of the stages to yield, all if None. The other stages before the last of these
+            only pass their values on: in eval mode, without gradients and without their heads. The
+            stages behind the last one do not run.
 
     Raises:
         InputError: x does not fit the model.
@@ -61,8 +61,9 @@ def walk(
             with explaining_input_errors(net, inputs):
                 _pass_through(net, stage, values)
             continue
-        # No local name may hold the scores while the caller works on them.
+        # No local name may hold the scores: the caller decides when they are freed.
         yield stage, _detached_scores(net, stage, inputs, values)
+        # With names, nothing behind the last stage reads what it would hand on.
         if only is not None and stage is stages[-1]:
             return
         with explaining_input_errors(net, inputs):
@@ -70,10 +71,10 @@ def walk(
 
 
 def walk_attached(stages: Sequence[S], values: Any) -> Iterator[tuple[S, Tensor]]:
-    """Yield each stage with its scores, and leave the values as the model's graph has them.
+    """Yield each stage with its scores, and leave the values attached to their autograd graph.
 
-    Here only the model's own detaches cut gradients. The caller holds the values, and may look at
-    them or change them between two stages.
+    Only the detaches in the model's own graph cut gradients. The caller holds the values, and may
+    look at them or change them between two stages.
 
     Args:
         stages: of one cut model, in order; or of another kind with these two methods, such as the
@@ -112,6 +113,7 @@ def _detached_scores(
 ) -> Tensor:
     with explaining_input_errors(net, inputs):
         scores = stage.score(values)
+    # No value may carry the graph of this stage on to the next stages.
     for node, value in values.items():
         values[node] = tree_map_only(Tensor, Tensor.detach, value)
     return scores

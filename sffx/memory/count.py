@@ -166,27 +166,31 @@ class _Live:
 class _StorageLog(TorchDispatchMode):
     """Logs when each storage begins and ends.
 
-    Addresses are used again. So a storage has its address only while it lives, and a serial number
-    for good.
+    A storage is known by a serial number. Its address would not do: torch may give the address of a
+    dead storage to a new one.
 
-    The Python wrapper that carries the finalizer lives exactly as long as the C++ storage, even
-    when only autograd's saved tensors hold the storage. Torch hands the wrapper's ownership to the
-    C++ object when Python drops it, and returns the same wrapper ever after.
+    A finalizer on the Python wrapper of a storage tells when the storage ends. The wrapper lives
+    exactly as long as the C++ storage, even when only autograd's saved tensors hold the storage.
+    For when Python drops the wrapper, torch hands its ownership to the C++ object, and later
+    returns the same wrapper again.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        # Pairs of a serial number and a number of bytes; negative where a storage ends or shrinks.
         self._initial: list[tuple[int, int]] = []
         self._events: list[tuple[int, int]] = []
+        # By serial number.
         self._category: dict[int, str] = {}
+        # By address.
         self._live: dict[int, _Live] = {}
         self._serials = itertools.count()
         self._optimizers_stepping = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # torch.tensor() makes the operand of lift_fresh out of sight, and its result is the same
-        # storage.
+        # torch.tensor() makes a storage unseen, and lift_fresh then returns it. So it is a storage
+        # that the step makes, although an operator reads it first.
         if func is not torch.ops.aten.lift_fresh.default:
             for operand in _tensors((args, kwargs)):
                 self._note(operand, created=False)
@@ -202,7 +206,9 @@ class _StorageLog(TorchDispatchMode):
         """
         for tensor in _tensors(candidates):
             serial = self._note(tensor, created=False)
-            self._category[serial] = min(category, self._category[serial], key=CATEGORIES.index)
+            # The order of the categories is their precedence.
+            present = self._category[serial]
+            self._category[serial] = min(category, present, key=CATEGORIES.index)
 
     def claim_gradients(self, gradients: Iterable[torch.Tensor | None]) -> None:
         """Claim gradients that are in no parameter's `.grad` yet."""
@@ -218,10 +224,8 @@ class _StorageLog(TorchDispatchMode):
     def optimizer_begins(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Claim an optimizer's gradients and state before it steps; it may drop the gradients."""
         self._optimizers_stepping += 1
-        self.claim(
-            [parameter.grad for group in optimizer.param_groups for parameter in group["params"]],
-            "gradients",
-        )
+        for group in optimizer.param_groups:
+            self.claim([parameter.grad for parameter in group["params"]], "gradients")
         self.claim(list(optimizer.state.values()), "optimizer_state")
 
     def optimizer_ends(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -236,18 +240,19 @@ class _StorageLog(TorchDispatchMode):
 
     def summarise(self) -> MemoryCount:
         """Replay the events and keep the peaks."""
+        # The log is replayed at the end, because a storage may be claimed long after it began.
         now = dict.fromkeys(CATEGORIES, 0)
         for serial, change in self._initial:
             now[self._category[serial]] += change
-        own = dict(now)
+        own_peaks = dict(now)
         at_peak = MemorySplit(**now)
         for serial, change in self._events:
             category = self._category[serial]
             now[category] += change
-            own[category] = max(own[category], now[category])
+            own_peaks[category] = max(own_peaks[category], now[category])
             if sum(now.values()) > at_peak.total:
                 at_peak = MemorySplit(**now)
-        return MemoryCount(**own, peak=at_peak.total, at_peak=at_peak)
+        return MemoryCount(**own_peaks, peak=at_peak.total, at_peak=at_peak)
 
     def _note(self, tensor: torch.Tensor, *, created: bool) -> int:
         """Begin the record of a new storage, or note its new size, and return its serial number."""
@@ -280,12 +285,13 @@ class _StorageLog(TorchDispatchMode):
         self._events.append((live.serial, -live.nbytes))
 
     def _origin(self) -> str:
-        """The category of a new storage as long as nothing claims it."""
-        # A closure that the optimizer calls runs forward with gradients enabled, and backward in a
-        # graph task. Neither is the optimizer's own arithmetic.
+        """Return the category of a new storage as long as nothing claims it."""
+        # An optimizer may call a closure, whose forward and backward pass are not the optimizer's
+        # own arithmetic. Only the optimizer itself runs without gradients and without a graph task.
         in_forward = torch.is_grad_enabled()
         in_backward = torch._C._current_graph_task_id() != -1
-        if self._optimizers_stepping and not in_forward and not in_backward:
+        is_own_arithmetic = not in_forward and not in_backward
+        if self._optimizers_stepping and is_own_arithmetic:
             return "optimizer_temporaries"
         return "activations"
 
@@ -297,14 +303,13 @@ def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
     def claim_gradient(parameter: torch.Tensor) -> None:
         log.claim(parameter.grad, "gradients")
 
-    hooks = [
-        p.register_post_accumulate_grad_hook(claim_gradient)
-        for p in model.parameters()
-        if p.requires_grad
-    ]
+    hooks = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(claim_gradient))
     hooks.append(register_optimizer_step_pre_hook(log.optimizer_begins))
     hooks.append(register_optimizer_step_post_hook(log.optimizer_ends))
-    collecting = gc.isenabled()
+    was_collecting = gc.isenabled()
     gc.disable()
     # Not a context variable, since threads of autograd have a context of their own.
     listeners.append(log.claim_gradients)
@@ -315,7 +320,7 @@ def _listening(log: _StorageLog, model: nn.Module) -> Iterator[None]:
         log.close()
         for hook in hooks:
             hook.remove()
-        if collecting:
+        if was_collecting:
             gc.enable()
 
 

@@ -1,17 +1,20 @@
 """Predict the peak memory of a block-local training step, on fake tensors.
 
-The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW, which keeps two values
-for each trainable parameter, in its steady state. `local_step` holds no more. Each stage runs
-forward and backward by itself, and its bytes are counted. Memory that is held beside the stage is
-added: parameters, optimizer state, the gradients of earlier stages, the input batch. With
-offloading that is the parameters and optimizer state of the block and the next one, and no
-gradients.
+The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW in its steady state, in
+which it keeps two values for each trainable parameter. `local_step` holds no more.
+
+Each stage runs forward and backward by itself, and its bytes are counted. Then the memory that is
+held beside the stage is added: parameters, optimizer state, the gradients of earlier stages, the
+input batch. With offloading less is held beside it: the input batch, and the parameters and the
+optimizer state of two blocks, the one that runs and the next one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +36,10 @@ from sffx.runtime.stage import Stage, stages_of
 from sffx.runtime.walk import walk
 from sffx.tables import MIB, Column, text_table
 
-STATES = 2  # AdamW's state for a trainable parameter, in sizes of the parameter.
-COUNTER = 4  # Bytes of AdamW's step counter for a trainable parameter.
+# AdamW's state for a trainable parameter, in sizes of the parameter: the two moments.
+STATES = 2
+# Bytes of AdamW's step counter for a trainable parameter.
+COUNTER = 4
 # Temporaries of AdamW while it updates a parameter, in sizes of the parameter: the root of the
 # second moment, and the quotient.
 UPDATE = 2
@@ -100,7 +105,9 @@ class Footprint:
 
     def _offloaded_peaks(self) -> Iterator[int]:
         for i, running in enumerate(self.running):
-            present = sum(self.resident[i : i + 2])  # the block and the one that is prefetched
+            # The block itself, and the next one, which is prefetched.
+            present = sum(self.resident[i : i + 2])
+            # The activations are gone when the optimizer updates the block.
             updating = self.gradients[i] + self.updates[i] + self.passed[i]
             yield self.held + present + max(running, updating)
 
@@ -118,6 +125,7 @@ class Footprint:
         names = (*self.blocks, "optimizer.step()")
         alone = (*self.running, self.update)
         rows = []
+        # With offloading the optimizer has no peak of its own, and its name is left out.
         for name, own, peak in zip(names, alone, self.peaks, strict=False):
             rows.append((name, f"{own / MIB:.2f}", f"{peak / MIB:.2f}"))
         parameters = 0 if self.resident else self.parameters
@@ -157,7 +165,8 @@ def footprint(net: fx.GraphModule, batch_size: int, *, offloaded: bool = False) 
         predicted = fake_footprint(probe, batch_size)
     if not offloaded:
         return predicted
-    return replace(predicted, resident=tuple(_resident(stage) for stage in stages_of(net)))
+    resident = tuple(_resident(stage) for stage in stages_of(net))
+    return replace(predicted, resident=resident)
 
 
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
@@ -175,34 +184,34 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     device = next(net.parameters()).device
     x = constant_batch(plan.inputs, batch_size, device)
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    count = _StageCount(net, x, y)
+    counter = _StageCounter(net, x, y)
     try:
         for stage in stages_of(net):
             if stage.index in skip:
-                count.skip()
+                counter.skip()
             else:
-                count.count(stage)
+                counter.count(stage)
     except DATA_DEPENDENT as cause:
         raise InputError(
             f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. "
             "Hint: count a real step with sffx.memory.count.count_memory"
         ) from cause
-    parameters = [stage.trainable for stage in stages_of(net)]
-    trainable = [parameter for own in parameters for parameter in own]
+    of_each_stage = [stage.trainable for stage in stages_of(net)]
+    trainable = list(itertools.chain.from_iterable(of_each_stage))
     return Footprint(
         batch_size=batch_size,
         blocks=tuple(stage.name for stage in stages_of(net)),
         parameters=_bytes([*net.parameters(), *net.buffers()]),
         optimizer_state=STATES * _bytes(trainable) + COUNTER * len(trainable),
         inputs=_bytes([*x, y]),
-        gradients=tuple(_bytes(own) for own in parameters),
-        running=tuple(count.running),
-        updates=tuple(UPDATE * _largest(own) for own in parameters),
-        passed=tuple(count.passed),
+        gradients=tuple(_bytes(own) for own in of_each_stage),
+        running=tuple(counter.running),
+        updates=tuple(UPDATE * _largest(own) for own in of_each_stage),
+        passed=tuple(counter.passed),
     )
 
 
-class _StageCount:
+class _StageCounter:
     """Counts the bytes of one stage after the other.
 
     Attributes:
@@ -231,7 +240,9 @@ class _StageCount:
     def count(self, stage: Stage) -> None:
         """Run the next stage as `local_loss` does, and count its bytes."""
         counted = count_memory(lambda: self._train(stage), model=self._net)
+        # The count has no values that the stage does not read, but the step holds them.
         relayed = sum(self._sizes[name] for name in _relayed(self._plan, stage.index))
+        # A footprint lists the parameters and the input batch apart.
         inputs = _bytes([*self._x, self._y])
         self.running.append(counted.peak - counted.parameters - inputs + relayed)
         given = sum(self._sizes[value.name] for value in stage.gives)
@@ -241,42 +252,57 @@ class _StageCount:
         for tensor in (*self._x, self._y):
             # A view reads the tensor, so that it is counted even if the stage does not read it.
             tensor.view_as(tensor)
+        # In one line, because a name for the scores would hold them during the backward pass.
         loss = block_loss(next(self._walk)[1], self._y)
         if loss.requires_grad:
             mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
 
 
 def _value_sizes(net: fx.GraphModule) -> dict[str, int]:
-    """Return a dict that fills with the bytes of each value that a block gives, as blocks run."""
+    """Return the bytes of each value that a block gives, by the value's name.
+
+    The dict is empty at first. Each block adds its values when it runs.
+    """
     sizes: dict[str, int] = {}
     for block in plan_of(net):
-
-        def note(_: nn.Module, args: object, returned: Any, block: Block = block) -> None:
-            values = returned if block.sides else (returned,)
-            for name, value in zip((block.output, *block.sides), values, strict=True):
-                sizes[name] = _bytes(tree_leaves(value))
-
-        net.get_submodule(block.target).register_forward_hook(note)
+        hook = partial(_note_sizes, sizes, block)
+        net.get_submodule(block.target).register_forward_hook(hook)
     return sizes
 
 
+def _note_sizes(
+    sizes: dict[str, int], block: Block, module: nn.Module, args: object, returned: Any
+) -> None:
+    """Add the bytes of what a block returned, as a forward hook."""
+    # A block with side values returns a tuple.
+    values = returned if block.sides else (returned,)
+    for name, value in zip((block.output, *block.sides), values, strict=True):
+        sizes[name] = _bytes(tree_leaves(value))
+
+
 def _relayed(plan: BlockPlan, index: int) -> list[str]:
-    """Return the side values of earlier blocks that a block does not read and a later one does."""
+    """Return the side values that pass by a block.
+
+    They come from earlier blocks and are read by later blocks, but not by this one.
+    """
     blocks = plan.all_blocks
+    read_here = blocks[index].inputs
     read_later: set[str] = set()
     for block in blocks[index + 1 :]:
         read_later.update(block.inputs)
     relayed = []
     for block in blocks[:index]:
         for side in block.sides:
-            if side in read_later and side not in blocks[index].inputs:
+            if side in read_later and side not in read_here:
                 relayed.append(side)
     return relayed
 
 
 def _resident(stage: Stage) -> int:
     """Return the bytes of a stage's parameters and buffers and of AdamW's state for them."""
-    tensors = [t for module in stage.modules for t in (*module.parameters(), *module.buffers())]
+    tensors: list[Tensor] = []
+    for module in stage.modules:
+        tensors += [*module.parameters(), *module.buffers()]
     return _bytes(tensors) + STATES * _bytes(stage.trainable)
 
 

@@ -7,7 +7,7 @@ For 1 x 1 kernels the SFF goodness of y, (B, C, P), has two exact forms:
 - second moment (`sffx.kernels.moment_form`): `g_j = w~_j^T M w~_j`, whose cost over the positions
   does not depend on J.
 
-`moment_is_cheaper` counts which one costs less.
+`moment_is_cheaper` estimates both costs, and `pointwise_goodness` takes the cheaper form.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from sffx.kernels.padding import per_real_token, zero_padded
 # A value moved through memory takes the time of about so many multiply-adds, on CPUs and GPUs.
 _MACS_PER_VALUE = 8
 
-# With no more positions than this, one product over the positions of all samples is faster than a
-# product for each sample, even with a copy. With many classes it is faster for longer.
+# With few positions, one product over the positions of all samples is faster than one product for
+# each sample, even if y must be copied for it. With many classes the limit is higher.
 _FEW_POSITIONS = 8
 _FEW_POSITIONS_OF_MANY = 64
 
-# An exported graph may leave the image size open. The form is then chosen for so many positions.
+# An exported graph may leave the image size open. The form is then chosen for this many positions.
 _OPEN_POSITIONS = 196
 
 
@@ -58,10 +58,11 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _in_plain_operations(y, weight, bias, by_moment)
     if by_moment:
         return SecondMomentGoodness.apply(y, weight, bias)
-    is_many = has_many_classes(weight, positions)
-    few_positions = _FEW_POSITIONS_OF_MANY if is_many else _FEW_POSITIONS
-    if y.mT.is_contiguous() or positions <= few_positions:
-        return DirectGoodness.apply(y.mT.contiguous(), weight, bias, ROWS)
+    many_classes = has_many_classes(weight, positions)
+    few_positions = _FEW_POSITIONS_OF_MANY if many_classes else _FEW_POSITIONS
+    rows = y.mT
+    if rows.is_contiguous() or positions <= few_positions:
+        return DirectGoodness.apply(rows.contiguous(), weight, bias, ROWS)
     return DirectGoodness.apply(y, weight, bias, CHANNELS)
 
 
@@ -91,7 +92,8 @@ def token_goodness(y: Tensor, weight: Tensor, bias: Tensor, real: Tensor) -> Ten
     # then adds nothing to a sum of squares.
     marked = zero_padded(F.pad(y, (0, 1), value=1.0), real)
     joint = torch.cat([weight, bias[:, None]], dim=1)
-    mean_over_all = pointwise_goodness(marked.mT, joint, torch.zeros_like(bias))
+    no_bias = torch.zeros_like(bias)
+    mean_over_all = pointwise_goodness(marked.mT, joint, no_bias)
     return mean_over_all * per_real_token(real, y.dtype)
 
 
@@ -100,7 +102,10 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
 
     The cost is that of one sample's step: multiply-adds, and values moved through memory.
     """
-    c, j, p = channels + 1, num_classes, positions
+    # The bias counts as the weight of one more channel.
+    c = channels + 1
+    j = num_classes
+    p = positions
     # A product that was not kept is computed once more in the backward pass.
     direct_products = 3 if j <= KEPT_TIMES * channels else 4
     moment_products = 2 if j <= channels else 3
@@ -116,7 +121,9 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
 
 def as_positions(y: Tensor, channel_axis: int) -> Tensor:
     """View a value as (B, C, P), with P the product of all other axes, 1 for flat values."""
-    return y.movedim(channel_axis, 1).flatten(2) if y.ndim > 2 else y.unsqueeze(2)
+    if y.ndim == 2:
+        return y.unsqueeze(2)
+    return y.movedim(channel_axis, 1).flatten(2)
 
 
 def mean_square(y: Tensor) -> Tensor:
@@ -147,9 +154,10 @@ def _in_plain_operations(y: Tensor, weight: Tensor, bias: Tensor, by_moment: boo
     if not by_moment:
         z = weight @ y + bias[:, None]
         return z.square().mean(2)
+    # The mean square of z is its variance plus the square of its mean.
     mean = y.mean(2)
     centred = y - mean[:, :, None]
     covariance = centred @ centred.mT / y.shape[2]
-    spread = (weight @ covariance * weight).sum(2)
-    mean_z = mean @ weight.t() + bias
-    return spread + mean_z.square()
+    variance_of_z = (weight @ covariance * weight).sum(2)
+    mean_of_z = mean @ weight.t() + bias
+    return variance_of_z + mean_of_z.square()

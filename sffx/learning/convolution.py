@@ -27,8 +27,8 @@ class SFFGoodness(nn.Module):
         channel_axis: axis of the channels in the batched output: 1 for (B, C, H, W) or (B, C), 2
             for (B, T, C), 3 for (B, H, W, C).
         spatial: number of axes besides batch and channels; 0 for flat values.
-        kernel_size: k of the convolution, odd. It is padded with zeros, so that its output has a
-            position for each of its input. For flat values, which have no space, k is 1.
+        kernel_size: k of the convolution, odd. The input is padded with zeros, so that the output
+            has as many positions as the input. For flat values, which have no space, k is 1.
 
     Raises:
         InputError: there is no convolution with such kernels.
@@ -59,7 +59,9 @@ class SFFGoodness(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weight and bias as `torch.nn` convolutions do."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        bound = 1 / math.sqrt(self.weight[0].numel())
+        # The values that one output reads: C for each position of the kernel.
+        fan_in = self.weight[0].numel()
+        bound = 1 / math.sqrt(fan_in)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,12 +80,13 @@ class SFFGoodness(nn.Module):
                 return self._over_tokens(wide, weight, bias, mask.bool())
             if self.kernel_size > 1:
                 return convolved_goodness(wide.movedim(self.channel_axis, 1), weight, bias)
+            # A kernel of one position does not see space, so all axes of space become one.
             positions = as_positions(wide, self.channel_axis)
             return pointwise_goodness(positions, weight.flatten(1), bias)
 
     def _over_tokens(self, y: Tensor, weight: Tensor, bias: Tensor, real: Tensor) -> Tensor:
         if self.kernel_size > 1:
-            # A kernel reads zeros where the padding is, as it does beyond the ends.
+            # A kernel reads zeros at padding tokens, as it does beyond the ends of the sequence.
             y = windows(zero_padded(y, real), self.kernel_size)
         return token_goodness(y, weight.flatten(1), bias, real)
 

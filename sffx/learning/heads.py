@@ -1,9 +1,10 @@
-"""The heads of a cut model: what computes the goodness of a block, by name or by a callable.
+"""The heads of a cut model. A head computes the goodness of a block.
 
-The contract of `goodness=`: a callable `(block, num_classes) -> nn.Module`. It is called for each
-feature block, and by the policy "memory" for blocks that may become one. It returns a new module,
-the head of the block. `block` is a `sffx.blocks.Block`; its `shape`, `channels`, `channel_axis` and
-`mask` say what the block's output looks like.
+A head is made by name ("sff", "mlp(256)") or by a callable of the user. The contract of `goodness=`
+is that of a callable `(block, num_classes) -> nn.Module`. It returns a new module, the head of the
+block. It is called for each feature block. The policy "memory" also calls it for blocks that it
+only considers. `block` is a `sffx.blocks.Block`. Its `shape`, `channels`, `channel_axis` and `mask`
+describe the block's output.
 
 The head is moved to the device and the dtype of the model. Then
 
@@ -11,8 +12,8 @@ The head is moved to the device and the dtype of the model. Then
 - y is the output of the block, (B, C, ...) or (B, T, C), with its channels at axis
   `block.channel_axis`;
 - mask is (B, T), nonzero at real tokens, zero at padding;
-- it returns the goodness, (B, J), floats: the larger, the more likely the class. The loss takes
-  them for logits;
+- it returns the goodness, (B, J), floats: the larger, the more likely the class. The loss uses
+  them as logits;
 - its parameters learn together with those of the block, from the loss of the block;
 - to be exported, it must consist of operations that torch exports.
 
@@ -38,8 +39,9 @@ REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
 
 
 def _convolution(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
-    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
-    return SFFGoodness(*shape, kernel_size)
+    return SFFGoodness(
+        block.channels, num_classes, block.channel_axis, _spatial(block), kernel_size
+    )
 
 
 def _channelwise(block: Block, num_classes: int) -> nn.Module:
@@ -47,13 +49,13 @@ def _channelwise(block: Block, num_classes: int) -> nn.Module:
 
 
 def _cosine(block: Block, num_classes: int, regions: int) -> nn.Module:
-    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
-    return CosineGoodness(*shape, regions)
+    return CosineGoodness(block.channels, num_classes, block.channel_axis, _spatial(block), regions)
 
 
 def _hidden_layer(block: Block, num_classes: int, hidden: int, regions: int) -> nn.Module:
-    shape = (block.channels, num_classes, block.channel_axis, _spatial(block))
-    return CosineGoodness(*shape, regions, hidden=hidden)
+    return CosineGoodness(
+        block.channels, num_classes, block.channel_axis, _spatial(block), regions, hidden=hidden
+    )
 
 
 def _spatial(block: Block) -> int:
@@ -79,6 +81,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
 
 EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
 
+# A word, and in brackets positive numbers with commas between them: "mlp(256, 4)".
 _NAME = re.compile(r"(\w+)(?:\(([1-9]\d*(?:, *[1-9]\d*)*)\))?")
 
 
@@ -98,7 +101,8 @@ def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
     given = [int(number) for number in brackets.split(",")] if brackets else []
     if len(given) > len(defaults):
         raise _unknown(goodness)
-    return name, (*given, *defaults[len(given) :])
+    left_out = defaults[len(given) :]
+    return name, (*given, *left_out)
 
 
 def _unknown(goodness: object) -> InputError:
@@ -110,7 +114,7 @@ def _unknown(goodness: object) -> InputError:
 
 
 def goodness_maker(options: Options) -> GoodnessMaker:
-    """Return what makes the head of a block.
+    """Return the callable that makes the head of a block.
 
     Raises:
         InputError: there is no such goodness, or it has no use for an option.
@@ -135,7 +139,11 @@ def goodness_maker(options: Options) -> GoodnessMaker:
 def _named(goodness: str) -> GoodnessMaker:
     name, numbers = parse_goodness(goodness)
     maker = GOODNESSES[name]
-    return lambda block, num_classes: maker(block, num_classes, *numbers)
+
+    def make(block: Block, num_classes: int) -> nn.Module:
+        return maker(block, num_classes, *numbers)
+
+    return make
 
 
 def make_head(options: Options, block: Block, num_classes: int) -> nn.Module:
@@ -165,6 +173,7 @@ def make_heads(plan: BlockPlan, root: nn.Module) -> list[nn.Module]:
     Raises:
         InputError: as `make_head`.
     """
+    # Integer parameters do not have the dtype of a model.
     like = next(p for p in root.parameters() if p.is_floating_point())
     heads = []
     for block in plan:

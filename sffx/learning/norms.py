@@ -1,6 +1,7 @@
-"""The norm between two blocks: what is done to a block's output before the next block reads it.
+"""The norm between two blocks. It normalises a block's output before the next block reads it.
 
-The layer norm takes the length of the output, which carries the goodness, from the next block.
+The layer norm removes the length of the output, which carries the goodness. So the next block does
+not see the goodness of the block before it.
 
 The contract of `norm=`: a callable `(block) -> nn.Module | None`. It is called for each feature
 block, and returns a new module, or None for no norm. `block` is the `sffx.blocks.Block` whose
@@ -10,7 +11,7 @@ The norm is moved to the device and the dtype of the model. Then
 
 - it is called as `norm(y)`; where `block.mask` is not empty, as `norm(y, mask)`;
 - y is the detached output of the block, and mask is as for heads (`sffx.learning.heads`);
-- it returns a value of the shape of y, and does not write on y;
+- it returns a value of the shape of y, and does not write to y;
 - it has no trainable parameters, since it is part of no block that could train them.
 """
 
@@ -49,25 +50,28 @@ class SampleNorm(nn.Module):
         if mask is not None:
             return self._over_tokens(y, mask.bool()[:, :, None])
         if torch.onnx.is_in_onnx_export():
-            return self._in_steps(y)
-        last = y.movedim(1, -1)
-        if torch.compiler.is_exporting() or y.is_contiguous() or not last.is_contiguous():
+            return self._in_onnx(y)
+        if torch.compiler.is_exporting() or not _is_channels_last(y):
             return F.layer_norm(y, y.shape[1:], eps=self.eps)
-        # The result does not depend on the order of the axes. A channels-last value is normalised
-        # without a copy, and stays channels-last.
-        return F.layer_norm(last, last.shape[1:], eps=self.eps).movedim(-1, 1)
+        # The result does not depend on the order of the axes. In the order of its memory, a
+        # channels-last value is normalised without a copy, and stays channels-last.
+        channels_at_end = y.movedim(1, -1)
+        normed = F.layer_norm(channels_at_end, channels_at_end.shape[1:], eps=self.eps)
+        return normed.movedim(-1, 1)
 
-    def _in_steps(self, y: Tensor) -> Tensor:
-        """Return the same for an ONNX file.
+    def _in_onnx(self, y: Tensor) -> Tensor:
+        """Return the same by single operations, for an ONNX file.
 
-        ONNX Runtime's own layer norm loses digits over as many values as an image's features have.
+        ONNX Runtime has a layer norm, but it loses digits when a sample has many values.
         """
         centred = y - _mean(y)
         return centred * torch.rsqrt(_mean(centred.square()) + self.eps)
 
     def _over_tokens(self, y: Tensor, real: Tensor) -> Tensor:
         wide = widened(y).masked_fill(~real, 0)
-        count = real.sum((1, 2), keepdim=True).clamp(min=1) * y.shape[2]
+        # A sample without a real token counts as having one, so that nothing is divided by zero.
+        tokens = real.sum((1, 2), keepdim=True).clamp(min=1)
+        count = tokens * y.shape[2]
         mean = wide.sum((1, 2), keepdim=True) / count
         centred = (wide - mean).masked_fill(~real, 0)
         variance = centred.square().sum((1, 2), keepdim=True) / count
@@ -75,6 +79,10 @@ class SampleNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+def _is_channels_last(y: Tensor) -> bool:
+    return y.movedim(1, -1).is_contiguous() and not y.is_contiguous()
 
 
 def _mean(y: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "none": _no_norm}
 
 
 def norm_maker(options: Options) -> NormMaker:
-    """Return what makes the norm behind a block.
+    """Return the callable that makes the norm behind a block.
 
     Raises:
         InputError: there is no such norm.

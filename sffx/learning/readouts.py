@@ -1,4 +1,4 @@
-"""The readout: what a cut model returns, from its blocks' goodness and its classifier's logits.
+"""The readout chooses what a cut model returns: the goodness of its blocks or the logits.
 
 Each readout is a function in the dict `READOUTS`. The cut model, evaluation, logs and exports use
 the same ones.
@@ -62,8 +62,8 @@ def cumulative(scores: Scores, weights: Weights = None) -> tuple[Tensor, ...]:
     return tuple(total / depth for depth, total in enumerate(sums, start=1))
 
 
-# Each function takes the scores, and the weights of the blocks, which "weighted" alone uses. An
-# exporter passes proxies in place of tensors, to trace the function: so it must not look at values.
+# Each function takes the scores and the weights of the blocks, which only "weighted" uses. It must
+# not look at values: to trace it, an exporter passes proxies in the place of tensors.
 READOUTS: dict[str, Callable[..., Any]] = {
     "ensemble": ensemble,
     "weighted": weighted,
@@ -79,12 +79,12 @@ MODES = ("ensemble", "weighted", "last", "classifier")
 
 
 def every_mode(scores: Scores, weights: Weights = None) -> dict[str, Tensor]:
-    """Return what each readout in `MODES` says, (B, J); "weighted" only where there are weights."""
-    found: dict[str, Tensor] = {}
-    for name in MODES:
-        if name != WEIGHTED or weights is not None:
-            found[name] = READOUTS[name](scores, weights)
-    return found
+    """Return the scores of each readout in `MODES`, (B, J), "weighted" only where weights exist."""
+    by_mode: dict[str, Tensor] = {}
+    for mode in MODES:
+        if mode != WEIGHTED or weights is not None:
+            by_mode[mode] = READOUTS[mode](scores, weights)
+    return by_mode
 
 
 def mean_goodness(goodness: Scores) -> Tensor:
@@ -95,7 +95,7 @@ def mean_goodness(goodness: Scores) -> Tensor:
 def mixture(goodness: Scores, weights: Sequence[float]) -> Tensor:
     """Return the logarithm of the weighted mean of the blocks' softmax, (B, J).
 
-    A block with a weight of 0 is not looked at, so that its goodness may be nan.
+    A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
 
     Args:
         goodness: of K blocks, (B, J) each.
@@ -131,13 +131,14 @@ def require_weights(weights: Weights) -> Sequence[float]:
 class Readout(nn.Module):
     """The last module of a cut model.
 
-    In train mode it returns all that is trained, (K + 1, B, J), the classifier's logits last; in
-    eval mode scores, (B, J), by the readout that `mode` names.
+    In train mode it returns all scores that are trained, (K + 1, B, J), with the classifier's
+    logits last. In eval mode it returns the scores, (B, J), of the readout that `mode` names.
 
     Attributes:
-        mode: a name in `MODES`: what eval mode returns.
-        weights: K numbers that sum to 1, or None where the blocks were not weighed. They are part
-            of the state dict once they are there. Loading them sets the mode "weighted".
+        mode: a name in `MODES`, the readout of eval mode.
+        weights: K numbers that sum to 1, or None where the blocks were not weighed. Once they are
+            set, they are part of the state dict. Loading them turns the mode "ensemble" into
+            "weighted".
     """
 
     def __init__(self) -> None:
@@ -173,12 +174,29 @@ class Readout(nn.Module):
         if self.weights is not None:
             destination[f"{prefix}weights"] = torch.tensor(self.weights, dtype=torch.float64)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Take over the weights of a state dict, and the mode that goes with them.
 
         The state dict of a model whose blocks were not weighed has none.
         """
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
         key = f"{prefix}weights"
         if key in state_dict:
             given = state_dict[key].double()
@@ -189,9 +207,10 @@ class Readout(nn.Module):
             self.weights = None
             if self._mode == WEIGHTED:
                 self._mode = "ensemble"
-        # The weights are no buffer, so torch takes their key for an unexpected one.
-        *_, unexpected, _ = args
-        unexpected[:] = [name for name in unexpected if name != key]
+        # The weights are no buffer, so torch has noted their key as unexpected. The caller reads
+        # this very list, so the key is removed in place.
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
 
     def extra_repr(self) -> str:
         return f"mode={self._mode!r}"

@@ -1,4 +1,4 @@
-"""Checkpoints: the one place that writes them and the one that reads them.
+"""Write and read checkpoints. No other module knows their format.
 
 A checkpoint is a mapping in a file of `torch.save`. Its entries are
 
@@ -7,7 +7,7 @@ A checkpoint is a mapping in a file of `torch.save`. Its entries are
 - "sffx_accuracy": the accuracy of each readout, as `sffx.evaluate(net, loader).accuracy`;
 - "sffx_cut": how the model was cut, as `net.plan.record()`; plain models have none;
 - "sffx_versions": the versions of sffx and of torch that wrote the file;
-- any other entry that the training wants to keep.
+- any other entry that the user wants to keep.
 
 The reader also accepts checkpoints of Lightning and files with nothing but a state dict.
 """

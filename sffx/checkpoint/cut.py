@@ -1,4 +1,4 @@
-"""How a model was cut: the record in a checkpoint, checked, and as arguments of `transform`."""
+"""The record of how a model was cut: check it, and turn it into arguments of `transform`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sffx.compiler.analyse import Analysis
 from sffx.compiler.policies import Cuts, Policy, named
 from sffx.errors import InputError
 
-# The options that a caller may give as a callable; then the record has its name only.
+# The options that may be a callable. The record then has only the name of the callable.
 CALLABLE_OPTIONS = ("goodness", "norm")
 
 
@@ -95,13 +95,17 @@ def recorded_options(cut: Mapping[str, Any]) -> dict[str, Any]:
         "kernel_size": cut["kernel_size"],
     }
     for name in CALLABLE_OPTIONS:
+        # The name of a callable is no argument: the user passes the callable again.
         if name not in cut["custom"]:
             options[name] = cut[name]
     return options
 
 
 def _recorded_policy(cut: Mapping[str, Any]) -> Policy:
-    """Return a policy that cuts where the model was cut, under the name of the one that chose."""
+    """Return a policy that cuts where the model was cut.
+
+    It has the name of the policy that chose these cuts, so that the new plan shows the same name.
+    """
     cuts = Cuts(tuple(cut["after"]))
 
     def policy(analysis: Analysis, options: Options) -> Cuts:

@@ -1,4 +1,4 @@
-"""The entries of a checkpoint: their names, what sffx writes there, and what is valid there."""
+"""The entries of a checkpoint: their names, the values that sffx writes, and their checks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
     Raises:
         InputError: an accuracy is no number between 0 and 1.
     """
-    content: dict[str, Any] = {VERSIONS_KEY: _versions()}
+    entries: dict[str, Any] = {VERSIONS_KEY: _versions()}
     if accuracy is not None:
         check_accuracy(accuracy)
-        content[ACCURACY_KEY] = {name: float(value) for name, value in accuracy.items()}
+        # A number of numpy would be a Python object in the file, which the loader refuses.
+        entries[ACCURACY_KEY] = {name: float(value) for name, value in accuracy.items()}
     if is_cut(net):
-        content[CUT_KEY] = plan_of(net).record()
-    return content
+        entries[CUT_KEY] = plan_of(net).record()
+    return entries
 
 
 def check_accuracy(accuracy: Any) -> None:

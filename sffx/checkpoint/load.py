@@ -25,11 +25,11 @@ from sffx.errors import InputError, in_brief
 from sffx.net import plan_of
 from sffx.parts import block_name
 
-# Where other training scripts keep the state dict; the first is Lightning's.
+# The entries in which other training scripts keep the state dict; the first is Lightning's.
 OTHER_STATE_KEYS = ("state_dict", "model_state_dict", "model")
 LIGHTNING_OPTIMIZERS_KEY = "optimizer_states"
 
-# The arguments of `transform` that a cut model cannot be made again without.
+# The arguments of `transform` that must be known to cut a model again as it was cut.
 REQUIRED_OPTIONS = ("policy", "example_input", "goodness", "norm")
 
 FIRST_BLOCK = f"{block_name(0)}."
@@ -37,11 +37,11 @@ FIRST_BLOCK = f"{block_name(0)}."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, on the CPU.
+    """The content of a checkpoint, on the CPU.
 
     Attributes:
         path: of the file.
-        state: the weights by the names that the trained model has for them; may be empty.
+        state: the weights, by their names in the trained model; may be empty.
         optimizer: the state dict of the optimizer, None if there is none.
         accuracy: of each readout, between 0 and 1; empty if none was saved.
         cut: how the model was cut, as `net.plan.record()`; None if the file has no record.
@@ -61,7 +61,7 @@ class Checkpoint:
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rates of the optimizer's groups that have a name, as a block's group has."""
+        """The learning rates of the optimizer's groups by name; `parameter_groups` names them."""
         if self.optimizer is None:
             return {}
         rates = {}
@@ -123,7 +123,7 @@ class Checkpoint:
             given: the options that the caller has.
 
         Returns:
-            What to pass, by the option's name.
+            A text that says what to pass, by the option's name.
         """
         available = {**self._recorded_options(), **given}
         names = [name for name in REQUIRED_OPTIONS if name not in available]
@@ -131,10 +131,15 @@ class Checkpoint:
 
     def _expected(self, option: str) -> str:
         """Return the name of the callable that the training used, "..." if it is not known."""
-        return "..." if self.cut is None else str(self.cut[option])
+        if self.cut is None:
+            return "..."
+        # A checked record lacks only callables, and it has their names.
+        return str(self.cut[option])
 
     def _recorded_options(self) -> dict[str, Any]:
-        return {} if self.cut is None else recorded_options(self.cut)
+        if self.cut is None:
+            return {}
+        return recorded_options(self.cut)
 
     def _refuse_for_whole(self, model: nn.Module | None, options: Mapping[str, Any]) -> None:
         unused = list(options) if model is None else ["model", *options]
@@ -200,21 +205,22 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Che
 
 
 def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
-    """Return a mapping's entries in their places, each checked.
+    """Return the checkpoint that a file's mapping holds, with its entries checked.
 
     Raises:
         InputError: an entry is wrong.
     """
-    rest = dict(content)
-    state = _take_state(rest)
-    optimizer = _take_optimizer(rest)
-    accuracy = rest.pop(ACCURACY_KEY, {})
+    # Each entry is taken out, so that the user's own entries are left over.
+    more = dict(content)
+    state = _take_state(more)
+    optimizer = _take_optimizer(more)
+    accuracy = more.pop(ACCURACY_KEY, {})
     check_accuracy(accuracy)
-    cut = rest.pop(CUT_KEY, None)
+    cut = more.pop(CUT_KEY, None)
     if cut is not None:
         check_cut(cut)
-    versions = rest.pop(VERSIONS_KEY, {})
-    return Checkpoint(path, state, optimizer, accuracy, cut, versions, rest)
+    versions = more.pop(VERSIONS_KEY, {})
+    return Checkpoint(path, state, optimizer, accuracy, cut, versions, more)
 
 
 def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:
@@ -231,24 +237,24 @@ def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the weights by the names that the cut model has for them.
+    """Return the weights by their names in the cut model, without the prefix of a wrapper.
 
     Lightning puts "net." before these names, and DistributedDataParallel "module.".
     """
-    prefix = _prefix(state)
+    prefix = _prefix_of_wrapper(state)
     if not prefix:
         return state
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
-def _prefix(names: Iterable[str]) -> str:
-    """Return what stands before the name of the first block in all names, "" if nothing does."""
+def _prefix_of_wrapper(names: Iterable[str]) -> str:
+    """Return the text that a wrapper put before all names, "" if there was no wrapper."""
     for name in names:
-        prefix, block, _ = name.partition(FIRST_BLOCK)
-        if block:
-            # A wrapper's prefix is before all names; a plain model may have a "block_0" anywhere.
-            is_wrapper = all(each.startswith(prefix) for each in names)
-            return prefix if is_wrapper else ""
+        before, first_block, _ = name.partition(FIRST_BLOCK)
+        if first_block:
+            # A plain model may have a "block_0" somewhere; only a wrapper's prefix is everywhere.
+            is_everywhere = all(each.startswith(before) for each in names)
+            return before if is_everywhere else ""
     return ""
 
 
@@ -256,7 +262,9 @@ def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
     """Remove the state of the optimizer from a checkpoint's content and return it."""
     optimizer = content.pop(OPTIMIZER_KEY, None)
     of_lightning = content.get(LIGHTNING_OPTIMIZERS_KEY)
-    if optimizer is None and isinstance(of_lightning, Sequence) and len(of_lightning) == 1:
+    # Lightning keeps a list. With several optimizers there is no telling which one is meant.
+    is_single = isinstance(of_lightning, Sequence) and len(of_lightning) == 1
+    if optimizer is None and is_single:
         optimizer = content.pop(LIGHTNING_OPTIMIZERS_KEY)[0]
     if optimizer is not None and not isinstance(optimizer, Mapping):
         raise InputError(
@@ -267,10 +275,10 @@ def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _as_cut(model: nn.Module) -> fx.GraphModule:
-    """Return a model that must be a cut one.
+    """Return a cut model as it is.
 
     Raises:
-        InputError: it is another.
+        InputError: it is no cut model.
     """
     plan_of(model)
     assert isinstance(model, fx.GraphModule)  # a model with a plan is one
@@ -278,7 +286,8 @@ def _as_cut(model: nn.Module) -> fx.GraphModule:
 
 
 def _first_mismatches(error: RuntimeError) -> str:
-    """Return the first names in a complaint of `load_state_dict`."""
-    # Its first line names the class alone, and the second lists what is missing or does not fit.
-    complaint = " ".join(str(error).splitlines()[1:2]).strip(" \t.")
-    return in_brief(complaint.split(", "), 3)
+    """Return the first names in an error of `load_state_dict`."""
+    # The first line of the error names the class only. The second line lists the names.
+    lines = str(error).splitlines()
+    names = "".join(lines[1:2]).strip(" \t.")
+    return in_brief(names.split(", "), 3)

@@ -11,7 +11,7 @@ import torch
 from sffx.errors import InputError
 from sffx.export.explain import first_line
 
-# How torch reports a file that it did not write, whatever the file holds.
+# Parts of torch's messages about a file that torch did not write.
 NOT_OF_TORCH = ("Unsupported operand", "invalid load key")
 
 
@@ -46,7 +46,9 @@ def _why_unreadable(error: Exception, trust: bool) -> str:
             f"cannot be loaded: {type(error).__name__}: {first_line(error)}. "
             "Hint: is the file whole, and did torch.save write it?"
         )
-    if trust or any(sign in str(error) for sign in NOT_OF_TORCH):
+    is_foreign = any(sign in str(error) for sign in NOT_OF_TORCH)
+    # A trusted file may hold Python objects, so these are not the reason.
+    if is_foreign or trust:
         return "is no checkpoint of torch"
     return (
         "holds Python objects, not weights alone, and loading it would run code that lies in it. "

@@ -52,7 +52,7 @@ def save_checkpoint(
     if optimizer is not None:
         content[OPTIMIZER_KEY] = optimizer.state_dict()
     content.update(more)
-    # To an open file, because torch does not explain a full disk when it opens the file itself.
+    # Torch gets an open file: when it opens the file itself, its error does not name a full disk.
     with writing(path) as draft, draft.open("wb") as file:
         torch.save(content, file)
     return Path(path)
@@ -65,6 +65,7 @@ def _unwrapped(net: nn.Module) -> nn.Module:
     """
     if isinstance(net, DistributedDataParallel):
         return _unwrapped(net.module)
+    # The attribute in which torch.compile keeps the module that it wraps.
     compiled_from: nn.Module = getattr(net, "_orig_mod", net)
     return compiled_from
 
@@ -73,7 +74,7 @@ def _check_further_entry(name: str, value: Any) -> None:
     """Raise an InputError if `load_checkpoint` could not read an entry."""
     if name in KEYS:
         raise InputError(f"save_checkpoint writes the entry {name!r} itself. Hint: rename yours")
-    # The loader's own rules decide, so the entry is saved and loaded once in memory.
+    # The rules of torch's loader decide, so the entry is saved and loaded once in memory.
     file = io.BytesIO()
     try:
         torch.save(value, file)

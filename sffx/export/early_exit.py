@@ -1,9 +1,9 @@
-"""Early exit: a sample stops at the first block that is sure of it.
+"""Early exit: a sample stops at the first block whose answer is confident.
 
-Local learning gives every block an answer of its own. The answer after a block is the mean of the
-goodness of the blocks up to it, the ensemble of section 4.3 cut short. Its confidence is the
-largest entry of that mean's softmax, as in the loss. Samples that reach the threshold leave the
-batch, so later blocks are not computed for them.
+With local learning, every block has an answer of its own. The answer after a block is the mean of
+the goodness of the blocks up to it: the ensemble of section 4.3, over fewer blocks. Its confidence
+is the largest entry of that mean's softmax. Samples that reach the threshold leave the batch, so
+later blocks are not computed for them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
 from sffx.tensors import copied
 
-NEVER = 2.0  # a threshold that no softmax reaches
+# A threshold that no confidence reaches, since a softmax is at most 1.
+NEVER = 2.0
 
-# How many quantiles of the confidences seen a curve has by default.
+# By default the thresholds of a curve are so many quantiles of the confidences that occur.
 CURVE_POINTS = 41
 
 
@@ -164,7 +165,7 @@ class EarlyExit:
 
     @torch.no_grad()
     def __call__(self, x: Any) -> EarlyScores:
-        """Run the blocks on a batch, each on the samples that the blocks before were not sure of.
+        """Run the blocks on a batch, each on the samples that have not left yet.
 
         Args:
             x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments if the
@@ -177,25 +178,29 @@ class EarlyExit:
         samples = batch_size(values)
         blocks = torch.zeros(samples, dtype=torch.int64)
         scores: Tensor | None = None
-        rows = torch.arange(samples)  # of the samples that are still in the batch
-        goodness: list[Tensor] = []  # of those samples, after each block so far
+        # Indices in x of the samples that are still in the batch, on the CPU.
+        remaining = torch.arange(samples)
+        # The goodness of these samples, one tensor for each block so far.
+        goodness: list[Tensor] = []
         for depth, new_goodness in enumerate(self._goodness(values), start=1):
             goodness.append(new_goodness)
             mean = mean_goodness(goodness)
             if scores is None:
+                # Before the first block has run, the number of classes and the dtype are not known.
                 scores = torch.zeros_like(mean)
-            leaving = _confidence(mean) >= self.threshold
+            leaves = _confidence(mean) >= self.threshold
             if depth == len(self.stages):
-                leaving[:] = True
-            left = rows[leaving.cpu()]
-            scores[left.to(scores.device)] = mean[leaving]
-            blocks[left] = depth
-            if leaving.all():
+                leaves[:] = True
+            leaving = remaining[leaves.cpu()]
+            scores[leaving.to(scores.device)] = mean[leaves]
+            blocks[leaving] = depth
+            if leaves.all():
                 break
-            if leaving.any():
-                rows = rows[~leaving.cpu()]
-                goodness = [each[~leaving] for each in goodness]
-                self._keep_rows(~leaving, values)
+            if leaves.any():
+                stays = ~leaves
+                remaining = remaining[stays.cpu()]
+                goodness = [each[stays] for each in goodness]
+                self._keep_rows(stays, values)
         assert scores is not None  # a plan has at least one block
         return EarlyScores(scores, blocks, self._mean_macs(blocks))
 
@@ -227,9 +232,10 @@ class EarlyExit:
         if thresholds is None:
             shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
             thresholds = confidence.double().flatten().quantile(shares).tolist()
-        levels = sorted({float(level) for level in thresholds if 0 < level <= 1})
-        points = tuple(self._point(level, confidence, correct) for level in (*levels, NEVER))
-        return ExitCurve(points, len(confidence))
+        levels = {float(threshold) for threshold in thresholds if 0 < threshold <= 1}
+        points = [self._point(level, confidence, correct) for level in sorted(levels)]
+        points.append(self._point(NEVER, confidence, correct))
+        return ExitCurve(tuple(points), len(confidence))
 
     def calibrate(self, loader: Iterable[Any], accuracy: float | None = None) -> ExitPoint:
         """Set the threshold that reaches an accuracy with the fewest multiply-adds.
@@ -262,33 +268,39 @@ class EarlyExit:
         """Run one stage after the other and yield each one's goodness.
 
         The values that no later stage reads are removed. Before the next stage runs, the caller
-        may thin out the others.
+        may remove samples from the other values.
         """
         last_reader: dict[str, int] = {}
-        for i, stage in enumerate(self.stages):
-            last_reader.update(dict.fromkeys(stage.inputs, i))
-        for i, (_, goodness) in enumerate(walk_attached(self.stages, values)):
+        for index, stage in enumerate(self.stages):
+            for name in stage.inputs:
+                last_reader[name] = index
+        for index, (_, goodness) in enumerate(walk_attached(self.stages, values)):
             for name in list(values):
-                if last_reader.get(name, 0) <= i:
+                # A value without a reader goes after the first stage.
+                if last_reader.get(name, 0) <= index:
                     del values[name]
             yield goodness
 
-    def _keep_rows(self, kept: Tensor, values: dict[str, Any]) -> None:
-        """Remove the samples that have left from the values, given which ones stay, (B,)."""
+    def _keep_rows(self, stays: Tensor, values: dict[str, Any]) -> None:
+        """Remove samples from the values, given for each sample whether it stays, (B,)."""
+
+        def kept_rows(tensor: Tensor) -> Tensor:
+            return tensor[stays.to(tensor.device)]
+
         for name in self.batched & values.keys():
-            values[name] = tree_map_only(
-                Tensor, lambda tensor: tensor[kept.to(tensor.device)], values[name]
-            )
+            values[name] = tree_map_only(Tensor, kept_rows, values[name])
 
     def _mean_macs(self, blocks: Tensor) -> float:
-        """Return the mean multiply-adds of samples that went through so many blocks, (B,)."""
+        """Return the mean multiply-adds, given how many blocks each sample went through, (B,)."""
         if not len(blocks):
             return 0.0
+        # At index k, the multiply-adds of the first k blocks.
         totals = accumulate((stage.macs for stage in self.stages), initial=0)
-        return float(torch.tensor(list(totals), dtype=torch.float64)[blocks].mean())
+        of_depth = torch.tensor(list(totals), dtype=torch.float64)
+        return float(of_depth[blocks].mean())
 
     def _judged(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Return, after each block, the confidence and whether the answer is right, (N, K) each."""
+        """Return the confidence after each block and whether its answer is right, (N, K) each."""
         confidence = []
         correct = []
         for batch in loader:
@@ -303,9 +315,11 @@ class EarlyExit:
 
     def _point(self, threshold: float, confidence: Tensor, correct: Tensor) -> ExitPoint:
         """Return the point of the curve, given what `_judged` returns."""
-        sure = confidence >= threshold
-        sure[:, -1] = True  # after the last block every sample leaves
-        exits = sure.int().argmax(dim=1)
+        is_confident = confidence >= threshold
+        # After the last block every sample leaves.
+        is_confident[:, -1] = True
+        # The first maximum: the first block that is confident.
+        exits = is_confident.int().argmax(dim=1)
         accuracy = correct.gather(1, exits[:, None]).double().mean()
         blocks = exits + 1
         mean_blocks = blocks.double().mean()

@@ -1,4 +1,4 @@
-"""What an exporter is given: a copy of the model for inference, with what one readout needs."""
+"""Prepare a model for an exporter: a copy for inference, with only the parts a readout needs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
 def reduce_to_readout(model: fx.GraphModule, readout: str) -> None:
     """Remove the parts of a cut model that a readout does not need.
 
-    The functions of the readout become part of the graph, in the place of the readout module.
+    The operations of the readout become nodes of the graph, in the place of the readout module.
 
     Args:
         model: to alter, in eval mode.
@@ -62,12 +62,13 @@ def reduce_to_readout(model: fx.GraphModule, readout: str) -> None:
     """
     output = next(node for node in model.graph.nodes if node.op == "output")
     readout_call: Any = output.args[0]
+    # An operation on a proxy is not computed, but added to the graph as a node.
     tracer = fx.proxy.GraphAppendingTracer(model.graph)
     scores = [fx.Proxy(node, tracer) for node in readout_call.args[0]]
     with model.graph.inserting_before(output):
         answer = READOUTS[readout](scores, readout_of(model).weights)
     output.args = (fx.node.map_aggregate(answer, _node_of),)
-    # Whatever the answer does not depend on is dead code now: heads, or the classifier.
+    # Parts that the answer does not depend on are dead code now: heads, or the classifier.
     model.graph.eliminate_dead_code()
     model.delete_all_unused_submodules()
     model.recompile()

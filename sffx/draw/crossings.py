@@ -27,9 +27,14 @@ class Crossing:
     detached: bool
 
     @property
+    def is_from_outside(self) -> bool:
+        """Whether no block computes the values, as for an input of the model."""
+        return self.stage < 0
+
+    @property
     def kind(self) -> str:
         """The class of its edges: "input", "side" or "side detached"."""
-        if self.stage < 0:
+        if self.is_from_outside:
             return "input"
         return "side detached" if self.detached else "side"
 
@@ -37,8 +42,10 @@ class Crossing:
 def crossings(plan: BlockPlan) -> list[Crossing]:
     """Return the side values that cross a cut, and the values that come from outside the blocks."""
     groups: dict[Crossing, list[str]] = {}
-    # A dict keeps the order in which the blocks read the values, and each of them once.
-    read = dict.fromkeys(name for block in plan.all_blocks for name in block.inputs)
+    # A dict has each value once, in the order in which the blocks read them.
+    read: dict[str, None] = {}
+    for block in plan.all_blocks:
+        read.update(dict.fromkeys(block.inputs))
     for name in read:
         key = _crossing(name, plan)
         if key.readers:
@@ -50,7 +57,10 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
 
 
 def _crossing(name: str, plan: BlockPlan) -> Crossing:
-    """Return the way of a value, without its name, so that values with the same way are equal."""
+    """Return the crossing of one value, without the value's name.
+
+    So values with the same source and the same readers have equal crossings.
+    """
     stage = _stage_of(name, plan)
     readers = []
     for index, block in enumerate(plan.all_blocks):

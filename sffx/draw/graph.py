@@ -43,7 +43,7 @@ from sffx.parts import head_name, index_of
 if TYPE_CHECKING:
     from graphviz import Digraph
 
-# Boxes in one column. A taller plan is set in several columns, from left to right.
+# The most boxes in one column. A taller plan has several columns, from left to right.
 ROWS = 14
 # In a plan of more blocks than this, blocks in a row that look alike are one box.
 FEW = 8
@@ -58,7 +58,8 @@ HEAD_EDGE = {"class": "head", "color": BLUE}
 OUTSIDE = {"class": "input", "fillcolor": "white", "color": INK}
 RAIL = {"class": "rail", "color": GREY}
 CUT = {"class": "cut", "color": RED, "style": "dashed", "penwidth": "1.6"}
-# The sign at the end of a column, where a cut leads to the next one, or at the top of that.
+# A sign where a cut leads from one column to the next: "to block_9" at the end of the first column,
+# "from block_8" at the top of the second.
 TURN = {"class": "turn", "fontcolor": RED, "fontsize": "9", **PLAIN_TEXT}
 CUT_FROM_TURN = {**CUT, "class": "cut turn"}
 INVISIBLE = {"style": "invis"}
@@ -94,7 +95,7 @@ def block_graph(
         plan: of the model, as `sffx.plan` returns it.
         unfold: whether blocks in a row that look alike are drawn one by one. By default they are
             one box in a plan of more than a few blocks.
-        progress: of a training, by which the blocks are coloured; then no block is folded.
+        progress: of a training. It gives the blocks their colours, and then no block is folded.
 
     Raises:
         MissingExtra: the package graphviz is not installed.
@@ -182,9 +183,9 @@ def add_sign_from(graph: Digraph, block: Block) -> None:
 def order_columns(graph: Digraph, tops: Sequence[str]) -> None:
     """Set columns from left to right.
 
-    Graphviz orders columns that nothing holds as it likes, from right to left in old versions. So
-    an invisible row of anchors stands above them, in order, each with an edge to its column: these
-    edges cross unless the columns are in the order of the anchors.
+    Without a constraint, Graphviz chooses the order itself; old versions go from right to left. So
+    an invisible row of anchors stands above the columns. Each anchor has an edge to its column.
+    Graphviz avoids crossing edges, so the columns come in the order of the anchors.
 
     Args:
         graph: to add the anchors to.
@@ -204,13 +205,14 @@ def order_columns(graph: Digraph, tops: Sequence[str]) -> None:
 
 
 def literal(text: str) -> str:
-    """Return any text as the value of an attribute that means itself, with no markup in it."""
+    """Return a text as the value of an attribute. Graphviz reads no markup in it."""
     from graphviz import escape
 
     return escape(printable(text))
 
 
 def _rows(plan: BlockPlan) -> int:
+    """Return how many rows the columns have, so that all columns are about equally tall."""
     blocks = len(plan.all_blocks)
     columns = math.ceil(blocks / ROWS)
     return math.ceil(blocks / columns)
@@ -220,7 +222,7 @@ def _kinds(plan: BlockPlan, crossed: Sequence[Crossing], railed: Collection[Cros
     """Return what the drawing contains besides blocks and cuts, by the kinds of the legend."""
     kinds = set()
     for crossing in crossed:
-        if crossing.stage >= 0:
+        if not crossing.is_from_outside:
             kinds.add("detached" if crossing.detached else "side")
     if railed:
         kinds.add("rail")
@@ -232,16 +234,21 @@ def _kinds(plan: BlockPlan, crossed: Sequence[Crossing], railed: Collection[Cros
 
 
 def _railed(crossed: Sequence[Crossing]) -> list[Crossing]:
-    """Return the values that would be too many edges, from one value or into one block."""
+    """Return the crossings that are drawn at the rail, because their edges would be too many.
+
+    There may be too many from one value, or too many into one block.
+    """
     edges_into: Counter[int] = Counter()
     for crossing in crossed:
-        if crossing.stage >= 0 and len(crossing.readers) <= EDGES:
+        # Values with many readers go to the rail anyway, so they give a block no edge.
+        if not crossing.is_from_outside and len(crossing.readers) <= EDGES:
             edges_into.update(crossing.readers)
     crowded = {reader for reader, edges in edges_into.items() if edges > EDGES}
     railed = []
     for crossing in crossed:
         has_many_readers = len(crossing.readers) > EDGES
-        is_crowded = crossing.stage >= 0 and not crowded.isdisjoint(crossing.readers)
+        reads_crowded = not crowded.isdisjoint(crossing.readers)
+        is_crowded = reads_crowded and not crossing.is_from_outside
         if has_many_readers or is_crowded:
             railed.append(crossing)
     return railed
@@ -271,7 +278,9 @@ def _add_blocks(graph: Digraph, columns: Columns, progress: Progress | None) -> 
 def _align_rows(graph: Digraph, columns: Columns) -> None:
     """Set the boxes of each row beside each other, where there are several columns."""
     blocks = columns.plan.all_blocks
-    for first in range(min(columns.rows, len(blocks) - columns.rows)):
+    # A row with a box in the first column only has nothing beside it.
+    in_other_columns = len(blocks) - columns.rows
+    for first in range(min(columns.rows, in_other_columns)):
         with graph.subgraph() as row:
             row.attr(rank="same")
             for block in blocks[first :: columns.rows]:
@@ -293,7 +302,7 @@ def _add_cuts(graph: Digraph, columns: Columns) -> None:
 
 
 def _tops(columns: Columns) -> list[str]:
-    """Return the node at the top of each column: the first block, then signs of turns."""
+    """Return the node at the top of each column: the first block, then the "from" signs."""
     blocks = columns.plan.all_blocks
     tops = [blocks[0].target]
     for first in range(columns.rows, len(blocks), columns.rows):
@@ -306,10 +315,10 @@ def _add_edges(graph: Digraph, crossing: Crossing, columns: Columns) -> None:
     names = edge_label(_value_names(crossing), _colour(crossing))
     for reader in crossing.readers:
         style = _edge_style(crossing)
-        # The edge from an input to the first block needs no name: the input bears it.
-        if crossing.stage >= 0 or reader > 0:
+        # The edge from an input to the first block needs no name: the box of the input has it.
+        if not crossing.is_from_outside or reader > 0:
             style["label"] = names
-        if crossing.stage >= 0 and columns.of(crossing.stage) != columns.of(reader):
+        if not crossing.is_from_outside and columns.of(crossing.stage) != columns.of(reader):
             # Across columns an edge may lead upwards, so it must not push its reader down.
             style["constraint"] = "false"
         graph.edge(crossing.source, columns.plan.all_blocks[reader].target, **style)
@@ -317,11 +326,16 @@ def _add_edges(graph: Digraph, crossing: Crossing, columns: Columns) -> None:
 
 def _add_rail(graph: Digraph, railed: Sequence[Crossing], columns: Columns) -> None:
     """Add a line along each column, with a stop beside each block that gives or reads a value."""
-    stops = sorted({index for each in railed for index in (each.stage, *each.readers)} - {-1})
+    with_stop: set[int] = set()
+    for crossing in railed:
+        with_stop.update(crossing.readers)
+        if not crossing.is_from_outside:
+            with_stop.add(crossing.stage)
+    stops = sorted(with_stop)
     for stop in stops:
         _add_stop(graph, stop, railed, columns.plan)
     for crossing in railed:
-        if crossing.stage < 0:
+        if crossing.is_from_outside:
             graph.edge(crossing.source, f"stop_{crossing.readers[0]}", **_edge_style(crossing))
     for stop, following in itertools.pairwise(stops):
         if columns.of(stop) == columns.of(following):
@@ -329,7 +343,7 @@ def _add_rail(graph: Digraph, railed: Sequence[Crossing], columns: Columns) -> N
 
 
 def _add_stop(graph: Digraph, stop: int, railed: Sequence[Crossing], plan: BlockPlan) -> None:
-    """Add the place at the rail that names what a block gives to it and reads from it."""
+    """Add a stop: the names of the values that a block gives to the rail and reads from it."""
     given = []
     read = []
     for crossing in railed:
@@ -341,8 +355,8 @@ def _add_stop(graph: Digraph, stop: int, railed: Sequence[Crossing], plan: Block
     node = f"stop_{stop}"
     label = stop_label([*given, *read])
     graph.node(node, label=label, **{"class": "stop"}, **PLAIN_TEXT)
-    # Graphviz sets the tail of an edge in a row to the left, and the rail is at the left of the
-    # blocks. So an edge for what a block gives runs backwards.
+    # The rail is at the left of the blocks, and Graphviz sets the tail of an edge to the left. So
+    # each edge starts at the rail, and has its arrow at the tail if the block gives a value.
     direction = "back" if given else "forward"
     if given and read:
         direction = "both"
@@ -357,7 +371,7 @@ def _value_names(crossing: Crossing) -> list[str]:
 
 
 def _colour(crossing: Crossing) -> str:
-    if crossing.stage < 0:
+    if crossing.is_from_outside:
         return INK
     return RED if crossing.detached else GREY
 

@@ -1,4 +1,4 @@
-"""The labels of a drawing: what stands in the title, in boxes, on edges and in the footer."""
+"""The labels of a drawing: the texts in its title, in boxes, on edges and in the footer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sffx.draw.words import (
 )
 from sffx.parts import index_of
 
-# A box names so many modules in so many lines, and an edge so many values.
+# A box names at most so many modules, in at most so many lines. An edge names so many values.
 MODULES_SHOWN = 8
 MODULE_LINES = 2
 VALUES_SHOWN = 4
@@ -45,7 +45,10 @@ SMALL = 9
 
 def title_label(plan: BlockPlan, progress: Progress | None = None) -> str:
     """Return the heading: the model, the policy, the total costs, and the accuracy of the net."""
-    rows = [line(text(heading(plan), size=16, bold=True)), line(text(plan_facts(plan), FAINT))]
+    rows = [
+        line(text(heading(plan), size=16, bold=True)),
+        line(text(plan_facts(plan), FAINT)),
+    ]
     if progress is not None:
         rows.append(line(text(progress.summary(), FAINT)))
     return rows_label([*rows, _gap()])
@@ -54,7 +57,11 @@ def title_label(plan: BlockPlan, progress: Progress | None = None) -> str:
 def input_label(value: Input) -> str:
     """Return the name of a model input, the shape of one sample, and its dtype."""
     kind = f"{shape_in_words(value.shape)} {value.dtype}"
-    return rows_label([line(text(value.name, size=11, bold=True)), line(text(kind, FAINT, SMALL))])
+    rows = [
+        line(text(value.name, size=11, bold=True)),
+        line(text(kind, FAINT, SMALL)),
+    ]
+    return rows_label(rows)
 
 
 def block_label(
@@ -66,11 +73,12 @@ def block_label(
         block: of the plan. It is named with its target, its shape and its costs.
         leaves: its modules that were not traced.
         progress: of its training; None shows none.
-        contents: whether its modules and joins are named, which is needless where they are drawn.
+        contents: whether its modules and joins are named. Where they are drawn, they need no names.
     """
     rows = [_name_row(block)]
     if contents:
-        rows += [line(text(modules, FAINT, SMALL), span=2) for modules in _module_lines(block)]
+        for modules in _module_lines(block):
+            rows.append(line(text(modules, FAINT, SMALL), span=2))
         joins = joins_in_words(block)
         if joins:
             rows.append(line(text(f"inside: {joins}", TEAL, SMALL), span=2))
@@ -86,10 +94,10 @@ def block_label(
 
 def head_label(block: Block, plan: BlockPlan) -> str:
     """Return the label of the head beside a block: the classes, and how it computes goodness."""
-    rows = [text("goodness", BLUE, bold=True)]
+    rows = [line(text("goodness", BLUE, bold=True))]
     for words in (f"{plan.num_classes} classes", *_head_kind(block, plan)):
-        rows.append(text(words, BLUE, SMALL))
-    return rows_label([line(content) for content in rows])
+        rows.append(line(text(words, BLUE, SMALL)))
+    return rows_label(rows)
 
 
 def edge_label(names: Sequence[str], colour: str) -> str:
@@ -103,9 +111,13 @@ def edge_label(names: Sequence[str], colour: str) -> str:
 
 def stop_label(names: Sequence[tuple[str, str]]) -> str:
     """Return the values that a block takes from its rail or gives to it, each with its colour."""
-    colours = dict(names)
-    shown = _first_names([name for name, _ in names])
-    return rows_label([line(text(name, colours.get(name, FAINT), SMALL)) for name in shown])
+    colour_of = dict(names)
+    rows = []
+    for name in _first_names([name for name, _ in names]):
+        # "… 3 more" is no name, so it has no colour of its own.
+        colour = colour_of.get(name, FAINT)
+        rows.append(line(text(name, colour, SMALL)))
+    return rows_label(rows)
 
 
 def footer_label(plan: BlockPlan, kinds: Collection[str], progress: Progress | None = None) -> str:
@@ -158,6 +170,7 @@ def _progress_row(target: str, progress: Progress) -> Element:
 
 
 def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
+    """Return words on how a head computes the goodness, one text a line, or none."""
     options = plan.options
     if not isinstance(options.goodness, str):
         return [option_name(options.goodness)]
@@ -205,6 +218,7 @@ def _mark_cell(mark: str, colour: str) -> Element:
 
 
 def _paragraph(mark: str, colour: str, words: str) -> list[Element]:
+    """Return a long text in several rows, with a mark before the first one."""
     lines = textwrap.wrap(words, NOTE_WIDTH) or [" "]
     # Graphviz breaks no lines in a cell, so each line is a row, and the first bears the mark.
     marks = [mark] + [" "] * (len(lines) - 1)
@@ -212,7 +226,7 @@ def _paragraph(mark: str, colour: str, words: str) -> list[Element]:
 
 
 def _module_lines(block: Block) -> list[str]:
-    """Return the modules of a block, as deep as there is room for.
+    """Return the lines that name the modules of a block, as deep as there is room for.
 
     For example "conv1 · relu ×2", or "mlp (5)" for a module with five leaves.
     """
@@ -220,42 +234,47 @@ def _module_lines(block: Block) -> list[str]:
     for qualname in block.modules:
         if qualname != block.name:
             paths.append(relative(qualname, block).split("."))
-    depth = max(map(len, paths), default=0)
+    deepest = max(map(len, paths), default=0)
     items: list[str] = []
-    # The deepest names that fit say most, so the depth shrinks until they do.
-    for level in range(depth, 0, -1):
-        items = _modules_at(level, paths)
-        if len(items) <= MODULES_SHOWN and len(_lines(items)) <= MODULE_LINES:
-            return _lines(items)
+    # Deeper names say more but need more room. So the depth shrinks until the names fit.
+    for depth in range(deepest, 0, -1):
+        items = _modules_at(depth, paths)
+        lines = _lines(items)
+        if len(items) <= MODULES_SHOWN and len(lines) <= MODULE_LINES:
+            return lines
     if len(items) > MODULES_SHOWN:
-        # The first and the last show how the block begins and ends.
+        # The first and the last modules show how the block begins and ends.
         items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
     return _lines(items)
 
 
 def _modules_at(depth: int, paths: Sequence[Sequence[str]]) -> list[str]:
     """Return the modules down to a depth, each with the number of its leaves or of its calls."""
-    groups: dict[str, list[str]] = {}
+    calls_by_module: dict[str, list[str]] = {}
     for path in paths:
-        groups.setdefault(".".join(path[:depth]), []).append(".".join(path))
+        module = ".".join(path[:depth])
+        leaf = ".".join(path)
+        calls_by_module.setdefault(module, []).append(leaf)
     items = []
-    for name, leaves in groups.items():
-        different = len(set(leaves))
-        if different > 1:
-            items.append(f"{shorten(name, MODULE_WIDTH)} ({different})")
-        elif len(leaves) > 1:
-            items.append(f"{shorten(leaves[0], MODULE_WIDTH)} ×{len(leaves)}")
+    for module, calls in calls_by_module.items():
+        leaves = len(set(calls))
+        if leaves > 1:
+            items.append(f"{shorten(module, MODULE_WIDTH)} ({leaves})")
+        elif len(calls) > 1:
+            items.append(f"{shorten(calls[0], MODULE_WIDTH)} ×{len(calls)}")
         else:
-            items.append(shorten(leaves[0], MODULE_WIDTH))
+            items.append(shorten(calls[0], MODULE_WIDTH))
     return items
 
 
 def _lines(items: Sequence[str]) -> list[str]:
+    """Return items joined by " · " and broken into lines."""
     # Not textwrap: it would break inside "relu ×2".
     lines: list[str] = []
     for item in items:
-        if lines and len(lines[-1]) + len(item) + 3 <= LINE_WIDTH:
-            lines[-1] += f" · {item}"
+        joined = f"{lines[-1]} · {item}" if lines else ""
+        if joined and len(joined) <= LINE_WIDTH:
+            lines[-1] = joined
         else:
             lines.append(item)
     return lines

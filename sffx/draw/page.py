@@ -273,7 +273,7 @@ def _lines(plan: BlockPlan, crossed: Sequence[Crossing]) -> Iterator[Line]:
         names = ", ".join(crossing.names)
         for reader in crossing.readers:
             # The arrow from the inputs to the first block is there anyway.
-            if crossing.stage >= 0 or reader > 0:
+            if not crossing.is_from_outside or reader > 0:
                 yield Line(crossing.kind, crossing.source, blocks[reader].target, lane, names)
 
 
@@ -368,7 +368,8 @@ def _remarks(
         kind = "remark detached" if crossing.detached else "remark"
         if crossing.stage == index:
             yield Words(f"gives {names}{' (detached)' if crossing.detached else ''}", kind)
-        if index in crossing.readers and (crossing.stage >= 0 or index > 0):
+        is_named = not crossing.is_from_outside or index > 0
+        if is_named and index in crossing.readers:
             yield Words(f"reads {names}", kind)
     joins = joins_in_words(block)
     if joins:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 Pairs = Sequence[tuple[str, float]]
 
 PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
-# The scores of the last block are that block's own line.
+# This readout is the last block itself, which has a line already.
 NOT_DRAWN = "last"
-# Colours of readouts of the whole net, whose lines are dashed. Blocks have the colours of a scale.
+# The colours of readouts of the whole net. Their lines are dashed. Blocks have colours by depth.
 WHOLE = {"ensemble": "#000000", "weighted": "#0072b2", "classifier": "#d55e00", "model": "#000000"}
 OTHER = "#5f6b7a"
-# Of more blocks than this the legend names the first, the middle and the last.
+# With more blocks than this, the legend names only the first, the middle and the last one.
 BLOCKS_NAMED = 16
-# Of more blocks than this not every one has a tick.
+# An axis has at most so many ticks.
 TICKS = 20
 
 HINT = "Hint: pass {'SFF': sffx.evaluate(net, loader)}"
@@ -41,9 +41,10 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     The blocks of a method are a line; the readouts of the whole net stand beside it.
 
     Args:
-        evaluations: for each method's name what `sffx.evaluate` returned, or a mapping or pairs of
-            readouts and their accuracies between 0 and 1. Names such as "block_3" are blocks; all
-            others ("ensemble", "classifier") stand apart. Methods need not have the same readouts.
+        evaluations: an evaluation for each method's name. It is the result of `sffx.evaluate`, or
+            accuracies between 0 and 1 by readout, as a mapping or as pairs. Names such as "block_3"
+            are blocks; all others ("ensemble", "classifier") stand apart. Methods need not have the
+            same readouts.
         path: of the file, .svg, .png or .pdf.
 
     Returns:
@@ -61,7 +62,9 @@ def plot_accuracy(evaluations: Mapping[str, Any], path: str | os.PathLike[str]) 
     methods = {method: _pairs(evaluation) for method, evaluation in evaluations.items()}
     _check(methods)
 
-    readouts = [readout for pairs in methods.values() for readout, _ in pairs]
+    readouts: list[str] = []
+    for pairs in methods.values():
+        readouts += [readout for readout, _ in pairs]
     blocks, others = _parted(readouts)
     panels = []
     widths = []
@@ -167,11 +170,17 @@ def _draw_panel(axes: Axes, names: Sequence[str], methods: Mapping[str, Pairs]) 
     for index, pairs in enumerate(methods.values()):
         shift = 0.0
         if not has_blocks:
-            # Methods stand side by side, so that equal accuracies do not hide each other.
-            shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+            # Methods stand side by side, so that equal accuracies do not hide each other. They
+            # share 0.7 of the width of a readout, with its centre in the middle.
+            place = (index + 0.5) / len(methods)
+            shift = 0.7 * (place - 0.5)
         accuracies = dict(pairs)
-        xs = [at + shift for at, name in enumerate(names) if name in accuracies]
-        ys = [accuracies[name] for name in names if name in accuracies]
+        xs = []
+        ys = []
+        for position, name in enumerate(names):
+            if name in accuracies:
+                xs.append(position + shift)
+                ys.append(accuracies[name])
         axes.plot(xs, ys, linestyle="-" if has_blocks else "", **_method_style(index))
         if not has_blocks:
             _write_figures(axes, xs, ys)
@@ -230,22 +239,29 @@ def _draw_curves(axes: Axes, kind: str, names: Sequence[str], trained: Sequence[
 
     marker = "." if len(trained) < 30 else ""
     for name in names:
-        logged = [epoch for epoch in trained if name in getattr(epoch, kind)]
-        xs = [epoch.number + 1 for epoch in logged]
-        ys = [getattr(epoch, kind)[name] for epoch in logged]
+        xs = []
+        ys = []
+        for epoch in trained:
+            values = getattr(epoch, kind)
+            if name in values:
+                xs.append(epoch.number + 1)
+                ys.append(values[name])
         axes.plot(xs, ys, marker=marker, **_curve_style(name, names))
     axes.set_xlabel("epoch")
     axes.set_ylabel(PANELS[kind])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "accuracy":
         in_percent(axes)
-    elif _spans_decades([value for epoch in trained for value in getattr(epoch, kind).values()]):
+    elif _spans_a_decade(kind, trained):
         axes.set_yscale("log")
     open_frame(axes)
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
-    """Return whether small values could not be told from each other on a linear axis."""
+def _spans_a_decade(kind: str, trained: Sequence[Epoch]) -> bool:
+    """Return whether the smallest values would look alike on a linear axis."""
+    values: list[float] = []
+    for epoch in trained:
+        values += getattr(epoch, kind).values()
     return min(values, default=0) > 0 and max(values) >= 10 * min(values)
 
 

@@ -164,9 +164,9 @@ class Copier:
 class StreamCopier(Copier):
     """Copies on two CUDA streams of its own, one for each direction, beside the computation.
 
-    Torch's caching allocator has a part for each stream. Blocks are loaded into memory of the inward
-    stream's part. `record_stream` tells the allocator which other stream uses this memory. The
-    allocator does not give it out again before that stream is done.
+    Torch's caching allocator has a part for each stream. Blocks are loaded into memory of the part
+    of the inward stream. `record_stream` tells the allocator which other stream uses this memory.
+    The allocator does not give it out again before that stream is done.
     """
 
     pins = True
@@ -364,9 +364,9 @@ class Offloading(Residency):
         """Store the block that is on the device in host memory.
 
         Args:
-            changed: whether the parameters may have changed. If not, they are not copied, since host
-                memory still has them. Buffers are copied always: a forward pass changes running
-                statistics.
+            changed: whether the parameters may have changed. If not, they are not copied, since
+                host memory still has them. Buffers are copied always: a forward pass changes
+                running statistics.
         """
         load = self.loaded
         self.loaded = None
@@ -392,7 +392,7 @@ class Offloading(Residency):
     def _host_memory(
         self, load: Load, leaving: list[Tensor], freed: Storages, reusable: set[int]
     ) -> Storages:
-        """Return host memory for each storage that leaves: the memory it came from, or new memory."""
+        """Return host memory for each storage that leaves: where it came from, or new memory."""
         host = {key: load.host[key] for key in reusable}
         for tensor in leaving:
             key = storage_key(tensor)

@@ -1,4 +1,4 @@
-"""The block plan: where a model is cut, and everything that the rewrite and the drawing need."""
+"""The block plan: where a model is cut, and all facts that the rewrite and the drawing need."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Node:
         reads: names of the values that it reads, of this block or from outside.
         is_path: whether its value is one that the block learns from: a float tensor that depends
             on an input and on a parameter.
-        join: how paths meet in it, "sum", "cat", "product" or "other"; "" where none do.
+        join: how paths meet in it, "sum", "cat", "product" or "other"; "" where no paths meet.
         paths: for each path that meets there, the number of layers with parameters on it since the
             paths parted.
     """
@@ -125,13 +125,13 @@ class Block:
         parameters: names of its parameters in the original model.
         num_parameters: the number of scalars in them.
         macs: multiply-adds for one sample.
-        activation_bytes: what its backward pass would keep for one sample, as the model is
-            written: without a head, and before the memory-saving rewrites. `sffx.footprint`
+        activation_bytes: the bytes that the original model would keep for its backward pass, for
+            one sample. Heads and memory-saving rewrites do not count here. `sffx.footprint`
             predicts the peak of a real step.
         gives: the values that it hands to later blocks: its output, then its side values.
         mask: name of the model input that marks the real tokens of the output, "" for none. The
             goodness and the norm read it.
-        graph: the same nodes, with what each of them does and reads.
+        graph: a record of each of its nodes: what it calls and reads.
     """
 
     name: str
@@ -169,7 +169,7 @@ NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
 
 @dataclass(frozen=True)
 class NotPickled:
-    """The name of a callable, in an unpickled plan: a pickle holds the name alone."""
+    """Stands for a callable in an unpickled plan, since a pickle holds only the callable's name."""
 
     name: str
 
@@ -186,6 +186,7 @@ def option_name(option: Any) -> str:
         return option
     if isinstance(option, NotPickled):
         return option.name
+    # A partial has no name of its own.
     while isinstance(option, partial):
         option = option.func
     named = option if hasattr(option, "__qualname__") else type(option)
@@ -194,10 +195,10 @@ def option_name(option: Any) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """How the blocks of a cut model learn, and what is done to a value at a cut.
+    """How the blocks of a cut model learn, and which norm stands at a cut.
 
-    These are arguments of `transform`, with their defaults. A pickle holds the names of callables
-    only; a copy holds the callables.
+    These are arguments of `transform`, with their defaults. A pickle holds only the names of
+    callables. A copy holds the callables.
 
     Attributes:
         goodness: "sff", an auxiliary convolution; "cwc", groups of channels; "cosine", a direction
@@ -233,6 +234,7 @@ class Options:
         norm = _pickled(self.norm)
         return Options, (goodness, self.kernel_size, norm, self.recompute)
 
+    # Without these two, copies would be made by `__reduce__` and lose the callables.
     def __copy__(self) -> Options:
         return self  # not by way of `__reduce__`, which would lose the callables
 
@@ -252,11 +254,11 @@ class BlockPlan:
         model: class of the original model.
         policy: name of the policy that chose the cuts.
         blocks: the feature blocks, in order.
-        classifier: what is left of the model after the last cut.
+        classifier: the part of the model after the last cut.
         num_classes: J, the width of the model's output.
         inputs: the model's inputs as traced.
         leaves: modules with children that were not traced.
-        notes: what the reader of the plan must know, one sentence each.
+        notes: remarks for the reader of the plan, one sentence each.
         options: how the blocks learn, and the norm between them.
     """
 
@@ -313,8 +315,9 @@ class BlockPlan:
     def is_large(self, block: Block) -> bool:
         """Return whether a block is among those that set the peak of a block-local step.
 
-        It is if it keeps more than two thirds of what the largest block keeps. Recomputation saves
-        about a third at most, so it would not lower the peak in a smaller block.
+        A block is large if it keeps more than two thirds of what the largest block keeps.
+        Recomputation saves a third at most, about. So the largest block still sets the peak, and
+        recomputation in a block that is not large would not lower it.
         """
         return 3 * block.activation_bytes > 2 * self._most_kept
 

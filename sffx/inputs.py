@@ -1,8 +1,8 @@
-"""The inputs of a cut model: bound to names, taken from a loader, made up as examples.
+"""The inputs of a cut model: bind them to names, take them from a loader, make example batches.
 
-A model's input x is a tensor; or a tuple of positional arguments, or a mapping of keyword
-arguments, where the model has several inputs. Every function of the package that takes x binds it
-here, so all of them accept the same and refuse the same.
+A model's input x is a tensor. If the model has several inputs, x is a tuple of positional arguments
+or a mapping of keyword arguments. Every function of the package that takes x binds it here, so all
+of them accept the same and refuse the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _UNRELATED_ERRORS = (
     torch.OutOfMemoryError,
     torch.AcceleratorError,
 )
+# Parts of the messages of such errors, for those that torch raises as a plain RuntimeError.
 _UNRELATED_MESSAGES = re.compile("allocate memory|same device|device type|out of memory")
 
 
@@ -56,7 +57,8 @@ def bind_inputs(inputs: Sequence[Input], x: Any) -> dict[str, Any]:
             wanted = ", ".join(map(repr, names))
             raise InputError(f"x has the keys {given}, but the model takes {wanted}")
         return {name: x[name] for name in names}
-    # A list of numbers is one wrong value; a list of tensors is what a collate function makes.
+    # A collate function makes a list of tensors. A list of numbers is not several inputs, but one
+    # input of a wrong type.
     several = isinstance(x, tuple) or (isinstance(x, list) and _all_tensors(x))
     values = x if several else (x,)
     if len(values) != len(names):
@@ -73,7 +75,8 @@ def batch_size(values: Mapping[str, Any]) -> int:
         InputError: no value is a tensor with a batch axis.
     """
     for value in values.values():
-        if isinstance(value, Tensor) and value.ndim:
+        has_batch_axis = isinstance(value, Tensor) and value.ndim > 0
+        if has_batch_axis:
             return len(value)
     kinds = ", ".join(type(value).__name__ for value in values.values())
     raise InputError(
@@ -101,7 +104,8 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
     if isinstance(x, list):
         x = tuple(x)
     elif isinstance(x, Mapping):
-        x = dict(x)  # a tokenizer's own kind of mapping is no pytree
+        # The tree map below does not look into a tokenizer's own kind of mapping.
+        x = dict(x)
     if device is not None:
         x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (x, y))
     return x, y
@@ -139,7 +143,7 @@ def constant_batch(
 
 
 def like_the_model(net: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors on the device of a model, floats in the dtype of its parameters."""
+    """Return tensors on the device of a model. Floats get the dtype of its parameters."""
     like = next(p for p in net.parameters() if p.is_floating_point())
     moved = []
     for tensor in tensors:
@@ -194,25 +198,28 @@ def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
 
 def _differences(net: nn.Module, values: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each input that differs from the one that the model was cut for."""
-    found = []
-    for known in plan_of(net).inputs:
-        value = values.get(known.name)
+    differences = []
+    for traced in plan_of(net).inputs:
+        value = values.get(traced.name)
         if not isinstance(value, Tensor):
             continue
-        dtype = _present_dtype(net, known)
-        if tuple(value.shape[1:]) == known.shape and value.dtype == dtype:
+        dtype = _present_dtype(net, traced)
+        if tuple(value.shape[1:]) == traced.shape and value.dtype == dtype:
             continue
-        shape = ", ".join(["B", *map(str, known.shape)])
-        found.append(
-            f"{known.name} is {tuple(value.shape)} of {_dtype_name(value.dtype)}, "
+        shape = ", ".join(["B", *map(str, traced.shape)])
+        differences.append(
+            f"{traced.name} is {tuple(value.shape)} of {_dtype_name(value.dtype)}, "
             f"but the model was cut for ({shape}) of {_dtype_name(dtype)}"
         )
-    return found
+    return differences
 
 
-def _present_dtype(net: nn.Module, known: Input) -> torch.dtype:
-    """Return the dtype of an input; the precision of a model may have changed since the cut."""
-    traced: torch.dtype = getattr(torch, known.dtype)
+def _present_dtype(net: nn.Module, value: Input) -> torch.dtype:
+    """Return the dtype that an input must have now.
+
+    The precision of the model may have changed since the cut, as by `net.half()`.
+    """
+    traced: torch.dtype = getattr(torch, value.dtype)
     if not traced.is_floating_point:
         return traced
     floats = [p.dtype for p in net.parameters() if p.is_floating_point()]

@@ -34,7 +34,7 @@ class CutModel(fx.GraphModule):
 
     Attributes:
         plan: where the model was cut, and how its blocks learn.
-        origin: what `extract` fills with the trained weights.
+        origin: the model that `extract` copies and fills with the trained weights.
     """
 
     def __reduce__(self) -> Any:
@@ -51,7 +51,7 @@ def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutM
     """
     cut = CutModel(net, net.graph, class_name=type(net).__name__)
     attributes = {"plan": plan, "origin": Origin(original)}
-    # fx copies a GraphModule by its graph, and carries over what stands under this key.
+    # fx copies a GraphModule by its graph. It also copies the attributes under this key.
     cut.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes
     for name, value in attributes.items():
         setattr(cut, name, value)
@@ -79,7 +79,13 @@ def plan_of(net: nn.Module) -> BlockPlan:
 
 
 def _restored(make: Any, arguments: tuple[Any, ...]) -> CutModel:
-    """Return an unpickled model, made by what fx pickles in its place."""
+    """Return an unpickled cut model.
+
+    Args:
+        make: fx's function that unpickles a `GraphModule`.
+        arguments: of that function.
+    """
+    # fx makes a plain GraphModule, which has the plan and the origin as attributes.
     net = make(*arguments)
     return with_plan(net, net.plan, net.origin.model)
 

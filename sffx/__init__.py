@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from sffx.api import plan, transform
     from sffx.blocks import Block, BlockPlan
     from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from sffx.comparison.check import check
+    from sffx.comparison.report import CheckReport
     from sffx.errors import (
+        CheckError,
         CutError,
         ExportError,
         InputError,
@@ -39,6 +42,8 @@ __all__ = [
     "Block",
     "BlockPlan",
     "BlockPlateau",
+    "CheckError",
+    "CheckReport",
     "Checkpoint",
     "CutError",
     "EarlyExit",
@@ -58,6 +63,7 @@ __all__ = [
     "VerifyError",
     "block_losses",
     "block_scores",
+    "check",
     "evaluate",
     "export_early_exit",
     "export_onnx",
@@ -86,6 +92,8 @@ _MODULE_OF = {
     "Block": "sffx.blocks",
     "BlockPlan": "sffx.blocks",
     "BlockPlateau": "sffx.runtime.optimizers",
+    "CheckError": "sffx.errors",
+    "CheckReport": "sffx.comparison.report",
     "Checkpoint": "sffx.checkpoint",
     "CutError": "sffx.errors",
     "EarlyExit": "sffx.export.early_exit",
@@ -105,6 +113,7 @@ _MODULE_OF = {
     "VerifyError": "sffx.errors",
     "block_losses": "sffx.runtime.step",
     "block_scores": "sffx.runtime.evaluate",
+    "check": "sffx.comparison.check",
     "evaluate": "sffx.runtime.evaluate",
     "export_early_exit": "sffx.export.stages",
     "export_onnx": "sffx.export.onnx",

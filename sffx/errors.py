@@ -1,4 +1,4 @@
-"""The errors of sffx: one root and six kinds, and the pieces that their messages share.
+"""The errors of sffx: one root and seven kinds, and the pieces that their messages share.
 
 Every message says what was wrong, with the value, and then "Hint: " and what to do about it.
 """
@@ -9,7 +9,7 @@ import os
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +39,18 @@ class CutError(SffxError, ValueError):
 
 class VerifyError(SffxError):
     """The cut model breaks a promise of the method: a bug in sffx or in a custom policy."""
+
+
+class CheckError(SffxError):
+    """A cut model differs from the model that it was made from, in values, state or gradients.
+
+    Attributes:
+        report: everything that was compared, a `sffx.CheckReport`.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ExportError(SffxError):

@@ -21,10 +21,11 @@ FLOORS = (
     ("learning", "inputs"),
     ("runtime",),
     ("compiler", "draw"),
-    ("memory", "export"),
+    ("memory", "export", "extraction"),
+    ("comparison",),
     ("policies",),
     ("api",),
-    ("checkpoint", "extraction"),
+    ("checkpoint",),
     ("plots", "cli", "lightning"),
 )
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}

@@ -42,16 +42,16 @@ def verify(net: fx.GraphModule) -> None:
     net.graph.lint()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        probe = _twin(net, fake_tensors(net, mode)).train()
+        probe = twin(net, fake_tensors(net, mode)).train()
     try:
         with mode:
             _verify_run(probe)
     except DATA_DEPENDENT:
         with torch.random.fork_rng(devices=[]):
-            _verify_run(_twin(net, {}).train())
+            _verify_run(twin(net, {}).train())
 
 
-def _twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
+def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
     """Copy the modules and tensors of a cut model, but share its graphs and their code.
 
     Copying graphs would cost as much time as everything else.

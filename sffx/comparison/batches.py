@@ -1,0 +1,141 @@
+"""Random inputs for a model and its cut one, of other batch sizes and other sizes as well."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from sffx.blocks import Input
+from sffx.inputs import constant_batch, like_the_model, random_batch
+from sffx.net import plan_of
+
+# The axes of a sample with another size, by input, axis and the new size.
+Sizes = dict[tuple[str, int], int]
+
+
+class Batches:
+    """Makes values of the arguments of a model: random ones, or ones where random ones do not fit.
+
+    Args:
+        model: the plain model.
+        net: the cut model, which knows the inputs that it takes.
+        example: as `transform` takes it; None where the model takes nothing else than the net.
+
+    Attributes:
+        inputs: that both take.
+        random: whether values are random. Some models refuse what is no distribution, no index or
+            no length; ones are all of these.
+    """
+
+    def __init__(self, model: nn.Module, net: fx.GraphModule, example: Any = None) -> None:
+        self.inputs = plan_of(net).inputs
+        self.random = True
+        self._like = model
+        self._others = _other_arguments(model, self.inputs, example)
+
+    def draw(
+        self, batch: int, sizes: Sizes | None = None, *, padded: bool = False
+    ) -> dict[str, Any]:
+        """Return arguments by name. The same call returns the same values.
+
+        Args:
+            batch: the number of samples.
+            sizes: of axes that have another size than in the example.
+            padded: whether inputs of zeros and ones have their ones first, as masks have them.
+        """
+        inputs = [_resized(each, sizes or {}) for each in self.inputs]
+        tensors = constant_batch(inputs, batch, "cpu")
+        if self.random:
+            tensors = random_batch(inputs, batch)
+        if padded:
+            tensors = tuple(map(_ones_first, tensors, inputs))
+        if any(p.is_floating_point() for p in self._like.parameters()):
+            tensors = like_the_model(self._like, tensors)
+        values = dict(zip([each.name for each in inputs], tensors, strict=True))
+        generator = torch.Generator().manual_seed(batch)
+
+        def drawn(tensor: Tensor) -> Tensor:
+            return _random_like(tensor, batch, generator)
+
+        for name, value in self._others.items():
+            values[name] = tree_map_only(Tensor, drawn, value)
+        return values
+
+    def other_sizes(self) -> Iterator[Sizes]:
+        """Yield axes with other sizes that the model may take: some larger, some smaller.
+
+        Axes of one size change together, as the height and width of an image, or the lengths of
+        tokens and their mask. An axis of which nothing else has the size may be the channels.
+        """
+        sizes = {size for each in self.inputs for size in each.shape if size > 1}
+        for size in sorted(sizes, reverse=True):
+            # An odd growth, and not the same for height and width, so that no rounding hides.
+            yield self._changed(size, lambda old, k: old + 3 + 2 * k)
+            yield self._changed(size, lambda old, k: old // 2)
+            yield self._changed(size, lambda old, k: 2 * old)
+
+    def _changed(self, size: int, change: Any) -> Sizes:
+        changed: Sizes = {}
+        for each in self.inputs:
+            axes = [axis for axis, own in enumerate(each.shape) if own == size]
+            for k, axis in enumerate(axes):
+                changed[each.name, axis] = change(size, k)
+        return changed
+
+
+def call_arguments(model: nn.Module, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return arguments as a caller writes them: the leading ones by position, the others by name.
+
+    Args:
+        model: that is called.
+        values: its arguments by name.
+    """
+    rest = dict(values)
+    positional = []
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        by_position = (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if name not in rest or parameter.kind not in by_position:
+            break
+        positional.append(rest.pop(name))
+    return positional, rest
+
+
+def _other_arguments(model: nn.Module, inputs: tuple[Input, ...], example: Any) -> dict[str, Any]:
+    """Return the arguments in an example that are no inputs of the cut model, by name."""
+    if example is None or isinstance(example, Tensor):
+        return {}
+    arguments: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        arguments = dict(example)
+    elif isinstance(example, tuple):
+        arguments = dict(inspect.signature(model.forward).bind(*example).arguments)
+    names = {each.name for each in inputs}
+    return {name: value for name, value in arguments.items() if name not in names}
+
+
+def _resized(each: Input, sizes: Sizes) -> Input:
+    shape = [sizes.get((each.name, axis), size) for axis, size in enumerate(each.shape)]
+    return replace(each, shape=tuple(shape))
+
+
+def _ones_first(tensor: Tensor, each: Input) -> Tensor:
+    is_mask = each.high == 2 or tensor.dtype == torch.bool
+    if not is_mask or tensor.ndim < 2:
+        return tensor
+    ordered = tensor.sort(dim=-1, descending=True).values
+    ordered[..., 0] = 1  # a sample without a real token has no mean
+    return ordered
+
+
+def _random_like(tensor: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, *tensor.shape[1:])
+    if tensor.is_floating_point():
+        return torch.randn(shape, generator=generator).to(tensor)
+    high = int(tensor.max()) + 1 if tensor.numel() else 1
+    return torch.randint(0, max(high, 2), shape, generator=generator).to(tensor)

@@ -1,0 +1,539 @@
+"""`check`: the model and the cut one side by side, on real numbers.
+
+`transform` looks at shapes and at gradients, on fake tensors. This looks at values: the trunk of
+the cut model, without heads and norms, must compute what the model computes.
+
+1. The way back: `extract(net)` has the weights and values of the model.
+2. Train mode: logits and gradients, a second call, another batch size, the buffers afterwards.
+3. Eval mode: with and without gradients, another batch size, after the calls in train mode.
+4. Other sizes of images or lengths, where the model takes them.
+
+Both run on copies with the same weights, inputs and random numbers. Weights that start as
+constants are drawn anew in the copies, and batch norms are calibrated.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.comparison.batches import Batches, Sizes
+from sffx.comparison.locate import Place, first_wrong_node
+from sffx.comparison.report import CheckReport, Difference
+from sffx.comparison.runs import (
+    Outcome,
+    Run,
+    quiet,
+    relative_error,
+    run_model,
+    run_trunk,
+    tolerance,
+)
+from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
+from sffx.comparison.trunk import Trunk
+from sffx.comparison.weights import drop_nothing, same, state_of, telling_weights
+from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.verify import twin
+from sffx.errors import CheckError, InputError
+from sffx.extraction import extract
+from sffx.net import plan_of
+from sffx.runtime.offload import offloading_of
+from sffx.runtime.shard import require_whole
+from sffx.runtime.walk import walk
+
+# Two batch sizes; others where the model does not take one of them.
+_BATCHES = (4, 3, 6, 2, 8)
+
+# Gradients of single parameters are sums of many terms that may cancel.
+_GRADIENT_FACTOR = 1000
+
+# A model takes few other sizes or many: this many are compared.
+_MOST_SIZES = 2
+
+_HINT = (
+    "look at what its forward does there that a graph cannot hold: state that it changes, a branch "
+    "on sizes, a write in place, a method that the class or the instance overrides. Rewrite that, "
+    "or report it to sffx with the model"
+)
+
+
+@torch.inference_mode(False)
+def check(
+    model: nn.Module,
+    net: fx.GraphModule,
+    example_input: Any = None,
+    *,
+    raises: bool = True,
+) -> CheckReport:
+    """Compare a model with the cut one: values, gradients, state, and the way back.
+
+    Both are copied and left as they are, and so are the random numbers of the caller.
+
+    Args:
+        model: that was cut. After training, it is compared by `check(sffx.extract(net), net)`.
+        net: what `transform` returned for it.
+        example_input: that `transform` was given. It is only needed if the model takes arguments
+            that the net does not, such as a flag.
+        raises: whether a difference is an error; else the report holds it.
+
+    Returns:
+        What was compared, with the largest errors, and what was skipped.
+
+    Raises:
+        CheckError: the cut model differs from the model. It names the node and the module at which
+            the values part, and its `report` holds the rest.
+        InputError: `net` is no cut model, or the model cannot be copied.
+    """
+    report = _Check(model, net, example_input).complete()
+    if raises and report.difference is not None:
+        raise CheckError(str(report.difference), report)
+    return report
+
+
+def quick_check(model: nn.Module, net: fx.GraphModule, example_input: Any) -> CheckReport:
+    """Compare what is most likely to differ, in little time: what `transform` does by itself."""
+    return _Check(model, net, example_input).quick()
+
+
+class _Pair:
+    """Copies of the model and of the trunk, which go through the same calls."""
+
+    def __init__(
+        self, model: nn.Module, net: fx.GraphModule, weights: dict[str, Tensor], drops: bool
+    ) -> None:
+        self.model = copied_model(model)
+        self.trunk = Trunk(net)
+        if any("the hooks of the model itself" in note for note in plan_of(net).notes):
+            self.model._forward_hooks.clear()
+            self.model._forward_pre_hooks.clear()
+        held = self.trunk.state()
+        own = state_of(self.model)
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+                for tensor in held.get(name, []):
+                    tensor.copy_(value)
+        if not drops:
+            drop_nothing(self.model)
+            drop_nothing(self.trunk)
+
+    def run(self, run: Run) -> tuple[Outcome, Outcome]:
+        """Return the outcomes of the model and of the trunk."""
+        expected = run_model(self.model, run, self.trunk.plan.num_classes)
+        if expected.failure is not None:
+            return expected, Outcome()
+        return expected, run_trunk(self.trunk, run)
+
+
+class _Check:
+    """One comparison, and what it has found so far."""
+
+    def __init__(self, model: nn.Module, net: fx.GraphModule, example: Any) -> None:
+        self._plan = plan_of(net)
+        require_whole(net)
+        self._model = model
+        # The copy of an offloaded model is an ordinary one.
+        self._net = copy.deepcopy(net) if offloading_of(net) is not None else net
+        self._batches = Batches(model, net, example)
+        self._weights: dict[str, Tensor] = {}
+        self._drops = True
+        self._errors: dict[str, float] = {}
+        self._skipped: dict[str, str] = {}
+        self._differences: list[Difference] = []
+
+    def complete(self) -> CheckReport:
+        """Compare everything."""
+        with quiet(self._model):
+            self._compare_way_back()
+            batches = self._find_batches()
+            if batches:
+                self._draw_weights(batches[0])
+                self._compare_calls([*self._training_runs(batches), *self._eval_runs(batches)])
+                if not self._is_wrong():
+                    self._compare_scores(batches[0])
+                    self._compare_other_sizes(batches[0])
+        return self._report()
+
+    def quick(self) -> CheckReport:
+        """Compare two calls in train mode and one in eval mode."""
+        with quiet(self._model):
+            first, second = _BATCHES[:2]
+            again = self._training_run(second, f"train mode, {second} samples")
+            runs = [
+                self._training_run(first, f"train mode, {first} samples"),
+                replace(again, backward=False),
+                self._eval_run(second, grad=False),
+            ]
+            self._compare_calls(runs)
+            if self._may_mistake_the_batch() and not self._is_wrong():
+                self._compare_scores(first)
+        return self._report()
+
+    def _report(self) -> CheckReport:
+        return CheckReport(self._errors, self._skipped, tuple(self._differences))
+
+    # What is compared.
+
+    def _compare_way_back(self) -> None:
+        where = "extract(net)"
+        try:
+            back = extract(self._net)
+        except Exception as failure:
+            self._differ(where, f"it raises {_in_words(failure)}")
+            return
+        if type(back) is not type(self._model):
+            self._differ(
+                where, f"it is a {type(back).__name__}, not a {type(self._model).__name__}"
+            )
+        found, expected = back.state_dict(), self._model.state_dict()
+        for name in expected.keys() ^ found.keys():
+            place = Place(module=name.rpartition(".")[0])
+            self._differ(where, f"only one of them has {name!r}", place=place)
+            return
+        for name, value in expected.items():
+            if isinstance(value, Tensor) and not same(found[name].to(value.device), value):
+                error = relative_error(found[name].to(value.device), value)
+                place = Place(module=name.rpartition(".")[0])
+                hint = "where net was trained since it was cut, check(sffx.extract(net), net)"
+                self._differ(where, f"{name!r} is another one", error, place, hint)
+                return
+        self._errors["weights of extract(net)"] = 0.0
+
+    def _find_batches(self) -> list[int]:
+        """Return two batch sizes that the model takes."""
+        taken = []
+        failure: Exception | None = None
+        for batch in _BATCHES:
+            twin = copied_model(self._model)
+            run = self._training_run(batch, "")
+            outcome = run_model(twin, run, self._plan.num_classes)
+            if outcome.failure is None:
+                taken.append(batch)
+            failure = failure or outcome.failure
+            if len(taken) == 2:
+                return taken
+        if not taken and failure is not None:
+            self._skipped["values"] = (
+                f"the model does not run on random inputs: {_in_words(failure)}"
+            )
+        return taken
+
+    def _draw_weights(self, batch: int) -> None:
+        run = self._training_run(batch, "")
+
+        def logits(twin: nn.Module) -> Tensor:
+            plain = Run("", twin.training, run.values, grad=False)
+            outcome = run_model(twin, plain, self._plan.num_classes)
+            if outcome.failure is not None:
+                raise outcome.failure
+            return outcome.logits
+
+        self._weights = telling_weights(self._model, logits)
+
+    def _training_runs(self, batches: list[int]) -> list[Run]:
+        runs = [
+            self._training_run(batches[0], f"train mode, {batches[0]} samples"),
+            self._training_run(batches[0], "train mode, the same once more"),
+        ]
+        for batch in batches[1:]:
+            runs.append(self._training_run(batch, f"train mode, {batch} samples"))
+        return runs
+
+    def _eval_runs(self, batches: list[int]) -> list[Run]:
+        runs = []
+        for batch in batches:
+            runs.append(self._eval_run(batch, grad=True))
+            runs.append(self._eval_run(batch, grad=False))
+        return [*runs, self._eval_run(1, grad=True)]
+
+    def _training_run(self, batch: int, name: str) -> Run:
+        return Run(name, True, self._batches.draw(batch), backward=True)
+
+    def _eval_run(self, batch: int, *, grad: bool) -> Run:
+        name = f"eval mode, {batch} samples"
+        if not grad:
+            name += ", no_grad"
+        # Without gradients torch skips padding, as long as it lies behind the real tokens.
+        values = self._batches.draw(batch, padded=not grad)
+        return Run(name, False, values, grad=grad, only_elsewhere=not grad)
+
+    def _compare_calls(self, runs: list[Run]) -> None:
+        pair = self._pair()
+        before = {name: tensor.clone() for name, tensor in state_of(pair.model).items()}
+        in_model, in_net = _watch_hooks(pair)
+        done: list[Run] = []
+        for run in runs:
+            if not self._has_same_modes(pair, run):
+                return
+            expected, found = pair.run(run)
+            if self._drops and self._draws_less(pair, expected, found):
+                # Parts that the trunk leaves out drew numbers. Without dropout both draw none.
+                self._drops = False
+                self._skipped["dropout"] = "parts that the net leaves out draw random numbers, too"
+                self._compare_calls(runs)
+                return
+            done.append(run)
+            if not self._same(run, expected, found, done):
+                return
+        self._compare_state(pair, before)
+        self._compare_hooks(in_model, in_net)
+
+    def _compare_state(self, pair: _Pair, before: dict[str, Tensor]) -> None:
+        where = "the buffers after these calls"
+        error, name = worst_state(pair.model, pair.trunk, before)
+        self._errors[where] = error
+        if error > _GRADIENT_FACTOR * tolerance(torch.float32):
+            place = Place(module=name.rpartition(".")[0])
+            self._differ(where, f"{name!r} has other values", error, place)
+
+    def _compare_hooks(self, in_model: HookCalls, in_net: HookCalls) -> None:
+        for (name, number), count in in_model.counts.items():
+            found = in_net.counts[name, number]
+            if found == count or any("hook" in note and name in note for note in self._plan.notes):
+                continue
+            problem = f"a hook of {name!r} was called {found} times, in the model {count} times"
+            hint = "register the hook on a layer of the net after the cut, where it runs"
+            self._differ(
+                "the calls of hooks", problem, float("inf"), Place(module=name), hint, True
+            )
+            return
+
+    def _may_mistake_the_batch(self) -> bool:
+        """Whether a size is that of the batch in the trace, so that the two look alike there."""
+        sizes = {size for each in self._plan.inputs for size in each.shape}
+        for block in self._plan.all_blocks:
+            sizes.update(block.shape)
+        return TRACE_BATCH in sizes
+
+    def _compare_scores(self, batch: int) -> None:
+        """Check that each block scores each sample: the one thing that the trunk does not show."""
+        where = f"the scores of {batch} samples"
+        probe = twin(self._net, {}).eval()
+        names = [each.name for each in self._plan.inputs]
+        values = {name: self._batches.draw(batch)[name] for name in names}
+        expected = (batch, self._plan.num_classes)
+        with torch.no_grad():
+            for stage, scores in walk(probe, values):
+                if tuple(scores.shape) != expected:
+                    problem = f"the scores of {stage.name} have shape {tuple(scores.shape)}"
+                    place = Place(stage.name, stage.plan.output, stage.plan.name)
+                    self._differ(where, f"{problem}, not (B, J) = {expected}", place=place)
+                    return
+        self._errors[where] = 0.0
+
+    def _compare_other_sizes(self, batch: int) -> None:
+        compared = 0
+        for sizes in self._batches.other_sizes():
+            if compared == _MOST_SIZES:
+                return
+            run = self._sized_run(batch, sizes)
+            if run is None:
+                continue
+            pair = self._pair()
+            expected, found = pair.run(run)
+            if expected.failure is not None or not isinstance(expected.logits, Tensor):
+                continue
+            if found.failure is not None:
+                self._skipped[run.name] = f"the net refuses it: {_in_words(found.failure)}"
+                continue
+            compared += 1
+            if not self._same(run, expected, found, [run]):
+                return
+        if not compared:
+            self._skipped["other sizes"] = "the model or the net takes no other size"
+
+    def _sized_run(self, batch: int, sizes: Sizes) -> Run | None:
+        if min(sizes.values()) < 1:
+            return None
+        changed = []
+        for each in self._batches.inputs:
+            shape = [sizes.get((each.name, axis), size) for axis, size in enumerate(each.shape)]
+            changed.append(f"{each.name} {tuple(shape)}")
+        name = f"eval mode, {', '.join(changed)}"
+        return Run(name, False, self._batches.draw(batch, sizes), only_elsewhere=True)
+
+    # Comparisons of one call.
+
+    def _pair(self) -> _Pair:
+        return _Pair(self._model, self._net, self._weights, self._drops)
+
+    def _has_same_modes(self, pair: _Pair, run: Run) -> bool:
+        name = wrong_mode(pair.model, pair.trunk, run.training)
+        if not name:
+            return True
+        mode = "train()" if run.training else "eval()"
+        problem = f"after {mode} the mode of {name!r} is another one"
+        self._differ(run.name, problem, place=Place(module=name))
+        return False
+
+    def _draws_less(self, pair: _Pair, expected: Outcome, found: Outcome) -> bool:
+        if expected.draws is None or found.draws is None:
+            return False
+        held = pair.trunk.state()
+        names = [name for name, _ in pair.model.named_parameters()]
+        leaves_out = any(name not in held and is_idle(pair.model, held, name) for name in names)
+        return leaves_out and not torch.equal(expected.draws, found.draws)
+
+    def _same(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
+        """Note the errors of one call; return whether the calls behind it can be compared."""
+        if expected.failure is not None:
+            self._skipped[run.name] = f"the model raises {_in_words(expected.failure)}"
+            return True
+        if not isinstance(expected.logits, Tensor):
+            kind = type(expected.logits).__name__
+            self._skipped[run.name] = f"the model returns a {kind} without logits"
+            return True
+        if found.failure is not None:
+            problem = f"the net raises {_in_words(found.failure)}"
+            self._differ_at(run, problem, float("inf"), done)
+            return False
+        if not isinstance(found.logits, Tensor):
+            problem = f"the net returns a {type(found.logits).__name__}, not logits"
+            self._differ_at(run, problem, float("inf"), done)
+            return False
+        error = relative_error(found.logits, expected.logits)
+        self._errors[run.name] = error
+        self._note_if_vacuous(run, expected.logits)
+        if error > tolerance(expected.logits.dtype):
+            self._differ_at(run, _problem(found.logits, expected.logits), error, done)
+            return run.only_elsewhere
+        return not run.backward or self._same_gradients(run, expected, found)
+
+    def _same_gradients(self, run: Run, expected: Outcome, found: Outcome) -> bool:
+        largest = 0.0
+        for gradient in expected.gradients.values():
+            if gradient is not None and gradient.numel():
+                largest = max(largest, float(gradient.abs().max()))
+        worst = (0.0, "")
+        for name, gradient in expected.gradients.items():
+            worst = max(
+                worst, (_gradient_error(gradient, found.gradients.get(name), largest), name)
+            )
+        error, name = worst
+        where = f"gradients, {run.name}"
+        self._errors[where] = error
+        if name and error > _GRADIENT_FACTOR * _tolerance_of(expected.gradients):
+            place = Place(module=name.rpartition(".")[0])
+            self._differ(where, f"the gradient of {name!r} is another one", error, place)
+            return False
+        return True
+
+    def _note_if_vacuous(self, run: Run, logits: Tensor) -> None:
+        if len(logits) < 2:
+            return
+        spread = (logits - logits.mean(0)).abs().max() / logits.abs().max()
+        if not spread > 1e-4:  # true for NaN as well
+            reason = f"says nothing, since outputs differ by {float(spread):.0e} between samples"
+            self._skipped[f"values in {run.name}"] = reason
+
+    # Differences.
+
+    def _differ(
+        self,
+        where: str,
+        problem: str,
+        error: float = float("inf"),
+        place: Place | None = None,
+        hint: str = _HINT,
+        only_elsewhere: bool = False,
+    ) -> None:
+        place = place or Place()
+        difference = Difference(
+            where=where,
+            error=error,
+            problem=problem,
+            block=place.block,
+            node=place.node,
+            module=place.module,
+            hint=hint,
+            only_elsewhere=only_elsewhere,
+        )
+        self._differences.append(difference)
+
+    def _differ_at(self, run: Run, problem: str, error: float, done: list[Run]) -> None:
+        """Note a difference in values, with the first node that has it."""
+        if run.only_elsewhere and not run.grad and self._is_noted("nested"):
+            self._skipped[run.name] = "differs by what torch does there, as a note of the plan says"
+            return
+        place = self._locate(run, done)
+        self._differ(run.name, problem, error, place, only_elsewhere=run.only_elsewhere)
+
+    def _is_wrong(self) -> bool:
+        return any(not each.only_elsewhere for each in self._differences)
+
+    def _is_noted(self, word: str) -> bool:
+        return any(word in note for note in self._plan.notes)
+
+    def _locate(self, run: Run, done: list[Run]) -> Place:
+        """Repeat the calls up to this one on new copies, and look at the last one node by node."""
+        pair = self._pair()
+        earlier = [each for each in done if each is not run]
+        for each in earlier:
+            pair.run(each)
+        forward = replace(run, backward=False)
+        return first_wrong_node(
+            lambda: run_model(pair.model, forward, self._plan.num_classes),
+            lambda: run_trunk(pair.trunk, forward),
+            pair.model,
+            pair.trunk,
+        )
+
+
+def copied_model(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        InputError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as cause:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: {cause}. Hint: a check runs on copies"
+        ) from cause
+
+
+def _watch_hooks(pair: _Pair) -> tuple[HookCalls, HookCalls]:
+    in_model, in_net = HookCalls(), HookCalls()
+    for name, module in pair.model.named_modules():
+        if name:
+            in_model.watch(name, module)
+    for name, module in pair.trunk.modules_by_name():
+        in_net.watch(name, module)
+    return in_model, in_net
+
+
+def _gradient_error(expected: Tensor | None, found: Tensor | None, largest: float) -> float:
+    """Return the largest error of a gradient, relative to it, or to the largest of all."""
+    if expected is None or not expected.numel():
+        return 0.0
+    if found is None:
+        return float("inf") if bool(expected.any()) else 0.0
+    if found.shape != expected.shape:
+        return float("inf")
+    # Before a batch norm a bias has no gradient but noise.
+    size = max(float(expected.abs().max()), 1e-3 * largest)
+    error = float((found - expected).abs().max())
+    return error / size if size else error
+
+
+def _tolerance_of(gradients: dict[str, Tensor | None]) -> float:
+    return max(tolerance(each.dtype) for each in gradients.values() if each is not None)
+
+
+def _problem(found: Tensor, expected: Tensor) -> str:
+    if found.shape != expected.shape:
+        return f"the logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return f"the logits are of {found.dtype}, not {expected.dtype}"
+    return "the logits have other values"
+
+
+def _in_words(failure: Exception) -> str:
+    """Write the kind of an error and the first sentence of its message."""
+    sentence = str(failure).strip().split("\n")[0].split(". ")[0]
+    return f"{type(failure).__name__}: {sentence}" if sentence else type(failure).__name__

@@ -1,0 +1,65 @@
+"""The check that `transform` makes by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from sffx.comparison.check import check, quick_check
+from sffx.comparison.report import CheckReport
+from sffx.errors import CheckError
+from sffx.net import plan_of, with_plan
+
+# Below these a check takes about a fifth of the time of the cut itself: multiply-adds for one
+# sample, and parameters.
+_MOST_MACS = 20_000_000
+_MOST_PARAMETERS = 5_000_000
+
+
+def checked(
+    model: nn.Module, net: fx.GraphModule, example_input: Any, how: bool | Literal["auto"]
+) -> fx.GraphModule:
+    """Return a cut model that was compared with its model, with what differs elsewhere as notes.
+
+    Args:
+        model: that was cut.
+        net: the cut model.
+        example_input: of `transform`.
+        how: True for everything that `check` compares, False for nothing; "auto" for a part of it
+            where the model is small.
+
+    Raises:
+        CheckError: the cut model does not compute what the model computes.
+    """
+    if how is False or (how == "auto" and not _is_small(net)):
+        return net
+    if how == "auto":
+        report = quick_check(model, net, example_input)
+    else:
+        report = check(model, net, example_input, raises=False)
+    found = report.difference
+    if found is None:
+        return net
+    if not found.only_elsewhere:
+        raise CheckError(str(found), report)
+    return _with_notes(net, report)
+
+
+def _is_small(net: fx.GraphModule) -> bool:
+    """Return whether a check of a cut model takes little time."""
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return False
+    blocks = plan_of(net).all_blocks
+    macs = sum(block.macs for block in blocks)
+    parameters = sum(block.num_parameters for block in blocks)
+    return macs <= _MOST_MACS and parameters <= _MOST_PARAMETERS
+
+
+def _with_notes(net: fx.GraphModule, report: CheckReport) -> fx.GraphModule:
+    """Return a cut model whose plan says what differs."""
+    plan = plan_of(net)
+    notes = (*plan.notes, *map(str, report.differences))
+    origin: Any = net.origin
+    return with_plan(net, replace(plan, notes=notes), origin.model)

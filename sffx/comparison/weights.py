@@ -1,0 +1,105 @@
+"""Weights under which a comparison says something: no zeroed layers, calibrated batch norms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_DROPPED_SHARES = ("p", "drop_prob")
+
+
+def draw_constants(model: nn.Module) -> None:
+    """Draw parameters that start as constants anew.
+
+    A zeroed head or a layer scale of 1e-6 would hide the layers before it.
+    """
+    for parameter in model.parameters():
+        if not _is_constant(parameter):
+            continue
+        with torch.no_grad():
+            if parameter.flatten()[0] == 0:
+                fan_in = max(parameter[0].numel(), 1)
+                parameter.normal_(0, 0.1 if parameter.ndim < 2 else fan_in**-0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+
+
+def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> None:
+    """Set BN's running statistics to those of one batch, without which eval mode says nothing.
+
+    Args:
+        model: is in train mode afterwards.
+        run: runs the model on a batch.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        run(model.train())
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def drop_nothing(model: nn.Module) -> None:
+    """Set the shares that dropout layers drop to zero."""
+    for module in model.modules():
+        for share in _DROPPED_SHARES:
+            if "Drop" in type(module).__name__ and hasattr(module, share):
+                setattr(module, share, 0.0)
+
+
+def telling_weights(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Return new values for the parameters and buffers that hide others, by name.
+
+    Args:
+        model: is copied.
+        run: runs a model on a batch, and returns its logits.
+
+    Returns:
+        Nothing where the model does not run, or gives no finite numbers, with such values.
+    """
+    twin = copy.deepcopy(model)
+    draw_constants(twin)
+    try:
+        calibrate(twin, run)
+        logits = run(twin.eval())
+    except Exception:
+        return {}
+    if not logits.isfinite().all():
+        return {}
+    before = state_of(model)
+    changed = {}
+    for name, tensor in state_of(twin).items():
+        if name in before and not same(tensor, before[name]):
+            changed[name] = tensor.detach()
+    return changed
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by each of their names."""
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    state.update(model.named_buffers(remove_duplicate=False))
+    return state
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same shape, dtype and values; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_floating_point() or a.is_complex():
+        return bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+    return torch.equal(a, b)
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    if parameter.numel() == 0 or not parameter.is_floating_point():
+        return False
+    first = parameter.detach().flatten()[0]
+    # A single number has a meaning of its own, such as a temperature.
+    if parameter.numel() == 1 and first.abs() > 1e-3:
+        return False
+    return bool((parameter == first).all())

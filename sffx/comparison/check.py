@@ -3,10 +3,13 @@
 `transform` looks at shapes and at gradients, on fake tensors. This looks at values: the trunk of
 the cut model, without heads and norms, must compute what the model computes.
 
-1. The way back: `extract(net)` has the weights and values of the model.
-2. Train mode: logits and gradients, a second call, another batch size, the buffers afterwards.
+1. The weights: those of `extract(net)` are the model's.
+2. Train mode: logits and gradients, a second call, another batch size.
 3. Eval mode: with and without gradients, another batch size, after the calls in train mode.
-4. Other sizes of images or lengths, where the model takes them.
+4. What these calls leave behind: buffers, and the calls of hooks.
+5. The scores of each block: one for each sample and class.
+6. Other sizes of images or lengths, where the model takes them.
+7. The way back: `extract(net)` computes what the model computes.
 
 Both run on copies with the same weights, inputs and random numbers. Weights that start as
 constants are drawn anew in the copies, and batch norms are calibrated.
@@ -148,14 +151,15 @@ class _Check:
     def complete(self) -> CheckReport:
         """Compare everything."""
         with quiet(self._model):
-            self._compare_way_back()
+            back = self._compare_weights()
             batches = self._find_batches()
-            if batches:
-                self._draw_weights(batches[0])
-                self._compare_calls([*self._training_runs(batches), *self._eval_runs(batches)])
-                if not self._is_wrong():
-                    self._compare_scores(batches[0])
-                    self._compare_other_sizes(batches[0])
+            self._draw_weights(batches[0])
+            self._compare_calls([*self._training_runs(batches), *self._eval_runs(batches)])
+            if not self._is_wrong():
+                self._compare_scores(batches[0])
+                self._compare_other_sizes(batches[0])
+                if back is not None:
+                    self._compare_values_of(back)
         return self._report()
 
     def quick(self) -> CheckReport:
@@ -169,6 +173,9 @@ class _Check:
                 self._eval_run(second, grad=False),
             ]
             self._compare_calls(runs)
+            if self._differences and not self._is_wrong():
+                # It may differ with gradients, too.
+                self._compare_calls([self._eval_run(second, grad=True)])
             if self._may_mistake_the_batch() and not self._is_wrong():
                 self._compare_scores(first)
         return self._report()
@@ -178,13 +185,14 @@ class _Check:
 
     # What is compared.
 
-    def _compare_way_back(self) -> None:
+    def _compare_weights(self) -> nn.Module | None:
+        """Compare parameters and buffers; return what `extract` gives if they are the same."""
         where = "extract(net)"
         try:
             back = extract(self._net)
         except Exception as failure:
             self._differ(where, f"it raises {_in_words(failure)}")
-            return
+            return None
         if type(back) is not type(self._model):
             self._differ(
                 where, f"it is a {type(back).__name__}, not a {type(self._model).__name__}"
@@ -193,34 +201,59 @@ class _Check:
         for name in expected.keys() ^ found.keys():
             place = Place(module=name.rpartition(".")[0])
             self._differ(where, f"only one of them has {name!r}", place=place)
-            return
+            return None
         for name, value in expected.items():
             if isinstance(value, Tensor) and not same(found[name].to(value.device), value):
                 error = relative_error(found[name].to(value.device), value)
                 place = Place(module=name.rpartition(".")[0])
                 hint = "where net was trained since it was cut, check(sffx.extract(net), net)"
                 self._differ(where, f"{name!r} is another one", error, place, hint)
-                return
+                return None
         self._errors["weights of extract(net)"] = 0.0
+        return back
+
+    def _compare_values_of(self, back: nn.Module) -> None:
+        """Run the extracted model beside the model itself, in eval mode."""
+        run = self._eval_run(_BATCHES[0], grad=True)
+        expected = run_model(copied_model(self._model), run, self._plan.num_classes)
+        if not isinstance(expected.logits, Tensor):
+            return
+        found = run_model(back, run, self._plan.num_classes)
+        where = "values of extract(net)"
+        if not isinstance(found.logits, Tensor):
+            reason = _in_words(found.failure) if found.failure else "no logits"
+            self._differ(where, f"where the model gives logits, it gives {reason}")
+            return
+        self._errors[where] = relative_error(found.logits, expected.logits)
+        if self._errors[where] > tolerance(expected.logits.dtype):
+            problem = _problem(found.logits, expected.logits)
+            self._differ(where, problem, self._errors[where])
 
     def _find_batches(self) -> list[int]:
-        """Return two batch sizes that the model takes."""
-        taken = []
-        failure: Exception | None = None
-        for batch in _BATCHES:
-            twin = copied_model(self._model)
-            run = self._training_run(batch, "")
-            outcome = run_model(twin, run, self._plan.num_classes)
-            if outcome.failure is None:
-                taken.append(batch)
-            failure = failure or outcome.failure
-            if len(taken) == 2:
+        """Return two batch sizes that the model takes.
+
+        Raises:
+            InputError: it takes none.
+        """
+        for is_random in (True, False):
+            self._batches.random = is_random
+            taken: list[int] = []
+            for batch in _BATCHES:
+                if len(taken) < 2 and self._failure(batch) is None:
+                    taken.append(batch)
+            if taken:
                 return taken
-        if not taken and failure is not None:
-            self._skipped["values"] = (
-                f"the model does not run on random inputs: {_in_words(failure)}"
-            )
-        return taken
+        raise InputError(
+            f"{type(self._model).__name__} runs on no input like those of the net: "
+            f"{self._failure(_BATCHES[0])}. "
+            "Hint: pass the example_input of transform, with all arguments"
+        )
+
+    def _failure(self, batch: int) -> str | None:
+        """Return the error that the model raises on a batch; None if it runs."""
+        run = replace(self._training_run(batch, ""), backward=False)
+        failure = run_model(copied_model(self._model), run, self._plan.num_classes).failure
+        return None if failure is None else _in_words(failure)
 
     def _draw_weights(self, batch: int) -> None:
         run = self._training_run(batch, "")

@@ -93,8 +93,9 @@ def first_wrong_node(
         if node is not None:
             return Place(name, node.name, module_of(node))
     # All values are the model's, but its logits are another one, or what follows is left out.
-    last = next(iter(reversed(trunk.plan.classifier.nodes)), "")
-    return Place(trunk.plan.classifier.target, last)
+    name = trunk.plan.classifier.target
+    last = recorders[name].last_node()
+    return Place(name, last.name, module_of(last))
 
 
 def module_of(node: fx.Node) -> str:
@@ -123,6 +124,11 @@ class _Recorder(fx.Interpreter):
             self._wrong.add(n)
         self._running = None
         return value
+
+    def last_node(self) -> fx.Node:
+        """Return the node whose value leaves the block."""
+        output = next(iter(reversed(self.graph.nodes)))
+        return output.all_input_nodes[0]
 
     def first_wrong(self) -> fx.Node | None:
         """Return the node that spoils what leaves the block; None if all of that is right.

@@ -105,7 +105,7 @@ def test_shapes_and_readouts(net):
         assert scores[mode].shape == (6, 4)
     assert goodness[0] == "ensemble"
     assert torch.equal(goodness[1], scores["ensemble"])
-    parts = sffx.runtime.evaluate.block_scores(net, X)
+    parts = sffx.block_scores(net, X)
     assert torch.equal(scores["ensemble"], parts[:-1].mean(0))
     assert torch.equal(scores["last"], parts[-2])
     assert torch.equal(scores["classifier"], parts[-1])

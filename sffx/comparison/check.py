@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from sffx.net import plan_of
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk
+from sffx.tensors import computed_tensors, copied
 
 # Two batch sizes; others where the model does not take one of them.
 _BATCHES = (4, 3, 6, 2, 8)
@@ -110,9 +112,14 @@ class _Pair:
     ) -> None:
         self.model = copied_model(model)
         self.trunk = Trunk(net)
-        if any("the hooks of the model itself" in note for note in plan_of(net).notes):
+        notes = " ".join(plan_of(net).notes)
+        # What the plan says is left out, is left out here as well.
+        if "the hooks of the model itself" in notes:
             self.model._forward_hooks.clear()
             self.model._forward_pre_hooks.clear()
+        if "is overridden" in notes:
+            for module in self.model.modules():
+                module.__dict__["train"] = partial(_plain_train, module)
         held = self.trunk.state()
         own = state_of(self.model)
         with torch.no_grad():
@@ -345,7 +352,7 @@ class _Check:
     def _compare_scores(self, batch: int) -> None:
         """Check that each block scores each sample: the one thing that the trunk does not show."""
         where = f"the scores of {batch} samples"
-        probe = twin(self._net, {}).eval()
+        probe = twin(self._net, computed_tensors(self._net)).eval()
         names = [each.name for each in self._plan.inputs]
         values = {name: self._batches.draw(batch)[name] for name in names}
         expected = (batch, self._plan.num_classes)
@@ -523,11 +530,18 @@ def copied_model(model: nn.Module) -> nn.Module:
         InputError: it cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as cause:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {cause}. Hint: a check runs on copies"
         ) from cause
+
+
+def _plain_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Set the mode of a module and of all in it, as the cut model does."""
+    for each in module.modules():
+        each.training = mode
+    return module
 
 
 def _watch_hooks(pair: _Pair) -> tuple[HookCalls, HookCalls]:

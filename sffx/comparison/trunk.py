@@ -12,6 +12,7 @@ from sffx.compiler.verify import twin
 from sffx.net import plan_of
 from sffx.parts import is_head, is_norm
 from sffx.runtime.stage import Values, placeholders_of
+from sffx.tensors import computed_tensors
 
 
 class Trunk(nn.Module):
@@ -30,7 +31,7 @@ class Trunk(nn.Module):
         self.plan = plan_of(net)
         self._graph = net.graph
         self._placeholders = placeholders_of(net)
-        twins: dict[int, Any] = {}
+        twins = computed_tensors(net)
         self.blocks = nn.ModuleDict()
         for block in self.plan.all_blocks:
             part: Any = net.get_submodule(block.target)

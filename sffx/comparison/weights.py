@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from sffx.tensors import copied
 
 _DROPPED_SHARES = ("p", "drop_prob")
 
@@ -62,7 +63,7 @@ def telling_weights(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dic
     Returns:
         Nothing where the model does not run, or gives no finite numbers, with such values.
     """
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     draw_constants(twin)
     try:
         calibrate(twin, run)

@@ -5,10 +5,12 @@ They are written in a temporary folder beside their place, and then renamed into
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +19,19 @@ from pathlib import Path
 
 from sffx.errors import ExportError, InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 PATIENCE = 2.0  # Seconds to wait for the reader of a named pipe.
+DRAFTS = ".sffx-"  # how the names of folders with drafts begin
+ASIDE = "old"  # in such a folder: an old folder, moved aside for a moment
+
+# Arguments of the calls that exchange two paths, from the headers of Linux and macOS.
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+RENAME_SWAP = 2
 
 
 def write(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
@@ -79,8 +93,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder, which replaces the folder at `path` when the block ends.
 
-    If the block raises, the new folder is removed and the old one stays as it was. Between the two
-    renames at the end there is no folder for a moment.
+    If the block raises, the new folder is removed and the old one stays as it was. The two change
+    places in one step, so at every moment there is one of them at `path`. Where the system or the
+    file system cannot do that (see `_swap`), there is no folder for a moment.
 
     Args:
         path: of the folder; its parent must exist, and the old folder must be one to replace.
@@ -102,7 +117,7 @@ def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         _keep_mode(new, old)
-        _exchange(new, target, folder / "old")
+        _exchange(new, target, folder / ASIDE)
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -135,26 +150,75 @@ def _drafts(path: Path, directory: Path) -> Iterator[Path]:
             "Hint: create it first"
         )
     try:
-        place = tempfile.TemporaryDirectory(
-            prefix=".sffx-", dir=directory, ignore_cleanup_errors=True
-        )
+        _remove_abandoned(directory)
+        folder, lock = _new_drafts(directory)
     except OSError as error:
         raise InputError(
             f"cannot write to the directory {str(directory)!r}: {error.strerror}. "
             "Hint: choose another path"
         ) from error
-    with place as name:
-        folder = Path(name)
-        try:
-            yield folder
-        except (OSError, RuntimeError) as error:
-            failure = _failure_in(error, folder, path)
-            if failure is None:
-                raise
-            raise ExportError(
-                f"cannot write {str(path)!r}: {failure.strerror or failure}. "
-                "Hint: is the disk full?"
-            ) from error
+    try:
+        yield folder
+    except (OSError, RuntimeError) as error:
+        failure = _failure_in(error, folder, path)
+        if failure is None:
+            raise
+        raise ExportError(
+            f"cannot write {str(path)!r}: {failure.strerror or failure}. Hint: is the disk full?"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _close(lock)
+
+
+def _new_drafts(directory: Path) -> tuple[Path, int | None]:
+    """Return a new folder for drafts, and the lock that its process holds on it while it lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=DRAFTS, dir=directory))
+        lock = _lock(folder)
+        # Another process may have taken the folder for abandoned before it was locked.
+        if folder.is_dir():
+            return folder, lock
+        _close(lock)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove the drafts of processes that were killed: those that no living process has locked."""
+    for folder in directory.glob(f"{DRAFTS}*"):
+        # An old folder that was moved aside, and that nothing took the place of, is no draft.
+        if not folder.is_dir() or folder.is_symlink() or (folder / ASIDE).is_dir():
+            continue
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder and return the descriptor that holds the lock.
+
+    The system unlocks it when the process ends, however it ends.
+
+    Returns:
+        None if another process has locked it, or if the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _failure_in(error: BaseException, folder: Path, path: Path) -> OSError | None:
@@ -211,14 +275,30 @@ def _open_device(device: Path) -> int:
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
-    """Put the new folder in the place of the target, and move the target aside to `old`."""
-    # Two renames, because one rename cannot replace a folder with files in it.
-    existed = target.exists()
-    if existed:
-        os.replace(target, old)
-    try:
+    """Put the new folder in the place of the target, and move the target away."""
+    if not target.exists():
         os.replace(new, target)
-    except BaseException:
-        if existed:
+    elif not _swap(new, target):
+        # One rename cannot replace a folder with files in it.
+        os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
             os.replace(old, target)
-        raise
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, and return whether that was possible.
+
+    Linux and macOS can do it, each by a call of its own, on most file systems.
+    """
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(one), os.fsencode(other), RENAME_SWAP) == 0
+        paths = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other))
+        return libc.renameat2(*paths, RENAME_EXCHANGE) == 0
+    except (OSError, TypeError, AttributeError):
+        return False  # no such library or call, as on Windows

@@ -269,6 +269,7 @@ def test_a_failed_exchange_leaves_the_old_folder(
     old_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
+    monkeypatch.setattr(files, "_swap", lambda one, other: False)
 
     def full(source: Path, target: Path) -> None:
         if Path(source).name == "new":
@@ -303,3 +304,106 @@ def test_a_pipe_that_nobody_reads_is_refused(
     with pytest.raises(InputError, match=r"nobody reads this pipe\. Hint: start the reader first"):
         write(pipe, b"content")
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def swap_is_possible(folder: Path) -> bool:
+    one = folder / "one"
+    other = folder / "other"
+    one.mkdir()
+    other.mkdir()
+    possible = files._swap(one, other)
+    one.rmdir()
+    other.rmdir()
+    return possible
+
+
+def test_at_every_moment_a_folder_is_in_its_place(old_folder: Path, tmp_path: Path) -> None:
+    if not swap_is_possible(tmp_path):
+        pytest.skip("this file system cannot exchange two folders")
+    missing = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            if not old_folder.exists():
+                missing.append(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for i in range(50):
+        with writing_folder(old_folder) as new:
+            (new / f"{i}.bin").write_bytes(b"new")
+    stop.set()
+    watcher.join()
+    assert not missing
+    assert os.listdir(old_folder) == ["49.bin"]
+    assert os.listdir(tmp_path) == ["net"]
+
+
+def test_where_folders_cannot_be_exchanged_two_renames_do_it(
+    old_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_swap", lambda one, other: False)
+    with writing_folder(old_folder) as new:
+        (new / "net.bin").write_bytes(b"new")
+    assert os.listdir(old_folder) == ["net.bin"]
+    assert os.listdir(old_folder.parent) == ["net"]
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from sffx import files
+
+kind, path, moment = sys.argv[1:]
+if moment == "renamed":  # after the first of two renames
+    files._swap = lambda one, other: False
+    replace = os.replace
+    def killing(one, other):
+        replace(one, other)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = killing
+with getattr(files, kind)(path) as draft:
+    (draft / "new.bin" if draft.is_dir() else draft).write_bytes(b"half")
+    if moment == "writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "alive":
+        print(draft.parent, flush=True)
+        sys.stdin.read()
+"""
+
+
+def start_writer(kind: str, path: Path, moment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", KILLED_WRITER, kind, str(path), moment]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+@pytest.mark.parametrize("kind", ["writing", "writing_folder"])
+def test_drafts_of_killed_processes_are_removed_by_the_next(tmp_path: Path, kind: str) -> None:
+    for _ in range(2):
+        with start_writer(kind, tmp_path / "net", "writing") as process:
+            process.wait()
+    assert os.listdir(tmp_path) != []
+    write(tmp_path / "other.bin", b"new")
+    assert os.listdir(tmp_path) == ["other.bin"]
+
+
+def test_drafts_of_living_processes_stay(tmp_path: Path) -> None:
+    with start_writer("writing", tmp_path / "net.bin", "alive") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        draft = Path(process.stdout.readline().strip())
+        write(tmp_path / "other.bin", b"new")
+        assert draft.is_dir()
+        process.stdin.close()
+    assert (tmp_path / "net.bin").read_bytes() == b"half"
+
+
+def test_a_folder_that_was_moved_aside_is_never_removed(old_folder: Path) -> None:
+    with start_writer("writing_folder", old_folder, "renamed") as process:
+        process.wait()
+    assert not old_folder.exists()
+    write(old_folder.with_name("other.bin"), b"new")
+    aside = list(old_folder.parent.glob(".sffx-*/old/old.bin"))
+    assert [path.read_bytes() for path in aside] == [OLD]

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError
-from sffx.export.exit_files import load_stages, read_manifest
+from sffx.export.exit_files import load
 from sffx.export.exit_stage import exit_stages
 from sffx.inputs import batch_size, bind_inputs, split_batch
 from sffx.learning.losses import check_labels
@@ -138,12 +138,11 @@ class EarlyExit:
             InputError: there is no such export in the folder, or it cannot be read.
             MissingExtra: onnxruntime is not installed.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
+        manifest, stages = load(Path(folder))
         runner = cls.__new__(cls)
         runner.threshold = manifest.threshold if threshold is None else threshold
         runner.inputs = manifest.inputs
-        runner.stages = load_stages(folder, manifest)
+        runner.stages = stages
         runner.batched = frozenset(manifest.batched)
         return runner
 

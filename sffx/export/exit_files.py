@@ -3,21 +3,26 @@
 There is a file for each block, and not one for all, because ONNX Runtime computes the whole of a
 file. The manifest says how the files are connected:
 
-    {"version": 1,
+    {"version": 2,
      "threshold": 0.9,
      "inputs": [{"name": "x", "shape": [3, 8, 8], "dtype": "float32", ...}],
      "batched": ["block_0", "x"],                 values that have a batch axis
      "stages": [{"name": "block_0",
                  "file": "block_0.onnx",
+                 "sha256": "9f86...",             of the file's content
                  "inputs": ["x"],                 values that it reads
                  "goodness": "goodness_0",        the name of its first output
                  "outputs": ["block_0"],          values that later stages read
                  "macs": 15872},                  multiply-adds for one sample
                 ...]}
+
+The digests tie the files to their manifest. Whoever loads a folder while it is replaced finds all
+of the one export or all of the other, never a mixture.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +42,10 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+
+# Folders of these versions may be replaced by a new export. Version 1 had no digests.
+_REPLACEABLE_VERSIONS = (1, VERSION)
 
 # The fields of the manifest's objects with their types in JSON.
 _FIELDS: dict[str, Any] = {
@@ -57,6 +65,7 @@ _INPUT_FIELDS: dict[str, Any] = {
 _STAGE_FIELDS: dict[str, Any] = {
     "name": str,
     "file": str,
+    "sha256": str,
     "inputs": list,
     "goodness": str,
     "outputs": list,
@@ -71,6 +80,7 @@ class StageFile:
     Attributes:
         name: of the block, "block_0".
         file: its ONNX file, a name inside the folder.
+        sha256: digest of the file's content, in hexadecimal digits.
         inputs: names of the values that it reads.
         goodness: name of the file's first output, (B, J).
         outputs: names of the values that later stages read.
@@ -79,6 +89,7 @@ class StageFile:
 
     name: str
     file: str
+    sha256: str
     inputs: tuple[str, ...]
     goodness: str
     outputs: tuple[str, ...]
@@ -133,8 +144,8 @@ def require_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         return
     try:
-        exported = {MANIFEST, *(stage.file for stage in read_manifest(folder).stages)}
-    except InputError:
+        exported = {MANIFEST, *_listed_files(json.loads((folder / MANIFEST).read_text()))}
+    except (OSError, ValueError, RecursionError):
         exported = set()
     foreign = sorted({each.name for each in folder.iterdir()} - exported)
     if foreign:
@@ -144,21 +155,61 @@ def require_replaceable(folder: Path) -> None:
         )
 
 
-def load_stages(folder: Path, manifest: Manifest) -> tuple[ExitStage, ...]:
-    """Return the stages of an exported early exit, on ONNX Runtime.
+def load(folder: Path) -> tuple[Manifest, tuple[ExitStage, ...]]:
+    """Return the manifest and the stages of an exported early exit, on ONNX Runtime.
 
     Raises:
-        InputError: a file is missing or is not the stage that the manifest describes.
+        InputError: there is none, or a file is missing or is not the one that the manifest
+            describes.
+        MissingExtra: onnxruntime is not installed.
+    """
+    manifest = read_manifest(folder)
+    while True:
+        try:
+            return manifest, load_stages(folder, manifest)
+        except InputError:
+            # The folder may have been replaced after its manifest was read.
+            newer = read_manifest(folder)
+            if newer == manifest:
+                raise
+            manifest = newer
+
+
+def load_stages(folder: Path, manifest: Manifest) -> tuple[ExitStage, ...]:
+    """Return the stages that a manifest describes, on ONNX Runtime.
+
+    Raises:
+        InputError: a file is missing or is not the one that the manifest describes.
         MissingExtra: onnxruntime is not installed.
     """
     stages = []
     for stage in manifest.stages:
-        session = _open(folder / stage.file)
+        session = _open(folder / stage.file, stage.sha256)
         outputs = (stage.goodness, *stage.outputs)
         _require_outputs(session, outputs, folder / stage.file)
         run = _runner(session, stage.inputs, outputs)
         stages.append(ExitStage(stage.name, stage.inputs, stage.outputs, stage.macs, run))
     return tuple(stages)
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _listed_files(content: Any) -> list[str]:
+    """Return the files that a manifest names, of this version or an older one.
+
+    Raises:
+        ValueError: it is not a manifest.
+    """
+    _require_fields(content, _FIELDS, "it")
+    if content["version"] not in _REPLACEABLE_VERSIONS:
+        raise ValueError(f"its version is {content['version']}")
+    described = {name: kind for name, kind in _STAGE_FIELDS.items() if name != "sha256"}
+    for i, stage in enumerate(content["stages"]):
+        _require_fields(stage, described, f"stage {i}")
+    return [stage["file"] for stage in content["stages"]]
 
 
 def _manifest(content: Any) -> Manifest:
@@ -236,20 +287,36 @@ def _require_connected(inputs: Sequence[Input], stages: Sequence[StageFile]) -> 
         given.update(stage.outputs)
 
 
-def _open(path: Path) -> InferenceSession:
+def _open(path: Path, sha256: str) -> InferenceSession:
     try:
         import onnxruntime  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtra("onnxruntime", "export", "EarlyExit.load") from error
-    if not path.is_file():
-        raise InputError(f"the file {str(path)!r} is missing. Hint: export the model again")
+    # The content is read once: what is checked is what is opened, even if the file is replaced.
+    content = _content(path)
+    if digest(content) != sha256:
+        raise InputError(
+            f"{str(path)!r} is not the file that {MANIFEST} describes: it was changed, or belongs "
+            "to another export. Hint: export the model again"
+        )
     try:
-        return open_session(path)
+        return open_session(content)
     except ExportError as error:
         reason = first_line(error.__cause__ or error)
         raise InputError(
             f"{str(path)!r} is no ONNX file that can be used: {reason}. "
             "Hint: export the model again"
+        ) from error
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        raise InputError(f"the file {str(path)!r} is missing. Hint: export the model again")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"the file {str(path)!r} cannot be read: {error.strerror}. Hint: may this user read it?"
         ) from error
 
 

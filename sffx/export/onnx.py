@@ -207,8 +207,11 @@ def save_program(program: ONNXProgram, draft: Path) -> None:
     onnx.save(program.model_proto, draft, format="protobuf")
 
 
-def open_session(path: Path) -> InferenceSession:
+def open_session(file: Path | bytes) -> InferenceSession:
     """Check a file, its types and shapes inferred, and open it in ONNX Runtime.
+
+    Args:
+        file: its path, or its content.
 
     Raises:
         ExportError: the file is not valid or does not load.
@@ -220,8 +223,8 @@ def open_session(path: Path) -> InferenceSession:
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        onnx.checker.check_model(path, full_check=True)  # full: with strict shape inference
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        onnx.checker.check_model(file, full_check=True)  # full: with strict shape inference
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
             f"the exported file is not usable: {first_line(error)}. Hint: try another opset"

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from sffx.errors import ExportError
 from sffx.export.early_exit import EarlyExit
-from sffx.export.exit_files import Manifest, StageFile, require_replaceable, write_manifest
+from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
 from sffx.export.exit_stage import ExitStage
 from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity
@@ -76,36 +76,39 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         values[each.name] = example
     stages = []
     for i, stage in enumerate(runner.stages):
-        described = StageFile(
-            name=stage.name,
-            file=f"{stage.name}.onnx",
-            inputs=stage.inputs,
-            goodness=goodness_name(i),
-            outputs=stage.outputs,
-            macs=stage.macs,
-        )
+        file = f"{stage.name}.onnx"
+        goodness = goodness_name(i)
         arguments = tuple(values[name] for name in stage.inputs)
         stage.score(values)
         _require_tensors(stage, values)
-        _write_stage(described, stage, arguments, runner.batched, folder, opset)
+        _write_stage(stage, goodness, arguments, runner.batched, folder / file, opset)
+        described = StageFile(
+            name=stage.name,
+            file=file,
+            sha256=digest((folder / file).read_bytes()),
+            inputs=stage.inputs,
+            goodness=goodness,
+            outputs=stage.outputs,
+            macs=stage.macs,
+        )
         stages.append(described)
     batched = tuple(sorted(runner.batched))
     write_manifest(folder, Manifest(runner.threshold, runner.inputs, batched, tuple(stages)))
 
 
 def _write_stage(
-    described: StageFile,
     stage: ExitStage,
+    goodness: str,
     arguments: tuple[Tensor, ...],
     batched: frozenset[str],
-    folder: Path,
+    file: Path,
     opset: int | None,
 ) -> None:
     axes = tuple({0: "batch"} if name in batched else None for name in stage.inputs)
-    outputs = (described.goodness, *described.outputs)
+    outputs = (goodness, *stage.outputs)
     module: Any = stage.run  # on torch it is a module
     program = onnx_program(module, arguments, stage.inputs, outputs, axes, opset)
-    save_program(program, folder / described.file)
+    save_program(program, file)
 
 
 def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:

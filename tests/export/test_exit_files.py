@@ -14,15 +14,16 @@ from torch import nn
 
 import sffx
 from sffx.blocks import Input
-from sffx.export.exit_files import Manifest, StageFile, read_manifest, write_manifest
+from sffx.export import exit_files
+from sffx.export.exit_files import Manifest, StageFile, digest, read_manifest, write_manifest
 
 MANIFEST = Manifest(
     threshold=0.5,
     inputs=(Input("x", (6,), "float32"),),
     batched=("block_0", "x"),
     stages=(
-        StageFile("block_0", "block_0.onnx", ("x",), "goodness_0", ("block_0",), 30),
-        StageFile("block_1", "block_1.onnx", ("block_0",), "goodness_1", (), 15),
+        StageFile("block_0", "block_0.onnx", "00", ("x",), "goodness_0", ("block_0",), 30),
+        StageFile("block_1", "block_1.onnx", "11", ("block_0",), "goodness_1", (), 15),
     ),
 )
 
@@ -67,7 +68,7 @@ def test_the_threshold_that_was_written_is_the_default(exported: Path) -> None:
     ("place", "value", "problem"),
     [
         (("version",), None, r"it has no 'version'"),
-        (("version",), 2, r"its version is 2, and this version of sffx reads 1"),
+        (("version",), 3, r"its version is 3, and this version of sffx reads 2"),
         (("version",), True, r"'version' of it is True"),
         (("threshold",), "high", r"'threshold' of it is 'high'"),
         (("threshold",), -0.5, r"its threshold is -0\.5, not a number above 0"),
@@ -82,6 +83,7 @@ def test_the_threshold_that_was_written_is_the_default(exported: Path) -> None:
         (("inputs", 0, "high"), 1.5, r"'high' of input 0 is 1\.5"),
         (("batched",), [1], r"'batched' holds 1, not a name"),
         (("stages", 1, "goodness"), None, r"stage 1 has no 'goodness'"),
+        (("stages", 1, "sha256"), None, r"stage 1 has no 'sha256'"),
         (("stages", 1, "macs"), "15", r"'macs' of stage 1 is '15'"),
         (("stages", 1, "inputs"), [None], r"'inputs' of stage 1 holds None, not a name"),
         (("stages", 1, "inputs"), ["z"], r"block_1 reads 'z', which nothing before it gives"),
@@ -123,6 +125,13 @@ def test_what_is_no_manifest_is_refused(
         sffx.EarlyExit.load(tmp_path)
 
 
+def digest_again(folder: Path) -> None:
+    """Let the manifest have the digest of the first file as it is now."""
+    file = folder / "manifest.json"
+    new = digest((folder / "block_0.onnx").read_bytes())
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), ("stages", 0, "sha256"), new)))
+
+
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "block_0.onnx").unlink()
     with pytest.raises(sffx.InputError, match=r"the file '.*block_0\.onnx' is missing\. Hint: "):
@@ -131,6 +140,11 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 def test_a_broken_file_is_named(folder: Path) -> None:
     (folder / "block_0.onnx").write_bytes(b"half a file")
+    with pytest.raises(
+        sffx.InputError, match=r"block_0\.onnx' is not the file that manifest\.json"
+    ):
+        sffx.EarlyExit.load(folder)
+    digest_again(folder)
     with pytest.raises(sffx.InputError, match=r"block_0\.onnx' is no ONNX file that can be used"):
         sffx.EarlyExit.load(folder)
 
@@ -140,8 +154,43 @@ def test_a_file_of_another_export_is_named(folder: Path) -> None:
     model.graph.output[0].name = "scores"
     model.graph.node[-1].output[0] = "scores"
     onnx.save(model, folder / "block_0.onnx")
+    digest_again(folder)
     with pytest.raises(
         sffx.InputError,
         match=r"block_0\.onnx' has no output 'goodness_0', which manifest\.json names\. Hint: ",
     ):
         sffx.EarlyExit.load(folder)
+
+
+def test_a_loader_never_mixes_two_exports(
+    exported: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)]
+    net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(1, 6))
+    newer = sffx.export_early_exit(net, tmp_path / "newer", 0.3)
+    read = exit_files._content
+
+    def replace_and_read(path: Path) -> bytes:
+        if newer.exists():
+            shutil.rmtree(folder)
+            newer.rename(folder)
+        return read(path)
+
+    monkeypatch.setattr(exit_files, "_content", replace_and_read)
+    loaded = sffx.EarlyExit.load(folder)
+    assert loaded.threshold == 0.3
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(loaded.cumulative(x), sffx.EarlyExit(net).cumulative(x))
+
+
+def test_an_export_of_the_first_version_may_be_replaced(folder: Path) -> None:
+    file = folder / "manifest.json"
+    content = changed(json.loads(file.read_text()), ("stages", 0, "sha256"), None)
+    file.write_text(json.dumps({**content, "version": 1}))
+    with pytest.raises(sffx.InputError, match="its version is 1"):
+        sffx.EarlyExit.load(folder)
+    exit_files.require_replaceable(folder)
+    (folder / "other.bin").write_bytes(b"")
+    with pytest.raises(sffx.InputError, match=r"something else than an early exit: other\.bin"):
+        exit_files.require_replaceable(folder)

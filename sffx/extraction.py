@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.qualnames import holders
 from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.runtime.shard import require_whole
 from sffx.tensors import computed_tensors, copied
 
@@ -33,6 +33,7 @@ def extract(net: fx.GraphModule) -> nn.Module:
     Raises:
         InputError: `net` is no cut model, or is sharded.
     """
+    net = unwrapped(net)
     plan = plan_of(net)
     require_whole(net)
     origin: Any = net.origin

@@ -71,11 +71,55 @@ def plan_of(net: nn.Module) -> BlockPlan:
     """
     plan = getattr(net, "plan", None)
     if not isinstance(plan, BlockPlan):
-        raise InputError(
-            f"net is a {type(net).__name__}, not a cut model. "
-            "Hint: pass what sffx.transform returned"
-        )
+        raise InputError(f"net is a {type(net).__name__}, not a cut model. Hint: {_hint(net)}")
     return plan
+
+
+def unwrapped(net: Any) -> Any:
+    """Return the cut model inside wrappers, and any other model as it is.
+
+    Wrappers are those of `torch.compile`, `DistributedDataParallel`, `DataParallel`,
+    `AveragedModel` and others whose only child is the model, under one of these names.
+    """
+    inner = net
+    while isinstance(inner, nn.Module) and not _carries_plan(inner):
+        children = dict(inner.named_children())
+        if len(children) != 1 or not _WRAPPED.issuperset(children):
+            return net
+        (inner,) = children.values()
+    return inner
+
+
+def require_uncompiled(net: nn.Module) -> None:
+    """Raise an InputError if a model is compiled as a whole, but is to run block by block."""
+    if _carries_plan(net) and net._compiled_call_impl is None:
+        return
+    raise InputError(
+        "net was compiled as a whole, but a block-local step runs it block by block, so the "
+        "compilation would be ignored. Hint: leave net as it is and compile each block, "
+        "net.get_submodule(block.target).compile() for block in net.plan.all_blocks"
+    )
+
+
+# The names that wrappers give to the model inside.
+_WRAPPED = {"module", "_orig_mod"}
+
+
+def _carries_plan(model: nn.Module) -> bool:
+    """Return whether a model itself was cut. A compiled model hands on what it wraps."""
+    return isinstance(vars(model).get("plan"), BlockPlan)
+
+
+def _hint(net: Any) -> str:
+    """Return what to pass instead of something that is no cut model."""
+    modules = net.named_modules() if isinstance(net, nn.Module) else ()
+    for name, module in modules:
+        if not _carries_plan(module):
+            continue
+        if type(net).__name__ == "DistributedDataParallel":
+            return f"train DistributedDataParallel(sffx.LocalLoss(net)); elsewhere pass net.{name}"
+        return f"pass net.{name}"
+    return "pass what sffx.transform returned"
 
 
 def _restored(make: Any, arguments: tuple[Any, ...]) -> CutModel:

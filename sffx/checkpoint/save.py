@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sffx.checkpoint.entries import KEYS, OPTIMIZER_KEY, STATE_KEY, own_entries
 from sffx.errors import InputError
 from sffx.files import writing
+from sffx.net import unwrapped
 from sffx.runtime.shard import require_whole
 
 
@@ -63,6 +64,7 @@ def _unwrapped(net: nn.Module) -> nn.Module:
 
     A wrapper has no plan, and puts a prefix before the names in the state dict.
     """
+    net = unwrapped(net)
     if isinstance(net, DistributedDataParallel):
         return _unwrapped(net.module)
     # The attribute in which torch.compile keeps the module that it wraps.

@@ -24,7 +24,7 @@ from sffx.export.exit_stage import exit_stages
 from sffx.inputs import batch_size, bind_inputs, split_batch
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import mean_goodness
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
@@ -118,6 +118,7 @@ class EarlyExit:
     """
 
     def __init__(self, net: fx.GraphModule, threshold: float = 0.9) -> None:
+        net = unwrapped(net)
         plan = plan_of(net)
         require_whole(net)
         self.threshold = threshold

@@ -33,7 +33,7 @@ from sffx.export.prepare import (
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.tables import GIB, MIB
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def export_onnx(
         ExportError: the model cannot be exported, does not allow another size, is larger than
             2 GiB, or its scores differ beyond `tolerance`.
     """
+    net = unwrapped(net)
     plan = plan_of(net)
     readout = chosen_readout(net, readout)
     properties = metadata(plan, readout, class_names, mean, std)

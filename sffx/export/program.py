@@ -24,7 +24,7 @@ from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readou
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -76,6 +76,7 @@ def export_program(
         ExportError: the model cannot be exported, does not allow another size, or the program's
             scores differ beyond `tolerance`.
     """
+    net = unwrapped(net)
     plan = plan_of(net)
     readout = chosen_readout(net, readout)
     properties = metadata(plan, readout, class_names, mean, std)

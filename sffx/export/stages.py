@@ -19,7 +19,7 @@ from sffx.export.prepare import inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
 from sffx.files import writing_folder
 from sffx.inputs import random_batch
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.parts import goodness_name
 
 
@@ -55,6 +55,7 @@ def export_early_exit(
         ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond
             `tolerance`.
     """
+    net = unwrapped(net)
     plan_of(net)
     require_replaceable(Path(folder))
     with writing_folder(folder) as new, torch.no_grad():

@@ -29,7 +29,7 @@ from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.learning.losses import block_loss
 from sffx.memory.count import count_memory
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.runtime.gradients import mark_gradients
 from sffx.runtime.shard import require_whole
 from sffx.runtime.stage import Stage, stages_of
@@ -155,6 +155,7 @@ def footprint(net: fx.GraphModule, batch_size: int, *, offloaded: bool = False) 
         InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
             shapes depend on data.
     """
+    net = unwrapped(net)
     plan_of(net)
     require_whole(net)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

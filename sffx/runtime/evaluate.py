@@ -15,7 +15,7 @@ from sffx.inputs import split_batch
 from sffx.kernels.precision import widened
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.runtime.modes import evaluating
 from sffx.runtime.residencies import residency_of
 from sffx.runtime.walk import walk
@@ -62,7 +62,7 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
     """Evaluate the cut model in eval mode; afterwards its mode is as before.
 
     Args:
-        net: what `transform` returned.
+        net: what `transform` returned, also inside a wrapper such as `AveragedModel`.
         loader: yields (x, y), x as `net` takes it and y class indices, (B,). Both are moved to the
             model's device.
 
@@ -70,6 +70,7 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
         InputError: `net` is no cut model, the loader is empty or yields something else, or labels
             are out of range.
     """
+    net = unwrapped(net)
     plan_of(net)
     totals = _Totals()
     with evaluating(net):

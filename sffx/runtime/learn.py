@@ -18,7 +18,7 @@ from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind
 from sffx.learning.losses import LossFunctions, block_loss, check_targets, loss_functions
-from sffx.net import plan_of
+from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
@@ -62,6 +62,7 @@ def learn(
             the gradients over and runs the hooks.
     """
     plan = plan_of(net)
+    require_uncompiled(net)
     if not net.training:
         raise InputError(
             "the model is in eval mode, where it returns scores. "

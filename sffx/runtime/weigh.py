@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from sffx.errors import InputError
 from sffx.learning.readouts import WEIGHTED, readout_of
-from sffx.net import plan_of
+from sffx.net import plan_of, unwrapped
 from sffx.runtime.evaluate import scored
 from sffx.runtime.modes import evaluating
 
@@ -45,6 +45,7 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
         InputError: `net` is no cut model, the loader is empty or yields something else, labels are
             out of range, or no block gives the labels a probability. The net is as it was.
     """
+    net = unwrapped(net)
     plan = plan_of(net)
     log_shares = []
     with evaluating(net):

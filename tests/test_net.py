@@ -1,0 +1,107 @@
+"""A cut model inside the wrappers of other libraries: unwrapped, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import timm.utils
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import sffx
+from sffx.errors import InputError
+from tests.toys import Chain
+
+X = torch.zeros(2, 3, 8, 8)
+Y = torch.tensor([0, 1])
+compiled = functools.partial(torch.compile, backend="eager")
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": compiled,
+    "AveragedModel": AveragedModel,
+    "DataParallel": nn.DataParallel,
+    "timm's EMA": timm.utils.ModelEmaV3,
+    "two": lambda net: compiled(nn.DataParallel(net)),
+}
+
+
+def cut() -> nn.Module:
+    torch.manual_seed(0)
+    return sffx.transform(Chain(), "layer", X).train()
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_net_is_evaluated_extracted_exported_and_saved(wrap, tmp_path):
+    net = cut()
+    wrapped = wrap(copy.deepcopy(net))
+    loader = [(torch.randn(2, 3, 8, 8), Y)]
+    assert str(sffx.evaluate(wrapped, loader)) == str(sffx.evaluate(net, loader))
+    assert sffx.footprint(wrapped, 2) == sffx.footprint(net, 2)
+    plain = sffx.extract(wrapped)
+    assert type(plain) is Chain
+    sffx.export_program(wrapped, tmp_path / "net.pt2")
+    sffx.save_checkpoint(tmp_path / "net.pt", wrapped)
+    loaded = sffx.load_checkpoint(tmp_path / "net.pt").net(Chain())
+    for name, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert sffx.EarlyExit(wrapped)(X).scores.shape == (2, 4)
+    sffx.weigh(wrapped, loader)
+
+
+@pytest.mark.parametrize("step", ["local_loss", "local_step", "block_losses", "LocalLoss"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_step_does_not_ignore_a_compilation(step, in_place):
+    net = cut()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    if in_place:
+        net.compile(backend="eager")
+    else:
+        net = compiled(net)
+    calls = {
+        "local_loss": lambda: sffx.local_loss(net, X, Y),
+        "local_step": lambda: sffx.local_step(net, X, Y, optimizer),
+        "block_losses": lambda: sffx.block_losses(net, X, Y),
+        "LocalLoss": lambda: sffx.LocalLoss(net)(X, Y),
+    }
+    with pytest.raises(InputError, match=r"net was compiled as a whole.*Hint:.*each block"):
+        calls[step]()
+
+
+def test_compiled_blocks_train_as_they_do_uncompiled():
+    net = cut()
+    twin = copy.deepcopy(net)
+    for block in net.plan.all_blocks:
+        net.get_submodule(block.target).compile(backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    found, expected = sffx.local_loss(net, x, Y), sffx.local_loss(twin, x, Y)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "hint"),
+    [
+        (AveragedModel, r"net is a AveragedModel, not a cut model\. Hint: pass net\.module"),
+        (sffx.LocalLoss, r"net is a LocalLoss, not a cut model\. Hint: pass net\.net"),
+    ],
+)
+def test_a_step_on_a_wrapped_net_names_what_to_pass(wrap, hint):
+    with pytest.raises(InputError, match=hint):
+        sffx.local_loss(wrap(cut()), X, Y)
+
+
+def test_a_plain_model_with_one_child_is_no_wrapper():
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Chain()
+
+    with pytest.raises(InputError, match=r"net is a Whole, not a cut model\. Hint: pass what"):
+        sffx.evaluate(Whole(), [(X, Y)])

@@ -51,10 +51,10 @@ def learn(
     """Yield each stage's loss and gradients when its activations are freed, before the next runs.
 
     Args:
-        net: as for `local_loss`, and so are the next three.
-        x: the input.
-        y: the targets.
-        loss_fn: the blocks' losses.
+        net: as for `local_loss`.
+        x: as for `local_loss`.
+        y: as for `local_loss`.
+        loss_fn: as for `local_loss`.
         residency: of the net.
         only: names of the blocks that learn, all if None.
         on_block: called with each block's name, scores and loss, if given.
@@ -63,15 +63,11 @@ def learn(
     """
     plan = plan_of(net)
     require_uncompiled(net)
-    if not net.training:
-        raise InputError(
-            "the model is in eval mode, where it returns scores. "
-            "Hint: call net.train() before a training step"
-        )
+    _require_train_mode(net)
     stages = learning_stages(net, only)
     functions = loss_functions(loss_fn, len(plan.all_blocks))
-    learning = [functions[stage.index] for stage in stages]
-    check_targets(y, _samples(plan, x), plan.num_classes, learning)
+    functions_in_use = [functions[stage.index] for stage in stages]
+    check_targets(y, _samples(plan, x), plan.num_classes, functions_in_use)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
     trainable = {stage: stage.trainable for stage in stages}
     for stage, scores in walk(net, x, only):
@@ -134,11 +130,24 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     return [stage for stage in stages if stage.name in only]
 
 
+def _require_train_mode(net: fx.GraphModule) -> None:
+    if not net.training:
+        raise InputError(
+            "the model is in eval mode, where it returns scores. "
+            "Hint: call net.train() before a training step"
+        )
+
+
 def _samples(plan: BlockPlan, x: Any) -> int:
-    """Return the batch size of an input that a block-local step can take."""
+    """Return the batch size of an input that a block-local step can take.
+
+    Raises:
+        InputError: the input requires a gradient, which the step would not compute.
+    """
     values = bind(plan, x)
     samples = batch_size(values)
-    wants_gradient = any(isinstance(v, Tensor) and v.requires_grad for v in values.values())
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    wants_gradient = any(tensor.requires_grad for tensor in tensors)
     if wants_gradient and torch.is_grad_enabled():
         raise InputError(
             "x requires gradient, but a block-local step hands none on to its input. "

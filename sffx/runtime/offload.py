@@ -326,10 +326,15 @@ class Offloading(Residency):
         """Begin to load a block, while the block before it is on the device."""
         # The block that was evicted last must be gone, or three blocks would be on the device.
         self.copier.finish_store()
-        tensors = [tensor for tensor in self._tensors(block) if self._is_away(tensor)]
-        host = {storage_key(tensor): _bytes(tensor) for tensor in tensors}
+        tensors: list[Tensor] = []
+        host: Storages = {}
+        for tensor in self._tensors(block):
+            if self._is_away(tensor):
+                tensors.append(tensor)
+                host[storage_key(tensor)] = _bytes(tensor)
         copies = self.copier.begin_load(list(host.values()))
-        self.coming = Load(block, tensors, host, dict(zip(host, copies, strict=True)))
+        device = dict(zip(host, copies, strict=True))
+        self.coming = Load(block, tensors, host, device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -459,7 +464,10 @@ class Offloading(Residency):
         return tensor.device == self.device
 
     def _parameters(self, block: int) -> list[nn.Parameter]:
-        return [p for module in self.blocks[block] for p in module.parameters()]
+        parameters: list[nn.Parameter] = []
+        for module in self.blocks[block]:
+            parameters += module.parameters()
+        return parameters
 
     def _tensors(self, block: int) -> list[Tensor]:
         """Return the tensors that move with a block.
@@ -486,7 +494,11 @@ class Offloading(Residency):
         state = dict(self.optimizer.state.get(parameter, {}))
         if parameter not in self._counted_on_device:
             state.pop("step", None)
-        return [leaf for leaf in tree_leaves(list(state.values())) if isinstance(leaf, Tensor)]
+        tensors = []
+        for leaf in tree_leaves(list(state.values())):
+            if isinstance(leaf, Tensor):
+                tensors.append(leaf)
+        return tensors
 
     def __reduce__(self) -> Any:
         # Copies and pickles of an offloaded model are ordinary models, in host memory.

@@ -81,7 +81,9 @@ class Stage:
         """The parameters that require a gradient, of the block and its head."""
         parameters: list[nn.Parameter] = []
         for module in self.modules:
-            parameters += [p for p in module.parameters() if p.requires_grad]
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameters.append(parameter)
         return parameters
 
     def nodes_from(self, previous: Stage | None) -> list[fx.Node]:
@@ -170,7 +172,11 @@ def stages_of(net: fx.GraphModule) -> tuple[Stage, ...]:
 
 def placeholders_of(net: fx.GraphModule) -> dict[str, fx.Node]:
     """Return the nodes of the model's inputs by the inputs' names."""
-    return {str(node.target): node for node in net.graph.nodes if node.op == "placeholder"}
+    placeholders = {}
+    for node in net.graph.nodes:
+        if node.op == "placeholder":
+            placeholders[str(node.target)] = node
+    return placeholders
 
 
 def nodes_read_by(nodes: list[fx.Node]) -> list[fx.Node]:
@@ -238,8 +244,10 @@ class _Order:
 
 def _make_stages(net: fx.GraphModule) -> tuple[Stage, ...]:
     order = _Order(net.graph)
-    parts = enumerate(_split(net.graph, plan_of(net)))
-    return tuple(Stage(net, index, nodes, order) for index, nodes in parts)
+    stages = []
+    for index, nodes in enumerate(_split(net.graph, plan_of(net))):
+        stages.append(Stage(net, index, nodes, order))
+    return tuple(stages)
 
 
 def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:

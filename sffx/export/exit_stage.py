@@ -39,7 +39,8 @@ class ExitStage:
 
     def score(self, values: dict[str, Any]) -> Tensor:
         """Run on the values that it reads, add its outputs to them, and return the goodness."""
-        goodness, *outputs = self.run(*(values[name] for name in self.inputs))
+        arguments = [values[name] for name in self.inputs]
+        goodness, *outputs = self.run(*arguments)
         values.update(zip(self.outputs, outputs, strict=True))
         return goodness
 
@@ -53,9 +54,10 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
     The classifier is no stage of an early exit.
     """
     node_lists = _nodes_of_exits(net)
-    # A value has a batch axis if it has as many rows as there are samples, whatever their number.
-    two = _ExampleRun(net, samples=2)
-    three = _ExampleRun(net, samples=3)
+    # A value has a batch axis if it has as many rows as there are samples. With one number of
+    # samples, another axis could have that length by chance.
+    of_two = _ExampleRun(net, samples=2)
+    of_three = _ExampleRun(net, samples=3)
     stages = []
     for i, block in enumerate(plan_of(net)):
         nodes = node_lists[i]
@@ -66,13 +68,15 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
         input_names = tuple(map(_name, inputs))
         output_names = tuple(map(_name, outputs))
         with FlopCounterMode(display=False) as counter:
-            two.run(module, input_names, output_names)
-        three.run(module, input_names, output_names)
-        macs = counter.get_total_flops() // 4  # two operations for each, and two samples
+            of_two.run(module, input_names, output_names)
+        of_three.run(module, input_names, output_names)
+        # A multiply-add is two operations.
+        macs_of_two = counter.get_total_flops() // 2
+        macs = macs_of_two // 2
         stages.append(ExitStage(block.target, input_names, output_names, macs, module))
     batched = set()
-    for name, value in two.values.items():
-        if _rows(value) == 2 and _rows(three.values[name]) == 3:
+    for name, value in of_two.values.items():
+        if _rows(value) == 2 and _rows(of_three.values[name]) == 3:
             batched.add(name)
     return tuple(stages), frozenset(batched)
 
@@ -94,7 +98,8 @@ class _ExampleRun:
     @torch.no_grad()
     def run(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         """Run one stage, and add its outputs to the values."""
-        _, *returned = module(*(self.values[name] for name in inputs))
+        arguments = [self.values[name] for name in inputs]
+        _goodness, *returned = module(*arguments)
         self.values.update(zip(outputs, returned, strict=True))
 
 
@@ -118,12 +123,18 @@ def _read_by_any(node_lists: Sequence[list[fx.Node]]) -> set[fx.Node]:
 def _module(
     net: fx.GraphModule, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> fx.GraphModule:
-    """Return some nodes of the outer graph as a module; its first output is the last node."""
+    """Return some nodes of the outer graph as a module.
+
+    It takes the inputs. It returns the goodness, which is the last node, and then the outputs.
+    """
     graph = fx.Graph()
-    values = {node: graph.placeholder(_name(node)) for node in inputs}
+    copy_of: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copy_of[node] = graph.placeholder(_name(node))
     for node in nodes:
-        values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in (nodes[-1], *outputs)))
+        copy_of[node] = graph.node_copy(node, copy_of.__getitem__)
+    goodness = nodes[-1]
+    graph.output(tuple(copy_of[node] for node in (goodness, *outputs)))
     graph.lint()
     return fx.GraphModule(net, graph, class_name="Stage").eval()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from sffx.blocks import Block, BlockPlan, Leaf
 from sffx.draw.words import JOINT
 
-# Fewer alike are as easily read one by one.
+# Fewer blocks than this are as easy to read one by one.
 SHORTEST = 3
 
 
@@ -36,7 +36,10 @@ def fold(plan: BlockPlan) -> BlockPlan:
     Returns:
         A plan for drawings. It cannot cut a model.
     """
-    readers = Counter(name for block in plan.all_blocks for name in set(block.inputs))
+    # How many blocks read each value.
+    readers: Counter[str] = Counter()
+    for block in plan.all_blocks:
+        readers.update(set(block.inputs))
     looks: list[tuple[object, ...]] = []
     before = None
     for block in plan:
@@ -75,10 +78,10 @@ def leaves_in(block: Block, plan: BlockPlan) -> list[Leaf]:
 
 
 def relative(qualname: str, block: Block) -> str:
-    """Return a qualified name as seen from a block.
+    """Return a qualified name relative to a block.
 
-    It is seen from the block's module, or from the innermost module around all modules of a block
-    that has no module of its own.
+    It is relative to the block's module. If a block has no module of its own, it is relative to the
+    innermost module around all modules of the block.
     """
     if JOINT not in block.name:
         return qualname.removeprefix(f"{block.name}.")
@@ -99,9 +102,9 @@ def _common_prefix(names: tuple[str, ...]) -> str:
 def _look(
     block: Block, before: Block | None, readers: Counter[str], plan: BlockPlan
 ) -> tuple[object, ...]:
-    """Return what the blocks of one run have in common.
+    """Return the features that the blocks of one run have in common.
 
-    For a block that cannot be in a run it is the block's own target, which no other block has.
+    A block that cannot be in a run has only its own target as a feature, which no other block has.
     """
     if block.sides or readers[block.output] > 1:
         return (block.target,)

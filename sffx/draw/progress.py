@@ -71,8 +71,12 @@ def _between(value: float, values: Collection[float], colours: tuple[str, str]) 
     low = min(values, default=value)
     high = max(values, default=value)
     share = (value - low) / (high - low) if high > low else 1.0
+    lowest, highest = colours
     mixed = "#"
+    # The positions of red, green and blue in "#rrggbb".
     for position in (1, 3, 5):
-        first, second = (int(colour[position : position + 2], 16) for colour in colours)
-        mixed += f"{round(first + share * (second - first)):02x}"
+        first = int(lowest[position : position + 2], 16)
+        second = int(highest[position : position + 2], 16)
+        between = round(first + share * (second - first))
+        mixed += f"{between:02x}"
     return mixed

@@ -96,15 +96,18 @@ def printable(text: str) -> str:
 def shorten(name: str, width: int) -> str:
     """Return a name of at most `width` characters, shortened from the left.
 
-    The end of a qualified name is what tells it from its neighbours, so the end stays, behind an
-    ellipsis. It begins after a dot if that loses less than half of it.
+    Qualified names differ at their ends, so the end stays, behind an ellipsis. It begins after a
+    dot if that loses less than half of it.
     """
     if len(name) <= width:
         return name
+    # The first character that fits behind the ellipsis.
     first = len(name) - width + 1
-    start = name.find(".", first - 1) + 1
-    is_after_near_dot = first <= start <= first + width // 2
-    return "…" + name[start if is_after_near_dot else first :]
+    # The first character after a dot from there on, 0 if there is no dot.
+    after_dot = name.find(".", first - 1) + 1
+    is_near = first <= after_dot <= first + width // 2
+    start = after_dot if is_near else first
+    return f"…{name[start:]}"
 
 
 def shorten_block_name(name: str) -> str:
@@ -112,7 +115,9 @@ def shorten_block_name(name: str) -> str:
     first, joint, last = name.partition(JOINT)
     if len(name) <= NAME_WIDTH or not joint:
         return shorten(name, NAME_WIDTH)
+    # Each name has half of the room, and what the other one does not need.
     room = NAME_WIDTH - len(joint)
-    last = shorten(last, room - min(len(first), room // 2))
+    room_for_first = min(len(first), room // 2)
+    last = shorten(last, room - room_for_first)
     first = shorten(first, room - len(last))
     return f"{first}{joint}{last}"

@@ -1,9 +1,9 @@
 """A goodness by direction: the cosine between a sample's features and a learned direction.
 
 It is not the paper's. The mean square of an auxiliary convolution begins flat and grows without
-bound. A cosine has a gradient from the first step on, and is bounded, which teaches small blocks
-more. With a hidden layer before it, a block need not make its classes linearly separable itself: it
-keeps what later blocks can use, as with the auxiliary networks of Belilovsky et al.
+bound. A cosine has a gradient from the first step on, and is bounded. From it small blocks learn
+more. With a hidden layer before it, a block need not make its classes linearly separable itself. So
+it keeps features that later blocks can use, as with the auxiliary networks of Belilovsky et al.
 (arXiv 1901.08164).
 """
 
@@ -62,7 +62,9 @@ class CosineGoodness(nn.Module):
         self.spatial = spatial
         self.regions = regions
         self.scale = scale
-        features = channels * regions**spatial if spatial in _POOLS else channels
+        features = channels
+        if spatial in _POOLS:
+            features *= regions**spatial
         _check_directions(features, hidden)
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         inputs = features if hidden is None else hidden
@@ -118,7 +120,7 @@ class CosineGoodness(nn.Module):
 
 
 def _check_directions(features: int, hidden: int | None) -> None:
-    # A single value, less its mean, is 0.
+    # A single value minus its mean is 0.
     if features < 2:
         number = f"{features} feature"
     elif hidden is not None and hidden < 2:
@@ -137,6 +139,7 @@ def _pooled_by_products(y: Tensor, regions: int) -> Tensor:
     This is adaptive average pooling, written as a product for each axis of space.
     """
     for axis in range(2, y.ndim):
+        # The bounds of a region are rounded outwards, so neighbours may share a place.
         size = y.shape[axis]
         place = torch.arange(size, device=y.device)
         region = torch.arange(regions, device=y.device)[:, None]
@@ -149,7 +152,7 @@ def _pooled_by_products(y: Tensor, regions: int) -> Tensor:
 
 
 def _direction(features: Tensor) -> Tensor:
-    """Return rows (N, features), less the mean of each, of length 1."""
+    """Return rows (N, features) with a mean of 0 and a length of 1."""
     return _of_length_one(features - features.mean(1, keepdim=True))
 
 

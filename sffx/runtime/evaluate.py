@@ -144,11 +144,17 @@ class _Totals:
     def add(self, scores: dict[str, Tensor], y: Tensor) -> None:
         """Count one batch."""
         self.samples += len(y)
-        # One transfer for all names: on a GPU each one waits for the device.
-        correct = torch.stack([(own.argmax(dim=1) == y).sum() for own in scores.values()])
-        losses = torch.stack([F.cross_entropy(own, y, reduction="sum") for own in scores.values()])
-        for name, right, loss in zip(scores, correct.tolist(), losses.tolist(), strict=True):
-            self.correct[name] = self.correct.get(name, 0) + right
+        corrects = []
+        losses = []
+        for own in scores.values():
+            is_correct = own.argmax(dim=1) == y
+            corrects.append(is_correct.sum())
+            losses.append(F.cross_entropy(own, y, reduction="sum"))
+        # One transfer for all names, because on a GPU each transfer waits for the device.
+        correct_counts = torch.stack(corrects).tolist()
+        loss_sums = torch.stack(losses).tolist()
+        for name, correct, loss in zip(scores, correct_counts, loss_sums, strict=True):
+            self.correct[name] = self.correct.get(name, 0) + correct
             self.loss[name] = self.loss.get(name, 0.0) + loss
 
     def evaluation(self) -> Evaluation:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -95,7 +95,7 @@ class BlockPlateau:
             )
         for name, groups in _by_name(self.optimizer).items():
             scheduler = self.schedulers[name]
-            # Loading a state dict into the optimizer has replaced its groups.
+            # Loading a state dict into the optimizer replaces its groups.
             scheduler.optimizer.param_groups = groups
             scheduler.step(losses[name])
 
@@ -123,7 +123,9 @@ def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
 
     Such an optimizer would train something else without a word.
     """
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    held: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        held.update(group["params"])
     if held.isdisjoint(net.parameters()):
         raise InputError(
             f"the optimizer holds {len(held)} parameters, none of them of net. "
@@ -141,7 +143,7 @@ def _by_name(optimizer: Optimizer) -> dict[str, list[dict[str, Any]]]:
 
 
 def _view(groups: list[dict[str, Any]]) -> Optimizer:
-    """Return an optimizer that has these groups alone.
+    """Return an optimizer that has only these groups.
 
     A torch scheduler watches all groups of its optimizer, so each gets an optimizer of its own.
     """

@@ -74,15 +74,18 @@ def mixture_weights(log_shares: Tensor) -> Tensor:
     Raises:
         InputError: no component gives any label a probability.
     """
-    likely = log_shares.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    likely = likely[:, likely.max(0).values > -torch.inf]
-    if not likely.numel():
+    never = -torch.inf
+    logs = log_shares.double().nan_to_num(nan=never, posinf=never, neginf=never)
+    # A label to which no component gives a probability does not tell the components apart.
+    is_possible = logs.max(0).values > never
+    logs = logs[:, is_possible]
+    if not logs.numel():
         raise InputError(
             "no block gives any of the labels a probability. "
             "Hint: a goodness that is nan tells of a diverged training"
         )
     # A common factor of a sample's shares changes nothing, so the largest becomes 1.
-    shares = (likely - likely.max(0).values).exp()
+    shares = (logs - logs.max(0).values).exp()
     weights = shares.new_full((len(shares),), 1 / len(shares))
     for _ in range(MOST_ROUNDS):
         responsibilities = weights[:, None] * shares
@@ -93,5 +96,6 @@ def mixture_weights(log_shares: Tensor) -> Tensor:
         if change < CONVERGED:
             break
     # The largest weight stays, whatever its size.
-    weights[weights < min(SMALLEST_WEIGHT, float(weights.max()))] = 0
+    smallest = min(SMALLEST_WEIGHT, float(weights.max()))
+    weights[weights < smallest] = 0
     return weights / weights.sum()

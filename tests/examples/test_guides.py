@@ -7,6 +7,7 @@ is only shown.
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # The compiler of C++ takes a minute. What is compiled is the same.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "guide"}
     blocks = list(blocks_of(page.read_text(encoding="utf-8")))

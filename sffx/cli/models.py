@@ -84,15 +84,18 @@ def candidates(module: ModuleType) -> dict[str, str]:
     classes count only if they can be called without arguments.
     """
     public = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
-    own = {
-        name: thing
-        for name, thing in public.items()
-        if getattr(thing, "__module__", None) == module.__name__ and not _required(thing)
-    }
-    instances = _instances(public)
-    functions = {name: "function" for name, thing in own.items() if _is_maker(thing)}
-    classes = {name: "class" for name, thing in own.items() if _is_model_class(thing)}
-    return instances or functions or classes
+    functions = {}
+    classes = {}
+    for name, thing in public.items():
+        # Imported functions and classes are not candidates.
+        is_own = getattr(thing, "__module__", None) == module.__name__
+        if not is_own or _required(thing):
+            continue
+        if _is_maker(thing):
+            functions[name] = "function"
+        elif _is_model_class(thing):
+            classes[name] = "class"
+    return _instances(public) or functions or classes
 
 
 def _instances(public: dict[str, Any]) -> dict[str, str]:
@@ -101,7 +104,8 @@ def _instances(public: dict[str, Any]) -> dict[str, str]:
     seen: set[int] = set()
     for name, thing in public.items():
         # A loss function is an nn.Module, too, but has no parameters.
-        is_model = isinstance(thing, nn.Module) and any(True for _ in thing.parameters())
+        is_module = isinstance(thing, nn.Module)
+        is_model = is_module and next(thing.parameters(), None) is not None
         if is_model and id(thing) not in seen:
             instances[name] = f"instance of {type(thing).__name__}"
             seen.add(id(thing))
@@ -167,8 +171,10 @@ def _others(module: ModuleType) -> dict[str, str]:
     others = {}
     for name, thing in vars(module).items():
         is_own = getattr(thing, "__module__", None) == module.__name__
+        if name.startswith("_") or not is_own:
+            continue
         is_function = isinstance(thing, FunctionType)
-        if name.startswith("_") or not is_own or not (is_function or _is_model_class(thing)):
+        if not is_function and not _is_model_class(thing):
             continue
         kind = "function" if is_function else "class"
         required = _required(thing)
@@ -182,11 +188,11 @@ def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | No
     Raises:
         InputError: there is no such file.
     """
-    file, has_name, name_in_file = source.rpartition(".py:")
-    if has_name and name is None:
-        path, name = Path(f"{file}.py"), name_in_file
-    else:
-        path = Path(source)
+    file, separator, name_in_file = source.rpartition(".py:")
+    path = Path(source)
+    if separator and name is None:
+        path = Path(f"{file}.py")
+        name = name_in_file
     if path.is_file():
         return path, name
     if path.suffix == ".py":

@@ -12,7 +12,7 @@ from typing import Any
 from sffx.errors import InputError
 from sffx.parts import is_block
 
-# The columns that sffx.lightning logs, and what they are here.
+# The columns that sffx.lightning logs, with their names here.
 LOGGED = {"val_acc": "accuracy", "val_loss": "loss", "lr": "lr"}
 KINDS = ("accuracy", "loss", "lr")
 
@@ -106,12 +106,16 @@ def _no_epoch(number: int, entry: Any, reason: str) -> InputError:
 
 
 def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
-    """Yield the epochs that files hold. Of several values for one figure the last one counts."""
+    """Yield the epochs that files hold.
+
+    If a figure has several values, as after a resumed training, the last value counts.
+    """
+    # The values by the epoch's number, then by kind, then by name.
     by_number: dict[int, dict[str, dict[str, float]]] = {}
     for path in paths:
         for number, kind, name, value in _values(path):
             if number not in by_number:
-                by_number[number] = {each: {} for each in KINDS}
+                by_number[number] = {"accuracy": {}, "loss": {}, "lr": {}}
             by_number[number][kind][name] = value
     for number, values in sorted(by_number.items()):
         if values["accuracy"]:
@@ -127,8 +131,11 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
         )
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    # Columns are called "val_acc/block_0"; the scores that the net is judged by have no name.
-    columns = [column for column in rows[0] if column] if rows else []
+    # A column is called "val_acc/block_0". For the scores of the whole net it is "val_acc".
+    columns: list[str] = []
+    if rows:
+        # csv puts cells beyond the header under the key None.
+        columns = [column for column in rows[0] if column]
     has_blocks = any(is_block(column.removeprefix("val_acc/")) for column in columns)
     whole = "ensemble" if has_blocks else "model"
     for row in rows:

@@ -106,7 +106,10 @@ _WRAPPED = {"module", "_orig_mod"}
 
 
 def _carries_plan(model: nn.Module) -> bool:
-    """Return whether a model itself was cut. A compiled model hands on what it wraps."""
+    """Return whether a model itself was cut, and does not only wrap a cut model.
+
+    The attributes of a compiled model are those of the model inside, so `getattr` would not tell.
+    """
     return isinstance(vars(model).get("plan"), BlockPlan)
 
 

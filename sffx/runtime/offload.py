@@ -377,7 +377,7 @@ class Offloading(Residency):
         self.loaded = None
         assert load is not None  # the callers have checked it
         leaving = [tensor for tensor in self._tensors(load.block) if self._is_on_device(tensor)]
-        # Loaded memory is given up also where the tensors have moved to other memory since.
+        # Loaded memory is freed even if its tensors are on other memory by now.
         freed = dict(load.device)
         for tensor in leaving:
             freed[storage_key(tensor)] = _bytes(tensor)

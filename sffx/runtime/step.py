@@ -125,11 +125,11 @@ def local_step(
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
             model has several.
         y: class indices, (B,); or class probabilities, (B, J); or what `loss_fn` takes.
-        optimizer: over the parameters of `net`; for an offloaded model, the one that it was
+        optimizer: over the parameters of `net`, or a mapping with an optimizer for each block that
+            learns, by the block's name. For an offloaded model, it is the one that the model was
             offloaded with. With the groups of `parameter_groups`, each call of its `step` looks at
-            one block only. An optimizer that looks at all gradients at once (LAMB, at their norm)
-            sees one block's. Or a mapping with an optimizer for each block that learns, by the
-            block's name.
+            one block only. So an optimizer that uses all gradients at once, as LAMB uses their
+            norm, sees only those of one block.
         loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
             as `sff_loss` takes it; cross-entropy if None.
         blocks: names of the blocks that learn, as for `local_loss`; all if None.
@@ -166,6 +166,7 @@ def local_step(
             if changed:
                 apply(optimizers[learned.stage.name], learned.gradients)
             residency.release(learned.stage, changed=changed)
+            # `learned` lives on while the next stage runs, but its gradients must not.
             learned.gradients.clear()
     return total(losses)
 
@@ -269,7 +270,10 @@ def _with_gradients(
 
 
 class _Deposit(Function):
-    """Hands precomputed gradients to the parameters, scaled by the gradient of the loss itself."""
+    """Hands precomputed gradients to the parameters, in the backward pass of the loss.
+
+    They are scaled by the gradient of the loss itself, which is 1 for a plain `loss.backward()`.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -284,7 +288,8 @@ class _Deposit(Function):
                 "backward was called twice on one local_loss, whose gradients were handed over the "
                 "first time. Hint: call local_loss again"
             )
-        # The context lets go of the gradients, so each becomes its parameter's .grad, not a copy.
+        # Torch makes a gradient that nobody else holds the parameter's .grad, and copies any other.
+        # So the context lets go of the gradients.
         gradients = ctx.gradients
         ctx.gradients = None
         handed_over = list(gradients)
@@ -295,7 +300,7 @@ class _Deposit(Function):
 
 
 def _is_one(scale: Tensor) -> bool:
-    """Return whether a scale is one, as far as that can be seen without waiting for a device."""
+    """Return whether a scale is one. On a GPU the answer is False, to not wait for the device."""
     return type(scale) is Tensor and scale.device.type == "cpu" and scale.item() == 1
 
 

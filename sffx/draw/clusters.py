@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -181,7 +182,7 @@ def _columns(insides: Sequence[Sequence[Part]]) -> list[int]:
     """Return the column that each block stands in, so that all columns are about as tall."""
     heights = [len(inside) + HEADING_ROWS for inside in insides]
     total = sum(heights)
-    count = -(-total // ROWS)
+    count = math.ceil(total / ROWS)
     columns = []
     top = 0
     for height in heights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def _draw_band(axes: Axes, goodness: Tensor, label: str, colour: str) -> None:
 
 
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
-    step = -(-len(names) // NAMED)
+    step = math.ceil(len(names) / NAMED)
     places = range(0, len(names), step)
     axes.set_xticks(places, names[::step], rotation=90, fontsize=8)
     axes.set_yticks(places, names[::step], fontsize=8)

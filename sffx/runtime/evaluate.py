@@ -126,6 +126,7 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
     for batch in loader:
         x, y = split_batch(batch, device)
         scores = block_scores(net, x)
+        # After the scores, which tell the number of samples and classes.
         check_labels(y, scores.shape[1], scores.shape[2])
         samples += len(y)
         yield scores, y
@@ -134,7 +135,7 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
 
 
 class _Totals:
-    """The counts of an evaluation so far, by name."""
+    """The sums of an evaluation over the batches so far, by name."""
 
     def __init__(self) -> None:
         self.samples = 0

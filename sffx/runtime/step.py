@@ -1,4 +1,16 @@
-"""The block-local step: compute all gradients, and hold the activations of one block only."""
+"""The block-local step: compute all gradients, and hold the activations of one block only.
+
+`local_step` runs through these functions, once for each stage:
+
+    walk -> Stage.score        run the block and its head           walk.py, stage.py
+    learn -> block_loss        the loss of this stage               learn.py
+    residency.gradients        the gradients of this stage          residency.py, gradients.py
+    apply                      the optimizer steps on this stage    update.py
+    residency.release          the stage may leave the device       residency.py
+    walk -> Stage.hand_on      detach and norm, for the next one    walk.py, stage.py
+
+`local_loss` keeps the gradients instead. Its backward pass hands them to the parameters.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sffx.errors import ExportError, InputError
 
@@ -69,7 +70,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: `path` is a directory, or its directory does not exist or cannot be written to.
         ExportError: the file system failed while the file was written.
     """
-    path = Path(path)
+    path = as_path(path)
     old = _status(path)
     if old is not None and stat.S_ISDIR(old.st_mode):
         raise InputError(
@@ -104,7 +105,7 @@ def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: `path` is a file, or its parent does not exist or cannot be written to.
         ExportError: the file system failed while the folder was written.
     """
-    path = Path(path)
+    path = as_path(path)
     old = _status(path)
     if old is not None and not stat.S_ISDIR(old.st_mode):
         raise InputError(f"cannot write to {str(path)!r}: it is a file. Hint: name a folder")
@@ -118,6 +119,20 @@ def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _sync(file)
         _keep_mode(new, old)
         _exchange(new, target, folder / ASIDE)
+
+
+def as_path(path: Any) -> Path:
+    """Return a path as a `Path`.
+
+    Raises:
+        InputError: it is neither a string nor a path.
+    """
+    try:
+        return Path(os.fsdecode(path))
+    except TypeError as error:
+        raise InputError(
+            f"the path is {path!r}, a {type(path).__name__}. Hint: pass a string or a pathlib.Path"
+        ) from error
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -8,7 +8,7 @@ of them accept the same and refuse the same.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,21 @@ def batch_size(values: Mapping[str, Any]) -> int:
         f"x is a {kinds}, not a tensor. "
         "Hint: pass a tensor, a tuple or a mapping of tensors, the batch first"
     )
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    """Return an iterator over what a loader yields.
+
+    Raises:
+        InputError: it is nothing that can be iterated over.
+    """
+    try:
+        return iter(loader)
+    except TypeError as error:
+        raise InputError(
+            f"the loader is a {type(loader).__name__}, which yields nothing. "
+            "Hint: pass a DataLoader or a list of pairs (x, y)"
+        ) from error
 
 
 def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Tensor]:
@@ -164,12 +179,33 @@ def explaining_input_errors(net: nn.Module, values: Mapping[str, Any]) -> Iterat
         InputError: instead of torch's error, where an input differs from the example. Errors with
             another cause, such as too little memory, stay as they are.
     """
+    with explaining_errors(plan_of(net).inputs, net.parameters, values):
+        yield
+
+
+@contextmanager
+def explaining_errors(
+    inputs: Sequence[Input],
+    parameters: Callable[[], Iterable[Tensor]],
+    values: Mapping[str, Any],
+) -> Iterator[None]:
+    """Explain an error of torch as `explaining_input_errors` does.
+
+    Args:
+        inputs: of the model.
+        parameters: returns the parameters of the model.
+        values: its inputs by name.
+    """
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, SffxError):
+            raise
+        known = list(parameters())
+        _require_device(known, values)
         if isinstance(error, _UNRELATED_ERRORS) or _UNRELATED_MESSAGES.search(str(error)):
             raise
-        differences = _differences(net, values)
+        differences = _differences(inputs, known, values)
         if not differences:
             raise
         raise InputError(
@@ -196,14 +232,28 @@ def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
 
 
-def _differences(net: nn.Module, values: Mapping[str, Any]) -> list[str]:
+def _require_device(parameters: Sequence[Tensor], values: Mapping[str, Any]) -> None:
+    """Raise an InputError if an input is on a device where no parameter is."""
+    # The blocks of an offloaded model are on two devices.
+    devices = list(dict.fromkeys(str(parameter.device) for parameter in parameters))
+    for name, value in values.items():
+        if devices and isinstance(value, Tensor) and str(value.device) not in devices:
+            raise InputError(
+                f"{name} is on {value.device}, but the model is on {' and '.join(devices)}. "
+                f"Hint: {name}.to({devices[0]!r})"
+            )
+
+
+def _differences(
+    inputs: Sequence[Input], parameters: Sequence[Tensor], values: Mapping[str, Any]
+) -> list[str]:
     """Return a sentence for each input that differs from the one that the model was cut for."""
     differences = []
-    for traced in plan_of(net).inputs:
+    for traced in inputs:
         value = values.get(traced.name)
         if not isinstance(value, Tensor):
             continue
-        dtype = _present_dtype(net, traced)
+        dtype = _present_dtype(parameters, traced)
         if tuple(value.shape[1:]) == traced.shape and value.dtype == dtype:
             continue
         shape = ", ".join(["B", *map(str, traced.shape)])
@@ -214,7 +264,7 @@ def _differences(net: nn.Module, values: Mapping[str, Any]) -> list[str]:
     return differences
 
 
-def _present_dtype(net: nn.Module, value: Input) -> torch.dtype:
+def _present_dtype(parameters: Sequence[Tensor], value: Input) -> torch.dtype:
     """Return the dtype that an input must have now.
 
     The precision of the model may have changed since the cut, as by `net.half()`.
@@ -222,7 +272,7 @@ def _present_dtype(net: nn.Module, value: Input) -> torch.dtype:
     traced: torch.dtype = getattr(torch, value.dtype)
     if not traced.is_floating_point:
         return traced
-    floats = [p.dtype for p in net.parameters() if p.is_floating_point()]
+    floats = [p.dtype for p in parameters if p.is_floating_point()]
     return floats[0] if floats else traced
 
 

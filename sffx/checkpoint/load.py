@@ -22,6 +22,7 @@ from sffx.checkpoint.entries import (
 )
 from sffx.checkpoint.read import read
 from sffx.errors import InputError, in_brief
+from sffx.files import as_path
 from sffx.net import plan_of
 from sffx.parts import block_name
 
@@ -189,7 +190,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Che
         InputError: there is no such file, it is no checkpoint, one of its entries is wrong, or it
             holds Python objects and is not trusted.
     """
-    path = Path(path)
+    path = as_path(path)
     content = read(path, trust)
     if isinstance(content, nn.Module):
         return Checkpoint(path, content.state_dict(), whole=content)

@@ -13,7 +13,7 @@ from sffx.draw.graph import block_graph
 from sffx.draw.page import page
 from sffx.draw.progress import Progress
 from sffx.errors import InputError, MissingExtra, SffxError
-from sffx.files import write
+from sffx.files import as_path, write
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -94,7 +94,7 @@ def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
     Raises:
         InputError: the suffix is another, or the folder does not exist.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(
             f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. "

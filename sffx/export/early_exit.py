@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError
 from sffx.export.exit_files import load
 from sffx.export.exit_stage import exit_stages
-from sffx.inputs import batch_size, bind_inputs, split_batch
+from sffx.files import as_path
+from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import mean_goodness
 from sffx.net import plan_of, unwrapped
@@ -139,7 +140,7 @@ class EarlyExit:
             InputError: there is no such export in the folder, or it cannot be read.
             MissingExtra: onnxruntime is not installed.
         """
-        manifest, stages = load(Path(folder))
+        manifest, stages = load(as_path(folder))
         runner = cls.__new__(cls)
         runner.threshold = manifest.threshold if threshold is None else threshold
         runner.inputs = manifest.inputs
@@ -232,7 +233,7 @@ class EarlyExit:
         if thresholds is None:
             shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
             thresholds = confidence.double().flatten().quantile(shares).tolist()
-        levels = {float(threshold) for threshold in thresholds if 0 < threshold <= 1}
+        levels = {threshold for threshold in _numbers(thresholds) if 0 < threshold <= 1}
         points = [self._point(level, confidence, correct) for level in sorted(levels)]
         points.append(self._point(NEVER, confidence, correct))
         return ExitCurve(tuple(points), len(confidence))
@@ -274,12 +275,19 @@ class EarlyExit:
         for index, stage in enumerate(self.stages):
             for name in stage.inputs:
                 last_reader[name] = index
-        for index, (_, goodness) in enumerate(walk_attached(self.stages, values)):
-            for name in list(values):
-                # A value without a reader goes after the first stage.
-                if last_reader.get(name, 0) <= index:
-                    del values[name]
-            yield goodness
+        with explaining_errors(self.inputs, self._parameters, dict(values)):
+            for index, (_, goodness) in enumerate(walk_attached(self.stages, values)):
+                for name in list(values):
+                    # A value without a reader goes after the first stage.
+                    if last_reader.get(name, 0) <= index:
+                        del values[name]
+                yield goodness
+
+    def _parameters(self) -> Iterator[Tensor]:
+        """Yield the parameters of the stages; those of files have none."""
+        for stage in self.stages:
+            if isinstance(stage.run, nn.Module):
+                yield from stage.run.parameters()
 
     def _keep_rows(self, stays: Tensor, values: dict[str, Any]) -> None:
         """Remove samples from the values, given for each sample whether it stays, (B,)."""
@@ -303,13 +311,13 @@ class EarlyExit:
         """Return the confidence after each block and whether its answer is right, (N, K) each."""
         confidence = []
         correct = []
-        for batch in loader:
+        for batch in batches(loader):
             x, y = split_batch(batch)
             means = self.cumulative(x).cpu()
             check_labels(y, means.shape[1], means.shape[2])
             confidence.append(_confidence(means).T)
             correct.append((means.argmax(dim=2) == y.cpu()).T)
-        if not confidence:
+        if not sum(map(len, confidence)):
             raise InputError("the loader yielded no samples. Hint: pass validation data")
         return torch.cat(confidence), torch.cat(correct)
 
@@ -324,6 +332,20 @@ class EarlyExit:
         blocks = exits + 1
         mean_blocks = blocks.double().mean()
         return ExitPoint(threshold, float(accuracy), self._mean_macs(blocks), float(mean_blocks))
+
+
+def _numbers(thresholds: Sequence[float]) -> list[float]:
+    """Return thresholds as numbers.
+
+    Raises:
+        InputError: one of them is no number.
+    """
+    try:
+        return [float(level) for level in thresholds]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"thresholds is {thresholds!r}. Hint: pass a list of numbers between 0 and 1"
+        ) from error
 
 
 def _confidence(scores: Tensor) -> Tensor:

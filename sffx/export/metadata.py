@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError
@@ -55,7 +56,8 @@ def _checked_names(names: Sequence[str] | None, classes: int) -> list[str] | Non
     if names is None:
         return None
     # A string is a sequence of strings as well, but surely not a list of names.
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise InputError(
             f"class_names is {names!r}. Hint: pass a list of strings, one for each class"
         )
@@ -66,6 +68,11 @@ def _checked_names(names: Sequence[str] | None, classes: int) -> list[str] | Non
         )
     seen = set()
     for name in names:
+        if not _is_text(name):
+            raise InputError(
+                f"the class name {name!r} has a character that no file can hold. "
+                "Hint: a lone surrogate comes from bytes that were decoded in a wrong way"
+            )
         if name in seen:
             raise InputError(
                 f"the class name {name!r} is given twice. Hint: name each class once, in order"
@@ -74,11 +81,34 @@ def _checked_names(names: Sequence[str] | None, classes: int) -> list[str] | Non
     return list(names)
 
 
+def _is_text(name: str) -> bool:
+    """Return whether a string can be written to a file; one with a lone surrogate cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_numbers(name: str, numbers: Any) -> None:
+    """Raise an InputError if something is neither None nor a list of numbers."""
+    if numbers is None:
+        return
+    try:
+        is_list = len([float(number) for number in numbers]) == len(numbers)
+    except (TypeError, ValueError):
+        is_list = False
+    if not is_list or isinstance(numbers, str):
+        raise InputError(f"{name} is {numbers!r}. Hint: pass a list with a number for each channel")
+
+
 def _checked_normalisation(
     inputs: Sequence[Input], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, list[float] | None]:
     if mean is None and std is None:
         return {"mean": None, "std": None}
+    for name, numbers in (("mean", mean), ("std", std)):
+        _require_numbers(name, numbers)
     if mean is None or std is None or len(mean) != len(std):
         raise InputError(
             f"mean is {mean} and std is {std}. Hint: pass both, with a number for each channel"

@@ -23,7 +23,7 @@ from sffx.blocks import BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
-from sffx.export.parity import Scores, require_parity
+from sffx.export.parity import Scores, require_parity, require_tolerance
 from sffx.export.prepare import (
     CUMULATIVE,
     chosen_readout,
@@ -108,6 +108,7 @@ def export_onnx(
     net = unwrapped(net)
     plan = plan_of(net)
     readout = chosen_readout(net, readout)
+    require_tolerance(tolerance)
     properties = metadata(plan, readout, class_names, mean, std)
     outputs = _output_names(output_name, plan, readout)
     require_image(plan.inputs, dynamic_size=dynamic_size)

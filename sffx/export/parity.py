@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sffx.errors import ExportError
+from sffx.errors import ExportError, InputError
 
 TOLERANCE_HINT = "Hint: pass a larger tolerance if this much is acceptable"
 # An exporter keeps the height and width that it traced where a model computes with them in Python,
@@ -52,6 +52,12 @@ def require_parity(
                 f"{engine} and torch differ by a relative error of {error:.3g} {place}; "
                 f"the tolerance is {tolerance:g}. {hint}"
             )
+
+
+def require_tolerance(tolerance: object) -> None:
+    """Raise an InputError if a tolerance is no number."""
+    if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
+        raise InputError(f"tolerance is {tolerance!r}. Hint: pass a number, such as 1e-4")
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from sffx.errors import ExportError
+from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.learning.readouts import READOUTS, WEIGHTED, readout_of, require_readout, require_weights
 from sffx.runtime.shard import require_whole
@@ -36,10 +36,16 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
     No parameter of the copy requires a gradient.
 
     Raises:
-        InputError: the net is sharded.
+        InputError: the net is sharded, or has a tensor without values.
         ExportError: the net cannot be copied.
     """
     require_whole(net)
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} is on the meta device, where tensors have no values. "
+                "Hint: load the weights first, net.to_empty(device='cpu') and net.load_state_dict"
+            )
     try:
         model = copied(net)
     except Exception as error:

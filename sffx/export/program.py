@@ -19,7 +19,7 @@ from sffx.blocks import Input
 from sffx.errors import ExportError
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
-from sffx.export.parity import require_parity
+from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
@@ -80,6 +80,7 @@ def export_program(
     plan = plan_of(net)
     readout = chosen_readout(net, readout)
     properties = metadata(plan, readout, class_names, mean, std)
+    require_tolerance(tolerance)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
         model = inference_copy(net)

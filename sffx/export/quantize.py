@@ -23,7 +23,8 @@ from torch import Tensor
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.export.onnx import described_inputs, open_session, require_packages
-from sffx.files import writing
+from sffx.files import as_path, writing
+from sffx.inputs import batches as each_batch
 from sffx.inputs import split_batch
 from sffx.learning.losses import check_labels
 from sffx.tables import in_mib
@@ -113,9 +114,9 @@ def quantize_onnx(
         ExportError: the file cannot be quantised.
     """
     require_packages()
-    source = Path(source)
+    source = as_path(source)
     before = _source_session(source)
-    if Path(target).resolve() == source.resolve():
+    if as_path(target).resolve() == source.resolve():
         raise InputError(
             f"{str(target)!r} is the source itself, which stays as it is. "
             "Hint: name another file, such as net.int8.onnx"
@@ -185,7 +186,7 @@ def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator
 
 def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[str, Any]]:
     """Yield the inputs of a session for each batch of a loader."""
-    for batch in loader:
+    for batch in each_batch(loader):
         x, _ = split_batch(batch)
         yield _feed(x, session)
 
@@ -287,7 +288,7 @@ def _compared(
 ) -> tuple[int, float, float, float]:
     """Return the number of samples, the accuracy of both files, and the share where they agree."""
     samples = right_before = right_after = same = 0
-    for batch in batches:
+    for batch in each_batch(batches):
         x, y = split_batch(batch)
         feed = _feed(x, before)
         scores = torch.from_numpy(before.run(None, feed)[-1])

@@ -14,10 +14,10 @@ from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
 from sffx.export.exit_stage import ExitStage
 from sffx.export.onnx import onnx_program, require_packages, save_program
-from sffx.export.parity import require_parity
+from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
-from sffx.files import writing_folder
+from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
 from sffx.net import plan_of, unwrapped
 from sffx.parts import goodness_name
@@ -57,7 +57,8 @@ def export_early_exit(
     """
     net = unwrapped(net)
     plan_of(net)
-    require_replaceable(Path(folder))
+    require_replaceable(as_path(folder))
+    require_tolerance(tolerance)
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
         runner = EarlyExit(inference_copy(net), threshold)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -71,15 +71,32 @@ def loss_functions(loss_fn: LossFunctions | None, count: int) -> list[LossFuncti
                 f"but the blocks are {', '.join(names)}"
             )
         by_name = dict(loss_fn.items())
-        return [by_name.get(name) for name in names]
-    if isinstance(loss_fn, (Sequence, nn.ModuleList)):
+        return _functions([by_name.get(name) for name in names])
+    # A string is a sequence as well.
+    if isinstance(loss_fn, (Sequence, nn.ModuleList)) and not isinstance(loss_fn, str):
         if len(loss_fn) != count:
             raise InputError(
                 f"loss_fn holds {len(loss_fn)} functions, but there are {count} blocks, "
                 "the classifier included"
             )
-        return list(loss_fn)
-    return [loss_fn] * count
+        return _functions(list(loss_fn))
+    return _functions([loss_fn]) * count
+
+
+def _functions(given: list[Any]) -> list[LossFunction | None]:
+    """Return loss functions; raise an InputError if one is nothing that can be called with y."""
+    for function in given:
+        if isinstance(function, type):
+            raise InputError(
+                f"loss_fn is the class {function.__name__}. "
+                f"Hint: pass an instance, {function.__name__}()"
+            )
+        if function is not None and not callable(function):
+            raise InputError(
+                f"loss_fn is {function!r}, not a function. "
+                "Hint: pass a callable (goodness, y) -> loss, or None for cross-entropy"
+            )
+    return given
 
 
 def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
@@ -94,10 +111,20 @@ def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None)
         InputError: `loss_fn` returns no scalar.
     """
     logits = widened(goodness)
+    if isinstance(y, Tensor) and y.device != goodness.device:
+        raise InputError(
+            f"y is on {y.device}, but the scores of the model are on {goodness.device}. "
+            f"Hint: y.to({str(goodness.device)!r})"
+        )
     if loss_fn is None:
         targets = y.to(logits.dtype) if y.is_floating_point() else y
         return F.cross_entropy(logits, targets)
     loss = loss_fn(logits, y)
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            f"loss_fn returned {loss!r}, a {type(loss).__name__}, not a tensor. "
+            "Hint: return the loss itself, not its .item()"
+        )
     if loss.ndim:
         raise InputError(
             f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar. "
@@ -141,7 +168,7 @@ def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
             f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each "
             f"sample, or for a loss probabilities, ({batch}, {num_classes})"
         )
-    if y.is_floating_point() or y.dtype.itemsize < 8:
+    if y.dtype != torch.int64:
         raise InputError(
             f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()"
         )

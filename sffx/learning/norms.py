@@ -118,7 +118,7 @@ def norm_maker(options: Options) -> NormMaker:
         )
     if callable(norm):
         return norm
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         names = ", ".join(map(repr, NORMS))
         raise InputError(
             f"there is no norm {norm!r}. Hint: choose one of {names}, "

@@ -128,6 +128,17 @@ def require_weights(weights: Weights) -> Sequence[float]:
     return weights
 
 
+def _checked_weights(weights: Any) -> Tensor:
+    """Return the weights of a state dict; raise an InputError if they are none."""
+    is_vector = isinstance(weights, Tensor) and weights.ndim == 1 and not weights.is_complex()
+    if not is_vector or not (weights >= 0).all() or not weights.sum() > 0:
+        raise InputError(
+            f"the state dict has {weights!r} as weights of the blocks. "
+            "Hint: a tensor of one number for each block, as sffx.weigh found them"
+        )
+    return weights
+
+
 class Readout(nn.Module):
     """The last module of a cut model.
 
@@ -199,7 +210,7 @@ class Readout(nn.Module):
         )
         key = f"{prefix}weights"
         if key in state_dict:
-            given = state_dict[key].double()
+            given = _checked_weights(state_dict[key]).double()
             self.weights = tuple((given / given.sum()).tolist())
             if self._mode == "ensemble":
                 self._mode = WEIGHTED

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sffx.errors import InputError
-from sffx.inputs import split_batch
+from sffx.inputs import batches, split_batch
 from sffx.kernels.precision import widened
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
@@ -123,7 +123,7 @@ def scored(net: fx.GraphModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor,
     """
     device = residency_of(net).device
     samples = 0
-    for batch in loader:
+    for batch in batches(loader):
         x, y = split_batch(batch, device)
         scores = block_scores(net, x)
         # After the scores, which tell the number of samples and classes.

@@ -562,7 +562,14 @@ def _compute_device(net: fx.GraphModule, device: torch.device | str | None) -> t
         )
     present = devices[0]
     # "cuda" has no index, but the device of a tensor that is made there has one: "cuda:0".
-    wanted = torch.empty(0, device=present if device is None else device).device
+    try:
+        wanted = torch.empty(0, device=present if device is None else device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device is {device!r}, which cannot be used: {reason}. "
+            "Hint: name one that torch has, such as 'cuda' or 'cpu'"
+        ) from error
     if present not in ("cpu", str(wanted)):
         raise InputError(
             f"net lies on {present}, but is to run on {wanted}. "

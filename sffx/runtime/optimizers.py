@@ -35,8 +35,10 @@ def parameter_groups(
     if classifier_lr is None:
         classifier_lr = lr
     for name, rate in (("lr", lr), ("classifier_lr", classifier_lr)):
-        if not rate >= 0:
-            raise InputError(f"{name} is {rate}. Hint: learning rates are not negative")
+        # A rate may be a tensor of one number, as capturable optimizers take it.
+        is_number = isinstance(rate, (int, float, torch.Tensor))
+        if not is_number or not rate >= 0:
+            raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
     groups = []
     for stage in stages_of(net):
         parameters = stage.trainable
@@ -63,6 +65,7 @@ class BlockPlateau:
     """
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        require_optimizer(optimizer)
         for i, group in enumerate(optimizer.param_groups):
             if "name" not in group:
                 raise InputError(
@@ -72,7 +75,13 @@ class BlockPlateau:
         self.optimizer = optimizer
         self.schedulers: dict[str, ReduceLROnPlateau] = {}
         for name, groups in _by_name(optimizer).items():
-            self.schedulers[name] = ReduceLROnPlateau(_view(groups), **options)
+            try:
+                self.schedulers[name] = ReduceLROnPlateau(_view(groups), **options)
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"the options {options} cannot be used: {error}. "
+                    "Hint: they are those of torch.optim.lr_scheduler.ReduceLROnPlateau"
+                ) from error
 
     def step(self, losses: Mapping[str, float]) -> None:
         """Take the validation loss of each block by its name, as `Evaluation.loss` has it.
@@ -109,6 +118,11 @@ class BlockPlateau:
         Raises:
             InputError: it is of other blocks.
         """
+        if not isinstance(state, Mapping):
+            raise InputError(
+                f"the state is a {type(state).__name__}, not a mapping of names. "
+                "Hint: pass what state_dict() returned"
+            )
         if set(state) != set(self.schedulers):
             raise InputError(
                 f"the state is of {', '.join(state)}, "
@@ -118,11 +132,26 @@ class BlockPlateau:
             scheduler.load_state_dict(state[name])
 
 
+def require_optimizer(optimizer: Any) -> None:
+    """Raise an InputError if something is no optimizer. Wrappers of optimizers count as ones."""
+    if isinstance(optimizer, type):
+        raise InputError(
+            f"optimizer is the class {optimizer.__name__}. "
+            f"Hint: make one by {optimizer.__name__}(sffx.parameter_groups(net, lr))"
+        )
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise InputError(
+            f"optimizer is a {type(optimizer).__name__}, not a torch optimizer. "
+            "Hint: make one by torch.optim.AdamW(sffx.parameter_groups(net, lr))"
+        )
+
+
 def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
     """Raise an InputError if an optimizer holds none of the parameters of a net.
 
     Such an optimizer would train something else without a word.
     """
+    require_optimizer(optimizer)
     held: set[Tensor] = set()
     for group in optimizer.param_groups:
         held.update(group["params"])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.distributed import is_initialized
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
@@ -41,11 +42,16 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
         options: of `fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
 
     Raises:
-        InputError: `net` is no cut model, or is sharded already.
+        InputError: `net` is no cut model, or is sharded already, or there are no processes.
     """
     plan_of(net)
     if shards_in(net):
         raise InputError("net is sharded already")
+    if "mesh" not in options and not is_initialized():
+        raise InputError(
+            "there is no process group to shard over. Hint: start the processes by torchrun and "
+            "call torch.distributed.init_process_group(), or pass mesh"
+        )
     # Here, because its import takes a second.
     from torch.distributed import fsdp
 

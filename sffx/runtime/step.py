@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from sffx.errors import InputError
 from sffx.learning.losses import LossFunctions, total
 from sffx.runtime.learn import OnBlock, learn, learning_stages
+from sffx.runtime.optimizers import require_optimizer
 from sffx.runtime.residencies import residency_of
 from sffx.runtime.stage import Stage
 from sffx.runtime.update import apply
@@ -250,7 +251,8 @@ def _require_whole(stage: Stage, optimizer: Optimizer) -> None:
 
 
 def _require_single_loss(optimizer: Optimizer) -> None:
-    """Raise an InputError for an optimizer that computes the loss itself."""
+    """Raise an InputError for what is no optimizer, and for one that computes the loss itself."""
+    require_optimizer(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError(
             "LBFGS computes the loss several times a step. Hint: sffx.local_loss in its closure"

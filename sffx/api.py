@@ -1,4 +1,7 @@
-"""The public way through the compiler: `plan` to look, `transform` to cut."""
+"""The public way through the compiler: `plan` shows where a model is cut, `transform` cuts it.
+
+Their bodies are the list of the compiler's passes, in order.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def transform(
         CutError: there is nothing to cut, or no cut can lie where one was asked for.
         CheckError: the cut model does not compute what the model computes.
     """
-    options = _checked(Options(goodness, kernel_size, norm, recompute))
+    options = _valid(Options(goodness, kernel_size, norm, recompute))
     name, choose = policy_named(policy)
     traced = trace(model, example_input, num_classes)
     analysis = analyse(traced)
@@ -86,6 +89,7 @@ def transform(
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms)
+    # A head reads a block's output, so no later block may write over it.
     keep_foreign_values(net)
     save_memory(net)
     verify(net)
@@ -108,15 +112,20 @@ def plan(
 
     The arguments and errors are those of `transform`.
     """
-    options = _checked(Options(goodness, kernel_size, norm, recompute))
+    options = _valid(Options(goodness, kernel_size, norm, recompute))
     name, choose = policy_named(policy)
     analysis = analyse(trace(model, example_input, num_classes))
     cuts = select(analysis, choose, options)
     return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
 
 
-def _checked(options: Options) -> Options:
-    """Return the options; raise an InputError for a goodness or a norm that does not exist."""
+def _valid(options: Options) -> Options:
+    """Return the options.
+
+    Raises:
+        InputError: a goodness or a norm does not exist, or an option does not go with another.
+    """
+    # Called for their errors only: a wrong name is reported before the model is traced.
     goodness_maker(options)
     norm_maker(options)
     return options

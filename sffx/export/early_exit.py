@@ -191,6 +191,7 @@ class EarlyExit:
                 scores = torch.zeros_like(mean)
             leaves = _confidence(mean) >= self.threshold
             if depth == len(self.stages):
+                # After the last block every sample leaves.
                 leaves[:] = True
             leaving = remaining[leaves.cpu()]
             scores[leaving.to(scores.device)] = mean[leaves]

@@ -28,11 +28,11 @@ def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunctions | None = None) 
     the gradient of a block does not depend on the number of blocks.
 
     Args:
-        goodness: what the cut model returns in train mode, (K, B, J).
+        goodness: of all blocks, as the cut model returns it in train mode, (K, B, J).
         y: class indices, (B,), or probabilities of the classes, (B, J), as mixup makes them; or
             what `loss_fn` takes.
-        loss_fn: returns the loss of one block, a scalar, given its goodness, (B, J), and y. An
-            example is `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`. None stands for
+        loss_fn: a function of a block's goodness, (B, J), and y that returns the loss of the block,
+            a scalar; for example `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`. None stands for
             cross-entropy, the method's own. A mapping gives each block a function of its own by
             name ("block_0", ..., "classifier"); blocks that it leaves out have cross-entropy. A
             list gives one function for each block, the classifier's last.
@@ -117,6 +117,7 @@ def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None)
             f"Hint: y.to({str(goodness.device)!r})"
         )
     if loss_fn is None:
+        # Probabilities must have the dtype of the logits. Class indices stay integers.
         targets = y.to(logits.dtype) if y.is_floating_point() else y
         return F.cross_entropy(logits, targets)
     loss = loss_fn(logits, y)
@@ -146,8 +147,8 @@ def check_targets(
 ) -> None:
     """Raise an InputError if y is neither class indices nor probabilities of the classes.
 
-    A loss function of one's own may take other targets. They are not checked where no block has
-    cross-entropy.
+    Only cross-entropy needs such targets. If each block has a loss function of the user's own, y
+    may be anything, and is not checked.
     """
     if None not in functions:
         return

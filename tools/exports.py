@@ -36,11 +36,12 @@ from torch import fx
 from torchvision import models
 
 import sffx
+from sffx.comparison.weights import calibrate, draw_constants
 from sffx.export.parity import relative_error
 from sffx.export.sizes import trial_inputs
 from sffx.files import write
 from sffx.tables import MIB
-from tools.zoo import Entry, build, calibrate, draw_constants, fitting_input, is_open, run_apart
+from tools.zoo import Entry, build, fitting_input, is_open, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "exports"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
@@ -116,7 +117,7 @@ def cut(name: str) -> fx.GraphModule:
     model = build(entry)
     inputs = fitting_input(entry, model)
     draw_constants(model)
-    calibrate(model, inputs)
+    calibrate(model, lambda twin: twin(inputs["x"]))
     return sffx.transform(model.eval(), example_input=inputs["x"])
 
 

@@ -8,9 +8,10 @@ A model with a record is skipped. A model is verified when all of this holds (`v
 
 - `sffx.transform` cuts it by the default policy, with no exception made for it. Two feature blocks
   or more come out, or the plan says why not.
-- The trunk without norms computes the same as the original, in train and in eval mode, at another
-  batch size than the traced one. Weights that start as constants (zeroed heads, layer scales) are
-  drawn anew, and BN is calibrated before. Outputs must differ between samples.
+- `sffx.check` finds no difference: the trunk computes the same as the original, in train and in
+  eval mode, for other batch sizes and other sizes, with the same gradients and buffers, and the
+  original comes back. Weights that start as constants (zeroed heads, layer scales) are drawn anew,
+  and BN is calibrated before. Outputs must differ between samples.
 - Each trainable parameter that backpropagation reaches has a gradient from exactly one block's
   loss, and has it after a `local_loss` step.
 - For a sample of families, the ONNX file agrees with torch.
@@ -46,13 +47,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
+from sffx.comparison.weights import calibrate, draw_constants
 from sffx.files import write
 from sffx.learning.losses import block_loss
 
 RESULTS = Path(__file__).parent / "results" / "zoo"
 FAMILIES = Path(__file__).parent / "zoo_timm.txt"
 ZOOS = ("torchvision", "timm", "transformers")
-TOLERANCE = 1e-5
 CLASSES = 10
 SAMPLES = 3
 IMAGES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 448, 512, 56)
@@ -322,15 +323,15 @@ def verify_model(
     """
     torch.manual_seed(0)
     draw_constants(model)
-    calibrate(model, inputs)
+    calibrate(model, partial(_run, inputs=inputs))
     record.parameters = sum(p.numel() for p in model.parameters())
     record.input = ", ".join(f"{name} {tuple(value.shape[1:])}" for name, value in inputs.items())
-    net = sffx.transform(model.train(), example_input=_call_arguments(inputs))
+    net = sffx.transform(model.train(), example_input=_call_arguments(inputs), check=False)
     record.blocks, record.notes = len(net.plan), list(net.plan.notes)
     record.leaves = [(leaf.kind, leaf.share, leaf.reason) for leaf in net.plan.leaves]
     if len(net.plan) < 2 and not net.plan.notes:
         raise Unverified("one feature block, and the plan does not say why")
-    _check_trunk(model, net, inputs)
+    _check_values(model, net, inputs)
     _check_gradients(model, net, inputs)
     if onnx:
         with tempfile.TemporaryDirectory() as folder:
@@ -357,94 +358,15 @@ def _run(model: nn.Module, inputs: Inputs) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def draw_constants(model: nn.Module) -> None:
-    """Draw parameters that start as constants anew.
-
-    A zeroed head or a layer scale of 1e-6 would hide the layers before it.
-    """
-    for p in model.parameters():
-        if not _is_constant(p):
-            continue
-        with torch.no_grad():
-            if p.flatten()[0] == 0:
-                fan_in = max(p[0].numel(), 1)
-                p.normal_(0, 0.1 if p.ndim < 2 else fan_in**-0.5)
-            else:
-                p.uniform_(0.5, 1.5)
-
-
-def _is_constant(p: nn.Parameter) -> bool:
-    if p.numel() == 0:
-        return False
-    first = p.detach().flatten()[0]
-    if p.numel() == 1 and first.abs() > 1e-3:  # a number of its own, such as a temperature
-        return False
-    return bool((p == first).all())
-
-
-def calibrate(model: nn.Module, inputs: Inputs) -> None:
-    """Set BN's running statistics to those of the batch, without which eval mode says nothing."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        _run(model.train(), inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
-class PassOn(nn.Module):
-    """Stands in for a norm that is left out, with a mask or without."""
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        return x
-
-
-def _check_trunk(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
-    """Check that without norms the cut model's logits are the original's."""
-    norms = {name: module for name, module in net.named_children() if name.startswith("norm_")}
-    for name in norms:
-        setattr(net, name, PassOn())
-    net.readout.mode = "classifier"
-    with torch.no_grad():
-        try:
-            _check_same_in_training(model, net, inputs)
-        except Unverified:
-            # The cut model draws no random numbers for parts that it left out, such as auxiliary
-            # classifiers. Without dropout both draw none.
-            _drop_nothing(model)
-            _drop_nothing(net)
-            _check_same_in_training(model, net, inputs)
-        _check_same(_run(net.eval(), inputs), _run(model.eval(), inputs), "eval")
-    net.readout.mode = "ensemble"
-    for name, norm in norms.items():
-        setattr(net, name, norm)
-
-
-def _check_same_in_training(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
-    logits = _run(net.train(), inputs)[-1]
-    _check_same(logits, _run(model.train(), inputs), "train")
-
-
-def _check_same(found: Tensor, expected: Tensor, mode: str) -> None:
-    spread = (expected - expected.mean(0)).abs().max() / expected.abs().max()
-    if not spread > 1e-4:  # true for NaN as well
-        raise Unverified(
-            f"vacuous in {mode} mode: the original's outputs differ by {spread:.0e} between samples"
-        )
-    error = (found - expected).abs().max() / expected.abs().max()
-    if not error <= TOLERANCE:
-        raise Unverified(
-            f"the trunk differs from the original in {mode} mode, relative error {error:.1e}"
-        )
-
-
-def _drop_nothing(model: nn.Module) -> None:
-    for module in model.modules():
-        for rate in ("p", "drop_prob"):
-            if "Drop" in type(module).__name__ and hasattr(module, rate):
-                setattr(module, rate, 0.0)
+def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+    """Check that the cut model computes what the original does, and that its outputs tell."""
+    report = sffx.check(model, net, _call_arguments(inputs), raises=False)
+    difference = report.difference
+    if difference is not None:
+        raise Unverified(str(difference))
+    for name, reason in report.skipped.items():
+        if name.startswith("values"):
+            raise Unverified(f"vacuous: {name}: {reason}")
 
 
 def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:

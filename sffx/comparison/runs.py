@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -143,8 +144,10 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """Hold the generators of random numbers, and show no warning of a model that runs anew."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     on_devices = torch.random.fork_rng(devices=list(devices))
+    # A graph module prints its code where it fails.
+    unprinted = redirect_stderr(io.StringIO())
     # Threads check one after the other, since they set the same generators.
-    with _CHECKING, generators_restored(), on_devices, warnings.catch_warnings():
+    with _CHECKING, generators_restored(), on_devices, unprinted, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

@@ -16,8 +16,8 @@ from sffx.kernels.precision import widened
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import plan_of, unwrapped
+from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
-from sffx.runtime.residencies import residency_of
 from sffx.runtime.walk import walk
 from sffx.tables import Column, html_table, text_table
 

@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 from sffx.errors import InputError
 from sffx.learning.losses import LossFunctions, total
+from sffx.runtime.find_residency import residency_of
 from sffx.runtime.learn import OnBlock, learn, learning_stages
 from sffx.runtime.optimizers import require_optimizer
-from sffx.runtime.residencies import residency_of
 from sffx.runtime.stage import Stage
 from sffx.runtime.update import apply
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from sffx.inputs import bind, explaining_input_errors
 from sffx.net import plan_of
+from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
-from sffx.runtime.residencies import residency_of
 from sffx.runtime.stage import Stage, Values, placeholders_of, stages_of
 
 

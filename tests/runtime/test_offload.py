@@ -26,7 +26,8 @@ import sffx
 from sffx.errors import InputError
 from sffx.memory.count import count_memory
 from sffx.runtime import offload as offload_module
-from sffx.runtime.offload import Copier, Offloading, copier_for, offloading_of
+from sffx.runtime.copier import Copier, copier_for
+from sffx.runtime.offload import Offloading, offloading_of
 from tests.runtime import interrupts
 from tests.toys import Chain, Residual, SharedBias, TwoBranches
 

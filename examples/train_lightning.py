@@ -31,6 +31,7 @@ from torchvision.datasets import ImageFolder
 import sffx
 from sffx.lightning import BPModule, SFFModule
 from sffx.plots.results import plot_training
+from sffx.resuming import BestCheckpoint, EpochSeeds, WholeFiles
 
 # A block's learning rate falls when its own validation loss has not improved for three epochs.
 PLATEAU = {"factor": 0.3, "patience": 3}
@@ -82,7 +83,7 @@ def last_checkpoint(args: argparse.Namespace) -> Path | None:
     return last if args.resume else None
 
 
-def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
+def loaders(args: argparse.Namespace, seeds: EpochSeeds) -> tuple[DataLoader, DataLoader, int]:
     """Return the batches to train on, the batches to validate on, and the number of classes."""
     prepare = transforms.Compose(
         [
@@ -105,7 +106,7 @@ def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
         "num_workers": args.workers,
         "persistent_workers": args.workers > 0,
     }
-    train_loader = DataLoader(train, shuffle=True, **options)
+    train_loader = DataLoader(train, sampler=seeds.shuffled(train), **options)
     held_out_loader = DataLoader(held_out, **options)
     return train_loader, held_out_loader, len(train.classes)
 
@@ -138,8 +139,9 @@ def main() -> None:
     args = arguments()
     last = last_checkpoint(args)
     seed_everything(args.seed)
-    train_loader, held_out_loader, classes = loaders(args)
-    best = ModelCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max")
+    seeds = EpochSeeds(args.seed)
+    train_loader, held_out_loader, classes = loaders(args, seeds)
+    best = BestCheckpoint(args.out, "best-{epoch}-{val_acc:.4f}", monitor="val_acc", mode="max")
     # The last epoch has a callback of its own: `save_last` would follow the best epochs only.
     # Without the counter, a resumed run does not write to last-v1.ckpt.
     newest = ModelCheckpoint(args.out, "last", enable_version_counter=False)
@@ -148,7 +150,8 @@ def main() -> None:
         max_epochs=args.epochs,
         devices=args.devices,
         precision=args.precision,
-        callbacks=[best, newest, patience],
+        callbacks=[seeds, best, newest, patience],
+        plugins=[WholeFiles()],
         logger=loggers(args.out),
         log_every_n_steps=10,
     )

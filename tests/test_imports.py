@@ -26,7 +26,7 @@ FLOORS = (
     ("policies",),
     ("api",),
     ("checkpoint",),
-    ("plots", "cli", "lightning"),
+    ("plots", "cli", "lightning", "resuming"),
 )
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 # Neighbours on one floor that may be imported.

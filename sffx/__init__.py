@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Block",
     "BlockPlan",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from sffx.blocks import BlockPlan, GoodnessMaker, NormMaker, Options
+from sffx.blocks import BlockPlan, GoodnessMaker, GoodnessName, NormMaker, NormName, Options
 from sffx.comparison.guard import checked
 from sffx.compiler.analyse import analyse
 from sffx.compiler.inplace import keep_foreign_values
@@ -22,6 +22,7 @@ from sffx.compiler.trace.trace import trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
+from sffx.net import CutModel
 from sffx.policies import AnyPolicy, policy_named
 
 
@@ -32,12 +33,12 @@ def transform(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: str | GoodnessMaker = "sff",
+    goodness: GoodnessName | str | GoodnessMaker = "sff",
     kernel_size: int = 1,
-    norm: str | NormMaker = "layer",
+    norm: NormName | NormMaker = "layer",
     recompute: bool = True,
     check: bool | Literal["auto"] = "auto",
-) -> fx.GraphModule:
+) -> CutModel:
     """Cut a classifier into blocks that learn from their own losses.
 
     Args:
@@ -103,9 +104,9 @@ def plan(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: str | GoodnessMaker = "sff",
+    goodness: GoodnessName | str | GoodnessMaker = "sff",
     kernel_size: int = 1,
-    norm: str | NormMaker = "layer",
+    norm: NormName | NormMaker = "layer",
     recompute: bool = True,
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model.

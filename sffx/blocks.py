@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -165,6 +165,10 @@ class Block:
 
 GoodnessMaker: TypeAlias = Callable[[Block, int], nn.Module]
 NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
+
+# The names that type checkers and editors know. Some take numbers as well: "mlp(256, 4)".
+GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp"]
+NormName: TypeAlias = Literal["layer", "none"]
 
 
 @dataclass(frozen=True)

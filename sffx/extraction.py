@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.qualnames import holders
 from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
-from sffx.net import plan_of, unwrapped
+from sffx.net import cut_model
 from sffx.runtime.shard import require_whole
 from sffx.tensors import computed_tensors, copied
 
@@ -20,7 +20,7 @@ from sffx.tensors import computed_tensors, copied
 _ATTRIBUTES_OF_MODULES = frozenset(nn.Module().__dict__)
 
 
-def extract(net: fx.GraphModule) -> nn.Module:
+def extract(net: nn.Module) -> nn.Module:
     """Return a model of the original class with the trained weights, without heads and norms.
 
     Weights and buffers have their original names. With `norm="none"` the model computes what the
@@ -33,14 +33,12 @@ def extract(net: fx.GraphModule) -> nn.Module:
     Raises:
         InputError: `net` is no cut model, or is sharded.
     """
-    net = unwrapped(net)
-    plan = plan_of(net)
-    require_whole(net)
-    origin: Any = net.origin
-    model: nn.Module = copied(origin.model)
+    cut = cut_model(net)
+    require_whole(cut)
+    model: nn.Module = copied(cut.origin.model)
     _remove_additions(model)
-    model.to(next(net.parameters()).device).train(net.training)
-    _PutBack(model, [net.get_submodule(block.target) for block in plan.all_blocks]).run()
+    model.to(next(cut.parameters()).device).train(cut.training)
+    _PutBack(model, [cut.get_submodule(block.target) for block in cut.plan.all_blocks]).run()
     return model
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import keyword
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
+from sffx.learning.readouts import Readout
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class CutModel(fx.GraphModule):
     Attributes:
         plan: where the model was cut, and how its blocks learn.
         origin: the model that `extract` copies and fills with the trained weights.
+        readout: chooses what the model returns in eval mode, by `readout.mode`.
     """
+
+    plan: BlockPlan
+    origin: Origin
+    readout: Readout
 
     def __reduce__(self) -> Any:
         return _restored, super().__reduce__()
@@ -75,7 +81,18 @@ def plan_of(net: nn.Module) -> BlockPlan:
     return plan
 
 
-def unwrapped(net: Any) -> Any:
+def cut_model(net: nn.Module) -> CutModel:
+    """Return the cut model itself, where it may be inside wrappers such as `AveragedModel`.
+
+    Raises:
+        InputError: there is none.
+    """
+    inner = unwrapped(net)
+    plan_of(inner)
+    return cast(CutModel, inner)  # a copy of a CutModel is a GraphModule with the same attributes
+
+
+def unwrapped(net: nn.Module) -> nn.Module:
     """Return the cut model inside wrappers, and any other model as it is.
 
     Wrappers are those of `torch.compile`, `DistributedDataParallel`, `DataParallel`,

@@ -17,8 +17,9 @@ PACKAGE = Path(sffx.__file__).parent
 FLOORS = (
     ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys"),
     ("parts", "blocks"),
+    ("learning",),
     ("net",),
-    ("learning", "inputs"),
+    ("inputs",),
     ("runtime",),
     ("compiler", "draw"),
     ("memory", "export", "extraction"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sffx.api import transform
 from sffx.checkpoint.cut import check_cut, recorded_options
@@ -23,7 +23,7 @@ from sffx.checkpoint.entries import (
 from sffx.checkpoint.read import read
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
-from sffx.net import plan_of
+from sffx.net import CutModel, cut_model, plan_of
 from sffx.parts import block_name
 
 # The entries in which other training scripts keep the state dict; the first is Lightning's.
@@ -53,7 +53,7 @@ class Checkpoint:
 
     path: Path
     state: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: Mapping[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
     accuracy: Mapping[str, float] = field(default_factory=dict)
     cut: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Checkpoint:
                 rates[str(group["name"])] = float(group["lr"])
         return rates
 
-    def net(self, model: nn.Module | None = None, **options: Any) -> fx.GraphModule:
+    def net(self, model: nn.Module | None = None, **options: Any) -> CutModel:
         """Return the cut model that was saved.
 
         Args:
@@ -87,7 +87,7 @@ class Checkpoint:
         """
         if self.whole is not None:
             self._refuse_for_whole(model, options)
-            return _as_cut(self.whole)
+            return cut_model(self.whole)
         self.require_weights()
         if model is None:
             raise InputError(
@@ -160,7 +160,7 @@ class Checkpoint:
             "Hint: save what sffx.transform returned, with sffx.save_checkpoint(path, net)"
         )
 
-    def _fill(self, net: fx.GraphModule) -> None:
+    def _fill(self, net: CutModel) -> None:
         try:
             net.load_state_dict(self.state)
         except RuntimeError as error:
@@ -259,7 +259,7 @@ def _prefix_of_wrapper(names: Iterable[str]) -> str:
     return ""
 
 
-def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
+def _take_optimizer(content: dict[str, Any]) -> dict[str, Any] | None:
     """Remove the state of the optimizer from a checkpoint's content and return it."""
     optimizer = content.pop(OPTIMIZER_KEY, None)
     of_lightning = content.get(LIGHTNING_OPTIMIZERS_KEY)
@@ -272,18 +272,7 @@ def _take_optimizer(content: dict[str, Any]) -> Mapping[str, Any] | None:
             f"the entry {OPTIMIZER_KEY!r} is a {type(optimizer).__name__}, not a state dict. "
             "Hint: save optimizer.state_dict()"
         )
-    return optimizer
-
-
-def _as_cut(model: nn.Module) -> fx.GraphModule:
-    """Return a cut model as it is.
-
-    Raises:
-        InputError: it is no cut model.
-    """
-    plan_of(model)
-    assert isinstance(model, fx.GraphModule)  # a model with a plan is one
-    return model
+    return None if optimizer is None else dict(optimizer)
 
 
 def _first_mismatches(error: RuntimeError) -> str:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from sffx.comparison.check import check, quick_check
 from sffx.comparison.report import CheckReport
 from sffx.errors import CheckError
-from sffx.net import plan_of, with_plan
+from sffx.net import CutModel, plan_of, with_plan
 
 # Below these a check takes about a fifth of the time of the cut itself: multiply-adds for one
 # sample, and parameters.
@@ -19,8 +19,8 @@ _MOST_PARAMETERS = 5_000_000
 
 
 def checked(
-    model: nn.Module, net: fx.GraphModule, example_input: Any, how: bool | Literal["auto"]
-) -> fx.GraphModule:
+    model: nn.Module, net: CutModel, example_input: Any, how: bool | Literal["auto"]
+) -> CutModel:
     """Return a cut model that was compared with its model, with what differs elsewhere as notes.
 
     Args:
@@ -57,9 +57,7 @@ def _is_small(net: fx.GraphModule) -> bool:
     return macs <= _MOST_MACS and parameters <= _MOST_PARAMETERS
 
 
-def _with_notes(net: fx.GraphModule, report: CheckReport) -> fx.GraphModule:
+def _with_notes(net: CutModel, report: CheckReport) -> CutModel:
     """Return a cut model whose plan says what differs."""
-    plan = plan_of(net)
-    notes = (*plan.notes, *map(str, report.differences))
-    origin: Any = net.origin
-    return with_plan(net, replace(plan, notes=notes), origin.model)
+    notes = (*net.plan.notes, *map(str, report.differences))
+    return with_plan(net, replace(net.plan, notes=notes), net.origin.model)

@@ -24,14 +24,14 @@ from sffx.blocks import Block, BlockPlan
 from sffx.compiler.facts import BlockFacts, facts, set_block_facts
 from sffx.compiler.trace.trace import Trace
 from sffx.learning.readouts import Readout
-from sffx.net import with_plan
+from sffx.net import CutModel, with_plan
 from sffx.parts import CLASSIFIER, READOUT, goodness_name, head_name, norm_name
 from sffx.tensors import storage_key
 
 
 def rewrite(
     trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None]
-) -> GraphModule:
+) -> CutModel:
     """Return the cut model.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError
@@ -25,7 +25,7 @@ from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import mean_goodness
-from sffx.net import plan_of, unwrapped
+from sffx.net import cut_model
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
@@ -118,15 +118,14 @@ class EarlyExit:
         InputError: `net` is no cut model or is sharded, or `threshold` is not a number above 0.
     """
 
-    def __init__(self, net: fx.GraphModule, threshold: float = 0.9) -> None:
-        net = unwrapped(net)
-        plan = plan_of(net)
-        require_whole(net)
+    def __init__(self, net: nn.Module, threshold: float = 0.9) -> None:
+        cut = cut_model(net)
+        require_whole(cut)
         self.threshold = threshold
-        self.inputs = plan.inputs
+        self.inputs = cut.plan.inputs
         # The copy's parameters keep their requires_grad. A head chooses its form by it, and the
         # form must be the one that `net` itself takes.
-        self.stages, self.batched = exit_stages(copied(net).eval())
+        self.stages, self.batched = exit_stages(copied(cut).eval())
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:

@@ -33,7 +33,8 @@ from sffx.export.prepare import (
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
-from sffx.net import plan_of, unwrapped
+from sffx.learning.readouts import ReadoutName
+from sffx.net import cut_model
 from sffx.tables import GIB, MIB
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ MAX_WEIGHT_BYTES = 2 * GIB - 16 * MIB
 
 
 def export_onnx(
-    net: torch.fx.GraphModule,
+    net: nn.Module,
     path: str | os.PathLike[str],
-    readout: str | None = None,
+    readout: ReadoutName | None = None,
     *,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -105,17 +106,17 @@ def export_onnx(
         ExportError: the model cannot be exported, does not allow another size, is larger than
             2 GiB, or its scores differ beyond `tolerance`.
     """
-    net = unwrapped(net)
-    plan = plan_of(net)
-    readout = chosen_readout(net, readout)
+    cut = cut_model(net)
+    plan = cut.plan
+    chosen = chosen_readout(cut, readout)
     require_tolerance(tolerance)
-    properties = metadata(plan, readout, class_names, mean, std)
-    outputs = _output_names(output_name, plan, readout)
+    properties = metadata(plan, chosen, class_names, mean, std)
+    outputs = _output_names(output_name, plan, chosen)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
         require_packages()
-        model = inference_copy(net)
-        reduce_to_readout(model, readout)
+        model = inference_copy(cut)
+        reduce_to_readout(model, chosen)
         program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = properties
         save_program(program, draft)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
-from sffx.learning.readouts import READOUTS, WEIGHTED, readout_of, require_readout, require_weights
+from sffx.learning.readouts import (
+    READOUTS,
+    WEIGHTED,
+    ReadoutName,
+    readout_of,
+    require_readout,
+    require_weights,
+)
 from sffx.runtime.shard import require_whole
 from sffx.tensors import copied
 
 CUMULATIVE = "cumulative"
 
 
-def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
+def chosen_readout(net: fx.GraphModule, readout: str | None) -> ReadoutName:
     """Return the readout to export: the one asked for, or that of the net.
 
     Raises:
@@ -23,11 +30,11 @@ def chosen_readout(net: fx.GraphModule, readout: str | None) -> str:
     """
     own = readout_of(net)
     if readout is None:
-        return own.mode
+        return cast(ReadoutName, own.mode)
     require_readout(readout, tuple(READOUTS))
     if readout == WEIGHTED:
         require_weights(own.weights)
-    return readout
+    return cast(ReadoutName, readout)
 
 
 def inference_copy(net: fx.GraphModule) -> fx.GraphModule:

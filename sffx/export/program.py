@@ -24,7 +24,8 @@ from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readou
 from sffx.export.sizes import Axes, require_image, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
-from sffx.net import plan_of, unwrapped
+from sffx.learning.readouts import ReadoutName
+from sffx.net import cut_model
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -34,9 +35,9 @@ SIZE_HINT = (
 
 
 def export_program(
-    net: torch.fx.GraphModule,
+    net: nn.Module,
     path: str | os.PathLike[str],
-    readout: str | None = None,
+    readout: ReadoutName | None = None,
     *,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -76,15 +77,15 @@ def export_program(
         ExportError: the model cannot be exported, does not allow another size, or the program's
             scores differ beyond `tolerance`.
     """
-    net = unwrapped(net)
-    plan = plan_of(net)
-    readout = chosen_readout(net, readout)
-    properties = metadata(plan, readout, class_names, mean, std)
+    cut = cut_model(net)
+    plan = cut.plan
+    chosen = chosen_readout(cut, readout)
+    properties = metadata(plan, chosen, class_names, mean, std)
     require_tolerance(tolerance)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     with writing(path) as draft, torch.no_grad():
-        model = inference_copy(net)
-        reduce_to_readout(model, readout)
+        model = inference_copy(cut)
+        reduce_to_readout(model, chosen)
         program = _export(model, plan.inputs, dynamic_size=dynamic_size)
         _save(program, properties, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from sffx.errors import ExportError
 from sffx.export.early_exit import EarlyExit
@@ -19,12 +19,12 @@ from sffx.export.prepare import inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
 from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
-from sffx.net import plan_of, unwrapped
+from sffx.net import cut_model
 from sffx.parts import goodness_name
 
 
 def export_early_exit(
-    net: fx.GraphModule,
+    net: nn.Module,
     folder: str | os.PathLike[str],
     threshold: float = 0.9,
     *,
@@ -55,13 +55,12 @@ def export_early_exit(
         ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond
             `tolerance`.
     """
-    net = unwrapped(net)
-    plan_of(net)
+    cut = cut_model(net)
     require_replaceable(as_path(folder))
     require_tolerance(tolerance)
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
-        runner = EarlyExit(inference_copy(net), threshold)
+        runner = EarlyExit(inference_copy(cut), threshold)
         _write(runner, new, opset)
         _verify(EarlyExit.load(new), runner, tolerance)
     return Path(folder)

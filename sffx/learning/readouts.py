@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,14 @@ READOUTS: dict[str, Callable[..., Any]] = {
     "cumulative": cumulative,
 }
 
-WEIGHTED = "weighted"
+WEIGHTED: Final = "weighted"
 
 # The readouts that return one score for each class, (B, J): what a cut model can return.
 MODES = ("ensemble", "weighted", "last", "classifier")
+
+# The same names for type checkers and editors.
+Mode: TypeAlias = Literal["ensemble", "weighted", "last", "classifier"]
+ReadoutName: TypeAlias = Literal[Mode, "cumulative"]
 
 
 def every_mode(scores: Scores, weights: Weights = None) -> dict[str, Tensor]:
@@ -162,7 +166,7 @@ class Readout(nn.Module):
         return self._mode
 
     @mode.setter
-    def mode(self, mode: str) -> None:
+    def mode(self, mode: Mode) -> None:
         require_readout(mode)
         if mode == WEIGHTED:
             require_weights(self.weights)

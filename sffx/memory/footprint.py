@@ -29,7 +29,7 @@ from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.learning.losses import block_loss
 from sffx.memory.count import count_memory
-from sffx.net import plan_of, unwrapped
+from sffx.net import cut_model, plan_of
 from sffx.runtime.gradients import mark_gradients
 from sffx.runtime.shard import require_whole
 from sffx.runtime.stage import Stage, stages_of
@@ -142,7 +142,7 @@ class Footprint:
         return "\n".join(lines)
 
 
-def footprint(net: fx.GraphModule, batch_size: int, *, offloaded: bool = False) -> Footprint:
+def footprint(net: nn.Module, batch_size: int, *, offloaded: bool = False) -> Footprint:
     """Predict the peak memory of a training step of a cut model for a batch size.
 
     Args:
@@ -155,18 +155,17 @@ def footprint(net: fx.GraphModule, batch_size: int, *, offloaded: bool = False) 
         InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
             shapes depend on data.
     """
-    net = unwrapped(net)
-    plan_of(net)
-    require_whole(net)
+    cut = cut_model(net)
+    require_whole(cut)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    probe = fake_copy(net, mode).train()
+    probe = fake_copy(cut, mode).train()
     with mode:
         predicted = fake_footprint(probe, batch_size)
     if not offloaded:
         return predicted
-    resident = tuple(_resident(stage) for stage in stages_of(net))
+    resident = tuple(_resident(stage) for stage in stages_of(cut))
     return replace(predicted, resident=resident)
 
 

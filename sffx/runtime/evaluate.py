@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
 from sffx.inputs import batches, split_batch
 from sffx.kernels.precision import widened
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
-from sffx.net import plan_of, unwrapped
+from sffx.net import cut_model, plan_of
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
 from sffx.runtime.walk import walk
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
+def evaluate(net: nn.Module, loader: Iterable[Any]) -> Evaluation:
     """Evaluate the cut model in eval mode; afterwards its mode is as before.
 
     Args:
@@ -70,12 +70,11 @@ def evaluate(net: fx.GraphModule, loader: Iterable[Any]) -> Evaluation:
         InputError: `net` is no cut model, the loader is empty or yields something else, or labels
             are out of range.
     """
-    net = unwrapped(net)
-    plan_of(net)
+    cut = cut_model(net)
     totals = _Totals()
-    with evaluating(net):
-        for scores, y in scored(net, loader):
-            totals.add(scores_by_name(net, scores), y)
+    with evaluating(cut):
+        for scores, y in scored(cut, loader):
+            totals.add(scores_by_name(cut, scores), y)
     return totals.evaluation()
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from sffx.errors import InputError
-from sffx.learning.readouts import WEIGHTED, readout_of
-from sffx.net import plan_of, unwrapped
+from sffx.learning.readouts import WEIGHTED
+from sffx.net import cut_model
 from sffx.runtime.evaluate import scored
 from sffx.runtime.modes import evaluating
 
@@ -21,7 +21,7 @@ SMALLEST_WEIGHT = 1e-3  # A smaller weight becomes zero.
 
 
 @torch.no_grad()
-def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
+def weigh(net: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
     """Weigh the blocks by held-out samples, and let eval mode return their weighted mixture.
 
     The mixture is the weighted mean of the blocks' softmax. The weights are those that give the
@@ -45,17 +45,17 @@ def weigh(net: fx.GraphModule, loader: Iterable[Any]) -> dict[str, float]:
         InputError: `net` is no cut model, the loader is empty or yields something else, labels are
             out of range, or no block gives the labels a probability. The net is as it was.
     """
-    net = unwrapped(net)
-    plan = plan_of(net)
+    cut = cut_model(net)
+    plan = cut.plan
     log_shares = []
-    with evaluating(net):
-        for scores, y in scored(net, loader):
+    with evaluating(cut):
+        for scores, y in scored(cut, loader):
             goodness = scores[:-1]
             labels = y.expand(len(plan), -1)
             loss = F.cross_entropy(goodness.movedim(2, 1), labels, reduction="none")
             log_shares.append(-loss)
     weights = mixture_weights(torch.cat(log_shares, dim=1)).tolist()
-    readout = readout_of(net)
+    readout = cut.readout
     readout.weights = tuple(weights)
     readout.mode = WEIGHTED
     return {block.target: weight for block, weight in zip(plan, weights, strict=True)}

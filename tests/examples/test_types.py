@@ -1,0 +1,117 @@
+"""The code of the README and of the guides passes a type checker, also from an editable install."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from mypy import api
+
+import sffx
+from tests.examples.scripts import ROOT
+from tests.examples.test_guides import PAGES, blocks_of
+
+# Of these packages nothing is checked; to read them takes a minute.
+FOREIGN = ("accelerate", "sklearn", "timm", "torchmetrics", "torchvision", "transformers")
+
+PROGRAM = """
+import torch
+import sffx
+
+net = sffx.transform(torch.nn.Linear(2, 2), norm="none")
+reveal_type(net)
+reveal_type(net.plan)
+reveal_type(net.readout)
+reveal_type(net.origin.model)
+net.readout.mode = "ensemble"
+net.readout.mode = "ensembel"
+sffx.transform(torch.nn.Linear(2, 2), norm="lair")
+sffx.export_onnx(net, "net.onnx", readout="cumulativ")
+sffx.__version__.split(".")
+"""
+
+
+def code_of(page: Path) -> str:
+    """Return the Python of a page, each line at its place."""
+    text = page.read_text(encoding="utf-8")
+    lines = [""] * text.count("\n")
+    for block in blocks_of(text):
+        if block.language == "python":
+            own = block.text.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(own)] = own
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return what mypy says of all pages and of the program, line by line.
+
+    One run for all, since it takes long to read torch.
+    """
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    for page in PAGES:
+        name = page.stem.lower().replace("-", "_")
+        (folder / f"{name}.py").write_text(code_of(page), encoding="utf-8")
+    foreign = ",".join(f"mypy-{package}.*" for package in FOREIGN)
+    settings = [
+        "[mypy]",
+        f"mypy_path = {ROOT}",
+        f"cache_dir = {ROOT / '.mypy_cache' / 'pages'}",
+        "follow_imports = silent",
+        "ignore_missing_imports = True",
+        "check_untyped_defs = True",
+        f"[{foreign}]",
+        "follow_imports = skip",
+    ]
+    (folder / "mypy.ini").write_text("\n".join(settings), encoding="utf-8")
+    files = sorted(str(file) for file in folder.glob("*.py"))
+    output, errors, _ = api.run(["--config-file", str(folder / "mypy.ini"), *files])
+    assert not errors
+    return output.splitlines()
+
+
+def test_the_code_of_the_pages_has_no_type_errors(checked: list[str]) -> None:
+    assert "checked" in checked[-1]
+    assert not [line for line in checked[:-1] if "program.py" not in line]
+
+
+def test_the_types_that_a_user_sees(checked: list[str]) -> None:
+    of_program = [line for line in checked if "program.py" in line]
+    revealed = [
+        line.rpartition('"')[0].rpartition(".")[2] for line in of_program if "note:" in line
+    ]
+    assert revealed[:4] == ["CutModel", "BlockPlan", "Readout", "Module"]
+    wrong = [line for line in of_program if "error:" in line]
+    assert [int(line.rpartition("program.py:")[2].split(":")[0]) for line in wrong] == [11, 12, 13]
+
+
+def test_an_editable_install_is_a_path(tmp_path):
+    """A type checker follows a path, but not the import hook that setuptools may install."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("pyproject.toml", "README.md", "sffx"):
+        (project / name).symlink_to(ROOT / name)
+    code = (
+        "import os, sys\n"
+        "from setuptools import build_meta\n"
+        "print(build_meta.build_editable(sys.argv[1]))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=project,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "SETUPTOOLS_USE_DISTUTILS": "local"},
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        paths = [name for name in names if name.endswith(".pth")]
+        assert archive.read(paths[0]).decode().strip() == str(project)
+    assert not [name for name in names if "finder" in name]
+    assert wheel.name.startswith(f"sffx-{sffx.__version__}-")

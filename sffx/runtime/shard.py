@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed import is_initialized
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
@@ -25,13 +27,18 @@ from sffx.runtime.optimizers import require_optimizer_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def shard(net: fx.GraphModule, **options: Any) -> None:
     """Shard the parameters of a cut model over the processes, by torch's `fully_shard`.
 
     Every process must call it, before the optimizer is made. `local_loss`, `local_step` and
     `evaluate` then gather the parameters of one block and its head at a time. Gradients are
-    averaged over the processes at every call, also where gradient sync is off.
+    averaged over the processes at every call, also where gradient sync is off. So are the running
+    statistics of batch norms. Other buffers become those of the first process, as in
+    `DistributedDataParallel`. So the model is the same everywhere, and a checkpoint has all of it.
 
     For `extract` and the exports, get the whole weights by
     `get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))` of
@@ -47,7 +54,7 @@ def shard(net: fx.GraphModule, **options: Any) -> None:
     plan_of(net)
     if shards_in(net):
         raise InputError("net is sharded already")
-    if "mesh" not in options and not is_initialized():
+    if "mesh" not in options and not dist.is_initialized():
         raise InputError(
             "there is no process group to shard over. Hint: start the processes by torchrun and "
             "call torch.distributed.init_process_group(), or pass mesh"
@@ -82,6 +89,7 @@ class Sharding(Residency):
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__(net)
         self._shards = shards_in(net)
+        self._groups: list[dist.ProcessGroup] = []
 
     def prepare(self) -> None:
         """Make the shards ready for a block-local step.
@@ -107,6 +115,7 @@ class Sharding(Residency):
                 )
         for module in self._shards:
             module.set_requires_gradient_sync(True, recurse=False)
+        self._groups = _groups_of(self.net)
 
     @contextmanager
     def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
@@ -133,14 +142,47 @@ class Sharding(Residency):
                 parameter.grad = gradient
 
     def release(self, stage: Stage, *, changed: bool) -> None:
-        """Let go of a stage's gathered parameters.
+        """Let go of a stage's gathered parameters, and make its buffers the same everywhere.
 
-        FSDP does so after a backward pass. A frozen part, or one that runs without gradients, has
-        none.
+        FSDP does the former after a backward pass. A frozen part, or one that runs without
+        gradients, has none.
         """
         for module in stage.modules:
             for each in shards_in(module):
                 each.reshard()
+            for group in self._groups:
+                _equalise_buffers(module, group)
+
+
+def _groups_of(net: nn.Module) -> list[dist.ProcessGroup]:
+    """Return the groups of processes that a model is sharded over, one for each axis of its mesh.
+
+    All parameters must be shards at this moment.
+    """
+    for parameter in net.parameters():
+        if not _is_whole(parameter):
+            mesh = cast("DTensor", parameter).device_mesh
+            return [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    return []
+
+
+@torch.no_grad()
+def _equalise_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Make the buffers that a training step may have changed the same in all processes.
+
+    Running statistics are linear in those of the batches, so their mean over the processes is what
+    all batches together would have given.
+    """
+    first = dist.get_global_rank(group, 0)
+    for part in module.modules():
+        if not part.training:
+            continue
+        for buffer in part.buffers(recurse=False):
+            if isinstance(part, _BatchNorm) and buffer.is_floating_point():
+                dist.all_reduce(buffer, group=group)
+                buffer.div_(group.size())
+            else:
+                dist.broadcast(buffer, first, group=group)
 
 
 def _forget_parameters(model: nn.Module) -> None:

@@ -191,3 +191,62 @@ def test_two_processes_with_half_of_each_parameter_train_as_one_process(
     torch.testing.assert_close(
         torch.stack([torch.stack(one["losses"]) for one in found]).mean(0), torch.stack(losses)
     )
+
+
+class Counted(nn.Module):
+    """Keeps a number that depends on the samples, as no running statistics of torch do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.add_(x.detach().sum())
+        return self.linear(x)
+
+
+def normalised() -> fx.GraphModule:
+    torch.manual_seed(0)
+    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), Counted(), nn.ReLU())
+    return sffx.transform(nn.Sequential(*layers, nn.Linear(8, 3)), "layer", torch.zeros(2, 4))
+
+
+def train_with_statistics(rank: int, folder: str) -> None:
+    """Run by each process; its buffers are left in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(3, 8, 4, generator=generator)
+    y = torch.randint(0, 3, (3, 8), generator=generator)
+    net = normalised().train()
+    norm = net.get_submodule("block_0.1")
+    alone = normalised().train()  # the statistics of this process's own samples
+    sffx.local_loss(alone, x[0], y[0])
+    sffx.shard(net, mesh=mesh())
+    sffx.local_loss(net, x[0], y[0])
+    once = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    optimizer = optimizer_of(net)
+    for i in (1, 2):
+        sffx.local_step(net, x[i], y[i], optimizer)
+    own = dict(alone.get_submodule("block_0.1").named_buffers())
+    torch.save((own, once, dict(net.named_buffers())), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_processes_have_the_same_statistics(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(train_with_statistics, args=(str(tmp_path),), nprocs=PROCESSES)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    own, once, buffers = zip(*found, strict=True)
+    for name in ("running_mean", "running_var"):
+        assert not torch.equal(own[0][name], own[1][name])
+        mean = (own[0][name] + own[1][name]) / 2
+        torch.testing.assert_close(once[0][name], mean)
+    assert buffers[0].keys() == buffers[1].keys()
+    assert len(buffers[0]) == 4
+    for name, buffer in buffers[0].items():
+        assert torch.equal(buffer, buffers[1][name]), name

@@ -18,21 +18,20 @@ def find_logits(value: Any, num_classes: int | None) -> Any:
     """Return the logits among what a forward returns, during a trace.
 
     1. The one value that it returns.
-    2. In a mapping or a dataclass, what is called "logits".
+    2. In a mapping or a record, what is called "logits".
     3. Where several could be logits and differ in width, the one with `num_classes` columns.
-    4. Else the first of several values.
+    4. Else the first that could be logits, or the first of all.
 
     Raises:
         TraceError: several could be, and `num_classes` does not say which.
     """
     if isinstance(value, fx.Proxy):
         return value
-    if dataclasses.is_dataclass(value):
-        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        if "logits" in value:
-            return find_logits(value["logits"], num_classes)
-        value = tuple(value.values())
+    fields = _fields(value)
+    if fields is not None:
+        if fields.get("logits") is not None:
+            return find_logits(fields["logits"], num_classes)
+        value = tuple(fields.values())
     if not isinstance(value, (tuple, list)):
         return value
     if not value:
@@ -44,7 +43,7 @@ def _logits_among(values: tuple[Any, ...] | list[Any], num_classes: int | None) 
     candidates = [each for each in values if _width(each)]
     widths = [_width(each) for each in candidates]
     if len(set(widths)) < 2:
-        return find_logits(values[0], num_classes)
+        return _first_of(values, candidates, num_classes)
     if num_classes in widths:
         return candidates[widths.index(num_classes)]
     shapes = ", ".join(f"(B, {width})" for width in widths)
@@ -53,6 +52,36 @@ def _logits_among(values: tuple[Any, ...] | list[Any], num_classes: int | None) 
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "
         "Hint: pass num_classes, which tells which of them"
     )
+
+
+def _first_of(
+    values: tuple[Any, ...] | list[Any], candidates: list[Any], num_classes: int | None
+) -> Any:
+    """Return the first value if it could be logits, or else the first that could."""
+    first = find_logits(values[0], num_classes)
+    if _width(first):
+        return first
+    if candidates:
+        return candidates[0]
+    for value in values[1:]:
+        nested = find_logits(value, num_classes)
+        if _width(nested):
+            return nested
+    return first
+
+
+def _fields(value: Any) -> Mapping[str, Any] | None:
+    """Return the fields of a mapping or of a record of any kind by name, None of other values."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", None)  # of a named tuple
+        return None if names is None else dict(zip(names, value, strict=True))
+    if hasattr(value, "logits"):
+        return {"logits": value.logits}
+    return getattr(value, "__dict__", None) or None
 
 
 def _width(value: Any) -> int:

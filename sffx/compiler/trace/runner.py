@@ -67,6 +67,8 @@ class NodeRunner:
         for name, state in self._buffer_states(node).items():
             if state != buffers.get(name):
                 written_buffers.append(name)
+        if node.op == "call_module" and not is_flag(node):
+            self._require_same_form(node, value)
         return Facts(
             example=value,
             of_batch=depends_on_batch(node, value),
@@ -74,6 +76,37 @@ class NodeRunner:
             writes=tuple(writes),
             buffers=frozenset(written_buffers),
         )
+
+    def _require_same_form(self, node: fx.Node, value: Any) -> None:
+        """Refuse a module that returns other things in eval mode than in train mode.
+
+        torch's own do not. The graph goes on with what one mode returns.
+
+        Raises:
+            RuntimeError: says what is returned in each mode.
+        """
+        module = self.probe.get_submodule(str(node.target))
+        if all(type(each).__module__.startswith("torch.nn.") for each in module.modules()):
+            return
+        modes = {each: each.training for each in module.modules()}
+        module.train(not self.training)
+        self.is_running = True
+        try:
+            with self.mode, torch.no_grad():
+                other = self._value(node)
+        except Exception:
+            return  # in the other mode it needs values, or does not run
+        finally:
+            self.is_running = False
+            for each, training in modes.items():
+                each.training = training
+        here, there = _form(value), _form(other)
+        if here != there:
+            names = (here, there) if self.training else (there, here)
+            raise RuntimeError(
+                f"{type(module).__name__} returns {names[0]} in train mode and {names[1]} in eval "
+                "mode"
+            )
 
     def _buffer_states(self, node: fx.Node) -> dict[str, tuple[int, int]]:
         """Return the identity and the version of each buffer of the module that a node calls."""
@@ -141,6 +174,15 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+def _form(value: Any) -> str:
+    """Write what kind of value it is: the shape of a tensor, and those in a tuple, however deep."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {('B', *value.shape[1:])}".replace("'", "")
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of ({', '.join(_form(each) for each in value)})"
+    return f"a {type(value).__name__}"
 
 
 def _ones_like(tensor: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class GuidedTracer(fx.Tracer):
         self._runner = runner
         self._num_classes = num_classes
         self._switches = _switches()
+        self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -81,10 +82,47 @@ class GuidedTracer(fx.Tracer):
                 "a region like torch.no_grad() or torch.autocast() begins in its forward, "
                 "which a graph cannot hold"
             )
-        proxy = super().create_proxy(*args, **kwargs)
+        proxy = super().create_proxy(*self._without_data(*args), **kwargs)
+        if _reads_no_data(proxy.node):
+            return self._description(proxy.node)
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
         return None if facts(proxy.node).example is None else proxy
+
+    def _without_data(self, kind: str, target: Any, args: Any = (), *more: Any) -> tuple[Any, ...]:
+        """Return the arguments of `create_proxy`, parameters left out where only a dtype is read.
+
+        `weight.new_zeros(1)` and `x.to(weight)` do not use the weight, which may belong to a later
+        block.
+        """
+        if kind == "call_method" and (target in _DTYPE_METHODS or target.startswith("new_")):
+            like = [self._like(each) if _is_parameter(each) else each for each in args]
+            args = tuple(like)
+        return (kind, target, args, *more)
+
+    def _like(self, parameter: fx.Proxy) -> fx.Proxy:
+        """Return an empty tensor, a constant of the model, with a parameter's dtype and device."""
+        key = str(parameter.node.target)
+        if key not in self._empty:
+            example = facts(parameter.node).example
+            self._empty[key] = torch.empty(0, dtype=example.dtype, device=example.device)
+        return self.proxy(self.create_arg(self._empty[key]))
+
+    def _description(self, node: fx.Node) -> Any:
+        """Return, in the place of a node that reads no data of a parameter, what it reads.
+
+        Sizes are constants. A dtype or a device changes with the model, so it is read off an empty
+        tensor that changes as well.
+        """
+        value = facts(node).example
+        name = node.args[1] if node.target is getattr else None
+        parameter = node.all_input_nodes[0]
+        node.graph.erase_node(node)
+        if not isinstance(value, (torch.dtype, torch.device)):
+            return value
+        return self.create_proxy(
+            "call_function", getattr, (self._like(self.proxy(parameter)), name), {}
+        )
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and its facts; fx calls this for constants of a forward as well."""
@@ -169,6 +207,31 @@ class GuidedTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         number = length(facts(obj.node).example)
         return iter([operator.getitem(obj, i) for i in range(number)])
+
+
+# Methods that read but the dtype and the device of a tensor that is another argument.
+_DTYPE_METHODS = ("to", "type_as")
+
+
+def _is_parameter(value: Any) -> bool:
+    if not isinstance(value, fx.Proxy) or value.node.op != "get_attr":
+        return False
+    return isinstance(facts(value.node).example, nn.Parameter)
+
+
+def _reads_no_data(node: fx.Node) -> bool:
+    """Whether a node reads a size, a dtype or the like of a parameter."""
+    reads = node.all_input_nodes
+    if len(reads) != 1 or reads[0].op != "get_attr":
+        return False
+    if not isinstance(facts(reads[0]).example, nn.Parameter):
+        return False
+    value = facts(node).example
+    parts = value if isinstance(value, tuple) else (value,)  # a shape, or strides
+    return all(isinstance(part, _DESCRIPTIONS) for part in parts)
+
+
+_DESCRIPTIONS = (bool, int, str, torch.dtype, torch.device)
 
 
 def _switches() -> tuple[bool, ...]:

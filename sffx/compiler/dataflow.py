@@ -23,7 +23,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
 from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
-from sffx.tensors import can_learn
+from sffx.tensors import can_learn, storage_key
 
 SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
 
@@ -92,6 +92,8 @@ class Dataflow:
         1. A node gets the first step that uses its value.
         2. Exception: a node that is no path, but reads one, goes with the value that it reads.
         3. A node is computed no later than the nodes that use its value, wherever they went.
+        4. Exception: what only a last write in place uses, as the update of a buffer, goes with
+           what it reads, and the write comes after all earlier reads of what it writes.
         """
         step_of = {name: i for i, name in enumerate(self.spine)}
         # A node comes before its users, so the steps of its users are known on the way back.
@@ -99,6 +101,7 @@ class Dataflow:
             uses = _steps(self.graph.successors(name), step_of)
             if uses and name not in step_of:
                 step_of[name] = min(uses)
+        self._place_last_writes(step_of)
         beside = [name for name in self.nodes if not self.is_path(name)]
         for name in beside:
             step_of[name] = self._step_beside(name, step_of)
@@ -106,6 +109,20 @@ class Dataflow:
             uses = _steps(self.graph.successors(name), step_of)
             step_of[name] = min([step_of[name], *uses])
         return step_of
+
+    def _place_last_writes(self, step_of: dict[str, int]) -> None:
+        """Give the paths that lead to no logits, but to a write in place, their steps."""
+        readers: dict[int, list[str]] = {}  # the nodes that read a storage, so far
+        for name, node in self.nodes.items():
+            if self.is_path(name) and name not in step_of:
+                before = [source for source in self.graph.predecessors(name) if source in step_of]
+                for written in facts(node).writes:
+                    before += readers.get(storage_key(facts(written).example), [])
+                step_of[name] = max((step_of.get(each, 0) for each in before), default=0)
+            for arg in node.all_input_nodes:
+                value = facts(arg).example
+                if isinstance(value, Tensor):
+                    readers.setdefault(storage_key(value), []).append(name)
 
     def _step_beside(self, name: str, step_of: dict[str, int]) -> int:
         """Return the step of a node that is no path.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import keyword
 import logging
 import warnings
@@ -38,7 +39,9 @@ _CLIPS = ((16, 112, 112), (16, 224, 224), (8, 224, 224), (8, 64, 64), (4, 16, 16
 _TOKENS = (16, 8, 32, 128)
 
 
-def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode) -> dict[str, Any]:
+def example_arguments(
+    model: nn.Module, example_input: Any, mode: FakeTensorMode, original: nn.Module
+) -> dict[str, Any]:
     """Return the arguments of `model.forward` by name, tensors as fakes of batch `TRACE_BATCH`.
 
     Args:
@@ -46,6 +49,7 @@ def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode
         example_input: a tensor, a tuple of positional arguments, a mapping of keyword arguments,
             or None to infer one. The first axis of every tensor is the batch.
         mode: in which the fake tensors live.
+        original: the model with values.
 
     Raises:
         InputError: the example does not fit `forward`, or none was given and none could be
@@ -58,8 +62,9 @@ def example_arguments(model: nn.Module, example_input: Any, mode: FakeTensorMode
     for name, value in arguments.items():
         is_tensor = isinstance(value, Tensor)
         fakes[name] = _fake(model, value.shape[1:], value.dtype, mode) if is_tensor else value
-    failure = _failure(model, fakes, mode)
-    if failure is not None:
+    failure = _failure(model, fakes)
+    # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
+    if failure is not None and not _runs_for_real(original, arguments):
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(arguments)}): "
             f"{_description(failure)}{_backbone_hint(model, failure)}"
@@ -159,7 +164,7 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
     failure: Exception | None = None
     for shape, dtype in _likely_inputs(model):
         arguments = {name: _fake(model, shape, dtype, mode)}
-        failure = _failure(model, arguments, mode)
+        failure = _failure(model, arguments)
         if failure is None:
             return arguments
         reason = f"the last shape tried failed with: {_description(failure)}"
@@ -260,12 +265,11 @@ def _fake(
         return torch.empty((TRACE_BATCH, *sample_shape), dtype=dtype, device=device)
 
 
-def _failure(
-    model: nn.Module, arguments: Mapping[str, Any], mode: FakeTensorMode
-) -> Exception | None:
+def _failure(model: nn.Module, arguments: Mapping[str, Any]) -> Exception | None:
     """Return the error that a model raises on an input, None if it runs or might run."""
     try:
-        with _quiet_fakes(), mode, torch.no_grad(), warnings.catch_warnings():
+        # Outside of the mode: a table that the forward makes, and may keep in a cache, has values.
+        with _quiet_fakes(), torch.no_grad(), warnings.catch_warnings():
             # Gradient checkpointing warns when it runs without gradients.
             warnings.simplefilter("ignore")
             call(model, arguments)
@@ -274,6 +278,19 @@ def _failure(
     except Exception as failure:
         return failure
     return None
+
+
+def _runs_for_real(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a copy of the model runs on the caller's own values."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return False
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(copy.deepcopy(model), arguments)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

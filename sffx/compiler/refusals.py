@@ -16,6 +16,7 @@ from sffx.compiler.dataflow import Dataflow
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
+from sffx.tensors import storage_key
 
 
 def refusals(
@@ -67,6 +68,10 @@ def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
             is_module = node.op == "call_module"
             names.setdefault(key, str(node.target) if is_module else state)
             used_in.setdefault(key, []).extend(steps)
+    for name, steps in _written_buffers(flow).items():
+        key = id(flow.nodes[name])
+        names[key] = str(flow.nodes[name].target)
+        used_in[key] = steps
     shared = [""] * len(flow.spine)
     for key, steps in used_in.items():
         if steps:
@@ -74,6 +79,27 @@ def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
             for step in range(min(steps), max(steps)):
                 shared[step] = names[key]
     return shared
+
+
+def _written_buffers(flow: Dataflow) -> dict[str, list[int]]:
+    """Return the steps that read or write a buffer, for each node that reads one that is written.
+
+    A view of the buffer is the buffer.
+    """
+    written: set[int] = set()
+    readers: dict[int, list[int]] = {}
+    for name, node in flow.nodes.items():
+        written.update(storage_key(facts(each).example) for each in facts(node).writes)
+        for arg in node.all_input_nodes:
+            value = facts(arg).example
+            if isinstance(value, Tensor):
+                readers.setdefault(storage_key(value), []).append(flow.step_of[name])
+    found = {}
+    for name, node in flow.nodes.items():
+        value = facts(node).example
+        if node.op == "get_attr" and isinstance(value, Tensor) and storage_key(value) in written:
+            found[name] = readers.get(storage_key(value), [])
+    return found
 
 
 def _reason_of_value(value: Any) -> str:

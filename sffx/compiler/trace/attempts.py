@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import fx, nn
 
+from sffx.compiler.trace.constants import place_constants
 from sffx.compiler.trace.flags import lift_flags, plant_flags
 from sffx.compiler.trace.leaves import add_leaves
 from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
 from sffx.compiler.trace.randomness import call_without_draws
+from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError, backbone_hint, location
 
@@ -20,7 +21,7 @@ MakeTracer = Callable[[bool], GuidedTracer]
 
 
 def trace_until_it_works(
-    probe: nn.Module, make_tracer: MakeTracer, leaves: dict[str, str]
+    probe: nn.Module, make_tracer: MakeTracer, leaves: dict[str, str], attributes: Attributes
 ) -> tuple[GuidedTracer, fx.Graph]:
     """Return the tracer and the graph of the first attempt that holds for both modes.
 
@@ -28,11 +29,11 @@ def trace_until_it_works(
         probe: the model on fake tensors.
         make_tracer: which stops at `leaves`.
         leaves: the reasons why modules are leaves, by qualname; to write to.
+        attributes: of the modules, before anything ran.
 
     Raises:
         TraceError: the forward of the model itself cannot be traced.
     """
-    attributes = _Attributes(probe)
     while True:
         attributes.restore()
         tracer = make_tracer(True)
@@ -45,7 +46,7 @@ def trace_until_it_works(
         eval_graph = _attempt(probe, make_tracer(False), leaves)
         if eval_graph is None:
             continue
-        if merge_modes(graph, eval_graph, tracer.branched):
+        if merge_modes(graph, eval_graph, tracer.branched, probe):
             return tracer, graph
         if "" in tracer.branched:
             raise TraceError(
@@ -55,32 +56,6 @@ def trace_until_it_works(
                 "function"
             )
         leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
-
-
-class _Attributes:
-    """The attributes of all modules of a model before it was traced.
-
-    What a forward sets on a module, `self.window = x.shape[1]`, may be a proxy of the attempt's
-    graph. The next attempt must not read it.
-    """
-
-    def __init__(self, probe: nn.Module) -> None:
-        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
-        for module in probe.modules():
-            self._before.append((module, _attributes(module)))
-
-    def restore(self) -> None:
-        for module, before in self._before:
-            for name in list(vars(module)):
-                # fx keeps constants on the model, for the graph that reads them.
-                if name not in before and not name.startswith("_tensor_constant"):
-                    del module.__dict__[name]
-            # A copy of the buffers, or the attempt would write to those from before.
-            module.__dict__.update({**before, "_buffers": dict(before["_buffers"])})
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {**vars(module), "_buffers": dict(module._buffers)}
 
 
 def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> fx.Graph | None:
@@ -96,6 +71,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         plant_flags(probe, tracer.is_leaf_module)
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
+        place_constants(graph)
         keep_logits(graph, probe)
     except TraceError:
         raise
@@ -106,6 +82,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         add_leaves(leaves, probe, kind, _reason(failure))
         return None
     finally:
+        tracer.constants.close()
         lift_flags(probe)
     return graph
 

@@ -18,7 +18,8 @@ def drop_dead_code(graph: fx.Graph) -> None:
     """
     _order_hidden_reads(graph)
     needed = _written_for_others(graph)
-    graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node))
+    lasting = _lasting_storages(graph)
+    graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node, lasting))
     needed = _written_for_others(graph)  # by the nodes that are left
     for node in graph.nodes:
         change_facts(node, read_behind=node in needed)
@@ -29,11 +30,22 @@ def _written_for_others(graph: fx.Graph) -> set[fx.Node]:
     return {writer for node in graph.nodes for writer in facts(node).after}
 
 
-def _has_effect(node: fx.Node) -> bool:
+def _lasting_storages(graph: fx.Graph) -> set[int]:
+    """Return the keys of the storages that outlive a call: those of inputs and of the model."""
+    lasting: set[int] = set()
+    for node in graph.nodes:
+        value = facts(node).example
+        if node.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
+            lasting.add(storage_key(value))
+    return lasting
+
+
+def _has_effect(node: fx.Node, lasting: set[int]) -> bool:
     """Whether a node must stay although nothing reads it."""
     if node.op in ("placeholder", "output"):
         return True
-    if any(written.op in ("placeholder", "get_attr") for written in facts(node).writes):
+    # Through a view, or behind another write, it is still the buffer that is written.
+    if any(storage_key(facts(written).example) in lasting for written in facts(node).writes):
         return True
     # Assertions can go: the trace has settled what they say.
     return node.op == "call_function" and node.target is not torch._assert and node.is_impure()

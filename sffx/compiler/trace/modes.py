@@ -11,10 +11,12 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sffx.compiler.facts import Facts, set_facts
+from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.flags import flag_target
 
 
@@ -33,13 +35,16 @@ class _Choice:
     numbers: tuple[int | float, int | float]
 
 
-def merge_modes(graph: fx.Graph, eval_graph: fx.Graph, branched: set[str]) -> bool:
+def merge_modes(
+    graph: fx.Graph, eval_graph: fx.Graph, branched: set[str], probe: nn.Module
+) -> bool:
     """Make a graph that was traced in train mode hold for eval mode as well, if that is possible.
 
     Args:
         graph: traced in train mode; to change.
         eval_graph: of the same model, traced in eval mode.
         branched: qualnames of the modules that branch on their mode.
+        probe: the model, which owns the constants of both graphs.
 
     Returns:
         Whether it was possible; if not, the graph is as it was.
@@ -50,6 +55,8 @@ def merge_modes(graph: fx.Graph, eval_graph: fx.Graph, branched: set[str]) -> bo
     names = {in_eval.name: in_train.name for in_train, in_eval in pairs}
     choices_by_node: dict[fx.Node, list[_Choice]] = {}
     for in_train, in_eval in pairs:
+        if not _call_the_same(in_train, in_eval, probe):
+            return False
         choices = _differences(in_train, in_eval, names, branched)
         if choices is None:
             return False
@@ -68,8 +75,6 @@ def _differences(
         The arguments that differ; None if not only numbers differ, or if it is not clear which
         module's mode they depend on.
     """
-    if not _call_the_same(in_train, in_eval):
-        return None
     train_arguments, structure = tree_flatten((in_train.args, in_train.kwargs))
     eval_arguments, eval_structure = tree_flatten((in_eval.args, in_eval.kwargs))
     if structure != eval_structure:
@@ -86,10 +91,18 @@ def _differences(
     return choices
 
 
-def _call_the_same(in_train: fx.Node, in_eval: fx.Node) -> bool:
+def _call_the_same(in_train: fx.Node, in_eval: fx.Node, probe: nn.Module) -> bool:
     if in_train.op != in_eval.op:
         return False
-    return in_train.op == "placeholder" or str(in_train.target) == str(in_eval.target)
+    if in_train.op == "placeholder" or str(in_train.target) == str(in_eval.target):
+        return True
+    if in_train.op != "get_attr":
+        return False
+    # The same constant, made in each trace anew.
+    ours, theirs = (attribute(probe, str(node.target)) for node in (in_train, in_eval))
+    if any(type(value) is not Tensor for value in (ours, theirs)):
+        return False
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def _spelled(argument: Any, names: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class NodeRunner:
         module.train(not self.training)
         self.is_running = True
         try:
-            with self.mode, torch.no_grad():
+            with torch.no_grad():
                 other = self._value(node)
         except Exception:
             return  # in the other mode it needs values, or does not run
@@ -122,10 +123,17 @@ class NodeRunner:
         self.is_running = True
         try:
             # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
-            with self.mode, count_macs, note_saved, torch.enable_grad():
+            with self._mode(node), count_macs, note_saved, torch.enable_grad():
                 return self._value(node)
         finally:
             self.is_running = False
+
+    def _mode(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """Return the mode in which what a node makes is fake.
+
+        A module runs outside of it: a table that it makes, and may keep in a cache, has values.
+        """
+        return nullcontext() if node.op == "call_module" else self.mode
 
     def _value(self, node: fx.Node) -> Any:
         args: Any = fx.node.map_arg(node.args, lambda arg: facts(arg).example)
@@ -156,6 +164,12 @@ class NodeRunner:
                 return self.probe.get_submodule(target)(*args, **kwargs)
             except DATA_DEPENDENT:
                 return self._computed(target, args, kwargs)
+            except Exception as failure:
+                # It may leave torch, or call what is stricter on fake tensors than for real.
+                try:
+                    return self._computed(target, args, kwargs)
+                except Exception:
+                    raise failure from None
 
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on values, with values, and return a fake result.

@@ -11,20 +11,23 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.blocks import Input, Leaf
+from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.trace.attempts import trace_until_it_works
 from sffx.compiler.trace.flags import add_flag, flag_owner, is_flag
 from sffx.compiler.trace.inputs import input_records
-from sffx.compiler.trace.leaves import leaf_records
+from sffx.compiler.trace.leaves import add_leaves, leaf_records
 from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.state import Attributes, counters
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
 from sffx.tensors import copied
@@ -75,13 +78,15 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
     leaves: dict[str, str] = {}
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
-    arguments = example_arguments(probe, example_input, mode)
+    attributes = Attributes(probe)
+    arguments = example_arguments(probe, example_input, mode, root)
+    _make_leaves_of_counters(probe, arguments, attributes, leaves)
 
     def make_tracer(training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, arguments, training=training)
         return GuidedTracer(runner, leaves, num_classes)
 
-    tracer, graph = trace_until_it_works(probe, make_tracer, leaves)
+    tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
     _add_constants_and_flags(root, probe, graph)
     return Trace(
         root=root,
@@ -90,6 +95,29 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
         leaves=leaf_records(root, leaves),
         notes=tuple(notes(root, graph, checkpointed=tracer.patches.checkpointed)),
     )
+
+
+def _make_leaves_of_counters(
+    probe: nn.Module, arguments: dict[str, Any], before: Attributes, leaves: dict[str, str]
+) -> None:
+    """Make leaves of the modules that count their calls, or keep another number of the last one.
+
+    Raises:
+        TraceError: the model itself is one.
+    """
+
+    def run() -> None:
+        with torch.no_grad():
+            call(probe, arguments)
+
+    for module, name in counters(probe, run, before).items():
+        reason = f"changes its attribute {name!r} at each call"
+        if module is probe:
+            raise TraceError(
+                f"{type(probe).__name__} {reason}, which a graph cannot hold. "
+                "Hint: keep it in a buffer, or in a submodule, which then becomes a leaf"
+            )
+        add_leaves(leaves, probe, type(module), reason)
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -123,4 +151,5 @@ def _add_constant(root: nn.Module, probe: nn.Module, name: str) -> None:
             "has no values in a trace. "
             "Hint: register the tensor that it is made of by self.register_buffer"
         )
-    root.register_buffer(name, value, persistent=False)
+    # A clone: the forward may keep the tensor for itself, in a cache.
+    root.register_buffer(name, value.detach().clone(), persistent=False)

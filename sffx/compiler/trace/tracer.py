@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.batch import is_settled, length
+from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import find_logits
@@ -30,6 +31,7 @@ class GuidedTracer(fx.Tracer):
 
     Attributes:
         leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
+        constants: that the forward makes.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
@@ -44,6 +46,7 @@ class GuidedTracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.leaves = leaves
         self.patches = Patches(self, runner.probe)
+        self.constants = Constants(self)
         self.branched: set[str] = set()
         self.failed: str | None = None
         self._runner = runner
@@ -128,12 +131,20 @@ class GuidedTracer(fx.Tracer):
         """Create a node and its facts; fx calls this for constants of a forward as well."""
         node = super().create_node(kind, target, *args, **kwargs)
         set_facts(node, Facts() if kind == "output" else self._runner.run(node))
+        self.constants.note_writes(node)
         return node
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a node runs now, on its example, and nothing is traced."""
+        return self._runner.is_running
 
     def create_arg(self, a: Any) -> Any:
         # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
         if isinstance(a, fx.Proxy):
             return a.node
+        if type(a) is Tensor:
+            return self.constants.node(a, super().create_arg)
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> GuidedProxy:

@@ -1,0 +1,204 @@
+"""State that a forward makes or changes is the model's, call by call, and not the trace's."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import TraceError
+from tests.compiler.trace.oracle import Applies, assert_same_logits, cut_without_norms, leaf_names
+from tests.toys import around
+
+
+class _Tables(nn.Module):
+    """Adds a table of positions, which the first forward makes and keeps."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.way, self.table, self.tables = way, None, {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x) + self.positions(x.shape[1])).relu().mean(1))
+
+    def positions(self, n: int) -> Tensor:
+        if self.way == "attribute":
+            self.table = _sines(n) if self.table is None else self.table
+            return self.table
+        if self.way == "new attribute":
+            if not hasattr(self, "fresh"):
+                self.fresh = _sines(n)
+            return self.fresh
+        if self.way == "cache":
+            return _cached(8)
+        return self.tables.setdefault(int(n), _sines(n))
+
+
+def _sines(n: int) -> Tensor:
+    return torch.arange(float(n)).sin()[:, None]
+
+
+@functools.lru_cache
+def _cached(n: int) -> Tensor:
+    return torch.linspace(-1, 1, n)
+
+
+@pytest.mark.parametrize("way", ["attribute", "new attribute", "dictionary", "cache"])
+def test_a_table_that_the_first_forward_makes(way):
+    _cached.cache_clear()
+    model = _Tables(way).eval()
+    x = torch.randn(3, 7, 6)
+    net = cut_without_norms(model, example=x[:1])
+    assert not net.plan.leaves
+    assert type(_cached(8)) is Tensor
+    assert model.table is None
+    assert not model.tables
+    assert_same_logits(net, model, x, x[:2])
+    assert_same_logits(sffx.extract(net), model, x)
+
+
+def _accumulated(m: nn.Module, x: Tensor) -> Tensor:
+    total = torch.zeros(6)
+    total += x.mean(0)
+    return x + total
+
+
+def _read_after_the_write(m: nn.Module, x: Tensor) -> Tensor:
+    total = torch.zeros(6)
+    total.add_(x.mean(0))
+    return x + total * 2 + torch.stack([total, total]).sum(0)
+
+
+def _filled(m: nn.Module, x: Tensor) -> Tensor:
+    mask = torch.ones(6)
+    mask[2:4] = x.mean()
+    mask[0] = 3.0
+    return x * mask + mask.sum()
+
+
+def _written_between_two_uses(m: nn.Module, x: Tensor) -> Tensor:
+    table = torch.zeros(6)
+    x = x + table
+    table += 1
+    return x * 3 + table
+
+
+@pytest.mark.parametrize(
+    "code", [_accumulated, _read_after_the_write, _filled, _written_between_two_uses]
+)
+def test_a_constant_written_in_place_is_new_in_each_call(code):
+    model = around(Applies(code)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    for _ in range(3):
+        assert_same_logits(net, model)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    net.train()
+    for _ in range(2):
+        sffx.local_loss(net, x, y).backward()
+
+
+def _through_a_view(m: nn.Module, x: Tensor) -> Tensor:
+    total = torch.zeros(6)
+    part = total[:3]
+    part += x.mean()
+    return x + total
+
+
+def _kept_in_a_list(m: nn.Module, x: Tensor) -> Tensor:
+    m.__dict__.setdefault("kept", [torch.zeros(6)])
+    m.kept[0].add_(x.detach().mean(0))
+    return x + m.kept[0]
+
+
+@pytest.mark.parametrize("code", [_through_a_view, _kept_in_a_list])
+def test_writes_that_a_graph_cannot_hold_make_a_leaf(code):
+    model = around(Applies(code)).eval()
+    net = cut_without_norms(copy.deepcopy(model))
+    x = torch.randn(3, 6)
+    for _ in range(2):
+        assert_same_logits(net, model, x)
+    assert leaf_names(net) == ["2"]
+
+
+class _Centred(nn.Module):
+    def __init__(self, update: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.update = update
+        self.register_buffer("centre", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        logits = self.head(self.b(y - self.centre).relu())
+        self.update(self.centre, y.detach().mean(0))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda buffer, new: buffer.copy_(new),
+        lambda buffer, new: buffer.mul_(0.9).add_(new),
+        lambda buffer, new: buffer[:4].add_(new[:4]),
+        lambda buffer, new: buffer.view(2, 4)[1].lerp_(new[4:], 0.5),
+        lambda buffer, new: buffer.data.add_(new),
+        lambda buffer, new: buffer.__setitem__(0, new[0]),
+    ],
+)
+def test_a_buffer_is_updated_after_its_last_use(update):
+    model = _Centred(update)
+    net = cut_without_norms(copy.deepcopy(model)).train()
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        assert torch.allclose(net(x)[-1], model(x), atol=1e-6)
+    buffers = dict(sffx.extract(net).named_buffers())
+    assert torch.allclose(buffers["centre"], model.centre)
+
+
+class _Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.steps, self.size = nn.Linear(6, 6), 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.size = x.ndim
+        return self.inner(x) * self.steps
+
+
+def test_a_counter_makes_a_leaf():
+    model = around(_Counter()).eval()
+    net = cut_without_norms(copy.deepcopy(model))
+    (leaf,) = net.plan.leaves
+    assert (leaf.qualname, leaf.reason) == ("2", "changes its attribute 'steps' at each call")
+    with pytest.raises(TraceError, match="_Counter changes its attribute 'steps' at each call"):
+        sffx.plan(_Counter(), example_input=torch.randn(2, 6))
+
+
+class _Sorter(nn.Module):
+    """Leaves torch, which fake tensors cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.from_numpy(x.detach().numpy().mean(0).argsort().copy())
+        return self.linear(x[:, order])
+
+
+def test_a_module_that_runs_on_values_alone_is_run_for_real():
+    model = nn.Sequential(
+        *(nn.Linear(6, 8), nn.ReLU(), _Sorter(), nn.ReLU(), nn.Linear(8, 4))
+    ).eval()
+    x = torch.randn(3, 6)
+    net = cut_without_norms(model, example=x)
+    assert leaf_names(net) == ["2"]
+    assert_same_logits(net, model, x)

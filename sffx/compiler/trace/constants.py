@@ -56,7 +56,7 @@ class Constants(TorchFunctionMode):
         self._written: set[int] = set()  # keys of storages
         self._is_entered = False
 
-    def node(self, value: Tensor, make: Callable[[Tensor], fx.Node]) -> fx.Node:
+    def node(self, value: Tensor, make: Callable[[Tensor], Any]) -> fx.Node:
         """Return a node that reads a tensor which the forward uses and no trace has made.
 
         Args:
@@ -66,12 +66,12 @@ class Constants(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what is asked here is no part of the forward
             return self._node(value, make)
 
-    def _node(self, value: Tensor, make: Callable[[Tensor], fx.Node]) -> fx.Node:
+    def _node(self, value: Tensor, make: Callable[[Tensor], Any]) -> fx.Node:
         is_written = storage_key(value) in self._written
         for read in self._read:
-            if read.value is value and read.is_constant:
-                if is_written or read.version == value._version:
-                    return read.node
+            is_same = is_written or read.version == value._version
+            if read.value is value and read.is_constant and is_same:
+                return read.node
         if is_written:
             raise RuntimeError("it writes a tensor in place that it made, and reads a view of it")
         is_constant = not _is_kept(self.tracer.root, value)

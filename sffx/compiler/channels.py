@@ -92,7 +92,7 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     # Where paths meet and disagree, the one that began earlier is the residual path.
     sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not sources:
-        return None
+        return _held_axis(node, value, root)
     for source in sources:
         axis = axes[source.name]
         width = _width(facts(source).example, axis)
@@ -135,6 +135,8 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
     if node.target is F.layer_norm:
         given = node.args[1:]
         shape: Any = given[0] if given else node.kwargs.get("normalized_shape", ())
+        if isinstance(shape, Node):  # x.shape[1:]
+            shape = facts(shape).example
         return last if len(shape) == 1 else None
     if node.op == "call_module":
         return _declared_by_module(root.get_submodule(str(node.target)), value)
@@ -149,6 +151,19 @@ def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
     if isinstance(module, nn.LayerNorm):
         return _declared_by_layer_norm(module, value)
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
+
+
+def _held_axis(node: Node, value: Tensor, root: nn.Module) -> int | None:
+    """Return the axis that the last layer which a leaf holds declares, if its width is there."""
+    if node.op != "call_module":
+        return None
+    for module in reversed(list(root.get_submodule(str(node.target)).modules())):
+        axis = _declared_by_module(module, value)
+        names = ("out_features", "out_channels", "num_features", "embedding_dim")
+        widths = [getattr(module, name, None) for name in names]
+        if axis is not None and value.shape[axis] in widths:
+            return axis
+    return None
 
 
 def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sffx.blocks import Leaf
+from sffx.compiler.calls import signature
 from sffx.compiler.qualnames import outermost
 
 # torch's classes whose forward only calls their children, and so is traced.
@@ -24,15 +26,29 @@ _LAYER_PACKAGES = ("torch.nn.", "torch.ao.nn.")
 def is_layer(module: nn.Module) -> bool:
     """Whether a trace stops at a module.
 
-    1. It has no children.
+    1. It has no children. Exception: it only joins several values, as a sum does.
     2. It is one of torch's own layers, or a subclass of one.
     """
     if isinstance(module, _CONTAINERS):
         return False
     if not any(module.children()):
-        return True
+        return not _joins(module)
     bases = [base for base in type(module).__mro__ if base is not nn.Module]
     return any(base.__module__.startswith(_LAYER_PACKAGES) for base in bases)
+
+
+def _joins(module: nn.Module) -> bool:
+    """Whether a module that is not torch's has no tensors, and takes two arguments or more."""
+    if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers())):
+        return False
+    required = 0
+    for parameter in signature(module).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return True
+        required += parameter.default is parameter.empty
+    return required > 1
 
 
 def has_no_code(module: nn.Module) -> bool:

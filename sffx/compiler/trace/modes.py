@@ -85,9 +85,10 @@ def _differences(
     for place, (ours, theirs) in enumerate(zip(train_arguments, eval_arguments, strict=True)):
         if _spelled(ours, {}) == _spelled(theirs, names):
             continue
-        if len(owners) != 1 or not _is_number(ours) or not _is_number(theirs):
+        if not owners or not _is_number(ours) or not _is_number(theirs):
             return None
-        choices.append(_Choice(place, owners[0], (theirs, ours)))
+        # The innermost, since a module around it may branch on its own mode without effect.
+        choices.append(_Choice(place, owners[-1], (theirs, ours)))
     return choices
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch.autograd import Function
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.proxy import has_proxy
+from sffx.compiler.trace.randomness import Drawn
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
@@ -51,6 +53,7 @@ class Patches:
         """Yield what has a function to replace, the function's name, and what replaces it."""
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
+        yield random, "random", self._draw
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
         apply = vars(Function)["apply"]
@@ -71,6 +74,10 @@ class Patches:
         if has_proxy(args, kwargs):
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)
+
+    def _draw(self) -> float:
+        """Stand in for `random.random`; a node that runs on its example may draw."""
+        return random.Random().random() if self.tracer.is_running else Drawn(0.5)
 
     def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
         """Stand in for `Function.apply` of the class `kind`."""

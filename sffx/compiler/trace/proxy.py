@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.batch import FROZEN_BATCH, length
 
@@ -50,6 +51,14 @@ class GuidedProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return self._number(float)
+
+    def __hash__(self) -> int:
+        # A size among the keys of a dictionary or a set is that number.
+        if not isinstance(self.example, (int, float, str, tuple)):
+            return object.__hash__(self)
+        if facts(self.node).of_batch or self.example == TRACE_BATCH:
+            raise RuntimeError(FROZEN_BATCH)
+        return hash(self.example)
 
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         """Return the example as a plain number, which the graph will hold."""
@@ -116,6 +125,8 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    __hash__ = object.__hash__
 
     # Texts of error messages are written in a trace as well. Tensor's own would be a node.
     __format__ = object.__format__

@@ -37,10 +37,7 @@ def call_without_draws(call: Callable[[], Any]) -> Any:
     before = _states()
     value = call()
     if before != _states():
-        raise RuntimeError(
-            "it draws random numbers that do not depend on its input, which a graph would freeze "
-            "(or another thread drew some)"
-        )
+        raise RuntimeError(_DRAWS)
     return value
 
 
@@ -51,3 +48,43 @@ def _states() -> tuple[Any, ...]:
         random.getstate(),
         pickle.dumps(np.random.get_state(legacy=False)),
     )
+
+
+class Drawn(float):
+    """Stands, during a trace, for a number that Python's `random.random()` has drawn.
+
+    It lies in [0, 1), so that some comparisons have one outcome: a layer that is dropped with
+    probability 0 is never dropped.
+    """
+
+    def __lt__(self, other: float) -> bool:
+        return self._settled(other >= 1, other <= 0)
+
+    def __ge__(self, other: float) -> bool:
+        return not self < other
+
+    def __le__(self, other: float) -> bool:
+        return self._settled(other >= 1, other < 0)
+
+    def __gt__(self, other: float) -> bool:
+        return not self <= other
+
+    @staticmethod
+    def _settled(is_always: bool, is_never: bool) -> bool:
+        if is_always or is_never:
+            return bool(is_always)
+        raise RuntimeError(_DRAWS)
+
+    def _refuse(self, *_: Any) -> Any:
+        raise RuntimeError(_DRAWS)
+
+    __eq__ = __ne__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __neg__ = __pow__ = __rpow__ = __int__ = __round__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __bool__ = __float__ = _refuse
+    __floor__ = __ceil__ = __trunc__ = __hash__ = __abs__ = _refuse
+
+
+_DRAWS = (
+    "it draws random numbers that do not depend on its input, which a graph would freeze "
+    "(or another thread drew some)"
+)

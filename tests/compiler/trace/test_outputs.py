@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
+from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
 class _Auxiliary(nn.Module):
@@ -62,3 +64,89 @@ def test_the_logits_among_several_outputs_are_told_by_the_number_of_classes(as_m
     with pytest.raises(TraceError, match=r"none with num_classes=4"):
         sffx.plan(model, "layer", x, num_classes=4)
     assert sffx.plan(model, "layer", x, num_classes=3).num_classes == 3
+
+
+class _Pair(NamedTuple):
+    embedding: Tensor
+    logits: Tensor
+
+
+class _Returns(nn.Module):
+    """Returns features (B, 4), logits (B, 4) and a mask (B, 6, 1), put together by a function."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.inner, self.middle, self.head = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(4, 4)
+        self.code = code
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.inner(x).relu()
+        features = self.middle(x)
+        return self.code(features, self.head(features.relu()), x[:, :, None])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda features, logits, mask: _Pair(features, logits),
+        lambda features, logits, mask: SimpleNamespace(features=features, logits=logits),
+        lambda features, logits, mask: (None, logits),
+        lambda features, logits, mask: (mask, logits),
+        lambda features, logits, mask: [mask, {"features": mask, "scores": logits}],
+    ],
+)
+def test_the_logits_are_found_wherever_they_are(code):
+    model = _Returns(code).eval()
+    net = cut_without_norms(model, example=torch.randn(2, 6))
+    x = torch.randn(3, 6)
+    x_inner = model.inner(x).relu()
+    assert torch.equal(net(x), model.head(model.middle(x_inner).relu()))
+
+
+class _Other(nn.Module):
+    """Returns another kind of thing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return y if self.training else (y.softmax(1), y)
+
+
+def test_a_head_that_returns_other_things_in_eval_mode_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other())
+    said = r"_Other returns a tensor of shape \(B, 4\) in train mode and a tuple"
+    with pytest.raises(TraceError, match=said):
+        sffx.plan(model, "layer")
+
+
+class _ReadsLater(nn.Module):
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.read, self.a, self.b = read, nn.Linear(6, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.read(x, self.head.weight)).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, w: x.to(w.dtype),
+        lambda x, w: x.to(w.device),
+        lambda x, w: x.to(w),
+        lambda x, w: x.type_as(w),
+        lambda x, w: x / w.shape[1] + w.size(0) + w.ndim + w.numel(),
+        lambda x, w: x + w.new_zeros(1),
+    ],
+)
+def test_what_describes_a_later_weight_does_not_use_it(read):
+    model = _ReadsLater(read).eval()
+    net = cut_without_norms(model)
+    assert len(net.plan) == 2
+    assert_same_logits(net, model)
+    half = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.equal(net.double()(half), model.double()(half))

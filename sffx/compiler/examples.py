@@ -265,6 +265,11 @@ def _fake(
         return torch.empty((TRACE_BATCH, *sample_shape), dtype=dtype, device=device)
 
 
+def runs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a model on fake parameters runs on fake arguments."""
+    return _failure(model, arguments) is None
+
+
 def _failure(model: nn.Module, arguments: Mapping[str, Any]) -> Exception | None:
     """Return the error that a model raises on an input, None if it runs or might run."""
     try:

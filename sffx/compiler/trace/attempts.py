@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx, nn
 
@@ -56,6 +57,21 @@ def trace_until_it_works(
                 "function"
             )
         leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
+
+
+def settled_in(probe: nn.Module, tracer: GuidedTracer, attributes: Attributes) -> list[Any] | None:
+    """Return what a trace settles by sizes, None where it fails."""
+    attributes.restore()
+    try:
+        plant_flags(probe, tracer.is_leaf_module)
+        with tracer.patches.applied():
+            tracer.trace(probe)
+    except Exception:
+        return None
+    finally:
+        tracer.constants.close()
+        lift_flags(probe)
+    return tracer.settled
 
 
 def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> fx.Graph | None:

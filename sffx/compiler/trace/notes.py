@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from sffx.compiler.qualnames import holders, outermost, parameters_of
+from sffx.compiler.trace.sizes import SETTLED_BY_SIZE
 from sffx.errors import in_brief
 
 
-def notes(root: nn.Module, graph: fx.Graph, *, checkpointed: bool) -> Iterator[str]:
+def notes(
+    root: nn.Module, graph: fx.Graph, *, checkpointed: bool, is_of_size: bool
+) -> Iterator[str]:
     """Yield the remarks.
 
     Args:
         root: the traced model.
         graph: of it.
         checkpointed: whether the trace met gradient checkpointing.
+        is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
@@ -38,6 +42,8 @@ def notes(root: nn.Module, graph: fx.Graph, *, checkpointed: bool) -> Iterator[s
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
         yield "gradient checkpointing in the model is left out"
+    if is_of_size:
+        yield SETTLED_BY_SIZE
 
 
 def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:

@@ -66,7 +66,10 @@ class GuidedProxy(fx.Proxy):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
         if facts(self.node).of_batch:
             raise RuntimeError(FROZEN_BATCH)
-        return kind(self.example)
+        number = kind(self.example)
+        tracer: Any = self.tracer
+        tracer.settle(self.node, number)
+        return number
 
 
 def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:

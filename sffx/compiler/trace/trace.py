@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.blocks import Input, Leaf
 from sffx.compiler.calls import call
-from sffx.compiler.examples import example_arguments
+from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
-from sffx.compiler.trace.attempts import trace_until_it_works
+from sffx.compiler.trace.attempts import settled_in, trace_until_it_works
 from sffx.compiler.trace.flags import add_flag, flag_owner, is_flag
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.leaves import add_leaves, leaf_records
@@ -27,6 +28,7 @@ from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.sizes import depends_on_size
 from sffx.compiler.trace.state import Attributes, counters
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
@@ -82,18 +84,27 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
     arguments = example_arguments(probe, example_input, mode, root)
     _make_leaves_of_counters(probe, arguments, attributes, leaves)
 
-    def make_tracer(training: bool) -> GuidedTracer:
-        runner = NodeRunner(mode, probe, root, arguments, training=training)
+    def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
+        runner = NodeRunner(mode, probe, root, inputs, training=training)
         return GuidedTracer(runner, leaves, num_classes)
 
+    def make_tracer(training: bool) -> GuidedTracer:
+        return tracer_on(arguments, training)
+
+    def settled_on(inputs: dict[str, Any]) -> list[Any] | None:
+        return settled_in(probe, tracer_on(inputs, training=True), attributes)
+
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
+    is_of_size = depends_on_size(tracer.settled, arguments, mode, partial(runs, probe), settled_on)
     _add_constants_and_flags(root, probe, graph)
     return Trace(
         root=root,
         graph=graph,
         inputs=input_records(graph, root),
         leaves=leaf_records(root, leaves),
-        notes=tuple(notes(root, graph, checkpointed=tracer.patches.checkpointed)),
+        notes=tuple(
+            notes(root, graph, checkpointed=tracer.patches.checkpointed, is_of_size=is_of_size)
+        ),
     )
 
 

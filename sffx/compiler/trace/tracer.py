@@ -21,6 +21,7 @@ from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.sizes import reads_a_size
 
 
 class GuidedTracer(fx.Tracer):
@@ -34,6 +35,7 @@ class GuidedTracer(fx.Tracer):
         constants: that the forward makes.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
+        settled: what was settled by the sizes of the example, in order.
         failed: qualname of the innermost module in which the trace failed.
     """
 
@@ -48,6 +50,7 @@ class GuidedTracer(fx.Tracer):
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.branched: set[str] = set()
+        self.settled: list[Any] = []
         self.failed: str | None = None
         self._runner = runner
         self._num_classes = num_classes
@@ -213,7 +216,13 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError("a branch depends on the values of a tensor")
         if not is_settled(obj.node):
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
+        self.settle(obj.node, bool(value))
         return bool(value)
+
+    def settle(self, node: fx.Node, outcome: Any) -> None:
+        """Write down a number or a truth value that the graph will hold, if it is of a size."""
+        if reads_a_size(node):
+            self.settled.append(outcome)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         number = length(facts(obj.node).example)

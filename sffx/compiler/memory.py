@@ -13,7 +13,8 @@
    over the gradient that the layer or the head made for it.
 
 No rewrite touches an operation whose in-place write is read by another name
-(`BlockFacts.read_behind`). None moves a read of a value behind a later write on it.
+(`BlockFacts.read_behind`). None moves a read of a value behind a later write on it, and none keeps
+a value for the backward pass that is written on later.
 """
 
 from __future__ import annotations
@@ -124,13 +125,18 @@ def _is_link(node: Node) -> bool:
     return _reads_one(node) and _has_one_reader(node)
 
 
-def _is_written_later(first: Node, merged: list[Node]) -> bool:
-    """Return whether the value that a node reads is written in place later.
+def _is_input_written_later(first: Node, merged: list[Node]) -> bool:
+    """Return whether the value that a node reads is written in place after the node.
 
     Writes by the nodes that it is merged with do not count.
     """
-    memory = block_facts(_source(first)).memory
-    later = first.next
+    return _is_written_later(_source(first), first, merged)
+
+
+def _is_written_later(value: Node, place: Node, merged: list[Node]) -> bool:
+    """Return whether a value is written in place after a place, but by one of some nodes."""
+    memory = block_facts(value).memory
+    later = place.next
     while later.op != "output":
         writes = block_facts(later).writes
         if memory in writes and later not in merged:
@@ -171,7 +177,10 @@ def _is_max_pool(block: GraphModule, node: Node) -> bool:
 def _move_relu_behind(block: GraphModule, pool: Node) -> None:
     relu = _source(pool)
     is_monotone = _kind(block, relu) in _MONOTONE
-    if not is_monotone or not _is_link(relu) or _is_written_later(relu, [relu]):
+    if not is_monotone or not _is_link(relu) or _is_input_written_later(relu, [relu]):
+        return
+    # Behind the pool, the ReLU keeps what takes the place of the pool's value.
+    if _is_written_later(pool, pool, []):
         return
     with block.graph.inserting_after(pool):
         moved = block.graph.node_copy(relu, lambda node: node)
@@ -256,7 +265,7 @@ def _may_take_over(block: GraphModule, layer: Node, taken: dict[str, Node]) -> b
     has_other_readers = len(_source(first).users) > 1
     if has_other_readers and _writes_input(block, first):
         return False
-    return not _is_written_later(first, merged)
+    return not _is_input_written_later(first, merged)
 
 
 def _may_overwrite(block: GraphModule, source: Node) -> bool:
@@ -295,6 +304,12 @@ def _is_self_attention(block: GraphModule, node: Node) -> bool:
         reads_output = user.target is operator.getitem and user.args[1] == 0
         if not reads_output:
             return False
+    # torch's attention lets its input and its output be written on: it keeps a copy of the input,
+    # and a layer behind it keeps a copy of the output. With `self_attention` neither is a copy.
+    if _is_input_written_later(node, [node]):
+        return False
+    if any(_is_written_later(item, item, []) for item in node.users):
+        return False
     return _has_plain_projection(_module(block, node))
 
 
@@ -329,7 +344,7 @@ def _replace_self_attention(block: GraphModule, node: Node, *, recompute: bool) 
 
 def _is_norm_to_take_over(block: GraphModule, node: Node) -> bool:
     is_norm = _kind(block, node) is nn.LayerNorm and _is_link(node)
-    return is_norm and not _is_written_later(node, [node])
+    return is_norm and not _is_input_written_later(node, [node])
 
 
 # 5: activations that write over a gradient

@@ -128,13 +128,13 @@ class Recomputed(Function):
         ctx.chain = chain
         if chain.by_rows:
             ctx.save_for_backward(x, None, None, weight)
-            return output_by_rows(x, weight, bias, chain)
+            return _not_a_view(output_by_rows(x, weight, bias, chain))
         z, statistics = chain.normalised(x, norm_weight, norm_bias, chain.tracked())
         # The statistics are tensors, then numbers, which autograd does not save.
         tensors = [value for value in statistics if isinstance(value, Tensor)]
         ctx.numbers = statistics[len(tensors) :]
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, *tensors)
-        return chain.layer_output(chain.activated(z), weight, bias)
+        return _not_a_view(chain.layer_output(chain.activated(z), weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -166,6 +166,15 @@ class Recomputed(Function):
         statistics = (*tensors, *ctx.numbers)
         gradients = chain.norm_gradients(dz, x, norm_weight, norm_bias, statistics, wants_before)
         return (*gradients, dw, db, None)
+
+
+def _not_a_view(output: Tensor) -> Tensor:
+    """Return an output that later operations may write on, as on that of a layer of torch.
+
+    A linear layer computes a matrix and returns a view of it, on which autograd forbids writes
+    where the view was made inside a Function. No other name sees the matrix.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _free(gradient: Tensor) -> None:

@@ -632,3 +632,43 @@ def test_what_is_written_in_place_later_is_read_where_it_was(way):
         sffx.local_loss(cut_model, x, torch.tensor([0, 1, 2, 0, 1])).backward()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+class WritesBehind(nn.Module):
+    """A value that a rewrite could keep is written in place: what a pool or attention returns."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.tokens = way, nn.Parameter(torch.randn(1))
+        self.stem, self.mixed, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.conv, self.pool = nn.Conv2d(1, 1, 3, padding=1), nn.MaxPool2d(3, 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.way == "attention":
+            x += self.attention(x, x, x, need_weights=False)[0]
+        else:
+            pooled = self.pool(F.relu(self.conv(x[:, None])))
+            if self.way == "pool":
+                pooled += self.tokens
+            elif self.way == "view of the pool":
+                pooled[:, 0].mul_(self.tokens)
+            else:
+                F.relu(pooled, inplace=True)
+            x = pooled[:, 0]
+        return self.last(self.mixed(x).mean(1))
+
+
+@pytest.mark.parametrize("way", ["attention", "pool", "view of the pool", "second relu"])
+def test_what_autograd_keeps_is_not_written_in_place_later(way):
+    torch.manual_seed(0)
+    model, x = WritesBehind(way).double(), torch.randn(5, 6, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    before = rewritten(model.train(), ["mixed"], x)
+    net = copy.deepcopy(before)
+    save_memory(net)
+    sffx.local_loss(net, x, y).backward()
+    sffx.sff_loss(before(x), y).backward()
+    for p, q in zip(net.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

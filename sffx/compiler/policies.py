@@ -72,8 +72,10 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
 
     The stem, a downsampling layer and the last convolution lie between. A residual block is the
     module that owns a place where paths join by a sum or a concatenation: a BasicBlock, an encoder
-    block, an Inception module, a dense block. A class of modules that is a residual block in one
-    place is one everywhere in the model. A model without residual blocks is cut into BN groups.
+    block, an Inception module, a dense block; or a leaf with several layers, which may hide such a
+    place. A stack is none: in a stack the same parts follow one another. A class of modules that is
+    a residual block in one place is one everywhere in the model. A model without residual blocks
+    is cut into BN groups.
     """
     blocks = residual_blocks(analysis)
     if not blocks:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
-from sffx.compiler.analyse import Analysis
+from sffx.compiler.analyse import Analysis, Step
 from sffx.compiler.qualnames import holders, outermost
 from sffx.compiler.spans import Steps, has_weight, legal_before, legal_behind, settled
 
@@ -17,15 +18,13 @@ def residual_blocks(analysis: Analysis) -> dict[int, int]:
     """Return the residual blocks, {index of the first step: index of the last step}, in order.
 
     A join inside a unit (a module that is a block as a whole) belongs to the unit. Another join,
-    written in the model's own forward or in a `Sequential`, is a block of its own.
+    written in the forward of the model, of a stack or of a `Sequential`, is a block of its own.
     """
     joins = {}
-    owners: Counter[str] = Counter()
     for i, step in enumerate(analysis.steps):
         if step.join in ("sum", "cat") and step.trainable:
             joins[i] = step
-            owners[step.scope] += 1
-    kinds = _unit_kinds(analysis, owners)
+    kinds = _unit_kinds(analysis, joins)
     ends: dict[int, int] = {}
     inside: set[int] = set()
     for indices in _unit_steps(analysis, kinds):
@@ -39,22 +38,109 @@ def residual_blocks(analysis: Analysis) -> dict[int, int]:
     return dict(sorted(ends.items()))
 
 
-def _unit_kinds(analysis: Analysis, owners: Counter[str]) -> set[type[nn.Module]]:
+def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Module]]:
     """Return the classes of modules that are residual blocks as a whole.
+
+    A unit owns a join, or is a leaf with several layers, which may hide joins. A stack is none: in
+    a stack the same parts follow one another.
 
     Args:
         analysis: of the model.
-        owners: how many joins each module owns, by its qualname.
+        joins: the steps that join paths, by index.
     """
+    parts: dict[str, dict[Any, Any]] = {}  # the joins of each owner, comparable
+    for step in joins.values():
+        # Several uses of the same layers are one part.
+        parts.setdefault(step.scope, {})[_parameters(analysis, step)] = _form(analysis, step)
+    leaves = _leaves_with_layers(analysis)
+    scopes = _scopes(analysis)
     kinds: set[type[nn.Module]] = set()
-    for owner, num_joins in owners.items():
+    stacks: set[type[nn.Module]] = set()
+    # Innermost owners first, since units are parts of what holds them.
+    for owner in sorted({*parts, *leaves}, key=lambda name: (-name.count("."), name)):
         kind = analysis.kind(owner)
         if owner == "" or issubclass(kind, nn.Sequential):
             continue
+        own = list(parts.get(owner, {}).values())
+        units = _units_inside(analysis, owner, kinds - {kind}, scopes)
         # The only module of its class with several joins is a model written in one forward.
-        if num_joins == 1 or len(_instances(analysis, {kind})) > 1:
+        is_one_join = len(own) == 1
+        if _repeats([*own, *units]):
+            stacks.add(kind)
+        elif is_one_join or len(_instances(analysis, {kind})) > 1:
             kinds.add(kind)
-    return kinds
+    return kinds - stacks
+
+
+def _parameters(analysis: Analysis, step: Step) -> frozenset[str]:
+    """Return the qualnames of the parameters that a step reads."""
+    names: set[str] = set()
+    for name in step.nodes:
+        names.update(analysis.parameters(analysis.nodes[name]))
+    return frozenset(names)
+
+
+def _form(analysis: Analysis, step: Step) -> Any:
+    """Return what a step computes, in a form that is equal for steps that only differ in values."""
+    calls = []
+    for name in step.nodes:
+        node = analysis.nodes[name]
+        if analysis.is_path(name):
+            is_module = node.op == "call_module"
+            call = analysis.kind(str(node.target)) if is_module else node.target
+            shapes = [tuple(p.shape) for p in analysis.parameters(node).values()]
+            calls.append((call, tuple(shapes)))
+    return tuple(calls)
+
+
+def _repeats(parts: list[Any]) -> bool:
+    """Return whether most of the parts of a module have an equal one."""
+    counts = Counter(parts)
+    repeated = [part for part in parts if counts[part] > 1]
+    return 2 * len(repeated) > len(parts)
+
+
+def _leaves_with_layers(analysis: Analysis) -> list[str]:
+    """Return the qualnames of the leaves on the spine that hold several layers."""
+    leaves = []
+    for step in analysis.steps:
+        node = analysis.nodes[step.node]
+        if node.op == "call_module":
+            module = analysis.trace.root.get_submodule(str(node.target))
+            layers = [child for child in module.children() if _has_weight(child)]
+            if len(layers) > 1:
+                leaves.append(str(node.target))
+    return leaves
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(p.ndim > 1 for p in module.parameters())
+
+
+def _units_inside(
+    analysis: Analysis, owner: str, kinds: set[type[nn.Module]], scopes: set[str]
+) -> list[Any]:
+    """Return the class of each unit inside a module, if whole steps lie in the unit.
+
+    Args:
+        analysis: of the model.
+        owner: the module.
+        kinds: the classes of units.
+        scopes: the modules that whole steps lie in.
+    """
+    units: list[Any] = []
+    for name in _instances(analysis, kinds):
+        if name in scopes and owner in holders(name):
+            units.append(analysis.kind(name))
+    return units
+
+
+def _scopes(analysis: Analysis) -> set[str]:
+    """Return the qualnames of the modules that whole steps lie in."""
+    scopes: set[str] = set()
+    for step in analysis.steps:
+        scopes.update([step.scope, *holders(step.scope)])
+    return scopes
 
 
 def _unit_steps(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[list[int]]:

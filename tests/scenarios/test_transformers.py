@@ -143,7 +143,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, int]] = {
         "image 32",
         8,
     ),
-    "wav2vec2": ("Wav2Vec2", {**WAV2VEC2, "apply_spec_augment": False}, "signal", 3),
+    # Features, the sum with the positions, two layers, the projector.
+    "wav2vec2": ("Wav2Vec2", {**WAV2VEC2, "apply_spec_augment": False}, "signal", 5),
     # Positions that rotate, which every layer reads.
     "llama": (
         "Llama",

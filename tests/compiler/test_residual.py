@@ -1,0 +1,166 @@
+"""Which modules are residual blocks: the units and the stacks, on toys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+
+TOKENS = torch.zeros(2, 6, 3)
+
+
+def classifier(*body: nn.Module) -> nn.Sequential:
+    """Return a model of tokens (B, 6, 3) with a stem and a body of width 8."""
+    return nn.Sequential(nn.Linear(3, 8), *body, nn.Flatten(), nn.Linear(48, 4))
+
+
+def outputs(model: nn.Module, example: Tensor = TOKENS) -> list[str]:
+    return [block.name for block in sffx.plan(model, example_input=example)]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Mixing(nn.Module):
+    """Stands for attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.across = nn.LayerNorm(8), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.across(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Two sums of different kinds: a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing, self.mlp = Mixing(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixing(x)
+        return x + self.mlp(x)
+
+
+class Macaron(nn.Module):
+    """Conformer: two of its four sums are of one kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([mlp(), Mixing(), nn.Linear(8, 8), mlp()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = x + part(x)
+        return x
+
+
+class Stack(nn.Module):
+    """Loops over layers and adds: every other one mixes, if asked for."""
+
+    def __init__(self, depth: int, *, mixes: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Mixing() if mixes and i % 2 == 0 else mlp() for i in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) + x
+        return x
+
+
+class Encoder(nn.Module):
+    """A stack of units, with a join of its own before or behind them."""
+
+    def __init__(self, depth: int, join: Callable[..., Tensor], *, behind: bool) -> None:
+        super().__init__()
+        self.positions, self.layers = (
+            nn.Linear(8, 8),
+            nn.Sequential(*(Layer() for _ in range(depth))),
+        )
+        self.join, self.behind = join, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.behind:
+            x = self.layers(x)
+            return self.join(x, self.positions(x))
+        return self.layers(self.join(x, self.positions(x)))
+
+
+def test_units_with_different_joins_are_blocks_as_a_whole():
+    assert outputs(classifier(Layer(), Layer())) == ["0", "1", "2"]
+    assert outputs(classifier(Macaron(), Macaron())) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("depths", [(4, 4), (2, 6), (4, 2, 2)])
+def test_stacks_of_one_class_are_cut_as_one_stack_of_their_layers(depths, mixes):
+    several = outputs(classifier(*(Stack(depth, mixes=mixes) for depth in depths)))
+    assert len(several) == len(outputs(classifier(Stack(8, mixes=mixes)))) == 9
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_stack_that_owns_a_join_is_cut_between_its_units(depth, behind, copies):
+    encoders = [Encoder(depth, torch.add, behind=behind) for _ in range(copies)]
+    names = outputs(classifier(*encoders))
+    assert len(names) == 1 + copies * (depth + 1)
+    for i in range(depth):
+        assert any(name.endswith(f"1.layers.{i}") for name in names)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_torchs_encoder_layers_are_blocks_beside_another_sum(residual, depth):
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.position(x) if residual else self.position(x)
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    names = outputs(classifier(Stem(), encoder))
+    assert names[-depth:] == [f"2.layers.{i}" for i in range(depth)]
+
+
+class DropsConnections(nn.Module):
+    """A leaf where it has a shortcut, since it then branches on its mode."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(inputs, 16, 1), nn.Conv2d(16, width, 1)
+        self.norm, self.skip = nn.BatchNorm2d(width), inputs == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.b(self.a(x).relu()))
+        if not self.skip:
+            return y
+        if self.training:
+            y = y * (torch.rand(y.shape[0], 1, 1, 1) > 0.1)
+        return y + x
+
+
+def test_leaves_are_units_as_their_siblings_that_are_traced():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        *(DropsConnections(*sizes) for sizes in [(8, 8), (8, 12), (12, 12)]),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+    )
+    plan = sffx.plan(model, example_input=torch.zeros(2, 3, 8, 8))
+    assert [block.name for block in plan] == ["0 … 1", "2", "3", "4"]
+    assert plan.leaves

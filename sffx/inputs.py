@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
+from sffx.progress import length_of, reported
 
 # Errors that say nothing about the input: the package's own, and those of memory and devices.
 _UNRELATED_ERRORS = (
@@ -86,18 +87,19 @@ def batch_size(values: Mapping[str, Any]) -> int:
 
 
 def batches(loader: Any) -> Iterator[Any]:
-    """Return an iterator over what a loader yields.
+    """Return an iterator over what a loader yields. A long one says how far it is.
 
     Raises:
         InputError: it is nothing that can be iterated over.
     """
     try:
-        return iter(loader)
+        iterator = iter(loader)
     except TypeError as error:
         raise InputError(
             f"the loader is a {type(loader).__name__}, which yields nothing. "
             "Hint: pass a DataLoader or a list of pairs (x, y)"
         ) from error
+    return reported(iterator, "batches", length_of(loader))
 
 
 def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Tensor]:

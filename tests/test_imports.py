@@ -15,7 +15,7 @@ PACKAGE = Path(sffx.__file__).parent
 
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
-    ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys"),
+    ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
     ("parts", "blocks"),
     ("learning",),
     ("net",),

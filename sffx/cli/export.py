@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sffx.cli.messages import showing_progress
 from sffx.cli.options import SOURCE_HELP, add_cut_options, with_command
 from sffx.errors import SffxError
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sffx.cli.exporting import export
 
     try:
-        export(options)
+        with showing_progress():
+            export(options)
     except SffxError as error:
         print(f"sffx-export: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sffx.cli.messages import showing_progress
 from sffx.cli.options import SOURCE_HELP, add_cut_options, with_command
 from sffx.errors import SffxError
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     commands = {"draw": drawing.draw, "plan": drawing.print_plan, "compare": drawing.compare}
     try:
-        commands[options.command](options)
+        with showing_progress():
+            commands[options.command](options)
     except SffxError as error:
         print(f"sffx-viz: {error}", file=sys.stderr)
         return 2

@@ -32,6 +32,7 @@ from sffx.compiler.trace.costs import noting_saved
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms
 from sffx.memory.footprint import COUNTER, STATES, fake_footprint
+from sffx.progress import Progress
 from sffx.tensors import storage_key
 
 Place = int
@@ -93,6 +94,7 @@ class BlockCosts:
             earliest = features[-1] if place == logits else START
             self.bounds[place] = self._bounds_to(place, earliest, saved)
         self._counted: dict[Span, int] = {}
+        self._progress = Progress("memory of blocks counted")
 
     @cached_property
     def model(self) -> Owned:
@@ -137,6 +139,7 @@ class BlockCosts:
             running = fake_footprint(net.train(), self.batch_size, skip=known).running
         for span, size in zip(spans, running, strict=True):
             self._counted[span] = max(size, self._counted.get(span, 0))
+        self._progress.advance(len(spans) - len(known))
 
     def _bounds_to(
         self, end: Place, earliest: Place, saved: dict[str, dict[int, int]]

@@ -66,7 +66,7 @@ def transform(
             activations again in their backward pass, instead of keeping them. It saves memory and
             takes a few per cent more time.
         check: whether the cut model is run beside the model, on random numbers, as `sffx.check`
-            does it. "auto" compares three calls of a small model, which takes about a fifth of
+            does it. "auto" compares three calls of a small model, which takes about a quarter of
             the time of the cut itself, and nothing of a large one. What differs at other sizes or
             under `torch.no_grad()` only is a note of the plan.
 

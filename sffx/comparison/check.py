@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.comparison.batches import Batches, Sizes
-from sffx.comparison.locate import Place, first_wrong_node
+from sffx.comparison.locate import Place, first_broken_block, first_wrong_node
 from sffx.comparison.report import CheckReport, Difference
 from sffx.comparison.runs import (
     Outcome,
@@ -39,7 +39,7 @@ from sffx.comparison.runs import (
 )
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.trunk import Trunk
-from sffx.comparison.weights import drop_nothing, same, state_of, telling_weights
+from sffx.comparison.weights import drop_nothing, other_names, same, state_of, telling_weights
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.verify import twin
 from sffx.errors import CheckError, InputError
@@ -326,7 +326,7 @@ class _Check:
         where = "the buffers after these calls"
         error, name = worst_state(pair.model, pair.trunk, before)
         self._errors[where] = error
-        if error > _GRADIENT_FACTOR * tolerance(torch.float32):
+        if name and error > tolerance(state_of(pair.model)[name].dtype):
             place = Place(module=name.rpartition(".")[0])
             self._differ(where, f"{name!r} has other values", error, place)
 
@@ -429,7 +429,11 @@ class _Check:
             return True
         if found.failure is not None:
             problem = f"the net raises {_in_words(found.failure)}"
-            self._differ_at(run, problem, float("inf"), done)
+            if isinstance(found.logits, Tensor):
+                place = self._locate_backward(run)
+                self._differ(f"the backward pass, {run.name}", problem, place=place)
+            else:
+                self._differ_at(run, problem, float("inf"), done)
             return False
         if not isinstance(found.logits, Tensor):
             problem = f"the net returns a {type(found.logits).__name__}, not logits"
@@ -449,10 +453,12 @@ class _Check:
             if gradient is not None and gradient.numel():
                 largest = max(largest, float(gradient.abs().max()))
         worst = (0.0, "")
+        names = other_names(self._model)
         for name, gradient in expected.gradients.items():
-            worst = max(
-                worst, (_gradient_error(gradient, found.gradients.get(name), largest), name)
-            )
+            # A block knows a shared parameter by some of its names.
+            others = [found.gradients[each] for each in names[name] if each in found.gradients]
+            own = others[0] if others else None
+            worst = max(worst, (_gradient_error(gradient, own, largest), name))
         error, name = worst
         where = f"gradients, {run.name}"
         self._errors[where] = error
@@ -521,6 +527,11 @@ class _Check:
             pair.model,
             pair.trunk,
         )
+
+    def _locate_backward(self, run: Run) -> Place:
+        pair = self._pair()
+        forward = replace(run, backward=False)
+        return first_broken_block(lambda: run_trunk(pair.trunk, forward), pair.trunk)
 
 
 def copied_model(model: nn.Module) -> nn.Module:

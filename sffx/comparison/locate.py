@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,37 @@ def first_wrong_node(
     name = trunk.plan.classifier.target
     last = recorders[name].last_node()
     return Place(name, last.name, module_of(last))
+
+
+def first_broken_block(run_trunk: Callable[[], Any], trunk: Trunk) -> Place:
+    """Return the first block that has no backward pass of its own.
+
+    Args:
+        run_trunk: runs the trunk, with gradients.
+        trunk: of the cut model.
+    """
+    outputs: dict[str, Any] = {}
+    trunk.detaches = True
+    for name, part in trunk.blocks.items():
+        part.__dict__["forward"] = partial(_noted, outputs, name, part)
+    run_trunk()
+    for name, output in outputs.items():
+        floats = [value for value in tree_leaves(output) if _has_gradient(value)]
+        try:
+            torch.autograd.backward([value.sum() for value in floats])
+        except RuntimeError:
+            return Place(name)
+    return Place()
+
+
+def _noted(outputs: dict[str, Any], name: str, part: nn.Module, *args: Any) -> Any:
+    """Run a block, and keep its output under its name."""
+    outputs[name] = type(part).forward(part, *args)
+    return outputs[name]
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.is_floating_point()
 
 
 def module_of(node: fx.Node) -> str:

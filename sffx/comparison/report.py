@@ -43,6 +43,8 @@ class Difference:
             text += f" (relative error {self.error:.1e})"
         if self.node:
             text += f". The values part at node {self.node!r} of {self.block}"
+        elif self.block:
+            text += f". It is in {self.block}"
         if self.module:
             text += f", in the model's module {self.module!r}"
         elif self.node:

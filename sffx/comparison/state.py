@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sffx.comparison.runs import relative_error
 from sffx.comparison.trunk import Trunk
-from sffx.comparison.weights import same, state_of
+from sffx.comparison.weights import other_names, same, state_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -24,11 +24,14 @@ def worst_state(model: nn.Module, trunk: Trunk, before: dict[str, Tensor]) -> tu
         before: copies of the model's parameters and buffers before them.
     """
     held = trunk.state()
+    names = other_names(model)
     worst = (0.0, "")
     for name, expected in state_of(model).items():
         error = 0.0
-        if name in held:
-            error = max(relative_error(tensor, expected) for tensor in held[name])
+        # A block knows a shared tensor by some of its names.
+        tensors = [tensor for other in names[name] for tensor in held.get(other, [])]
+        if tensors:
+            error = max(relative_error(tensor, expected) for tensor in tensors)
         elif name in before and not same(expected, before[name]) and not is_idle(model, held, name):
             # The model has changed it, but the net does not even have it.
             error = float("inf")

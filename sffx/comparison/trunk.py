@@ -22,12 +22,14 @@ class Trunk(nn.Module):
     graphs of the cut model, and no tensor.
 
     Attributes:
+        detaches: whether gradients stop between blocks after all, as they do in the cut model.
         plan: of the cut model.
         blocks: the copies of the blocks and of the classifier, by name.
     """
 
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__()
+        self.detaches = False
         self.plan = plan_of(net)
         self._graph = net.graph
         self._placeholders = placeholders_of(net)
@@ -71,7 +73,7 @@ class Trunk(nn.Module):
         return found
 
     def _value(self, node: fx.Node, values: Values) -> Any:
-        is_cut = node.op == "call_method" and node.target == "detach"
+        is_cut = node.op == "call_method" and node.target == "detach" and not self.detaches
         is_left_out = node.op == "call_module" and is_norm(str(node.target))
         if is_cut or is_left_out:
             return values[node.all_input_nodes[0]]

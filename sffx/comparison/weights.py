@@ -87,6 +87,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each parameter and buffer of a model, all names of the same tensor."""
+    state = state_of(model)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same shape, dtype and values; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:

@@ -36,6 +36,18 @@ class Layers(nn.Module):
         return self.fc(self.drop(self.b(self.a(x).relu()).relu()))
 
 
+class Tied(nn.Module):
+    """One layer under two names: on (B, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.c = self.b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
 class Centred(nn.Module):
     """Subtracts a buffer: on (B, 6)."""
 
@@ -84,6 +96,7 @@ def replaced(net: fx.GraphModule, block: str, old: str, new: str) -> None:
         (TwoInputs(), (torch.zeros(1, 6), torch.zeros(1, 5))),
         (Tokens(), TOKENS),
         (Layers(), torch.zeros(1, 6)),
+        (Tied(), torch.zeros(1, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -194,12 +207,14 @@ def test_an_operation_in_place_that_spoils_a_gradient():
     model = Layers()
     net = cut(model, torch.zeros(1, 6))
     graph = net.block_1.graph
-    node = next(node for node in graph.nodes if node.target == "relu" or "relu" in node.name)
+    node = list(graph.nodes)[-2]
     with graph.inserting_after(node):
         graph.call_method("mul_", (node, 1.0))
     net.block_1.recompile()
     found = difference(model, net)
     assert "modified by an inplace operation" in found.problem
+    assert found.where == "the backward pass, train mode, 4 samples"
+    assert found.block == "block_1"
 
 
 def test_a_gradient_that_is_cut_off():

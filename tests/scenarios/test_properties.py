@@ -46,7 +46,10 @@ def cut(model: nn.Module, shape: tuple[int, ...], policy: str, norm: str) -> fx.
     assume(trains(model, shape))
     chosen = {"every": every, "some": some}.get(policy, policy)
     try:
-        return sffx.transform(model, chosen, torch.zeros(1, *shape, dtype=torch.float64), norm=norm)
+        x = torch.zeros(1, *shape, dtype=torch.float64)
+        # Everything is compared where the whole net is to be the model.
+        check = True if norm == "none" else "auto"
+        return sffx.transform(model, chosen, x, norm=norm, check=check)
     except CutError as error:
         assume(
             "no node to cut at" not in str(error)

@@ -502,8 +502,10 @@ class _Check:
 
     def _differ_at(self, run: Run, problem: str, error: float, done: list[Run]) -> None:
         """Note a difference in values, with the first node that has it."""
-        if run.only_elsewhere and not run.grad and self._is_noted("nested"):
-            self._skipped[run.name] = "differs by what torch does there, as a note of the plan says"
+        # Only other sizes and calls under no_grad are elsewhere.
+        known = "at another size" if run.grad else "nested"
+        if run.only_elsewhere and self._is_noted(known):
+            self._skipped[run.name] = "it differs, as a note of the plan says"
             return
         place = self._locate(run, done)
         self._differ(run.name, problem, error, place, only_elsewhere=run.only_elsewhere)

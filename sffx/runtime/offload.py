@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.errors import InputError
 from sffx.net import plan_of
 from sffx.runtime.copier import Copier, copier_for
-from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
 from sffx.tensors import storage_key
@@ -79,7 +79,7 @@ def offload(
         raise InputError(
             "net is offloaded already. Hint: sffx.onload(net) before offloading it anew"
         )
-    require_optimizer_of(net, optimizer)
+    require_optimizers_of(net, [optimizer])
     device = _compute_device(net, device)
     was_on_device = next(net.parameters()).device == device
     offloading = Offloading(net, optimizer, copier_for(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -146,21 +146,23 @@ def require_optimizer(optimizer: Any) -> None:
         )
 
 
-def require_optimizer_of(net: nn.Module, optimizer: Optimizer) -> None:
+def require_optimizers_of(net: nn.Module, optimizers: Iterable[Optimizer]) -> None:
     """Raise an InputError if an optimizer holds none of the parameters of a net.
 
     Such an optimizer would train something else without a word.
     """
-    require_optimizer(optimizer)
-    held: set[Tensor] = set()
-    for group in optimizer.param_groups:
-        held.update(group["params"])
-    if held.isdisjoint(net.parameters()):
-        raise InputError(
-            f"the optimizer holds {len(held)} parameters, none of them of net. "
-            f"Hint: make it by {type(optimizer).__name__}(sffx.parameter_groups(net, lr)), "
-            "of this net and not of a copy or of the original model"
-        )
+    own = set(net.parameters())
+    for optimizer in optimizers:
+        require_optimizer(optimizer)
+        held: set[Tensor] = set()
+        for group in optimizer.param_groups:
+            held.update(group["params"])
+        if held.isdisjoint(own):
+            raise InputError(
+                f"the optimizer holds {len(held)} parameters, none of them of net. "
+                f"Hint: make it by {type(optimizer).__name__}(sffx.parameter_groups(net, lr)), "
+                "of this net and not of a copy or of the original model"
+            )
 
 
 def _by_name(optimizer: Optimizer) -> dict[str, list[dict[str, Any]]]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sffx.runtime.gradients import Gradients, block_gradients
-from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.stage import Stage
 
 
@@ -45,8 +45,7 @@ class Residency:
         Raises:
             InputError: an optimizer does not fit the model.
         """
-        for optimizer in optimizers:
-            require_optimizer_of(self.net, optimizer)
+        require_optimizers_of(self.net, optimizers)
         if _several_processes():
             warnings.warn(
                 "local_step does not average gradients over processes. "

@@ -23,7 +23,7 @@ from sffx.fsdp import shards_in
 from sffx.kernels.precision import full_precision
 from sffx.net import plan_of
 from sffx.runtime.gradients import Gradients, hooks_held_back
-from sffx.runtime.optimizers import require_optimizer_of
+from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
 
@@ -120,8 +120,7 @@ class Sharding(Residency):
     @contextmanager
     def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         """Hold a context for one `local_step`. FSDP averages the gradients of the processes."""
-        for optimizer in optimizers:
-            require_optimizer_of(self.net, optimizer)
+        require_optimizers_of(self.net, optimizers)
         yield
 
     def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:

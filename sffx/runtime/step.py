@@ -29,7 +29,7 @@ from sffx.runtime.find_residency import residency_of
 from sffx.runtime.learn import OnBlock, learn, learning_stages
 from sffx.runtime.optimizers import require_optimizer
 from sffx.runtime.stage import Stage
-from sffx.runtime.update import apply
+from sffx.runtime.update import Updates
 
 # One optimizer, or one for each block by the block's name.
 Optimizers: TypeAlias = Optimizer | Mapping[str, Optimizer]
@@ -170,6 +170,7 @@ def local_step(
     # Several stages may have the same optimizer.
     distinct = list(dict.fromkeys(optimizers.values()))
     with residency.training_step(distinct):
+        updates = {each: Updates(each) for each in distinct}
         net.zero_grad(set_to_none=True)
         for learned in learn(
             net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=False
@@ -177,7 +178,7 @@ def local_step(
             losses.append(learned.loss)
             changed = bool(learned.gradients)
             if changed:
-                apply(optimizers[learned.stage.name], learned.gradients)
+                updates[optimizers[learned.stage.name]].apply(learned.gradients)
             residency.release(learned.stage, changed=changed)
             # `learned` lives on while the next stage runs, but its gradients must not.
             learned.gradients.clear()

@@ -65,6 +65,12 @@ _HINT = (
     "or report it to sffx with the model"
 )
 
+_NO_GRAD_HINT = (
+    "without gradients torch runs other code for some layers in eval mode. nn.TransformerEncoder "
+    "makes nested tensors there, and sets padded tokens to zero: enable_nested_tensor=False keeps "
+    "it from that"
+)
+
 
 @torch.inference_mode(False)
 def check(
@@ -508,7 +514,8 @@ class _Check:
             self._skipped[run.name] = "it differs, as a note of the plan says"
             return
         place = self._locate(run, done)
-        self._differ(run.name, problem, error, place, only_elsewhere=run.only_elsewhere)
+        hint = _HINT if run.grad else _NO_GRAD_HINT
+        self._differ(run.name, problem, error, place, hint, run.only_elsewhere)
 
     def _is_wrong(self) -> bool:
         return any(not each.only_elsewhere for each in self._differences)

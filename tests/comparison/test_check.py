@@ -427,6 +427,28 @@ def test_transform_notes_what_differs_at_other_sizes(monkeypatch):
     assert len(noted.plan.notes) == len(net.plan.notes) + 2
 
 
+class Encoder(nn.Module):
+    """torch's own encoder, with padding: on (B, T) twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.fc = nn.Embedding(11, 8), nn.Linear(8, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        tokens = self.encoder(self.embed(ids), src_key_padding_mask=keep == 0)
+        return self.fc(tokens.mean(1))
+
+
+def test_what_torch_does_otherwise_without_gradients_is_noted():
+    ids = torch.ones(1, 7, dtype=torch.int64)
+    net = sffx.transform(Encoder(), "layer", {"ids": ids, "keep": ids})
+    assert any("no_grad" in note and "nested tensors" in note for note in net.plan.notes)
+    report = sffx.check(sffx.extract(net), net)
+    assert "eval mode, 4 samples, no_grad" in report.skipped
+
+
 def test_the_quick_check_is_a_part_of_the_whole():
     model = Residual()
     net = cut(model, IMAGE)

@@ -42,6 +42,11 @@ def notes(
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
         yield "gradient checkpointing in the model is left out"
+    if _nests_padded(root, graph):
+        yield (
+            "torch.nn.TransformerEncoder sets padding to zero in eval mode without gradients, "
+            "by nested tensors; the cut model does not"
+        )
     if is_of_size:
         yield SETTLED_BY_SIZE
 
@@ -52,6 +57,15 @@ def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]
     for name, module in root.named_modules():
         if name not in called and called.isdisjoint(holders(name)):
             yield name, module
+
+
+def _nests_padded(root: nn.Module, graph: fx.Graph) -> bool:
+    """Whether an encoder that may use nested tensors has layers that are given padding."""
+    encoders = [each for each in root.modules() if isinstance(each, nn.TransformerEncoder)]
+    if not any(encoder.enable_nested_tensor for encoder in encoders):
+        return False
+    masks = [node.kwargs.get("src_key_padding_mask") for node in graph.nodes]
+    return any(mask is not None for mask in masks)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -146,6 +147,8 @@ class GuidedTracer(fx.Tracer):
         # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
+            return a.item()
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
         return super().create_arg(a)

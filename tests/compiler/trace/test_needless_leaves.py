@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,11 +142,12 @@ def test_the_channel_axis_of_a_leaf_is_that_of_its_last_layer():
         lambda m, x: F.layer_norm(x, x.shape[1:]),
         lambda m, x: F.layer_norm(x, x.shape[-1:]),
         lambda m, x: F.rms_norm(x, x.size()[1:]),
+        lambda m, x: np.float64(2) * x + x * np.int64(3),
         lambda m, x: x * 2 if x.ndim in {2, 3} else x,
         lambda m, x: {6: torch.tanh, 8: torch.relu}[x.shape[1]](x),
     ],
 )
-def test_sizes_that_are_handed_on_or_looked_up(code):
+def test_sizes_that_are_handed_on_or_looked_up_and_numbers_of_numpy(code):
     model = around(Applies(code)).eval()
     net = cut_without_norms(model)
     assert not net.plan.leaves

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from torch import nn
+import pytest
+import torch
+from torch import Tensor, nn
 
 from sffx.compiler.trace.trace import trace
 from tests.toys import Chain, Residual
@@ -19,3 +21,22 @@ def test_only_the_outermost_unused_modules_are_named():
     model.block1.spare = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     (note,) = trace(model).notes
     assert note == "left out, since the logits do not depend on them: block1.spare"
+
+
+class _Padded(nn.Module):
+    def __init__(self, *, nests: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nests)
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        x = self.encoder(self.embed(ids), src_key_padding_mask=keep == 0)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("nests", [True, False])
+def test_nested_tensors_of_an_encoder_are_noted(nests):
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    traced = trace(_Padded(nests=nests), {"ids": ids, "keep": ids})
+    assert any("nested tensors" in note for note in traced.notes) == nests

@@ -1,21 +1,22 @@
-"""An activation and a linear layer, part by part of the rows: nothing large lies between them."""
+"""An activation and a linear layer, part by part of the rows: nothing large lies between them.
+
+A part has few enough values to stay in a processor's cache.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sffx.kernels.batch_slices import small_slices
 from sffx.kernels.chain import Chain
-
-# Rows are taken in parts of about this many input values, which stay in a processor's cache.
-_PART = 2**18
 
 
 def output_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, chain: Chain) -> Tensor:
     """Return the linear layer's output, (..., out), for x (..., in)."""
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight))
-    for part in _parts(rows):
+    for part in small_slices(rows, rows.shape[1]):
         y = chain.activated(rows[part])
         if bias is None:
             torch.mm(y, weight.t(), out=out[part])
@@ -36,7 +37,7 @@ def gradients_by_rows(
     if wants_x:
         dx = rows if chain.overwrite else torch.empty_like(rows)
     dw = torch.zeros_like(weight) if wants_weight else None
-    for part in _parts(rows):
+    for part in small_slices(rows, rows.shape[1]):
         if dw is not None:
             dw.addmm_(dout_rows[part].t(), chain.activated(rows[part]))
         if dx is not None:
@@ -47,8 +48,3 @@ def gradients_by_rows(
         # A view would keep x, and with it its memory, as long as autograd holds the gradient.
         dx = dx.view_as(x).data
     return dx, dw, db
-
-
-def _parts(rows: Tensor) -> list[slice]:
-    size = max(1, _PART // rows.shape[1])
-    return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -27,6 +27,7 @@ from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.fake import fake_copy
 from sffx.errors import InputError
 from sffx.inputs import constant_batch
+from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import block_loss
 from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
@@ -186,11 +187,12 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     y = torch.zeros(batch_size, dtype=torch.int64, device=device)
     counter = _StageCounter(net, x, y)
     try:
-        for stage in stages_of(net):
-            if stage.index in skip:
-                counter.skip()
-            else:
-                counter.count(stage)
+        with counting():
+            for stage in stages_of(net):
+                if stage.index in skip:
+                    counter.skip()
+                else:
+                    counter.count(stage)
     except DATA_DEPENDENT as cause:
         raise InputError(
             f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. "

@@ -90,7 +90,7 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 def test_values_gradients_and_buffers_are_those_of_the_plain_modules(
     name, activation, private, monkeypatch
 ):
-    monkeypatch.setattr("sffx.kernels.rows._PART", 8)  # several parts
+    monkeypatch.setattr("sffx.kernels.batch_slices._SMALL", 8)  # several parts
     norm, layer, x = chain(name)
     twin, twin_layer = copy.deepcopy(norm), copy.deepcopy(layer)
     base = torch.randn_like(x).requires_grad_()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sffx
+from sffx.compiler.fake import fake_copy
 from sffx.errors import InputError
+from sffx.kernels.batch_slices import counting, joined, small_slices
+from sffx.memory.footprint import fake_footprint
 from tests.memory.steps import counted
 from tests.toys import Chain, Residual, SharedBias, TwoInputs
 
@@ -91,3 +96,49 @@ def test_batch_size_that_is_none_is_refused(batch_size):
     net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8))
     with pytest.raises(InputError, match=r"batch_size is .*\. Hint: pass a positive integer"):
         sffx.footprint(net, batch_size)
+
+
+def tokens() -> nn.Module:
+    """A ViT whose goodness and whose layers are computed in a slice for each sample."""
+    return torchvision.models.VisionTransformer(64, 8, 2, 4, 128, 512, num_classes=2000)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 9, 16])
+def test_slices_that_are_passed_over_change_no_byte(batch_size):
+    net = sffx.transform(tokens(), "residual", torch.zeros(1, 3, 64, 64))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    net_of_fakes = fake_copy(net, mode).train()
+    with mode, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sffx.memory.footprint.counting", nullcontext)
+        whole = fake_footprint(net_of_fakes, batch_size)
+    assert sffx.footprint(net, batch_size) == whole
+
+
+def test_an_absurd_batch_is_predicted_at_once():
+    net = sffx.transform(tokens(), "residual", torch.zeros(1, 3, 64, 64))
+    counts = {}
+    for batch_size in (10**6, 2 * 10**6, 3 * 10**6):
+        operators = Operators()
+        with operators:
+            counts[batch_size] = sffx.footprint(net, batch_size).peak
+        assert operators.count < 20_000
+    first, second, third = counts.values()
+    assert third - second == second - first > 10**9
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_while_one_thread_counts_real_numbers_are_whole():
+    y = torch.randn(9, 3)
+    with counting():
+        slices = small_slices(y, 2**18)
+        assert len(slices) == 9
+        assert torch.equal(joined(y, slices, torch.exp), y.exp())

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from sffx.checkpoint.entries import own_entries
 from sffx.errors import InputError, MissingExtra
-from sffx.learning.losses import LossFunction, check_labels
+from sffx.learning.losses import LossFunctions, check_labels
 from sffx.net import is_cut, plan_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups
@@ -185,7 +185,7 @@ class SFFModule(_Classifier):
         weight_decay: of AdamW.
         plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's
             own validation loss lowers that block's learning rate. None keeps the learning rates.
-        loss_fn: a block's training loss, as `sffx.sff_loss` takes it; cross-entropy if None.
+        loss_fn: the blocks' training losses, as `sffx.sff_loss` takes them; cross-entropy if None.
 
     Raises:
         InputError: `net` is no cut model.
@@ -201,7 +201,7 @@ class SFFModule(_Classifier):
         classifier_lr: float | None = None,
         weight_decay: float = 0.01,
         plateau: Mapping[str, Any] | None = None,
-        loss_fn: LossFunction | None = None,
+        loss_fn: LossFunctions | None = None,
     ) -> None:
         plan_of(net)  # raises if it is no cut model
         super().__init__(net, weight_decay, plateau)

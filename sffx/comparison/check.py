@@ -19,14 +19,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sffx.comparison.batches import Batches, Sizes
+from sffx.comparison.differences import (
+    difference_in_words,
+    error_in_words,
+    gradient_error,
+    tolerance_of,
+)
 from sffx.comparison.locate import Place, first_broken_block, first_wrong_node
+from sffx.comparison.pair import Pair, copied_model, watch_hooks
 from sffx.comparison.report import CheckReport, Difference
 from sffx.comparison.runs import (
     Outcome,
@@ -38,8 +44,7 @@ from sffx.comparison.runs import (
     tolerance,
 )
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
-from sffx.comparison.trunk import Trunk
-from sffx.comparison.weights import drop_nothing, other_names, same, state_of, telling_weights
+from sffx.comparison.weights import other_names, same, state_of, telling_weights
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.verify import twin
 from sffx.errors import CheckError, InputError
@@ -48,7 +53,7 @@ from sffx.net import plan_of
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk
-from sffx.tensors import computed_tensors, copied
+from sffx.tensors import computed_tensors
 
 # Two batch sizes; others where the model does not take one of them.
 _BATCHES = (4, 3, 6, 2, 8)
@@ -110,41 +115,6 @@ def quick_check(model: nn.Module, net: fx.GraphModule, example_input: Any) -> Ch
     return _Check(model, net, example_input).quick()
 
 
-class _Pair:
-    """Copies of the model and of the trunk, which go through the same calls."""
-
-    def __init__(
-        self, model: nn.Module, net: fx.GraphModule, weights: dict[str, Tensor], drops: bool
-    ) -> None:
-        self.model = copied_model(model)
-        self.trunk = Trunk(net)
-        notes = " ".join(plan_of(net).notes)
-        # What the plan says is left out, is left out here as well.
-        if "the hooks of the model itself" in notes:
-            self.model._forward_hooks.clear()
-            self.model._forward_pre_hooks.clear()
-        if "is overridden" in notes:
-            for module in self.model.modules():
-                module.__dict__["train"] = partial(_plain_train, module)
-        held = self.trunk.state()
-        own = state_of(self.model)
-        with torch.no_grad():
-            for name, value in weights.items():
-                own[name].copy_(value)
-                for tensor in held.get(name, []):
-                    tensor.copy_(value)
-        if not drops:
-            drop_nothing(self.model)
-            drop_nothing(self.trunk)
-
-    def run(self, run: Run) -> tuple[Outcome, Outcome]:
-        """Return the outcomes of the model and of the trunk."""
-        expected = run_model(self.model, run, self.trunk.plan.num_classes)
-        if expected.failure is not None:
-            return expected, Outcome()
-        return expected, run_trunk(self.trunk, run)
-
-
 class _Check:
     """One comparison, and what it has found so far."""
 
@@ -204,7 +174,7 @@ class _Check:
         try:
             back = extract(self._net)
         except Exception as failure:
-            self._differ(where, f"it raises {_in_words(failure)}")
+            self._differ(where, f"it raises {error_in_words(failure)}")
             return None
         if type(back) is not type(self._model):
             self._differ(
@@ -234,12 +204,12 @@ class _Check:
         found = run_model(back, run, self._plan.num_classes)
         where = "values of extract(net)"
         if not isinstance(found.logits, Tensor):
-            reason = _in_words(found.failure) if found.failure else "no logits"
+            reason = error_in_words(found.failure) if found.failure else "no logits"
             self._differ(where, f"where the model gives logits, it gives {reason}")
             return
         self._errors[where] = relative_error(found.logits, expected.logits)
         if self._errors[where] > tolerance(expected.logits.dtype):
-            problem = _problem(found.logits, expected.logits)
+            problem = difference_in_words(found.logits, expected.logits)
             self._differ(where, problem, self._errors[where])
 
     def _find_batches(self) -> list[int]:
@@ -266,7 +236,7 @@ class _Check:
         """Return the error that the model raises on a batch; None if it runs."""
         run = replace(self._training_run(batch, ""), backward=False)
         failure = run_model(copied_model(self._model), run, self._plan.num_classes).failure
-        return None if failure is None else _in_words(failure)
+        return None if failure is None else error_in_words(failure)
 
     def _draw_weights(self, batch: int) -> None:
         run = self._training_run(batch, "")
@@ -310,7 +280,7 @@ class _Check:
     def _compare_calls(self, runs: list[Run]) -> None:
         pair = self._pair()
         before = {name: tensor.clone() for name, tensor in state_of(pair.model).items()}
-        in_model, in_net = _watch_hooks(pair)
+        in_model, in_net = watch_hooks(pair)
         done: list[Run] = []
         for run in runs:
             if not self._has_same_modes(pair, run):
@@ -328,7 +298,7 @@ class _Check:
         self._compare_state(pair, before)
         self._compare_hooks(in_model, in_net)
 
-    def _compare_state(self, pair: _Pair, before: dict[str, Tensor]) -> None:
+    def _compare_state(self, pair: Pair, before: dict[str, Tensor]) -> None:
         where = "the buffers after these calls"
         error, name = worst_state(pair.model, pair.trunk, before)
         self._errors[where] = error
@@ -384,7 +354,7 @@ class _Check:
             if expected.failure is not None or not isinstance(expected.logits, Tensor):
                 continue
             if found.failure is not None:
-                self._skipped[run.name] = f"the net refuses it: {_in_words(found.failure)}"
+                self._skipped[run.name] = f"the net refuses it: {error_in_words(found.failure)}"
                 continue
             compared += 1
             if not self._same(run, expected, found, [run]):
@@ -404,10 +374,10 @@ class _Check:
 
     # Comparisons of one call.
 
-    def _pair(self) -> _Pair:
-        return _Pair(self._model, self._net, self._weights, self._drops)
+    def _pair(self) -> Pair:
+        return Pair(self._model, self._net, self._weights, self._drops)
 
-    def _has_same_modes(self, pair: _Pair, run: Run) -> bool:
+    def _has_same_modes(self, pair: Pair, run: Run) -> bool:
         name = wrong_mode(pair.model, pair.trunk, run.training)
         if not name:
             return True
@@ -416,7 +386,7 @@ class _Check:
         self._differ(run.name, problem, place=Place(module=name))
         return False
 
-    def _draws_less(self, pair: _Pair, expected: Outcome, found: Outcome) -> bool:
+    def _draws_less(self, pair: Pair, expected: Outcome, found: Outcome) -> bool:
         if expected.draws is None or found.draws is None:
             return False
         held = pair.trunk.state()
@@ -427,14 +397,14 @@ class _Check:
     def _same(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
         """Note the errors of one call; return whether the calls behind it can be compared."""
         if expected.failure is not None:
-            self._skipped[run.name] = f"the model raises {_in_words(expected.failure)}"
+            self._skipped[run.name] = f"the model raises {error_in_words(expected.failure)}"
             return True
         if not isinstance(expected.logits, Tensor):
             kind = type(expected.logits).__name__
             self._skipped[run.name] = f"the model returns a {kind} without logits"
             return True
         if found.failure is not None:
-            problem = f"the net raises {_in_words(found.failure)}"
+            problem = f"the net raises {error_in_words(found.failure)}"
             if isinstance(found.logits, Tensor):
                 place = self._locate_backward(run)
                 self._differ(f"the backward pass, {run.name}", problem, place=place)
@@ -449,7 +419,8 @@ class _Check:
         self._errors[run.name] = error
         self._note_if_vacuous(run, expected.logits)
         if error > tolerance(expected.logits.dtype):
-            self._differ_at(run, _problem(found.logits, expected.logits), error, done)
+            problem = difference_in_words(found.logits, expected.logits)
+            self._differ_at(run, problem, error, done)
             return run.only_elsewhere
         return not run.backward or self._same_gradients(run, expected, found)
 
@@ -464,11 +435,11 @@ class _Check:
             # A block knows a shared parameter by some of its names.
             others = [found.gradients[each] for each in names[name] if each in found.gradients]
             own = others[0] if others else None
-            worst = max(worst, (_gradient_error(gradient, own, largest), name))
+            worst = max(worst, (gradient_error(gradient, own, largest), name))
         error, name = worst
         where = f"gradients, {run.name}"
         self._errors[where] = error
-        if name and error > _GRADIENT_FACTOR * _tolerance_of(expected.gradients):
+        if name and error > _GRADIENT_FACTOR * tolerance_of(expected.gradients):
             place = Place(module=name.rpartition(".")[0])
             self._differ(where, f"the gradient of {name!r} is another one", error, place)
             return False
@@ -541,66 +512,3 @@ class _Check:
         pair = self._pair()
         forward = replace(run, backward=False)
         return first_broken_block(lambda: run_trunk(pair.trunk, forward), pair.trunk)
-
-
-def copied_model(model: nn.Module) -> nn.Module:
-    """Return a copy of a model.
-
-    Raises:
-        InputError: it cannot be copied.
-    """
-    try:
-        return copied(model)
-    except Exception as cause:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied: {cause}. Hint: a check runs on copies"
-        ) from cause
-
-
-def _plain_train(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Set the mode of a module and of all in it, as the cut model does."""
-    for each in module.modules():
-        each.training = mode
-    return module
-
-
-def _watch_hooks(pair: _Pair) -> tuple[HookCalls, HookCalls]:
-    in_model, in_net = HookCalls(), HookCalls()
-    for name, module in pair.model.named_modules():
-        if name:
-            in_model.watch(name, module)
-    for name, module in pair.trunk.modules_by_name():
-        in_net.watch(name, module)
-    return in_model, in_net
-
-
-def _gradient_error(expected: Tensor | None, found: Tensor | None, largest: float) -> float:
-    """Return the largest error of a gradient, relative to it, or to the largest of all."""
-    if expected is None or not expected.numel():
-        return 0.0
-    if found is None:
-        return float("inf") if bool(expected.any()) else 0.0
-    if found.shape != expected.shape:
-        return float("inf")
-    # Before a batch norm a bias has no gradient but noise.
-    size = max(float(expected.abs().max()), 1e-3 * largest)
-    error = float((found - expected).abs().max())
-    return error / size if size else error
-
-
-def _tolerance_of(gradients: dict[str, Tensor | None]) -> float:
-    return max(tolerance(each.dtype) for each in gradients.values() if each is not None)
-
-
-def _problem(found: Tensor, expected: Tensor) -> str:
-    if found.shape != expected.shape:
-        return f"the logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
-    if found.dtype != expected.dtype:
-        return f"the logits are of {found.dtype}, not {expected.dtype}"
-    return "the logits have other values"
-
-
-def _in_words(failure: Exception) -> str:
-    """Write the kind of an error and the first sentence of its message."""
-    sentence = str(failure).strip().split("\n")[0].split(". ")[0]
-    return f"{type(failure).__name__}: {sentence}" if sentence else type(failure).__name__

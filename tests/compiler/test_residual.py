@@ -164,3 +164,59 @@ def test_leaves_are_units_as_their_siblings_that_are_traced():
     plan = sffx.plan(model, example_input=torch.zeros(2, 3, 8, 8))
     assert [block.name for block in plan] == ["0 … 1", "2", "3", "4"]
     assert plan.leaves
+
+
+class Add(nn.Module):
+    """A sum that is a module."""
+
+    def forward(self, x: Tensor, residual: Tensor, past: tuple[Tensor, ...] = ()) -> Tensor:
+        return x + residual
+
+
+class Concatenate(nn.Module):
+    def forward(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, -1)
+
+
+class DropsAndAdds(nn.Module):
+    """A sum that depends on the mode."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, self.training) + residual
+
+
+class JoinsByModules(nn.Module):
+    """Each layer is joined to the value by a module, which is handed all earlier values as well."""
+
+    def __init__(self, join: Callable[[], nn.Module], width: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList(nn.Linear(8, width) for _ in range(3))
+        self.backs = nn.ModuleList(nn.Linear(8 if width == 8 else 12, 8) for _ in range(3))
+        self.joins = nn.ModuleList(join() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, past = self.stem(x), []
+        for layer, back, join in zip(self.layers, self.backs, self.joins, strict=True):
+            past.append(x)
+            y = layer(x).relu()
+            x = back(join(y, x, past=past) if isinstance(join, Add) else join(y, x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("join", "width"), [(Add, 8), (Concatenate, 4), (DropsAndAdds, 8)])
+def test_joins_in_modules_without_children_are_joins(join, width):
+    model = JoinsByModules(join, width)
+    plan = sffx.plan(model, example_input=TOKENS)
+    assert len(plan) >= 4
+    assert not plan.notes
+    assert not plan.leaves
+    net = sffx.transform(model, example_input=TOKENS, norm="none")
+    net.readout.mode = "classifier"
+    x = torch.randn(4, 6, 3)
+    for training in (True, False):
+        torch.manual_seed(0)
+        expected = model.train(training)(x)
+        torch.manual_seed(0)
+        logits = net.train(training)(x)
+        torch.testing.assert_close(logits[-1] if training else logits, expected)

@@ -13,6 +13,7 @@ from torch import nn
 from sffx.blocks import BlockPlan, GoodnessMaker, GoodnessName, NormMaker, NormName, Options
 from sffx.comparison.guard import checked
 from sffx.compiler.analyse import analyse
+from sffx.compiler.batch_first import add_batch_first_views
 from sffx.compiler.inplace import keep_foreign_values
 from sffx.compiler.memory import save_memory
 from sffx.compiler.partition import partition
@@ -84,6 +85,7 @@ def transform(
     options = _valid(Options(goodness, kernel_size, norm, recompute))
     name, choose = policy_named(policy)
     traced = trace(model, example_input, num_classes)
+    add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
     blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
@@ -115,7 +117,9 @@ def plan(
     """
     options = _valid(Options(goodness, kernel_size, norm, recompute))
     name, choose = policy_named(policy)
-    analysis = analyse(trace(model, example_input, num_classes))
+    traced = trace(model, example_input, num_classes)
+    add_batch_first_views(traced)
+    analysis = analyse(traced)
     cuts = select(analysis, choose, options)
     return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
 

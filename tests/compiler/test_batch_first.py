@@ -1,0 +1,67 @@
+"""Values whose batch is not the first axis get a view that a cut may follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+
+
+class SequenceFirst(nn.Module):
+    """Layers of torch that read (T, B, C), between two transposes."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        if layer == "encoder":
+            one = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+            self.layers = nn.TransformerEncoder(one, 3, enable_nested_tensor=False)
+        else:
+            self.layers = nn.Sequential(*(Residual() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.stem(x).transpose(0, 1))
+        return self.head(x.mean(0))
+
+
+class Residual(nn.Module):
+    """A sum in place behind attention, on (T, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x, x, x, need_weights=False)[0]
+        y += x
+        return self.linear(y)
+
+
+@pytest.mark.parametrize("layer", ["encoder", "residual"])
+def test_sequence_first_layers_are_blocks(layer):
+    torch.manual_seed(0)
+    model, x = SequenceFirst(layer).double(), torch.randn(5, 6, 3, dtype=torch.float64)
+    net = sffx.transform(model, example_input=x, norm="none").train()
+    assert len(net.plan) == 4
+    assert [block.shape for block in net.plan] == [(6, 8)] * 4
+    assert {block.channel_axis for block in net.plan} == {2}
+    torch.testing.assert_close(net(x)[-1], model(x))
+    sffx.local_loss(net, x, torch.arange(5) % 4).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_goodness_is_that_of_the_sample():
+    model, x = SequenceFirst("encoder").double(), torch.randn(5, 6, 3, dtype=torch.float64)
+    net = sffx.transform(model, example_input=x).train()
+    torch.testing.assert_close(net(x)[:, 2:3], net(x[2:3]))
+
+
+def test_batch_first_models_get_no_views():
+    plan = sffx.plan(
+        nn.Sequential(nn.Linear(3, 8), nn.Flatten(), nn.Linear(48, 4)),
+        "layer",
+        torch.zeros(2, 6, 3),
+    )
+    assert not any("batch_first" in name for block in plan.all_blocks for name in block.nodes)

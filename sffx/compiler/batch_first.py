@@ -1,8 +1,8 @@
 """Batch-first views of values whose batch is another axis.
 
 Layers of sequences may read (T, B, C). A cut needs a value whose first axis is the batch. So where
-a module returns such a value, this pass adds two views to the traced graph: one that is batch
-first, where a cut may lie, and one back, which all readers of the value read.
+a module returns another value, or paths join in one, this pass adds two views to the traced graph:
+one that is batch first, where a cut may lie, and one back, which all readers of the value read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def add_batch_first_views(trace: Trace) -> None:
     for name in flow.spine:
         node = flow.nodes[name]
         axis = _batch_axis(facts(node).example)
-        if axis and _ends_a_module(node):
+        is_join = flow.paths.in_degree(name) > 1
+        if axis and (is_join or _ends_a_module(node)):
             _add_views(node, axis)
     graph.lint()
 

@@ -52,6 +52,32 @@ def test_sequence_first_layers_are_blocks(layer):
     assert all(p.grad is not None for p in net.parameters())
 
 
+class InOneForward(nn.Module):
+    """Time-major images, as of spiking nets, with sums in the model's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        times, batch = x.shape[:2]
+        x = self.stem(x.flatten(0, 1)).unflatten(0, (times, batch))
+        for layer in self.layers:
+            x = x + layer(x.flatten(0, 1)).unflatten(0, (times, batch)).relu()
+        return self.head(x.mean((0, 3, 4)))
+
+
+def test_time_major_images_are_cut_at_their_sums():
+    torch.manual_seed(0)
+    model, x = InOneForward(), torch.randn(5, 2, 3, 7, 7)
+    net = sffx.transform(model, example_input=x, norm="none").train()
+    assert [block.shape for block in net.plan][-3:] == [(2, 4, 7, 7)] * 3
+    assert {block.channel_axis for block in net.plan} == {2}
+    torch.testing.assert_close(net(x)[-1], model(x))
+
+
 def test_a_goodness_is_that_of_the_sample():
     model, x = SequenceFirst("encoder").double(), torch.randn(5, 6, 3, dtype=torch.float64)
     net = sffx.transform(model, example_input=x).train()

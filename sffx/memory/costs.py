@@ -29,6 +29,7 @@ from sffx.compiler.policies import Cuts
 from sffx.compiler.rewrite import block_module, rewrite
 from sffx.compiler.spans import group_ends, layer_ends
 from sffx.compiler.trace.costs import noting_saved
+from sffx.kernels.batch_slices import counting
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms
 from sffx.memory.footprint import COUNTER, STATES, fake_footprint
@@ -174,7 +175,7 @@ class BlockCosts:
         each has the same values to come back to, and a head besides.
         """
         block = self._whole_model()
-        with self._fake_mode:
+        with self._fake_mode, counting():
             x = []
             for node in self._placeholders:
                 example = facts(node).example

@@ -9,6 +9,7 @@ that leaves its input alone:
 3. an in-place operator (`+=`) becomes the plain one (`+`),
 4. a method or a torch function `name_` becomes `name`.
 
+A value that is written in some modes only, and read afterwards, is copied where the block begins.
 An operation with no such twin is refused. So is one whose written value the model then reads by
 another name, since that name would keep the old value.
 """
@@ -19,13 +20,14 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from sffx.compiler.facts import block_facts
+from sffx.compiler.facts import block_facts, set_block_facts
 from sffx.errors import CutError
 from sffx.net import plan_of
 
@@ -71,6 +73,9 @@ def keep_foreign_values(net: GraphModule) -> None:
 def keep_foreign_values_in(block: GraphModule) -> None:
     """Rewrite one block, in place; its graph must be valid and stays so."""
     foreign = {node for node in block.graph.nodes if block_facts(node).is_foreign}
+    for node in _written_in_some_mode(block, foreign):
+        _copy_at_entrance(node)
+        foreign.remove(node)
     memories = {block_facts(node).memory for node in foreign}
     replaced: dict[str, nn.Module] = {}
     for node in block.graph.nodes:
@@ -88,11 +93,56 @@ def keep_foreign_values_in(block: GraphModule) -> None:
     block.recompile()
 
 
+def _written_in_some_mode(block: GraphModule, foreign: set[Node]) -> list[Node]:
+    """Return foreign values that are written in some modes only, and read afterwards.
+
+    `y = relu_(dropout(x)); y + x` is an example. In eval mode dropout returns x itself, and the sum
+    reads what the ReLU has written. In train mode it reads x as it was. An operation that is not in
+    place would be right in one mode only.
+    """
+    order = {node: i for i, node in enumerate(block.graph.nodes)}
+    found: dict[Node, None] = {}
+    for node in block.graph.nodes:
+        for written in _written(node):
+            source = written
+            while source not in foreign and _passes_on(block, source):
+                source = source.all_input_nodes[0]
+                is_read_later = any(order[user] > order[node] for user in source.users)
+                if source in foreign and is_read_later:
+                    found[source] = None
+    return list(found)
+
+
+def _passes_on(block: GraphModule, node: Node) -> bool:
+    """Return whether a node returns its first input in some modes, but not in that of the trace."""
+    if not node.all_input_nodes:
+        return False
+    source = node.all_input_nodes[0]
+    is_view = block_facts(node).memory == block_facts(source).memory
+    return not is_view and may_return_input(block, node, source)
+
+
+def _copy_at_entrance(value: Node) -> None:
+    """Let the block work on a copy of a value of another block, on which it may write."""
+    last = value
+    while last.next.op == "placeholder":
+        last = last.next
+    with value.graph.inserting_after(last):
+        copied = value.graph.call_method("clone", (value,))
+    set_block_facts(copied, replace(block_facts(value), is_foreign=False))
+    value.replace_all_uses_with(copied, lambda user: user is not copied)
+
+
 def _may_be_foreign(block: GraphModule, node: Node, foreign: set[Node]) -> bool:
     """Return whether a node returns a foreign value or a view of it, at least in some modes."""
     source = next(iter(node.all_input_nodes), None)
     if source not in foreign or node.op == "output":
         return False
+    return may_return_input(block, node, source)
+
+
+def may_return_input(block: GraphModule, node: Node, source: Node) -> bool:
+    """Return whether a node returns what it reads, or a view of it, at least in some modes."""
     memory = block_facts(node).memory
     is_view = memory is not None and memory == block_facts(source).memory
     return is_view or _name_of(block, node).lower().startswith(_MAYBE_VIEWS)

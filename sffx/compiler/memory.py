@@ -28,6 +28,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts
+from sffx.compiler.inplace import may_return_input
 from sffx.compiler.qualnames import holders
 from sffx.kernels.activation import MEMORY_SAVING, NAMES, MemorySavingGELU
 from sffx.kernels.attention import self_attention
@@ -151,6 +152,19 @@ def _source(node: Node) -> Node:
     return source
 
 
+def _has_other_readers(block: GraphModule, node: Node) -> bool:
+    """Return whether another node reads the memory that a node reads, at least in some modes.
+
+    Dropout returns its input in eval mode. So the reader may stand before the dropout.
+    """
+    value = _source(node)
+    while len(value.users) == 1:
+        if not _reads_one(value) or not may_return_input(block, value, _source(value)):
+            return False
+        value = _source(value)
+    return True
+
+
 def _writes_input(block: GraphModule, node: Node) -> bool:
     """Return whether an activation writes over its input."""
     module = _module(block, node)
@@ -178,6 +192,8 @@ def _move_relu_behind(block: GraphModule, pool: Node) -> None:
     relu = _source(pool)
     is_monotone = _kind(block, relu) in _MONOTONE
     if not is_monotone or not _is_link(relu) or _is_input_written_later(relu, [relu]):
+        return
+    if _writes_input(block, relu) and _has_other_readers(block, relu):
         return
     # Behind the pool, the ReLU keeps what takes the place of the pool's value.
     if _is_written_later(pool, pool, []):
@@ -262,8 +278,7 @@ def _may_take_over(block: GraphModule, layer: Node, taken: dict[str, Node]) -> b
         return False
     merged = [layer, *taken.values()]
     first = merged[-1]
-    has_other_readers = len(_source(first).users) > 1
-    if has_other_readers and _writes_input(block, first):
+    if _writes_input(block, first) and _has_other_readers(block, first):
         return False
     return not _is_input_written_later(first, merged)
 

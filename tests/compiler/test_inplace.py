@@ -246,3 +246,27 @@ def test_a_write_on_what_was_a_copy_in_the_trace_and_is_a_view_behind_the_norm()
     x = torch.randn(5, 3, 4, 4)
     sffx.sff_loss(net(x), torch.arange(5) % 4).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+class ReluOnDropout(nn.Module):
+    """A shortcut around a ReLU that writes, in eval mode only, on what the shortcut carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.relu = nn.ReLU(inplace=True)
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.relu(self.drop(x))) + x
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_write_in_eval_mode_only_is_the_models(norm: str, depth: int) -> None:
+    torch.manual_seed(0)
+    parts = [nn.Linear(4, 8), nn.BatchNorm1d(8), *(ReluOnDropout() for _ in range(depth))]
+    model = nn.Sequential(*parts, nn.Linear(8, 3))
+    net = sffx.transform(model, "residual", torch.zeros(2, 4), norm=norm, check=False)
+    report = sffx.check(model, net)
+    assert any(name.startswith("eval mode") for name in report.errors)

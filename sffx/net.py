@@ -56,12 +56,21 @@ def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutM
         original: the model that it was cut from.
     """
     cut = CutModel(net, net.graph, class_name=type(net).__name__)
-    attributes = {"plan": plan, "origin": Origin(original)}
-    # fx copies a GraphModule by its graph. It also copies the attributes under this key.
-    cut.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes
-    for name, value in attributes.items():
-        setattr(cut, name, value)
+    _attach(cut, {"plan": plan, "origin": Origin(original)})
     return cut
+
+
+def set_plan(net: CutModel, plan: BlockPlan) -> None:
+    """Give a cut model another plan of the same cuts, such as one with more notes."""
+    _attach(net, {"plan": plan, "origin": net.origin})
+
+
+def _attach(net: fx.GraphModule, attributes: dict[str, Any]) -> None:
+    """Set attributes that survive copies and pickles."""
+    # fx copies a GraphModule by its graph. It also copies the attributes under this key.
+    net.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = attributes
+    for name, value in attributes.items():
+        setattr(net, name, value)
 
 
 def is_cut(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from sffx.comparison.check import check, quick_check
 from sffx.errors import CheckError
-from sffx.net import CutModel, plan_of, with_plan
+from sffx.net import CutModel, plan_of, set_plan
 
 # Below these a check takes about a quarter of the time of the cut itself: multiply-adds for one
 # sample, and parameters.
@@ -39,13 +39,15 @@ def checked(
             report = quick_check(model, net, example_input)
         except Exception as failure:
             # What nobody asked for does not stop the cut.
-            return _with_notes(net, [f"values were not compared: {failure}"])
+            _add_notes(net, [f"values were not compared: {failure}"])
+            return net
     else:
         report = check(model, net, example_input, raises=False)
     found = report.difference
     if found is not None and not found.only_elsewhere:
         raise CheckError(str(found), report)
-    return _with_notes(net, [str(difference) for difference in report.differences])
+    _add_notes(net, [str(difference) for difference in report.differences])
+    return net
 
 
 def _is_small(net: fx.GraphModule) -> bool:
@@ -58,9 +60,7 @@ def _is_small(net: fx.GraphModule) -> bool:
     return macs <= _MOST_MACS and parameters <= _MOST_PARAMETERS
 
 
-def _with_notes(net: CutModel, notes: list[str]) -> CutModel:
-    """Return a cut model with more notes in its plan."""
-    if not notes:
-        return net
-    plan = replace(net.plan, notes=(*net.plan.notes, *notes))
-    return with_plan(net, plan, net.origin.model)
+def _add_notes(net: CutModel, notes: list[str]) -> None:
+    """Let the plan of a cut model say more. The model stays the object that was verified."""
+    if notes:
+        set_plan(net, replace(net.plan, notes=(*net.plan.notes, *notes)))

@@ -421,10 +421,13 @@ def test_transform_notes_what_differs_at_other_sizes(monkeypatch):
     model = Padded()
     traced = copy.deepcopy(model)
     net = cut(traced, IMAGE)
+    before = len(net.plan.notes)
     monkeypatch.setattr(Padded, "forward", pads_at_other_sizes)
     noted = checked(model, net, IMAGE, True)
-    assert any("x (3, 11, 13)" in note for note in noted.plan.notes)
-    assert len(noted.plan.notes) == len(net.plan.notes) + 2
+    assert noted is net  # the object that was verified
+    assert any("x (3, 11, 13)" in note for note in net.plan.notes)
+    assert len(net.plan.notes) == before + 2
+    assert copy.deepcopy(net).plan == net.plan
 
 
 class Encoder(nn.Module):

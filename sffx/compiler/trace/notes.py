@@ -44,8 +44,9 @@ def notes(
         yield "gradient checkpointing in the model is left out"
     if _nests_padded(root, graph):
         yield (
-            "torch.nn.TransformerEncoder sets padding to zero in eval mode without gradients, "
-            "by nested tensors; the cut model does not"
+            "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "
+            "nested tensors; the cut model does not. Hint: enable_nested_tensor=False makes the "
+            "encoder do what the cut model does"
         )
     if is_of_size:
         yield SETTLED_BY_SIZE

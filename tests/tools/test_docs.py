@@ -19,7 +19,7 @@ CLASSES = [name for name in sffx.__all__ if inspect.isclass(getattr(sffx, name))
 RECORDS = [name for name in sffx.__all__ if dataclasses.is_dataclass(getattr(sffx, name))]
 
 # Functions that take the arguments of another one, and say so.
-SAME_ARGUMENTS = {"plan": "transform"}
+SAME_ARGUMENTS = {"plan": "transform", "block_losses": "local_loss"}
 
 
 def document(name: str) -> str:

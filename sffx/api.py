@@ -67,9 +67,9 @@ def transform(
             activations again in their backward pass, instead of keeping them. It saves memory and
             takes a few per cent more time.
         check: whether the cut model is run beside the model, on random numbers, as `sffx.check`
-            does it. "auto" compares three calls of a small model, which takes about a quarter of
-            the time of the cut itself, and nothing of a large one. What differs at other sizes or
-            under `torch.no_grad()` only is a note of the plan.
+            does it. "auto" compares three calls of a small model, which adds less than half to the
+            time of the cut, and nothing of a large one. What differs at other sizes or under
+            `torch.no_grad()` only is a note of the plan.
 
     Returns:
         An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the

@@ -11,8 +11,8 @@ from sffx.comparison.check import check, quick_check
 from sffx.errors import CheckError
 from sffx.net import CutModel, plan_of, set_plan
 
-# Below these a check takes about a quarter of the time of the cut itself: multiply-adds for one
-# sample, and parameters.
+# Below these a check adds less than half to the time of the cut: multiply-adds for one sample, and
+# parameters.
 _MOST_MACS = 20_000_000
 _MOST_PARAMETERS = 5_000_000
 

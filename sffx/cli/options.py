@@ -9,7 +9,10 @@ import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-SOURCE_HELP = "a Python file, file.py:NAME, package.module:callable, timm:NAME or hf:CONFIG_CLASS"
+SOURCE_HELP = (
+    "a Python file, file.py:NAME, package.module:callable, timm:NAME or hf:CONFIG_CLASS; "
+    "the code of the file or the package is run"
+)
 
 
 @dataclass(frozen=True)

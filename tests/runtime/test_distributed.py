@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sffx
+from tests.processes import leave
 
 PROCESSES, BATCH, CLASSES = 2, 8, 4
 
@@ -71,7 +72,7 @@ def train_one_step(rank: int, folder: str) -> None:
         (loss.detach(), {name: p.grad for name, p in model.module.net.named_parameters()}),
         f"{folder}/{rank}.pt",
     )
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_get_the_gradients_of_one(tmp_path: Path, monkeypatch) -> None:

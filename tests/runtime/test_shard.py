@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import sffx
+from tests.processes import leave
 from tests.runtime.test_distributed import PROCESSES, batch, cut_model
 
 RATE = 0.05
@@ -109,7 +110,7 @@ def run(rank: int, folder: str) -> None:
 
     found["errors"] = errors(net, x, y)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
@@ -234,7 +235,7 @@ def train_with_statistics(rank: int, folder: str) -> None:
         sffx.local_step(net, x[i], y[i], optimizer)
     own = dict(alone.get_submodule("block_0.1").named_buffers())
     torch.save((own, once, dict(net.named_buffers())), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_all_processes_have_the_same_statistics(tmp_path: Path, monkeypatch) -> None:

@@ -65,7 +65,8 @@ def test_a_rate_belongs_to_the_innermost_module_that_reads_its_mode():
     net = cut_without_norms(model)
     assert not net.plan.leaves
     assert_same_logits(net, model)
-    x = torch.randn(4, 6)
+    # One weight is dropped or not for each sample, so few samples are often alike in two calls.
+    x = torch.randn(128, 6)
     assert not torch.equal(net.train()(x)[-1], net(x)[-1])
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sffx.runtime.keywords import KeywordLoss
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+    from sffx.runtime.randomness import block_seeds
     from sffx.runtime.shard import shard
     from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
@@ -65,6 +66,7 @@ __all__ = [
     "VerifyError",
     "block_losses",
     "block_scores",
+    "block_seeds",
     "check",
     "evaluate",
     "export_early_exit",
@@ -115,6 +117,7 @@ _MODULE_OF = {
     "VerifyError": "sffx.errors",
     "block_losses": "sffx.runtime.step",
     "block_scores": "sffx.runtime.evaluate",
+    "block_seeds": "sffx.runtime.randomness",
     "check": "sffx.comparison.check",
     "evaluate": "sffx.runtime.evaluate",
     "export_early_exit": "sffx.export.stages",

@@ -17,7 +17,13 @@ from torch import Tensor, fx, nn
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind
-from sffx.learning.losses import LossFunctions, block_loss, check_targets, loss_functions
+from sffx.learning.losses import (
+    LossFunction,
+    LossFunctions,
+    block_loss,
+    check_targets,
+    loss_functions,
+)
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
@@ -63,7 +69,7 @@ def learn(
     """
     plan = plan_of(net)
     require_uncompiled(net)
-    _require_train_mode(net)
+    require_train_mode(net)
     stages = learning_stages(net, only)
     functions = loss_functions(loss_fn, len(plan.all_blocks))
     functions_in_use = [functions[stage.index] for stage in stages]
@@ -71,36 +77,75 @@ def learn(
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
     trainable = {stage: stage.trainable for stage in stages}
     for stage, scores in walk(net, x, only):
-        function = functions[stage.index]
-        loss = block_loss(scores, y, function)
-        if on_block is not None:
-            on_block(stage.name, scores.detach(), loss.detach())
-        # A frozen stage has scores without a graph, and so has every stage under torch.no_grad().
-        learns = scores.requires_grad
-        # Cross-entropy with labels that need no gradient depends on nothing but the scores.
-        has_other_leaves = function is not None or y.requires_grad
-        if has_other_leaves:
-            _require_own(loss, scores)
-        # Nothing but the loss may hold the activations, or they outlive the backward pass.
+        lesson = Lesson(trainable[stage], functions[stage.index], on_block, hooks_wait)
+        held = [scores]
+        # Nothing but the list may hold the scores, since they hold the activations of the stage.
         del scores
-        parameters = trainable[stage]
-        gradients: Gradients = {}
-        if learns:
-            gradients = _stage_gradients(loss, parameters, residency, hooks_wait=hooks_wait)
-            if not gradients:
-                raise _nothing_learned(stage, len(parameters))
-        yield Learned(stage, loss.detach(), gradients)
+        yield learn_stage(stage, held, y, lesson, residency)
 
 
-def _stage_gradients(
-    loss: Tensor, parameters: list[nn.Parameter], residency: Residency, *, hooks_wait: bool
-) -> Gradients:
+@dataclass(frozen=True)
+class Lesson:
+    """How one stage learns from a batch.
+
+    Attributes:
+        parameters: of the stage, those that learn.
+        loss_fn: of the stage, None for cross-entropy.
+        on_block: called with the stage's name, scores and loss, if given.
+        hooks_wait: whether hooks of parameters are held back, because a later backward pass hands
+            the gradients over and runs the hooks.
+    """
+
+    parameters: list[nn.Parameter]
+    loss_fn: LossFunction | None
+    on_block: OnBlock | None
+    hooks_wait: bool
+
+
+def learn_stage(
+    stage: Stage, held: list[Tensor], y: Tensor, lesson: Lesson, residency: Residency
+) -> Learned:
+    """Return the loss and the gradients of a stage that has run; its activations are freed.
+
+    Args:
+        stage: that has run.
+        held: its scores, (B, J), in a list of one. They are taken out, so that the caller does not
+            hold the activations.
+        y: targets of the batch.
+        lesson: how the stage learns.
+        residency: of the net.
+
+    Raises:
+        InputError: the loss hands gradients to something else than the scores, or the scores have
+            a gradient but no parameter does.
+    """
+    scores = held.pop()
+    loss = block_loss(scores, y, lesson.loss_fn)
+    if lesson.on_block is not None:
+        lesson.on_block(stage.name, scores.detach(), loss.detach())
+    # A frozen stage has scores without a graph, and so has every stage under torch.no_grad().
+    learns = scores.requires_grad
+    # Cross-entropy with labels that need no gradient depends on nothing but the scores.
+    has_other_leaves = lesson.loss_fn is not None or y.requires_grad
+    if has_other_leaves:
+        _require_own(loss, scores)
+    # Nothing but the loss may hold the activations, or they outlive the backward pass.
+    del scores
+    gradients: Gradients = {}
+    if learns:
+        gradients = _stage_gradients(loss, lesson, residency)
+        if not gradients:
+            raise _nothing_learned(stage, len(lesson.parameters))
+    return Learned(stage, loss.detach(), gradients)
+
+
+def _stage_gradients(loss: Tensor, lesson: Lesson, residency: Residency) -> Gradients:
     """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
     waiting: AbstractContextManager[None] = nullcontext()
-    if hooks_wait:
-        waiting = hooks_held_back(parameter._backward_hooks for parameter in parameters)
+    if lesson.hooks_wait:
+        waiting = hooks_held_back(each._backward_hooks for each in lesson.parameters)
     with waiting:
-        gradients = residency.gradients(loss, parameters)
+        gradients = residency.gradients(loss, lesson.parameters)
     mark_gradients(gradients.values())
     return gradients
 
@@ -130,7 +175,8 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     return [stage for stage in stages if stage.name in only]
 
 
-def _require_train_mode(net: fx.GraphModule) -> None:
+def require_train_mode(net: fx.GraphModule) -> None:
+    """Raise an InputError if a model is in eval mode."""
     if not net.training:
         raise InputError(
             "the model is in eval mode, where it returns scores. "

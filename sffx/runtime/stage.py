@@ -24,6 +24,7 @@ from sffx.kernels.activation import private_gradients
 from sffx.kernels.recompute import is_plain
 from sffx.net import plan_of
 from sffx.parts import READOUT, head_name, norm_name
+from sffx.runtime.randomness import numbers_of_block
 
 # Values of the outer graph while it runs, by the node that computed them.
 Values = dict[fx.Node, Any]
@@ -86,6 +87,16 @@ class Stage:
                     parameters.append(parameter)
         return parameters
 
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes of the outer graph that run with this stage, in order."""
+        return [*self._scoring, *self._passing]
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the modules that run with this stage: its block, its head, its norm."""
+        return [str(node.target) for node in self.nodes if node.op == "call_module"]
+
     def nodes_from(self, previous: Stage | None) -> list[fx.Node]:
         """Return the nodes of the outer graph that lead from a stage's scores to this one's.
 
@@ -104,7 +115,7 @@ class Stage:
         """
         # Without hooks nobody sees the gradient of a value, so kernels may write over it.
         has_hooks = any(_has_inner_hooks(module) for module in self.modules)
-        with private_gradients(not has_hooks):
+        with private_gradients(not has_hooks), numbers_of_block(self.index):
             for node in self._scoring:
                 self._run(node, values)
         # The caller alone holds the scores now, and with them the activations of the stage.
@@ -117,8 +128,9 @@ class Stage:
             values: as for `score`.
         """
         *of_block, scorer = self._scoring
-        for node in of_block:
-            self._run(node, values)
+        with numbers_of_block(self.index):
+            for node in of_block:
+                self._run(node, values)
         # The head does not run, so its inputs are removed here.
         self._forget(scorer, values)
 

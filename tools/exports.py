@@ -41,7 +41,9 @@ from sffx.export.parity import relative_error
 from sffx.export.sizes import trial_inputs
 from sffx.files import write
 from sffx.tables import MIB
-from tools.zoo import Entry, build, fitting_input, is_open, run_apart
+from tools.zoo.entries import Entry, build, fitting_input
+from tools.zoo.records import is_open
+from tools.zoo.sweep import run_apart
 
 RESULTS = Path(__file__).parent / "results" / "exports"
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.zoo import Entry, build, check_refusal, fitting_input, new_record, verify_model
+from tools.zoo.entries import Entry, build, fitting_input
+from tools.zoo.records import new_record
+from tools.zoo.verify import check_refusal, verify_model
 
 SAMPLE = (
     "resnet18",

@@ -1,0 +1,36 @@
+"""The models of timm: the smallest architectures of each of its modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from tools.zoo.entries import CLASSES, Entry, Inputs
+from tools.zoo.images import IMAGES, first_fitting
+
+REQUIRES = ("timm",)
+
+FAMILIES = Path(__file__).parent / "timm_families.txt"
+
+
+def entries() -> list[Entry]:
+    listed = []
+    for line in FAMILIES.read_text().splitlines():
+        if line and not line.startswith("#"):
+            module, name = line.split()
+            listed.append(Entry("timm", name, module))
+    return listed
+
+
+def build(entry: Entry) -> nn.Module:
+    import timm
+
+    return timm.create_model(entry.name, pretrained=False, num_classes=CLASSES)
+
+
+def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
+    """Return random images of the smallest size that the model runs on, its own size last."""
+    own = getattr(model, "default_cfg", {}).get("input_size", (3, IMAGES[0], IMAGES[0]))
+    channels = own[0]
+    return first_fitting(model, [*((channels, side, side) for side in IMAGES), tuple(own)])

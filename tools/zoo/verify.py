@@ -1,0 +1,187 @@
+"""What a verified model is: it is cut, and nothing differs."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import sffx
+from sffx.comparison.weights import calibrate, draw_constants
+from sffx.learning.losses import block_loss
+from tools.zoo.entries import CLASSES, SAMPLES, Inputs
+from tools.zoo.records import Record
+
+
+class Unverified(AssertionError):
+    """A model breaks one of the promises. The message is the reason in the table."""
+
+
+def verify_model(
+    model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool = False
+) -> fx.GraphModule:
+    """Cut a model and check every promise. This changes the model's weights.
+
+    Args:
+        model: with random weights.
+        inputs: for `SAMPLES` samples.
+        record: takes the results.
+        onnx: whether to export the net as well.
+
+    Raises:
+        Unverified: a promise is broken.
+        SffxError: the model cannot be cut.
+    """
+    torch.manual_seed(0)
+    draw_constants(model)
+    calibrate(model, partial(run_model, inputs=inputs))
+    record.parameters = sum(p.numel() for p in model.parameters())
+    record.input = ", ".join(f"{name} {_size(value)}" for name, value in inputs.items())
+    net = sffx.transform(model.train(), example_input=_call_arguments(inputs), check=False)
+    record.blocks, record.notes = len(net.plan), list(net.plan.notes)
+    record.leaves = [(leaf.kind, leaf.share, leaf.reason) for leaf in net.plan.leaves]
+    record.poor = poor_parts(net.plan, model)
+    if len(net.plan) < 2 and not net.plan.notes:
+        raise Unverified("one feature block, and the plan does not say why")
+    _check_values(model, net, inputs)
+    _check_gradients(model, net, inputs)
+    if onnx:
+        with tempfile.TemporaryDirectory() as folder:
+            sffx.export_onnx(net, Path(folder) / "net.onnx")
+        record.onnx = True
+    record.finish("verified", "")
+    return net
+
+
+def _size(value: Any) -> Any:
+    """Return the size of one sample of an input, or what the input is if it is no tensor."""
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) else type(value).__name__
+
+
+def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
+    """Return each block and each leaf with more than a third of the parameters, and its share.
+
+    A block is passed over where a single layer holds more than a third, since no cut divides it.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(sizes.values())
+    poor = []
+    for block in plan.all_blocks:
+        layers: Counter[str] = Counter()
+        for name in block.parameters:
+            layers[name.rpartition(".")[0]] += sizes.get(name, 0)
+        largest = max(layers.values(), default=0)
+        if block.num_parameters > total / 3 and largest <= total / 3:
+            poor.append(f"{block.target} ({block.name}): {block.num_parameters / total:.0%}")
+    for leaf in plan.leaves:
+        if leaf.share > 1 / 3:
+            poor.append(f"leaf {leaf.qualname} ({leaf.kind}): {leaf.share:.0%}")
+    return poor
+
+
+def _call_arguments(inputs: Inputs) -> Any:
+    return inputs["x"] if set(inputs) == {"x"} else inputs
+
+
+def run_model(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the output of a model, or the first of several outputs.
+
+    The random numbers are the same in each call.
+    """
+    torch.manual_seed(1)
+    random.seed(1)
+    output: Any = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
+    if hasattr(output, "logits"):
+        output = output.logits
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+    """Check that the cut model computes what the original does, and that its outputs tell."""
+    report = sffx.check(model, net, _call_arguments(inputs), raises=False)
+    difference = report.difference
+    if difference is not None:
+        raise Unverified(str(difference))
+    for name, reason in report.skipped.items():
+        if name.startswith("values"):
+            raise Unverified(f"vacuous: {name}: {reason}")
+
+
+def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+    """Check that each parameter which backpropagation reaches has its gradient from one block.
+
+    It must have the gradient after a `local_loss` step too.
+    """
+    labels = torch.arange(SAMPLES) % CLASSES
+    F.cross_entropy(run_model(model.train(), inputs), labels).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    names = {id(p): name for name, p in net.origin.model.named_parameters()}
+    counts = _blocks_that_reach(net.train(), inputs, labels)
+    sffx.local_loss(net, _call_arguments(inputs), labels).backward()
+    trained = set()
+    for p in net.parameters():
+        if id(p) in names and p.grad is not None:
+            trained.add(names[id(p)])
+    single = {names[key] for key, count in counts.items() if count == 1 and key in names}
+    several = {names[key] for key, count in counts.items() if count > 1 and key in names}
+    missing = reached - (trained & single)
+    surplus = (trained | single) - reached
+    if several:
+        raise Unverified(f"gradient from several blocks: {_shown(several)}")
+    if missing:
+        raise Unverified(f"no gradient, though backpropagation reaches it: {_shown(missing)}")
+    if surplus:
+        raise Unverified(f"gradient, though backpropagation does not reach it: {_shown(surplus)}")
+
+
+def _blocks_that_reach(net: fx.GraphModule, inputs: Inputs, labels: Tensor) -> Counter[int]:
+    """Count, for each parameter by its id, the blocks whose loss gives it a gradient."""
+    scores: list[Tensor] = []
+    handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
+    run_model(net, inputs)
+    handle.remove()
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    counts: Counter[int] = Counter()
+    for score in scores:
+        loss = block_loss(score, labels)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                counts[id(p)] += 1
+    return counts
+
+
+def _shown(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
+
+
+def check_refusal(model: nn.Module, record: Record) -> None:
+    """Check that a model which is no classifier is refused.
+
+    The error must name a module and the way out.
+
+    Raises:
+        Unverified: it is not refused, or the error does not help.
+    """
+    record.parameters = sum(p.numel() for p in model.parameters())
+    example: Any = torch.zeros(1, 3, 64, 64)
+    if "raft" in record.name:  # optical flow takes two images
+        example = (torch.zeros(1, 3, 128, 128), torch.zeros(1, 3, 128, 128))
+    try:
+        sffx.transform(model, example_input=example)
+    except sffx.SffxError as error:
+        record.notes = [str(error)]
+    else:
+        raise Unverified("it was cut, although it is no classifier")
+    if "backbone" not in record.notes[0]:
+        raise Unverified(f"the error does not say what to do: {record.notes[0]}")
+    record.finish("verified", "")

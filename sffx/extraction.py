@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.compiler.qualnames import holders
+from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import cut_model
+from sffx.parts import name_in_model
 from sffx.runtime.shard import require_whole
 from sffx.tensors import computed_tensors, copied
 
@@ -49,7 +51,7 @@ def _remove_additions(model: nn.Module) -> None:
             if isinstance(child, TrainingFlag):
                 delattr(module, name)
     for name in list(model._buffers):
-        if name.startswith("_tensor_constant"):
+        if name.startswith(ADDED_CONSTANT):
             delattr(model, name)
 
 
@@ -79,7 +81,8 @@ class _PutBack:
         replaced: dict[str, nn.Module] = {}
         for part in self.parts:
             self.copies.update(computed_tensors(part))
-            for name, module in part.named_modules(remove_duplicate=False):
+            for name_held, module in part.named_modules(remove_duplicate=False):
+                name = name_in_model(name_held)
                 original = _submodule(self.model, name)
                 is_inside = any(holder in replaced for holder in holders(name))
                 if original is None or is_inside:
@@ -100,7 +103,7 @@ class _PutBack:
     def _put_tensors(self, qualname: str, module: nn.Module) -> None:
         """Put the parameters and buffers of one module in the place of the model's."""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            target = f"{qualname}.{name}" if qualname else name
+            target = f"{qualname}.{name}" if qualname else name_in_model(name)
             # A tensor that the trace added is not among the model's.
             if tensor is None or target not in self.old:
                 continue

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from torch import fx, nn
+
 CLASSIFIER = "classifier"
 READOUT = "readout"
 
@@ -15,6 +17,28 @@ _BLOCK = "block_"
 _HEAD = "head_"
 _NORM = "norm_"
 _FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
+
+
+# A block is a graph module, whose own attributes have these names.
+_TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+
+
+def name_in_block(qualname: str) -> str:
+    """Return the name that a module or tensor of the model has in a block.
+
+    It is the same, unless a graph module uses the name itself: `graph` becomes `graph_`, and
+    `graph_` becomes `graph__`.
+    """
+    first, dot, rest = qualname.partition(".")
+    mark = "_" if first.rstrip("_") in _TAKEN or first in _TAKEN else ""
+    return f"{first}{mark}{dot}{rest}"
+
+
+def name_in_model(qualname: str) -> str:
+    """Return the name that a module or tensor of a block has in the model."""
+    first, dot, rest = qualname.partition(".")
+    original = first.removesuffix("_")
+    return f"{original}{dot}{rest}" if name_in_block(original) == first else qualname
 
 
 def block_name(index: int) -> str:

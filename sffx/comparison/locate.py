@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.comparison.runs import relative_error, tolerance
 from sffx.comparison.trunk import Trunk
+from sffx.parts import name_in_model
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if stack:
         return str(list(stack.values())[-1][0])
-    return str(node.target) if node.op == "call_module" else ""
+    return name_in_model(str(node.target)) if node.op == "call_module" else ""
 
 
 class _Recorder(fx.Interpreter):

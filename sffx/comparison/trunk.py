@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from sffx.comparison.weights import state_of
 from sffx.compiler.verify import twin
 from sffx.net import plan_of
-from sffx.parts import is_head, is_norm
+from sffx.parts import is_head, is_norm, name_in_model
 from sffx.runtime.stage import Values, placeholders_of
 from sffx.tensors import computed_tensors
 
@@ -62,14 +62,16 @@ class Trunk(nn.Module):
         state: dict[str, list[Tensor]] = {}
         for part in self.blocks.values():
             for name, tensor in state_of(part).items():
-                state.setdefault(name, []).append(tensor)
+                state.setdefault(name_in_model(name), []).append(tensor)
         return state
 
     def modules_by_name(self) -> list[tuple[str, nn.Module]]:
         """Return the modules inside the blocks, with their names in the model."""
-        found = []
+        found: list[tuple[str, nn.Module]] = []
         for part in self.blocks.values():
-            found += [(name, module) for name, module in part.named_modules() if name]
+            for name, module in part.named_modules():
+                if name:
+                    found.append((name_in_model(name), module))
         return found
 
     def _value(self, node: fx.Node, values: Values) -> Any:

@@ -25,7 +25,14 @@ from sffx.compiler.facts import BlockFacts, facts, set_block_facts
 from sffx.compiler.trace.trace import Trace
 from sffx.learning.readouts import Readout
 from sffx.net import CutModel, with_plan
-from sffx.parts import CLASSIFIER, READOUT, goodness_name, head_name, norm_name
+from sffx.parts import (
+    CLASSIFIER,
+    READOUT,
+    goodness_name,
+    head_name,
+    name_in_block,
+    norm_name,
+)
 from sffx.tensors import storage_key
 
 
@@ -83,6 +90,8 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Grap
     for name in block.nodes:
         node = traced[name]
         copy = graph.node_copy(node, lambda arg: copies[arg.name])
+        if copy.op in ("call_module", "get_attr"):
+            copy.target = name_in_block(str(copy.target))
         # The rest of the trace's records would keep its fake tensors alive.
         copy.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         set_block_facts(copy, _facts_of_node(node))
@@ -92,7 +101,22 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Grap
     graph.output((output, *sides) if sides else output)
     graph.lint()
     class_name = block.target.title().replace("_", "")
-    return GraphModule(root, graph, class_name=class_name)
+    return GraphModule(_renamed(root), graph, class_name=class_name)
+
+
+def _renamed(root: nn.Module) -> nn.Module:
+    """Return a module that holds what the model holds, by the names that they have in a block."""
+    holder = nn.Module()
+    holder.training = root.training
+    for name, value in vars(root).items():
+        if isinstance(value, Tensor):
+            holder.__dict__[name_in_block(name)] = value
+    for kind in ("_modules", "_parameters", "_buffers"):
+        named = {name_in_block(name): value for name, value in vars(root)[kind].items()}
+        vars(holder)[kind].update(named)
+    unsaved = {name_in_block(name) for name in root._non_persistent_buffers_set}
+    holder._non_persistent_buffers_set.update(unsaved)
+    return holder
 
 
 def _facts_of_input(node: Node) -> BlockFacts:

@@ -10,6 +10,8 @@ from types import FrameType
 
 from torch import fx, nn
 
+from sffx.parts import name_in_model
+
 # The file name of a graph module's generated forward. A line in it is `name = ...`, where `name`
 # is that of its node.
 GENERATED = "<eval_with_key>"
@@ -146,6 +148,6 @@ def _owner(model: nn.Module, name: str) -> str:
 def _module_of(node: fx.Node, graph: str) -> str:
     """Return the qualname of the module that a node lies in, given the qualname of its graph."""
     if node.op == "call_module":
-        return str(node.target)
+        return name_in_model(str(node.target))
     stack = [owner for owner, _ in node.meta.get("nn_module_stack", {}).values()]
     return stack[-1] if stack else graph

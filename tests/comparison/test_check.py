@@ -370,7 +370,7 @@ def test_a_constant_that_is_written_in_place():
     for block in net.plan.all_blocks:
         part = net.get_submodule(block.target)
         for node in part.graph.nodes:
-            if any(str(arg.target).startswith("_tensor_constant") for arg in node.all_input_nodes):
+            if any(str(arg.target).startswith("_sffx_constant") for arg in node.all_input_nodes):
                 node.op, node.target = "call_method", "add_"
         part.recompile()
     found = difference(model, net)

@@ -87,7 +87,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         plant_flags(probe, tracer.is_leaf_module)
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
-        place_constants(graph)
+        place_constants(graph, tracer.constants.names)
         keep_logits(graph, probe)
     except TraceError:
         raise

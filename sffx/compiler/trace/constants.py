@@ -7,7 +7,7 @@ the graph, though fx sees no proxy in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,10 @@ from sffx.tensors import storage_key
 if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
 
-_PREFIX = "_tensor_constant"
+
+# What the tensors are called in the model. fx calls them `_tensor_constant0`, as those of a model
+# that fx has traced before are called, too.
+ADDED_CONSTANT = "_sffx_constant"
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Constants(TorchFunctionMode):
 
     Attributes:
         tracer: creates the nodes.
+        names: of the constants, as fx calls them.
     """
 
     def __init__(self, tracer: GuidedTracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.names: dict[str, None] = {}
         self._read: list[_Read] = []
         self._written: set[int] = set()  # keys of storages
         self._is_entered = False
@@ -77,6 +82,10 @@ class Constants(TorchFunctionMode):
         is_constant = not _is_kept(self.tracer.root, value)
         # A copy, since the forward may write other values before the trace ends.
         node = make(value.clone() if is_constant else value)
+        name = str(node.target)
+        # A tensor in a list of the model has no name there, and gets one from fx as well.
+        if "." not in name and not hasattr(self.tracer.original, name):
+            self.names[name] = None
         self._read.append(_Read(value, value._version, node, is_constant))
         return node
 
@@ -124,16 +133,20 @@ class Constants(TorchFunctionMode):
         return self.tracer.proxy(self.tracer.create_arg(value))
 
 
-def place_constants(graph: fx.Graph) -> None:
+def place_constants(graph: fx.Graph, names: Collection[str]) -> None:
     """Clone each constant that the graph writes, and let each reader of another read its own.
 
     So a constant that several blocks read is no value that crosses a cut.
+
+    Args:
+        graph: of the model.
+        names: of the constants.
     """
     written: set[int] = set()
     for node in graph.nodes:
         written.update(storage_key(facts(each).example) for each in facts(node).writes)
     for node in list(graph.nodes):
-        if node.op != "get_attr" or not str(node.target).startswith(_PREFIX):
+        if node.op != "get_attr" or node.target not in names:
             continue
         if storage_key(facts(node).example) in written:
             _clone(node)
@@ -172,5 +185,5 @@ def _is_kept(root: nn.Module, value: Tensor) -> bool:
 def _held(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
         for name, attribute in vars(module).items():
-            if not name.startswith(_PREFIX) and name not in ("_parameters", "_modules"):
+            if name not in ("_parameters", "_modules"):
                 yield from tree_leaves(attribute)

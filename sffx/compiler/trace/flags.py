@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import fx, nn
 
-TRAINING_FLAG = "training_flag"
+
+
+class FlagTarget(str):
+    """The target of a flag's node, by which the node is known."""
 
 
 class TrainingFlag(nn.Module):
@@ -30,13 +33,24 @@ class PlantedFlag:
         target: of the flag's node.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: FlagTarget) -> None:
         self.target = target
 
 
-def flag_target(owner: str) -> str:
-    """Return the target of a module's flag by the module's qualname."""
-    return f"{owner}.{TRAINING_FLAG}" if owner else TRAINING_FLAG
+def flag_target(owner: nn.Module, qualname: str) -> FlagTarget:
+    """Return the target of a module's flag.
+
+    Args:
+        owner: the module.
+        qualname: of the module.
+    """
+    name = _FLAG
+    while hasattr(owner, name):  # a module of the model may be called like that
+        name += "_"
+    return FlagTarget(f"{qualname}.{name}" if qualname else name)
+
+
+_FLAG = "training_flag"
 
 
 def flag_owner(node: fx.Node) -> str:
@@ -46,7 +60,7 @@ def flag_owner(node: fx.Node) -> str:
 
 def is_flag(node: fx.Node) -> bool:
     """Whether a node reads the mode of a module."""
-    return node.op == "call_module" and str(node.target).rpartition(".")[2] == TRAINING_FLAG
+    return isinstance(node.target, FlagTarget)
 
 
 def plant_flags(
@@ -68,7 +82,7 @@ def plant_flags(
     # fx intercepts only what `nn.Module.__getattr__` finds: parameters, buffers and modules.
     # Among the modules, a Sequential would run the flag. So it lies among the buffers.
     buffers: dict[str, Any] = module._buffers
-    buffers["training"] = PlantedFlag(flag_target(qualname))
+    buffers["training"] = PlantedFlag(flag_target(module, qualname))
 
 
 def lift_flags(probe: nn.Module) -> None:
@@ -79,6 +93,8 @@ def lift_flags(probe: nn.Module) -> None:
             module.training = True
 
 
-def add_flag(owner: nn.Module) -> None:
-    """Give a module the child that the flags in the graph call."""
-    owner.add_module(TRAINING_FLAG, TrainingFlag().train(owner.training))
+def add_flag(root: nn.Module, node: fx.Node) -> None:
+    """Give a module of the model the child that a flag's node calls."""
+    owner = root.get_submodule(flag_owner(node))
+    name = str(node.target).rpartition(".")[2]
+    owner._modules[name] = TrainingFlag().train(owner.training)

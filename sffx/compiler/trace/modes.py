@@ -62,7 +62,7 @@ def merge_modes(
             return False
         choices_by_node[in_train] = choices
     for node, choices in choices_by_node.items():
-        _apply(node, choices)
+        _apply(node, choices, probe)
     return True
 
 
@@ -115,20 +115,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _apply(node: fx.Node, choices: list[_Choice]) -> None:
+def _apply(node: fx.Node, choices: list[_Choice], probe: nn.Module) -> None:
     if not choices:
         return
     arguments, structure = tree_flatten((node.args, node.kwargs))
     for choice in choices:
-        arguments[choice.place] = _insert(choice, node)
+        arguments[choice.place] = _insert(choice, node, probe)
     node.args, node.kwargs = tree_unflatten(arguments, structure)
 
 
-def _insert(choice: _Choice, reader: fx.Node) -> fx.Node:
+def _insert(choice: _Choice, reader: fx.Node, probe: nn.Module) -> fx.Node:
     """Insert before a node what reads a training flag and picks a number by it."""
     graph = reader.graph
+    owner = probe.get_submodule(choice.owner)
     with graph.inserting_before(reader):
-        flag = graph.create_node("call_module", flag_target(choice.owner))
+        flag = graph.create_node("call_module", flag_target(owner, choice.owner))
         number = graph.create_node("call_function", operator.getitem, (choice.numbers, flag))
     for node, example in ((flag, True), (number, choice.numbers[1])):
         node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, jit, nn
+from torch import jit, nn
 from torch.nn.parameter import is_lazy
 
 from sffx.compiler.trace.closures import closure_over_the_model
-from sffx.compiler.trace.flags import TRAINING_FLAG
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
 from sffx.net import is_cut
@@ -47,7 +46,6 @@ def require_plain(model: Any) -> None:
             "Hint: pass the module that it was scripted or traced from"
         )
     _require_values(model)
-    _require_names(model)
     _require_copyable(model)
     if is_cut(model):
         raise InputError(
@@ -62,26 +60,6 @@ def _require_values(model: nn.Module) -> None:
             raise InputError(
                 f"{name!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)"
             )
-
-
-def _require_names(model: nn.Module) -> None:
-    """Refuse modules and tensors of the model itself that are called as parts of a graph module.
-
-    The graph of a block is a `GraphModule`, and owns them under the same name.
-    """
-    block = fx.GraphModule(nn.Module(), fx.Graph())
-    taken = set(dir(block)) - set(dir(nn.Module()))
-    names = [*model._modules, *model._parameters, *model._buffers]
-    wrong = [name for name in names if name in taken]
-    for qualname, _ in model.named_modules():
-        if qualname.rpartition(".")[2] == TRAINING_FLAG:
-            wrong.append(qualname)
-    if wrong:
-        raise InputError(
-            f"{type(model).__name__} has a module or a tensor called {wrong[0]!r}, a name that "
-            "a cut model uses itself. Hint: rename it, or put a model with such a layer at its top "
-            "into a torch.nn.Sequential"
-        )
 
 
 def _require_copyable(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.blocks import Input, Leaf
@@ -21,7 +21,8 @@ from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.trace.attempts import settled_in, trace_until_it_works
-from sffx.compiler.trace.flags import add_flag, flag_owner, is_flag
+from sffx.compiler.trace.constants import ADDED_CONSTANT
+from sffx.compiler.trace.flags import add_flag, is_flag
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.leaves import add_leaves, leaf_records
 from sffx.compiler.trace.notes import notes
@@ -96,7 +97,7 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
 
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
     is_of_size = depends_on_size(tracer.settled, arguments, mode, partial(runs, probe), settled_on)
-    _add_constants_and_flags(root, probe, graph)
+    _add_constants_and_flags(root, probe, graph, list(tracer.constants.names))
     return Trace(
         root=root,
         graph=graph,
@@ -142,20 +143,23 @@ def _copy(model: nn.Module) -> nn.Module:
         ) from cause
 
 
-def _add_constants_and_flags(root: nn.Module, probe: nn.Module, graph: fx.Graph) -> None:
+def _add_constants_and_flags(
+    root: nn.Module, probe: nn.Module, graph: fx.Graph, constants: list[str]
+) -> None:
     """Give the copy of the model the constants and the training flags that the graph reads."""
     for node in graph.nodes:
         if is_flag(node):
-            add_flag(root.get_submodule(flag_owner(node)))
-        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
-            _add_constant(root, probe, node.target)
+            add_flag(root, node)
+        if node.op == "get_attr" and node.target in constants:
+            value = getattr(probe, str(node.target))
+            node.target = f"{ADDED_CONSTANT}{constants.index(node.target)}"
+            _add_constant(root, node.target, value)
 
 
-def _add_constant(root: nn.Module, probe: nn.Module, name: str) -> None:
-    """Give the copy of the model a tensor that the forward made, which fx has put on the probe."""
-    if hasattr(root, name):
+def _add_constant(root: nn.Module, name: str, value: Tensor) -> None:
+    """Give the copy of the model a tensor that the forward made."""
+    if name in root._buffers:
         return
-    value = getattr(probe, name)
     if isinstance(value, FakeTensor):
         raise TraceError(
             f"{type(root).__name__} computes a constant, of shape {tuple(value.shape)}, from what "

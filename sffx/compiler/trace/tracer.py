@@ -38,6 +38,7 @@ class GuidedTracer(fx.Tracer):
         branched: qualnames of modules that branched on their `training`.
         settled: what was settled by the sizes of the example, in order.
         failed: qualname of the innermost module in which the trace failed.
+        original: the model with values.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class GuidedTracer(fx.Tracer):
         self.branched: set[str] = set()
         self.settled: list[Any] = []
         self.failed: str | None = None
+        self.original = runner.original
         self._runner = runner
         self._num_classes = num_classes
         self._switches = _switches()

@@ -14,7 +14,6 @@ from typing import Any
 from torch import fx, nn
 
 
-
 class FlagTarget(str):
     """The target of a flag's node, by which the node is known."""
 

@@ -1,0 +1,102 @@
+"""Gradients and buffers of one stage, averaged over two processes while other work goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import sffx
+from sffx.runtime.averaging import Averaging, averaged_buffers, copied_buffers
+from tests.processes import leave
+
+PROCESSES = 2
+
+
+class Stage(nn.Module):
+    """Layers of several dtypes and layouts, and a buffer that is no running statistic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(4)
+        self.half = nn.Linear(3, 2, dtype=torch.bfloat16)
+        self.wave = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+
+
+def stage() -> Stage:
+    torch.manual_seed(0)
+    return Stage()
+
+
+def gradients_of(rank: int, module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        used_here = name != "norm.weight" or rank == 1
+        used_anywhere = name != "half.bias"
+        if used_here and used_anywhere:
+            gradients[parameter] = gradient
+    return gradients
+
+
+def set_buffers(rank: int, module: Stage) -> None:
+    module.norm.running_mean.fill_(rank + 1.0)
+    module.seen[rank] = True
+
+
+def average(rank: int, folder: str) -> None:
+    """Run by each process; what it has then is left in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES
+    )
+    module = stage()
+    set_buffers(rank, module)
+    parameters = list(module.parameters())
+    gradients = gradients_of(rank, module)
+    averaging = Averaging(
+        parameters, gradients, None, averaged_buffers([module]), copied_buffers([module])
+    )
+    gradients.clear()
+    found = averaging.wait()
+    by_name = {name: found.get(p) for name, p in module.named_parameters()}
+    strides = by_name["conv.weight"].stride() == module.conv.weight.stride()
+    torch.save((by_name, dict(module.named_buffers()), strides), f"{folder}/{rank}.pt")
+    leave()
+
+
+def test_two_processes_get_the_mean_of_their_gradients_and_running_statistics(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(average, args=(str(tmp_path),), nprocs=PROCESSES)
+    module = stage()
+    first, second = (gradients_of(rank, module) for rank in range(PROCESSES))
+    for rank in range(PROCESSES):
+        gradients, buffers, has_same_strides = torch.load(tmp_path / f"{rank}.pt")
+        assert has_same_strides
+        for name, parameter in module.named_parameters():
+            found = gradients[name]
+            if name == "half.bias":  # used nowhere
+                assert found is None
+                continue
+            zero = torch.zeros_like(parameter)
+            mean = (first.get(parameter, zero) + second.get(parameter, zero)) / 2
+            assert torch.equal(found, mean), name
+        assert buffers["norm.running_mean"].tolist() == [1.5] * 4
+        assert buffers["seen"].tolist() == [True, False]  # of the first process
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(4, 2))
+    gradient = torch.eye(4, 2).to_sparse()
+    with pytest.raises(sffx.InputError, match=r"shape \(4, 2\) is sparse.*sparse=False"):
+        Averaging([weight], {weight: gradient})

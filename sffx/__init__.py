@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sffx.extraction import extract
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
+    from sffx.memory.largest import LargestBatch, largest_batch
     from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
     from sffx.runtime.keywords import KeywordLoss
     from sffx.runtime.offload import offload, onload
@@ -58,6 +59,7 @@ __all__ = [
     "Footprint",
     "InputError",
     "KeywordLoss",
+    "LargestBatch",
     "LocalLoss",
     "MissingExtra",
     "Quantization",
@@ -74,6 +76,7 @@ __all__ = [
     "export_program",
     "extract",
     "footprint",
+    "largest_batch",
     "load_checkpoint",
     "local_loss",
     "local_step",
@@ -109,6 +112,7 @@ _MODULE_OF = {
     "Footprint": "sffx.memory.footprint",
     "InputError": "sffx.errors",
     "KeywordLoss": "sffx.runtime.keywords",
+    "LargestBatch": "sffx.memory.largest",
     "LocalLoss": "sffx.runtime.step",
     "MissingExtra": "sffx.errors",
     "Quantization": "sffx.export.quantize",
@@ -125,6 +129,7 @@ _MODULE_OF = {
     "export_program": "sffx.export.program",
     "extract": "sffx.extraction",
     "footprint": "sffx.memory.footprint",
+    "largest_batch": "sffx.memory.largest",
     "load_checkpoint": "sffx.checkpoint",
     "local_loss": "sffx.runtime.step",
     "local_step": "sffx.runtime.step",

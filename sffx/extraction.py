@@ -13,7 +13,7 @@ from sffx.compiler.qualnames import holders
 from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
-from sffx.net import cut_model
+from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
 from sffx.runtime.shard import require_whole
 from sffx.tensors import computed_tensors, copied
@@ -38,10 +38,20 @@ def extract(net: nn.Module) -> nn.Module:
     cut = cut_model(net)
     require_whole(cut)
     model: nn.Module = copied(cut.origin.model)
-    _remove_additions(model)
     model.to(next(cut.parameters()).device).train(cut.training)
-    _PutBack(model, [cut.get_submodule(block.target) for block in cut.plan.all_blocks]).run()
+    fill(model, cut)
     return model
+
+
+def fill(model: nn.Module, net: CutModel) -> None:
+    """Put copies of what the blocks of a cut model hold into a copy of its original model.
+
+    Args:
+        model: a copy of `net.origin.model`, which is altered.
+        net: the cut model.
+    """
+    _remove_additions(model)
+    _PutBack(model, [net.get_submodule(block.target) for block in net.plan.all_blocks]).run()
 
 
 def _remove_additions(model: nn.Module) -> None:

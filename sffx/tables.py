@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree
+
+from sffx.errors import InputError
 
 KIB = 2**10
 MIB = 2**20
@@ -13,6 +16,19 @@ GIB = 2**30
 
 # From the largest to the smallest, the order in which a unit is looked for.
 BYTE_UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
+
+# Those that a user may write.
+_READ_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 GAP = "  "
 
@@ -94,6 +110,27 @@ def short_byte_size(size: int) -> str:
     if unit == "B":
         return f"{size} B"
     return f"{_three_digits(size / BYTE_UNITS[unit])} {unit}"
+
+
+def read_byte_size(text: str | int) -> int:
+    """Return the number of bytes that a text such as "2 GiB" or "500 MB" means.
+
+    Raises:
+        InputError: it cannot be read, or is not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B)?\s*", str(text), re.IGNORECASE)
+    size = 0
+    if match and not isinstance(text, bool):
+        unit = _READ_UNITS[(match[2] or "B").upper()]
+        try:
+            size = int(float(match[1]) * unit)
+        except ValueError:  # "1.2.3"
+            size = 0
+    if size < 1:
+        raise InputError(
+            f"the budget {text!r} cannot be read. Hint: '2 GiB', '500 MB', or a number of bytes"
+        )
+    return size
 
 
 def in_mib(size: int) -> str:

@@ -40,7 +40,19 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def print_plan(options: argparse.Namespace) -> None:
-    print(_plan(options, None))
+    """Print the plan, and the predicted memory if a batch size or a budget is given."""
+    model = _model(options, None)
+    plan = _plan_for(model, options, None)
+    print(plan)
+    if options.batch is None and options.budget is None:
+        return
+    net = model
+    if plan_in(model) is None:
+        net = sffx.transform(model, check=False, **_arguments(model, options))
+    if options.batch is not None:
+        print(f"\n{sffx.footprint(net, options.batch)}")
+    if options.budget is not None:
+        print(f"\n{sffx.largest_batch(net, options.budget)}")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -55,7 +67,7 @@ def compare(options: argparse.Namespace) -> None:
         )
     plans = []
     for policy in options.policies:
-        plan = _plan_of(model, {"policy": policy}, options)
+        plan = sffx.plan(model, **_arguments(model, options, policy))
         plans.append(_titled(plan, options))
     print(comparison(plans))
     if options.output is None:
@@ -89,21 +101,34 @@ def _checkpoint(options: argparse.Namespace) -> Checkpoint | None:
 
 def _plan(options: argparse.Namespace, checkpoint: Checkpoint | None) -> BlockPlan:
     """Return the plan that the model carries, or that of the checkpoint, or of the options."""
-    model = _model(options, checkpoint)
+    return _plan_for(_model(options, checkpoint), options, checkpoint)
+
+
+def _plan_for(
+    model: nn.Module, options: argparse.Namespace, checkpoint: Checkpoint | None
+) -> BlockPlan:
     carried = plan_in(model)
     if carried is not None:
         return carried
     if checkpoint is None:
-        return _plan_of(model, {"policy": "residual"}, options)
+        return sffx.plan(model, **_arguments(model, options))
     return sffx.plan(model, **complete_options(checkpoint, cut_options(options)))
 
 
-def _plan_of(model: nn.Module, defaults: dict[str, Any], options: argparse.Namespace) -> BlockPlan:
-    """Return the plan of a plain model by the options of the command line, and by defaults."""
-    arguments = {**defaults, **cut_options(options)}
+def _arguments(
+    model: nn.Module, options: argparse.Namespace, policy: str = "residual"
+) -> dict[str, Any]:
+    """Return the arguments of `sffx.plan` for a plain model.
+
+    Args:
+        model: to cut.
+        options: of the command line.
+        policy: where the command line has none.
+    """
+    arguments = {"policy": policy, **cut_options(options)}
     if "example_input" not in arguments and options.source.startswith("hf:"):
         arguments["example_input"] = token_example(model)
-    return sffx.plan(model, **arguments)
+    return arguments
 
 
 def _model(options: argparse.Namespace, checkpoint: Checkpoint | None) -> nn.Module:

@@ -56,14 +56,14 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
         help="what a block learns by: sff, cwc, cosine, mlp; or your own callable, file.py:NAME",
     )
     group.add_argument(
-        "--kernel-size", metavar="K", type=_positive, help="of the auxiliary convolution"
+        "--kernel-size", metavar="K", type=positive, help="of the auxiliary convolution"
     )
     group.add_argument(
         "--norm",
         metavar="NAME",
         help="the norm between blocks: layer or none; or your own callable, file.py:NAME",
     )
-    group.add_argument("--classes", metavar="N", type=_positive, help="number of classes")
+    group.add_argument("--classes", metavar="N", type=positive, help="number of classes")
     group.add_argument(
         "--input",
         metavar="[NAME=]1,3,224,224[:int]",
@@ -94,7 +94,12 @@ def given_input(text: str) -> GivenInput:
     return GivenInput(name, shape, is_integer)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return a positive integer.
+
+    Raises:
+        ArgumentTypeError: it is none; argparse shows the message.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
     return int(text)

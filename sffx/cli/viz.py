@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sffx.cli.messages import showing_progress
-from sffx.cli.options import SOURCE_HELP, add_cut_options, with_command
+from sffx.cli.options import SOURCE_HELP, add_cut_options, positive, with_command
 from sffx.errors import SffxError
 
 COMMANDS = ("draw", "plan", "compare")
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   sffx-viz torchvision.models:resnet18 --checkpoint run.pt -o trained.svg
   sffx-viz hf:BertConfig --input input_ids=1,32:int --input attention_mask=1,32:int
   sffx-viz plan torchvision.models:resnet18   print the table
+  sffx-viz plan torchvision.models:resnet18 --batch 32 --budget '8 GiB'
   sffx-viz compare torchvision.models:resnet18 residual layer 'stages(4)' -o policies.png
 """
 
@@ -97,6 +98,17 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    parser.add_argument(
+        "--batch",
+        metavar="B",
+        type=positive,
+        help="predict the peak memory of a training step, block-local and by backpropagation",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="BYTES",
+        help="predict the largest batches whose steps stay within a budget such as '8 GiB'",
+    )
     add_cut_options(parser)
 
 

@@ -89,23 +89,6 @@ class Batches:
         return changed
 
 
-def call_arguments(model: nn.Module, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Return arguments as a caller writes them: the leading ones by position, the others by name.
-
-    Args:
-        model: that is called.
-        values: its arguments by name.
-    """
-    rest = dict(values)
-    positional = []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        by_position = (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        if name not in rest or parameter.kind not in by_position:
-            break
-        positional.append(rest.pop(name))
-    return positional, rest
-
-
 def _other_arguments(model: nn.Module, inputs: tuple[Input, ...], example: Any) -> dict[str, Any]:
     """Return the arguments in an example that are no inputs of the cut model, by name."""
     if example is None or isinstance(example, Tensor):

@@ -8,17 +8,16 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sffx.comparison.batches import call_arguments
 from sffx.comparison.trunk import Trunk
 from sffx.compiler.trace.randomness import generators_restored
+from sffx.plain import call_arguments, logits_of
 
 _SEED = 1
 
@@ -97,23 +96,6 @@ def copied(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def logits_of(output: Any, num_classes: int) -> Any:
-    """Return the logits in what a plain model returned.
-
-    What is called "logits" comes first, then the first float tensor of shape (B, J).
-    """
-    if isinstance(output, Mapping) and "logits" in output:
-        return logits_of(output["logits"], num_classes)
-    if not isinstance(output, Tensor) and hasattr(output, "logits"):
-        return logits_of(output.logits, num_classes)
-    if is_dataclass(output):
-        output = list(vars(output).values())
-    for value in tree_leaves(output):
-        if isinstance(value, Tensor) and _could_be_logits(value, num_classes):
-            return value
-    return output
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Return the largest error relative to the largest value; infinite where nothing compares."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
@@ -187,7 +169,3 @@ def _gradients(logits: Any, named: dict[str, nn.Parameter]) -> dict[str, Tensor 
     parameters = [named[name] for name in names]
     gradients = torch.autograd.grad((logits * mixture).sum(), parameters, allow_unused=True)
     return dict(zip(names, gradients, strict=True))
-
-
-def _could_be_logits(value: Tensor, num_classes: int) -> bool:
-    return value.ndim == 2 and value.shape[1] == num_classes and value.is_floating_point()

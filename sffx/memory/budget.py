@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 from sffx.blocks import Options
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.policies import Cuts, Policy, named, require_positive
 from sffx.compiler.spans import group_ends
-from sffx.errors import CutError, InputError
+from sffx.errors import CutError
 from sffx.memory.costs import BlockCosts
 from sffx.memory.search import Search
-from sffx.tables import byte_size
-
-_UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+from sffx.tables import byte_size, read_byte_size
 
 
 def memory(budget: str | int, batch_size: int) -> Policy:
@@ -44,7 +30,7 @@ def memory(budget: str | int, batch_size: int) -> Policy:
         CutError: (by the policy) no cuts stay within the budget; names the smallest possible peak.
     """
     require_positive("batch_size", batch_size)
-    allowed = _bytes_of(budget)
+    allowed = read_byte_size(budget)
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         if not group_ends(analysis):
@@ -62,24 +48,3 @@ def memory(budget: str | int, batch_size: int) -> Policy:
         return Cuts(tuple(analysis.steps[end].node for _, end in path.spans[:-1]))
 
     return named(cut, f"memory({budget}, {batch_size})")
-
-
-def _bytes_of(budget: str | int) -> int:
-    """Return a budget as a number of bytes.
-
-    Raises:
-        InputError: it cannot be read, or is not positive.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B)?\s*", str(budget), re.IGNORECASE)
-    size = 0
-    if match and not isinstance(budget, bool):
-        unit = _UNITS[(match[2] or "B").upper()]
-        try:
-            size = int(float(match[1]) * unit)
-        except ValueError:  # "1.2.3"
-            size = 0
-    if size < 1:
-        raise InputError(
-            f"the budget {budget!r} cannot be read. Hint: '2 GiB', '500 MB', or a number of bytes"
-        )
-    return size

@@ -29,6 +29,7 @@ from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import block_loss
+from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
 from sffx.runtime.gradients import mark_gradients
@@ -63,6 +64,9 @@ class Footprint:
             the optimizer updates the block by itself.
         resident: with offloading, for each block its parameters, buffers and AdamW's state; empty
             where all blocks are on the device.
+        backpropagation: the peak of a step of the plain model by backpropagation with AdamW, all on
+            the device; None where it was not counted, or the plain model does not run on fake
+            tensors.
     """
 
     batch_size: int
@@ -75,6 +79,7 @@ class Footprint:
     updates: tuple[int, ...]
     passed: tuple[int, ...]
     resident: tuple[int, ...] = ()
+    backpropagation: int | None = None
 
     @property
     def update(self) -> int:
@@ -140,17 +145,34 @@ class Footprint:
                 f"in host memory: {host:.2f}, "
                 "of which a block and the next are copied to the device"
             )
+        lines.append(self._rival())
         return "\n".join(lines)
 
+    def _rival(self) -> str:
+        """Return the line on backpropagation."""
+        if self.backpropagation is None:
+            return "peak by backpropagation: unknown"
+        share = self.peak / self.backpropagation
+        return (
+            f"peak by backpropagation: {self.backpropagation / MIB:.2f} "
+            f"(this step takes {share:.0%} of it)"
+        )
 
-def footprint(net: nn.Module, batch_size: int, *, offloaded: bool = False) -> Footprint:
+
+def footprint(
+    net: nn.Module, batch_size: int, *, offloaded: bool = False, backpropagation: bool = True
+) -> Footprint:
     """Predict the peak memory of a training step of a cut model for a batch size.
+
+    Backpropagation's peak stands beside it, for the plain model without heads. `largest_batch` goes
+    the other way, from a budget to a batch size.
 
     Args:
         net: what `transform` returned; it is not touched.
         batch_size: B.
         offloaded: predict the device memory of a `local_step` once the model is offloaded
             (`offload`).
+        backpropagation: whether that peak is counted as well, which takes about as long again.
 
     Raises:
         InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
@@ -164,10 +186,13 @@ def footprint(net: nn.Module, batch_size: int, *, offloaded: bool = False) -> Fo
     probe = fake_copy(cut, mode).train()
     with mode:
         predicted = fake_footprint(probe, batch_size)
-    if not offloaded:
-        return predicted
-    resident = tuple(_resident(stage) for stage in stages_of(cut))
-    return replace(predicted, resident=resident)
+    if backpropagation:
+        peak = backpropagation_peak(cut, batch_size)
+        predicted = replace(predicted, backpropagation=peak)
+    if offloaded:
+        resident = tuple(_resident(stage) for stage in stages_of(cut))
+        predicted = replace(predicted, resident=resident)
+    return predicted
 
 
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
@@ -197,6 +222,12 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         raise InputError(
             f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. "
             "Hint: count a real step with sffx.memory.count.count_memory"
+        ) from cause
+    except ValueError as cause:
+        # Batch norm refuses a single value per channel.
+        raise InputError(
+            f"{plan.model} cannot be trained with batch size {batch_size}: {cause}. "
+            "Hint: pass a larger batch size"
         ) from cause
     of_each_stage = [stage.trainable for stage in stages_of(net)]
     trainable = list(itertools.chain.from_iterable(of_each_stage))

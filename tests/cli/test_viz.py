@@ -177,6 +177,20 @@ def test_plan_prints_the_table_and_draws_nothing(
     assert [path.name for path in Path().iterdir()] == ["model.py"]
 
 
+def test_plan_predicts_memory_for_a_batch_and_for_a_budget(
+    planned: Planned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned.call = REAL_PLAN
+    save(CHAIN)
+    shown = ["plan", "model.py", "--input", "1,3,8,8", "--batch", "7", "--budget", "1 MiB"]
+    assert main(shown) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\nMiB, batch 7 .*\npeak by backpropagation: \d+\.\d+ ", out, re.DOTALL)
+    assert re.search(r"\nlargest batch within 1.00 MiB: \d+ by block-local steps, \d+ by", out)
+    assert main([*shown[:-1], "much"]) == 2
+    assert_message(capsys, "the budget 'much' cannot be read. Hint: ")
+
+
 def test_the_drawing_is_called_after_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     need_graphviz()
     save("net = nn.Linear(1, 1)")

@@ -82,7 +82,8 @@ def test_a_prediction_touches_nothing_and_prints_as_a_table():
         "the",
         "step",
     ]
-    assert [line.split()[0] for line in lines[1:-1]] == [
+    assert lines[-1].startswith("peak by backpropagation: ")
+    assert [line.split()[0] for line in lines[1:-2]] == [
         "block_0",
         "block_1",
         "block_2",
@@ -111,7 +112,7 @@ def test_slices_that_are_passed_over_change_no_byte(batch_size):
     with mode, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sffx.memory.footprint.counting", nullcontext)
         whole = fake_footprint(net_of_fakes, batch_size)
-    assert sffx.footprint(net, batch_size) == whole
+    assert sffx.footprint(net, batch_size, backpropagation=False) == whole
 
 
 def test_an_absurd_batch_is_predicted_at_once():

@@ -1,0 +1,59 @@
+"""The peak memory of a step of backpropagation, the rival of a block-local step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from sffx.compiler.fake import fake_copy
+from sffx.extraction import fill
+from sffx.inputs import constant_batch
+from sffx.learning.losses import block_loss
+from sffx.memory.count import count_memory
+from sffx.net import CutModel
+from sffx.plain import call_arguments, logits_of
+
+
+def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
+    """Return the peak of a step of the plain model by backpropagation with AdamW, in bytes.
+
+    It is counted in the steady state, on fake tensors, as a user would train the model without
+    sffx: no heads, no norms between blocks, no memory-saving rewrites.
+
+    Args:
+        net: what `transform` returned; it is not touched.
+        batch_size: B.
+
+    Returns:
+        None if the plain model itself does not run on fake tensors.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    probe = fake_copy(net, mode)
+    model: nn.Module = probe.origin.model
+    with FakeCopyMode(mode):
+        fill(model, probe)
+    model.train()
+    with mode:
+        device = next(model.parameters()).device
+        x = constant_batch(net.plan.inputs, batch_size, device)
+        y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        classes = net.plan.num_classes
+        names = [each.name for each in net.plan.inputs]
+        args, kwargs = call_arguments(model, dict(zip(names, x, strict=True)))
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable)
+
+        def step() -> None:
+            # In one line, because a name for the logits would hold them in the backward pass.
+            block_loss(logits_of(model(*args, **kwargs), classes), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        try:
+            # The first step makes the optimizer's state.
+            step()
+            return count_memory(step, model=model, optimizer=optimizer).peak
+        except Exception:
+            # The trace settled what fake tensors have no answer for, such as a branch on values.
+            return None

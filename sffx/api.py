@@ -25,8 +25,10 @@ from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
 from sffx.net import CutModel
 from sffx.policies import AnyPolicy, policy_named
+from sffx.progress import running
 
 
+@running("cutting the model")
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def transform(
     model: nn.Module,
@@ -99,6 +101,7 @@ def transform(
     return checked(model, net, example_input, check)
 
 
+@running("planning the cuts")
 @torch.inference_mode(False)
 def plan(
     model: nn.Module,

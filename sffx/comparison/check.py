@@ -50,6 +50,7 @@ from sffx.compiler.verify import twin
 from sffx.errors import CheckError, InputError
 from sffx.extraction import extract
 from sffx.net import plan_of
+from sffx.progress import running
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.shard import require_whole
 from sffx.runtime.walk import walk
@@ -78,6 +79,7 @@ _NO_GRAD_HINT = (
 
 
 @torch.inference_mode(False)
+@running("comparing the model with the cut one")
 def check(
     model: nn.Module,
     net: fx.GraphModule,

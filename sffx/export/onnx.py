@@ -35,6 +35,7 @@ from sffx.files import writing
 from sffx.inputs import random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
+from sffx.progress import running
 from sffx.tables import GIB, MIB
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_WEIGHT_BYTES = 2 * GIB - 16 * MIB
 
 
+@running("exporting to ONNX")
 def export_onnx(
     net: nn.Module,
     path: str | os.PathLike[str],

@@ -26,6 +26,7 @@ from sffx.files import writing
 from sffx.inputs import random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
+from sffx.progress import running
 
 BATCH_HINT = "Hint: does the model fix the size of the batch?"
 SIZE_HINT = (
@@ -34,6 +35,7 @@ SIZE_HINT = (
 )
 
 
+@running("exporting by torch.export")
 def export_program(
     net: nn.Module,
     path: str | os.PathLike[str],

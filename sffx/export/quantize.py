@@ -27,6 +27,7 @@ from sffx.files import as_path, writing
 from sffx.inputs import batches as each_batch
 from sffx.inputs import split_batch
 from sffx.learning.losses import check_labels
+from sffx.progress import running
 from sffx.tables import in_mib
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Quantization:
         return f"{size}\n{accuracy}, {agreement}"
 
 
+@running("quantising")
 def quantize_onnx(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -168,7 +170,7 @@ def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator
     Raises:
         InputError: the file cannot be run on it, or the loader is empty.
     """
-    batches = iter(loader)
+    batches = each_batch(loader)
     first = next(batches, None)
     if first is None:
         raise InputError("the test loader yielded no samples. Hint: leave it out, or pass another")
@@ -274,13 +276,23 @@ def _float_nodes(model: Any) -> list[str]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silence the advice about models in general that ONNX Runtime's tools log."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Silence the advice about models in general that ONNX Runtime's tools log.
+
+    They log by the root logger itself. Messages of other loggers do not pass its filters.
+    """
+    # Without a handler, `logging.warning` would add one that writes to stderr, and leave it there.
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    logging.root.addFilter(_is_serious)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.root.removeFilter(_is_serious)
+        logging.root.removeHandler(handler)
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
 
 
 def _compared(
@@ -288,7 +300,7 @@ def _compared(
 ) -> tuple[int, float, float, float]:
     """Return the number of samples, the accuracy of both files, and the share where they agree."""
     samples = right_before = right_after = same = 0
-    for batch in each_batch(batches):
+    for batch in batches:
         x, y = split_batch(batch)
         feed = _feed(x, before)
         scores = torch.from_numpy(before.run(None, feed)[-1])

@@ -21,8 +21,10 @@ from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
 from sffx.net import cut_model
 from sffx.parts import goodness_name
+from sffx.progress import reported, running
 
 
+@running("exporting an early exit")
 def export_early_exit(
     net: nn.Module,
     folder: str | os.PathLike[str],
@@ -76,7 +78,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
     for each, example in zip(runner.inputs, examples, strict=True):
         values[each.name] = example
     stages = []
-    for i, stage in enumerate(runner.stages):
+    for i, stage in enumerate(reported(runner.stages, "blocks exported", len(runner.stages))):
         file = f"{stage.name}.onnx"
         goodness = goodness_name(i)
         arguments = tuple(values[name] for name in stage.inputs)

@@ -32,6 +32,7 @@ from sffx.learning.losses import block_loss
 from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
+from sffx.progress import running
 from sffx.runtime.gradients import mark_gradients
 from sffx.runtime.shard import require_whole
 from sffx.runtime.stage import Stage, stages_of
@@ -103,19 +104,19 @@ class Footprint:
             return tuple(self._offloaded_peaks())
         peaks = []
         gradients = 0
-        for running, own in zip(self.running, self.gradients, strict=True):
-            peaks.append(self.held + gradients + running)
+        for alone, own in zip(self.running, self.gradients, strict=True):
+            peaks.append(self.held + gradients + alone)
             gradients += own
         peaks.append(self.held + gradients + self.update)
         return tuple(peaks)
 
     def _offloaded_peaks(self) -> Iterator[int]:
-        for i, running in enumerate(self.running):
+        for i, alone in enumerate(self.running):
             # The block itself, and the next one, which is prefetched.
             present = sum(self.resident[i : i + 2])
             # The activations are gone when the optimizer updates the block.
             updating = self.gradients[i] + self.updates[i] + self.passed[i]
-            yield self.held + present + max(running, updating)
+            yield self.held + present + max(alone, updating)
 
     @property
     def peak(self) -> int:
@@ -159,6 +160,7 @@ class Footprint:
         )
 
 
+@running("predicting memory")
 def footprint(
     net: nn.Module, batch_size: int, *, offloaded: bool = False, backpropagation: bool = True
 ) -> Footprint:

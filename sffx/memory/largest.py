@@ -12,7 +12,7 @@ from sffx.errors import InputError
 from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.footprint import footprint
 from sffx.net import cut_model
-from sffx.progress import Progress
+from sffx.progress import Progress, running
 from sffx.tables import byte_size, read_byte_size
 
 # By this factor the batch grows until a step exceeds the budget.
@@ -45,6 +45,7 @@ class LargestBatch:
         )
 
 
+@running("predicting memory")
 def largest_batch(net: nn.Module, budget: str | int, *, offloaded: bool = False) -> LargestBatch:
     """Predict the largest batch whose step stays within a budget, with AdamW, on fake tensors.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 RESULTS = Path(__file__).parent.parent / "results" / "zoo"
@@ -67,6 +68,27 @@ class Model:
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
+
+
+def model_of(
+    module: str, class_name: str, options: dict[str, Any], inputs: Callable[[], Inputs]
+) -> Model:
+    """Return the entry of a class of a package, which is imported when a model is built."""
+
+    def build() -> nn.Module:
+        model: nn.Module = getattr(importlib.import_module(module), class_name)(**options)
+        return model
+
+    return Model(build, inputs)
+
+
+def random_inputs(**shapes: tuple[int, ...]) -> Callable[[], Inputs]:
+    """Return a maker of random floats; each argument has the shape of one sample."""
+
+    def make() -> Inputs:
+        return {name: torch.randn(SAMPLES, *shape) for name, shape in shapes.items()}
+
+    return make
 
 
 def package(zoo: str) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 # They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
+
+# The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
+_CACHED = type(functools.lru_cache(len))
+_WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
 
 
 class Patches:
@@ -54,6 +59,7 @@ class Patches:
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
         yield random, "random", self._draw
+        yield from _caches()
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
         apply = vars(Function)["apply"]
@@ -113,6 +119,30 @@ class Patches:
         """Stand in for what checkpointing does before and after a function: nothing."""
         self.checkpointed = True
         yield
+
+
+def _caches() -> Iterator[tuple[Any, str, Any]]:
+    """Yield the functions of modules that keep their results, each with one that keeps no proxy.
+
+    A proxy that is kept would be given to a later trace, whose graph does not have its node.
+    """
+    for module in list(sys.modules.values()):
+        package = getattr(module, "__name__", "").partition(".")[0]
+        if package in _WITHOUT_PROXIES:
+            continue
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _CACHED):
+                yield module, name, _keeping_no_proxy(value)
+
+
+def _keeping_no_proxy(cached: Any) -> Callable[..., Any]:
+    @functools.wraps(cached)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if has_proxy(args, kwargs):
+            return cached.__wrapped__(*args, **kwargs)
+        return cached(*args, **kwargs)
+
+    return function
 
 
 @contextmanager

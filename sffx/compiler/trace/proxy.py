@@ -56,8 +56,10 @@ class GuidedProxy(fx.Proxy):
         # A size among the keys of a dictionary or a set is that number.
         if not isinstance(self.example, (int, float, str, tuple)):
             return object.__hash__(self)
-        if facts(self.node).of_batch or self.example == TRACE_BATCH:
-            raise RuntimeError(FROZEN_BATCH)
+        parts = self.example if isinstance(self.example, tuple) else (self.example,)
+        if facts(self.node).of_batch or TRACE_BATCH in parts:
+            # Python's error for what has no hash: code with a cache (einops) then does without it.
+            raise TypeError(f"unhashable: {FROZEN_BATCH}")
         return hash(self.example)
 
     def _number(self, kind: Callable[[Any], Any]) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -50,6 +51,47 @@ def test_torchs_functions_are_as_before_after_a_trace():
     )
     assert vars(torch.autograd.Function)["apply"] is apply
     assert torch._C.ScriptFunction.__call__ is script
+
+
+@functools.lru_cache
+def _doubled_shape(shape: Any) -> tuple[Any, ...]:
+    """Compute with sizes and keep the result, as einops does with the sizes of a pattern."""
+    return tuple(shape[i] * 2 // 2 for i in range(len(shape)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x.reshape(_doubled_shape(x.shape)),
+        lambda m, x: x.reshape(x.shape[0], *_doubled_shape(x.shape[1:])),
+        lambda m, x: x + m.inner.weight.sum(1).reshape(_doubled_shape(m.inner.weight.sum(1).shape)),
+    ],
+)
+def test_a_cache_keeps_no_sizes_of_a_trace(code):
+    _doubled_shape.cache_clear()
+    for _ in range(2):  # what the first trace kept, the second would take
+        model = around(Applies(code))
+        net = cut_without_norms(model).train()
+        assert not net.plan.leaves
+        assert_same_logits(net, model)
+    kept = _doubled_shape(torch.Size([2, 6]))
+    assert kept == (2, 6)
+    assert type(kept[1]) is int
+
+
+def test_a_batch_size_has_no_hash():
+    """Code that keeps results by sizes does without where they have no hash, as einops does."""
+
+    def forward(module: Applies, x: Tensor) -> Tensor:
+        try:
+            hash((1, x.shape))
+        except TypeError:
+            return x * 2  # the same as below
+        return x + x
+
+    net = cut_without_norms(around(Applies(forward)))
+    assert not net.plan.leaves
+    assert "mul" in {node.name for block in net.plan for node in block.graph}
 
 
 class _Rounded(torch.autograd.Function):

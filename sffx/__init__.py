@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ExportError,
         InputError,
         MissingExtra,
+        ProcessError,
         SffxError,
         TraceError,
         VerifyError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
     from sffx.runtime.randomness import block_seeds
+    from sffx.runtime.replicate import finish, replicate
     from sffx.runtime.shard import shard
     from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
@@ -62,6 +64,7 @@ __all__ = [
     "LargestBatch",
     "LocalLoss",
     "MissingExtra",
+    "ProcessError",
     "Quantization",
     "SffxError",
     "TraceError",
@@ -75,6 +78,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "extract",
+    "finish",
     "footprint",
     "largest_batch",
     "load_checkpoint",
@@ -86,6 +90,7 @@ __all__ = [
     "plan",
     "policies",
     "quantize_onnx",
+    "replicate",
     "save_checkpoint",
     "sff_loss",
     "shard",
@@ -115,6 +120,7 @@ _MODULE_OF = {
     "LargestBatch": "sffx.memory.largest",
     "LocalLoss": "sffx.runtime.step",
     "MissingExtra": "sffx.errors",
+    "ProcessError": "sffx.errors",
     "Quantization": "sffx.export.quantize",
     "SffxError": "sffx.errors",
     "TraceError": "sffx.errors",
@@ -128,6 +134,7 @@ _MODULE_OF = {
     "export_onnx": "sffx.export.onnx",
     "export_program": "sffx.export.program",
     "extract": "sffx.extraction",
+    "finish": "sffx.runtime.replicate",
     "footprint": "sffx.memory.footprint",
     "largest_batch": "sffx.memory.largest",
     "load_checkpoint": "sffx.checkpoint",
@@ -139,6 +146,7 @@ _MODULE_OF = {
     "plan": "sffx.api",
     "policies": "sffx.policies",
     "quantize_onnx": "sffx.export.quantize",
+    "replicate": "sffx.runtime.replicate",
     "save_checkpoint": "sffx.checkpoint",
     "sff_loss": "sffx.learning.losses",
     "shard": "sffx.runtime.shard",

@@ -1,4 +1,4 @@
-"""The errors of sffx: one root and seven kinds, and the pieces that their messages share.
+"""The errors of sffx: one root and its kinds, and the pieces that their messages share.
 
 Every message says what was wrong, with the value, and then "Hint: " and what to do about it.
 """
@@ -51,6 +51,10 @@ class CheckError(SffxError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class ProcessError(SffxError, RuntimeError):
+    """Another process that trains with this one has failed, or does something else."""
 
 
 class ExportError(SffxError):

@@ -15,7 +15,7 @@ from sffx.compiler.trace.flags import TrainingFlag
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
-from sffx.runtime.shard import require_whole
+from sffx.runtime.find_residency import make_whole
 from sffx.tensors import computed_tensors, copied
 
 # What every module has: its mode, its hooks, and the dictionaries of its tensors and children.
@@ -36,7 +36,7 @@ def extract(net: nn.Module) -> nn.Module:
         InputError: `net` is no cut model, or is sharded.
     """
     cut = cut_model(net)
-    require_whole(cut)
+    make_whole(cut)
     model: nn.Module = copied(cut.origin.model)
     model.to(next(cut.parameters()).device).train(cut.training)
     fill(model, cut)

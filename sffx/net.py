@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import keyword
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from sffx.blocks import BlockPlan
@@ -43,7 +44,45 @@ class CutModel(fx.GraphModule):
     origin: Origin
     readout: Readout
 
+    def settle(self) -> None:
+        """Apply the updates that are pending in a replicated model, before somebody reads it."""
+        replication = vars(self).get("replication")
+        if replication is not None:
+            replication.settle_for_reader()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return what `nn.Module.named_parameters` does; `parameters` calls it as well."""
+        self.settle()
+        return super().named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Return what `nn.Module.named_buffers` does; `buffers` calls it as well."""
+        self.settle()
+        return super().named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `nn.Module.state_dict` does."""
+        self.settle()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A wrapper's load_state_dict calls this, and not load_state_dict.
+        replication = vars(self).get("replication")
+        if replication is not None:
+            replication.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Behind `to`, `cuda` and `double`.
+        self.settle()
+        return super()._apply(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.settle()
+        return super().__deepcopy__(memo)
+
     def __reduce__(self) -> Any:
+        self.settle()
         return _restored, super().__reduce__()
 
 

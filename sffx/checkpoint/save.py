@@ -17,7 +17,7 @@ from sffx.checkpoint.entries import KEYS, OPTIMIZER_KEY, STATE_KEY, own_entries
 from sffx.errors import InputError
 from sffx.files import writing
 from sffx.net import unwrapped
-from sffx.runtime.shard import require_whole
+from sffx.runtime.find_residency import make_whole
 
 
 def save_checkpoint(
@@ -46,7 +46,7 @@ def save_checkpoint(
         ExportError: the file system failed while the file was written.
     """
     model = _unwrapped(net)
-    require_whole(model)
+    make_whole(model)
     for name, value in more.items():
         _check_further_entry(name, value)
     content = {STATE_KEY: model.state_dict(), **own_entries(model, accuracy)}

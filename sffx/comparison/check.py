@@ -51,8 +51,9 @@ from sffx.errors import CheckError, InputError
 from sffx.extraction import extract
 from sffx.net import plan_of
 from sffx.progress import running
+from sffx.runtime.find_residency import make_whole
 from sffx.runtime.offload import offloading_of
-from sffx.runtime.shard import require_whole
+from sffx.runtime.replicate import replication_of
 from sffx.runtime.walk import walk
 from sffx.tensors import computed_tensors
 
@@ -122,10 +123,11 @@ class _Check:
 
     def __init__(self, model: nn.Module, net: fx.GraphModule, example: Any) -> None:
         self._plan = plan_of(net)
-        require_whole(net)
+        make_whole(net)
         self._model = model
-        # The copy of an offloaded model is an ordinary one.
-        self._net = copy.deepcopy(net) if offloading_of(net) is not None else net
+        # The copy of an offloaded or replicated model is an ordinary one.
+        is_ordinary = offloading_of(net) is None and replication_of(net) is None
+        self._net = net if is_ordinary else copy.deepcopy(net)
         self._batches = Batches(model, net, example)
         self._weights: dict[str, Tensor] = {}
         self._drops = True

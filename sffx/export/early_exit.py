@@ -26,7 +26,7 @@ from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, spl
 from sffx.learning.losses import check_labels
 from sffx.learning.readouts import mean_goodness
 from sffx.net import cut_model
-from sffx.runtime.shard import require_whole
+from sffx.runtime.find_residency import make_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
 from sffx.tensors import copied
@@ -120,7 +120,7 @@ class EarlyExit:
 
     def __init__(self, net: nn.Module, threshold: float = 0.9) -> None:
         cut = cut_model(net)
-        require_whole(cut)
+        make_whole(cut)
         self.threshold = threshold
         self.inputs = cut.plan.inputs
         # The copy's parameters keep their requires_grad. A head chooses its form by it, and the

@@ -16,7 +16,7 @@ from sffx.learning.readouts import (
     require_readout,
     require_weights,
 )
-from sffx.runtime.shard import require_whole
+from sffx.runtime.find_residency import make_whole
 from sffx.tensors import copied
 
 CUMULATIVE = "cumulative"
@@ -46,7 +46,7 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
         InputError: the net is sharded, or has a tensor without values.
         ExportError: the net cannot be copied.
     """
-    require_whole(net)
+    make_whole(net)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_meta:
             raise InputError(

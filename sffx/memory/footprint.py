@@ -33,8 +33,8 @@ from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
 from sffx.progress import running
+from sffx.runtime.find_residency import make_whole
 from sffx.runtime.gradients import mark_gradients
-from sffx.runtime.shard import require_whole
 from sffx.runtime.stage import Stage, stages_of
 from sffx.runtime.walk import walk
 from sffx.tables import MIB, Column, text_table
@@ -181,7 +181,7 @@ def footprint(
             shapes depend on data.
     """
     cut = cut_model(net)
-    require_whole(cut)
+    make_whole(cut)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -17,7 +17,7 @@ group. `accelerate` offloads for inference, and its hooks replace the model's pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.errors import InputError
 from sffx.net import plan_of
 from sffx.runtime.copier import Copier, copier_for
+from sffx.runtime.gate import Gate, none
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
@@ -78,6 +79,11 @@ def offload(
     if offloading_of(net) is not None:
         raise InputError(
             "net is offloaded already. Hint: sffx.onload(net) before offloading it anew"
+        )
+    if getattr(net, "replication", None) is not None:
+        raise InputError(
+            "net is replicated, and then its blocks stay on the device. "
+            "Hint: copy.deepcopy(net) is not replicated"
         )
     require_optimizers_of(net, [optimizer])
     device = _compute_device(net, device)
@@ -182,11 +188,11 @@ class Offloading(Residency):
         for tensor in (*self._shared_buffers, *self._norm_tensors):
             tensor.data = tensor.data.to(self.device)
         for block, modules in enumerate(self.blocks):
-            before = _Gate(self._before_forward, block)
+            before = Gate(self._before_forward, block)
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(before))
             last_module = modules[-1]
-            after = _Gate(self._after_forward, block)
+            after = Gate(self._after_forward, block)
             self._hooks.append(last_module.register_forward_hook(after))
 
     def stop(self) -> None:
@@ -419,41 +425,7 @@ class Offloading(Residency):
 
     def __reduce__(self) -> Any:
         # Copies and pickles of an offloaded model are ordinary models, in host memory.
-        return _none, ()
-
-
-@dataclass(frozen=True)
-class _Gate:
-    """A hook around the forward of a block's module.
-
-    It does nothing in a copied or unpickled module, since copies are not offloaded.
-
-    Attributes:
-        call: what to call with the block.
-        block: its index.
-    """
-
-    call: Callable[[int], None]
-    block: int
-
-    def __call__(self, *_: object) -> None:
-        self.call(self.block)
-
-    def __reduce__(self) -> Any:
-        return _open_gate, ()
-
-
-def _none() -> None:
-    """Return the offloading of a copied model: None."""
-
-
-def _open_gate() -> Callable[..., None]:
-    """Return what a copied module has in the place of a gate."""
-    return _pass
-
-
-def _pass(*_: object) -> None:
-    """Do nothing."""
+        return none, ()
 
 
 def _counted_on_device(optimizer: Optimizer) -> set[Tensor]:

@@ -1,8 +1,8 @@
 """Where the parameters of a cut model are while its stages run.
 
-There are three residencies, and a training step treats them alike. The parameters are on the
-device (`Residency` itself), in host memory (`sffx.runtime.offload`), or spread over processes
-(`sffx.runtime.shard`).
+There are four residencies, and a training step treats them alike. The parameters are on the
+device (`Residency` itself), in host memory (`sffx.runtime.offload`), spread over processes
+(`sffx.runtime.shard`), or the same in all processes (`sffx.runtime.replicate`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 from sffx.runtime.gradients import Gradients, block_gradients
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.stage import Stage
+from sffx.runtime.update import Updates
 
 
 class Residency:
@@ -38,6 +41,23 @@ class Residency:
             InputError: it cannot be trained block by block as it is.
         """
 
+    def agree(self, deed: str) -> None:
+        """Wait until all processes do the same thing. Here each works for itself.
+
+        Args:
+            deed: a key of `sffx.runtime.agreement.DEEDS`.
+        """
+
+    @contextmanager
+    def learning(self, stages: Sequence[Stage], deed: str) -> Iterator[None]:
+        """Hold a context in which stages learn.
+
+        Args:
+            stages: that learn.
+            deed: a key of `sffx.runtime.agreement.DEEDS`.
+        """
+        yield
+
     @contextmanager
     def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         """Hold a context for one `local_step`.
@@ -49,7 +69,7 @@ class Residency:
         if _several_processes():
             warnings.warn(
                 "local_step does not average gradients over processes. "
-                "Hint: DistributedDataParallel(sffx.LocalLoss(net))",
+                "Hint: sffx.replicate(net), or DistributedDataParallel(sffx.LocalLoss(net))",
                 stacklevel=4,  # the caller of local_step
             )
         yield
@@ -58,6 +78,22 @@ class Residency:
         """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
         return block_gradients(loss, parameters)
 
+    def collect(self, stage: Stage, gradients: Gradients) -> Collected:
+        """Return a stage's gradients as they are handed to `backward`, maybe still on their way."""
+        return Arrived(gradients)
+
+    def update(self, stage: Stage, gradients: Gradients, updates: Updates | None) -> None:
+        """Let an optimizer step on a stage, now or before the stage is next read.
+
+        Args:
+            stage: that has learnt.
+            gradients: of its parameters. They are let go of.
+            updates: of its optimizer, None if it has none.
+        """
+        if gradients and updates is not None:
+            updates.apply(gradients)
+        gradients.clear()
+
     def release(self, stage: Stage, *, changed: bool) -> None:
         """Let go of a stage that has run and, in training, has learnt. Here it stays.
 
@@ -65,6 +101,25 @@ class Residency:
             stage: that is done.
             changed: whether its parameters may have changed.
         """
+
+
+class Collected(Protocol):
+    """Gradients that may still be on their way."""
+
+    def wait(self) -> Gradients:
+        """Return them when they are there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Gradients that are there already."""
+
+    gradients: Gradients
+
+    def wait(self) -> Gradients:
+        """Return them."""
+        return self.gradients
 
 
 def _several_processes() -> bool:

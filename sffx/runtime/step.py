@@ -5,7 +5,7 @@
     walk -> Stage.score        run the block and its head           walk.py, stage.py
     learn -> block_loss        the loss of this stage               learn.py
     residency.gradients        the gradients of this stage          residency.py, gradients.py
-    apply                      the optimizer steps on this stage    update.py
+    residency.update           the optimizer steps on this stage    residency.py, update.py
     residency.release          the stage may leave the device       residency.py
     walk -> Stage.hand_on      detach and norm, for the next one    walk.py, stage.py
 
@@ -26,8 +26,10 @@ from torch.optim import Optimizer
 from sffx.errors import InputError
 from sffx.learning.losses import LossFunctions, total
 from sffx.runtime.find_residency import residency_of
-from sffx.runtime.learn import OnBlock, learn, learning_stages
+from sffx.runtime.gradients import Gradients
+from sffx.runtime.learn import Learned, OnBlock, learn, learning_stages
 from sffx.runtime.optimizers import require_optimizer
+from sffx.runtime.residency import Collected
 from sffx.runtime.stage import Stage
 from sffx.runtime.update import Updates
 
@@ -74,15 +76,10 @@ def local_loss(
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []
     gradients: list[Tensor] = []
-    residency = residency_of(net)
-    residency.prepare()
-    for learned in learn(
-        net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
-    ):
+    for learned, collected in _collect(net, x, y, loss_fn, blocks, on_block):
         losses.append(learned.loss)
-        parameters += learned.gradients
-        gradients += learned.gradients.values()
-        residency.release(learned.stage, changed=False)
+        parameters += collected
+        gradients += collected.values()
     return _with_gradients(total(losses), parameters, gradients)
 
 
@@ -104,15 +101,10 @@ def block_losses(
     The arguments and errors are those of `local_loss`.
     """
     losses: dict[str, Tensor] = {}
-    residency = residency_of(net)
-    residency.prepare()
-    for learned in learn(
-        net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
-    ):
-        parameters = list(learned.gradients)
-        gradients = list(learned.gradients.values())
+    for learned, collected in _collect(net, x, y, loss_fn, blocks, on_block):
+        parameters = list(collected)
+        gradients = list(collected.values())
         losses[learned.stage.name] = _with_gradients(learned.loss, parameters, gradients)
-        residency.release(learned.stage, changed=False)
     return losses
 
 
@@ -169,7 +161,7 @@ def local_step(
     losses: list[Tensor] = []
     # Several stages may have the same optimizer.
     distinct = list(dict.fromkeys(optimizers.values()))
-    with residency.training_step(distinct):
+    with residency.learning(stages, "step"), residency.training_step(distinct):
         updates = {each: Updates(each) for each in distinct}
         net.zero_grad(set_to_none=True)
         for learned in learn(
@@ -177,11 +169,10 @@ def local_step(
         ):
             losses.append(learned.loss)
             changed = bool(learned.gradients)
-            if changed:
-                updates[optimizers[learned.stage.name]].apply(learned.gradients)
-            residency.release(learned.stage, changed=changed)
+            own = optimizers.get(learned.stage.name)
             # `learned` lives on while the next stage runs, but its gradients must not.
-            learned.gradients.clear()
+            residency.update(learned.stage, learned.gradients, updates[own] if own else None)
+            residency.release(learned.stage, changed=changed)
     return total(losses)
 
 
@@ -209,6 +200,30 @@ class LocalLoss(nn.Module):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of the blocks, a scalar; see `local_loss`."""
         return local_loss(self.net, x, y, self.loss_fn, blocks=self.blocks)
+
+
+def _collect(
+    net: fx.GraphModule,
+    x: Any,
+    y: Tensor,
+    loss_fn: LossFunctions | None,
+    blocks: Collection[str] | None,
+    on_block: OnBlock | None,
+) -> list[tuple[Learned, Gradients]]:
+    """Return what each stage has learnt, and its gradients as `backward` hands them over.
+
+    The arguments are those of `local_loss`.
+    """
+    residency = residency_of(net)
+    residency.prepare()
+    on_their_way: list[tuple[Learned, Collected]] = []
+    with residency.learning(learning_stages(net, blocks), "loss"):
+        for learned in learn(
+            net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
+        ):
+            on_their_way.append((learned, residency.collect(learned.stage, learned.gradients)))
+            residency.release(learned.stage, changed=False)
+    return [(learned, collected.wait()) for learned, collected in on_their_way]
 
 
 def _optimizers(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimizer]:

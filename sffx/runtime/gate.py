@@ -1,0 +1,41 @@
+"""A hook around the forward of a block's module, which copies of the module do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A hook around the forward of a block's module.
+
+    It does nothing in a copied or unpickled module: copies are neither offloaded nor replicated.
+
+    Attributes:
+        call: what to call with the block.
+        block: its index.
+    """
+
+    call: Callable[[int], None]
+    block: int
+
+    def __call__(self, *_: object) -> None:
+        self.call(self.block)
+
+    def __reduce__(self) -> Any:
+        return _open_gate, ()
+
+
+def none() -> None:
+    """Return what a copied model has in the place of its residency: None."""
+
+
+def _open_gate() -> Callable[..., None]:
+    """Return what a copied module has in the place of a gate."""
+    return _pass
+
+
+def _pass(*_: object) -> None:
+    """Do nothing."""

@@ -1,0 +1,502 @@
+"""Train the same cut model in several processes, each on samples of its own.
+
+A block's gradients are averaged over the processes while other blocks run. The block's optimizer
+steps just before the block is read again: when it runs in the next step, or for a state dict.
+
+    step t      run block 0, send its gradients, run block 1, send its gradients, ...
+    step t + 1  receive block 0's mean gradients, step, run block 0, send its gradients, ...
+
+So the processes compute what they would compute if each waited for the others at every block, to
+the bit. Between two steps a process holds the gradients of all blocks once, in flat tensors.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sffx.errors import InputError, ProcessError
+from sffx.fsdp import shards_in
+from sffx.net import cut_model, plan_of
+from sffx.runtime.agreement import Agreement, Word, require_same, structure_of
+from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
+from sffx.runtime.gate import Gate, none
+from sffx.runtime.gradients import Gradients, mark_gradients
+from sffx.runtime.offload import offloading_of
+from sffx.runtime.optimizers import require_optimizers_of
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.update import Options, Updates
+
+_ATTRIBUTE = "replication"
+
+
+def replicate(
+    net: fx.GraphModule, group: dist.ProcessGroup | None = None, *, timeout: float = 600.0
+) -> None:
+    """Make a cut model the same in all processes, and average its gradients from now on.
+
+    Every process must call it, after `torch.distributed.init_process_group`. Weights and buffers
+    become those of the group's first process. Then `local_step` and `local_loss` average each
+    block's gradients over the processes, as `DistributedDataParallel` does. So do the running
+    statistics of batch norms. Other buffers become those of the first process.
+
+    `local_step` does not wait for the averages. A block's optimizer steps just before the block is
+    read again: in the next step, by `evaluate`, another forward, `state_dict`, `parameters`, a copy
+    or an export. It steps with the learning rate and other options that held when the gradients
+    were computed. The result is exactly that of waiting at each block. The price is memory: between
+    two steps the gradients of all blocks are held once. Whoever holds a parameter itself, and not
+    the net, sees it before the step; `finish` applies all.
+
+    A process that fails ends the others with an error, and so do loaders of different length: at
+    the next step, `finish` or `evaluate(..., group=...)`. `extract`, copies and pickles are not
+    replicated.
+
+    Args:
+        net: what `transform` returned, cut in the same way in every process.
+        group: the processes, all if None.
+        timeout: how long a process waits for the others, in seconds.
+
+    Raises:
+        InputError: there are no processes; `net` is no cut model, is replicated, offloaded or
+            sharded already, has parameters on the meta device or embeddings with sparse gradients;
+            or the nets of the processes differ.
+    """
+    plan_of(net)
+    present = replication_of(net)
+    if present is not None and present.is_sound:
+        raise InputError("net is replicated already")
+    if offloading_of(net) is not None or shards_in(net):
+        raise InputError(
+            "net is offloaded or sharded, and replicas hold all parameters on the device. "
+            "Hint: sffx.onload(net) first, or a net that was not sharded"
+        )
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError(
+            "there is no process group to replicate over. Hint: start the processes by torchrun "
+            "and call torch.distributed.init_process_group()"
+        )
+    if present is not None:
+        present.leave()
+        delattr(net, _ATTRIBUTE)
+    agreement = Agreement(group, timeout)
+    problem = _why_not_averageable(net)
+    require_same(structure_of(net), agreement.group, problem)
+    replication = Replication(net, agreement, _group_for_gradients(group, agreement, timeout))
+    replication.broadcast()
+    setattr(net, _ATTRIBUTE, replication)
+    replication.enter()
+
+
+def finish(net: nn.Module) -> None:
+    """Apply all updates that are pending in a replicated net, and agree with the other processes.
+
+    Every process must call it, at the end of an epoch or of the training. It needs not be called
+    before `evaluate` or `state_dict`, which apply pending updates themselves.
+
+    Args:
+        net: what `replicate` was called with.
+
+    Raises:
+        InputError: `net` is not replicated.
+        ProcessError: another process has made more or fewer steps, or has failed.
+    """
+    replication = replication_of(cut_model(net))
+    if replication is None:
+        raise InputError("net is not replicated. Hint: sffx.replicate(net) replicates it")
+    replication.agree("finish")
+
+
+def replication_of(net: nn.Module) -> Replication | None:
+    """Return how a model is replicated, None where it is not."""
+    return getattr(net, _ATTRIBUTE, None)
+
+
+class Replication(Residency):
+    """The parameters are the same in all processes, and updates may be pending.
+
+    Attributes:
+        agreement: in which the processes say what they are about to do.
+        group: over which gradients are averaged. No other collective runs in it.
+    """
+
+    def __init__(self, net: fx.GraphModule, agreement: Agreement, group: dist.ProcessGroup) -> None:
+        super().__init__(net)
+        self.agreement = agreement
+        self.group = group
+        self._stages = stages_of(net)
+        self._wait: Wait | None = agreement.wait if group is agreement.group else None
+        self._steps = 0
+        self._loads = 0
+        self._is_learning = False
+        self._is_settling = False
+        self._announcement: Word | None = None
+        self._unsent: list[_Sending] = []
+        self._pending: list[_Sending] = []
+        self._failure = ""
+        self._is_incomplete = False
+        self._hooks: list[Any] = []
+        self._optimizers: set[Optimizer] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the stages run on."""
+        return next(self._stages[0].block.parameters(), torch.empty(0)).device
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no process is known to have failed."""
+        return not self._failure
+
+    def broadcast(self) -> None:
+        """Make parameters and buffers those of the first process."""
+        with torch.no_grad():
+            for tensor in (*self.net.parameters(), *self.net.buffers()):
+                copy = tensor.detach().contiguous()
+                dist.broadcast(copy, group=self.group, group_src=0)
+                tensor.copy_(copy)
+
+    def enter(self) -> None:
+        """Put gates before the blocks' forwards."""
+        for stage in self._stages:
+            for module in stage.modules:
+                gate = Gate(self._before_forward, stage.index)
+                self._hooks.append(module.register_forward_pre_hook(gate))
+
+    def leave(self) -> None:
+        """Remove the gates and hooks, and drop what is pending."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._unsent.clear()
+        self._pending.clear()
+
+    # In a step.
+
+    @contextmanager
+    def learning(self, stages: Sequence[Stage], deed: str) -> Iterator[None]:
+        """Hold a context in which stages learn and send their gradients.
+
+        An error tells the other processes, unless it comes before this one takes part.
+
+        Raises:
+            ProcessError: another process failed, or does something else.
+        """
+        self._require_sound()
+        detail = zlib.crc32(repr([_layout_of(stage) for stage in stages]).encode())
+        self._announcement = Word(deed, self._steps + 1, detail, self._loads)
+        self._is_learning = True
+        try:
+            yield
+            self._announce()
+            self._send(block=True)
+        except BaseException as error:
+            # A word that is still there has not been sent.
+            if self._announcement is None:
+                self.fail(error)
+            raise
+        finally:
+            self._announcement = None
+            self._is_learning = False
+
+    @contextmanager
+    def training_step(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+        """Hold a context for one `local_step`."""
+        require_optimizers_of(self.net, optimizers)
+        for optimizer in optimizers:
+            self._watch(optimizer)
+        yield
+
+    def collect(self, stage: Stage, gradients: Gradients) -> _Sending:
+        """Send the gradients of a stage, and return what waits for their mean."""
+        sending = _Sending(self, stage, gradients)
+        self._unsent.append(sending)
+        self._send(block=False)
+        return sending
+
+    def update(self, stage: Stage, gradients: Gradients, updates: Updates | None) -> None:
+        """Send the gradients of a stage, which is updated before it is next read."""
+        sending = _Sending(self, stage, dict(gradients), updates)
+        gradients.clear()
+        self._unsent.append(sending)
+        self._pending.append(sending)
+        self._send(block=False)
+
+    def _announce(self) -> None:
+        """Tell the others about this step, once."""
+        if self._announcement is None:
+            return
+        word = self._announcement
+        self._announcement = None
+        self._steps += 1
+        self.agreement.start(word)
+
+    def _send(self, *, block: bool) -> None:
+        """Send the gradients that wait, if all processes are known to send the same.
+
+        Args:
+            block: whether to wait until it is known.
+        """
+        if not self.agreement.reached(block=block):
+            return
+        while self._unsent:
+            self._unsent.pop(0).start()
+
+    # Between the steps.
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def settle(self, stage: Stage | None = None) -> None:
+        """Apply the updates that a stage waits for, and those before them; all if None.
+
+        Raises:
+            ProcessError: an update was lost, since another process failed.
+        """
+        if self._is_settling or not (self._pending or self._is_incomplete):
+            return
+        if self._is_incomplete:
+            raise ProcessError(
+                f"the weights are those in the middle of step {self._steps}: {self._failure}. "
+                "Hint: load the newest checkpoint in all processes and call sffx.replicate again"
+            )
+        self._is_settling = True
+        try:
+            for _ in range(self._number_to_settle(stage)):
+                self._pending[0].apply()
+                self._pending.pop(0)
+        except BaseException as error:
+            self._is_incomplete = True
+            self.fail(error)
+            raise
+        finally:
+            self._is_settling = False
+
+    def settle_for_reader(self) -> None:
+        """Apply all pending updates, unless it is a step itself that reads the parameters."""
+        if not self._is_learning:
+            self.settle()
+
+    def forget(self) -> None:
+        """Settle before a state dict is loaded. Updates that were lost do not matter then."""
+        self._loads += 1
+        if self._is_incomplete:
+            self._pending.clear()
+            self._is_incomplete = False
+        self.settle_for_reader()
+
+    def agree(self, deed: str) -> None:
+        """Apply all pending updates, and wait until all processes do the same thing.
+
+        Raises:
+            ProcessError: another process failed, or does something else.
+        """
+        self._require_sound()
+        self.settle()
+        try:
+            self.agreement.start(Word(deed, self._steps, loads=self._loads))
+            self.agreement.reached(block=True)
+        except ProcessError as error:
+            self.fail(error)
+            raise
+
+    def _number_to_settle(self, stage: Stage | None) -> int:
+        """Return how many of the pending updates must be applied before a stage is read.
+
+        Updates are applied in the order in which they were computed.
+        """
+        if stage is None:
+            return len(self._pending)
+        read: set[nn.Parameter] = set()
+        for module in stage.modules:
+            read.update(module.parameters())
+        number = 0
+        for position, sending in enumerate(self._pending):
+            # Stages may share parameters.
+            if sending.stage is stage or not read.isdisjoint(sending.parameters):
+                number = position + 1
+        return number
+
+    def _before_forward(self, index: int) -> None:
+        """Update a stage whose module is about to run.
+
+        Raises:
+            InputError: its parameters would get gradients that nobody averages.
+        """
+        stage = self._stages[index]
+        if self._is_learning:
+            self._announce()
+        elif torch.is_grad_enabled() and stage.block.training and stage.trainable:
+            raise InputError(
+                "net is replicated, and only local_step and local_loss average its gradients. "
+                "Hint: torch.no_grad() around what only asks for scores"
+            )
+        if self._pending:
+            self.settle(stage)
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Settle before an optimizer's state is saved or loaded."""
+        if optimizer in self._optimizers:
+            return
+        self._optimizers.add(optimizer)
+        for register in ("register_state_dict_pre_hook", "register_load_state_dict_pre_hook"):
+            # A wrapper that is no torch optimizer itself may lack them.
+            if hasattr(optimizer, register):
+                hook = getattr(optimizer, register)(self._before_optimizer_state)
+                self._hooks.append(hook)
+
+    def _before_optimizer_state(self, *_: object) -> None:
+        self.settle_for_reader()
+
+    def _require_sound(self) -> None:
+        if self._failure:
+            raise ProcessError(
+                f"the replicas have come apart: {self._failure}. "
+                "Hint: load the newest checkpoint in all processes and call sffx.replicate again"
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Note a failure, and tell the other processes."""
+        if self._failure:
+            return
+        self._failure = f"{type(error).__name__}: {error}"
+        self.agreement.fail(error)
+        unsent = set(self._unsent)
+        # What was sent completes a step only if all of it was.
+        is_complete = all(sending in unsent for sending in self._of_this_step())
+        self._is_incomplete = self._is_incomplete or not is_complete
+        self._pending = [sending for sending in self._pending if sending not in unsent]
+        self._unsent.clear()
+
+    def _of_this_step(self) -> list[_Sending]:
+        return [sending for sending in self._pending if sending.step == self._steps]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps so far, a present one included."""
+        return self._steps
+
+    @property
+    def wait(self) -> Wait | None:
+        """How to wait for a collective; its own `wait` if None."""
+        return self._wait
+
+    def __reduce__(self) -> Any:
+        # Copies and pickles of a replicated model are ordinary models.
+        return none, ()
+
+
+class _Sending:
+    """The gradients and buffers of one stage: to be sent, on their way, or to be applied.
+
+    Attributes:
+        stage: whose they are.
+        step: the number of the step that they are of.
+        parameters: of the stage that learn.
+    """
+
+    def __init__(
+        self,
+        replication: Replication,
+        stage: Stage,
+        gradients: Gradients,
+        updates: Updates | None = None,
+    ) -> None:
+        self.stage = stage
+        self.step = replication.steps
+        self.parameters = stage.trainable if torch.is_grad_enabled() else []
+        self._replication = replication
+        self._gradients = gradients
+        self._averaging: Averaging | None = None
+        self._updates = updates
+        self._options: Options | None = None
+        if updates is not None:
+            self._options = updates.options(self.parameters)
+            updates.announce()
+
+    def start(self) -> None:
+        """Send the gradients, and let go of this process's own."""
+        modules = self.stage.modules
+        self._averaging = Averaging(
+            self.parameters,
+            self._gradients,
+            self._replication.group,
+            averaged_buffers(modules),
+            copied_buffers(modules),
+        )
+        mark_gradients(self._averaging.tensors)
+        self._gradients = {}
+
+    def wait(self) -> Gradients:
+        """Return the mean gradients, and set the buffers."""
+        assert self._averaging is not None  # A step sends all before it ends.
+        try:
+            gradients = self._averaging.wait(self._replication.wait)
+        except BaseException as error:
+            self._replication.fail(error)
+            raise
+        self._averaging = None
+        return gradients
+
+    def apply(self) -> None:
+        """Wait for the mean gradients, and let the optimizer step on the stage."""
+        gradients = self.wait()
+        if gradients and self._updates is not None:
+            self._updates.apply(gradients, self._options)
+
+
+def _group_for_gradients(
+    group: dist.ProcessGroup | None, agreement: Agreement, timeout: float
+) -> dist.ProcessGroup:
+    """Return a group for gradients alone, with the backend of the user's group."""
+    backend = dist.get_backend(group)
+    if backend == "gloo":
+        return agreement.group
+    made: Any = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=timedelta(seconds=timeout),
+        backend=backend,
+        use_local_synchronization=True,
+    )
+    found: dist.ProcessGroup = made
+    return found
+
+
+def _layout_of(stage: Stage) -> list[Any]:
+    """Return what must be the same in all processes for their sums to fit together."""
+    layout: list[Any] = [stage.name, torch.is_grad_enabled()]
+    modules = stage.modules
+    for tensor in (*stage.trainable, *averaged_buffers(modules), *copied_buffers(modules)):
+        layout.append((tuple(tensor.shape), str(tensor.dtype)))
+    return layout
+
+
+def _why_not_averageable(net: fx.GraphModule) -> str | None:
+    """Return why the tensors of a net cannot be averaged, None if they can."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_meta:
+            return (
+                f"{name} is on the meta device and has no values. "
+                "Hint: net.to_empty(device='cpu') and net.load_state_dict first"
+            )
+        is_plain = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+        if not is_plain:
+            return (
+                f"{name} is a {type(tensor).__name__} with layout {tensor.layout}, which cannot "
+                "be averaged. Hint: plain, dense parameters and buffers can"
+            )
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            return (
+                f"{name} has sparse gradients, which are not averaged over processes. "
+                "Hint: make the embedding with sparse=False"
+            )
+    return None

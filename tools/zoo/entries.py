@@ -26,6 +26,9 @@ ZOOS = {
     "timm": "timm",
     "transformers": "transformers",
     "vit-pytorch": "vit_pytorch",
+    "x-transformers": "x_transformers",
+    "monai": "monai",
+    "ultralytics": "ultralytics",
 }
 
 # The arguments of a call by keyword; "x" alone is passed by position.

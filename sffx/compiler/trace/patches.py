@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.autograd import Function
 from torch.utils import checkpoint
 
@@ -50,6 +50,7 @@ class Patches:
         # here first, it holds torch's own functions. Else it would hold ours, and so the tracer.
         torch.overrides.get_overridable_functions()
         with ExitStack() as stack:
+            stack.enter_context(_removed(fx.Proxy, "__call__"))
             for owner, name, stand_in in self._stand_ins():
                 stack.enter_context(_replaced(owner, name, stand_in))
             yield
@@ -143,6 +144,17 @@ def _keeping_no_proxy(cached: Any) -> Callable[..., Any]:
         return cached(*args, **kwargs)
 
     return function
+
+
+@contextmanager
+def _removed(owner: type, name: str) -> Iterator[None]:
+    """Take a method from a class: `callable(x)` must say of a proxy what it says of a tensor."""
+    original = vars(owner)[name]
+    delattr(owner, name)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 @contextmanager

@@ -66,6 +66,8 @@ class GuidedProxy(fx.Proxy):
         """Return the example as a plain number, which the graph will hold."""
         if isinstance(self.example, Tensor):
             raise RuntimeError("a number is read from a tensor, which depends on the data")
+        if isinstance(self.example, bool):  # int(x.shape[0] == 1), settled as a branch on it is
+            return kind(bool(self))
         if facts(self.node).of_batch:
             raise RuntimeError(FROZEN_BATCH)
         number = kind(self.example)

@@ -25,6 +25,33 @@ def test_shapes_stay_symbolic():
     assert_same_logits(net, model, torch.randn(2, 3, 4, 4), torch.randn(5, 3, 6, 7))
 
 
+def test_a_comparison_with_one_outcome_at_all_batch_sizes_is_a_number():
+    code = lambda m, x: x * (2 + int(x.shape[0] == -1) + int(x.shape[0] > 0))  # noqa: E731
+    model = around(Applies(code)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model, torch.randn(3, 6), torch.randn(1, 6))
+
+
+def test_a_comparison_that_the_batch_decides_is_no_number():
+    code = lambda m, x: x * (2 + int(x.shape[0] == 1))  # noqa: E731
+    net = cut_without_norms(around(Applies(code)))
+    assert len(net.plan.leaves) == 1
+
+
+def test_no_tensor_can_be_called_during_the_trace():
+    """`default(x, make)` of many packages calls what can be called."""
+
+    def forward(module: Applies, x: Tensor) -> Tensor:
+        return x() if callable(x) else x * 2
+
+    model = around(Applies(forward)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model, torch.randn(3, 6))
+    assert callable(torch.fx.Proxy(torch.fx.Graph().placeholder("x")))  # after it as before
+
+
 def test_a_tensor_is_a_tensor_during_the_trace():
     scaled_if_tensor = Applies(lambda m, x: x * 10 if isinstance(x, Tensor) else x)
     model = around(scaled_if_tensor).eval()

@@ -6,7 +6,7 @@ from typing import Any
 
 from tools.zoo.entries import CLASSES, Model, model_of, random_inputs
 
-REQUIRES = ("vit-pytorch", "einops", "torch-einops-utils", "hyper-connections", "x-transformers")
+REQUIRES = ("vit-pytorch", "einops", "torch-einops-utils", "hyper-connections")
 
 _IMAGE = (3, 32, 32)
 _SIZES = {"num_classes": CLASSES, "dim": 32, "depth": 4, "heads": 2, "dim_head": 16, "mlp_dim": 64}

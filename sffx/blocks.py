@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from html import escape
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from sffx.arguments import Arguments
 from sffx.errors import InputError
 from sffx.parts import head_name
 from sffx.tables import Column, html_table, in_mib, text_table
@@ -35,6 +36,7 @@ class Input:
         dtype: of the tensor, as torch names it ("float32", "int64").
         high: for integers, one more than the largest valid value (an embedding's rows); else 0.
         marks_tokens: whether it is an attention mask (B, T), with zeros for padding.
+        value: its name among the values that blocks read; "" where it is the same.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Input:
     dtype: str
     high: int = 0
     marks_tokens: bool = False
+    value: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,7 @@ class BlockPlan:
         classifier: the part of the model after the last cut.
         num_classes: J, the width of the model's output.
         inputs: the model's inputs as traced.
+        arguments: of the model's forward, in which the inputs lie; None where each input is one.
         leaves: modules with children that were not traced.
         notes: remarks for the reader of the plan, one sentence each.
         options: how the blocks learn, and the norm between them.
@@ -275,6 +279,7 @@ class BlockPlan:
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
     options: Options = Options()
+    arguments: Arguments | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -286,6 +291,30 @@ class BlockPlan:
     def all_blocks(self) -> tuple[Block, ...]:
         """The feature blocks in order, and the classifier."""
         return (*self.blocks, self.classifier)
+
+    @property
+    def nested(self) -> Arguments | None:
+        """The arguments of the model's forward, None where each is one input of the same name."""
+        if self.arguments is None or self.arguments.is_flat:
+            return None
+        return self.arguments
+
+    def call_arguments(
+        self, inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Return the arguments of a call of the model, given the inputs by name."""
+        if self.arguments is None:
+            return (), inputs
+        return self.arguments.fill(inputs)
+
+    def input_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values of the inputs, in order, given the arguments of a call.
+
+        Raises:
+            InputError: the model was cut for other arguments.
+        """
+        assert self.arguments is not None
+        return tuple(self.arguments.inputs_in(args, kwargs).values())
 
     @property
     def parts(self) -> tuple[tuple[str, ...], ...]:
@@ -304,12 +333,14 @@ class BlockPlan:
         inputs = {}
         for value in self.inputs:
             inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
+        nested = None if self.nested is None else self.nested.record()
         return {
             "policy": self.policy,
             "after": [block.output for block in self],
             "inputs": inputs,
             "num_classes": self.num_classes,
             **self.options.record(),
+            **({} if nested is None else {"arguments": nested}),
         }
 
     @cached_property

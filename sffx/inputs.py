@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from sffx.arguments import Arguments
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
@@ -37,20 +38,28 @@ def bind(plan: BlockPlan, x: Any) -> dict[str, Any]:
 
     Args:
         plan: of the cut model.
-        x: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+        x: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments,
+            nested as those of the model.
 
     Raises:
         InputError: there are more or fewer values than inputs, or other names.
     """
-    return bind_inputs(plan.inputs, x)
+    return bind_inputs(plan.inputs, x, plan.nested)
 
 
-def bind_inputs(inputs: Sequence[Input], x: Any) -> dict[str, Any]:
+def bind_inputs(inputs: Sequence[Input], x: Any, nested: Arguments | None = None) -> dict[str, Any]:
     """Return the value of each of some inputs by the input's name, in the order of the inputs.
 
+    Args:
+        inputs: of the model.
+        x: as for `bind`.
+        nested: the arguments in which the inputs lie, None where each input is one.
+
     Raises:
         InputError: there are more or fewer values than inputs, or other names.
     """
+    if nested is not None:
+        return nested.bind(x)
     names = [each.name for each in inputs]
     if isinstance(x, Mapping):
         if set(x) != set(names):

@@ -81,9 +81,81 @@ class CutModel(fx.GraphModule):
         self.settle()
         return super().__deepcopy__(memo)
 
+    def train(self, mode: bool = True) -> CutModel:
+        """Set the mode of every layer as the model does, whose modules may have a `train` of their
+        own."""
+        set_modes(self, self.origin.model, mode)
+        return self
+
+    def eval(self) -> CutModel:
+        """Set eval mode as the model does, which may have an `eval` of its own."""
+        self.train(False)
+        if overrides_mode(self.origin.model):
+            self.origin.model.eval()
+        return self
+
     def __reduce__(self) -> Any:
         self.settle()
-        return _restored, super().__reduce__()
+        # fx unpickles a graph by its code, which must have an argument for each input.
+        codegen = self.graph._codegen
+        use_codegen(self, fx.graph.CodeGen())
+        try:
+            return _restored, super().__reduce__()
+        finally:
+            use_codegen(self, codegen)
+
+
+class NestedInputs(fx.graph.CodeGen):
+    """Writes a forward that takes the arguments of the model, and looks for the inputs in them."""
+
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
+    ) -> str:
+        head = f"def forward(self, *args, **kwargs){maybe_return_annotation}:"
+        return f"{head}\n    {', '.join(free_vars)}, = self.plan.input_values(args, kwargs)"
+
+
+def use_codegen(net: fx.GraphModule, codegen: fx.graph.CodeGen) -> None:
+    """Let a graph be written as code in another way."""
+    net.graph.set_codegen(codegen)
+    net.recompile()
+
+
+def overrides_mode(module: nn.Module) -> bool:
+    """Return whether a module has another `train()` or `eval()` than every module has."""
+    for name in ("train", "eval"):
+        own = getattr(type(module), name) is not getattr(nn.Module, name)
+        if own or name in vars(module):
+            return True
+    return False
+
+
+def set_modes(cut: nn.Module, model: nn.Module, mode: bool) -> None:
+    """Set the modes of what was cut from a model as `model.train(mode)` sets them.
+
+    Args:
+        cut: holds layers of the model, and others.
+        model: whose own layers these are.
+        mode: True for train mode.
+    """
+    in_model = set(model.modules())
+    if not any(overrides_mode(module) for module in in_model):
+        nn.Module.train(cut, mode)
+        return
+    model.train(mode)
+    _set_other_modes(cut, mode, in_model)
+
+
+def _set_other_modes(module: nn.Module, mode: bool, in_model: set[nn.Module]) -> None:
+    """Set the modes of a module and of all in it, but of those that are in the model."""
+    module.training = mode
+    for child in module.children():
+        if child in in_model:
+            continue
+        if overrides_mode(child):
+            child.train(mode)
+        else:
+            _set_other_modes(child, mode, in_model)
 
 
 def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutModel:
@@ -94,6 +166,8 @@ def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutM
         plan: by which it was cut.
         original: the model that it was cut from.
     """
+    if plan.nested is not None:
+        net.graph.set_codegen(NestedInputs())
     cut = CutModel(net, net.graph, class_name=type(net).__name__)
     _attach(cut, {"plan": plan, "origin": Origin(original)})
     return cut

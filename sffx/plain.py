@@ -1,31 +1,13 @@
-"""Calls of a plain model: its arguments as a caller writes them, and the logits that it returns."""
+"""The logits in what a plain model returns."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
-
-
-def call_arguments(model: nn.Module, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Return arguments as a caller writes them: the leading ones by position, the others by name.
-
-    Args:
-        model: that is called.
-        values: its arguments by name.
-    """
-    rest = dict(values)
-    positional = []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        by_position = (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        if name not in rest or parameter.kind not in by_position:
-            break
-        positional.append(rest.pop(name))
-    return positional, rest
 
 
 def logits_of(output: Any, num_classes: int) -> Any:

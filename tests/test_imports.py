@@ -16,7 +16,7 @@ PACKAGE = Path(sffx.__file__).parent
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
     ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
-    ("parts", "blocks"),
+    ("parts", "arguments", "blocks"),
     ("learning",),
     ("net",),
     ("inputs", "plain"),
@@ -32,7 +32,13 @@ FLOORS = (
 )
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 # Neighbours on one floor that may be imported.
-NEIGHBOURS = {("files", "errors"), ("tables", "errors"), ("kernels", "errors"), ("blocks", "parts")}
+NEIGHBOURS = {
+    ("files", "errors"),
+    ("tables", "errors"),
+    ("kernels", "errors"),
+    ("blocks", "parts"),
+    ("blocks", "arguments"),
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sffx.arguments import recorded_arguments
 from sffx.blocks import Options
 from sffx.checkpoint.entries import CUT_KEY
 from sffx.compiler.analyse import Analysis
@@ -30,6 +31,21 @@ def check_cut(cut: Any) -> None:
             raise InputError(
                 f"the entry {CUT_KEY!r} has {cut[name]!r} for {name!r}, not {meaning}. {hint}"
             )
+    if "arguments" in cut:
+        _check_arguments(cut, hint)
+
+
+def _check_arguments(cut: Mapping[str, Any], hint: str) -> None:
+    """Raise an InputError if the arguments are no such record, or hold other inputs."""
+    try:
+        names = recorded_arguments(cut["arguments"]).names
+    except ValueError as error:
+        raise InputError(f"the entry {CUT_KEY!r} has wrong arguments: {error}. {hint}") from error
+    if set(names) != set(cut["inputs"]):
+        raise InputError(
+            f"the entry {CUT_KEY!r} has arguments with the inputs {', '.join(names)}, "
+            f"but lists {', '.join(cut['inputs'])}. {hint}"
+        )
 
 
 def _is_name(value: Any) -> bool:
@@ -114,10 +130,12 @@ def _recorded_policy(cut: Mapping[str, Any]) -> Policy:
     return named(policy, cut["policy"])
 
 
-def _recorded_example(cut: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return an example batch of one sample, by the names of the model's inputs."""
+def _recorded_example(cut: Mapping[str, Any]) -> Any:
+    """Return an example batch of one sample: by name, or nested as the model takes it."""
     # The compiler looks at shapes and dtypes only, so zeros will do.
-    example = {}
+    example: dict[str, Tensor] = {}
     for name, each in cut["inputs"].items():
         example[name] = torch.zeros(1, *each["shape"], dtype=getattr(torch, each["dtype"]))
+    if "arguments" in cut:
+        return recorded_arguments(cut["arguments"]).example(example)
     return example

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from sffx.blocks import Input
 from sffx.inputs import constant_batch, like_the_model, random_batch
@@ -20,12 +18,11 @@ Sizes = dict[tuple[str, int], int]
 
 
 class Batches:
-    """Makes values of the arguments of a model: random ones, or ones where random ones do not fit.
+    """Makes values of the inputs of a model: random ones, or ones where random ones do not fit.
 
     Args:
         model: the plain model.
         net: the cut model, which knows the inputs that it takes.
-        example: as `transform` takes it; None where the model takes nothing else than the net.
 
     Attributes:
         inputs: that both take.
@@ -33,16 +30,15 @@ class Batches:
             no length; ones are all of these.
     """
 
-    def __init__(self, model: nn.Module, net: fx.GraphModule, example: Any = None) -> None:
+    def __init__(self, model: nn.Module, net: fx.GraphModule) -> None:
         self.inputs = plan_of(net).inputs
         self.random = True
         self._like = model
-        self._others = _other_arguments(model, self.inputs, example)
 
     def draw(
         self, batch: int, sizes: Sizes | None = None, *, padded: bool = False
     ) -> dict[str, Any]:
-        """Return arguments by name. The same call returns the same values.
+        """Return inputs by name. The same call returns the same values.
 
         Args:
             batch: the number of samples.
@@ -57,15 +53,7 @@ class Batches:
             tensors = tuple(map(_ones_first, tensors, inputs))
         if any(p.is_floating_point() for p in self._like.parameters()):
             tensors = like_the_model(self._like, tensors)
-        values = dict(zip([each.name for each in inputs], tensors, strict=True))
-        generator = torch.Generator().manual_seed(batch)
-
-        def drawn(tensor: Tensor) -> Tensor:
-            return _random_like(tensor, batch, generator)
-
-        for name, value in self._others.items():
-            values[name] = tree_map_only(Tensor, drawn, value)
-        return values
+        return dict(zip([each.name for each in inputs], tensors, strict=True))
 
     def other_sizes(self) -> Iterator[Sizes]:
         """Yield axes with other sizes that the model may take: some larger, some smaller.
@@ -89,19 +77,6 @@ class Batches:
         return changed
 
 
-def _other_arguments(model: nn.Module, inputs: tuple[Input, ...], example: Any) -> dict[str, Any]:
-    """Return the arguments in an example that are no inputs of the cut model, by name."""
-    if example is None or isinstance(example, Tensor):
-        return {}
-    arguments: dict[str, Any] = {}
-    if isinstance(example, Mapping):
-        arguments = dict(example)
-    elif isinstance(example, tuple):
-        arguments = dict(inspect.signature(model.forward).bind(*example).arguments)
-    names = {each.name for each in inputs}
-    return {name: value for name, value in arguments.items() if name not in names}
-
-
 def _resized(each: Input, sizes: Sizes) -> Input:
     shape = [sizes.get((each.name, axis), size) for axis, size in enumerate(each.shape)]
     return replace(each, shape=tuple(shape))
@@ -114,11 +89,3 @@ def _ones_first(tensor: Tensor, each: Input) -> Tensor:
     ordered = tensor.sort(dim=-1, descending=True).values
     ordered[..., 0] = 1  # a sample without a real token has no mean
     return ordered
-
-
-def _random_like(tensor: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    shape = (batch, *tensor.shape[1:])
-    if tensor.is_floating_point():
-        return torch.randn(shape, generator=generator).to(tensor)
-    high = int(tensor.max()) + 1 if tensor.numel() else 1
-    return torch.randint(0, max(high, 2), shape, generator=generator).to(tensor)

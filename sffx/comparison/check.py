@@ -95,8 +95,7 @@ def check(
     Args:
         model: that was cut. After training, it is compared by `check(sffx.extract(net), net)`.
         net: what `transform` returned for it.
-        example_input: that `transform` was given. It is only needed if the model takes arguments
-            that the net does not, such as a flag.
+        example_input: not needed, since the plan holds the arguments; earlier versions took it.
         raises: whether a difference is an error; else the report holds it.
 
     Returns:
@@ -107,28 +106,28 @@ def check(
             the values part, and its `report` holds the rest.
         InputError: `net` is no cut model, or the model cannot be copied.
     """
-    report = _Check(model, net, example_input).complete()
+    report = _Check(model, net).complete()
     if raises and report.difference is not None:
         raise CheckError(str(report.difference), report)
     return report
 
 
-def quick_check(model: nn.Module, net: fx.GraphModule, example_input: Any) -> CheckReport:
+def quick_check(model: nn.Module, net: fx.GraphModule) -> CheckReport:
     """Compare what is most likely to differ, in little time: what `transform` does by itself."""
-    return _Check(model, net, example_input).quick()
+    return _Check(model, net).quick()
 
 
 class _Check:
     """One comparison, and what it has found so far."""
 
-    def __init__(self, model: nn.Module, net: fx.GraphModule, example: Any) -> None:
+    def __init__(self, model: nn.Module, net: fx.GraphModule) -> None:
         self._plan = plan_of(net)
         make_whole(net)
         self._model = model
         # The copy of an offloaded or replicated model is an ordinary one.
         is_ordinary = offloading_of(net) is None and replication_of(net) is None
         self._net = net if is_ordinary else copy.deepcopy(net)
-        self._batches = Batches(model, net, example)
+        self._batches = Batches(model, net)
         self._weights: dict[str, Tensor] = {}
         self._drops = True
         self._errors: dict[str, float] = {}
@@ -202,10 +201,10 @@ class _Check:
     def _compare_values_of(self, back: nn.Module) -> None:
         """Run the extracted model beside the model itself, in eval mode."""
         run = self._eval_run(_BATCHES[0], grad=True)
-        expected = run_model(copied_model(self._model), run, self._plan.num_classes)
+        expected = run_model(copied_model(self._model), run, self._plan)
         if not isinstance(expected.logits, Tensor):
             return
-        found = run_model(back, run, self._plan.num_classes)
+        found = run_model(back, run, self._plan)
         where = "values of extract(net)"
         if not isinstance(found.logits, Tensor):
             reason = error_in_words(found.failure) if found.failure else "no logits"
@@ -233,13 +232,13 @@ class _Check:
         raise InputError(
             f"{type(self._model).__name__} runs on no input like those of the net: "
             f"{self._failure(_BATCHES[0])}. "
-            "Hint: pass the example_input of transform, with all arguments"
+            "Hint: cut the model with an example_input that it runs on"
         )
 
     def _failure(self, batch: int) -> str | None:
         """Return the error that the model raises on a batch; None if it runs."""
         run = replace(self._training_run(batch, ""), backward=False)
-        failure = run_model(copied_model(self._model), run, self._plan.num_classes).failure
+        failure = run_model(copied_model(self._model), run, self._plan).failure
         return None if failure is None else error_in_words(failure)
 
     def _draw_weights(self, batch: int) -> None:
@@ -247,7 +246,7 @@ class _Check:
 
         def logits(twin: nn.Module) -> Tensor:
             plain = Run("", twin.training, run.values, grad=False)
-            outcome = run_model(twin, plain, self._plan.num_classes)
+            outcome = run_model(twin, plain, self._plan)
             if outcome.failure is not None:
                 raise outcome.failure
             return outcome.logits
@@ -506,7 +505,7 @@ class _Check:
             pair.run(each)
         forward = replace(run, backward=False)
         return first_wrong_node(
-            lambda: run_model(pair.model, forward, self._plan.num_classes),
+            lambda: run_model(pair.model, forward, self._plan),
             lambda: run_trunk(pair.trunk, forward),
             pair.model,
             pair.trunk,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import fx, nn
 
@@ -17,15 +17,12 @@ _MOST_MACS = 20_000_000
 _MOST_PARAMETERS = 5_000_000
 
 
-def checked(
-    model: nn.Module, net: CutModel, example_input: Any, how: bool | Literal["auto"]
-) -> CutModel:
+def checked(model: nn.Module, net: CutModel, how: bool | Literal["auto"]) -> CutModel:
     """Return a cut model that was compared with its model, with what differs elsewhere as notes.
 
     Args:
         model: that was cut.
         net: the cut model.
-        example_input: of `transform`.
         how: True for everything that `check` compares, False for nothing; "auto" for a part of it
             where the model is small.
 
@@ -36,13 +33,13 @@ def checked(
         return net
     if how == "auto":
         try:
-            report = quick_check(model, net, example_input)
+            report = quick_check(model, net)
         except Exception as failure:
             # What nobody asked for does not stop the cut.
             _add_notes(net, [f"values were not compared: {failure}"])
             return net
     else:
-        report = check(model, net, example_input, raises=False)
+        report = check(model, net, raises=False)
     found = report.difference
     if found is not None and not found.only_elsewhere:
         raise CheckError(str(found), report)

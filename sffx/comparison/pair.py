@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, fx, nn
 
@@ -36,9 +34,6 @@ class Pair:
         if "the hooks of the model itself" in notes:
             self.model._forward_hooks.clear()
             self.model._forward_pre_hooks.clear()
-        if "is overridden" in notes:
-            for module in self.model.modules():
-                module.__dict__["train"] = partial(_plain_train, module)
         held = self.trunk.state()
         own = state_of(self.model)
         with torch.no_grad():
@@ -52,7 +47,7 @@ class Pair:
 
     def run(self, run: Run) -> tuple[Outcome, Outcome]:
         """Return the outcomes of the model and of the trunk."""
-        expected = run_model(self.model, run, self.trunk.plan.num_classes)
+        expected = run_model(self.model, run, self.trunk.plan)
         if expected.failure is not None:
             return expected, Outcome()
         return expected, run_trunk(self.trunk, run)
@@ -70,13 +65,6 @@ def copied_model(model: nn.Module) -> nn.Module:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {cause}. Hint: a check runs on copies"
         ) from cause
-
-
-def _plain_train(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Set the mode of a module and of all in it, as the cut model does."""
-    for each in module.modules():
-        each.training = mode
-    return module
 
 
 def watch_hooks(pair: Pair) -> tuple[HookCalls, HookCalls]:

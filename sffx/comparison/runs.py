@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sffx.blocks import BlockPlan
 from sffx.comparison.trunk import Trunk
 from sffx.compiler.trace.randomness import generators_restored
-from sffx.plain import call_arguments, logits_of
+from sffx.plain import logits_of
 
 _SEED = 1
 
@@ -67,12 +68,12 @@ class Outcome:
     draws: Tensor | None = None
 
 
-def run_model(model: nn.Module, run: Run, num_classes: int) -> Outcome:
-    """Run the plain model."""
-    args, kwargs = call_arguments(model, copied(run.values))
+def run_model(model: nn.Module, run: Run, plan: BlockPlan) -> Outcome:
+    """Run the plain model, given the plan of the cut one."""
+    args, kwargs = plan.call_arguments(copied(run.values))
 
     def call() -> Any:
-        return logits_of(model(*args, **kwargs), num_classes)
+        return logits_of(model(*args, **kwargs), plan.num_classes)
 
     named = dict(model.named_parameters(remove_duplicate=False))
     return _outcome(model, run, call, named)

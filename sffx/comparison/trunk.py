@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from sffx.comparison.weights import state_of
 from sffx.compiler.verify import twin
-from sffx.net import plan_of
+from sffx.net import Origin, cut_model, plan_of, set_modes
 from sffx.parts import is_head, is_norm, name_in_model
 from sffx.runtime.stage import Values, placeholders_of
 from sffx.tensors import computed_tensors
@@ -38,6 +39,13 @@ class Trunk(nn.Module):
         for block in self.plan.all_blocks:
             part: Any = net.get_submodule(block.target)
             self.blocks[block.target] = twin(part, twins)
+        # Not as a child: the layers of this copy are those of the blocks.
+        self._origin = Origin(copy.deepcopy(cut_model(net).origin.model, twins))
+
+    def train(self, mode: bool = True) -> Trunk:
+        """Set the modes as the cut model does."""
+        set_modes(self, self._origin.model, mode)
+        return self
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """Return the logits, (B, J).

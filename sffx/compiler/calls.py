@@ -1,4 +1,4 @@
-"""How a model is called: by its forward, or by a `__call__` of its class, with named arguments."""
+"""How a model is called: by its forward, or by a `__call__` of its class."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+
+from sffx.arguments import Arguments
 
 
 def overrides_call(kind: type[nn.Module]) -> bool:
@@ -36,40 +38,13 @@ def signature(model: nn.Module) -> inspect.Signature:
     return found
 
 
-def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """Return bound arguments by name, those that `*args` and `**kwargs` collect as well.
+def call(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Any:
+    """Return what a model returns for its inputs by name.
 
-    Of `*x`, with several values, they are called x_0, x_1 and so on; a single one is called x.
+    Args:
+        model: to call.
+        form: of its arguments.
+        values: of the inputs.
     """
-    named: dict[str, Any] = {}
-    collected: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            collected = value
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            names = [name] if len(value) == 1 else [f"{name}_{i}" for i in range(len(value))]
-            named.update(zip(names, value, strict=True))
-        else:
-            named[name] = value
-    return {**named, **collected}
-
-
-def call(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """Return what a model returns for arguments by name, as `by_name` has them."""
-    parameters = signature(model).parameters
-    keyword = dict(arguments)
-    positional: list[Any] = []
-    if any(parameter.kind in _UNNAMED for parameter in parameters.values()):
-        for name, parameter in parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                unnamed = [each for each in keyword if each not in parameters or each == name]
-                positional += [keyword.pop(each) for each in unnamed if each.startswith(name)]
-            elif name not in keyword:
-                break
-            elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                positional.append(keyword.pop(name))
-    return entry(model)(*positional, **keyword)
-
-
-_UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    args, kwargs = form.fill(values)
+    return entry(model)(*args, **kwargs)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import keyword
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from sffx.compiler.calls import by_name, call, signature
+from sffx.arguments import Arguments, arguments_of
+from sffx.compiler.calls import call, signature
 from sffx.errors import InputError, backbone_hint, location
 
 # A size that nothing else in a model is likely to have. So an axis of this size, or a number read
@@ -29,9 +30,6 @@ TRACE_BATCH = 61
 # against the shape of the input.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
-# How deep the attributes of an argument are searched for tensors.
-_DEEPEST = 6
-
 # Sizes to try, the most likely first.
 _IMAGE_SIZES = (224, 32, 28, 64, 8, 16, 48, 96, 128, 256, 299, 384, 512)
 _SIGNAL_LENGTHS = (128, 1024, 4096, 16000, 64, 32, 16, 8)
@@ -41,8 +39,8 @@ _TOKENS = (16, 8, 32, 128)
 
 def example_arguments(
     model: nn.Module, example_input: Any, mode: FakeTensorMode, original: nn.Module
-) -> dict[str, Any]:
-    """Return the arguments of `model.forward` by name, tensors as fakes of batch `TRACE_BATCH`.
+) -> tuple[Arguments, dict[str, Any]]:
+    """Return the arguments of a model, and their tensors by name, as fakes of `TRACE_BATCH`.
 
     Args:
         model: on fake parameters.
@@ -57,103 +55,91 @@ def example_arguments(
     """
     if example_input is None:
         return _infer(model, mode)
-    arguments = _bind(model, example_input)
+    form, tensors = _bind(model, example_input)
     fakes: dict[str, Any] = {}
-    for name, value in arguments.items():
-        is_tensor = isinstance(value, Tensor)
-        fakes[name] = _fake(model, value.shape[1:], value.dtype, mode) if is_tensor else value
-    failure = _failure(model, fakes)
+    for name, value in tensors.items():
+        fakes[name] = _fake(model, value.shape[1:], value.dtype, mode)
+    failure = _failure(model, form, fakes)
     # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
-    if failure is not None and not _runs_for_real(original, arguments):
+    if failure is not None and not _runs_for_real(original, form, tensors):
+        _require_fit(model, example_input)
         raise InputError(
-            f"{type(model).__name__} does not run on example_input ({_shapes(arguments)}): "
+            f"{type(model).__name__} does not run on example_input ({_shapes(tensors)}): "
             f"{_description(failure)}{_backbone_hint(model, failure)}"
         ) from failure
-    return fakes
+    return form, fakes
 
 
-def _shapes(arguments: Mapping[str, Any]) -> str:
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
     """Write the shape of each tensor beside its name."""
-    parts = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            parts.append(f"{name} {tuple(value.shape)}")
-    return ", ".join(parts)
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
 
 
 # Binding what the caller gave.
 
 
-def _bind(model: nn.Module, example_input: Any) -> dict[str, Any]:
-    """Return the arguments of `forward` by name, as the caller gave them.
+def _bind(model: nn.Module, example_input: Any) -> tuple[Arguments, dict[str, Tensor]]:
+    """Return the arguments of a model as the caller gave them, and their tensors by name.
 
     Raises:
         InputError: they do not fit its signature, or hold no tensor with a batch axis.
     """
+    form, tensors = arguments_of(_bound(model, example_input))
+    if not tensors:
+        raise InputError(
+            f"example_input holds no tensor, got {type(example_input).__name__}. "
+            "Hint: pass torch.randn(1, 3, 224, 224)"
+        )
+    if any(value.ndim == 0 for value in tensors.values()):
+        raise InputError(
+            "example_input holds a tensor without axes. "
+            "Hint: the first axis of every input is the batch"
+        )
+    return form, tensors
+
+
+def _bound(model: nn.Module, example_input: Any) -> inspect.BoundArguments:
+    """Return an example bound to the parameters of a model's forward.
+
+    Raises:
+        InputError: it does not fit them.
+    """
+    if isinstance(example_input, (Mapping, tuple)):
+        with suppress(InputError):
+            return _require_fit(model, example_input)
+        with suppress(TypeError):
+            # The one argument of the model may be a mapping or a tuple itself.
+            return signature(model).bind(example_input)
+    return _require_fit(model, example_input)
+
+
+def _require_fit(model: nn.Module, example_input: Any) -> inspect.BoundArguments:
+    """Return an example bound by position or by name, as its kind says.
+
+    Raises:
+        InputError: it does not fit.
+    """
     positional: tuple[Any, ...] = (example_input,)
     named: Mapping[str, Any] = {}
-    if isinstance(example_input, Mapping):
+    if isinstance(example_input, Mapping) and all(isinstance(key, str) for key in example_input):
         positional = ()
         named = example_input
     elif isinstance(example_input, tuple):
         positional = example_input
     expected = signature(model)
     try:
-        arguments = by_name(expected.bind(*positional, **named))
+        return expected.bind(*positional, **named)
     except TypeError as cause:
         raise InputError(
             f"example_input does not fit {type(model).__name__}.forward{expected}: {cause}. "
             "Hint: a tensor, a tuple of positional arguments, or a dict of keyword arguments"
         ) from cause
-    _require_batch_axes(arguments, example_input)
-    return arguments
-
-
-def _require_batch_axes(arguments: Mapping[str, Any], example_input: Any) -> None:
-    for name in arguments:
-        if keyword.iskeyword(name) or not name.isidentifier():
-            raise InputError(
-                f"an input is called {name!r}, which cannot be the name of an argument. "
-                "Hint: wrap the model in a module whose forward calls it otherwise"
-            )
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor) and _holds_tensor(value):
-            raise InputError(
-                f"the input {name!r} is a {type(value).__name__} that holds tensors, but an input "
-                "of a cut model is one tensor. Hint: wrap the model in a module whose forward "
-                "takes each tensor as an argument of its own, and puts them together"
-            )
-    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-    if not tensors:
-        raise InputError(
-            f"example_input holds no tensor, got {type(example_input).__name__}. "
-            "Hint: pass torch.randn(1, 3, 224, 224)"
-        )
-    if any(value.ndim == 0 for value in tensors):
-        raise InputError(
-            "example_input holds a tensor without axes. "
-            "Hint: the first axis of every input is the batch"
-        )
-
-
-def _holds_tensor(value: Any, depth: int = 0) -> bool:
-    """Whether a tensor is in a value: in its items, however nested, or in its attributes."""
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, Mapping):
-        parts = list(value.values())
-    elif isinstance(value, (tuple, list, set)):
-        parts = list(value)
-    else:
-        parts = list(getattr(value, "__dict__", {}).values())
-    # An object may refer to itself.
-    return depth < _DEEPEST and any(_holds_tensor(part, depth + 1) for part in parts)
 
 
 # Inferring an input where the caller gave none.
 
 
-def _infer(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
+def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str, Any]]:
     """Return the first likely input on which the model runs.
 
     Raises:
@@ -163,10 +149,10 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> dict[str, Any]:
     reason = "its first layer is of no known kind"
     failure: Exception | None = None
     for shape, dtype in _likely_inputs(model):
-        arguments = {name: _fake(model, shape, dtype, mode)}
-        failure = _failure(model, arguments)
+        form, values = arguments_of(_bound(model, {name: _fake(model, shape, dtype, mode)}))
+        failure = _failure(model, form, values)
         if failure is None:
-            return arguments
+            return form, values
         reason = f"the last shape tried failed with: {_description(failure)}"
     raise InputError(
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
@@ -265,19 +251,19 @@ def _fake(
         return torch.empty((TRACE_BATCH, *sample_shape), dtype=dtype, device=device)
 
 
-def runs(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """Whether a model on fake parameters runs on fake arguments."""
-    return _failure(model, arguments) is None
+def runs(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:
+    """Whether a model on fake parameters runs on fake inputs."""
+    return _failure(model, form, values) is None
 
 
-def _failure(model: nn.Module, arguments: Mapping[str, Any]) -> Exception | None:
+def _failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Exception | None:
     """Return the error that a model raises on an input, None if it runs or might run."""
     try:
         # Outside of the mode: a table that the forward makes, and may keep in a cache, has values.
         with _quiet_fakes(), torch.no_grad(), warnings.catch_warnings():
             # Gradient checkpointing warns when it runs without gradients.
             warnings.simplefilter("ignore")
-            call(model, arguments)
+            call(model, form, values)
     except DATA_DEPENDENT:
         return None
     except Exception as failure:
@@ -285,14 +271,14 @@ def _failure(model: nn.Module, arguments: Mapping[str, Any]) -> Exception | None
     return None
 
 
-def _runs_for_real(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+def _runs_for_real(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:
     """Whether a copy of the model runs on the caller's own values."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return False
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call(copy.deepcopy(model), arguments)
+            call(copy.deepcopy(model), form, values)
     except Exception:
         return False
     return True

@@ -59,6 +59,7 @@ def partition(
         classifier=classifier,
         num_classes=width,
         inputs=trace.inputs,
+        arguments=trace.arguments,
         leaves=trace.leaves,
         notes=tuple(notes),
         options=options,

@@ -25,7 +25,7 @@ from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
 from sffx.inputs import bind, constant_batch
 from sffx.learning.losses import block_loss
-from sffx.net import plan_of
+from sffx.net import Origin, overrides_mode, plan_of
 from sffx.parts import CLASSIFIER, head_name, is_norm, owner_of
 from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk_attached
@@ -70,6 +70,11 @@ def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
         for name in ("_parameters", "_buffers", "_modules"):
             twin.__dict__[name] = copy.deepcopy(module.__dict__[name], twins)
         twins[id(module)] = twin
+    origin = net.__dict__.get("origin")
+    if origin is not None and any(overrides_mode(each) for each in origin.model.modules()):
+        # The modes of the twin's layers are set by a model that holds these.
+        own = Origin(copy.deepcopy(origin.model, twins))
+        twins[id(net)].__dict__["origin"] = own
     return twins[id(net)]
 
 

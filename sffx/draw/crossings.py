@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from sffx.blocks import BlockPlan
@@ -89,9 +88,7 @@ def _is_handed_on(name: str, stage: int, reader: int, plan: BlockPlan) -> bool:
 
 def outside_node(name: str, plan: BlockPlan) -> str:
     """Return the node of a value that no block computes: a model input's, or one of its own."""
-    inputs = {value.name for value in plan.inputs}
-    # fx renames an argument that is a builtin: the node of `input` is `input_1`.
-    for argument in (name, re.sub(r"_\d+$", "", name)):
-        if argument in inputs:
-            return f"input_{argument}"
+    for value in plan.inputs:
+        if name == (value.value or value.name):
+            return f"input_{value.name}"
     return f"value_{name}"

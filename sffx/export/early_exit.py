@@ -111,6 +111,7 @@ class EarlyExit:
 
     Attributes:
         inputs: of the model.
+        nested: the arguments in which they lie, None where each is one.
         stages: the feature blocks, in order. The classifier is not among them.
         batched: names of the values that have a batch axis.
 
@@ -123,6 +124,7 @@ class EarlyExit:
         make_whole(cut)
         self.threshold = threshold
         self.inputs = cut.plan.inputs
+        self.nested = cut.plan.nested
         # The copy's parameters keep their requires_grad. A head chooses its form by it, and the
         # form must be the one that `net` itself takes.
         self.stages, self.batched = exit_stages(copied(cut).eval())
@@ -143,6 +145,7 @@ class EarlyExit:
         runner = cls.__new__(cls)
         runner.threshold = manifest.threshold if threshold is None else threshold
         runner.inputs = manifest.inputs
+        runner.nested = manifest.nested
         runner.stages = stages
         runner.batched = frozenset(manifest.batched)
         return runner
@@ -174,7 +177,7 @@ class EarlyExit:
         Raises:
             InputError: x does not fit the model's inputs.
         """
-        values = bind_inputs(self.inputs, x)
+        values = bind_inputs(self.inputs, x, self.nested)
         samples = batch_size(values)
         blocks = torch.zeros(samples, dtype=torch.int64)
         scores: Tensor | None = None
@@ -211,7 +214,7 @@ class EarlyExit:
 
         The last one is the ensemble.
         """
-        goodness = list(self._goodness(bind_inputs(self.inputs, x)))
+        goodness = list(self._goodness(bind_inputs(self.inputs, x, self.nested)))
         depths = range(1, len(goodness) + 1)
         return torch.stack([mean_goodness(goodness[:depth]) for depth in depths])
 

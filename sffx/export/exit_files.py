@@ -25,13 +25,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sffx.arguments import Arguments, recorded_arguments
 from sffx.blocks import Input
 from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.exit_stage import ExitStage
@@ -105,17 +106,24 @@ class Manifest:
         inputs: of the model.
         batched: names of the values that have a batch axis, sorted.
         stages: the feature blocks, in order.
+        nested: the arguments in which the inputs lie, None where each input is one. In the file
+            they are "arguments"; without it the model takes the inputs one by one.
     """
 
     threshold: float
     inputs: tuple[Input, ...]
     batched: tuple[str, ...]
     stages: tuple[StageFile, ...]
+    nested: Arguments | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the folder."""
-    content = {"version": VERSION, **asdict(manifest)}
+    content = {"version": VERSION, **asdict(replace(manifest, nested=None))}
+    del content["nested"]
+    arguments = None if manifest.nested is None else manifest.nested.record()
+    if arguments is not None:
+        content["arguments"] = arguments
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -231,7 +239,12 @@ def _manifest(content: Any) -> Manifest:
     stages = tuple(_stage(each, f"stage {i}") for i, each in enumerate(content["stages"]))
     _require_connected(inputs, stages)
     batched = _names(content["batched"], "'batched'")
-    return Manifest(float(content["threshold"]), inputs, batched, stages)
+    nested = None
+    if "arguments" in content:
+        nested = recorded_arguments(content["arguments"])
+        if nested.names != tuple(each.name for each in inputs):
+            raise ValueError("its arguments hold other inputs than it lists")
+    return Manifest(float(content["threshold"]), inputs, batched, stages, nested)
 
 
 def _require_fields(content: Any, fields: dict[str, Any], place: str) -> None:

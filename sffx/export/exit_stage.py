@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
-from sffx.runtime.stage import nodes_read_by, stages_of
+from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
         read_later = _read_by_any(node_lists[i + 1 :])
         outputs = [node for node in nodes if node in read_later]
         module = _module(net, nodes, inputs, outputs)
-        input_names = tuple(map(_name, inputs))
-        output_names = tuple(map(_name, outputs))
+        input_names = tuple(_name(node, net) for node in inputs)
+        output_names = tuple(_name(node, net) for node in outputs)
         with FlopCounterMode(display=False) as counter:
             of_two.run(module, input_names, output_names)
         of_three.run(module, input_names, output_names)
@@ -130,7 +130,7 @@ def _module(
     graph = fx.Graph()
     copy_of: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        copy_of[node] = graph.placeholder(_name(node))
+        copy_of[node] = graph.create_node("placeholder", node.name, name=node.name)
     for node in nodes:
         copy_of[node] = graph.node_copy(node, copy_of.__getitem__)
     goodness = nodes[-1]
@@ -139,9 +139,12 @@ def _module(
     return fx.GraphModule(net, graph, class_name="Stage").eval()
 
 
-def _name(node: fx.Node) -> str:
-    # The target of an input is its name in `forward`; the node's name may have a suffix.
-    return str(node.target) if node.op == "placeholder" else node.name
+def _name(node: fx.Node, net: fx.GraphModule) -> str:
+    """Return the name of a value. An input may have one that no node can have."""
+    for name, placeholder in placeholders_of(net).items():
+        if placeholder is node:
+            return name
+    return node.name
 
 
 def _rows(value: Any) -> int | None:

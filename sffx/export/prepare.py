@@ -16,6 +16,7 @@ from sffx.learning.readouts import (
     require_readout,
     require_weights,
 )
+from sffx.net import use_codegen
 from sffx.runtime.find_residency import make_whole
 from sffx.tensors import copied
 
@@ -55,6 +56,8 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
             )
     try:
         model = copied(net)
+        # An exporter takes the inputs one by one, however the model takes them.
+        use_codegen(model, fx.graph.CodeGen())
     except Exception as error:
         raise ExportError(
             f"the model cannot be copied: {first_line(error)}. "

@@ -96,7 +96,9 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         )
         stages.append(described)
     batched = tuple(sorted(runner.batched))
-    write_manifest(folder, Manifest(runner.threshold, runner.inputs, batched, tuple(stages)))
+    write_manifest(
+        folder, Manifest(runner.threshold, runner.inputs, batched, tuple(stages), runner.nested)
+    )
 
 
 def _write_stage(

@@ -12,7 +12,7 @@ from sffx.inputs import constant_batch
 from sffx.learning.losses import block_loss
 from sffx.memory.count import count_memory
 from sffx.net import CutModel
-from sffx.plain import call_arguments, logits_of
+from sffx.plain import logits_of
 
 
 def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
@@ -40,7 +40,7 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
         y = torch.zeros(batch_size, dtype=torch.int64, device=device)
         classes = net.plan.num_classes
         names = [each.name for each in net.plan.inputs]
-        args, kwargs = call_arguments(model, dict(zip(names, x, strict=True)))
+        args, kwargs = net.plan.call_arguments(dict(zip(names, x, strict=True)))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable)
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from sffx.net import overrides_mode
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -20,5 +22,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             model.eval()
         yield
     finally:
+        for module, training in modes.items():
+            # It may do more than to set the mode, such as to merge weights.
+            if overrides_mode(module) and module.training != training:
+                module.train(training)
         for module, training in modes.items():
             module.training = training

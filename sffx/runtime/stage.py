@@ -184,11 +184,9 @@ def stages_of(net: fx.GraphModule) -> tuple[Stage, ...]:
 
 def placeholders_of(net: fx.GraphModule) -> dict[str, fx.Node]:
     """Return the nodes of the model's inputs by the inputs' names."""
-    placeholders = {}
-    for node in net.graph.nodes:
-        if node.op == "placeholder":
-            placeholders[str(node.target)] = node
-    return placeholders
+    placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]
+    names = [each.name for each in plan_of(net).inputs]
+    return dict(zip(names, placeholders, strict=True))
 
 
 def nodes_read_by(nodes: list[fx.Node]) -> list[fx.Node]:

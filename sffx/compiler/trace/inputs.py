@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Input
 from sffx.compiler.facts import facts
 
 
-def input_records(graph: fx.Graph, root: nn.Module) -> tuple[Input, ...]:
-    """Return a record of each placeholder, in their order."""
-    return tuple(_record(node, root) for node in graph.nodes if node.op == "placeholder")
+def input_records(graph: fx.Graph, root: nn.Module, names: tuple[str, ...]) -> tuple[Input, ...]:
+    """Return a record of each placeholder, in their order.
+
+    Args:
+        graph: of the model.
+        root: the model.
+        names: of the inputs, in order.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    pairs = zip(placeholders, names, strict=True)
+    return tuple(_record(node, root, name) for node, name in pairs)
 
 
-def _record(node: fx.Node, root: nn.Module) -> Input:
+def _record(node: fx.Node, root: nn.Module, name: str) -> Input:
     value = facts(node).example
     return Input(
-        name=str(node.target),
+        name=name,
         shape=tuple(value.shape[1:]),
         dtype=str(value.dtype).removeprefix("torch."),
         high=_high(node, value, root),
-        marks_tokens=_marks_tokens(node, value),
+        marks_tokens=_marks_tokens(name, value),
+        value="" if node.name == name else node.name,
     )
 
 
-def _marks_tokens(node: fx.Node, value: Tensor) -> bool:
+def _marks_tokens(name: str, value: Tensor) -> bool:
     """Whether an input is an attention mask of shape (B, T), by the name that libraries give it.
 
     A float mask does not count: it may be added to attention scores, where zero marks a real token.
     """
-    if node.target != "attention_mask":
+    if not re.fullmatch(r"(.*_)?attention_mask", name):
         return False
     return value.ndim == 2 and not value.is_floating_point()
 

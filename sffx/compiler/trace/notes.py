@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import fx, nn
 
@@ -12,16 +13,25 @@ from sffx.errors import in_brief
 
 
 def notes(
-    root: nn.Module, graph: fx.Graph, *, checkpointed: bool, is_of_size: bool
+    root: nn.Module,
+    graph: fx.Graph,
+    *,
+    constants: Mapping[str, Any],
+    checkpointed: bool,
+    is_of_size: bool,
 ) -> Iterator[str]:
     """Yield the remarks.
 
     Args:
         root: the traced model.
         graph: of it.
+        constants: the arguments that are no tensors.
         checkpointed: whether the trace met gradient checkpointing.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
+    if constants:
+        settled = [f"{path} is {value!r}" for path, value in constants.items()]
+        yield f"settled as in the example: {in_brief(settled, 4)}"
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
     inlined = dict(_inlined(root, graph))
@@ -30,12 +40,6 @@ def notes(
         yield (
             f"hooks of {in_brief(hooked, 4)} ran during the trace alone: their operations on "
             "tensors are part of the cut model, and what else they do is not"
-        )
-    switching = [name or "the model itself" for name in inlined if _switches(inlined[name])]
-    if switching:
-        yield (
-            f"train() or eval() of {in_brief(switching, 4)} is overridden, and is no part of the "
-            "cut model, whose own sets the mode of every layer"
         )
     idle = _idle(root, _used_parameters(root, graph))
     if idle:
@@ -72,15 +76,6 @@ def _nests_padded(root: nn.Module, graph: fx.Graph) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return any(hooks) or bool(module._backward_pre_hooks)
-
-
-def _switches(module: nn.Module) -> bool:
-    """Whether a module has another `train()` or `eval()` than every module has."""
-    for name in ("train", "eval"):
-        own = getattr(type(module), name) is not getattr(nn.Module, name)
-        if own or name in vars(module):
-            return True
-    return False
 
 
 def _used_parameters(root: nn.Module, graph: fx.Graph) -> set[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sffx.arguments import Arguments
 from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.facts import Cost, Facts, facts
 from sffx.compiler.qualnames import attribute
@@ -22,6 +24,19 @@ from sffx.compiler.trace.randomness import generators_restored
 from sffx.tensors import can_learn
 
 
+@dataclass(frozen=True)
+class Example:
+    """The arguments on which a model is traced.
+
+    Attributes:
+        form: of the arguments.
+        values: of the inputs in them, by name.
+    """
+
+    form: Arguments
+    values: Mapping[str, Any]
+
+
 class NodeRunner:
     """Runs the nodes of one trace.
 
@@ -29,7 +44,9 @@ class NodeRunner:
         mode: in which the fake tensors live.
         probe: the model on fake tensors, which is traced.
         original: the model with values, for leaves that fake tensors cannot run.
-        arguments: of the forward, by name.
+        example: the arguments of the forward.
+        inputs: the values of the inputs, by the targets of their placeholders; the tracer adds
+            them.
         training: what `self.training` is, for every module.
         is_running: whether a node runs now, and calls of modules are to be no nodes.
     """
@@ -39,14 +56,15 @@ class NodeRunner:
         mode: FakeTensorMode,
         probe: nn.Module,
         original: nn.Module,
-        arguments: Mapping[str, Any],
+        example: Example,
         *,
         training: bool,
     ) -> None:
         self.mode = mode
         self.probe = probe
         self.original = original
-        self.arguments = arguments
+        self.example = example
+        self.inputs: dict[str, Any] = {}
         self.training = training
         self.is_running = False
         self._saved_storages: list[UntypedStorage] = []
@@ -90,14 +108,15 @@ class NodeRunner:
         if all(type(each).__module__.startswith("torch.nn.") for each in module.modules()):
             return
         modes = {each: each.training for each in module.modules()}
-        module.train(not self.training)
-        self.is_running = True
+        self.is_running = True  # a `train` of its own may read weights
         try:
+            module.train(not self.training)
             with torch.no_grad():
                 other = self._value(node)
         except Exception:
             return  # in the other mode it needs values, or does not run
         finally:
+            module.train(self.training)
             self.is_running = False
             for each, training in modes.items():
                 each.training = training
@@ -140,7 +159,7 @@ class NodeRunner:
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: facts(arg).example)
         target: Any = node.target
         if node.op == "placeholder":
-            return self.arguments[target]
+            return self.inputs[target]
         if node.op == "get_attr":
             return self._attribute(target)
         if node.op == "call_function":

@@ -8,6 +8,7 @@ the original.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sffx.arguments import Arguments
 from sffx.blocks import Input, Leaf
 from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
@@ -28,7 +30,7 @@ from sffx.compiler.trace.leaves import add_leaves, leaf_records
 from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
-from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.runner import Example, NodeRunner
 from sffx.compiler.trace.sizes import depends_on_size
 from sffx.compiler.trace.state import Attributes, counters
 from sffx.compiler.trace.tracer import GuidedTracer
@@ -47,6 +49,7 @@ class Trace:
         root: a copy of the model, which owns every module and tensor that the graph names.
         graph: of the whole model; `facts(node)` is the record of each of its nodes.
         inputs: the placeholders, as traced.
+        arguments: in which they lie.
         leaves: modules with children that could not be traced.
         notes: what was noticed on the way.
     """
@@ -54,6 +57,7 @@ class Trace:
     root: nn.Module
     graph: fx.Graph
     inputs: tuple[Input, ...]
+    arguments: Arguments
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
 
@@ -82,35 +86,44 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
     attributes = Attributes(probe)
-    arguments = example_arguments(probe, example_input, mode, root)
-    _make_leaves_of_counters(probe, arguments, attributes, leaves)
+    form, values = example_arguments(probe, example_input, mode, root)
+    _make_leaves_of_counters(probe, partial(call, probe, form, values), attributes, leaves)
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
-        runner = NodeRunner(mode, probe, root, inputs, training=training)
+        runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
         return GuidedTracer(runner, leaves, num_classes)
 
     def make_tracer(training: bool) -> GuidedTracer:
-        return tracer_on(arguments, training)
+        return tracer_on(values, training)
 
     def settled_on(inputs: dict[str, Any]) -> list[Any] | None:
         return settled_in(probe, tracer_on(inputs, training=True), attributes)
 
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
-    is_of_size = depends_on_size(tracer.settled, arguments, mode, partial(runs, probe), settled_on)
+    is_of_size = depends_on_size(
+        tracer.settled, values, mode, partial(runs, probe, form), settled_on
+    )
     _add_constants_and_flags(root, probe, graph, list(tracer.constants.names))
     return Trace(
         root=root,
         graph=graph,
-        inputs=input_records(graph, root),
+        inputs=input_records(graph, root, form.names),
+        arguments=form,
         leaves=leaf_records(root, leaves),
         notes=tuple(
-            notes(root, graph, checkpointed=tracer.patches.checkpointed, is_of_size=is_of_size)
+            notes(
+                root,
+                graph,
+                constants=form.constants,
+                checkpointed=tracer.patches.checkpointed,
+                is_of_size=is_of_size,
+            )
         ),
     )
 
 
 def _make_leaves_of_counters(
-    probe: nn.Module, arguments: dict[str, Any], before: Attributes, leaves: dict[str, str]
+    probe: nn.Module, run: Callable[[], Any], before: Attributes, leaves: dict[str, str]
 ) -> None:
     """Make leaves of the modules that count their calls, or keep another number of the last one.
 
@@ -118,11 +131,7 @@ def _make_leaves_of_counters(
         TraceError: the model itself is one.
     """
 
-    def run() -> None:
-        with torch.no_grad():
-            call(probe, arguments)
-
-    for module, name in counters(probe, run, before).items():
+    for module, name in counters(probe, torch.no_grad()(run), before).items():
         reason = f"changes its attribute {name!r} at each call"
         if module is probe:
             raise TraceError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.arguments import is_writable
 from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.batch import is_settled, length
@@ -69,19 +71,21 @@ class GuidedTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Make a placeholder of each argument that is a tensor; the others keep their values.
+        """Make a placeholder of each tensor in the arguments; what else they hold, they keep.
 
         fx reads the arguments off the code object of `root_fn`, which is that of a decorator where
         there is one. Here they are those of the example, and all others take their defaults.
         """
-        arguments: dict[str, Any] = {}
-        for name, value in self._runner.arguments.items():
-            is_input = isinstance(value, Tensor)
-            arguments[name] = self.create_proxy("placeholder", name, (), {}) if is_input else value
+        example = self._runner.example
+        inputs: dict[str, Any] = {}
+        for name, value in example.values.items():
+            target = _placeholder_target(name, set(self._runner.inputs) | set(example.values))
+            self._runner.inputs[target] = value
+            inputs[name] = self.create_proxy("placeholder", target, (), {})
 
         def forward() -> Any:
             # Not `root_fn`, the forward of the class: an instance may have one of its own.
-            return find_logits(call(self.root, arguments), self._num_classes)
+            return find_logits(call(self.root, example.form, inputs), self._num_classes)
 
         return forward, []
 
@@ -232,6 +236,16 @@ class GuidedTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         number = length(facts(obj.node).example)
         return iter([operator.getitem(obj, i) for i in range(number)])
+
+
+def _placeholder_target(name: str, taken: set[str]) -> str:
+    """Return what the argument of the graph for an input is called: as the input, if it can be."""
+    if is_writable(name):
+        return name
+    target = re.sub(r"\W", "_", f"input_{name}")
+    while target in taken:
+        target += "_"
+    return target
 
 
 # Methods that read but the dtype and the device of a tensor that is another argument.

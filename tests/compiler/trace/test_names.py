@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from sffx.errors import InputError
+from sffx.draw.graph import block_graph
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
@@ -71,17 +71,46 @@ class _AnyInput(nn.Module):
         return self.head(self.inner(x).relu() + x)
 
 
-@pytest.mark.parametrize(
-    "name", ["block_0", "readout", "plan", "goodness_0", "torch", "input", "inf", "getattr"]
+_INPUT_NAMES = (
+    *("block_0", "readout", "plan", "goodness_0", "graph"),
+    *("torch", "input", "inf", "getattr", "x", "args", "kwargs"),
+    *("class", "in", "two words", "λ", "1"),
 )
-def test_inputs_may_be_called_as_the_parts_of_a_cut_model(name):
+
+
+@pytest.mark.parametrize("name", _INPUT_NAMES)
+def test_inputs_may_have_any_name(name, tmp_path):
+    """Inputs as the parts of a cut model, and such as no argument of a function can be called."""
     model = _AnyInput().eval()
     x = torch.randn(3, 6)
     net = cut_without_norms(model, example={name: x})
-    assert torch.equal(net(**{name: x}), model(**{name: x}))
+    assert [each.name for each in net.plan.inputs] == [name]
+    for each in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)), sffx.extract(net)):
+        assert torch.equal(each(**{name: x}), model(**{name: x}))
+    assert sffx.check(model, net).passed
+    sffx.local_loss(net.train(), {name: x}, torch.zeros(3, dtype=torch.int64)).backward()
+    exits = sffx.EarlyExit(net, threshold=2.0)
+    assert torch.equal(exits({name: x}).scores, exits(x).scores)
+    graph = block_graph(net.plan).source
+    assert f'"input_{name}" -> block_0' in graph or f"input_{name} -> block_0" in graph
 
 
-@pytest.mark.parametrize("name", ["class", "in", "two words"])
-def test_an_input_that_no_argument_can_be_called_as_is_refused(name):
-    with pytest.raises(InputError, match=f"an input is called '{name}'"):
-        sffx.plan(_AnyInput(), example_input={name: torch.randn(3, 6)})
+class _Self(_AnyInput):
+    def forward(this, self: Tensor) -> Tensor:
+        return this.head(this.inner(self).relu() + self)
+
+
+def test_an_input_may_be_called_self():
+    model = _Self().eval()
+    x = torch.randn(3, 6)
+    net = cut_without_norms(model, example=x)
+    for each in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)), sffx.extract(net)):
+        assert torch.equal(each(x), model(x))
+    assert sffx.check(model, net).passed
+
+
+def test_an_exported_file_has_the_names_of_the_model(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = cut_without_norms(_AnyInput(), example={"class": torch.randn(3, 6)})
+    session = onnxruntime.InferenceSession(sffx.export_onnx(net, tmp_path / "net.onnx"))
+    assert [each.name for each in session.get_inputs()] == ["class"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import types
-from typing import Any
 
 import pytest
 import torch
@@ -153,13 +154,90 @@ def test_hooks_of_modules_that_are_traced_through_are_noted():
     assert_same_logits(net.eval(), model.eval())
 
 
-@pytest.mark.parametrize("is_instance", [False, True])
-def test_an_overridden_train_is_noted(is_instance):
-    kind: Any = _Block if is_instance else _Frozen
-    model = nn.Sequential(_Block(6), kind(8), nn.Linear(8, 4))
-    if is_instance:
+@pytest.mark.parametrize("place", ["block", "instance", "model"])
+def test_an_overridden_train_sets_the_modes_of_the_cut_model(place):
+    """Whatever calls train() or eval(): of copies and pickles, and of wrappers, too."""
+    model: nn.Module = nn.Sequential(_Block(6), _Block(8), nn.Linear(8, 4))
+    if place == "block":
+        model[1] = _Frozen(8)
+    elif place == "instance":
         model[1].train = types.MethodType(_train_frozen, model[1])
-    net = cut_without_norms(model)
-    assert any(note.startswith("train() or eval() of 1 is overridden") for note in net.plan.notes)
+    else:
+        model = _FrozenModel(model)
     x = torch.randn(5, 6)
+    net = cut_without_norms(model)
+    assert net.plan.notes == ()
+    report = sffx.check(model, net)
+    assert report.passed, report
+    wrapped = torch.optim.swa_utils.AveragedModel(net)
+    copies = [net, copy.deepcopy(net), wrapped]
+    if place != "instance":  # a pickle holds no method of an instance
+        copies.append(pickle.loads(pickle.dumps(net)))
+    for cut in copies:
+        for training in (True, False, True):
+            model.train(training)
+            cut.train(training)
+            modes = [m.training for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+            own = [m.training for m in cut.modules() if isinstance(m, nn.BatchNorm1d)]
+            assert own == modes
+            assert modes == [training, False]
     assert torch.equal(logits(net.eval(), x), model.eval()(x))
+    plain = sffx.extract(net).train()
+    assert [m.training for m in plain.modules() if isinstance(m, nn.BatchNorm1d)] == [True, False]
+
+
+class _FrozenModel(nn.Module):
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def train(self, mode: bool = True) -> _FrozenModel:
+        super().train(mode)
+        self.layers[1].norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_step_leaves_the_modes_that_an_overridden_train_sets():
+    model = nn.Sequential(_Block(6), _Frozen(8), nn.Linear(8, 4))
+    net = cut_without_norms(model).train()
+    before = net.block_1.get_submodule("1.norm").running_mean.clone()
+    x, y = torch.randn(5, 6), torch.randint(0, 4, (5,))
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=0.1))
+    sffx.local_step(net, x, y, optimizer)
+    sffx.evaluate(net, [(x, y)])
+    sffx.local_step(net, x, y, optimizer, blocks=["classifier"])
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert [norm.training for norm in norms] == [True, False]
+    assert torch.equal(net.block_1.get_submodule("1.norm").running_mean, before)
+
+
+class _Merging(nn.Linear):
+    """Merges a second weight in eval mode, as LoRA layers do."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.extra = nn.Parameter(torch.randn(8, 8))
+        self.is_merged = False
+
+    def train(self, mode: bool = True) -> _Merging:
+        super().train(mode)
+        if mode == self.is_merged:
+            self.weight.data += -self.extra if mode else self.extra
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = 0 if self.is_merged else x @ self.extra.T
+        return super().forward(x) + extra
+
+
+def test_a_layer_that_merges_weights_in_eval_mode_unmerges_them_after_an_evaluation():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), _Merging(), nn.ReLU(), nn.Linear(8, 4))
+    net = cut_without_norms(model).train()
+    x, y = torch.randn(5, 6), torch.randint(0, 4, (5,))
+    before = logits(net, x)
+    sffx.evaluate(net, [(x, y)])
+    torch.testing.assert_close(logits(net, x), before)

@@ -1,0 +1,483 @@
+"""The arguments of a model's forward, in which the inputs of a cut model lie, however deep.
+
+An input of a cut model is one tensor. `model(x, [slow, fast], scale=2)` has the inputs x, paths_0
+and paths_1. What is no tensor is a constant: the cut model holds for its value alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import keyword
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from sffx.errors import InputError
+
+Kind: TypeAlias = Literal["positional", "rest", "keyword"]
+
+# The keys and indices that lead to a value in an argument, behind the argument's name.
+Path: TypeAlias = tuple[Any, ...]
+
+# How deep the attributes of an argument are searched for tensors.
+_DEEPEST = 6
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one input.
+
+    Attributes:
+        name: of the input.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a forward.
+
+    Attributes:
+        name: of the parameter; of one that `*args` or `**kwargs` collects, its own.
+        kind: "rest" for what `*args` collects.
+        value: a slot, a constant, or a list, a tuple, a mapping or a dataclass of such.
+    """
+
+    name: str
+    kind: Kind
+    value: Any
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a forward, in order."""
+
+    entries: tuple[Argument, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return tuple(slot.name for slot in self._slots())
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants by their paths, as "flags[0]"."""
+        found: dict[str, Any] = {}
+
+        def note(value: Any, path: Path) -> Any:
+            if not isinstance(value, Slot):
+                found[_written(path)] = value
+            return value
+
+        for entry in self.entries:
+            _mapped(entry.value, note, (entry.name,))
+        return found
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether each argument is one input of the same name, which Python can write as one."""
+        for entry in self.entries:
+            if entry.value != Slot(entry.name) or not is_writable(entry.name):
+                return False
+        return True
+
+    def fill(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the positional and the keyword arguments, given the inputs by name."""
+
+        def filled(value: Any, path: Path) -> Any:
+            return values[value.name] if isinstance(value, Slot) else value
+
+        positional = []
+        by_name = {}
+        for entry in self.entries:
+            value = _mapped(entry.value, filled, (entry.name,))
+            if entry.kind == "keyword":
+                by_name[entry.name] = value
+            else:
+                positional.append(value)
+        return tuple(positional), by_name
+
+    def example(self, values: Mapping[str, Any]) -> Any:
+        """Return the arguments as one example input: a tuple, or a mapping by name."""
+        positional, by_name = self.fill(values)
+        if not by_name:
+            return positional
+        names = [entry.name for entry in self.entries if entry.kind != "keyword"]
+        return {**dict(zip(names, positional, strict=True)), **by_name}
+
+    def inputs_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs by name, given the arguments of a call.
+
+        The call is one of the model, or it has the inputs alone, in order or by name. Constants may
+        be left out.
+
+        Raises:
+            InputError: the arguments are none of these, or a constant has another value.
+        """
+        failure: InputError | None = None
+        for some, named in _readings(args, kwargs):
+            try:
+                return self._inputs_in_call(some, named)
+            except InputError as error:
+                failure = failure or error
+        names = self.names
+        if not kwargs and len(args) == len(names) and _are_tensors(args):
+            return dict(zip(names, args, strict=True))
+        if not args and kwargs.keys() == set(names) and _are_tensors(list(kwargs.values())):
+            return {name: kwargs[name] for name in names}
+        assert failure is not None
+        raise failure
+
+    def bind(self, x: Any) -> dict[str, Any]:
+        """Return the inputs by name, given x as a loader yields it.
+
+        Args:
+            x: a tuple of positional arguments, a mapping of keyword arguments, or the one argument.
+
+        Raises:
+            InputError: as for `inputs_in`.
+        """
+        if isinstance(x, Mapping):
+            return self.inputs_in((), x)
+        if isinstance(x, tuple):
+            return self.inputs_in(x, {})
+        if isinstance(x, list) and len(self.entries) > 1:
+            return self.inputs_in(tuple(x), {})
+        return self.inputs_in((x,), {})
+
+    def record(self) -> list[Any] | None:
+        """Return the arguments in lists, numbers and strings; None where they hold anything else.
+
+        None as well where they are flat, since the inputs say it all.
+        """
+        if self.is_flat:
+            return None
+        try:
+            return [[each.name, each.kind, _recorded(each.value)] for each in self.entries]
+        except TypeError:
+            return None
+
+    def _slots(self) -> Iterator[Slot]:
+        found: list[Slot] = []
+
+        def note(value: Any, path: Path) -> Any:
+            if isinstance(value, Slot):
+                found.append(value)
+            return value
+
+        for entry in self.entries:
+            _mapped(entry.value, note, (entry.name,))
+        return iter(found)
+
+    def _inputs_in_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        by_position = [entry for entry in self.entries if entry.kind != "keyword"]
+        if len(args) > len(by_position):
+            # What the example passed by name may be passed by position.
+            by_position = list(self.entries)
+        if len(args) > len(by_position):
+            raise InputError(
+                f"x holds {len(args)} arguments, but the model was cut for {len(self.entries)}: "
+                f"{', '.join(entry.name for entry in self.entries)}"
+            )
+        given: dict[str, Any] = {}
+        for entry, value in zip(by_position, args, strict=False):
+            given[entry.name] = value
+        for name, value in kwargs.items():
+            if name in given:
+                raise InputError(f"x holds the argument {name!r} twice")
+            given[name] = value
+        found: dict[str, Any] = {}
+        for entry in self.entries:
+            if entry.name in given:
+                _match(entry.value, given.pop(entry.name), (entry.name,), found)
+            elif _holds_slot(entry.value):
+                raise InputError(f"x lacks the argument {entry.name!r}")
+        if given:
+            raise InputError(
+                f"x holds the argument {next(iter(given))!r}, which the example did not hold. "
+                "Hint: cut the model with an example_input that holds it"
+            )
+        return found
+
+
+def arguments_of(bound: inspect.BoundArguments) -> tuple[Arguments, dict[str, Any]]:
+    """Return the arguments of a call, and the tensors in them by the names of the inputs.
+
+    Of `*x`, with several values, the values are called x_0, x_1 and so on; a single one is x.
+
+    Raises:
+        InputError: an argument holds what can be neither an input nor a constant.
+    """
+    given = list(_given(bound))
+    taken = {name for name, _, value in given if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {}
+
+    def slot(value: Any, path: Path) -> Any:
+        if not isinstance(value, Tensor):
+            _require_constant(value, path)
+            return value
+        name = path[0] if len(path) == 1 else _free_name(path, taken)
+        taken.add(name)
+        tensors[name] = value
+        return Slot(name)
+
+    entries = []
+    for name, kind, value in given:
+        entries.append(Argument(name, kind, _mapped(value, slot, (name,))))
+    return Arguments(tuple(entries)), tensors
+
+
+def recorded_arguments(record: Any) -> Arguments:
+    """Return the arguments that `Arguments.record` has written.
+
+    Raises:
+        ValueError: it is no such record.
+    """
+    entries = []
+    for each in record if isinstance(record, list) else [None]:
+        if not isinstance(each, (list, tuple)) or len(each) != 3:
+            raise ValueError(f"{each!r} is no argument")
+        name, kind, value = each
+        if not isinstance(name, str) or kind not in ("positional", "rest", "keyword"):
+            raise ValueError(f"{each!r} is no argument")
+        entries.append(Argument(name, kind, _read(value)))
+    return Arguments(tuple(entries))
+
+
+def is_writable(name: str) -> bool:
+    """Return whether a method can have an argument of a name."""
+    return name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+
+
+def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
+    """Yield the name, the kind and the value of each argument of a call."""
+    has_gap = False
+    for name, parameter in bound.signature.parameters.items():
+        if name not in bound.arguments:
+            has_gap = True
+            continue
+        value = bound.arguments[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            for i, each in enumerate(value):
+                yield (name if len(value) == 1 else f"{name}_{i}"), "rest", each
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            for own_name, each in value.items():
+                yield own_name, "keyword", each
+        elif parameter.kind is parameter.KEYWORD_ONLY or has_gap:
+            yield name, "keyword", value
+        else:
+            yield name, "positional", value
+
+
+def _mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
+    """Return a copy of a structure with each value in it that is no container changed.
+
+    Args:
+        value: a list, a tuple, a mapping or a dataclass, however deep; or what is to change.
+        change: takes a value and its path.
+        path: of `value`.
+    """
+    if isinstance(value, Slot) or _is_opaque(value):
+        return change(value, path)
+    parts = _parts(value)
+    if parts is None:
+        return change(value, path)
+    changed = {key: _mapped(part, change, (*path, key)) for key, part in parts.items()}
+    return _rebuilt(value, changed)
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """Return what a container holds by key, index or field; None for other values."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", range(len(value)))  # of a named tuple
+        return dict(zip(names, value, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
+    """Return a container like another one, that holds other parts."""
+    if type(value) is dict:
+        return parts
+    if isinstance(value, (tuple, list)):
+        kind: Any = type(value)
+        return kind(*parts.values()) if hasattr(value, "_fields") else kind(parts.values())
+    new = copy.copy(value)
+    for key, part in parts.items():
+        if isinstance(value, Mapping):
+            new[key] = part
+        else:
+            object.__setattr__(new, key, part)  # of a frozen dataclass as well
+    return new
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether a container is a constant as a whole, or is refused as a whole."""
+    return isinstance(value, PackedSequence) or not _holds_tensor(value)
+
+
+def _require_constant(value: Any, path: Path) -> None:
+    is_data = isinstance(value, (np.ndarray, PackedSequence)) or _holds_tensor(value)
+    if is_data:
+        raise InputError(
+            f"the input {_written(path)} is a {type(value).__name__}, whose numbers a cut model "
+            "would freeze. Hint: pass a tensor, or lists, tuples and mappings of tensors; or wrap "
+            "the model in a module whose forward makes it of tensors"
+        )
+
+
+def _holds_tensor(value: Any, depth: int = 0) -> bool:
+    """Whether a tensor is in a value: in its items, however nested, or in its attributes."""
+    if isinstance(value, (Tensor, Slot, np.ndarray)):
+        return True
+    parts = _parts(value)
+    held = list(getattr(value, "__dict__", {}).values()) if parts is None else list(parts.values())
+    if isinstance(value, (set, frozenset)):
+        held = list(value)
+    # An object may refer to itself.
+    return depth < _DEEPEST and any(_holds_tensor(part, depth + 1) for part in held)
+
+
+def _holds_slot(value: Any) -> bool:
+    if isinstance(value, Slot):
+        return True
+    parts = _parts(value) or {}
+    return any(_holds_slot(part) for part in parts.values())
+
+
+def _free_name(path: Path, taken: set[str]) -> str:
+    """Return a name for the input at a path, "images_left_0", that no other input has."""
+    name = re.sub(r"\W", "_", "_".join(map(str, path)))
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _written(path: Path) -> str:
+    """Write a path as Python code, "images['left'][0]"."""
+    name, *keys = path
+    return name + "".join(f"[{key!r}]" for key in keys)
+
+
+def _readings(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
+    """Yield a call as it is, and as one whose only argument is a list or a mapping."""
+    yield args, kwargs
+    if args and not kwargs:
+        yield (list(args),), {}
+        if len(args) == 1 and isinstance(args[0], list):
+            yield args[0], {}
+        if len(args) == 1 and isinstance(args[0], Mapping) and all(map(_is_name, args[0])):
+            yield (), args[0]
+    if kwargs and not args:
+        yield (kwargs,), {}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None:
+    """Add the inputs in a value to those found.
+
+    Args:
+        expected: the argument, or a part of it.
+        given: the value in its place.
+        path: of both.
+        found: the inputs by name; to add to.
+
+    Raises:
+        InputError: the value has another structure, or another constant.
+    """
+    if isinstance(expected, Slot):
+        if not isinstance(given, (Tensor, np.ndarray)):
+            raise InputError(f"{_written(path)} is a {type(given).__name__}, not a tensor")
+        found[expected.name] = given
+        return
+    if not _holds_slot(expected):
+        _require_same(expected, given, path)
+        return
+    parts = _parts(expected) or {}
+    given_parts = _parts(given)
+    are_sequences = isinstance(expected, (tuple, list)) and isinstance(given, (tuple, list))
+    if are_sequences and len(given) == len(parts):  # a collate function makes lists of tuples
+        given_parts = dict(zip(parts, given, strict=True))
+    if given_parts is None or given_parts.keys() != parts.keys():
+        raise InputError(
+            f"{_written(path)} is {_form(given)}, but the model was cut for {_form(expected)}"
+        )
+    for key, part in parts.items():
+        _match(part, given_parts[key], (*path, key), found)
+
+
+def _form(value: Any) -> str:
+    """Write what kind of container a value is, and what it holds."""
+    parts = _parts(value)
+    kind = type(value).__name__
+    if parts is None:
+        return f"a {kind}"
+    if isinstance(value, (tuple, list)):
+        return f"a {kind} of {len(parts)}"
+    return f"a {kind} of {', '.join(map(repr, parts))}"
+
+
+def _require_same(constant: Any, given: Any, path: Path) -> None:
+    try:
+        is_same = given is constant or bool(given == constant)
+    except Exception:
+        is_same = False
+    if not is_same:
+        what = f"a {type(given).__name__}" if _holds_tensor(given) else repr(given)
+        raise InputError(
+            f"{_written(path)} is {what}, but the model was cut for {constant!r}. "
+            "Hint: cut another one for this value"
+        )
+
+
+def _recorded(value: Any) -> Any:
+    if isinstance(value, Slot):
+        return {"input": value.name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"constant": value}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_recorded(part) for part in value]}
+    if type(value) is dict and all(map(_is_name, value)):
+        return {"dict": {key: _recorded(part) for key, part in value.items()}}
+    raise TypeError(f"a {type(value).__name__} cannot be recorded")
+
+
+def _read(record: Any) -> Any:
+    """Return a value that `_recorded` has written.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(record, Mapping) or len(record) != 1:
+        raise ValueError(f"{record!r} is no value of an argument")
+    ((kind, content),) = record.items()
+    if kind == "input" and isinstance(content, str):
+        return Slot(content)
+    if kind == "constant" and (content is None or isinstance(content, (bool, int, float, str))):
+        return content
+    if kind in ("list", "tuple") and isinstance(content, (list, tuple)):
+        parts = [_read(part) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    if kind == "dict" and isinstance(content, Mapping):
+        return {key: _read(part) for key, part in content.items()}
+    raise ValueError(f"{record!r} is no value of an argument")

@@ -49,6 +49,7 @@ from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.verify import twin
 from sffx.errors import CheckError, InputError
 from sffx.extraction import extract
+from sffx.inputs import bind
 from sffx.net import plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
@@ -95,7 +96,8 @@ def check(
     Args:
         model: that was cut. After training, it is compared by `check(sffx.extract(net), net)`.
         net: what `transform` returned for it.
-        example_input: not needed, since the plan holds the arguments; earlier versions took it.
+        example_input: that `transform` was given. It is not needed, since the plan holds the
+            arguments; but another one is refused.
         raises: whether a difference is an error; else the report holds it.
 
     Returns:
@@ -104,8 +106,11 @@ def check(
     Raises:
         CheckError: the cut model differs from the model. It names the node and the module at which
             the values part, and its `report` holds the rest.
-        InputError: `net` is no cut model, or the model cannot be copied.
+        InputError: `net` is no cut model or was cut for other arguments, or the model cannot be
+            copied.
     """
+    if example_input is not None:
+        bind(plan_of(net), example_input)
     report = _Check(model, net).complete()
     if raises and report.difference is not None:
         raise CheckError(str(report.difference), report)

@@ -422,7 +422,7 @@ def test_transform_notes_what_differs_at_other_sizes(monkeypatch):
     net = cut(traced, IMAGE)
     before = len(net.plan.notes)
     monkeypatch.setattr(Padded, "forward", pads_at_other_sizes)
-    noted = checked(model, net, IMAGE, True)
+    noted = checked(model, net, True)
     assert noted is net  # the object that was verified
     assert any("x (3, 11, 13)" in note for note in net.plan.notes)
     assert len(net.plan.notes) == before + 2
@@ -454,5 +454,5 @@ def test_what_torch_does_otherwise_without_gradients_is_noted():
 def test_the_quick_check_is_a_part_of_the_whole():
     model = Residual()
     net = cut(model, IMAGE)
-    quick = set(quick_check(model, net, IMAGE).errors)
+    quick = set(quick_check(model, net).errors)
     assert quick <= set(sffx.check(model, net).errors)

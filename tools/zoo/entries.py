@@ -29,6 +29,8 @@ ZOOS = {
     "x-transformers": "x_transformers",
     "monai": "monai",
     "ultralytics": "ultralytics",
+    "spikingjelly": "spikingjelly",
+    "snntorch": "snntorch",
 }
 
 # The arguments of a call by keyword; "x" alone is passed by position.

@@ -87,7 +87,7 @@ MODELS = {
     "crossformer": _listed(
         "crossformer",
         "CrossFormer",
-        _STAGES,
+        {**_STAGES, "dim": (32, 32, 64, 64)},
         (3, 64, 64),
         local_window_size=2,
         global_window_size=(4, 2, 2, 1),
@@ -126,7 +126,6 @@ MODELS = {
         mlp_mult=2,
         num_distill_classes=CLASSES,
     ),
-    "local_vit": _listed("local_vit", "LocalViT", _SQUARE),
     "look_vit": _listed(
         "look_vit",
         "LookViT",
@@ -203,15 +202,11 @@ MODELS = {
         "sep_vit",
         "SepViT",
         {"num_classes": CLASSES, "dim": 16, "depth": (1, 1, 2), "heads": (1, 2, 2)},
-        (3, 64, 64),
-        window_size=4,
+        (3, 112, 112),
         dim_head=8,
         ff_mult=2,
     ),
     "simple_flash_attn_vit": _listed("simple_flash_attn_vit", "SimpleViT", _SQUARE),
-    "simple_flash_attn_vit_off": _listed(
-        "simple_flash_attn_vit", "SimpleViT", _SQUARE, use_flash=False
-    ),
     "simple_flash_attn_vit_3d": _listed(
         "simple_flash_attn_vit_3d", "SimpleViT", _CLIP, (3, 4, 32, 32)
     ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 def logits_of(output: Any, num_classes: int) -> Any:
     """Return the logits in what a plain model returned.
 
-    What is called "logits" comes first, then the first float tensor of shape (B, J).
+    What is called "logits" comes first, then the first float tensor of shape (B, J). Probabilities
+    do not count where what they are made of is returned as well.
     """
     if isinstance(output, Mapping) and "logits" in output:
         return logits_of(output["logits"], num_classes)
@@ -21,10 +23,22 @@ def logits_of(output: Any, num_classes: int) -> Any:
         return logits_of(output.logits, num_classes)
     if is_dataclass(output):
         output = list(vars(output).values())
+    found = []
     for value in tree_leaves(output):
         if isinstance(value, Tensor) and _could_be_logits(value, num_classes):
+            found.append(value)
+    for value in found:
+        if not any(_are_probabilities(value, other) for other in found if other is not value):
             return value
     return output
+
+
+def _are_probabilities(value: Tensor, logits: Tensor) -> bool:
+    """Return whether a value is what a softmax or a sigmoid makes of other values."""
+    if value.shape != logits.shape or value.dtype != logits.dtype:
+        return False
+    made = (logits.softmax(1), logits.log_softmax(1), logits.sigmoid())
+    return any(torch.allclose(value, each) for each in made)
 
 
 def _could_be_logits(value: Tensor, num_classes: int) -> bool:

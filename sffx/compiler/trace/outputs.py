@@ -19,8 +19,9 @@ def find_logits(value: Any, num_classes: int | None) -> Any:
 
     1. The one value that it returns.
     2. In a mapping or a record, what is called "logits".
-    3. Where several could be logits and differ in width, the one with `num_classes` columns.
-    4. Else the first that could be logits, or the first of all.
+    3. No probabilities, where what they are made of is returned as well.
+    4. Where several could be logits and differ in width, the one with `num_classes` columns.
+    5. Else the first that could be logits, or the first of all.
 
     Raises:
         TraceError: several could be, and `num_classes` does not say which.
@@ -36,7 +37,30 @@ def find_logits(value: Any, num_classes: int | None) -> Any:
         return value
     if not value:
         return None
-    return _logits_among(value, num_classes)
+    return _logits_among(_without_probabilities(value), num_classes)
+
+
+def _without_probabilities(values: tuple[Any, ...] | list[Any]) -> list[Any]:
+    """Return the values that are not the softmax or the sigmoid of another one."""
+    nodes = {value.node for value in values if isinstance(value, fx.Proxy)}
+    kept = []
+    for value in values:
+        if not isinstance(value, fx.Proxy) or _source_of_probabilities(value) not in nodes:
+            kept.append(value)
+    return kept
+
+
+def _source_of_probabilities(value: fx.Proxy) -> fx.Node | None:
+    """Return what a softmax or a sigmoid was applied to; None for what anything else computes."""
+    node = value.node
+    call = node.target
+    if node.op == "call_module":
+        tracer: Any = value.tracer
+        call = type(tracer.root.get_submodule(str(call)))
+    name = str(getattr(call, "__name__", call)).lower().replace("_", "")
+    if name not in ("softmax", "logsoftmax", "sigmoid"):
+        return None
+    return node.all_input_nodes[0]
 
 
 def _logits_among(values: tuple[Any, ...] | list[Any], num_classes: int | None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
+from sffx.plain import logits_of
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
@@ -106,17 +107,37 @@ def test_the_logits_are_found_wherever_they_are(code):
 class _Other(nn.Module):
     """Returns another kind of thing in eval mode."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Any) -> None:
         super().__init__()
-        self.linear = nn.Linear(6, 4)
+        self.linear, self.softmax, self.make = nn.Linear(6, 4), nn.Softmax(1), make
 
     def forward(self, x: Tensor) -> Any:
         y = self.linear(x)
-        return y if self.training else (y.softmax(1), y)
+        return y if self.training else self.make(self, y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m, y: (y.softmax(1), y),
+        lambda m, y: (y, y.softmax(1)),
+        lambda m, y: [F.log_softmax(y, 1), y],
+        lambda m, y: (torch.sigmoid(y), {"scores": y}["scores"]),
+        lambda m, y: (m.softmax(y), y, y.mean(1)),
+    ],
+)
+def test_probabilities_beside_the_logits_are_not_the_logits(make):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(make))
+    net = cut_without_norms(model, "layer", torch.randn(2, 6))
+    assert not net.plan.leaves
+    x = torch.randn(3, 6)
+    expected = model.train()(x)
+    assert torch.equal(net.eval()(x), expected)
+    assert torch.equal(logits_of(model.eval()(x), 4), expected)
 
 
 def test_a_head_that_returns_other_things_in_eval_mode_is_refused():
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other())
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(lambda m, y: (y * 2, y)))
     said = r"_Other returns a tensor of shape \(B, 4\) in train mode and a tuple"
     with pytest.raises(TraceError, match=said):
         sffx.plan(model, "layer")

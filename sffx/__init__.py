@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sffx import policies
+    from sffx import policies, tasks
     from sffx.api import plan, transform
     from sffx.blocks import Block, BlockPlan
     from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -94,6 +94,7 @@ __all__ = [
     "save_checkpoint",
     "sff_loss",
     "shard",
+    "tasks",
     "transform",
     "weigh",
 ]
@@ -150,6 +151,7 @@ _MODULE_OF = {
     "save_checkpoint": "sffx.checkpoint",
     "sff_loss": "sffx.learning.losses",
     "shard": "sffx.runtime.shard",
+    "tasks": "sffx.tasks",
     "transform": "sffx.api",
     "weigh": "sffx.runtime.weigh",
 }
@@ -160,8 +162,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sffx' has no attribute {name!r}")
     module = import_module(_MODULE_OF[name])
-    # "policies" alone is a module itself.
-    value = module if name == "policies" else getattr(module, name)
+    # Two of the names are modules themselves.
+    value = module if name in ("policies", "tasks") else getattr(module, name)
     # From now on Python finds the name without calling this function.
     globals()[name] = value
     return value

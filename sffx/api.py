@@ -26,6 +26,8 @@ from sffx.learning.norms import make_norms, norm_maker
 from sffx.net import CutModel
 from sffx.policies import AnyPolicy, policy_named
 from sffx.progress import running
+from sffx.tasks import Task
+from sffx.tasks.records import require_task
 
 
 @running("cutting the model")
@@ -41,13 +43,14 @@ def transform(
     norm: NormName | NormMaker = "layer",
     recompute: bool = True,
     check: bool | Literal["auto"] = "auto",
+    task: Task | None = None,
 ) -> CutModel:
-    """Cut a classifier into blocks that learn from their own losses.
+    """Cut a model into blocks that learn from their own losses.
 
     Args:
-        model: a classifier. Its output is logits (B, J), or holds them first or as `.logits`. Where
-            several outputs could be logits, `num_classes` tells which. The model is copied, and
-            left as it is.
+        model: a classifier, or a model with another task. A classifier's output is logits (B, J),
+            or holds them first or as `.logits`. Where several outputs could be logits,
+            `num_classes` tells which. The model is copied, and left as it is.
         policy: where to cut. "residual", "batchnorm", "layer" or "module"; or one of
             `sffx.policies` with its parameters, as `stages(4)` or "stages(4)"; or names of nodes to
             cut after (`sffx.plan` lists them); or a function of your own (see `sffx.policies`).
@@ -72,11 +75,15 @@ def transform(
             does it. "auto" compares three calls of a small model, which adds less than half to the
             time of the cut, and nothing of a large one. What differs at other sizes or under
             `torch.no_grad()` only is a note of the plan.
+        task: what the model predicts and what a target is, one of `sffx.tasks`. None infers it
+            from the output, and refuses an output that is not clear. A task that was inferred and
+            is not classification is a note of the plan.
 
     Returns:
         An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the
-        goodness of every block and the classifier's logits, (K, B, J). In eval mode it returns the
-        scores (B, J) that `net.readout.mode` chooses. `net.plan` is its block plan.
+        goodness of every block and the classifier's logits, (K, B, J); for another task than
+        classification, a tuple with the scores of each block. In eval mode it returns the scores
+        (B, J) that `net.readout.mode` chooses. `net.plan` is its block plan.
 
     Raises:
         InputError: an argument cannot be used, or the input cannot be inferred.
@@ -84,9 +91,9 @@ def transform(
         CutError: there is nothing to cut, or no cut can lie where one was asked for.
         CheckError: the cut model does not compute what the model computes.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute))
+    options = _valid(Options(goodness, kernel_size, norm, recompute), task)
     name, choose = policy_named(policy)
-    traced = trace(model, example_input, num_classes)
+    traced = trace(model, example_input, num_classes, task)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
@@ -113,27 +120,30 @@ def plan(
     kernel_size: int = 1,
     norm: NormName | NormMaker = "layer",
     recompute: bool = True,
+    task: Task | None = None,
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model.
 
     The arguments and errors are those of `transform`.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute))
+    options = _valid(Options(goodness, kernel_size, norm, recompute), task)
     name, choose = policy_named(policy)
-    traced = trace(model, example_input, num_classes)
+    traced = trace(model, example_input, num_classes, task)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
     return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
 
 
-def _valid(options: Options) -> Options:
+def _valid(options: Options, task: Task | None) -> Options:
     """Return the options.
 
     Raises:
-        InputError: a goodness or a norm does not exist, or an option does not go with another.
+        InputError: a goodness or a norm does not exist, an option does not go with another, or a
+            goodness has no form for the task.
     """
+    require_task(task)
     # Called for their errors only: a wrong name is reported before the model is traced.
-    goodness_maker(options)
+    goodness_maker(options, task)
     norm_maker(options)
     return options

@@ -14,6 +14,7 @@ from sffx.arguments import Arguments
 from sffx.errors import InputError
 from sffx.parts import head_name
 from sffx.tables import Column, html_table, in_mib, text_table
+from sffx.tasks import CLASSIFICATION, Task, task_record
 
 COLUMNS = (
     Column("block", "left"),
@@ -262,12 +263,13 @@ class BlockPlan:
         policy: name of the policy that chose the cuts.
         blocks: the feature blocks, in order.
         classifier: the part of the model after the last cut.
-        num_classes: J, the width of the model's output.
+        num_classes: J, the width of the model's output: classes, labels or numbers.
         inputs: the model's inputs as traced.
         arguments: of the model's forward, in which the inputs lie; None where each input is one.
         leaves: modules with children that were not traced.
         notes: remarks for the reader of the plan, one sentence each.
         options: how the blocks learn, and the norm between them.
+        task: what the model predicts, and what a target is.
     """
 
     model: str
@@ -280,6 +282,7 @@ class BlockPlan:
     notes: tuple[str, ...]
     options: Options = Options()
     arguments: Arguments | None = None
+    task: Task = CLASSIFICATION
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -334,7 +337,7 @@ class BlockPlan:
         for value in self.inputs:
             inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
         nested = None if self.nested is None else self.nested.record()
-        return {
+        record = {
             "policy": self.policy,
             "after": [block.output for block in self],
             "inputs": inputs,
@@ -342,6 +345,10 @@ class BlockPlan:
             **self.options.record(),
             **({} if nested is None else {"arguments": nested}),
         }
+        # A record without a task is one of classification, as all were once.
+        if self.task != CLASSIFICATION:
+            record["task"] = task_record(self.task)
+        return record
 
     @cached_property
     def _most_kept(self) -> int:
@@ -367,7 +374,8 @@ class BlockPlan:
         return html_table(COLUMNS, rows, caption=self._heading()) + "".join(remarks)
 
     def _heading(self) -> str:
-        size = f"{len(self)} feature blocks and the classifier, {self.num_classes} classes"
+        outputs = self.task.count_in_words(self.num_classes)
+        size = f"{len(self)} feature blocks and the classifier, {outputs}"
         return f"{self.model}, policy {self.policy!r}: {size}"
 
     def _remarks(self) -> list[str]:

@@ -95,6 +95,19 @@ def batch_size(values: Mapping[str, Any]) -> int:
     )
 
 
+def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
+    """Return the input that marks real tokens, (B, T), zero at padding; None where there is none.
+
+    Args:
+        plan: of the cut model.
+        x: its input, as `bind` takes it.
+    """
+    for each in plan.inputs:
+        if each.marks_tokens:
+            return bind(plan, x)[each.name]
+    return None
+
+
 def batches(loader: Any) -> Iterator[Any]:
     """Return an iterator over what a loader yields. A long one says how far it is.
 

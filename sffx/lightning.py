@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.checkpoint.entries import own_entries
 from sffx.errors import InputError, MissingExtra
-from sffx.learning.losses import LossFunctions, check_labels
+from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups
 from sffx.runtime.step import local_loss
+from sffx.tasks import CLASSIFICATION, Sums, Task
 
 try:
     from lightning.pytorch import LightningModule
@@ -28,14 +28,17 @@ try:
 except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
 
+_SHORT = {"accuracy": "acc"}  # names of metrics in the log
+
 PLATEAU_KEY = "sffx_plateau"  # the entry of a checkpoint with the state of a `BlockPlateau`
 
 
-class _Classifier(LightningModule):
+class _Predictor(LightningModule):
     """What both modules share: AdamW over named groups, a plateau for each group, the metrics.
 
     Attributes:
         net: the model that is trained.
+        task: what it predicts.
         answer: the name of the scores that are logged as "val_acc" and "val_loss". Others are
             logged as "val_acc/<name>".
         plateau: lowers the learning rate of each group by the validation loss of the scores that
@@ -43,6 +46,7 @@ class _Classifier(LightningModule):
     """
 
     answer: str
+    task: Task = CLASSIFICATION
 
     def __init__(
         self, net: nn.Module, weight_decay: float, plateau: Mapping[str, Any] | None
@@ -53,6 +57,8 @@ class _Classifier(LightningModule):
         self.plateau_options = plateau
         self.plateau: BlockPlateau | None = None
         self._saved_plateau: Mapping[str, Any] | None = None
+        # Of the present epoch, by the name of the readout.
+        self._sums: dict[str, Sums] = {}
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups, each with a name and a learning rate."""
@@ -93,6 +99,18 @@ class _Classifier(LightningModule):
         """Log loss and accuracy of every readout on a batch (x, y)."""
         self._log_scores("val", batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of an epoch that was broken off."""
+        self._sums.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the sums of an epoch that was broken off."""
+        self._sums.clear()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics that are no means over batches."""
+        self._log_other_metrics("test")
+
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log as in validation, under "test_acc" and "test_loss"."""
         self._log_scores("test", batch)
@@ -109,6 +127,7 @@ class _Classifier(LightningModule):
 
         Checkpoints are written after this, so they hold the learning rates of the next epoch.
         """
+        self._log_other_metrics("val")
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         if self.plateau is not None:
@@ -151,20 +170,46 @@ class _Classifier(LightningModule):
     def _log_scores(self, stage: str, batch: Any) -> None:
         x, y = _pair(batch)
         for name, scores in self.scores(x).items():
-            check_labels(y, *scores.shape)
-            metrics = {
-                self._key(f"{stage}_loss", name): F.cross_entropy(scores, y),
-                self._key(f"{stage}_acc", name): (scores.argmax(dim=1) == y).float().mean(),
-            }
-            # The batch size makes the epoch's mean exact where the last batch is smaller.
+            self.task.check_labels(y, len(y), self.task.num_outputs(scores.shape))
+            sums = self.task.sums(scores, y)
+            count = int(sums["count"])
+            means: dict[str, Tensor] = {"loss": self.task.loss(scores, y)}
+            for metric, source in self.task.means.items():
+                if metric != "loss":
+                    means[metric] = sums[source].float() / max(count, 1)
+            metrics = {}
+            for metric, mean in means.items():
+                metrics[self._metric_key(stage, metric, name)] = mean
+            # The count makes the epoch's mean exact where the last batch is smaller.
             is_answer = name == self.answer
-            self.log_dict(metrics, batch_size=len(y), sync_dist=True, prog_bar=is_answer)
+            self.log_dict(metrics, batch_size=count, sync_dist=True, prog_bar=is_answer)
+            self._add_sums(name, sums)
+
+    def _add_sums(self, name: str, sums: Sums) -> None:
+        """Keep the sums of metrics that are no means, until the epoch ends."""
+        kept = self._sums.setdefault(name, {})
+        for key, value in sums.items():
+            kept[key] = kept[key] + value.double() if key in kept else value.double()
+
+    def _log_other_metrics(self, stage: str) -> None:
+        """Log at the end of an epoch the metrics that are no means over batches."""
+        for name, sums in self._sums.items():
+            total = {}
+            for key, value in sums.items():
+                total[key] = self.trainer.strategy.reduce(value, reduce_op="sum")
+            for metric, value in self.task.metrics(total).items():
+                if metric not in self.task.means:
+                    self.log(self._metric_key(stage, metric, name), value)
+        self._sums.clear()
+
+    def _metric_key(self, stage: str, metric: str, name: str) -> str:
+        return self._key(f"{stage}_{_SHORT.get(metric, metric)}", name)
 
     def _key(self, metric: str, name: str) -> str:
         return metric if name == self.answer else f"{metric}/{name}"
 
 
-class SFFModule(_Classifier):
+class SFFModule(_Predictor):
     """A cut model that a Trainer trains block by block with AdamW.
 
     It logs
@@ -172,7 +217,8 @@ class SFFModule(_Classifier):
     - "train_loss";
     - "val_acc" and "val_loss" of the ensemble;
     - "val_acc/block_0", "val_loss/block_0" and so on of every block, of the last block ("last"), of
-      the classifier, and of "weighted" where `sffx.weigh` weighed the blocks;
+      the classifier, and of "weighted" where `sffx.weigh` weighed the blocks. For another task than
+      classification, its metrics in the place of the accuracy, such as "val_mean_iou";
     - "lr/block_0" and so on.
 
     `sffx.load_checkpoint`, `sffx-viz` and `sffx-export` read its checkpoints.
@@ -203,8 +249,9 @@ class SFFModule(_Classifier):
         plateau: Mapping[str, Any] | None = None,
         loss_fn: LossFunctions | None = None,
     ) -> None:
-        plan_of(net)  # raises if it is no cut model
+        plan = plan_of(net)  # raises if it is no cut model
         super().__init__(net, weight_decay, plateau)
+        self.task = plan.task
         self.lr = lr
         self.classifier_lr = classifier_lr
         self.loss_fn = loss_fn
@@ -223,8 +270,8 @@ class SFFModule(_Classifier):
         return scores_by_name(self.net, block_scores(self.net, x))
 
 
-class BPModule(_Classifier):
-    """A plain classifier that a Trainer trains by backpropagation with AdamW.
+class BPModule(_Predictor):
+    """A plain model that a Trainer trains by backpropagation with AdamW.
 
     It is the baseline for `SFFModule`. It logs "train_loss", "val_acc", "val_loss" and "lr/model".
 
@@ -234,6 +281,7 @@ class BPModule(_Classifier):
         weight_decay: of AdamW.
         plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the
             validation loss. None keeps the learning rate.
+        task: what the model predicts, one of `sffx.tasks`.
 
     Raises:
         InputError: `net` is a cut model.
@@ -247,14 +295,16 @@ class BPModule(_Classifier):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         plateau: Mapping[str, Any] | None = None,
+        task: Task = CLASSIFICATION,
     ) -> None:
         if is_cut(net):
             raise InputError(
                 "net is a cut model. Hint: pass the model that it was cut from, or use SFFModule"
             )
         super().__init__(net, weight_decay, plateau)
+        self.task = task
         self.lr = lr
-        self.save_hyperparameters(ignore=["net"])
+        self.save_hyperparameters(ignore=["net", "task"])
 
     def groups(self) -> list[dict[str, Any]]:
         """Return one parameter group, named "model"."""
@@ -262,8 +312,8 @@ class BPModule(_Classifier):
         return [{"params": trained, "lr": self.lr, "name": "model"}]
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
-        """Return the cross-entropy of a batch."""
-        return F.cross_entropy(self._logits(x), y)
+        """Return the loss of a batch, that of the task."""
+        return self.task.loss(self._logits(x), y)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""

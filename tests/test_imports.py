@@ -16,6 +16,7 @@ PACKAGE = Path(sffx.__file__).parent
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
     ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
+    ("tasks",),
     ("parts", "arguments", "blocks"),
     ("learning",),
     ("net",),
@@ -103,4 +104,4 @@ def test_type_checkers_see_the_names_that_are_imported_when_used():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("sffx."):
             seen.update({alias.name: node.module for alias in node.names})
     assert seen == {name: sffx._MODULE_OF[name] for name in seen}
-    assert set(sffx._MODULE_OF) == set(sffx.__all__) == {*seen, "policies"}
+    assert set(sffx._MODULE_OF) == set(sffx.__all__) == {*seen, "policies", "tasks"}

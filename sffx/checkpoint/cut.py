@@ -14,6 +14,7 @@ from sffx.checkpoint.entries import CUT_KEY
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.policies import Cuts, Policy, named
 from sffx.errors import InputError
+from sffx.tasks import CLASSIFICATION, task_of_record
 
 # The options that may be a callable. The record then has only the name of the callable.
 CALLABLE_OPTIONS = ("goodness", "norm")
@@ -31,6 +32,8 @@ def check_cut(cut: Any) -> None:
             raise InputError(
                 f"the entry {CUT_KEY!r} has {cut[name]!r} for {name!r}, not {meaning}. {hint}"
             )
+    if "task" in cut:
+        task_of_record(cut["task"])  # raises for what is no task
     if "arguments" in cut:
         _check_arguments(cut, hint)
 
@@ -109,6 +112,8 @@ def recorded_options(cut: Mapping[str, Any]) -> dict[str, Any]:
         "example_input": _recorded_example(cut),
         "num_classes": cut["num_classes"],
         "kernel_size": cut["kernel_size"],
+        # A record without a task is one of classification.
+        "task": task_of_record(cut["task"]) if "task" in cut else CLASSIFICATION,
     }
     for name in CALLABLE_OPTIONS:
         # The name of a callable is no argument: the user passes the callable again.

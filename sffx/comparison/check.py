@@ -339,13 +339,14 @@ class _Check:
         probe = twin(self._net, computed_tensors(self._net)).eval()
         names = [each.name for each in self._plan.inputs]
         values = {name: self._batches.draw(batch)[name] for name in names}
-        expected = (batch, self._plan.num_classes)
+        task = self._plan.task
         with torch.no_grad():
+            expected = (batch, *self._plan.classifier.shape)
             for stage, scores in walk(probe, values):
-                if tuple(scores.shape) != expected:
+                if not task.fits(scores.shape, expected):
                     problem = f"the scores of {stage.name} have shape {tuple(scores.shape)}"
                     place = Place(stage.name, stage.plan.output, stage.plan.name)
-                    self._differ(where, f"{problem}, not (B, J) = {expected}", place=place)
+                    self._differ(where, f"{problem}, not {task.shapes} = {expected}", place=place)
                     return
         self._errors[where] = 0.0
 

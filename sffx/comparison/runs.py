@@ -73,7 +73,7 @@ def run_model(model: nn.Module, run: Run, plan: BlockPlan) -> Outcome:
     args, kwargs = plan.call_arguments(copied(run.values))
 
     def call() -> Any:
-        return logits_of(model(*args, **kwargs), plan.num_classes)
+        return logits_of(model(*args, **kwargs), plan)
 
     named = dict(model.named_parameters(remove_duplicate=False))
     return _outcome(model, run, call, named)

@@ -40,7 +40,7 @@ def partition(
         num_classes: J, checked against the width of the logits where given.
 
     Raises:
-        InputError: `num_classes` is not the width of the logits, or there is one logit.
+        InputError: `num_classes` is not the width of the logits, or the task needs another width.
     """
     width = _width_of_logits(analysis, num_classes)
     members = _members(analysis, cuts.after)
@@ -63,16 +63,14 @@ def partition(
         leaves=trace.leaves,
         notes=tuple(notes),
         options=options,
+        task=trace.task,
     )
 
 
 def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
-    width = int(facts(analysis.nodes[analysis.logits]).example.shape[1])
-    if width < 2:
-        raise InputError(
-            "the model returns one logit, but a goodness tells classes apart. "
-            "Hint: for two classes, give it two logits"
-        )
+    task = analysis.trace.task
+    width = task.num_outputs(facts(analysis.nodes[analysis.logits]).example.shape)
+    task.require_outputs(width)
     if num_classes not in (None, width):
         raise InputError(
             f"num_classes is {num_classes}, but the model returns {width} logits. "

@@ -54,7 +54,7 @@ def rewrite(
     for i, norm in enumerate(norms):
         if norm is not None:
             parts[norm_name(i)] = norm
-    parts[READOUT] = Readout()
+    parts[READOUT] = Readout(plan.task)
     root = nn.Module()
     root.training = trace.root.training
     for block in plan.all_blocks:

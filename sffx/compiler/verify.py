@@ -3,7 +3,8 @@
 1. The graph lints.
 2. No parameter has a gradient from the loss of a block that is not its own.
 3. No in-place write touches a value that crosses a cut or feeds a head.
-4. Each block has one goodness of shape (B, J), and the logits have that shape too.
+4. Each block has one goodness of shape (B, J), and the logits have that shape too. For another
+   task than classification, the task says which shapes go with the model's output.
 5. A norm returns a value of the shape that it is given.
 
 The model runs on fake tensors, stage by stage, with its own detaches and no others.
@@ -131,15 +132,17 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
 
 
 def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
-    expected = (TRACE_BATCH, plan.num_classes)
+    expected = (TRACE_BATCH, *plan.classifier.shape)
     sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
     for own, source in zip(scores, sources, strict=True):
         if not isinstance(own, Tensor):
             raise VerifyError(f"{source} returns a {type(own).__name__}, not a tensor")
         if not own.is_floating_point():
             raise VerifyError(f"{source} returns {own.dtype}, not floats")
-        if tuple(own.shape) != expected:
-            raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not (B, J) = {expected}")
+        if not plan.task.fits(own.shape, expected):
+            raise VerifyError(
+                f"{source} returns shape {tuple(own.shape)}, not {plan.task.shapes} = {expected}"
+            )
 
 
 def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan) -> None:
@@ -149,7 +152,7 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
     a parameter of another block is among them, a backward pass tells whether it gets a gradient.
     """
     names: dict[Tensor, str] = {p: name for name, p in net.named_parameters() if p.requires_grad}
-    labels = torch.zeros(TRACE_BATCH, dtype=torch.int64, device=scores[0].device)
+    targets = plan.task.example_targets(scores[-1].shape, scores[-1].device)
     losses_by_name: dict[str, list[str]] = {}
     for own, block in zip(scores, plan.all_blocks, strict=True):
         foreign = []
@@ -158,7 +161,7 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
                 foreign.append(leaf)
         if not foreign:
             continue
-        loss = block_loss(own, labels)
+        loss = block_loss(own, targets, task=plan.task)
         gradients = torch.autograd.grad(loss, foreign, retain_graph=True, allow_unused=True)
         for parameter, gradient in zip(foreign, gradients, strict=True):
             if gradient is not None:

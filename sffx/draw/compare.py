@@ -83,7 +83,8 @@ def comparison(plans: Sequence[BlockPlan]) -> str:
                 figures.parameters,
             )
         )
-    title = f"{plans[0].model}, {plans[0].num_classes} classes, by {len(plans)} policies"
+    outputs = plans[0].task.count_in_words(plans[0].num_classes)
+    title = f"{plans[0].model}, {outputs}, by {len(plans)} policies"
     return f"{title}\n{text_table(COLUMNS, rows)}"
 
 

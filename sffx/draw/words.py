@@ -58,7 +58,7 @@ def plan_facts(plan: BlockPlan) -> str:
     in_largest = short_byte_size(max(kept))
     facts = (
         f"policy {plan.policy}",
-        f"{plan.num_classes} classes",
+        plan.task.count_in_words(plan.num_classes),
         f"{short_number(macs)} MACs",
         f"activations kept for one sample: {in_all} in all, {in_largest} in the largest block",
     )

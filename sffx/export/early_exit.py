@@ -23,12 +23,13 @@ from sffx.export.exit_files import load
 from sffx.export.exit_stage import exit_stages
 from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
-from sffx.learning.losses import check_labels
 from sffx.learning.readouts import mean_goodness
 from sffx.net import cut_model
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
+from sffx.tasks import CLASSIFICATION
+from sffx.tasks.task import require_confidence
 from sffx.tensors import copied
 
 # A threshold that no confidence reaches, since a softmax is at most 1.
@@ -116,12 +117,14 @@ class EarlyExit:
         batched: names of the values that have a batch axis.
 
     Raises:
-        InputError: `net` is no cut model or is sharded, or `threshold` is not a number above 0.
+        InputError: `net` is no cut model, is sharded or does not tell classes of a sample apart, or
+            `threshold` is not a number above 0.
     """
 
     def __init__(self, net: nn.Module, threshold: float = 0.9) -> None:
         cut = cut_model(net)
         make_whole(cut)
+        require_confidence(cut.plan.task)
         self.threshold = threshold
         self.inputs = cut.plan.inputs
         self.nested = cut.plan.nested
@@ -317,7 +320,7 @@ class EarlyExit:
         for batch in batches(loader):
             x, y = split_batch(batch)
             means = self.cumulative(x).cpu()
-            check_labels(y, means.shape[1], means.shape[2])
+            CLASSIFICATION.check_labels(y, means.shape[1], means.shape[2])
             confidence.append(_confidence(means).T)
             correct.append((means.argmax(dim=2) == y.cpu()).T)
         if not sum(map(len, confidence)):

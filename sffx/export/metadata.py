@@ -4,6 +4,8 @@ It travels in the exported file as one JSON object with the keys
 
 - "readout": "ensemble", "last", "classifier", "weighted" or "cumulative";
 - "class_names": the names of the J classes in the order of the scores, or null;
+- "task": what the scores are, for another task than classification, as
+  `sffx.tasks.task_record` writes it;
 - "mean" and "std": the numbers with which each channel was normalised in training,
   `(x - mean) / std`, or null. The graph does not normalise.
 
@@ -26,6 +28,7 @@ from typing import Any
 
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError
+from sffx.tasks import CLASSIFICATION, task_record
 
 KEY = "sffx"
 FILE = "sffx.json"
@@ -44,11 +47,13 @@ def metadata(
         InputError: the number of names is not J, or `mean` and `std` do not fit each other or the
             channels of an input.
     """
-    content = {
+    content: dict[str, Any] = {
         "readout": readout,
         "class_names": _checked_names(class_names, plan.num_classes),
         **_checked_normalisation(plan.inputs, mean, std),
     }
+    if plan.task != CLASSIFICATION:
+        content["task"] = task_record(plan.task)
     return json.dumps(content, ensure_ascii=False)
 
 

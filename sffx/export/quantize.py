@@ -26,9 +26,9 @@ from sffx.export.onnx import described_inputs, open_session, require_packages
 from sffx.files import as_path, writing
 from sffx.inputs import batches as each_batch
 from sffx.inputs import split_batch
-from sffx.learning.losses import check_labels
 from sffx.progress import running
 from sffx.tables import in_mib
+from sffx.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -295,6 +295,14 @@ def _is_serious(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING
 
 
+def _require_scores_of_classes(scores: Tensor) -> None:
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise InputError(
+            f"the file returns scores of shape {tuple(scores.shape)}, and the test compares "
+            "classes of a sample, (B, J). Hint: leave test_loader out"
+        )
+
+
 def _compared(
     before: InferenceSession, after: InferenceSession, batches: Iterable[Any]
 ) -> tuple[int, float, float, float]:
@@ -304,7 +312,8 @@ def _compared(
         x, y = split_batch(batch)
         feed = _feed(x, before)
         scores = torch.from_numpy(before.run(None, feed)[-1])
-        check_labels(y, *scores.shape)
+        _require_scores_of_classes(scores)
+        CLASSIFICATION.check_labels(y, *scores.shape)
         y = y.cpu()
         old = scores.argmax(dim=1)
         new = torch.from_numpy(after.run(None, feed)[-1]).argmax(dim=1)

@@ -47,7 +47,7 @@ class SFFGoodness(nn.Module):
         kernel_size: int = 1,
     ) -> None:
         super().__init__()
-        _check_kernel_size(kernel_size, spatial)
+        check_kernel_size(kernel_size, spatial)
         self.channel_axis = channel_axis
         self.spatial = spatial
         self.kernel_size = kernel_size if spatial else 1
@@ -98,7 +98,8 @@ class SFFGoodness(nn.Module):
         )
 
 
-def _check_kernel_size(kernel_size: object, spatial: int) -> None:
+def check_kernel_size(kernel_size: object, spatial: int) -> None:
+    """Raise an InputError if there is no convolution of a kernel size over some axes of space."""
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise InputError(
             f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default"

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.kernels.precision import full_precision, widened
-
-_POOLS = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+from sffx.learning.pooling import is_pooled, mean_of_real, pooled_by_regions
 
 
 class CosineGoodness(nn.Module):
@@ -63,7 +62,7 @@ class CosineGoodness(nn.Module):
         self.regions = regions
         self.scale = scale
         features = channels
-        if spatial in _POOLS:
+        if is_pooled(spatial):
             features *= regions**spatial
         _check_directions(features, hidden)
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
@@ -87,21 +86,15 @@ class CosineGoodness(nn.Module):
         """
         with full_precision(y):
             wide = widened(y).movedim(self.channel_axis, 1)
-            pooled = self._pooled(wide) if mask is None else _mean_of_real(wide, mask.bool())
+            if mask is not None:
+                pooled = mean_of_real(wide, mask.bool())
+            else:
+                pooled = pooled_by_regions(wide, self.spatial, self.regions)
             features = _direction(pooled)
             if self.hidden is not None:
                 features = _direction(self._hidden_units(features, self.hidden))
             directions = _of_length_one(self.weight.to(wide.dtype))
             return F.linear(features, self.scale * directions)
-
-    def _pooled(self, y: Tensor) -> Tensor:
-        """Return the features by region, (B, features), of y (B, C, ...)."""
-        if self.spatial not in _POOLS:
-            return y.flatten(2).mean(2) if y.ndim > 2 else y
-        if torch.compiler.is_exporting():
-            # ONNX has no operator for regions of images whose size is open.
-            return _pooled_by_products(y, self.regions).flatten(1)
-        return _POOLS[self.spatial](y, self.regions).flatten(1)
 
     def _hidden_units(self, features: Tensor, hidden: nn.Linear) -> Tensor:
         """Return the hidden units, (B, hidden), of features of length 1."""
@@ -133,24 +126,6 @@ def _check_directions(features: int, hidden: int | None) -> None:
     )
 
 
-def _pooled_by_products(y: Tensor, regions: int) -> Tensor:
-    """Return the means by region, (B, C, regions, ...), of y (B, C, ...).
-
-    This is adaptive average pooling, written as a product for each axis of space.
-    """
-    for axis in range(2, y.ndim):
-        # The bounds of a region are rounded outwards, so neighbours may share a place.
-        size = y.shape[axis]
-        place = torch.arange(size, device=y.device)
-        region = torch.arange(regions, device=y.device)[:, None]
-        start = size * region // regions
-        end = (size * (region + 1) + regions - 1) // regions
-        is_inside = (start <= place) & (place < end)  # (regions, size)
-        shares = is_inside.to(y.dtype) / (end - start)
-        y = (y.movedim(axis, -1) @ shares.t()).movedim(-1, axis)
-    return y
-
-
 def _direction(features: Tensor) -> Tensor:
     """Return rows (N, features) with a mean of 0 and a length of 1."""
     return _of_length_one(features - features.mean(1, keepdim=True))
@@ -163,10 +138,3 @@ def _of_length_one(features: Tensor, eps: float = 1e-5) -> Tensor:
     """
     mean_square = features.square().mean(1, keepdim=True)
     return features * torch.rsqrt(mean_square + eps) / math.sqrt(features.shape[1])
-
-
-def _mean_of_real(y: Tensor, real: Tensor) -> Tensor:
-    """Return the mean of each sample's real tokens, (B, C), of y (B, C, T)."""
-    total = y.masked_fill(~real[:, None], 0).sum(2)
-    count = real.sum(1, keepdim=True).clamp(min=1)
-    return total / count.to(y.dtype)

@@ -13,7 +13,8 @@ The head is moved to the device and the dtype of the model. Then
   `block.channel_axis`;
 - mask is (B, T), nonzero at real tokens, zero at padding;
 - it returns the goodness, (B, J), floats: the larger, the more likely the class. The loss uses
-  them as logits;
+  them as logits. For another task than classification it returns the scores of that task
+  (`sffx.tasks`);
 - its parameters learn together with those of the block, from the loss of the block;
 - to be exported, it must consist of operations that torch exports.
 
@@ -23,19 +24,29 @@ The contract of `norm=` is in `sffx.learning.norms`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeAlias
 
 from torch import nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.errors import InputError
 from sffx.learning.channelwise import CwCGoodness
-from sffx.learning.convolution import SFFGoodness
+from sffx.learning.convolution import SFFGoodness, check_kernel_size
 from sffx.learning.cosine import CosineGoodness
+from sffx.learning.numbers import NumberReadout
+from sffx.learning.positions import AtEachPosition, PositionGoodness
+from sffx.learning.shared_output import SharedOutput, connect
+from sffx.learning.threshold import Threshold
+from sffx.tasks import CLASSIFICATION, Task
 
 HIDDEN = 128  # units of "mlp"
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
+
+# Makes a head from a block, the number of outputs, and the numbers that its name has in brackets;
+# "sff" takes `kernel_size` as well.
+Maker: TypeAlias = Callable[..., nn.Module]
 
 
 def _convolution(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
@@ -63,12 +74,158 @@ def _spatial(block: Block) -> int:
     return len(block.shape) - 1
 
 
-# Each is called with a block, the number of classes, and the numbers that its name has in brackets.
-GOODNESSES: dict[str, Callable[..., nn.Module]] = {
+def _with_threshold(maker: Maker, start: float) -> Maker:
+    """Return a maker of heads whose scores are goodness minus a threshold for each label."""
+
+    def make(block: Block, num_labels: int, *numbers: int, **options: int) -> nn.Module:
+        return Threshold(maker(block, num_labels, *numbers, **options), num_labels, start)
+
+    return make
+
+
+def _readout(block: Block, num_outputs: int, kernel_size: int = 1) -> nn.Module:
+    if kernel_size != 1:
+        raise InputError(
+            f"kernel_size is {kernel_size!r}, but the readout of numbers has no convolution. "
+            "Hint: leave it out"
+        )
+    return NumberReadout(block.channels, num_outputs, block.channel_axis, _spatial(block))
+
+
+def _readout_of_hidden(block: Block, num_outputs: int, hidden: int, regions: int) -> nn.Module:
+    return NumberReadout(
+        block.channels, num_outputs, block.channel_axis, _spatial(block), regions, hidden
+    )
+
+
+def _of_pixels(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
+    _require_map(block)
+    return PositionGoodness(
+        block.channels,
+        num_classes,
+        block.channel_axis,
+        _spatial(block),
+        _checked(kernel_size, block),
+        classes_last=False,
+    )
+
+
+def _of_tokens(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
+    _require_tokens(block)
+    return PositionGoodness(
+        block.channels,
+        num_classes,
+        block.channel_axis,
+        1,
+        _checked(kernel_size, block),
+        classes_last=True,
+    )
+
+
+def _checked(kernel_size: int, block: Block) -> int:
+    check_kernel_size(kernel_size, _spatial(block))
+    return kernel_size
+
+
+def _at_each_pixel(make: Callable[..., nn.Module]) -> Maker:
+    """Return a maker that puts a head of flat values at each pixel."""
+
+    def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
+        _require_map(block)
+        head = make(block.channels, num_classes, *numbers)
+        return AtEachPosition(head, block.channel_axis, classes_last=False)
+
+    return maker
+
+
+def _at_each_token(make: Callable[..., nn.Module]) -> Maker:
+    """Return a maker that puts a head of flat values at each token."""
+
+    def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
+        _require_tokens(block)
+        head = make(block.channels, num_classes, *numbers)
+        return AtEachPosition(head, block.channel_axis, classes_last=True)
+
+    return maker
+
+
+def _flat_channelwise(channels: int, num_classes: int) -> nn.Module:
+    return CwCGoodness(channels, num_classes)
+
+
+def _flat_cosine(channels: int, num_classes: int, regions: int) -> nn.Module:
+    _require_no_regions(regions)
+    return CosineGoodness(channels, num_classes, spatial=0)
+
+
+def _flat_hidden_layer(channels: int, num_classes: int, hidden: int, regions: int) -> nn.Module:
+    _require_no_regions(regions)
+    return CosineGoodness(channels, num_classes, spatial=0, hidden=hidden)
+
+
+def _shared_output(block: Block, num_outputs: int) -> nn.Module:
+    _require_tokens(block)
+    return SharedOutput(block.channels, block.channel_axis)
+
+
+def _require_no_regions(regions: int) -> None:
+    if regions != REGIONS:
+        raise InputError(
+            f"{regions} regions are of a whole sample, and here each position has a goodness. "
+            "Hint: leave the number out, as in 'mlp(256)'"
+        )
+
+
+def _require_map(block: Block) -> None:
+    if len(block.shape) < 3:
+        raise InputError(
+            "its output has no height and width, which the goodness of pixels needs. "
+            "Hint: cut elsewhere, policy=[...] takes the names of nodes, or pass a goodness of "
+            "your own"
+        )
+
+
+def _require_tokens(block: Block) -> None:
+    if len(block.shape) != 2:
+        raise InputError(
+            "its output is not of tokens, (B, T, C), which the goodness of tokens needs. "
+            "Hint: cut elsewhere, policy=[...] takes the names of nodes, or pass a goodness of "
+            "your own"
+        )
+
+
+# The heads of classes of a sample, by name.
+GOODNESSES: dict[str, Maker] = {
     "sff": _convolution,
     "cwc": _channelwise,
     "cosine": _cosine,
     "mlp": _hidden_layer,
+}
+
+# The heads of each form, by name. A task names its form (`Task.form`).
+FORMS: dict[str, Mapping[str, Maker]] = {
+    "sample": GOODNESSES,
+    # A mean of squares begins near 1 where features are normed. A cosine has a sign.
+    "labels": {
+        "sff": _with_threshold(_convolution, 1.0),
+        "cwc": _with_threshold(_channelwise, 1.0),
+        "cosine": _with_threshold(_cosine, 0.0),
+        "mlp": _with_threshold(_hidden_layer, 0.0),
+    },
+    "number": {"sff": _readout, "mlp": _readout_of_hidden},
+    "pixel": {
+        "sff": _of_pixels,
+        "cwc": _at_each_pixel(_flat_channelwise),
+        "cosine": _at_each_pixel(_flat_cosine),
+        "mlp": _at_each_pixel(_flat_hidden_layer),
+    },
+    "token": {
+        "sff": _of_tokens,
+        "cwc": _at_each_token(_flat_channelwise),
+        "cosine": _at_each_token(_flat_cosine),
+        "mlp": _at_each_token(_flat_hidden_layer),
+        "shared": _shared_output,
+    },
 }
 
 # The numbers that a name may have in brackets, as "mlp(128, 2)" has, and their defaults.
@@ -77,6 +234,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "cwc": (),
     "cosine": (REGIONS,),
     "mlp": (HIDDEN, REGIONS),
+    "shared": (),
 }
 
 EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
@@ -113,11 +271,16 @@ def _unknown(goodness: object) -> InputError:
     )
 
 
-def goodness_maker(options: Options) -> GoodnessMaker:
+def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> GoodnessMaker:
     """Return the callable that makes the head of a block.
 
+    Args:
+        options: of the cut.
+        task: of the model; None while it is not known, which accepts the names of every task.
+
     Raises:
-        InputError: there is no such goodness, or it has no use for an option.
+        InputError: there is no such goodness, it has no form for the task, or it has no use for an
+            option.
     """
     goodness = options.goodness
     if isinstance(goodness, nn.Module):
@@ -126,8 +289,8 @@ def goodness_maker(options: Options) -> GoodnessMaker:
             "own. Hint: pass a callable (block, num_classes) -> nn.Module"
         )
     if goodness == "sff":
-        return partial(_convolution, kernel_size=options.kernel_size)
-    maker = goodness if callable(goodness) else _named(goodness)
+        return partial(_makers(task)["sff"], kernel_size=options.kernel_size)
+    maker = goodness if callable(goodness) else _named(goodness, task)
     if options.kernel_size != 1:
         raise InputError(
             f"kernel_size is {options.kernel_size!r}, but heads of {option_name(goodness)!r} have "
@@ -136,9 +299,25 @@ def goodness_maker(options: Options) -> GoodnessMaker:
     return maker
 
 
-def _named(goodness: str) -> GoodnessMaker:
+def _makers(task: Task | None) -> Mapping[str, Maker]:
+    """Return the makers of a task's heads by name, those of all forms where it is not known."""
+    if task is not None:
+        return FORMS[task.form]
+    every: dict[str, Maker] = {}
+    for makers in FORMS.values():
+        every.update(makers)
+    return every
+
+
+def _named(goodness: str, task: Task | None) -> GoodnessMaker:
     name, numbers = parse_goodness(goodness)
-    maker = GOODNESSES[name]
+    makers = _makers(task)
+    if name not in makers:
+        known = ", ".join(map(repr, makers))
+        raise InputError(
+            f"goodness {goodness!r} has no form for sffx.tasks.{task!r}. Hint: {known} have one"
+        )
+    maker = makers[name]
 
     def make(block: Block, num_classes: int) -> nn.Module:
         return maker(block, num_classes, *numbers)
@@ -146,14 +325,16 @@ def _named(goodness: str) -> GoodnessMaker:
     return make
 
 
-def make_head(options: Options, block: Block, num_classes: int) -> nn.Module:
+def make_head(
+    options: Options, block: Block, num_classes: int, task: Task = CLASSIFICATION
+) -> nn.Module:
     """Return the head of one block.
 
     Raises:
         InputError: there is no such goodness, it cannot be computed for this block, or a callable
             returned no module; names the block.
     """
-    maker = goodness_maker(options)
+    maker = goodness_maker(options, task)
     place = f"{block.target} ({block.name}, output {block.shape})"
     try:
         head = maker(block, num_classes)
@@ -177,6 +358,9 @@ def make_heads(plan: BlockPlan, root: nn.Module) -> list[nn.Module]:
     like = next(p for p in root.parameters() if p.is_floating_point())
     heads = []
     for block in plan:
-        head = make_head(plan.options, block, plan.num_classes)
+        head = make_head(plan.options, block, plan.num_classes, plan.task)
         heads.append(head.to(like.device, like.dtype))
+    modules = plan.classifier.modules
+    last = root.get_submodule(modules[-1]) if modules else None
+    connect(heads, last, plan.num_classes)
     return heads

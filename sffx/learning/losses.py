@@ -1,4 +1,8 @@
-"""The SFF loss: the sum over the blocks of cross-entropy, with goodness as logits (section 4.2)."""
+"""The SFF loss: the sum over the blocks of each block's own loss.
+
+For classes this is cross-entropy, with goodness as logits (section 4.2). For other tasks it is what
+the task says (`sffx.tasks`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
+from sffx.tasks import CLASSIFICATION, Task
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,14 +25,22 @@ LossFunctions: TypeAlias = (
 )
 
 
-def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunctions | None = None) -> Tensor:
+def sff_loss(
+    goodness: Tensor | Sequence[Tensor],
+    y: Tensor,
+    loss_fn: LossFunctions | None = None,
+    *,
+    task: Task = CLASSIFICATION,
+) -> Tensor:
     """Return the loss of all blocks, a scalar.
 
-    It is the sum over blocks of `-mean_n( g[n, y_n] - log sum_j exp g[n, j] )`. Since it is a sum,
-    the gradient of a block does not depend on the number of blocks.
+    It is the sum over blocks of `-mean_n( g[n, y_n] - log sum_j exp g[n, j] )`; for another task,
+    of the task's loss. Since it is a sum, the gradient of a block does not depend on the number of
+    blocks.
 
     Args:
-        goodness: of all blocks, as the cut model returns it in train mode, (K, B, J).
+        goodness: of all blocks, as the cut model returns it in train mode, (K, B, J); for another
+            task a tuple of the scores of each block.
         y: class indices, (B,), or probabilities of the classes, (B, J), as mixup makes them; or
             what `loss_fn` takes.
         loss_fn: a function of a block's goodness, (B, J), and y that returns the loss of the block,
@@ -36,20 +48,41 @@ def sff_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunctions | None = None) 
             cross-entropy, the method's own. A mapping gives each block a function of its own by
             name ("block_0", ..., "classifier"); blocks that it leaves out have cross-entropy. A
             list gives one function for each block, the classifier's last.
+        task: `net.plan.task`, where it is not classification.
 
     Raises:
         InputError: the shapes do not fit, a label is out of range, `loss_fn` returns no scalar, or
             it names other blocks.
     """
+    _require_all_blocks(goodness, task)
+    functions = loss_functions(loss_fn, len(goodness))
+    output = goodness[-1].shape
+    check_targets(y, output[0], task.num_outputs(output), functions, task)
+    pairs = zip(goodness, functions, strict=True)
+    return total([block_loss(own, y, function, task) for own, function in pairs])
+
+
+def _require_all_blocks(goodness: Any, task: Task) -> None:
+    """Raise an InputError if something is not what a cut model returns in train mode."""
+    is_tensor = isinstance(goodness, Tensor)
+    if task != CLASSIFICATION:
+        if is_tensor or not len(goodness):
+            raise InputError(
+                f"goodness is one {type(goodness).__name__}, but with {task!r} it is a tuple with "
+                "the scores of each block. Hint: in eval mode the model returns scores; call "
+                "net.train()"
+            )
+        return
+    if not is_tensor:
+        raise InputError(
+            f"goodness is a {type(goodness).__name__}, not a tensor (K, B, J). Hint: a net whose "
+            "task is not classification needs sff_loss(net(x), y, task=net.plan.task)"
+        )
     if goodness.ndim != 3:
         raise InputError(
             f"goodness has shape {tuple(goodness.shape)}, not (K, B, J). "
             "Hint: in eval mode the model returns scores; call net.train()"
         )
-    functions = loss_functions(loss_fn, len(goodness))
-    check_targets(y, goodness.shape[1], goodness.shape[2], functions)
-    pairs = zip(goodness, functions, strict=True)
-    return total([block_loss(own, y, function) for own, function in pairs])
 
 
 def loss_functions(loss_fn: LossFunctions | None, count: int) -> list[LossFunction | None]:
@@ -99,13 +132,19 @@ def _functions(given: list[Any]) -> list[LossFunction | None]:
     return given
 
 
-def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None) -> Tensor:
+def block_loss(
+    goodness: Tensor,
+    y: Tensor,
+    loss_fn: LossFunction | None = None,
+    task: Task = CLASSIFICATION,
+) -> Tensor:
     """Return the loss of one block, a scalar.
 
     Args:
         goodness: of the block, or the classifier's logits, (B, J).
         y: targets, as `sff_loss` takes them.
         loss_fn: as `sff_loss` takes it.
+        task: of the model.
 
     Raises:
         InputError: `loss_fn` returns no scalar.
@@ -117,9 +156,7 @@ def block_loss(goodness: Tensor, y: Tensor, loss_fn: LossFunction | None = None)
             f"Hint: y.to({str(goodness.device)!r})"
         )
     if loss_fn is None:
-        # Probabilities must have the dtype of the logits. Class indices stay integers.
-        targets = y.to(logits.dtype) if y.is_floating_point() else y
-        return F.cross_entropy(logits, targets)
+        return task.loss(logits, y)
     loss = loss_fn(logits, y)
     if not isinstance(loss, Tensor):
         raise InputError(
@@ -143,49 +180,16 @@ def total(losses: list[Tensor]) -> Tensor:
 
 
 def check_targets(
-    y: Tensor, batch: int, num_classes: int, functions: Sequence[LossFunction | None]
+    y: Any,
+    batch: int,
+    num_classes: int,
+    functions: Sequence[LossFunction | None],
+    task: Task = CLASSIFICATION,
 ) -> None:
-    """Raise an InputError if y is neither class indices nor probabilities of the classes.
+    """Raise an InputError if y is no target of the task.
 
-    Only cross-entropy needs such targets. If each block has a loss function of the user's own, y
-    may be anything, and is not checked.
+    Only the task's own loss needs such targets. If each block has a loss function of the user's
+    own, y may be anything, and is not checked.
     """
-    if None not in functions:
-        return
-    is_tensor_of_floats = isinstance(y, Tensor) and y.is_floating_point()
-    if is_tensor_of_floats and tuple(y.shape) == (batch, num_classes):
-        return
-    check_labels(y, batch, num_classes)
-
-
-def check_labels(y: Tensor, batch: int, num_classes: int) -> None:
-    """Raise an InputError if y is not a class index for each sample of a batch."""
-    if not isinstance(y, Tensor):
-        raise InputError(
-            f"y is a {type(y).__name__}, not a tensor. Hint: pass class indices, torch.tensor(y)"
-        )
-    if y.ndim != 1 or len(y) != batch:
-        raise InputError(
-            f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each "
-            f"sample, or for a loss probabilities, ({batch}, {num_classes})"
-        )
-    if y.dtype != torch.int64:
-        raise InputError(
-            f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()"
-        )
-    # On a GPU, a check would wait for the device, and cross-entropy itself stops at a label out of
-    # range. Fake tensors have no values.
-    if type(y) is Tensor and y.device.type == "cpu" and batch:
-        _check_range(int(y.min()), int(y.max()), num_classes)
-
-
-def _check_range(lowest: int, highest: int, num_classes: int) -> None:
-    if lowest >= 0 and highest < num_classes:
-        return
-    hint = ""
-    if lowest == -100:
-        hint = ". Hint: loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100"
-    raise InputError(
-        f"labels run from {lowest} to {highest}, but there are {num_classes} classes, "
-        f"0 to {num_classes - 1}{hint}"
-    )
+    if None in functions:
+        task.check_targets(y, batch, num_classes)

@@ -81,6 +81,39 @@ class SampleNorm(nn.Module):
         return f"eps={self.eps}"
 
 
+class TokenNorm(nn.Module):
+    """Layer norm without parameters of each token by itself, for tasks of tokens.
+
+    There the goodness of a token is in the token's own length. A norm over all tokens would also
+    tell a token about those behind it, which a language model must not see.
+
+    Args:
+        channel_axis: of the values, (B, T, C) or (B, C, T).
+        eps: is added to the variance.
+    """
+
+    def __init__(self, channel_axis: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.channel_axis = channel_axis
+        self.eps = eps
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y with each token normalised.
+
+        Args:
+            y: the output of a block.
+            mask: (B, T), nonzero at real tokens. The others become zero.
+        """
+        tokens = y.movedim(self.channel_axis, -1)
+        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=self.eps)
+        if mask is not None:
+            normed = normed.masked_fill(~mask.bool()[:, :, None], 0)
+        return normed.movedim(-1, self.channel_axis)
+
+    def extra_repr(self) -> str:
+        return f"channel_axis={self.channel_axis}, eps={self.eps}"
+
+
 def _is_channels_last(y: Tensor) -> bool:
     return y.movedim(1, -1).is_contiguous() and not y.is_contiguous()
 
@@ -95,6 +128,10 @@ def _mean(y: Tensor) -> Tensor:
 
 def _layer_norm(block: Block) -> nn.Module:
     return SampleNorm()
+
+
+def _token_norm(block: Block) -> nn.Module:
+    return TokenNorm(block.channel_axis)
 
 
 def _no_norm(block: Block) -> None:
@@ -136,6 +173,8 @@ def make_norms(plan: BlockPlan, root: nn.Module) -> list[nn.Module | None]:
     """
     like = next(p for p in root.parameters() if p.is_floating_point())
     maker = norm_maker(plan.options)
+    if maker is _layer_norm and plan.task.norms_tokens:
+        maker = _token_norm
     norms: list[nn.Module | None] = []
     for block in plan:
         norm = maker(block)

@@ -15,55 +15,59 @@ from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.parts import READOUT
+from sffx.tasks import CLASSIFICATION, Task
 
-# The goodness of K blocks, (B, J) each, and as the last entry the classifier's logits, (B, J).
+# The goodness of K blocks, (B, J) each, and as the last entry the classifier's logits, (B, J). For
+# another task than classification they have the shapes of its scores (`sffx.tasks`).
 Scores: TypeAlias = Sequence[Tensor] | Tensor
 # Weights of the blocks, which sum to 1; None where the blocks were not weighed.
 Weights: TypeAlias = Sequence[float] | None
 
 
-def ensemble(scores: Scores, weights: Weights = None) -> Tensor:
+def ensemble(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
     """Return the mean of the blocks' goodness, without the classifier (section 4.3)."""
-    return mean_goodness(scores[:-1])
+    return mean_goodness(task.aligned(scores)[:-1])
 
 
-def last(scores: Scores, weights: Weights = None) -> Tensor:
+def last(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
     """Return the goodness of the last block."""
-    return scores[-2]
+    return task.aligned(scores[-2:])[0]
 
 
-def classifier(scores: Scores, weights: Weights = None) -> Tensor:
+def classifier(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
     """Return the classifier's logits."""
     return scores[-1]
 
 
-def weighted(scores: Scores, weights: Weights = None) -> Tensor:
+def weighted(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
     """Return the mixture of the blocks by their weights.
 
     Raises:
         InputError: there are no weights, or not one for each block.
     """
-    goodness = scores[:-1]
+    goodness = task.aligned(scores)[:-1]
     known = require_weights(weights)
     if len(known) != len(goodness):
         raise InputError(
             f"there are {len(known)} weights, but {len(goodness)} blocks. "
             "Hint: sffx.weigh(net, loader) finds them"
         )
-    return mixture(goodness, known)
+    return task.mixture(goodness, known)
 
 
-def cumulative(scores: Scores, weights: Weights = None) -> tuple[Tensor, ...]:
+def cumulative(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION
+) -> tuple[Tensor, ...]:
     """Return the answer after each block, K tensors (B, J): the mean of the goodness up to it.
 
     The last one is the ensemble.
     """
-    sums = accumulate(scores[:-1])
+    sums = accumulate(task.aligned(scores)[:-1])
     return tuple(total / depth for depth, total in enumerate(sums, start=1))
 
 
-# Each function takes the scores and the weights of the blocks, which only "weighted" uses. It must
-# not look at values: to trace it, an exporter passes proxies in the place of tensors.
+# Each function takes the scores, the weights of the blocks, which only "weighted" uses, and the
+# task. It must not look at values: to trace it, an exporter passes proxies in the place of tensors.
 READOUTS: dict[str, Callable[..., Any]] = {
     "ensemble": ensemble,
     "weighted": weighted,
@@ -82,33 +86,20 @@ Mode: TypeAlias = Literal["ensemble", "weighted", "last", "classifier"]
 ReadoutName: TypeAlias = Literal[Mode, "cumulative"]
 
 
-def every_mode(scores: Scores, weights: Weights = None) -> dict[str, Tensor]:
+def every_mode(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION
+) -> dict[str, Tensor]:
     """Return the scores of each readout in `MODES`, (B, J), "weighted" only where weights exist."""
     by_mode: dict[str, Tensor] = {}
     for mode in MODES:
         if mode != WEIGHTED or weights is not None:
-            by_mode[mode] = READOUTS[mode](scores, weights)
+            by_mode[mode] = READOUTS[mode](scores, weights, task)
     return by_mode
 
 
 def mean_goodness(goodness: Scores) -> Tensor:
     """Return the mean of the goodness of some blocks, (B, J), from one tensor (B, J) for each."""
     return torch.stack(tuple(goodness)).mean(dim=0)
-
-
-def mixture(goodness: Scores, weights: Sequence[float]) -> Tensor:
-    """Return the logarithm of the weighted mean of the blocks' softmax, (B, J).
-
-    A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
-
-    Args:
-        goodness: of K blocks, (B, J) each.
-        weights: K numbers that sum to 1.
-    """
-    kept = [i for i, weight in enumerate(weights) if weight > 0]
-    stacked = torch.stack([goodness[i] for i in kept])
-    shares = stacked.new_tensor([weights[i] for i in kept])
-    return torch.logsumexp(stacked.log_softmax(2) + shares.log()[:, None, None], dim=0)
 
 
 def require_readout(readout: str, known: Sequence[str] = MODES) -> None:
@@ -147,17 +138,23 @@ class Readout(nn.Module):
     """The last module of a cut model.
 
     In train mode it returns all scores that are trained, (K + 1, B, J), with the classifier's
-    logits last. In eval mode it returns the scores, (B, J), of the readout that `mode` names.
+    logits last; for another task than classification, a tuple of them. In eval mode it returns the
+    scores, (B, J), of the readout that `mode` names.
 
     Attributes:
+        task: of the model.
         mode: a name in `MODES`, the readout of eval mode.
         weights: K numbers that sum to 1, or None where the blocks were not weighed. Once they are
             set, they are part of the state dict. Loading them turns the mode "ensemble" into
             "weighted".
     """
 
-    def __init__(self) -> None:
+    # That of a readout that was pickled before there were other tasks.
+    task: Task = CLASSIFICATION
+
+    def __init__(self, task: Task = CLASSIFICATION) -> None:
         super().__init__()
+        self.task = task
         self._mode = "ensemble"
         self.weights: tuple[float, ...] | None = None
 
@@ -172,15 +169,15 @@ class Readout(nn.Module):
             require_weights(self.weights)
         self._mode = mode
 
-    def forward(self, scores: list[Tensor]) -> Tensor:
+    def forward(self, scores: list[Tensor]) -> Any:
         """Return what training needs, or the scores of the present mode.
 
         Args:
             scores: the goodness of each block, (B, J), and the classifier's logits, (B, J), last.
         """
         if self.training:
-            return torch.stack(scores)
-        return READOUTS[self._mode](scores, self.weights)
+            return self.task.gathered(scores)
+        return READOUTS[self._mode](scores, self.weights, self.task)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -37,8 +37,8 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
     with mode:
         device = next(model.parameters()).device
         x = constant_batch(net.plan.inputs, batch_size, device)
-        y = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        classes = net.plan.num_classes
+        plan = net.plan
+        y = plan.task.example_targets((batch_size, *plan.classifier.shape), device)
         names = [each.name for each in net.plan.inputs]
         args, kwargs = net.plan.call_arguments(dict(zip(names, x, strict=True)))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -46,7 +46,7 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
 
         def step() -> None:
             # In one line, because a name for the logits would hold them in the backward pass.
-            block_loss(logits_of(model(*args, **kwargs), classes), y).backward()
+            block_loss(logits_of(model(*args, **kwargs), plan), y, task=plan.task).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -40,7 +40,6 @@ Place = int
 Span = tuple[Place, Place]
 
 START: Place = -1
-LABEL_BYTES = 8  # one int64 for each sample
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,9 @@ class BlockCosts:
     def input_bytes(self) -> int:
         """The bytes of the input batch and its labels."""
         samples = [facts(node).example.nbytes // TRACE_BATCH for node in self._placeholders]
-        return self.batch_size * (LABEL_BYTES + sum(samples))
+        output = facts(self.analysis.nodes[self.analysis.logits]).example.shape
+        targets = self.analysis.trace.task.example_targets((1, *output[1:]), "meta")
+        return self.batch_size * (targets.nbytes + sum(samples))
 
     def running(self, span: Span) -> int:
         """Return the bytes that a block takes while it runs: its count, or its lower bound."""
@@ -238,15 +239,15 @@ class BlockCosts:
         plan = self._plan(places)
         heads = {}
         for place, block in zip(places, plan, strict=True):
-            heads[place] = self._head(block, plan.num_classes)
+            heads[place] = self._head(block, plan)
         return heads
 
-    def _head(self, block: Block, num_classes: int) -> Owned:
+    def _head(self, block: Block, plan: BlockPlan) -> Owned:
         like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
         # A callable may read values while it makes a head, and a tensor on "meta" has none.
         device = "cpu" if callable(self.options.goodness) else "meta"
         with torch.random.fork_rng(devices=[]), torch.device(device):
-            head = make_head(self.options, block, num_classes)
+            head = make_head(self.options, block, plan.num_classes, plan.task)
         return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
 
     def _plan(self, places: Sequence[Place]) -> BlockPlan:

@@ -211,7 +211,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     plan = plan_of(net)
     device = next(net.parameters()).device
     x = constant_batch(plan.inputs, batch_size, device)
-    y = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    y = plan.task.example_targets((batch_size, *plan.classifier.shape), device)
     counter = _StageCounter(net, x, y)
     try:
         with counting():
@@ -288,7 +288,7 @@ class _StageCounter:
             # A view reads the tensor, so that it is counted even if the stage does not read it.
             tensor.view_as(tensor)
         # In one line, because a name for the scores would hold them during the backward pass.
-        loss = block_loss(next(self._walk)[1], self._y)
+        loss = block_loss(next(self._walk)[1], self._y, task=self._plan.task)
         if loss.requires_grad:
             mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
 

@@ -18,6 +18,7 @@ from sffx.net import plan_of
 from sffx.plots.figure import COLOURS, blank, save
 from sffx.runtime.evaluate import scored
 from sffx.runtime.modes import evaluating
+from sffx.tasks import Classification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def plot_confusion(
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
-    size = plan_of(net).num_classes
+    size = _num_classes(net)
     names = [str(label) for label in range(size)] if classes is None else list(classes)
     if len(names) != size:
         raise InputError(
@@ -100,6 +101,7 @@ def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pat
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
+    _num_classes(net)  # raises for another task
     blocks = len(plan_of(net))
     figure = blank(min(12.0, 3 + 0.45 * blocks), 4.2, "plotting goodness")
     # Behind `blank`, whose error names the extra that installs matplotlib.
@@ -123,7 +125,7 @@ def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
 
     A row holds the shares of one true class; zeros if the class has no samples.
     """
-    size = plan_of(net).num_classes
+    size = _num_classes(net)
     counts = torch.zeros(size * size, dtype=torch.float64)
     with evaluating(net):
         for scores, y in scored(net, loader):
@@ -140,7 +142,7 @@ def goodnesses(net: fx.GraphModule, loader: Iterable[Any]) -> tuple[Tensor, Tens
 
     K counts the feature blocks and N the samples.
     """
-    size = plan_of(net).num_classes
+    size = _num_classes(net)
     steps = torch.linspace(1, size - 1, min(OTHERS, size - 1)).long()
     true = []
     others = []
@@ -187,3 +189,18 @@ def _write_shares(axes: Axes, shares: Tensor) -> None:
             fontsize=7,
             color="white" if share > 0.5 else "black",
         )
+
+
+def _num_classes(net: fx.GraphModule) -> int:
+    """Return J.
+
+    Raises:
+        InputError: the net does not tell classes of a sample apart.
+    """
+    plan = plan_of(net)
+    if not isinstance(plan.task, Classification):
+        raise InputError(
+            f"this picture is of classes of a sample, but the net has the task {plan.task!r}. "
+            "Hint: sffx.evaluate(net, loader).by_class has the metric of each class"
+        )
+    return plan.num_classes

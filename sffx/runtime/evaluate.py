@@ -1,33 +1,30 @@
-"""Evaluate a cut model: accuracy and loss of every block and of every readout."""
+"""Evaluate a cut model: accuracy and loss, or the task's metrics, of every block and readout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError, ProcessError
-from sffx.inputs import batches, split_batch
+from sffx.inputs import batches, padding_mask, split_batch
 from sffx.kernels.precision import widened
-from sffx.learning.losses import check_labels
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import cut_model, plan_of
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
 from sffx.runtime.walk import walk
 from sffx.tables import Column, html_table, text_table
-
-_COLUMNS = (Column("", align="left"), Column("accuracy"), Column("loss", width=8))
+from sffx.tasks import CLASSIFICATION, Sums, Task
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and loss of each block and each readout, by name. Prints as a table.
+    """The metrics of each block and each readout, by name. Prints as a table.
 
     The names are "block_0", ..., "ensemble", "weighted" where blocks were weighed, "last" and
     "classifier".
@@ -35,26 +32,51 @@ class Evaluation:
     Attributes:
         accuracy: the share of samples whose highest score is their label's, between 0 and 1. The
             paper's "layers accuracy" is that of the ensemble, its "head accuracy" that of the
-            classifier.
-        loss: the mean cross-entropy with the scores as logits, in nats.
+            classifier. For pixels and tokens it is the share of these, for several labels the
+            share of labels. Empty for numbers.
+        loss: the mean of the task's loss; for classes cross-entropy with the scores as logits, in
+            nats.
         samples: how many samples were seen.
+        metrics: the task's other metrics, by the name of the metric and then of the readout, as
+            `metrics["mean_iou"]["ensemble"]`. Empty for classes of a sample.
+        by_class: the task's metric of each class, label or number, in order: IoU of pixels, F1 of
+            several labels, R2 of numbers. Empty for other tasks.
+        task: what was predicted.
     """
 
     accuracy: dict[str, float]
     loss: dict[str, float]
     samples: int
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_class: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    task: Task = CLASSIFICATION
 
     def __str__(self) -> str:
-        return text_table(_COLUMNS, self._rows(), note=f"({self.samples} samples)")
+        return text_table(self._columns(), self._rows(), note=f"({self.samples} samples)")
 
     def _repr_html_(self) -> str:
         """Return the same table for a notebook."""
-        return html_table(_COLUMNS, self._rows(), caption=f"{self.samples} samples")
+        return html_table(self._columns(), self._rows(), caption=f"{self.samples} samples")
 
-    def _rows(self) -> list[tuple[str, str, str]]:
+    def _all_metrics(self) -> dict[str, dict[str, float]]:
+        accuracy = {"accuracy": self.accuracy} if self.accuracy else {}
+        return {**accuracy, **self.metrics, "loss": self.loss}
+
+    def _columns(self) -> list[Column]:
+        columns = [Column("", align="left")]
+        for metric in self._all_metrics():
+            title = metric.replace("_", " ")
+            columns.append(Column(title, width=8) if metric == "loss" else Column(title))
+        return columns
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = []
-        for name, accuracy in self.accuracy.items():
-            rows.append((name, f"{accuracy:.2%}", f"{self.loss[name]:.4f}"))
+        for name in self.loss:
+            cells = [name]
+            for metric, values in self._all_metrics().items():
+                is_share = metric in self.task.shares
+                cells.append(f"{values[name]:.2%}" if is_share else f"{values[name]:.4f}")
+            rows.append(tuple(cells))
         return rows
 
 
@@ -66,8 +88,8 @@ def evaluate(
 
     Args:
         net: what `transform` returned, also inside a wrapper such as `AveragedModel`.
-        loader: yields (x, y), x as `net` takes it and y class indices, (B,). Both are moved to the
-            model's device.
+        loader: yields (x, y), x as `net` takes it and y class indices, (B,), or the targets of
+            another task. Both are moved to the model's device.
         group: processes whose samples are counted together; `torch.distributed.group.WORLD` for
             all. Each must call this with a loader of its own, which may have any number of samples.
             If None, this process counts its own samples alone.
@@ -86,10 +108,11 @@ def evaluate(
     return totals.evaluation()
 
 
-def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
+def block_scores(net: fx.GraphModule, x: Any) -> Any:
     """Return the scores of every block for a batch, in the model's present mode, (K, B, J).
 
-    The scores are the goodness of each feature block; the classifier's logits come last.
+    The scores are the goodness of each feature block; the classifier's logits come last. For
+    another task than classification they are a tuple, as the net itself returns in train mode.
 
     Args:
         net: what `transform` returned.
@@ -104,25 +127,29 @@ def block_scores(net: fx.GraphModule, x: Any) -> Tensor:
     for stage, scores in walk(net, x):
         all_scores.append(widened(scores))
         residency.release(stage, changed=False)
-    return torch.stack(all_scores)
+    return plan_of(net).task.gathered(all_scores)
 
 
-def scores_by_name(net: fx.GraphModule, scores: Tensor) -> dict[str, Tensor]:
+def scores_by_name(net: fx.GraphModule, scores: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the scores of each block and each readout, (B, J) each, in the order of a table.
 
     Args:
         net: what `transform` returned.
         scores: of its blocks, as `block_scores` returns them.
     """
-    names = [block.target for block in plan_of(net)]
-    blocks = dict(zip(names, scores[:-1], strict=True))
-    return {**blocks, **every_mode(scores, readout_of(net).weights)}
+    plan = plan_of(net)
+    aligned = plan.task.aligned(scores)
+    names = [block.target for block in plan]
+    blocks = dict(zip(names, aligned[:-1], strict=True))
+    return {**blocks, **every_mode(aligned, readout_of(net).weights, plan.task)}
 
 
 def scored(
     net: fx.GraphModule, loader: Iterable[Any], *, may_be_empty: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Any, Tensor]]:
     """Yield the scores of every block, (K, B, J), and the labels, (B,), of each batch.
+
+    For another task than classification these are what `block_scores` returns, and its targets.
 
     Both are on the model's device.
 
@@ -135,15 +162,16 @@ def scored(
         InputError: the loader is empty or yields something else than pairs, or labels are out of
             range.
     """
+    plan = plan_of(net)
     device = residency_of(net).device
     samples = 0
     for batch in batches(loader):
         x, y = split_batch(batch, device)
         scores = block_scores(net, x)
-        # After the scores, which tell the number of samples and classes.
-        check_labels(y, scores.shape[1], scores.shape[2])
+        # After the scores, which tell the number of samples.
+        plan.task.check_labels(y, len(scores[-1]), plan.num_classes)
         samples += len(y)
-        yield scores, y
+        yield scores, plan.task.without_padding(y, padding_mask(plan, x))
     if not samples and not may_be_empty:
         raise InputError("the loader yielded no samples")
 
@@ -176,13 +204,10 @@ class _Totals:
     """The sums of an evaluation over the batches so far, by name."""
 
     def __init__(self, net: fx.GraphModule) -> None:
-        plan = plan_of(net)
-        # Known before there are samples, since a process of a group may have none.
-        any_scores = torch.zeros(len(plan.all_blocks), 1, plan.num_classes)
-        names = scores_by_name(net, any_scores)
+        self.task = plan_of(net).task
         self.samples = 0
-        self.correct = dict.fromkeys(names, 0)
-        self.loss = dict.fromkeys(names, 0.0)
+        # Known before there are samples, since a process of a group may have none.
+        self.sums = _no_sums(net)
 
     def add_all(
         self, net: fx.GraphModule, loader: Iterable[Any], *, may_be_empty: bool = False
@@ -200,41 +225,68 @@ class _Totals:
             device: on which their sums are added.
             failed: whether it failed in this process.
         """
-        failures = [0.0] * dist.get_world_size(group)
+        failures = torch.zeros(dist.get_world_size(group), dtype=torch.float64)
         failures[dist.get_rank(group)] = float(failed)
-        own = [*failures, self.samples, *self.correct.values(), *self.loss.values()]
+        samples = torch.tensor([self.samples], dtype=torch.float64)
         # Integers up to 2^53 are exact in float64.
-        sums = torch.tensor(own, dtype=torch.float64, device=device)
-        dist.all_reduce(sums, group=group)
-        found = sums.tolist()
+        own = torch.cat([failures, samples, _flat(self.sums)]).to(device)
+        dist.all_reduce(own, group=group)
+        found = own.cpu()
         ranks = dist.get_process_group_ranks(group)
-        samples = len(ranks)
-        names = list(self.correct)
-        corrects = samples + 1
-        losses = corrects + len(names)
-        self.samples = int(found[samples])
-        self.correct = dict(zip(names, map(int, found[corrects:losses]), strict=True))
-        self.loss = dict(zip(names, found[losses:], strict=True))
-        return [rank for rank, each in zip(ranks, found[:samples], strict=True) if each]
+        self.samples = int(found[len(ranks)])
+        self.sums = _unflattened(found[len(ranks) + 1 :], self.sums)
+        is_failed = found[: len(ranks)].tolist()
+        return [rank for rank, each in zip(ranks, is_failed, strict=True) if each]
 
     def add(self, scores: dict[str, Tensor], y: Tensor) -> None:
         """Count one batch."""
         self.samples += len(y)
-        corrects = []
-        losses = []
-        for own in scores.values():
-            is_correct = own.argmax(dim=1) == y
-            corrects.append(is_correct.sum())
-            losses.append(F.cross_entropy(own, y, reduction="sum"))
+        of_batch = {name: self.task.sums(own, y) for name, own in scores.items()}
         # One transfer for all names, because on a GPU each transfer waits for the device.
-        correct_counts = torch.stack(corrects).tolist()
-        loss_sums = torch.stack(losses).tolist()
-        for name, correct, loss in zip(scores, correct_counts, loss_sums, strict=True):
-            self.correct[name] += correct
-            self.loss[name] += loss
+        moved = _unflattened(_flat(of_batch).cpu(), of_batch)
+        for name, sums in moved.items():
+            for key, value in sums.items():
+                self.sums[name][key] = self.sums[name][key] + value
 
     def evaluation(self) -> Evaluation:
-        """Return accuracies and mean losses."""
-        accuracy = {name: right / self.samples for name, right in self.correct.items()}
-        loss = {name: total / self.samples for name, total in self.loss.items()}
-        return Evaluation(accuracy, loss, self.samples)
+        """Return the metrics."""
+        by_metric: dict[str, dict[str, float]] = {}
+        by_class: dict[str, tuple[float, ...]] = {}
+        for name, sums in self.sums.items():
+            for metric, value in self.task.metrics(sums).items():
+                by_metric.setdefault(metric, {})[name] = value
+            of_classes = self.task.by_class(sums)
+            if of_classes:
+                by_class[name] = of_classes
+        accuracy = by_metric.pop("accuracy", {})
+        loss = by_metric.pop("loss")
+        return Evaluation(accuracy, loss, self.samples, by_metric, by_class, self.task)
+
+
+def _no_sums(net: fx.GraphModule) -> dict[str, Sums]:
+    """Return the sums of no samples, of each block and each readout."""
+    plan = plan_of(net)
+    output = (1, *plan.classifier.shape)
+    any_scores = plan.task.gathered([torch.zeros(output)] * len(plan.all_blocks))
+    targets = plan.task.example_targets(output)
+    none: dict[str, Sums] = {}
+    for name, scores in scores_by_name(net, any_scores).items():
+        sums = plan.task.sums(scores, targets)
+        none[name] = {key: torch.zeros_like(value).double() for key, value in sums.items()}
+    return none
+
+
+def _flat(by_name: dict[str, Sums]) -> Tensor:
+    """Return all sums, one behind the other, in float64."""
+    every_sum = [value for sums in by_name.values() for value in sums.values()]
+    return torch.cat([value.flatten().double() for value in every_sum])
+
+
+def _unflattened(flat: Tensor, like: dict[str, Sums]) -> dict[str, Sums]:
+    """Return sums by name again, as `_flat` has laid them out."""
+    sizes = [value.numel() for sums in like.values() for value in sums.values()]
+    parts = iter(flat.split(sizes))
+    by_name: dict[str, Sums] = {}
+    for name, sums in like.items():
+        by_name[name] = {key: next(parts).reshape(value.shape) for key, value in sums.items()}
+    return by_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
@@ -59,7 +58,7 @@ class KeywordLoss(nn.Module):
         logits = self.net(**inputs)
         if labels is None:
             return {"logits": logits}
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return {"loss": plan_of(self.net).task.loss(logits, labels), "logits": logits}
 
     def _train(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:
         if labels is None:
@@ -74,4 +73,5 @@ class KeywordLoss(nn.Module):
 
         loss = local_loss(self.net, inputs, labels, self.loss_fn, on_block=keep)
         readout = readout_of(self.net)
-        return {"loss": loss, "logits": READOUTS[readout.mode](scores, readout.weights)}
+        logits = READOUTS[readout.mode](scores, readout.weights, readout.task)
+        return {"loss": loss, "logits": logits}

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
-from sffx.inputs import batch_size, bind
+from sffx.inputs import batch_size, bind, padding_mask
 from sffx.learning.losses import (
     LossFunction,
     LossFunctions,
@@ -73,7 +73,8 @@ def learn(
     stages = learning_stages(net, only)
     functions = loss_functions(loss_fn, len(plan.all_blocks))
     functions_in_use = [functions[stage.index] for stage in stages]
-    check_targets(y, _samples(plan, x), plan.num_classes, functions_in_use)
+    check_targets(y, _samples(plan, x), plan.num_classes, functions_in_use, plan.task)
+    y = plan.task.without_padding(y, padding_mask(plan, x))
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
     trainable = {stage: stage.trainable for stage in stages}
     for stage, scores in walk(net, x, only):
@@ -120,7 +121,7 @@ def learn_stage(
             a gradient but no parameter does.
     """
     scores = held.pop()
-    loss = block_loss(scores, y, lesson.loss_fn)
+    loss = block_loss(scores, y, lesson.loss_fn, stage.task)
     if lesson.on_block is not None:
         lesson.on_block(stage.name, scores.detach(), loss.detach())
     # A frozen stage has scores without a graph, and so has every stage under torch.no_grad().

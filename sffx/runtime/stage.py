@@ -39,6 +39,7 @@ class Stage:
         index: 0 for the first stage.
         name: "block_0", ..., "classifier"; the name of its parameter group as well.
         plan: of the block.
+        task: of the model.
         reads: the values that the block reads: inputs of the model, or given by earlier stages.
         gives: the values that later stages read: the output, detached and normed, and side values.
     """
@@ -47,6 +48,7 @@ class Stage:
         plan = plan_of(net)
         self.index = index
         self.plan: Block = plan.all_blocks[index]
+        self.task = plan.task
         self.name = self.plan.target
         self.reads = _reads(net, self.plan)
         self.gives = self.plan.gives if index < len(plan) else ()

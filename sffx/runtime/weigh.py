@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.errors import InputError
@@ -43,17 +42,17 @@ def weigh(net: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
 
     Raises:
         InputError: `net` is no cut model, the loader is empty or yields something else, labels are
-            out of range, or no block gives the labels a probability. The net is as it was.
+            out of range, no block gives the labels a probability, or scores of the net's task are
+            no probabilities. The net is as it was.
     """
     cut = cut_model(net)
     plan = cut.plan
     log_shares = []
     with evaluating(cut):
         for scores, y in scored(cut, loader):
-            goodness = scores[:-1]
-            labels = y.expand(len(plan), -1)
-            loss = F.cross_entropy(goodness.movedim(2, 1), labels, reduction="none")
-            log_shares.append(-loss)
+            goodness = plan.task.aligned(scores)[:-1]
+            of_blocks = [plan.task.log_likelihoods(own, y) for own in goodness]
+            log_shares.append(torch.stack(of_blocks))
     weights = mixture_weights(torch.cat(log_shares, dim=1)).tolist()
     readout = cut.readout
     readout.weights = tuple(weights)

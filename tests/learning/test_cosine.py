@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import sffx
-from sffx.learning.cosine import CosineGoodness, _pooled_by_products
+from sffx.learning.cosine import CosineGoodness
+from sffx.learning.pooling import _pooled_by_products
 from tests.learning.values import LAYOUTS
 from tests.toys import Chain
 

@@ -88,7 +88,9 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
         place_constants(graph, tracer.constants.names)
-        keep_logits(graph, probe)
+        task, note = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
+        tracer.task = task
+        tracer.notes_on_task = [note] if note else []
     except TraceError:
         raise
     except Exception as failure:

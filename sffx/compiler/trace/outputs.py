@@ -1,4 +1,7 @@
-"""Which of a model's outputs is the logits, and a graph that returns nothing else."""
+"""Which of a model's outputs is the logits, and a graph that returns nothing else.
+
+For another task than classification, the logits are what the model predicts.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,29 @@ from torch import Tensor, fx, nn
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.effects import drop_dead_code
+from sffx.compiler.trace.infer_task import described, infer_task, note_on, unclear
 from sffx.errors import TraceError, backbone_hint
+from sffx.tasks import CLASSIFICATION, Task
 
 
-def find_logits(value: Any, num_classes: int | None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a caller says of a model's output.
+
+    Attributes:
+        num_classes: J, None to infer it.
+        task: None to infer it.
+    """
+
+    num_classes: int | None = None
+    task: Task | None = None
+
+
+def find_logits(value: Any, wanted: Wanted) -> Any:
     """Return the logits among what a forward returns, during a trace.
 
     1. The one value that it returns.
-    2. In a mapping or a record, what is called "logits".
+    2. In a mapping or a record, what is called "logits"; or "out", scores of pixels.
     3. No probabilities, where what they are made of is returned as well.
     4. Where several could be logits and differ in width, the one with `num_classes` columns.
     5. Else the first that could be logits, or the first of all.
@@ -30,14 +48,15 @@ def find_logits(value: Any, num_classes: int | None) -> Any:
         return value
     fields = _fields(value)
     if fields is not None:
-        if fields.get("logits") is not None:
-            return find_logits(fields["logits"], num_classes)
+        named = _named(fields)
+        if named:
+            return find_logits(fields[named], wanted)
         value = tuple(fields.values())
     if not isinstance(value, (tuple, list)):
         return value
     if not value:
         return None
-    return _logits_among(_without_probabilities(value), num_classes)
+    return _logits_among(_without_probabilities(value), wanted)
 
 
 def _without_probabilities(values: tuple[Any, ...] | list[Any]) -> list[Any]:
@@ -63,11 +82,33 @@ def _source_of_probabilities(value: fx.Proxy) -> fx.Node | None:
     return node.all_input_nodes[0]
 
 
-def _logits_among(values: tuple[Any, ...] | list[Any], num_classes: int | None) -> Any:
-    candidates = [each for each in values if _width(each)]
-    widths = [_width(each) for each in candidates]
+def place_of_logits(value: Any) -> str:
+    """Return where the logits are in what a forward returns: "only", "logits", "out" or ""."""
+    if isinstance(value, fx.Proxy):
+        return "only"
+    fields = _fields(value)
+    return "" if fields is None else _named(fields)
+
+
+def _named(fields: Mapping[str, Any]) -> str:
+    """Return the name among some fields that says what the logits are, "" if none does."""
+    if fields.get("logits") is not None:
+        return "logits"
+    out = fields.get("out")
+    is_of_pixels = isinstance(out, fx.Proxy) and _ndim(out) > 3
+    return "out" if is_of_pixels else ""
+
+
+def _ndim(value: fx.Proxy) -> int:
+    return getattr(facts(value.node).example, "ndim", 0)
+
+
+def _logits_among(values: tuple[Any, ...] | list[Any], wanted: Wanted) -> Any:
+    candidates = [each for each in values if _width(each, wanted)]
+    widths = [_width(each, wanted) for each in candidates]
+    num_classes = wanted.num_classes
     if len(set(widths)) < 2:
-        return _first_of(values, candidates, num_classes)
+        return _first_of(values, candidates, wanted)
     if num_classes in widths:
         return candidates[widths.index(num_classes)]
     shapes = ", ".join(f"(B, {width})" for width in widths)
@@ -78,18 +119,16 @@ def _logits_among(values: tuple[Any, ...] | list[Any], num_classes: int | None) 
     )
 
 
-def _first_of(
-    values: tuple[Any, ...] | list[Any], candidates: list[Any], num_classes: int | None
-) -> Any:
+def _first_of(values: tuple[Any, ...] | list[Any], candidates: list[Any], wanted: Wanted) -> Any:
     """Return the first value if it could be logits, or else the first that could."""
-    first = find_logits(values[0], num_classes)
-    if _width(first):
+    first = find_logits(values[0], wanted)
+    if _width(first, wanted):
         return first
     if candidates:
         return candidates[0]
     for value in values[1:]:
-        nested = find_logits(value, num_classes)
-        if _width(nested):
+        nested = find_logits(value, wanted)
+        if _width(nested, wanted):
             return nested
     return first
 
@@ -108,40 +147,52 @@ def _fields(value: Any) -> Mapping[str, Any] | None:
     return getattr(value, "__dict__", None) or None
 
 
-def _width(value: Any) -> int:
-    """Return the number of columns of a traced value that could be logits, 0 of others."""
+def _width(value: Any, wanted: Wanted) -> int:
+    """Return the number of outputs of a traced value that could be logits, 0 of others."""
     if not isinstance(value, fx.Proxy):
         return 0
     example = facts(value.node).example
-    return int(example.shape[1]) if _could_be_logits(example) else 0
+    # Without a word, what could be logits of classes is taken first.
+    task = wanted.task or CLASSIFICATION
+    is_output = _is_batch_of_floats(example) and task.could_be_output(example.shape)
+    return task.num_outputs(example.shape) if is_output else 0
 
 
-def _could_be_logits(value: Any) -> bool:
-    """Whether a value is a float tensor of shape (B, J)."""
-    if not isinstance(value, Tensor) or value.ndim != 2:
+def _is_batch_of_floats(value: Any) -> bool:
+    """Whether a value is a float tensor with the batch first."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
         return False
     return value.shape[0] == TRACE_BATCH and value.is_floating_point()
 
 
-def keep_logits(graph: fx.Graph, root: nn.Module) -> None:
+def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) -> tuple[Task, str]:
     """Check that the graph returns logits, and drop what only other outputs needed.
 
+    Args:
+        graph: to change.
+        root: the model.
+        wanted: what the caller says of the output.
+        place: of the logits, as `place_of_logits` returns it.
+
+    Returns:
+        The task, and a note where it was inferred and is not classification.
+
     Raises:
-        TraceError: it returns something else.
+        TraceError: it returns something else, or its task is not clear.
     """
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
     value = facts(logits).example if isinstance(logits, fx.Node) else logits
-    if not _could_be_logits(value):
+    if not _is_batch_of_floats(value):
+        raise unclear(root, value)
+    inputs = [facts(node).example for node in graph.nodes if node.op == "placeholder"]
+    task = wanted.task or infer_task(root, value, place, inputs)
+    if not task.could_be_output(value.shape):
         raise TraceError(
-            f"{type(root).__name__} returns {_description(value)}, "
-            f"but logits are of shape (B, J). {backbone_hint(root)}"
+            f"{type(root).__name__} returns {described(value)}, but with sffx.tasks.{task!r} the "
+            f"output is of shape {task.shapes}. {backbone_hint(root)}"
         )
+    task = task.settled(value.shape)
     drop_dead_code(graph)
-
-
-def _description(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    sizes = ", ".join(map(str, value.shape[1:]))
-    return f"a tensor of shape (B, {sizes})"
+    is_said = wanted.task is not None or task == CLASSIFICATION
+    return task, "" if is_said else note_on(task, value)

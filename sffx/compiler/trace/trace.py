@@ -28,6 +28,7 @@ from sffx.compiler.trace.flags import add_flag, is_flag
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.leaves import add_leaves, leaf_records
 from sffx.compiler.trace.notes import notes
+from sffx.compiler.trace.outputs import Wanted
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import Example, NodeRunner
@@ -35,6 +36,7 @@ from sffx.compiler.trace.sizes import depends_on_size
 from sffx.compiler.trace.state import Attributes, counters
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
+from sffx.tasks import CLASSIFICATION, Task
 from sffx.tensors import copied
 
 # Threads trace one after the other: while a trace runs, functions of torch are replaced.
@@ -52,6 +54,7 @@ class Trace:
         arguments: in which they lie.
         leaves: modules with children that could not be traced.
         notes: what was noticed on the way.
+        task: what the model predicts.
     """
 
     root: nn.Module
@@ -60,9 +63,15 @@ class Trace:
     arguments: Arguments
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
+    task: Task = CLASSIFICATION
 
 
-def trace(model: nn.Module, example_input: Any = None, num_classes: int | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    example_input: Any = None,
+    num_classes: int | None = None,
+    task: Task | None = None,
+) -> Trace:
     """Trace a copy of a model. The model itself is not touched and nothing is computed.
 
     Args:
@@ -70,16 +79,17 @@ def trace(model: nn.Module, example_input: Any = None, num_classes: int | None =
         example_input: a tensor, a tuple of positional or a mapping of keyword arguments; None to
             infer it.
         num_classes: J, which tells the logits among several outputs.
+        task: what the model predicts; None to infer it from the output.
 
     Raises:
         InputError: the input cannot be inferred, or the example does not fit.
         TraceError: the top-level `forward` cannot be traced.
     """
     with _TRACING, generators_restored():
-        return _trace(model, example_input, num_classes)
+        return _trace(model, example_input, Wanted(num_classes, task))
 
 
-def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Trace:
+def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     require_plain(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
@@ -91,7 +101,7 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
-        return GuidedTracer(runner, leaves, num_classes)
+        return GuidedTracer(runner, leaves, wanted)
 
     def make_tracer(training: bool) -> GuidedTracer:
         return tracer_on(values, training)
@@ -110,15 +120,17 @@ def _trace(model: nn.Module, example_input: Any, num_classes: int | None) -> Tra
         inputs=input_records(graph, root, form.names),
         arguments=form,
         leaves=leaf_records(root, leaves),
-        notes=tuple(
-            notes(
+        notes=(
+            *tracer.notes_on_task,
+            *notes(
                 root,
                 graph,
                 constants=form.constants,
                 checkpointed=tracer.patches.checkpointed,
                 is_of_size=is_of_size,
-            )
+            ),
         ),
+        task=tracer.task,
     )
 
 

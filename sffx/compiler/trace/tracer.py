@@ -19,12 +19,13 @@ from sffx.compiler.trace.batch import is_settled, length
 from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
 from sffx.compiler.trace.leaves import has_no_code, is_layer
-from sffx.compiler.trace.outputs import find_logits
+from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.sizes import reads_a_size
+from sffx.tasks import CLASSIFICATION, Task
 
 
 class GuidedTracer(fx.Tracer):
@@ -41,11 +42,13 @@ class GuidedTracer(fx.Tracer):
         settled: what was settled by the sizes of the example, in order.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
+        wanted: what the caller says of the output.
+        place_of_logits: in what the forward returned.
+        task: what the model predicts, once it was traced.
+        notes_on_task: whether it was inferred.
     """
 
-    def __init__(
-        self, runner: NodeRunner, leaves: Mapping[str, str], num_classes: int | None
-    ) -> None:
+    def __init__(self, runner: NodeRunner, leaves: Mapping[str, str], wanted: Wanted) -> None:
         super().__init__()
         # fx takes a buffer for a constant. What is computed from it alone would be frozen, and
         # writes on it would be lost.
@@ -58,7 +61,10 @@ class GuidedTracer(fx.Tracer):
         self.failed: str | None = None
         self.original = runner.original
         self._runner = runner
-        self._num_classes = num_classes
+        self.wanted = wanted
+        self.place_of_logits = ""
+        self.task: Task = CLASSIFICATION
+        self.notes_on_task: list[str] = []
         self._switches = _switches()
         self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
@@ -85,7 +91,9 @@ class GuidedTracer(fx.Tracer):
 
         def forward() -> Any:
             # Not `root_fn`, the forward of the class: an instance may have one of its own.
-            return find_logits(call(self.root, example.form, inputs), self._num_classes)
+            returned = call(self.root, example.form, inputs)
+            self.place_of_logits = place_of_logits(returned)
+            return find_logits(returned, self.wanted)
 
         return forward, []
 

@@ -35,11 +35,12 @@ def test_auxiliary_outputs_are_left_out_and_that_is_said():
 
 def test_an_output_that_is_no_logits_is_refused():
     message = (
-        r"returns a tensor of shape \(B, 4, 8, 8\), but logits are of shape \(B, J\)\. "
+        r"returns a tensor of shape \(B, 4, 6, 6\), but logits are of shape \(B, J\)\. "
+        r"If these are scores of pixels, task=sffx\.tasks\.Segmentation\(\) says so\. "
         r"Hint: sffx cuts classifiers"
     )
     with pytest.raises(TraceError, match=message):
-        trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.zeros(1, 3, 8, 8))
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))
 
 
 class _TwoOutputs(nn.Module):

@@ -1,0 +1,54 @@
+"""The square of a linear layer at each position, with little memory where there are many classes.
+
+`g[n, j] = (w_j . y_n + b_j)^2`. Autograd would keep the product, as large as the goodness, beside
+the goodness itself. With many classes the product is computed again in the backward pass, part by
+part of the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from sffx.kernels.batch_slices import small_slices
+from sffx.kernels.entropy import MANY_CLASSES
+
+
+def squared_linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the squares (..., J) of y (..., C), for a weight (J, C) and a bias (J,)."""
+    # A graph that is made, by torch.compile or an exporter, cannot hold the function.
+    if len(weight) < MANY_CLASSES or torch.compiler.is_compiling():
+        return F.linear(y, weight, bias).square()
+    rows = y.reshape(-1, y.shape[-1])
+    return _SquaredLinear.apply(rows, weight, bias).view(*y.shape[:-1], len(weight))
+
+
+class _SquaredLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias)
+        return torch.addmm(bias, rows, weight.t()).square_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias = ctx.saved_tensors
+        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad
+        d_rows = torch.empty_like(rows) if wants_rows else None
+        d_weight = torch.zeros_like(weight) if wants_weight else None
+        d_bias = torch.zeros_like(bias) if wants_bias else None
+        for part in small_slices(rows, len(weight)):
+            # dg/dz = 2 z
+            dz = torch.addmm(bias, rows[part], weight.t()).mul_(dg[part]).mul_(2)
+            if d_rows is not None:
+                d_rows[part] = dz @ weight
+            if d_weight is not None:
+                d_weight.addmm_(dz.t(), rows[part])
+            if d_bias is not None:
+                d_bias += dz.sum(0)
+        return d_rows, d_weight, d_bias

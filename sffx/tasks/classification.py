@@ -1,0 +1,102 @@
+"""Classes of a sample: the task of the paper, and the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sffx.errors import InputError
+from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Classes of a sample. The model's output is logits (B, J), y is class indices (B,).
+
+    The loss of a block with goodness g is `-mean_n( g[n, y_n] - log sum_j exp g[n, j] )` (section
+    4.2). A loss also takes probabilities of the classes, (B, J), as mixup makes them.
+    """
+
+    name: ClassVar[str] = "classification"
+    has_confidence: ClassVar[bool] = True
+
+    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
+        return len(shape) == 2 and num_outputs in (None, shape[1])
+
+    def require_outputs(self, num_outputs: int) -> None:
+        if num_outputs < 2:
+            raise InputError(
+                "the model returns one logit, but a goodness tells classes apart. "
+                "Hint: for two classes, give it two logits, or task=sffx.tasks.MultiLabel(), whose "
+                "targets are 0 and 1"
+            )
+
+    def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
+        is_tensor_of_floats = isinstance(y, Tensor) and y.is_floating_point()
+        if is_tensor_of_floats and tuple(y.shape) == (batch, num_outputs):
+            return
+        self.check_labels(y, batch, num_outputs)
+
+    def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
+        require_tensor(y, "pass class indices, torch.tensor(y)")
+        if y.ndim != 1 or len(y) != batch:
+            raise InputError(
+                f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each "
+                f"sample, or for a loss probabilities, ({batch}, {num_outputs})"
+            )
+        if y.dtype != torch.int64:
+            raise InputError(
+                f"y has dtype {y.dtype}, not torch.int64. Hint: pass class indices, y.long()"
+            )
+        if has_values(y):
+            _check_range(int(y.min()), int(y.max()), num_outputs)
+
+    def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
+        return torch.zeros(output[0], dtype=torch.int64, device=device)
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        # Probabilities must have the dtype of the logits. Class indices stay integers.
+        targets = y.to(scores.dtype) if y.is_floating_point() else y
+        return F.cross_entropy(scores, targets)
+
+    def gathered(self, scores: Sequence[Tensor]) -> Any:
+        return torch.stack(tuple(scores))
+
+    def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+        # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
+        kept = [i for i, weight in enumerate(weights) if weight > 0]
+        stacked = torch.stack([scores[i] for i in kept])
+        shares = stacked.new_tensor([weights[i] for i in kept])
+        return torch.logsumexp(stacked.log_softmax(2) + shares.log()[:, None, None], dim=0)
+
+    def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(scores, y, reduction="none")
+
+    def sums(self, scores: Tensor, y: Tensor) -> Sums:
+        is_correct = scores.argmax(dim=1) == y
+        return {
+            "correct": is_correct.sum(),
+            "loss": F.cross_entropy(scores, y, reduction="sum"),
+            "count": torch.tensor(len(y), device=y.device),
+        }
+
+
+# The task of a cut model that says nothing else.
+CLASSIFICATION = Classification()
+
+
+def _check_range(lowest: int, highest: int, num_classes: int) -> None:
+    if lowest >= 0 and highest < num_classes:
+        return
+    hint = ""
+    if lowest == -100:
+        hint = ". Hint: loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100"
+    raise InputError(
+        f"labels run from {lowest} to {highest}, but there are {num_classes} classes, "
+        f"0 to {num_classes - 1}{hint}"
+    )

@@ -1,0 +1,109 @@
+"""Several labels of a sample, each of which it has or has not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sffx.errors import InputError
+from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Several labels of a sample. The model's output is logits (B, J), y is 0 and 1, (B, J).
+
+    The scores of a block are logits as well, `s[n, j] = g[n, j] - theta_j`. Goodness alone is never
+    negative, so that every label would have a probability of at least one half. So each label has a
+    threshold theta_j, which is learned and begins at 1. A head whose goodness has a sign has the
+    same offset, which begins at 0.
+
+    The loss of a block is binary cross-entropy, the mean over samples and labels:
+    `-mean_nj( y log sigmoid(s) + (1 - y) log sigmoid(-s) )`. y may lie between 0 and 1.
+
+    `sffx.evaluate` reports F1: its mean over the labels ("f1"), that of all labels counted together
+    ("f1_micro"), and by label. A label counts as predicted if its score is positive. A label that
+    is neither there nor predicted has an F1 of 0, as with scikit-learn.
+    """
+
+    name: ClassVar[str] = "multilabel"
+    form: ClassVar[str] = "labels"
+    outputs: ClassVar[str] = "labels"
+    shares: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
+
+    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
+        return len(shape) == 2 and num_outputs in (None, shape[1])
+
+    def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
+        require_tensor(y, "pass 0 and 1 for each label, torch.tensor(y)")
+        if tuple(y.shape) != (batch, num_outputs):
+            raise InputError(
+                f"y has shape {tuple(y.shape)}, not {(batch, num_outputs)}. "
+                "Hint: 0 or 1 for each label of each sample"
+            )
+        if y.is_complex():
+            raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
+        if has_values(y) and not bool(((y >= 0) & (y <= 1)).all()):
+            raise InputError(
+                f"y runs from {y.min().item()} to {y.max().item()}. "
+                "Hint: 1 where a sample has a label, and 0 where not"
+            )
+
+    def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
+        self.check_targets(y, batch, num_outputs)
+        if has_values(y) and not bool(((y == 0) | (y == 1)).all()):
+            raise InputError("y has values between 0 and 1. Hint: F1 needs labels of 0 and 1")
+
+    def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
+        return torch.zeros(tuple(output), device=device)
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype))
+
+    def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+        kept = [i for i, weight in enumerate(weights) if weight > 0]
+        stacked = torch.stack([scores[i] for i in kept])
+        shares = stacked.new_tensor([weights[i] for i in kept]).log()[:, None, None]
+        there = torch.logsumexp(F.logsigmoid(stacked) + shares, dim=0)
+        not_there = torch.logsumexp(F.logsigmoid(-stacked) + shares, dim=0)
+        return there - not_there
+
+    def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
+        targets = y.to(scores.dtype)
+        return -F.binary_cross_entropy_with_logits(scores, targets, reduction="none").flatten()
+
+    def sums(self, scores: Tensor, y: Tensor) -> Sums:
+        predicted = scores > 0
+        there = y > 0.5
+        loss = F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype), reduction="sum")
+        return {
+            "correct": (predicted == there).sum(),
+            "loss": loss,
+            "count": torch.tensor(y.numel(), device=y.device),
+            "found": (predicted & there).sum(0),
+            "predicted": predicted.sum(0),
+            "there": there.sum(0),
+        }
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        means = self.mean_metrics(sums)
+        found, either = sums["found"], sums["predicted"] + sums["there"]
+        return {
+            "accuracy": means["accuracy"],
+            "f1": float(_f1(found, either).mean()),
+            "f1_micro": float(_f1(found.sum(), either.sum())),
+            "loss": means["loss"],
+        }
+
+    def by_class(self, sums: Sums) -> tuple[float, ...]:
+        return tuple(_f1(sums["found"], sums["predicted"] + sums["there"]).tolist())
+
+
+def _f1(found: Tensor, either: Tensor) -> Tensor:
+    """Return F1 from the labels found, and those predicted plus those that are there."""
+    return 2 * found.double() / either.double().clamp(min=1)

@@ -1,0 +1,54 @@
+"""A task as an entry of a record, as a checkpoint and an exported file hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sffx.errors import InputError
+from sffx.tasks.classification import Classification
+from sffx.tasks.labels import MultiLabel
+from sffx.tasks.regression import Regression
+from sffx.tasks.segmentation import Segmentation
+from sffx.tasks.task import Task
+from sffx.tasks.tokens import LanguageModel, TokenClassification
+
+TASKS: dict[str, type[Task]] = {
+    Classification.name: Classification,
+    MultiLabel.name: MultiLabel,
+    Regression.name: Regression,
+    Segmentation.name: Segmentation,
+    TokenClassification.name: TokenClassification,
+    LanguageModel.name: LanguageModel,
+}
+
+
+def task_record(task: Task) -> dict[str, Any]:
+    """Return a task as its name and its options: {"name": "segmentation", "ignore_index": 11}."""
+    return {"name": task.name, **asdict(task)}
+
+
+def task_of_record(record: Any) -> Task:
+    """Return the task that `task_record` wrote.
+
+    Raises:
+        InputError: it is of no known task.
+    """
+    options = dict(record) if isinstance(record, Mapping) else {}
+    name = options.pop("name", None)
+    try:
+        return TASKS[name](**options)
+    except (KeyError, TypeError) as cause:
+        names = ", ".join(TASKS)
+        raise InputError(f"{record!r} is the record of no task. Hint: {names}") from cause
+
+
+def require_task(task: Any) -> None:
+    """Raise an InputError if something is neither a task nor None."""
+    if task is None or isinstance(task, Task):
+        return
+    hint = "pass one of sffx.tasks, such as sffx.tasks.Regression()"
+    if isinstance(task, type) and issubclass(task, Task):
+        hint = f"pass an instance, {task.__name__}()"
+    raise InputError(f"task is {task!r}. Hint: {hint}")

@@ -1,0 +1,114 @@
+"""Classes of pixels or voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sffx.tasks.positions import Positions
+from sffx.tasks.task import Shape, Sums, Task
+
+
+@dataclass(frozen=True)
+class Segmentation(Positions):
+    """Classes of pixels. The model's output is logits (B, J, H, W), y is class indices (B, H, W).
+
+    With voxels these are (B, J, D, H, W) and (B, D, H, W). Of a mapping such as torchvision's, the
+    entry "out" is the output; "aux" is left out.
+
+    The goodness of a block at a pixel is the square of its auxiliary convolution there, with no
+    mean over space: `g[n, j, p] = (conv_k(Y)[n, j, p])^2`, at the block's own resolution. The loss
+    of a block is cross-entropy with goodness as logits, the mean over the pixels of the batch whose
+    label is not `ignore_index`. A batch of nothing else has a loss of 0. Where scores and labels
+    differ in size, the scores are upsampled to the labels, bilinearly.
+
+    In train mode the net returns a tuple, in which each block has its own resolution. In eval mode
+    goodness is upsampled to the classifier's size, which is the size of the answer.
+
+    `sffx.evaluate` reports the accuracy of pixels, the mean of IoU over the classes that occur or
+    are predicted ("mean_iou"), and the IoU of each class (`by_class`, nan for a class that does
+    neither).
+
+    Attributes:
+        ignore_index: the label of pixels that are left out.
+        volumes: whether the output is of voxels.
+    """
+
+    volumes: bool = False
+
+    name: ClassVar[str] = "segmentation"
+    form: ClassVar[str] = "pixel"
+    outputs: ClassVar[str] = "classes of pixels"
+    shares: ClassVar[tuple[str, ...]] = ("accuracy", "mean_iou")
+
+    @property
+    def shapes(self) -> str:  # type: ignore[override]
+        return "(B, J, D, H, W)" if self.volumes else "(B, J, H, W)"
+
+    def settled(self, shape: Shape) -> Task:
+        return replace(self, volumes=len(shape) == 5)
+
+    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
+        return len(shape) in (4, 5) and num_outputs in (None, shape[1])
+
+    def fits(self, shape: Shape, output: Shape) -> bool:
+        # A block has a resolution of its own.
+        return len(shape) == len(output) and tuple(shape[:2]) == tuple(output[:2])
+
+    def _target_axes(self) -> tuple[int, ...]:
+        return (4,) if self.volumes else (3,)
+
+    def _target_shapes(self, batch: int) -> str:
+        return f"({batch}, D, H, W)" if self.volumes else f"({batch}, H, W)"
+
+    def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
+        shape = (output[0], *output[2:])
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
+        size = scores[-1].shape[2:]
+        return [*(self._resized(own, size) for own in scores[:-1]), scores[-1]]
+
+    def _resized(self, scores: Tensor, size: torch.Size) -> Tensor:
+        """Return scores at another size."""
+        # An exporter passes proxies, which cannot be compared.
+        if isinstance(scores, Tensor) and scores.shape[2:] == size:
+            return scores
+        mode = "trilinear" if self.volumes else "bilinear"
+        return F.interpolate(scores, size=size, mode=mode, align_corners=False)
+
+    def _summed_loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        return super()._summed_loss(self._resized(scores, y.shape[1:]), y)
+
+    def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
+        return super().log_likelihoods(self._resized(scores, y.shape[1:]), y)
+
+    def sums(self, scores: Tensor, y: Tensor) -> Sums:
+        scores = self._resized(scores, y.shape[1:])
+        num_classes = scores.shape[1]
+        is_counted = y != self.ignore_index
+        pairs = y[is_counted] * num_classes + scores.argmax(dim=1)[is_counted]
+        confusion = torch.bincount(pairs, minlength=num_classes**2)
+        return {**super().sums(scores, y), "confusion": confusion}
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        means = self.mean_metrics(sums)
+        mean_iou = float(_iou(sums["confusion"]).nanmean())
+        return {"accuracy": means["accuracy"], "mean_iou": mean_iou, "loss": means["loss"]}
+
+    def by_class(self, sums: Sums) -> tuple[float, ...]:
+        return tuple(_iou(sums["confusion"]).tolist())
+
+
+def _iou(confusion: Tensor) -> Tensor:
+    """Return the intersection over the union of each class, (J,), nan where there is no union."""
+    num_classes = int(len(confusion) ** 0.5)
+    counts = confusion.reshape(num_classes, num_classes).double()
+    found = counts.diagonal()
+    union = counts.sum(0) + counts.sum(1) - found
+    return found / union

@@ -1,0 +1,199 @@
+"""The contract of a task: what a model predicts, and what a target is.
+
+Everything in the package that depends on it asks the task: heads, losses, readouts, verification,
+evaluation, weights, memory, exports and drawing.
+
+*Scores* are what a head or the classifier returns. The classifier's scores are the model's output.
+A block's scores have the same number of outputs J. With `Segmentation` they may have a lower
+resolution, and `aligned` brings them to the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sffx.errors import InputError
+
+# Sums over samples, from which metrics are computed. They may be added over batches and processes.
+Sums: TypeAlias = dict[str, Tensor]
+
+# The shape of a batch of values, (B, ...).
+Shape: TypeAlias = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model predicts and what a target is.
+
+    Attributes:
+        name: of the task, in records.
+        form: the form of the heads, a key of `sffx.learning.heads.FORMS`.
+        outputs: what J counts, in plural: "classes".
+        shapes: the shape of the model's output, for messages.
+        per_position: whether a position is scored, a token or a pixel, and not the sample.
+        norms_tokens: whether the norm between two blocks looks at each token by itself.
+        has_confidence: whether a sample has a confidence, by which it can exit early.
+        shares: the metrics that are shares, between 0 and 1.
+        means: the metrics that are means over what was counted, with the sums they are made from.
+    """
+
+    name: ClassVar[str] = ""
+    form: ClassVar[str] = "sample"
+    outputs: ClassVar[str] = "classes"
+    shapes: ClassVar[str] = "(B, J)"
+    per_position: ClassVar[bool] = False
+    norms_tokens: ClassVar[bool] = False
+    has_confidence: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ("accuracy",)
+    means: ClassVar[dict[str, str]] = {"accuracy": "correct", "loss": "loss"}
+
+    # The model's output.
+
+    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
+        """Return whether a float tensor of this shape, (B, ...), could be the model's output.
+
+        Args:
+            shape: of the tensor.
+            num_outputs: J where it is known.
+        """
+        raise NotImplementedError
+
+    def settled(self, shape: Shape) -> Task:
+        """Return the task for a model's output of this shape, where options depend on it."""
+        return self
+
+    def num_outputs(self, shape: Shape) -> int:
+        """Return J, given the shape of the model's output."""
+        return int(shape[1])
+
+    def require_outputs(self, num_outputs: int) -> None:
+        """Raise an InputError if a model with J outputs cannot have this task."""
+
+    def fits(self, shape: Shape, output: Shape) -> bool:
+        """Return whether scores of a shape go with a model's output of another shape."""
+        return tuple(shape) == tuple(output)
+
+    def count_in_words(self, num_outputs: int) -> str:
+        """Return how many outputs there are: "10 classes"."""
+        return f"{num_outputs} {self.outputs}"
+
+    # Targets.
+
+    def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
+        """Raise an InputError if y is no target for the loss of a batch.
+
+        Args:
+            y: what was passed.
+            batch: B.
+            num_outputs: J.
+        """
+        raise NotImplementedError
+
+    def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
+        """Raise an InputError if y is no target to evaluate with."""
+        self.check_targets(y, batch, num_outputs)
+
+    def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
+        """Return valid targets for a model's output of a shape, (B, ...)."""
+        raise NotImplementedError
+
+    def without_padding(self, y: Any, mask: Tensor | None) -> Any:
+        """Return targets that leave out padding.
+
+        Args:
+            y: targets.
+            mask: of the model's input, (B, T), zero at padding; None where there is none.
+        """
+        return y
+
+    # Scores.
+
+    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of one block, a scalar.
+
+        Args:
+            scores: of the block or the classifier, in float32 or wider.
+            y: targets, which `check_targets` has passed.
+        """
+        raise NotImplementedError
+
+    def gathered(self, scores: Sequence[Tensor]) -> Any:
+        """Return the scores of all blocks as a cut model returns them in train mode."""
+        return tuple(scores)
+
+    def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
+        """Return the scores of all blocks in the shape of the last, the classifier's.
+
+        It must not look at values, since an exporter passes proxies.
+        """
+        return scores
+
+    def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+        """Return the scores of the weighted mean of the blocks' predictions.
+
+        Args:
+            scores: aligned, of some blocks.
+            weights: one for each, with the sum 1.
+        """
+        raise NotImplementedError
+
+    def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
+        """Return the logarithm of the probability that scores give each target, (N,).
+
+        Raises:
+            InputError: scores of this task are no probabilities.
+        """
+        raise InputError(
+            f"the predictions of {self!r} are no probabilities, which sffx.weigh mixes. "
+            "Hint: net.readout.mode = 'ensemble' or 'last'"
+        )
+
+    # Metrics.
+
+    def sums(self, scores: Tensor, y: Tensor) -> Sums:
+        """Return the sums of a batch: "count", those in `means`, and what `metrics` reads."""
+        raise NotImplementedError
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Return the metrics of sums: those in `means`, and others by name."""
+        return self.mean_metrics(sums)
+
+    def mean_metrics(self, sums: Sums) -> dict[str, float]:
+        """Return the metrics that are means over what was counted, 0 where nothing was."""
+        count = float(sums["count"])
+        if not count:
+            return dict.fromkeys(self.means, 0.0)
+        return {name: float(sums[source]) / count for name, source in self.means.items()}
+
+    def by_class(self, sums: Sums) -> tuple[float, ...]:
+        """Return the metric of each class, () where the task has none."""
+        return ()
+
+
+def require_confidence(task: Task) -> None:
+    """Raise an InputError if the samples of a task cannot exit early."""
+    if not task.has_confidence:
+        raise InputError(
+            f"an early exit stops a sample whose class is confident, and sffx.tasks.{task!r} has "
+            "no class of a sample. Hint: export the readout 'cumulative', the answer after each "
+            "block, and stop as your application sees fit"
+        )
+
+
+def require_tensor(y: Any, hint: str) -> None:
+    """Raise an InputError if targets are no tensor."""
+    if not isinstance(y, Tensor):
+        raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: {hint}")
+
+
+def has_values(y: Tensor) -> bool:
+    """Return whether the values of targets can be looked at without waiting for a device.
+
+    Fake tensors have no values, and a check on a GPU would wait for it.
+    """
+    return type(y) is Tensor and y.device.type == "cpu" and y.numel() > 0

@@ -173,12 +173,12 @@ class Analysis:
         """Return how several paths that left one node meet in another.
 
         It is "sum", "cat", "product" or "other"; "" where none meet. Paths that start at several
-        inputs never parted, so they are no join.
+        inputs never parted, so they are no join. Paths that part at one input are.
         """
         if not self.is_path(name) or self._flow.paths.in_degree(name) < 2:
             return ""
-        if self._flow.dominator[name] == SOURCE:
-            return ""  # the paths start at several inputs
+        if self._flow.dominator[name] == SOURCE and not self._flow.share_an_input(name):
+            return ""
         return _JOINS.get(self.nodes[name].target, "other")
 
     def layers_on_paths(self, name: str) -> tuple[int, ...]:
@@ -252,7 +252,7 @@ class Analysis:
             node=end.name,
             nodes=tuple(node.name for node in nodes),
             scope=common_scope([scopes(node) for node in paths]),
-            join=self.join(end.name) if index else "",
+            join=self.join(end.name),
             shape=shape,
             trainable=any(self.parameters(node) for node in nodes),
             weighted=any(self._layers.is_weighted(node) for node in nodes),

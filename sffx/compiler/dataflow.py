@@ -79,6 +79,26 @@ class Dataflow:
                 ahead += self.paths.predecessors(name)
         return passed - {start}
 
+    def share_an_input(self, name: str) -> bool:
+        """Return whether two of the paths that meet in a node start at the same input."""
+        met: set[str] = set()
+        for end in self.paths.predecessors(name):
+            inputs = self._inputs_of_path(end)
+            if inputs & met:
+                return True
+            met |= inputs
+        return False
+
+    def _inputs_of_path(self, end: str) -> set[str]:
+        """Return the names of the inputs that the paths to a node start at."""
+        inputs = set()
+        for start in self.between(SOURCE, end):
+            if self.paths.has_edge(SOURCE, start):
+                for source in nx.ancestors(self.graph, start):
+                    if self.nodes[source].op == "placeholder":
+                        inputs.add(source)
+        return inputs
+
     def _spine(self) -> list[str]:
         spine = [self.logits]
         # The last node that dominates a node is dominated by all others that do.

@@ -57,6 +57,9 @@ class Drawn(float):
     probability 0 is never dropped.
     """
 
+    # So a number of NumPy leaves the comparison to this class, in any order.
+    __array_ufunc__ = None
+
     def __lt__(self, other: float) -> bool:
         return self._settled(other >= 1, other <= 0)
 

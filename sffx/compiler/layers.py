@@ -81,6 +81,12 @@ class Layers:
             return False
         return any(self._holds_matrix(arg) for arg in node.all_input_nodes)
 
+    def is_single_layer(self, node: Node) -> bool:
+        """Return whether a node is one layer with a weight, and no leaf that holds several."""
+        module = self.module(node)
+        holds_several = module is not None and holds_several_layers(module)
+        return self.is_weighted(node) and not holds_several
+
     def is_batch_norm(self, node: Node) -> bool:
         """Return whether a node is a BN layer, one of torch's or a class derived from one."""
         if node.target is F.batch_norm:
@@ -101,6 +107,15 @@ class Layers:
 
     def _holds_matrix(self, node: Node) -> bool:
         return any(p.ndim > 1 for p in self.parameters(node).values())
+
+
+def holds_several_layers(module: nn.Module) -> bool:
+    """Return whether several children of a module have a weight matrix or a kernel."""
+    weighted = []
+    for child in module.children():
+        if any(p.ndim > 1 for p in child.parameters()):
+            weighted.append(child)
+    return len(weighted) > 1
 
 
 def scopes(node: Node) -> tuple[str, ...]:

@@ -137,8 +137,9 @@ def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, st
     readers = [flow.nodes[reader] for reader in flow.paths.successors(name)]
     norms = [reader for reader in readers if layers.is_batch_norm(reader)]
     # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds both
-    # as well, but a cut may lie there, or such a model could not be cut at all.
-    is_layer = layers.is_weighted(flow.nodes[name])
+    # as well, but a cut may lie there, or such a model could not be cut at all. So may it behind a
+    # leaf that holds several layers, and so may end in a sum.
+    is_layer = layers.is_single_layer(flow.nodes[name])
     if norms and (is_layer or len(readers) == 1):
         return str(norms[0].target)
     if len(readers) != 1:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from sffx.compiler.analyse import Analysis, Step
+from sffx.compiler.layers import holds_several_layers
 from sffx.compiler.qualnames import holders, outermost
 from sffx.compiler.spans import Steps, has_weight, legal_before, legal_behind, settled
 
@@ -63,9 +64,10 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
             continue
         own = list(parts.get(owner, {}).values())
         units = _units_inside(analysis, owner, kinds - {kind}, scopes)
+        rows = _joins_of_stacks(analysis, owner, stacks, parts)
         # The only module of its class with several joins is a model written in one forward.
         is_one_join = len(own) == 1
-        if _repeats([*own, *units]):
+        if _repeats([*own, *units, *rows]):
             stacks.add(kind)
         elif is_one_join or len(_instances(analysis, {kind})) > 1:
             kinds.add(kind)
@@ -106,15 +108,9 @@ def _leaves_with_layers(analysis: Analysis) -> list[str]:
     for step in analysis.steps:
         node = analysis.nodes[step.node]
         if node.op == "call_module":
-            module = analysis.trace.root.get_submodule(str(node.target))
-            layers = [child for child in module.children() if _has_weight(child)]
-            if len(layers) > 1:
+            if holds_several_layers(analysis.trace.root.get_submodule(str(node.target))):
                 leaves.append(str(node.target))
     return leaves
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return any(p.ndim > 1 for p in module.parameters())
 
 
 def _units_inside(
@@ -133,6 +129,27 @@ def _units_inside(
         if name in scopes and owner in holders(name):
             units.append(analysis.kind(name))
     return units
+
+
+def _joins_of_stacks(
+    analysis: Analysis,
+    owner: str,
+    stacks: set[type[nn.Module]],
+    parts: dict[str, dict[Any, Any]],
+) -> list[Any]:
+    """Return the joins that the stacks inside a module own, comparable.
+
+    Args:
+        analysis: of the model.
+        owner: the module.
+        stacks: the classes of stacks.
+        parts: the joins of each owner.
+    """
+    joins: list[Any] = []
+    for stack, own in parts.items():
+        if owner in holders(stack) and analysis.kind(stack) in stacks:
+            joins += own.values()
+    return joins
 
 
 def _scopes(analysis: Analysis) -> set[str]:

@@ -45,6 +45,15 @@ def test_two_inputs_meet_before_the_first_candidate():
     )
 
 
+def test_paths_from_several_inputs_are_no_join_and_paths_from_one_input_are():
+    class OneInput(TwoInputs):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, x[:, 1:])
+
+    assert analysed(TwoInputs(), torch.zeros(1, 6), torch.zeros(1, 5)).join("add") == ""
+    assert analysed(OneInput(), torch.zeros(1, 6)).join("add") == "sum"
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

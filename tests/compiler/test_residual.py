@@ -118,6 +118,36 @@ def test_a_stack_that_owns_a_join_is_cut_between_its_units(depth, behind, copies
         assert any(name.endswith(f"1.layers.{i}") for name in names)
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("depth", [4, 6])
+def test_a_module_that_owns_a_join_is_cut_between_the_joins_of_a_stack_in_it(depth, mixes):
+    encoder = Encoder(0, torch.add, behind=False)
+    encoder.layers = Stack(depth, mixes=mixes)
+    names = outputs(classifier(encoder))
+    assert len(names) == 2 + depth  # the stem, the encoder's own join, the stack's joins
+
+
+class JoinsFromTheStart(nn.Module):
+    """Adds around every other layer; the first shortcut starts at the input."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2 * depth))
+        self.shortcuts = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, shortcut in enumerate(self.shortcuts):
+            y = self.layers[2 * i + 1](self.layers[2 * i](x).relu())
+            x = (y + shortcut(x)).relu()
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_paths_that_part_at_the_input_join(depth):
+    assert len(outputs(JoinsFromTheStart(depth))) == depth
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("depth", [2, 4])
 def test_torchs_encoder_layers_are_blocks_beside_another_sum(residual, depth):

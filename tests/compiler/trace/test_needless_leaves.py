@@ -30,7 +30,10 @@ class _Dropped(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(("keep", "leaves"), [(1, []), (1.0, []), (0.5, ["2"])])
+@pytest.mark.parametrize(
+    ("keep", "leaves"),
+    [(1, []), (1.0, []), (np.float64(1), []), (0.5, ["2"]), (np.float32(0.5), ["2"])],
+)
 def test_a_layer_that_is_never_dropped_is_traced(keep, leaves):
     state = random.getstate()
     net = cut_without_norms(around(_Dropped(keep)))

@@ -107,9 +107,10 @@ def _leaves_with_layers(analysis: Analysis) -> list[str]:
     leaves = []
     for step in analysis.steps:
         node = analysis.nodes[step.node]
-        if node.op == "call_module":
-            if holds_several_layers(analysis.trace.root.get_submodule(str(node.target))):
-                leaves.append(str(node.target))
+        if node.op != "call_module":
+            continue
+        if holds_several_layers(analysis.trace.root.get_submodule(str(node.target))):
+            leaves.append(str(node.target))
     return leaves
 
 

@@ -23,6 +23,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers, common_scope, scopes
 from sffx.compiler.refusals import refusals, shared_state
 from sffx.compiler.trace.trace import Trace
+from sffx.compiler.way_out import way_out
 from sffx.errors import CutError
 
 # Targets of nodes, by how they join paths. A string is the name of a method.
@@ -230,7 +231,8 @@ class Analysis:
         reasons = "; ".join(first_reasons)
         return (
             "the model has no node to cut at, since no value lies on every path from input to "
-            f"logits and may be cut ({reasons})"
+            f"logits and may be cut ({reasons}). "
+            + way_out(self.trace.leaves, [step.refusal for step in self.steps])
         )
 
     def _refusal(self, name: str) -> str:

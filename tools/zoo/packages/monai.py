@@ -22,8 +22,8 @@ def _listed(class_name: str, shape: tuple[int, ...], **options: Any) -> Model:
 def _resnet(spatial: int, shape: tuple[int, ...], **more: Any) -> Model:
     options = {
         "block": "basic",
-        "layers": [1, 1, 1, 1],
-        "block_inplanes": [8, 16, 24, 32],
+        "layers": [2, 2, 2, 2],
+        "block_inplanes": [8, 12, 16, 16],
         "spatial_dims": spatial,
         "n_input_channels": 1,
         "num_classes": CLASSES,
@@ -137,7 +137,7 @@ MODELS = {
     "resnet_1d": _resnet(1, (1, 128)),
     "resnet_3d_bottleneck": _resnet(3, _VOLUME, block="bottleneck"),
     "resnet_3d_shortcut_a": _resnet(3, _VOLUME, shortcut_type="A"),
-    "resnet_2d_instance_norm": _resnet(2, _IMAGE, norm="instance"),
+    "resnet_2d_instance_norm": _resnet(2, _IMAGE, norm=("instance", {"affine": True})),
     "densenet_2d": _densenet(2, _IMAGE),
     "densenet_3d": _densenet(3, _VOLUME),
     "densenet_2d_dropout": _densenet(2, _IMAGE, dropout_prob=0.2),

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import CutError
+
+
+class _ReadsValues(nn.Module):
+    """Layers whose number of uses depends on the data, which no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.sum() > 0:
+            x = self.b(x)
+        return self.c(x)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for _ in range(3):
+            x = self.cell(x).relu()
+            outputs.append(self.head(x))
+        return torch.stack(outputs).mean(0)
+
+
+class _Product(nn.Module):
+    """A layer of its own kind: nothing tells where the channels of its value are."""
+
+    def __init__(self, pattern: str, *sizes: int) -> None:
+        super().__init__()
+        self.pattern, self.weight = pattern, nn.Parameter(torch.ones(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.pattern, x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(_ReadsValues()), r"0 \(_ReadsValues\) holds 100% .*branch depends on the"),
+        (_Recurrent(), "the uses of a layer that runs again and again"),
+        (
+            nn.Sequential(_Product("bi,ijk->bjk", 6, 3, 2), _Product("bjk,jkc->bc", 3, 2, 4)),
+            "the channel axis is told by the layers",
+        ),
+        (nn.Sequential(nn.Linear(6, 4)), "a value that everything after it is computed from"),
+    ],
+)
+def test_a_model_with_nowhere_to_cut_is_told_what_to_do(model, said):
+    with pytest.raises(CutError, match=f"(?s)no node to cut at.*{said}.*") as caught:
+        sffx.plan(model, example_input=torch.randn(2, 6))
+    assert str(caught.value).count("Hint: ") == 1

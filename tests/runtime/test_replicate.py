@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import sffx
 from sffx.runtime.replicate import replication_of
 from tests.processes import leave
 from tests.runtime.test_distributed import cut_model
+from tests.runtime.test_shard import normalised
 
 STEPS, BATCH, CLASSES = 4, 12, 4
 
@@ -199,6 +202,104 @@ def refusals(net: fx.GraphModule, rank: int) -> dict[str, str]:
     return {expected: refusal(call) for expected, call in calls.items()}
 
 
+def attempt(call: Callable[[], object]) -> str:
+    """Return what a call raises, after its kind; "" if nothing."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def failures(rank: int) -> dict[str, str]:
+    """Return what each process is told where the processes do different things, by what."""
+    x, y = share(rank, 2)[0]
+    told: dict[str, str] = {}
+
+    def replicas() -> tuple[fx.GraphModule, torch.optim.Optimizer]:
+        net = cut_model(0)
+        sffx.replicate(net, timeout=60)
+        return net, adamw(net)
+
+    def epoch(net: fx.GraphModule, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(3 - rank):
+            sffx.local_step(net, x, y, optimizer)
+
+    net, optimizer = replicas()
+    told["loaders, then evaluate"] = attempt(
+        lambda: (epoch(net, optimizer), sffx.evaluate(net, [(x, y)], group=dist.group.WORLD))
+    )
+    told["weights after it"] = str(float(sum(p.sum() for p in net.state_dict().values())))
+    told["a step after it"] = attempt(lambda: sffx.local_step(net, x, y, optimizer))
+    net, optimizer = replicas()
+    told["loaders, then finish"] = attempt(lambda: (epoch(net, optimizer), sffx.finish(net)))
+    net, optimizer = replicas()
+    told["blocks"] = attempt(
+        lambda: sffx.local_step(net, x, y, optimizer, blocks=["block_0", "block_1"][: 2 - rank])
+    )
+    net, optimizer = replicas()
+    if rank:
+        net.load_state_dict(net.state_dict())
+    told["loads"] = attempt(lambda: sffx.local_step(net, x, y, optimizer))
+
+    net, optimizer = replicas()
+    labels = y + 100 * rank
+    told["evaluation"] = attempt(lambda: sffx.evaluate(net, [(x, labels)], group=dist.group.WORLD))
+
+    def fail(name: str, *_: object) -> None:
+        if rank and name == "block_1":
+            raise ValueError("a full disk")
+
+    net = cut_model(0)
+    state = net.state_dict()
+    sffx.replicate(net, timeout=60)
+    optimizer = adamw(net)
+    sffx.local_step(net, x, y, optimizer)
+    started = time.monotonic()
+    told["an error in a step"] = attempt(
+        lambda: (sffx.local_step(net, x, y, optimizer, on_block=fail), sffx.finish(net))
+    )
+    assert time.monotonic() - started < 30  # far less than the timeout
+    told["weights in the middle"] = attempt(net.state_dict)
+    net.load_state_dict(state)
+    sffx.replicate(net, timeout=60)
+    told["replicated again"] = attempt(
+        lambda: (sffx.local_step(net, x, y, optimizer), sffx.finish(net))
+    )
+    return told
+
+
+def end_in_a_step(rank: int, folder: str) -> None:
+    """Let one process end in the middle of a step. The other one leaves in a file what it sees."""
+    x, y = share(rank, 2)[0]
+    net = cut_model(0)
+    sffx.replicate(net, timeout=60)
+
+    def end(name: str, *_: object) -> None:
+        if rank and name == "block_1":
+            os._exit(0)
+
+    told = attempt(lambda: (sffx.local_step(net, x, y, adamw(net), on_block=end), sffx.finish(net)))
+    Path(f"{folder}/told").write_text(told)
+    os._exit(0)
+
+
+def statistics(rank: int) -> tuple[dict[str, Tensor], ...]:
+    """Return the buffers of own samples, those after one step, and those after more."""
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(3, 8, 4, generator=generator)
+    y = torch.randint(0, 3, (3, 8), generator=generator)
+    alone = normalised().train()
+    sffx.local_loss(alone, x[0], y[0])
+    net = normalised().train()
+    sffx.replicate(net, timeout=60)
+    sffx.local_step(net, x[0], y[0], adamw(net))
+    once = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    sffx.local_step(net, x[1], y[1], adamw(net))
+    sffx.local_loss(net, x[2], y[2])
+    return dict(alone.named_buffers()), once, dict(net.named_buffers())
+
+
 def start(rank: int, folder: str, processes: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -228,7 +329,11 @@ def run(rank: int, folder: str, processes: int) -> None:
         found["DDP"] = weights(model.module.net)
         found["readings"] = readings(net, rank)
         found["refusals"] = refusals(net, rank)
+        found["failures"] = failures(rank)
+        found["buffers"] = statistics(rank)
     torch.save(found, f"{folder}/{rank}.pt")
+    if processes == 2:
+        end_in_a_step(rank, folder)
     leave()
 
 
@@ -260,6 +365,48 @@ def test_processes_with_a_share_each_train_as_one_with_the_whole(
             assert_equal(one["adamw"], one["DDP"])
             assert all(one["readings"].values()), one["readings"]
             assert all(expected in said for expected, said in one["refusals"].items()), one
+        require_failures(*(one["failures"] for one in found))
+        require_statistics(*(one["buffers"] for one in found))
+        assert re.match("ProcessError: another process has ended", (tmp_path / "told").read_text())
+
+
+def require_failures(first: dict[str, str], second: dict[str, str]) -> None:
+    both = {
+        "loaders, then evaluate": "ProcessError: the processes do different things: rank 0 trains "
+        "step 3 by local_step; rank 1 evaluates after step 2. Hint: give all loaders as many",
+        "a step after it": "ProcessError: the replicas have come apart: ProcessError: the proc",
+        "loaders, then finish": "rank 0 trains step 3 by local_step; rank 1 finishes after step 2",
+        "blocks": "Hint: the same blocks=...",
+        "loads": "rank 0 has loaded 0 state dicts; rank 1 has loaded 1 state dicts",
+    }
+    for name, expected in both.items():
+        assert expected in first[name], (name, first[name])
+        assert expected in second[name], (name, second[name])
+    assert first["weights after it"] == second["weights after it"]
+    assert second["evaluation"].startswith("InputError: labels run from")
+    assert first["evaluation"].startswith("ProcessError: the evaluation failed on rank 1")
+    assert second["an error in a step"] == "ValueError: a full disk"
+    assert "another process failed, rank 1: ValueError: a full disk" in first["an error in a step"]
+    # The process that failed may have sent nothing of this step, and then it has lost nothing.
+    expected = "ProcessError: the weights are those in the middle of step 2: ProcessError"
+    assert first["weights in the middle"].startswith(expected)
+    assert first["replicated again"] == second["replicated again"] == ""
+
+
+def require_statistics(
+    first: tuple[dict[str, Tensor], ...], second: tuple[dict[str, Tensor], ...]
+) -> None:
+    """Require equal buffers: mean running statistics, and otherwise those of the first process."""
+    own, other = first[0], second[0]
+    for name, buffer in first[1].items():
+        expected = own[name]
+        if "running" in name:
+            assert not torch.equal(own[name], other[name])
+            expected = (own[name] + other[name]) / 2
+        torch.testing.assert_close(buffer, expected)
+    for one, another in zip(first[1:], second[1:], strict=True):
+        assert_equal(one, another)
+    assert len(first[1]) == 4
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

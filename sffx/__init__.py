@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from sffx.memory.footprint import Footprint, footprint
     from sffx.memory.largest import LargestBatch, largest_batch
     from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
+    from sffx.runtime.find_residency import finish
     from sffx.runtime.keywords import KeywordLoss
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
     from sffx.runtime.randomness import block_seeds
-    from sffx.runtime.replicate import finish, replicate
+    from sffx.runtime.replicate import replicate
     from sffx.runtime.shard import shard
     from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
@@ -135,7 +136,7 @@ _MODULE_OF = {
     "export_onnx": "sffx.export.onnx",
     "export_program": "sffx.export.program",
     "extract": "sffx.extraction",
-    "finish": "sffx.runtime.replicate",
+    "finish": "sffx.runtime.find_residency",
     "footprint": "sffx.memory.footprint",
     "largest_batch": "sffx.memory.largest",
     "load_checkpoint": "sffx.checkpoint",

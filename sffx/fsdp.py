@@ -7,11 +7,18 @@ from typing import Any
 
 from torch import nn
 
+_FSDP = "torch.distributed.fsdp"
+
 
 def shards_in(module: nn.Module) -> list[Any]:
     """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
-    # Importing FSDP takes a second. As long as nobody has imported it, nothing is sharded.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    if _FSDP not in sys.modules:
         return []
-    return [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+    return [each for each in module.modules() if is_sharded(each)]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether `torch.distributed.fsdp.fully_shard` was called on a module."""
+    # Importing FSDP takes a second. As long as nobody has imported it, nothing is sharded.
+    fsdp = sys.modules.get(_FSDP)
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -63,16 +63,16 @@ class Agreement:
 
     Attributes:
         group: has the backend gloo, so a word waits for no device.
+        steps: the number of training steps so far, a present one included.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
+    def __init__(self, ranks: list[int], timeout: float) -> None:
         """Make the group. All processes must do so.
 
         Args:
-            group: of the processes, the default group if None.
+            ranks: of the processes.
             timeout: how long a process waits for the others, in seconds.
         """
-        ranks = dist.get_process_group_ranks(group)
         made: Any = dist.new_group(
             ranks,
             timeout=timedelta(seconds=timeout),
@@ -80,6 +80,7 @@ class Agreement:
             use_local_synchronization=True,
         )
         self.group: dist.ProcessGroup = made
+        self.steps = 0
         self._words: list[Tensor] = []
         self._work: Any = None
 
@@ -88,6 +89,15 @@ class Agreement:
         own = torch.tensor(word.numbers())
         self._words = [torch.empty_like(own) for _ in range(self.group.size())]
         self._work = dist.all_gather(self._words, own, group=self.group, async_op=True)
+
+    def require(self, word: Word) -> None:
+        """Send a word, and wait until all processes have sent the same.
+
+        Raises:
+            ProcessError: a word differs, or another process failed.
+        """
+        self.start(word)
+        self.reached(block=True)
 
     def reached(self, *, block: bool) -> bool:
         """Return whether all processes have sent the same word.

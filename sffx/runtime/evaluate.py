@@ -91,8 +91,8 @@ def evaluate(
         loader: yields (x, y), x as `net` takes it and y class indices, (B,), or the targets of
             another task. Both are moved to the model's device.
         group: processes whose samples are counted together; `torch.distributed.group.WORLD` for
-            all. Each must call this with a loader of its own, which may have any number of samples.
-            If None, this process counts its own samples alone.
+            all. Each must call this with a loader of its own, which may have any number of samples;
+            of a sharded net, as many batches in each. If None, this process counts its own alone.
 
     Raises:
         InputError: `net` is no cut model, the loader is empty or yields something else, or labels
@@ -123,6 +123,7 @@ def block_scores(net: fx.GraphModule, x: Any) -> Any:
         InputError: the model cannot run on x, and x is not like the input that it was cut for.
     """
     residency = residency_of(net)
+    residency.scoring()
     all_scores = []
     for stage, scores in walk(net, x):
         all_scores.append(widened(scores))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from sffx.errors import InputError
 from sffx.fsdp import shards_in
-from sffx.net import CutModel, plan_of
+from sffx.net import CutModel, cut_model, plan_of
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.replicate import replication_of
 from sffx.runtime.residency import Residency
-from sffx.runtime.shard import Sharding, require_whole
+from sffx.runtime.shard import require_whole, sharding_of
 
 
 def residency_of(net: fx.GraphModule) -> Residency:
@@ -29,7 +30,7 @@ def residency_of(net: fx.GraphModule) -> Residency:
     if replication is not None:
         return replication
     if shards_in(net):
-        return Sharding(net)
+        return sharding_of(net)
     return Residency(net)
 
 
@@ -43,3 +44,25 @@ def make_whole(net: nn.Module) -> None:
     require_whole(net)
     if isinstance(net, CutModel):
         net.settle()
+
+
+def finish(net: nn.Module) -> None:
+    """Apply all pending updates of a replicated net, and agree with the other processes.
+
+    Every process must call it, at the end of an epoch or of the training. It needs not be called
+    before `evaluate` or `state_dict`, which apply pending updates themselves.
+
+    Args:
+        net: what `replicate` or `shard` was called with.
+
+    Raises:
+        InputError: `net` is neither replicated nor sharded by sffx.
+        ProcessError: another process has made more or fewer steps, or has failed.
+    """
+    residency = residency_of(cut_model(net))
+    if not residency.agrees:
+        raise InputError(
+            "net is not trained by several processes together. Hint: sffx.replicate(net) or "
+            "sffx.shard(net) first"
+        )
+    residency.agree("finish")

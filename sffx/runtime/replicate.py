@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
-from sffx.net import cut_model, plan_of
+from sffx.net import plan_of
 from sffx.runtime.agreement import Agreement, Word, require_same, structure_of
 from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
 from sffx.runtime.gate import Gate, none
@@ -88,32 +88,13 @@ def replicate(
     if present is not None:
         present.leave()
         delattr(net, _ATTRIBUTE)
-    agreement = Agreement(group, timeout)
+    agreement = Agreement(dist.get_process_group_ranks(group), timeout)
     problem = _why_not_averageable(net)
     require_same(structure_of(net), agreement.group, problem)
     replication = Replication(net, agreement, _group_for_gradients(group, agreement, timeout))
     replication.broadcast()
     setattr(net, _ATTRIBUTE, replication)
-    replication.enter()
-
-
-def finish(net: nn.Module) -> None:
-    """Apply all updates that are pending in a replicated net, and agree with the other processes.
-
-    Every process must call it, at the end of an epoch or of the training. It needs not be called
-    before `evaluate` or `state_dict`, which apply pending updates themselves.
-
-    Args:
-        net: what `replicate` was called with.
-
-    Raises:
-        InputError: `net` is not replicated.
-        ProcessError: another process has made more or fewer steps, or has failed.
-    """
-    replication = replication_of(cut_model(net))
-    if replication is None:
-        raise InputError("net is not replicated. Hint: sffx.replicate(net) replicates it")
-    replication.agree("finish")
+    replication.put_gates()
 
 
 def replication_of(net: nn.Module) -> Replication | None:
@@ -135,7 +116,6 @@ class Replication(Residency):
         self.group = group
         self._stages = stages_of(net)
         self._wait: Wait | None = agreement.wait if group is agreement.group else None
-        self._steps = 0
         self._loads = 0
         self._is_learning = False
         self._is_settling = False
@@ -153,6 +133,11 @@ class Replication(Residency):
         return next(self._stages[0].block.parameters(), torch.empty(0)).device
 
     @property
+    def agrees(self) -> bool:
+        """Whether processes tell each other what they are about to do."""
+        return True
+
+    @property
     def is_sound(self) -> bool:
         """Whether no process is known to have failed."""
         return not self._failure
@@ -165,7 +150,7 @@ class Replication(Residency):
                 dist.broadcast(copy, group=self.group, group_src=0)
                 tensor.copy_(copy)
 
-    def enter(self) -> None:
+    def put_gates(self) -> None:
         """Put gates before the blocks' forwards."""
         for stage in self._stages:
             for module in stage.modules:
@@ -193,7 +178,7 @@ class Replication(Residency):
         """
         self._require_sound()
         detail = zlib.crc32(repr([_layout_of(stage) for stage in stages]).encode())
-        self._announcement = Word(deed, self._steps + 1, detail, self._loads)
+        self._announcement = Word(deed, self.agreement.steps + 1, detail, self._loads)
         self._is_learning = True
         try:
             yield
@@ -237,7 +222,7 @@ class Replication(Residency):
             return
         word = self._announcement
         self._announcement = None
-        self._steps += 1
+        self.agreement.steps += 1
         self.agreement.start(word)
 
     def _send(self, *, block: bool) -> None:
@@ -265,8 +250,9 @@ class Replication(Residency):
             return
         if self._is_incomplete:
             raise ProcessError(
-                f"the weights are those in the middle of step {self._steps}: {self._failure}. "
-                "Hint: load the newest checkpoint in all processes and call sffx.replicate again"
+                f"the weights are those in the middle of step {self.agreement.steps}: "
+                f"{self._failure}. Hint: load the newest checkpoint in all processes and call "
+                "sffx.replicate again"
             )
         self._is_settling = True
         try:
@@ -302,8 +288,7 @@ class Replication(Residency):
         self._require_sound()
         self.settle()
         try:
-            self.agreement.start(Word(deed, self._steps, loads=self._loads))
-            self.agreement.reached(block=True)
+            self.agreement.require(Word(deed, self.agreement.steps, loads=self._loads))
         except ProcessError as error:
             self.fail(error)
             raise
@@ -377,12 +362,7 @@ class Replication(Residency):
         self._unsent.clear()
 
     def _of_this_step(self) -> list[_Sending]:
-        return [sending for sending in self._pending if sending.step == self._steps]
-
-    @property
-    def steps(self) -> int:
-        """The number of steps so far, a present one included."""
-        return self._steps
+        return [sending for sending in self._pending if sending.step == self.agreement.steps]
 
     @property
     def wait(self) -> Wait | None:
@@ -411,7 +391,7 @@ class _Sending:
         updates: Updates | None = None,
     ) -> None:
         self.stage = stage
-        self.step = replication.steps
+        self.step = replication.agreement.steps
         self.parameters = stage.trainable if torch.is_grad_enabled() else []
         self._replication = replication
         self._gradients = gradients

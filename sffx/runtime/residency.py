@@ -41,6 +41,27 @@ class Residency:
             InputError: it cannot be trained block by block as it is.
         """
 
+    @property
+    def agrees(self) -> bool:
+        """Whether processes tell each other what they are about to do."""
+        return False
+
+    @property
+    def heads_run_always(self) -> bool:
+        """Whether a head runs with its block even where nobody asks for its scores."""
+        return False
+
+    def enter(self, stage: Stage, following: Stage | None) -> None:
+        """Have the parameters of a stage that is about to run.
+
+        Args:
+            stage: that runs now.
+            following: that runs after it, if any does.
+        """
+
+    def scoring(self) -> None:
+        """Be ready to compute the scores of a batch."""
+
     def agree(self, deed: str) -> None:
         """Wait until all processes do the same thing. Here each works for itself.
 

@@ -7,6 +7,7 @@ in what they do between two stages.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -56,7 +57,9 @@ def walk(
     inputs = bind(plan_of(net), x)
     values = input_values(net, inputs)
     stages = _until_the_last(stages_of(net), only)
-    for stage in stages:
+    residency = residency_of(net)
+    for stage, following in zip_longest(stages, stages[1:]):
+        residency.enter(stage, following)
         if only is not None and stage.name not in only:
             with explaining_input_errors(net, inputs):
                 _pass_through(net, stage, values)
@@ -101,11 +104,15 @@ def _until_the_last(stages: Sequence[Stage], only: Collection[str] | None) -> Se
 
 def _pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
     """Run a stage that only passes its values on."""
-    parts = [stage.block] if stage.norm is None else [stage.block, stage.norm]
+    parts = [*stage.modules, *([] if stage.norm is None else [stage.norm])]
+    residency = residency_of(net)
     with torch.no_grad(), evaluating(*parts):
-        stage.run_block(values)
+        if residency.heads_run_always:
+            stage.score(values)
+        else:
+            stage.run_block(values)
         stage.hand_on(values)
-    residency_of(net).release(stage, changed=False)
+    residency.release(stage, changed=False)
 
 
 def _detached_scores(

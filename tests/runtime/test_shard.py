@@ -6,10 +6,13 @@ They do what one process does on the whole batch.
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -100,6 +103,14 @@ def run(rank: int, folder: str) -> None:
         net, options=StateDictOptions(full_state_dict=True, cpu_offload=False)
     )
 
+    counted: list[str] = []
+    hook = net.block_0.register_forward_pre_hook(lambda *_: counted.append("block_0 runs"))
+    with counting(counted):
+        sffx.local_step(net, x, y, optimizer)
+    hook.remove()
+    found["collectives"] = counted
+    found["blocks alone"] = train_last_block(sharded(), x, y)
+
     together.clear()
     for part in (net.block_0, net.block_1, net.head_1):
         part.requires_grad_(False)
@@ -109,8 +120,58 @@ def run(rank: int, folder: str) -> None:
     found["together where frozen"] = together.copy()
 
     found["errors"] = errors(net, x, y)
+    found["told"] = told(rank, x, y)
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
+
+
+@contextmanager
+def counting(calls: list[str]) -> Iterator[None]:
+    """Note the collectives that FSDP calls."""
+    with ExitStack() as patches:
+        for name, older in (
+            ("all_gather_single", "all_gather_into_tensor"),
+            ("reduce_scatter_single", "reduce_scatter_tensor"),
+        ):
+            name = name if hasattr(dist, name) else older
+            real = getattr(dist, name)
+
+            def counted(*args: Any, real: Any = real, name: str = name, **options: Any) -> Any:
+                calls.append(name)
+                return real(*args, **options)
+
+            patches.enter_context(mock.patch.object(dist, name, counted))
+        yield
+
+
+def train_last_block(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Train the last block alone, then all, and return the weights."""
+    optimizer = optimizer_of(net)
+    sffx.local_step(net, x, y, optimizer, blocks=[list(net.plan)[-1].target])
+    sffx.local_step(net, x, y, optimizer)
+    return whole(dict(net.named_parameters()))
+
+
+def told(rank: int, x: Tensor, y: Tensor) -> dict[str, str]:
+    """Return what a process is told where the processes differ."""
+    found = {
+        "weights": refusal(lambda: sharded(seed=rank)),
+        "after a finish": refusal(lambda: sffx.finish(cut_model(0))),
+    }
+    net = sharded()
+    optimizer = optimizer_of(net)
+
+    def epoch() -> None:
+        for _ in range(3 - rank):
+            sffx.local_step(net, x, y, optimizer)
+        sffx.evaluate(net, [(x, y)])
+
+    found["loaders"] = refusal(epoch, sffx.ProcessError)
+    net = sharded()
+    found["loaders of an evaluation"] = refusal(
+        lambda: (sffx.evaluate(net, [(x, y)] * (3 - rank)), sffx.finish(net)), sffx.ProcessError
+    )
+    return found
 
 
 def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
@@ -142,8 +203,8 @@ def errors(net: fx.GraphModule, x: Tensor, y: Tensor) -> dict[str, str]:
     return {expected: refusal(call) for expected, call in calls.items()}
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(sffx.InputError) as caught:
+def refusal(call: Callable[[], object], kind: type[Exception] = sffx.InputError) -> str:
+    with pytest.raises(kind) as caught:
         call()
     return str(caught.value)
 
@@ -162,11 +223,29 @@ def test_two_processes_with_half_of_each_parameter_train_as_one_process(
 
     net = cut_model(seed=0)
     optimizer = optimizer_of(net)
+    sffx.local_step(net, *batch(), optimizer, blocks=[list(net.plan)[-1].target])
+    sffx.local_step(net, *batch(), optimizer)
+    alone = {name: p.detach() for name, p in net.named_parameters()}
+
+    net = cut_model(seed=0)
+    optimizer = optimizer_of(net)
     losses = [sffx.local_step(net, *batch(), optimizer) for _ in range(3)]
     evaluation = sffx.evaluate(net, [batch()])
     losses += [sffx.local_step(net, *batch(), optimizer) for _ in range(2)]
 
     for one in found:
+        # One gather and one sum for each block with its head, and for the classifier.
+        assert len(one["collectives"]) - 1 == 2 * (len(net.plan) + 1)
+        # The second block is being gathered before the first one runs.
+        assert one["collectives"].index("block_0 runs") == 2
+        torch.testing.assert_close(one["blocks alone"], alone, rtol=1e-10, atol=1e-13)
+        assert re.match(
+            r"rank 1: block_0.0.weight is .*, and in the first process", one["told"]["weights"]
+        )
+        expected = "rank 0 trains step 3 by local_step; rank 1 computes scores after step 2."
+        assert expected in one["told"]["loaders"]
+        expected = "rank 0 computes scores after step 0; rank 1 finishes after step 0."
+        assert expected in one["told"]["loaders of an evaluation"]
         torch.testing.assert_close(one["gradients"], gradients, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(
             one["parameters"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class Gate:
     block: int
 
     def __call__(self, *_: object) -> None:
-        self.call(self.block)
+        # A compiled block compiles its hooks as well, and moving tensors is nothing to compile.
+        # Without a compiled block nobody has imported dynamo, which takes a second.
+        call = torch.compiler.disable(self.call) if "torch._dynamo" in sys.modules else self.call
+        call(self.block)
 
     def __reduce__(self) -> Any:
         return _open_gate, ()

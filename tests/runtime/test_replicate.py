@@ -197,7 +197,7 @@ def refusals(net: fx.GraphModule, rank: int) -> dict[str, str]:
         "rank 1: net has another plan": lambda: sffx.replicate(other),
         "rank 1: block_0.0.weight is parameter (6, 3, 3, 3) float32, and in the first process "
         "parameter (6, 3, 3, 3) float64": lambda: sffx.replicate(dtypes),
-        "net is not replicated": lambda: sffx.finish(cut_model(0)),
+        "net is not trained by several processes together": lambda: sffx.finish(cut_model(0)),
     }
     return {expected: refusal(call) for expected, call in calls.items()}
 

@@ -374,8 +374,9 @@ class BlockPlan:
         return html_table(COLUMNS, rows, caption=self._heading()) + "".join(remarks)
 
     def _heading(self) -> str:
+        blocks = "1 feature block" if len(self) == 1 else f"{len(self)} feature blocks"
         outputs = self.task.count_in_words(self.num_classes)
-        size = f"{len(self)} feature blocks and the classifier, {outputs}"
+        size = f"{blocks} and the classifier, {outputs}"
         return f"{self.model}, policy {self.policy!r}: {size}"
 
     def _remarks(self) -> list[str]:

@@ -17,12 +17,13 @@ import sffx
 from sffx.blocks import BlockPlan
 from sffx.checkpoint import Checkpoint, load_checkpoint
 from sffx.cli.cut import complete_options, cut_options
-from sffx.cli.models import find_model
+from sffx.cli.models import called, find_model
 from sffx.cli.sources import token_example
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.progress import Progress
 from sffx.draw.render import PICTURES, TEXT, check_path, plan_in
 from sffx.draw.render import draw as draw_plan
+from sffx.draw.words import blocks_in_words
 from sffx.errors import InputError, MissingExtra, SffxError
 from sffx.parts import is_block
 
@@ -32,9 +33,10 @@ def draw(options: argparse.Namespace) -> None:
     checkpoint = _checkpoint(options)
     plan = _plan(options, checkpoint)
     progress = None if checkpoint is None else progress_of(checkpoint, plan)
+    plan = _titled(plan, options)
     with _writing():
-        path = _draw_file(_titled(plan, options), progress, options)
-    print(f"wrote {path}: {len(plan)} feature blocks and the classifier of {plan.model}")
+        path = _draw_file(plan, progress, options)
+    print(f"wrote {path}: {blocks_in_words(plan)} and the classifier of {plan.model}")
     if options.open:
         _show(path)
 
@@ -42,8 +44,7 @@ def draw(options: argparse.Namespace) -> None:
 def print_plan(options: argparse.Namespace) -> None:
     """Print the plan, and the predicted memory if a batch size or a budget is given."""
     model = _model(options, None)
-    plan = _plan_for(model, options, None)
-    print(plan)
+    print(_titled(_plan_for(model, options, None), options))
     if options.batch is None and options.budget is None:
         return
     net = model
@@ -74,6 +75,7 @@ def compare(options: argparse.Namespace) -> None:
         return
     with _writing():
         path = draw_comparison(plans, options.output)
+    print(f"wrote {path}: {len(plans)} policies side by side")
     if options.open:
         _show(path)
 
@@ -187,7 +189,7 @@ def _titled(plan: BlockPlan, options: argparse.Namespace) -> BlockPlan:
     """
     source = str(options.source)
     place, _, thing = source.rpartition(":")
-    name = thing.rpartition(".")[2]
+    name = called(thing).rpartition(".")[2]
     if source.endswith(".py") or place in ("", "hf") or name == plan.model:
         return plan
     return replace(plan, model=f"{name} ({plan.model})")
@@ -213,14 +215,14 @@ def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Nam
 def _name(options: argparse.Namespace) -> str:
     """Return the name of the drawing: the object's if the command line names one, or the file's."""
     if options.model is not None:
-        return str(options.model).rpartition(".")[2]
+        return called(options.model).rpartition(".")[2]
     source = str(options.source)
     place, _, thing = source.rpartition(":")
     if place == "timm":
         return thing.replace("/", "_")
     if Path(source).suffix == ".py":
         return Path(source).stem
-    return thing.rpartition(".")[2]
+    return called(thing).rpartition(".")[2]
 
 
 @contextmanager

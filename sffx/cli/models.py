@@ -6,6 +6,7 @@ It is written as an object in a Python file (`model.py`, `model.py:make_net`), a
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -15,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,7 @@ def find_model(
         module = _load(path)
         if name_in_file is None:
             name_in_file = _only_candidate(module, path)
-        thing = _member(module, name_in_file, str(path))
+        thing = _member_or_call(module, name_in_file, str(path))
         return _build(thing, name_in_file, str(path), num_classes)
 
 
@@ -81,7 +82,8 @@ def candidates(module: ModuleType) -> dict[str, str]:
 
     These are the models that the file has made. Without any, they are the functions that are
     annotated to return a model. Without these, they are the classes of models. Functions and
-    classes count only if they can be called without arguments.
+    classes count only if they can be called without arguments. Those that another one uses, such as
+    the class of a block that the class of the net is made of, are parts and do not count.
     """
     public = {name: thing for name, thing in vars(module).items() if not name.startswith("_")}
     functions = {}
@@ -95,7 +97,38 @@ def candidates(module: ModuleType) -> dict[str, str]:
             functions[name] = "function"
         elif _is_model_class(thing):
             classes[name] = "class"
-    return _instances(public) or functions or classes
+    return _instances(public) or _wholes(functions, public) or _wholes(classes, public)
+
+
+def _wholes(kinds: dict[str, str], public: dict[str, Any]) -> dict[str, str]:
+    """Return the functions or classes that no other one among them uses; all if none is left."""
+    used: set[str] = set()
+    for name in kinds:
+        used.update(_names_used(public[name]) - {name})
+    wholes = {name: kind for name, kind in kinds.items() if name not in used}
+    return wholes or kinds
+
+
+def _names_used(thing: Any) -> set[str]:
+    """Return the names that the code of a function, or of the methods of a class, refers to."""
+    names: set[str] = set()
+    functions = [thing]
+    if isinstance(thing, type):
+        functions = [getattr(each, "__func__", each) for each in vars(thing).values()]
+    for function in functions:
+        code = getattr(function, "__code__", None)
+        if code is not None:
+            names.update(_names_in(code))
+    return names
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names in compiled code and in the functions inside it."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
 
 
 def _instances(public: dict[str, Any]) -> dict[str, str]:
@@ -207,23 +240,56 @@ def _refuse_name(source: str, name: str | None) -> None:
 
 def _model_of_module(source: str, num_classes: int | None) -> nn.Module:
     """Return the model that `package.module:callable` means."""
-    thing = _object_of_module(source)
     module_name, _, name = source.partition(":")
+    holder = _imported(source)
     with as_script(None):
+        thing = _member_or_call(holder, name, module_name)
         return _build(thing, name, module_name, num_classes)
 
 
 def _object_of_module(source: str) -> Any:
     """Return the object that `package.module:name` means."""
-    module_name, colon, name = source.partition(":")
+    module_name, _, name = source.partition(":")
+    return _member(_imported(source), name, module_name)
+
+
+def _imported(source: str) -> ModuleType:
+    """Return the module in `package.module:name`."""
+    module_name, colon, _ = source.partition(":")
     if not colon:
         raise InputError(
             f"{source!r} is neither a Python file nor module:callable. "
             "Hint: model.py, torchvision.models:resnet18, timm:resnet18"
         )
     with as_script(None), _own_errors(module_name):
-        module = importlib.import_module(module_name)
-    return _member(module, name, module_name)
+        return importlib.import_module(module_name)
+
+
+def called(name: str) -> str:
+    """Return what a call such as "Net(16, classes=10)" calls, "Net"; any other text as it is."""
+    return name.partition("(")[0]
+
+
+def _member_or_call(holder: Any, name: str, place: str) -> Any:
+    """Return the object of a dotted name, or what a call such as "Net(16, classes=10)" makes.
+
+    Raises:
+        InputError: there is no such object, the text is no call, or its code raised an error.
+    """
+    thing = _member(holder, called(name), place)
+    if "(" not in name:
+        return thing
+    try:
+        call = ast.parse(name, mode="eval")
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"{name!r} is no call of Python. Hint: 'Net(16, classes=10)', in quotes"
+        ) from error
+    if not isinstance(call.body, ast.Call) or ast.unparse(call.body.func) != called(name).strip():
+        raise InputError(f"{name!r} is no call of {called(name)}. Hint: 'Net(16, classes=10)'")
+    with _own_errors(place):
+        # The arguments may be any expression of the file, whose code is run anyway.
+        return eval(compile(call, name, "eval"), vars(holder))
 
 
 def _member(holder: Any, name: str, place: str) -> Any:
@@ -266,7 +332,7 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None) -> nn.Mod
     if required:
         raise InputError(
             f"{name} in {place} needs {', '.join(required)}. "
-            "Hint: write a function without arguments that returns the model"
+            f"Hint: give them, '{name}({', '.join(f'{each}=...' for each in required)})'"
         )
     takes_classes = num_classes is not None and _takes_num_classes(thing)
     arguments = {"num_classes": num_classes} if takes_classes else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from sffx.blocks import Block, Node
 from sffx.draw.fold import first_of, relative
+from sffx.draw.group import grouped
 
 DETAILS = ("blocks", "modules", "nodes")
 
@@ -34,7 +35,8 @@ def parts(block: Block, detail: str) -> list[Part]:
     Args:
         block: of a plan. For a run of blocks these are the parts of the first.
         detail: "nodes" for all nodes, or "modules" for calls of modules, joins, and the values that
-            leave the block. The edges of a node that is left out are drawn through.
+            leave the block. The edges of a node that is left out are drawn through. Where these are
+            many, the layers of one module are one part.
 
     Returns:
         The parts; one for the whole block if the plan does not hold its nodes.
@@ -42,8 +44,54 @@ def parts(block: Block, detail: str) -> list[Part]:
     block = first_of(block)
     nodes = block.graph or (Node(block.output, block.name, False, block.inputs),)
     if detail == "modules":
-        nodes = _without_functions(block, nodes)
+        nodes = grouped(block, _without_functions(block, nodes))
     return [Part(node, _text(node, block, detail)) for node in nodes]
+
+
+def functional_modules(block: Block) -> dict[str, str]:
+    """Return the modules that compute by functions, by the last node that reads their parameters.
+
+    The window attention of a Swin transformer is an example: none of its layers is called, but one
+    function takes their weights. A module with a layer that is called is none of these.
+    """
+    owners = set()
+    for node in block.graph:
+        owner = node.call.rpartition(".")[0]
+        if not node.is_module and node.call in block.parameters and owner:
+            owners.add(owner)
+    silent = {owner for owner in owners if not _holds_any(owner, block.modules)}
+    # Of the weights of each node: the modules that own them.
+    feeding: dict[str, set[str]] = {}
+    last_reader: dict[str, str] = {}
+    for node in block.graph:
+        own = {owner for owner in silent if not node.is_module and _lies_in(node.call, owner)}
+        for read in node.reads:
+            own |= feeding.get(read, set())
+        if not node.is_path:
+            feeding[node.name] = own
+            continue
+        for owner in own:
+            last_reader[owner] = node.name
+    found = {}
+    for owner, reader in last_reader.items():
+        # Of a module and the layers inside it, the module is named.
+        if not any(_lies_in(owner, other) for other in silent):
+            found[reader] = owner
+    return found
+
+
+def module_names(block: Block) -> list[str]:
+    """Return the modules that a block runs, in order, those that compute by functions as well."""
+    by_function = functional_modules(block)
+    if not by_function:
+        return list(block.modules)
+    names = []
+    for node in block.graph:
+        if node.is_module:
+            names.append(node.call)
+        elif node.name in by_function:
+            names.append(by_function[node.name])
+    return names
 
 
 def joins_in_words(block: Block) -> str:
@@ -67,6 +115,14 @@ def joins_in_words(block: Block) -> str:
 def _without_functions(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
     """Return the modules, joins and leaving values among the nodes, with edges drawn through."""
     leaving = {block.output, *block.sides}
+    by_function = functional_modules(block)
+    # A module that computes by functions is shown by the last of these.
+    named = []
+    for node in nodes:
+        if node.name in by_function:
+            node = replace(node, call=by_function[node.name], is_module=True)
+        named.append(node)
+    nodes = named
     by_name = {node.name: node for node in nodes}
     shown = set()
     for node in nodes:
@@ -86,6 +142,14 @@ def _without_functions(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
             # Else a path reads a size or a mask that is not drawn, which is left out.
         reads[node.name] = tuple(sources)
     return tuple(replace(node, reads=reads[node.name]) for node in nodes if node.name in shown)
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def _holds_any(module: str, names: Sequence[str]) -> bool:
+    return any(name == module or _lies_in(name, module) for name in names)
 
 
 def _text(node: Node, block: Block, detail: str) -> str:

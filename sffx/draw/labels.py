@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from xml.etree.ElementTree import Element
 
 from sffx.blocks import Block, BlockPlan, Input, Leaf, option_name
-from sffx.draw.detail import joins_in_words
+from sffx.draw.detail import joins_in_words, module_names
 from sffx.draw.fold import Run, relative
 from sffx.draw.legend import entries
 from sffx.draw.markup import cell, left_cell, line, row, rows_label, table, text
@@ -231,7 +231,7 @@ def _module_lines(block: Block) -> list[str]:
     For example "conv1 · relu ×2", or "mlp (5)" for a module with five leaves.
     """
     paths = []
-    for qualname in block.modules:
+    for qualname in module_names(block):
         if qualname != block.name:
             paths.append(relative(qualname, block).split("."))
     deepest = max(map(len, paths), default=0)

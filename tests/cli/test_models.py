@@ -55,6 +55,16 @@ FOUND = {
     + "def load_data():\n    raise SystemExit\ndef size() -> int: ...",
     "a class besides functions that say nothing": NET_OF_WIDTH_3
     + "def main():\n    Net(9)\ndef make():\n    return Net(9)",
+    "a class besides the classes of its parts": NET_OF_WIDTH_3.replace(
+        "nn.Linear(width, width)", "Layer(width)"
+    )
+    + "        self.more = [Part() for _ in range(2)]\n"
+    + "class Layer(nn.Module):\n    def __init__(self, in_features=1):\n"
+    + "        super().__init__()\n        self.in_features = in_features\n"
+    + "        self.part = Part()\n"
+    + "class Part(nn.Module): ...",
+    "a function besides one that it calls": NET
+    + "def make() -> nn.Module:\n    return part()\ndef part() -> nn.Module:\n    return Net(3)",
     "a dataclass beside it": NET
     + "from dataclasses import dataclass\n@dataclass\nclass Options:\n    lr: float = 1.0\n"
     + "net = Net(3)",
@@ -120,11 +130,51 @@ def test_a_name_chooses_one_of_several() -> None:
 
 
 @pytest.mark.parametrize(
+    ("call", "width"),
+    [
+        ("Net(5)", 5),
+        ("Net(width=6)", 6),
+        ("Net()", 4),
+        ("Zoo.small(WIDTH + 1)", 8),
+        ("Net(max([2, 3], key=lambda n: -n))", 2),
+    ],
+)
+def test_a_call_with_arguments_makes_the_model(call: str, width: int) -> None:
+    text = NET + "WIDTH = 7\nclass Zoo:\n    small = staticmethod(lambda width: Net(width))"
+    save(text)
+    save(text, "calls_of_this_test.py")
+    assert find_model("model.py", call).layer.in_features == width
+    assert find_model(f"model.py:{call}").layer.in_features == width
+    assert find_model(f"calls_of_this_test:{call}").layer.in_features == width
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("Net(", r"'Net\(' is no call of Python. Hint: 'Net\(16, classes=10\)', in quotes"),
+        ("Net(3).layer", r"'Net\(3\).layer' is no call of Net"),
+        ("Nat(3)", "model.py has no 'Nat'. Hint: it has Net"),
+        ("Net(depth=3)", "model.py raised an error of its own:\n(.*\n)*TypeError: .*'depth'"),
+        ("Net(wide)", "model.py raised an error of its own:\n(.*\n)*NameError: .*'wide'"),
+        ("dict(width=3)", "model.py has no 'dict'"),
+        ("count(3)", r"count\(3\) in model.py is a int, not a model"),
+    ],
+)
+def test_a_call_that_makes_no_model_is_refused(call: str, message: str) -> None:
+    save(NET + "def count(n): return n")
+    with pytest.raises(InputError, match=message):
+        find_model("model.py", call)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("nets", "model.py has no 'nets'. Hint: it has net"),
         ("number", "number in model.py is a int, not a model"),
-        ("build", "build in model.py needs depth, width"),
+        (
+            "build",
+            r"build in model.py needs depth, width. Hint: give them, 'build\(depth=..., width=",
+        ),
     ],
 )
 def test_a_name_that_means_no_model_is_refused(name: str, message: str) -> None:

@@ -157,6 +157,7 @@ def test_a_comparison_is_a_table_and_a_drawing(
     assert [line.split()[:2] for line in lines] == [["residual", "3"], ["stages(2)", "2"]]
     assert [path.name for path in Path().iterdir()] == ["model.py"]
     assert main([*arguments, "-o", "policies.dot"]) == 0
+    assert capsys.readouterr().out.endswith("\nwrote policies.dot: 2 policies side by side\n")
     assert "stages(2)" in Path("policies.dot").read_text()
 
 

@@ -243,6 +243,32 @@ def test_a_narrow_window_holds_the_page(
     page.tab.close()
 
 
+@pytest.mark.parametrize("width", [1200, 1600, 2400])
+def test_a_wide_window_is_used(
+    browser: Any, tmp_path: Path, skipping: BlockPlan, width: int
+) -> None:
+    page = Shown(browser, tmp_path / "net.html", page_of(skipping, detail="nodes"), width=width)
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.tab.evaluate("view.scrollWidth <= view.clientWidth")
+    box = page.tab.evaluate("block_0.getBoundingClientRect()")
+    heads = page.tab.evaluate(
+        "Math.max(...[...document.querySelectorAll('.head span')]"
+        ".map(head => head.getBoundingClientRect().right))"
+    )
+    legend = page.tab.evaluate("document.querySelector('footer').getBoundingClientRect()")
+    # The blocks and their heads fill what the legend at the right leaves.
+    assert box["width"] >= 450
+    assert legend["left"] - 160 < heads <= legend["left"]
+    assert legend["right"] == width
+    assert legend["bottom"] == 500
+    # The nodes stand beside the modules.
+    lists = page.tab.evaluate(
+        "[...block_0.querySelectorAll('.flow')].map(list => list.getBoundingClientRect())"
+    )
+    assert lists[0]["right"] <= lists[1]["left"]
+    page.tab.close()
+
+
 def test_all_of_the_page_is_printed(shown: Shown) -> None:
     shown.tab.keyboard.press("+")
     shown.tab.emulate_media(media="print")

@@ -59,9 +59,20 @@ def trace_until_it_works(
         leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
 
 
-def settled_in(probe: nn.Module, tracer: GuidedTracer, attributes: Attributes) -> list[Any] | None:
-    """Return what a trace settles by sizes, None where it fails."""
+def settled_in(
+    probe: nn.Module, tracer: GuidedTracer, attributes: Attributes, *, training: bool = True
+) -> list[Any] | None:
+    """Return what a trace settles by sizes, None where it fails.
+
+    Args:
+        probe: the model on fake tensors.
+        tracer: for this mode.
+        attributes: of the modules, before anything ran; in train mode.
+        training: the mode in which leaves run.
+    """
     attributes.restore()
+    for module in probe.modules():  # not by `train`, which may be overridden
+        module.training = training
     try:
         plant_flags(probe, tracer.is_leaf_module)
         with tracer.patches.applied():
@@ -71,6 +82,7 @@ def settled_in(probe: nn.Module, tracer: GuidedTracer, attributes: Attributes) -
     finally:
         tracer.constants.close()
         lift_flags(probe)
+        attributes.restore()
     return tracer.settled
 
 

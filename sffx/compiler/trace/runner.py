@@ -49,6 +49,7 @@ class NodeRunner:
             them.
         training: what `self.training` is, for every module.
         is_running: whether a node runs now, and calls of modules are to be no nodes.
+        resized: class of a module that returns other sizes in eval mode; "" where none does.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class NodeRunner:
         self.inputs: dict[str, Any] = {}
         self.training = training
         self.is_running = False
+        self.resized = ""
         self._saved_storages: list[UntypedStorage] = []
 
     def run(self, node: fx.Node) -> Facts:
@@ -99,6 +101,7 @@ class NodeRunner:
     def _require_same_form(self, node: fx.Node, value: Any) -> None:
         """Refuse a module that returns other things in eval mode than in train mode.
 
+        Other sizes, as of tokens that are dropped, are only noted: sizes are no part of a graph.
         torch's own do not. The graph goes on with what one mode returns.
 
         Raises:
@@ -121,7 +124,10 @@ class NodeRunner:
             for each, training in modes.items():
                 each.training = training
         here, there = _form(value), _form(other)
-        if here != there:
+        if here == there:
+            return
+        self.resized = type(module).__name__
+        if _axes(value) != _axes(other):
             names = (here, there) if self.training else (there, here)
             raise RuntimeError(
                 f"{type(module).__name__} returns {names[0]} in train mode and {names[1]} in eval "
@@ -207,6 +213,15 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+def _axes(value: Any) -> Any:
+    """Return the number of axes of a tensor, and of those in a tuple, however deep."""
+    if isinstance(value, Tensor):
+        return value.ndim
+    if isinstance(value, (tuple, list)):
+        return type(value), [_axes(each) for each in value]
+    return type(value)
 
 
 def _form(value: Any) -> str:

@@ -109,7 +109,16 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     def settled_on(inputs: dict[str, Any]) -> list[Any] | None:
         return settled_in(probe, tracer_on(inputs, training=True), attributes)
 
+    def settled_in_eval_mode() -> list[Any] | None:
+        return settled_in(probe, tracer_on(values, training=False), attributes, training=False)
+
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
+    if tracer.resized and tracer.settled and settled_in_eval_mode() != tracer.settled:
+        raise TraceError(
+            f"{tracer.resized} returns other sizes in eval mode than in train mode, and the "
+            "forward takes a decision or a plain number from a size, which a graph would freeze. "
+            "Hint: compute with x.shape as it is, without int() and branches"
+        )
     is_of_size = depends_on_size(
         tracer.settled, values, mode, partial(runs, probe, form), settled_on
     )

@@ -157,6 +157,11 @@ class GuidedTracer(fx.Tracer):
         """Whether a node runs now, on its example, and nothing is traced."""
         return self._runner.is_running
 
+    @property
+    def resized(self) -> str:
+        """The class of a module that returns other sizes in eval mode; "" where none does."""
+        return self._runner.resized
+
     def create_arg(self, a: Any) -> Any:
         # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
         if isinstance(a, fx.Proxy):

@@ -134,7 +134,7 @@ def test_probabilities_beside_the_logits_are_not_the_logits(make):
     x = torch.randn(3, 6)
     expected = model.train()(x)
     assert torch.equal(net.eval()(x), expected)
-    assert torch.equal(logits_of(model.eval()(x), 4), expected)
+    assert torch.equal(logits_of(model.eval()(x), net.plan), expected)
 
 
 def test_a_head_that_returns_other_things_in_eval_mode_is_refused():
@@ -172,3 +172,38 @@ def test_what_describes_a_later_weight_does_not_use_it(read):
     assert_same_logits(net, model)
     half = torch.randn(3, 6, dtype=torch.float64)
     assert torch.equal(net.double()(half), model.double()(half))
+
+
+class _DropsTokens(nn.Module):
+    """Keeps the first tokens in train mode, all of them in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3] if self.training else x
+
+
+class _OnTokens(nn.Module):
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.drop, self.scale = _DropsTokens(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.drop(self.first(x).relu())).relu()
+        return self.head(x.sum(1) / self.scale(x))
+
+
+def test_tokens_that_are_dropped_in_train_mode_are_dropped_in_the_net():
+    model = _OnTokens(lambda x: x.shape[1])
+    net = cut_without_norms(model, "layer", torch.randn(2, 5, 6))
+    x = torch.randn(3, 5, 6)
+    for mode in (True, False):
+        assert_same_logits(net.train(mode), model.train(mode), x)
+    assert net.train()(x)[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "scale", [lambda x: float(x.shape[1]), lambda x: 1.0 if x.shape[1] == 3 else 2.0]
+)
+def test_a_number_of_tokens_that_depends_on_the_mode_is_not_frozen(scale):
+    with pytest.raises(TraceError, match="_DropsTokens returns other sizes in eval mode"):
+        sffx.plan(_OnTokens(scale), "layer", torch.randn(2, 5, 6))

@@ -20,6 +20,7 @@ from sffx.compiler.partition import partition
 from sffx.compiler.policies import select
 from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
+from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
@@ -93,7 +94,8 @@ def transform(
     """
     options = _valid(Options(goodness, kernel_size, norm, recompute), task)
     name, choose = policy_named(policy)
-    traced = trace(model, example_input, num_classes, task)
+    model, notes = untied(model)
+    traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
@@ -128,7 +130,8 @@ def plan(
     """
     options = _valid(Options(goodness, kernel_size, norm, recompute), task)
     name, choose = policy_named(policy)
-    traced = trace(model, example_input, num_classes, task)
+    model, notes = untied(model)
+    traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)

@@ -90,15 +90,16 @@ def in_brief(names: Sequence[str], most: int) -> str:
 
 
 def backbone_hint(model: nn.Module) -> str:
-    """Return the hint for a model that is no classifier, such as a detector: cut its backbone."""
+    """Return the hint for a model without a task, such as a detector: cut its backbone."""
     backbone = _backbone(model)
     part = ""
     if backbone:
         kind = type(model.get_submodule(backbone)).__name__
         part = f" (here self.{backbone}, a {kind})"
     return (
-        f"Hint: sffx cuts classifiers. Of a detector or the like, transform the backbone{part} "
-        "with a pool and a linear layer behind it, then put the trained layers back"
+        "Hint: sffx cuts classifiers, and models of the other tasks in sffx.tasks. Of a detector "
+        f"or the like, transform the backbone{part} with a pool and a linear layer behind it, "
+        "train it by classification, then put the trained layers back"
     )
 
 

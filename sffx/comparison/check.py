@@ -46,6 +46,7 @@ from sffx.comparison.runs import (
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.weights import other_names, same, state_of, telling_weights
 from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.untie import untied
 from sffx.compiler.verify import twin
 from sffx.errors import CheckError, InputError
 from sffx.extraction import extract
@@ -128,7 +129,8 @@ class _Check:
     def __init__(self, model: nn.Module, net: fx.GraphModule) -> None:
         self._plan = plan_of(net)
         make_whole(net)
-        self._model = model
+        # As `transform` did before the cut.
+        self._model, _ = untied(model)
         # The copy of an offloaded or replicated model is an ordinary one.
         is_ordinary = offloading_of(net) is None and replication_of(net) is None
         self._net = net if is_ordinary else copy.deepcopy(net)

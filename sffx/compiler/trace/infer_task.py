@@ -4,7 +4,7 @@
 |---|---|
 | (B, J), J of 2 or more | classes of a sample |
 | (B,), (B, 1) | a number |
-| (B, J, H, W) called "out" or "logits", or of the size of an image that the model reads | pixels |
+| (B, J, H, W) called "out" or "logits", or alone and as large as an image that is read | pixels |
 | (B, J, D, H, W) likewise | voxels |
 | (B, T, J) called "logits", or alone and of the tokens that the model reads | classes of tokens |
 | (B, T, V) of a class that transformers names "...ForCausalLM" or "...LMHeadModel" | next token |
@@ -70,8 +70,13 @@ def infer_task(model: nn.Module, output: Tensor, place: str, inputs: Sequence[An
 def _is_of_pixels(output: Tensor, place: str, inputs: Sequence[Any]) -> bool:
     if place in ("out", "logits"):
         return True
-    sizes = [value.shape[2:] for value in inputs if isinstance(value, Tensor)]
-    return place == "only" and output.shape[2:] in sizes
+    if place != "only":
+        return False
+    shapes = [value.shape for value in inputs if isinstance(value, Tensor)]
+    # What looks like an image that it was made from may be an image.
+    if output.shape in shapes:
+        return False
+    return output.shape[2:] in [shape[2:] for shape in shapes]
 
 
 def _is_of_tokens(model: nn.Module, output: Tensor, place: str, inputs: Sequence[Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,7 @@ def trace(
     example_input: Any = None,
     num_classes: int | None = None,
     task: Task | None = None,
+    earlier_notes: tuple[str, ...] = (),
 ) -> Trace:
     """Trace a copy of a model. The model itself is not touched and nothing is computed.
 
@@ -80,13 +81,15 @@ def trace(
             infer it.
         num_classes: J, which tells the logits among several outputs.
         task: what the model predicts; None to infer it from the output.
+        earlier_notes: what was noticed before.
 
     Raises:
         InputError: the input cannot be inferred, or the example does not fit.
         TraceError: the top-level `forward` cannot be traced.
     """
     with _TRACING, generators_restored():
-        return _trace(model, example_input, Wanted(num_classes, task))
+        traced = _trace(model, example_input, Wanted(num_classes, task))
+    return replace(traced, notes=(*earlier_notes, *traced.notes))
 
 
 def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:

@@ -12,6 +12,7 @@ import sffx
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
 from sffx.plain import logits_of
+from sffx.tasks import Segmentation
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
@@ -41,6 +42,17 @@ def test_an_output_that_is_no_logits_is_refused():
     )
     with pytest.raises(TraceError, match=message):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("channels", "task"), [(4, Segmentation()), (3, None)])
+def test_a_map_as_large_as_the_image_is_of_pixels_unless_it_may_be_an_image(channels, task):
+    model = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1))
+    if task is not None:
+        assert trace(model, torch.zeros(1, 3, 8, 8)).task == task
+        return
+    with pytest.raises(TraceError, match=r"task=sffx\.tasks\.Segmentation\(\) says so"):
+        trace(model, torch.zeros(1, 3, 8, 8))
+    assert trace(model, torch.zeros(1, 3, 8, 8), task=Segmentation()).task == Segmentation()
 
 
 class _TwoOutputs(nn.Module):

@@ -1,0 +1,53 @@
+"""Untie an output layer from an embedding: a weight that two blocks learn cannot be cut.
+
+Language models often share one weight between the embedding, in the first block, and the output
+layer, in the classifier. No cut could lie between the two. So the output layer gets a weight of its
+own, with the values that both had. Each block trains its own from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sffx.tensors import copied
+
+
+def untied(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a model whose linear layers share no weight with an embedding.
+
+    Returns:
+        The model itself where they share none, else a copy; and a note for each layer.
+    """
+    pairs = _tied(model)
+    if not pairs:
+        return model, ()
+    copy = copied(model)
+    notes = []
+    for name, embedding in pairs.items():
+        layer: Any = copy.get_submodule(name)
+        weight = layer.weight
+        layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        notes.append(
+            f"{name} shared its weight with {embedding}: in the cut model each has its own, which "
+            "its own block trains"
+        )
+    config: Any = getattr(copy, "config", None)
+    # transformers would tie them again when it saves or loads the model.
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return copy, tuple(notes)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return the linear layers that share a weight with an embedding, with the embedding's name."""
+    embeddings: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.setdefault(id(module.weight), name)
+    pairs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings:
+            pairs[name] = embeddings[id(module.weight)]
+    return pairs

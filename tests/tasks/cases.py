@@ -1,0 +1,183 @@
+"""A tiny model for each task, with a batch, valid targets, and the task's loss written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sffx
+from sffx import tasks
+
+IGNORED = 7
+
+
+class Tokens(nn.Module):
+    """An embedding, two layers of convolution over tokens, a linear layer for each token."""
+
+    def __init__(self, vocabulary: int, num_outputs: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 8)
+        self.first = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.second = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.output = nn.Linear(8, num_outputs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = self.first(x).cumsum(1)
+        return self.output(self.second(x))
+
+
+def images(*tail: nn.Module) -> nn.Module:
+    """Two convolutions with BN, the first of which halves the resolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        *tail,
+    )
+
+
+def squared_error(scores: Tensor, y: Tensor) -> Tensor:
+    return ((scores.reshape(len(y), -1) - y.reshape(len(y), -1)) ** 2).mean()
+
+
+def binary_entropy(scores: Tensor, y: Tensor) -> Tensor:
+    p = scores.sigmoid()
+    return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+
+
+def entropy_of_pixels(scores: Tensor, y: Tensor) -> Tensor:
+    large = F.interpolate(scores, y.shape[1:], mode="bilinear")
+    return entropy_of_rows(large.permute(0, 2, 3, 1).flatten(0, 2), y.flatten())
+
+
+def entropy_of_tokens(scores: Tensor, y: Tensor) -> Tensor:
+    return entropy_of_rows(scores.flatten(0, 1), y.flatten())
+
+
+def entropy_of_next_tokens(scores: Tensor, y: Tensor) -> Tensor:
+    return entropy_of_tokens(scores[:, :-1], y[:, 1:])
+
+
+def entropy_of_rows(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of -log p over the labels that are not left out, one by one."""
+    logs = scores.log_softmax(1)
+    terms = []
+    for row, label in zip(logs, labels.tolist(), strict=True):
+        if label != IGNORED:
+            terms.append(-row[label])
+    return torch.stack(terms).mean()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a task."""
+
+    task: tasks.Task
+    model: Callable[[], nn.Module]
+    policy: str
+    x: Callable[[int], Tensor]
+    y: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def batch(self, size: int = 4) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(size)
+        x = self.x(size)
+        return x, self.y(x)
+
+    def net(self, **options: Any) -> Any:
+        torch.manual_seed(0)
+        x, _ = self.batch(2)
+        chosen = {"task": self.task, "check": False, **options}
+        return sffx.transform(self.model(), self.policy, x, **chosen)
+
+
+def random_image(size: int) -> Tensor:
+    return torch.randn(size, 3, 8, 8)
+
+
+def labels_of_pixels(x: Tensor) -> Tensor:
+    y = x.argmax(1)
+    y[:, 0] = IGNORED
+    return y
+
+
+def some_ids(size: int) -> Tensor:
+    return torch.randint(0, 6, (size, 5))
+
+
+def labels_of_tokens(x: Tensor) -> Tensor:
+    y = x % 4
+    y[:, 2] = IGNORED
+    return y
+
+
+def next_ids(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 3] = IGNORED
+    return y
+
+
+def number(x: Tensor) -> Tensor:
+    return x.mean((1, 2, 3))
+
+
+CASES = {
+    "regression": Case(
+        tasks.Regression(),
+        lambda: images(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
+        "batchnorm",
+        random_image,
+        lambda x: x[:, :2].mean((2, 3)),
+        squared_error,
+    ),
+    "one number": Case(
+        tasks.Regression(),
+        lambda: images(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1), nn.Flatten(0)),
+        "batchnorm",
+        random_image,
+        number,
+        squared_error,
+    ),
+    "labels": Case(
+        tasks.MultiLabel(),
+        lambda: images(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+        "batchnorm",
+        random_image,
+        lambda x: (x.mean((2, 3)) > 0).float(),
+        binary_entropy,
+    ),
+    "pixels": Case(
+        tasks.Segmentation(ignore_index=IGNORED),
+        lambda: images(nn.Upsample(scale_factor=2), nn.Conv2d(6, 3, 1)),
+        "batchnorm",
+        random_image,
+        labels_of_pixels,
+        entropy_of_pixels,
+    ),
+    "tokens": Case(
+        tasks.TokenClassification(ignore_index=IGNORED),
+        lambda: Tokens(6, 4),
+        "module",
+        some_ids,
+        labels_of_tokens,
+        entropy_of_tokens,
+    ),
+    "next token": Case(
+        tasks.LanguageModel(ignore_index=IGNORED),
+        lambda: Tokens(6, 6),
+        "module",
+        some_ids,
+        next_ids,
+        entropy_of_next_tokens,
+    ),
+}
+IGNORING = ("pixels", "tokens", "next token")

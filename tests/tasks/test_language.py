@@ -1,0 +1,117 @@
+"""Language models: what a token may see, the shared output layer, tied weights, vocabularies."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx import tasks
+from sffx.learning.shared_output import EVERY, OutputCopy
+from sffx.memory.count import count_memory
+from tests.tasks.cases import CASES, Tokens
+
+NEXT = CASES["next token"]
+
+
+@pytest.mark.parametrize("goodness", ["sff", "mlp(6)", "shared"])
+def test_no_score_depends_on_later_tokens(goodness):
+    net = NEXT.net(goodness=goodness)
+    x, _ = NEXT.batch()
+    changed = x.clone()
+    changed[:, 3:] = (changed[:, 3:] + 1) % 6
+    for before, after in zip(net.train()(x), net.train()(changed), strict=True):
+        assert torch.equal(before[:, :3], after[:, :3])
+        assert not torch.equal(before[:, 3:], after[:, 3:])
+
+
+def output_copies(net: nn.Module) -> list[OutputCopy]:
+    return [module for module in net.modules() if isinstance(module, OutputCopy)]
+
+
+def test_all_heads_share_one_copy_of_the_output_layer():
+    net = NEXT.net(goodness="shared").train()
+    (own,) = output_copies(net)
+    layer = net.get_submodule("classifier").get_submodule("output")
+    assert own.weight.data_ptr() != layer.weight.data_ptr()
+    assert not any("output.weight" in name for name in net.state_dict() if "head" in name)
+    x, y = NEXT.batch()
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, 0.1))
+    for step in range(1, EVERY + 2):
+        before = own.weight.clone()
+        sffx.local_step(net, x, y, optimizer)
+        # Made anew before the first step and after some more, and read-only in between.
+        is_new = not torch.equal(before, own.weight)
+        assert is_new == (step == EVERY + 1), step
+    assert torch.equal(net.eval() and own.weight, layer.weight)
+
+
+def test_a_copy_of_a_net_reads_its_own_output_layer():
+    net = copy.deepcopy(NEXT.net(goodness="shared"))
+    (own,) = output_copies(net)
+    layer = net.get_submodule("classifier").get_submodule("output")
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert torch.equal(net.eval() and own.weight, layer.weight)
+
+
+def test_a_model_without_a_linear_output_layer_shares_none():
+    model = nn.Sequential(Tokens(6, 6), nn.Softmax(2))
+    with pytest.raises(sffx.InputError, match="ends in a linear layer of 6 outputs"):
+        sffx.transform(model, "module", NEXT.batch()[0], task=NEXT.task, goodness="shared")
+
+
+class Tied(Tokens):
+    """The embedding is the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.output.weight = self.embedding.weight
+
+
+def test_a_tied_output_layer_gets_a_weight_of_its_own_and_that_is_said():
+    model = Tied()
+    x, y = NEXT.batch()
+    net = sffx.transform(model, "module", x, task=NEXT.task, check=True)
+    assert any("output shared its weight with embedding" in note for note in net.plan.notes)
+    assert len(net.plan) == 3
+    assert model.output.weight is model.embedding.weight
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, 0.1))
+    sffx.local_step(net.train(), x, y, optimizer)
+    back = sffx.extract(net)
+    assert not torch.equal(back.output.weight, back.embedding.weight)
+    sffx.check(back, net)
+
+
+def test_a_vocabulary_as_output_is_ambiguous():
+    with pytest.raises(sffx.TraceError, match=r"LanguageModel\(\) for the next token"):
+        sffx.plan(NEXT.model(), "module", NEXT.batch()[0])
+
+
+@pytest.mark.parametrize("goodness", ["sff", "shared"])
+def test_with_a_large_vocabulary_the_peak_of_a_step_is_below_backpropagation(goodness):
+    vocabulary, tokens = 32_000, 512
+    torch.manual_seed(0)
+    model = Tokens(vocabulary, vocabulary)
+    x = torch.randint(0, vocabulary, (4, tokens // 4))
+    net = sffx.transform(
+        model, "module", x, task=tasks.LanguageModel(), goodness=goodness, check=False
+    )
+    local = torch.optim.AdamW(sffx.parameter_groups(net.train(), 1e-3))
+    plain = torch.optim.AdamW(model.parameters())
+    loss = torch.nn.functional.cross_entropy
+
+    def backpropagation() -> None:
+        plain.zero_grad()
+        logits: Tensor = model(x)
+        loss(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+        plain.step()
+
+    sffx.local_step(net, x, x, local)
+    backpropagation()
+    own = count_memory(lambda: sffx.local_step(net, x, x, local), model=net, optimizer=local)
+    rival = count_memory(backpropagation, model=model, optimizer=plain)
+    assert own.peak < rival.peak

@@ -1,0 +1,284 @@
+"""Every task through the whole package: steps, evaluation, weights, exports, records."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+import sffx.runtime.stage
+from sffx import tasks
+from sffx.extraction import extract
+from sffx.runtime.evaluate import block_scores
+from sffx.tasks import task_of_record, task_record
+from tests.tasks.cases import CASES, IGNORED, IGNORING, Case
+
+HEADS = ("sff", "mlp(6)")
+
+
+def cases() -> list[tuple[Case, str]]:
+    pairs = [(name, head) for name in CASES for head in HEADS]
+    return [*pairs, ("next token", "shared"), ("pixels", "cwc"), ("labels", "cosine")]
+
+
+@pytest.fixture(params=cases(), ids="-".join)
+def case_and_head(request):
+    name, head = request.param
+    return CASES[name], head
+
+
+def gradients_by_hand(case: Case, net, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Run block by block, with a loss of each block that is written out."""
+    gradients = {}
+    for stage in sffx.runtime.stage.stages_of(net):
+        parameters = {f"{stage.name}.{n}": p for n, p in stage.block.named_parameters()}
+        if stage.head is not None:
+            head = {f"head_{stage.index}.{n}": p for n, p in stage.head.named_parameters()}
+            parameters.update(head)
+        value = x
+        for earlier in sffx.runtime.stage.stages_of(net)[: stage.index]:
+            value = earlier.norm(earlier.block(value).detach())
+        output = stage.block(value)
+        scores = output if stage.head is None else stage.head(output)
+        loss = case.loss(scores, y)
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients.update(dict(zip(parameters, found, strict=True)))
+    return gradients
+
+
+def test_a_step_has_the_gradients_of_losses_written_by_hand(case_and_head):
+    case, head = case_and_head
+    net = case.net(goodness=head).train()
+    x, y = case.batch()
+    expected = gradients_by_hand(case, net.__deepcopy__({}), x, y)
+    sffx.local_loss(net, x, y).backward()
+    own = dict(net.named_parameters())
+    assert set(expected) == set(own)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(own[name].grad, gradient, msg=name)
+
+
+def test_all_ways_to_train_have_one_loss(case_and_head):
+    case, head = case_and_head
+    net = case.net(goodness=head).train()
+    x, y = case.batch()
+    at_once = sffx.sff_loss(net(x), y, task=net.plan.task)
+    losses = sffx.block_losses(net, x, y)
+    assert set(losses) == {block.target for block in net.plan.all_blocks}
+    torch.testing.assert_close(sum(losses.values()).detach(), at_once.detach())
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, 1e-3))
+    assert torch.equal(sffx.local_step(net, x, y, optimizer), sum_of(losses))
+
+
+def sum_of(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack([loss.detach() for loss in losses.values()]).sum()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cut_model_computes_what_the_model_computes(name):
+    # Train and eval mode, two batch sizes, another image size or length, the way back.
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.model()
+    x, _ = case.batch(2)
+    net = sffx.transform(model, case.policy, x, task=case.task, check=False)
+    report = sffx.check(model, net, x)
+    assert any("eval mode, " in run for run in report.errors), "no other size was compared"
+    assert type(extract(net)) is type(model)
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_a_batch_of_nothing_but_ignored_positions_gives_zero(name):
+    net = CASES[name].net().train()
+    x, y = CASES[name].batch()
+    loss = sffx.local_loss(net, x, torch.full_like(y, IGNORED))
+    loss.backward()
+    assert loss == 0
+    for parameter in net.parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+    evaluation = sffx.evaluate(net, [(x, torch.full_like(y, IGNORED))])
+    assert set(evaluation.loss.values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_lowers_the_loss_of_every_block(name):
+    net = CASES[name].net().train()
+    batch = CASES[name].batch(16)
+    before = sffx.evaluate(net, [batch])
+    optimizer = torch.optim.Adam(sffx.parameter_groups(net, 1e-2))
+    plateau = sffx.BlockPlateau(optimizer, patience=1)
+    for _ in range(30):
+        sffx.local_step(net, *batch, optimizer)
+    after = sffx.evaluate(net, [batch])
+    plateau.step(after.loss)
+    for block in net.plan.all_blocks:
+        assert after.loss[block.target] < before.loss[block.target]
+    assert str(after).count("%") % len(after.loss) in (0, 1)
+    assert after.samples == 16
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_evaluation_is_the_same_in_parts(name):
+    net = CASES[name].net()
+    x, y = CASES[name].batch(6)
+    whole = sffx.evaluate(net, [(x, y)])
+    parts = sffx.evaluate(net, [(x[:2], y[:2]), (x[2:], y[2:])])
+    assert whole.loss == pytest.approx(parts.loss)
+    for metric, values in whole.metrics.items():
+        assert values == pytest.approx(parts.metrics[metric]), metric
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_answer_has_the_shape_of_the_models_output(name):
+    case = CASES[name]
+    net = case.net().eval()
+    x, _ = case.batch()
+    expected = case.model()(x).shape
+    for mode in ("ensemble", "last", "classifier"):
+        net.readout.mode = mode
+        assert net(x).shape == expected
+    assert isinstance(block_scores(net, x), tuple)
+
+
+@pytest.mark.parametrize("name", ["labels", *IGNORING])
+def test_weights_of_blocks_mix_probabilities(name):
+    net = CASES[name].net()
+    batch = CASES[name].batch(16)
+    weights = sffx.weigh(net, [batch])
+    assert sum(weights.values()) == pytest.approx(1)
+    losses = sffx.evaluate(net, [batch]).loss
+    best = min(losses[block] for block in weights)
+    assert losses["weighted"] <= best + 1e-4
+
+
+@pytest.mark.parametrize("name", ["regression", "one number"])
+def test_numbers_are_not_weighed(name):
+    with pytest.raises(sffx.InputError, match="no probabilities"):
+        sffx.weigh(CASES[name].net(), [CASES[name].batch()])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_classes_of_a_sample_exit_early(name):
+    with pytest.raises(sffx.InputError, match="no class of a sample"):
+        sffx.EarlyExit(CASES[name].net())
+
+
+@pytest.mark.parametrize("name", ["regression", "labels", "pixels", "next token"])
+def test_an_onnx_file_gives_the_answer_of_torch(name, tmp_path):
+    pytest.importorskip("onnxruntime")
+    net = CASES[name].net()
+    # The export compares both at several batch sizes, and at other sizes of the image.
+    is_of_pixels = name == "pixels"
+    sffx.export_onnx(net, tmp_path / "net.onnx", dynamic_size=is_of_pixels)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_memory_of_a_step_is_predicted(name):
+    net = CASES[name].net()
+    few, many = sffx.footprint(net, 2), sffx.footprint(net, 64)
+    assert 0 < few.peak < many.peak
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_holds_the_task(name, tmp_path):
+    case = CASES[name]
+    net = case.net()
+    sffx.save_checkpoint(tmp_path / "run.pt", net)
+    checkpoint = sffx.load_checkpoint(tmp_path / "run.pt")
+    again = checkpoint.net(case.model())
+    assert again.plan.task == net.plan.task
+    x, _ = case.batch()
+    assert torch.equal(again.eval()(x), net.eval()(x))
+    assert task_of_record(task_record(case.task)) == case.task
+
+
+def test_a_net_keeps_its_task_in_copies_and_pickles():
+    net = CASES["pixels"].net()
+    for copy in (net.__deepcopy__({}), pickle.loads(pickle.dumps(net))):
+        assert copy.plan.task == net.plan.task == copy.readout.task
+        assert isinstance(copy.train()(CASES["pixels"].batch()[0]), tuple)
+
+
+BAD_TARGETS = {
+    "a list": (lambda y: y.tolist(), "not a tensor"),
+    "fewer samples": (lambda y: y[:-1], "has shape"),
+    "another shape": (lambda y: y[..., None, None].repeat_interleave(2, -1), "has shape"),
+    "complex numbers": (lambda y: y.to(torch.complex64), "dtype"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", BAD_TARGETS)
+def test_bad_targets_end_in_a_clear_error(name, kind):
+    net = CASES[name].net().train()
+    x, y = CASES[name].batch()
+    spoil, said = BAD_TARGETS[kind]
+    with pytest.raises(sffx.InputError, match=said):
+        sffx.local_loss(net, x, spoil(y))
+
+
+@pytest.mark.parametrize("name", IGNORING)
+def test_a_label_out_of_range_is_named(name):
+    net = CASES[name].net().train()
+    x, y = CASES[name].batch()
+    with pytest.raises(sffx.InputError, match=r"0 to 99.*ignore_index=99"):
+        sffx.local_loss(net, x, y.masked_fill(y == IGNORED, 99).clamp(min=0))
+    with pytest.raises(sffx.InputError, match=r"torch\.int64"):
+        sffx.local_loss(net, x, y.float())
+
+
+def test_values_that_are_no_labels_or_numbers_are_refused():
+    labels, numbers = CASES["labels"], CASES["regression"]
+    x, y = labels.batch()
+    with pytest.raises(sffx.InputError, match="runs from"):
+        sffx.local_loss(labels.net().train(), x, y * 2)
+    x, y = numbers.batch()
+    with pytest.raises(sffx.InputError, match="no floats"):
+        sffx.local_loss(numbers.net().train(), x, y.long())
+    with pytest.raises(sffx.InputError, match="not finite"):
+        sffx.local_loss(numbers.net().train(), x, y / 0)
+
+
+def test_scores_of_another_task_are_not_taken_for_classes():
+    net = CASES["labels"].net().train()
+    x, y = CASES["labels"].batch()
+    with pytest.raises(sffx.InputError, match=r"task=net\.plan\.task"):
+        sffx.sff_loss(net(x), y)
+
+
+@pytest.mark.parametrize("task", [tasks.Regression, "regression", 3])
+def test_what_is_no_task_is_refused(task):
+    with pytest.raises(sffx.InputError, match="Hint: pass"):
+        sffx.plan(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "layer", task=task)
+
+
+def test_a_task_that_does_not_go_with_the_output_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(sffx.TraceError, match=r"of shape \(B, T, J\)"):
+        sffx.plan(model, "layer", task=tasks.LanguageModel())
+
+
+@pytest.mark.parametrize("goodness", ["cwc", "cosine"])
+def test_a_goodness_without_a_form_is_refused(goodness):
+    with pytest.raises(sffx.InputError, match="has no form"):
+        CASES["regression"].net(goodness=goodness)
+
+
+def test_the_kernel_of_a_position_reads_its_neighbours():
+    for name in ("pixels", "tokens"):
+        net = CASES[name].net(kernel_size=3).train()
+        x, y = CASES[name].batch()
+        sffx.local_loss(net, x, y).backward()
+    with pytest.raises(sffx.InputError, match="kernel_size"):
+        CASES["regression"].net(kernel_size=3)
+
+
+def test_a_task_is_no_other_for_its_options():
+    segmentation = tasks.Segmentation(ignore_index=3)
+    assert task_of_record(task_record(replace(segmentation, volumes=True))).volumes
+    with pytest.raises(sffx.InputError, match="record of no task"):
+        task_of_record({"name": "segmentation", "colour": 1})

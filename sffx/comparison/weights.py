@@ -22,8 +22,8 @@ def draw_constants(model: nn.Module) -> None:
             continue
         with torch.no_grad():
             if parameter.flatten()[0] == 0:
-                fan_in = max(parameter[0].numel(), 1)
-                parameter.normal_(0, 0.1 if parameter.ndim < 2 else fan_in**-0.5)
+                fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 100
+                parameter.normal_(0, fan_in**-0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
 

@@ -60,7 +60,7 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         # Reasons quote file names, and the folders of one machine are of no use to others.
-        text = re.sub(r"/[^\s\"]*/site-packages/", "", text)
+        text = re.sub(r"/[^\s\"]*/(site-packages|build/zoo/[^/]*)/", "", text)
         write(path, f"{text}\n".encode())
 
 

@@ -61,7 +61,7 @@ def depends_on_size(
 
 def _other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator[dict[str, Any]]:
     """Yield the arguments with images or sequences of other sizes, all inputs changed alike."""
-    for factor, more in ((1, 1), (2, 0)):
+    for resized in (lambda size: size + 1, lambda size: 2 * size, lambda size: size // 2):
         for axis_of_length in (1, 2):
             changed = dict(arguments)
             is_changed = False
@@ -70,7 +70,7 @@ def _other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterato
                 if axes:
                     shape = list(value.shape)
                     for axis in axes:
-                        shape[axis] = factor * shape[axis] + more
+                        shape[axis] = resized(shape[axis])
                     with mode:
                         changed[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
                     is_changed = True

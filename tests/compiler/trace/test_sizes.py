@@ -21,6 +21,12 @@ def _scaled(x: Tensor) -> Tensor:
     return x * float(x.shape[2])
 
 
+def _at_most_eight(x: Tensor) -> Tensor:
+    """Takes smaller images only, as positions do that are read up to the number of tokens."""
+    positions = x.new_ones(8, 8)[: x.shape[2], : x.shape[3]]
+    return x * 2 + positions if x.shape[2] > 4 else x + positions
+
+
 def _of_a_fixed_size(x: Tensor) -> Tensor:
     assert x.shape[2] == 8
     return x * 2 if x.shape[1] == 3 and x.shape[3] == 8 else x
@@ -46,7 +52,7 @@ class _Net(nn.Module):
         return self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("code", [_padded, _scaled])
+@pytest.mark.parametrize("code", [_padded, _scaled, _at_most_eight])
 def test_a_decision_that_another_size_changes_is_noted(code):
     plan = sffx.plan(_Net(code), "layer", torch.randn(1, 3, 8, 8))
     assert SETTLED_BY_SIZE in plan.notes

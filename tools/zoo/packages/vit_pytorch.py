@@ -222,7 +222,9 @@ MODELS = {
     "simple_vit_orthog_residual_update": _listed(
         "simple_vit_orthog_residual_update", "SimpleViT", _SQUARE
     ),
-    "simple_vit_with_fft": _listed("simple_vit_with_fft", "SimpleViT", _SQUARE, freq_patch_size=8),
+    "simple_vit_with_fft": _listed(
+        "simple_vit_with_fft", "SimpleViT", _SQUARE, freq_patch_size=8, depth=6
+    ),
     "simple_vit_with_hyper_connections": _listed(
         "simple_vit_with_hyper_connections", "SimpleViT", _SQUARE, num_residual_streams=4
     ),

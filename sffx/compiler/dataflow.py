@@ -160,10 +160,10 @@ class Dataflow:
             return max(paths)
         last = len(self.spine) - 1
         earliest = max(_steps(sources, step_of), default=0)
+        if name not in step_of:  # nothing uses its value, or a guard alone: where it is at hand
+            return min(max([earliest, *paths]), last)
         if paths:
             earliest = max(earliest, max(paths) + 1)
-        if name not in step_of:  # nothing uses its value, as that of an assertion
-            return min(earliest, last)
         return min(step_of[name], earliest, last) if paths else step_of[name]
 
 

@@ -18,6 +18,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.flags import is_flag
+from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError, in_brief
 from sffx.parts import CLASSIFIER, block_name
 
@@ -121,7 +122,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         activation_bytes=activation_bytes,
         gives=tuple(gives),
         mask=_mask(analysis, output),
-        graph=tuple(_node(analysis, node) for node in nodes),
+        graph=tuple(_node(analysis, node) for node in nodes if not is_guard(node)),
     )
 
 

@@ -30,7 +30,7 @@ from sffx.export.prepare import (
     inference_copy,
     reduce_to_readout,
 )
-from sffx.export.sizes import Axes, require_image, traced, trial_inputs
+from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
 from sffx.learning.readouts import ReadoutName
@@ -115,6 +115,8 @@ def export_onnx(
     properties = metadata(plan, chosen, class_names, mean, std)
     outputs = _output_names(output_name, plan, chosen)
     require_image(plan.inputs, dynamic_size=dynamic_size)
+    if dynamic_size:
+        require_no_decisions(cut)
     with writing(path) as draft, torch.no_grad():
         require_packages()
         model = inference_copy(cut)

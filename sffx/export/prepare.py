@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import fx
 
+from sffx.compiler.trace.sizes import remove_guards
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.learning.readouts import (
@@ -58,6 +59,7 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
         model = copied(net)
         # An exporter takes the inputs one by one, however the model takes them.
         use_codegen(model, fx.graph.CodeGen())
+        _remove_guards(model)
     except Exception as error:
         raise ExportError(
             f"the model cannot be copied: {first_line(error)}. "
@@ -65,6 +67,14 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
             "keep that outside the model"
         ) from error
     return model.cpu().float().eval().requires_grad_(False)
+
+
+def _remove_guards(model: fx.GraphModule) -> None:
+    """Remove what refuses other sizes: the sizes of a file are fixed, or were tried."""
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            remove_guards(module.graph)
+            module.recompile()
 
 
 def reduce_to_readout(model: fx.GraphModule, readout: str) -> None:

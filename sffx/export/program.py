@@ -21,7 +21,7 @@ from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout
-from sffx.export.sizes import Axes, require_image, traced, trial_inputs
+from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
 from sffx.files import writing
 from sffx.inputs import random_batch
 from sffx.learning.readouts import ReadoutName
@@ -85,6 +85,8 @@ def export_program(
     properties = metadata(plan, chosen, class_names, mean, std)
     require_tolerance(tolerance)
     require_image(plan.inputs, dynamic_size=dynamic_size)
+    if dynamic_size:
+        require_no_decisions(cut)
     with writing(path) as draft, torch.no_grad():
         model = inference_copy(cut)
         reduce_to_readout(model, chosen)

@@ -10,12 +10,16 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.blocks import Input
+from sffx.compiler.fake import fake_copy
+from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
-from sffx.inputs import random_batch
+from sffx.inputs import constant_batch, random_batch
+from sffx.net import plan_of
 
 Program = TypeVar("Program")
 
@@ -33,6 +37,41 @@ def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
     """Raise an InputError if the image size is to stay open and there is no single image input."""
     if dynamic_size:
         _image_input(inputs)
+
+
+def require_no_decisions(net: fx.GraphModule) -> None:
+    """Raise an ExportError if a model decides something by the size of the image.
+
+    A file would hold the decision for one size. Sizes around the example are tried, and some that
+    are much larger or smaller. A cut model itself refuses those with another decision.
+    """
+    graphs = [module.graph for module in net.modules() if isinstance(module, fx.GraphModule)]
+    if not any(is_guard(node) for graph in graphs for node in graph.nodes):
+        return
+    inputs = plan_of(net).inputs
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    probe = fake_copy(net, mode).eval()
+    device = next(net.parameters()).device
+    *_, height, width = _image_input(inputs).shape
+    for other_height, other_width in _sizes_around(height, width):
+        resized = _resized(inputs, other_height, other_width)
+        try:
+            with mode, torch.no_grad():
+                probe(*constant_batch(resized, TRACED_BATCH, device))
+        except InputError as error:
+            raise _size_error(inputs, f"at {other_height} x {other_width}, {error}") from error
+        except Exception:
+            continue  # the model itself takes no such size, or does not run on fake tensors
+
+
+def _sizes_around(height: int, width: int) -> Iterator[tuple[int, int]]:
+    for more in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64):
+        yield height + more, width + more
+        yield height + more, width
+        yield height, width + more
+    for factor in (2, 4, 8):
+        yield factor * height, factor * width
+        yield max(height // factor, 1), max(width // factor, 1)
 
 
 def traced(
@@ -123,10 +162,15 @@ def _is_image(each: Input) -> bool:
 
 def _grown(inputs: Sequence[Input]) -> tuple[Input, ...]:
     """Return the inputs with the image's height and width larger."""
+    *_, height, width = _image_input(inputs).shape
+    return _resized(inputs, height + GROWTH[0], width + GROWTH[1])
+
+
+def _resized(inputs: Sequence[Input], height: int, width: int) -> tuple[Input, ...]:
+    """Return the inputs with the image of another size."""
     image = _image_input(inputs)
-    *front, height, width = image.shape
-    larger = replace(image, shape=(*front, height + GROWTH[0], width + GROWTH[1]))
-    return tuple(larger if each is image else each for each in inputs)
+    resized = replace(image, shape=(*image.shape[:-2], height, width))
+    return tuple(resized if each is image else each for each in inputs)
 
 
 def _size_text(inputs: Sequence[Input]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import fx, nn
 
@@ -57,33 +56,6 @@ def trace_until_it_works(
                 "function"
             )
         leaves.update(dict.fromkeys(tracer.branched, "branches on self.training"))
-
-
-def settled_in(
-    probe: nn.Module, tracer: GuidedTracer, attributes: Attributes, *, training: bool = True
-) -> list[Any] | None:
-    """Return what a trace settles by sizes, None where it fails.
-
-    Args:
-        probe: the model on fake tensors.
-        tracer: for this mode.
-        attributes: of the modules, before anything ran; in train mode.
-        training: the mode in which leaves run.
-    """
-    attributes.restore()
-    for module in probe.modules():  # not by `train`, which may be overridden
-        module.training = training
-    try:
-        plant_flags(probe, tracer.is_leaf_module)
-        with tracer.patches.applied():
-            tracer.trace(probe)
-    except Exception:
-        return None
-    finally:
-        tracer.constants.close()
-        lift_flags(probe)
-        attributes.restore()
-    return tracer.settled
 
 
 def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> fx.Graph | None:

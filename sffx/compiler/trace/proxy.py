@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
-from sffx.compiler.trace.batch import FROZEN_BATCH, length
+from sffx.compiler.trace.batch import FROZEN_BATCH
 
 
 def has_proxy(*values: Any) -> bool:
@@ -41,7 +41,8 @@ class GuidedProxy(fx.Proxy):
         super().__setattr__(name, value)
 
     def __len__(self) -> int:
-        return length(self.example)
+        tracer: Any = self.tracer
+        return tracer.settled_length(self)
 
     def __index__(self) -> int:
         return self._number(int)
@@ -60,6 +61,9 @@ class GuidedProxy(fx.Proxy):
         if facts(self.node).of_batch or TRACE_BATCH in parts:
             # Python's error for what has no hash: code with a cache (einops) then does without it.
             raise TypeError(f"unhashable: {FROZEN_BATCH}")
+        if isinstance(self.example, int):
+            tracer: Any = self.tracer
+            tracer.settle(self.node, self.example)
         return hash(self.example)
 
     def _number(self, kind: Callable[[Any], Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,13 @@ from sffx.compiler.trace.batch import depends_on_batch
 from sffx.compiler.trace.costs import CountMacs, noting_saved
 from sffx.compiler.trace.flags import is_flag
 from sffx.compiler.trace.randomness import generators_restored
+from sffx.compiler.trace.sizes import is_guard
 from sffx.tensors import can_learn
+
+
+def example_of(node: fx.Node) -> Any:
+    """Return the value of a node that has been traced, on its example."""
+    return facts(node).example
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,34 @@ class NodeRunner:
             buffers=frozenset(written_buffers),
         )
 
+    def values_on(self, graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+        """Return the values of a graph's nodes on other inputs, as far as it runs on them.
+
+        Args:
+            graph: that was traced.
+            inputs: by name.
+        """
+        by_name = iter(inputs.values())
+        values: dict[fx.Node, Any] = {}
+        self.is_running = True
+        modes = {module: module.training for module in self.probe.modules()}
+        for module in modes:  # not by `train`, which may be overridden
+            module.training = self.training
+        try:
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(by_name)
+                elif node.op != "output" and not is_guard(node):
+                    with self._mode(node), torch.no_grad():
+                        values[node] = self._value(node, values.__getitem__)
+        except Exception:
+            return values
+        finally:
+            self.is_running = False
+            for module, training in modes.items():
+                module.training = training
+        return values
+
     def _require_same_form(self, node: fx.Node, value: Any) -> None:
         """Refuse a module that returns other things in eval mode than in train mode.
 
@@ -160,9 +194,9 @@ class NodeRunner:
         """
         return nullcontext() if node.op == "call_module" else self.mode
 
-    def _value(self, node: fx.Node) -> Any:
-        args: Any = fx.node.map_arg(node.args, lambda arg: facts(arg).example)
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: facts(arg).example)
+    def _value(self, node: fx.Node, value_of: Callable[[fx.Node], Any] = example_of) -> Any:
+        args: Any = fx.node.map_arg(node.args, value_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, value_of)
         target: Any = node.target
         if node.op == "placeholder":
             return self.inputs[target]

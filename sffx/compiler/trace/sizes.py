@@ -1,12 +1,16 @@
-"""Decisions that a forward takes by the sizes of its input, and whether another size changes them.
+"""Decisions that a forward takes by the sizes of its input, and what becomes of them in a graph.
 
-`if x.shape[-1] % 8` and `int(x.shape[2] / 4)` are settled by the example: a graph holds
-the outcome.
+`if x.shape[-1] % 8` and `int(x.shape[2] / 4)` are settled by the example: a graph holds the
+outcome. So it also holds a guard, which refuses an input with another outcome:
+
+    mod = getitem % 8
+    require_settled(mod, False, "stem")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +18,72 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.facts import facts
+from sffx.errors import InputError
 
 SETTLED_BY_SIZE = (
     "the forward branches on sizes of its input, or computes with them, as for the example alone: "
-    "at another size the cut model may compute something else than the model"
+    "the cut model refuses an input of a size at which it would compute something else"
 )
+
+# The values of nodes on another example.
+Values = dict[fx.Node, Any]
+
+
+@fx.node.has_side_effect
+def require_settled(value: Any, outcome: Any, place: str) -> None:
+    """Raise an InputError if what a forward reads off a size is not what a graph holds.
+
+    Args:
+        value: a number that is made of sizes, or the parts into which a tensor was split.
+        outcome: the number, the truth value or the number of parts of the example.
+        place: qualname of the module that reads it, "" for the model itself.
+    """
+    if isinstance(value, fx.Proxy):  # fx traces the code of a graph that it unpickles
+        value.tracer.create_proxy("call_function", require_settled, (value, outcome, place), {})
+        return
+    found = read_as(outcome, value)
+    if found != outcome:
+        where = f"the module {place!r}" if place else "the model"
+        raise InputError(
+            f"{where} computes something else at this size of the input: what it reads off the "
+            f"size is {found}, and {outcome} in the example that the model was cut for. "
+            "Hint: pass inputs of the size of the example, or cut the model for this size, "
+            "sffx.transform(model, example_input=x)"
+        )
+
+
+def read_as(outcome: Any, value: Any) -> Any:
+    """Return a value as a forward has read it, as a number, a truth value or a length."""
+    if isinstance(outcome, bool):
+        return bool(value)
+    return len(value) if isinstance(value, (tuple, list)) else type(outcome)(value)
+
+
+def is_guard(node: fx.Node) -> bool:
+    """Whether a node refuses other sizes."""
+    return node.target is require_settled
+
+
+def remove_guards(graph: fx.Graph) -> None:
+    """Remove the guards from a graph, and what only they need."""
+    for node in list(graph.nodes):
+        if is_guard(node):
+            _erase(node)
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node that nothing reads, and the sizes that only it reads."""
+    reads = node.all_input_nodes
+    node.graph.erase_node(node)
+    for read in reads:
+        if not read.users and _computes_a_size(read):
+            _erase(read)
+
+
+def _computes_a_size(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target is getattr or node.target.__module__ == "_operator"
+    return node.op == "call_method" and node.target == "size"
 
 
 def reads_a_size(node: fx.Node) -> bool:
@@ -35,36 +100,63 @@ def reads_a_size(node: fx.Node) -> bool:
     return False
 
 
-def depends_on_size(
-    settled: list[Any],
-    arguments: dict[str, Any],
-    mode: FakeTensorMode,
-    runs: Callable[[dict[str, Any]], bool],
-    settle_again: Callable[[dict[str, Any]], list[Any] | None],
-) -> bool:
-    """Whether what a trace has settled is otherwise at the first other size that the model takes.
+def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
+    """Remove the guards that can refuse nothing, such as those that read the number of channels.
 
     Args:
-        settled: outcomes, in order.
-        arguments: of the trace.
-        mode: in which the fake tensors live.
-        runs: whether the model runs with other arguments.
-        settle_again: traces with other arguments, and returns the outcomes.
+        graph: of the model.
+        others: the values of its nodes on examples of other sizes, as far as the graph runs there.
+
+    Returns:
+        Whether a guard refuses one of the other sizes.
     """
-    if not settled:
-        return False
-    for changed in _other_arguments(arguments, mode):
-        if runs(changed):
-            return settle_again(changed) != settled
+    for guard in [node for node in graph.nodes if is_guard(node)]:
+        condition, outcome, _ = guard.args
+        if others and not any(_varies(condition, outcome, values) for values in others):
+            _erase(guard)
+    return any(refused(graph, values) for values in others)
+
+
+def refused(graph: fx.Graph, values: Values) -> bool:
+    """Return whether a guard refuses some values of nodes, or has none."""
+    for guard in graph.nodes:
+        if is_guard(guard):
+            condition, outcome, _ = guard.args
+            if condition not in values or read_as(outcome, values[condition]) != outcome:
+                return True
     return False
 
 
-def _other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator[dict[str, Any]]:
+def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:
+    """Whether what a forward reads, or a number that it is made of, differs from the example."""
+    if condition not in values or read_as(outcome, values[condition]) != outcome:
+        return True
+    ahead = [condition]
+    while ahead:
+        node = ahead.pop()
+        example = facts(node).example
+        if _is_of_numbers(example) and values[node] != example:
+            return True
+        for read in node.all_input_nodes:
+            # Of a shape, the size that is taken counts alone.
+            is_whole = node.target is operator.getitem and isinstance(example, int)
+            if not is_whole and _is_of_numbers(facts(read).example):
+                ahead.append(read)
+    return False
+
+
+def _is_of_numbers(value: Any) -> bool:
+    """Whether a value is a size, a shape, or computed from such."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, (int, float)) for part in parts)
+
+
+def other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator[dict[str, Any]]:
     """Yield the arguments with images or sequences of other sizes, all inputs changed alike."""
+    tried = []
     for resized in (lambda size: size + 1, lambda size: 2 * size, lambda size: size // 2):
         for axis_of_length in (1, 2):
             changed = dict(arguments)
-            is_changed = False
             for name, value in arguments.items():
                 axes = _sizes(value, axis_of_length) if isinstance(value, Tensor) else []
                 if axes:
@@ -73,8 +165,9 @@ def _other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterato
                         shape[axis] = resized(shape[axis])
                     with mode:
                         changed[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
-                    is_changed = True
-            if is_changed:
+            shapes = [value.shape for value in changed.values()]
+            if shapes != [value.shape for value in arguments.values()] and shapes not in tried:
+                tried.append(shapes)
                 yield changed
 
 

@@ -8,9 +8,10 @@ the original.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from sffx.blocks import Input, Leaf
 from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
-from sffx.compiler.trace.attempts import settled_in, trace_until_it_works
+from sffx.compiler.trace.attempts import trace_until_it_works
 from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import add_flag, is_flag
 from sffx.compiler.trace.inputs import input_records
@@ -32,7 +33,13 @@ from sffx.compiler.trace.outputs import Wanted
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import Example, NodeRunner
-from sffx.compiler.trace.sizes import depends_on_size
+from sffx.compiler.trace.sizes import (
+    Values,
+    drop_idle_guards,
+    is_guard,
+    other_arguments,
+    refused,
+)
 from sffx.compiler.trace.state import Attributes, counters
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
@@ -109,22 +116,16 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     def make_tracer(training: bool) -> GuidedTracer:
         return tracer_on(values, training)
 
-    def settled_on(inputs: dict[str, Any]) -> list[Any] | None:
-        return settled_in(probe, tracer_on(inputs, training=True), attributes)
-
-    def settled_in_eval_mode() -> list[Any] | None:
-        return settled_in(probe, tracer_on(values, training=False), attributes, training=False)
-
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
-    if tracer.resized and tracer.settled and settled_in_eval_mode() != tracer.settled:
-        raise TraceError(
-            f"{tracer.resized} returns other sizes in eval mode than in train mode, and the "
-            "forward takes a decision or a plain number from a size, which a graph would freeze. "
-            "Hint: compute with x.shape as it is, without int() and branches"
-        )
-    is_of_size = depends_on_size(
-        tracer.settled, values, mode, partial(runs, probe, form), settled_on
-    )
+    if tracer.resized:
+        attributes.restore()
+        in_eval_mode = tracer_on(values, training=False).runner.values_on(graph, values)
+        _require_same_decisions(graph, in_eval_mode, tracer.resized)
+    attributes.restore()
+    others = []
+    for changed in _other_examples(graph, values, mode, partial(runs, probe, form)):
+        others.append(tracer.runner.values_on(graph, changed))
+    is_of_size = drop_idle_guards(graph, others)
     _add_constants_and_flags(root, probe, graph, list(tracer.constants.names))
     return Trace(
         root=root,
@@ -144,6 +145,35 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         ),
         task=tracer.task,
     )
+
+
+def _require_same_decisions(graph: fx.Graph, values: Values, resized: str) -> None:
+    """Raise a TraceError if a decision by a size is another one in eval mode.
+
+    Args:
+        graph: traced in train mode.
+        values: of its nodes in eval mode.
+        resized: the class of a module that returns other sizes there.
+    """
+    if refused(graph, values):
+        raise TraceError(
+            f"{resized} returns other sizes in eval mode than in train mode, and the "
+            "forward takes a decision or a plain number from a size, which a graph would freeze. "
+            "Hint: compute with x.shape as it is, without int() and branches"
+        )
+
+
+def _other_examples(
+    graph: fx.Graph,
+    values: dict[str, Any],
+    mode: FakeTensorMode,
+    takes: Callable[[dict[str, Any]], bool],
+) -> Iterator[dict[str, Any]]:
+    """Yield the inputs at up to three other sizes that the model takes, if its graph has guards."""
+    if not any(map(is_guard, graph.nodes)):
+        return
+    taken = filter(takes, other_arguments(values, mode))
+    yield from islice(taken, 3)
 
 
 def _make_leaves_of_counters(

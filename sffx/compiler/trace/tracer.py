@@ -24,7 +24,7 @@ from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.runner import NodeRunner
-from sffx.compiler.trace.sizes import reads_a_size
+from sffx.compiler.trace.sizes import reads_a_size, require_settled
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -39,9 +39,9 @@ class GuidedTracer(fx.Tracer):
         constants: that the forward makes.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
-        settled: what was settled by the sizes of the example, in order.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
+        runner: runs each node on its example.
         wanted: what the caller says of the output.
         place_of_logits: in what the forward returned.
         task: what the model predicts, once it was traced.
@@ -57,10 +57,10 @@ class GuidedTracer(fx.Tracer):
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.branched: set[str] = set()
-        self.settled: list[Any] = []
+        self._settled: set[tuple[fx.Node, Any]] = set()
         self.failed: str | None = None
         self.original = runner.original
-        self._runner = runner
+        self.runner = runner
         self.wanted = wanted
         self.place_of_logits = ""
         self.task: Task = CLASSIFICATION
@@ -82,11 +82,11 @@ class GuidedTracer(fx.Tracer):
         fx reads the arguments off the code object of `root_fn`, which is that of a decorator where
         there is one. Here they are those of the example, and all others take their defaults.
         """
-        example = self._runner.example
+        example = self.runner.example
         inputs: dict[str, Any] = {}
         for name, value in example.values.items():
-            target = _placeholder_target(name, set(self._runner.inputs) | set(example.values))
-            self._runner.inputs[target] = value
+            target = _placeholder_target(name, set(self.runner.inputs) | set(example.values))
+            self.runner.inputs[target] = value
             inputs[name] = self.create_proxy("placeholder", target, (), {})
 
         def forward() -> Any:
@@ -98,6 +98,8 @@ class GuidedTracer(fx.Tracer):
         return forward, []
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        if args[:2] == ("call_function", torch._assert):
+            self._settle_assertion(args[2][0])
         if _switches() != self._switches:
             raise RuntimeError(
                 "a region like torch.no_grad() or torch.autocast() begins in its forward, "
@@ -109,6 +111,12 @@ class GuidedTracer(fx.Tracer):
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
         return None if facts(proxy.node).example is None else proxy
+
+    def _settle_assertion(self, condition: Any) -> None:
+        """Guard what the model asserts about sizes, since the graph will not assert it."""
+        is_node = isinstance(condition, fx.Proxy)
+        if is_node and reads_a_size(condition.node) and is_settled(condition.node):
+            self.settle(condition.node, bool(facts(condition.node).example))
 
     def _without_data(self, kind: str, target: Any, args: Any = (), *more: Any) -> tuple[Any, ...]:
         """Return the arguments of `create_proxy`, parameters left out where only a dtype is read.
@@ -148,19 +156,19 @@ class GuidedTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and its facts; fx calls this for constants of a forward as well."""
         node = super().create_node(kind, target, *args, **kwargs)
-        set_facts(node, Facts() if kind == "output" else self._runner.run(node))
+        set_facts(node, Facts() if kind == "output" else self.runner.run(node))
         self.constants.note_writes(node)
         return node
 
     @property
     def is_running(self) -> bool:
         """Whether a node runs now, on its example, and nothing is traced."""
-        return self._runner.is_running
+        return self.runner.is_running
 
     @property
     def resized(self) -> str:
         """The class of a module that returns other sizes in eval mode; "" where none does."""
-        return self._runner.resized
+        return self.runner.resized
 
     def create_arg(self, a: Any) -> Any:
         # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
@@ -191,7 +199,7 @@ class GuidedTracer(fx.Tracer):
             return forward(*args, **kwargs)
         # A module that a forward makes for itself is part of its code.
         is_part_of_model = m in (self.submodule_paths or ())
-        if self._runner.is_running or not is_part_of_model:
+        if self.runner.is_running or not is_part_of_model:
             return forward(*args, **kwargs)
         qualname = self.path_of_module(m)
         is_leaf = self.is_leaf_module(m, qualname)
@@ -224,7 +232,7 @@ class GuidedTracer(fx.Tracer):
         return self.call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self._runner.is_running:
+        if self.runner.is_running:
             return attr_val
         if isinstance(attr_val, PlantedFlag):
             return self.create_proxy("call_module", attr_val.target, (), {})
@@ -242,12 +250,29 @@ class GuidedTracer(fx.Tracer):
         return bool(value)
 
     def settle(self, node: fx.Node, outcome: Any) -> None:
-        """Write down a number or a truth value that the graph will hold, if it is of a size."""
+        """Guard a number or a truth value that the graph will hold, if it is of a size."""
         if reads_a_size(node):
-            self.settled.append(outcome)
+            self._guard(node, outcome)
+
+    def _guard(self, node: fx.Node, outcome: Any) -> None:
+        if (node, outcome) not in self._settled:
+            self._settled.add((node, outcome))
+            scopes = [str(path) for path, _ in self.module_stack.values()]
+            place = scopes[-1] if scopes else ""
+            self.create_node("call_function", require_settled, (node, outcome, place), {})
+
+    def settled_length(self, obj: fx.Proxy) -> int:
+        """Return the length of a tensor, or the number of the parts that it was split into."""
+        value = facts(obj.node).example
+        number = length(value)
+        if isinstance(value, Tensor):
+            self.settle(obj.size(0).node, number)
+        elif any(isinstance(part, Tensor) for part in value):
+            self._guard(obj.node, number)
+        return number
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        number = length(facts(obj.node).example)
+        number = self.settled_length(obj)
         return iter([operator.getitem(obj, i) for i in range(number)])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.autograd import Function
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
 
 # They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
-_FACTORIES = ("zeros", "ones", "empty", "rand", "randn", "tensor", "as_tensor", "finfo", "iinfo")
+_FACTORIES = ("zeros", "ones", "empty", "randn", "tensor", "as_tensor", "finfo", "iinfo")
 
 # The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
 _CACHED = type(functools.lru_cache(len))
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
+
+
+_RAND = torch.rand
 
 
 class Patches:
@@ -59,7 +63,11 @@ class Patches:
         """Yield what has a function to replace, the function's name, and what replaces it."""
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
-        yield random, "random", self._draw
+        yield torch, "rand", self._draw_tensor
+        yield random, "random", functools.partial(self._draw, random.random)
+        yield random, "uniform", functools.partial(self._draw, random.uniform)
+        for name in ("rand", "random", "random_sample", "uniform"):
+            yield np.random, name, functools.partial(self._draw, getattr(np.random, name))
         yield from _caches()
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
@@ -82,9 +90,18 @@ class Patches:
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)
 
-    def _draw(self) -> float:
-        """Stand in for `random.random`; a node that runs on its example may draw."""
-        return random.Random().random() if self.tracer.is_running else Drawn(0.5)
+    def _draw(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what draws a number; a node that runs on its example may draw."""
+        is_of_unit = not kwargs and (not args or tuple(map(float, args)) == (0.0, 1.0))
+        if self.tracer.is_running or not is_of_unit:
+            return draw(*args, **kwargs)
+        return Drawn(0.5)
+
+    def _draw_tensor(self, *args: Any, **kwargs: Any) -> Any:
+        """Record `torch.rand`, which then draws in each call of the graph."""
+        if self.tracer.is_running or "generator" in kwargs or "out" in kwargs:
+            return _RAND(*args, **kwargs)
+        return self.tracer.create_proxy("call_function", _RAND, args, kwargs)
 
     def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
         """Stand in for `Function.apply` of the class `kind`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 
 @contextmanager
@@ -51,10 +53,9 @@ def _states() -> tuple[Any, ...]:
 
 
 class Drawn(float):
-    """Stands, during a trace, for a number that Python's `random.random()` has drawn.
+    """Stands, during a trace, for a number that was drawn from [0, 1), as by `random.random()`.
 
-    It lies in [0, 1), so that some comparisons have one outcome: a layer that is dropped with
-    probability 0 is never dropped.
+    Some comparisons have one outcome: a layer that is dropped with probability 0 is never dropped.
     """
 
     # So a number of NumPy leaves the comparison to this class, in any order.
@@ -78,14 +79,42 @@ class Drawn(float):
             return bool(is_always)
         raise RuntimeError(_DRAWS)
 
-    def _refuse(self, *_: Any) -> Any:
+    def refuse(self, *_: Any) -> Any:
+        """Raise the error that a number which was drawn would be frozen."""
         raise RuntimeError(_DRAWS)
 
-    __eq__ = __ne__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __neg__ = __pow__ = __rpow__ = __int__ = __round__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __bool__ = __float__ = _refuse
-    __floor__ = __ceil__ = __trunc__ = __hash__ = __abs__ = _refuse
+    __eq__ = __ne__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
+    __truediv__ = __rtruediv__ = __neg__ = __pow__ = __rpow__ = __int__ = __round__ = refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __bool__ = __float__ = refuse
+    __floor__ = __ceil__ = __trunc__ = __hash__ = __abs__ = refuse
 
+
+def is_drawn(node: fx.Node) -> bool:
+    """Whether a node draws from [0, 1), or takes numbers out of what such a node has drawn."""
+    if node.target in _TAKES_NUMBERS and node.all_input_nodes:
+        return is_drawn(node.all_input_nodes[0])
+    return getattr(node.target, "__name__", "") == "rand"
+
+
+def outcome_of_draw(node: fx.Node) -> bool | None:
+    """Return the one outcome of a comparison with what was drawn, None where there are two."""
+    while node.target in _TAKES_NUMBERS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    if node.target not in _COMPARISONS or len(node.args) != 2:
+        return None
+    sides: list[Any] = []
+    for side in node.args:
+        sides.append(Drawn(0.5) if isinstance(side, fx.Node) and is_drawn(side) else side)
+    if not all(isinstance(side, (int, float)) for side in sides):
+        return None
+    try:
+        return bool(getattr(operator, node.target.__name__)(*sides))
+    except RuntimeError:
+        return None
+
+
+_TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")
+_COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge)
 
 _DRAWS = (
     "it draws random numbers that do not depend on its input, which a graph would freeze "

@@ -22,7 +22,7 @@ from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
-from sffx.compiler.trace.randomness import call_without_draws
+from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.sizes import reads_a_size, require_settled
 from sffx.tasks import CLASSIFICATION, Task
@@ -100,6 +100,8 @@ class GuidedTracer(fx.Tracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         if args[:2] == ("call_function", torch._assert):
             self._settle_assertion(args[2][0])
+        if args[:2] == ("call_method", "item") and is_drawn(args[2][0].node):
+            return Drawn(0.5)
         if _switches() != self._switches:
             raise RuntimeError(
                 "a region like torch.no_grad() or torch.autocast() begins in its forward, "
@@ -174,6 +176,8 @@ class GuidedTracer(fx.Tracer):
         # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, Drawn):
+            a.refuse()
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
         if type(a) is Tensor:
@@ -243,7 +247,10 @@ class GuidedTracer(fx.Tracer):
             self.branched.add(flag_owner(obj.node))
         value = facts(obj.node).example
         if isinstance(value, Tensor):
-            raise RuntimeError("a branch depends on the values of a tensor")
+            outcome = outcome_of_draw(obj.node)
+            if outcome is None:
+                raise RuntimeError("a branch depends on the values of a tensor")
+            return outcome
         if not is_settled(obj.node):
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         self.settle(obj.node, bool(value))

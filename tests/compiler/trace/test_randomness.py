@@ -5,20 +5,33 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import sffx
 from sffx.compiler.trace.randomness import call_without_draws, generators_restored
 from sffx.compiler.trace.trace import trace
 from tests.compiler.trace.oracle import Applies
 from tests.toys import around
 
-DRAWS = [random.random, np.random.rand, lambda: torch.rand(()).item()]
+DRAWS = [
+    random.random,
+    np.random.rand,
+    lambda: torch.rand(()).item(),
+    lambda: torch.randn(()).item(),
+]
+FROZEN = [*DRAWS, lambda: random.random(), lambda: np.random.uniform()]
+    *DRAWS,
+    lambda: random.random(),
+    lambda: np.random.uniform(),
+    lambda: [random.random()][0],
+]
 
 
 def _states() -> tuple[object, ...]:
     return random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FROZEN)
 def test_random_numbers_drawn_on_the_side_make_a_leaf(draw):
     model = around(Applies(lambda m, x: x * draw()))
     before = _states()
@@ -35,3 +48,51 @@ def test_generators_are_restored_and_a_draw_is_refused(draw):
         assert _states() != before
     assert _states() == before
     assert call_without_draws(lambda: 3) == 3
+
+
+class _Depth(nn.Module):
+    """Drops layers with a probability, by some code that draws."""
+
+    def __init__(self, draws, probability: float) -> None:
+        super().__init__()
+        self.draws, self.probability = draws, probability
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        for layer, drops in zip(self.layers, self.draws(self.probability), strict=True):
+            if self.training and drops:
+                continue
+            x = x + layer(x).relu()
+        return x
+
+
+DEPTHS = [
+    lambda p: [random.random() < p for _ in range(3)],
+    lambda p: [random.uniform(0, 1) < p for _ in range(3)],
+    lambda p: [np.random.rand() < p for _ in range(3)],
+    lambda p: [1 - p <= np.random.uniform(0.0, 1.0) for _ in range(3)],
+    lambda p: [torch.rand(1).item() < p for _ in range(3)],
+    lambda p: [torch.rand([]) < p for _ in range(3)],
+    lambda p: torch.rand(3) < p,
+    lambda p: [not keeps for keeps in torch.rand(3) >= p],
+]
+
+
+@pytest.mark.parametrize("draws", DEPTHS)
+def test_a_layer_that_is_never_dropped_makes_no_leaf(draws):
+    for probability, leaves in ((0.0, []), (0.3, ["0"])):
+        model = nn.Sequential(_Depth(draws, probability), nn.Linear(6, 4))
+        before = _states()
+        plan = sffx.plan(model, example_input=torch.zeros(1, 6), policy="residual")
+        assert [leaf.qualname for leaf in plan.leaves] == leaves
+        assert _states() == before
+        assert len(plan) == (1 if leaves else 3)
+
+
+def test_noise_is_drawn_in_each_call():
+    model = around(Applies(lambda m, x: x + torch.rand(6)))
+    net = sffx.transform(model, "layer", norm="none")
+    assert net.plan.leaves == ()
+    x = torch.randn(3, 6)
+    assert not torch.equal(net.eval()(x), net(x))
+    assert sffx.check(model, net).passed

@@ -20,11 +20,6 @@ DRAWS = [
     lambda: torch.randn(()).item(),
 ]
 FROZEN = [*DRAWS, lambda: random.random(), lambda: np.random.uniform()]
-    *DRAWS,
-    lambda: random.random(),
-    lambda: np.random.uniform(),
-    lambda: [random.random()][0],
-]
 
 
 def _states() -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from sffx.checkpoint.entries import own_entries
 from sffx.errors import InputError, MissingExtra
+from sffx.inputs import padding_mask
 from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
@@ -71,6 +72,10 @@ class _Predictor(LightningModule):
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the scores of a batch, (B, J), by the name of the readout."""
         raise NotImplementedError
+
+    def without_padding(self, x: Any, y: Tensor) -> Tensor:
+        """Return targets that leave out the padding of an input."""
+        return y
 
     def forward(self, x: Any) -> Tensor:
         """Return the output of the model; in eval mode these are scores, (B, J)."""
@@ -169,8 +174,9 @@ class _Predictor(LightningModule):
 
     def _log_scores(self, stage: str, batch: Any) -> None:
         x, y = _pair(batch)
+        y = self.without_padding(x, y)
         for name, scores in self.scores(x).items():
-            self.task.check_labels(y, len(y), self.task.num_outputs(scores.shape))
+            self.task.check_labels(y, len(scores), self.task.num_outputs(scores.shape))
             sums = self.task.sums(scores, y)
             count = int(sums["count"])
             means: dict[str, Tensor] = {"loss": self.task.loss(scores, y)}
@@ -182,7 +188,8 @@ class _Predictor(LightningModule):
                 metrics[self._metric_key(stage, metric, name)] = mean
             # The count makes the epoch's mean exact where the last batch is smaller.
             is_answer = name == self.answer
-            self.log_dict(metrics, batch_size=count, sync_dist=True, prog_bar=is_answer)
+            weight = max(count, 1)
+            self.log_dict(metrics, batch_size=weight, sync_dist=True, prog_bar=is_answer)
             self._add_sums(name, sums)
 
     def _add_sums(self, name: str, sums: Sums) -> None:
@@ -197,9 +204,9 @@ class _Predictor(LightningModule):
             total = {}
             for key, value in sums.items():
                 total[key] = self.trainer.strategy.reduce(value, reduce_op="sum")
-            for metric, value in self.task.metrics(total).items():
+            for metric, figure in self.task.metrics(total).items():
                 if metric not in self.task.means:
-                    self.log(self._metric_key(stage, metric, name), value)
+                    self.log(self._metric_key(stage, metric, name), figure)
         self._sums.clear()
 
     def _metric_key(self, stage: str, metric: str, name: str) -> str:
@@ -264,6 +271,10 @@ class SFFModule(_Predictor):
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the local loss of a batch, which holds the activations of one block at a time."""
         return local_loss(self.net, x, y, self.loss_fn)
+
+    def without_padding(self, x: Any, y: Tensor) -> Tensor:
+        """Return targets that leave out the tokens that the net's attention mask marks."""
+        return self.task.without_padding(y, padding_mask(plan_of(self.net), x))
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the scores of each block and of each readout, (B, J)."""

@@ -334,3 +334,21 @@ def without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_lightning_the_extra_is_named(without_lightning: None) -> None:
     with pytest.raises(sffx.MissingExtra, match=r"pip install 'sffx\[lightning\]'"):
         importlib.import_module("sffx.lightning")
+
+
+@pytest.mark.parametrize("name", ["pixels", "regression", "next token"])
+def test_other_tasks_log_what_evaluate_reports(name: str, tmp_path: Path) -> None:
+    from tests.tasks.cases import CASES
+
+    net = CASES[name].net()
+    loader = DataLoader(TensorDataset(*CASES[name].batch(6)), batch_size=4)
+    expected = sffx.evaluate(net, loader)
+    run = trainer(tmp_path)
+    module = SFFModule(net)
+    run.validate(module, loader, verbose=False)
+    for metric, values in expected.metrics.items():
+        assert float(run.callback_metrics[f"val_{metric}"]) == pytest.approx(values["ensemble"])
+        of_block = run.callback_metrics[f"val_{metric}/block_0"]
+        assert float(of_block) == pytest.approx(values["block_0"])
+    assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected.loss["ensemble"])
+    trainer(tmp_path, max_epochs=1).fit(module, loader, loader)

@@ -232,7 +232,7 @@ class Analysis:
         return (
             "the model has no node to cut at, since no value lies on every path from input to "
             f"logits and may be cut ({reasons}). "
-            + way_out(self.trace.leaves, [step.refusal for step in self.steps])
+            + way_out(self.trace, [step.refusal for step in self.steps])
         )
 
     def _refusal(self, name: str) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sffx.blocks import Leaf
+from sffx.compiler.trace.trace import Trace
 
 
-def way_out(leaves: Sequence[Leaf], refusals: Sequence[str]) -> str:
+def way_out(trace: Trace, refusals: Sequence[str]) -> str:
     """Return what most likely stands in the way of a cut, and a hint.
 
     Args:
-        leaves: the modules that the trace did not look into.
+        trace: of the model.
         refusals: for each step, why no cut may lie after it.
     """
-    largest = max(leaves, key=lambda leaf: leaf.share, default=None)
+    largest = max(trace.leaves, key=lambda leaf: leaf.share, default=None)
     if largest is not None and largest.share > 1 / 3:
         return (
             f"{largest.qualname} ({largest.kind}) holds {largest.share:.0%} of the parameters, and "
@@ -22,10 +22,11 @@ def way_out(leaves: Sequence[Leaf], refusals: Sequence[str]) -> str:
             "Hint: change that line, so that cuts can lie inside the module; or move what it does "
             "into a smaller module"
         )
-    if any("is used on both sides" in reason for reason in refusals):
+    repeated = _repeated_layer(trace)
+    if repeated:
         return (
-            "Hint: what learns belongs to one block, so no cut can part the uses of a layer that "
-            "runs again and again, as in a recurrent model; let such a layer be one stage among "
+            f"{repeated} runs more than once. Hint: what learns belongs to one block, so no cut "
+            "can part the uses of a layer that runs again and again, as in a recurrent model; let such a layer be one stage among "
             "others, each with weights of its own"
         )
     if any("channel axis" in reason for reason in refusals):
@@ -37,3 +38,16 @@ def way_out(leaves: Sequence[Leaf], refusals: Sequence[str]) -> str:
         "Hint: give the model a value that everything after it is computed from, a float tensor "
         "with the batch axis first and a layer with parameters behind it"
     )
+
+
+def _repeated_layer(trace: Trace) -> str:
+    """Return the qualname of the first module with parameters that runs again; "" for none."""
+    seen: set[str] = set()
+    for node in trace.graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        if name in seen and any(True for _ in trace.root.get_submodule(name).parameters()):
+            return name
+        seen.add(name)
+    return ""

@@ -50,7 +50,7 @@ class _Product(nn.Module):
     ("model", "said"),
     [
         (nn.Sequential(_ReadsValues()), r"0 \(_ReadsValues\) holds 100% .*branch depends on the"),
-        (_Recurrent(), "the uses of a layer that runs again and again"),
+        (_Recurrent(), "cell runs more than once.*the uses of a layer that runs again"),
         (
             nn.Sequential(_Product("bi,ijk->bjk", 6, 3, 2), _Product("bjk,jkc->bc", 3, 2, 4)),
             "the channel axis is told by the layers",

@@ -26,8 +26,8 @@ def way_out(trace: Trace, refusals: Sequence[str]) -> str:
     if repeated:
         return (
             f"{repeated} runs more than once. Hint: what learns belongs to one block, so no cut "
-            "can part the uses of a layer that runs again and again, as in a recurrent model; let such a layer be one stage among "
-            "others, each with weights of its own"
+            "can part the uses of a layer that runs again and again, as in a recurrent model; let "
+            "such a layer be one stage among others, each with weights of its own"
         )
     if any("channel axis" in reason for reason in refusals):
         return (

@@ -192,11 +192,19 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         sources = [source.name for source in before]
         own = _dependence(node, layers, [dependences[source] for source in sources])
         dependences[name] = own
-        learns = any(can_learn(tensor) for tensor in tensors_in(facts(node).example))
+        learns = any(can_learn(tensor) for tensor in _values_of(node))
         graph.add_node(name, path=learns and own.on_input and own.on_parameter)
         for source in sources:
             graph.add_edge(source, name)
     return graph
+
+
+def _values_of(node: Node) -> Iterator[Tensor]:
+    """Yield the tensors that a node computes: its value, and what `y[0] = x` writes into."""
+    yield from tensors_in(facts(node).example)
+    if facts(node).example is None:
+        for written in facts(node).writes:
+            yield from tensors_in(facts(written).example)
 
 
 class Dependence(NamedTuple):
@@ -208,7 +216,7 @@ class Dependence(NamedTuple):
 
 def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Dependence:
     """Return the dependence of a node's value, from those of the values that it reads."""
-    if not holds_tensor(facts(node).example):
+    if not any(True for _ in _values_of(node)):
         return Dependence()
     if node.op == "placeholder":
         return Dependence(on_input=True)

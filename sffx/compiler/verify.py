@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from sffx.blocks import BlockPlan
+from sffx.compiler.caches import caches_restored
 from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
@@ -45,13 +47,13 @@ def verify(net: fx.GraphModule) -> None:
     with FakeCopyMode(mode):
         probe = twin(net, fake_tensors(net, mode)).train()
     try:
-        with mode:
-            _verify_run(probe)
+        with caches_restored(net.origin.model):
+            _verify_run(probe, mode)
     except VerifyError:
         raise
     except Exception:  # a part needs values, or is stricter on fake tensors than for real
         with torch.random.fork_rng(devices=[]):
-            _verify_run(twin(net, {}).train())
+            _verify_run(twin(net, {}).train(), nullcontext())
 
 
 def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
@@ -79,10 +81,18 @@ def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
     return twins[id(net)]
 
 
-def _verify_run(probe: fx.GraphModule) -> None:
+def _verify_run(probe: fx.GraphModule, mode: AbstractContextManager[Any]) -> None:
+    """Run a cut model, and check it.
+
+    Args:
+        probe: to run.
+        mode: in which its input is made. Outside of it the tables of a leaf have values, which the
+            leaf may keep.
+    """
     plan = plan_of(probe)
     device = next(probe.parameters()).device
-    x = constant_batch(plan.inputs, TRACE_BATCH, device)
+    with mode:
+        x = constant_batch(plan.inputs, TRACE_BATCH, device)
     values = _WatchedValues(input_values(probe, bind(plan, x)))
     scores: list[Tensor] = []
     with torch.enable_grad():

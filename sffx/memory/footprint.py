@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import Block, BlockPlan
+from sffx.compiler.caches import caches_restored
 from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.fake import fake_copy
 from sffx.errors import InputError
@@ -186,11 +187,12 @@ def footprint(
         raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(cut, mode).train()
-    with mode:
-        predicted = fake_footprint(probe, batch_size)
-    if backpropagation:
-        peak = backpropagation_peak(cut, batch_size)
-        predicted = replace(predicted, backpropagation=peak)
+    with caches_restored(cut.origin.model):
+        with mode:
+            predicted = fake_footprint(probe, batch_size)
+        if backpropagation:
+            peak = backpropagation_peak(cut, batch_size)
+            predicted = replace(predicted, backpropagation=peak)
     if offloaded:
         resident = tuple(_resident(stage) for stage in stages_of(cut))
         predicted = replace(predicted, resident=resident)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import fx, nn
 
+from sffx.compiler.facts import facts
 from sffx.compiler.trace.constants import place_constants
 from sffx.compiler.trace.flags import lift_flags, plant_flags
 from sffx.compiler.trace.leaves import add_leaves
@@ -38,7 +40,7 @@ def trace_until_it_works(
         attributes.restore()
         tracer = make_tracer(True)
         graph = _attempt(probe, tracer, leaves)
-        if graph is None or _buffers_were_assigned(probe, leaves):
+        if graph is None or _buffers_were_assigned(probe, leaves, attributes):
             continue
         if not tracer.branched:
             return tracer, graph
@@ -103,7 +105,9 @@ def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
     )
 
 
-def _buffers_were_assigned(probe: nn.Module, leaves: dict[str, str]) -> bool:
+def _buffers_were_assigned(
+    probe: nn.Module, leaves: dict[str, str], attributes: Attributes
+) -> bool:
     """Whether a forward has put a traced value in the place of a buffer; its class becomes leaves.
 
     The graph would compute the value, and assign nothing.
@@ -113,7 +117,7 @@ def _buffers_were_assigned(probe: nn.Module, leaves: dict[str, str]) -> bool:
     """
     found = False
     for qualname, module in list(probe.named_modules()):
-        buffer = _assigned_buffer(module)
+        buffer = _assigned_buffer(module, attributes.buffers_of(module))
         if not buffer:
             continue
         if not qualname:
@@ -127,9 +131,12 @@ def _buffers_were_assigned(probe: nn.Module, leaves: dict[str, str]) -> bool:
     return found
 
 
-def _assigned_buffer(module: nn.Module) -> str:
-    """Return the name of the first buffer that is a proxy, "" where none is."""
+def _assigned_buffer(module: nn.Module, before: Mapping[str, Any]) -> str:
+    """Return the name of the first buffer that is another tensor than before, "" where none is.
+
+    `self.steps += 1` writes into the buffer, and assigns the same one again.
+    """
     for name, value in module._buffers.items():
-        if isinstance(value, fx.Proxy):
+        if isinstance(value, fx.Proxy) and facts(value.node).example is not before.get(name):
             return name
     return ""

@@ -102,7 +102,8 @@ class Constants(TorchFunctionMode):
         nodes = {read.node for read in self._read if storage_key(read.value) == key}
         if len(nodes) > 1:
             raise RuntimeError("it writes a tensor in place that it made, and reads a view of it")
-        if not written.is_constant:
+        buffers = self.tracer.root.buffers()
+        if not written.is_constant or any(each is written.value for each in buffers):
             raise RuntimeError("it writes a tensor in place that is no buffer of a module")
         self._written.add(key)
         if not self._is_entered:
@@ -185,5 +186,5 @@ def _is_kept(root: nn.Module, value: Tensor) -> bool:
 def _held(root: nn.Module) -> Iterator[Any]:
     for module in root.modules():
         for name, attribute in vars(module).items():
-            if name not in ("_parameters", "_modules"):
+            if name not in ("_parameters", "_buffers", "_modules"):
                 yield from tree_leaves(attribute)

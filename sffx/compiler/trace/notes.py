@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -17,6 +17,7 @@ def notes(
     graph: fx.Graph,
     *,
     constants: Mapping[str, Any],
+    kept: Collection[str],
     checkpointed: bool,
     is_of_size: bool,
 ) -> Iterator[str]:
@@ -26,12 +27,18 @@ def notes(
         root: the traced model.
         graph: of it.
         constants: the arguments that are no tensors.
+        kept: qualnames of tensors that the model computes in its first call only.
         checkpointed: whether the trace met gradient checkpointing.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
     if constants:
         settled = [f"{path} is {value!r}" for path, value in constants.items()]
         yield f"settled as in the example: {in_brief(settled, 4)}"
+    if kept:
+        yield (
+            f"the model computes {in_brief(kept, 4)} in its first call and keeps it: the cut model "
+            "computes it in each call, and so follows the weights and inputs that it is made of"
+        )
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
     inlined = dict(_inlined(root, graph))

@@ -45,6 +45,12 @@ def require_plain(model: Any) -> None:
             f"model is a {kind}, whose code cannot be traced. "
             "Hint: pass the module that it was scripted or traced from"
         )
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            raise InputError(
+                f"{name!r} is compiled. Hint: put the plain module there, {name}._orig_mod, and "
+                "compile the blocks of what transform returns"
+            )
     _require_values(model)
     _require_copyable(model)
     if is_cut(model):
@@ -63,6 +69,15 @@ def _require_values(model: nn.Module) -> None:
 
 
 def _require_copyable(model: nn.Module) -> None:
+    for qualname, module in model.named_modules():
+        for kind in type(module).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            kept = [name for name in slots if not name.startswith("__") and hasattr(module, name)]
+            if kept:
+                raise InputError(
+                    f"{kind.__name__} keeps {kept[0]!r} in a slot, which a copy of a module loses. "
+                    f"Hint: remove __slots__ from the class of {qualname or 'the model'!r}"
+                )
     place = closure_over_the_model(model)
     if place:
         raise InputError(

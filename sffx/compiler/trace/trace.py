@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.arguments import Arguments
 from sffx.blocks import Input, Leaf
+from sffx.compiler.caches import caches_restored
 from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
@@ -40,7 +41,7 @@ from sffx.compiler.trace.sizes import (
     other_arguments,
     refused,
 )
-from sffx.compiler.trace.state import Attributes, counters
+from sffx.compiler.trace.state import Attributes, counters, kept_tensors
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import TraceError
 from sffx.tasks import CLASSIFICATION, Task
@@ -94,7 +95,7 @@ def trace(
         InputError: the input cannot be inferred, or the example does not fit.
         TraceError: the top-level `forward` cannot be traced.
     """
-    with _TRACING, generators_restored():
+    with _TRACING, generators_restored(), caches_restored(model):
         traced = _trace(model, example_input, Wanted(num_classes, task))
     return replace(traced, notes=(*earlier_notes, *traced.notes))
 
@@ -108,6 +109,8 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     attributes = Attributes(probe)
     form, values = example_arguments(probe, example_input, mode, root)
     _make_leaves_of_counters(probe, partial(call, probe, form, values), attributes, leaves)
+
+    kept = kept_tensors(probe, partial(call, probe, form, values), attributes)
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
@@ -139,6 +142,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
                 root,
                 graph,
                 constants=form.constants,
+                kept=kept,
                 checkpointed=tracer.patches.checkpointed,
                 is_of_size=is_of_size,
             ),

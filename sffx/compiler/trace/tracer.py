@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sffx.arguments import is_writable
 from sffx.compiler.calls import call
@@ -100,8 +101,8 @@ class GuidedTracer(fx.Tracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         if args[:2] == ("call_function", torch._assert):
             self._settle_assertion(args[2][0])
-        if args[:2] == ("call_method", "item") and is_drawn(args[2][0].node):
-            return Drawn(0.5)
+        if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
+            return self._number(args[2][0].node)
         if _switches() != self._switches:
             raise RuntimeError(
                 "a region like torch.no_grad() or torch.autocast() begins in its forward, "
@@ -113,6 +114,12 @@ class GuidedTracer(fx.Tracer):
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
         return None if facts(proxy.node).example is None else proxy
+
+    def _number(self, node: fx.Node) -> Drawn:
+        """Return the number that a forward takes out of a tensor, where it was drawn."""
+        if is_drawn(node):
+            return Drawn(0.5)
+        raise RuntimeError("a number is read from a tensor, which depends on the data")
 
     def _settle_assertion(self, condition: Any) -> None:
         """Guard what the model asserts about sizes, since the graph will not assert it."""
@@ -180,9 +187,19 @@ class GuidedTracer(fx.Tracer):
             a.refuse()
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
+        if isinstance(a, FakeTensor) and not self._is_held(a):
+            raise RuntimeError(
+                "it uses a tensor that an earlier call has computed and kept, outside of the model "
+                "or in a container, which a graph cannot hold"
+            )
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
         return super().create_arg(a)
+
+    def _is_held(self, tensor: FakeTensor) -> bool:
+        """Whether a tensor is a parameter or a buffer of the model."""
+        tensors = (*self.root.parameters(), *self.root.buffers())
+        return isinstance(tensor, nn.Parameter) or any(each is tensor for each in tensors)
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
         is_tensor = isinstance(facts(node).example, Tensor)
@@ -237,6 +254,8 @@ class GuidedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
+            return attr_val
+        if type(attr_val) is Tensor:  # the model's own are fake: its forward has registered it
             return attr_val
         if isinstance(attr_val, PlantedFlag):
             return self.create_proxy("call_module", attr_val.target, (), {})

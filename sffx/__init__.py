@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sffx.runtime.keywords import KeywordLoss
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+    from sffx.runtime.pipeline import Pipeline
     from sffx.runtime.randomness import block_seeds
     from sffx.runtime.replicate import replicate
     from sffx.runtime.shard import shard
@@ -65,6 +66,7 @@ __all__ = [
     "LargestBatch",
     "LocalLoss",
     "MissingExtra",
+    "Pipeline",
     "ProcessError",
     "Quantization",
     "SffxError",
@@ -122,6 +124,7 @@ _MODULE_OF = {
     "LargestBatch": "sffx.memory.largest",
     "LocalLoss": "sffx.runtime.step",
     "MissingExtra": "sffx.errors",
+    "Pipeline": "sffx.runtime.pipeline",
     "ProcessError": "sffx.errors",
     "Quantization": "sffx.export.quantize",
     "SffxError": "sffx.errors",

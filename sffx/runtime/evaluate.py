@@ -103,7 +103,7 @@ def evaluate(
     cut = cut_model(net)
     if group is not None:
         return _evaluate_together(cut, loader, group)
-    totals = _Totals(cut)
+    totals = Totals(cut)
     totals.add_all(cut, loader)
     return totals.evaluation()
 
@@ -183,7 +183,7 @@ def _evaluate_together(
     """Evaluate a model on the samples of all processes of a group."""
     residency = residency_of(net)
     residency.agree("evaluate")
-    totals = _Totals(net)
+    totals = Totals(net)
     failure: Exception | None = None
     try:
         totals.add_all(net, loader, may_be_empty=True)
@@ -201,7 +201,7 @@ def _evaluate_together(
     return totals.evaluation()
 
 
-class _Totals:
+class Totals:
     """The sums of an evaluation over the batches so far, by name."""
 
     def __init__(self, net: fx.GraphModule) -> None:
@@ -246,6 +246,13 @@ class _Totals:
         # One transfer for all names, because on a GPU each transfer waits for the device.
         moved = _unflattened(_flat(of_batch).cpu(), of_batch)
         for name, sums in moved.items():
+            for key, value in sums.items():
+                self.sums[name][key] = self.sums[name][key] + value
+
+    def merge(self, other: Totals) -> None:
+        """Add the sums of another part of the samples, such as those of another process."""
+        self.samples += other.samples
+        for name, sums in other.sums.items():
             for key, value in sums.items():
                 self.sums[name][key] = self.sums[name][key] + value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sffx.errors import InputError
 from sffx.parts import CLASSIFIER
-from sffx.runtime.stage import stages_of
+from sffx.runtime.stage import Stage, stages_of
 
 
 def parameter_groups(
@@ -32,6 +32,13 @@ def parameter_groups(
     Raises:
         InputError: `net` is no cut model, or a learning rate is negative.
     """
+    return groups_of_stages(stages_of(net), lr, classifier_lr)
+
+
+def groups_of_stages(
+    stages: Iterable[Stage], lr: float, classifier_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Return a parameter group for each of some stages, as `parameter_groups` does for all."""
     if classifier_lr is None:
         classifier_lr = lr
     for name, rate in (("lr", lr), ("classifier_lr", classifier_lr)):
@@ -40,7 +47,7 @@ def parameter_groups(
         if not is_number or not rate >= 0:
             raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
     groups = []
-    for stage in stages_of(net):
+    for stage in stages:
         parameters = stage.trainable
         if not parameters:
             continue
@@ -153,16 +160,27 @@ def require_optimizers_of(net: nn.Module, optimizers: Iterable[Optimizer]) -> No
     """
     own = set(net.parameters())
     for optimizer in optimizers:
-        require_optimizer(optimizer)
-        held: set[Tensor] = set()
-        for group in optimizer.param_groups:
-            held.update(group["params"])
-        if held.isdisjoint(own):
-            raise InputError(
-                f"the optimizer holds {len(held)} parameters, none of them of net. "
-                f"Hint: make it by {type(optimizer).__name__}(sffx.parameter_groups(net, lr)), "
-                "of this net and not of a copy or of the original model"
-            )
+        require_optimizer_of(optimizer, own, "sffx.parameter_groups(net, lr)")
+
+
+def require_optimizer_of(optimizer: Optimizer, parameters: Set[nn.Parameter], groups: str) -> None:
+    """Raise an InputError if an optimizer holds none of some parameters.
+
+    Args:
+        optimizer: to look at.
+        parameters: of which it should have some.
+        groups: the code that makes its groups, for the hint.
+    """
+    require_optimizer(optimizer)
+    held: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        held.update(group["params"])
+    if held.isdisjoint(parameters):
+        raise InputError(
+            f"the optimizer holds {len(held)} parameters, none of them of net. "
+            f"Hint: make it by {type(optimizer).__name__}({groups}), "
+            "of this net and not of a copy or of the original model"
+        )
 
 
 def _by_name(optimizer: Optimizer) -> dict[str, list[dict[str, Any]]]:

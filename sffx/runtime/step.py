@@ -157,7 +157,7 @@ def local_step(
     residency.prepare()
     stages = learning_stages(net, blocks)
     _require_learning(stages)
-    optimizers = _optimizers(stages, optimizer)
+    optimizers = optimizers_of_stages(stages, optimizer)
     losses: list[Tensor] = []
     # Several stages may have the same optimizer.
     distinct = list(dict.fromkeys(optimizers.values()))
@@ -226,7 +226,7 @@ def _collect(
     return [(learned, collected.wait()) for learned, collected in on_their_way]
 
 
-def _optimizers(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimizer]:
+def optimizers_of_stages(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimizer]:
     """Return the optimizer of each stage that learns, by the stage's name.
 
     Raises:

@@ -119,7 +119,17 @@ def _detached_scores(
     net: fx.GraphModule, stage: Stage, inputs: Mapping[str, Any], values: Values
 ) -> Tensor:
     with explaining_input_errors(net, inputs):
-        scores = stage.score(values)
+        return score_detached(stage, values)
+
+
+def score_detached(stage: Stage, values: Values) -> Tensor:
+    """Run a stage's block and head, and return its scores, (B, J), which alone hold its graph.
+
+    Args:
+        stage: to run.
+        values: that it reads. What the block computed is added, detached.
+    """
+    scores = stage.score(values)
     # No value may carry the graph of this stage on to the next stages.
     for node, value in values.items():
         values[node] = tree_map_only(Tensor, Tensor.detach, value)

@@ -1,0 +1,187 @@
+"""The batches of one process of a pipeline: where they come from, and what each stage does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from sffx.errors import InputError
+from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
+from sffx.net import plan_of
+from sffx.runtime.pipeline.link import Incoming, Outgoing, Word
+from sffx.runtime.pipeline.message import packed
+from sffx.runtime.pipeline.watch import Watch
+from sffx.runtime.stage import Stage, Values, nodes_read_by, stages_of
+from sffx.runtime.walk import input_values
+from sffx.tensors import storage_key
+
+
+@dataclass
+class Batch:
+    """A batch as a process sees it.
+
+    Attributes:
+        values: that the first stage of the process reads.
+        y: targets.
+        samples: B.
+        scores: of the blocks before, (B, J) each. Only an evaluation hands them on.
+        following: the word about the next batch.
+    """
+
+    values: Values
+    y: Tensor
+    samples: int
+    scores: list[Tensor]
+    following: Word
+
+
+class FromLoader:
+    """The batches of the first stage.
+
+    It looks one batch ahead, since each message says what the next one will be like.
+
+    Args:
+        net: the cut model.
+        loader: yields (x, y).
+        device: of the stage.
+        agree: called with whether there is a further batch, before each.
+        check: called with the targets of each batch and the number of its samples.
+    """
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        loader: Iterable[Any],
+        device: torch.device,
+        agree: Callable[[bool], None],
+        check: Callable[[Tensor, int], None],
+    ) -> None:
+        self._net = net
+        self._device = device
+        self._agree = agree
+        self._check = check
+        self._pairs = (split_batch(batch, device) for batch in batches(loader))
+        self._next = self._pulled()
+
+    def open(self) -> Word:
+        """Return whether there is a batch: NEW or END."""
+        return Word.END if self._next is None else Word.NEW
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield all batches."""
+        while self._next is not None:
+            present = self._next
+            self._next = self._pulled()
+            yield self._batch(present, self._word(present, self._next))
+
+    def _pulled(self) -> tuple[Any, Tensor] | None:
+        pair = next(self._pairs, None)
+        self._agree(pair is not None)
+        return pair
+
+    def _batch(self, pair: tuple[Any, Tensor], following: Word) -> Batch:
+        x, y = pair
+        plan = plan_of(self._net)
+        inputs = bind(plan, x)
+        samples = batch_size(inputs)
+        self._check(y, samples)
+        targets = plan.task.without_padding(y, padding_mask(plan, x))
+        return Batch(input_values(self._net, inputs), targets, samples, [], following)
+
+    @staticmethod
+    def _word(present: tuple[Any, Tensor], following: tuple[Any, Tensor] | None) -> Word:
+        if following is None:
+            return Word.END
+        is_same = packed(present).layout == packed(following).layout
+        return Word.SAME if is_same else Word.NEW
+
+
+class FromStageBefore:
+    """The batches of every other stage.
+
+    Args:
+        net: the cut model.
+        incoming: from the stage before.
+    """
+
+    def __init__(self, net: fx.GraphModule, incoming: Incoming) -> None:
+        self._nodes = {node.name: node for node in net.graph.nodes}
+        self._incoming = incoming
+        self._word = incoming.open()
+
+    def open(self) -> Word:
+        """Return whether there is a batch: NEW or END."""
+        return self._word
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield all batches."""
+        while self._word is not Word.END:
+            message, self._word = self._incoming.receive()
+            values = {self._nodes[name]: value for name, value in message["values"].items()}
+            yield Batch(values, message["y"], message["samples"], message["scores"], self._word)
+
+
+class Handover:
+    """Sends what the stages behind this process read.
+
+    Args:
+        net: the cut model.
+        stages: of this process.
+        outgoing: to the next stage.
+    """
+
+    def __init__(self, net: fx.GraphModule, stages: list[Stage], outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
+        self._crossing = crossing(net, stages[-1].index + 1)
+        self._own: set[int] = set()
+        for stage in stages:
+            for part in stage.parts:
+                module = net.get_submodule(part)
+                own = (*module.parameters(), *module.buffers())
+                self._own.update(storage_key(tensor) for tensor in own)
+
+    def send(self, batch: Batch, values: Values) -> None:
+        """Send the values that later stages read, with the targets of the batch."""
+        crossing_values = {}
+        for node in self._crossing:
+            crossing_values[node.name] = tree_map_only(Tensor, self._safe, values[node])
+        message = {
+            "values": crossing_values,
+            "y": batch.y,
+            "samples": batch.samples,
+            "scores": batch.scores,
+        }
+        self._outgoing.send(message, batch.following)
+
+    def _safe(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that the optimizer does not change while it is under way."""
+        return tensor.clone() if storage_key(tensor) in self._own else tensor
+
+
+def crossing(net: fx.GraphModule, first: int) -> list[fx.Node]:
+    """Return the nodes before a stage whose values it or later stages read.
+
+    Args:
+        net: the cut model.
+        first: index of the stage.
+    """
+    behind = [node for stage in stages_of(net)[first:] for node in stage.nodes]
+    return nodes_read_by(behind)
+
+
+def require_as_many_batches(has_batch: bool, replicas: dist.ProcessGroup, watch: Watch) -> None:
+    """Raise an InputError if some replicas have a further batch and others have none."""
+    count = torch.tensor([int(has_batch)])
+    watch.call(lambda: dist.all_reduce(count, group=replicas))
+    having = int(count)
+    if having not in (0, replicas.size()):
+        raise InputError(
+            f"{having} of {replicas.size()} replicas have a further batch, and the others have "
+            "none. Hint: give all loaders as many batches, as DistributedSampler does"
+        )

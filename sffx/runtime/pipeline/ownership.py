@@ -1,0 +1,182 @@
+"""Which process owns which parts of a cut model, and how it lets go of all others."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.errors import InputError
+from sffx.net import CutModel, plan_of
+from sffx.parts import READOUT
+from sffx.runtime.pipeline.message import as_bytes, packed
+from sffx.runtime.stage import Stage, stages_of
+
+
+def parts_of(stages: Sequence[Stage], total: int) -> list[str]:
+    """Return the names of the modules that a process with these stages owns.
+
+    Args:
+        stages: of the process, in order.
+        total: the number of all stages of the model. The last one comes with the readout.
+    """
+    names: list[str] = []
+    for stage in stages:
+        names += [name for name in stage.parts if name not in names]
+    if stages[-1].index == total - 1:
+        names.append(READOUT)
+    return names
+
+
+def tensors_of(net: fx.GraphModule, parts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of some parts by name, each tensor once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for part in parts:
+        module = net.get_submodule(part)
+        named = (*module.named_parameters(prefix=part), *module.named_buffers(prefix=part))
+        for name, tensor in named:
+            if id(tensor) not in seen:
+                tensors[name] = tensor
+                seen.add(id(tensor))
+    return tensors
+
+
+def inseparable(net: fx.GraphModule) -> dict[int, str]:
+    """Return the blocks that must stay with the block before, with the tensor that ties them.
+
+    The blocks are given by index. A parameter or a buffer of several blocks must be on one process.
+    """
+    total = len(stages_of(net))
+    first_of: dict[int, int] = {}
+    last_of: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for stage in stages_of(net):
+        for name, tensor in tensors_of(net, parts_of([stage], total)).items():
+            key = id(tensor)
+            first_of.setdefault(key, stage.index)
+            last_of[key] = stage.index
+            names.setdefault(key, name)
+    tied: dict[int, str] = {}
+    for key, first in first_of.items():
+        for index in range(first + 1, last_of[key] + 1):
+            tied[index] = names[key]
+    return tied
+
+
+def release(net: CutModel, parts: Sequence[str]) -> None:
+    """Turn the tensors of some parts into meta tensors, which have a shape and no memory.
+
+    The original model in `net.origin` has the same tensors, so it lets go of them as well. A tensor
+    that no block uses stays.
+    """
+    replaced: dict[int, Tensor] = {}
+    for tensor in tensors_of(net, parts).values():
+        replaced[id(tensor)] = _empty(tensor, torch.device("meta"))
+    replace(net, replaced)
+    replace(net.origin.model, replaced)
+
+
+def replace(model: nn.Module, replaced: dict[int, Tensor]) -> None:
+    """Put tensors in the place of others, wherever a module holds them.
+
+    Args:
+        model: to change.
+        replaced: new parameters and buffers by the id of the old ones.
+    """
+    for module in model.modules():
+        for holder in (module._parameters, module._buffers):
+            _replace_in(holder, replaced)
+
+
+def _replace_in(holder: dict[str, Any], replaced: dict[int, Tensor]) -> None:
+    for name, tensor in holder.items():
+        if id(tensor) in replaced:
+            holder[name] = replaced[id(tensor)]
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor like another one, with any values; a parameter for a parameter."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
+
+
+def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> set[str]:
+    """Move parts to a device; layers on the meta device draw new weights there.
+
+    Returns:
+        The names of the tensors that have no values yet, since their layer cannot draw any.
+    """
+    replaced: dict[int, Tensor] = {}
+    for tensor in tensors_of(net, parts).values():
+        if tensor.is_meta:
+            replaced[id(tensor)] = _empty(tensor, device)
+    replace(net, replaced)
+    replace(net.origin.model, replaced)
+    drawn: set[int] = set()
+    for part in parts:
+        module = net.get_submodule(part).to(device)
+        drawn |= _draw(module, {id(tensor) for tensor in replaced.values()})
+    without_values = {id(tensor) for tensor in replaced.values()} - drawn
+    tensors = tensors_of(net, parts)
+    return {name for name, tensor in tensors.items() if id(tensor) in without_values}
+
+
+def _draw(part: nn.Module, empty: set[int]) -> set[int]:
+    """Let each layer with empty tensors draw their values; return the ids of those that it drew."""
+    drawn: set[int] = set()
+    for module in part.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        ids = {id(tensor) for tensor in own}
+        draws: Any = getattr(module, "reset_parameters", None)
+        if callable(draws) and ids & empty:
+            draws()
+            drawn |= ids
+    return drawn
+
+
+def require_same_everywhere(summaries: Sequence[tuple[str, dict[str, int]]]) -> None:
+    """Raise an InputError if the ranks do not hold the same cut model.
+
+    Args:
+        summaries: of all ranks, as `summary` returns them.
+    """
+    plan, checksums = summaries[0]
+    for rank, (other_plan, other_checksums) in enumerate(summaries):
+        if other_plan != plan:
+            raise InputError(
+                f"the model of process {rank} is cut otherwise than that of process 0:\n"
+                f"{other_plan}\ninstead of\n{plan}\n"
+                "Hint: make the same model with the same policy on every process"
+            )
+        different = [name for name in checksums if checksums[name] != other_checksums.get(name)]
+        if different:
+            raise InputError(
+                f"the weights of process {rank} differ from those of process 0: {different[0]} and "
+                f"{len(different) - 1} others of {len(checksums)}. "
+                "Hint: torch.manual_seed(0) before the model is made, or load the same checkpoint"
+            )
+
+
+def summary(net: CutModel) -> tuple[str, dict[str, int]]:
+    """Return how a model was cut, as text, and a checksum of each of its tensors by name."""
+    plan = plan_of(net)
+    blocks = []
+    for block in plan.all_blocks:
+        blocks.append((block.target, block.nodes, block.parameters, block.gives, block.inputs))
+    cut = repr((plan.record(), blocks))
+    return cut, dict(_checksums(net.state_dict().items()))
+
+
+def _checksums(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
+            continue
+        (dense,) = packed(tensor.cpu()).tensors
+        # The checksum reads the memory of an array without a copy.
+        yield name, zlib.crc32(as_bytes(dense).numpy().data)

@@ -1,0 +1,664 @@
+"""`Pipeline`: the blocks of a cut model on several processes, which train at the same time.
+
+A process owns a range of blocks. It receives the detached, normed output of the blocks before,
+sends its own on, and learns from its own losses meanwhile. Nothing comes back. A block needs the
+output of the block before at the same step and nothing else, so the result is exactly that of
+`local_step` in one process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from sffx.errors import InputError
+from sffx.inputs import explaining_input_errors
+from sffx.kernels.precision import widened
+from sffx.learning.losses import LossFunctions, check_targets, loss_functions
+from sffx.net import CutModel, cut_model, require_uncompiled
+from sffx.runtime.evaluate import Evaluation, Totals, scores_by_name
+from sffx.runtime.find_residency import residency_of
+from sffx.runtime.learn import Lesson, OnBlock, learn_stage, require_train_mode
+from sffx.runtime.modes import evaluating
+from sffx.runtime.optimizers import groups_of_stages
+from sffx.runtime.pipeline.balance import balanced, seconds_of_blocks
+from sffx.runtime.pipeline.epoch import (
+    Batch,
+    FromLoader,
+    FromStageBefore,
+    Handover,
+    require_as_many_batches,
+)
+from sffx.runtime.pipeline.gather import receive_parts, send_parts, with_tensors
+from sffx.runtime.pipeline.link import Incoming, Outgoing, Word
+from sffx.runtime.pipeline.ownership import (
+    inseparable,
+    materialize,
+    parts_of,
+    release,
+    require_same_everywhere,
+    summary,
+)
+from sffx.runtime.pipeline.places import connect, find_place
+from sffx.runtime.pipeline.steps import Steps
+from sffx.runtime.pipeline.watch import Watch
+from sffx.runtime.randomness import block_seeds, mixed
+from sffx.runtime.residency import Residency
+from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.step import Optimizers
+from sffx.runtime.walk import score_detached
+
+LOGGER = logging.getLogger("sffx")
+
+_INSTANCES = itertools.count()
+
+
+class Pipeline:
+    """The blocks of a cut model on several processes, which train at the same time.
+
+        # torchrun --nproc-per-node 4 train.py
+        torch.distributed.init_process_group()
+        net = sffx.transform(model, example_input=x)
+        pipe = sffx.Pipeline(net)
+        optimizer = torch.optim.AdamW(pipe.parameter_groups(lr=1e-3))
+        for epoch in range(30):
+            losses = pipe.train(train_loader if pipe.first else None, optimizer)
+            result = pipe.evaluate(val_loader if pipe.first else None)
+
+    The weights, losses and accuracies are exactly those of `local_step` and `evaluate` in one
+    process. Dropout draws the numbers of `block_seeds`, so it does not depend on the number of
+    processes either.
+
+    Every process must make the pipeline, with the same model. It takes the model over: the blocks
+    of other processes lose their memory. A loader is given to the first stage only, and targets
+    travel with the activations.
+
+    Args:
+        net: what `transform` returned, the same on every process. Its parameters may be on the meta
+            device. Layers then draw new weights on the process that owns them.
+        cuts: names of the blocks that begin the second stage, the third, and so on; or None to
+            measure how long each block takes, and to balance the stages.
+        group: the processes, all if None; or a device mesh with the axes stage and replica.
+        replicas: copies of each stage. They train on batches of their own and average their
+            gradients, as `DistributedDataParallel` does. The processes number stages x replicas,
+            those of the first stage first.
+        device: that this process computes on. None takes the model's own; for a model on the meta
+            device, the present GPU, or the CPU.
+        depth: how many batches may be on the way to the next stage. Each costs the memory of what
+            crosses the cut.
+        loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
+            as `sff_loss` takes it; cross-entropy if None.
+        example_input: a batch to measure blocks with, as the loader's x; None takes 32 random
+            samples. Only the first process uses it.
+        timeout: how long processes wait for one that does nothing, before all end with an error
+            that names it; half an hour if None.
+
+    Attributes:
+        net: the cut model. The blocks of other processes have meta tensors.
+        module: the own blocks, heads and norms, under their names in the cut model.
+        place: the stage and the replica of this process.
+        blocks: the names of the own blocks.
+        seconds: what each block took when the stages were balanced, by name; empty with `cuts`.
+
+    Raises:
+        InputError: there is no process group; there are more processes than blocks; processes have
+            different models; the model is offloaded, sharded or compiled; a weight is used by
+            blocks of two stages; or an argument is not as described.
+        ProcessError: another process failed.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        cuts: Iterable[str] | None = None,
+        *,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        replicas: int | None = None,
+        device: torch.device | str | int | None = None,
+        depth: int = 2,
+        loss_fn: LossFunctions | None = None,
+        example_input: Any = None,
+        timeout: timedelta | float | None = None,
+    ) -> None:
+        self.net = _usable(net)
+        self.place = find_place(group, replicas)
+        self.device = _device(self.net, device)
+        self._depth = _checked_depth(depth)
+        self._functions = loss_functions(loss_fn, len(self.net.plan.all_blocks))
+        self._watch = self._new_watch(_checked_timeout(timeout))
+        self.seconds: dict[str, float] = {}
+        with self._watch.reporting():
+            self._connections = connect(self.place, self.device)
+            require_same_everywhere(self._from_everyone(summary(self.net)))
+            self._begins = self._first_blocks(cuts, example_input)
+            self._stages = self._stages_of(self.place.stage)
+            self._own_parts()
+        self._watch.names = {rank: self._name_of(rank) for rank in self.place.everyone}
+        self._residency = Residency(self.net)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is in the first stage, and so must have the loader."""
+        return self.place.first
+
+    @property
+    def last(self) -> bool:
+        """Whether this process is in the last stage."""
+        return self.place.last
+
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the blocks of this process, in order."""
+        return [stage.name for stage in self._stages]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of this process."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of this process with their names in the cut model."""
+        return self.module.named_parameters()
+
+    def parameter_groups(
+        self, lr: float, classifier_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return a parameter group for each own block, as `sffx.parameter_groups` does.
+
+        Args:
+            lr: learning rate of the feature blocks and their heads.
+            classifier_lr: learning rate of the classifier, `lr` where None.
+        """
+        return groups_of_stages(self._stages, lr, classifier_lr)
+
+    def train(
+        self,
+        loader: Iterable[Any] | None,
+        optimizer: Optimizers | None,
+        *,
+        accumulate: int = 1,
+        on_block: OnBlock | None = None,
+    ) -> dict[str, float]:
+        """Train on all batches of a loader, and return the mean loss of each block by name.
+
+        All processes call it, and all get the losses of all blocks. Autocast works as around
+        `local_step`. A hook of the optimizer (`register_step_pre_hook`) sees one block at a time,
+        and can clip its gradients.
+
+        Args:
+            loader: yields (x, y) as `local_step` takes them; None on all but the first stage. Its
+                replicas must have as many batches each.
+            optimizer: over `parameter_groups`, or a mapping with an optimizer for each own block by
+                name; None if no parameter of this process learns.
+            accumulate: batches for each step of the optimizer, which uses the mean of their
+                gradients. The last step of the loader may have fewer.
+            on_block: called with the name of each own block, its scores, (B, J), and its loss, both
+                detached, before the block's parameters change.
+
+        Raises:
+            InputError: the loader is missing, empty, or on the wrong process; the loaders of
+                replicas differ in length; or the batch, the model or the optimizer does not fit, as
+                for `local_step`.
+            ProcessError: another process failed.
+        """
+        with self._watch.reporting():
+            self._require_loader(loader)
+            self._require_values()
+            require_train_mode(self.net)
+            steps = Steps(
+                self._stages, optimizer, accumulate, self._connections.replicas, self._watch
+            )
+            lessons = self._lessons(on_block)
+            seed = self._seed()
+            start = time.monotonic()
+            waited = self._watch.waited
+            sums = _Sums([stage.name for stage in self._stages])
+            source, handover, outgoing = self._opened(loader, self._check_targets)
+            for step, batch in enumerate(source):
+                with block_seeds(mixed(seed, step)):
+                    self._train_batch(batch, lessons, steps, sums, handover)
+            if outgoing is not None:
+                outgoing.drain()
+            steps.finish()
+            elapsed = time.monotonic() - start
+            busy = 1 - (self._watch.waited - waited) / elapsed
+            return self._mean_losses(sums, busy)
+
+    def _train_batch(
+        self,
+        batch: Batch,
+        lessons: Mapping[Stage, Lesson],
+        steps: Steps,
+        sums: _Sums,
+        handover: Handover | None,
+    ) -> None:
+        values = batch.values
+        last = self._stages[-1]
+        for stage in self._stages:
+            steps.before(stage)
+            held = [self._scores(stage, values)]
+            # The next process begins while this one learns.
+            if stage is last and handover is not None:
+                stage.hand_on(values)
+                handover.send(batch, values)
+            learned = learn_stage(stage, held, batch.y, lessons[stage], self._residency)
+            sums.add(stage.name, learned.loss, batch.samples)
+            steps.after(learned)
+            if stage is not last:
+                stage.hand_on(values)
+        sums.samples += batch.samples
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Any] | None) -> Evaluation:
+        """Evaluate in eval mode, and return the same as `sffx.evaluate`, on all processes.
+
+        Args:
+            loader: yields (x, y), y class indices, (B,); None on all but the first stage. The
+                samples of all replicas count.
+
+        Raises:
+            InputError: as for `sffx.evaluate`; or the loader is missing or on the wrong process.
+            ProcessError: another process failed.
+        """
+        with self._watch.reporting(), evaluating(self.module):
+            self._require_loader(loader)
+            self._require_values()
+            totals = Totals(self.net)
+            source, handover, outgoing = self._opened(loader, self._check_labels)
+            for batch in source:
+                self._evaluate_batch(batch, totals, handover)
+            if outgoing is not None:
+                outgoing.drain()
+            together = Totals(self.net)
+            for other in self._from_everyone(totals):
+                together.merge(other)
+            return together.evaluation()
+
+    def _evaluate_batch(self, batch: Batch, totals: Totals, handover: Handover | None) -> None:
+        for stage in self._stages:
+            batch.scores.append(self._scores(stage, batch.values))
+            stage.hand_on(batch.values)
+        if handover is not None:
+            handover.send(batch, batch.values)
+            return
+        scores = self.net.plan.task.gathered([widened(each) for each in batch.scores])
+        totals.add(scores_by_name(self.net, scores), batch.y)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights and buffers of this process, by their names in the cut model.
+
+        Those of all stages together are the state dict of the whole cut model.
+        """
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the weights of this process; entries of other processes are passed over.
+
+        Args:
+            state: what `state_dict` returned, or the state dict of the whole cut model.
+
+        Raises:
+            InputError: an entry of this process is missing, or has another shape.
+        """
+        own = {}
+        for name, value in state.items():
+            if name.partition(".")[0] in self._parts:
+                own[name] = value
+        try:
+            self.module.load_state_dict(own)
+        except RuntimeError as error:
+            raise InputError(f"the state does not fit {', '.join(self.blocks)}: {error}") from error
+        self._without_values -= set(own)
+
+    def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of the optimizer of this process, by names of the cut model.
+
+        The keys of all stages are different ones. So the entries go into one distributed
+        checkpoint, which loads into another number of processes as well.
+        """
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        return get_optimizer_state_dict(self.module, optimizer, options=_flat())
+
+    def load_optimizer_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Load what `optimizer_state_dict` returned into the optimizer of this process."""
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        set_optimizer_state_dict(self.module, optimizer, state, options=_flat())
+
+    def gather(self, dst: int = 0) -> CutModel | None:
+        """Return the whole cut model with the trained weights on one process, None on the others.
+
+        It is on the CPU, and is an ordinary cut model: it can be saved, exported and extracted.
+
+        Args:
+            dst: rank of the process that gets it.
+
+        Raises:
+            InputError: `dst` is no rank of the pipeline.
+            ProcessError: another process failed.
+        """
+        if dst not in self.place.everyone:
+            raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
+        with self._watch.reporting():
+            received = self._watch.call(lambda: self._gathered(dst))
+            own_state = self._from_everyone(_beside_tensors(self.module))
+            if self.place.rank != dst:
+                return None
+            whole = with_tensors(self.net, received)
+            _load_beside_tensors(whole, own_state)
+            return whole.train(self.net.training)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self._name_of(self.place.rank)}, {self.device})"
+
+    # What follows happens once, when the pipeline is made.
+
+    def _new_watch(self, timeout: timedelta) -> Watch:
+        # Torch offers no public way to the store that all processes share already.
+        store = dist.distributed_c10d._get_default_store()
+        own = dist.PrefixStore(f"sffx pipeline {next(_INSTANCES)}", store)
+        names = {rank: f"rank {rank}" for rank in self.place.everyone}
+        return Watch(own, names, self.place.rank, timeout)
+
+    def _first_blocks(self, cuts: Iterable[str] | None, example_input: Any) -> list[int]:
+        """Return the index of the first block of each stage."""
+        tied = inseparable(self.net)
+        names = [block.target for block in self.net.plan.all_blocks]
+        if cuts is not None:
+            return _given_cuts(cuts, names, self.place.stages, tied)
+        seconds = None
+        if self.place.rank == self.place.everyone[0]:
+            seconds = seconds_of_blocks(self.net, example_input, self.device)
+        measured = self._from_everyone(seconds)[0]
+        self.seconds = dict(zip(names, measured, strict=True))
+        return balanced(measured, self.place.stages, set(tied))
+
+    def _stages_of(self, index: int) -> list[Stage]:
+        """Return the stages of the cut model that a stage of the pipeline has."""
+        ends = [*self._begins[1:], len(self.net.plan.all_blocks)]
+        return list(stages_of(self.net)[self._begins[index] : ends[index]])
+
+    def _parts_of_stage(self, index: int) -> list[str]:
+        return parts_of(self._stages_of(index), len(self.net.plan.all_blocks))
+
+    def _own_parts(self) -> None:
+        """Keep the own parts on the device, and let go of those of others."""
+        for index in range(self.place.stages):
+            if index != self.place.stage:
+                release(self.net, self._parts_of_stage(index))
+        self._parts = self._parts_of_stage(self.place.stage)
+        self._without_values = materialize(self.net, self._parts, self.device)
+        self.module = nn.Module()
+        for part in self._parts:
+            self.module.add_module(part, self.net.get_submodule(part))
+        self._broadcast_over_replicas()
+
+    @torch.no_grad()
+    def _broadcast_over_replicas(self) -> None:
+        """Give all replicas the weights of the first. Layers may have drawn other ones."""
+        group = self._connections.replicas
+        if group is None:
+            return
+        first = self.place.ranks[self.place.stage][0]
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            self._watch.call(partial(dist.broadcast, tensor, first, group))
+
+    def _name_of(self, rank: int) -> str:
+        """Return the name of a rank in messages."""
+        for index, ranks in enumerate(self.place.ranks):
+            if rank in ranks:
+                own = self._stages_of(index)
+                return f"rank {rank} (stage {index}: {own[0].name} to {own[-1].name})"
+        return f"rank {rank}"
+
+    # What follows happens in each epoch.
+
+    def _opened(
+        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]
+    ) -> tuple[FromLoader | FromStageBefore, Handover | None, Outgoing | None]:
+        """Return where batches come from, and where they go; all stages know of the first batch.
+
+        Args:
+            loader: of this process.
+            check: called with the targets of each batch and the number of its samples.
+
+        Raises:
+            InputError: there is no batch.
+        """
+        source = self._source(loader, check)
+        word = source.open()
+        outgoing = None
+        handover = None
+        if self._connections.downstream is not None:
+            outgoing = Outgoing(self._connections.downstream, self._watch, self._depth)
+            handover = Handover(self.net, self._stages, outgoing)
+            outgoing.open(word)
+        if word is Word.END:
+            if outgoing is not None:
+                outgoing.drain()
+            raise InputError("the loader yielded no batches")
+        return source, handover, outgoing
+
+    def _source(
+        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]
+    ) -> FromLoader | FromStageBefore:
+        if self._connections.upstream is not None:
+            return FromStageBefore(self.net, Incoming(self._connections.upstream, self._watch))
+        return FromLoader(self.net, loader or (), self.device, self._agree, check)
+
+    def _agree(self, has_batch: bool) -> None:
+        """Raise an InputError if the loaders of the replicas differ in length."""
+        replicas = self._connections.replicas_on_cpu
+        if replicas is not None:
+            require_as_many_batches(has_batch, replicas, self._watch)
+
+    def _scores(self, stage: Stage, values: Values) -> Tensor:
+        """Run a stage, and return its scores."""
+        if stage.index:
+            return score_detached(stage, values)
+        with explaining_input_errors(self.net, _inputs_among(values)):
+            return score_detached(stage, values)
+
+    def _check_targets(self, y: Tensor, samples: int) -> None:
+        plan = self.net.plan
+        check_targets(y, samples, plan.num_classes, self._functions, plan.task)
+
+    def _check_labels(self, y: Tensor, samples: int) -> None:
+        self.net.plan.task.check_labels(y, samples, self.net.plan.num_classes)
+
+    def _lessons(self, on_block: OnBlock | None) -> dict[Stage, Lesson]:
+        lessons = {}
+        for stage in self._stages:
+            function = self._functions[stage.index]
+            lessons[stage] = Lesson(stage.trainable, function, on_block, hooks_wait=False)
+        return lessons
+
+    def _seed(self) -> int:
+        """Return a seed for the dropout of an epoch, drawn by the first process."""
+        drawn = int(torch.randint(2**62, ())) if self.first else None
+        return self._from_everyone(drawn)[0]
+
+    def _mean_losses(self, sums: _Sums, busy: float) -> dict[str, float]:
+        """Return the mean loss of each block over the samples of all replicas."""
+        found = self._from_everyone((self.place.stage, sums.totals(), sums.samples, busy))
+        if self.place.rank == self.place.everyone[0]:
+            for stage, _, _, share in found[:: self.place.replicas]:
+                name = self._name_of(self.place.ranks[stage][0])
+                LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share)
+        totals: dict[str, float] = {}
+        samples: dict[str, int] = {}
+        for _, losses, count, _ in found:
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss
+                samples[name] = samples.get(name, 0) + count
+        return {name: total / samples[name] for name, total in totals.items()}
+
+    def _from_everyone(self, value: Any) -> list[Any]:
+        """Return what each process has, those of the first stage first."""
+        found: list[Any] = [None] * len(self.place.everyone)
+        group = self._connections.everyone
+        self._watch.call(lambda: dist.all_gather_object(found, value, group=group))
+        # A group numbers its processes by their ranks.
+        by_rank = dict(zip(sorted(self.place.everyone), found, strict=True))
+        return [by_rank[rank] for rank in self.place.everyone]
+
+    def _gathered(self, dst: int) -> dict[int, Tensor]:
+        """Return the tensors of all other stages, on one process, by the id of a meta tensor."""
+        received: dict[int, Tensor] = {}
+        group = self._connections.everyone
+        for index, ranks in enumerate(self.place.ranks):
+            parts = self._parts_of_stage(index)
+            if dst in ranks:
+                continue
+            if self.place.rank == dst:
+                received.update(receive_parts(self.net, parts, ranks[0], group))
+            elif self.place.rank == ranks[0]:
+                send_parts(self.net, parts, dst, group)
+        return received
+
+    def _require_loader(self, loader: Iterable[Any] | None) -> None:
+        if self.first and loader is None:
+            raise InputError(
+                "this process is in the first stage of the pipeline, but its loader is None. "
+                "Hint: train(loader if pipe.first else None, ...)"
+            )
+        if not self.first and loader is not None:
+            raise InputError(
+                f"this process is in stage {self.place.stage} of the pipeline, and only the first "
+                f"stage takes a loader, not a {type(loader).__name__}. "
+                "Hint: train(loader if pipe.first else None, ...)"
+            )
+
+    def _require_values(self) -> None:
+        """Raise an InputError if tensors of a model from the meta device have no values yet."""
+        if self._without_values:
+            names = sorted(self._without_values)
+            raise InputError(
+                f"{names[0]} and {len(names) - 1} other tensors have no values: the model was on "
+                "the meta device, and their layers have no reset_parameters(). "
+                "Hint: pipe.load_state_dict(...)"
+            )
+
+
+class _Sums:
+    """The losses of an epoch so far, each times its number of samples."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
+        self.samples = 0
+
+    def add(self, name: str, loss: Tensor, samples: int) -> None:
+        """Add the mean loss of a batch."""
+        # A tensor, since a number would make a GPU wait.
+        self._sums[name] = self._sums[name] + loss.double() * samples
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums by the block's name."""
+        return {name: float(total) for name, total in self._sums.items()}
+
+
+def _usable(net: nn.Module) -> CutModel:
+    """Return the cut model; raise an InputError if it cannot be divided among processes."""
+    cut = cut_model(net)
+    is_compiled = hasattr(net, "_orig_mod")
+    if cut is not net and not is_compiled:
+        raise InputError(
+            f"net is a {type(net).__name__} around a cut model. Hint: pass the cut model itself"
+        )
+    require_uncompiled(net)
+    residency = residency_of(cut)
+    if type(residency) is not Residency:
+        raise InputError(
+            f"the parameters of net are managed already, by {type(residency).__name__}. "
+            "Hint: onload an offloaded net (sffx.onload), and do not shard or replicate it before"
+        )
+    return cut
+
+
+def _device(net: nn.Module, device: torch.device | str | int | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    own = next(net.parameters()).device
+    if own.type != "meta":
+        return own
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _checked_depth(depth: Any) -> int:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise InputError(f"depth is {depth!r}. Hint: a number of batches, 1 or more")
+    return depth
+
+
+def _checked_timeout(timeout: Any) -> timedelta:
+    if timeout is None:
+        return timedelta(minutes=30)
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise InputError(f"timeout is {timeout!r}. Hint: a timedelta, or seconds above 0")
+    return timedelta(seconds=seconds)
+
+
+def _given_cuts(
+    cuts: Iterable[str], names: list[str], stages: int, tied: Mapping[int, str]
+) -> list[int]:
+    """Return the index of the first block of each stage, as the user names them."""
+    given = [cuts] if isinstance(cuts, str) else list(cuts)
+    unknown = [name for name in given if name not in names[1:]]
+    if unknown:
+        raise InputError(
+            f"cuts names {', '.join(map(repr, unknown))}. "
+            f"Hint: a stage can begin with {', '.join(names[1:])}"
+        )
+    begins = [0, *(names.index(name) for name in given)]
+    if len(begins) != stages or sorted(set(begins)) != begins:
+        raise InputError(
+            f"cuts is {given}, for {stages} stages. "
+            f"Hint: the {stages - 1} blocks, in order, that begin the stages behind the first"
+        )
+    for begin in begins:
+        if begin in tied:
+            raise InputError(
+                f"{tied[begin]} is used by {names[begin - 1]} or a block before it, and by "
+                f"{names[begin]} or a block behind it, so one process must have both. "
+                "Hint: begin the stage with another block"
+            )
+    return begins
+
+
+def _inputs_among(values: Values) -> dict[str, Any]:
+    return {str(node.target): value for node, value in values.items() if node.op == "placeholder"}
+
+
+def _beside_tensors(module: nn.Module) -> dict[str, Any]:
+    """Return the entries of a state dict that are no parameters and no buffers."""
+    tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return {name: entry for name, entry in module.state_dict().items() if name not in tensors}
+
+
+def _load_beside_tensors(whole: nn.Module, found: list[dict[str, Any]]) -> None:
+    """Load the entries of all stages that are no parameters and no buffers."""
+    state = whole.state_dict()
+    for entries in found:
+        state.update(entries)
+    whole.load_state_dict(state)
+
+
+def _flat() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.inputs import bind, random_batch
 from sffx.kernels.precision import widened
@@ -43,9 +44,7 @@ def seconds_of_blocks(net: fx.GraphModule, x: Any, device: torch.device) -> list
         device: to run on.
     """
     plan = plan_of(net)
-    if x is None:
-        x = random_batch(plan.inputs, SAMPLES)
-    bound = bind(plan, x)
+    bound = bind(plan, x) if x is not None else _random_inputs(plan)
     values = input_values(net, _on(device, _dtype_of(net), bound))
     seconds = []
     with untouched_randomness():
@@ -90,6 +89,11 @@ def balanced(seconds: Sequence[float], stages: int, forbidden: set[int]) -> list
                     longer[end] = candidate
         best = longer
     return best[count][1]
+
+
+def _random_inputs(plan: BlockPlan) -> dict[str, Any]:
+    tensors = random_batch(plan.inputs, SAMPLES)
+    return {each.name: tensor for each, tensor in zip(plan.inputs, tensors, strict=True)}
 
 
 def _seconds(stage: Stage, values: Values, device: torch.device) -> float:

@@ -211,6 +211,7 @@ def test_the_gathered_model_is_whole_on_one_process(trained):
     assert all(torch.equal(last["plain"][name], plain[name]) for name in plain)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_loads_into_one_process(trained):
     kind, _, alone, checkpoint = trained
     net: fx.GraphModule = models.MODELS[kind][0]()

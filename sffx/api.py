@@ -5,6 +5,7 @@ Their bodies are the list of the compiler's passes, in order.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
 from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
+from sffx.errors import InputError
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
 from sffx.net import CutModel
@@ -92,7 +94,7 @@ def transform(
         CutError: there is nothing to cut, or no cut can lie where one was asked for.
         CheckError: the cut model does not compute what the model computes.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute), task)
+    options = _valid(Options(goodness, kernel_size, norm, recompute), task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
     traced = trace(model, example_input, num_classes, task, notes)
@@ -128,7 +130,7 @@ def plan(
 
     The arguments and errors are those of `transform`.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute), task)
+    options = _valid(Options(goodness, kernel_size, norm, recompute), task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
     traced = trace(model, example_input, num_classes, task, notes)
@@ -138,14 +140,21 @@ def plan(
     return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
 
 
-def _valid(options: Options, task: Task | None) -> Options:
+def _valid(options: Options, task: Task | None, num_classes: Any) -> Options:
     """Return the options.
 
     Raises:
-        InputError: a goodness or a norm does not exist, an option does not go with another, or a
-            goodness has no form for the task.
+        InputError: a goodness or a norm does not exist, an option does not go with another, a
+            goodness has no form for the task, or `num_classes` is no number.
     """
+    is_number = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+    if num_classes is not None and not is_number:
+        raise InputError(
+            f"num_classes is {num_classes!r}. Hint: pass a positive integer, or leave it out"
+        )
     require_task(task)
+    if not isinstance(options.recompute, bool):
+        raise InputError(f"recompute is {options.recompute!r}. Hint: pass True or False")
     # Called for their errors only: a wrong name is reported before the model is traced.
     goodness_maker(options, task)
     norm_maker(options)

@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+LONGEST_NAME = 255  # bytes that file systems allow
 PATIENCE = 2.0  # Seconds to wait for the reader of a named pipe.
 DRAFTS = ".sffx-"  # how the names of folders with drafts begin
 ASIDE = "old"  # in such a folder: an old folder, moved aside for a moment
@@ -125,14 +126,22 @@ def as_path(path: Any) -> Path:
     """Return a path as a `Path`.
 
     Raises:
-        InputError: it is neither a string nor a path.
+        InputError: it is neither a string nor a path, or a name in it is too long.
     """
     try:
-        return Path(os.fsdecode(path))
+        made = Path(os.fsdecode(path))
     except TypeError as error:
         raise InputError(
             f"the path is {path!r}, a {type(path).__name__}. Hint: pass a string or a pathlib.Path"
         ) from error
+    for part in made.parts:
+        # Even the question whether there is such a file would be an error of the system.
+        if len(part.encode(errors="replace")) > LONGEST_NAME:
+            raise InputError(
+                f"a name in the path is too long: {part[:20]}… of {len(part)} characters. "
+                "Hint: choose a shorter one"
+            )
+    return made
 
 
 def _status(path: Path) -> os.stat_result | None:

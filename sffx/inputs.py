@@ -65,7 +65,10 @@ def bind_inputs(inputs: Sequence[Input], x: Any, nested: Arguments | None = None
         if set(x) != set(names):
             given = ", ".join(map(repr, x))
             wanted = ", ".join(map(repr, names))
-            raise InputError(f"x has the keys {given}, but the model takes {wanted}")
+            raise InputError(
+                f"x has the keys {given or 'of no input'}, but the model takes {wanted}. "
+                "Hint: pass a mapping with these keys"
+            )
         return {name: x[name] for name in names}
     # A collate function makes a list of tensors. A list of numbers is not several inputs, but one
     # input of a wrong type.
@@ -73,7 +76,8 @@ def bind_inputs(inputs: Sequence[Input], x: Any, nested: Arguments | None = None
     values = x if several else (x,)
     if len(values) != len(names):
         raise InputError(
-            f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}"
+            f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}. "
+            "Hint: pass a tensor for each"
         )
     return dict(zip(names, values, strict=True))
 

@@ -24,7 +24,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sffx.compiler.policies import Cuts, Policy, batchnorm, layer, module, residual, stages
 from sffx.errors import InputError
@@ -54,7 +54,8 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
     """
     if isinstance(policy, str):
         return policy, _parse(policy)
-    if callable(policy):
+    is_function = callable(policy) and not isinstance(policy, nn.Module | type)
+    if is_function:
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):
         raise InputError(

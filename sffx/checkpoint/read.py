@@ -25,7 +25,9 @@ def read(path: Path, trust: bool) -> Any:
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder. Hint: name the file in it")
     if not path.is_file():
-        raise InputError(f"there is no file {str(path)!r}")
+        raise InputError(
+            f"there is no file {str(path)!r}. Hint: write it with sffx.save_checkpoint"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:
@@ -40,7 +42,10 @@ def _why_unreadable(error: Exception, trust: bool) -> str:
             "Hint: run the command where the code of the model lies, or install it"
         )
     if isinstance(error, EOFError):
-        return "is no checkpoint of torch: it is empty, or ends too early"
+        return (
+            "is no checkpoint of torch: it is empty, or ends too early. "
+            "Hint: write it with sffx.save_checkpoint"
+        )
     if not isinstance(error, pickle.UnpicklingError):
         return (
             f"cannot be loaded: {type(error).__name__}: {first_line(error)}. "
@@ -49,7 +54,7 @@ def _why_unreadable(error: Exception, trust: bool) -> str:
     is_foreign = any(sign in str(error) for sign in NOT_OF_TORCH)
     # A trusted file may hold Python objects, so these are not the reason.
     if is_foreign or trust:
-        return "is no checkpoint of torch"
+        return "is no checkpoint of torch. Hint: write it with sffx.save_checkpoint"
     return (
         "holds Python objects, not weights alone, and loading it would run code that lies in it. "
         "Hint: sffx.save_checkpoint saves without them; if you know where the file comes from, "

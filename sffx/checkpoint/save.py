@@ -45,6 +45,12 @@ def save_checkpoint(
         InputError: `net` is sharded, an entry cannot be saved, or the file cannot be written.
         ExportError: the file system failed while the file was written.
     """
+    if not isinstance(net, nn.Module):
+        raise InputError(f"net is a {type(net).__name__}, not a model. Hint: pass the model itself")
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise InputError(
+            f"optimizer is a {type(optimizer).__name__}. Hint: pass the optimizer itself, or None"
+        )
     model = _unwrapped(net)
     make_whole(model)
     for name, value in more.items():

@@ -229,7 +229,7 @@ def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | No
     if path.is_file():
         return path, name
     if path.suffix == ".py":
-        raise InputError(f"there is no file {str(path)!r}")
+        raise InputError(f"there is no file {str(path)!r}. Hint: name it from the current folder")
     return None, name
 
 

@@ -110,6 +110,10 @@ def check(
         InputError: `net` is no cut model or was cut for other arguments, or the model cannot be
             copied.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, not a model. Hint: pass the one that was cut"
+        )
     if example_input is not None:
         bind(plan_of(net), example_input)
     report = _Check(model, net).complete()

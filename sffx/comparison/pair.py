@@ -59,6 +59,10 @@ def copied_model(model: nn.Module) -> nn.Module:
     Raises:
         InputError: it cannot be copied.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}, not a model. Hint: pass the one that was cut"
+        )
     try:
         return copied(model)
     except Exception as cause:

@@ -310,4 +310,4 @@ def _backbone_hint(model: nn.Module, failure: Exception | None) -> str:
     """
     if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
         return f". {backbone_hint(model)}"
-    return ""
+    return ". Hint: pass inputs like those that the model is trained on"

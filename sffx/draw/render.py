@@ -64,6 +64,10 @@ def draw(
         raise InputError(
             f"there is no plan to draw in a {kind}. Hint: pass sffx.plan(model) or a cut net"
         )
+    if not isinstance(progress, Progress | None):
+        raise InputError(
+            f"progress is a {type(progress).__name__}. Hint: pass sffx.draw.progress.Progress"
+        )
     if detail not in DETAILS:
         raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
     path = check_path(path, (*PICTURES, *PAGES, *TEXT))

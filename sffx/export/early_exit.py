@@ -217,7 +217,9 @@ class EarlyExit:
 
         The last one is the ensemble.
         """
-        goodness = list(self._goodness(bind_inputs(self.inputs, x, self.nested)))
+        values = bind_inputs(self.inputs, x, self.nested)
+        batch_size(values)  # for its error: x holds no tensor
+        goodness = list(self._goodness(values))
         depths = range(1, len(goodness) + 1)
         return torch.stack([mean_goodness(goodness[:depth]) for depth in depths])
 
@@ -258,6 +260,9 @@ class EarlyExit:
             InputError: no threshold reaches the accuracy, or the loader cannot be used. The
                 threshold then stays as it was.
         """
+        is_number = isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool)
+        if accuracy is not None and not is_number:
+            raise InputError(f"accuracy is {accuracy!r}. Hint: pass a number between 0 and 1")
         curve = self.curve(loader)
         wanted = curve.points[-1].accuracy if accuracy is None else accuracy
         reached = [point for point in curve.points if point.accuracy >= wanted]

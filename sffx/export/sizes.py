@@ -35,6 +35,8 @@ GROWTH = (32, 64)
 
 def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
     """Raise an InputError if the image size is to stay open and there is no single image input."""
+    if not isinstance(dynamic_size, bool):
+        raise InputError(f"dynamic_size is {dynamic_size!r}. Hint: pass True or False")
     if dynamic_size:
         _image_input(inputs)
 

@@ -101,7 +101,7 @@ def loss_functions(loss_fn: LossFunctions | None, count: int) -> list[LossFuncti
         if unknown:
             raise InputError(
                 f"loss_fn names {', '.join(map(repr, unknown))}, "
-                f"but the blocks are {', '.join(names)}"
+                f"but the blocks are {', '.join(names)}. Hint: name some of these"
             )
         by_name = dict(loss_fn.items())
         return _functions([by_name.get(name) for name in names])
@@ -110,7 +110,7 @@ def loss_functions(loss_fn: LossFunctions | None, count: int) -> list[LossFuncti
         if len(loss_fn) != count:
             raise InputError(
                 f"loss_fn holds {len(loss_fn)} functions, but there are {count} blocks, "
-                "the classifier included"
+                "the classifier included. Hint: pass a mapping to name only some of them"
             )
         return _functions(list(loss_fn))
     return _functions([loss_fn]) * count

@@ -174,7 +174,7 @@ def scored(
         samples += len(y)
         yield scores, plan.task.without_padding(y, padding_mask(plan, x))
     if not samples and not may_be_empty:
-        raise InputError("the loader yielded no samples")
+        raise InputError("the loader yielded no samples. Hint: pass data to evaluate on")
 
 
 def _evaluate_together(
@@ -197,7 +197,9 @@ def _evaluate_together(
         ranks = ", ".join(map(str, failed))
         raise ProcessError(f"the evaluation failed on rank {ranks}. Hint: its message says why")
     if not totals.samples:
-        raise InputError("the loaders of all processes yielded no samples")
+        raise InputError(
+            "the loaders of all processes yielded no samples. Hint: pass data to evaluate on"
+        )
     return totals.evaluation()
 
 

@@ -164,9 +164,11 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     stages = list(stages_of(net))
     if only is None:
         return stages
+    names = [stage.name for stage in stages]
     if isinstance(only, str):
         raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{only!r}]")
-    names = [stage.name for stage in stages]
+    if not isinstance(only, Collection) or isinstance(only, Tensor):
+        raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{names[0]!r}]")
     unknown = [name for name in only if name not in names]
     if unknown or not only:
         raise InputError(

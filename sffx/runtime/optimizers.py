@@ -43,7 +43,8 @@ def groups_of_stages(
         classifier_lr = lr
     for name, rate in (("lr", lr), ("classifier_lr", classifier_lr)):
         # A rate may be a tensor of one number, as capturable optimizers take it.
-        is_number = isinstance(rate, (int, float, torch.Tensor))
+        is_tensor = isinstance(rate, torch.Tensor) and rate.numel() == 1
+        is_number = isinstance(rate, (int, float)) or is_tensor
         if not is_number or not rate >= 0:
             raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
     groups = []

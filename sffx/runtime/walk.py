@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from sffx.inputs import bind, explaining_input_errors
+from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.net import plan_of
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
@@ -55,6 +55,7 @@ def walk(
         InputError: x does not fit the model.
     """
     inputs = bind(plan_of(net), x)
+    batch_size(inputs)  # for its error: x holds no tensor
     values = input_values(net, inputs)
     stages = _until_the_last(stages_of(net), only)
     residency = residency_of(net)

@@ -108,7 +108,7 @@ def transform(
     # A head reads a block's output, so no later block may write over it.
     keep_foreign_values(net)
     save_memory(net)
-    verify(net)
+    verify(net, traced.batch_size)
     return checked(model, net, check)
 
 

@@ -49,20 +49,39 @@ class Input:
 
 
 @dataclass(frozen=True)
+class BatchAxis:
+    """The axis of a tensor that holds the samples of the batch.
+
+    Attributes:
+        axis: its index.
+        rows: along it for each sample; more than one where other axes are folded into it.
+        slower: how many of them lie whole batches apart. It is 1 where the rows of a sample are
+            neighbours, as of (B, N) flattened, and `rows` where they are not, as of (N, B)
+            flattened; None where it cannot be told.
+    """
+
+    axis: int
+    rows: int = 1
+    slower: int | None = 1
+
+
+@dataclass(frozen=True)
 class Value:
     """A value that a block hands to later blocks.
 
     Attributes:
         name: of the traced node that computes it.
-        shape: of a tensor, None in the place of the batch size; () for other values.
+        shape: of a tensor, None for sizes that depend on the batch; () for other values.
         dtype: of a tensor, as torch names it ("float32"); else the Python type ("int", "tuple").
         parts: the values in a tuple or a list, "" as their names.
+        batch: the batch axis of a tensor; None where it has none or it cannot be told.
     """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
     parts: tuple[Value, ...] = ()
+    batch: BatchAxis | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,8 @@ class Block:
         mask: name of the model input that marks the real tokens of the output, "" for none. The
             goodness and the norm read it.
         graph: a record of each of its nodes: what it calls and reads.
+        is_folded: whether the first axis of `shape` counts instances, which the model folds into
+            the batch: frames, or images of a bag. A head scores single instances.
     """
 
     name: str
@@ -155,6 +176,7 @@ class Block:
     gives: tuple[Value, ...] = ()
     mask: str = ""
     graph: tuple[Node, ...] = ()
+    is_folded: bool = False
 
     @property
     def joins(self) -> tuple[Node, ...]:

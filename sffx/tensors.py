@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ def storage_key(tensor: Tensor) -> int:
 def can_learn(tensor: Tensor) -> bool:
     """Whether a tensor may have a gradient: floats and complex numbers may."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, however deep."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def holds_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor or holds one."""
+    return next(tensors_in(value), None) is not None
 
 
 def copied(module: M) -> M:

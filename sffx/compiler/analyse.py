@@ -18,7 +18,6 @@ from torch.fx import Node
 
 from sffx.compiler.channels import channel_axes
 from sffx.compiler.dataflow import SOURCE, Dataflow
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers, common_scope, scopes
 from sffx.compiler.refusals import refusals, shared_state
@@ -152,7 +151,7 @@ class Analysis:
         macs = 0
         for name in step.nodes:
             macs += facts(self.nodes[name]).cost.macs
-        return int(macs // TRACE_BATCH)
+        return int(macs // self.trace.batch_size)
 
     def kind(self, qualname: str) -> type[nn.Module]:
         """Return the class of a module by its qualname."""

@@ -1,8 +1,9 @@
-"""Batch-first views of values whose batch is another axis.
+"""Batch-first views of values whose batch is another axis, or is folded with others.
 
-Layers of sequences may read (T, B, C). A cut needs a value whose first axis is the batch. So where
-a module returns another value, or paths join in one, this pass adds two views to the traced graph:
-one that is batch first, where a cut may lie, and one back, which all readers of the value read.
+Layers of sequences may read (T, B, C); those of images may read instances or frames of all samples
+at once, (B * N, C, H, W). A cut needs a value whose first axis is the batch. So where a module
+returns another value, or paths join in one, this pass adds two views to the traced graph: one that
+is batch first, where a cut may lie, and one back, which all readers of the value read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
+from sffx.blocks import BatchAxis
+from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import Facts, change_facts, facts, set_facts
 from sffx.compiler.layers import Layers, scopes
 from sffx.compiler.trace.trace import Trace
@@ -22,24 +25,30 @@ from sffx.compiler.trace.trace import Trace
 def add_batch_first_views(trace: Trace) -> None:
     """Add the views to a traced graph, in place."""
     graph = trace.graph
-    if not any(_batch_axis(facts(node).example) for node in graph.nodes):
+    if not any(_viewed_axis(node) for node in graph.nodes):
         return
     flow = Dataflow(trace, Layers(trace.root))
+    batch_first = next(node for node in graph.nodes if starts_with_batch(facts(node).batch))
     for name in flow.spine:
         node = flow.nodes[name]
-        axis = _batch_axis(facts(node).example)
+        axis = _viewed_axis(node)
         is_join = flow.paths.in_degree(name) > 1
         if axis and (is_join or _ends_a_module(node)):
-            _add_views(node, axis)
+            batch_first = _add_views(node, axis, batch_first)
+        elif starts_with_batch(facts(node).batch):
+            batch_first = node
     graph.lint()
 
 
-def _batch_axis(value: object) -> int:
-    """Return the batch axis of a float tensor with two more axes, 0 for all other values."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
-        return 0
-    axes = [i for i, size in enumerate(value.shape) if size == TRACE_BATCH]
-    return axes[0] if len(axes) == 1 else 0
+def _viewed_axis(node: Node) -> BatchAxis | None:
+    """Return the batch axis of a float tensor that can have a batch-first view, and needs one."""
+    value, batch = facts(node).example, facts(node).batch
+    if not isinstance(value, Tensor) or not value.is_floating_point() or batch is None:
+        return None
+    if batch.rows == 1:
+        return batch if batch.axis > 0 and value.ndim > 2 else None
+    is_ordered = batch.slower in (1, batch.rows)
+    return batch if is_ordered and value.ndim > 1 else None
 
 
 def _ends_a_module(node: Node) -> bool:
@@ -54,7 +63,14 @@ def _scopes_of_readers(node: Node) -> set[str]:
     return around
 
 
-def _add_views(node: Node, axis: int) -> None:
+def _add_views(node: Node, batch: BatchAxis, before: Node) -> Node:
+    """Add the views behind a node, and return the batch-first one.
+
+    Args:
+        node: computes the value.
+        batch: its batch axis.
+        before: the last value before it whose first axis is the batch.
+    """
     readers = list(node.users)
     stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
     # The way back lies outside the modules that end here, which may be blocks.
@@ -62,8 +78,47 @@ def _add_views(node: Node, axis: int) -> None:
     for key, module in stack.items():
         if module[0] in _scopes_of_readers(node):
             outside[key] = module
-    batch_first = _add_view(node, (axis, 0), f"{node.name}_batch_first", stack)
-    back = _add_view(batch_first, (0, axis), f"{node.name}_back", outside)
+    name = node.name
+    is_folded = batch.rows > 1
+    view, axis = node, batch.axis
+    if is_folded:
+        view, axis = _add_unfolded(node, batch, before, stack)
+    if axis > 0:
+        view = _add_call(view, "movedim", (view, axis, 0), f"{name}_batch_first", stack)
+    change_facts(view, batch=BatchAxis(0), is_folded=is_folded)
+    back = view
+    if axis > 0:
+        back = _add_call(back, "movedim", (back, 0, axis), f"{name}_back", outside)
+    if is_folded:
+        axes = (batch.axis, batch.axis + 1)
+        back = _add_call(back, "flatten", (back, *axes), f"{name}_folded", outside)
+    change_facts(back, batch=batch)
+    _read_instead(readers, node, back)
+    return view
+
+
+def _add_unfolded(
+    node: Node, batch: BatchAxis, before: Node, stack: dict[str, Any]
+) -> tuple[Node, int]:
+    """Add a view with an axis for the samples and one for the rows of each.
+
+    Returns:
+        The view, and its axis of the samples.
+    """
+    # The size is read off the last value that a cut may have given to this block.
+    size = _add_call(node, "size", (before, 0), f"{node.name}_samples", stack)
+    change_facts(size, of_batch=True)
+    is_slower = batch.slower == batch.rows
+    sizes = (-1, size) if is_slower else (size, -1)
+    axis = batch.axis + 1 if is_slower else batch.axis
+    name = f"{node.name}_unfolded" if axis > 0 else f"{node.name}_batch_first"
+    view = _add_call(size, "unflatten", (node, batch.axis, sizes), name, stack)
+    change_facts(view, batch=BatchAxis(axis))
+    return view, axis
+
+
+def _read_instead(readers: list[Node], node: Node, back: Node) -> None:
+    """Let the readers of a node read a view of its value."""
     for reader in readers:
         reader.replace_input_with(node, back)
         writes = facts(reader).writes
@@ -72,18 +127,28 @@ def _add_views(node: Node, axis: int) -> None:
             change_facts(reader, writes=tuple(written))
 
 
-def _add_view(source: Node, move: tuple[int, int], name: str, stack: dict[str, Any]) -> Node:
-    """Add a view of a value behind it, with one axis moved.
+def _add_call(
+    after: Node, method: str, args: tuple[Any, ...], name: str, stack: dict[str, Any]
+) -> Node:
+    """Add a call of a method behind a node, and what it returns as its facts.
 
     Args:
-        source: computes the value.
-        move: the axis and its new place.
-        name: of the view.
-        stack: the modules around the view, as fx records them.
+        after: the node.
+        method: of the first argument.
+        args: nodes, and numbers.
+        name: of the new node.
+        stack: the modules around it, as fx records them.
     """
-    graph = source.graph
-    with graph.inserting_after(source):
-        view = graph.create_node("call_method", "movedim", (source, *move), name=name)
-    view.meta["nn_module_stack"] = stack
-    set_facts(view, Facts(example=facts(source).example.movedim(*move)))
-    return view
+    graph = after.graph
+    with graph.inserting_after(after):
+        node = graph.create_node("call_method", method, args, name=name)
+    node.meta["nn_module_stack"] = stack
+    example: Any = map_arg(args, lambda arg: facts(arg).example)
+    other: Any = map_arg(args, lambda arg: facts(arg).other)
+    set_facts(node, Facts(_called(method, example), _called(method, other)))
+    return node
+
+
+def _called(method: str, args: tuple[Any, ...]) -> Any:
+    source, *rest = args
+    return getattr(source, method)(*rest)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from sffx.blocks import BatchAxis
+from sffx.compiler.batch_axis import axis_after_reshape, is_reshape
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.trace import Trace
 from sffx.tensors import storage_key
@@ -97,8 +99,8 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
         axis = axes[source.name]
         width = _width(facts(source).example, axis)
         if width in value.shape[1:]:
-            return _moved(node, source, axis, value)
-    return _moved(node, sources[0], axes[sources[0].name], value)
+            return _moved(node, source, axis, value, root)
+    return _moved(node, sources[0], axes[sources[0].name], value, root)
 
 
 def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
@@ -113,7 +115,7 @@ def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | N
     axis = axes[source.name]
     if first is None or first.ndim == _num_axes(source):
         return axis
-    return _moved(node, source, axis, first)
+    return _moved(node, source, axis, first, root)
 
 
 def _axis_from_readers(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
@@ -176,7 +178,7 @@ def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:
     return 1 if value.shape[-1] != shape[-1] else None
 
 
-def _moved(node: Node, source: Node, axis: int, value: Tensor) -> int | None:
+def _moved(node: Node, source: Node, axis: int, value: Tensor, root: nn.Module) -> int | None:
     """Return the channel axis of a value, from that of its source.
 
     Args:
@@ -184,18 +186,25 @@ def _moved(node: Node, source: Node, axis: int, value: Tensor) -> int | None:
         source: the node whose value it reads.
         axis: of the source's channels.
         value: the value.
+        root: the traced model.
     """
     before = _first_tensor(facts(source).example)
     order = _permutation(value, before)
     if order is not None:
         return order.index(axis)
+    if isinstance(before, Tensor) and is_reshape(node, root):
+        reshaped = axis_after_reshape(before.shape, axis, value.shape)
+        if reshaped:
+            return reshaped
     same_axes = before is not None and value.ndim == before.ndim
     if same_axes and value.shape[axis] == _width(before, axis):
         return axis
     if same_axes and node.target in _CATS:
         return axis
     width = _width(before, axis)
-    matches = [i for i in range(1, value.ndim) if value.shape[i] == width]
+    batch = facts(node).batch
+    own = batch.axis if isinstance(batch, BatchAxis) else 0
+    matches = [i for i in range(1, value.ndim) if value.shape[i] == width and i != own]
     if not matches:
         return axis if same_axes else None
     # Axes before the channels keep their places when those behind are folded. It is the other way

@@ -11,19 +11,18 @@ between one node of the spine and the next, so step i ends in `spine[i]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import networkx as nx
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
 from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
-from sffx.tensors import can_learn, storage_key
+from sffx.tensors import can_learn, holds_tensor, storage_key, tensors_in
 
 SOURCE = "«inputs»"  # the virtual node that all paths start from; no fx node can be called so
 
@@ -170,18 +169,6 @@ class Dataflow:
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
     """Return the steps of those of the nodes that have one so far."""
     return [step_of[name] for name in names if name in step_of]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a value, however deep."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-
-
-def holds_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor or holds one."""
-    return next(tensors_in(value), None) is not None
 
 
 def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:

@@ -19,12 +19,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from sffx.arguments import Arguments, arguments_of
+from sffx.compiler.batch_axis import BATCH_SIZES, at_batch_size, batch_sizes
 from sffx.compiler.calls import call, signature
 from sffx.errors import InputError, backbone_hint, location
-
-# A size that nothing else in a model is likely to have. So an axis of this size, or a number read
-# from one, is the batch.
-TRACE_BATCH = 61
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
@@ -40,7 +37,7 @@ _TOKENS = (16, 8, 32, 128)
 def example_arguments(
     model: nn.Module, example_input: Any, mode: FakeTensorMode, original: nn.Module
 ) -> tuple[Arguments, dict[str, Any]]:
-    """Return the arguments of a model, and their tensors by name, as fakes of `TRACE_BATCH`.
+    """Return the arguments of a model, and their tensors by name, as fakes of a batch.
 
     Args:
         model: on fake parameters.
@@ -60,6 +57,11 @@ def example_arguments(
     for name, value in tensors.items():
         fakes[name] = _fake(model, value.shape[1:], value.dtype, mode)
     failure = _failure(model, form, fakes)
+    if failure is not None:
+        # A model may take some batch sizes only, such as multiples of 16.
+        as_given = at_batch_size(fakes, batch_sizes(tensors)[0])
+        if runs(model, form, as_given):
+            return form, as_given
     # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
     if failure is not None and not _runs_for_real(original, form, tensors):
         _require_fit(model, example_input)
@@ -248,7 +250,7 @@ def _fake(
     devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
     device = devices[0] if devices else torch.device("cpu")
     with mode:
-        return torch.empty((TRACE_BATCH, *sample_shape), dtype=dtype, device=device)
+        return torch.empty((BATCH_SIZES[0], *sample_shape), dtype=dtype, device=device)
 
 
 def runs(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ _BLOCK_FACTS = "sffx_block_facts"
 
 @dataclass
 class Cost:
-    """What one node costs for a batch of `TRACE_BATCH`.
+    """What one node costs for the first batch of a trace.
 
     Attributes:
         macs: multiply-adds.
@@ -34,7 +34,10 @@ class Facts:
 
     Attributes:
         example: its value on fake tensors; None for the output node.
-        of_batch: whether its value is a number that depends on the batch size.
+        other: its value at another batch size.
+        batch: the batch axis of its value, as `find_batch` returns it.
+        of_batch: whether its value is a number, or a tuple of sizes, that the batch changes.
+        is_folded: whether its second axis holds instances, which the model folds into the batch.
         cost: of its computation.
         writes: those of its arguments that it writes in place.
         buffers: names of the buffers that it writes, in the module that it calls.
@@ -44,7 +47,10 @@ class Facts:
     """
 
     example: Any = None
+    other: Any = None
+    batch: Any = None
     of_batch: bool = False
+    is_folded: bool = False
     cost: Cost = field(default_factory=Cost)
     writes: tuple[fx.Node, ...] = ()
     buffers: frozenset[str] = frozenset()

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import Block, BlockPlan, Node, Options, Value
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
@@ -53,6 +53,7 @@ def partition(
     trace = analysis.trace
     notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
     notes += _padding_notes(analysis, blocks)
+    notes += _instance_notes(blocks)
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=policy,
@@ -103,8 +104,8 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
     sides = _sides(nodes, output)
     detached = [node for node in sides if _carries_gradient(node)]
     modules = [str(node.target) for node in nodes if _calls_module(node)]
-    macs, activation_bytes = _cost(nodes)
-    gives = [_value(node.name, facts(node).example) for node in (output_node, *sides)]
+    macs, activation_bytes = _cost(nodes, analysis.trace.batch_size)
+    gives = [_value_of(node) for node in (output_node, *sides)]
     return Block(
         name=name,
         target=target,
@@ -123,6 +124,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         gives=tuple(gives),
         mask=_mask(analysis, output),
         graph=tuple(_node(analysis, node) for node in nodes if not is_guard(node)),
+        is_folded=facts(output_node).is_folded,
     )
 
 
@@ -154,26 +156,46 @@ def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
     return sides
 
 
-def _cost(nodes: list[fx.Node]) -> tuple[int, int]:
-    """Return the multiply-adds for one sample, and the bytes kept for its backward pass."""
+def _cost(nodes: list[fx.Node], batch_size: int) -> tuple[int, int]:
+    """Return the multiply-adds for one sample, and the bytes kept for its backward pass.
+
+    Args:
+        nodes: of a block.
+        batch_size: of the trace.
+    """
     macs = 0
     saved: dict[int, int] = {}  # by storage: two nodes may keep the same one
     for node in nodes:
         cost = facts(node).cost
         macs += cost.macs
         saved.update(cost.saved)
-    return macs // TRACE_BATCH, sum(saved.values()) // TRACE_BATCH
+    return macs // batch_size, sum(saved.values()) // batch_size
 
 
-def _value(name: str, example: object) -> Value:
-    """Return the description of a value, made from its example."""
+def _value_of(node: fx.Node) -> Value:
+    """Return the description of a node's value."""
+    record = facts(node)
+    return _value(node.name, record.example, record.other, record.batch)
+
+
+def _value(name: str, example: object, other: Any, batch: Any) -> Value:
+    """Return the description of a value.
+
+    Args:
+        name: of the value.
+        example: the value at the first batch size of the trace.
+        other: at the second.
+        batch: its batch axis, or those of its parts.
+    """
     if isinstance(example, Tensor):
-        # TRACE_BATCH is a size that nothing else is likely to have.
-        shape = tuple(None if size == TRACE_BATCH else size for size in example.shape)
-        return Value(name, shape, str(example.dtype).removeprefix("torch."))
+        sizes = zip(example.shape, other.shape, strict=True)
+        shape = tuple(size if size == changed else None for size, changed in sizes)
+        return Value(name, shape, str(example.dtype).removeprefix("torch."), batch=batch)
     if isinstance(example, (tuple, list)):
-        parts = tuple(_value("", part) for part in example)
-        return Value(name, (), type(example).__name__, parts)
+        parts = []
+        for one, two, axis in zip(example, other, batch, strict=False):
+            parts.append(_value("", one, two, axis))
+        return Value(name, (), type(example).__name__, tuple(parts))
     return Value(name, (), type(example).__name__)
 
 
@@ -211,8 +233,9 @@ def _mask(analysis: Analysis, output: str) -> str:
 
     There is none where the value has no tokens, or other tokens than the input.
     """
-    shape = facts(analysis.nodes[output]).example.shape
-    if len(shape) != 3 or analysis.channel_axes.get(output) != 2:
+    record = facts(analysis.nodes[output])
+    shape = record.example.shape
+    if len(shape) != 3 or analysis.channel_axes.get(output) != 2 or record.is_folded:
         return ""
     for node in _masks(analysis):
         if facts(node).example.shape == shape[:2]:
@@ -246,7 +269,7 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     for block in blocks:
         if block.mask:
             masked.append(block.target)
-        elif len(block.shape) == 2:
+        elif len(block.shape) == 2 and not block.is_folded:
             others.append(block.target)
     notes = []
     if masked:
@@ -259,6 +282,17 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
             "their goodness and norm run over padding as well"
         )
     return notes
+
+
+def _instance_notes(blocks: list[Block]) -> list[str]:
+    """Return a note on the feature blocks that read single instances of a sample."""
+    folded = [block.target for block in blocks if block.is_folded]
+    if not folded:
+        return []
+    return [
+        f"{in_brief(folded, 3)} read instances that the model folds into the batch: "
+        "the goodness of a sample is the mean of theirs"
+    ]
 
 
 # Names of blocks

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Node
 
+from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
 from sffx.tensors import storage_key
@@ -38,7 +39,7 @@ def refusals(
     reasons = []
     for i, name in enumerate(flow.spine):
         value = facts(flow.nodes[name]).example
-        reason = _reason_of_value(value)
+        reason = _reason_of_value(flow.nodes[name])
         if not reason and i >= last:
             reason = "nothing after it has a parameter, so that no classifier would be left"
         if not reason and shared[i]:
@@ -102,16 +103,24 @@ def _written_buffers(flow: Dataflow) -> dict[str, list[int]]:
     return found
 
 
-def _reason_of_value(value: Any) -> str:
+def _reason_of_value(node: Node) -> str:
+    value = facts(node).example
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return "its value is no float tensor"
-    if value.ndim < 2 or value.shape[0] != TRACE_BATCH:
-        shape = tuple(value.shape)
-        return (
-            "the first axis of its value is not the batch, "
-            f"shape {shape} for a batch of {TRACE_BATCH}"
-        )
+    if value.ndim < 2 or not starts_with_batch(facts(node).batch):
+        return f"the first axis of its value is not the batch, shape {_shape_in_words(node)}"
     return ""
+
+
+def _shape_in_words(node: Node) -> str:
+    """Write the shape of a node's value, with a B, 2 * B or ? for sizes that the batch changes."""
+    record = facts(node)
+    rows = record.batch.rows if record.batch else 0
+    changed = {0: "?", 1: "B"}.get(rows, f"{rows} * B")
+    sizes = []
+    for size, other in zip(record.example.shape, record.other.shape, strict=True):
+        sizes.append(str(size) if size == other else changed)
+    return f"({', '.join(sizes)})"
 
 
 def _batch_norms_fed(flow: Dataflow, layers: Layers) -> dict[str, str]:

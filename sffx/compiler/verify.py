@@ -22,8 +22,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from sffx.blocks import BlockPlan
+from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.caches import caches_restored
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
 from sffx.inputs import bind, constant_batch
@@ -34,10 +34,14 @@ from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk_attached
 
 
-def verify(net: fx.GraphModule) -> None:
+def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
     """Check a cut model on fake tensors. The model is not touched.
 
     A model that does not run on fake tensors, as its shapes depend on data, is run for real.
+
+    Args:
+        net: the cut model.
+        batch: the number of samples.
 
     Raises:
         VerifyError: a promise is broken; names the value or the parameter.
@@ -48,12 +52,12 @@ def verify(net: fx.GraphModule) -> None:
         probe = twin(net, fake_tensors(net, mode)).train()
     try:
         with caches_restored(net.origin.model):
-            _verify_run(probe, mode)
+            _verify_run(probe, batch, mode)
     except VerifyError:
         raise
     except Exception:  # a part needs values, or is stricter on fake tensors than for real
         with torch.random.fork_rng(devices=[]):
-            _verify_run(twin(net, {}).train(), nullcontext())
+            _verify_run(twin(net, {}).train(), batch, nullcontext())
 
 
 def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
@@ -81,25 +85,26 @@ def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
     return twins[id(net)]
 
 
-def _verify_run(probe: fx.GraphModule, mode: AbstractContextManager[Any]) -> None:
+def _verify_run(probe: fx.GraphModule, batch: int, mode: AbstractContextManager[Any]) -> None:
     """Run a cut model, and check it.
 
     Args:
         probe: to run.
+        batch: the number of samples.
         mode: in which its input is made. Outside of it the tables of a leaf have values, which the
             leaf may keep.
     """
     plan = plan_of(probe)
     device = next(probe.parameters()).device
     with mode:
-        x = constant_batch(plan.inputs, TRACE_BATCH, device)
+        x = constant_batch(plan.inputs, batch, device)
     values = _WatchedValues(input_values(probe, bind(plan, x)))
     scores: list[Tensor] = []
     with torch.enable_grad():
         for _, own in walk_attached(stages_of(probe), values):
             scores.append(own)
         values.require_unwritten()
-        _check_scores(scores, plan)
+        _check_scores(scores, plan, batch)
         _check_gradients(probe, scores, plan)
 
 
@@ -141,8 +146,8 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
         )
 
 
-def _check_scores(scores: list[Tensor], plan: BlockPlan) -> None:
-    expected = (TRACE_BATCH, *plan.classifier.shape)
+def _check_scores(scores: list[Tensor], plan: BlockPlan, batch: int) -> None:
+    expected = (batch, *plan.classifier.shape)
     sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
     for own, source in zip(scores, sources, strict=True):
         if not isinstance(own, Tensor):

@@ -12,6 +12,9 @@ The head is moved to the device and the dtype of the model. Then
 - y is the output of the block, (B, C, ...) or (B, T, C), with its channels at axis
   `block.channel_axis`;
 - mask is (B, T), nonzero at real tokens, zero at padding;
+- where the model folds instances of a sample into the batch, y holds single instances,
+  (B * N, ...), and the goodness of a sample is the mean of theirs. The callable gets a block with
+  the shape and the channel axis of one instance;
 - it returns the goodness, (B, J), floats: the larger, the more likely the class. The loss uses
   them as logits. For another task than classification it returns the scores of that task
   (`sffx.tasks`);
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -35,6 +39,8 @@ from sffx.errors import InputError
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.convolution import SFFGoodness, check_kernel_size
 from sffx.learning.cosine import CosineGoodness
+from sffx.learning.instances import InstanceMean
+from sffx.learning.masks import require_mask_argument
 from sffx.learning.numbers import NumberReadout
 from sffx.learning.positions import AtEachPosition, PositionGoodness
 from sffx.learning.shared_output import SharedOutput, connect
@@ -228,6 +234,8 @@ FORMS: dict[str, Mapping[str, Maker]] = {
     },
 }
 
+_FORMS_OF_SAMPLES = ("sample", "labels", "number")
+
 # The numbers that a name may have in brackets, as "mlp(128, 2)" has, and their defaults.
 NUMBERS: dict[str, tuple[int, ...]] = {
     "sff": (),
@@ -336,8 +344,10 @@ def make_head(
     """
     maker = goodness_maker(options, task)
     place = f"{block.target} ({block.name}, output {block.shape})"
+    # Where each position has scores of its own, instances are positions as well.
+    is_folded = block.is_folded and task.form in _FORMS_OF_SAMPLES
     try:
-        head = maker(block, num_classes)
+        head = maker(_of_one_instance(block) if is_folded else block, num_classes)
     except InputError as cause:
         raise InputError(f"{place}: {cause}") from cause
     if not isinstance(head, nn.Module):
@@ -345,7 +355,14 @@ def make_head(
             f"{place}: goodness {option_name(options.goodness)} returned a {type(head).__name__}, "
             "not a torch.nn.Module. Hint: return the head, which is called as head(y)"
         )
-    return head
+    require_mask_argument(head, block, f"{place}: goodness {option_name(options.goodness)}")
+    return InstanceMean(head) if is_folded else head
+
+
+def _of_one_instance(block: Block) -> Block:
+    """Return a block whose output is one instance of a sample."""
+    axis = block.channel_axis - 1
+    return replace(block, shape=block.shape[1:], channel_axis=axis, is_folded=False)
 
 
 def make_heads(plan: BlockPlan, root: nn.Module) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sffx.blocks import Block, BlockPlan, NormMaker, Options, option_name
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
+from sffx.learning.masks import require_mask_argument
 
 
 class SampleNorm(nn.Module):
@@ -186,14 +187,16 @@ def make_norms(plan: BlockPlan, root: nn.Module) -> list[nn.Module | None]:
 
 
 def _require_norm(norm: object, block: Block, options: Options) -> None:
-    place = f"{block.target} ({block.name}): norm {option_name(options.norm)} returned"
+    place = f"{block.target} ({block.name}): norm {option_name(options.norm)}"
     if not isinstance(norm, nn.Module):
         raise InputError(
-            f"{place} a {type(norm).__name__}, not a torch.nn.Module. "
+            f"{place} returned a {type(norm).__name__}, not a torch.nn.Module. "
             "Hint: return the norm, which is called as norm(y), or None"
         )
     if any(p.requires_grad for p in norm.parameters()):
         raise InputError(
-            f"{place} a {type(norm).__name__} with trainable parameters, which are part of no "
-            "block. Hint: elementwise_affine=False or affine=False, or norm.requires_grad_(False)"
+            f"{place} returned a {type(norm).__name__} with trainable parameters, which are "
+            "part of no block. "
+            "Hint: elementwise_affine=False or affine=False, or norm.requires_grad_(False)"
         )
+    require_mask_argument(norm, block, place)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sffx.blocks import Block, BlockPlan, Options
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.examples import DATA_DEPENDENT, TRACE_BATCH
+from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.facts import block_facts, facts
 from sffx.compiler.fake import fake_copy
 from sffx.compiler.inplace import keep_foreign_values
@@ -107,7 +107,8 @@ class BlockCosts:
     @cached_property
     def input_bytes(self) -> int:
         """The bytes of the input batch and its labels."""
-        samples = [facts(node).example.nbytes // TRACE_BATCH for node in self._placeholders]
+        traced = self.analysis.trace.batch_size
+        samples = [facts(node).example.nbytes // traced for node in self._placeholders]
         output = facts(self.analysis.nodes[self.analysis.logits]).example.shape
         targets = self.analysis.trace.task.example_targets((1, *output[1:]), "meta")
         return self.batch_size * (targets.nbytes + sum(samples))

@@ -12,7 +12,7 @@ from tests.toys import Chain, Residual
 
 def test_transform_verifies_the_model_that_it_returns(monkeypatch):
     verified = []
-    monkeypatch.setattr("sffx.api.verify", verified.append)
+    monkeypatch.setattr("sffx.api.verify", lambda net, batch: verified.append(net))
     net = sffx.transform(Residual())
     assert len(verified) == 1
     assert verified[0] is net
@@ -59,7 +59,7 @@ def test_scores_of_another_shape_are_found():
     net = sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8))
     net.head_1 = torch.nn.Flatten()
     with pytest.raises(
-        VerifyError, match=r"head_1 returns shape \(61, 128\), not \(B, J\) = \(61, 4\)"
+        VerifyError, match=r"head_1 returns shape \(60, 128\), not \(B, J\) = \(60, 4\)"
     ):
         verify(net)
 

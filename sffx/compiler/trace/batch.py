@@ -1,82 +1,115 @@
-"""The batch axis: which numbers depend on the batch size, and where a graph would freeze it.
+"""Numbers that depend on the batch size, and where a graph would freeze one.
 
-A trace runs on examples of batch size `TRACE_BATCH`, a number that nothing else in a model is
-likely to be. So a number that is a multiple of it stands for the batch.
+A trace knows each value at two batch sizes. A number that differs between them depends on the
+batch, and so does whatever is made from it.
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
+from sffx.tensors import holds_tensor
 
 FROZEN_BATCH = (
     "the batch size is read as a plain number, which a graph would freeze; "
     "x.shape[0], without len() or int(), is not"
 )
 
-_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+# A condition with one outcome at all of these sizes is taken to have it at every size.
+_BATCH_SIZES = (*range(1, 257), *(2**k for k in range(9, 21)), 10**6)
 
-# A comparison with one outcome at all of these sizes is taken to have it at every size.
-_BATCH_SIZES = (TRACE_BATCH, 1, 2, 3, 4, 10**6)
+# Of the sizes that change an outcome, so many are tried on the model itself.
+_MOST_TRIED = 3
 
 
-def length(value: Any) -> int:
-    """Return the length of a value, for a graph that will hold it as a plain number.
+def length(node: fx.Node) -> int:
+    """Return the length of a node's value, for a graph that will hold it as a plain number.
 
     Raises:
-        RuntimeError: it is the batch size.
+        RuntimeError: it depends on the batch size.
     """
-    number = len(value)
-    # A tuple of this length is not suspect: only the first axis of a tensor is the batch.
-    if isinstance(value, Tensor) and number == TRACE_BATCH:
+    number = len(facts(node).example)
+    if number != len(facts(node).other):
         raise RuntimeError(FROZEN_BATCH)
     return number
 
 
-def depends_on_batch(node: fx.Node, value: Any) -> bool:
-    """Whether a node's value is a number that is a multiple of the batch size, or made from one."""
+def depends_on_batch(node: fx.Node, value: Any, other: Any) -> bool:
+    """Return whether a node's value holds no tensor, and differs with the batch.
+
+    What is made from such a number counts as well, even if it is the same at both batch sizes.
+    """
+    if isinstance(value, (tuple, list)):
+        return not holds_tensor(value) and value != other
     if not isinstance(value, (int, float)):
         return False
-    return _is_multiple(value) or any(facts(arg).of_batch for arg in node.all_input_nodes)
+    of_batch = [arg for arg in node.all_input_nodes if facts(arg).of_batch]
+    picks_a_part = any(isinstance(facts(arg).example, (tuple, list)) for arg in of_batch)
+    return value != other or (bool(of_batch) and not picks_a_part)
 
 
-def is_settled(condition: fx.Node) -> bool:
-    """Whether a condition has the same outcome at every batch size.
+def is_settled(condition: fx.Node, sizes: tuple[int, int], takes: Callable[[int], bool]) -> bool:
+    """Return whether a condition has the same outcome at every batch size that the model takes.
 
-    1. It reads no batch size.
-    2. It compares multiples of the batch size, and the outcome is the same at other sizes.
+    Args:
+        condition: a node with a truth value.
+        sizes: of the two batches of the trace.
+        takes: whether the model runs with a batch of some size.
     """
-    if condition.target not in _COMPARISONS:
-        return not facts(condition).of_batch
-    for arg in condition.all_input_nodes:
-        # A number made from a batch size, as B // 2, has an unknown value at another size.
-        if facts(arg).of_batch and not _is_multiple(facts(arg).example):
+    record = facts(condition)
+    if not record.of_batch and not any(facts(arg).of_batch for arg in condition.all_input_nodes):
+        return True
+    outcome = bool(record.example)
+    others = []
+    for size in _BATCH_SIZES:
+        try:
+            if bool(_at_size(condition, size, sizes)) != outcome:
+                others.append(size)
+        except _Unknown:
             return False
-    outcomes = {_outcome(condition, size) for size in _BATCH_SIZES}
-    return len(outcomes) == 1
+    # A model that asserts that the size is even runs with no odd one.
+    return not any(takes(size) for size in others[:_MOST_TRIED])
 
 
-def _outcome(comparison: fx.Node, batch_size: int) -> bool:
-    sides: Any = fx.node.map_arg(
-        comparison.args, lambda node: _at_batch_size(facts(node).example, batch_size)
-    )
-    compare: Any = comparison.target
-    return bool(compare(*sides))
+class _Unknown(Exception):
+    """What a number is at another batch size cannot be told."""
 
 
-def _at_batch_size(value: Any, batch_size: int) -> Any:
-    """Return a size, or a tuple of sizes, as it would be at another batch size."""
+def _at_size(node: fx.Node, size: int, sizes: tuple[int, int]) -> Any:
+    """Return the value of a node without tensors at another batch size.
+
+    Raises:
+        _Unknown: it cannot be told.
+    """
+    record = facts(node)
+    if any(holds_tensor(facts(arg).example) for arg in node.all_input_nodes):
+        return _on_a_line(record.example, record.other, size, sizes)
+    args: Any = fx.node.map_arg(node.args, lambda arg: _at_size(arg, size, sizes))
+    kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: _at_size(arg, size, sizes))
+    target: Any = node.target
+    try:
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+    except Exception as cause:
+        raise _Unknown from cause
+    return record.example
+
+
+def _on_a_line(value: Any, other: Any, size: int, sizes: tuple[int, int]) -> Any:
+    """Return a size, or a tuple of sizes, on the line through its values at two batch sizes."""
     if isinstance(value, (tuple, list)):
-        return tuple(_at_batch_size(size, batch_size) for size in value)
-    if _is_multiple(value):
-        return value / TRACE_BATCH * batch_size
-    return value
-
-
-def _is_multiple(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value != 0 and value % TRACE_BATCH == 0
+        parts = zip(value, other, strict=True)
+        return tuple(_on_a_line(one, two, size, sizes) for one, two in parts)
+    if value == other:
+        return value
+    if type(value) is not int or type(other) is not int:
+        raise _Unknown
+    slope = Fraction(value - other, sizes[0] - sizes[1])
+    return value + slope * (size - sizes[0])

@@ -162,7 +162,7 @@ def _clone(node: fx.Node) -> None:
     clone.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
     value = facts(node).example
     # The clone has the example's storage, which the examples of its views share.
-    set_facts(clone, Facts(value))
+    set_facts(clone, Facts(value, value))
     change_facts(node, example=torch.empty_like(value))
     node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
     for other in graph.nodes:

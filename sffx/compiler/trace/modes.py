@@ -133,5 +133,5 @@ def _insert(choice: _Choice, reader: fx.Node, probe: nn.Module) -> fx.Node:
         number = graph.create_node("call_function", operator.getitem, (choice.numbers, flag))
     for node, example in ((flag, True), (number, choice.numbers[1])):
         node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
-        set_facts(node, Facts(example))
+        set_facts(node, Facts(example, example))
     return number

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, unclear
@@ -151,18 +151,18 @@ def _width(value: Any, wanted: Wanted) -> int:
     """Return the number of outputs of a traced value that could be logits, 0 of others."""
     if not isinstance(value, fx.Proxy):
         return 0
-    example = facts(value.node).example
     # Without a word, what could be logits of classes is taken first.
     task = wanted.task or CLASSIFICATION
-    is_output = _is_batch_of_floats(example) and task.could_be_output(example.shape)
-    return task.num_outputs(example.shape) if is_output else 0
+    shape = facts(value.node).example.shape if _is_batch_of_floats(value.node) else ()
+    return task.num_outputs(shape) if shape and task.could_be_output(shape) else 0
 
 
-def _is_batch_of_floats(value: Any) -> bool:
-    """Whether a value is a float tensor with the batch first."""
+def _is_batch_of_floats(node: fx.Node) -> bool:
+    """Whether the value of a node is a float tensor with the batch first."""
+    value = facts(node).example
     if not isinstance(value, Tensor) or value.ndim == 0:
         return False
-    return value.shape[0] == TRACE_BATCH and value.is_floating_point()
+    return starts_with_batch(facts(node).batch) and value.is_floating_point()
 
 
 def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) -> tuple[Task, str]:
@@ -183,7 +183,7 @@ def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) ->
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
     value = facts(logits).example if isinstance(logits, fx.Node) else logits
-    if not _is_batch_of_floats(value):
+    if not isinstance(logits, fx.Node) or not _is_batch_of_floats(logits):
         raise unclear(root, value)
     inputs = [facts(node).example for node in graph.nodes if node.op == "placeholder"]
     task = wanted.task or infer_task(root, value, place, inputs)

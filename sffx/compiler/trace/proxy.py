@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.examples import TRACE_BATCH
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.batch import FROZEN_BATCH
 
@@ -57,8 +56,7 @@ class GuidedProxy(fx.Proxy):
         # A size among the keys of a dictionary or a set is that number.
         if not isinstance(self.example, (int, float, str, tuple)):
             return object.__hash__(self)
-        parts = self.example if isinstance(self.example, tuple) else (self.example,)
-        if facts(self.node).of_batch or TRACE_BATCH in parts:
+        if facts(self.node).of_batch:
             # Python's error for what has no hash: code with a cache (einops) then does without it.
             raise TypeError(f"unhashable: {FROZEN_BATCH}")
         if isinstance(self.example, int):

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import Arguments
-from sffx.compiler.examples import DATA_DEPENDENT
+from sffx.compiler.batch_axis import at_batch_size, batch_sizes, find_batch
+from sffx.compiler.examples import DATA_DEPENDENT, runs
 from sffx.compiler.facts import Cost, Facts, facts
+from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import depends_on_batch
 from sffx.compiler.trace.costs import CountMacs, noting_saved
@@ -28,6 +30,11 @@ from sffx.tensors import can_learn
 def example_of(node: fx.Node) -> Any:
     """Return the value of a node that has been traced, on its example."""
     return facts(node).example
+
+
+def _other_of(node: fx.Node) -> Any:
+    """Return the value of a node that has been traced, at the second batch size."""
+    return facts(node).other
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class NodeRunner:
         example: the arguments of the forward.
         inputs: the values of the inputs, by the targets of their placeholders; the tracer adds
             them.
+        sizes: of the batch in the arguments, and of a second batch, on which each node runs too.
         training: what `self.training` is, for every module.
         is_running: whether a node runs now, and calls of modules are to be no nodes.
         resized: class of a module that returns other sizes in eval mode; "" where none does.
@@ -72,6 +80,7 @@ class NodeRunner:
         self.original = original
         self.example = example
         self.inputs: dict[str, Any] = {}
+        self.sizes = batch_sizes(example.values)
         self.training = training
         self.is_running = False
         self.resized = ""
@@ -96,9 +105,12 @@ class NodeRunner:
                 written_buffers.append(name)
         if node.op == "call_module" and not is_flag(node):
             self._require_same_form(node, value)
+        other = self._at_other_size(node)
         return Facts(
             example=value,
-            of_batch=depends_on_batch(node, value),
+            other=other,
+            batch=find_batch(node, self.probe, value, other, self.sizes),
+            of_batch=depends_on_batch(node, value, other),
             cost=cost,
             writes=tuple(writes),
             buffers=frozenset(written_buffers),
@@ -131,6 +143,15 @@ class NodeRunner:
             for module, training in modes.items():
                 module.training = training
         return values
+
+    def takes(self, size: int) -> bool:
+        """Return whether the model itself runs with a batch of some size, in eval mode."""
+        model = fake_copy_but_constants(self.original, self.mode).eval()
+        self.is_running = True
+        try:
+            return runs(model, self.example.form, at_batch_size(self.example.values, size))
+        finally:
+            self.is_running = False
 
     def _require_same_form(self, node: fx.Node, value: Any) -> None:
         """Refuse a module that returns other things in eval mode than in train mode.
@@ -184,6 +205,17 @@ class NodeRunner:
             # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
             with self._mode(node), count_macs, note_saved, torch.enable_grad():
                 return self._value(node)
+        finally:
+            self.is_running = False
+
+    def _at_other_size(self, node: fx.Node) -> Any:
+        """Return a node's value at the second batch size."""
+        if node.op == "placeholder":
+            return at_batch_size(self.inputs[str(node.target)], self.sizes[1])
+        self.is_running = True
+        try:
+            with self._mode(node), torch.enable_grad():
+                return self._value(node, _other_of)
         finally:
             self.is_running = False
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.arguments import Arguments
 from sffx.blocks import Input, Leaf
+from sffx.compiler.batch_axis import BATCH_SIZES, batch_sizes
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
@@ -63,6 +64,7 @@ class Trace:
         leaves: modules with children that could not be traced.
         notes: what was noticed on the way.
         task: what the model predicts.
+        batch_size: of the examples; each node has run at another one as well.
     """
 
     root: nn.Module
@@ -72,6 +74,7 @@ class Trace:
     leaves: tuple[Leaf, ...]
     notes: tuple[str, ...]
     task: Task = CLASSIFICATION
+    batch_size: int = BATCH_SIZES[0]
 
 
 def trace(
@@ -148,6 +151,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
             ),
         ),
         task=tracer.task,
+        batch_size=batch_sizes(values)[0],
     )
 
 

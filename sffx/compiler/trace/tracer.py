@@ -124,7 +124,7 @@ class GuidedTracer(fx.Tracer):
     def _settle_assertion(self, condition: Any) -> None:
         """Guard what the model asserts about sizes, since the graph will not assert it."""
         is_node = isinstance(condition, fx.Proxy)
-        if is_node and reads_a_size(condition.node) and is_settled(condition.node):
+        if is_node and reads_a_size(condition.node) and self._is_settled(condition.node):
             self.settle(condition.node, bool(facts(condition.node).example))
 
     def _without_data(self, kind: str, target: Any, args: Any = (), *more: Any) -> tuple[Any, ...]:
@@ -270,10 +270,13 @@ class GuidedTracer(fx.Tracer):
             if outcome is None:
                 raise RuntimeError("a branch depends on the values of a tensor")
             return outcome
-        if not is_settled(obj.node):
+        if not self._is_settled(obj.node):
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         self.settle(obj.node, bool(value))
         return bool(value)
+
+    def _is_settled(self, condition: fx.Node) -> bool:
+        return is_settled(condition, self.runner.sizes, self.runner.takes)
 
     def settle(self, node: fx.Node, outcome: Any) -> None:
         """Guard a number or a truth value that the graph will hold, if it is of a size."""
@@ -290,7 +293,7 @@ class GuidedTracer(fx.Tracer):
     def settled_length(self, obj: fx.Proxy) -> int:
         """Return the length of a tensor, or the number of the parts that it was split into."""
         value = facts(obj.node).example
-        number = length(value)
+        number = length(obj.node)
         if isinstance(value, Tensor):
             self.settle(obj.size(0).node, number)
         elif any(isinstance(part, Tensor) for part in value):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.examples import TRACE_BATCH
+from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.facts import Facts, facts
 from sffx.compiler.trace.trace import trace
 from tests.toys import Chain
@@ -16,9 +16,9 @@ def _facts_by_name(model: nn.Module, example: Tensor | None = None) -> dict[str,
 def test_the_facts_of_a_chain():
     records = _facts_by_name(Chain())
     conv, norm, relu = records["_0"], records["_1"], records["_2"]
-    assert conv.example.shape == (TRACE_BATCH, 6, 8, 8)
-    assert conv.cost.macs == TRACE_BATCH * 6 * 8 * 8 * 3 * 9
-    assert sum(conv.cost.saved.values()) == 4 * TRACE_BATCH * 3 * 8 * 8  # its input
+    assert conv.example.shape == (BATCH_SIZES[0], 6, 8, 8)
+    assert conv.cost.macs == BATCH_SIZES[0] * 6 * 8 * 8 * 3 * 9
+    assert sum(conv.cost.saved.values()) == 4 * BATCH_SIZES[0] * 3 * 8 * 8  # its input
     assert "num_batches_tracked" in norm.buffers
     assert [node.name for node in relu.writes] == ["_1"]
     assert not conv.writes
@@ -33,11 +33,11 @@ def test_a_number_made_from_the_batch_size_is_marked():
             self.head = nn.Linear(6, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(x) * (x.shape[0] + 1) * x.shape[1]
+            return self.head(x) * (x.size(0) + 1) * x.size(1)
 
     records = _facts_by_name(Sizes(), torch.zeros(1, 6))
     marked = [record.example for record in records.values() if record.of_batch]
-    assert marked == [TRACE_BATCH, TRACE_BATCH + 1]
+    assert marked == [BATCH_SIZES[0], BATCH_SIZES[0] + 1]
 
 
 class _DataDependent(nn.Module):
@@ -55,5 +55,5 @@ class _DataDependent(nn.Module):
 def test_a_leaf_whose_shapes_depend_on_values_is_run_with_values():
     model = nn.Sequential(nn.Linear(6, 6), _DataDependent(), nn.Linear(6, 4))
     records = _facts_by_name(model)
-    assert records["_1"].example.shape == (TRACE_BATCH, 6)
+    assert records["_1"].example.shape == (BATCH_SIZES[0], 6)
     assert records["_1"].example.requires_grad

@@ -1,0 +1,44 @@
+"""The scores of each block, on a batch and on the same samples in reversed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from sffx.comparison.pair import copied_model
+from sffx.comparison.runs import Run, relative_error, run_model, tolerance
+from sffx.compiler.verify import twin
+from sffx.net import plan_of
+from sffx.runtime.walk import walk
+from sffx.tensors import computed_tensors
+
+
+def scores_of_blocks(net: fx.GraphModule, values: dict[str, Any]) -> list[Tensor]:
+    """Return the scores of each block of a net in eval mode; the net is left as it is."""
+    probe = twin(net, computed_tensors(net)).eval()
+    with torch.no_grad():
+        return [scores for _, scores in walk(probe, dict(values))]
+
+
+def in_reversed_order(values: Any) -> Any:
+    """Return batches with their samples in reversed order."""
+    return tree_map_only(Tensor, lambda tensor: tensor.flip(0), values)
+
+
+def mixes_samples(model: torch.nn.Module, net: fx.GraphModule, run: Run) -> bool:
+    """Return whether a model's logits of a sample depend on the order of the samples.
+
+    Where the model gives no logits this cannot be told, and counts as such.
+    """
+    of_reversed = Run(run.name, run.training, in_reversed_order(run.values), run.grad)
+    logits = []
+    for each in (run, of_reversed):
+        outcome = run_model(copied_model(model), each, plan_of(net))
+        if not isinstance(outcome.logits, Tensor):
+            return True
+        logits.append(outcome.logits)
+    error = relative_error(in_reversed_order(logits[1]), logits[0])
+    return error > tolerance(logits[0].dtype)

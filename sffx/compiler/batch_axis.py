@@ -1,0 +1,191 @@
+"""The batch axis of each value: found by what changes when the batch does, not by its size.
+
+A trace runs each node at two batch sizes. The axis of a tensor whose size differs is its batch. It
+may be folded with others: (B, N, C) flattened to (B * N, C) has N rows for each sample, one behind
+the other, and (N, B, C) flattened has every B-th row. Which of the two it is follows from the
+operations on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sffx.blocks import BatchAxis
+from sffx.compiler.facts import facts
+
+# The batch sizes of a trace. Models that put samples in pairs, threes or fours run at both.
+BATCH_SIZES = (60, 36)
+
+_RESHAPES = (
+    "contiguous",
+    "flatten",
+    "reshape",
+    "reshape_as",
+    "squeeze",
+    "unflatten",
+    "unsqueeze",
+    "view",
+    "view_as",
+)
+_TILES = ("repeat", "tile")
+_CATS = ("cat", "concat", "concatenate")
+
+
+def batch_sizes(arguments: Any) -> tuple[int, int]:
+    """Return the batch size of a model's arguments, and another one."""
+    tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
+    size = len(tensors[0])
+    return (size, BATCH_SIZES[1] if size == BATCH_SIZES[0] else 2 * size)
+
+
+def at_batch_size(arguments: Any, size: int) -> Any:
+    """Return arguments with batches of another size: each tensor in them, however deep."""
+
+    def resized(tensor: Tensor) -> Tensor:
+        return tensor.new_empty((size, *tensor.shape[1:]))
+
+    return tree_map_only(Tensor, resized, arguments)
+
+
+def find_batch(
+    node: fx.Node, root: nn.Module, value: Any, other: Any, sizes: tuple[int, int]
+) -> Any:
+    """Return the batch axis of a node's value, None where it has none or it cannot be told.
+
+    For a tuple or a list it is a tuple, with one for each part.
+
+    Args:
+        node: whose arguments have their facts.
+        root: the model that the node calls modules of.
+        value: of the node, at the first batch size.
+        other: at the second.
+        sizes: of the two batches.
+    """
+    if isinstance(value, Tensor):
+        return _axis_of_tensor(node, root, value, other, sizes)
+    if isinstance(value, (tuple, list)):
+        pairs = zip(value, other, strict=True) if _same_length(value, other) else ()
+        return tuple(find_batch(node, root, one, two, sizes) for one, two in pairs)
+    return None
+
+
+def starts_with_batch(value: Any) -> bool:
+    """Return whether the record of a batch axis says: (B, ...), one row for each sample."""
+    return value == BatchAxis(0)
+
+
+def is_reshape(node: fx.Node, root: nn.Module) -> bool:
+    """Return whether a node's value holds the values of its first argument in the same order."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten))
+    return node.op in ("call_method", "call_function") and _name(node) in _RESHAPES
+
+
+def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
+    """Return the axis that a reshape makes of a whole axis, None where it is split or merged.
+
+    Args:
+        before: the sizes of all axes.
+        axis: that is looked for.
+        after: the sizes of all axes after the reshape.
+    """
+    if math.prod(before) != math.prod(after):
+        return None
+    step = math.prod(before[axis + 1 :])
+    for i, size in enumerate(after):
+        if size == before[axis] and math.prod(after[i + 1 :]) == step:
+            return i
+    return None
+
+
+def _axis_of_tensor(
+    node: fx.Node, root: nn.Module, value: Tensor, other: Any, sizes: tuple[int, int]
+) -> BatchAxis | None:
+    if not isinstance(other, Tensor) or value.ndim != other.ndim:
+        return None
+    changed = [i for i, size in enumerate(value.shape) if size != other.shape[i]]
+    if len(changed) != 1:
+        return None
+    axis = changed[0]
+    multiple = Fraction(value.shape[axis], sizes[0])
+    if multiple != Fraction(other.shape[axis], sizes[1]) or multiple.denominator != 1:
+        return None
+    rows = int(multiple)
+    if rows == 1:
+        return BatchAxis(axis)
+    slower = _slower_rows(node, root, value, axis, rows)
+    return BatchAxis(axis, rows, slower)
+
+
+def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows: int) -> int | None:
+    """Return the `BatchAxis.slower` of a value with several rows for each sample, None if unknown.
+
+    1. A reshape keeps the order of all values.
+    2. A repetition puts whole batches behind each other, or the rows of each sample.
+    3. So does a concatenation of batches.
+    4. Whatever else leaves the number of rows leaves their order.
+    """
+    sources = list(_sources(node))
+    if is_reshape(node, root) and sources:
+        return _slower_after_reshape(*sources[0], value, axis, rows)
+    if _name(node) in _TILES:
+        return rows if _all_plain(sources, axis) else None
+    if _name(node) == "repeat_interleave":
+        return 1 if _all_plain(sources, axis) else None
+    if _name(node) in _CATS and all(batch.axis == axis for _, batch in sources):
+        are_whole = all(batch.slower == batch.rows for _, batch in sources)
+        return rows if are_whole else None
+    found = [batch.slower for _, batch in sources if batch.rows == rows]
+    return found[0] if len(set(found)) == 1 else None
+
+
+def _slower_after_reshape(
+    before: Tensor, batch: BatchAxis, value: Tensor, axis: int, rows: int
+) -> int | None:
+    if before.numel() != value.numel() or batch.slower is None:
+        return None
+    # The distance of two neighbouring samples, counted in values.
+    step = batch.rows // batch.slower * math.prod(before.shape[batch.axis + 1 :])
+    faster, rest = divmod(step, math.prod(value.shape[axis + 1 :]))
+    if rest or not faster or rows % faster:
+        return None
+    return rows // faster
+
+
+def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
+    """Yield the tensors that a node reads and that have a batch axis, each with its axis."""
+    for arg in node.all_input_nodes:
+        value, batch = facts(arg).example, facts(arg).batch
+        if isinstance(value, (tuple, list)):
+            picked = _picked(node)
+            parts = zip(value, batch, strict=True) if _same_length(value, batch) else ()
+            for i, (part, axis) in enumerate(parts):
+                if picked in (None, i) and isinstance(axis, BatchAxis):
+                    yield part, axis
+        elif isinstance(batch, BatchAxis):
+            yield value, batch
+
+
+def _picked(node: fx.Node) -> int | None:
+    """Return the index of the part of a tuple that a node takes."""
+    is_item = _name(node) == "getitem" and isinstance(node.args[1], int)
+    return node.args[1] if is_item else None  # type: ignore[return-value]
+
+
+def _all_plain(sources: list[tuple[Tensor, BatchAxis]], axis: int) -> bool:
+    return bool(sources) and all(batch == BatchAxis(axis) for _, batch in sources)
+
+
+def _same_length(value: Any, other: Any) -> bool:
+    return isinstance(other, (tuple, list)) and len(value) == len(other)
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", "")

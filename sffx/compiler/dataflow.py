@@ -11,7 +11,7 @@ between one node of the spine and the next, so step i ends in `spine[i]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import networkx as nx

@@ -15,6 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -28,14 +29,15 @@ from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
 from sffx.net import plan_of
 from sffx.runtime.agreement import Agreement, Word, require_same, structure_of
-from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
+from sffx.runtime.averaging import Wait
 from sffx.runtime.gate import Gate, none
-from sffx.runtime.gradients import Gradients, mark_gradients
+from sffx.runtime.gradients import Gradients
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.optimizers import require_optimizers_of
-from sffx.runtime.residency import Residency
+from sffx.runtime.residency import Collected, Residency
+from sffx.runtime.sending import Sending, layout_of
 from sffx.runtime.stage import Stage, stages_of
-from sffx.runtime.update import Options, Updates
+from sffx.runtime.update import Updates
 
 _ATTRIBUTE = "replication"
 
@@ -108,6 +110,7 @@ class Replication(Residency):
     Attributes:
         agreement: in which the processes say what they are about to do.
         group: over which gradients are averaged. No other collective runs in it.
+        wait: how to wait for a collective of that group; its own `wait` if None.
     """
 
     def __init__(self, net: fx.GraphModule, agreement: Agreement, group: dist.ProcessGroup) -> None:
@@ -115,13 +118,13 @@ class Replication(Residency):
         self.agreement = agreement
         self.group = group
         self._stages = stages_of(net)
-        self._wait: Wait | None = agreement.wait if group is agreement.group else None
+        self.wait: Wait | None = agreement.wait if group is agreement.group else None
         self._loads = 0
-        self._is_learning = False
+        self._is_learning = False  # in a step or a loss
         self._is_settling = False
-        self._announcement: Word | None = None
-        self._unsent: list[_Sending] = []
-        self._pending: list[_Sending] = []
+        self._announcement: Word | None = None  # from when a step begins until a block runs
+        self._unsent: list[Sending] = []
+        self._pending: list[Sending] = []
         self._failure = ""
         self._is_incomplete = False
         self._hooks: list[Any] = []
@@ -130,7 +133,9 @@ class Replication(Residency):
     @property
     def device(self) -> torch.device:
         """The device that the stages run on."""
-        return next(self._stages[0].block.parameters(), torch.empty(0)).device
+        # Not by `net.parameters`, which settles.
+        modules = [module for stage in self._stages for module in stage.modules]
+        return next(p.device for module in modules for p in module.parameters())
 
     @property
     def agrees(self) -> bool:
@@ -177,7 +182,7 @@ class Replication(Residency):
             ProcessError: another process failed, or does something else.
         """
         self._require_sound()
-        detail = zlib.crc32(repr([_layout_of(stage) for stage in stages]).encode())
+        detail = zlib.crc32(repr([layout_of(stage) for stage in stages]).encode())
         self._announcement = Word(deed, self.agreement.steps + 1, detail, self._loads)
         self._is_learning = True
         try:
@@ -187,7 +192,7 @@ class Replication(Residency):
         except BaseException as error:
             # A word that is still there has not been sent.
             if self._announcement is None:
-                self.fail(error)
+                self._fail(error)
             raise
         finally:
             self._announcement = None
@@ -201,16 +206,16 @@ class Replication(Residency):
             self._watch(optimizer)
         yield
 
-    def collect(self, stage: Stage, gradients: Gradients) -> _Sending:
+    def collect(self, stage: Stage, gradients: Gradients) -> Collected:
         """Send the gradients of a stage, and return what waits for their mean."""
-        sending = _Sending(self, stage, gradients)
+        sending = Sending(stage, self.agreement.steps, gradients)
         self._unsent.append(sending)
         self._send(block=False)
-        return sending
+        return _Collected(self, sending)
 
     def update(self, stage: Stage, gradients: Gradients, updates: Updates | None) -> None:
         """Send the gradients of a stage, which is updated before it is next read."""
-        sending = _Sending(self, stage, dict(gradients), updates)
+        sending = Sending(stage, self.agreement.steps, dict(gradients), updates)
         gradients.clear()
         self._unsent.append(sending)
         self._pending.append(sending)
@@ -234,7 +239,7 @@ class Replication(Residency):
         if not self.agreement.reached(block=block):
             return
         while self._unsent:
-            self._unsent.pop(0).start()
+            self._unsent.pop(0).start(self.group)
 
     # Between the steps.
 
@@ -256,19 +261,25 @@ class Replication(Residency):
             )
         self._is_settling = True
         try:
-            for _ in range(self._number_to_settle(stage)):
-                self._pending[0].apply()
-                self._pending.pop(0)
-        except BaseException as error:
-            self._is_incomplete = True
-            self.fail(error)
-            raise
+            with self.failing():
+                self._apply_first(self._number_to_settle(stage))
         finally:
             self._is_settling = False
 
+    def _apply_first(self, number: int) -> None:
+        """Apply the first of the pending updates."""
+        # A step sends all before it ends. But it may itself read what it has changed: a parameter
+        # that belongs to two blocks.
+        if number and self._unsent:
+            self._send(block=True)
+        for _ in range(number):
+            self._pending[0].apply(self.wait)
+            self._pending.pop(0)
+
     def settle_for_reader(self) -> None:
-        """Apply all pending updates, unless it is a step itself that reads the parameters."""
-        if not self._is_learning:
+        """Apply all pending updates, unless it is a step that prepares itself."""
+        is_preparing = self._announcement is not None
+        if not is_preparing:
             self.settle()
 
     def forget(self) -> None:
@@ -287,11 +298,8 @@ class Replication(Residency):
         """
         self._require_sound()
         self.settle()
-        try:
+        with self.failing():
             self.agreement.require(Word(deed, self.agreement.steps, loads=self._loads))
-        except ProcessError as error:
-            self.fail(error)
-            raise
 
     def _number_to_settle(self, stage: Stage | None) -> int:
         """Return how many of the pending updates must be applied before a stage is read.
@@ -306,7 +314,7 @@ class Replication(Residency):
         number = 0
         for position, sending in enumerate(self._pending):
             # Stages may share parameters.
-            if sending.stage is stage or not read.isdisjoint(sending.parameters):
+            if sending.stage.index == stage.index or not read.isdisjoint(sending.parameters):
                 number = position + 1
         return number
 
@@ -348,7 +356,16 @@ class Replication(Residency):
                 "Hint: load the newest checkpoint in all processes and call sffx.replicate again"
             )
 
-    def fail(self, error: BaseException) -> None:
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Hold a context in which an error is a failure of this process."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
         """Note a failure, and tell the other processes."""
         if self._failure:
             return
@@ -361,76 +378,25 @@ class Replication(Residency):
         self._pending = [sending for sending in self._pending if sending not in unsent]
         self._unsent.clear()
 
-    def _of_this_step(self) -> list[_Sending]:
+    def _of_this_step(self) -> list[Sending]:
         return [sending for sending in self._pending if sending.step == self.agreement.steps]
-
-    @property
-    def wait(self) -> Wait | None:
-        """How to wait for a collective; its own `wait` if None."""
-        return self._wait
 
     def __reduce__(self) -> Any:
         # Copies and pickles of a replicated model are ordinary models.
         return none, ()
 
 
-class _Sending:
-    """The gradients and buffers of one stage: to be sent, on their way, or to be applied.
+@dataclass(frozen=True)
+class _Collected:
+    """Gradients of a `local_loss` on their way."""
 
-    Attributes:
-        stage: whose they are.
-        step: the number of the step that they are of.
-        parameters: of the stage that learn.
-    """
-
-    def __init__(
-        self,
-        replication: Replication,
-        stage: Stage,
-        gradients: Gradients,
-        updates: Updates | None = None,
-    ) -> None:
-        self.stage = stage
-        self.step = replication.agreement.steps
-        self.parameters = stage.trainable if torch.is_grad_enabled() else []
-        self._replication = replication
-        self._gradients = gradients
-        self._averaging: Averaging | None = None
-        self._updates = updates
-        self._options: Options | None = None
-        if updates is not None:
-            self._options = updates.options(self.parameters)
-            updates.announce()
-
-    def start(self) -> None:
-        """Send the gradients, and let go of this process's own."""
-        modules = self.stage.modules
-        self._averaging = Averaging(
-            self.parameters,
-            self._gradients,
-            self._replication.group,
-            averaged_buffers(modules),
-            copied_buffers(modules),
-        )
-        mark_gradients(self._averaging.tensors)
-        self._gradients = {}
+    replication: Replication
+    sending: Sending
 
     def wait(self) -> Gradients:
-        """Return the mean gradients, and set the buffers."""
-        assert self._averaging is not None  # A step sends all before it ends.
-        try:
-            gradients = self._averaging.wait(self._replication.wait)
-        except BaseException as error:
-            self._replication.fail(error)
-            raise
-        self._averaging = None
-        return gradients
-
-    def apply(self) -> None:
-        """Wait for the mean gradients, and let the optimizer step on the stage."""
-        gradients = self.wait()
-        if gradients and self._updates is not None:
-            self._updates.apply(gradients, self._options)
+        """Return them when they are there."""
+        with self.replication.failing():
+            return self.sending.wait(self.replication.wait)
 
 
 def _group_for_gradients(
@@ -448,15 +414,6 @@ def _group_for_gradients(
     )
     found: dist.ProcessGroup = made
     return found
-
-
-def _layout_of(stage: Stage) -> list[Any]:
-    """Return what must be the same in all processes for their sums to fit together."""
-    layout: list[Any] = [stage.name, torch.is_grad_enabled()]
-    modules = stage.modules
-    for tensor in (*stage.trainable, *averaged_buffers(modules), *copied_buffers(modules)):
-        layout.append((tuple(tensor.shape), str(tensor.dtype)))
-    return layout
 
 
 def _why_not_averageable(net: fx.GraphModule) -> str | None:

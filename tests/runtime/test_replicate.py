@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import re
@@ -35,6 +36,16 @@ def batches(seed: int = 3) -> list[tuple[Tensor, Tensor]]:
         x = torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=generator)
         found.append((x, torch.randint(0, CLASSES, (BATCH,), generator=generator)))
     return found
+
+
+@functools.cache
+def cut_once(seed: int) -> fx.GraphModule:
+    return cut_model(seed)
+
+
+def fresh(seed: int) -> fx.GraphModule:
+    """Return a copy, since cutting takes longer than training a step."""
+    return copy.deepcopy(cut_once(seed))
 
 
 def share(rank: int, processes: int) -> list[tuple[Tensor, Tensor]]:
@@ -113,6 +124,25 @@ def train_by_loss(net: fx.GraphModule, data: Any) -> dict[str, Tensor]:
     return weights(net)
 
 
+def train_tied(net: fx.GraphModule, data: Any) -> dict[str, Tensor]:
+    """Train two blocks that share a weight. The second one reads what the first one learnt."""
+    net.block_2.get_submodule("3.conv").weight = net.block_1.get_submodule("2.conv").weight
+    return train(net, torch.optim.SGD(net.parameters(), lr=0.05), data)
+
+
+def watch_weights(net: fx.GraphModule, data: Any) -> dict[str, Tensor]:
+    """Train, and read all weights in the middle of each step."""
+    optimizer = adamw(net)
+    sums: list[Tensor] = []
+
+    def read(*_: object) -> None:
+        sums.append(torch.stack([p.detach().sum() for p in net.parameters()]).sum())
+
+    for x, y in data:
+        sffx.local_step(net, x, y, optimizer, on_block=read)
+    return {"sums": torch.stack(sums)}
+
+
 def weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
@@ -124,7 +154,16 @@ WAYS: dict[str, Callable[[fx.GraphModule, Any], dict[str, Tensor]]] = {
     "schedules": train_with_schedules,
     "some blocks": train_some_blocks,
     "local_loss": train_by_loss,
+    "tied": train_tied,
+    "read in a step": watch_weights,
 }
+
+
+def ways(processes: int) -> dict[str, Callable[[fx.GraphModule, Any], dict[str, Tensor]]]:
+    """Return the ways to train: all with two processes, fewer with three."""
+    if processes == 2:
+        return WAYS
+    return {name: WAYS[name] for name in ("some blocks", "local_loss", "tied")}
 
 
 def readings(net: fx.GraphModule, rank: int) -> dict[str, bool]:
@@ -188,7 +227,7 @@ def refusals(net: fx.GraphModule, rank: int) -> dict[str, str]:
         "layer",
         torch.zeros(1, 2 + rank),
     )
-    dtypes = cut_model(0).float() if rank else cut_model(0)
+    dtypes = fresh(0).float() if rank else fresh(0)
     calls = {
         "net is replicated already": lambda: sffx.replicate(net),
         "net is replicated, and only local_step": lambda: sffx.sff_loss(net(x), y),
@@ -197,7 +236,7 @@ def refusals(net: fx.GraphModule, rank: int) -> dict[str, str]:
         "rank 1: net has another plan": lambda: sffx.replicate(other),
         "rank 1: block_0.0.weight is parameter (6, 3, 3, 3) float32, and in the first process "
         "parameter (6, 3, 3, 3) float64": lambda: sffx.replicate(dtypes),
-        "net is not trained by several processes together": lambda: sffx.finish(cut_model(0)),
+        "net is not trained by several processes together": lambda: sffx.finish(fresh(0)),
     }
     return {expected: refusal(call) for expected, call in calls.items()}
 
@@ -217,7 +256,7 @@ def failures(rank: int) -> dict[str, str]:
     told: dict[str, str] = {}
 
     def replicas() -> tuple[fx.GraphModule, torch.optim.Optimizer]:
-        net = cut_model(0)
+        net = fresh(0)
         sffx.replicate(net, timeout=60)
         return net, adamw(net)
 
@@ -237,6 +276,13 @@ def failures(rank: int) -> dict[str, str]:
     told["blocks"] = attempt(
         lambda: sffx.local_step(net, x, y, optimizer, blocks=["block_0", "block_1"][: 2 - rank])
     )
+    net = fresh(0)
+    sffx.replicate(net, timeout=2)
+    if rank:
+        time.sleep(5)
+    told["a process that hangs"] = attempt(
+        lambda: (sffx.local_step(net, x, y, adamw(net)), sffx.finish(net))
+    )
     net, optimizer = replicas()
     if rank:
         net.load_state_dict(net.state_dict())
@@ -250,7 +296,7 @@ def failures(rank: int) -> dict[str, str]:
         if rank and name == "block_1":
             raise ValueError("a full disk")
 
-    net = cut_model(0)
+    net = fresh(0)
     state = net.state_dict()
     sffx.replicate(net, timeout=60)
     optimizer = adamw(net)
@@ -272,7 +318,7 @@ def failures(rank: int) -> dict[str, str]:
 def end_in_a_step(rank: int, folder: str) -> None:
     """Let one process end in the middle of a step. The other one leaves in a file what it sees."""
     x, y = share(rank, 2)[0]
-    net = cut_model(0)
+    net = fresh(0)
     sffx.replicate(net, timeout=60)
 
     def end(name: str, *_: object) -> None:
@@ -314,13 +360,13 @@ def run(rank: int, folder: str, processes: int) -> None:
     start(rank, folder, processes)
     data = share(rank, processes)
     found: dict[str, Any] = {}
-    for name, way in WAYS.items():
-        net = cut_model(seed=rank)  # the weights of rank 0 count
+    for name, way in ways(processes).items():
+        net = fresh(seed=rank)  # the weights of rank 0 count
         sffx.replicate(net, timeout=60)
         found[name] = way(net, data)
     found["evaluation"] = sffx.evaluate(net, data[: 2 * rank], group=dist.group.WORLD)
     if processes == 2:
-        model = DistributedDataParallel(sffx.LocalLoss(cut_model(seed=0)))
+        model = DistributedDataParallel(sffx.LocalLoss(fresh(seed=0)))
         optimizer = adamw(model.module.net)
         for x, y in data:
             optimizer.zero_grad()
@@ -344,11 +390,11 @@ def test_processes_with_a_share_each_train_as_one_with_the_whole(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     mp.spawn(run, args=(str(tmp_path), processes), nprocs=processes)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(processes)]
-    for name, way in WAYS.items():
-        net = cut_model(seed=0)
+    for name, way in ways(processes).items():
+        net = fresh(seed=0)
         before = weights(net)
         expected = way(net, batches())
-        assert not torch.equal(before["block_0.0.weight"], expected["block_0.0.weight"])
+        assert not torch.equal(before["block_0.0.weight"], weights(net)["block_0.0.weight"])
         for one in found:
             torch.testing.assert_close(one[name], expected, rtol=1e-11, atol=1e-12, msg=name)
             assert_equal(one[name], found[0][name])
@@ -382,6 +428,7 @@ def require_failures(first: dict[str, str], second: dict[str, str]) -> None:
     for name, expected in both.items():
         assert expected in first[name], (name, first[name])
         assert expected in second[name], (name, second[name])
+    assert "or took longer than the timeout" in first["a process that hangs"]
     assert first["weights after it"] == second["weights after it"]
     assert second["evaluation"].startswith("InputError: labels run from")
     assert first["evaluation"].startswith("ProcessError: the evaluation failed on rank 1")

@@ -1,0 +1,72 @@
+"""One stage's gradients and buffers: to be sent, on their way, or to be applied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
+from sffx.runtime.gradients import Gradients, mark_gradients
+from sffx.runtime.stage import Stage
+from sffx.runtime.update import Options, Updates
+
+
+class Sending:
+    """The gradients and buffers of one stage, and the update that they are for.
+
+    Attributes:
+        stage: whose they are.
+        step: the number of the step that they are of.
+        parameters: of the stage that learn.
+    """
+
+    def __init__(
+        self, stage: Stage, step: int, gradients: Gradients, updates: Updates | None = None
+    ) -> None:
+        self.stage = stage
+        self.step = step
+        self.parameters = stage.trainable if torch.is_grad_enabled() else []
+        self._gradients = gradients
+        self._averaging: Averaging | None = None
+        self._updates = updates
+        self._options: Options | None = None
+        if updates is not None:
+            self._options = updates.options(self.parameters)
+            updates.announce()
+
+    def start(self, group: dist.ProcessGroup) -> None:
+        """Send the gradients and buffers, and let go of this process's own gradients."""
+        modules = self.stage.modules
+        averaged = averaged_buffers(modules)
+        copied = copied_buffers(modules)
+        self._averaging = Averaging(self.parameters, self._gradients, group, averaged, copied)
+        mark_gradients(self._averaging.tensors)
+        self._gradients = {}
+
+    def wait(self, wait: Wait | None) -> Gradients:
+        """Return the mean gradients, and set the buffers.
+
+        Args:
+            wait: how to wait for a collective; its own `wait` if None.
+        """
+        assert self._averaging is not None  # The caller has sent it.
+        gradients = self._averaging.wait(wait)
+        self._averaging = None
+        return gradients
+
+    def apply(self, wait: Wait | None) -> None:
+        """Wait for the mean gradients, and let the optimizer step on the stage."""
+        gradients = self.wait(wait)
+        if gradients and self._updates is not None:
+            self._updates.apply(gradients, self._options)
+
+
+def layout_of(stage: Stage) -> list[Any]:
+    """Return what must be the same in all processes for their sums to fit together."""
+    layout: list[Any] = [stage.name, torch.is_grad_enabled()]
+    modules = stage.modules
+    for tensor in (*stage.trainable, *averaged_buffers(modules), *copied_buffers(modules)):
+        layout.append((tuple(tensor.shape), str(tensor.dtype)))
+    return layout

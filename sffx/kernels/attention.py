@@ -31,9 +31,12 @@ def self_attention(x: Tensor, attention: Any, *, norm: Any = None) -> Tensor:
         return attention(y, y, y, need_weights=False)[0]
     mixed = _mixed_values(_projected(x, attention, norm), attention)
     # The module's weights are used without a call of it, as torch does.
-    return F.linear(
+    y = F.linear(
         mixed.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias
     )
+    # Torch lays its result out with the tokens first. A dropout behind it draws in the order of
+    # memory, so another layout would drop other values. Nothing keeps y, so the copy is brief.
+    return y.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _projected(x: Tensor, attention: Any, norm: Any) -> Tensor:

@@ -51,3 +51,24 @@ def test_self_attention_drops_as_torch_does():
         torch.testing.assert_close(
             self_attention(x, attention), attention(x, x, x, need_weights=False)[0]
         )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (1, 5, 8), (3, 1, 8), (4, 4, 8)])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_a_dropout_behind_it_drops_as_behind_torch(shape, has_norm):
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    norm = nn.LayerNorm(8) if has_norm else None
+    x = torch.randn(shape, requires_grad=True)
+    y = norm(x) if norm is not None else x
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = nn.functional.dropout(self_attention(x, attention, norm=norm), 0.5)
+        torch.manual_seed(seed)
+        expected = nn.functional.dropout(attention(y, y, y, need_weights=False)[0], 0.5)
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_result_is_laid_out_as_that_of_torch():
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    found = self_attention(x, attention)
+    assert found.stride() == attention(x, x, x, need_weights=False)[0].stride()

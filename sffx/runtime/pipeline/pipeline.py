@@ -110,6 +110,7 @@ class Pipeline:
         place: the stage and the replica of this process.
         blocks: the names of the own blocks.
         seconds: what each block took when the stages were balanced, by name; empty with `cuts`.
+        bytes_sent: to the next stage, so far.
 
     Raises:
         InputError: there is no process group; there are more processes than blocks; processes have
@@ -138,6 +139,7 @@ class Pipeline:
         self._functions = loss_functions(loss_fn, len(self.net.plan.all_blocks))
         self._watch = self._new_watch(_checked_timeout(timeout))
         self.seconds: dict[str, float] = {}
+        self.bytes_sent = 0
         with self._watch.reporting():
             self._connections = connect(self.place, self.device)
             require_same_everywhere(self._from_everyone(summary(self.net)))
@@ -227,8 +229,7 @@ class Pipeline:
             for step, batch in enumerate(source):
                 with block_seeds(mixed(seed, step)):
                     self._train_batch(batch, lessons, steps, sums, handover)
-            if outgoing is not None:
-                outgoing.drain()
+            self._drain(outgoing)
             steps.finish()
             elapsed = time.monotonic() - start
             busy = 1 - (self._watch.waited - waited) / elapsed
@@ -277,8 +278,7 @@ class Pipeline:
             source, handover, outgoing = self._opened(loader, self._check_labels)
             for batch in source:
                 self._evaluate_batch(batch, totals, handover)
-            if outgoing is not None:
-                outgoing.drain()
+            self._drain(outgoing)
             together = Totals(self.net)
             for other in self._from_everyone(totals):
                 together.merge(other)
@@ -445,10 +445,15 @@ class Pipeline:
             handover = Handover(self.net, self._stages, outgoing)
             outgoing.open(word)
         if word is Word.END:
-            if outgoing is not None:
-                outgoing.drain()
+            self._drain(outgoing)
             raise InputError("the loader yielded no batches")
         return source, handover, outgoing
+
+    def _drain(self, outgoing: Outgoing | None) -> None:
+        """Wait until the next stage has all messages of an epoch."""
+        if outgoing is not None:
+            outgoing.drain()
+            self.bytes_sent += outgoing.bytes_sent
 
     def _source(
         self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]

@@ -28,7 +28,7 @@ except ImportError:  # Windows
 LONGEST_NAME = 255  # bytes that file systems allow
 PATIENCE = 2.0  # Seconds to wait for the reader of a named pipe.
 DRAFTS = ".sffx-"  # how the names of folders with drafts begin
-ASIDE = "old"  # in such a folder: an old folder, moved aside for a moment
+ASIDE = "old"  # in such a folder: the place of an old folder that is moved aside for a moment
 
 # Arguments of the calls that exchange two paths, from the headers of Linux and macOS.
 AT_FDCWD = -100
@@ -97,7 +97,8 @@ def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     If the block raises, the new folder is removed and the old one stays as it was. The two change
     places in one step, so at every moment there is one of them at `path`. Where the system or the
-    file system cannot do that (see `_swap`), there is no folder for a moment.
+    file system cannot do that (see `_swap`), the old one is moved aside for a moment, where
+    `present_folder` finds it. If the process is killed in that moment, it stays there.
 
     Args:
         path: of the folder; its parent must exist, and the old folder must be one to replace.
@@ -119,7 +120,21 @@ def writing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if file.is_file():
                 _sync(file)
         _keep_mode(new, old)
-        _exchange(new, target, folder / ASIDE)
+        _exchange(new, target, folder / ASIDE / target.name)
+
+
+def present_folder(path: Path) -> Path:
+    """Return where a folder is: at its path, or where `writing_folder` has moved it aside.
+
+    If there is none, it is the path itself.
+    """
+    if path.exists():
+        return path
+    target = Path(os.path.realpath(path))
+    for place in target.parent.glob(f"{DRAFTS}*/{ASIDE}"):
+        if (place / target.name).is_dir():
+            return place / target.name
+    return path
 
 
 def as_path(path: Any) -> Path:
@@ -209,13 +224,18 @@ def _new_drafts(directory: Path) -> tuple[Path, int | None]:
 def _remove_abandoned(directory: Path) -> None:
     """Remove the drafts of processes that were killed: those that no living process has locked."""
     for folder in directory.glob(f"{DRAFTS}*"):
-        # An old folder that was moved aside, and that nothing took the place of, is no draft.
-        if not folder.is_dir() or folder.is_symlink() or (folder / ASIDE).is_dir():
+        if not folder.is_dir() or folder.is_symlink() or _holds_the_only_copy(folder):
             continue
         lock = _lock(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             _close(lock)
+
+
+def _holds_the_only_copy(drafts: Path) -> bool:
+    """Return whether an old folder was moved aside into drafts, and nothing took its place."""
+    moved = (drafts / ASIDE).glob("*")
+    return any(not (drafts.parent / old.name).exists() for old in moved)
 
 
 def _lock(folder: Path) -> int | None:
@@ -304,6 +324,7 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
         os.replace(new, target)
     elif not _swap(new, target):
         # One rename cannot replace a folder with files in it.
+        old.parent.mkdir()
         os.replace(target, old)
         try:
             os.replace(new, target)

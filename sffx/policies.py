@@ -54,8 +54,7 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
     """
     if isinstance(policy, str):
         return policy, _parse(policy)
-    is_function = callable(policy) and not isinstance(policy, nn.Module | type)
-    if is_function:
+    if callable(policy) and not isinstance(policy, nn.Module | type):
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):
         raise InputError(

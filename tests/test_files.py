@@ -16,7 +16,7 @@ import torch
 
 from sffx import files
 from sffx.errors import ExportError, InputError
-from sffx.files import write, writing, writing_folder
+from sffx.files import present_folder, write, writing, writing_folder
 
 OLD = b"the old file"
 SUPERUSER = os.geteuid() == 0
@@ -350,6 +350,26 @@ def test_where_folders_cannot_be_exchanged_two_renames_do_it(
     assert os.listdir(old_folder.parent) == ["net"]
 
 
+def test_between_two_renames_a_reader_finds_the_old_folder(
+    old_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_swap", lambda one, other: False)
+    replace = os.replace
+    seen = []
+
+    def watched(source: Path, target: Path) -> None:
+        replace(source, target)
+        place = present_folder(old_folder)
+        seen.append((place == old_folder, sorted(os.listdir(place))))
+
+    monkeypatch.setattr(os, "replace", watched)
+    with writing_folder(old_folder) as new:
+        (new / "net.bin").write_bytes(b"new")
+    assert seen == [(False, ["old.bin"]), (True, ["net.bin"])]
+    nowhere = old_folder.with_name("nowhere")
+    assert present_folder(nowhere) == nowhere
+
+
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -405,5 +425,12 @@ def test_a_folder_that_was_moved_aside_is_never_removed(old_folder: Path) -> Non
         process.wait()
     assert not old_folder.exists()
     write(old_folder.with_name("other.bin"), b"new")
-    aside = list(old_folder.parent.glob(".sffx-*/old/old.bin"))
+    aside = list(old_folder.parent.glob(".sffx-*/old/net/old.bin"))
     assert [path.read_bytes() for path in aside] == [OLD]
+    # A reader finds it there, and the next writer clears it away.
+    assert (present_folder(old_folder) / "old.bin").read_bytes() == OLD
+    with writing_folder(old_folder) as new:
+        (new / "net.bin").write_bytes(b"new")
+    assert present_folder(old_folder) == old_folder
+    write(old_folder.with_name("other.bin"), b"newer")
+    assert list(old_folder.parent.glob(".sffx-*")) == []

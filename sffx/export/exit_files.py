@@ -38,6 +38,7 @@ from sffx.errors import ExportError, InputError, MissingExtra
 from sffx.export.exit_stage import ExitStage
 from sffx.export.explain import first_line
 from sffx.export.onnx import described_inputs, open_session
+from sffx.files import present_folder
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -171,16 +172,31 @@ def load(folder: Path) -> tuple[Manifest, tuple[ExitStage, ...]]:
             describes.
         MissingExtra: onnxruntime is not installed.
     """
-    manifest = read_manifest(folder)
+    place, manifest = _present_manifest(folder)
     while True:
         try:
-            return manifest, load_stages(folder, manifest)
+            return manifest, load_stages(place, manifest)
         except InputError:
             # The folder may have been replaced after its manifest was read.
-            newer = read_manifest(folder)
-            if newer == manifest:
+            newer = _present_manifest(folder)
+            if newer == (place, manifest):
                 raise
-            manifest = newer
+            place, manifest = newer
+
+
+def _present_manifest(folder: Path) -> tuple[Path, Manifest]:
+    """Return where the folder of an export is at this moment, and its manifest.
+
+    Raises:
+        InputError: there is none.
+    """
+    place = present_folder(folder)
+    try:
+        return place, read_manifest(place)
+    except InputError:
+        # It may have moved between these two lines.
+        place = present_folder(folder)
+        return place, read_manifest(place)
 
 
 def load_stages(folder: Path, manifest: Manifest) -> tuple[ExitStage, ...]:

@@ -51,7 +51,7 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
     with FakeCopyMode(mode):
         probe = twin(net, fake_tensors(net, mode)).train()
     try:
-        with caches_restored(net.origin.model):
+        with caches_restored(probe):
             _verify_run(probe, batch, mode)
     except VerifyError:
         raise

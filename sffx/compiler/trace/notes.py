@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +17,7 @@ def notes(
     graph: fx.Graph,
     *,
     constants: Mapping[str, Any],
-    kept: Collection[str],
+    kept: Sequence[str],
     checkpointed: bool,
     is_of_size: bool,
 ) -> Iterator[str]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
@@ -77,10 +82,24 @@ def counters(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> di
     return found
 
 
-def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> list[str]:
-    """Return the qualnames of the tensors that a first call computes and later calls only read.
+@dataclass(frozen=True)
+class Kept:
+    """What later calls read of an earlier one.
 
-    Tables, which are computed from nothing that is fake, have values and are none.
+    Attributes:
+        once: qualnames of the tensors that the first call computes, and later calls only read.
+        carried: the modules with a tensor that each call computes and the next one reads, and its
+            name.
+    """
+
+    once: tuple[str, ...] = ()
+    carried: Mapping[nn.Module, str] = field(default_factory=dict)
+
+
+def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> Kept:
+    """Return what a call keeps for the next one, in attributes and the containers there.
+
+    Tables, which are computed from nothing that is fake, have values and do not count.
 
     Args:
         probe: the model on fake tensors, whose forward has run.
@@ -89,43 +108,124 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
     """
     made = _made(probe, before)
     if not made:
-        return []
+        return Kept()
+    reads = _Reads(made)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reads:
             run()
     except Exception:
-        return []
-    again = _made(probe, before)
-    return [name for name, value in made.items() if again.get(name) is value]
-
-
-def _made(probe: nn.Module, before: Attributes) -> dict[str, FakeTensor]:
-    """Return the fake tensors among the attributes that a forward has set, by qualname."""
+        return Kept()
+    again = {place: id(tensor) for tensor, place in _made(probe, before).values()}
     names = {module: name for name, module in probe.named_modules()}
-    made = {}
+    once = []
+    carried = {}
+    for key in reads.found:
+        module, name = made[key][1]
+        if again.get((module, name)) == key:
+            once.append(f"{names[module]}.{name}".strip("."))
+        else:
+            carried[module] = name
+    return Kept(tuple(dict.fromkeys(once)), carried)
+
+
+# By the `id` of a fake tensor: the tensor, and the module and the attribute that hold it.
+_Made = dict[int, tuple[FakeTensor, tuple[nn.Module, str]]]
+
+
+def _made(probe: nn.Module, before: Attributes) -> _Made:
+    """Return the fake tensors that a forward has put into attributes."""
+    known = {id(tensor) for tensor in (*probe.parameters(), *probe.buffers())}
+    made: _Made = {}
     for module, attributes in before._before:
         for name, value in vars(module).items():
-            if isinstance(value, FakeTensor) and attributes.get(name) is None:
-                made[f"{names[module]}.{name}".strip(".")] = value
+            if name in _OWN:
+                continue
+            earlier = {id(leaf) for leaf in tree_leaves(attributes.get(name))}
+            for leaf in _leaves(value):
+                is_new = id(leaf) not in known and id(leaf) not in earlier
+                if isinstance(leaf, FakeTensor) and is_new:
+                    made[id(leaf)] = (leaf, (module, name))
     return made
 
 
+def _leaves(value: Any) -> list[Any]:
+    return tree_leaves(list(value) if isinstance(value, (deque, set)) else value)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some tensors torch's functions are given.
+
+    Attributes:
+        found: the `id` of each.
+    """
+
+    def __init__(self, made: _Made) -> None:
+        super().__init__()
+        self._made = made
+        self.found: dict[int, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in ("__get__", "size", "dim"):
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self._made:
+                    self.found[id(leaf)] = None
+        return func(*args, **(kwargs or {}))
+
+
 def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
-    return {module: _numbers_in(vars(module)) for module in probe.modules()}
-
-
-def _numbers_in(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers among attributes, how many values a list has, and writes on tensors."""
+    """Return what `counters` compares: of each module, by the names of attributes."""
+    known: dict[int, Any] = {}
     numbers = {}
-    # The model's own buffers are fake. A trace sees what is written on them.
-    for name, value in (*attributes.items(), *attributes.get("_buffers", {}).items()):
-        if type(value) in _PLAIN:
-            numbers[name] = value
-        elif isinstance(value, _CONTAINERS) and name not in _OWN:
-            numbers[name] = len(value)
-        elif type(value) is Tensor:
-            numbers[name] = value._version  # which counts the writes in place
+    for module in probe.modules():
+        # The model's own buffers are fake. A trace sees what is written on them.
+        attributes = {**module._buffers, **vars(module)}
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
+                attributes.update(vars(kind))
+        own = {}
+        for name, value in attributes.items():
+            if name not in _OWN and not name.startswith("__"):
+                own[name] = _counted(value, known)
+        numbers[module] = own
     return numbers
+
+
+def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+    """Return the numbers in a value, however deep: how long lists are, and how far iterators.
+
+    Args:
+        value: an attribute, or what it holds.
+        known: results by the `id` of objects, since many modules share one configuration.
+        depth: of the value in the attribute.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is Tensor:
+        return value._version  # which counts the writes in place
+    if depth == _DEEPEST or isinstance(value, (nn.Module, type, FunctionType)):
+        return None
+    if id(value) not in known:
+        known[id(value)] = None  # it may hold itself
+        known[id(value)] = _counted_inside(value, known, depth)
+    return known[id(value)]
+
+
+def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
+    if isinstance(value, Iterator):
+        with suppress(Exception):  # a generator does not say how far it is
+            return repr(value.__reduce__())
+        return None
+    if isinstance(value, (*_CONTAINERS, tuple)):
+        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    elif type(value).__module__.partition(".")[0] == "torch":
+        return None
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return len(parts), [_counted(part, known, depth + 1) for part in parts[:_MOST_PARTS]]
+
+
+_DEEPEST = 3
+_MOST_PARTS = 100
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

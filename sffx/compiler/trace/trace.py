@@ -8,7 +8,7 @@ the original.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -111,9 +111,9 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     probe = fake_copy_but_constants(model, mode).train()
     attributes = Attributes(probe)
     form, values = example_arguments(probe, example_input, mode, root)
-    _make_leaves_of_counters(probe, partial(call, probe, form, values), attributes, leaves)
-
-    kept = kept_tensors(probe, partial(call, probe, form, values), attributes)
+    run = torch.no_grad()(partial(call, probe, form, values))
+    kept = kept_tensors(probe, run, attributes)
+    _make_leaves_of_counters(probe, run, attributes, leaves, kept.carried)
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
@@ -145,7 +145,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
                 root,
                 graph,
                 constants=form.constants,
-                kept=kept,
+                kept=kept.once,
                 checkpointed=tracer.patches.checkpointed,
                 is_of_size=is_of_size,
             ),
@@ -185,15 +185,18 @@ def _other_examples(
 
 
 def _make_leaves_of_counters(
-    probe: nn.Module, run: Callable[[], Any], before: Attributes, leaves: dict[str, str]
+    probe: nn.Module,
+    run: Callable[[], Any],
+    before: Attributes,
+    leaves: dict[str, str],
+    carried: Mapping[nn.Module, str],
 ) -> None:
-    """Make leaves of the modules that count their calls, or keep another number of the last one.
+    """Make leaves of the modules whose calls change what the next one reads.
 
     Raises:
         TraceError: the model itself is one.
     """
-
-    for module, name in counters(probe, torch.no_grad()(run), before).items():
+    for module, name in {**counters(probe, run, before), **carried}.items():
         reason = f"changes its attribute {name!r} at each call"
         if module is probe:
             raise TraceError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import types
 from collections import deque
 from typing import Any
 
@@ -25,6 +27,8 @@ def _table(size: int) -> Tensor:
 
 class _Keeps(nn.Module):
     """A layer, and code that keeps something."""
+
+    calls = 0
 
     def __init__(self, code) -> None:
         super().__init__()
@@ -138,13 +142,63 @@ def _writes_a_registered_buffer(m: _Keeps, x: Tensor) -> Tensor:
     return x + m.table
 
 
-CHANGES = [_appends, _remembers, _writes_an_attribute, _writes_a_registered_buffer]
+def _averages(m: _Keeps, x: Tensor) -> Tensor:
+    m.state = 0.9 * m.state + 0.1 * x.detach().mean(0)
+    return x + m.state
+
+
+def _averages_in_a_dictionary(m: _Keeps, x: Tensor) -> Tensor:
+    m.seen = {"mean": (m.seen["mean"] if m.seen else 0) + x.detach().mean(0)}
+    return x + m.seen["mean"]
+
+
+def _reads_the_last_output(m: _Keeps, x: Tensor) -> Tensor:
+    last = getattr(m, "last", None)
+    m.last = x.detach()
+    return x if last is None else x + last.mean(0)
+
+
+def _counts_in_a_dictionary(m: _Keeps, x: Tensor) -> Tensor:
+    m.seen = m.seen or {"calls": 0}
+    m.seen["calls"] += 1
+    return x * m.seen["calls"]
+
+
+def _counts_in_an_object(m: _Keeps, x: Tensor) -> Tensor:
+    m.seen = m.seen or types.SimpleNamespace(calls=0)
+    m.seen.calls += 1
+    return x * m.seen.calls
+
+
+def _counts_in_the_class(m: _Keeps, x: Tensor) -> Tensor:
+    type(m).calls += 1
+    return x * (1 + type(m).calls % 2)
+
+
+def _iterates(m: _Keeps, x: Tensor) -> Tensor:
+    m.seen = m.seen or itertools.count(1)
+    return x * next(m.seen)
+
+
+CHANGES = [
+    _appends,
+    _remembers,
+    _writes_an_attribute,
+    _writes_a_registered_buffer,
+    _averages,
+    _averages_in_a_dictionary,
+    _reads_the_last_output,
+    _counts_in_a_dictionary,
+    _counts_in_an_object,
+    _counts_in_the_class,
+    _iterates,
+]
 
 
 @pytest.mark.parametrize("code", CHANGES)
 def test_what_each_call_changes_makes_a_leaf(code):
     model = _Net(code)
-    net = sffx.transform(model, "layer", norm="none", check=True)
+    net = sffx.transform(model, "layer", norm="none", check=code is not _counts_in_the_class)
     assert leaf_names(net) == ["keeps"]
     with pytest.raises(TraceError, match="at each call"):
         sffx.plan(_Keeps(code), example_input=torch.zeros(1, 6))

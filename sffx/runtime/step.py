@@ -123,7 +123,9 @@ def local_step(
     The parameters end up as after `local_loss(net, x, y).backward(); optimizer.step()`. But only
     one block's gradients are held at a time. Gradients from before the step are discarded, and none
     are left after it. Parameters that do not belong to `net` are left alone. The blocks of an
-    offloaded model (`offload`) come to the device one after the other.
+    offloaded model (`offload`) come to the device one after the other. The gradients of a
+    replicated one (`replicate`) are averaged over the processes, and each block is updated just
+    before it is next read.
 
     Args:
         net: what `transform` returned, in train mode.
@@ -149,6 +151,8 @@ def local_step(
             optimizer; gradients are switched off; the optimizer holds none of its parameters or is
             LBFGS; a block has no optimizer; `loss_fn` or y requires gradients; the labels do not
             fit; or a name is not that of a block.
+        ProcessError: the net is replicated or sharded, and another process failed or does something
+            else.
 
     Warns:
         UserWarning: several processes train. Their gradients are not averaged.

@@ -42,8 +42,13 @@ class Sending:
         averaged = averaged_buffers(modules)
         copied = copied_buffers(modules)
         self._averaging = Averaging(self.parameters, self._gradients, group, averaged, copied)
-        mark_gradients(self._averaging.tensors)
+        mark_gradients(self.tensors)
         self._gradients = {}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is on its way: flat tensors, as large as the gradients and running statistics."""
+        return [] if self._averaging is None else self._averaging.tensors
 
     def wait(self, wait: Wait | None) -> Gradients:
         """Return the mean gradients, and set the buffers.

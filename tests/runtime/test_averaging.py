@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sffx
@@ -93,6 +97,46 @@ def test_two_processes_get_the_mean_of_their_gradients_and_running_statistics(
             assert torch.equal(found, mean), name
         assert buffers["norm.running_mean"].tolist() == [1.5] * 4
         assert buffers["seen"].tolist() == [True, False]  # of the first process
+
+
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Be the only process of a group."""
+    folder = tmp_path_factory.mktemp("group")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@given(
+    tensors=st.lists(st.tuples(SHAPES, DTYPES, st.booleans(), st.booleans()), max_size=6),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_mean_over_one_process_is_its_own_gradient(tensors: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    parameters, gradients = [], {}
+    for shape, dtype, is_turned, is_used in tensors:
+        values = torch.randn(shape, dtype=dtype)
+        if is_turned:  # in memory it lies in another order
+            values = values.permute(tuple(reversed(range(values.ndim))))
+        parameter = nn.Parameter(values)
+        parameters.append(parameter)
+        if is_used:
+            gradients[parameter] = torch.randn_like(values)
+    statistic = torch.randn(3)
+    expected = statistic.clone()
+    found = Averaging(parameters, gradients, None, averaged=[statistic]).wait()
+    assert found.keys() == gradients.keys()
+    for parameter, gradient in gradients.items():
+        assert torch.equal(found[parameter], gradient)
+        assert found[parameter].stride() == torch.empty_like(parameter).stride()
+    assert torch.equal(statistic, expected)
 
 
 def test_a_sparse_gradient_is_refused() -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import sffx
+from sffx.runtime.replicate import replication_of
 from tools import replicas
 from tools.replicas import Ring, by_replicate, exposed_seconds
 
@@ -41,6 +42,7 @@ def test_a_sum_takes_as_long_as_a_ring_needs() -> None:
 def test_a_step_ends_before_its_gradients_have_arrived_and_a_reader_waits_for_them() -> None:
     layers = (nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(2, 4))
+    parameters = list(net.parameters())
     ring = Ring(processes=2, bandwidth=1e9, latency=1.0)
     step = by_replicate(net, torch.randn(8, 4), torch.randint(0, 3, (8,)), ring)
     step()
@@ -49,11 +51,18 @@ def test_a_step_ends_before_its_gradients_have_arrived_and_a_reader_waits_for_th
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
+    assert bytes_on_their_way(net) == 4 * sum(p.numel() + 1 for p in parameters)
     assert ring.busy == pytest.approx(3.0, rel=1e-3)  # two blocks and the classifier
     assert seconds < 1.0
     after = net.state_dict()["block_0.0.weight"]
     assert time.perf_counter() - start >= ring.busy
     assert not torch.equal(before, after)
+
+
+def bytes_on_their_way(net: nn.Module) -> int:
+    replication = replication_of(net)
+    assert replication is not None
+    return sum(tensor.nbytes for each in replication._pending for tensor in each.tensors)
 
 
 def test_a_run_writes_a_table_and_its_record(tmp_path: Path) -> None:

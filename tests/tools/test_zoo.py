@@ -20,10 +20,16 @@ SAMPLE = (
 )
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(Entry("torchvision", name) for name in SAMPLE),
+        Entry("torchvision", "lraspp_mobilenet_v3_large", "segmentation"),
+    ],
+    ids=lambda entry: entry.name,
+)
 @pytest.mark.filterwarnings("ignore")
-def test_torchvision(name):
-    entry = Entry("torchvision", name, "classification")
+def test_torchvision(entry):
     torch.manual_seed(0)
     model = build(entry)
     record = new_record(entry)
@@ -35,10 +41,7 @@ def test_torchvision(name):
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [
-        ("detection", "fasterrcnn_mobilenet_v3_large_320_fpn"),
-        ("segmentation", "lraspp_mobilenet_v3_large"),
-    ],
+    [("detection", "fasterrcnn_mobilenet_v3_large_320_fpn")],
 )
 def test_no_classifier_is_refused_with_a_way_out(group, name):
     entry = Entry("torchvision", name, group)

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "zoo"
 CLASSES = 10
 SAMPLES = 3
 
-# Groups of models that are no classifiers, and must be refused with a helpful error.
-REFUSED_GROUPS = ("detection", "segmentation", "optical_flow")
+# Groups of models that have no task, and must be refused with a helpful error.
+REFUSED_GROUPS = ("detection", "optical_flow")
 
 # Each zoo, by the name that `pip` knows it by, and its module in `tools.zoo.packages`.
 ZOOS = {
@@ -44,8 +44,8 @@ class Entry:
     Attributes:
         zoo: the package that it comes from.
         name: in that package; unique in the zoo.
-        group: the kind that the table lists it under. Models of `REFUSED_GROUPS` are no
-            classifiers, and must be refused with a helpful error.
+        group: the kind that the table lists it under, which tells the task. Models of
+            `REFUSED_GROUPS` have none, and must be refused with a helpful error.
     """
 
     zoo: str

@@ -38,9 +38,9 @@ def table(records: list[Record]) -> str:
 
 
 def _kind(record: Record) -> str:
-    if record.zoo != "torchvision":
+    if record.zoo != "torchvision" and record.group == "classification":
         return record.zoo
-    return f"torchvision, {record.group.replace('_', ' ')}"
+    return f"{record.zoo}, {record.group.replace('_', ' ')}"
 
 
 def _counts(records: list[Record]) -> Iterator[str]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
 from sffx.comparison.weights import calibrate, draw_constants
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE
+from sffx.compiler.untie import untied
 from sffx.learning.losses import block_loss
+from sffx.plain import logits_of
+from sffx.tasks import CLASSIFICATION
 from tools.zoo.entries import CLASSES, SAMPLES, Inputs
 from tools.zoo.records import Record
 
@@ -55,7 +57,8 @@ def verify_model(
     if len(net.plan) < 2 and not net.plan.notes:
         raise Unverified("one feature block, and the plan does not say why")
     _check_values(model, net, inputs)
-    _check_gradients(model, net, inputs)
+    # As `transform` did before the cut.
+    _check_gradients(untied(model)[0], net, inputs)
     if onnx:
         with tempfile.TemporaryDirectory() as folder:
             sffx.export_onnx(net, Path(folder) / "net.onnx")
@@ -99,12 +102,17 @@ def run_model(model: nn.Module, inputs: Inputs, seed: int = 1) -> Tensor:
 
     The random numbers are the same in each call with a seed.
     """
-    torch.manual_seed(seed)
-    random.seed(seed)
-    output: Any = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
+    output: Any = _returned(model, inputs, seed)
     if hasattr(output, "logits"):
         output = output.logits
     return output[0] if isinstance(output, tuple) else output
+
+
+def _returned(model: nn.Module, inputs: Inputs, seed: int) -> Any:
+    """Return all that a model returns."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
 
 
 def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
@@ -130,7 +138,8 @@ def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> N
     It must have the gradient after a `local_loss` step too. Layers that are dropped at random have
     none in some runs, so what differs in one run is looked for in others.
     """
-    labels = torch.arange(SAMPLES) % CLASSES
+    plan = net.plan
+    targets = _targets(plan)
     names = {id(p): name for name, p in net.origin.model.named_parameters()}
     reached: set[str] = set()
     trained: set[str] = set()
@@ -138,13 +147,14 @@ def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> N
     model.train()
     net.train()
     for seed in range(_MOST_RUNS):
-        F.cross_entropy(run_model(model, inputs, seed), labels).backward()
+        logits = logits_of(_returned(model, inputs, seed), plan)
+        block_loss(logits, targets, task=plan.task).backward()
         reached |= {name for name, p in model.named_parameters() if p.grad is not None}
-        for key, found in _blocks_that_reach(net, inputs, labels, seed).items():
+        for key, found in _blocks_that_reach(net, inputs, targets, seed).items():
             if key in names:
                 blocks.setdefault(names[key], set()).update(found)
         torch.manual_seed(seed)
-        sffx.local_loss(net, _call_arguments(inputs), labels).backward()
+        sffx.local_loss(net, _call_arguments(inputs), targets).backward()
         for p in net.parameters():
             if id(p) in names and p.grad is not None:
                 trained.add(names[id(p)])
@@ -160,18 +170,25 @@ def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> N
     raise Unverified(f"gradient, though backpropagation does not reach it: {_shown(surplus)}")
 
 
+def _targets(plan: sffx.BlockPlan) -> Tensor:
+    """Return targets of the model's task."""
+    if plan.task == CLASSIFICATION:
+        return torch.arange(SAMPLES) % CLASSES
+    return plan.task.example_targets((SAMPLES, *plan.classifier.shape))
+
+
 def _blocks_that_reach(
-    net: fx.GraphModule, inputs: Inputs, labels: Tensor, seed: int
+    net: fx.GraphModule, inputs: Inputs, targets: Tensor, seed: int
 ) -> dict[int, set[int]]:
     """Return, for each parameter by its id, the blocks whose loss gives it a gradient."""
     scores: list[Tensor] = []
     handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
-    run_model(net, inputs, seed)
+    _returned(net, inputs, seed)
     handle.remove()
     parameters = [p for p in net.parameters() if p.requires_grad]
     blocks: dict[int, set[int]] = {}
     for i, score in enumerate(scores):
-        loss = block_loss(score, labels)
+        loss = block_loss(score, targets, task=net.plan.task)
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

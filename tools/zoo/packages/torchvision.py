@@ -1,4 +1,4 @@
-"""The classifiers of torchvision, and its detectors and the like, which must be refused."""
+"""The classifiers and segmentations of torchvision, and its detectors, which must be refused."""
 
 from __future__ import annotations
 

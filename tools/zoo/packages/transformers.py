@@ -1,4 +1,4 @@
-"""Classifiers of transformers, in small configurations."""
+"""Models of transformers, in small configurations: classifiers, and models with other tasks."""
 
 from __future__ import annotations
 
@@ -67,17 +67,45 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
+_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "bos_token_id": 0}
+# By group, which tells the task.
+OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "tokens": {
+        "bert-tokens": ("BertForTokenClassification", _TEXT),
+        "distilbert-tokens": ("DistilBertForTokenClassification", _DISTILBERT),
+        "electra-tokens": ("ElectraForTokenClassification", {**_TEXT, "embedding_size": 32}),
+    },
+    "language": {
+        "gpt2-lm": ("GPT2LMHeadModel", {**_GPT2, "eos_token_id": 0}),
+        "llama-lm": ("LlamaForCausalLM", _TEXT),
+        "llama-lm-tied": ("LlamaForCausalLM", {**_TEXT, "tie_word_embeddings": True}),
+    },
+    "regression": {"bert-number": ("BertForSequenceClassification", {**_TEXT, "num_labels": 1})},
+    "multilabel": {
+        "bert-labels": (
+            "BertForSequenceClassification",
+            {**_TEXT, "problem_type": "multi_label_classification"},
+        ),
+    },
+}
+
 
 def entries() -> list[Entry]:
-    return [Entry("transformers", name) for name in TRANSFORMERS]
+    listed = [Entry("transformers", name) for name in TRANSFORMERS]
+    for group, models in OTHER_TASKS.items():
+        listed += [Entry("transformers", name, group) for name in models]
+    return listed
 
 
 def build(entry: Entry) -> nn.Module:
     import transformers
 
-    class_name, options = TRANSFORMERS[entry.name]
+    models = OTHER_TASKS.get(entry.group, TRANSFORMERS)
+    class_name, options = models[entry.name]
     model_class = getattr(transformers, class_name)
-    model: nn.Module = model_class(model_class.config_class(num_labels=CLASSES, **options))
+    configured = model_class.config_class(**{"num_labels": CLASSES, **options})
+    model: nn.Module = model_class(configured)
     return model
 
 

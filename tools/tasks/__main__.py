@@ -1,0 +1,169 @@
+"""Train networks with other tasks than classes of a sample, by several methods.
+
+    python -m tools.tasks --data data --runs runs diabetes language camvid-lraspp
+    python -m tools.tasks --render
+
+Each method tries the same learning rates on seed 0, for a third of the epochs, and the best by
+validation trains to the end with each seed. The readout and the epoch are chosen by validation, and
+tested. Each run keeps its state after each epoch in `--runs`, so the same command goes on where it
+was interrupted. Records go to `--out`. `--costs` adds time and counted peak of a step, and wants a
+quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sffx.files import write
+from tools.costs import Training, relative_costs
+from tools.tasks.experiments import EXPERIMENTS, Experiment
+from tools.tasks.training import Run
+
+OUT = Path(__file__).parent.parent / "results" / "tasks"
+ROUNDS = 20
+
+
+def key(method: str) -> str:
+    """Return a method's name as part of a file's name."""
+    return method.replace(" ", "-").replace(",", "").replace("=", "")
+
+
+def train(name: str, experiment: Experiment, options: argparse.Namespace) -> None:
+    """Make the runs of one experiment that have no record yet."""
+    for method in experiment.methods:
+        lr = _searched(name, experiment, method, options)
+        for seed in experiment.seeds:
+            record = options.out / name / f"{key(method)}-{seed}.json"
+            if not record.exists():
+                found = _run(name, experiment, method, lr, seed, experiment.epochs, options)
+                _write(record, {"method": method, "seed": seed, "lr": lr, **found})
+
+
+def _searched(name: str, experiment: Experiment, method: str, options: argparse.Namespace) -> float:
+    """Return the learning rate whose trial was best by validation."""
+    best, chosen = experiment.worst, experiment.rates[0]
+    epochs = max(experiment.epochs // 3, 1)
+    for lr in experiment.rates:
+        record = options.runs / name / f"{key(method)}-trial-{lr:g}-{epochs}.json"
+        if not record.exists():
+            _write(record, _run(name, experiment, method, lr, 0, epochs, options))
+        value = json.loads(record.read_text())["validation"]
+        if experiment.better(value, best):
+            best, chosen = value, lr
+    return chosen
+
+
+def _run(
+    name: str,
+    experiment: Experiment,
+    method: str,
+    lr: float,
+    seed: int,
+    epochs: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    data = experiment.data(options.data, seed)
+    run = Run(experiment, experiment.methods[method], lr, seed, epochs, data)
+    place = options.runs / name / f"{key(method)}-{lr:g}-{seed}-{epochs}.pt"
+    best = run.train(place)
+    place.unlink()
+    found = f"{best['readout']} {best['test']:.4f}"
+    print(f"{name}, {method}, lr {lr:g}, seed {seed}, {epochs} epochs: {found}", flush=True)
+    return best
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def costs(name: str, experiment: Experiment, options: argparse.Namespace) -> None:
+    """Measure a training step of each method beside BP's."""
+    data = experiment.data(options.data, 0)
+    x, y = next(data.train.batches(experiment.batch))
+    trainings = {}
+    for label, method in experiment.methods.items():
+        net = method.net(experiment.build(), experiment.task, experiment.policy, x).train()
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
+        loss = partial(method.loss, net, experiment.task, x, y)
+        trainings[label] = Training(net, optimizer, loss)
+    found = relative_costs(trainings, "BP", rounds=ROUNDS)
+    _write(options.out / name / "costs.json", {"date": str(date.today()), "costs": found})
+
+
+def table(out: Path) -> Iterator[str]:
+    """Yield the lines of the page of results."""
+    yield "# Other tasks"
+    yield ""
+    yield "Made by `python -m tools.tasks`. Tests are of the epoch and the readout that were best"
+    yield "by validation. Time and peak are of a training step with AdamW, relative to BP."
+    for name, experiment in EXPERIMENTS.items():
+        rows = list(_rows(out / name, experiment))
+        if rows:
+            yield ""
+            yield f"## {name}"
+            yield ""
+            yield f"| method | {experiment.metric.replace('_', ' ')} | readouts | time | peak |"
+            yield "|---|---|---|---|---|"
+            yield from rows
+
+
+def _rows(folder: Path, experiment: Experiment) -> Iterator[str]:
+    costs = folder / "costs.json"
+    measured = json.loads(costs.read_text())["costs"] if costs.exists() else {}
+    for method in experiment.methods:
+        records = []
+        for seed in experiment.seeds:
+            file = folder / f"{key(method)}-{seed}.json"
+            if file.exists():
+                records.append(json.loads(file.read_text()))
+        if not records:
+            continue
+        values = [record["test"] for record in records]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        readouts = ", ".join(dict.fromkeys(record["readout"] for record in records))
+        own = measured.get(method, {})
+        time = f"{own['time']:.2f}" if own else "–"
+        peak = f"{own['peak']:.2f}" if own else "–"
+        mean = f"{statistics.mean(values):.3f}{spread}"
+        yield f"| {method} | {mean} | {readouts} | {time} | {peak} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tasks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="holds camvid/")
+    parser.add_argument("--runs", type=Path, default=Path("runs/tasks"), help="states of runs")
+    parser.add_argument("--out", type=Path, default=OUT, help="records")
+    parser.add_argument("--costs", action="store_true", help="measure steps, and train nothing")
+    parser.add_argument("--render", action="store_true", help="write the page of results only")
+    options = parser.parse_args(arguments)
+    for name in options.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    work = costs if options.costs else train
+    for name in [] if options.render else options.experiments:
+        work(name, EXPERIMENTS[name], options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = "\n".join(table(options.out))
+    write(options.out / "README.md", f"{page}\n".encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

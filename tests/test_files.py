@@ -212,7 +212,8 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
 def test_a_path_where_nothing_can_be_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(InputError, match=r"cannot write to '.*': .*\. Hint: "):
+    problem = r"(cannot write to '.*'|a name in the path is too long): .*\. Hint: "
+    with pytest.raises(InputError, match=problem):
         write(tmp_path / name, b"new")
     assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
 

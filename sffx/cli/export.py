@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from sffx.cli.messages import showing_progress
+from sffx.cli.messages import exit_code
 from sffx.cli.options import SOURCE_HELP, add_cut_options, with_command
-from sffx.errors import SffxError
 
 COMMANDS = ("weights", "whole")
 
@@ -43,13 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now, because this imports torch, and --help should not wait for it.
     from sffx.cli.exporting import export
 
-    try:
-        with showing_progress():
-            export(options)
-    except SffxError as error:
-        print(f"sffx-export: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("sffx-export", partial(export, options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,33 @@
-"""Show on stderr how far long work is. Nothing here imports torch."""
+"""The frame of a command: progress and errors on stderr. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sffx.errors import SffxError
 from sffx.progress import LOGGER
+
+
+def exit_code(command: str, work: Callable[[], None]) -> int:
+    """Do the work of a command, and return its exit code.
+
+    Args:
+        command: its name.
+        work: shows its progress, and may raise an SffxError.
+
+    Returns:
+        0, or 2 when something was wrong, which stderr tells.
+    """
+    try:
+        with showing_progress():
+            work()
+    except SffxError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 @contextmanager

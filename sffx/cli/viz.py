@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from sffx.cli.messages import showing_progress
+from sffx.cli.messages import exit_code
 from sffx.cli.options import SOURCE_HELP, add_cut_options, positive, with_command
-from sffx.errors import SffxError
 
 COMMANDS = ("draw", "plan", "compare")
 
@@ -44,13 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sffx.cli import drawing
 
     commands = {"draw": drawing.draw, "plan": drawing.print_plan, "compare": drawing.compare}
-    try:
-        with showing_progress():
-            commands[options.command](options)
-    except SffxError as error:
-        print(f"sffx-viz: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("sffx-viz", partial(commands[options.command], options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from typing import Any, Literal, TypeAlias
@@ -85,6 +85,27 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Output:
+    """A value that crosses a cut with the gradient cut off, and normalised.
+
+    Attributes:
+        name: of the node that computes it.
+        shape: of one sample, without the batch axis.
+        channel_axis: of the batched value, 1 for (B, C, H, W), 2 for (B, T, C).
+        mask: name of the model input that marks its real tokens, "" for none.
+        is_scored: whether the head of the block reads it.
+        is_folded: whether the first axis of `shape` counts instances.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    mask: str = ""
+    is_scored: bool = True
+    is_folded: bool = False
+
+
+@dataclass(frozen=True)
 class Leaf:
     """A module with children that the trace did not look into.
 
@@ -131,13 +152,15 @@ class Block:
     """One block: the nodes between two cuts.
 
     A side value is a value other than the output that later blocks read: a mask, positions, a skip
-    connection.
+    connection. Where streams run side by side, several values take paths across the cut. One of
+    them is the output, and the others are `beside` it, and side values too.
 
     Attributes:
         name: qualname of the module that it holds, or of the first and the last one.
         target: the attribute of the cut model that runs it, "block_3" or "classifier".
         nodes: names of its fx nodes, in the order they run.
-        output: name of the node whose value leaves it; the cut lies after this node.
+        output: name of the node whose value leaves it; the cut lies after this node. Of several
+            values, it is the last that is computed with parameters of the block.
         shape: of one sample's output, without the batch axis.
         channel_axis: of the batched output, 1 for (B, C, H, W), 2 for (B, T, C).
         inputs: names of the values that it reads from outside: model inputs, the output of the
@@ -154,6 +177,10 @@ class Block:
         gives: the values that it hands to later blocks: its output, then its side values.
         mask: name of the model input that marks the real tokens of the output, "" for none. The
             goodness and the norm read it.
+        beside: the values, besides the output, that paths take across the cut. The gradient of
+            each is cut off and the value normalised once, here, though it may cross later cuts as
+            well. The head reads those that lead to no other of the values, and that a
+            parameter of the block leads to.
         graph: a record of each of its nodes: what it calls and reads.
         is_folded: whether the first axis of `shape` counts instances, which the model folds into
             the batch: frames, or images of a bag. A head scores single instances.
@@ -177,6 +204,38 @@ class Block:
     mask: str = ""
     graph: tuple[Node, ...] = ()
     is_folded: bool = False
+    beside: tuple[Output, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The output, and then the values beside it."""
+        main = Output(
+            self.output, self.shape, self.channel_axis, self.mask, is_folded=self.is_folded
+        )
+        return (main, *self.beside)
+
+    @property
+    def scored(self) -> tuple[Output, ...]:
+        """The values that the head reads. Each parameter of the block leads to one of them."""
+        return tuple(output for output in self.outputs if output.is_scored)
+
+    @property
+    def cut(self) -> str | tuple[str, ...]:
+        """What names the cut: the output; with values beside it, their names and its name."""
+        if not self.beside:
+            return self.output
+        return (*(output.name for output in self.beside), self.output)
+
+    def seen_from(self, output: Output) -> Block:
+        """Return the block as what makes a head or a norm for one of its outputs sees it."""
+        return replace(
+            self,
+            output=output.name,
+            shape=output.shape,
+            channel_axis=output.channel_axis,
+            mask=output.mask,
+            is_folded=output.is_folded,
+        )
 
     @property
     def joins(self) -> tuple[Node, ...]:
@@ -361,7 +420,7 @@ class BlockPlan:
         nested = None if self.nested is None else self.nested.record()
         record = {
             "policy": self.policy,
-            "after": [block.output for block in self],
+            "after": [_as_json(block.cut) for block in self],
             "inputs": inputs,
             "num_classes": self.num_classes,
             **self.options.record(),
@@ -404,19 +463,27 @@ class BlockPlan:
     def _remarks(self) -> list[str]:
         lines = []
         for block in self.blocks:
-            if block.sides:
-                lines.append(f"crosses the cut after {block.target}: {', '.join(block.sides)}")
+            normed = [output.name for output in block.beside]
+            if normed:
+                lines.append(f"crosses the cut after {block.target}, normed: {', '.join(normed)}")
+            others = [name for name in block.sides if name not in normed]
+            if others:
+                lines.append(f"crosses the cut after {block.target}: {', '.join(others)}")
         for leaf in self.leaves:
             share = f"{leaf.share:.0%} of the parameters"
             lines.append(f"not traced: {leaf.qualname} ({leaf.kind}, {share}): {leaf.reason}")
         return lines + [f"note: {note}" for note in self.notes]
 
 
+def _as_json(cut: str | tuple[str, ...]) -> str | list[str]:
+    return cut if isinstance(cut, str) else list(cut)
+
+
 def _row(block: Block) -> tuple[str, ...]:
     return (
         block.target,
         block.name,
-        block.output,
+        ", ".join(output.name for output in block.outputs),
         "x".join(map(str, block.shape)),
         f"{block.num_parameters:,}",
         f"{block.macs:,}",

@@ -1,7 +1,8 @@
 """The names of the parts of a cut model. No other module spells them.
 
 A cut model has, for block 3, the children `block_3`, `head_3` and `norm_3`; after the last block
-come `classifier` and `readout`.
+come `classifier` and `readout`. Where several values cross the cut after the block, each has a
+norm: `norm_3`, `norm_3_1`, ...
 """
 
 from __future__ import annotations
@@ -51,9 +52,14 @@ def head_name(index: int) -> str:
     return f"{_HEAD}{index}"
 
 
-def norm_name(index: int) -> str:
-    """Return the name of the norm behind a feature block."""
-    return f"{_NORM}{index}"
+def norm_name(index: int, value: int = 0) -> str:
+    """Return the name of the norm behind a feature block.
+
+    Args:
+        index: of the block.
+        value: index of the output that it normalises; 0 for the main one.
+    """
+    return f"{_NORM}{index}_{value}" if value else f"{_NORM}{index}"
 
 
 def goodness_name(index: int) -> str:
@@ -78,7 +84,7 @@ def is_head(name: str) -> bool:
 
 def is_norm(name: str) -> bool:
     """Return whether a name is that of a norm."""
-    return re.fullmatch(rf"{_NORM}\d+", name) is not None
+    return re.fullmatch(rf"{_NORM}\d+(_\d+)?", name) is not None
 
 
 def owner_of(qualname: str) -> str:

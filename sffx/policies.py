@@ -13,8 +13,9 @@ parameters without a default, or one called `options`. It returns `Cuts`, or nod
     net = sffx.transform(model, every_candidate)
 
 `analysis` is the analysed graph (`sffx.compiler.analyse.Analysis`): its `steps` in order, and
-`candidates`, the names of the nodes after which a cut may lie. `options` (`sffx.blocks.Options`)
-are the goodness, the norm and the other arguments of `transform`.
+`candidates`, the names of the nodes after which a cut may lie. Where streams run side by side,
+several values cross a cut. Its candidate is a tuple of all their names. `options`
+(`sffx.blocks.Options`) are the goodness, the norm and the other arguments of `transform`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from typing import Any, NoReturn, TypeAlias
 
 from torch import Tensor, nn
 
+from sffx.compiler.cut_sets import Cut
 from sffx.compiler.policies import Cuts, Policy, batchnorm, layer, module, residual, stages
 from sffx.errors import InputError
 from sffx.memory.budget import memory
 
 __all__ = ["Cuts", "Policy", "batchnorm", "layer", "memory", "module", "residual", "stages"]
 
-# What `transform` takes: a name, a function, or the names of the nodes to cut after.
-AnyPolicy: TypeAlias = str | Callable[..., Any] | Iterable[str]
+# What `transform` takes: a name, a function, or the names of the nodes to cut after; a tuple of
+# names where several values cross a cut.
+AnyPolicy: TypeAlias = str | Callable[..., Any] | Iterable[Cut]
 
 POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
 MAKERS: dict[str, Callable[..., Policy]] = {"module": module, "stages": stages, "memory": memory}

@@ -225,12 +225,12 @@ def block_of(*shape: int, axis: int = 1, mask: str = "") -> Block:
     )
 
 
-def step_scores(net: fx.GraphModule, x: Tensor) -> list[Tensor]:
+def step_scores(net: fx.GraphModule, *x: Tensor) -> list[Tensor]:
     """Return each block's goodness and the logits with their graphs, as the readout gets them."""
     seen: list[Tensor] = []
     handle = net.get_submodule("readout").register_forward_pre_hook(
         lambda _, args: seen.extend(args[0])
     )
-    net(x)
+    net(*x)
     handle.remove()
     return seen

@@ -63,6 +63,12 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_name, value))
 
 
+def _are_cuts(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(_is_name(cut) or _are_names(cut) for cut in value)
+
+
 def _are_callables(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and set(value) <= set(CALLABLE_OPTIONS)
 
@@ -91,7 +97,7 @@ def _is_dtype(value: Any) -> bool:
 # The schema of a record: for each of its entries, whether a value is valid, and what it means.
 CUT_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "policy": (_is_name, "the name of a policy"),
-    "after": (_are_names, "the names of the nodes after which the model was cut"),
+    "after": (_are_cuts, "the names of the nodes after which the model was cut"),
     "inputs": (_are_inputs, "the shape and the dtype of each input by name"),
     "num_classes": (_is_positive, "the number of classes"),
     "goodness": (_is_name, "the name of a goodness"),

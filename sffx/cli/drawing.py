@@ -166,10 +166,11 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
     others = sorted(name for name in checkpoint.accuracy if is_block(name) and name not in targets)
     if others:
         raise _other_blocks(path, plan, f"it has {', '.join(others)} as well")
-    ends = [block.output for block in plan]
+    ends = plan.record()["after"]
     if checkpoint.cut is not None and list(checkpoint.cut["after"]) != ends:
-        recorded = ", ".join(checkpoint.cut["after"])
-        raise _other_blocks(path, plan, f"they end after {recorded}, not {', '.join(ends)}")
+        recorded = ", ".join(map(str, checkpoint.cut["after"]))
+        own = ", ".join(map(str, ends))
+        raise _other_blocks(path, plan, f"they end after {recorded}, not {own}")
     rates = {name: rate for name, rate in checkpoint.rates.items() if name in targets}
     return Progress(checkpoint.accuracy, rates)
 

@@ -1,13 +1,16 @@
-"""Analyse a traced model: the steps between its dominators, and where a cut may lie.
+"""Analyse a traced model: the steps between its cut sets, and where a cut may lie.
 
 `dataflow` says what a path, the spine and a step are. A policy chooses among the steps.
+
+A cut is named by the node whose value crosses it. A cut across several values is named by a tuple
+of nodes.
 """
 
 from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sffx.compiler.channels import channel_axes
+from sffx.compiler.cut_sets import PASSED_BY, Cut, complete, in_words, main_value, names_in
 from sffx.compiler.dataflow import SOURCE, Dataflow
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers, common_scope, scopes
 from sffx.compiler.refusals import refusals, shared_state
+from sffx.compiler.streams import with_streams
 from sffx.compiler.trace.trace import Trace
 from sffx.compiler.way_out import way_out
 from sffx.errors import CutError
@@ -43,10 +48,12 @@ MOST_CANDIDATES = 12  # that an error lists
 
 @dataclass(frozen=True)
 class Step:
-    """The computation between one node of the spine and the next.
+    """The computation between one cut set of the spine and the next.
 
     Attributes:
-        node: name of the spine node that ends it, the place of a possible cut.
+        node: name of the node that ends it, the place of a possible cut. Of several values that
+            cross the cut, it is the main one.
+        values: names of all values that would cross a cut there, the main one last.
         nodes: names of all its nodes, in the order they run.
         scope: qualname of the deepest module that holds all its paths, "" for the model itself.
         join: how several paths meet in `node`, "sum", "cat", "product" or "other"; "" where there
@@ -61,9 +68,12 @@ class Step:
             value made from one that is not flat.
         drops: whether it is dropout.
         refusal: why no cut may lie after it, "" where one may.
+        parts_streams: whether `node` does not dominate the logits, so that other values cross the
+            cut, or streams from other inputs begin after it.
     """
 
     node: str
+    values: tuple[str, ...]
     nodes: tuple[str, ...]
     scope: str
     join: str
@@ -75,6 +85,12 @@ class Step:
     pools: bool
     drops: bool
     refusal: str
+    parts_streams: bool = False
+
+    @property
+    def cut(self) -> Cut:
+        """The cut after it."""
+        return self.values if len(self.values) > 1 else self.node
 
 
 def analyse(trace: Trace) -> Analysis:
@@ -83,11 +99,15 @@ def analyse(trace: Trace) -> Analysis:
     Raises:
         CutError: its output depends on no parameter, or on no input.
     """
-    return Analysis(trace)
+    return with_streams(Analysis(trace))
 
 
 class Analysis:
     """Questions about a traced model and their answers. It changes nothing.
+
+    Args:
+        trace: the traced model.
+        cut_sets: that are on the spine besides the dominators of the logits.
 
     Attributes:
         trace: the traced model.
@@ -95,14 +115,15 @@ class Analysis:
         logits: name of the node that computes the logits.
         graph: `networkx.DiGraph` of the dataflow. Keys are names of nodes, and each node has the
             attribute `path`.
-        spine: names of the dominators of the logits, in order; the last one is the logits.
+        spine: the main values of the cut sets, in order; the last one is the logits.
         step_of: for each node, the index of its step.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, cut_sets: Sequence[Iterable[str]] = ()) -> None:
         self.trace = trace
         self._layers = Layers(trace.root)
-        self._flow = Dataflow(trace, self._layers)
+        self._flow = Dataflow(trace, self._layers, cut_sets)
+        self._with_cut_sets: dict[Sequence[frozenset[str]], Analysis] = {}
         self.nodes = self._flow.nodes
         self.logits = self._flow.logits
         self.graph = self._flow.graph
@@ -124,9 +145,9 @@ class Analysis:
         return tuple(steps)
 
     @cached_property
-    def candidates(self) -> tuple[str, ...]:
-        """Names of the nodes after which a cut may lie, in order."""
-        return tuple(step.node for step in self.steps if not step.refusal)
+    def candidates(self) -> tuple[Cut, ...]:
+        """The cuts that can be made, in order: names of nodes, or tuples of names."""
+        return tuple(step.cut for step in self.steps if not step.refusal)
 
     @cached_property
     def channel_axes(self) -> dict[str, int]:
@@ -165,6 +186,14 @@ class Analysis:
         """Return the parameters of a node and the buffers of its module, by qualname."""
         return self._layers.state(node)
 
+    def is_weighted(self, node: Node) -> bool:
+        """Return whether a node is a layer with a weight matrix or a kernel."""
+        return self._layers.is_weighted(node)
+
+    def is_adaptive_pool(self, node: Node) -> bool:
+        """Return whether a node is a pool to a given size."""
+        return self._layers.begins_with(node, _POOLS)
+
     def is_path(self, name: str) -> bool:
         """Return whether a block can learn from the value of a node."""
         return self._flow.is_path(name)
@@ -198,30 +227,74 @@ class Analysis:
                 counts.append(len(layers))
         return tuple(counts)
 
-    def require(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Return the named nodes in the order of the spine, each once.
+    @property
+    def flow(self) -> Dataflow:
+        """The dataflow of the model."""
+        return self._flow
+
+    def with_cut_sets(self, cut_sets: Sequence[frozenset[str]]) -> Analysis:
+        """Return an analysis of the same model that has these cut sets on its spine.
+
+        It has the dominators of the logits and no others. If all are on the spine already, it is
+        this analysis.
+        """
+        if self._spine_has.issuperset(cut_sets):
+            return self
+        key = tuple(cut_sets)
+        if key not in self._with_cut_sets:
+            self._with_cut_sets[key] = Analysis(self.trace, cut_sets)
+        return self._with_cut_sets[key]
+
+    @cached_property
+    def _spine_has(self) -> set[frozenset[str]]:
+        return {frozenset(values) for values in self._flow.cut_sets}
+
+    def across(self, cuts: Iterable[Cut]) -> Analysis:
+        """Return an analysis of the same model in which a step ends at each of the cuts.
+
+        Args:
+            cuts: each with all values that cross it, as `require` returns them.
+        """
+        return self.with_cut_sets([frozenset(names_in(cut)) for cut in cuts])
+
+    def require(self, cuts: Iterable[Cut]) -> tuple[Cut, ...]:
+        """Return cuts in the order of the model, each once, with all values that cross them.
 
         Raises:
-            CutError: a name is no node or no candidate, with the reason, or there is none.
+            CutError: a name is no node, no cut can lie there, with the reason, or there is none.
         """
         if not any(p.requires_grad for p in self.trace.root.parameters()):
             raise CutError(
                 "the model has no trainable parameters, so there is nothing to train. "
                 "Hint: set requires_grad before transforming"
             )
-        chosen = set(names)
-        for name in chosen:
-            reason = self._refusal(name)
+        chosen = dict.fromkeys(cuts)
+        for cut in chosen:
+            reason = self._refusal_of_names(cut)
             if reason:
-                hint = _candidate_hint(name, self.candidates)
-                raise CutError(f"no cut can lie after node {name!r}: {reason}. Hint: {hint}")
+                raise self._refused(cut, reason, str(main_value(cut)))
         if not chosen:
             raise CutError(self._why_nothing_was_cut())
-        return tuple(name for name in self.candidates if name in chosen)
+        cut_sets = [frozenset(names_in(cut)) for cut in chosen]
+        if not self._spine_has.issuperset(cut_sets):
+            hint = f"The candidates are {_listed(self.candidates)}"
+            cut_sets = complete(self._flow, chosen, hint)
+        analysis = self.with_cut_sets(cut_sets)
+        required = []
+        for step in analysis.steps:
+            if frozenset(step.values) in cut_sets:
+                if step.refusal:
+                    raise self._refused(step.cut, step.refusal, step.node)
+                required.append(step.cut)
+        return tuple(required)
+
+    def _refused(self, cut: Cut, reason: str, name: str) -> CutError:
+        hint = _candidate_hint(name, self.candidates)
+        return CutError(f"no cut can lie {in_words(cut)}: {reason}. Hint: {hint}")
 
     def _why_nothing_was_cut(self) -> str:
         if self.candidates:
-            listed = ", ".join(self.candidates[:8])
+            listed = ", ".join(map(_written, self.candidates[:8]))
             return (
                 "the policy found no block besides the classifier. Hint: choose another policy, "
                 f"or pass a list of node names; the candidates are {listed}"
@@ -234,15 +307,17 @@ class Analysis:
             + way_out(self.trace, [step.refusal for step in self.steps])
         )
 
-    def _refusal(self, name: str) -> str:
-        if not isinstance(name, str) or name not in self.nodes:
-            return "the traced graph has no node of this name"
-        if not self._flow.is_on_spine(name):
-            return "it does not dominate the output: some path from input to logits passes it by"
-        return self.steps[self.step_of[name]].refusal
+    def _refusal_of_names(self, cut: Cut) -> str:
+        for name in names_in(cut):
+            if not isinstance(name, str) or name not in self.nodes:
+                return "the traced graph has no node of this name"
+            if not self._flow.leads_to_logits(name):
+                return PASSED_BY
+        return ""
 
     def _step(self, index: int, nodes: list[Node], refusal: str) -> Step:
         end = self.nodes[self.spine[index]]
+        values = self._flow.cut_sets[index]
         value = facts(end).example
         before = self._value_before(index)
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
@@ -251,6 +326,7 @@ class Analysis:
         paths = [node for node in nodes if self.is_path(node.name)]
         return Step(
             node=end.name,
+            values=values,
             nodes=tuple(node.name for node in nodes),
             scope=common_scope([scopes(node) for node in paths]),
             join=self.join(end.name),
@@ -262,6 +338,7 @@ class Analysis:
             pools=self._layers.begins_with(end, _POOLS) or is_flattened,
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
+            parts_streams=not self._flow.dominates(end.name),
         )
 
     def _value_before(self, index: int) -> Any:
@@ -289,15 +366,25 @@ class Analysis:
         return bool(self.parameters(node)) or self._layers.is_weighted(node)
 
 
-def _candidate_hint(name: str, candidates: tuple[str, ...]) -> str:
+def _candidate_hint(name: str, candidates: Sequence[Cut]) -> str:
     """Return the candidates, and those whose names are like the name of no candidate."""
     if not candidates:
         return "the model has no candidates"
-    near = difflib.get_close_matches(str(name), candidates, n=3, cutoff=0.6)
-    alternatives = " or ".join(map(repr, near))
+    main_values = [main_value(cut) for cut in candidates]
+    near = difflib.get_close_matches(name, main_values, n=3, cutoff=0.6)
+    alternatives = " or ".join(repr(candidates[main_values.index(each)]) for each in near)
     meant = f"did you mean {alternatives}? " if near else ""
-    listed = candidates
-    if len(candidates) > MOST_CANDIDATES:
+    return f"{meant}The candidates are {_listed(candidates)}"
+
+
+def _listed(candidates: Sequence[Cut]) -> str:
+    written = [_written(cut) for cut in candidates]
+    if len(written) > MOST_CANDIDATES:
         shown = MOST_CANDIDATES - 1
-        listed = (*candidates[:shown], f"… {len(candidates) - shown} more")
-    return f"{meant}The candidates are {', '.join(listed)}"
+        written = [*written[:shown], f"… {len(candidates) - shown} more"]
+    return ", ".join(written)
+
+
+def _written(cut: Cut) -> str:
+    """Return a cut as an error lists it."""
+    return cut if isinstance(cut, str) else str(cut)

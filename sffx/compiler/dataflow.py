@@ -4,14 +4,19 @@ A node is on a *path* if a block can learn from its value: float or complex tens
 through tensor edges, on an input and on a parameter. Sizes, masks, positions and values computed
 from parameters alone are no paths. They cross a cut as side values.
 
-One node *dominates* another if every path from the inputs to the other passes through it. The
-*spine* is the row of nodes that dominate the logits. A *step* is everything that is computed
-between one node of the spine and the next, so step i ends in `spine[i]`.
+One node *dominates* another if every path from the inputs to the other passes through it. A *cut
+set* is a set of values such that every path to the logits passes through one of them. A node that
+dominates the logits is a cut set of one. Where streams run side by side, a cut set has several
+values. Its *main* value is the last that is computed with new parameters.
+
+The *spine* is a row of cut sets, each with everything that is computed before the one before it.
+It has the nodes that dominate the logits, and the larger cut sets that it is given. A *step* is
+everything that is computed between one cut set of the spine and the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import networkx as nx
@@ -34,17 +39,27 @@ class Dataflow:
         nodes: the traced nodes by name, in the order they run, without the output.
         logits: name of the node that computes the logits.
         graph: of all nodes. An edge is an argument, or an order that an in-place write asks for.
-            Each node has the attribute `path`.
+            Each node has the attributes `path`, and `learned`: whether it reads a parameter.
         paths: the graph of the paths alone, which start in `SOURCE`.
         dominator: for each node on a path, the last node that dominates it.
-        spine: names of the nodes that dominate the logits, in order; the last one is the logits.
+        cut_sets: the cut set that ends each step, in the order of computation but for the main
+            value, which comes last.
+        spine: the main value of each cut set; the last one is the logits.
         step_of: for each node, the index of its step.
+
+    Args:
+        trace: of the model.
+        layers: of the model.
+        cut_sets: of several values, to be on the spine. For any two, one has everything that is
+            computed before the other.
 
     Raises:
         CutError: the logits are on no path.
     """
 
-    def __init__(self, trace: Trace, layers: Layers) -> None:
+    def __init__(
+        self, trace: Trace, layers: Layers, cut_sets: Sequence[Iterable[str]] = ()
+    ) -> None:
         *nodes, output = trace.graph.nodes
         self.nodes: dict[str, Node] = {node.name: node for node in nodes}
         self.logits: str = output.args[0].name
@@ -56,7 +71,11 @@ class Dataflow:
                 "so there is nothing to train"
             )
         self.dominator: dict[str, str] = nx.immediate_dominators(self.paths, SOURCE)
-        self.spine = self._spine()
+        self._order = {name: i for i, name in enumerate(self.nodes)}
+        self._leading = nx.ancestors(self.paths, self.logits) | {self.logits}
+        self._dominators = self._dominators_of_logits()
+        self.cut_sets = self._spine(cut_sets)
+        self.spine = [values[-1] for values in self.cut_sets]
         self.step_of = self._steps_of_nodes()
 
     def is_path(self, name: str) -> bool:
@@ -64,8 +83,72 @@ class Dataflow:
         return bool(self.graph.nodes[name]["path"])
 
     def is_on_spine(self, name: str) -> bool:
-        """Return whether a node dominates the logits."""
+        """Return whether a node is the main value of a cut set."""
         return self.spine[self.step_of[name]] == name
+
+    def dominates(self, name: str) -> bool:
+        """Return whether a node dominates the logits."""
+        return name in self._dominators
+
+    def leads_to_logits(self, name: str) -> bool:
+        """Return whether a node is on a path that leads to the logits."""
+        return name in self._leading
+
+    def readers(self, name: str) -> set[str]:
+        """Return the nodes that read a value on a path to the logits."""
+        return self._leading.intersection(self.paths.successors(name))
+
+    def before(self, names: Iterable[str]) -> set[str]:
+        """Return some nodes on paths, and all nodes on paths that lead to them."""
+        passed: set[str] = {SOURCE}
+        ahead = list(names)
+        while ahead:
+            name = ahead.pop()
+            if name not in passed:
+                passed.add(name)
+                ahead += self.paths.predecessors(name)
+        return passed - {SOURCE}
+
+    def is_learned(self, name: str, inside: set[str]) -> bool:
+        """Return whether a parameter leads to the value of a node, all within a set of nodes."""
+        ahead = [name]
+        passed: set[str] = set()
+        while ahead:
+            node = ahead.pop()
+            if node in passed or node not in inside:
+                continue
+            if self.graph.nodes[node]["learned"]:
+                return True
+            passed.add(node)
+            ahead += self.paths.predecessors(node)
+        return False
+
+    def behind(self, name: str, inside: set[str]) -> set[str]:
+        """Return the nodes of a set that the value of a node leads to, without the node."""
+        passed: set[str] = set()
+        ahead = [name]
+        while ahead:
+            for reader in self.readers(ahead.pop()):
+                if reader in inside and reader not in passed:
+                    passed.add(reader)
+                    ahead.append(reader)
+        return passed
+
+    def crossing(self, inside: set[str]) -> list[str]:
+        """Return the nodes of a set whose values lead from the set to the logits, in order."""
+        leaving = []
+        for name in inside & self._leading:
+            if not self.readers(name) <= inside:
+                leaving.append(name)
+        return self.in_order(leaving)
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Return names of nodes in the order in which the model computes them."""
+        return sorted(names, key=self.position)
+
+    def position(self, name: str) -> int:
+        """Return the place of a node in the order in which the model computes them."""
+        return self._order[name]
 
     def between(self, start: str, end: str) -> set[str]:
         """Return the nodes on paths from `start` to `end`, without `start`."""
@@ -98,23 +181,46 @@ class Dataflow:
                         inputs.add(source)
         return inputs
 
-    def _spine(self) -> list[str]:
-        spine = [self.logits]
+    def _dominators_of_logits(self) -> dict[str, None]:
+        dominators = [self.logits]
         # The last node that dominates a node is dominated by all others that do.
-        while self.dominator[spine[-1]] not in (SOURCE, None):
-            spine.append(self.dominator[spine[-1]])
-        return spine[::-1]
+        while self.dominator[dominators[-1]] not in (SOURCE, None):
+            dominators.append(self.dominator[dominators[-1]])
+        return dict.fromkeys(reversed(dominators))
+
+    def _spine(self, given: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
+        """Return the cut sets of the spine: the dominators of the logits, and those given."""
+        if not given:
+            return [(name,) for name in self._dominators]
+        insides = {}
+        for values in [*given, *([name] for name in self._dominators)]:
+            insides[frozenset(values)] = self.before(values)
+        cut_sets = []
+        earlier: set[str] = set()
+        for cut_set in sorted(insides, key=lambda values: len(insides[values])):
+            new = self.in_order(cut_set - earlier)
+            learned = [name for name in new if self.is_learned(name, insides[cut_set] - earlier)]
+            main = (learned or new)[-1]
+            passing = self.in_order(cut_set - {main})
+            cut_sets.append((*passing, main))
+            earlier = insides[cut_set]
+        return cut_sets
 
     def _steps_of_nodes(self) -> dict[str, int]:
         """Return the index of the step of each node.
 
-        1. A node gets the first step that uses its value.
+        A value of a cut set gets the step that ends in the first cut set that has it.
+
+        1. Another node gets the first step that uses its value.
         2. Exception: a node that is no path, but reads one, goes with the value that it reads.
         3. A node is computed no later than the nodes that use its value, wherever they went.
         4. Exception: what only a last write in place uses, as the update of a buffer, goes with
            what it reads, and the write comes after all earlier reads of what it writes.
         """
-        step_of = {name: i for i, name in enumerate(self.spine)}
+        step_of: dict[str, int] = {}
+        for i, values in enumerate(self.cut_sets):
+            for name in values:
+                step_of.setdefault(name, i)
         # A node comes before its users, so the steps of its users are known on the way back.
         for name in reversed(self.nodes):
             uses = _steps(self.graph.successors(name), step_of)
@@ -180,7 +286,13 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         own = _dependence(node, layers, [dependences[source] for source in sources])
         dependences[name] = own
         learns = any(can_learn(tensor) for tensor in _values_of(node))
-        graph.add_node(name, path=learns and own.on_input and own.on_parameter)
+        is_path = learns and own.on_input and own.on_parameter
+        is_learned = bool(layers.parameters(node))
+        for source in sources:
+            # A weight may be computed before it is read.
+            of_weights = dependences[source].on_parameter and not graph.nodes[source]["path"]
+            is_learned = is_learned or of_weights
+        graph.add_node(name, path=is_path, learned=is_learned)
         for source in sources:
             graph.add_edge(source, name)
     return graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.blocks import Block, BlockPlan, Node, Options, Value
+from sffx.blocks import Block, BlockPlan, Node, Options, Output, Value
 from sffx.compiler.analyse import Analysis
+from sffx.compiler.cut_sets import main_value
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
@@ -35,7 +36,7 @@ def partition(
 
     Args:
         analysis: of the traced model.
-        cuts: after candidates, in the order of the model, as `select` returns them.
+        cuts: in the order of the model, with all values that cross, as `select` returns them.
         options: of the cut.
         policy: name of the policy that chose the cuts.
         num_classes: J, checked against the width of the logits where given.
@@ -43,11 +44,13 @@ def partition(
     Raises:
         InputError: `num_classes` is not the width of the logits, or the task needs another width.
     """
+    analysis = analysis.across(cuts.after)
     width = _width_of_logits(analysis, num_classes)
-    members = _members(analysis, cuts.after)
+    outputs = [main_value(cut) for cut in cuts.after]
+    members = _members(analysis, outputs)
     names = _names(analysis, members)
     blocks = []
-    for i, output in enumerate(cuts.after):
+    for i, output in enumerate(outputs):
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
     classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
@@ -81,10 +84,10 @@ def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
     return width
 
 
-def _members(analysis: Analysis, cuts: tuple[str, ...]) -> list[list[fx.Node]]:
+def _members(analysis: Analysis, outputs: Sequence[str]) -> list[list[fx.Node]]:
     """Return the nodes of each block, in the order they run."""
-    ends = [analysis.step_of[cut] for cut in cuts]
-    num_blocks = len(cuts) + 1  # with the classifier
+    ends = [analysis.step_of[output] for output in outputs]
+    num_blocks = len(outputs) + 1  # with the classifier
     members: list[list[fx.Node]] = [[] for _ in range(num_blocks)]
     for name, node in analysis.nodes.items():
         if node.op != "placeholder":
@@ -123,6 +126,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         activation_bytes=activation_bytes,
         gives=tuple(gives),
         mask=_mask(analysis, output),
+        beside=_beside(analysis, nodes, output, _names_of(sides)),
         graph=tuple(_node(analysis, node) for node in nodes if not is_guard(node)),
         is_folded=facts(output_node).is_folded,
     )
@@ -154,6 +158,44 @@ def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
                 sides.append(node)
                 break
     return sides
+
+
+def _beside(
+    analysis: Analysis, nodes: list[fx.Node], output: str, sides: Sequence[str]
+) -> tuple[Output, ...]:
+    """Return the values, beside the main output, that paths take across the cut.
+
+    Args:
+        analysis: of the model.
+        nodes: of the block.
+        output: its main output.
+        sides: the other values that later blocks read. A value is no side if it crosses only in
+            the order that a write in place asks for.
+    """
+    if not sides or output == analysis.logits:
+        return ()
+    inside = {node.name for node in nodes}
+    crossing = [name for name in analysis.flow.crossing(inside) if name in sides]
+    beside = []
+    for name in crossing:
+        # A value that leads to another one of these learns by way of it.
+        behind = analysis.flow.behind(name, inside)
+        leads_on = not behind.isdisjoint([*crossing, output])
+        # A pool of what the block before has computed has nothing to learn.
+        is_scored = not leads_on and analysis.flow.is_learned(name, inside)
+        beside.append(_output(analysis, name, is_scored=is_scored))
+    return tuple(beside)
+
+
+def _output(analysis: Analysis, name: str, *, is_scored: bool) -> Output:
+    return Output(
+        name=name,
+        shape=tuple(facts(analysis.nodes[name]).example.shape[1:]),
+        channel_axis=analysis.channel_axes.get(name, 1),
+        mask=_mask(analysis, name),
+        is_scored=is_scored,
+        is_folded=facts(analysis.nodes[name]).is_folded,
+    )
 
 
 def _cost(nodes: list[fx.Node], batch_size: int) -> tuple[int, int]:
@@ -267,9 +309,9 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     masked = []
     others = []
     for block in blocks:
-        if block.mask:
+        if any(output.mask for output in block.outputs):
             masked.append(block.target)
-        elif len(block.shape) == 2 and not block.is_folded:
+        if any(_has_other_tokens(output) for output in block.outputs):
             others.append(block.target)
     notes = []
     if masked:
@@ -284,9 +326,17 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     return notes
 
 
+def _has_other_tokens(output: Output) -> bool:
+    """Return whether a value has tokens that no mask of the model marks."""
+    return not output.mask and len(output.shape) == 2 and not output.is_folded
+
+
 def _instance_notes(blocks: list[Block]) -> list[str]:
     """Return a note on the feature blocks that read single instances of a sample."""
-    folded = [block.target for block in blocks if block.is_folded]
+    folded = []
+    for block in blocks:
+        if any(output.is_folded for output in block.outputs):
+            folded.append(block.target)
     if not folded:
         return []
     return [
@@ -340,8 +390,10 @@ def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str]
         return _unit(analysis, owner, is_elsewhere)
     if not stacks:
         return nodes[-1].name
-    first = _outermost_own(stacks[0], is_elsewhere)
-    last = _outermost_own(stacks[-1], is_elsewhere)
+    # A pool that several blocks call names none of them.
+    own = [stack for stack in stacks if not all(map(is_elsewhere, stack))]
+    first = _outermost_own((own or stacks)[0], is_elsewhere)
+    last = _outermost_own((own or stacks)[-1], is_elsewhere)
     return first if first == last else f"{first} … {last}"
 
 

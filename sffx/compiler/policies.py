@@ -16,6 +16,7 @@ import numpy as np
 
 from sffx.blocks import Options
 from sffx.compiler.analyse import Analysis
+from sffx.compiler.cut_sets import Cut
 from sffx.compiler.residual import cut_between, residual_blocks, residual_ends, tail_end
 from sffx.compiler.spans import (
     Steps,
@@ -37,11 +38,11 @@ class Cuts:
     """The choice of a policy.
 
     Attributes:
-        after: names of the nodes to cut after.
+        after: names of the nodes to cut after; a tuple of names where several values cross.
         notes: sentences for the reader of the plan.
     """
 
-    after: tuple[str, ...]
+    after: tuple[Cut, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -54,7 +55,7 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
     Args:
         analysis: of the traced model.
         policy: a `Policy`, or a function of the user's own. That one takes `(analysis)` or
-            `(analysis, options)`, and returns `Cuts` or an iterable of node names.
+            `(analysis, options)`, and returns `Cuts` or an iterable of cuts.
         options: of the cut.
 
     Raises:
@@ -62,8 +63,8 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
         CutError: the policy chose no node, or a node after which no cut can lie.
     """
     chosen = policy(analysis, options) if _takes_options(policy) else policy(analysis)
-    cuts = chosen if isinstance(chosen, Cuts) else Cuts(_node_names(chosen))
-    after = analysis.require(cuts.after)
+    cuts = chosen if isinstance(chosen, Cuts) else Cuts(_checked(chosen))
+    after = analysis.require(_hashable(cuts.after))
     return Cuts(after, cuts.notes)
 
 
@@ -76,14 +77,20 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     place. A stack is none: in a stack the same parts follow one another. A class of modules that is
     a residual block in one place is one everywhere in the model. A model without residual blocks
     is cut into BN groups.
+
+    Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
+    across all values that cross there (see `streams`).
     """
+    steps = analysis.steps
+    between_streams = [i for i, step in enumerate(steps) if step.parts_streams]
     blocks = residual_blocks(analysis)
     if not blocks:
-        groups = batchnorm(analysis, options)
-        return Cuts(groups.after, (NO_RESIDUAL_BLOCK,))
-    steps = analysis.steps
-    ends = sorted(residual_ends(steps, blocks))
-    for start in blocks:
+        ends = [*batch_norm_ends(steps), *between_streams]
+        notes = () if between_streams else (NO_RESIDUAL_BLOCK,)
+        return Cuts(_cuts(steps, ends).after, notes)
+    ends = sorted({*residual_ends(steps, blocks), *between_streams})
+    starts = [i for i in between_streams if i - 1 not in between_streams]
+    for start in sorted({*blocks, *starts}):
         cut_between(steps, ends, start)
     last = settled(steps, max(blocks.values()))
     ends.append(tail_end(steps, last))
@@ -199,7 +206,7 @@ def _takes_options(policy: Callable[..., Any]) -> bool:
     return len(required) == 2 or places[1:2] == ["options"]
 
 
-def _node_names(chosen: Any) -> tuple[str, ...]:
+def _checked(chosen: Any) -> tuple[Any, ...]:
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise InputError(
             f"the policy returned a {type(chosen).__name__}. "
@@ -208,9 +215,14 @@ def _node_names(chosen: Any) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def _hashable(cuts: Iterable[Any]) -> list[Cut]:
+    """Return cuts with tuples of names, which may be lists in a checkpoint or sets of a user."""
+    return [tuple(cut) if isinstance(cut, (list, set, frozenset)) else cut for cut in cuts]
+
+
 def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:
-    names = [steps[i].node for i in legal(steps, ends)]
-    return Cuts(tuple(names))
+    cuts = [steps[i].cut for i in legal(steps, ends)]
+    return Cuts(tuple(cuts))
 
 
 def _runs(steps: Steps, depth: int) -> list[range]:

@@ -1,8 +1,8 @@
-"""Why no cut may lie after a node of the spine.
+"""Why no cut may lie across a cut set of the spine.
 
-A cut may lie after a node if its value is a float tensor with a batch axis and a channel axis, if
-a layer with parameters comes after it, if no parameter or state is used on both sides of it, and
-if it parts no BN layer from the layer that feeds it ("BN must always lie inside a block").
+A cut may lie there if each value is a float tensor with a batch axis and a channel axis, if a layer
+with parameters comes after it, if no parameter or state is used on both sides of it, and if it
+parts no BN layer from the layer that feeds it ("BN must always lie inside a block").
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ def refusals(
         shared: for each step, what is used on both sides of it (`shared_state`).
         channel_axes: the channel axis of each value that has one.
     """
-    fed = _batch_norms_fed(flow, layers)
     last = -1  # step with a parameter
     for name, node in flow.nodes.items():
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
     reasons = []
-    for i, name in enumerate(flow.spine):
-        value = facts(flow.nodes[name]).example
-        reason = _reason_of_value(flow.nodes[name])
+    for i, values in enumerate(flow.cut_sets):
+        # The reasons that concern the main value come first.
+        by_value = [_reason_of_value(flow.nodes[name]) for name in reversed(values)]
+        reason = next(filter(None, by_value), "")
         if not reason and i >= last:
             reason = "nothing after it has a parameter, so that no classifier would be left"
         if not reason and shared[i]:
             reason = f"{shared[i]} is used on both sides of it"
-        if not reason and fed[name]:
-            reason = f"it would part the BN layer {fed[name]} from the layer that feeds it"
-        if not reason and name not in channel_axes:
-            shape = tuple(value.shape)
-            reason = f"the channel axis of its value, of shape {shape}, cannot be told"
+        for name in reversed(values):
+            reason = reason or _reason_of_readers(flow, layers, name)
+        for name in reversed(values):
+            reason = reason or _reason_of_channels(flow, name, channel_axes)
         reasons.append(reason)
     return reasons
 
@@ -123,41 +122,47 @@ def _shape_in_words(node: Node) -> str:
     return f"({', '.join(sizes)})"
 
 
-def _batch_norms_fed(flow: Dataflow, layers: Layers) -> dict[str, str]:
-    """Return the BN layer that each value of the spine feeds, "" for none.
+def _reason_of_readers(flow: Dataflow, layers: Layers, name: str) -> str:
+    fed = _batch_norm_fed(name, flow, layers)
+    return f"it would part the BN layer {fed} from the layer that feeds it" if fed else ""
+
+
+def _reason_of_channels(flow: Dataflow, name: str, channel_axes: Mapping[str, int]) -> str:
+    if name in channel_axes:
+        return ""
+    shape = tuple(facts(flow.nodes[name]).example.shape)
+    return f"the channel axis of its value, of shape {shape}, cannot be told"
+
+
+def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers) -> str:
+    """Return the BN layer that a value feeds, "" for none.
 
     It feeds it directly, or through a row of single activations or dropout.
-    """
-    fed: dict[str, str] = {}
-    for name in reversed(flow.spine):  # what a value goes through is looked at before it
-        fed[name] = _batch_norm_fed(name, flow, layers, fed)
-    return fed
-
-
-def _batch_norm_fed(name: str, flow: Dataflow, layers: Layers, fed: dict[str, str]) -> str:
-    """Return the BN layer that a value of the spine feeds.
 
     Args:
         name: of the node that computes the value.
         flow: the dataflow of the model.
         layers: of the model.
-        fed: the same for the values after it.
     """
-    readers = [flow.nodes[reader] for reader in flow.paths.successors(name)]
-    norms = [reader for reader in readers if layers.is_batch_norm(reader)]
-    # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds both
-    # as well, but a cut may lie there, or such a model could not be cut at all. So may it behind a
-    # leaf that holds several layers, and so may end in a sum.
-    is_layer = layers.is_single_layer(flow.nodes[name])
-    if norms and (is_layer or len(readers) == 1):
-        return str(norms[0].target)
-    if len(readers) != 1:
-        return ""
-    reader = readers[0]
-    is_link = flow.is_on_spine(reader.name) and not layers.parameters(reader)
-    shape = _shape(flow, name)
-    keeps_shape = shape is not None and shape == _shape(flow, reader.name)
-    return fed[reader.name] if is_link and keeps_shape else ""
+    while True:
+        readers = [flow.nodes[reader] for reader in flow.paths.successors(name)]
+        norms = [reader for reader in readers if layers.is_batch_norm(reader)]
+        # A layer may feed its BN and a shortcut. The sum that opens a pre-activation block feeds
+        # both as well, but a cut may lie there, or such a model could not be cut at all. So may it
+        # behind a leaf that holds several layers, and so may end in a sum.
+        is_layer = layers.is_single_layer(flow.nodes[name])
+        if norms and (is_layer or len(readers) == 1):
+            return str(norms[0].target)
+        if len(readers) != 1 or layers.parameters(readers[0]):
+            return ""
+        shape = _shape(flow, name)
+        (reader,) = readers
+        if shape is None or shape != _shape(flow, reader.name):
+            return ""
+        is_join = flow.paths.in_degree(reader.name) > 1
+        if is_join and not flow.is_on_spine(reader.name):
+            return ""
+        name = reader.name
 
 
 def _shape(flow: Dataflow, name: str) -> Any:

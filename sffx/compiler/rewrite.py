@@ -9,18 +9,22 @@ The outer graph reads as the method does:
     classifier = self.classifier(norm_8)
     return self.readout([goodness_0, ..., goodness_8, classifier])
 
+Where several values cross a cut, each has a detach and a norm of its own (`norm_0_1`), and the head
+reads all of them that lead to no other: `goodness_0 = self.head_0(block_0_output, left)`.
+
 The rewrite decides nothing: the plan says where to cut.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from sffx.blocks import Block, BlockPlan
+from sffx.blocks import Block, BlockPlan, Output
 from sffx.compiler.facts import BlockFacts, facts, set_block_facts
 from sffx.compiler.trace.trace import Trace
 from sffx.learning.readouts import Readout
@@ -37,7 +41,7 @@ from sffx.tensors import storage_key
 
 
 def rewrite(
-    trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[nn.Module | None]
+    trace: Trace, plan: BlockPlan, heads: list[nn.Module], norms: list[list[nn.Module | None]]
 ) -> CutModel:
     """Return the cut model.
 
@@ -45,15 +49,17 @@ def rewrite(
         trace: of the model; its modules are moved into the result.
         plan: made from the same trace.
         heads: one for each feature block.
-        norms: one for each feature block; None leaves the output as it is, but for the detach.
+        norms: one for each output of each feature block; None leaves the output as it is, but for
+            the detach.
     """
     traced = {node.name: node for node in trace.graph.nodes}
     parts: dict[str, nn.Module] = {}
     for i, head in enumerate(heads):
         parts[head_name(i)] = head
-    for i, norm in enumerate(norms):
-        if norm is not None:
-            parts[norm_name(i)] = norm
+    for i, own_norms in enumerate(norms):
+        for value, norm in enumerate(own_norms):
+            if norm is not None:
+                parts[norm_name(i, value)] = norm
     parts[READOUT] = Readout(plan.task)
     root = nn.Module()
     root.training = trace.root.training
@@ -65,7 +71,7 @@ def rewrite(
     outer = _OuterGraph(traced)
     outer.add_inputs()
     for i, block in enumerate(plan.blocks):
-        outer.add_block(i, block, has_norm=norms[i] is not None)
+        outer.add_block(i, block, [norm is not None for norm in norms[i]])
     outer.add_end(plan.classifier)
     outer.graph.lint()
     net = GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
@@ -162,17 +168,27 @@ class _OuterGraph:
                 target = str(node.target)
                 self.values[name] = self.graph.create_node("placeholder", target, name=name)
 
-    def add_block(self, index: int, block: Block, *, has_norm: bool) -> None:
-        """Add a feature block, its head, the detach and the norm."""
+    def add_block(self, index: int, block: Block, has_norm: Sequence[bool]) -> None:
+        """Add a feature block and its head; for each of its outputs the detach and the norm.
+
+        Args:
+            index: of the block.
+            block: its description.
+            has_norm: for each of its outputs, whether it has a norm.
+        """
         result = self._call(block.target, block.target, self._inputs_of(block))
-        output = self._output_of(block, result)
-        mask = [self.values[block.mask]] if block.mask else []
-        score = self._call(head_name(index), goodness_name(index), [output, *mask])
-        self.scores.append(score)
-        value = _detach_tensor(self.graph, output, f"detached_{index}")
-        if has_norm:
-            value = self._call(norm_name(index), norm_name(index), [value, *mask])
-        self.values[block.output] = value
+        attached = self._outputs_of(block, result)
+        scored: list[Any] = []
+        for output in block.scored:
+            scored += [attached[output.name], *self._mask_of(output)]
+        self.scores.append(self._call(head_name(index), goodness_name(index), scored))
+        for i, output in enumerate(block.outputs):
+            name = norm_name(index, i)
+            detached = name.replace(norm_name(index), f"detached_{index}")
+            value = _detach_tensor(self.graph, attached[output.name], detached)
+            if has_norm[i]:
+                value = self._call(name, name, [value, *self._mask_of(output)])
+            self.values[output.name] = value
 
     def add_end(self, classifier: Block) -> None:
         """Add the classifier, the readout and the output."""
@@ -184,20 +200,27 @@ class _OuterGraph:
     def _inputs_of(self, block: Block) -> list[Any]:
         return [self.values[name] for name in block.inputs]
 
-    def _output_of(self, block: Block, result: Node) -> Node:
-        """Return a block's output, taken from its result; add its side values to `values`.
+    def _mask_of(self, output: Output) -> list[Any]:
+        return [self.values[output.mask]] if output.mask else []
+
+    def _outputs_of(self, block: Block, result: Node) -> dict[str, Node]:
+        """Return a block's outputs by name, taken from its result; add its other side values.
 
         A side value that carries gradient is detached.
         """
         if not block.sides:
-            return result
-        output = _item(self.graph, result, 0, f"{block.target}_output")
+            return {block.output: result}
+        outputs = {block.output: _item(self.graph, result, 0, f"{block.target}_output")}
+        beside = {output.name for output in block.beside}
         for i, name in enumerate(block.sides, start=1):
             side = _item(self.graph, result, i, name)
+            if name in beside:
+                outputs[name] = side
+                continue
             example = facts(self.traced[name]).example
             is_detached = name in block.detached
             self.values[name] = _detached(self.graph, side, example) if is_detached else side
-        return output
+        return outputs
 
     def _call(self, target: str, name: str, args: list[Any]) -> Node:
         return self.graph.create_node("call_module", target, tuple(args), name=name)

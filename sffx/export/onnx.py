@@ -178,6 +178,7 @@ def onnx_program(
     except Exception as error:
         raise ExportError(explanation(error, model)) from error
     assert program is not None  # only the TorchScript exporter returns None
+    _separate_names(program)
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         # Torch only logs that it could not convert, and keeps the version it had.
@@ -186,6 +187,25 @@ def onnx_program(
             f"Hint: leave opset out, or pass {written}"
         )
     return program
+
+
+def _separate_names(program: ONNXProgram) -> None:
+    """Rename values inside a program that are called as one of its inputs or outputs.
+
+    Torch names values after the nodes of the model, and an output may be called "relu" as well.
+    """
+    graph = program.model.graph
+    public = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    inner = [value for node in graph for value in node.outputs if id(value) not in public]
+    names = {value.name for value in inner}
+    for value in inner:
+        if value.name in taken:
+            name = f"{value.name}_inner"
+            while name in names or name in taken:
+                name += "_"
+            names.add(name)
+            value.name = name
 
 
 def save_program(program: ONNXProgram, draft: Path) -> None:

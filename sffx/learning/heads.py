@@ -21,18 +21,24 @@ The head is moved to the device and the dtype of the model. Then
 - its parameters learn together with those of the block, from the loss of the block;
 - to be exported, it must consist of operations that torch exports.
 
+Where several streams cross the cut after a block, each has a head of its own, and the goodness of
+the block is the mean of theirs (`StreamHeads`). The callable is then called for each stream, with
+a block that has the value of this stream as its output.
+
 The contract of `norm=` is in `sffx.learning.norms`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.errors import InputError
@@ -333,15 +339,71 @@ def _named(goodness: str, task: Task | None) -> GoodnessMaker:
     return make
 
 
+class StreamHeads(nn.ModuleList):
+    """The heads of a block that several streams leave. Its goodness is the mean of theirs.
+
+    So each stream learns, and the block answers with what all of them know. A mean, and not a sum,
+    keeps the scores as large as those of other blocks, with which the ensemble takes their mean.
+    Scores of pixels are brought to the size of the largest stream before that.
+
+    Args:
+        heads: one for each stream.
+        masked: for each stream, whether its head takes a mask.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], masked: Sequence[bool]) -> None:
+        super().__init__(heads)
+        self.masked = tuple(masked)
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """Return the goodness, (B, J), or the scores of another task.
+
+        Args:
+            arguments: the value of each stream, each followed by its mask if it has one.
+        """
+        ahead = list(arguments)
+        scores = []
+        for head, is_masked in zip(self, self.masked, strict=True):
+            own = [ahead.pop(0)]
+            if is_masked:
+                own.append(ahead.pop(0))
+            scores.append(head(*own))
+        if scores[0].ndim > 3:
+            scores = _of_one_size(scores)
+        return torch.stack(scores).mean(0)
+
+
+def _of_one_size(scores: list[Tensor]) -> list[Tensor]:
+    """Return scores of pixels (B, J, H, W) or voxels, all of the size of the largest map."""
+    largest = max(scores, key=lambda each: each.shape[2:].numel())
+    size = largest.shape[2:]
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    brought = []
+    for each in scores:
+        if each.shape[2:] != size:
+            each = F.interpolate(each, size, mode=mode, align_corners=False)
+        brought.append(each)
+    return brought
+
+
 def make_head(
     options: Options, block: Block, num_classes: int, task: Task = CLASSIFICATION
 ) -> nn.Module:
-    """Return the head of one block.
+    """Return the head of one block; of a block that several streams leave, all their heads.
 
     Raises:
         InputError: there is no such goodness, it cannot be computed for this block, or a callable
             returned no module; names the block.
     """
+    heads = []
+    for output in block.scored:
+        heads.append(_make_one(options, block.seen_from(output), num_classes, task))
+    if len(heads) == 1:
+        return heads[0]
+    return StreamHeads(heads, [bool(output.mask) for output in block.scored])
+
+
+def _make_one(options: Options, block: Block, num_classes: int, task: Task) -> nn.Module:
     maker = goodness_maker(options, task)
     place = f"{block.target} ({block.name}, output {block.shape})"
     # Where each position has scores of its own, instances are positions as well.

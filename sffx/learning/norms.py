@@ -5,7 +5,8 @@ not see the goodness of the block before it.
 
 The contract of `norm=`: a callable `(block) -> nn.Module | None`. It is called for each feature
 block, and returns a new module, or None for no norm. `block` is the `sffx.blocks.Block` whose
-output is normalised.
+output is normalised. Where several values cross the cut after a block, it is called for each of
+them, with a block that has this value as its output.
 
 The norm is moved to the device and the dtype of the model. Then
 
@@ -165,8 +166,10 @@ def norm_maker(options: Options) -> NormMaker:
     return NORMS[norm]
 
 
-def make_norms(plan: BlockPlan, root: nn.Module) -> list[nn.Module | None]:
-    """Return the norm behind each block, on the device and in the dtype of the model's parameters.
+def make_norms(plan: BlockPlan, root: nn.Module) -> list[list[nn.Module | None]]:
+    """Return the norms behind each block, on the device and in the dtype of the model's parameters.
+
+    A block has one for each of its outputs.
 
     Raises:
         InputError: there is no such norm, or a callable returned something else than a module
@@ -176,13 +179,16 @@ def make_norms(plan: BlockPlan, root: nn.Module) -> list[nn.Module | None]:
     maker = norm_maker(plan.options)
     if maker is _layer_norm and plan.task.norms_tokens:
         maker = _token_norm
-    norms: list[nn.Module | None] = []
+    norms = []
     for block in plan:
-        norm = maker(block)
-        if norm is not None:
-            _require_norm(norm, block, plan.options)
-            norm = norm.to(like.device, like.dtype)
-        norms.append(norm)
+        own: list[nn.Module | None] = []
+        for output in block.outputs:
+            norm = maker(block.seen_from(output))
+            if norm is not None:
+                _require_norm(norm, block, plan.options)
+                norm = norm.to(like.device, like.dtype)
+            own.append(norm)
+        norms.append(own)
     return norms
 
 

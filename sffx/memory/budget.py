@@ -45,6 +45,6 @@ def memory(budget: str | int, batch_size: int) -> Policy:
                 f"in {len(smallest.spans) - 1} feature block(s). "
                 "Hint: pass a larger budget or a smaller batch size"
             )
-        return Cuts(tuple(analysis.steps[end].node for _, end in path.spans[:-1]))
+        return Cuts(tuple(analysis.steps[end].cut for _, end in path.spans[:-1]))
 
     return named(cut, f"memory({budget}, {batch_size})")

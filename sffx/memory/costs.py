@@ -252,8 +252,8 @@ class BlockCosts:
         return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
 
     def _plan(self, places: Sequence[Place]) -> BlockPlan:
-        names = tuple(self.analysis.steps[place].node for place in places)
-        return partition(self.analysis, Cuts(names), self.options)
+        cuts = tuple(self.analysis.steps[place].cut for place in places)
+        return partition(self.analysis, Cuts(cuts), self.options)
 
     def _fake_net(self, places: Sequence[Place]) -> GraphModule:
         """Return the model, cut at some places, on fake tensors."""
@@ -264,9 +264,9 @@ class BlockCosts:
             norms = make_norms(plan, root)
         # One copy of all heads, so that those that share a tensor still do.
         fake_heads = list(fake_copy(nn.ModuleList(heads), self._fake_mode))
-        fake_norms: list[nn.Module | None] = []
-        for norm in norms:
-            fake_norms.append(None if norm is None else fake_copy(norm, self._fake_mode))
+        fake_norms: list[list[nn.Module | None]] = []
+        for own in norms:
+            fake_norms.append([norm and fake_copy(norm, self._fake_mode) for norm in own])
         trace = replace(self.analysis.trace, root=self._fake_root)
         with self._fake_mode:
             net = rewrite(trace, plan, fake_heads, fake_norms)

@@ -318,7 +318,7 @@ def _note_sizes(
 
 
 def _relayed(plan: BlockPlan, index: int) -> list[str]:
-    """Return the side values that pass by a block.
+    """Return the values that pass by a block.
 
     They come from earlier blocks and are read by later blocks, but not by this one.
     """
@@ -329,9 +329,9 @@ def _relayed(plan: BlockPlan, index: int) -> list[str]:
         read_later.update(block.inputs)
     relayed = []
     for block in blocks[:index]:
-        for side in block.sides:
-            if side in read_later and side not in read_here:
-                relayed.append(side)
+        for value in block.gives:
+            if value.name in read_later and value.name not in read_here:
+                relayed.append(value.name)
     return relayed
 
 

@@ -498,10 +498,9 @@ def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[
 
 def _norm_tensors(net: fx.GraphModule) -> list[Tensor]:
     """Return the buffers and the frozen parameters of the norms, which run between the blocks."""
-    norms = [stage.norm for stage in stages_of(net)]
     tensors: list[Tensor] = []
-    for norm in norms:
-        if norm is not None:
+    for stage in stages_of(net):
+        for norm in stage.norms:
             tensors += [*norm.parameters(), *norm.buffers()]
     return tensors
 

@@ -34,6 +34,7 @@ class Stage:
     """One block of a cut model with its head and its norm.
 
     The classifier is the last stage. It has no head, since its logits are its scores, and no norm.
+    A block that several streams leave has a norm for each of them.
 
     Attributes:
         index: 0 for the first stage.
@@ -68,9 +69,14 @@ class Stage:
         return getattr(self._net, head_name(self.index), None)
 
     @property
-    def norm(self) -> nn.Module | None:
-        """The norm behind the block, None for the classifier and for `norm="none"`."""
-        return getattr(self._net, norm_name(self.index), None)
+    def norms(self) -> list[nn.Module]:
+        """The norms behind the block: one for each of its outputs, unless it has none."""
+        norms = []
+        for i in range(len(self.plan.outputs)):
+            norm = getattr(self._net, norm_name(self.index, i), None)
+            if norm is not None:
+                norms.append(norm)
+        return norms
 
     @property
     def modules(self) -> list[nn.Module]:

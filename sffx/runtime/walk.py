@@ -105,7 +105,7 @@ def _until_the_last(stages: Sequence[Stage], only: Collection[str] | None) -> Se
 
 def _pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
     """Run a stage that only passes its values on."""
-    parts = [*stage.modules, *([] if stage.norm is None else [stage.norm])]
+    parts = [*stage.modules, *stage.norms]
     residency = residency_of(net)
     with torch.no_grad(), evaluating(*parts):
         if residency.heads_run_always:

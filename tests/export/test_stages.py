@@ -14,6 +14,7 @@ import sffx
 import sffx.export.stages as stages
 from tests import toys
 from tests.export.test_early_exit import middle_threshold
+from tests.stream_models import TwoStreams
 
 FILES = ["block_0.onnx", "block_1.onnx", "block_2.onnx", "manifest.json"]
 
@@ -142,3 +143,12 @@ def test_failure_leaves_the_old_export(
         sffx.export_early_exit(net, folder)
     assert contents(folder) == before
     assert os.listdir(folder.parent) == ["net"]
+
+
+def test_several_values_that_cross_a_cut_go_from_file_to_file(tmp_path: Path) -> None:
+    # Each value is called as a node inside the block as well: "relu_1", "mean".
+    x = (torch.randn(4, 3, 4, 6, 6), torch.randn(4, 2, 4, 6, 6))
+    net = sffx.transform(TwoStreams(), [("mean", "flow_2_2")], x).eval()
+    written = sffx.EarlyExit.load(sffx.export_early_exit(net, tmp_path / "net"))
+    expected = sffx.EarlyExit(net).cumulative(x)
+    torch.testing.assert_close(written.cumulative(x), expected, rtol=1e-4, atol=1e-5)

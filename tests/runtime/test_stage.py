@@ -79,9 +79,9 @@ def test_a_stage_has_the_modules_that_learn_together() -> None:
     net, _ = cut("chain")
     first, *_, classifier = stages_of(net)
     assert first.modules == [net.block_0, net.head_0]
-    assert first.norm is net.norm_0
+    assert first.norms == [net.norm_0]
     assert classifier.modules == [net.classifier]
-    assert (classifier.head, classifier.norm) == (None, None)
+    assert (classifier.head, classifier.norms) == (None, [])
     net.head_0.requires_grad_(False)
     assert set(first.trainable) == set(net.block_0.parameters())
 

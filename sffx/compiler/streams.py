@@ -1,0 +1,301 @@
+"""Cut sets of several values, where streams run side by side.
+
+The dominators of the logits leave two branches, a U-Net or an HRNet whole, as one step. This pass
+looks for steps that hold more than a third of the model, and adds cut sets inside them:
+
+1. The *parts* of a step are the modules that its module calls one after the other. A part that
+   holds more than a third of the model is divided into its own parts. Single layers between larger
+   parts belong to the next one, and those at the start of the model are its stem.
+2. A cut set may lie after each part with a weight. Of the places before the next part, the one is
+   chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
+   a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
+
+A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
+layers and holds more than half of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from sffx.compiler.facts import facts
+from sffx.compiler.layers import scopes
+from sffx.tensors import storage_key
+
+if TYPE_CHECKING:
+    from sffx.compiler.analyse import Analysis, Step
+
+LARGE = 1 / 3  # share of the parameters or of the kept activations
+LARGE_UNIT = 1 / 2
+FEWEST_LAYERS = 5
+FEWEST_LAYERS_OF_UNIT = 13
+MOST_VALUES = 12  # that may cross one cut
+
+CutSet = frozenset[str]
+
+
+def with_streams(analysis: Analysis) -> Analysis:
+    """Return an analysis with the cut sets between streams on its spine; the same if none are."""
+    places: list[list[CutSet]] = []
+    sizes = _Sizes(analysis)
+    for step in analysis.steps:
+        if sizes.is_too_large(step.nodes, step.scope):
+            places += _places(analysis, step, sizes)
+    if not places:
+        return analysis
+    every = dict.fromkeys(cut_set for place in places for cut_set in place)
+    refused = _refused(analysis.with_cut_sets(tuple(every)))
+    chosen = []
+    for place in places:
+        allowed = [cut_set for cut_set in place if cut_set not in refused]
+        best = _smallest(analysis, allowed)
+        if best is not None and not _is_dominator(analysis, best):
+            chosen.append(best)
+    return analysis.with_cut_sets(tuple(dict.fromkeys(chosen)))
+
+
+def _refused(analysis: Analysis) -> set[CutSet]:
+    return {frozenset(step.values) for step in analysis.steps if step.refusal}
+
+
+def _is_dominator(analysis: Analysis, cut_set: CutSet) -> bool:
+    return len(cut_set) == 1 and analysis.flow.dominates(next(iter(cut_set)))
+
+
+def _smallest(analysis: Analysis, cut_sets: Sequence[CutSet]) -> CutSet | None:
+    """Return the cut set across which the fewest bytes go, the last of equal ones."""
+    best = None
+    fewest = 0
+    for cut_set in cut_sets:
+        size = sum(facts(analysis.nodes[name]).example.nbytes for name in cut_set)
+        if best is None or size <= fewest:
+            best = cut_set
+            fewest = size
+    return best
+
+
+# How much of the model some nodes hold
+
+
+class _Sizes:
+    """Shares of a model's parameters and of the activations that it keeps."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._numbers = self._of(analysis.nodes)
+
+    def share(self, names: Iterable[str]) -> float:
+        """Return the larger of the two shares that some nodes hold."""
+        parameters, activations = self._of(names)
+        shares = (parameters / max(self._numbers[0], 1), activations / max(self._numbers[1], 1))
+        return max(shares)
+
+    def layers(self, names: Iterable[str]) -> int:
+        """Return the number of weight matrices and kernels that some nodes apply."""
+        count = 0
+        for name in names:
+            node = self._analysis.nodes[name]
+            if self._analysis.is_weighted(node):
+                matrices = [p for p in self._analysis.parameters(node).values() if p.ndim > 1]
+                count += max(len(matrices), 1)
+        return count
+
+    def is_too_large(self, names: Sequence[str], scope: str) -> bool:
+        """Return whether some nodes, all of one module, are to be divided.
+
+        Args:
+            names: of the nodes.
+            scope: qualname of the module, "" for the model.
+        """
+        is_unit = bool(scope) and _is_repeated(self._analysis, scope)
+        fewest = FEWEST_LAYERS_OF_UNIT if is_unit else FEWEST_LAYERS
+        large = LARGE_UNIT if is_unit else LARGE
+        return self.share(names) > large and self.layers(names) >= fewest
+
+    def is_too_long(self, names: Sequence[str], scope: str) -> bool:
+        """Return whether some nodes are those of a row of modules that is to be divided."""
+        is_row = issubclass(self._analysis.kind(scope), nn.Sequential)
+        return is_row and self.share(names) > LARGE and self.layers(names) > 1
+
+    def _of(self, names: Iterable[str]) -> tuple[int, int]:
+        """Return the number of parameters, and the bytes kept for the backward pass."""
+        parameters: dict[int, int] = {}
+        saved: dict[int, int] = {}
+        for name in names:
+            node = self._analysis.nodes[name]
+            for parameter in self._analysis.parameters(node).values():
+                parameters[id(parameter)] = parameter.numel()
+            saved.update(facts(node).cost.saved)
+        return sum(parameters.values()), sum(saved.values())
+
+
+def _is_repeated(analysis: Analysis, scope: str) -> bool:
+    """Return whether the model has several modules of a module's class, which is no container."""
+    kind = analysis.kind(scope)
+    if issubclass(kind, nn.Sequential):
+        return False
+    same = [module for module in analysis.trace.root.modules() if type(module) is kind]
+    return len(same) > 1
+
+
+# The parts of a step
+
+
+@dataclass
+class _Part:
+    """What one module does in a step.
+
+    Attributes:
+        scope: qualname of the module.
+        nodes: names of its nodes on paths, in order.
+    """
+
+    scope: str
+    nodes: list[str] = field(default_factory=list)
+
+
+def _parts(analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes) -> list[_Part]:
+    """Return the parts with a weight that some nodes of a module make up.
+
+    Args:
+        analysis: of the model.
+        names: of the nodes, in order.
+        scope: qualname of the module, "" for the model.
+        sizes: of the model.
+    """
+    found: dict[str, _Part] = {}
+    for name in names:
+        inner = _inner_scope(analysis.nodes[name], scope)
+        if inner:
+            found.setdefault(inner, _Part(inner)).nodes.append(name)
+    most_layers = max((sizes.layers(part.nodes) for part in found.values()), default=0)
+    fewest_layers = min(most_layers, 2)
+    parts = []
+    for part in found.values():
+        divided: list[_Part] = []
+        is_large = sizes.is_too_large(part.nodes, part.scope)
+        if is_large or sizes.is_too_long(part.nodes, part.scope):
+            divided = _parts(analysis, part.nodes, part.scope, sizes)
+        if len(divided) > 1:
+            parts += divided
+        # A single layer between larger parts goes with the next one.
+        elif sizes.layers(part.nodes) >= max(fewest_layers, 1):
+            parts.append(part)
+    return parts
+
+
+def _inner_scope(node: Node, scope: str) -> str:
+    """Return the module in which a node lies in another module, "" if it is directly there."""
+    stack = scopes(node)
+    if scope in stack:
+        stack = stack[stack.index(scope) + 1 :]
+    return stack[0] if stack else ""
+
+
+def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]:
+    """Return for each part of a step the cut sets that may lie after it, in order."""
+    flow = analysis.flow
+    names = [name for name in step.nodes if flow.leads_to_logits(name)]
+    parts = _parts(analysis, names, step.scope, sizes)
+    if len(parts) < 2:
+        return []
+    position = {name: i for i, name in enumerate(names)}
+    spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
+    stem = [i for i, name in enumerate(names[: spans[0][0]]) if sizes.layers([name])]
+    if stem and not _has_weight_before(analysis, step):
+        spans.insert(0, (stem[0], stem[-1]))
+    starts = {start for start, _ in spans}
+    ends = {end for _, end in spans}
+    covered: set[int] = set()
+    for start, end in spans:
+        covered.update(range(start, end))
+    places: list[list[CutSet]] = []
+    is_open = False
+    crossing = _Crossing(analysis, step)
+    for i, name in enumerate(names):
+        values = crossing.after(name)
+        if i in starts or _starts_classifier(analysis, name):
+            is_open = False
+        if i in ends and i not in covered:
+            is_open = True
+            places.append([])
+        if is_open and i not in covered and values is not None:
+            places[-1].append(values)
+    return [place for place in places if place]
+
+
+def _has_weight_before(analysis: Analysis, step: Step) -> bool:
+    earlier = analysis.steps[: analysis.step_of[step.node]]
+    return any(each.weighted for each in earlier)
+
+
+def _starts_classifier(analysis: Analysis, name: str) -> bool:
+    """Return whether a node makes a value flat that was not, or pools it to a given size."""
+    node = analysis.nodes[name]
+    if analysis.is_adaptive_pool(node):
+        return True
+    value = facts(node).example
+    sources = [facts(source).example for source in node.all_input_nodes]
+    axes = [source.ndim for source in sources if isinstance(source, Tensor)]
+    return isinstance(value, Tensor) and value.ndim < 3 <= max(axes, default=0)
+
+
+class _Crossing:
+    """The values that cross a cut after each node of a step, one node after the other."""
+
+    def __init__(self, analysis: Analysis, step: Step) -> None:
+        self._analysis = analysis
+        self._flow = analysis.flow
+        # What the nodes before the step leave to be read.
+        before = analysis.step_of[step.node] - 1
+        entering = self._flow.cut_sets[before] if before >= 0 else ()
+        self._unread: dict[str, set[str]] = {}
+        for name in entering:
+            self._unread[name] = self._flow.readers(name)
+        self._late_writes = _late_writes(analysis)
+
+    def after(self, name: str) -> CutSet | None:
+        """Return the values that cross a cut after a node; None if no cut set may lie there."""
+        for source in self._flow.paths.predecessors(name):
+            if source in self._unread:
+                self._unread[source].discard(name)
+                if not self._unread[source]:
+                    del self._unread[source]
+        readers = self._flow.readers(name)
+        if readers:
+            self._unread[name] = readers
+        values = list(self._unread)
+        if not 0 < len(values) <= MOST_VALUES:
+            return None
+        if not all(
+            isinstance(facts(self._analysis.nodes[each]).example, Tensor) for each in values
+        ):
+            return None
+        return None if self._is_written_later(values, name) else frozenset(values)
+
+    def _is_written_later(self, values: list[str], name: str) -> bool:
+        """Return whether a value is written in place after a node, and then read by another name.
+
+        Such a write cannot be kept from a value that crosses a cut.
+        """
+        memories = {storage_key(facts(self._analysis.nodes[each]).example) for each in values}
+        later = self._flow.in_order([name, *self._late_writes])
+        for writer in later[later.index(name) + 1 :]:
+            if memories & self._late_writes.get(writer, set()):
+                return True
+        return False
+
+
+def _late_writes(analysis: Analysis) -> dict[str, set[int]]:
+    """Return the memory that is written in place, and then read by another name, by the writer."""
+    writes: dict[str, set[int]] = {}
+    for name, node in analysis.nodes.items():
+        record = facts(node)
+        if record.read_behind:
+            writes[name] = {storage_key(facts(written).example) for written in record.writes}
+    return writes

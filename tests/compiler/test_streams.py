@@ -1,0 +1,156 @@
+"""Where streams run side by side: the cut sets that are found, and those that a user names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from sffx.errors import CutError
+from sffx.learning.heads import StreamHeads
+from tests.stream_models import HRNet, Pairs, TwoStreams, UNet
+from tests.toys import Residual
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+VIDEO = (torch.zeros(1, 3, 4, 6, 6), torch.zeros(1, 2, 4, 6, 6))
+ENCODER = ("enc1_5", "enc2_5", "enc3_5")
+
+
+def names(plan: sffx.BlockPlan) -> list[str]:
+    return [block.name for block in plan]
+
+
+def cuts(plan: sffx.BlockPlan) -> list[object]:
+    return [block.cut for block in plan]
+
+
+def test_a_unet_has_a_block_for_each_stage():
+    # The bottleneck has 46 % of the parameters, so each of its two layers is a block.
+    stages = ["enc1", "enc2", "enc3", "mid.0 … mid.2", "mid.3 … mid.5", "up3", "up2", "up1"]
+    plan = sffx.plan(UNet(), example_input=IMAGE)
+    assert names(plan) == stages
+    # Each skip connection is the output of its stage, and is normed once, there.
+    assert all(not block.sides for block in plan)
+    assert "enc1_5" in plan.blocks[-1].inputs
+
+
+def test_the_streams_of_an_hrnet_are_cut_together():
+    plan = sffx.plan(HRNet(), example_input=IMAGE)
+    assert names(plan)[2:] == ["first.0 … stage2", "third … stage3.0", "stage3.1"]
+    assert cuts(plan)[2:] == [
+        ("relu", "relu_1"),
+        ("relu_2", "relu_3", "relu_4"),
+        ("relu_5", "relu_6", "relu_7"),
+    ]
+    last = plan.blocks[-1]
+    assert [output.name for output in last.scored] == ["relu_7", "relu_5", "relu_6"]
+    assert [output.shape for output in last.scored] == [(12, 4, 4), (4, 16, 16), (8, 8, 8)]
+
+
+def test_each_of_two_branches_has_blocks_of_its_own():
+    plan = sffx.plan(TwoStreams(), example_input=VIDEO)
+    assert names(plan) == [f"{stream}.{i}" for stream in ("frames", "flow") for i in range(3)]
+    # The pool of the first stream runs beside the second one, but has nothing to learn.
+    third = plan.blocks[3]
+    assert third.cut == ("mean", "flow_0_2")
+    assert [output.name for output in third.scored] == ["flow_0_2"]
+
+
+def test_two_streams_that_go_on_as_a_pair():
+    plan = sffx.plan(Pairs(), example_input=torch.zeros(1, 6, 3))
+    assert names(plan) == ["inp", "pairs.0", "pairs.1", "pairs.2"]
+
+
+def test_single_values_are_preferred():
+    plan = sffx.plan(Residual(), example_input=torch.zeros(1, 3, 8, 8))
+    assert all(not block.beside for block in plan)
+
+
+def test_values_that_cross_an_earlier_cut_may_be_left_out():
+    expected = sffx.plan(UNet(), [("enc1_5",), ENCODER[:2], ENCODER], IMAGE)
+    assert cuts(sffx.plan(UNet(), list(ENCODER), IMAGE)) == cuts(expected)
+    assert cuts(sffx.plan(UNet(), [*reversed(ENCODER)], IMAGE)) == list(ENCODER)
+
+
+def test_one_cut_across_several_values():
+    plan = sffx.plan(UNet(), [ENCODER], IMAGE)
+    (block,) = plan.blocks
+    assert block.cut == ENCODER
+    assert block.output == "enc3_5"
+    # The skip connections lead to the output, so the head reads that alone.
+    assert [output.name for output in block.scored] == ["enc3_5"]
+    assert "crosses the cut after block_0, normed: enc1_5, enc2_5" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            ["enc2_5"],
+            r"passes it by. Hint: a cut across all values there is \('enc1_5', 'enc2_5'\)",
+        ),
+        ([("enc2_5", "enc3_5")], "other values cross it as well"),
+        ([("enc1_0", "enc1_5")], "nothing after it reads enc1_0"),
+        ([("enc1_5", "nowhere")], "the traced graph has no node of this name"),
+        ([("enc1_5", "enc2_0")], "it would part the BN layer enc2.1"),
+        ([("enc1_5", "enc2_5", "x")], "does not dominate the output"),
+    ],
+)
+def test_what_is_refused(policy, message):
+    with pytest.raises(CutError, match=message):
+        sffx.plan(UNet(), policy, IMAGE)
+
+
+@pytest.mark.parametrize("make", [UNet, HRNet])
+def test_a_record_of_the_cuts_cuts_the_same(make):
+    plan = sffx.plan(make(), example_input=IMAGE)
+    again = sffx.plan(make(), plan.record()["after"], IMAGE)
+    assert [block.nodes for block in again.all_blocks] == [block.nodes for block in plan.all_blocks]
+
+
+@pytest.mark.parametrize("policy", ["stages(3)", "batchnorm", "memory(1 MiB, 4)"])
+def test_other_policies_cut_between_streams(policy):
+    plan = sffx.plan(HRNet(), policy, IMAGE)
+    assert any(len(block.outputs) > 1 for block in plan)
+
+
+def test_heads_and_norms_are_made_for_each_stream():
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    normed: list[str] = []
+
+    def head(block: sffx.Block, num_classes: int) -> nn.Module:
+        seen.append((block.output, block.shape))
+        layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(block.channels, num_classes)]
+        return nn.Sequential(*layers)
+
+    def norm(block: sffx.Block) -> nn.Module:
+        normed.append(block.output)
+        return nn.GroupNorm(1, block.channels, affine=False)
+
+    last = ("relu_5", "relu_6", "relu_7")
+    net = sffx.transform(HRNet(), [last], IMAGE, goodness=head, norm=norm)
+    assert seen == [("relu_7", (12, 4, 4)), ("relu_5", (4, 16, 16)), ("relu_6", (8, 8, 8))]
+    assert normed == ["relu_7", "relu_5", "relu_6"]
+    assert isinstance(net.head_0, StreamHeads)
+    assert {"norm_0", "norm_0_1", "norm_0_2"} <= {name for name, _ in net.named_children()}
+
+
+class _Scaled(nn.Module):
+    """Returns the real tokens' sum of two values, times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.factor * (y if mask is None else y * mask[:, :, None]).sum(1)
+
+
+def test_the_goodness_of_several_streams_is_their_mean():
+    heads = StreamHeads([_Scaled(1.0), _Scaled(3.0)], [False, True])
+    y, other = torch.ones(2, 5, 3), torch.ones(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    # 5 tokens and 3 times the 2 or 1 real ones.
+    expected = torch.tensor([[(5 + 6) / 2] * 3, [(5 + 3) / 2] * 3])
+    assert torch.equal(heads(y, other, mask), expected)

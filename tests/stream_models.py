@@ -1,0 +1,228 @@
+"""Nets whose streams run side by side, and random ones for property tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+CLASSES = 3
+
+
+def twice(inputs: int, outputs: int) -> nn.Sequential:
+    """Return two convolutions with BN and a ReLU in place."""
+    layers: list[nn.Module] = []
+    for width in (inputs, outputs):
+        layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class Up(nn.Module):
+    """A decoder stage: the value is enlarged, and a skip connection comes to it."""
+
+    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
+        self.conv = twice(outputs + skip, outputs)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.conv(torch.cat([self.up(x), skip], 1))
+
+
+class UNet(nn.Module):
+    """Three encoder stages, a bottleneck, three decoder stages, a classifier: on (B, 3, 16, 16)."""
+
+    def __init__(self, width: int = 4, classes: int = CLASSES) -> None:
+        super().__init__()
+        one, two, four, eight = width, 2 * width, 4 * width, 8 * width
+        self.enc1, self.enc2, self.enc3 = twice(3, one), twice(one, two), twice(two, four)
+        self.mid = twice(four, eight)
+        self.up3, self.up2, self.up1 = Up(eight, four, four), Up(four, two, two), Up(two, one, one)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(one, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e1 = self.enc1(x)
+        e2 = self.enc2(self.pool(e1))
+        e3 = self.enc3(self.pool(e2))
+        x = self.mid(self.pool(e3))
+        x = self.up1(self.up2(self.up3(x, e3), e2), e1)
+        return self.head(x.mean((2, 3)))
+
+
+class Exchange(nn.Module):
+    """A unit of an HRNet: each stream has layers of its own, and then each reads all others."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.streams = nn.ModuleList(twice(width, width) for width in widths)
+        self.rows = nn.ModuleList(nn.ModuleList() for _ in widths)
+        for i, row in enumerate(self.rows):
+            for j, width in enumerate(widths):
+                row.append(self._way(width, widths[i], i - j))
+
+    @staticmethod
+    def _way(inputs: int, outputs: int, halvings: int) -> nn.Module:
+        if halvings == 0:
+            return nn.Identity()
+        if halvings > 0:
+            return nn.Conv2d(inputs, outputs, 3, stride=2**halvings, padding=1)
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.Upsample(scale_factor=2**-halvings))
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        xs = [stream(x) for stream, x in zip(self.streams, xs, strict=True)]
+        fused = []
+        for row in self.rows:
+            ways = [way(x) for way, x in zip(row, xs, strict=True)]
+            fused.append(F.relu(sum(ways)))
+        return fused
+
+
+class HRNet(nn.Module):
+    """A stem, then two and three streams of halved size: on (B, 3, 16, 16)."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.stem = twice(3, 4)
+        self.first = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1)])
+        self.stage2 = Exchange([4, 8])
+        self.third = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.stage3 = nn.Sequential(Exchange([4, 8, 12]), Exchange([4, 8, 12]))
+        self.head = nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        xs = self.stage2([layer(x) for layer in self.first])
+        xs = self.stage3([*xs, self.third(xs[-1])])
+        return self.head(torch.cat([x.mean((2, 3)) for x in xs], 1))
+
+
+class TwoStreams(nn.Module):
+    """A video net that reads frames (B, 3, T, H, W) and their flow (B, 2, T, H, W)."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.frames, self.flow = self._stream(3), self._stream(2)
+        self.head = nn.Linear(16, classes)
+
+    @staticmethod
+    def _stream(channels: int) -> nn.Sequential:
+        stages = []
+        for inputs, outputs in [(channels, 6), (6, 8), (8, 8)]:
+            layer = nn.Conv3d(inputs, outputs, 3, padding=1, bias=False)
+            stages.append(nn.Sequential(layer, nn.BatchNorm3d(outputs), nn.ReLU()))
+        return nn.Sequential(*stages)
+
+    def forward(self, frames: Tensor, flow: Tensor) -> Tensor:
+        both = [self.frames(frames).mean((2, 3, 4)), self.flow(flow).mean((2, 3, 4))]
+        return self.head(torch.cat(both, 1))
+
+
+class Pair(nn.Module):
+    """A unit of two streams, each with a residual branch that reads both."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2 * width, width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat((x, y), -1)
+        return x + self.one(both).relu(), y + self.two(both).relu()
+
+
+class Pairs(nn.Module):
+    """Two streams of tokens that meet only at the end: on (B, T, 3)."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.inp = nn.Linear(3, 16)
+        self.pairs = nn.ModuleList([Pair(8), Pair(8), Pair(8)])
+        self.out = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.inp(x).chunk(2, -1)
+        for pair in self.pairs:
+            x, y = pair(x, y)
+        return self.out(torch.cat((x, y), -1).mean(1))
+
+
+class StreamProgram(nn.Module):
+    """Runs instructions on several streams of one shape, (B, 4, 4, 4).
+
+    Args:
+        code: the instructions, (name, stream, ...).
+        layers: that they name by index.
+        count: the number of streams.
+        inputs: the number of inputs, 1 or as many as streams.
+    """
+
+    def __init__(
+        self, code: list[tuple[Any, ...]], layers: list[nn.Module], count: int, inputs: int
+    ) -> None:
+        super().__init__()
+        self.code = code
+        self.count = count
+        self.inputs = inputs
+        self.layers = nn.ModuleList(layers)
+        self.out = nn.Linear(4 * count, CLASSES)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        streams = [x if other is None or i == 0 else other for i in range(self.count)]
+        kept: list[Tensor] = []
+        for name, i, *rest in self.code:
+            value = streams[i]
+            if name == "layer":
+                streams[i] = self.layers[rest[0]](value)
+            elif name == "read":
+                streams[i] = value + self.layers[rest[1]](streams[rest[0]])
+            elif name == "relu":
+                streams[i] = F.relu(value)
+            elif name == "relu_":
+                # A stream that is the model's input, or another stream, is not written.
+                streams[i] = F.relu_(value + 0)
+            elif name == "scale":
+                streams[i] = value * value.shape[1] ** -0.5
+            elif name == "mask":
+                streams[i] = value.masked_fill(value < 0, 0.1)
+            elif name == "keep":
+                kept.append(value)
+            elif name == "skip" and kept:
+                streams[i] = value + kept.pop()
+        return self.out(torch.cat([each.mean((2, 3)) for each in streams], 1))
+
+    def extra_repr(self) -> str:
+        return f"{self.code}, inputs={self.inputs}"
+
+
+@st.composite
+def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
+    """Draw a model of two or three streams, and the number of its inputs."""
+    count = draw(st.integers(2, 3))
+    inputs = draw(st.integers(1, 2))
+    layers: list[nn.Module] = []
+    channels = [3] * count  # of each stream
+
+    def add(inputs: int, with_norm: bool) -> int:
+        layer: nn.Module = nn.Conv2d(inputs, 4, 3, padding=1)
+        layers.append(nn.Sequential(layer, nn.BatchNorm2d(4)) if with_norm else layer)
+        return len(layers) - 1
+
+    code: list[tuple[Any, ...]] = []
+    for i in range(count):
+        code.append(("layer", i, add(3, False)))
+        channels[i] = 4
+    kinds = ["layer", "layer", "read", "read", "relu", "relu_", "scale", "mask", "keep", "skip"]
+    for _ in range(draw(st.integers(5, 12))):
+        kind = draw(st.sampled_from(kinds))
+        i = draw(st.integers(0, count - 1))
+        if kind == "layer":
+            code.append((kind, i, add(4, draw(st.booleans()))))
+        elif kind == "read":
+            code.append((kind, i, draw(st.integers(0, count - 1)), add(4, draw(st.booleans()))))
+        else:
+            code.append((kind, i))
+    return StreamProgram(code, layers, count, inputs), inputs

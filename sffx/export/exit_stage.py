@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sffx.errors import InputError
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
 from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
@@ -52,6 +53,9 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
     """Return the stages of a net in eval mode, and the names of the values with a batch axis.
 
     The classifier is no stage of an early exit.
+
+    Raises:
+        InputError: a value that crosses a cut depends on the batch, but not by its first axis.
     """
     node_lists = _nodes_of_exits(net)
     # A value has a batch axis if it has as many rows as there are samples. With one number of
@@ -76,8 +80,15 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
         stages.append(ExitStage(block.target, input_names, output_names, macs, module))
     batched = set()
     for name, value in of_two.values.items():
-        if _rows(value) == 2 and _rows(of_three.values[name]) == 3:
+        other = of_three.values[name]
+        if _rows(value) == 2 and _rows(other) == 3:
             batched.add(name)
+        elif _form(value) != _form(other):
+            raise InputError(
+                f"the value {name!r} crosses a cut and depends on the number of samples, but its "
+                "first axis is not the batch, so samples cannot leave it. Hint: cut elsewhere, "
+                "policy=[...] takes the names of nodes"
+            )
     return tuple(stages), frozenset(batched)
 
 
@@ -145,6 +156,15 @@ def _name(node: fx.Node, net: fx.GraphModule) -> str:
         if placeholder is node:
             return name
     return node.name
+
+
+def _form(value: Any) -> Any:
+    """Return the shape of a tensor, a number itself, and the forms of the parts of a tuple."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return [_form(part) for part in value]
+    return value if isinstance(value, (int, float)) else None
 
 
 def _rows(value: Any) -> int | None:

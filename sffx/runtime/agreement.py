@@ -178,6 +178,28 @@ class Agreement:
         raise ProcessError(f"the processes do different things: {text}. Hint: {hint}")
 
 
+def require_processes(group: dist.ProcessGroup | None, timeout: float | None = None) -> None:
+    """Raise an InputError if processes cannot agree on anything.
+
+    Args:
+        group: of the processes, the default group if None.
+        timeout: for how many seconds they wait for each other, None if that is not asked.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError(
+            "there is no process group. Hint: start the processes by torchrun and call "
+            "torch.distributed.init_process_group()"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        # What torch returns to a process that is not in a new group is no group either.
+        raise InputError(
+            f"group is a {type(group).__name__}, not a process group that this process is in. "
+            "Hint: pass torch.distributed.group.WORLD for all processes"
+        )
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise InputError(f"timeout is {timeout!r}. Hint: pass a number of seconds above 0")
+
+
 def require_same(
     own: Mapping[str, str], group: dist.ProcessGroup, problem: str | None = None
 ) -> None:

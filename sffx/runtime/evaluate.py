@@ -15,6 +15,7 @@ from sffx.inputs import batches, padding_mask, split_batch
 from sffx.kernels.precision import widened
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import cut_model, plan_of
+from sffx.runtime.agreement import require_processes
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
 from sffx.runtime.walk import walk
@@ -181,6 +182,7 @@ def _evaluate_together(
     net: fx.GraphModule, loader: Iterable[Any], group: dist.ProcessGroup
 ) -> Evaluation:
     """Evaluate a model on the samples of all processes of a group."""
+    require_processes(group)
     residency = residency_of(net)
     residency.agree("evaluate")
     totals = Totals(net)

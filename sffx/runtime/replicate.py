@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
 from sffx.net import plan_of
-from sffx.runtime.agreement import Agreement, Word, require_same, structure_of
+from sffx.runtime.agreement import Agreement, Word, require_processes, require_same, structure_of
 from sffx.runtime.averaging import Wait
 from sffx.runtime.gate import Gate, none
 from sffx.runtime.gradients import Gradients
@@ -69,9 +69,9 @@ def replicate(
         timeout: how long a process waits for the others, in seconds.
 
     Raises:
-        InputError: there are no processes; `net` is no cut model, is replicated, offloaded or
-            sharded already, has parameters on the meta device or embeddings with sparse gradients;
-            or the nets of the processes differ.
+        InputError: there are no processes, or this one is not in `group`; `net` is no cut model, is
+            replicated, offloaded or sharded already, has parameters on the meta device or
+            embeddings with sparse gradients; or the nets of the processes differ.
     """
     plan_of(net)
     present = replication_of(net)
@@ -82,11 +82,7 @@ def replicate(
             "net is offloaded or sharded, and replicas hold all parameters on the device. "
             "Hint: sffx.onload(net) first, or a net that was not sharded"
         )
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            "there is no process group to replicate over. Hint: start the processes by torchrun "
-            "and call torch.distributed.init_process_group()"
-        )
+    require_processes(group, timeout)
     if present is not None:
         present.leave()
         delattr(net, _ATTRIBUTE)

@@ -26,6 +26,7 @@ from sffx.runtime.agreement import (
     Agreement,
     Word,
     checksums_of,
+    require_processes,
     require_same,
     structure_of,
 )
@@ -78,11 +79,7 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
             "net is replicated, and replicas hold all parameters. "
             "Hint: copy.deepcopy(net) is not replicated"
         )
-    if "mesh" not in options and not dist.is_initialized():
-        raise InputError(
-            "there is no process group to shard over. Hint: start the processes by torchrun and "
-            "call torch.distributed.init_process_group(), or pass mesh"
-        )
+    require_processes(None, timeout)
     agreement = Agreement(_ranks(options.get("mesh")), timeout)
     # FSDP takes each process's share of its own weights. Different weights would be mixed.
     require_same({**structure_of(net), **checksums_of(net)}, agreement.group)

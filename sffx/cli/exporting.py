@@ -67,7 +67,9 @@ def _class_names(path: Path | None) -> list[str] | None:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the class names cannot be read: {error}") from error
+        raise InputError(
+            f"the class names cannot be read: {error}. Hint: name a text file, one class a line"
+        ) from error
     if not text.lstrip().startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:

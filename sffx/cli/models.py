@@ -256,7 +256,7 @@ def _object_of_module(source: str) -> Any:
 def _imported(source: str) -> ModuleType:
     """Return the module in `package.module:name`."""
     module_name, colon, _ = source.partition(":")
-    if not colon:
+    if not colon or not module_name:
         raise InputError(
             f"{source!r} is neither a Python file nor module:callable. "
             "Hint: model.py, torchvision.models:resnet18, timm:resnet18"

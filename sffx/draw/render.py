@@ -106,7 +106,8 @@ def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
         )
     if not path.parent.is_dir():
         raise InputError(
-            f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist"
+            f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist. "
+            "Hint: create it first"
         )
     return path
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
@@ -16,7 +15,7 @@ from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
 from sffx.net import plan_of
 from sffx.runtime.pipeline.link import Incoming, Outgoing, Word
 from sffx.runtime.pipeline.message import packed
-from sffx.runtime.pipeline.watch import Watch
+from sffx.runtime.pipeline.ranks import Ranks
 from sffx.runtime.stage import Stage, Values, nodes_read_by, stages_of
 from sffx.runtime.walk import input_values
 from sffx.tensors import storage_key
@@ -127,6 +126,79 @@ class FromStageBefore:
             yield Batch(values, message["y"], message["samples"], message["scores"], self._word)
 
 
+class Epoch:
+    """The batches of an epoch on one process: they come in, and their values go on.
+
+    Args:
+        net: the cut model.
+        stages: of this process.
+        ranks: the processes.
+        depth: how many batches may be on the way to the next stage.
+        loader: of the first stage, None elsewhere.
+        check: called with the targets of each batch and the number of its samples, in the first
+            stage.
+
+    Attributes:
+        bytes_sent: to the next stage.
+
+    Raises:
+        InputError: there is no batch. All stages know of the first one.
+    """
+
+    def __init__(
+        self,
+        net: fx.GraphModule,
+        stages: list[Stage],
+        ranks: Ranks,
+        depth: int,
+        loader: Iterable[Any] | None,
+        check: Callable[[Tensor, int], None],
+    ) -> None:
+        upstream = ranks.connections.upstream
+        downstream = ranks.connections.downstream
+        self._source: FromLoader | FromStageBefore
+        if upstream is None:
+            agree = ranks.require_as_many_batches
+            self._source = FromLoader(net, loader or (), ranks.device, agree, check)
+        else:
+            self._source = FromStageBefore(net, Incoming(upstream, ranks.watch))
+        self._outgoing: Outgoing | None = None
+        self._handover: Handover | None = None
+        if downstream is not None:
+            self._outgoing = Outgoing(downstream, ranks.watch, depth)
+            self._handover = Handover(net, stages, self._outgoing)
+        self._open()
+
+    @property
+    def bytes_sent(self) -> int:
+        return 0 if self._outgoing is None else self._outgoing.bytes_sent
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether there is a stage behind this process."""
+        return self._handover is not None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield all batches, and then wait until the next stage has all of them."""
+        yield from self._source
+        if self._outgoing is not None:
+            self._outgoing.drain()
+
+    def send(self, batch: Batch) -> None:
+        """Send the values of a batch to the next stage, if there is one."""
+        if self._handover is not None:
+            self._handover.send(batch)
+
+    def _open(self) -> None:
+        word = self._source.open()
+        if self._outgoing is not None:
+            self._outgoing.open(word)
+        if word is Word.END:
+            if self._outgoing is not None:
+                self._outgoing.drain()
+            raise InputError("the loader yielded no batches")
+
+
 class Handover:
     """Sends what the stages behind this process read.
 
@@ -146,11 +218,11 @@ class Handover:
                 own = (*module.parameters(), *module.buffers())
                 self._own.update(storage_key(tensor) for tensor in own)
 
-    def send(self, batch: Batch, values: Values) -> None:
+    def send(self, batch: Batch) -> None:
         """Send the values that later stages read, with the targets of the batch."""
         crossing_values = {}
         for node in self._crossing:
-            crossing_values[node.name] = tree_map_only(Tensor, self._safe, values[node])
+            crossing_values[node.name] = tree_map_only(Tensor, self._safe, batch.values[node])
         message = {
             "values": crossing_values,
             "y": batch.y,
@@ -173,15 +245,3 @@ def crossing(net: fx.GraphModule, first: int) -> list[fx.Node]:
     """
     behind = [node for stage in stages_of(net)[first:] for node in stage.nodes]
     return nodes_read_by(behind)
-
-
-def require_as_many_batches(has_batch: bool, replicas: dist.ProcessGroup, watch: Watch) -> None:
-    """Raise an InputError if some replicas have a further batch and others have none."""
-    count = torch.tensor([int(has_batch)])
-    watch.call(lambda: dist.all_reduce(count, group=replicas))
-    having = int(count)
-    if having not in (0, replicas.size()):
-        raise InputError(
-            f"{having} of {replicas.size()} replicas have a further batch, and the others have "
-            "none. Hint: give all loaders as many batches, as DistributedSampler does"
-        )

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,22 +25,21 @@ from sffx.errors import InputError
 from sffx.inputs import explaining_input_errors
 from sffx.kernels.precision import widened
 from sffx.learning.losses import LossFunctions, check_targets, loss_functions
-from sffx.net import CutModel, cut_model, require_uncompiled
+from sffx.net import CutModel
 from sffx.runtime.evaluate import Evaluation, Totals, scores_by_name
-from sffx.runtime.find_residency import residency_of
 from sffx.runtime.learn import Lesson, OnBlock, learn_stage, require_train_mode
 from sffx.runtime.modes import evaluating
 from sffx.runtime.optimizers import groups_of_stages
 from sffx.runtime.pipeline.balance import balanced, seconds_of_blocks
-from sffx.runtime.pipeline.epoch import (
-    Batch,
-    FromLoader,
-    FromStageBefore,
-    Handover,
-    require_as_many_batches,
+from sffx.runtime.pipeline.checks import (
+    checked_depth,
+    checked_timeout,
+    device_of,
+    given_cuts,
+    usable,
 )
+from sffx.runtime.pipeline.epoch import Batch, Epoch
 from sffx.runtime.pipeline.gather import receive_parts, send_parts, with_tensors
-from sffx.runtime.pipeline.link import Incoming, Outgoing, Word
 from sffx.runtime.pipeline.ownership import (
     inseparable,
     materialize,
@@ -50,9 +48,9 @@ from sffx.runtime.pipeline.ownership import (
     require_same_everywhere,
     summary,
 )
-from sffx.runtime.pipeline.places import connect, find_place
+from sffx.runtime.pipeline.places import find_place
+from sffx.runtime.pipeline.ranks import Ranks
 from sffx.runtime.pipeline.steps import Steps
-from sffx.runtime.pipeline.watch import Watch
 from sffx.runtime.randomness import block_seeds, mixed
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, stages_of
@@ -132,21 +130,20 @@ class Pipeline:
         example_input: Any = None,
         timeout: timedelta | float | None = None,
     ) -> None:
-        self.net = _usable(net)
+        self.net = usable(net)
         self.place = find_place(group, replicas)
-        self.device = _device(self.net, device)
-        self._depth = _checked_depth(depth)
+        self.device = device_of(self.net, device)
+        self._depth = checked_depth(depth)
         self._functions = loss_functions(loss_fn, len(self.net.plan.all_blocks))
-        self._watch = self._new_watch(_checked_timeout(timeout))
+        self._ranks = Ranks(self.place, self.device, checked_timeout(timeout))
         self.seconds: dict[str, float] = {}
         self.bytes_sent = 0
-        with self._watch.reporting():
-            self._connections = connect(self.place, self.device)
-            require_same_everywhere(self._from_everyone(summary(self.net)))
+        with self._ranks.watch.reporting():
+            self._ranks.connect()
+            require_same_everywhere(self._ranks.from_everyone(summary(self.net)))
             self._begins = self._first_blocks(cuts, example_input)
             self._stages = self._stages_of(self.place.stage)
             self._own_parts()
-        self._watch.names = {rank: self._name_of(rank) for rank in self.place.everyone}
         self._residency = Residency(self.net)
 
     @property
@@ -213,50 +210,48 @@ class Pipeline:
                 for `local_step`.
             ProcessError: another process failed.
         """
-        with self._watch.reporting():
+        with self._ranks.watch.reporting():
             self._require_loader(loader)
             self._require_values()
             require_train_mode(self.net)
-            steps = Steps(
-                self._stages, optimizer, accumulate, self._connections.replicas, self._watch
-            )
+            connections = self._ranks.connections
+            watch = self._ranks.watch
+            steps = Steps(self._stages, optimizer, accumulate, connections.replicas, watch)
             lessons = self._lessons(on_block)
             seed = self._seed()
-            start = time.monotonic()
-            waited = self._watch.waited
             sums = _Sums([stage.name for stage in self._stages])
-            source, handover, outgoing = self._opened(loader, self._check_targets)
-            for step, batch in enumerate(source):
+            start = time.monotonic()
+            waited = watch.waited
+            epoch = self._epoch(loader, self._check_targets)
+            for step, batch in enumerate(epoch):
                 with block_seeds(mixed(seed, step)):
-                    self._train_batch(batch, lessons, steps, sums, handover)
-            self._drain(outgoing)
+                    self._train_batch(batch, epoch, lessons, steps, sums)
             steps.finish()
-            elapsed = time.monotonic() - start
-            busy = 1 - (self._watch.waited - waited) / elapsed
+            self.bytes_sent += epoch.bytes_sent
+            busy = 1 - (watch.waited - waited) / (time.monotonic() - start)
             return self._mean_losses(sums, busy)
 
     def _train_batch(
         self,
         batch: Batch,
+        epoch: Epoch,
         lessons: Mapping[Stage, Lesson],
         steps: Steps,
         sums: _Sums,
-        handover: Handover | None,
     ) -> None:
-        values = batch.values
         last = self._stages[-1]
         for stage in self._stages:
             steps.before(stage)
-            held = [self._scores(stage, values)]
+            held = [self._scores(stage, batch.values)]
             # The next process begins while this one learns.
-            if stage is last and handover is not None:
-                stage.hand_on(values)
-                handover.send(batch, values)
+            if stage is last:
+                stage.hand_on(batch.values)
+                epoch.send(batch)
             learned = learn_stage(stage, held, batch.y, lessons[stage], self._residency)
             sums.add(stage.name, learned.loss, batch.samples)
             steps.after(learned)
             if stage is not last:
-                stage.hand_on(values)
+                stage.hand_on(batch.values)
         sums.samples += batch.samples
 
     @torch.no_grad()
@@ -271,25 +266,25 @@ class Pipeline:
             InputError: as for `sffx.evaluate`; or the loader is missing or on the wrong process.
             ProcessError: another process failed.
         """
-        with self._watch.reporting(), evaluating(self.module):
+        with self._ranks.watch.reporting(), evaluating(self.module):
             self._require_loader(loader)
             self._require_values()
             totals = Totals(self.net)
-            source, handover, outgoing = self._opened(loader, self._check_labels)
-            for batch in source:
-                self._evaluate_batch(batch, totals, handover)
-            self._drain(outgoing)
+            epoch = self._epoch(loader, self._check_labels)
+            for batch in epoch:
+                self._evaluate_batch(batch, epoch, totals)
+            self.bytes_sent += epoch.bytes_sent
             together = Totals(self.net)
-            for other in self._from_everyone(totals):
+            for other in self._ranks.from_everyone(totals):
                 together.merge(other)
             return together.evaluation()
 
-    def _evaluate_batch(self, batch: Batch, totals: Totals, handover: Handover | None) -> None:
+    def _evaluate_batch(self, batch: Batch, epoch: Epoch, totals: Totals) -> None:
         for stage in self._stages:
             batch.scores.append(self._scores(stage, batch.values))
             stage.hand_on(batch.values)
-        if handover is not None:
-            handover.send(batch, batch.values)
+        if epoch.hands_over:
+            epoch.send(batch)
             return
         scores = self.net.plan.task.gathered([widened(each) for each in batch.scores])
         totals.add(scores_by_name(self.net, scores), batch.y)
@@ -350,9 +345,9 @@ class Pipeline:
         """
         if dst not in self.place.everyone:
             raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
-        with self._watch.reporting():
-            received = self._watch.call(lambda: self._gathered(dst))
-            own_state = self._from_everyone(_beside_tensors(self.module))
+        with self._ranks.watch.reporting():
+            received = self._ranks.watch.call(lambda: self._gathered(dst))
+            own_state = self._ranks.from_everyone(_beside_tensors(self.module))
             if self.place.rank != dst:
                 return None
             whole = with_tensors(self.net, received)
@@ -360,27 +355,20 @@ class Pipeline:
             return whole.train(self.net.training)
 
     def __repr__(self) -> str:
-        return f"Pipeline({self._name_of(self.place.rank)}, {self.device})"
+        return f"Pipeline({self._ranks.name_of(self.place.rank)}, {self.device})"
 
     # What follows happens once, when the pipeline is made.
-
-    def _new_watch(self, timeout: timedelta) -> Watch:
-        # Torch offers no public way to the store that all processes share already.
-        store = dist.distributed_c10d._get_default_store()
-        own = dist.PrefixStore(f"sffx pipeline {next(_INSTANCES)}", store)
-        names = {rank: f"rank {rank}" for rank in self.place.everyone}
-        return Watch(own, names, self.place.rank, timeout)
 
     def _first_blocks(self, cuts: Iterable[str] | None, example_input: Any) -> list[int]:
         """Return the index of the first block of each stage."""
         tied = inseparable(self.net)
         names = [block.target for block in self.net.plan.all_blocks]
         if cuts is not None:
-            return _given_cuts(cuts, names, self.place.stages, tied)
+            return given_cuts(cuts, names, self.place.stages, tied)
         seconds = None
         if self.place.rank == self.place.everyone[0]:
             seconds = seconds_of_blocks(self.net, example_input, self.device)
-        measured = self._from_everyone(seconds)[0]
+        measured = self._ranks.from_everyone(seconds)[0]
         self.seconds = dict(zip(names, measured, strict=True))
         return balanced(measured, self.place.stages, set(tied))
 
@@ -402,71 +390,15 @@ class Pipeline:
         self.module = nn.Module()
         for part in self._parts:
             self.module.add_module(part, self.net.get_submodule(part))
-        self._broadcast_over_replicas()
-
-    @torch.no_grad()
-    def _broadcast_over_replicas(self) -> None:
-        """Give all replicas the weights of the first. Layers may have drawn other ones."""
-        group = self._connections.replicas
-        if group is None:
-            return
-        first = self.place.ranks[self.place.stage][0]
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            self._watch.call(partial(dist.broadcast, tensor, first, group))
-
-    def _name_of(self, rank: int) -> str:
-        """Return the name of a rank in messages."""
-        for index, ranks in enumerate(self.place.ranks):
-            if rank in ranks:
-                own = self._stages_of(index)
-                return f"rank {rank} (stage {index}: {own[0].name} to {own[-1].name})"
-        return f"rank {rank}"
+        # Layers that drew their weights have drawn other ones in each replica.
+        self._ranks.share_with_replicas((*self.module.parameters(), *self.module.buffers()))
+        blocks = [[stage.name for stage in self._stages_of(i)] for i in range(self.place.stages)]
+        self._ranks.name_stages(blocks)
 
     # What follows happens in each epoch.
 
-    def _opened(
-        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]
-    ) -> tuple[FromLoader | FromStageBefore, Handover | None, Outgoing | None]:
-        """Return where batches come from, and where they go; all stages know of the first batch.
-
-        Args:
-            loader: of this process.
-            check: called with the targets of each batch and the number of its samples.
-
-        Raises:
-            InputError: there is no batch.
-        """
-        source = self._source(loader, check)
-        word = source.open()
-        outgoing = None
-        handover = None
-        if self._connections.downstream is not None:
-            outgoing = Outgoing(self._connections.downstream, self._watch, self._depth)
-            handover = Handover(self.net, self._stages, outgoing)
-            outgoing.open(word)
-        if word is Word.END:
-            self._drain(outgoing)
-            raise InputError("the loader yielded no batches")
-        return source, handover, outgoing
-
-    def _drain(self, outgoing: Outgoing | None) -> None:
-        """Wait until the next stage has all messages of an epoch."""
-        if outgoing is not None:
-            outgoing.drain()
-            self.bytes_sent += outgoing.bytes_sent
-
-    def _source(
-        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]
-    ) -> FromLoader | FromStageBefore:
-        if self._connections.upstream is not None:
-            return FromStageBefore(self.net, Incoming(self._connections.upstream, self._watch))
-        return FromLoader(self.net, loader or (), self.device, self._agree, check)
-
-    def _agree(self, has_batch: bool) -> None:
-        """Raise an InputError if the loaders of the replicas differ in length."""
-        replicas = self._connections.replicas_on_cpu
-        if replicas is not None:
-            require_as_many_batches(has_batch, replicas, self._watch)
+    def _epoch(self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]) -> Epoch:
+        return Epoch(self.net, self._stages, self._ranks, self._depth, loader, check)
 
     def _scores(self, stage: Stage, values: Values) -> Tensor:
         """Run a stage, and return its scores."""
@@ -492,14 +424,14 @@ class Pipeline:
     def _seed(self) -> int:
         """Return a seed for the dropout of an epoch, drawn by the first process."""
         drawn = int(torch.randint(2**62, ())) if self.first else None
-        return self._from_everyone(drawn)[0]
+        return int(self._ranks.from_everyone(drawn)[0])
 
     def _mean_losses(self, sums: _Sums, busy: float) -> dict[str, float]:
         """Return the mean loss of each block over the samples of all replicas."""
-        found = self._from_everyone((self.place.stage, sums.totals(), sums.samples, busy))
+        found = self._ranks.from_everyone((self.place.stage, sums.totals(), sums.samples, busy))
         if self.place.rank == self.place.everyone[0]:
             for stage, _, _, share in found[:: self.place.replicas]:
-                name = self._name_of(self.place.ranks[stage][0])
+                name = self._ranks.name_of(self.place.ranks[stage][0])
                 LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share)
         totals: dict[str, float] = {}
         samples: dict[str, int] = {}
@@ -509,19 +441,10 @@ class Pipeline:
                 samples[name] = samples.get(name, 0) + count
         return {name: total / samples[name] for name, total in totals.items()}
 
-    def _from_everyone(self, value: Any) -> list[Any]:
-        """Return what each process has, those of the first stage first."""
-        found: list[Any] = [None] * len(self.place.everyone)
-        group = self._connections.everyone
-        self._watch.call(lambda: dist.all_gather_object(found, value, group=group))
-        # A group numbers its processes by their ranks.
-        by_rank = dict(zip(sorted(self.place.everyone), found, strict=True))
-        return [by_rank[rank] for rank in self.place.everyone]
-
     def _gathered(self, dst: int) -> dict[int, Tensor]:
         """Return the tensors of all other stages, on one process, by the id of a meta tensor."""
         received: dict[int, Tensor] = {}
-        group = self._connections.everyone
+        group = self._ranks.connections.everyone
         for index, ranks in enumerate(self.place.ranks):
             parts = self._parts_of_stage(index)
             if dst in ranks:
@@ -571,77 +494,6 @@ class _Sums:
     def totals(self) -> dict[str, float]:
         """Return the sums by the block's name."""
         return {name: float(total) for name, total in self._sums.items()}
-
-
-def _usable(net: nn.Module) -> CutModel:
-    """Return the cut model; raise an InputError if it cannot be divided among processes."""
-    cut = cut_model(net)
-    is_compiled = hasattr(net, "_orig_mod")
-    if cut is not net and not is_compiled:
-        raise InputError(
-            f"net is a {type(net).__name__} around a cut model. Hint: pass the cut model itself"
-        )
-    require_uncompiled(net)
-    residency = residency_of(cut)
-    if type(residency) is not Residency:
-        raise InputError(
-            f"the parameters of net are managed already, by {type(residency).__name__}. "
-            "Hint: onload an offloaded net (sffx.onload), and do not shard or replicate it before"
-        )
-    return cut
-
-
-def _device(net: nn.Module, device: torch.device | str | int | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    own = next(net.parameters()).device
-    if own.type != "meta":
-        return own
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def _checked_depth(depth: Any) -> int:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise InputError(f"depth is {depth!r}. Hint: a number of batches, 1 or more")
-    return depth
-
-
-def _checked_timeout(timeout: Any) -> timedelta:
-    if timeout is None:
-        return timedelta(minutes=30)
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise InputError(f"timeout is {timeout!r}. Hint: a timedelta, or seconds above 0")
-    return timedelta(seconds=seconds)
-
-
-def _given_cuts(
-    cuts: Iterable[str], names: list[str], stages: int, tied: Mapping[int, str]
-) -> list[int]:
-    """Return the index of the first block of each stage, as the user names them."""
-    given = [cuts] if isinstance(cuts, str) else list(cuts)
-    unknown = [name for name in given if name not in names[1:]]
-    if unknown:
-        raise InputError(
-            f"cuts names {', '.join(map(repr, unknown))}. "
-            f"Hint: a stage can begin with {', '.join(names[1:])}"
-        )
-    begins = [0, *(names.index(name) for name in given)]
-    if len(begins) != stages or sorted(set(begins)) != begins:
-        raise InputError(
-            f"cuts is {given}, for {stages} stages. "
-            f"Hint: the {stages - 1} blocks, in order, that begin the stages behind the first"
-        )
-    for begin in begins:
-        if begin in tied:
-            raise InputError(
-                f"{tied[begin]} is used by {names[begin - 1]} or a block before it, and by "
-                f"{names[begin]} or a block behind it, so one process must have both. "
-                "Hint: begin the stage with another block"
-            )
-    return begins
 
 
 def _inputs_among(values: Values) -> dict[str, Any]:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 # Seconds between two looks at the notes of other ranks.
 POLL = 0.5
 # Seconds that a rank has to leave a note on its failure, once its connections are closed.
-GRACE = 3.0
+GRACE = 1.5
 
 _FAILURE = "failure"
 

@@ -35,7 +35,11 @@ def run(
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    # A server imports torch once, and each process is a fork of it.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.runtime.pipeline.models", "torch.distributed.checkpoint"]
+    )
     started = []
     for rank in range(processes):
         arguments = (function, rank, processes, str(folder), args)

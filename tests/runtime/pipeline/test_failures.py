@@ -56,7 +56,7 @@ def train_with_failure(rank: int, kind: str, bad: int) -> Any:
     ("kind", "bad"), [("exception", 0), ("exception", 1), ("exit", 2), ("kill", 1), ("hang", 0)]
 )
 def test_all_ranks_end_and_name_the_bad_one(tmp_path, kind, bad):
-    found = run(train_with_failure, 3, tmp_path, kind, bad, grace=10)
+    found = run(train_with_failure, 3, tmp_path, kind, bad, grace=5)
     for rank, result in enumerate(found):
         if rank != bad:
             assert isinstance(result, sffx.SffxError), result

@@ -1,0 +1,100 @@
+"""Checks of the arguments of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from sffx.errors import InputError
+from sffx.net import CutModel, cut_model, require_uncompiled
+from sffx.runtime.find_residency import residency_of
+from sffx.runtime.residency import Residency
+
+
+def usable(net: nn.Module) -> CutModel:
+    """Return the cut model; raise an InputError if it cannot be divided among processes."""
+    cut = cut_model(net)
+    is_compiled = hasattr(net, "_orig_mod")
+    if cut is not net and not is_compiled:
+        raise InputError(
+            f"net is a {type(net).__name__} around a cut model. Hint: pass the cut model itself"
+        )
+    require_uncompiled(net)
+    residency = residency_of(cut)
+    if type(residency) is not Residency:
+        raise InputError(
+            f"the parameters of net are managed already, by {type(residency).__name__}. "
+            "Hint: onload an offloaded net (sffx.onload), and do not shard or replicate it before"
+        )
+    return cut
+
+
+def device_of(net: nn.Module, device: torch.device | str | int | None) -> torch.device:
+    """Return the device that a process computes on."""
+    if device is not None:
+        return torch.device(device)
+    own = next(net.parameters()).device
+    if own.type != "meta":
+        return own
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def checked_depth(depth: Any) -> int:
+    """Return how many batches may be on the way; raise an InputError if it is no such number."""
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise InputError(f"depth is {depth!r}. Hint: a number of batches, 1 or more")
+    return depth
+
+
+def checked_timeout(timeout: Any) -> timedelta:
+    """Return how long to wait for a process; raise an InputError if it is no such time."""
+    if timeout is None:
+        return timedelta(minutes=30)
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise InputError(f"timeout is {timeout!r}. Hint: a timedelta, or seconds above 0")
+    return timedelta(seconds=seconds)
+
+
+def given_cuts(
+    cuts: Iterable[str], names: list[str], stages: int, tied: Mapping[int, str]
+) -> list[int]:
+    """Return the index of the first block of each stage, as the user names them.
+
+    Args:
+        cuts: the names of the blocks that begin a stage, without the first stage's.
+        names: of all blocks.
+        stages: how many there are to be.
+        tied: as `inseparable` returns it.
+
+    Raises:
+        InputError: a name is unknown, there are too few or too many, or a stage would begin between
+            blocks that share a weight.
+    """
+    given = [cuts] if isinstance(cuts, str) else list(cuts)
+    unknown = [name for name in given if name not in names[1:]]
+    if unknown:
+        raise InputError(
+            f"cuts names {', '.join(map(repr, unknown))}. "
+            f"Hint: a stage can begin with {', '.join(names[1:])}"
+        )
+    begins = [0, *(names.index(name) for name in given)]
+    if len(begins) != stages or sorted(set(begins)) != begins:
+        raise InputError(
+            f"cuts is {given}, for {stages} stages. "
+            f"Hint: the {stages - 1} blocks, in order, that begin the stages behind the first"
+        )
+    for begin in begins:
+        if begin in tied:
+            raise InputError(
+                f"{tied[begin]} is used by {names[begin - 1]} or a block before it, and by "
+                f"{names[begin]} or a block behind it, so one process must have both. "
+                "Hint: begin the stage with another block"
+            )
+    return begins

@@ -1,0 +1,102 @@
+"""The processes of a pipeline, as one of them sees them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sffx.errors import InputError
+from sffx.runtime.pipeline.places import Connections, Place, connect
+from sffx.runtime.pipeline.watch import Watch
+
+_INSTANCES = itertools.count()
+
+
+class Ranks:
+    """Asks all processes, and waits for them.
+
+    Args:
+        place: of this process.
+        device: that this process computes on.
+        timeout: how long the others wait for a process that hangs.
+
+    Attributes:
+        place: as above.
+        device: as above.
+        watch: waits for other processes.
+    """
+
+    def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+        self.place = place
+        self.device = device
+        # Torch offers no public way to the store that all processes share already.
+        store = dist.distributed_c10d._get_default_store()
+        own = dist.PrefixStore(f"sffx pipeline {next(_INSTANCES)}", store)
+        names = {rank: f"rank {rank}" for rank in place.everyone}
+        self.watch = Watch(own, names, place.rank, timeout)
+        self._connections: Connections | None = None
+
+    @property
+    def connections(self) -> Connections:
+        """The process groups."""
+        assert self._connections is not None  # `connect` comes first
+        return self._connections
+
+    def connect(self) -> None:
+        """Make the process groups. All processes must call it."""
+        self._connections = connect(self.place, self.device)
+
+    def name_stages(self, blocks: Sequence[Sequence[str]]) -> None:
+        """Name the blocks of each process in messages.
+
+        Args:
+            blocks: names of the blocks of each stage.
+        """
+        for stage, own in enumerate(blocks):
+            for rank in self.place.ranks[stage]:
+                self.watch.names[rank] = f"rank {rank} (stage {stage}: {own[0]} to {own[-1]})"
+
+    def name_of(self, rank: int) -> str:
+        """Return the name of a process in messages."""
+        return self.watch.names[rank]
+
+    def from_everyone(self, value: Any) -> list[Any]:
+        """Return what each process has, those of the first stage first."""
+        everyone = self.place.everyone
+        found: list[Any] = [None] * len(everyone)
+        group = self.connections.everyone
+        self.watch.call(lambda: dist.all_gather_object(found, value, group=group))
+        # A group numbers its processes by their ranks.
+        by_rank = dict(zip(sorted(everyone), found, strict=True))
+        return [by_rank[rank] for rank in everyone]
+
+    @torch.no_grad()
+    def share_with_replicas(self, tensors: Iterable[Tensor]) -> None:
+        """Give all replicas of this stage the tensors of the first one."""
+        group = self.connections.replicas
+        if group is None:
+            return
+        first = self.place.ranks[self.place.stage][0]
+        for tensor in tensors:
+            self.watch.call(partial(dist.broadcast, tensor, first, group))
+
+    def require_as_many_batches(self, has_batch: bool) -> None:
+        """Raise an InputError if some replicas have a further batch and others have none."""
+        group = self.connections.replicas_on_cpu
+        if group is None:
+            return
+        count = torch.tensor([int(has_batch)])
+        self.watch.call(lambda: dist.all_reduce(count, group=group))
+        having = int(count)
+        if having not in (0, group.size()):
+            raise InputError(
+                f"{having} of {group.size()} replicas have a further batch, and the others have "
+                "none. Hint: give all loaders as many batches, as DistributedSampler does"
+            )

@@ -1,13 +1,19 @@
-"""A small sample of the zoo, verified as `tools/zoo.py` does it."""
+"""A small sample of the zoo, verified as `python -m tools.zoo` does it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from tools.zoo.entries import Entry, build, fitting_input
-from tools.zoo.records import new_record
-from tools.zoo.verify import check_refusal, verify_model
+import sffx
+from tools.zoo import install
+from tools.zoo.entries import ZOOS, Entry, build, entries, fitting_input, package
+from tools.zoo.records import Record, new_record
+from tools.zoo.table import table
+from tools.zoo.verify import check_refusal, poor_parts, verify_model
 
 SAMPLE = (
     "resnet18",
@@ -48,3 +54,55 @@ def test_no_classifier_is_refused_with_a_way_out(group, name):
     record = new_record(entry)
     check_refusal(build(entry), record)
     assert "self.backbone" in record.notes[0]
+
+
+class _Opaque(nn.Module):
+    """Layers that no trace looks into, since the data decide how often they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x) if x.sum() > 0 else x
+
+
+def test_blocks_and_leaves_with_more_than_a_third_are_poor():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Opaque(), nn.ReLU(), nn.Linear(6, 4))
+    poor = poor_parts(sffx.plan(model, "layer", torch.randn(2, 6)), model)
+    assert poor == ["block_1 (2 … 3): 55%", "leaf 2 (_Opaque): 55%"]
+
+
+def test_one_large_layer_is_not_poor_since_no_cut_divides_it():
+    model = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 6), nn.ReLU(), nn.Linear(6, 4))
+    assert poor_parts(sffx.plan(model, "layer", torch.randn(2, 6)), model) == []
+
+
+def _record(outcome: str, **more: Any) -> Record:
+    reason = "" if outcome == "verified" else "a reason"
+    return Record("monai", "net", "classification", reason, outcome, date="2026-11-28", **more)
+
+
+def test_the_table_counts_what_ran():
+    records = [
+        _record("verified", poor=[], blocks=3),
+        _record("verified", poor=["block_0 (a): 50%"], blocks=3),
+        _record("refused"),
+        _record("wrong"),
+        _record("idle"),
+    ]
+    assert "| monai | 4 | 2 (50.0%) | 1 (25.0%) | 1 | 1 | – |" in table(records)
+
+
+def test_a_zoo_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(install, "is_installed", lambda zoo: False)
+    with pytest.raises(install.NotInstalled, match=r"--zoo monai --install .*pip install"):
+        install.require("monai")
+
+
+@pytest.mark.parametrize("zoo", ZOOS)
+def test_each_zoo_lists_its_models_without_its_package(zoo):
+    listed = entries(zoo)
+    assert len(listed) == len({entry.path for entry in listed}) > 0
+    assert package(zoo).REQUIRES

@@ -51,7 +51,7 @@ def _senet(block: str, **more: Any) -> Model:
         "in_channels": 1,
         "num_classes": CLASSES,
         "block": block,
-        "layers": (1, 1, 1, 1),
+        "layers": (1, 1, 1, 3),
         "groups": 1,
         "reduction": 8,
         "inplanes": 16,

@@ -36,9 +36,15 @@ def _todo(options: argparse.Namespace) -> list[Entry]:
         require(zoo)
         for entry in entries(zoo):
             is_wanted = options.only in f"{entry.zoo}/{entry.group}/{entry.name}"
-            if is_wanted and (options.again or is_open(entry.path, options.failed)):
+            if is_wanted and _is_due(entry, options):
                 todo.append(entry)
     return todo
+
+
+def _is_due(entry: Entry, options: argparse.Namespace) -> bool:
+    if options.again or is_open(entry.path, options.failed):
+        return True
+    return options.poor and bool(read(entry.path).poor)
 
 
 def _records(zoo: str) -> list[Record]:
@@ -78,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="verify models with a record again")
     parser.add_argument(
         "--failed", action="store_true", help="verify models again whose record is a failure"
+    )
+    parser.add_argument(
+        "--poor", action="store_true", help="verify models again that are cut poorly"
     )
     parser.add_argument("--table", action="store_true", help="write the table only")
     return parser

@@ -298,6 +298,7 @@ MODELS = {
         "ViViT",
         {**_CLIP, "depth": None, "spatial_depth": 2, "temporal_depth": 2},
         (3, 4, 32, 32),
+        pool="mean",
     ),
     "wwt": _listed("wwt", "WWT", _SQUARE, num_slots=4),
     "xcit": _listed("xcit", "XCiT", _SQUARE, cls_depth=2),

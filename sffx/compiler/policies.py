@@ -17,6 +17,7 @@ import numpy as np
 from sffx.blocks import Options
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.cut_sets import Cut
+from sffx.compiler.large_spans import divided
 from sffx.compiler.residual import cut_between, residual_blocks, residual_ends, tail_end
 from sffx.compiler.spans import (
     Steps,
@@ -76,7 +77,8 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     block, an Inception module, a dense block; or a leaf with several layers, which may hide such a
     place. A stack is none: in a stack the same parts follow one another. A class of modules that is
     a residual block in one place is one everywhere in the model. A model without residual blocks
-    is cut into BN groups.
+    is cut into BN groups. Where no residual block lies, layers that hold most of the parameters
+    together are cut from each other.
 
     Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
     across all values that cross there (see `streams`).
@@ -85,7 +87,7 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     between_streams = [i for i, step in enumerate(steps) if step.parts_streams]
     blocks = residual_blocks(analysis)
     if not blocks:
-        ends = [*batch_norm_ends(steps), *between_streams]
+        ends = divided(analysis, [*batch_norm_ends(steps), *between_streams], blocks)
         notes = () if between_streams else (NO_RESIDUAL_BLOCK,)
         return Cuts(_cuts(steps, ends).after, notes)
     ends = sorted({*residual_ends(steps, blocks), *between_streams})
@@ -94,7 +96,7 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
         cut_between(steps, ends, start)
     last = settled(steps, max(blocks.values()))
     ends.append(tail_end(steps, last))
-    return _cuts(steps, ends)
+    return _cuts(steps, divided(analysis, ends, blocks))
 
 
 def batchnorm(analysis: Analysis, options: Options) -> Cuts:

@@ -135,6 +135,9 @@ GOLDEN = {
         "features.18 … features.21",
         "features.22 … features.24",
         "features.25 … features.28",
+        # The linear layers hold most of the parameters.
+        "avgpool … classifier.1",
+        "classifier.2 … classifier.4",
     ],
     # Fire modules join two convolutions by concatenation. The last convolution is the classifier:
     # it has a channel for each class.
@@ -174,7 +177,7 @@ def test_residual_policy(name):
 
 def test_vgg_batchnorm_gives_its_eight_groups():
     plan = torchvision_plan("vgg11_bn", "batchnorm")
-    assert names(plan) == GOLDEN["vgg11_bn"]
+    assert names(plan) == GOLDEN["vgg11_bn"][:8]
     assert plan.classifier.modules == ("avgpool", *(f"classifier.{i}" for i in range(7)))
 
 
@@ -183,6 +186,26 @@ def test_a_model_without_residual_blocks_says_that_it_falls_back():
         "the model has no residual block, so it is cut into BN groups",
     )
     assert torchvision_plan("resnet18").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks"),
+    [(4, ["0 … 1"]), (64, ["0 … 1", "2 … 4", "5 … 6"])],
+)
+def test_linear_layers_that_hold_most_of_a_model_are_cut_from_each_other(width, blocks):
+    convolution = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()]
+    linear = [nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*convolution, *linear, nn.Linear(width, 4))
+    assert names(sffx.plan(model, example_input=torch.zeros(1, 3, 4, 4))) == blocks
+
+
+def test_a_layer_is_not_cut_from_what_has_no_weight_matrix():
+    """A patch embedding that holds most of a model, and the norm behind it, are one block."""
+    model = nn.Sequential(
+        nn.Linear(200, 8), nn.LayerNorm(8), nn.ReLU(), nn.Flatten(), nn.Linear(40, 4)
+    )
+    plan = sffx.plan(model, example_input=torch.zeros(1, 5, 200))
+    assert names(plan) == ["0 … 2"]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +376,7 @@ STRUCTURED = {
     ("resnet18", "stages(4)"): ["conv1 … layer1", "layer2", "layer3", "layer4"],
     ("resnet18", "stages(2)"): ["conv1 … layer2", "layer3 … layer4"],
     ("vgg11_bn", "stages(2)"): ["features.0 … features.14", "features.15 … features.28"],
-    ("vgg11_bn", "stages(8)"): GOLDEN["vgg11_bn"],
+    ("vgg11_bn", "stages(8)"): GOLDEN["vgg11_bn"][:8],
     ("vit_b_16", "stages(1)"): ["conv_proj … encoder"],
     # All 12 blocks cost the same, in three parts of four. The norm behind them goes with the last.
     ("vit_b_16", "stages(3)"): [

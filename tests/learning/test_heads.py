@@ -1,6 +1,7 @@
 """Heads by name. Those of a callable are tested in tests/scenarios/test_custom_goodness.py."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,3 +75,14 @@ def test_a_cosine_needs_two_values():
 def test_what_belongs_to_a_convolution_is_refused(goodness):
     with pytest.raises(InputError, match=f"kernel_size is 3, but heads of '{goodness}'"):
         make_head(Options(goodness, kernel_size=3), block_of(8, 4, 4), 4)
+
+
+def test_a_head_of_a_block_with_a_mask_takes_it():
+    def make(block, num_classes):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes))
+
+    block = replace(block_of(7, 6), mask="attention_mask")
+    message = r"Sequential that takes no mask, but the input 'attention_mask' marks.*Hint"
+    with pytest.raises(InputError, match=message):
+        make_head(Options(make), block, 5)
+    assert make_head(Options("sff"), block, 5) is not None

@@ -58,7 +58,8 @@ def transform(
             `sffx.policies` with its parameters, as `stages(4)` or "stages(4)"; or names of nodes to
             cut after (`sffx.plan` lists them); or a function of your own (see `sffx.policies`).
         example_input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-            The first axis is the batch. Only shapes and dtypes matter. None infers an input from
+            Tensors may lie in lists, tuples and mappings. The first axis is the batch. Of tensors
+            only shapes and dtypes matter; other arguments are settled. None infers an input from
             the model's first layer.
         num_classes: J, checked against the model's output where given.
         goodness: how a block's output is scored. "sff", an auxiliary convolution, or "cwc", groups

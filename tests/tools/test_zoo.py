@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
+from sffx.compiler.trace.trace import trace
 from tools.zoo import install
 from tools.zoo.entries import ZOOS, Entry, build, entries, fitting_input, package
 from tools.zoo.records import Record, new_record
@@ -77,6 +78,24 @@ def test_blocks_and_leaves_with_more_than_a_third_are_poor():
 def test_one_large_layer_is_not_poor_since_no_cut_divides_it():
     model = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 6), nn.ReLU(), nn.Linear(6, 4))
     assert poor_parts(sffx.plan(model, "layer", torch.randn(2, 6)), model) == []
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize(("blocks", "poor"), [(1, []), (2, ["block_1 (1 … 2): 78%"])])
+def test_one_residual_block_is_not_poor_but_several_in_one_block_are(blocks, poor):
+    middle = [_Residual() for _ in range(blocks)]
+    model = nn.Sequential(nn.Linear(6, 6), *middle, nn.Linear(6, 4))
+    cuts = [node.name for node in trace(model, torch.randn(2, 6)).graph.nodes]
+    after = ["_0", [name for name in cuts if name.startswith("add")][-1]]
+    assert poor_parts(sffx.plan(model, after, torch.randn(2, 6)), model) == poor
 
 
 def _record(outcome: str, **more: Any) -> Record:

@@ -75,7 +75,8 @@ def _size(value: Any) -> Any:
 def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     """Return each block and each leaf with more than a third of the parameters, and its share.
 
-    A block is passed over where a single layer holds more than a third, since no cut divides it.
+    A block is passed over where a single layer holds more than a third, or if it is a single
+    residual block with one join, since no cut divides these.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(sizes.values())
@@ -85,7 +86,8 @@ def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
         for name in block.parameters:
             layers[name.rpartition(".")[0]] += sizes.get(name, 0)
         largest = max(layers.values(), default=0)
-        if block.num_parameters > total / 3 and largest <= total / 3:
+        is_single = largest > total / 3 or len(block.joins) == 1
+        if block.num_parameters > total / 3 and not is_single:
             poor.append(f"{block.target} ({block.name}): {block.num_parameters / total:.0%}")
     for leaf in plan.leaves:
         if leaf.share > 1 / 3:

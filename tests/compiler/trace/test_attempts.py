@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,6 +136,34 @@ def test_a_model_that_assigns_its_own_buffer_is_refused():
     message = r"assigns its buffer 'mean'.*Hint: write into the buffer, self\.mean\.copy_"
     with pytest.raises(TraceError, match=message):
         sffx.transform(_AssignsBuffer("always"), example_input=torch.zeros(2, 6))
+
+
+class _MovesBuffer(nn.Module):
+    """Keeps its table on the device of its input, as CTRL in transformers does."""
+
+    def __init__(self, *like: Any) -> None:
+        super().__init__()
+        self.like, self.linear = like, nn.Linear(6, 6)
+        self.register_buffer("table", torch.randn(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.table.to(x.device).to(*self.like)
+        return torch.relu(self.linear(x) + self.table.to(x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("like", "leaves"), [("cpu", []), (torch.float64, []), (torch.float32, ["1"])]
+)
+def test_a_module_that_moves_its_buffer_is_traced_unless_it_changes_the_dtype(like, leaves):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(6, 6), _MovesBuffer(like), nn.Linear(6, 3)),
+        torch.randn(8, 6),
+    )
+    net = cut_without_norms(model, example=x).train()
+    assert leaf_names(net) == leaves
+    assert_same_logits(net, model, x, x)
+    assert torch.equal(sffx.extract(net)[1].table, model[1].table)
 
 
 def test_a_branch_on_random_numbers_makes_a_leaf():

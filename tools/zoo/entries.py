@@ -31,6 +31,11 @@ ZOOS = {
     "ultralytics": "ultralytics",
     "spikingjelly": "spikingjelly",
     "snntorch": "snntorch",
+    "pytorchcv": "pytorchcv",
+    "tsai": "tsai",
+    "braindecode": "braindecode",
+    "kornia": "kornia",
+    "rtdl-revisiting-models": "rtdl_revisiting_models",
 }
 
 # The arguments of a call by keyword; "x" alone is passed by position.

@@ -48,7 +48,6 @@ def _ft_transformer(**options: Any) -> nn.Module:
 
 def _linformer() -> nn.Module:
     return _ft_transformer(
-        n_tokens=NUMBERS + 3,
         linformer_kv_compression_ratio=0.5,
         linformer_kv_compression_sharing="headwise",
     )

@@ -91,8 +91,70 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
+# Families that take the sizes of an encoder or a decoder of text, or of a vision transformer.
+_NAMES_LIKE_TEXT = """
+BigBird BioGpt Camembert Canine ConvBert Data2VecText Deberta DebertaV2 FNet LayoutLM MPNet
+MobileBert ModernBert Nystromformer SqueezeBert XLMRoberta
+Arcee Bloom CTRL DiffLlama GPTJ GPTNeo Llama Mistral OPT Qwen2
+"""
+_NAMES_LIKE_VIT = "Beit Data2VecVision Dinov2 IJepa"
+
+_DECODER = {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 2}
+_MORE: dict[str, dict[str, Any]] = {
+    "BigBird": {"attention_type": "original_full"},
+    "Bloom": {"n_layer": 3, "n_head": 2},
+    "Canine": {"num_hash_buckets": 64},
+    "ConvBert": {"embedding_size": 32},
+    "CTRL": {"dff": 64},
+    "FNet": {"num_attention_heads": None},
+    "GPTJ": {"rotary_dim": 8},
+    "GPTNeo": {"num_layers": 3, "attention_types": [[["global", "local", "global"], 1]]},
+    "MobileBert": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "SqueezeBert": {"embedding_size": 32},
+}
+_DECODERS = ("Arcee", "DiffLlama", "Llama", "Mistral", "Qwen2")
+_OTHERS: dict[str, dict[str, Any]] = {
+    "AST": {**_VISION, "num_mel_bins": 16, "max_length": 48},
+    "Bart": {"d_model": 32, "vocab_size": 100, "encoder_layers": 2, "decoder_layers": 2},
+    "Bit": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 96, 128], "num_groups": 8},
+    "ConvNextV2": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
+    "Cvt": {},
+    "Hubert": {**TRANSFORMERS["wav2vec2"][1], "layerdrop": 0.0, "apply_spec_augment": False},
+    "PoolFormer": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
+    "RegNet": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32], "groups_width": 8},
+    "MobileNetV1": {},
+}
+
+
+def _class_name(family: str) -> str:
+    """Return the name of the classifier of a family: of images, of sounds or of text."""
+    import transformers
+
+    for task in ("Image", "Audio", "Sequence"):
+        name = f"{family}For{task}Classification"
+        if hasattr(transformers, name):
+            return name
+    raise ValueError(f"transformers has no classifier of the family {family!r}")
+
+
+def _options(family: str) -> dict[str, Any]:
+    if family in _OTHERS:
+        return _OTHERS[family]
+    options: dict[str, Any] = {**_TEXT} if family in _NAMES_LIKE_TEXT.split() else {**_VISION}
+    if family in _DECODERS:
+        options.update(_DECODER)
+    if family in _NAMES_LIKE_TEXT.split():
+        options.setdefault("pad_token_id", 0)
+    options.update(_MORE.get(family, {}))
+    return {name: value for name, value in options.items() if value is not None}
+
+
+FAMILIES = (*_NAMES_LIKE_TEXT.split(), *_NAMES_LIKE_VIT.split(), *_OTHERS)
+
+
 def entries() -> list[Entry]:
-    listed = [Entry("transformers", name) for name in TRANSFORMERS]
+    listed = [Entry("transformers", name) for name in (*TRANSFORMERS, *FAMILIES)]
     for group, models in OTHER_TASKS.items():
         listed += [Entry("transformers", name, group) for name in models]
     return listed
@@ -101,8 +163,10 @@ def entries() -> list[Entry]:
 def build(entry: Entry) -> nn.Module:
     import transformers
 
-    models = OTHER_TASKS.get(entry.group, TRANSFORMERS)
-    class_name, options = models[entry.name]
+    if entry.name in FAMILIES:
+        class_name, options = _class_name(entry.name), _options(entry.name)
+    else:
+        class_name, options = OTHER_TASKS.get(entry.group, TRANSFORMERS)[entry.name]
     model_class = getattr(transformers, class_name)
     configured = model_class.config_class(**{"num_labels": CLASSES, **options})
     model: nn.Module = model_class(configured)
@@ -112,9 +176,15 @@ def build(entry: Entry) -> nn.Module:
 def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
     if model.main_input_name == "pixel_values":
         side = getattr(model.config, "image_size", 64)
+        side = side if isinstance(side, int) and entry.name not in _OTHERS else 64
         return {"pixel_values": torch.randn(SAMPLES, 3, side, side)}
+    if entry.name == "AST":
+        return {"input_values": torch.randn(SAMPLES, 48, 16)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(SAMPLES, 800)}
     mask = torch.ones(SAMPLES, 12, dtype=torch.int64)
     mask[0, 8:] = 0
-    return {"input_ids": torch.randint(1, 100, (SAMPLES, 12)), "attention_mask": mask}
+    ids = torch.randint(4, 100, (SAMPLES, 12))
+    if entry.name in FAMILIES:
+        ids[:, 7] = 2  # the end of a sentence, which some read the class at
+    return {"input_ids": ids, "attention_mask": mask}

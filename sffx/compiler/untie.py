@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sffx.compiler.trace.requirements import require_plain
 from sffx.tensors import copied
 
 
@@ -20,6 +21,8 @@ def untied(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Returns:
         The model itself where they share none, else a copy; and a note for each layer.
     """
+    # The trace says so as well, but it comes later.
+    require_plain(model)
     pairs = _tied(model)
     if not pairs:
         return model, ()

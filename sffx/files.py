@@ -128,7 +128,7 @@ def present_folder(path: Path) -> Path:
 
     If there is none, it is the path itself.
     """
-    if path.exists():
+    if "\0" in str(path) or path.exists():
         return path
     target = Path(os.path.realpath(path))
     for place in target.parent.glob(f"{DRAFTS}*/{ASIDE}"):

@@ -102,8 +102,7 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
 def batchnorm(analysis: Analysis, options: Options) -> Cuts:
     """Cut into BN groups: a layer with its BN, activation and pool.
 
-    A layer without BN is a group as well, while the value has not been flattened. Behind that it
-    is one where most layers lie there, as in an MLP behind embeddings.
+    A layer without BN is a group as well, while the value has not been flattened.
     """
     ends = batch_norm_ends(analysis.steps)
     return _cuts(analysis.steps, ends)

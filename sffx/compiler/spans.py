@@ -103,25 +103,13 @@ def _layer_starts(steps: Steps) -> list[int]:
 
 def batch_norm_ends(steps: Steps) -> list[int]:
     """Return the last step of each BN group. A group begins with a layer; the last is left out."""
-    starts = _layer_starts(steps)
     flat = _first_pool(steps, 0, len(steps))
-    if _is_mlp(starts, flat):
-        flat = len(steps)
     ends = []
-    for start, following in pairwise(starts):
+    for start, following in pairwise(_layer_starts(steps)):
         has_batch_norm = any(step.batchnorm for step in steps[start:following])
         if start < flat or has_batch_norm:
             ends.append(group_end(steps, start, following))
     return ends
-
-
-def _is_mlp(starts: list[int], flat: int) -> bool:
-    """Return whether most layers but the classifier's lie behind the step that flattens.
-
-    Such a model is an MLP behind embeddings, and what flattens begins no classifier.
-    """
-    before = [start for start in starts[:-1] if start < flat]
-    return 2 * len(before) < len(starts) - 1
 
 
 def group_end(steps: Steps, start: int, following: int) -> int:

@@ -175,18 +175,6 @@ def test_residual_policy(name):
     assert names(torchvision_plan(name)) == GOLDEN[name]
 
 
-@pytest.mark.parametrize(
-    ("before", "hidden", "blocks"), [(1, 2, 3), (1, 3, 4), (2, 3, 5), (1, 1, 1), (2, 2, 2)]
-)
-def test_an_mlp_behind_embeddings_is_cut_where_it_is_most_of_the_layers(before, hidden, blocks):
-    embeddings = [nn.Linear(5, 5) for _ in range(before)]
-    mlp = [nn.Linear(30, 30) for _ in range(hidden)]
-    model = nn.Sequential(*embeddings, nn.Flatten(), *mlp, nn.Linear(30, 4))
-    plan = sffx.plan(model, "batchnorm", example_input=torch.zeros(2, 6, 5))
-    assert len(plan) == blocks
-    assert plan.classifier.name.startswith(str(len(model) - 1)) == (blocks > before)
-
-
 def test_vgg_batchnorm_gives_its_eight_groups():
     plan = torchvision_plan("vgg11_bn", "batchnorm")
     assert names(plan) == GOLDEN["vgg11_bn"][:8]

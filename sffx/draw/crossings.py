@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sffx.blocks import BlockPlan
 
@@ -17,6 +17,7 @@ class Crossing:
         stage: index of the block that computes them, -1 if no block does.
         readers: indices of the blocks that read them; the classifier's is the last.
         detached: whether the cut stops a gradient that they carry.
+        normed: whether they are normalised as well, as values that take paths across a cut are.
     """
 
     names: tuple[str, ...]
@@ -24,6 +25,14 @@ class Crossing:
     stage: int
     readers: tuple[int, ...]
     detached: bool
+    normed: bool = False
+
+    @property
+    def in_brackets(self) -> str:
+        """What happens to the values at the cut, behind their names: " (detached)"."""
+        if self.normed:
+            return " (detached, normed)"
+        return " (detached)" if self.detached else ""
 
     @property
     def is_from_outside(self) -> bool:
@@ -51,7 +60,7 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
             groups.setdefault(key, []).append(name)
     crossed = []
     for key, names in groups.items():
-        crossed.append(Crossing(tuple(names), key.source, key.stage, key.readers, key.detached))
+        crossed.append(replace(key, names=tuple(names)))
     return crossed
 
 
@@ -71,7 +80,9 @@ def _crossing(name: str, plan: BlockPlan) -> Crossing:
     block = plan.blocks[stage]
     # An output that a block further on reads carries a gradient, as every output does.
     detached = name == block.output or name in block.detached
-    return Crossing((), block.target, stage, tuple(readers), detached)
+    is_output = any(output.name == name for output in block.outputs)
+    normed = is_output and plan.options.norm != "none"
+    return Crossing((), block.target, stage, tuple(readers), detached, normed)
 
 
 def _stage_of(name: str, plan: BlockPlan) -> int:

@@ -364,10 +364,7 @@ def _add_stop(graph: Digraph, stop: int, railed: Sequence[Crossing], plan: Block
 
 
 def _value_names(crossing: Crossing) -> list[str]:
-    names = [shorten(name, VALUE_WIDTH) for name in crossing.names]
-    if crossing.detached:
-        return [f"{name} (detached)" for name in names]
-    return names
+    return [f"{shorten(name, VALUE_WIDTH)}{crossing.in_brackets}" for name in crossing.names]
 
 
 def _colour(crossing: Crossing) -> str:

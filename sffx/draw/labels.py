@@ -95,7 +95,9 @@ def block_label(
 def head_label(block: Block, plan: BlockPlan) -> str:
     """Return the label of the head beside a block: the classes, and how it computes goodness."""
     rows = [line(text("goodness", BLUE, bold=True))]
-    for words in (plan.task.count_in_words(plan.num_classes), *_head_kind(block, plan)):
+    streams = [f"of {len(block.scored)} streams"] if len(block.scored) > 1 else []
+    count = plan.task.count_in_words(plan.num_classes)
+    for words in (count, *streams, *_head_kind(block, plan)):
         rows.append(line(text(words, BLUE, SMALL)))
     return rows_label(rows)
 

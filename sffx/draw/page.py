@@ -367,7 +367,7 @@ def _remarks(
         names = ", ".join(crossing.names)
         kind = "remark detached" if crossing.detached else "remark"
         if crossing.stage == index:
-            yield Words(f"gives {names}{' (detached)' if crossing.detached else ''}", kind)
+            yield Words(f"gives {names}{crossing.in_brackets}", kind)
         is_named = not crossing.is_from_outside or index > 0
         if is_named and index in crossing.readers:
             yield Words(f"reads {names}", kind)

@@ -154,3 +154,9 @@ def test_the_goodness_of_several_streams_is_their_mean():
     # 5 tokens and 3 times the 2 or 1 real ones.
     expected = torch.tensor([[(5 + 6) / 2] * 3, [(5 + 3) / 2] * 3])
     assert torch.equal(heads(y, other, mask), expected)
+
+
+def test_scores_of_pixels_are_brought_to_the_largest_stream():
+    heads = StreamHeads([nn.Identity(), nn.Identity()], [False, False])
+    small, large = torch.full((2, 3, 2, 2), 4.0), torch.zeros(2, 3, 4, 6)
+    assert torch.equal(heads(small, large), torch.full((2, 3, 4, 6), 2.0))

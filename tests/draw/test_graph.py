@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
+import sffx
 from sffx.blocks import BlockPlan, Input, Leaf, Options
 from sffx.draw.graph import ROWS, block_graph
 from sffx.draw.render import render
 from sffx.errors import MissingExtra
 from tests.draw.drawn import Drawn, drawn, need_graphviz
+from tests.stream_models import HRNet
 
 Chain = Callable[[int], BlockPlan]
 
@@ -327,3 +330,10 @@ def test_a_missing_package_is_named(small: BlockPlan, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "graphviz", None)
     with pytest.raises(MissingExtra, match=r"'graphviz'.*sffx\[viz\]"):
         block_graph(small)
+
+
+def test_values_of_several_streams_are_normed_and_scored_together() -> None:
+    plan = sffx.plan(HRNet(), [("relu", "relu_1")], torch.zeros(1, 3, 16, 16))
+    graph = parse(plan)
+    assert ">relu (detached, normed)<" in graph.one("side detached")["label"]
+    assert ">of 2 streams<" in graph.nodes["head_0"]["label"]

@@ -13,10 +13,47 @@ from torch import Tensor, nn
 from sffx.net import CutModel
 from sffx.runtime.pipeline.message import as_bytes
 from sffx.runtime.pipeline.ownership import tensors_of
+from sffx.runtime.pipeline.ranks import Ranks
 from sffx.tensors import computed_tensors
 
 
-def send_parts(
+def gathered_tensors(
+    net: CutModel, parts: Sequence[Sequence[str]], destination: int, ranks: Ranks
+) -> dict[int, Tensor]:
+    """Return the tensors of all other stages by the id of their meta tensors.
+
+    Other processes than the destination send theirs, and get nothing.
+
+    Args:
+        net: the cut model.
+        parts: the names of the parts of each stage.
+        destination: rank of the process that gets them.
+        ranks: the processes.
+
+    Raises:
+        ProcessError: another process failed.
+    """
+    return ranks.watch.call(lambda: _gathered(net, parts, destination, ranks))
+
+
+def _gathered(
+    net: CutModel, parts: Sequence[Sequence[str]], destination: int, ranks: Ranks
+) -> dict[int, Tensor]:
+    received: dict[int, Tensor] = {}
+    group = ranks.connections.everyone
+    own = ranks.place.rank
+    for of_stage, holders in zip(parts, ranks.place.ranks, strict=True):
+        if destination in holders:
+            continue
+        # All replicas of a stage have the same, so the first one sends.
+        if own == destination:
+            received.update(_receive_parts(net, of_stage, holders[0], group))
+        elif own == holders[0]:
+            _send_parts(net, of_stage, destination, group)
+    return received
+
+
+def _send_parts(
     net: CutModel, parts: Sequence[str], destination: int, group: dist.ProcessGroup
 ) -> None:
     """Send the tensors of some parts to another process, one after the other."""
@@ -26,7 +63,7 @@ def send_parts(
             dist.send(as_bytes(dense), destination, group)
 
 
-def receive_parts(
+def _receive_parts(
     net: CutModel, parts: Sequence[str], source: int, group: dist.ProcessGroup
 ) -> dict[int, Tensor]:
     """Return the tensors of some parts, which are meta tensors here, by the id of these.
@@ -54,3 +91,18 @@ def with_tensors(net: CutModel, received: dict[int, Tensor]) -> CutModel:
     whole = copy.deepcopy(net, memo)
     whole.origin.model.to("cpu")
     return whole.to("cpu")
+
+
+def beside_tensors(module: nn.Module) -> dict[str, Any]:
+    """Return the entries of a state dict that are no parameters and no buffers."""
+    tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return {name: entry for name, entry in module.state_dict().items() if name not in tensors}
+
+
+def load_beside_tensors(whole: nn.Module, found: list[dict[str, Any]]) -> None:
+    """Load the entries of all stages that are no parameters and no buffers."""
+    state = whole.state_dict()
+    for entries in found:
+        state.update(entries)
+    whole.load_state_dict(state)

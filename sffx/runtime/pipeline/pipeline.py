@@ -39,7 +39,13 @@ from sffx.runtime.pipeline.checks import (
     usable,
 )
 from sffx.runtime.pipeline.epoch import Batch, Epoch
-from sffx.runtime.pipeline.gather import receive_parts, send_parts, with_tensors
+from sffx.runtime.pipeline.gather import (
+    beside_tensors,
+    gathered_tensors,
+    load_beside_tensors,
+    with_tensors,
+)
+from sffx.runtime.pipeline.losses import LossSums
 from sffx.runtime.pipeline.ownership import (
     inseparable,
     materialize,
@@ -219,7 +225,7 @@ class Pipeline:
             steps = Steps(self._stages, optimizer, accumulate, connections.replicas, watch)
             lessons = self._lessons(on_block)
             seed = self._seed()
-            sums = _Sums([stage.name for stage in self._stages])
+            sums = LossSums([stage.name for stage in self._stages])
             start = time.monotonic()
             waited = watch.waited
             epoch = self._epoch(loader, self._check_targets)
@@ -237,7 +243,7 @@ class Pipeline:
         epoch: Epoch,
         lessons: Mapping[Stage, Lesson],
         steps: Steps,
-        sums: _Sums,
+        sums: LossSums,
     ) -> None:
         last = self._stages[-1]
         for stage in self._stages:
@@ -346,12 +352,14 @@ class Pipeline:
         if dst not in self.place.everyone:
             raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
         with self._ranks.watch.reporting():
-            received = self._ranks.watch.call(lambda: self._gathered(dst))
-            own_state = self._ranks.from_everyone(_beside_tensors(self.module))
+            stages = range(self.place.stages)
+            parts = [self._parts_of_stage(index) for index in stages]
+            received = gathered_tensors(self.net, parts, dst, self._ranks)
+            own_state = self._ranks.from_everyone(beside_tensors(self.module))
             if self.place.rank != dst:
                 return None
             whole = with_tensors(self.net, received)
-            _load_beside_tensors(whole, own_state)
+            load_beside_tensors(whole, own_state)
             return whole.train(self.net.training)
 
     def __repr__(self) -> str:
@@ -426,7 +434,7 @@ class Pipeline:
         drawn = int(torch.randint(2**62, ())) if self.first else None
         return int(self._ranks.from_everyone(drawn)[0])
 
-    def _mean_losses(self, sums: _Sums, busy: float) -> dict[str, float]:
+    def _mean_losses(self, sums: LossSums, busy: float) -> dict[str, float]:
         """Return the mean loss of each block over the samples of all replicas."""
         found = self._ranks.from_everyone((self.place.stage, sums.totals(), sums.samples, busy))
         if self.place.rank == self.place.everyone[0]:
@@ -440,20 +448,6 @@ class Pipeline:
                 totals[name] = totals.get(name, 0.0) + loss
                 samples[name] = samples.get(name, 0) + count
         return {name: total / samples[name] for name, total in totals.items()}
-
-    def _gathered(self, dst: int) -> dict[int, Tensor]:
-        """Return the tensors of all other stages, on one process, by the id of a meta tensor."""
-        received: dict[int, Tensor] = {}
-        group = self._ranks.connections.everyone
-        for index, ranks in enumerate(self.place.ranks):
-            parts = self._parts_of_stage(index)
-            if dst in ranks:
-                continue
-            if self.place.rank == dst:
-                received.update(receive_parts(self.net, parts, ranks[0], group))
-            elif self.place.rank == ranks[0]:
-                send_parts(self.net, parts, dst, group)
-        return received
 
     def _require_loader(self, loader: Iterable[Any] | None) -> None:
         if self.first and loader is None:
@@ -479,40 +473,8 @@ class Pipeline:
             )
 
 
-class _Sums:
-    """The losses of an epoch so far, each times its number of samples."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._sums: dict[str, Tensor | float] = dict.fromkeys(names, 0.0)
-        self.samples = 0
-
-    def add(self, name: str, loss: Tensor, samples: int) -> None:
-        """Add the mean loss of a batch."""
-        # A tensor, since a number would make a GPU wait.
-        self._sums[name] = self._sums[name] + loss.double() * samples
-
-    def totals(self) -> dict[str, float]:
-        """Return the sums by the block's name."""
-        return {name: float(total) for name, total in self._sums.items()}
-
-
 def _inputs_among(values: Values) -> dict[str, Any]:
     return {str(node.target): value for node, value in values.items() if node.op == "placeholder"}
-
-
-def _beside_tensors(module: nn.Module) -> dict[str, Any]:
-    """Return the entries of a state dict that are no parameters and no buffers."""
-    tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    tensors |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    return {name: entry for name, entry in module.state_dict().items() if name not in tensors}
-
-
-def _load_beside_tensors(whole: nn.Module, found: list[dict[str, Any]]) -> None:
-    """Load the entries of all stages that are no parameters and no buffers."""
-    state = whole.state_dict()
-    for entries in found:
-        state.update(entries)
-    whole.load_state_dict(state)
 
 
 def _flat() -> Any:

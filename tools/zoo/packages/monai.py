@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from tools.zoo.entries import CLASSES, SAMPLES, Inputs, Model, model_of, random_inputs
+from tools.zoo.entries import CLASSES, Model, model_of, random_inputs
 
 REQUIRES = ("monai",)
 
@@ -100,37 +99,6 @@ def _mil(mode: str) -> Model:
     return Model(build, random_inputs(x=(2, 3, 32, 32)))
 
 
-def _transchex() -> Model:
-    """Return a model of a text and an image."""
-
-    def build() -> nn.Module:
-        from monai.networks.nets import Transchex
-
-        return Transchex(
-            in_channels=3,
-            img_size=(32, 32),
-            patch_size=(8, 8),
-            num_classes=CLASSES,
-            num_language_layers=2,
-            num_vision_layers=2,
-            num_mixed_layers=2,
-            hidden_size=24,
-            num_attention_heads=2,
-            intermediate_size=48,
-        )
-
-    def inputs() -> Inputs:
-        ids = torch.randint(1, 100, (SAMPLES, 12))
-        types = torch.zeros(SAMPLES, 12, dtype=torch.int64)
-        return {
-            "input_ids": ids,
-            "token_type_ids": types,
-            "vision_feats": torch.randn(SAMPLES, 3, 32, 32),
-        }
-
-    return Model(build, inputs)
-
-
 MODELS = {
     "resnet_2d": _resnet(2, _IMAGE),
     "resnet_3d": _resnet(3, _VOLUME),
@@ -199,5 +167,4 @@ MODELS = {
     "mil_max": _mil("max"),
     "mil_attention": _mil("att"),
     "mil_transformer": _mil("att_trans"),
-    "transchex": _transchex(),
 }

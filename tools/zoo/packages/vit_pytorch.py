@@ -283,20 +283,20 @@ MODELS = {
     "vivit": _listed(
         "vivit",
         "ViViT",
-        {**_CLIP, "depth": None, "spatial_depth": 2, "temporal_depth": 2},
+        {**_CLIP, "depth": None, "spatial_depth": 3, "temporal_depth": 3},
         (3, 4, 32, 32),
     ),
     "vivit_factorized_attention": _listed(
         "vivit",
         "ViViT",
-        {**_CLIP, "depth": None, "spatial_depth": 2, "temporal_depth": 2},
+        {**_CLIP, "depth": None, "spatial_depth": 3, "temporal_depth": 3},
         (3, 4, 32, 32),
         variant="factorized_self_attention",
     ),
     "vivit_with_moss": _listed(
         "vivit_with_moss",
         "ViViT",
-        {**_CLIP, "depth": None, "spatial_depth": 2, "temporal_depth": 2},
+        {**_CLIP, "depth": None, "spatial_depth": 3, "temporal_depth": 3},
         (3, 4, 32, 32),
         pool="mean",
     ),

@@ -56,7 +56,9 @@ def _records(zoo: str) -> list[Record]:
         if entry.path.exists():
             records.append(read(entry.path))
         elif is_installed(zoo):
-            records.append(new_record(entry, "not run yet"))
+            record = new_record(entry)
+            record.finish("idle", "not run yet")
+            records.append(record)
     return records
 
 

@@ -38,7 +38,9 @@ def table(records: list[Record]) -> str:
 
 
 def _kind(record: Record) -> str:
-    if record.zoo != "torchvision" and record.group == "classification":
+    # The groups of timm are its modules.
+    is_alone = record.zoo != "torchvision" and record.group == "classification"
+    if record.zoo == "timm" or is_alone:
         return record.zoo
     return f"{record.zoo}, {record.group.replace('_', ' ')}"
 

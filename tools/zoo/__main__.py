@@ -8,7 +8,7 @@ import sys
 import tools.zoo
 from tools.zoo.entries import RESULTS, ZOOS, Entry, entries
 from tools.zoo.install import NotInstalled, add_folders, install, is_installed, require
-from tools.zoo.records import Record, is_open, read
+from tools.zoo.records import Record, is_open, new_record, read
 from tools.zoo.sweep import sweep
 from tools.zoo.table import table
 
@@ -48,7 +48,9 @@ def _is_due(entry: Entry, options: argparse.Namespace) -> bool:
 
 
 def _records(zoo: str) -> list[Record]:
-    """Return the records of a zoo, of the models that were run."""
+    """Return the records of a zoo; none if none of its models was ever run."""
+    if not (RESULTS / zoo).exists():
+        return []
     records = []
     for entry in entries(zoo):
         if entry.path.exists():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -55,8 +54,22 @@ def binary_entropy(scores: Tensor, y: Tensor) -> Tensor:
 
 
 def entropy_of_pixels(scores: Tensor, y: Tensor) -> Tensor:
-    large = F.interpolate(scores, y.shape[1:], mode="bilinear")
-    return entropy_of_rows(large.permute(0, 2, 3, 1).flatten(0, 2), y.flatten())
+    rows = scores.permute(0, 2, 3, 1).flatten(0, 2)
+    return entropy_of_rows(rows, most_frequent(y, y.shape[1] // scores.shape[2]).flatten())
+
+
+def most_frequent(y: Tensor, side: int) -> Tensor:
+    """Return the most frequent label of each square of labels, what is left out or else the first.
+
+    This is for labels (B, H, W) that a side divides.
+    """
+    squares = y.unfold(1, side, side).unfold(2, side, side).flatten(3)
+    found = torch.empty(squares.shape[:3], dtype=torch.int64)
+    order = [IGNORED, *range(IGNORED)]
+    for place in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+        labels = squares[tuple(place)].tolist()
+        found[tuple(place)] = max(order, key=labels.count)
+    return found
 
 
 def entropy_of_tokens(scores: Tensor, y: Tensor) -> Tensor:
@@ -102,6 +115,12 @@ class Case:
 
 def random_image(size: int) -> Tensor:
     return torch.randn(size, 3, 8, 8)
+
+
+def random_scene(size: int) -> Tensor:
+    """Return images of squares of 2 x 2 equal pixels."""
+    squares = torch.randn(size, 3, 4, 4)
+    return squares.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def labels_of_pixels(x: Tensor) -> Tensor:
@@ -159,7 +178,7 @@ CASES = {
         tasks.Segmentation(ignore_index=IGNORED),
         lambda: images(nn.Upsample(scale_factor=2), nn.Conv2d(6, 3, 1)),
         "batchnorm",
-        random_image,
+        random_scene,
         labels_of_pixels,
         entropy_of_pixels,
     ),

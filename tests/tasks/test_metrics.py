@@ -15,6 +15,8 @@ from sffx import tasks
 from sffx.kernels import entropy, squares
 from sffx.tasks.task import Task
 
+IGNORED = 255
+
 
 def metrics(task: Task, scores: Tensor, y: Tensor) -> dict[str, float]:
     return task.metrics(task.sums(scores, y))
@@ -82,14 +84,44 @@ def test_perplexity_is_of_the_tokens_that_are_predicted():
     assert metrics(task, scores, y)["perplexity"] == pytest.approx(expected)
 
 
-def test_scores_of_a_block_are_enlarged_to_the_labels():
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 3]), st.integers(2, 40))
+def test_a_pixel_of_a_block_has_the_label_of_most_of_its_pixels(seed, side, classes):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, (2, 2 * side, 3 * side), generator=generator)
+    y[y == classes - 1] = IGNORED
+    task = tasks.Segmentation(ignore_index=IGNORED)
+    scores = torch.randn(2, classes, 2, 3, generator=generator)
+    labels = y.unfold(1, side, side).unfold(2, side, side).flatten(3)
+    expected = torch.empty(2, 2, 3, dtype=torch.int64)
+    for place in torch.cartesian_prod(*map(torch.arange, expected.shape)).tolist():
+        own = labels[tuple(place)].tolist()
+        expected[tuple(place)] = max([IGNORED, *range(classes)], key=own.count)
+    found = task.loss(scores, y)
+    count = max(int((expected != IGNORED).sum()), 1)
+    total = F.cross_entropy(scores, expected, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(found, total / count)
+
+
+def test_voxels_are_as_pixels():
+    task = tasks.Segmentation(volumes=True)
+    scores = torch.randn(1, 3, 2, 2, 2)
+    y = torch.randint(0, 3, (1, 2, 2, 2)).repeat_interleave(2, 3)
+    expected = F.cross_entropy(scores, y[..., ::2], reduction="sum") / 8
+    torch.testing.assert_close(task.loss(scores, y), expected)
+    assert metrics(task, scores, y)["loss"] > 0
+    assert task.aligned([scores, torch.randn(1, 3, 4, 4, 4)])[0].shape == (1, 3, 4, 4, 4)
+
+
+def test_the_answer_and_the_metrics_are_of_enlarged_scores():
     task = tasks.Segmentation()
     scores = torch.randn(2, 3, 2, 2)
     y = torch.randint(0, 3, (2, 4, 6))
     large = F.interpolate(scores, (4, 6), mode="bilinear")
-    assert torch.equal(task.loss(scores, y), F.cross_entropy(large, y, reduction="sum") / y.numel())
     blocks = [scores, torch.randn(2, 3, 4, 6)]
     assert torch.equal(task.aligned(blocks)[0], large)
+    expected = (large.argmax(1) == y).float().mean()
+    assert metrics(task, scores, y)["accuracy"] == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -138,7 +138,9 @@ class Analysis:
             if node.op != "placeholder":
                 members[self.step_of[name]].append(node)
         # A placeholder is in no step, since the inputs of the model are at hand in every block.
-        reasons = refusals(self._flow, self._layers, self._shared_by_step, self.channel_axes)
+        reasons = refusals(
+            self._flow, self._layers, self._shared_by_step, self.channel_axes, self.trace.task
+        )
         steps = []
         for i, nodes in enumerate(members):
             steps.append(self._step(i, nodes, reasons[i]))

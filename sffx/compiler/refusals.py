@@ -1,8 +1,9 @@
 """Why no cut may lie across a cut set of the spine.
 
 A cut may lie there if each value is a float tensor with a batch axis and a channel axis, if a layer
-with parameters comes after it, if no parameter or state is used on both sides of it, and if it
-parts no BN layer from the layer that feeds it ("BN must always lie inside a block").
+with parameters comes after it, if no parameter or state is used on both sides of it, if it parts no
+BN layer from the layer that feeds it ("BN must always lie inside a block"), and if the main value
+has the tokens or the axes of space that the task scores.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
+from sffx.tasks import Task
 from sffx.tensors import storage_key
 
 
 def refusals(
-    flow: Dataflow, layers: Layers, shared: list[str], channel_axes: Mapping[str, int]
+    flow: Dataflow,
+    layers: Layers,
+    shared: list[str],
+    channel_axes: Mapping[str, int],
+    task: Task,
 ) -> list[str]:
     """Return for each step why no cut may lie after it, "" where one may.
 
@@ -30,7 +36,9 @@ def refusals(
         layers: of the model.
         shared: for each step, what is used on both sides of it (`shared_state`).
         channel_axes: the channel axis of each value that has one.
+        task: of the model. The main value must have the positions that the task scores.
     """
+    output = facts(flow.nodes[flow.logits]).example.shape
     last = -1  # step with a parameter
     for name, node in flow.nodes.items():
         if layers.parameters(node):
@@ -48,6 +56,10 @@ def refusals(
             reason = reason or _reason_of_readers(flow, layers, name)
         for name in reversed(values):
             reason = reason or _reason_of_channels(flow, name, channel_axes)
+        if not reason:
+            main = values[-1]
+            shape = facts(flow.nodes[main]).example.shape
+            reason = task.why_not_scored(shape, channel_axes[main], output)
         reasons.append(reason)
     return reasons
 

@@ -65,6 +65,11 @@ class Segmentation(Positions):
         # A block has a resolution of its own.
         return len(shape) == len(output) and tuple(shape[:2]) == tuple(output[:2])
 
+    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+        if len(shape) == len(output):
+            return ""
+        return "its value does not have the axes of space that the goodness of a pixel needs"
+
     def _target_axes(self) -> tuple[int, ...]:
         return (4,) if self.volumes else (3,)
 

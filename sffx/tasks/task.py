@@ -78,6 +78,16 @@ class Task:
         """Return whether scores of a shape go with a model's output of another shape."""
         return tuple(shape) == tuple(output)
 
+    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+        """Return why a head cannot score a value, "" where it can.
+
+        Args:
+            shape: of the value, (B, ...).
+            channel_axis: of the value.
+            output: shape of the model's output.
+        """
+        return ""
+
     def count_in_words(self, num_outputs: int) -> str:
         """Return how many outputs there are: "10 classes"."""
         return f"{num_outputs} {self.outputs}"

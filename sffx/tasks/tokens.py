@@ -44,6 +44,12 @@ class TokenClassification(Positions):
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
         return len(shape) == 3 and num_outputs in (None, shape[2])
 
+    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+        tokens = 3 - channel_axis  # the axis that is neither batch nor channels
+        if len(shape) == 3 and shape[tokens] == output[1]:
+            return ""
+        return f"its value does not have the {output[1]} tokens of the model's output"
+
     def _target_axes(self) -> tuple[int, ...]:
         return (2,)
 

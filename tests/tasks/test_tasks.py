@@ -268,6 +268,49 @@ def test_a_goodness_without_a_form_is_refused(goodness):
         CASES["regression"].net(goodness=goodness)
 
 
+class Patches(nn.Module):
+    """Maps, then tokens of the pixels, then maps again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.tokens = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        tokens = self.tokens(x.flatten(2).transpose(1, 2))
+        return self.last(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def test_no_cut_lies_where_a_pixel_has_no_place():
+    x = torch.randn(2, 3, 4, 4)
+    plan = sffx.plan(Patches(), "layer", x, task=tasks.Segmentation())
+    assert all(len(block.shape) == 3 for block in plan)
+    assert len(plan) == 3
+    with pytest.raises(sffx.CutError, match="axes of space that the goodness of a pixel needs"):
+        sffx.plan(Patches(), ["tokens_0"], x, task=tasks.Segmentation())
+
+
+class Shortened(nn.Module):
+    """Drops the first token, such as that of a class, before the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(6, 8)
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.output = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.output(self.layers(self.embedding(ids))[:, 1:])
+
+
+def test_no_cut_lies_where_there_are_other_tokens():
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    plan = sffx.plan(Shortened(), "layer", ids, task=tasks.TokenClassification())
+    assert {block.shape for block in plan} == {(4, 8)}
+
+
 def test_the_kernel_of_a_position_reads_its_neighbours():
     for name in ("pixels", "tokens"):
         net = CASES[name].net(kernel_size=3).train()

@@ -29,8 +29,8 @@ class Segmentation(Positions):
     label is not `ignore_index`. A batch of nothing else has a loss of 0.
 
     Where scores and labels differ in size, the labels are brought to the size of the scores: a
-    pixel of the block gets the label that most of its pixels have. On CamVid this was better than
-    enlarged scores, and took a third less time (`examples/guides/tasks.md`).
+    pixel of the block gets the label that most of its pixels have. A loss of enlarged scores takes
+    more time, and was not clearly better (`examples/guides/tasks.md`).
 
     In train mode the net returns a tuple, in which each block has its own resolution. In eval mode
     goodness is upsampled to the classifier's size, which is the size of the answer.

@@ -13,6 +13,7 @@ from sffx.compiler.partition import partition
 from sffx.compiler.policies import layer
 from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError
+from sffx.tasks import Classification, Regression
 from tests.toys import Chain, Residual, TwoBranches, TwoInputs
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -131,8 +132,12 @@ def test_buffers_that_nobody_writes_may_be_used_on_both_sides_of_a_cut():
         )
 
 
-def test_one_logit_is_refused():
+def test_one_logit_is_a_number_and_no_class():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1))
+    plan = sffx.plan(model, "layer")
+    assert plan.task == Regression()
+    assert any("for one logit of two classes pass task=" in note for note in plan.notes)
     with pytest.raises(
         InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"
     ):
-        sffx.plan(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)), "layer")
+        sffx.plan(model, "layer", task=Classification())

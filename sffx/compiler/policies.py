@@ -64,8 +64,8 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
         CutError: the policy chose no node, or a node after which no cut can lie.
     """
     chosen = policy(analysis, options) if _takes_options(policy) else policy(analysis)
-    cuts = chosen if isinstance(chosen, Cuts) else Cuts(_checked(chosen))
-    after = analysis.require(_hashable(cuts.after))
+    cuts = chosen if isinstance(chosen, Cuts) else Cuts(chosen)
+    after = analysis.require([_cut(names) for names in _checked(cuts.after)])
     return Cuts(after, cuts.notes)
 
 
@@ -217,9 +217,26 @@ def _checked(chosen: Any) -> tuple[Any, ...]:
     return tuple(chosen)
 
 
-def _hashable(cuts: Iterable[Any]) -> list[Cut]:
-    """Return cuts with tuples of names, which may be lists in a checkpoint or sets of a user."""
-    return [tuple(cut) if isinstance(cut, (list, set, frozenset)) else cut for cut in cuts]
+def _cut(names: Any) -> Cut:
+    """Return a cut as a name or a tuple of names. It may be a list of a checkpoint, or a set.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(names, str):
+        return names
+    if not isinstance(names, (tuple, list, set, frozenset)):
+        raise _no_cut(names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise _no_cut(names)
+    return tuple(names)
+
+
+def _no_cut(names: Any) -> InputError:
+    return InputError(
+        f"{names!r} is no place of a cut. Hint: a policy is a name such as 'layer', a function, or "
+        "the names of the nodes to cut after, a tuple of names where several values cross"
+    )
 
 
 def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:

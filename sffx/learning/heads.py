@@ -251,14 +251,14 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "shared": (),
 }
 
-EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)")
+EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)", "shared")
 
 # A word, and in brackets positive numbers with commas between them: "mlp(256, 4)".
 _NAME = re.compile(r"(\w+)(?:\(([1-9]\d*(?:, *[1-9]\d*)*)\))?")
 
 
 def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
-    """Return the key in `GOODNESSES` that a name such as "mlp(256)" has, and its numbers.
+    """Return the key in `FORMS` that a name such as "mlp(256)" has, and its numbers.
 
     Numbers that are left out have their default: "mlp(256)" gives ("mlp", (256, 2)).
 

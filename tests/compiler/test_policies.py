@@ -284,6 +284,14 @@ def test_policies_of_ones_own(policy, name):
         (lambda analysis, *, depth: [], r"the policy takes \(analysis, \*, depth\)"),
         (lambda analysis: "_1", r"the policy returned a str\. Hint: return the names"),
         (lambda analysis: None, r"the policy returned a NoneType"),
+        (lambda analysis: Cuts("_1"), r"the policy returned a str"),
+        (lambda analysis: ["_1", 3], r"3 is no place of a cut\. Hint: a policy is a name"),
+        (lambda analysis: [("_1", None)], r"\('_1', None\) is no place of a cut"),
+        (lambda analysis: [()], r"\(\) is no place of a cut"),
+        ([1], r"1 is no place of a cut"),
+        (b"x", r"120 is no place of a cut"),
+        ({1, 2}, r"1 is no place of a cut"),
+        (range(3), r"0 is no place of a cut"),
     ],
 )
 def test_policies_of_ones_own_that_cannot_be_used(policy, message):

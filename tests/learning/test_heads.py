@@ -11,7 +11,9 @@ from sffx.errors import InputError
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.convolution import SFFGoodness
 from sffx.learning.cosine import CosineGoodness
-from sffx.learning.heads import EXAMPLES, GOODNESSES, NUMBERS, make_head, parse_goodness
+from sffx.learning.heads import EXAMPLES, FORMS, NUMBERS, make_head, parse_goodness
+from sffx.learning.shared_output import SharedOutput
+from sffx.tasks import TokenClassification
 from tests.toys import block_of
 
 CLASSES = {
@@ -22,7 +24,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", [name for name in EXAMPLES if name != "shared"])
 def test_each_example_names_a_goodness(example):
     name, numbers = parse_goodness(example)
     assert len(numbers) == len(NUMBERS[name])
@@ -31,8 +33,16 @@ def test_each_example_names_a_goodness(example):
     assert head(torch.zeros(2, 6, 4, 4)).shape == (2, 5)
 
 
+def test_the_shared_output_layer_is_a_goodness_of_tokens_only():
+    head = make_head(Options("shared"), block_of(9, 6, axis=2), 5, TokenClassification())
+    assert type(head) is SharedOutput
+    with pytest.raises(InputError, match=r"Hint: "):
+        make_head(Options("shared"), block_of(9, 6, axis=2), 5)
+
+
 def test_each_goodness_has_an_example():
-    assert {parse_goodness(example)[0] for example in EXAMPLES} == set(GOODNESSES) == set(NUMBERS)
+    every = set().union(*FORMS.values())
+    assert {parse_goodness(example)[0] for example in EXAMPLES} == every == set(NUMBERS)
 
 
 @pytest.mark.parametrize(

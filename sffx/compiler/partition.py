@@ -387,7 +387,7 @@ def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str]
     stacks = [scopes(node) for node in nodes if scopes(node)]
     owner = common_scope(stacks)
     if owner and not is_elsewhere(owner):
-        return _unit(analysis, owner, is_elsewhere)
+        return _unit(analysis, owner, _modules_around(nodes), is_elsewhere)
     if not stacks:
         return nodes[-1].name
     # A pool that several blocks call names none of them.
@@ -402,16 +402,20 @@ def _outermost_own(stack: tuple[str, ...], is_elsewhere: Callable[[str], bool]) 
     return next((scope for scope in stack if not is_elsewhere(scope)), stack[-1])
 
 
-def _unit(analysis: Analysis, owner: str, is_elsewhere: Callable[[str], bool]) -> str:
+def _unit(
+    analysis: Analysis, owner: str, around: set[str], is_elsewhere: Callable[[str], bool]
+) -> str:
     """Return the module whose only content is a container, as an InvertedResidual is its `conv`.
 
     Args:
         analysis: of the model.
         owner: the container.
+        around: the modules around the nodes of the block. A `ModuleList` is never among them.
         is_elsewhere: whether a module has paths in another block.
     """
     parent = owner.rpartition(".")[0]
-    while parent and not is_elsewhere(parent) and issubclass(analysis.kind(owner), nn.Sequential):
+    own = {name for name in around if not is_elsewhere(name)}
+    while parent in own and issubclass(analysis.kind(owner), nn.Sequential):
         owner = parent
         parent = parent.rpartition(".")[0]
     return owner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -160,3 +162,20 @@ def test_scores_of_pixels_are_brought_to_the_largest_stream():
     heads = StreamHeads([nn.Identity(), nn.Identity()], [False, False])
     small, large = torch.full((2, 3, 2, 2), 4.0), torch.zeros(2, 3, 4, 6)
     assert torch.equal(heads(small, large), torch.full((2, 3, 4, 6), 2.0))
+
+
+class _Parallel(nn.Module):
+    """Four rows of two layers side by side, as in an ASPP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        row = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+        self.rows = nn.ModuleList(nn.Sequential(*copy.deepcopy(row)) for _ in range(4))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([row(x) for row in self.rows], 1).mean((2, 3)))
+
+
+def test_modules_of_a_list_have_names_of_their_own():
+    assert names(sffx.plan(_Parallel(), example_input=IMAGE)) == [f"rows.{i}" for i in range(4)]

@@ -11,7 +11,7 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
-layers and holds more than half of the model.
+layers and holds more than half of the model. A gate stays with what it gates.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LARGE = 1 / 3  # share of the parameters or of the kept activations
 LARGE_UNIT = 1 / 2
 FEWEST_LAYERS = 5
-FEWEST_LAYERS_OF_UNIT = 13
+FEWEST_LAYERS_OF_UNIT = 8
 MOST_VALUES = 12  # that may cross one cut
 
 CutSet = frozenset[str]
@@ -276,7 +276,27 @@ class _Crossing:
             isinstance(facts(self._analysis.nodes[each]).example, Tensor) for each in values
         ):
             return None
+        if any(self._is_gate_or_gated(each) for each in values):
+            return None
         return None if self._is_written_later(values, name) else frozenset(values)
+
+    def _is_gate_or_gated(self, value: str) -> bool:
+        """Return whether a product of paths is still to read a value: the two belong together.
+
+        An activation between the value and the product does not count.
+        """
+        readers = self._unread[value]
+        while len(readers) == 1:
+            (reader,) = readers
+            if self._analysis.join(reader) == "product":
+                return True
+            if self._flow.paths.in_degree(reader) > 1 or self._is_layer(reader):
+                return False
+            readers = self._flow.readers(reader)
+        return any(self._analysis.join(reader) == "product" for reader in readers)
+
+    def _is_layer(self, name: str) -> bool:
+        return bool(self._flow.graph.nodes[name]["learned"])
 
     def _is_written_later(self, values: list[str], name: str) -> bool:
         """Return whether a value is written in place after a node, and then read by another name.

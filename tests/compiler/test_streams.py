@@ -179,3 +179,32 @@ class _Parallel(nn.Module):
 
 def test_modules_of_a_list_have_names_of_their_own():
     assert names(sffx.plan(_Parallel(), example_input=IMAGE)) == [f"rows.{i}" for i in range(4)]
+
+
+class _Gated(nn.Module):
+    """Four layers of a WaveNet: a gated convolution, a stream of skips beside the residual one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.head = nn.Conv1d(3, 8, 1), nn.Linear(8, 4)
+        for name in ("filters", "gates", "skips", "shortcuts"):
+            layers = [nn.Conv1d(8, 8, 3, padding=1) for _ in range(4)]
+            setattr(self, name, nn.ModuleList(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        total = torch.zeros(())
+        for i in range(4):
+            value = self.filters[i](x).tanh() * self.gates[i](x).sigmoid()
+            total = total + self.skips[i](value)
+            x = x + self.shortcuts[i](value)
+        return self.head((total + x).mean(2))
+
+
+def test_a_gate_stays_with_what_it_gates():
+    plan = sffx.plan(_Gated(), example_input=torch.zeros(1, 3, 12))
+    assert len(plan) > 4
+    for block in plan.all_blocks:
+        gates = [name for name in block.modules if name.startswith("gates")]
+        filters = [name for name in block.modules if name.startswith("filters")]
+        assert len(gates) == len(filters)

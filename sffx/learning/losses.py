@@ -42,7 +42,7 @@ def sff_loss(
         goodness: of all blocks, as the cut model returns it in train mode, (K, B, J); for another
             task a tuple of the scores of each block.
         y: class indices, (B,), or probabilities of the classes, (B, J), as mixup makes them; or
-            what `loss_fn` takes.
+            targets of another task; or what `loss_fn` takes.
         loss_fn: a function of a block's goodness, (B, J), and y that returns the loss of the block,
             a scalar; for example `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`. None stands for
             cross-entropy, the method's own. A mapping gives each block a function of its own by

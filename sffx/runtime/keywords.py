@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
+from sffx.inputs import padding_mask
 from sffx.learning.losses import LossFunctions
 from sffx.learning.readouts import READOUTS, readout_of
 from sffx.net import plan_of
@@ -38,12 +39,13 @@ class KeywordLoss(nn.Module):
         """Return the logits of a batch, (B, J), and its loss where there are labels, a scalar.
 
         Args:
-            labels: class indices, (B,), or class probabilities, (B, J).
+            labels: class indices, (B,), class probabilities, (B, J), or targets of another task.
             inputs: those of the model, by name.
 
         Returns:
             "loss" and "logits". In train mode the loss is `local_loss`. In eval mode it is the
-            cross-entropy of the logits. The logits are the scores that `net.readout.mode` chooses.
+            task's loss of the logits, for classes cross-entropy. The logits are the scores that
+            `net.readout.mode` chooses.
 
         Raises:
             InputError: there are no inputs, no labels in train mode, or they do not fit.
@@ -58,7 +60,9 @@ class KeywordLoss(nn.Module):
         logits = self.net(**inputs)
         if labels is None:
             return {"logits": logits}
-        return {"loss": plan_of(self.net).task.loss(logits, labels), "logits": logits}
+        plan = plan_of(self.net)
+        targets = plan.task.without_padding(labels, padding_mask(plan, inputs))
+        return {"loss": plan.task.loss(logits, targets), "logits": logits}
 
     def _train(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:
         if labels is None:

@@ -59,7 +59,8 @@ def local_loss(
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
             model has several.
-        y: class indices, (B,); or class probabilities, (B, J); or what `loss_fn` takes.
+        y: class indices, (B,); or class probabilities, (B, J); or targets of another task
+            (`sffx.tasks`); or what `loss_fn` takes.
         loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
             as `sff_loss` takes it; cross-entropy if None.
         blocks: names of the blocks that learn ("block_0", ..., "classifier"), all if None. The
@@ -131,7 +132,8 @@ def local_step(
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
             model has several.
-        y: class indices, (B,); or class probabilities, (B, J); or what `loss_fn` takes.
+        y: class indices, (B,); or class probabilities, (B, J); or targets of another task
+            (`sffx.tasks`); or what `loss_fn` takes.
         optimizer: over the parameters of `net`, or a mapping with an optimizer for each block that
             learns, by the block's name. For an offloaded model, it is the one that the model was
             offloaded with. With the groups of `parameter_groups`, each call of its `step` looks at

@@ -41,7 +41,8 @@ def gradients_by_hand(case: Case, net, x: Tensor, y: Tensor) -> dict[str, Tensor
             parameters.update(head)
         value = x
         for earlier in sffx.runtime.stage.stages_of(net)[: stage.index]:
-            value = earlier.norm(earlier.block(value).detach())
+            (norm,) = earlier.norms
+            value = norm(earlier.block(value).detach())
         output = stage.block(value)
         scores = output if stage.head is None else stage.head(output)
         loss = case.loss(scores, y)

@@ -65,6 +65,10 @@ _GRADIENT_FACTOR = 1000
 # A model takes few other sizes or many: this many are compared.
 _MOST_SIZES = 2
 
+OUTPUTS_ARE_NAN = (
+    "values of the model's output are nan on random inputs, so nothing could be compared there"
+)
+
 _HINT = (
     "look at what its forward does there that a graph cannot hold: state that it changes, a branch "
     "on sizes, a write in place, a method that the class or the instance overrides. Rewrite that, "
@@ -461,10 +465,13 @@ class _Check:
         return True
 
     def _note_if_vacuous(self, run: Run, logits: Tensor) -> None:
+        if logits.isnan().any():
+            self._skipped[f"values in {run.name}"] = OUTPUTS_ARE_NAN
+            return
         if len(logits) < 2:
             return
         spread = (logits - logits.mean(0)).abs().max() / logits.abs().max()
-        if not spread > 1e-4:  # true for NaN as well
+        if not spread > 1e-4:  # true for NaN as well: all logits are zero
             reason = f"says nothing, since outputs differ by {float(spread):.0e} between samples"
             self._skipped[f"values in {run.name}"] = reason
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from sffx.comparison.check import check, quick_check
+from sffx.comparison.check import OUTPUTS_ARE_NAN, check, quick_check
 from sffx.errors import CheckError
 from sffx.net import CutModel, plan_of, set_plan
 
@@ -43,7 +43,9 @@ def checked(model: nn.Module, net: CutModel, how: bool | Literal["auto"]) -> Cut
     found = report.difference
     if found is not None and not found.only_elsewhere:
         raise CheckError(str(found), report)
-    _add_notes(net, [str(difference) for difference in report.differences])
+    notes = [str(difference) for difference in report.differences]
+    notes += [reason for reason in report.skipped.values() if reason == OUTPUTS_ARE_NAN]
+    _add_notes(net, list(dict.fromkeys(notes)))
     return net
 
 

@@ -60,7 +60,7 @@ def channel_axes(trace: Trace) -> dict[str, int]:
     axes: dict[str, int] = {}
     for node in trace.graph.nodes:
         axis = _axis_from_above(node, trace.root, axes)
-        if axis is not None:
+        if axis is not None and facts(node).batch != BatchAxis(axis):
             axes[node.name] = axis
     # Where channels are split and merged again (a channel shuffle), the way down loses their axis.
     for node in reversed(trace.graph.nodes):
@@ -149,10 +149,22 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
 
 def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
     if isinstance(module, _FIRST_CLASSES):
-        return 1
+        return _axis_before_space(module, value)
     if isinstance(module, nn.LayerNorm):
         return _declared_by_layer_norm(module, value)
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
+
+
+def _axis_before_space(module: nn.Module, value: Tensor) -> int:
+    """Return the axis in front of height and width, 1 where the batch alone is in front of it.
+
+    A subclass of a convolution may read (T, B, C, H, W), with its channels at axis 2.
+    """
+    for base in type(module).__mro__:
+        axes_of_space = base.__name__[-2:]
+        if base.__module__.startswith("torch.nn.") and axes_of_space in ("1d", "2d", "3d"):
+            return max(value.ndim - int(axes_of_space[0]) - 1, 1)
+    return 1
 
 
 def _held_axis(node: Node, value: Tensor, root: nn.Module) -> int | None:

@@ -96,7 +96,19 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
         cut_between(steps, ends, start)
     last = settled(steps, max(blocks.values()))
     ends.append(tail_end(steps, last))
-    return _cuts(steps, divided(analysis, ends, blocks))
+    after = _cuts(steps, divided(analysis, ends, blocks)).after
+    return Cuts(after, _why_one_block(analysis) if len(after) == 1 else ())
+
+
+def _why_one_block(analysis: Analysis) -> tuple[str, ...]:
+    """Return a note for a plan with one feature block."""
+    others = len(analysis.candidates) - 1
+    if not others:
+        return ("the model has one feature block, since a cut can lie at one place alone",)
+    return (
+        "the model has one feature block, since all its residual blocks lie in it or it is the "
+        f"only one; policy='layer' or a list of nodes may cut at {others} more",
+    )
 
 
 def batchnorm(analysis: Analysis, options: Options) -> Cuts:

@@ -456,3 +456,18 @@ def test_the_quick_check_is_a_part_of_the_whole():
     net = cut(model, IMAGE)
     quick = set(quick_check(model, net).errors)
     assert quick <= set(sffx.check(model, net).errors)
+
+
+def test_outputs_of_nan_are_said_to_compare_nothing():
+    class Rooted(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return (
+                self.fc(self.b(self.a(x).relu()).relu()) + x.sum(1, keepdim=True).abs().neg().log()
+            )
+
+    model, x = Rooted(), torch.randn(4, 6)
+    net = sffx.transform(model, policy="layer", example_input=x, check=False)
+    skipped = sffx.check(model, net).skipped
+    assert any("are nan" in reason for reason in skipped.values())
+    net = sffx.transform(model, policy="layer", example_input=x)
+    assert any("are nan" in note for note in net.plan.notes)

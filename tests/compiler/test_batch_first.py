@@ -91,3 +91,41 @@ def test_batch_first_models_get_no_views():
         torch.zeros(2, 6, 3),
     )
     assert not any("batch_first" in name for block in plan.all_blocks for name in block.nodes)
+
+
+class EachStep(nn.Conv2d):
+    """A convolution of each image of (T, B, C, H, W), as spiking nets have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class NormOfEachStep(nn.BatchNorm2d):
+    """A batch norm of each image of (T, B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("norm", [NormOfEachStep, nn.Identity])
+def test_channels_of_subclassed_layers_lie_before_space(norm):
+    torch.manual_seed(0)
+    layers = []
+    for width in (3, 6, 6):
+        layers += [EachStep(width, 6, 3, padding=1), norm(6), nn.ReLU()]
+
+    class Clip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.Sequential(*layers), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.unsqueeze(0).repeat(2, 1, 1, 1, 1)
+            return self.head(self.layers(x).mean((3, 4))).mean(0)
+
+    model, x = Clip().double(), torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    net = sffx.transform(model, example_input=x, norm="none", policy="layer").train()
+    assert [block.shape for block in net.plan] == [(2, 6, 8, 8)] * 3
+    assert {block.channel_axis for block in net.plan} == {2}
+    assert [head.shape for head in net(x)] == [(5, 4)] * 4
+    torch.testing.assert_close(net(x)[-1], model(x))

@@ -250,3 +250,21 @@ def test_joins_in_modules_without_children_are_joins(join, width):
         torch.manual_seed(0)
         logits = net.train(training)(x)
         torch.testing.assert_close(logits[-1] if training else logits, expected)
+
+
+class Branches(nn.Module):
+    """Streams that meet in one sum alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 8), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_a_plan_of_one_block_says_why():
+    model = nn.Sequential(Branches(), nn.Flatten(), nn.Linear(48, 4))
+    plan = sffx.plan(model, example_input=TOKENS)
+    assert len(plan) == 1
+    assert any("one feature block" in note for note in plan.notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ class Segmentation(Positions):
         size = scores.shape[2:]
         if y.shape[1:] == size:
             return y
-        pool = F.adaptive_avg_pool3d if self.volumes else F.adaptive_avg_pool2d
+        pool: Any = F.adaptive_avg_pool3d if self.volumes else F.adaptive_avg_pool2d
         labels = [self.ignore_index, *range(scores.shape[1])]
         most = scores.new_zeros((len(y), *size))
         found = y.new_full((len(y), *size), self.ignore_index)

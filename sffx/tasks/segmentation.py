@@ -30,7 +30,7 @@ class Segmentation(Positions):
 
     Where scores and labels differ in size, the labels are brought to the size of the scores: a
     pixel of the block gets the label that most of its pixels have. A loss of enlarged scores takes
-    more time, and was not clearly better (`examples/guides/tasks.md`).
+    more time. Short runs did not settle which is more accurate (`examples/guides/tasks.md`).
 
     In train mode the net returns a tuple, in which each block has its own resolution. In eval mode
     goodness is upsampled to the classifier's size, which is the size of the answer.

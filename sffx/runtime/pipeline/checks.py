@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sffx.errors import InputError
+from sffx.learning.shared_output import SharedOutput
 from sffx.net import CutModel, cut_model, require_uncompiled
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.residency import Residency
@@ -29,6 +30,12 @@ def usable(net: nn.Module) -> CutModel:
         raise InputError(
             f"the parameters of net are managed already, by {type(residency).__name__}. "
             "Hint: onload an offloaded net (sffx.onload), and do not shard or replicate it before"
+        )
+    if any(isinstance(module, SharedOutput) for module in cut.modules()):
+        raise InputError(
+            "the heads of net read a copy of its output layer (goodness 'shared'), which only the "
+            "last process has, and a pipeline sends nothing upstream. "
+            "Hint: goodness='sff' or 'mlp'"
         )
     return cut
 

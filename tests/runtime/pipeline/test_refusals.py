@@ -23,6 +23,13 @@ def cut_tied() -> Any:
     return net
 
 
+def cut_language_model() -> Any:
+    layers = [nn.Embedding(9, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 9)]
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    task = sffx.tasks.LanguageModel()
+    return sffx.transform(nn.Sequential(*layers), "layer", ids, task=task, goodness="shared")
+
+
 def offloaded() -> Any:
     net = models.cut_images()
     optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=0.01))
@@ -70,6 +77,7 @@ def refusals(rank: int) -> dict[str, str]:
         "offloaded": lambda: sffx.Pipeline(offloaded()),
         "compiled": lambda: sffx.Pipeline(torch.compile(models.cut_images())),
         "tied": lambda: sffx.Pipeline(cut_tied(), cuts=["block_2"]),
+        "shared head": lambda: sffx.Pipeline(cut_language_model()),
         "other cut": lambda: sffx.Pipeline(differently_cut(rank)),
         "other weights": lambda: sffx.Pipeline(differently_drawn(rank)),
         "lbfgs": lambda: lbfgs(sffx.Pipeline(models.cut_images())),
@@ -99,6 +107,7 @@ MESSAGES = {
     "offloaded": "sffx.onload",
     "compiled": "compiled",
     "tied": "block_1.layers.0.conv.weight is used by block_1",
+    "shared head": "goodness 'shared'",
     "other cut": "cut otherwise",
     "other weights": "classifier.head.weight",
     "lbfgs": "LBFGS",

@@ -18,6 +18,7 @@ from sffx.errors import InputError
 from sffx.kernels.batch_slices import counting, joined, small_slices
 from sffx.memory.footprint import fake_footprint
 from tests.memory.steps import counted
+from tests.stream_models import HRNet, UNet
 from tests.toys import Chain, Residual, SharedBias, TwoInputs
 
 
@@ -50,8 +51,11 @@ def test_the_predicted_peak_is_the_counted_one(name):
         (Residual(), torch.zeros(1, 3, 8, 8), "residual"),
         (SharedBias(), torch.zeros(1, 6), "layer"),
         (TwoInputs(), (torch.zeros(1, 6), torch.zeros(1, 5)), "layer"),
+        # Skip connections pass by several blocks.
+        (UNet(), torch.zeros(1, 3, 16, 16), "residual"),
+        (HRNet(), torch.zeros(1, 3, 16, 16), "residual"),
     ],
-    ids=["chain", "residual", "side value", "two inputs"],
+    ids=["chain", "residual", "side value", "two inputs", "skips", "streams"],
 )
 @pytest.mark.parametrize("batch_size", [7, 256])
 def test_the_predicted_peak_is_that_of_a_real_step(model, example, policy, batch_size):

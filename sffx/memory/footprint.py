@@ -36,7 +36,7 @@ from sffx.net import cut_model, plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.gradients import mark_gradients
-from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.walk import walk
 from sffx.tables import MIB, Column, text_table
 
@@ -264,7 +264,8 @@ class _StageCounter:
         self._plan = plan_of(net)
         self._x = x
         self._y = y
-        self._walk = walk(net, x)
+        self._held: Values = {}
+        self._walk = walk(net, x, held=self._held)
         self._sizes = _value_sizes(net)
 
     def skip(self) -> None:
@@ -277,22 +278,28 @@ class _StageCounter:
     def count(self, stage: Stage) -> None:
         """Run the next stage as `local_loss` does, and count its bytes."""
         counted = count_memory(lambda: self._train(stage), model=self._net)
-        # The count has no values that the stage does not read, but the step holds them.
-        relayed = sum(self._sizes[name] for name in _relayed(self._plan, stage.index))
         # A footprint lists the parameters and the input batch apart.
         inputs = _bytes([*self._x, self._y])
-        self.running.append(counted.peak - counted.parameters - inputs + relayed)
+        self.running.append(counted.peak - counted.parameters - inputs)
+        relayed = sum(self._sizes[name] for name in _relayed(self._plan, stage.index))
         given = sum(self._sizes[value.name] for value in stage.gives)
         self.passed.append(relayed + given)
 
     def _train(self, stage: Stage) -> None:
-        for tensor in (*self._x, self._y):
-            # A view reads the tensor, so that it is counted even if the stage does not read it.
-            tensor.view_as(tensor)
+        self._read_all()
         # In one line, because a name for the scores would hold them during the backward pass.
         loss = block_loss(next(self._walk)[1], self._y, task=self._plan.task)
         if loss.requires_grad:
             mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
+
+    def _read_all(self) -> None:
+        """Read the batch and the values that the step holds, so that all of them are counted.
+
+        A stage need not read them. No name may hold them after this.
+        """
+        for tensor in (*self._x, self._y, *tree_leaves(self._held)):
+            if isinstance(tensor, Tensor):
+                tensor.view_as(tensor)
 
 
 def _value_sizes(net: fx.GraphModule) -> dict[str, int]:

@@ -37,7 +37,11 @@ S = TypeVar("S", bound=Runs)
 
 
 def walk(
-    net: fx.GraphModule, x: Any, only: Collection[str] | None = None
+    net: fx.GraphModule,
+    x: Any,
+    only: Collection[str] | None = None,
+    *,
+    held: Values | None = None,
 ) -> Iterator[tuple[Stage, Tensor]]:
     """Yield each stage of a cut model with its scores, (B, J); the classifier's logits come last.
 
@@ -50,13 +54,15 @@ def walk(
         only: names of the stages to yield, all if None. The other stages before the last of these
             only pass their values on: in eval mode, without gradients and without their heads. The
             stages behind the last one do not run.
+        held: an empty dictionary, in which the caller sees the values that the walk holds.
 
     Raises:
         InputError: x does not fit the model.
     """
     inputs = bind(plan_of(net), x)
     batch_size(inputs)  # for its error: x holds no tensor
-    values = input_values(net, inputs)
+    values: Values = {} if held is None else held
+    values.update(input_values(net, inputs))
     stages = _until_the_last(stages_of(net), only)
     residency = residency_of(net)
     for stage, following in zip_longest(stages, stages[1:]):

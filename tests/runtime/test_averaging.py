@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sffx
 from sffx.runtime.averaging import Averaging, averaged_buffers, copied_buffers
-from tests.processes import leave
+from tests.processes import leave, spawn
 
 PROCESSES = 2
 
@@ -78,10 +76,9 @@ def average(rank: int, folder: str) -> None:
 
 
 def test_two_processes_get_the_mean_of_their_gradients_and_running_statistics(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(average, args=(str(tmp_path),), nprocs=PROCESSES)
+    spawn(average, PROCESSES, str(tmp_path))
     module = stage()
     first, second = (gradients_of(rank, module) for rank in range(PROCESSES))
     for rank in range(PROCESSES):

@@ -5,17 +5,15 @@ They get the gradients of one process on the whole batch.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sffx
-from tests.processes import leave
+from tests.processes import leave, spawn
 
 PROCESSES, BATCH, CLASSES = 2, 8, 4
 
@@ -75,9 +73,8 @@ def train_one_step(rank: int, folder: str) -> None:
     leave()
 
 
-def test_two_processes_get_the_gradients_of_one(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(train_one_step, args=(str(tmp_path),), nprocs=PROCESSES)
+def test_two_processes_get_the_gradients_of_one(tmp_path: Path) -> None:
+    spawn(train_one_step, PROCESSES, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
 
     net = cut_model(seed=0)

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sffx
 from sffx.runtime.replicate import replication_of
-from tests.processes import leave
+from tests.processes import leave, spawn
 from tests.runtime.test_distributed import cut_model
 from tests.runtime.test_shard import normalised
 
@@ -387,10 +386,9 @@ def run(rank: int, folder: str, processes: int) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_with_a_share_each_train_as_one_with_the_whole(
-    processes: int, tmp_path: Path, monkeypatch
+    processes: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(run, args=(str(tmp_path), processes), nprocs=processes)
+    spawn(run, processes, str(tmp_path), processes)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     for name, way in ways(processes).items():
         net = fresh(seed=0)

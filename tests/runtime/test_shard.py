@@ -5,7 +5,6 @@ They do what one process does on the whole batch.
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, fx, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import sffx
-from tests.processes import leave
+from tests.processes import leave, spawn
 from tests.runtime.test_distributed import PROCESSES, batch, cut_model
 
 RATE = 0.05
@@ -209,11 +207,8 @@ def refusal(call: Callable[[], object], kind: type[Exception] = sffx.InputError)
     return str(caught.value)
 
 
-def test_two_processes_with_half_of_each_parameter_train_as_one_process(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(run, args=(str(tmp_path),), nprocs=PROCESSES)
+def test_two_processes_with_half_of_each_parameter_train_as_one_process(tmp_path: Path) -> None:
+    spawn(run, PROCESSES, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
     net = cut_model(seed=0)
@@ -317,9 +312,8 @@ def train_with_statistics(rank: int, folder: str) -> None:
     leave()
 
 
-def test_all_processes_have_the_same_statistics(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(train_with_statistics, args=(str(tmp_path),), nprocs=PROCESSES)
+def test_all_processes_have_the_same_statistics(tmp_path: Path) -> None:
+    spawn(train_with_statistics, PROCESSES, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
     own, once, buffers = zip(*found, strict=True)
     for name in ("running_mean", "running_var"):

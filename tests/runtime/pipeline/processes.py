@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import sffx
+from tests.processes import forkserver
 
 # A process that takes longer than this hangs.
 SECONDS = 150
@@ -33,13 +33,8 @@ def run(
         args: of the function.
         grace: seconds that the others have once one has ended. Those that hang are killed then.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     folder.mkdir(parents=True, exist_ok=True)
-    # A server imports torch once, and each process is a fork of it.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.runtime.pipeline.models", "torch.distributed.checkpoint"]
-    )
+    context = forkserver()
     started = []
     for rank in range(processes):
         arguments = (function, rank, processes, str(folder), args)

@@ -15,6 +15,7 @@ from sffx.blocks import BlockPlan, GoodnessMaker, GoodnessName, NormMaker, NormN
 from sffx.comparison.guard import checked
 from sffx.compiler.analyse import analyse
 from sffx.compiler.batch_first import add_batch_first_views
+from sffx.compiler.fake import failures_unlogged
 from sffx.compiler.inplace import keep_foreign_values
 from sffx.compiler.memory import save_memory
 from sffx.compiler.partition import partition
@@ -34,6 +35,7 @@ from sffx.tasks.records import require_task
 
 
 @running("cutting the model")
+@failures_unlogged()
 @torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def transform(
     model: nn.Module,
@@ -114,6 +116,7 @@ def transform(
 
 
 @running("planning the cuts")
+@failures_unlogged()
 @torch.inference_mode(False)
 def plan(
     model: nn.Module,

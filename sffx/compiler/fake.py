@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +16,25 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from sffx.tensors import find_computed, storage_key
 
 M = TypeVar("M", bound=nn.Module)
+
+_LOGGER_OF_TORCH = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def failures_unlogged() -> Iterator[None]:
+    """Keep torch from printing a traceback for each operation that fails on fake tensors.
+
+    The compiler tries sizes and layers that may fail, and goes on without them.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("failed while attempting to run meta")
+
+    _LOGGER_OF_TORCH.addFilter(is_other)
+    try:
+        yield
+    finally:
+        _LOGGER_OF_TORCH.removeFilter(is_other)
 
 
 def fake_copy(module: M, mode: FakeTensorMode) -> M:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.blocks import Input
-from sffx.compiler.fake import fake_copy
+from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
@@ -41,6 +41,7 @@ def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
         _image_input(inputs)
 
 
+@failures_unlogged()
 def require_no_decisions(net: fx.GraphModule) -> None:
     """Raise an ExportError if a model decides something by the size of the image.
 

@@ -61,9 +61,26 @@ def is_settled(condition: fx.Node, sizes: tuple[int, int], takes: Callable[[int]
         sizes: of the two batches of the trace.
         takes: whether the model runs with a batch of some size.
     """
+    others = _sizes_that_differ(condition, sizes)
+    # A model that asserts that the size is even runs with no odd one.
+    return others is not None and not any(takes(size) for size in others[:_MOST_TRIED])
+
+
+def differs_at_one(condition: fx.Node, sizes: tuple[int, int]) -> bool:
+    """Return whether a condition has another outcome for a batch of one sample, and only there.
+
+    Args:
+        condition: a node with a truth value.
+        sizes: of the two batches of the trace.
+    """
+    return _sizes_that_differ(condition, sizes) == [1]
+
+
+def _sizes_that_differ(condition: fx.Node, sizes: tuple[int, int]) -> list[int] | None:
+    """Return the batch sizes at which a condition has another outcome, None if it is not known."""
     record = facts(condition)
     if not record.of_batch and not any(facts(arg).of_batch for arg in condition.all_input_nodes):
-        return True
+        return []
     outcome = bool(record.example)
     others = []
     for size in _BATCH_SIZES:
@@ -71,9 +88,8 @@ def is_settled(condition: fx.Node, sizes: tuple[int, int], takes: Callable[[int]
             if bool(_at_size(condition, size, sizes)) != outcome:
                 others.append(size)
         except _Unknown:
-            return False
-    # A model that asserts that the size is even runs with no odd one.
-    return not any(takes(size) for size in others[:_MOST_TRIED])
+            return None
+    return others
 
 
 class _Unknown(Exception):

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sffx.compiler.facts import Facts, set_facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.flags import flag_target
+from sffx.compiler.trace.sizes import is_guard_of_batch, without_batch_guards
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,16 @@ def merge_modes(
     Returns:
         Whether it was possible; if not, the graph is as it was.
     """
-    if len(graph.nodes) != len(eval_graph.nodes):
+    guards, guards_in_eval = _batch_guards(graph), _batch_guards(eval_graph)
+    compared, compared_in_eval = list(graph.nodes), list(eval_graph.nodes)
+    if guards:
+        # A forward may look at the batch in one mode only: `self.training and x.shape[0] == 1`.
+        compared = without_batch_guards(graph)
+        compared_in_eval = without_batch_guards(eval_graph)
+    is_refused_in_eval_alone = not guards_in_eval.keys() <= guards.keys()
+    if len(compared) != len(compared_in_eval) or is_refused_in_eval_alone:
         return False
-    pairs = list(zip(graph.nodes, eval_graph.nodes, strict=True))
+    pairs = list(zip(compared, compared_in_eval, strict=True))
     names = {in_eval.name: in_train.name for in_train, in_eval in pairs}
     choices_by_node: dict[fx.Node, list[_Choice]] = {}
     for in_train, in_eval in pairs:
@@ -63,7 +71,23 @@ def merge_modes(
         choices_by_node[in_train] = choices
     for node, choices in choices_by_node.items():
         _apply(node, choices, probe)
+    for key in guards.keys() - guards_in_eval.keys():
+        for guard in guards[key]:
+            flag = _insert_flag(str(guard.args[2]), guard, probe)
+            guard.args = (*guard.args[:3], flag)
     return True
+
+
+# Guards against a batch of one, by the module that branches and the outcome.
+_Guards = dict[tuple[Any, Any], list[fx.Node]]
+
+
+def _batch_guards(graph: fx.Graph) -> _Guards:
+    guards: _Guards = {}
+    for node in graph.nodes:
+        if is_guard_of_batch(node):
+            guards.setdefault((node.args[2], node.args[1]), []).append(node)
+    return guards
 
 
 def _differences(
@@ -126,12 +150,23 @@ def _apply(node: fx.Node, choices: list[_Choice], probe: nn.Module) -> None:
 
 def _insert(choice: _Choice, reader: fx.Node, probe: nn.Module) -> fx.Node:
     """Insert before a node what reads a training flag and picks a number by it."""
-    graph = reader.graph
-    owner = probe.get_submodule(choice.owner)
-    with graph.inserting_before(reader):
-        flag = graph.create_node("call_module", flag_target(owner, choice.owner))
-        number = graph.create_node("call_function", operator.getitem, (choice.numbers, flag))
-    for node, example in ((flag, True), (number, choice.numbers[1])):
-        node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
-        set_facts(node, Facts(example, example))
+    flag = _insert_flag(choice.owner, reader, probe)
+    with reader.graph.inserting_before(reader):
+        arguments = (choice.numbers, flag)
+        number = reader.graph.create_node("call_function", operator.getitem, arguments)
+    _note(number, reader, choice.numbers[1])
     return number
+
+
+def _insert_flag(qualname: str, reader: fx.Node, probe: nn.Module) -> fx.Node:
+    """Insert before a node what reads the training flag of a module."""
+    target = flag_target(probe.get_submodule(qualname), qualname)
+    with reader.graph.inserting_before(reader):
+        flag = reader.graph.create_node("call_module", target)
+    _note(flag, reader, True)
+    return flag
+
+
+def _note(node: fx.Node, reader: fx.Node, example: Any) -> None:
+    node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
+    set_facts(node, Facts(example, example))

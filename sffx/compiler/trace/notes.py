@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from sffx.compiler.qualnames import holders, outermost, parameters_of
-from sffx.compiler.trace.sizes import SETTLED_BY_SIZE
+from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
 from sffx.errors import in_brief
 
 
@@ -61,6 +61,7 @@ def notes(
         )
     if is_of_size:
         yield SETTLED_BY_SIZE
+    yield from batch_guard_notes(graph)
 
 
 def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:

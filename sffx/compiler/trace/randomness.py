@@ -68,7 +68,9 @@ class Drawn(float):
         return not self < other
 
     def __le__(self, other: float) -> bool:
-        return self._settled(other >= 1, other < 0)
+        # Exactly 0 is drawn once in 2**24 times or less, and so counts as never: `rand(1) > 0`
+        # keeps each layer.
+        return self._settled(other >= 1, other <= 0)
 
     def __gt__(self, other: float) -> bool:
         return not self <= other

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +24,8 @@ SETTLED_BY_SIZE = (
     "the forward branches on sizes of its input, or computes with them, as for the example alone: "
     "the cut model refuses an input of a size at which it would compute something else"
 )
+
+SETTLED_BY_BATCH = "the forward does something else with a batch of one sample{mode}: the cut model refuses it{mode}"
 
 # The values of nodes on another example.
 Values = dict[fx.Node, Any]
@@ -52,6 +54,29 @@ def require_settled(value: Any, outcome: Any, place: str) -> None:
         )
 
 
+@fx.node.has_side_effect
+def require_several(value: Any, outcome: bool, place: str, is_met: Any = True) -> None:
+    """Raise an InputError if a batch has one sample, for which a forward does something else.
+
+    Args:
+        value: the truth value that it branches on.
+        outcome: of two samples or more.
+        place: qualname of the module that branches, "" for the model itself.
+        is_met: whether it branches in the mode of the call.
+    """
+    if isinstance(value, fx.Proxy):  # as above
+        arguments = (value, outcome, place, is_met)
+        value.tracer.create_proxy("call_function", require_several, arguments, {})
+        return
+    if is_met and bool(value) != outcome:
+        where = f"the module {place!r}" if place else "the model"
+        raise InputError(
+            f"{where} does something else with a batch of one sample than with others, and the "
+            "cut model does what it does with others. Hint: pass two samples or more; in a "
+            "DataLoader, drop_last=True leaves out a last batch of one"
+        )
+
+
 def read_as(outcome: Any, value: Any) -> Any:
     """Return a value as a forward has read it, as a number, a truth value or a length."""
     if isinstance(outcome, bool):
@@ -60,8 +85,33 @@ def read_as(outcome: Any, value: Any) -> Any:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """Whether a node refuses other sizes."""
-    return node.target is require_settled
+    """Whether a node refuses other sizes of an input, or of the batch."""
+    return node.target is require_settled or is_guard_of_batch(node)
+
+
+def is_guard_of_batch(node: fx.Node) -> bool:
+    """Whether a node refuses a batch of one sample."""
+    return node.target is require_several
+
+
+def without_batch_guards(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes without guards against a batch of one, and without sizes for them alone."""
+    left_out: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_of_size = node.op != "output" and _computes_a_size(node)
+        if is_guard_of_batch(node) or (is_of_size and left_out.issuperset(node.users)):
+            left_out.add(node)
+    return [node for node in graph.nodes if node not in left_out]
+
+
+def batch_guard_notes(graph: fx.Graph) -> list[str]:
+    """Return what to say of the guards against a batch of one."""
+    notes = []
+    for node in graph.nodes:
+        if is_guard_of_batch(node):
+            mode = " in train mode" if len(node.args) > 3 else ""
+            notes.append(SETTLED_BY_BATCH.format(mode=mode))
+    return list(dict.fromkeys(notes))
 
 
 def remove_guards(graph: fx.Graph) -> None:
@@ -110,8 +160,8 @@ def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
     Returns:
         Whether a guard refuses one of the other sizes.
     """
-    for guard in [node for node in graph.nodes if is_guard(node)]:
-        condition, outcome, _ = guard.args
+    for guard in _guards_of_size(graph):
+        condition, outcome, _ = cast(_Arguments, guard.args)
         if others and not any(_varies(condition, outcome, values) for values in others):
             _erase(guard)
     return any(refused(graph, values) for values in others)
@@ -119,12 +169,18 @@ def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
 
 def refused(graph: fx.Graph, values: Values) -> bool:
     """Return whether a guard refuses some values of nodes, or has none."""
-    for guard in graph.nodes:
-        if is_guard(guard):
-            condition, outcome, _ = guard.args
-            if condition not in values or read_as(outcome, values[condition]) != outcome:
-                return True
+    for guard in _guards_of_size(graph):
+        condition, outcome, _ = cast(_Arguments, guard.args)
+        if condition not in values or read_as(outcome, values[condition]) != outcome:
+            return True
     return False
+
+
+_Arguments = tuple[fx.Node, Any, str]
+
+
+def _guards_of_size(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.target is require_settled]
 
 
 def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:

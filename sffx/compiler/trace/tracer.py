@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sffx.arguments import is_writable
 from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
-from sffx.compiler.trace.batch import is_settled, length
+from sffx.compiler.trace.batch import differs_at_one, is_settled, length
 from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
 from sffx.compiler.trace.leaves import has_no_code, is_layer
@@ -25,7 +25,7 @@ from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
 from sffx.compiler.trace.runner import NodeRunner
-from sffx.compiler.trace.sizes import reads_a_size, require_settled
+from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -271,6 +271,9 @@ class GuidedTracer(fx.Tracer):
                 raise RuntimeError("a branch depends on the values of a tensor")
             return outcome
         if not self._is_settled(obj.node):
+            if self._is_settled_but_for_one(obj.node):
+                self._guard(obj.node, bool(value), require_several)
+                return bool(value)
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         self.settle(obj.node, bool(value))
         return bool(value)
@@ -278,17 +281,31 @@ class GuidedTracer(fx.Tracer):
     def _is_settled(self, condition: fx.Node) -> bool:
         return is_settled(condition, self.runner.sizes, self.runner.takes)
 
+    def _is_settled_but_for_one(self, condition: fx.Node) -> bool:
+        """Whether a batch of one sample is to be refused, for which a branch goes the other way.
+
+        A submodule that branches on the batch alone is better a leaf, which takes any batch.
+        """
+        place = self._place()
+        is_allowed = not place or place in self.branched
+        return is_allowed and differs_at_one(condition, self.runner.sizes)
+
+    def _place(self) -> str:
+        """Return the qualname of the module whose forward runs, "" for the model itself."""
+        scopes = [str(path) for path, _ in self.module_stack.values()]
+        return scopes[-1] if scopes else ""
+
     def settle(self, node: fx.Node, outcome: Any) -> None:
         """Guard a number or a truth value that the graph will hold, if it is of a size."""
         if reads_a_size(node):
             self._guard(node, outcome)
 
-    def _guard(self, node: fx.Node, outcome: Any) -> None:
+    def _guard(
+        self, node: fx.Node, outcome: Any, require: Callable[..., None] = require_settled
+    ) -> None:
         if (node, outcome) not in self._settled:
             self._settled.add((node, outcome))
-            scopes = [str(path) for path, _ in self.module_stack.values()]
-            place = scopes[-1] if scopes else ""
-            self.create_node("call_function", require_settled, (node, outcome, place), {})
+            self.create_node("call_function", require, (node, outcome, self._place()), {})
 
     def settled_length(self, obj: fx.Proxy) -> int:
         """Return the length of a tensor, or the number of the parts that it was split into."""

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import sffx
+from sffx.errors import InputError, TraceError
 from tests.compiler.trace.oracle import (
     Applies,
     assert_same_logits,
@@ -50,3 +53,51 @@ def test_a_comparison_with_one_outcome_at_every_batch_size_is_traced(code):
     net = cut_without_norms(model).train()
     assert not net.plan.leaves
     assert_same_logits(net, model)
+
+
+class _ForOneSample(nn.Module):
+    """Does something else with a batch of one sample, in its own forward."""
+
+    def __init__(self, is_one) -> None:
+        super().__init__()
+        self.is_one = is_one
+        self.a, self.norm, self.fc = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y if self.is_one(self, x) else self.norm(y)
+        return self.fc(y.relu())
+
+
+@pytest.mark.parametrize(
+    ("is_one", "in_eval"),
+    [
+        (lambda m, x: m.training and x.shape[0] == 1, False),
+        (lambda m, x: m.training and len(x.shape) == 2 and x.size(0) < 2, False),
+        (lambda m, x: x.shape[0] == 1, True),
+        (lambda m, x: not x.shape[0] > 1 and m.training, True),
+    ],
+)
+def test_a_batch_of_one_that_the_forward_treats_by_itself_is_refused(is_one, in_eval):
+    torch.manual_seed(0)
+    model = _ForOneSample(is_one)
+    net = sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6), norm="none")
+    assert any("batch of one sample" in note for note in net.plan.notes)
+    assert not net.plan.leaves
+    sffx.check(model, net)
+    for training in (True, False):
+        net.train(training)
+        net(torch.randn(5, 6))
+        if training or in_eval:
+            with pytest.raises(InputError, match="batch of one sample"):
+                net(torch.randn(1, 6))
+        else:
+            net.readout.mode = "classifier"
+            x = torch.randn(1, 6)
+            torch.testing.assert_close(net(x), sffx.extract(net).eval()(x))
+
+
+def test_a_branch_on_another_batch_size_is_refused():
+    model = _ForOneSample(lambda m, x: m.training and x.shape[0] == 2)
+    with pytest.raises(TraceError, match="batch size"):
+        sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6))

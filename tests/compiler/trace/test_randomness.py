@@ -68,6 +68,8 @@ DEPTHS = [
     lambda p: [1 - p <= np.random.uniform(0.0, 1.0) for _ in range(3)],
     lambda p: [torch.rand(1).item() < p for _ in range(3)],
     lambda p: [torch.rand([]) < p for _ in range(3)],
+    lambda p: [not torch.rand(1) > p for _ in range(3)],
+    lambda p: [random.random() <= p for _ in range(3)],
     lambda p: torch.rand(3) < p,
     lambda p: [not keeps for keeps in torch.rand(3) >= p],
 ]

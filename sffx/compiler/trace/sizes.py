@@ -25,7 +25,10 @@ SETTLED_BY_SIZE = (
     "the cut model refuses an input of a size at which it would compute something else"
 )
 
-SETTLED_BY_BATCH = "the forward does something else with a batch of one sample{mode}: the cut model refuses it{mode}"
+SETTLED_BY_BATCH = (
+    "the forward does something else with a batch of one sample{mode}, "
+    "which the cut model refuses{mode}"
+)
 
 # The values of nodes on another example.
 Values = dict[fx.Node, Any]

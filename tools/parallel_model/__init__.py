@@ -1,0 +1,1 @@
+"""A model on paper of blocks that train in parallel, and of the other ways."""

@@ -375,7 +375,12 @@ def main(arguments: list[str] | None = None) -> None:
         title = f"{workload.model}, {workload.size} x {workload.size}, batch {workload.batch}"
         lines += ["", f"### {title}", "", *table(workload, by_rank), ""]
         lines.append(remarks(workload, by_rank, [each[1] for each in loaded]))
-        records[workload.model] = {"found": by_rank, "seconds_of_blocks": loaded[0][2]}
+        records[workload.model] = {
+            "samples": workload.batch,
+            "batches": args.batches,
+            "found": by_rank,
+            "seconds_of_blocks": loaded[0][2],
+        }
     print("\n".join(lines))
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "table.md", ("\n".join(lines) + "\n").encode())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sffx
-from tools.parallel_model.counts import BlockCost, Line, count_blocks
+from tools.parallel_model import __main__ as command
+from tools.parallel_model import page as page_of_model
+from tools.parallel_model.counts import BlockCost, Counted, Line, count_blocks
+from tools.parallel_model.machines import Cluster, Link
+from tools.parallel_model.models import MODELS
 from tools.parallel_model.schedules import (
     Layers,
     LocalBlock,
@@ -21,6 +28,8 @@ from tools.parallel_model.schedules import (
     local_pipeline,
 )
 from tools.parallel_model.timeline import Timeline
+from tools.parallel_model.validate import LOOPBACK, predictions
+from tools.parallel_model.ways import all_ways
 
 SECONDS = st.floats(0.1, 10.0)
 
@@ -44,7 +53,7 @@ def test_tasks_that_wait_for_each_other_are_refused() -> None:
         timeline.run()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=6), st.integers(1, 3))
 def test_an_ideal_pipeline_is_as_fast_as_its_slowest_stage(
     seconds: list[tuple[float, float]], depth: int
@@ -57,14 +66,14 @@ def test_an_ideal_pipeline_is_as_fast_as_its_slowest_stage(
     assert step.busy == pytest.approx(mean / slowest)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(SECONDS, SECONDS, SECONDS)
 def test_a_slow_link_bounds_a_pipeline(score: float, learn: float, transfer: float) -> None:
     step = local_pipeline([[LocalBlock(score, learn)]] * 2, [transfer], depth=2)
     assert step.seconds == pytest.approx(max(score + learn, transfer))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(["GPipe", "1F1B"]))
 def test_the_bubble_of_microbatches(stages: int, microbatches: int, schedule: str) -> None:
     layers = [[Layers(forward=1.0, backward=2.0)]] * stages
@@ -81,7 +90,7 @@ def test_ddp_hides_all_sums_but_the_last_or_none() -> None:
     assert data_parallel(slow).seconds == pytest.approx(4 * 1.0 + 2.0 + 4 * 100 + 4 * 0.5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(SECONDS, SECONDS, SECONDS, st.floats(0.01, 30.0), st.integers(1, 5))
 def test_local_sums_are_exposed_by_ddp_and_hidden_by_replicate(
     score: float, learn: float, update: float, reduce: float, count: int
@@ -131,3 +140,83 @@ def test_backpropagation_through_blocks_costs_what_the_model_costs() -> None:
     # What crosses the cut behind the first block: (B, 4, 6, 6), normed, in float32.
     assert costs[0].given.at(6) == 6 * 4 * 6 * 6 * 4
     assert [BlockCost.from_json(each.to_json()) for each in costs] == costs
+
+
+def _block(parameters: float, seconds: float) -> BlockCost:
+    """Return a block that takes so many seconds for a sample, and as many in each pass."""
+    work = Counted(flops=Line(0.0, seconds))
+    return BlockCost(
+        parameters=parameters,
+        head=0.0,
+        copies=0.0,
+        given=Line(0.0, 10.0),
+        scoring=work,
+        learning=work,
+        forward=work,
+        backward=work,
+        saved=Line(0.0, 100.0),
+        running=Line(parameters, 100.0),
+    )
+
+
+def test_bytes_and_memory_of_equal_blocks() -> None:
+    free = Link(float("inf"), 0.0)
+    cluster = Cluster("", 1, 4, 1.0, float("inf"), 0.0, inside=free, between=free)
+    found = all_ways([_block(1000.0, 1.0)] * 8, [_block(1000.0, 1.0)] * 8, cluster, 16)
+    local = found["pipeline, few heads"]
+    # Two blocks a device, 16 samples: 1 s forward and 1 s backward each.
+    assert local.step.seconds == pytest.approx(2 * 16 * 2)
+    assert local.sent == 16 * 10
+    # Weights and moments of two blocks, one block's run, two batches sent and two received.
+    assert local.memory == 3 * 2000 + (1000 + 1600) + 4 * 160
+    assert found["DDP"].step.seconds == pytest.approx(8 * 4 * 2)
+    assert found["DDP"].sent == 2 * 3 / 4 * 8000
+    assert found["DDP"].memory == 4 * 8000 + 8 * 100 * 4
+    assert found["FSDP2"].sent == 3 * 3 / 4 * 8000
+    assert found["replicate"].memory == 3 * 8000 + 7000 + (1000 + 400)
+    # With one sample in a microbatch, the first device holds four of them.
+    assert found["1F1B"].microbatches == 16
+    assert found["1F1B"].memory == 4 * 2000 + 4 * 2 * 100
+    assert found["1F1B"].step.busy == pytest.approx(16 / (16 + 3))
+    assert found["GPipe"].memory == 4 * 2000 + 16 * 2 * 100
+
+
+def _measured() -> dict[str, object]:
+    """Return a record of `tools.pipeline`, of two equal processes."""
+    ways = ("one process, BP", "pipeline", "GPipe", "DDP, BP")
+    of_rank = {way: {"seconds": [2.0], "cpu": [1.0], "sent": 0} for way in ways}
+    found = [of_rank, of_rank]
+    return {"samples": 10, "batches": 4, "found": found, "seconds_of_blocks": {"a": 1, "b": 1}}
+
+
+def test_predictions_from_a_record() -> None:
+    found = {each.way: each for each in predictions(_measured())}
+    assert found["one process, BP"].predicted == pytest.approx(10.0)
+    assert found["one process, BP"].error == pytest.approx(1.0)
+    # The second process begins after the first forward and a message.
+    filling = 1 / 3 + LOOPBACK.latency
+    assert found["pipeline"].predicted == pytest.approx(10 * 4 / (4 + filling))
+    assert found["GPipe"].predicted == pytest.approx(10 / (5 / 4), rel=1e-3)
+    assert found["DDP, BP"].predicted == pytest.approx(10.0, rel=1e-3)
+
+
+def test_the_command_writes_its_tables_again_from_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {(model.name, model.cut): [_block(1e6, 1e9)] * 8 for model in MODELS}
+    monkeypatch.setattr(command, "_counted", lambda: costs)
+    few = {"images": (8,), "sequences": (8,)}
+    monkeypatch.setattr(command, "BATCHES", few)
+    monkeypatch.setattr(page_of_model, "BATCHES", few)
+    monkeypatch.setattr(page_of_model, "SHOWN", {"images": 8, "sequences": 8})
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps({"resnet18": _measured()}))
+    command.main(["--out", str(tmp_path / "first"), "--measured", str(measured)])
+    counted = str(tmp_path / "first" / "record.json")
+    again = ["--out", str(tmp_path / "again"), "--costs", counted, "--measured", str(measured)]
+    command.main(again)
+    table = (tmp_path / "first" / "table.md").read_text()
+    assert "| resnet18 | one process, BP | 10 | 5 | +100% |" in table
+    for name in ("table.md", "record.json"):
+        first = (tmp_path / "first" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == first

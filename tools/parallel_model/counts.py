@@ -143,9 +143,7 @@ class Counter(TorchDispatchMode):
         self.moved = 0.0
         self.kernels = 0.0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         packet = func.overloadpacket

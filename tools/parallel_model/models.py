@@ -54,13 +54,18 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits of the next tokens, (B, T, V)."""
-        return self.output(self.norm(self.layers(self.tokens(ids))))  # type: ignore[no-any-return]
+        logits: Tensor = self.output(self.norm(self.layers(self.tokens(ids))))
+        return logits
 
 
 def vision_transformer(layers: int) -> nn.Module:
     """Return vit_h_14 with so many layers; 32 are those of torchvision."""
     return torchvision.models.VisionTransformer(
-        image_size=224, patch_size=14, num_layers=layers, num_heads=16, hidden_dim=1280,
+        image_size=224,
+        patch_size=14,
+        num_layers=layers,
+        num_heads=16,
+        hidden_dim=1280,
         mlp_dim=5120,
     )
 
@@ -124,23 +129,53 @@ BY_STAGE = "a head for each stage"
 MODELS = (
     Model("resnet50", BY_LAYER, "images", torchvision.models.resnet50, _image, {}),
     Model(
-        "resnet50", BY_STAGE, "images", torchvision.models.resnet50, _image,
+        "resnet50",
+        BY_STAGE,
+        "images",
+        torchvision.models.resnet50,
+        _image,
         {"policy": "stages(8)"},
     ),
     Model(
-        "vit_h_14", BY_LAYER, "images", lambda: vision_transformer(3), _image, {},
-        repeated=2, times=30,
+        "vit_h_14",
+        BY_LAYER,
+        "images",
+        lambda: vision_transformer(3),
+        _image,
+        {},
+        repeated=2,
+        times=30,
     ),
     Model(
-        "vit_h_14", BY_STAGE, "images", lambda: vision_transformer(12), _image,
-        {"policy": ["add_8", "add_16"]}, repeated=1, times=6,
+        "vit_h_14",
+        BY_STAGE,
+        "images",
+        lambda: vision_transformer(12),
+        _image,
+        {"policy": ["add_8", "add_16"]},
+        repeated=1,
+        times=6,
     ),
     Model(
-        "decoder, 1.3 B", BY_LAYER, "sequences", lambda: Decoder(3), _ids, dict(_LANGUAGE),
-        batches=(1, 2), repeated=1, times=22,
+        "decoder, 1.3 B",
+        BY_LAYER,
+        "sequences",
+        lambda: Decoder(3),
+        _ids,
+        dict(_LANGUAGE),
+        batches=(1, 2),
+        repeated=1,
+        times=22,
     ),
     Model(
-        "decoder, 1.3 B", BY_STAGE, "sequences", lambda: Decoder(9), _ids,
-        {**_LANGUAGE, "policy": ["add_5", "add_11"]}, batches=(1, 2), repeated=1, times=6,
+        "decoder, 1.3 B",
+        BY_STAGE,
+        "sequences",
+        lambda: Decoder(9),
+        _ids,
+        {**_LANGUAGE, "policy": ["add_5", "add_11"]},
+        batches=(1, 2),
+        repeated=1,
+        times=6,
     ),
 )

@@ -73,11 +73,7 @@ def local_pipeline(
         depth: so many batches may be on a link.
     """
     batches = 4 * len(stages) + 4 * depth + 8
-    timeline = Timeline()
-    for k in range(batches):
-        for s, blocks in enumerate(stages):
-            _add_local_batch(timeline, s, k, blocks, transfers, depth)
-    times = timeline.run()
+    times = _local_times(stages, transfers, depth, batches)
     last_stage = len(stages) - 1
     last_block = len(stages[-1]) - 1
     half = batches // 2
@@ -86,6 +82,30 @@ def local_pipeline(
     seconds = (end - begin) / (batches - half)
     computing = sum(b.score + b.learn + b.update for blocks in stages for b in blocks)
     return Step(seconds, computing / len(stages) / seconds)
+
+
+def local_epoch(
+    stages: Sequence[Sequence[LocalBlock]], transfers: Sequence[float], depth: int, batches: int
+) -> float:
+    """Return the seconds of some batches, from an empty pipeline to an empty one.
+
+    Args:
+        stages: as for `local_pipeline`.
+        transfers: likewise.
+        depth: likewise.
+        batches: their number.
+    """
+    return _local_times(stages, transfers, depth, batches).end
+
+
+def _local_times(
+    stages: Sequence[Sequence[LocalBlock]], transfers: Sequence[float], depth: int, batches: int
+) -> Times:
+    timeline = Timeline()
+    for k in range(batches):
+        for s, blocks in enumerate(stages):
+            _add_local_batch(timeline, s, k, blocks, transfers, depth)
+    return timeline.run()
 
 
 def _add_local_batch(

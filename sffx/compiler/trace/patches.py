@@ -64,6 +64,7 @@ class Patches:
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
         yield torch, "rand", self._draw_tensor
+        yield torch, "_check_with", functools.partial(_check, torch._check_with)
         yield random, "random", functools.partial(self._draw, random.random)
         yield random, "uniform", functools.partial(self._draw, random.uniform)
         for name in ("rand", "random", "random_sample", "uniform"):
@@ -137,6 +138,11 @@ class Patches:
         """Stand in for what checkpointing does before and after a function: nothing."""
         self.checkpointed = True
         yield
+
+
+def _check(check: Callable[..., Any], error: Any, condition: Any, *more: Any) -> Any:
+    """Stand in for `torch._check_with`, which takes a truth value and no proxy of one."""
+    return check(error, bool(condition), *more)
 
 
 def _caches() -> Iterator[tuple[Any, str, Any]]:

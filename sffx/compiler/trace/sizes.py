@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.facts import facts
+from sffx.compiler.trace.data_shapes import require_data
 from sffx.errors import InputError
 
 SETTLED_BY_SIZE = (
@@ -88,8 +89,8 @@ def read_as(outcome: Any, value: Any) -> Any:
 
 
 def is_guard(node: fx.Node) -> bool:
-    """Whether a node refuses other sizes of an input, or of the batch."""
-    return node.target is require_settled or is_guard_of_batch(node)
+    """Whether a node refuses other sizes of an input, or of the batch, or other data."""
+    return node.target in (require_settled, require_several, require_data)
 
 
 def is_guard_of_batch(node: fx.Node) -> bool:

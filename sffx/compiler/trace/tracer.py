@@ -18,6 +18,12 @@ from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.batch import differs_at_one, is_settled, length
 from sffx.compiler.trace.constants import Constants
+from sffx.compiler.trace.data_shapes import (
+    data_shaped_target,
+    depends_on_data,
+    is_data_shaped,
+    require_data,
+)
 from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
@@ -60,6 +66,7 @@ class GuidedTracer(fx.Tracer):
         self.branched: set[str] = set()
         self._settled: set[tuple[fx.Node, Any]] = set()
         self.failed: str | None = None
+        self._has_data_shapes = False
         self.original = runner.original
         self.runner = runner
         self.wanted = wanted
@@ -103,6 +110,9 @@ class GuidedTracer(fx.Tracer):
             self._settle_assertion(args[2][0])
         if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
             return self._number(args[2][0].node)
+        if args[0] == "call_function" and not self._place():
+            # In a submodule it makes a leaf, which runs for real.
+            args = (args[0], data_shaped_target(args[1], args[2]), *args[2:])
         if _switches() != self._switches:
             raise RuntimeError(
                 "a region like torch.no_grad() or torch.autocast() begins in its forward, "
@@ -167,6 +177,7 @@ class GuidedTracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         set_facts(node, Facts() if kind == "output" else self.runner.run(node))
         self.constants.note_writes(node)
+        self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
         return node
 
     @property
@@ -270,6 +281,9 @@ class GuidedTracer(fx.Tracer):
             if outcome is None:
                 raise RuntimeError("a branch depends on the values of a tensor")
             return outcome
+        if self._depends_on_data(obj.node):
+            self._guard(obj.node, bool(value), require_data)
+            return bool(value)
         if not self._is_settled(obj.node):
             if self._is_settled_but_for_one(obj.node):
                 self._guard(obj.node, bool(value), require_several)
@@ -297,8 +311,18 @@ class GuidedTracer(fx.Tracer):
 
     def settle(self, node: fx.Node, outcome: Any) -> None:
         """Guard a number or a truth value that the graph will hold, if it is of a size."""
+        self._require_no_data(node)
         if reads_a_size(node):
             self._guard(node, outcome)
+
+    def _depends_on_data(self, node: fx.Node) -> bool:
+        # Few models have such shapes, and to look for them takes a walk through the graph.
+        return self._has_data_shapes and depends_on_data(node)
+
+    def _require_no_data(self, node: fx.Node) -> None:
+        """Raise a RuntimeError if a number which the graph will hold depends on data."""
+        if self._depends_on_data(node):
+            raise RuntimeError("a number depends on the values of a tensor, by a shape")
 
     def _guard(
         self, node: fx.Node, outcome: Any, require: Callable[..., None] = require_settled
@@ -312,6 +336,7 @@ class GuidedTracer(fx.Tracer):
         value = facts(obj.node).example
         number = length(obj.node)
         if isinstance(value, Tensor):
+            self._require_no_data(obj.node)
             self.settle(obj.size(0).node, number)
         elif any(isinstance(part, Tensor) for part in value):
             self._guard(obj.node, number)

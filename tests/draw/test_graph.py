@@ -201,11 +201,18 @@ def test_an_input_that_a_later_block_reads_is_drawn_to_it(chain: Chain) -> None:
     assert parse(plan).ends("input") == [("input_mask", "block_2"), ("input_x", "block_0")]
 
 
-def test_an_input_is_found_under_the_name_that_fx_gives_a_builtin(small: BlockPlan) -> None:
-    first = replace(small.blocks[0], inputs=("input_1",))
-    plan = replace(
-        small, blocks=(first, *small.blocks[1:]), inputs=(Input("input", (3, 8, 8), "float32"),)
-    )
+class ReadsInput(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(input).relu())
+
+
+def test_an_input_is_found_under_the_name_that_fx_gives_a_builtin() -> None:
+    plan = sffx.plan(ReadsInput(), "layer", torch.zeros(2, 4))
+    assert plan.inputs[0].name == "input"
     assert parse(plan).ends("input") == [("input_input", "block_0")]
 
 

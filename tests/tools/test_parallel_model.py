@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sffx
 from tools.parallel_model import __main__ as command
 from tools.parallel_model import page as page_of_model
+from tools.parallel_model import sleeping
 from tools.parallel_model.counts import BlockCost, Counted, Line, count_blocks
 from tools.parallel_model.machines import Cluster, Link
 from tools.parallel_model.models import MODELS
@@ -200,6 +202,26 @@ def test_predictions_from_a_record() -> None:
     assert found["DDP, BP"].predicted == pytest.approx(10.0, rel=1e-3)
 
 
+def test_a_layer_sleeps_twice_as_long_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(sleeping.time, "sleep", slept.append)
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(partial(sleeping._sleep_around, 0.5))
+    output = layer(torch.ones(1, 2))
+    assert slept == [0.5]
+    output.sum().backward()
+    assert slept == [0.5, 1.0]
+
+
+def test_predictions_of_stages_that_sleep() -> None:
+    first, second, *_ = sleeping.FORWARD
+    # The first stage is the slowest, and the second one ends its last batch meanwhile.
+    assert sleeping.predicted("pipeline", 2) == pytest.approx(3 * first)
+    # Each pass waits for the slower stage, but once for the faster one.
+    waits = 3 * (first * sleeping.MICROBATCHES + second) / sleeping.MICROBATCHES
+    assert sleeping.predicted("GPipe", 2) == pytest.approx(waits)
+
+
 def test_the_command_writes_its_tables_again_from_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +231,10 @@ def test_the_command_writes_its_tables_again_from_a_record(
     monkeypatch.setattr(command, "BATCHES", few)
     monkeypatch.setattr(page_of_model, "BATCHES", few)
     monkeypatch.setattr(page_of_model, "SHOWN", {"images": 8, "sequences": 8})
+    slept = [{"stages": 2, "way": "pipeline", "predicted": 0.3, "measured": 0.4}]
+    for folder in ("first", "again"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sleeping.json").write_text(json.dumps(slept))
     measured = tmp_path / "measured.json"
     measured.write_text(json.dumps({"resnet18": _measured()}))
     command.main(["--out", str(tmp_path / "first"), "--measured", str(measured)])
@@ -217,6 +243,7 @@ def test_the_command_writes_its_tables_again_from_a_record(
     command.main(again)
     table = (tmp_path / "first" / "table.md").read_text()
     assert "| resnet18 | one process, BP | 10 | 5 | +100% |" in table
+    assert "| 2 | pipeline | 300 | 400 | -25% |" in table
     for name in ("table.md", "record.json"):
         first = (tmp_path / "first" / name).read_bytes()
         assert (tmp_path / "again" / name).read_bytes() == first

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m tools.parallel_model --out tools/results/parallel
 
 The costs of blocks are counted on fake tensors. The machines are assumed. What the model predicts
-of two processes on a CPU stands beside what `python -m tools.pipeline` measured.
+of two processes on a CPU stands beside what `python -m tools.pipeline` measured. What it predicts
+of stages that sleep stands beside what `python -m tools.parallel_model.sleeping` measured before.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     costs = _counted() if args.costs is None else _read(args.costs)
     measured = json.loads(args.measured.read_text()) if args.measured.exists() else None
+    sleeping = args.out / "sleeping.json"
+    slept = json.loads(sleeping.read_text()) if sleeping.exists() else []
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "table.md", page(costs, measured).encode())
+    write(args.out / "table.md", page(costs, measured, slept).encode())
     record = {"costs": _to_json(costs), "outcomes": _outcomes(costs)}
     write(args.out / "record.json", (json.dumps(record, indent=1) + "\n").encode())
 

@@ -8,6 +8,9 @@ from typing import Any
 from tools.parallel_model.counts import BlockCost
 from tools.parallel_model.machines import MANY_MACHINES, ONE_MACHINE, Cluster, Link
 from tools.parallel_model.models import BY_LAYER, BY_STAGE, MODELS, Model
+from tools.parallel_model.sleeping import BATCHES as BATCHES_SLEPT
+from tools.parallel_model.sleeping import FORWARD as FORWARD_SLEEP
+from tools.parallel_model.sleeping import MICROBATCHES as MICROBATCHES_SLEPT
 from tools.parallel_model.validate import FORWARD, LOOPBACK, predictions
 from tools.parallel_model.ways import Outcome, all_ways
 
@@ -23,12 +26,13 @@ SHOWN = {"images": 512, "sequences": 32}
 PIPELINES = ("pipeline, few heads", "pipeline, many heads")
 
 
-def page(costs: Costs, measured: dict[str, Any] | None) -> str:
+def page(costs: Costs, measured: dict[str, Any] | None, slept: list[dict[str, Any]]) -> str:
     """Return all tables, as Markdown.
 
     Args:
         costs: of the blocks of each model, by its name and its cut.
         measured: the record of `tools.pipeline`, None if there is none.
+        slept: the record of `tools.parallel_model.sleeping`, empty if there is none.
     """
     lines = ["# Training in parallel, on paper: tables", ""]
     lines += ["## What is assumed", "", *_assumptions(), ""]
@@ -38,6 +42,7 @@ def page(costs: Costs, measured: dict[str, Any] | None) -> str:
             lines += _of_cluster(costs, name, unit, cluster)
     lines += ["## Whether a link keeps up", "", *_crossing(costs), ""]
     lines += ["## Loops over parts of a batch", "", *_loops(costs), ""]
+    lines += ["## Against stages that sleep", "", *_sleeping(slept), ""]
     lines += ["## Against measured runs", "", *_validation(measured)]
     return "\n".join(lines) + "\n"
 
@@ -192,6 +197,26 @@ def _loops(costs: Costs) -> list[str]:
         kernels = sum(each.kernels.at(samples) for each in work)
         parts = sum(each.parts.at(samples) for each in work)
         lines.append(f"| {model.name} | {model.cut} | {kernels:,.0f} | {parts:,.0f} |")
+    return lines
+
+
+def _sleeping(slept: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table: the model against stages that sleep."""
+    forward = ", ".join(f"{1e3 * seconds:.0f}" for seconds in FORWARD_SLEEP)
+    lines = [
+        f"Each process sleeps for {forward} ms forward and twice as long backward, in "
+        f"{BATCHES_SLEPT} batches. GPipe and 1F1B are torch's, with {MICROBATCHES_SLEPT} "
+        "microbatches.",
+        "",
+        "| stages | way | ms a batch, predicted | measured | error |",
+        "|---|---|---|---|---|",
+    ]
+    for each in slept:
+        predicted, measured = each["predicted"], each["measured"]
+        lines.append(
+            f"| {each['stages']} | {each['way']} | {predicted * 1e3:.0f} | {measured * 1e3:.0f} | "
+            f"{predicted / measured - 1:+.0%} |"
+        )
     return lines
 
 

@@ -90,16 +90,18 @@ def in_brief(names: Sequence[str], most: int) -> str:
 
 
 def backbone_hint(model: nn.Module) -> str:
-    """Return the hint for a model without a task, such as a detector: cut its backbone."""
+    """Return what to do with a model that has no task, such as a detector: cut its backbone.
+
+    It follows "Hint: ", or another hint.
+    """
     backbone = _backbone(model)
     part = ""
     if backbone:
         kind = type(model.get_submodule(backbone)).__name__
         part = f" (here self.{backbone}, a {kind})"
     return (
-        "Hint: sffx cuts classifiers, and models of the other tasks in sffx.tasks. Of a detector "
-        f"or the like, transform the backbone{part} with a pool and a linear layer behind it, "
-        "train it by classification, then put the trained layers back"
+        f"of a detector or the like, transform the backbone{part} with a pool and a linear layer "
+        "behind it, train it by classification, then put the trained layers back"
     )
 
 

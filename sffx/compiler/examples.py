@@ -67,7 +67,7 @@ def example_arguments(
         _require_fit(model, example_input)
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(tensors)}): "
-            f"{_description(failure)}{_backbone_hint(model, failure)}"
+            f"{_description(failure)}. Hint: {_what_to_do(model, failure)}"
         ) from failure
     return form, fakes
 
@@ -158,7 +158,7 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str,
         reason = f"the last shape tried failed with: {_description(failure)}"
     raise InputError(
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
-        f"Hint: pass example_input=torch.randn(1, ...){_backbone_hint(model, failure)}"
+        f"Hint: pass example_input=torch.randn(1, ...); {_what_to_do(model, failure)}"
     ) from failure
 
 
@@ -305,11 +305,11 @@ def _description(failure: Exception) -> str:
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
-def _backbone_hint(model: nn.Module, failure: Exception | None) -> str:
+def _what_to_do(model: nn.Module, failure: Exception | None) -> str:
     """Return what to do where the shape is not why a model refuses its input.
 
     A detector without targets is such a model.
     """
     if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
-        return f". {backbone_hint(model)}"
-    return ". Hint: pass inputs like those that the model is trained on"
+        return backbone_hint(model)
+    return "pass inputs like those that the model is trained on"

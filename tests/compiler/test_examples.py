@@ -132,7 +132,7 @@ def test_a_detector_is_told_to_transform_its_backbone():
     message = (
         r"_Detector does not run on example_input \(images \(1, 3, 8, 8\)\): "
         r"AssertionError: targets should not be none.* \(.*test_examples\.py:\d+, in forward\)\. "
-        r"Hint: sffx cuts classifiers, .*\(here self\.backbone, a Residual\)"
+        r"Hint: of a detector or the like, .*\(here self\.backbone, a Residual\)"
     )
     with pytest.raises(InputError, match=message):
         trace(_Detector(), torch.zeros(1, 3, 8, 8))

@@ -100,8 +100,8 @@ def _reason(failure: Exception) -> str:
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
     return TraceError(
         f"{type(probe).__name__} cannot be traced: "
-        f"{type(failure).__name__}: {failure} ({location(failure)}). {backbone_hint(probe)}. "
-        "In a classifier, move this code into a submodule, which then becomes a leaf"
+        f"{type(failure).__name__}: {failure} ({location(failure)}). Hint: move this code into "
+        f"a submodule, which then becomes a leaf; {backbone_hint(probe)}"
     )
 
 

@@ -118,14 +118,15 @@ def _embeddings(model: nn.Module) -> list[nn.Embedding]:
 def unclear(model: nn.Module, value: object) -> TraceError:
     """Return the error of a model whose output has no clear task."""
     axes = value.ndim if isinstance(value, Tensor) else 0
+    # What the values may be, by the number of their axes.
     hints = {
-        3: "If these are scores of tokens, task=sffx.tasks.TokenClassification() says so. ",
-        4: "If these are scores of pixels, task=sffx.tasks.Segmentation() says so. ",
-        5: "If these are scores of voxels, task=sffx.tasks.Segmentation() says so. ",
+        3: "for scores of tokens, pass task=sffx.tasks.TokenClassification(); ",
+        4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); ",
+        5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); ",
     }
     return TraceError(
-        f"{type(model).__name__} returns {described(value)}, "
-        f"but logits are of shape (B, J). {hints.get(axes, '')}{backbone_hint(model)}"
+        f"{type(model).__name__} returns {described(value)}, which does not tell the task. "
+        f"Hint: {hints.get(axes, '')}{backbone_hint(model)}"
     )
 
 

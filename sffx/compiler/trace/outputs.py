@@ -190,7 +190,8 @@ def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) ->
     if not task.could_be_output(value.shape):
         raise TraceError(
             f"{type(root).__name__} returns {described(value)}, but with sffx.tasks.{task!r} the "
-            f"output is of shape {task.shapes}. {backbone_hint(root)}"
+            f"output is of shape {task.shapes}. Hint: pass another task of sffx.tasks; "
+            f"{backbone_hint(root)}"
         )
     task = task.settled(value.shape)
     drop_dead_code(graph)

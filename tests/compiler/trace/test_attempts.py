@@ -70,7 +70,7 @@ class _UntraceableRoot(nn.Module):
 def test_an_untraceable_forward_names_the_class_the_line_and_the_way_out():
     message = (
         r"_UntraceableRoot cannot be traced: .*test_attempts\.py:\d+, in forward\)\. "
-        r"Hint: .* move this code"
+        r"Hint: move this code"
     )
     with pytest.raises(TraceError, match=message):
         trace(_UntraceableRoot())

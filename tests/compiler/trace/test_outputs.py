@@ -36,9 +36,8 @@ def test_auxiliary_outputs_are_left_out_and_that_is_said():
 
 def test_an_output_that_is_no_logits_is_refused():
     message = (
-        r"returns a tensor of shape \(B, 4, 6, 6\), but logits are of shape \(B, J\)\. "
-        r"If these are scores of pixels, task=sffx\.tasks\.Segmentation\(\) says so\. "
-        r"Hint: sffx cuts classifiers"
+        r"returns a tensor of shape \(B, 4, 6, 6\), which does not tell the task\. "
+        r"Hint: for scores of pixels, pass task=sffx\.tasks\.Segmentation\(\); of a detector"
     )
     with pytest.raises(TraceError, match=message):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))
@@ -50,7 +49,7 @@ def test_a_map_as_large_as_the_image_is_of_pixels_unless_it_may_be_an_image(chan
     if task is not None:
         assert trace(model, torch.zeros(1, 3, 8, 8)).task == task
         return
-    with pytest.raises(TraceError, match=r"task=sffx\.tasks\.Segmentation\(\) says so"):
+    with pytest.raises(TraceError, match=r"pass task=sffx\.tasks\.Segmentation\(\)"):
         trace(model, torch.zeros(1, 3, 8, 8))
     assert trace(model, torch.zeros(1, 3, 8, 8), task=Segmentation()).task == Segmentation()
 

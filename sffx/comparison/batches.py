@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,8 @@ from sffx.net import plan_of
 # The axes of a sample with another size, by input, axis and the new size.
 Sizes = dict[tuple[str, int], int]
 
+Source = Literal["random", "ones", "example"]
+
 
 class Batches:
     """Makes values of the inputs of a model: random ones, or ones where random ones do not fit.
@@ -23,16 +25,25 @@ class Batches:
     Args:
         model: the plain model.
         net: the cut model, which knows the inputs that it takes.
+        example: its inputs by name, for a model that takes no random ones: one that checks its
+            data, as for an end-of-sentence token in each sample.
 
     Attributes:
         inputs: that both take.
-        random: whether values are random. Some models refuse what is no distribution, no index or
-            no length; ones are all of these.
+        source: of the values, "random", "ones" or "example". Some models refuse what is no
+            distribution, no index or no length; ones are all of these.
+        sources: that there are, in the order in which they are tried.
     """
 
-    def __init__(self, model: nn.Module, net: fx.GraphModule) -> None:
+    def __init__(
+        self, model: nn.Module, net: fx.GraphModule, example: Mapping[str, Any] | None = None
+    ) -> None:
         self.inputs = plan_of(net).inputs
-        self.random = True
+        self.source: Source = "random"
+        self.sources: tuple[Source, ...] = ("random", "ones", "example")
+        if example is None:
+            self.sources = ("random", "ones")
+        self._example = example or {}
         self._like = model
 
     def draw(
@@ -47,8 +58,10 @@ class Batches:
         """
         inputs = [_resized(each, sizes or {}) for each in self.inputs]
         tensors = constant_batch(inputs, batch, "cpu")
-        if self.random:
+        if self.source == "random":
             tensors = random_batch(inputs, batch)
+        if self.source == "example" and not sizes:
+            return {each.name: _rows(self._example[each.name], batch) for each in inputs}
         if padded:
             tensors = tuple(map(_ones_first, tensors, inputs))
         if any(p.is_floating_point() for p in self._like.parameters()):
@@ -75,6 +88,11 @@ class Batches:
             for k, axis in enumerate(axes):
                 changed[each.name, axis] = change(size, k)
         return changed
+
+
+def _rows(value: Tensor, batch: int) -> Tensor:
+    """Return so many rows of a value, the first ones again where it has fewer."""
+    return value[torch.arange(batch) % len(value)]
 
 
 def _resized(each: Input, sizes: Sizes) -> Input:

@@ -18,6 +18,7 @@ constants are drawn anew in the copies, and batch norms are calibrated.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +99,8 @@ def check(
     Args:
         model: that was cut. After training, it is compared by `check(sffx.extract(net), net)`.
         net: what `transform` returned for it.
-        example_input: that `transform` was given. It is not needed, since the plan holds the
-            arguments; but another one is refused.
+        example_input: that `transform` was given. It is needed only for a model that takes no
+            random data; another one is refused.
         raises: whether a difference is an error; else the report holds it.
 
     Returns:
@@ -115,9 +116,8 @@ def check(
         raise InputError(
             f"model is a {type(model).__name__}, not a model. Hint: pass the one that was cut"
         )
-    if example_input is not None:
-        bind(plan_of(net), example_input)
-    report = _Check(model, net).complete()
+    example = None if example_input is None else bind(plan_of(net), example_input)
+    report = _Check(model, net, example).complete()
     if raises and report.difference is not None:
         raise CheckError(str(report.difference), report)
     return report
@@ -131,7 +131,9 @@ def quick_check(model: nn.Module, net: fx.GraphModule) -> CheckReport:
 class _Check:
     """One comparison, and what it has found so far."""
 
-    def __init__(self, model: nn.Module, net: fx.GraphModule) -> None:
+    def __init__(
+        self, model: nn.Module, net: fx.GraphModule, example: Mapping[str, Any] | None = None
+    ) -> None:
         self._plan = plan_of(net)
         make_whole(net)
         # As `transform` did before the cut.
@@ -139,7 +141,7 @@ class _Check:
         # The copy of an offloaded or replicated model is an ordinary one.
         is_ordinary = offloading_of(net) is None and replication_of(net) is None
         self._net = net if is_ordinary else copy.deepcopy(net)
-        self._batches = Batches(model, net)
+        self._batches = Batches(model, net, example)
         self._weights: dict[str, Tensor] = {}
         self._drops = True
         self._errors: dict[str, float] = {}
@@ -233,8 +235,8 @@ class _Check:
         Raises:
             InputError: it takes none.
         """
-        for is_random in (True, False):
-            self._batches.random = is_random
+        for source in self._batches.sources:
+            self._batches.source = source
             taken: list[int] = []
             for batch in _BATCHES:
                 if len(taken) < 2 and self._failure(batch) is None:
@@ -244,7 +246,7 @@ class _Check:
         raise InputError(
             f"{type(self._model).__name__} runs on no input like those of the net: "
             f"{self._failure(_BATCHES[0])}. "
-            "Hint: cut the model with an example_input that it runs on"
+            "Hint: pass an example_input that it runs on, sffx.check(model, net, example_input)"
         )
 
     def _failure(self, batch: int) -> str | None:

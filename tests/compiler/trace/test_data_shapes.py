@@ -98,3 +98,18 @@ def test_a_number_from_such_a_shape_makes_a_leaf():
     net = sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6), norm="none")
     x = torch.randn(3, 6)
     torch.testing.assert_close(net.train()(x)[-1], model.train()(x))
+
+
+def test_such_a_model_is_compared_on_its_example():
+    model = _ReadsEnds(_by_check)
+    ids = torch.full((3, 6), END)
+    ids[:, :-1] = torch.randint(3, 9, (3, 5))
+    net = sffx.transform(model, policy="layer", example_input=ids)
+    with pytest.raises(InputError, match="pass an example_input"):
+        sffx.check(model, net)
+    report = sffx.check(model, net, ids)
+    assert report.passed
+    assert "train mode, 4 samples" in report.errors
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    assert not sffx.check(model, net, ids, raises=False).passed

@@ -185,21 +185,28 @@ class Arguments:
         if len(args) > len(by_position):
             raise InputError(
                 f"x holds {len(args)} arguments, but the model was cut for {len(self.entries)}: "
-                f"{', '.join(entry.name for entry in self.entries)}"
+                f"{', '.join(entry.name for entry in self.entries)}. "
+                "Hint: pass as many as the example_input held"
             )
         given: dict[str, Any] = {}
         for entry, value in zip(by_position, args, strict=False):
             given[entry.name] = value
         for name, value in kwargs.items():
             if name in given:
-                raise InputError(f"x holds the argument {name!r} twice")
+                raise InputError(
+                    f"x holds the argument {name!r} twice. "
+                    "Hint: pass it by position or by name, not both"
+                )
             given[name] = value
         found: dict[str, Any] = {}
         for entry in self.entries:
             if entry.name in given:
                 _match(entry.value, given.pop(entry.name), (entry.name,), found)
             elif _holds_slot(entry.value):
-                raise InputError(f"x lacks the argument {entry.name!r}")
+                raise InputError(
+                    f"x lacks the argument {entry.name!r}. "
+                    "Hint: pass all arguments with tensors that the example_input held"
+                )
         if given:
             raise InputError(
                 f"x holds the argument {next(iter(given))!r}, which the example did not hold. "
@@ -407,7 +414,10 @@ def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None
     """
     if isinstance(expected, Slot):
         if not isinstance(given, (Tensor, np.ndarray)):
-            raise InputError(f"{_written(path)} is a {type(given).__name__}, not a tensor")
+            raise InputError(
+                f"{_written(path)} is a {type(given).__name__}, not a tensor. "
+                "Hint: pass a tensor, as the example_input held there"
+            )
         found[expected.name] = given
         return
     if not _holds_slot(expected):
@@ -420,7 +430,8 @@ def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None
         given_parts = dict(zip(parts, given, strict=True))
     if given_parts is None or given_parts.keys() != parts.keys():
         raise InputError(
-            f"{_written(path)} is {_form(given)}, but the model was cut for {_form(expected)}"
+            f"{_written(path)} is {_form(given)}, but the model was cut for {_form(expected)}. "
+            "Hint: pass the structure that the example_input had"
         )
     for key, part in parts.items():
         _match(part, given_parts[key], (*path, key), found)

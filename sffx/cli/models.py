@@ -73,7 +73,10 @@ def find_callable(source: str) -> Callable[..., Any]:
     else:
         thing = _object_of_module(source)
     if not callable(thing):
-        raise InputError(f"{source} is a {type(thing).__name__}, which cannot be called")
+        raise InputError(
+            f"{source} is a {type(thing).__name__}, which cannot be called. "
+            "Hint: name a function or a class"
+        )
     return thing
 
 
@@ -235,7 +238,10 @@ def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | No
 
 def _refuse_name(source: str, name: str | None) -> None:
     if name is not None and ":" in source:
-        raise InputError(f"--model {name} goes with a file, but {source!r} names the object itself")
+        raise InputError(
+            f"--model {name} goes with a file, but {source!r} names the object itself. "
+            "Hint: leave out one of the two names"
+        )
 
 
 def _model_of_module(source: str, num_classes: int | None) -> nn.Module:
@@ -326,7 +332,7 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None) -> nn.Mod
     if not callable(thing):
         raise InputError(
             f"{name} in {place} is a {type(thing).__name__}, not a model, "
-            "and cannot be called to make one"
+            "and cannot be called to make one. Hint: name a model, or a function that returns one"
         )
     required = _required(thing)
     if required:
@@ -339,7 +345,10 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None) -> nn.Mod
     with _own_errors(place):
         made = thing(**arguments)
     if not isinstance(made, nn.Module):
-        raise InputError(f"{name} in {place} returned a {type(made).__name__}, not a model")
+        raise InputError(
+            f"{name} in {place} returned a {type(made).__name__}, not a model. "
+            "Hint: return a torch.nn.Module"
+        )
     return made
 
 

@@ -68,7 +68,8 @@ class Dataflow:
         if self.logits not in self.paths:
             raise CutError(
                 "the model's output does not depend on a parameter and an input, "
-                "so there is nothing to train"
+                "so there is nothing to train. Hint: the output must be computed from both, "
+                "without detach() or torch.no_grad() on the way"
             )
         self.dominator: dict[str, str] = nx.immediate_dominators(self.paths, SOURCE)
         self._order = {name: i for i, name in enumerate(self.nodes)}

@@ -72,7 +72,10 @@ def largest_batch(net: nn.Module, budget: str | int, *, offloaded: bool = False)
         progress.advance()
         peak = backpropagation_peak(cut, batch_size)
         if peak is None:
-            raise InputError(f"the model does not run with batch size {batch_size}")
+            raise InputError(
+                f"the model does not run with batch size {batch_size}. "
+                "Hint: sffx.footprint predicts the memory of a batch size that it takes"
+            )
         return peak
 
     own = largest_within(block_local, allowed)

@@ -134,7 +134,8 @@ class BlockPlateau:
         if set(state) != set(self.schedulers):
             raise InputError(
                 f"the state is of {', '.join(state)}, "
-                f"but the optimizer has {', '.join(self.schedulers)}"
+                f"but the optimizer has {', '.join(self.schedulers)}. "
+                "Hint: load the state of a net with the same blocks"
             )
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state[name])

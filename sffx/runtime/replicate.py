@@ -76,7 +76,7 @@ def replicate(
     plan_of(net)
     present = replication_of(net)
     if present is not None and present.is_sound:
-        raise InputError("net is replicated already")
+        raise InputError("net is replicated already. Hint: call sffx.replicate once")
     if offloading_of(net) is not None or shards_in(net):
         raise InputError(
             "net is offloaded or sharded, and replicas hold all parameters on the device. "

@@ -73,7 +73,7 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
     """
     plan_of(net)
     if shards_in(net):
-        raise InputError("net is sharded already")
+        raise InputError("net is sharded already. Hint: call sffx.shard once")
     if getattr(net, "replication", None) is not None:
         raise InputError(
             "net is replicated, and replicas hold all parameters. "

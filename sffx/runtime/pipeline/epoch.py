@@ -196,7 +196,9 @@ class Epoch:
         if word is Word.END:
             if self._outgoing is not None:
                 self._outgoing.drain()
-            raise InputError("the loader yielded no batches")
+            raise InputError(
+                "the loader yielded no batches. Hint: with drop_last=True, it needs a whole batch"
+            )
 
 
 class Handover:

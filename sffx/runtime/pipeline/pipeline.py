@@ -207,8 +207,11 @@ class Pipeline:
                 name; None if no parameter of this process learns.
             accumulate: batches for each step of the optimizer, which uses the mean of their
                 gradients. The last step of the loader may have fewer.
-            on_block: called with the name of each own block, its scores, (B, J), and its loss, both
-                detached, before the block's parameters change.
+            on_block: called with the name of each own block, its scores, (B, J) for classes, and
+                its loss, both detached, before the block's parameters change.
+
+        Returns:
+            The losses by name: "block_0", ..., "classifier", each the mean over the samples.
 
         Raises:
             InputError: the loader is missing, empty, or on the wrong process; the loaders of
@@ -265,8 +268,8 @@ class Pipeline:
         """Evaluate in eval mode, and return the same as `sffx.evaluate`, on all processes.
 
         Args:
-            loader: yields (x, y), y class indices, (B,); None on all but the first stage. The
-                samples of all replicas count.
+            loader: yields (x, y) as `sffx.evaluate` takes them; None on all but the first stage.
+                The samples of all replicas count.
 
         Raises:
             InputError: as for `sffx.evaluate`; or the loader is missing or on the wrong process.
@@ -299,6 +302,9 @@ class Pipeline:
         """Return the weights and buffers of this process, by their names in the cut model.
 
         Those of all stages together are the state dict of the whole cut model.
+
+        Returns:
+            A mapping of names to tensors, which `torch.distributed.checkpoint` can save.
         """
         return self.module.state_dict()
 
@@ -311,6 +317,7 @@ class Pipeline:
         Raises:
             InputError: an entry of this process is missing, or has another shape.
         """
+        # The names of other processes begin with their parts, such as "block_3".
         own = {}
         for name, value in state.items():
             if name.partition(".")[0] in self._parts:
@@ -318,7 +325,10 @@ class Pipeline:
         try:
             self.module.load_state_dict(own)
         except RuntimeError as error:
-            raise InputError(f"the state does not fit {', '.join(self.blocks)}: {error}") from error
+            raise InputError(
+                f"the state does not fit {', '.join(self.blocks)}: {error}. "
+                "Hint: pass the state of the same cut model, with its entries for these blocks"
+            ) from error
         self._without_values -= set(own)
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -326,13 +336,21 @@ class Pipeline:
 
         The keys of all stages are different ones. So the entries go into one distributed
         checkpoint, which loads into another number of processes as well.
+
+        Args:
+            optimizer: over `parameter_groups`.
         """
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return get_optimizer_state_dict(self.module, optimizer, options=_flat())
 
     def load_optimizer_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Load what `optimizer_state_dict` returned into the optimizer of this process."""
+        """Load the state of an optimizer into that of this process.
+
+        Args:
+            optimizer: over `parameter_groups`.
+            state: what `optimizer_state_dict` returned, loaded from a checkpoint.
+        """
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         set_optimizer_state_dict(self.module, optimizer, state, options=_flat())

@@ -81,7 +81,10 @@ def find_place(group: dist.ProcessGroup | DeviceMesh | None, replicas: int | Non
     for stage, row in enumerate(ranks):
         if rank in row:
             return Place(ranks, rank, stage, row.index(rank))
-    raise InputError(f"rank {rank} is not in the group of the pipeline, {ranks}")
+    raise InputError(
+        f"rank {rank} is not in the group of the pipeline, {ranks}. "
+        "Hint: make the pipeline only in the processes of its group"
+    )
 
 
 def _ranks(

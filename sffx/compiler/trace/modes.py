@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sffx.compiler.facts import Facts, set_facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.flags import flag_target
+from sffx.compiler.trace.randomness import draw_where, is_draw, settled_draws
 from sffx.compiler.trace.sizes import is_guard_of_batch, without_batch_guards
 
 
@@ -56,6 +57,9 @@ def merge_modes(
         # A forward may look at the batch in one mode only: `self.training and x.shape[0] == 1`.
         compared = without_batch_guards(graph)
         compared_in_eval = without_batch_guards(eval_graph)
+    draws, draws_in_eval = settled_draws(graph), settled_draws(eval_graph)
+    draws_in_training = draws if draws and not draws_in_eval else []
+    compared = [node for node in compared if node not in draws_in_training]
     is_refused_in_eval_alone = not guards_in_eval.keys() <= guards.keys()
     if len(compared) != len(compared_in_eval) or is_refused_in_eval_alone:
         return False
@@ -75,7 +79,23 @@ def merge_modes(
         for guard in guards[key]:
             flag = _insert_flag(str(guard.args[2]), guard, probe)
             guard.args = (*guard.args[:3], flag)
+    for node in reversed(draws_in_training):
+        _draw_in_training(node, branched, probe)
     return True
+
+
+def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> None:
+    """Let a node that draws for a settled comparison draw in train mode alone.
+
+    The outcome is in the graph, so the comparison is erased. The draw itself moves the generator.
+    """
+    if not is_draw(node):
+        node.graph.erase_node(node)
+        return
+    scopes = node.meta.get("nn_module_stack", {}).values()
+    owners = [path for path, _ in scopes if path in branched]
+    flag = _insert_flag(owners[-1] if owners else "", node, probe)
+    node.args, node.target = (flag, *node.args), draw_where
 
 
 # Guards against a batch of one, by the module that branches and the outcome.

@@ -95,6 +95,11 @@ def is_drawn(node: fx.Node) -> bool:
     """Whether a node draws from [0, 1), or takes numbers out of what such a node has drawn."""
     if node.target in _TAKES_NUMBERS and node.all_input_nodes:
         return is_drawn(node.all_input_nodes[0])
+    return is_draw(node)
+
+
+def is_draw(node: fx.Node) -> bool:
+    """Whether a node calls `torch.rand`."""
     return getattr(node.target, "__name__", "") == "rand"
 
 
@@ -113,6 +118,34 @@ def outcome_of_draw(node: fx.Node) -> bool | None:
         return bool(getattr(operator, node.target.__name__)(*sides))
     except RuntimeError:
         return None
+
+
+def settled_draws(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that draw for comparisons with one outcome, and those comparisons.
+
+    In order, and without those whose values something else reads.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_settled = outcome_of_draw(node) is not None
+        if (is_settled or is_drawn(node)) and found.issuperset(node.users):
+            found.add(node)
+    return [node for node in graph.nodes if node in found]
+
+
+@fx.node.has_side_effect
+def draw_where(is_met: Any, *args: Any, **kwargs: Any) -> Any:
+    """Draw by `torch.rand` as a forward does in one mode, which moves the generator.
+
+    Args:
+        is_met: whether the call is in this mode.
+        args: of `torch.rand`.
+        kwargs: of `torch.rand`.
+    """
+    if isinstance(is_met, fx.Proxy):  # fx traces the code of a graph that it unpickles
+        arguments = (is_met, *args)
+        return is_met.tracer.create_proxy("call_function", draw_where, arguments, kwargs)
+    return torch.rand(*args, **kwargs) if is_met else None
 
 
 _TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")

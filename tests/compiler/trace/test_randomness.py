@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -93,3 +94,36 @@ def test_noise_is_drawn_in_each_call():
     x = torch.randn(3, 6)
     assert not torch.equal(net.eval()(x), net(x))
     assert sffx.check(model, net).passed
+
+
+class _DropsInTraining(nn.Module):
+    """Draws in train mode alone, as layer drop does."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not self.training or torch.rand(1) > self.probability:
+                x = x + layer(x).relu()
+        return x
+
+
+def test_layers_that_are_never_dropped_in_training_make_no_leaf():
+    torch.manual_seed(0)
+    for probability, leaves in ((0.0, []), (0.3, ["0"])):
+        model = nn.Sequential(_DropsInTraining(probability), nn.Dropout(0.5), nn.Linear(6, 4))
+        net = sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6), norm="none")
+        assert [leaf.qualname for leaf in net.plan.leaves] == leaves
+        net.readout.mode = "classifier"
+        x = torch.randn(3, 6)
+        for training in (True, False):
+            ends = []
+            for each in (model, pickle.loads(pickle.dumps(net))):
+                torch.manual_seed(1)
+                scores = each.train(training)(x)
+                logits = scores[-1] if scores.ndim == 3 else scores
+                ends.append((logits, torch.rand(1)))
+            torch.testing.assert_close(ends[0], ends[1])

@@ -227,7 +227,7 @@ def _balanced_begin(units: list[nn.Module], workload: Workload) -> int:
     if dist.get_rank() == 0:
         seconds = torch.tensor(_seconds_of_units(units, workload))
     dist.broadcast(seconds, 0)
-    return balanced(seconds.tolist(), PROCESSES, set())[1]
+    return balanced(seconds.tolist(), PROCESSES, {})[1]
 
 
 def _seconds_of_units(units: list[nn.Module], workload: Workload) -> list[float]:

@@ -48,14 +48,19 @@ def block_seeds(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def numbers_of_block(index: int) -> Iterator[None]:
-    """Draw the random numbers of one block inside the context, if `block_seeds` gave a seed."""
+def numbers_of_block(index: int, part: int = 0) -> Iterator[None]:
+    """Draw the random numbers of one block inside the context, if `block_seeds` gave a seed.
+
+    Args:
+        index: of the block.
+        part: 0 for the block and its head, 1 for the norms behind it.
+    """
     seed = _SEED.get()
     if seed is None:
         yield
         return
     with untouched_randomness():
-        own = mixed(seed, index)
+        own = mixed(seed, index, part) if part else mixed(seed, index)
         torch.manual_seed(own)
         random.seed(own)
         yield
@@ -65,8 +70,10 @@ def numbers_of_block(index: int) -> Iterator[None]:
 def untouched_randomness() -> Iterator[None]:
     """Leave the random numbers of torch and of Python as they were before the context."""
     state = random.getstate()
+    # Without this list, torch warns of the time that several GPUs take. A seed sets all of them.
+    devices = list(range(torch.cuda.device_count()))
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(state)

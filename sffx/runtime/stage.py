@@ -144,8 +144,9 @@ class Stage:
 
     def hand_on(self, values: Values) -> None:
         """Add the detached, normed output of the block to the values."""
-        for node in self._passing:
-            self._run(node, values)
+        with numbers_of_block(self.index, part=1):
+            for node in self._passing:
+                self._run(node, values)
 
     def _run(self, node: fx.Node, values: Values) -> None:
         """Run one node, and remove the values that no later node reads."""

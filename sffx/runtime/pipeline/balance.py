@@ -6,9 +6,8 @@ layers differ in how fast they multiply.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -26,6 +25,7 @@ from sffx.runtime.gradients import block_gradients
 from sffx.runtime.randomness import untouched_randomness
 from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.walk import input_values, score_detached
+from sffx.tensors import copied
 
 # Samples of the random batch, where no batch was given.
 SAMPLES = 32
@@ -54,24 +54,27 @@ def seconds_of_blocks(net: fx.GraphModule, x: Any, device: torch.device) -> list
     return seconds
 
 
-def balanced(seconds: Sequence[float], stages: int, forbidden: set[int]) -> list[int]:
+def balanced(seconds: Sequence[float], stages: int, tied: Mapping[int, str]) -> list[int]:
     """Return the index of the first block of each stage, so that the slowest stage is fastest.
 
     Args:
         seconds: of each block.
         stages: how many to make.
-        forbidden: indices of blocks that must not begin a stage.
+        tied: blocks that must not begin a stage, as `inseparable` returns them.
 
     Raises:
         InputError: there are fewer places to divide at than stages need.
     """
     count = len(seconds)
-    allowed = [i for i in range(1, count) if i not in forbidden]
+    allowed = [i for i in range(1, count) if i not in tied]
     if len(allowed) < stages - 1:
+        shared = ""
+        if tied:
+            shared = f", since blocks share {', '.join(dict.fromkeys(tied.values()))}"
         raise InputError(
             f"{stages} processes share {count} blocks (the classifier included) that can be "
-            f"divided at {len(allowed)} places. Hint: start {len(allowed) + 1} processes or fewer, "
-            "use replicas=, or cut the model into more blocks"
+            f"divided at {len(allowed)} places{shared}. Hint: start {len(allowed) + 1} processes "
+            "or fewer, use replicas=, or cut the model into more blocks"
         )
     # The best division of the first `end` blocks into so many stages, by `end`:
     # the seconds of its slowest stage, and where its stages begin.
@@ -141,16 +144,16 @@ def _copies_in_place(net: fx.GraphModule, stage: Stage, device: torch.device) ->
 
 
 def _runnable_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    copied = copy.deepcopy(module)
-    tensors = [*copied.parameters(), *copied.buffers()]
+    runnable = copied(module)
+    tensors = [*runnable.parameters(), *runnable.buffers()]
     if not any(tensor.is_meta for tensor in tensors):
-        return copied.to(device)
-    copied.to_empty(device=device)
+        return runnable.to(device)
+    runnable.to_empty(device=device)
     with torch.no_grad():
-        for tensor in (*copied.parameters(), *copied.buffers()):
+        for tensor in (*runnable.parameters(), *runnable.buffers()):
             # Any numbers that give no denormal ones, which take longer.
             tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    return copied
+    return runnable
 
 
 def _on(device: torch.device, dtype: torch.dtype | None, inputs: dict[str, Any]) -> dict[str, Any]:

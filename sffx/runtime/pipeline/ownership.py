@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sffx.errors import InputError
 from sffx.net import CutModel, plan_of
 from sffx.parts import READOUT
 from sffx.runtime.pipeline.message import as_bytes, packed
 from sffx.runtime.stage import Stage, stages_of
+from sffx.tensors import storage_key
 
 
 def parts_of(stages: Sequence[Stage], total: int) -> list[str]:
@@ -49,22 +52,45 @@ def inseparable(net: fx.GraphModule) -> dict[int, str]:
     """Return the blocks that must stay with the block before, with the tensor that ties them.
 
     The blocks are given by index. A parameter or a buffer of several blocks must be on one process.
+    So must tensors that share memory, and those that a head reads from another block.
     """
     total = len(stages_of(net))
+    names: dict[int, str] = {}
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        names.setdefault(storage_key(tensor), name)
     first_of: dict[int, int] = {}
     last_of: dict[int, int] = {}
-    names: dict[int, str] = {}
     for stage in stages_of(net):
-        for name, tensor in tensors_of(net, parts_of([stage], total)).items():
-            key = id(tensor)
-            first_of.setdefault(key, stage.index)
-            last_of[key] = stage.index
-            names.setdefault(key, name)
+        for part in parts_of([stage], total):
+            for tensor in _reached(net.get_submodule(part)):
+                key = storage_key(tensor)
+                first_of.setdefault(key, stage.index)
+                last_of[key] = stage.index
     tied: dict[int, str] = {}
     for key, first in first_of.items():
         for index in range(first + 1, last_of[key] + 1):
-            tied[index] = names[key]
+            # A tensor that no module of the model owns is a copy on each process.
+            if key in names:
+                tied[index] = names[key]
     return tied
+
+
+def _reached(part: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a module, and of modules that it keeps without being their parent."""
+    to_visit: list[nn.Module] = [part]
+    seen: set[nn.Module] = set()
+    while to_visit:
+        module = to_visit.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        # Among them are parameters, buffers and children, and modules in a tuple that are none, as
+        # `goodness="shared"` has them.
+        for kept in tree_leaves(list(vars(module).values())):
+            if isinstance(kept, nn.Module):
+                to_visit.append(kept)
+            elif isinstance(kept, Tensor):
+                yield kept
 
 
 def release(net: CutModel, parts: Sequence[str]) -> None:
@@ -106,11 +132,23 @@ def _empty(tensor: Tensor, device: torch.device) -> Tensor:
     return empty
 
 
-def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> set[str]:
+@dataclass(frozen=True)
+class Empty:
+    """A tensor that had no values when it was made; it has them once it is written or replaced."""
+
+    tensor: Tensor
+    version: int
+
+    def is_still_empty(self, present: Tensor | None) -> bool:
+        """Return whether the tensor that has its name now has no values."""
+        return present is self.tensor and self.tensor._version == self.version
+
+
+def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> dict[str, Empty]:
     """Move parts to a device; layers on the meta device draw new weights there.
 
     Returns:
-        The names of the tensors that have no values yet, since their layer cannot draw any.
+        The tensors that have no values yet by name, since their layer cannot draw any.
     """
     replaced: dict[int, Tensor] = {}
     for tensor in tensors_of(net, parts).values():
@@ -124,7 +162,11 @@ def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> se
         drawn |= _draw(module, {id(tensor) for tensor in replaced.values()})
     without_values = {id(tensor) for tensor in replaced.values()} - drawn
     tensors = tensors_of(net, parts)
-    return {name for name, tensor in tensors.items() if id(tensor) in without_values}
+    empty: dict[str, Empty] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) in without_values:
+            empty[name] = Empty(tensor, tensor._version)
+    return empty
 
 
 def _draw(part: nn.Module, empty: set[int]) -> set[int]:

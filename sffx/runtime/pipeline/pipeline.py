@@ -8,7 +8,6 @@ output of the block before at the same step and nothing else, so the result is e
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +52,7 @@ from sffx.runtime.pipeline.ownership import (
     release,
     require_same_everywhere,
     summary,
+    tensors_of,
 )
 from sffx.runtime.pipeline.places import find_place
 from sffx.runtime.pipeline.ranks import Ranks
@@ -64,8 +64,6 @@ from sffx.runtime.step import Optimizers
 from sffx.runtime.walk import score_detached
 
 LOGGER = logging.getLogger("sffx")
-
-_INSTANCES = itertools.count()
 
 
 class Pipeline:
@@ -329,7 +327,6 @@ class Pipeline:
                 f"the state does not fit {', '.join(self.blocks)}: {error}. "
                 "Hint: pass the state of the same cut model, with its entries for these blocks"
             ) from error
-        self._without_values -= set(own)
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of the optimizer of this process, by names of the cut model.
@@ -396,7 +393,7 @@ class Pipeline:
             seconds = seconds_of_blocks(self.net, example_input, self.device)
         measured = self._ranks.from_everyone(seconds)[0]
         self.seconds = dict(zip(names, measured, strict=True))
-        return balanced(measured, self.place.stages, set(tied))
+        return balanced(measured, self.place.stages, tied)
 
     def _stages_of(self, index: int) -> list[Stage]:
         """Return the stages of the cut model that a stage of the pipeline has."""
@@ -412,7 +409,7 @@ class Pipeline:
             if index != self.place.stage:
                 release(self.net, self._parts_of_stage(index))
         self._parts = self._parts_of_stage(self.place.stage)
-        self._without_values = materialize(self.net, self._parts, self.device)
+        self._empty = materialize(self.net, self._parts, self.device)
         self.module = nn.Module()
         for part in self._parts:
             self.module.add_module(part, self.net.get_submodule(part))
@@ -482,12 +479,17 @@ class Pipeline:
 
     def _require_values(self) -> None:
         """Raise an InputError if tensors of a model from the meta device have no values yet."""
-        if self._without_values:
-            names = sorted(self._without_values)
+        present = tensors_of(self.net, self._parts)
+        names = []
+        for name, empty in self._empty.items():
+            if empty.is_still_empty(present.get(name)):
+                names.append(name)
+        if names:
             raise InputError(
                 f"{names[0]} and {len(names) - 1} other tensors have no values: the model was on "
                 "the meta device, and their layers have no reset_parameters(). "
-                "Hint: pipe.load_state_dict(...)"
+                "Hint: pipe.load_state_dict(...), or set those that are in no state dict yourself: "
+                "pipe.module.get_buffer(name).copy_(...)"
             )
 
 

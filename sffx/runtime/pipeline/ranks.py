@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -16,7 +16,9 @@ from sffx.errors import InputError
 from sffx.runtime.pipeline.places import Connections, Place, connect
 from sffx.runtime.pipeline.watch import Watch
 
-_INSTANCES = itertools.count()
+# How many pipelines this process has made over the same ranks. They all have made as many, while
+# other processes may have made more or fewer pipelines.
+_INSTANCES: Counter[tuple[int, ...]] = Counter()
 
 
 class Ranks:
@@ -38,7 +40,9 @@ class Ranks:
         self.device = device
         # Torch offers no public way to the store that all processes share already.
         store = dist.distributed_c10d._get_default_store()
-        own = dist.PrefixStore(f"sffx pipeline {next(_INSTANCES)}", store)
+        ranks = tuple(place.everyone)
+        own = dist.PrefixStore(f"sffx pipeline {_INSTANCES[ranks]} of {ranks}", store)
+        _INSTANCES[ranks] += 1
         names = {rank: f"rank {rank}" for rank in place.everyone}
         self.watch = Watch(own, names, place.rank, timeout)
         self._connections: Connections | None = None

@@ -155,7 +155,7 @@ def brute_force(seconds: list[float], stages: int) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_division_is_the_best_one(stages, seed):
     seconds = torch.rand(7, generator=torch.Generator().manual_seed(seed)).tolist()
-    begins = balanced(seconds, stages, forbidden=set())
+    begins = balanced(seconds, stages, tied={})
     ends = [*begins[1:], len(seconds)]
     slowest = max(sum(seconds[b:e]) for b, e in zip(begins, ends, strict=True))
     assert len(begins) == stages
@@ -163,6 +163,6 @@ def test_the_division_is_the_best_one(stages, seed):
 
 
 def test_forbidden_blocks_begin_no_stage():
-    assert balanced([1.0, 1.0, 1.0, 1.0], 2, forbidden={2}) in ([0, 1], [0, 3])
+    assert balanced([1.0, 1.0, 1.0, 1.0], 2, tied={2: "w"}) in ([0, 1], [0, 3])
     with pytest.raises(sffx.InputError, match="at 1 places"):
-        balanced([1.0, 1.0, 1.0], 3, forbidden={2})
+        balanced([1.0, 1.0, 1.0], 3, tied={2: "w"})

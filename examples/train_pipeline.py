@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchvision
 from torch import fx
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -194,10 +195,26 @@ def device() -> torch.device | None:
     return torch.device("cuda", index)
 
 
+def join() -> None:
+    """Join the processes that torchrun has started.
+
+    torchrun keeps its store when it starts them again. So each start has keys of its own: others
+    hold the addresses of processes that have ended.
+    """
+    store, rank, processes = next(rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"start {start}", store),
+        rank=rank,
+        world_size=processes,
+    )
+
+
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join()
     try:
         train(args)
         dist.barrier()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sffx.errors import InputError, ProcessError
+from sffx.runtime.groups import new_group
 
 # What a process is about to do. Its number is sent, so the order must be the same everywhere.
 DEEDS = {
@@ -73,13 +74,7 @@ class Agreement:
             ranks: of the processes.
             timeout: how long a process waits for the others, in seconds.
         """
-        made: Any = dist.new_group(
-            ranks,
-            timeout=timedelta(seconds=timeout),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
-        self.group: dist.ProcessGroup = made
+        self.group = new_group(ranks, timedelta(seconds=timeout))
         self.steps = 0
         self._words: list[Tensor] = []
         self._work: Any = None

@@ -32,6 +32,7 @@ from sffx.runtime.agreement import Agreement, Word, require_processes, require_s
 from sffx.runtime.averaging import Wait
 from sffx.runtime.gate import Gate, none
 from sffx.runtime.gradients import Gradients
+from sffx.runtime.groups import new_group
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Collected, Residency
@@ -402,14 +403,7 @@ def _group_for_gradients(
     backend = dist.get_backend(group)
     if backend == "gloo":
         return agreement.group
-    made: Any = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timedelta(seconds=timeout),
-        backend=backend,
-        use_local_synchronization=True,
-    )
-    found: dist.ProcessGroup = made
-    return found
+    return new_group(dist.get_process_group_ranks(group), timedelta(seconds=timeout), backend)
 
 
 def _why_not_averageable(net: fx.GraphModule) -> str | None:

@@ -159,7 +159,9 @@ class Epoch:
         self._source: FromLoader | FromStageBefore
         if upstream is None:
             agree = ranks.require_as_many_batches
-            self._source = FromLoader(net, loader or (), ranks.device, agree, check)
+            # Not `loader or ()`: an iterable dataset has no length, so asking is an error.
+            given = () if loader is None else loader
+            self._source = FromLoader(net, given, ranks.device, agree, check)
         else:
             self._source = FromStageBefore(net, Incoming(upstream, ranks.watch))
         self._outgoing: Outgoing | None = None

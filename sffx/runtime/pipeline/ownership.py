@@ -104,6 +104,21 @@ def release(net: CutModel, parts: Sequence[str]) -> None:
         replaced[id(tensor)] = _empty(tensor, torch.device("meta"))
     replace(net, replaced)
     replace(net.origin.model, replaced)
+    for part in parts:
+        _release_computed(net.get_submodule(part))
+
+
+def _release_computed(part: nn.Module) -> None:
+    """Let go of the weights that a part computes from its parameters before each forward.
+
+    The old `torch.nn.utils.weight_norm` and `spectral_norm`, and pruning, keep such a weight as a
+    plain attribute.
+    """
+    for module in part.modules():
+        for name, value in list(vars(module).items()):
+            is_computed = f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters
+            if is_computed and isinstance(value, Tensor):
+                setattr(module, name, value.detach().to("meta"))
 
 
 def replace(model: nn.Module, replaced: dict[int, Tensor]) -> None:

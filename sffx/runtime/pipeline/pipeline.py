@@ -221,6 +221,7 @@ class Pipeline:
             self._require_loader(loader)
             self._require_values()
             require_train_mode(self.net)
+            self._require_learning()
             connections = self._ranks.connections
             watch = self._ranks.watch
             steps = Steps(self._stages, optimizer, accumulate, connections.replicas, watch)
@@ -337,9 +338,10 @@ class Pipeline:
         Args:
             optimizer: over `parameter_groups`.
         """
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        # Not above, since it takes a second to import.
+        from sffx.runtime.pipeline.optimizer_state import state_by_name
 
-        return get_optimizer_state_dict(self.module, optimizer, options=_flat())
+        return state_by_name(self.module, optimizer)
 
     def load_optimizer_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Load the state of an optimizer into that of this process.
@@ -348,9 +350,9 @@ class Pipeline:
             optimizer: over `parameter_groups`.
             state: what `optimizer_state_dict` returned, loaded from a checkpoint.
         """
-        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        from sffx.runtime.pipeline.optimizer_state import load_by_name
 
-        set_optimizer_state_dict(self.module, optimizer, state, options=_flat())
+        load_by_name(self.module, optimizer, state)
 
     def gather(self, dst: int = 0) -> CutModel | None:
         """Return the whole cut model with the trained weights on one process, None on the others.
@@ -477,6 +479,21 @@ class Pipeline:
                 "Hint: train(loader if pipe.first else None, ...)"
             )
 
+    def _require_learning(self) -> None:
+        """Raise an InputError if training would train nothing."""
+        if not torch.is_grad_enabled():
+            raise InputError(
+                "train was called without gradients, so it would train nothing. "
+                "Hint: leave torch.no_grad() or torch.inference_mode(); pipe.evaluate returns "
+                "losses there"
+            )
+        # The parameters of other processes are meta tensors, and say whether they learn.
+        if not any(stage.trainable for stage in stages_of(self.net)):
+            raise InputError(
+                "no parameter of the blocks requires a gradient, so train would train nothing. "
+                "Hint: pipe.net.requires_grad_(True), or freeze some blocks only"
+            )
+
     def _require_values(self) -> None:
         """Raise an InputError if tensors of a model from the meta device have no values yet."""
         present = tensors_of(self.net, self._parts)
@@ -495,9 +512,3 @@ class Pipeline:
 
 def _inputs_among(values: Values) -> dict[str, Any]:
     return {str(node.target): value for node, value in values.items() if node.op == "placeholder"}
-
-
-def _flat() -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(flatten_optimizer_state_dict=True)

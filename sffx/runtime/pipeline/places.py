@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sffx.errors import InputError
+from sffx.runtime.groups import new_group
 from sffx.runtime.pipeline.link import Groups
 
 # Watch ends a wait that takes too long, and names who is at fault. Torch's own timeout names
@@ -190,11 +191,4 @@ def _link_groups(place: Place, device: torch.device) -> dict[int, dist.ProcessGr
 
 def _group(ranks: list[int], device: torch.device | None = None) -> dist.ProcessGroup:
     """Return a group of its own for some ranks, on the CPU if no device is given."""
-    group = dist.new_group(
-        ranks,
-        timeout=_NEVER,
-        backend="gloo" if device is None else None,
-        use_local_synchronization=True,
-    )
-    assert isinstance(group, dist.ProcessGroup)  # this process is part of it
-    return group
+    return new_group(ranks, _NEVER, "gloo" if device is None else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -13,12 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sffx.errors import InputError
+from sffx.runtime.groups import own_store
 from sffx.runtime.pipeline.places import Connections, Place, connect
 from sffx.runtime.pipeline.watch import Watch
-
-# How many pipelines this process has made over the same ranks. They all have made as many, while
-# other processes may have made more or fewer pipelines.
-_INSTANCES: Counter[tuple[int, ...]] = Counter()
 
 
 class Ranks:
@@ -38,11 +34,7 @@ class Ranks:
     def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
         self.place = place
         self.device = device
-        # Torch offers no public way to the store that all processes share already.
-        store = dist.distributed_c10d._get_default_store()
-        ranks = tuple(place.everyone)
-        own = dist.PrefixStore(f"sffx pipeline {_INSTANCES[ranks]} of {ranks}", store)
-        _INSTANCES[ranks] += 1
+        own = own_store(place.everyone)
         names = {rank: f"rank {rank}" for rank in place.everyone}
         self.watch = Watch(own, names, place.rank, timeout)
         self._connections: Connections | None = None

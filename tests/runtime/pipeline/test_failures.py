@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import sffx
@@ -42,8 +44,10 @@ class Failure(nn.Module):
         time.sleep(10_000)
 
 
-def train_with_failure(rank: int, kind: str, bad: int) -> Any:
-    pipe = sffx.Pipeline(models.cut_images(), cuts=["block_1", "block_3"], timeout=4)
+def train_with_failure(
+    rank: int, kind: str, bad: int, cuts: Sequence[str] = ("block_1", "block_3")
+) -> Any:
+    pipe = sffx.Pipeline(models.cut_images(), cuts=cuts, timeout=4)
     if rank == bad:
         block = pipe.blocks[0]
         setattr(pipe.net, block, Failure(kind, pipe.net.get_submodule(block)))
@@ -119,3 +123,20 @@ def test_fewer_batches_than_stages_are_enough(tmp_path, count):
     for losses, samples in run(train_few, 3, tmp_path, count):
         assert sum(losses.values()) == pytest.approx(total / count, rel=1e-14)
         assert samples == 4 * count
+
+
+def train_alone_and_together(rank: int) -> Any:
+    """Fail in a pipeline of one process, and then, in the other process, in one over both."""
+    group = dist.new_group([rank], use_local_synchronization=True)
+    if rank == 0:
+        alone = sffx.Pipeline(models.cut_images(), group=group)
+        with pytest.raises(sffx.InputError, match="no batches"):
+            alone.train([], torch.optim.SGD(alone.parameters(), lr=0.01))
+    # Rank 0 has made a pipeline more than rank 1.
+    return train_with_failure(rank, "exception", 1, ["block_2"])
+
+
+def test_a_failure_is_known_in_its_own_pipeline_and_in_no_other(tmp_path):
+    for rank, result in enumerate(run(train_alone_and_together, 2, tmp_path, grace=6)):
+        assert ("ProcessError" in str(result)) == (rank == 0)
+        assert "ValueError: a bad layer" in str(result)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import sffx
 from sffx.runtime.pipeline.epoch import crossing
+from sffx.runtime.randomness import mixed
 from tests.runtime.pipeline.processes import run
 
 
@@ -59,12 +62,24 @@ class Nested(nn.Module):
         return self.head(torch.relu(self.hidden(x)))
 
 
+class Stream(IterableDataset):
+    """Samples without a known number."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(numbers(9, 6), torch.arange(9) % 3, strict=True)
+
+
+def dropping(block: sffx.Block) -> nn.Module:
+    """Make a norm that draws random numbers, and counts how often."""
+    return nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(block.channels, affine=False))
+
+
 def numbers(*shape: int) -> Tensor:
     count = torch.Size(shape).numel()
     return torch.linspace(-1, 1, count, dtype=torch.float64).sin().reshape(shape)
 
 
-def cut(kind: str) -> tuple[fx.GraphModule, list[tuple[Any, Tensor]]]:
+def cut(kind: str) -> tuple[fx.GraphModule, Any]:
     """Return a cut model, and batches for it."""
     torch.manual_seed(0)
     labels = torch.arange(6) % 3
@@ -73,6 +88,11 @@ def cut(kind: str) -> tuple[fx.GraphModule, list[tuple[Any, Tensor]]]:
         # Both streams cross the boundary before each block.
         assert len(crossing(net, 3)) == 2
         return net, [(numbers(6, 6) * scale, labels) for scale in (1, 2, 3)]
+    if kind == "drawing norms":
+        hidden = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]
+        model = nn.Sequential(*hidden).double()
+        net = sffx.transform(model, "layer", numbers(2, 6), norm=dropping)
+        return net, DataLoader(Stream(), 5)
     if kind == "pixels":
         task = sffx.tasks.Segmentation()
         net = sffx.transform(Pixels().double(), "layer", numbers(2, 3, 8, 8), task=task)
@@ -87,7 +107,7 @@ def cut(kind: str) -> tuple[fx.GraphModule, list[tuple[Any, Tensor]]]:
     return net, batches
 
 
-KINDS = ("streams", "pixels", "nested")
+KINDS = ("streams", "pixels", "nested", "drawing norms")
 
 
 def train_all(rank: int) -> dict[str, Any]:
@@ -96,6 +116,7 @@ def train_all(rank: int) -> dict[str, Any]:
         net, data = cut(kind)
         pipe = sffx.Pipeline(net)
         optimizer = torch.optim.AdamW(pipe.parameter_groups(lr=0.01))
+        torch.manual_seed(1)
         losses = pipe.train(data if pipe.first else None, optimizer)
         evaluation = pipe.evaluate(data if pipe.first else None)
         found[kind] = losses, evaluation, pipe.state_dict()
@@ -108,8 +129,11 @@ def test_models_of_other_kinds_train_as_in_one_process(tmp_path):
     for kind in KINDS:
         net, data = cut(kind)
         optimizer = torch.optim.AdamW(sffx.parameter_groups(net, lr=0.01))
-        for x, y in data:
-            sffx.local_step(net, x, y, optimizer)
+        torch.manual_seed(1)
+        seed = int(torch.randint(2**62, ()))
+        for step, (x, y) in enumerate(data):
+            with sffx.block_seeds(mixed(seed, step)):
+                sffx.local_step(net, x, y, optimizer)
         expected = net.state_dict()
         together = {**found[0][kind][2], **found[1][kind][2]}
         assert set(together) == set(expected), kind

@@ -30,6 +30,34 @@ def cut_language_model() -> Any:
     return sffx.transform(nn.Sequential(*layers), "layer", ids, task=task, goodness="shared")
 
 
+def cut_in_one_memory() -> Any:
+    """Return a cut model in which parameters of two blocks are different ones in one memory."""
+    net = models.cut_images()
+    first = net.get_submodule("block_1.layers.0.conv")
+    net.get_submodule("block_2.layers.1.conv").weight.data = first.weight.data
+    return net
+
+
+def cut_with_kept_module() -> Any:
+    """Return a cut model with a block that keeps a module of another one, and is not its parent."""
+    net = models.cut_images()
+    kept = net.get_submodule("block_2.layers.1.conv")
+    net.get_submodule("block_1.layers.0.conv").kept = (kept,)
+    return net
+
+
+def without_gradients(pipe: sffx.Pipeline) -> Any:
+    optimizer = torch.optim.SGD(pipe.parameters(), lr=0.1)
+    with torch.no_grad():
+        return pipe.train(models.images() if pipe.first else None, optimizer)
+
+
+def frozen(rank: int) -> Any:
+    net = models.cut_images().requires_grad_(False)
+    pipe = sffx.Pipeline(net)
+    return pipe.train(models.images() if pipe.first else None, None)
+
+
 def offloaded() -> Any:
     net = models.cut_images()
     optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=0.01))
@@ -78,6 +106,10 @@ def refusals(rank: int) -> dict[str, str]:
         "compiled": lambda: sffx.Pipeline(torch.compile(models.cut_images())),
         "tied": lambda: sffx.Pipeline(cut_tied(), cuts=["block_2"]),
         "shared head": lambda: sffx.Pipeline(cut_language_model()),
+        "one memory": lambda: sffx.Pipeline(cut_in_one_memory(), cuts=["block_2"]),
+        "kept module": lambda: sffx.Pipeline(cut_with_kept_module(), cuts=["block_2"]),
+        "without gradients": lambda: without_gradients(sffx.Pipeline(models.cut_images())),
+        "frozen": lambda: frozen(rank),
         "other cut": lambda: sffx.Pipeline(differently_cut(rank)),
         "other weights": lambda: sffx.Pipeline(differently_drawn(rank)),
         "lbfgs": lambda: lbfgs(sffx.Pipeline(models.cut_images())),
@@ -108,6 +140,10 @@ MESSAGES = {
     "compiled": "compiled",
     "tied": "block_1.layers.0.conv.weight is used by block_1",
     "shared head": "goodness 'shared'",
+    "one memory": "block_1.layers.0.conv.weight is used by block_1",
+    "kept module": "block_2.layers.1.conv",
+    "without gradients": "train was called without gradients",
+    "frozen": "no parameter of the blocks requires a gradient",
     "other cut": "cut otherwise",
     "other weights": "classifier.head.weight",
     "lbfgs": "LBFGS",

@@ -1,0 +1,71 @@
+"""Process groups of the package's own, and stores that processes share.
+
+Torch lets the processes of a group find each other by keys in a store. `torchrun --max-restarts`
+keeps the store when it starts the processes again. A key then holds the address of a process that
+has ended, and whoever reads it before it is set anew waits for ever. So each group and each start
+has keys of its own here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# How many stores this process has made for the same ranks. They all have made as many, while other
+# processes may have made more or fewer.
+_MADE: Counter[tuple[int, ...]] = Counter()
+
+
+def own_store(ranks: Sequence[int]) -> dist.Store:
+    """Return a store without keys, which some processes share. All of them must call it.
+
+    Args:
+        ranks: of the processes.
+    """
+    key = tuple(ranks)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"sffx, start {start}, store {_MADE[key]} of {key}"
+    _MADE[key] += 1
+    return dist.PrefixStore(name, _store_of_all())
+
+
+def new_group(
+    ranks: Sequence[int], timeout: timedelta, backend: str | None = "gloo"
+) -> dist.ProcessGroup:
+    """Return a new group of some processes. These must call it, and no others.
+
+    Args:
+        ranks: of the processes.
+        timeout: of its collectives.
+        backend: that of the default group if None.
+    """
+    with _default_store(own_store(ranks)):
+        group = dist.new_group(
+            list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+        )
+    assert isinstance(group, dist.ProcessGroup)  # this process is part of it
+    return group
+
+
+def _store_of_all() -> dist.Store:
+    """Return the store of the default group. Torch offers no public way to it."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+@contextmanager
+def _default_store(store: dist.Store) -> Iterator[None]:
+    """Let torch make groups with this store inside the context."""
+    stores = dist.distributed_c10d._world.pg_map
+    everyone = dist.distributed_c10d._get_default_group()
+    backend, original = stores[everyone]
+    stores[everyone] = backend, store
+    try:
+        yield
+    finally:
+        stores[everyone] = backend, original

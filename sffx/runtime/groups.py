@@ -4,6 +4,9 @@ Torch lets the processes of a group find each other by keys in a store. `torchru
 keeps the store when it starts the processes again. A key then holds the address of a process that
 has ended, and whoever reads it before it is set anew waits for ever. So each group and each start
 has keys of its own here.
+
+Torch also names a group by how many groups a process has made. Where some processes have made
+more, they would wait for groups of different names. Here only groups of the same ranks count.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch.distributed as dist
 # How many stores this process has made for the same ranks. They all have made as many, while other
 # processes may have made more or fewer.
 _MADE: Counter[tuple[int, ...]] = Counter()
+# Above the number of groups that torch itself counts, so that no two groups have one name.
+_FIRST_NUMBER = 10**9
 
 
 def own_store(ranks: Sequence[int]) -> dist.Store:
@@ -27,7 +32,7 @@ def own_store(ranks: Sequence[int]) -> dist.Store:
     Args:
         ranks: of the processes.
     """
-    key = tuple(ranks)
+    key = tuple(sorted(ranks))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"sffx, start {start}, store {_MADE[key]} of {key}"
     _MADE[key] += 1
@@ -44,7 +49,8 @@ def new_group(
         timeout: of its collectives.
         backend: that of the default group if None.
     """
-    with _default_store(own_store(ranks)):
+    number = _FIRST_NUMBER + _MADE[tuple(sorted(ranks))]
+    with _naming_by(number, own_store(ranks)):
         group = dist.new_group(
             list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
         )
@@ -59,13 +65,16 @@ def _store_of_all() -> dist.Store:
 
 
 @contextmanager
-def _default_store(store: dist.Store) -> Iterator[None]:
-    """Let torch make groups with this store inside the context."""
-    stores = dist.distributed_c10d._world.pg_map
+def _naming_by(number: int, store: dist.Store) -> Iterator[None]:
+    """Let torch make a group by this number and with this store inside the context."""
+    world = dist.distributed_c10d._world
     everyone = dist.distributed_c10d._get_default_group()
-    backend, original = stores[everyone]
-    stores[everyone] = backend, store
+    backend, original = world.pg_map[everyone]
+    count = world.group_count
+    world.pg_map[everyone] = backend, store
+    world.group_count = number
     try:
         yield
     finally:
-        stores[everyone] = backend, original
+        world.pg_map[everyone] = backend, original
+        world.group_count = count

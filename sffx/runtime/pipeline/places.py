@@ -139,17 +139,15 @@ def connect(place: Place, device: torch.device) -> Connections:
         place: of this process.
         device: that it computes on.
     """
-    # Torch names a group by how many groups a process has made. So each process makes as many, in
-    # the same order, even where it needs fewer.
     everyone = _group(place.everyone)
     own_stage = list(place.ranks[place.stage])
-    on_cpu = _group(own_stage)
-    on_device = on_cpu
+    on_cpu = on_device = None
+    if place.replicas > 1:
+        on_cpu = on_device = _group(own_stage)
     links: dict[int, dist.ProcessGroup] = {}
     if device.type != "cpu":
-        on_device = _group(own_stage, device)
+        on_device = _group(own_stage, device) if place.replicas > 1 else None
         links = _link_groups(place, device)
-    has_replicas = place.replicas > 1
     upstream = None
     if not place.first:
         data = links.get(place.stage - 1, everyone)
@@ -158,13 +156,7 @@ def connect(place: Place, device: torch.device) -> Connections:
     if not place.last:
         data = links.get(place.stage, everyone)
         downstream = Groups(_neighbour(place, 1), everyone, data, device)
-    return Connections(
-        everyone,
-        on_device if has_replicas else None,
-        on_cpu if has_replicas else None,
-        upstream,
-        downstream,
-    )
+    return Connections(everyone, on_device, on_cpu, upstream, downstream)
 
 
 def _neighbour(place: Place, offset: int) -> int:
@@ -178,11 +170,10 @@ def _link_groups(place: Place, device: torch.device) -> dict[int, dist.ProcessGr
     On GPUs each link has a communicator of its own, so that no link waits for another one.
     """
     links: dict[int, dist.ProcessGroup] = {}
-    # First the links behind stages of even number, then the others: one for each process a round.
+    # First the links behind stages of even number, then the others, so that nobody waits in a ring.
     for parity in (0, 1):
         before = place.stage if place.stage % 2 == parity else place.stage - 1
         if before < 0 or before + 1 == place.stages:
-            _group([place.rank], device)
             continue
         ends = [place.ranks[before][place.replica], place.ranks[before + 1][place.replica]]
         links[before] = _group(ends, device)

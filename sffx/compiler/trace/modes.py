@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sffx.compiler.facts import Facts, set_facts
+from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.flags import flag_target
 from sffx.compiler.trace.randomness import draw_where, is_draw, settled_draws
@@ -95,7 +95,20 @@ def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> No
     scopes = node.meta.get("nn_module_stack", {}).values()
     owners = [path for path, _ in scopes if path in branched]
     flag = _insert_flag(owners[-1] if owners else "", node, probe)
-    node.args, node.target = (flag, *node.args), draw_where
+    node.args = (flag, _value_before(node), *node.args)
+    node.target = draw_where
+    set_facts(node, Facts())
+
+
+def _value_before(node: fx.Node) -> fx.Node | None:
+    """Return the last node before a node with a gradient in its value, None if there is none."""
+    before = node.prev
+    while before.op != "root":
+        value = facts(before).example
+        if isinstance(value, Tensor) and value.requires_grad and before.op != "get_attr":
+            return before
+        before = before.prev
+    return None
 
 
 # Guards against a batch of one, by the module that branches and the outcome.

@@ -134,18 +134,20 @@ def settled_draws(graph: fx.Graph) -> list[fx.Node]:
 
 
 @fx.node.has_side_effect
-def draw_where(is_met: Any, *args: Any, **kwargs: Any) -> Any:
+def draw_where(is_met: Any, behind: Any, *args: Any, **kwargs: Any) -> None:
     """Draw by `torch.rand` as a forward does in one mode, which moves the generator.
 
     Args:
         is_met: whether the call is in this mode.
+        behind: a value that is computed before the draw, so that draws keep their order.
         args: of `torch.rand`.
         kwargs: of `torch.rand`.
     """
     if isinstance(is_met, fx.Proxy):  # fx traces the code of a graph that it unpickles
-        arguments = (is_met, *args)
-        return is_met.tracer.create_proxy("call_function", draw_where, arguments, kwargs)
-    return torch.rand(*args, **kwargs) if is_met else None
+        arguments = (is_met, behind, *args)
+        is_met.tracer.create_proxy("call_function", draw_where, arguments, kwargs)
+    elif is_met:
+        torch.rand(*args, **kwargs)
 
 
 _TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")

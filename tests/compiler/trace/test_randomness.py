@@ -113,10 +113,13 @@ class _DropsInTraining(nn.Module):
 
 def test_layers_that_are_never_dropped_in_training_make_no_leaf():
     torch.manual_seed(0)
-    for probability, leaves in ((0.0, []), (0.3, ["0"])):
-        model = nn.Sequential(_DropsInTraining(probability), nn.Dropout(0.5), nn.Linear(6, 4))
+    for probability, leaves in ((0.0, []), (0.3, ["2"])):
+        stem = [nn.Linear(6, 6), nn.Dropout(0.5)]
+        drops = _DropsInTraining(probability)
+        model = nn.Sequential(*stem, drops, nn.Dropout(0.5), nn.Linear(6, 4))
         net = sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6), norm="none")
         assert [leaf.qualname for leaf in net.plan.leaves] == leaves
+        assert sffx.check(model, net).passed
         net.readout.mode = "classifier"
         x = torch.randn(3, 6)
         for training in (True, False):

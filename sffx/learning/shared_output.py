@@ -51,9 +51,14 @@ class OutputCopy(nn.Module):
         if self.bias is not None:
             self.bias.copy_(source.bias.detach())
 
+    def about_to_copy(self) -> list[nn.Parameter]:
+        """Return the parameters that the next read in training copies: mostly none."""
+        is_due = self._reads % (EVERY * self._readers) == 0
+        return list(self._source[0].parameters()) if is_due else []
+
     def note_read(self) -> None:
         """Count a read in training, and refresh the copy before the first read of some steps."""
-        if self._reads % (EVERY * self._readers) == 0:
+        if self.about_to_copy():
             self.refresh()
         self._reads += 1
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sffx.errors import InputError
+from sffx.learning.shared_output import OutputCopy
 from sffx.runtime.gradients import Gradients
 
 # Waits for a `torch.distributed.Work`.
@@ -110,11 +111,12 @@ def copied_buffers(modules: Sequence[nn.Module]) -> list[Tensor]:
     """Return the buffers that a training step may change otherwise in each process.
 
     These are all of modules in train mode but those of batch norms. A batch norm counts its batches
-    alike in all processes.
+    alike in all processes. A copy of the output layer is the same as well, and on its way it would
+    undo a newer one.
     """
     buffers: list[Tensor] = []
     for part in _training_parts(modules):
-        if not isinstance(part, _BatchNorm):
+        if not isinstance(part, (_BatchNorm, OutputCopy)):
             buffers += part.buffers(recurse=False)
     return buffers
 

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
+from sffx.learning.shared_output import OutputCopy
 from sffx.net import plan_of
 from sffx.runtime.agreement import Agreement, Word, require_processes, require_same, structure_of
 from sffx.runtime.averaging import Wait
@@ -308,6 +309,9 @@ class Replication(Residency):
         read: set[nn.Parameter] = set()
         for module in stage.modules:
             read.update(module.parameters())
+            for part in module.modules():
+                if isinstance(part, OutputCopy):
+                    read.update(part.about_to_copy())
         number = 0
         for position, sending in enumerate(self._pending):
             # Stages may share parameters.

@@ -24,6 +24,9 @@ from sffx.runtime.gradients import Gradients
 # Waits for a `torch.distributed.Work`.
 Wait: TypeAlias = Callable[[Any], None]
 
+# What tensors must have in common to lie in one flat tensor.
+_Kind: TypeAlias = tuple[torch.dtype, torch.device]
+
 
 class Averaging:
     """Gradients and buffers of one stage on their way through the processes of a group.
@@ -202,13 +205,17 @@ def _by_kind(
     parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]
 ) -> list[tuple[list[nn.Parameter], list[Tensor]]]:
     """Return parameters and buffers of one dtype and device each, in the same order everywhere."""
-    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], list[Tensor]]] = {}
+    parameters_by_kind: dict[_Kind, list[nn.Parameter]] = {}
     for parameter in parameters:
         kind = _gradient_dtype(parameter), parameter.device
-        kinds.setdefault(kind, ([], []))[0].append(parameter)
+        parameters_by_kind.setdefault(kind, []).append(parameter)
+    buffers_by_kind: dict[_Kind, list[Tensor]] = {}
     for buffer in buffers:
-        kinds.setdefault((buffer.dtype, buffer.device), ([], []))[1].append(buffer)
-    return list(kinds.values())
+        kind = buffer.dtype, buffer.device
+        buffers_by_kind.setdefault(kind, []).append(buffer)
+    # A dict and not a set, whose order could differ between processes.
+    kinds = dict.fromkeys([*parameters_by_kind, *buffers_by_kind])
+    return [(parameters_by_kind.get(kind, []), buffers_by_kind.get(kind, [])) for kind in kinds]
 
 
 def _gradient_dtype(tensor: Tensor) -> torch.dtype:

@@ -236,29 +236,34 @@ class Totals:
         # Integers up to 2^53 are exact in float64.
         own = torch.cat([failures, samples, _flat(self.sums)]).to(device)
         dist.all_reduce(own, group=group)
-        found = own.cpu()
         ranks = dist.get_process_group_ranks(group)
-        self.samples = int(found[len(ranks)])
-        self.sums = _unflattened(found[len(ranks) + 1 :], self.sums)
-        is_failed = found[: len(ranks)].tolist()
-        return [rank for rank, each in zip(ranks, is_failed, strict=True) if each]
+        lengths = [len(failures), len(samples), len(own) - len(failures) - len(samples)]
+        failures, samples, sums = own.cpu().split(lengths)
+        self.samples = int(samples)
+        self.sums = _unflattened(sums, self.sums)
+        failed_ranks = []
+        for rank, has_failed in zip(ranks, failures.tolist(), strict=True):
+            if has_failed:
+                failed_ranks.append(rank)
+        return failed_ranks
 
     def add(self, scores: dict[str, Tensor], y: Tensor) -> None:
         """Count one batch."""
         self.samples += len(y)
         of_batch = {name: self.task.sums(own, y) for name, own in scores.items()}
         # One transfer for all names, because on a GPU each transfer waits for the device.
-        moved = _unflattened(_flat(of_batch).cpu(), of_batch)
-        for name, sums in moved.items():
-            for key, value in sums.items():
-                self.sums[name][key] = self.sums[name][key] + value
+        self._add_sums(_unflattened(_flat(of_batch).cpu(), of_batch))
 
     def merge(self, other: Totals) -> None:
         """Add the sums of another part of the samples, such as those of another process."""
         self.samples += other.samples
-        for name, sums in other.sums.items():
+        self._add_sums(other.sums)
+
+    def _add_sums(self, by_name: dict[str, Sums]) -> None:
+        for name, sums in by_name.items():
+            own = self.sums[name]
             for key, value in sums.items():
-                self.sums[name][key] = self.sums[name][key] + value
+                own[key] = own[key] + value
 
     def evaluation(self) -> Evaluation:
         """Return the metrics."""

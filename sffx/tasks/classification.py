@@ -70,9 +70,10 @@ class Classification(Task):
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
         # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
         kept = [i for i, weight in enumerate(weights) if weight > 0]
-        stacked = torch.stack([scores[i] for i in kept])
+        stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J)
         shares = stacked.new_tensor([weights[i] for i in kept])
-        return torch.logsumexp(stacked.log_softmax(2) + shares.log()[:, None, None], dim=0)
+        log_shares = shares.log()[:, None, None]
+        return torch.logsumexp(stacked.log_softmax(2) + log_shares, dim=0)
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(scores, y, reduction="none")

@@ -66,11 +66,14 @@ class MultiLabel(Task):
         return F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype))
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
+        # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
         kept = [i for i, weight in enumerate(weights) if weight > 0]
-        stacked = torch.stack([scores[i] for i in kept])
-        shares = stacked.new_tensor([weights[i] for i in kept]).log()[:, None, None]
-        there = torch.logsumexp(F.logsigmoid(stacked) + shares, dim=0)
-        not_there = torch.logsumexp(F.logsigmoid(-stacked) + shares, dim=0)
+        stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J)
+        shares = stacked.new_tensor([weights[i] for i in kept])
+        log_shares = shares.log()[:, None, None]
+        # The logarithms of the mixed probabilities that a label is there, and that it is not.
+        there = torch.logsumexp(F.logsigmoid(stacked) + log_shares, dim=0)
+        not_there = torch.logsumexp(F.logsigmoid(-stacked) + log_shares, dim=0)
         return there - not_there
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:

@@ -78,8 +78,10 @@ class Regression(Task):
         return [own.reshape(output.shape) for own in scores]
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
-        kept = [i for i, weight in enumerate(weights) if weight > 0]
-        terms = [weights[i] * scores[i] for i in kept]
+        terms = []
+        for own, weight in zip(scores, weights, strict=True):
+            if weight > 0:
+                terms.append(weight * own)
         return torch.stack(terms).sum(dim=0)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:

@@ -105,28 +105,32 @@ class Segmentation(Positions):
         if y.shape[1:] == size:
             return y
         pool: Any = F.adaptive_avg_pool3d if self.volumes else F.adaptive_avg_pool2d
-        labels = [self.ignore_index, *range(scores.shape[1])]
+        ones = [1] * len(size)
+        labels = torch.tensor([self.ignore_index, *range(scores.shape[1])], device=y.device)
         most = scores.new_zeros((len(y), *size))
         found = y.new_full((len(y), *size), self.ignore_index)
         # A few at a time, since all together would be larger than the scores at full size.
-        for start in range(0, len(labels), _LABELS_AT_ONCE):
-            some = torch.tensor(labels[start : start + _LABELS_AT_ONCE], device=y.device)
-            is_label = y[:, None] == some.view(-1, *[1] * len(size))
-            shares, index = pool(is_label.to(scores.dtype), size).max(dim=1)
-            is_more = shares > most
+        for some in labels.split(_LABELS_AT_ONCE):
+            is_label = y[:, None] == some.view(-1, *ones)
+            # The share of each label in each pixel of the scores, and the largest of them.
+            shares = pool(is_label.to(scores.dtype), size)
+            largest, index = shares.max(dim=1)
+            is_more = largest > most
             found = torch.where(is_more, some[index], found)
-            most = torch.where(is_more, shares, most)
+            most = torch.where(is_more, largest, most)
         return found
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         return super().log_likelihoods(self._resized(scores, y.shape[1:]), y)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
-        # The sums of a loss that are the same for all blocks, whatever their resolution.
+        # At full size, so that blocks of different resolutions can be compared.
         scores = self._resized(scores, y.shape[1:])
         num_classes = scores.shape[1]
         is_counted = y != self.ignore_index
-        pairs = y[is_counted] * num_classes + scores.argmax(dim=1)[is_counted]
+        predicted = scores.argmax(dim=1)
+        # A pair of a label and a prediction, as one number.
+        pairs = y[is_counted] * num_classes + predicted[is_counted]
         confusion = torch.bincount(pairs, minlength=num_classes**2)
         return {**super().sums(scores, y), "confusion": confusion}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -453,18 +453,28 @@ class Pipeline:
 
     def _mean_losses(self, sums: LossSums, busy: float) -> dict[str, float]:
         """Return the mean loss of each block over the samples of all replicas."""
-        found = self._ranks.from_everyone((self.place.stage, sums.totals(), sums.samples, busy))
+        found = self._ranks.from_everyone((sums.totals(), sums.samples, busy))
         if self.place.rank == self.place.everyone[0]:
-            for stage, _, _, share in found[:: self.place.replicas]:
-                name = self._ranks.name_of(self.place.ranks[stage][0])
-                LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share)
+            self._log_busy([share for _, _, share in found])
         totals: dict[str, float] = {}
         samples: dict[str, int] = {}
-        for _, losses, count, _ in found:
+        for losses, count, _ in found:
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss
                 samples[name] = samples.get(name, 0) + count
         return {name: total / samples[name] for name, total in totals.items()}
+
+    def _log_busy(self, shares: Sequence[float]) -> None:
+        """Say how busy the first replica of each stage was.
+
+        Args:
+            shares: of the epoch, for each process.
+        """
+        share_of_rank = dict(zip(self.place.everyone, shares, strict=True))
+        for replicas in self.place.ranks:
+            first = replicas[0]
+            name = self._ranks.name_of(first)
+            LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share_of_rank[first])
 
     def _require_loader(self, loader: Iterable[Any] | None) -> None:
         if self.first and loader is None:

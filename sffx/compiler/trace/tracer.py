@@ -279,7 +279,9 @@ class GuidedTracer(fx.Tracer):
         if isinstance(value, Tensor):
             outcome = outcome_of_draw(obj.node)
             if outcome is None:
-                raise RuntimeError("a branch depends on the values of a tensor")
+                depends_on_draw = any(is_drawn(side) for side in obj.node.all_input_nodes)
+                cause = "random numbers" if depends_on_draw else "the values of a tensor"
+                raise RuntimeError(f"a branch depends on {cause}")
             return outcome
         if self._depends_on_data(obj.node):
             self._guard(obj.node, bool(value), require_data)

@@ -68,7 +68,7 @@ def test_stages_say_what_they_read_and_give() -> None:
     ]
     assert first.reads == (Value("x", (None, 6), "float32"),)
     output, side = first.gives
-    assert output == Value("relu", (None, 8), "float32")
+    assert (output.name, output.shape, output.dtype) == ("relu", (None, 8), "float32")
     assert (side.shape, side.dtype) == ((None, 8), "bool")
     assert second.reads == (output, side)
     assert classifier.reads == second.gives

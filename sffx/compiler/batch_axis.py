@@ -133,7 +133,8 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     """
     sources = list(_sources(node))
     if is_reshape(node, root) and sources:
-        return _slower_after_reshape(*sources[0], value, axis, rows)
+        before, batch = sources[0]
+        return _slower_after_reshape(before, batch, value, axis, rows)
     if _name(node) in _TILES:
         return rows if _all_plain(sources, axis) else None
     if _name(node) == "repeat_interleave":
@@ -141,18 +142,29 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     if _name(node) in _CATS and all(batch.axis == axis for _, batch in sources):
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
-    found = [batch.slower for _, batch in sources if batch.rows == rows]
-    return found[0] if len(set(found)) == 1 else None
+    found = {batch.slower for _, batch in sources if batch.rows == rows}
+    return found.pop() if len(found) == 1 else None
 
 
 def _slower_after_reshape(
     before: Tensor, batch: BatchAxis, value: Tensor, axis: int, rows: int
 ) -> int | None:
+    """Return the `BatchAxis.slower` of a reshaped value, None if its samples lie otherwise.
+
+    Args:
+        before: the value that is reshaped.
+        batch: its batch axis.
+        value: the result.
+        axis: its batch axis.
+        rows: of each sample on that axis.
+    """
     if before.numel() != value.numel() or batch.slower is None:
         return None
-    # The distance of two neighbouring samples, counted in values.
-    step = batch.rows // batch.slower * math.prod(before.shape[batch.axis + 1 :])
-    faster, rest = divmod(step, math.prod(value.shape[axis + 1 :]))
+    # The distance of two neighbouring samples, counted in values. A reshape leaves it as it is.
+    values_in_row_before = math.prod(before.shape[batch.axis + 1 :])
+    distance = batch.rows // batch.slower * values_in_row_before
+    values_in_row = math.prod(value.shape[axis + 1 :])
+    faster, rest = divmod(distance, values_in_row)
     if rest or not faster or rows % faster:
         return None
     return rows // faster

@@ -205,16 +205,20 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     if len(parts) < 2:
         return []
     position = {name: i for i, name in enumerate(names)}
+    # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
-    stem = [i for i, name in enumerate(names[: spans[0][0]]) if sizes.layers([name])]
+    before_parts = names[: spans[0][0]]
+    stem = [i for i, name in enumerate(before_parts) if sizes.layers([name])]
     if stem and not _has_weight_before(analysis, step):
         spans.insert(0, (stem[0], stem[-1]))
     starts = {start for start, _ in spans}
     ends = {end for _, end in spans}
+    # Parts may overlap, where streams run side by side. Inside of one, no cut may lie.
     covered: set[int] = set()
     for start, end in spans:
         covered.update(range(start, end))
     places: list[list[CutSet]] = []
+    # Whether a part has ended and neither the next one nor the classifier has begun.
     is_open = False
     crossing = _Crossing(analysis, step)
     for i, name in enumerate(names):
@@ -254,6 +258,7 @@ class _Crossing:
         # What the nodes before the step leave to be read.
         before = analysis.step_of[step.node] - 1
         entering = self._flow.cut_sets[before] if before >= 0 else ()
+        # For each value that crosses, the nodes that are still to read it.
         self._unread: dict[str, set[str]] = {}
         for name in entering:
             self._unread[name] = self._flow.readers(name)
@@ -261,24 +266,32 @@ class _Crossing:
 
     def after(self, name: str) -> CutSet | None:
         """Return the values that cross a cut after a node; None if no cut set may lie there."""
-        for source in self._flow.paths.predecessors(name):
-            if source in self._unread:
-                self._unread[source].discard(name)
-                if not self._unread[source]:
-                    del self._unread[source]
-        readers = self._flow.readers(name)
-        if readers:
-            self._unread[name] = readers
+        self._pass(name)
         values = list(self._unread)
         if not 0 < len(values) <= MOST_VALUES:
             return None
-        if not all(
-            isinstance(facts(self._analysis.nodes[each]).example, Tensor) for each in values
-        ):
+        if not all(self._is_tensor(each) for each in values):
             return None
         if any(self._is_gate_or_gated(each) for each in values):
             return None
-        return None if self._is_written_later(values, name) else frozenset(values)
+        if self._is_written_later(values, name):
+            return None
+        return frozenset(values)
+
+    def _pass(self, name: str) -> None:
+        """Pass a node: what it reads may be read for the last time, and its value is new."""
+        for source in self._flow.paths.predecessors(name):
+            if source not in self._unread:
+                continue
+            self._unread[source].discard(name)
+            if not self._unread[source]:
+                del self._unread[source]
+        readers = self._flow.readers(name)
+        if readers:
+            self._unread[name] = readers
+
+    def _is_tensor(self, name: str) -> bool:
+        return isinstance(facts(self._analysis.nodes[name]).example, Tensor)
 
     def _is_gate_or_gated(self, value: str) -> bool:
         """Return whether a product of paths is still to read a value: the two belong together.

@@ -16,7 +16,6 @@ group. `accelerate` offloads for inference, and its hooks replace the model's pa
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,13 +24,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from sffx.errors import InputError
 from sffx.net import plan_of
 from sffx.runtime.copier import Copier, copier_for
 from sffx.runtime.gate import Gate, none
+from sffx.runtime.offloadable import compute_device, norm_tensors, shared_buffers
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
@@ -86,7 +85,7 @@ def offload(
             "Hint: copy.deepcopy(net) is not replicated"
         )
     require_optimizers_of(net, [optimizer])
-    device = _compute_device(net, device)
+    device = compute_device(net, device)
     was_on_device = next(net.parameters()).device == device
     offloading = Offloading(net, optimizer, copier_for(device))
     net.zero_grad(set_to_none=True)
@@ -168,8 +167,8 @@ class Offloading(Residency):
         self.coming: Load | None = None
         self._is_training = False
         self._counted_on_device: set[Tensor] = set()
-        self._shared_buffers = _shared_buffers(net, self.blocks)
-        self._norm_tensors = _norm_tensors(net)
+        self._shared_buffers = shared_buffers(net, self.blocks)
+        self._norm_tensors = norm_tensors(net)
         self._hooks: list[Any] = []
 
     @property
@@ -435,83 +434,6 @@ def _counted_on_device(optimizer: Optimizer) -> set[Tensor]:
         if group.get("fused") or group.get("capturable"):
             counted.update(group["params"])
     return counted
-
-
-def _compute_device(net: fx.GraphModule, device: torch.device | str | None) -> torch.device:
-    """Return the device to compute on, with its index.
-
-    Raises:
-        InputError: the model lies elsewhere, or in several places.
-    """
-    tensors = (*net.parameters(), *net.buffers())
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) != 1:
-        raise InputError(
-            f"net lies on {', '.join(devices)}. Hint: net.to(device) before offloading it"
-        )
-    present = devices[0]
-    # "cuda" has no index, but the device of a tensor that is made there has one: "cuda:0".
-    try:
-        wanted = torch.empty(0, device=present if device is None else device).device
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device is {device!r}, which cannot be used: {reason}. "
-            "Hint: name one that torch has, such as 'cuda' or 'cpu'"
-        ) from error
-    if present not in ("cpu", str(wanted)):
-        raise InputError(
-            f"net lies on {present}, but is to run on {wanted}. "
-            f"Hint: net.to({str(wanted)!r}) before offloading it"
-        )
-    return wanted
-
-
-def _shared_buffers(net: fx.GraphModule, blocks: list[list[nn.Module]]) -> list[Tensor]:
-    """Return the buffers that several blocks read.
-
-    Raises:
-        InputError: a parameter is shared with another block, or is no plain tensor.
-    """
-    names: dict[int, str] = {}
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        names[id(tensor)] = name
-    blocks_on: Counter[int] = Counter()  # how many blocks have a tensor on a storage, by its key
-    tensors: dict[int, Tensor] = {}
-    for modules in blocks:
-        of_block: dict[int, Tensor] = {}
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                _require_plain(tensor, names[id(tensor)])
-                of_block[id(tensor)] = tensor
-        tensors.update(of_block)
-        blocks_on.update({storage_key(tensor) for tensor in of_block.values()})
-    shared = [tensor for tensor in tensors.values() if blocks_on[storage_key(tensor)] > 1]
-    for tensor in shared:
-        if isinstance(tensor, nn.Parameter):
-            raise InputError(
-                f"parameter {names[id(tensor)]} belongs to several blocks. "
-                "Hint: give each a copy of its own, or do not offload"
-            )
-    return shared
-
-
-def _norm_tensors(net: fx.GraphModule) -> list[Tensor]:
-    """Return the buffers and the frozen parameters of the norms, which run between the blocks."""
-    tensors: list[Tensor] = []
-    for stage in stages_of(net):
-        for norm in stage.norms:
-            tensors += [*norm.parameters(), *norm.buffers()]
-    return tensors
-
-
-def _require_plain(tensor: Tensor, name: str) -> None:
-    if tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor):
-        return
-    raise InputError(
-        f"{name} is a {type(tensor).__name__} with layout {tensor.layout}, which cannot be "
-        "offloaded. Hint: plain, dense parameters and buffers can"
-    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

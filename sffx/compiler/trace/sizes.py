@@ -10,7 +10,7 @@ outcome. So it also holds a guard, which refuses an input with another outcome:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -213,22 +213,45 @@ def _is_of_numbers(value: Any) -> bool:
 
 def other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator[dict[str, Any]]:
     """Yield the arguments with images or sequences of other sizes, all inputs changed alike."""
-    tried = []
-    for resized in (lambda size: size + 1, lambda size: 2 * size, lambda size: size // 2):
+    # Beside the sizes of the example, which are to change.
+    tried = [[value.shape for value in arguments.values()]]
+    for change in (_one_more, _twice, _half):
         for axis_of_length in (1, 2):
-            changed = dict(arguments)
+            changed = {}
             for name, value in arguments.items():
-                axes = _sizes(value, axis_of_length) if isinstance(value, Tensor) else []
-                if axes:
-                    shape = list(value.shape)
-                    for axis in axes:
-                        shape[axis] = resized(shape[axis])
-                    with mode:
-                        changed[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                changed[name] = _resized(value, change, axis_of_length, mode)
             shapes = [value.shape for value in changed.values()]
-            if shapes != [value.shape for value in arguments.values()] and shapes not in tried:
+            if shapes not in tried:
                 tried.append(shapes)
                 yield changed
+
+
+def _one_more(size: int) -> int:
+    return size + 1
+
+
+def _twice(size: int) -> int:
+    return 2 * size
+
+
+def _half(size: int) -> int:
+    return size // 2
+
+
+def _resized(
+    value: Any, change: Callable[[int], int], axis_of_length: int, mode: FakeTensorMode
+) -> Any:
+    """Return an argument with other heights, widths or lengths; the same where it has none."""
+    if not isinstance(value, Tensor):
+        return value
+    axes = _sizes(value, axis_of_length)
+    if not axes:
+        return value
+    shape = list(value.shape)
+    for axis in axes:
+        shape[axis] = change(shape[axis])
+    with mode:
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _sizes(value: Tensor, axis_of_length: int) -> list[int]:

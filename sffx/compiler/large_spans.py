@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
+from torch import nn
+
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.spans import has_weight, layer_ends, legal
 
@@ -34,13 +36,28 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
             continue
         for place in layer_ends(analysis):
             is_inside = before < place < end
+            # What is added to an embedding, such as positions, belongs to it.
+            only_embeds = _only_embeds(analysis, before + 1, place + 1)
             # A cut behind the only layer would leave a block of positions or of a norm.
             parts_layers = has_weight(steps, before + 1, place + 1) and has_weight(
                 steps, place + 1, end + 1
             )
-            if is_inside and parts_layers:
+            if is_inside and parts_layers and not only_embeds:
                 added.append(place)
     return sorted({*kept, *added})
+
+
+def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:
+    """Return whether the only layers in the steps of [start, stop) are embeddings."""
+    for step in analysis.steps[start:stop]:
+        for name in step.nodes:
+            node = analysis.nodes[name]
+            if not analysis.parameters(node):
+                continue
+            is_call = node.op == "call_module"
+            if not is_call or not issubclass(analysis.kind(str(node.target)), nn.Embedding):
+                return False
+    return True
 
 
 def _numbers_of_parameters(analysis: Analysis) -> list[int]:

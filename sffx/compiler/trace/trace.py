@@ -98,13 +98,13 @@ def trace(
         InputError: the input cannot be inferred, or the example does not fit.
         TraceError: the top-level `forward` cannot be traced.
     """
+    require_plain(model)
     with _TRACING, generators_restored(), caches_restored(model):
         traced = _trace(model, example_input, Wanted(num_classes, task))
     return replace(traced, notes=(*earlier_notes, *traced.notes))
 
 
 def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
-    require_plain(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
     root = _copy(model)

@@ -340,12 +340,12 @@ def remarks(workload: Workload, by_rank: list[dict[str, Any]], blocks: list[list
     cpu = [statistics.median(each["pipeline"]["cpu"]) for each in by_rank]
     rate = workload.batch / statistics.median(by_rank[0]["pipeline"]["seconds"])
     alone = workload.batch / statistics.median(by_rank[0]["one process, local"]["seconds"])
-    ideal = sum(cpu) / max(cpu)
+    at_best = workload.batch / max(cpu)
     return (
         f"Stages: {blocks[0][0]} to {blocks[0][-1]} and {blocks[1][0]} to {blocks[1][-1]}, with "
-        f"{cpu[0]:.3f} and {cpu[1]:.3f} CPU seconds a batch: {ideal:.2f} times one process at "
-        f"best. The pipeline is {rate / alone:.2f} times as fast as one process, "
-        f"{rate / alone / ideal:.2f} of that."
+        f"{cpu[0]:.3f} and {cpu[1]:.3f} CPU seconds a batch. So {at_best:.0f} images a second are "
+        f"possible, and the pipeline reaches {rate / at_best:.2f} of that. It is "
+        f"{rate / alone:.2f} times as fast as one process."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.kernels.precision import full_precision, widened
-from sffx.learning.pooling import is_pooled, mean_of_real, pooled_by_regions
+from sffx.learning.pooling import features_of, is_pooled
 
 
 class CosineGoodness(nn.Module):
@@ -86,10 +86,7 @@ class CosineGoodness(nn.Module):
         """
         with full_precision(y):
             wide = widened(y).movedim(self.channel_axis, 1)
-            if mask is not None:
-                pooled = mean_of_real(wide, mask.bool())
-            else:
-                pooled = pooled_by_regions(wide, self.spatial, self.regions)
+            pooled = features_of(wide, mask, self.spatial, self.regions)
             features = _direction(pooled)
             if self.hidden is not None:
                 features = _direction(self._hidden_units(features, self.hidden))

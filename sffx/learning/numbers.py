@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.kernels.precision import full_precision, widened
-from sffx.learning.pooling import mean_of_real, pooled_by_regions
+from sffx.learning.pooling import features_of, is_pooled
 
 
 class NumberReadout(nn.Module):
@@ -40,7 +40,7 @@ class NumberReadout(nn.Module):
         self.spatial = spatial
         self.regions = regions
         features = channels
-        if spatial in (2, 3):
+        if is_pooled(spatial):
             features *= regions**spatial
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         self.readout = nn.Linear(features if hidden is None else hidden, num_outputs)
@@ -55,10 +55,7 @@ class NumberReadout(nn.Module):
         """
         with full_precision(y):
             wide = widened(y).movedim(self.channel_axis, 1)
-            if mask is not None:
-                features = mean_of_real(wide, mask.bool())
-            else:
-                features = pooled_by_regions(wide, self.spatial, self.regions)
+            features = features_of(wide, mask, self.spatial, self.regions)
             if self.hidden is not None:
                 normed = F.layer_norm(features, features.shape[1:])
                 features = _linear(self.hidden, normed).relu()

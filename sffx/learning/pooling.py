@@ -14,6 +14,20 @@ def is_pooled(spatial: int) -> bool:
     return spatial in _POOLS
 
 
+def features_of(y: Tensor, mask: Tensor | None, spatial: int, regions: int) -> Tensor:
+    """Return the pooled features of each sample, (B, features), of y (B, C, ...).
+
+    Args:
+        y: the output of a block.
+        mask: (B, T), nonzero at real tokens, over which the mean then runs; or None.
+        spatial: number of axes besides batch and channels.
+        regions: along each axis of space of images and volumes.
+    """
+    if mask is not None:
+        return mean_of_real(y, mask.bool())
+    return pooled_by_regions(y, spatial, regions)
+
+
 def pooled_by_regions(y: Tensor, spatial: int, regions: int) -> Tensor:
     """Return the features by region, (B, features), of y (B, C, ...).
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.errors import InputError
 from sffx.net import CutModel, plan_of
 from sffx.parts import READOUT
-from sffx.runtime.pipeline.message import as_bytes, packed
+from sffx.runtime.agreement import checksum
 from sffx.runtime.stage import Stage, stages_of
 from sffx.tensors import storage_key
 
@@ -227,13 +226,8 @@ def summary(net: CutModel) -> tuple[str, dict[str, int]]:
     for block in plan.all_blocks:
         blocks.append((block.target, block.nodes, block.parameters, block.gives, block.inputs))
     cut = repr((plan.record(), blocks))
-    return cut, dict(_checksums(net.state_dict().items()))
-
-
-def _checksums(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
-    for name, tensor in named:
-        if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
-            continue
-        (dense,) = packed(tensor.cpu()).tensors
-        # The checksum reads the memory of an array without a copy.
-        yield name, zlib.crc32(as_bytes(dense).numpy().data)
+    checksums = {}
+    for name, tensor in net.state_dict().items():
+        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel():
+            checksums[name] = checksum(tensor)
+    return cut, checksums

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from sffx.errors import InputError
+from sffx.runtime.agreement import require_processes
 from sffx.runtime.groups import new_group
 from sffx.runtime.pipeline.link import Groups
 
@@ -72,11 +73,7 @@ def find_place(group: dist.ProcessGroup | DeviceMesh | None, replicas: int | Non
         InputError: there are no processes, or they do not divide into replicas, or this process is
             not among them.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            "there is no process group. Hint: start the processes by torchrun and call "
-            "torch.distributed.init_process_group() before sffx.Pipeline"
-        )
+    require_processes(None)
     rank = dist.get_rank()
     ranks = _ranks(group, replicas)
     for stage, row in enumerate(ranks):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import sffx
 from sffx.tasks import LanguageModel, Regression, Segmentation, Task
 from tools.reproduce.methods import joined
-from tools.tasks.data import CHARACTERS, Data, camvid, diabetes, docstrings
+from tools.tasks.data import CHARACTERS, Data, camvid, diabetes, docstrings, halved
 from tools.tasks.networks import GPT, UNet, lraspp, perceptron
 
 
@@ -116,18 +116,18 @@ EXPERIMENTS = {
         policy="stages(3)",
         methods=_DENSE,
         batch=8,
-        epochs=60,
+        epochs=20,
         metric="mean_iou",
         flip=True,
     ),
     "camvid-unet": Experiment(
         task=_ROADS,
-        data=camvid,
+        data=halved(camvid),
         build=lambda: UNet(11),
         policy="stages(3)",
         methods=_DENSE,
         batch=8,
-        epochs=60,
+        epochs=30,
         metric="mean_iou",
         flip=True,
     ),
@@ -144,7 +144,7 @@ EXPERIMENTS = {
             "shared, K=4": language(4, "shared"),
         },
         batch=32,
-        epochs=12,
+        epochs=6,
         metric="perplexity",
         rates=(3e-4, 1e-3, 3e-3),
     ),

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sffx import policies, tasks
+    from sffx import objectives, policies, tasks
     from sffx.api import plan, transform
     from sffx.blocks import Block, BlockPlan
     from sffx.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -87,6 +87,7 @@ __all__ = [
     "load_checkpoint",
     "local_loss",
     "local_step",
+    "objectives",
     "offload",
     "onload",
     "parameter_groups",
@@ -145,6 +146,7 @@ _MODULE_OF = {
     "load_checkpoint": "sffx.checkpoint",
     "local_loss": "sffx.runtime.step",
     "local_step": "sffx.runtime.step",
+    "objectives": "sffx.objectives",
     "offload": "sffx.runtime.offload",
     "onload": "sffx.runtime.offload",
     "parameter_groups": "sffx.runtime.optimizers",
@@ -166,8 +168,9 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sffx' has no attribute {name!r}")
     module = import_module(_MODULE_OF[name])
-    # Two of the names are modules themselves.
-    value = module if name in ("policies", "tasks") else getattr(module, name)
+    # Three of the names are modules themselves.
+    is_module = name in ("objectives", "policies", "tasks")
+    value = module if is_module else getattr(module, name)
     # From now on Python finds the name without calling this function.
     globals()[name] = value
     return value

@@ -27,7 +27,9 @@ from sffx.compiler.verify import verify
 from sffx.errors import InputError
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
+from sffx.learning.objectives.records import ObjectiveName, objective_named
 from sffx.net import CutModel
+from sffx.objective import Objective
 from sffx.policies import AnyPolicy, policy_named
 from sffx.progress import running
 from sffx.tasks import Task
@@ -43,9 +45,10 @@ def transform(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: GoodnessName | str | GoodnessMaker = "sff",
+    objective: ObjectiveName | Objective = "sff",
+    goodness: GoodnessName | str | GoodnessMaker | None = None,
     kernel_size: int = 1,
-    norm: NormName | NormMaker = "layer",
+    norm: NormName | NormMaker | None = None,
     recompute: bool = True,
     check: bool | Literal["auto"] = "auto",
     task: Task | None = None,
@@ -64,16 +67,20 @@ def transform(
             only shapes and dtypes matter; other arguments are settled. None infers an input from
             the model's first layer.
         num_classes: J, checked against the model's output where given.
-        goodness: how a block's output is scored. "sff", an auxiliary convolution, or "cwc", groups
+        objective: how the blocks learn. "sff", the default; "cwc"; "ff", supervised
+            Forward-Forward; or one of `sffx.objectives` with its options, or of your own.
+        goodness: how a block's output is scored. None takes the objective's own, by default "sff".
+            "sff", an auxiliary convolution, or "cwc", groups
             of channels and no parameters. Better than the paper's: "mlp", a hidden layer of 128
             units over the features of 2 x 2 regions and then a direction for each class;
             "mlp(256, 4)", with 256 units and 4 x 4 regions; "cosine" and "cosine(4)", without the
             hidden layer. Or a callable `(block, num_classes) -> nn.Module`, by the contract in
             `sffx.learning.heads`.
         kernel_size: of the auxiliary convolution, odd; with "sff" alone.
-        norm: between blocks. "layer", a layer norm without parameters, or "none", which leaves the
-            model's own function as it was. Or a callable `(block) -> nn.Module | None`, by the
-            contract in `sffx.learning.norms`.
+        norm: between blocks. None takes the objective's own, by default "layer". "layer", a layer
+            norm without parameters; "length", which keeps the direction of a sample's output; or
+            "none", which leaves the model's own function as it was. Or a callable
+            `(block) -> nn.Module | None`, by the contract in `sffx.learning.norms`.
         recompute: whether the blocks that set the peak of memory compute the outputs of norms and
             activations again in their backward pass, instead of keeping them. It saves memory and
             takes a few per cent more time.
@@ -97,14 +104,15 @@ def transform(
         CutError: there is nothing to cut, or no cut can lie where one was asked for.
         CheckError: the cut model does not compute what the model computes.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute), task, num_classes)
+    options = _options(objective, goodness, kernel_size, norm, recompute)
+    options = _valid(options, task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
     traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
-    blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
+    blocks = _fitting(partition(analysis, cuts, options, policy=name, num_classes=num_classes))
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms)
@@ -124,9 +132,10 @@ def plan(
     example_input: Any = None,
     num_classes: int | None = None,
     *,
-    goodness: GoodnessName | str | GoodnessMaker = "sff",
+    objective: ObjectiveName | Objective = "sff",
+    goodness: GoodnessName | str | GoodnessMaker | None = None,
     kernel_size: int = 1,
-    norm: NormName | NormMaker = "layer",
+    norm: NormName | NormMaker | None = None,
     recompute: bool = True,
     task: Task | None = None,
 ) -> BlockPlan:
@@ -134,14 +143,50 @@ def plan(
 
     The arguments and errors are those of `transform`.
     """
-    options = _valid(Options(goodness, kernel_size, norm, recompute), task, num_classes)
+    options = _options(objective, goodness, kernel_size, norm, recompute)
+    options = _valid(options, task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
     traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
-    return partition(analysis, cuts, options, policy=name, num_classes=num_classes)
+    return _fitting(partition(analysis, cuts, options, policy=name, num_classes=num_classes))
+
+
+def _fitting(plan: BlockPlan) -> BlockPlan:
+    """Return a plan; raise an InputError if its model cannot learn by its objective."""
+    objective = plan.objective
+    if plan.nested is not None and (objective.views > 1 or objective.is_tried):
+        raise InputError(
+            f"the objective {objective.name!r} changes the model's inputs, which lie in nested "
+            "arguments. Hint: a wrapper whose forward takes one tensor for each input"
+        )
+    objective.require(plan.inputs, plan.task, plan.num_classes)
+    return plan
+
+
+def _options(
+    objective: ObjectiveName | Objective,
+    goodness: str | GoodnessMaker | None,
+    kernel_size: int,
+    norm: str | NormMaker | None,
+    recompute: bool,
+) -> Options:
+    """Return the options, with the objective's own in the place of None.
+
+    Raises:
+        InputError: there is no such objective, or its heads are its own and another is asked for.
+    """
+    chosen = objective_named(objective)
+    if goodness is None:
+        goodness = chosen.goodness or chosen.name
+    elif chosen.goodness is None and goodness != chosen.name:
+        raise InputError(
+            f"goodness is {goodness!r}, but the heads of the objective {chosen.name!r} are its "
+            "own. Hint: leave it out"
+        )
+    return Options(goodness, kernel_size, chosen.norm if norm is None else norm, recompute, chosen)
 
 
 def _valid(options: Options, task: Task | None, num_classes: Any) -> Options:

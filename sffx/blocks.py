@@ -12,6 +12,7 @@ from torch import nn
 
 from sffx.arguments import Arguments
 from sffx.errors import InputError
+from sffx.objective import DEFAULT, Objective
 from sffx.parts import head_name
 from sffx.tables import Column, html_table, in_mib, text_table
 from sffx.tasks import CLASSIFICATION, Task, task_record
@@ -253,7 +254,7 @@ NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
 
 # The names that type checkers and editors know. Some take numbers as well: "mlp(256, 4)".
 GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp"]
-NormName: TypeAlias = Literal["layer", "none"]
+NormName: TypeAlias = Literal["layer", "length", "none"]
 
 
 @dataclass(frozen=True)
@@ -297,12 +298,15 @@ class Options:
         norm: after the detach: "layer", "none", or a callable that makes the norms
             (`sffx.learning.norms`).
         recompute: whether the largest blocks compute cheap values again in their backward pass.
+        objective: how a block learns (`sffx.objective`). Where the heads are the objective's own,
+            `goodness` is its name.
     """
 
     goodness: str | GoodnessMaker = "sff"
     kernel_size: int = 1
     norm: str | NormMaker = "layer"
     recompute: bool = True
+    objective: Objective = DEFAULT
 
     @property
     def custom(self) -> list[str]:
@@ -321,7 +325,7 @@ class Options:
     def __reduce__(self) -> Any:
         goodness = _pickled(self.goodness)
         norm = _pickled(self.norm)
-        return Options, (goodness, self.kernel_size, norm, self.recompute)
+        return Options, (goodness, self.kernel_size, norm, self.recompute, self.objective)
 
     # Without these two, copies would be made by `__reduce__` and lose the callables.
     def __copy__(self) -> Options:
@@ -372,6 +376,11 @@ class BlockPlan:
         return iter(self.blocks)
 
     @property
+    def objective(self) -> Objective:
+        """How the blocks learn."""
+        return self.options.objective
+
+    @property
     def all_blocks(self) -> tuple[Block, ...]:
         """The feature blocks in order, and the classifier."""
         return (*self.blocks, self.classifier)
@@ -418,7 +427,7 @@ class BlockPlan:
         for value in self.inputs:
             inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
         nested = None if self.nested is None else self.nested.record()
-        record = {
+        record: dict[str, Any] = {
             "policy": self.policy,
             "after": [_as_json(block.cut) for block in self],
             "inputs": inputs,
@@ -429,6 +438,8 @@ class BlockPlan:
         # A record without a task is one of classification, as all were once.
         if self.task != CLASSIFICATION:
             record["task"] = task_record(self.task)
+        if self.objective != DEFAULT:
+            record["objective"] = self.objective.record()
         return record
 
     @cached_property

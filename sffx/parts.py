@@ -2,7 +2,8 @@
 
 A cut model has, for block 3, the children `block_3`, `head_3` and `norm_3`; after the last block
 come `classifier` and `readout`. Where several values cross the cut after the block, each has a
-norm: `norm_3`, `norm_3_1`, ...
+norm: `norm_3`, `norm_3_1`, ... With an objective that changes the inputs at prediction, input 0
+goes through `trial_0`, and what the classifier reads through `choice_0`, `choice_1`, ...
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ READOUT = "readout"
 _BLOCK = "block_"
 _HEAD = "head_"
 _NORM = "norm_"
+_TRIAL = "trial_"
+_CHOICE = "choice_"
 _FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
 
 
@@ -62,6 +65,16 @@ def norm_name(index: int, value: int = 0) -> str:
     return f"{_NORM}{index}_{value}" if value else f"{_NORM}{index}"
 
 
+def trial_name(index: int) -> str:
+    """Return the name of the module that an input goes through before the first block."""
+    return f"{_TRIAL}{index}"
+
+
+def choice_name(index: int) -> str:
+    """Return the name of the module that a value goes through before the classifier."""
+    return f"{_CHOICE}{index}"
+
+
 def goodness_name(index: int) -> str:
     """Return the name of the value that the head of a feature block computes."""
     return f"goodness_{index}"
@@ -85,6 +98,11 @@ def is_head(name: str) -> bool:
 def is_norm(name: str) -> bool:
     """Return whether a name is that of a norm."""
     return re.fullmatch(rf"{_NORM}\d+(_\d+)?", name) is not None
+
+
+def is_trial(name: str) -> bool:
+    """Return whether a name is that of a module which changes rows at prediction only."""
+    return re.fullmatch(rf"(?:{_TRIAL}|{_CHOICE})\d+", name) is not None
 
 
 def owner_of(qualname: str) -> str:

@@ -192,7 +192,10 @@ def test_blocks_have_the_mode_of_the_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "batch"}, r"there is no norm 'batch'\. Hint: choose one of 'layer', 'none'"),
+        (
+            {"norm": "batch"},
+            r"there is no norm 'batch'\. Hint: choose one of 'layer', 'length'",
+        ),
         (
             {"goodness": "best"},
             r"there is no goodness 'best'\. "

@@ -17,6 +17,7 @@ PACKAGE = Path(sffx.__file__).parent
 FLOORS = (
     ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
     ("tasks",),
+    ("objective",),
     ("parts", "arguments", "blocks"),
     ("learning",),
     ("net",),
@@ -26,7 +27,7 @@ FLOORS = (
     ("extraction",),
     ("memory", "export"),
     ("comparison",),
-    ("policies",),
+    ("policies", "objectives"),
     ("api",),
     ("checkpoint",),
     ("plots", "cli", "lightning", "resuming"),
@@ -104,4 +105,4 @@ def test_type_checkers_see_the_names_that_are_imported_when_used():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("sffx."):
             seen.update({alias.name: node.module for alias in node.names})
     assert seen == {name: sffx._MODULE_OF[name] for name in seen}
-    assert set(sffx._MODULE_OF) == set(sffx.__all__) == {*seen, "policies", "tasks"}
+    assert set(sffx._MODULE_OF) == set(sffx.__all__) == {*seen, "objectives", "policies", "tasks"}

@@ -14,6 +14,7 @@ from sffx.checkpoint.entries import CUT_KEY
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.policies import Cuts, Policy, named
 from sffx.errors import InputError
+from sffx.learning.objectives.records import OBJECTIVES, objective_of_record
 from sffx.tasks import CLASSIFICATION, task_of_record
 
 # The options that may be a callable. The record then has only the name of the callable.
@@ -34,8 +35,21 @@ def check_cut(cut: Any) -> None:
             )
     if "task" in cut:
         task_of_record(cut["task"])  # raises for what is no task
+    if "objective" in cut:
+        _check_objective(cut["objective"], hint)
     if "arguments" in cut:
         _check_arguments(cut, hint)
+
+
+def _check_objective(record: Any, hint: str) -> None:
+    """Raise an InputError if something is no record of an objective, known or not."""
+    if not isinstance(record, Mapping) or not _is_name(record.get("name")):
+        raise InputError(
+            f"the entry {CUT_KEY!r} has {record!r} for 'objective', not a mapping with a name. "
+            f"{hint}"
+        )
+    if record["name"] in OBJECTIVES:
+        objective_of_record(record)  # raises for options that it does not have
 
 
 def _check_arguments(cut: Mapping[str, Any], hint: str) -> None:
@@ -121,6 +135,8 @@ def recorded_options(cut: Mapping[str, Any]) -> dict[str, Any]:
         # A record without a task is one of classification.
         "task": task_of_record(cut["task"]) if "task" in cut else CLASSIFICATION,
     }
+    if "objective" in cut and cut["objective"]["name"] in OBJECTIVES:
+        options["objective"] = objective_of_record(cut["objective"])
     for name in CALLABLE_OPTIONS:
         # The name of a callable is no argument: the user passes the callable again.
         if name not in cut["custom"]:

@@ -128,14 +128,18 @@ class Checkpoint:
         """
         available = {**self._recorded_options(), **given}
         names = [name for name in REQUIRED_OPTIONS if name not in available]
+        has_objective = self.cut is not None and "objective" in self.cut
+        if has_objective and "objective" not in available:
+            names.append("objective")
         return {name: self._expected(name) for name in names}
 
     def _expected(self, option: str) -> str:
         """Return the name of the callable that the training used, "..." if it is not known."""
         if self.cut is None:
             return "..."
-        # A checked record lacks only callables, and it has their names.
-        return str(self.cut[option])
+        # A checked record lacks only callables and objectives of one's own, and has their names.
+        own = self.cut[option]
+        return str(own["name"] if option == "objective" else own)
 
     def _recorded_options(self) -> dict[str, Any]:
         if self.cut is None:

@@ -16,6 +16,7 @@ from sffx.errors import InputError
 # The option of the command line for each argument of `sffx.transform`.
 FLAGS = {
     "policy": "--policy",
+    "objective": "--objective",
     "goodness": "--goodness",
     "kernel_size": "--kernel-size",
     "norm": "--norm",
@@ -32,6 +33,7 @@ def cut_options(options: argparse.Namespace) -> dict[str, Any]:
     """
     given = {
         "policy": getattr(options, "policy", None),
+        "objective": options.objective,
         "goodness": _name_or_callable(options.goodness),
         "kernel_size": options.kernel_size,
         "norm": _name_or_callable(options.norm),

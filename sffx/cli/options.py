@@ -51,6 +51,9 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
     if policy:
         group.add_argument("--policy", help="how the cuts are chosen, such as residual")
     group.add_argument(
+        "--objective", metavar="NAME", help="how the blocks learn, such as sff, cwc or ff"
+    )
+    group.add_argument(
         "--goodness",
         metavar="NAME",
         help="what a block learns by: sff, cwc, cosine, mlp; or your own callable, file.py:NAME",

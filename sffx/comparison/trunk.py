@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from sffx.comparison.weights import state_of
 from sffx.compiler.verify import twin
 from sffx.net import Origin, cut_model, plan_of, set_modes
-from sffx.parts import is_head, is_norm, name_in_model
+from sffx.parts import is_head, is_norm, is_trial, name_in_model
 from sffx.runtime.stage import Values, placeholders_of
 from sffx.tensors import computed_tensors
 
 
 class Trunk(nn.Module):
-    """A copy of the blocks of a cut model, without heads and norms.
+    """A copy of the blocks of a cut model, without heads, norms and trials.
 
     Its outer detaches are left out as well, so that gradients flow as in the model. It shares the
     graphs of the cut model, and no tensor.
@@ -84,7 +84,8 @@ class Trunk(nn.Module):
 
     def _value(self, node: fx.Node, values: Values) -> Any:
         is_cut = node.op == "call_method" and node.target == "detach" and not self.detaches
-        is_left_out = node.op == "call_module" and is_norm(str(node.target))
+        target_name = str(node.target)
+        is_left_out = node.op == "call_module" and (is_norm(target_name) or is_trial(target_name))
         if is_cut or is_left_out:
             return values[node.all_input_nodes[0]]
         if node.op == "call_module":

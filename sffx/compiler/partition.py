@@ -57,6 +57,7 @@ def partition(
     notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
     notes += _padding_notes(analysis, blocks)
     notes += _instance_notes(blocks)
+    notes += options.objective.notes()
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=policy,

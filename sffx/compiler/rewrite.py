@@ -12,13 +12,16 @@ The outer graph reads as the method does:
 Where several values cross a cut, each has a detach and a norm of its own (`norm_0_1`), and the head
 reads all of them that lead to no other: `goodness_0 = self.head_0(block_0_output, left)`.
 
+An objective may change the inputs at prediction (`sffx.objective`): `trial_0 = self.trial_0(x)`,
+and before the classifier `choice_0 = self.choice_0(norm_8)`.
+
 The rewrite decides nothing: the plan says where to cut.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,10 +35,12 @@ from sffx.net import CutModel, with_plan
 from sffx.parts import (
     CLASSIFIER,
     READOUT,
+    choice_name,
     goodness_name,
     head_name,
     name_in_block,
     norm_name,
+    trial_name,
 )
 from sffx.tensors import storage_key
 
@@ -60,7 +65,11 @@ def rewrite(
         for value, norm in enumerate(own_norms):
             if norm is not None:
                 parts[norm_name(i, value)] = norm
-    parts[READOUT] = Readout(plan.task)
+    trials = _trials(plan)
+    parts.update(trials)
+    choices = _choices(plan)
+    parts.update(choices)
+    parts[READOUT] = Readout(plan.task, plan.objective.skips)
     root = nn.Module()
     root.training = trace.root.training
     for block in plan.all_blocks:
@@ -70,12 +79,34 @@ def rewrite(
         root.add_module(name, part.train(trace.root.training))
     outer = _OuterGraph(traced)
     outer.add_inputs()
+    outer.add_trials(trials)
     for i, block in enumerate(plan.blocks):
         outer.add_block(i, block, [norm is not None for norm in norms[i]])
+    outer.add_choices(plan.classifier, choices)
     outer.add_end(plan.classifier)
     outer.graph.lint()
     net = GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
     return with_plan(net, plan, trace.root)
+
+
+def _trials(plan: BlockPlan) -> dict[str, nn.Module]:
+    """Return the modules that inputs go through at prediction, by the names of their parts."""
+    modules = plan.objective.trials(plan.inputs, plan.num_classes)
+    trials = {}
+    for i, each in enumerate(plan.inputs):
+        if each.name in modules:
+            trials[trial_name(i)] = modules[each.name]
+    return trials
+
+
+def _choices(plan: BlockPlan) -> dict[str, nn.Module]:
+    """Return a module for each value that the classifier reads, if the objective has such ones."""
+    choices = {}
+    for i in range(len(plan.classifier.inputs)):
+        choice = plan.objective.choice(plan.num_classes)
+        if choice is not None:
+            choices[choice_name(i)] = choice
+    return choices
 
 
 def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> GraphModule:
@@ -167,6 +198,19 @@ class _OuterGraph:
             if node.op == "placeholder":
                 target = str(node.target)
                 self.values[name] = self.graph.create_node("placeholder", target, name=name)
+
+    def add_trials(self, trials: Collection[str]) -> None:
+        """Add the modules that inputs go through before the first block."""
+        names = [name for name, node in self.traced.items() if node.op == "placeholder"]
+        for i, name in enumerate(names):
+            if trial_name(i) in trials:
+                self.values[name] = self._call(trial_name(i), trial_name(i), [self.values[name]])
+
+    def add_choices(self, classifier: Block, choices: Collection[str]) -> None:
+        """Add the modules that choose the rows which the classifier reads."""
+        for i, name in enumerate(classifier.inputs):
+            if choice_name(i) in choices:
+                self.values[name] = self._call(choice_name(i), choice_name(i), [self.values[name]])
 
     def add_block(self, index: int, block: Block, has_norm: Sequence[bool]) -> None:
         """Add a feature block and its head; for each of its outputs the detach and the norm.

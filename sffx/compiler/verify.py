@@ -27,7 +27,6 @@ from sffx.compiler.caches import caches_restored
 from sffx.compiler.fake import fake_tensors
 from sffx.errors import VerifyError
 from sffx.inputs import bind, constant_batch
-from sffx.learning.losses import block_loss
 from sffx.net import Origin, overrides_mode, plan_of
 from sffx.parts import CLASSIFIER, head_name, is_norm, owner_of
 from sffx.runtime.stage import stages_of
@@ -148,13 +147,17 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
 
 def _check_scores(scores: list[Tensor], plan: BlockPlan, batch: int) -> None:
     expected = (batch, *plan.classifier.shape)
+    of_heads = (batch, *plan.objective.head_shape(plan.num_classes))
     sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
     for own, source in zip(scores, sources, strict=True):
         if not isinstance(own, Tensor):
             raise VerifyError(f"{source} returns a {type(own).__name__}, not a tensor")
         if not own.is_floating_point():
             raise VerifyError(f"{source} returns {own.dtype}, not floats")
-        if not plan.task.fits(own.shape, expected):
+        has_own_shape = source != CLASSIFIER and plan.objective.goodness is None
+        if has_own_shape and tuple(own.shape) != of_heads:
+            raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not {of_heads}")
+        if not has_own_shape and not plan.task.fits(own.shape, expected):
             raise VerifyError(
                 f"{source} returns shape {tuple(own.shape)}, not {plan.task.shapes} = {expected}"
             )
@@ -167,7 +170,6 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
     a parameter of another block is among them, a backward pass tells whether it gets a gradient.
     """
     names: dict[Tensor, str] = {p: name for name, p in net.named_parameters() if p.requires_grad}
-    targets = plan.task.example_targets(scores[-1].shape, scores[-1].device)
     losses_by_name: dict[str, list[str]] = {}
     for own, block in zip(scores, plan.all_blocks, strict=True):
         foreign = []
@@ -176,8 +178,8 @@ def _check_gradients(net: fx.GraphModule, scores: list[Tensor], plan: BlockPlan)
                 foreign.append(leaf)
         if not foreign:
             continue
-        loss = block_loss(own, targets, task=plan.task)
-        gradients = torch.autograd.grad(loss, foreign, retain_graph=True, allow_unused=True)
+        # Any function of the scores reaches what the loss reaches.
+        gradients = torch.autograd.grad(own.sum(), foreign, retain_graph=True, allow_unused=True)
         for parameter, gradient in zip(foreign, gradients, strict=True):
             if gradient is not None:
                 losses_by_name.setdefault(names[parameter], []).append(block.target)

@@ -174,6 +174,8 @@ def _progress_row(target: str, progress: Progress) -> Element:
 def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
     """Return words on how a head computes the goodness, one text a line, or none."""
     options = plan.options
+    if options.objective.goodness is None:
+        return [options.objective.in_words]
     if not isinstance(options.goodness, str):
         return [option_name(options.goodness)]
     # The numbers of "cosine(4)" or "mlp(64, 3)" are in the legend.

@@ -82,6 +82,7 @@ LEGEND = (
 NORMS = {
     "none": "detached",
     "layer": "detached and layer-normed",
+    "length": "detached, and divided by its length",
     "batch": "detached and batch-normed",
 }
 

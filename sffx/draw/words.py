@@ -21,6 +21,8 @@ def cut_in_words(options: Options) -> str:
 
 def heads_in_words(options: Options) -> str:
     """Return the kind of the heads: "SFF", "SFF, kernels of 3", or the name of a callable."""
+    if options.objective.goodness is None:
+        return options.objective.in_words
     if not isinstance(options.goodness, str):
         return option_name(options.goodness)
     name, numbers = parse_goodness(options.goodness)

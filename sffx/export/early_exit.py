@@ -25,6 +25,7 @@ from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.readouts import mean_goodness
 from sffx.net import cut_model
+from sffx.objective import require_single_view
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
@@ -125,6 +126,7 @@ class EarlyExit:
         cut = cut_model(net)
         make_whole(cut)
         require_confidence(cut.plan.task)
+        require_single_view(cut.plan.objective, "an early exit")
         self.threshold = threshold
         self.inputs = cut.plan.inputs
         self.nested = cut.plan.nested

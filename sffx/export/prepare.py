@@ -92,7 +92,7 @@ def reduce_to_readout(model: fx.GraphModule, readout: str) -> None:
     tracer = fx.proxy.GraphAppendingTracer(model.graph)
     scores = [fx.Proxy(node, tracer) for node in readout_call.args[0]]
     with model.graph.inserting_before(output):
-        answer = READOUTS[readout](scores, readout_of(model).weights, readout_of(model).task)
+        answer = readout_of(model).read(scores, readout)
     output.args = (fx.node.map_aggregate(answer, _node_of),)
     # Parts that the answer does not depend on are dead code now: heads, or the classifier.
     model.graph.eliminate_dead_code()

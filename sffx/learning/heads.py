@@ -296,6 +296,8 @@ def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> Good
         InputError: there is no such goodness, it has no form for the task, or it has no use for an
             option.
     """
+    if options.objective.goodness is None:
+        return options.objective.make_head
     goodness = options.goodness
     if isinstance(goodness, nn.Module):
         raise InputError(
@@ -408,6 +410,11 @@ def _make_one(options: Options, block: Block, num_classes: int, task: Task) -> n
     place = f"{block.target} ({block.name}, output {block.shape})"
     # Where each position has scores of its own, instances are positions as well.
     is_folded = block.is_folded and task.form in _FORMS_OF_SAMPLES
+    if is_folded and options.objective.goodness is None:
+        raise InputError(
+            f"{place}: it holds instances of samples, which the objective "
+            f"{options.objective.name!r} cannot score. Hint: objective='sff'"
+        )
     try:
         head = maker(_of_one_instance(block) if is_folded else block, num_classes)
     except InputError as cause:

@@ -116,6 +116,42 @@ class TokenNorm(nn.Module):
         return f"channel_axis={self.channel_axis}, eps={self.eps}"
 
 
+class LengthNorm(nn.Module):
+    """Divides each sample by its length, so that only its direction goes on (arXiv 2212.13345).
+
+    The length becomes the square root of the number of values, so that their mean square is 1.
+    With a mask it counts the real tokens alone.
+
+    Args:
+        eps: is added to the root of the mean square.
+    """
+
+    def __init__(self, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return y, (B, ...), with each sample at the same length.
+
+        Args:
+            y: the output of a block.
+            mask: (B, T) where y is (B, T, C), nonzero at real tokens. The others become zero.
+        """
+        axes = tuple(range(1, y.ndim))
+        wide = widened(y)
+        if mask is None:
+            mean_square = wide.square().mean(axes, keepdim=True)
+        else:
+            real = mask.bool()[:, :, None]
+            wide = wide.masked_fill(~real, 0)
+            count = real.sum(axes, keepdim=True).clamp(min=1) * y.shape[2]
+            mean_square = wide.square().sum(axes, keepdim=True) / count
+        return (wide / (mean_square.sqrt() + self.eps)).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
 def _is_channels_last(y: Tensor) -> bool:
     return y.movedim(1, -1).is_contiguous() and not y.is_contiguous()
 
@@ -140,7 +176,11 @@ def _no_norm(block: Block) -> None:
     return None
 
 
-NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "none": _no_norm}
+def _length_norm(block: Block) -> nn.Module:
+    return LengthNorm()
+
+
+NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "length": _length_norm, "none": _no_norm}
 
 
 def norm_maker(options: Options) -> NormMaker:

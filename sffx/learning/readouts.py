@@ -24,22 +24,30 @@ Scores: TypeAlias = Sequence[Tensor] | Tensor
 Weights: TypeAlias = Sequence[float] | None
 
 
-def ensemble(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
+def ensemble(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
+) -> Tensor:
     """Return the mean of the blocks' goodness, without the classifier (section 4.3)."""
-    return mean_goodness(task.aligned(scores)[:-1])
+    return mean_goodness(_voting(task.aligned(scores)[:-1], skips))
 
 
-def last(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
+def last(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
+) -> Tensor:
     """Return the goodness of the last block."""
     return task.aligned(scores[-2:])[0]
 
 
-def classifier(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
+def classifier(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
+) -> Tensor:
     """Return the classifier's logits."""
     return scores[-1]
 
 
-def weighted(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION) -> Tensor:
+def weighted(
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
+) -> Tensor:
     """Return the mixture of the blocks by their weights.
 
     Raises:
@@ -56,18 +64,24 @@ def weighted(scores: Scores, weights: Weights = None, task: Task = CLASSIFICATIO
 
 
 def cumulative(
-    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
 ) -> tuple[Tensor, ...]:
     """Return the answer after each block, K tensors (B, J): the mean of the goodness up to it.
 
-    The last one is the ensemble.
+    The last one is the ensemble. Blocks that it leaves out have no answer.
     """
-    sums = accumulate(task.aligned(scores)[:-1])
+    sums = accumulate(_voting(task.aligned(scores)[:-1], skips))
     return tuple(total / depth for depth, total in enumerate(sums, start=1))
 
 
-# Each function takes the scores, the weights of the blocks, which only "weighted" uses, and the
-# task. It must not look at values: to trace it, an exporter passes proxies in the place of tensors.
+def _voting(goodness: Scores, skips: int) -> Scores:
+    """Return the goodness of the blocks that the ensemble counts: the last one, at the least."""
+    return goodness[min(skips, len(goodness) - 1) :]
+
+
+# Each function takes the scores, the weights of the blocks, which only "weighted" uses, the task,
+# and how many of the first blocks the ensemble leaves out (`Objective.skips`). It must not look at
+# values: to trace it, an exporter passes proxies in the place of tensors.
 READOUTS: dict[str, Callable[..., Any]] = {
     "ensemble": ensemble,
     "weighted": weighted,
@@ -87,13 +101,13 @@ ReadoutName: TypeAlias = Literal[Mode, "cumulative"]
 
 
 def every_mode(
-    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION
+    scores: Scores, weights: Weights = None, task: Task = CLASSIFICATION, skips: int = 0
 ) -> dict[str, Tensor]:
     """Return the scores of each readout in `MODES`, (B, J), "weighted" only where weights exist."""
     by_mode: dict[str, Tensor] = {}
     for mode in MODES:
         if mode != WEIGHTED or weights is not None:
-            by_mode[mode] = READOUTS[mode](scores, weights, task)
+            by_mode[mode] = READOUTS[mode](scores, weights, task, skips)
     return by_mode
 
 
@@ -143,18 +157,21 @@ class Readout(nn.Module):
 
     Attributes:
         task: of the model.
+        skips: how many of the first blocks the ensemble leaves out.
         mode: a name in `MODES`, the readout of eval mode.
         weights: K numbers that sum to 1, or None where the blocks were not weighed. Once they are
             set, they are part of the state dict. Loading them turns the mode "ensemble" into
             "weighted".
     """
 
-    # That of a readout that was pickled before there were other tasks.
+    # Those of a readout that was pickled before there were other tasks and objectives.
     task: Task = CLASSIFICATION
+    skips: int = 0
 
-    def __init__(self, task: Task = CLASSIFICATION) -> None:
+    def __init__(self, task: Task = CLASSIFICATION, skips: int = 0) -> None:
         super().__init__()
         self.task = task
+        self.skips = skips
         self._mode = "ensemble"
         self.weights: tuple[float, ...] | None = None
 
@@ -177,7 +194,16 @@ class Readout(nn.Module):
         """
         if self.training:
             return self.task.gathered(scores)
-        return READOUTS[self._mode](scores, self.weights, self.task)
+        return self.read(scores, self._mode)
+
+    def read(self, scores: Any, readout: str) -> Any:
+        """Return what a readout makes of scores.
+
+        Args:
+            scores: of all blocks, tensors or the proxies of an exporter.
+            readout: a name in `READOUTS`.
+        """
+        return READOUTS[readout](scores, self.weights, self.task, self.skips)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -37,6 +37,7 @@ from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.gradients import mark_gradients
 from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.views import losses_of, training_input
 from sffx.runtime.walk import walk
 from sffx.tables import MIB, Column, text_table
 
@@ -218,7 +219,8 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     try:
         with counting():
             for stage in stages_of(net):
-                if stage.index in skip:
+                learns = stage.index < len(plan) or plan.objective.trains_classifier
+                if stage.index in skip or not learns:
                     counter.skip()
                 else:
                     counter.count(stage)
@@ -265,7 +267,8 @@ class _StageCounter:
         self._x = x
         self._y = y
         self._held: Values = {}
-        self._walk = walk(net, x, held=self._held)
+        self._losses = losses_of(self._plan, [None] * len(self._plan.all_blocks))
+        self._walk = walk(net, training_input(net, x, y), held=self._held)
         self._sizes = _value_sizes(net)
 
     def skip(self) -> None:
@@ -288,7 +291,8 @@ class _StageCounter:
     def _train(self, stage: Stage) -> None:
         self._read_all()
         # In one line, because a name for the scores would hold them during the backward pass.
-        loss = block_loss(next(self._walk)[1], self._y, task=self._plan.task)
+        own_loss = self._losses[stage.index]
+        loss = block_loss(next(self._walk)[1], self._y, own_loss, self._plan.task)
         if loss.requires_grad:
             mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
 

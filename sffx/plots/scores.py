@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from sffx.draw.render import PICTURES, check_path
 from sffx.errors import InputError
-from sffx.learning.readouts import READOUTS
+from sffx.learning.readouts import readout_of
 from sffx.net import plan_of
 from sffx.plots.figure import COLOURS, blank, save
 from sffx.runtime.evaluate import scored
@@ -126,10 +126,11 @@ def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
     A row holds the shares of one true class; zeros if the class has no samples.
     """
     size = _num_classes(net)
+    readout = readout_of(net)
     counts = torch.zeros(size * size, dtype=torch.float64)
     with evaluating(net):
         for scores, y in scored(net, loader):
-            predicted = READOUTS["ensemble"](scores).argmax(dim=1)
+            predicted = readout.read(scores, "ensemble").argmax(dim=1)
             pairs = y * size + predicted
             counts += torch.bincount(pairs, minlength=size * size).cpu()
     counts = counts.reshape(size, size)

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError, ProcessError
-from sffx.inputs import batches, padding_mask, split_batch
+from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
 from sffx.kernels.precision import widened
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import cut_model, plan_of
+from sffx.parts import CLASSIFIER
 from sffx.runtime.agreement import require_processes
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
@@ -123,6 +124,32 @@ def block_scores(net: fx.GraphModule, x: Any) -> Any:
     Raises:
         InputError: the model cannot run on x, and x is not like the input that it was cut for.
     """
+    plan = plan_of(net)
+    tries = 1 if net.training else plan.objective.tries(plan.num_classes)
+    if tries == 1:
+        return _block_scores(net, x)
+    scores = [_block_scores(net, part) for part in _split_input(bind(plan, x), tries)]
+    # Such an objective has classes of a sample, whose scores are (K, B, J).
+    return torch.cat(scores, dim=1)
+
+
+def _split_input(inputs: dict[str, Any], tries: int) -> Iterator[dict[str, Any]]:
+    """Yield the inputs of a few samples after the other.
+
+    A prediction runs each sample several times. So it runs on so few samples at once that about as
+    many rows as the batch has are in memory.
+
+    Args:
+        inputs: by name.
+        tries: rows for each sample.
+    """
+    samples = batch_size(inputs)
+    size = max(samples // tries, 1)
+    for start in range(0, samples, size):
+        yield {name: value[start : start + size] for name, value in inputs.items()}
+
+
+def _block_scores(net: fx.GraphModule, x: Any) -> Any:
     residency = residency_of(net)
     residency.scoring()
     all_scores = []
@@ -143,7 +170,12 @@ def scores_by_name(net: fx.GraphModule, scores: Tensor | Sequence[Tensor]) -> di
     aligned = plan.task.aligned(scores)
     names = [block.target for block in plan]
     blocks = dict(zip(names, aligned[:-1], strict=True))
-    return {**blocks, **every_mode(aligned, readout_of(net).weights, plan.task)}
+    readout = readout_of(net)
+    by_mode = every_mode(aligned, readout.weights, plan.task, readout.skips)
+    if not plan.objective.trains_classifier:
+        # Its scores would be those of weights that nobody has trained.
+        del by_mode[CLASSIFIER]
+    return {**blocks, **by_mode}
 
 
 def scored(

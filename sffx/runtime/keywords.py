@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from sffx.errors import InputError
 from sffx.inputs import padding_mask
 from sffx.learning.losses import LossFunctions
-from sffx.learning.readouts import READOUTS, readout_of
+from sffx.learning.readouts import readout_of
 from sffx.net import plan_of
+from sffx.objective import require_single_view
 from sffx.runtime.step import local_loss
 
 
@@ -30,7 +31,7 @@ class KeywordLoss(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(self, net: fx.GraphModule, loss_fn: LossFunctions | None = None) -> None:
-        plan_of(net)  # raises if it is no cut model
+        require_single_view(plan_of(net).objective, "KeywordLoss")
         super().__init__()
         self.net = net
         self.loss_fn = loss_fn
@@ -77,5 +78,5 @@ class KeywordLoss(nn.Module):
 
         loss = local_loss(self.net, inputs, labels, self.loss_fn, on_block=keep)
         readout = readout_of(self.net)
-        logits = READOUTS[readout.mode](scores, readout.weights, readout.task)
+        logits = readout.read(scores, readout.mode)
         return {"loss": loss, "logits": logits}

@@ -28,6 +28,7 @@ from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.views import losses_of, require_no_loss, training_input
 from sffx.runtime.walk import walk
 
 # Called with the name of a block, its scores, (B, J), and its loss, a scalar, both detached.
@@ -71,10 +72,16 @@ def learn(
     require_uncompiled(net)
     require_train_mode(net)
     stages = learning_stages(net, only)
+    only = _names_to_walk(net, stages, only)
     functions = loss_functions(loss_fn, len(plan.all_blocks))
     functions_in_use = [functions[stage.index] for stage in stages]
-    check_targets(y, _samples(plan, x), plan.num_classes, functions_in_use, plan.task)
+    samples = _samples(plan, x)
+    check_targets(y, samples, plan.num_classes, functions_in_use, plan.task)
+    require_no_loss(plan.objective, loss_fn)
+    plan.objective.check_targets(y, samples, plan.num_classes)
     y = plan.task.without_padding(y, padding_mask(plan, x))
+    functions = losses_of(plan, functions)
+    x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
     trainable = {stage: stage.trainable for stage in stages}
     for stage, scores in walk(net, x, only):
@@ -162,6 +169,8 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
         InputError: a block is not there, or none is named.
     """
     stages = list(stages_of(net))
+    if not plan_of(net).objective.trains_classifier:
+        stages.pop()
     if only is None:
         return stages
     names = [stage.name for stage in stages]
@@ -176,6 +185,15 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
             f"Hint: the blocks are {', '.join(names)}"
         )
     return [stage for stage in stages if stage.name in only]
+
+
+def _names_to_walk(
+    net: fx.GraphModule, stages: list[Stage], only: Collection[str] | None
+) -> Collection[str] | None:
+    """Return the names of the stages to walk over, None for all of them."""
+    if only is None and len(stages) < len(stages_of(net)):
+        return [stage.name for stage in stages]
+    return only
 
 
 def require_train_mode(net: fx.GraphModule) -> None:

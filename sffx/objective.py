@@ -1,0 +1,223 @@
+"""The contract of an objective: how the blocks of a cut model learn from a batch.
+
+A *task* says what is predicted, a *schedule* who learns when, and an *objective* how a block
+learns. It answers four questions:
+
+1. Which passes go over a batch? `training_views` makes the input of a training step. Several
+   *views* of a sample, such as a positive and a negative one, lie behind one another on the batch
+   axis, so one walk over the blocks runs them all.
+2. What does the head of a block give? `make_head` makes the head. In train mode it returns one row
+   for each row of the input, and in eval mode scores (B, J).
+3. What is the loss of a block? `loss`, and `classifier_loss` for the end of the model.
+4. How do scores come about at prediction? `trials` puts modules in front of the first block, which
+   may run a sample several times, and `skips` leaves blocks out of the ensemble.
+
+The methods of the base class are those of Scalable Forward-Forward: one view, the heads of
+`goodness=`, the loss of the task. An objective of one's own overrides what differs:
+
+    @dataclass(frozen=True)
+    class Symmetric(Objective):
+        name = "symmetric"
+        views = 2
+
+        def training_views(self, batch):
+            return {name: torch.cat([x, x.flip(-1)]) for name, x in batch.inputs.items()}
+
+        def loss(self, scores, y, place):
+            return place.task.loss(scores, y.repeat(2))
+
+        classifier_loss = loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from sffx.errors import InputError
+from sffx.tasks import Task
+
+if TYPE_CHECKING:
+    from sffx.blocks import Block, Input
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch, as an objective sees it before it makes the views.
+
+    Attributes:
+        inputs: of the model by name, tensors (B, ...).
+        y: targets.
+        num_classes: J.
+        scores: returns the scores that the net gives the batch now, (B, J), without gradients. It
+            costs a prediction.
+    """
+
+    inputs: Mapping[str, Any]
+    y: Tensor
+    num_classes: int
+    scores: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model a loss is computed.
+
+    Attributes:
+        index: of the block, 0 for the first one.
+        blocks: K, the number of feature blocks.
+        num_classes: J.
+        task: of the model.
+    """
+
+    index: int
+    blocks: int
+    num_classes: int
+    task: Task
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the blocks of a cut model learn.
+
+    Attributes:
+        name: in records, tables and messages.
+        goodness: the default of `goodness=`; None for an objective whose heads are its own.
+        norm: the default of `norm=`.
+        skips: how many of the first blocks the ensemble leaves out.
+    """
+
+    name: ClassVar[str] = "sff"
+    goodness: ClassVar[str | None] = "sff"
+    norm: ClassVar[str] = "layer"
+    skips: ClassVar[int] = 0
+
+    @property
+    def views(self) -> int:
+        """The rows of a training step for each sample."""
+        return 1
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the classifier learns. If not, it does not run in a training step."""
+        return True
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether a prediction changes its inputs, or runs a sample several times."""
+        return type(self).trials is not Objective.trials
+
+    @property
+    def in_words(self) -> str:
+        """What the objective is called in pictures."""
+        return self.name
+
+    def require(self, inputs: Sequence[Input], task: Task, num_classes: int) -> None:
+        """Raise an InputError if a model cannot learn by the objective.
+
+        Args:
+            inputs: of the model.
+            task: of the model.
+            num_classes: J.
+        """
+
+    def notes(self) -> tuple[str, ...]:
+        """Return remarks for the plan, one sentence each."""
+        return ()
+
+    def record(self) -> dict[str, Any]:
+        """Return the objective as its name and its options, numbers and strings."""
+        return {"name": self.name, **asdict(self)}
+
+    # Training.
+
+    def make_head(self, block: Block, num_classes: int) -> nn.Module:
+        """Return the head of a block, where `goodness` is None.
+
+        Args:
+            block: whose output it reads.
+            num_classes: J.
+        """
+        raise NotImplementedError
+
+    def head_shape(self, num_classes: int) -> tuple[int, ...]:
+        """Return the shape of what a head returns in train mode for one row."""
+        return (num_classes,)
+
+    def check_targets(self, y: Any, batch: int, num_classes: int) -> None:
+        """Raise an InputError if y is no target; the task has checked it already."""
+
+    def training_views(self, batch: Batch) -> Mapping[str, Any]:
+        """Return the inputs of a training step by name, (views * B, ...).
+
+        Row `v * B + n` is view v of sample n.
+        """
+        return batch.inputs
+
+    def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
+        """Return the loss of a feature block, a scalar.
+
+        Args:
+            scores: what the head returned in train mode, (views * B, ...), in float32 or wider.
+            y: targets of the B samples.
+            place: of the block.
+        """
+        return place.task.loss(scores, y)
+
+    def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
+        """Return the loss of the classifier, a scalar.
+
+        Args:
+            scores: its logits, (views * B, J).
+            y: targets of the B samples.
+            place: of the classifier.
+        """
+        return place.task.loss(scores, y)
+
+    # Prediction.
+
+    def tries(self, num_classes: int) -> int:
+        """Return how many rows a prediction runs for each sample."""
+        return 1
+
+    def trials(self, inputs: Sequence[Input], num_classes: int) -> Mapping[str, nn.Module]:
+        """Return the modules through which the inputs go first, by the input's name.
+
+        In eval mode such a module makes (tries * B, ...) of (B, ...). In train mode it returns what
+        it is given, since the views are made before.
+        """
+        return {}
+
+    def choice(self, num_classes: int) -> nn.Module | None:
+        """Return the module that chooses the rows for the classifier, None for all of them."""
+        return None
+
+
+@dataclass(frozen=True)
+class SFF(Objective):
+    """Scalable Forward-Forward (arXiv 2501.03176, sections 4.2 and 4.3), the default.
+
+    A block's loss is that of the task with the goodness as scores: for classes
+    `-mean_n( g[n, y_n] - log sum_j exp g[n, j] )`. The prediction is the mean of the blocks'
+    goodness.
+    """
+
+
+DEFAULT = SFF()
+
+
+def require_single_view(objective: Objective, what: str) -> None:
+    """Raise an InputError if training or prediction runs a sample several times.
+
+    Args:
+        objective: of a cut model.
+        what: cannot do that: "a pipeline".
+    """
+    if objective.views > 1 or objective.is_tried:
+        raise InputError(
+            f"the objective {objective.name!r} runs each sample several times, which {what} "
+            "cannot do. Hint: objective='sff' or 'cwc'"
+        )

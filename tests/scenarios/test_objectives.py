@@ -1,0 +1,234 @@
+"""Everything that works with Scalable Forward-Forward works with every objective, or says why not.
+
+A new objective is tested here as soon as it has a name.
+"""
+
+import copy
+import pickle
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sffx
+from sffx import InputError
+from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
+from sffx.objectives import Objective
+from sffx.runtime.keywords import KeywordLoss
+
+CLASSES = 3
+
+
+@contextmanager
+def seeded(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 9, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(9, CLASSES),
+    )
+
+
+def cut(objective):
+    with seeded():
+        model = convolutions()
+        x = torch.zeros(1, 1, 8, 8)
+        return sffx.transform(model, policy="layer", example_input=x, objective=objective).train()
+
+
+def batch(samples=12):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(samples, 1, 8, 8, generator=generator)
+    return x, torch.arange(samples) % CLASSES
+
+
+@pytest.fixture(params=OBJECTIVES)
+def name(request):
+    return request.param
+
+
+def test_a_step_learns_from_every_block(name):
+    net = cut(name)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-2))
+    with seeded():
+        sffx.local_step(net, *batch(), optimizer)
+    learning = [*net.plan.blocks]
+    if net.plan.objective.trains_classifier:
+        learning.append(net.plan.classifier)
+    for block in learning:
+        own = [key for key in before if key.startswith(f"{block.target}.")]
+        assert any(not torch.equal(before[key], net.state_dict()[key]) for key in own), block
+
+
+def test_a_step_equals_the_loss_and_an_optimizer_step(name):
+    stepped, other = cut(name), cut(name)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(stepped, 1e-2))
+    with seeded():
+        value = sffx.local_step(stepped, *batch(), optimizer)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(other, 1e-2))
+    with seeded():
+        loss = sffx.local_loss(other, *batch())
+    loss.backward()
+    optimizer.step()
+    assert torch.equal(value, loss.detach())
+    for one, two in zip(stepped.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_gradient_crosses_a_cut(name):
+    net = cut(name)
+    x, y = batch()
+    alone = []
+    for block in net.plan:
+        net.zero_grad(set_to_none=True)
+        with seeded():
+            sffx.local_loss(net, x, y, blocks=[block.target]).backward()
+        alone.append({key for key, p in net.named_parameters() if p.grad is not None})
+    for one in alone:
+        assert one
+        assert sum(bool(one & other) for other in alone) == 1
+
+
+def test_the_model_is_the_one_that_was_cut(name):
+    with seeded():
+        model = convolutions()
+    net = sffx.transform(
+        model, "layer", torch.zeros(1, 1, 8, 8), objective=name, norm="none", check=True
+    )
+    assert sffx.check(model, net)
+    x, _ = batch()
+    torch.testing.assert_close(sffx.extract(net)(x), model(x))
+
+
+def test_predictions(name):
+    net = cut(name)
+    x, y = batch()
+    evaluation = sffx.evaluate(net, [(x, y)])
+    assert evaluation.samples == len(x)
+    net.eval()
+    with torch.no_grad():
+        scores = net(x)
+        assert scores.shape == (len(x), CLASSES)
+        one_by_one = torch.cat([net(each[None]) for each in x])
+    torch.testing.assert_close(one_by_one, scores, rtol=1e-4, atol=1e-5)
+    share = (scores.argmax(1) == y).double().mean().item()
+    assert evaluation.accuracy["ensemble"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("readout", ["ensemble", "last", "cumulative"])
+def test_an_exported_file_predicts_the_same(name, readout, tmp_path):
+    net = cut(name)
+    sffx.export_onnx(net, tmp_path / "net.onnx", readout)
+    assert (tmp_path / "net.onnx").exists()
+
+
+def test_copies_pickles_and_checkpoints(name, tmp_path):
+    net = cut(name)
+    x, _ = batch()
+    path = tmp_path / "net.pt"
+    sffx.save_checkpoint(path, net)
+    again = sffx.load_checkpoint(path).net(convolutions())
+    assert again.plan.objective == net.plan.objective
+    net.eval()
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), again.eval()):
+        with torch.no_grad():
+            assert torch.equal(other(x), net(x))
+
+
+def test_records(name):
+    objective = objective_named(name)
+    assert objective_of_record(objective.record()) == objective
+
+
+def test_memory_is_predicted(name):
+    net = cut(name)
+    predicted = sffx.footprint(net, 16)
+    assert predicted.peak > sffx.footprint(net, 8).peak
+
+
+def test_what_cannot_run_a_sample_several_times_says_so(name):
+    net = cut(name)
+    objective = net.plan.objective
+    if objective.views == 1 and not objective.is_tried:
+        sffx.EarlyExit(net, 0.9)
+        KeywordLoss(net)
+        return
+    for refused in (lambda: sffx.EarlyExit(net, 0.9), lambda: KeywordLoss(net)):
+        with pytest.raises(InputError, match=f"objective '{objective.name}' runs each sample"):
+            refused()
+
+
+def test_plans_print_and_are_drawn(name, tmp_path):
+    from sffx.draw.render import draw
+
+    net = cut(name)
+    assert str(net.plan)
+    assert draw(net.plan, tmp_path / "plan.svg").exists()
+
+
+@dataclass(frozen=True)
+class Mirrored(Objective):
+    """Learns an image and its mirror image, and answers by the sum of both."""
+
+    name: ClassVar[str] = "mirrored"
+    views = 2
+
+    def training_views(self, batch):
+        return {name: torch.cat([x, x.flip(-1)]) for name, x in batch.inputs.items()}
+
+    def loss(self, scores, y, place):
+        return F.cross_entropy(scores, y.repeat(2))
+
+    classifier_loss = loss
+
+
+def test_an_objective_of_ones_own():
+    net, plain = cut(Mirrored()), cut("sff")
+    x, y = batch()
+    loss = sffx.local_loss(net, x, y)
+    loss.backward()
+    expected = sffx.sff_loss(plain(torch.cat([x, x.flip(-1)])), y.repeat(2))
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for one, two in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_an_objective_of_ones_own_is_passed_again(tmp_path):
+    net = cut(Mirrored())
+    sffx.save_checkpoint(tmp_path / "net.pt", net)
+    checkpoint = sffx.load_checkpoint(tmp_path / "net.pt")
+    with pytest.raises(InputError, match="objective=mirrored"):
+        checkpoint.net(convolutions())
+    again = checkpoint.net(convolutions(), objective=Mirrored())
+    assert again.plan.objective == Mirrored()
+
+
+@pytest.mark.parametrize("wrong", ["fff", None, 3, sffx.objectives.ForwardForward])
+def test_names_of_no_objective(wrong):
+    with pytest.raises(InputError, match=r"there is no objective .*Hint: "):
+        cut(wrong)
+
+
+def test_heads_of_ones_own_are_refused_where_the_objective_has_its_own():
+    with pytest.raises(InputError, match="goodness is 'mlp', but the heads of the objective 'ff'"):
+        sffx.transform(
+            convolutions(), "layer", torch.zeros(1, 1, 8, 8), objective="ff", goodness="mlp"
+        )

@@ -5,8 +5,9 @@
     python -m tools.reproduce --render
 
 `--data` holds `cifar10/` and `imagenette/`, each with `train/` and `test/`, and in these a folder
-for each class. Checkpoints and searches go to `--runs`; the same command goes on where it was
-interrupted. Results are gathered in `--out`. `--costs` wants a quiet machine.
+for each class; and `MNIST/`, as torchvision lays it out. Checkpoints and searches go to `--runs`;
+the same command goes on where it was interrupted. Results are gathered in `--out`. `--costs` wants
+a quiet machine.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torchvision
 
 from sffx.files import write
 from tools.reproduce.costs import costs
-from tools.reproduce.data import Images, load, load_digits, split
+from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.networks import torchvision_weights
 from tools.reproduce.render import render
@@ -70,6 +71,8 @@ def images(experiment: Experiment, folders: Folders) -> tuple[Images, Images]:
     """Return the training and the test images of an experiment."""
     if experiment.data == "digits":
         return load_digits(experiment.size)
+    if experiment.data == "mnist":
+        return load_mnist(folders.data, experiment.size)
     source = folders.data / experiment.data
     cache = folders.runs / "images"
     train = load(source / "train", cache, experiment.size)
@@ -91,11 +94,15 @@ def run(
                 run_once(name, experiment, method, seed, folders)
 
 
+def _split(experiment: Experiment, train: Images, test: Images, seed: int) -> Split:
+    return split(train, test, experiment.samples, seed, experiment.held_out, experiment.scale)
+
+
 def run_once(name: str, experiment: Experiment, method: str, seed: int, folders: Folders) -> None:
     """Train by one method from one seed, or go on with it, and write its record."""
     train, test = images(experiment, folders)
     setting = find_setting(name, experiment, method, folders)
-    data = split(train, test, experiment.samples, seed)
+    data = _split(experiment, train, test, seed)
     weights = starting_weights(experiment, folders)
     training = Run(experiment, method, setting, seed, data, weights)
     training.train(experiment.epochs, folders.checkpoint(name, method, seed))
@@ -118,15 +125,19 @@ def run_once(name: str, experiment: Experiment, method: str, seed: int, folders:
 def find_setting(name: str, experiment: Experiment, method: str, folders: Folders) -> Setting:
     """Search for a method's setting.
 
-    The search is the experiment's own, or that of the experiment whose settings it takes.
+    The search is the experiment's own, or that of the experiment whose settings it takes. A recipe
+    of the authors is not searched for.
     """
+    recipe = experiment.recipe(method)
+    if recipe is not None:
+        return Setting(recipe.lr, recipe.classifier_lr, recipe.weight_decay)
     if experiment.settings is not None:
         name = experiment.settings
         experiment = replace(
             EXPERIMENTS[name], trials=experiment.trials, trial_epochs=experiment.trial_epochs
         )
     train, test = images(experiment, folders)
-    data = split(train, test, experiment.samples, 0)
+    data = _split(experiment, train, test, 0)
     weights = starting_weights(experiment, folders)
     return search(name, experiment, method, data, folders.runs / name, weights)
 

@@ -19,14 +19,15 @@ def costs(
 
     All are relative to BP.
     """
-    x = torch.randn(experiment.batch, 3, experiment.size, experiment.size)
+    x = torch.randn(experiment.batch, experiment.channels, experiment.size, experiment.size)
     x = x.contiguous(memory_format=torch.channels_last)  # as in training
+    shape = example(experiment.size, experiment.channels)
     y = torch.randint(0, classes, (experiment.batch,))
     trainings = {}
     for name in dict.fromkeys(("BP", *experiment.methods)):
         method = METHODS[name]
         model = build(experiment.network, classes, experiment.size)
-        net = method.prepare(model, experiment.policy, example(experiment.size)).train()
+        net = method.prepare(model, experiment.policy, shape).train()
         net = net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(method.groups(net, 1e-3, 1e-3))
         trainings[name] = Training(net, optimizer, partial(method.loss, net, x, y))

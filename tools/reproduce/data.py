@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import MNIST, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from sffx.files import writing
@@ -23,7 +23,7 @@ DIGITS_FOR_TRAINING = 1000
 
 @dataclass(frozen=True)
 class Images:
-    """Images (N, 3, H, W) as uint8, and class indices (N,)."""
+    """Images (N, C, H, W) as uint8, and class indices (N,)."""
 
     x: Tensor
     y: Tensor
@@ -40,8 +40,9 @@ class Split:
     """The images of one seed, to train, to validate and to test with.
 
     Attributes:
-        mean: of each channel, (3,), over 2,000 of the training images.
-        std: likewise.
+        mean: of each channel, (C,), over 2,000 of the training images; 0 where images are only
+            brought between 0 and 1.
+        std: likewise; 255 there.
     """
 
     train: Images
@@ -107,44 +108,85 @@ def load_digits(size: int) -> tuple[Images, Images]:
     return digits[order[:DIGITS_FOR_TRAINING]], digits[order[DIGITS_FOR_TRAINING:]]
 
 
-def split(train: Images, test: Images, samples: int | None, seed: int) -> Split:
-    """Split training images 80/20 into training and validation (section 3).
+def load_mnist(folder: Path, size: int) -> tuple[Images, Images]:
+    """Return MNIST, 60,000 images to train with and 10,000 to test with, grey in one channel.
+
+    Args:
+        folder: holds `MNIST/`, as torchvision lays it out.
+        size: 28; the images are not resized.
+
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    if not (folder / "MNIST").is_dir():
+        raise FileNotFoundError(f"there is no {folder / 'MNIST'}. Hint: unzip mnist.zip there")
+    parts = []
+    for is_train in (True, False):
+        source = MNIST(folder, train=is_train)
+        parts.append(Images(source.data[:, None], source.targets))
+    return parts[0], parts[1]
+
+
+def split(
+    train: Images,
+    test: Images,
+    samples: int | None,
+    seed: int,
+    held_out: float = 0.2,
+    scale: str = "normalised",
+) -> Split:
+    """Split training images into training and validation, 80/20 as in section 3 by default.
 
     Args:
         train: of which images are taken at random.
         test: kept as they are.
         samples: how many images are taken; None takes all.
         seed: of the choice.
+        held_out: share of the images that validate.
+        scale: "normalised" by channel, or "unit", between 0 and 1.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train), generator=generator)[:samples]
-    count = len(order) * 4 // 5
+    count = len(order) - round(len(order) * held_out)
     kept = train[order[:count]]
+    rest = train[order[count:]]
+    if scale == "unit":
+        channels = train.x.shape[1]
+        return Split(kept, rest, test, torch.zeros(channels), torch.full((channels,), 255.0))
     few = kept.x[:SAMPLES_FOR_STATISTICS].float()
-    return Split(kept, train[order[count:]], test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
+    return Split(kept, rest, test, few.mean((0, 2, 3)), few.std((0, 2, 3)))
 
 
 def shuffled(
-    images: Images, batch: int, generator: torch.Generator, *, flip: bool = True
+    images: Images,
+    batch: int,
+    generator: torch.Generator,
+    *,
+    flip: bool = True,
+    shift: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch of augmented batches. A last batch of one image is left out.
 
     Each image is flipped by chance, and each batch is shifted by up to an eighth.
     """
+    augments = flip or shift
     for index in torch.randperm(len(images), generator=generator).split(batch):
         if len(index) > 1:
-            yield _augmented(images.x[index], generator, flip=flip), images.y[index]
+            x = images.x[index]
+            if augments:
+                x = _augmented(x, generator, flip=flip, shift=shift)
+            yield x, images.y[index]
 
 
 def in_order(images: Images, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(images.x.split(batch), images.y.split(batch), strict=True)
 
 
-def _augmented(x: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+def _augmented(x: Tensor, generator: torch.Generator, *, flip: bool, shift: bool) -> Tensor:
     probability = 0.5 if flip else 0
     flips = torch.rand(len(x), 1, 1, 1, generator=generator) < probability
     size = x.shape[-1]
-    reach = size // 8
+    reach = size // 8 if shift else 0
     dy, dx = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
     padded = F.pad(torch.where(flips, x.flip(3), x), (reach,) * 4, mode="reflect")
     return padded[:, :, dy : dy + size, dx : dx + size]

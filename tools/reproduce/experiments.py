@@ -6,6 +6,27 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How a method is optimised where its authors say so. Such a method is not searched for.
+
+    Attributes:
+        optimizer: "AdamW", "Adam" or "SGD".
+        lr: learning rate of the blocks.
+        classifier_lr: of the classifier.
+        weight_decay: of all.
+        momentum: of SGD.
+        cooldown: whether the learning rates fall linearly to zero in the second half.
+    """
+
+    optimizer: str
+    lr: float
+    classifier_lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    cooldown: bool = False
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One row of a table of the paper, or one claim put to the test.
 
@@ -27,6 +48,11 @@ class Experiment:
         stop: epochs without a better validation accuracy after which a run ends.
         settings: the name of the experiment whose search is used; None searches anew.
         flip: whether training images are flipped by chance.
+        shift: whether training images are shifted by chance.
+        channels: of the images, 3 or 1.
+        scale: "normalised" by channel, or "unit", between 0 and 1.
+        held_out: share of the training images that validate.
+        recipes: of the methods that are not searched for, pairs of a name and a recipe.
         pretrained: the source of all weights but the last layer's: "torchvision" (ImageNet), or the
             name of an experiment. Its BP run of seed 0 is then made first. None starts from
             scratch.
@@ -48,6 +74,15 @@ class Experiment:
     settings: str | None = None
     flip: bool = True
     pretrained: str | None = None
+    shift: bool = True
+    channels: int = 3
+    scale: str = "normalised"
+    held_out: float = 0.2
+    recipes: tuple[tuple[str, Recipe], ...] = ()
+
+    def recipe(self, method: str) -> Recipe | None:
+        """Return the recipe of a method, None where its setting is searched for."""
+        return dict(self.recipes).get(method)
 
 
 ALL = ("BP", "deep supervision", "CwC", "SFF", "mlp", "mlp(256, 4)")
@@ -194,4 +229,30 @@ BLOCKS = {
     "depth-1": replace(DEPTH, methods=("BP",), settings=None),
 }
 
-EXPERIMENTS = {**TABLE2, **TABLE3, **MOMENTUM, **TABLE4, **OTHER_HEADS, **BLOCKS}
+# The Forward-Forward family, beside SFF and backpropagation on the same network. The recipes are
+# those of the authors, or of a known reimplementation (Recipe of "FF": loeweX/Forward-Forward).
+MNIST = Experiment(
+    network="MLP 3 x 1000",
+    data="mnist",
+    size=28,
+    samples=None,
+    batch=100,
+    epochs=60,
+    policy="layer",
+    methods=("FF", "SFF", "mlp(256, 4)", "BP", "deep supervision, mlp(256, 4)"),
+    trials=4,
+    trial_epochs=2,
+    patience=5,
+    stop=60,
+    flip=False,
+    shift=False,
+    channels=1,
+    scale="unit",
+    held_out=1 / 12,
+    recipes=(("FF", Recipe("SGD", lr=1e-3, weight_decay=3e-4, cooldown=True)),),
+)
+FAMILY = {
+    "family-mnist-ff": MNIST,
+}
+
+EXPERIMENTS = {**TABLE2, **TABLE3, **MOMENTUM, **TABLE4, **OTHER_HEADS, **BLOCKS, **FAMILY}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
+from sffx.objectives import ForwardForward
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
 from tools.reproduce.networks import classifier_of
@@ -106,4 +107,6 @@ METHODS = {
     "mlp(256, 4)": _with_head("mlp(256, 4)"),
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
+    "FF": Method(options={"objective": "ff"}),
+    "FF, spatial labels": Method(options={"objective": ForwardForward(labels="waves")}),
 }

@@ -11,6 +11,8 @@ from torch import nn
 from torchvision.models import get_model, mobilenet_v3_large, mobilenet_v3_small, resnet18
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from sffx.learning.norms import LengthNorm
+
 WIDTHS = (20, 40, 80, 80)
 
 # Larger images go through the network's own stem.
@@ -76,6 +78,28 @@ class _NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 4, blocks, stride, dilate)
 
 
+class Perceptron(nn.Sequential):
+    """Linear layers with ReLU, behind an input at unit mean square, as Forward-Forward has them.
+
+    Takes (B, 1, H, W) and returns (B, J).
+    """
+
+    def __init__(self, num_classes: int, size: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.norm = LengthNorm()
+        for i, (before, after) in enumerate(pairwise((size**2, *widths))):
+            self.add_module(f"layer{i}", nn.Sequential(nn.Linear(before, after), nn.ReLU()))
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+
+def _perceptron(*widths: int) -> Callable[[int, int], nn.Module]:
+    def make(num_classes: int, size: int) -> nn.Module:
+        return Perceptron(num_classes, size, widths)
+
+    return make
+
+
 def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
     """Return a ResNet18 with a quarter of the channels, a stem of stride 1, and no pool.
 
@@ -107,6 +131,9 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "ResNet18/4": narrow_resnet18,
     "MobileNetV3-large": _mobilenet_large,
     "MobileNetV3-small": _mobilenet_small,
+    "MLP 3 x 1000": _perceptron(1000, 1000, 1000),
+    "MLP 2 x 2000": _perceptron(2000, 2000),
+    "MLP 2 x 500": _perceptron(500, 500),
 }
 
 
@@ -157,5 +184,5 @@ def classifier_of(model: nn.Module) -> nn.Module:
     return model.fc if hasattr(model, "fc") else model.classifier
 
 
-def example(size: int) -> torch.Tensor:
-    return torch.zeros(1, 3, size, size)
+def example(size: int, channels: int = 3) -> torch.Tensor:
+    return torch.zeros(1, channels, size, size)

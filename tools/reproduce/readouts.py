@@ -15,7 +15,7 @@ def accuracy(scores: Tensor, y: Tensor) -> float:
     return float((scores.argmax(1) == y).float().mean())
 
 
-def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]:
+def readouts(scores: Tensor, validation: Tensor, y: Tensor, skips: int = 0) -> dict[str, Tensor]:
     """Return each readout's scores, (N, J), by its name.
 
     Args:
@@ -23,6 +23,7 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
         validation: the same for the validation images, (K, V, J). They give the weights of
             "weighted".
         y: class indices of the validation images, (V,).
+        skips: how many of the first blocks the ensemble leaves out.
     """
     if len(scores) == 1:
         return {"classifier": scores[0]}
@@ -30,20 +31,21 @@ def readouts(scores: Tensor, validation: Tensor, y: Tensor) -> dict[str, Tensor]
     log_shares = validation[:-1].log_softmax(2)
     weights = mixture_weights(log_shares[:, torch.arange(len(y)), y]).tolist()
     return {
-        **every_mode(scores, weights),
+        **every_mode(scores, weights, skips=skips),
         "mean of softmax": blocks.softmax(2).mean(0),
         "all and classifier": scores.softmax(2).mean(0),
     }
 
 
-def judged(scores: Tensor, readout: str) -> Tensor:
+def judged(scores: Tensor, readout: str, skips: int = 0) -> Tensor:
     """Return the scores, (N, J), by which a method is judged.
 
     Args:
         scores: of all blocks, (K, N, J).
-        readout: "ensemble" or "classifier".
+        readout: "ensemble", "last" or "classifier".
+        skips: as for `readouts`.
     """
-    return READOUTS[readout](scores)
+    return READOUTS[readout](scores, skips=skips)
 
 
 def block_losses(scores: Tensor, y: Tensor) -> list[float]:

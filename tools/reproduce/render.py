@@ -88,8 +88,9 @@ def description(name: str, methods: Methods) -> str:
     if config["settings"] is not None:
         searched_elsewhere = f" in {config['settings']}"
     trials = f"{config['trials']} tried for {config['trial_epochs']} epochs"
+    held_out = config.get("held_out", 0.2)
     return (
-        f"{config['network']}, {config['data']}, {samples} (80/20 training and validation), "
+        f"{config['network']}, {config['data']}, {samples} ({held_out:.0%} of them validate), "
         f"{size}, policy `{config['policy']}`, batch {config['batch']}, "
         f"at most {config['epochs']} epochs ({patience}){momentum}{pretrained}. "
         "Learning rates of features and classifier, and weight decay, of "

@@ -57,11 +57,21 @@ class Run:
         self.split = split
         self.net = self._network(weights).to(memory_format=torch.channels_last)
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
-        self.optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay)
+        self.recipe = experiment.recipe(name)
+        self.optimizer = self._optimizer(groups)
+        self.first_rates = [group["lr"] for group in groups]
         self.names = [group["name"] for group in groups]
         self.plateau = sffx.BlockPlateau(self.optimizer, patience=experiment.patience)
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1, "state": None}
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        rates = {"lr": self.setting.lr, "weight_decay": self.setting.weight_decay}
+        name = "AdamW" if self.recipe is None else self.recipe.optimizer
+        if name == "SGD":
+            assert self.recipe is not None
+            return torch.optim.SGD(groups, momentum=self.recipe.momentum, **rates)
+        return {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[name](groups, **rates)
 
     def _network(self, weights: Mapping[str, Tensor] | None) -> nn.Module:
         experiment = self.experiment
@@ -69,7 +79,14 @@ class Run:
         model = build(experiment.network, classes, experiment.size, experiment.momentum)
         if weights is not None:
             transfer(model, weights)
-        return self.method.prepare(model, experiment.policy, example(experiment.size))
+        shape = example(experiment.size, experiment.channels)
+        return self.method.prepare(model, experiment.policy, shape)
+
+    @property
+    def skips(self) -> int:
+        """How many of the first blocks the ensemble leaves out."""
+        plan = getattr(self.net, "plan", None)
+        return 0 if plan is None else plan.objective.skips
 
     def train(
         self,
@@ -109,14 +126,16 @@ class Run:
     def _epoch(self) -> float:
         """Train and validate for one epoch, and return the validation accuracy."""
         epoch = len(self.curve)
+        self._cool_down(epoch)
         start = time.perf_counter()
         train_loss = self._train_epoch(epoch)
         seconds = time.perf_counter() - start
         labels = self.split.validation.y
         scores = self.scores(self.split.validation)
         losses = block_losses(scores, labels)
-        self.plateau.step(self._loss_of_groups(losses))
-        validation = accuracy(judged(scores, self.method.readout), labels)
+        if self.recipe is None:
+            self.plateau.step(self._loss_of_groups(losses))
+        validation = accuracy(judged(scores, self.method.readout, self.skips), labels)
         if validation > self.best["accuracy"]:
             state = copy.deepcopy(self.net.state_dict())
             self.best = {"accuracy": validation, "epoch": epoch, "state": state}
@@ -132,6 +151,14 @@ class Run:
         )
         return validation
 
+    def _cool_down(self, epoch: int) -> None:
+        """Lower the learning rates of a recipe that says so, linearly in the second half."""
+        if self.recipe is None or not self.recipe.cooldown:
+            return
+        left = 2 * (self.experiment.epochs - epoch) / self.experiment.epochs
+        for group, first in zip(self.optimizer.param_groups, self.first_rates, strict=True):
+            group["lr"] = first * min(left, 1)
+
     def _train_epoch(self, epoch: int) -> float:
         """Train on all images once, and return the mean loss."""
         self.net.train()
@@ -139,7 +166,11 @@ class Run:
         seen = 0
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         batches = shuffled(
-            self.split.train, self.experiment.batch, generator, flip=self.experiment.flip
+            self.split.train,
+            self.experiment.batch,
+            generator,
+            flip=self.experiment.flip,
+            shift=self.experiment.shift,
         )
         for x, y in batches:
             self.optimizer.zero_grad()
@@ -174,8 +205,8 @@ class Run:
         test = self.scores(self.split.test)
         validation_labels = self.split.validation.y
         test_labels = self.split.test.y
-        on_validation = readouts(validation, validation, validation_labels)
-        on_test = readouts(test, validation, validation_labels)
+        on_validation = readouts(validation, validation, validation_labels, self.skips)
+        on_test = readouts(test, validation, validation_labels, self.skips)
         return {
             "setting": asdict(self.setting),
             "seed": self.seed,

@@ -13,7 +13,7 @@ from torch import nn
 import sffx
 from tools.reproduce import __main__ as command
 from tools.reproduce.data import Images, Split, load, split
-from tools.reproduce.experiments import EXPERIMENTS, Experiment
+from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
 from tools.reproduce.readouts import readouts
@@ -115,10 +115,30 @@ def test_groups_of_backpropagation_part_the_classifier_from_the_features():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_take_small_images_and_are_cut(name):
+    is_perceptron = name.startswith("MLP")
+    shape = example(32, channels=1 if is_perceptron else 3)
+    policy = "layer" if is_perceptron or "CNN" in name else "residual"
     model = build(name, 7, 32, momentum=0.5)
-    assert model.eval()(example(32)).shape == (1, 7)
+    assert model.eval()(shape).shape == (1, 7)
     assert all(m.momentum == 0.5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert len(sffx.plan(model, "residual" if "CNN" not in name else "layer", example(32))) >= 4
+    assert len(sffx.plan(model, policy, shape)) >= (2 if is_perceptron else 4)
+
+
+def test_unit_images_lie_between_zero_and_one():
+    parts = split(images(24, 0), images(20, 1), None, 0, held_out=1 / 12, scale="unit")
+    assert (len(parts.train), len(parts.validation)) == (22, 2)
+    torch.testing.assert_close(parts.scaled(parts.test.x), parts.test.x / 255)
+
+
+def test_a_recipe_is_not_searched_for_and_cools_down(tmp_path):
+    recipe = Recipe("SGD", lr=0.1, weight_decay=0.01, cooldown=True)
+    experiment = replace(SMALL, epochs=4, recipes=(("SFF", recipe),))
+    setting = command.find_setting("no search", experiment, "SFF", None)
+    run = Run(experiment, "SFF", setting, 0, small_split())
+    assert isinstance(run.optimizer, torch.optim.SGD)
+    run.train(4)
+    rates = [epoch["lr"][0] for epoch in run.curve]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05])
 
 
 def test_split_parts_by_seed_without_overlap():

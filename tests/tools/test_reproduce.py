@@ -131,14 +131,14 @@ def test_unit_images_lie_between_zero_and_one():
 
 
 def test_a_recipe_is_not_searched_for_and_cools_down(tmp_path):
-    recipe = Recipe("SGD", lr=0.1, weight_decay=0.01, cooldown=True)
+    recipe = Recipe("SGD", lr=1e-3, weight_decay=0.01, cooldown=True)
     experiment = replace(SMALL, epochs=4, recipes=(("SFF", recipe),))
     setting = command.find_setting("no search", experiment, "SFF", None)
     run = Run(experiment, "SFF", setting, 0, small_split())
     assert isinstance(run.optimizer, torch.optim.SGD)
     run.train(4)
     rates = [epoch["lr"][0] for epoch in run.curve]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
 
 
 def test_split_parts_by_seed_without_overlap():

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sffx.runtime.pipeline import Pipeline
     from sffx.runtime.randomness import block_seeds
     from sffx.runtime.replicate import replicate
+    from sffx.runtime.schedule import BlockSchedule
     from sffx.runtime.shard import shard
     from sffx.runtime.step import LocalLoss, block_losses, local_loss, local_step
     from sffx.runtime.weigh import weigh
@@ -50,6 +51,7 @@ __all__ = [
     "Block",
     "BlockPlan",
     "BlockPlateau",
+    "BlockSchedule",
     "CheckError",
     "CheckReport",
     "Checkpoint",
@@ -109,6 +111,7 @@ _MODULE_OF = {
     "Block": "sffx.blocks",
     "BlockPlan": "sffx.blocks",
     "BlockPlateau": "sffx.runtime.optimizers",
+    "BlockSchedule": "sffx.runtime.schedule",
     "CheckError": "sffx.errors",
     "CheckReport": "sffx.comparison.report",
     "Checkpoint": "sffx.checkpoint",

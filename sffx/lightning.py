@@ -7,7 +7,7 @@ precision and DDP are the Trainer's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+from sffx.runtime.schedule import BlockSchedule
 from sffx.runtime.step import local_loss
 from sffx.tasks import CLASSIFICATION, Sums, Task
 
@@ -32,6 +33,7 @@ except ImportError as cause:
 _SHORT = {"accuracy": "acc"}  # names of metrics in the log
 
 PLATEAU_KEY = "sffx_plateau"  # the entry of a checkpoint with the state of a `BlockPlateau`
+SCHEDULE_KEY = "sffx_schedule"  # the entry of a checkpoint with the state of a `BlockSchedule`
 
 
 class _Predictor(LightningModule):
@@ -72,6 +74,10 @@ class _Predictor(LightningModule):
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the scores of a batch, (B, J), by the name of the readout."""
         raise NotImplementedError
+
+    def learning(self) -> Collection[str] | None:
+        """Return the names of the blocks that learn in the present epoch, None for all."""
+        return None
 
     def without_padding(self, x: Any, y: Tensor) -> Tensor:
         """Return targets that leave out the padding of an input."""
@@ -139,7 +145,7 @@ class _Predictor(LightningModule):
             metrics = self.trainer.callback_metrics
             names = self.plateau.schedulers
             losses = {name: float(metrics[self._key("val_loss", name)]) for name in names}
-            self.plateau.step(losses)
+            self.plateau.step(losses, self.learning())
         rates = {}
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
@@ -239,6 +245,10 @@ class SFFModule(_Predictor):
         plateau: options of `sffx.BlockPlateau` (`factor`, `patience`, ...), by which each block's
             own validation loss lowers that block's learning rate. None keeps the learning rates.
         loss_fn: the blocks' training losses, as `sffx.sff_loss` takes them; cross-entropy if None.
+        schedule: the epochs in which each block learns; every block learns in every epoch if None.
+            Checkpoints hold it, and a resumed run goes on by the one of its checkpoint. Train for
+            `Trainer(max_epochs=schedule.epochs)`; with DDP by the strategy
+            "ddp_find_unused_parameters_true".
 
     Raises:
         InputError: `net` is no cut model.
@@ -255,6 +265,7 @@ class SFFModule(_Predictor):
         weight_decay: float = 0.01,
         plateau: Mapping[str, Any] | None = None,
         loss_fn: LossFunctions | None = None,
+        schedule: BlockSchedule | None = None,
     ) -> None:
         plan = plan_of(net)  # raises if it is no cut model
         super().__init__(net, weight_decay, plateau)
@@ -262,7 +273,8 @@ class SFFModule(_Predictor):
         self.lr = lr
         self.classifier_lr = classifier_lr
         self.loss_fn = loss_fn
-        self.save_hyperparameters(ignore=["net", "loss_fn"])
+        self.schedule = schedule
+        self.save_hyperparameters(ignore=["net", "loss_fn", "schedule"])
 
     def groups(self) -> list[dict[str, Any]]:
         """Return a parameter group for each block, as `sffx.parameter_groups` makes them."""
@@ -270,7 +282,38 @@ class SFFModule(_Predictor):
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the local loss of a batch, which holds the activations of one block at a time."""
-        return local_loss(self.net, x, y, self.loss_fn)
+        return local_loss(self.net, x, y, self.loss_fn, blocks=self.learning())
+
+    def learning(self) -> Collection[str] | None:
+        """Return the names of the blocks that learn in the present epoch, None for all.
+
+        Raises:
+            InputError: the schedule has ended.
+        """
+        if self.schedule is None:
+            return None
+        return self.schedule.learning(self.current_epoch)
+
+    def on_fit_start(self) -> None:
+        """Raise an InputError if the Trainer has more epochs than the schedule."""
+        planned = self.trainer.max_epochs
+        if self.schedule is not None and planned is not None and planned > self.schedule.epochs:
+            raise InputError(
+                f"the Trainer has max_epochs={planned}, but the schedule has "
+                f"{self.schedule.epochs} epochs. Hint: Trainer(max_epochs=schedule.epochs)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the schedule as well."""
+        super().on_save_checkpoint(checkpoint)
+        if self.schedule is not None:
+            checkpoint[SCHEDULE_KEY] = self.schedule.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the schedule from the checkpoint as well."""
+        super().on_load_checkpoint(checkpoint)
+        if SCHEDULE_KEY in checkpoint:
+            self.schedule = BlockSchedule(self.net, checkpoint[SCHEDULE_KEY])
 
     def without_padding(self, x: Any, y: Tensor) -> Tensor:
         """Return targets that leave out the tokens that the net's attention mask marks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -91,10 +91,16 @@ class BlockPlateau:
                     "Hint: they are those of torch.optim.lr_scheduler.ReduceLROnPlateau"
                 ) from error
 
-    def step(self, losses: Mapping[str, float]) -> None:
+    def step(self, losses: Mapping[str, float], blocks: Collection[str] | None = None) -> None:
         """Take the validation loss of each block by its name, as `Evaluation.loss` has it.
 
         Other names are passed over.
+
+        Args:
+            losses: by the names of the groups.
+            blocks: names of the groups that take a step, all if None: those of the blocks that
+                learnt, as `BlockSchedule.learning` returns them. The loss of a frozen block does
+                not fall, which says nothing about its learning rate.
 
         Raises:
             InputError: the loss of a group is missing.
@@ -111,6 +117,8 @@ class BlockPlateau:
                 "Hint: pass evaluate(...).loss"
             )
         for name, groups in _by_name(self.optimizer).items():
+            if blocks is not None and name not in blocks:
+                continue
             scheduler = self.schedulers[name]
             # Loading a state dict into the optimizer replaces its groups.
             scheduler.optimizer.param_groups = groups

@@ -150,6 +150,46 @@ class Pairs(nn.Module):
         return self.out(torch.cat((x, y), -1).mean(1))
 
 
+class Siamese(nn.Module):
+    """Runs the same layers on two images, (B, 3, 16, 16), and compares what they see."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        first, second = twice(3, 4), twice(4, 8)
+        dropped = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.encoder = nn.Sequential(first, nn.MaxPool2d(2), dropped[0], second, dropped[1])
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        both = [self.encoder(image).mean((2, 3)) for image in (one, two)]
+        return self.head(torch.cat(both, 1))
+
+
+class Spiking(nn.Module):
+    """Runs its layers at each of three steps in time; the neurons keep a potential: on (B, 6).
+
+    Args:
+        feeds_back: whether the last layer feeds the first one in the next step.
+    """
+
+    def __init__(self, feeds_back: bool = False, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)])
+        self.head = nn.Linear(6, classes)
+        self.feeds_back = feeds_back
+
+    def forward(self, x: Tensor) -> Tensor:
+        potentials: list[Any] = [0.0] * len(self.layers)
+        value = total = x * 0
+        for _ in range(3):
+            value = x + value if self.feeds_back else x
+            for i, layer in enumerate(self.layers):
+                potentials[i] = 0.5 * potentials[i] + layer(value)
+                value = torch.sigmoid(4 * potentials[i] - 2)
+            total = total + value
+        return self.head(total)
+
+
 class StreamProgram(nn.Module):
     """Runs instructions on several streams of one shape, (B, 4, 4, 4).
 

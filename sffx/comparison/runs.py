@@ -7,16 +7,18 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sffx.blocks import BlockPlan
 from sffx.comparison.trunk import Trunk
+from sffx.compiler.partition import DRAWS_IN_ANOTHER_ORDER
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.plain import logits_of
 
@@ -76,7 +78,8 @@ def run_model(model: nn.Module, run: Run, plan: BlockPlan) -> Outcome:
         return logits_of(model(*args, **kwargs), plan)
 
     named = dict(model.named_parameters(remove_duplicate=False))
-    return _outcome(model, run, call, named)
+    with _draws_compared(plan):
+        return _outcome(model, run, call, named)
 
 
 def run_trunk(trunk: Trunk, run: Run) -> Outcome:
@@ -86,7 +89,22 @@ def run_trunk(trunk: Trunk, run: Run) -> Outcome:
     for name, tensors in trunk.state().items():
         if isinstance(tensors[0], nn.Parameter):
             named[name] = tensors[0]
-    return _outcome(trunk, run, lambda: trunk(values), named)
+    with _draws_compared(trunk.plan):
+        return _outcome(trunk, run, lambda: trunk(values), named)
+
+
+def _draws_compared(plan: BlockPlan) -> AbstractContextManager[Any]:
+    """Return a context in which the order of draws does not matter, where the blocks change it."""
+    return _EqualDraws() if DRAWS_IN_ANOTHER_ORDER in plan.notes else nullcontext()
+
+
+class _EqualDraws(TorchDispatchMode):
+    """Lets each operation draw the same random numbers, whatever was drawn before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            seed()
+        return func(*args, **(kwargs or {}))
 
 
 def copied(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ class Cost:
     Attributes:
         macs: multiply-adds.
         saved: bytes that autograd keeps for the backward pass, by storage.
+        draws: whether it draws random numbers of torch.
     """
 
     macs: int = 0
     saved: dict[int, int] = field(default_factory=dict)
+    draws: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError, in_brief
 from sffx.parts import CLASSIFIER, block_name
 
+DRAWS_IN_ANOTHER_ORDER = (
+    "each block runs its layers for all streams, so that dropout and the like draw other random "
+    "numbers than in the model"
+)
+
 
 def partition(
     analysis: Analysis,
@@ -55,6 +60,7 @@ def partition(
     classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
     notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
+    notes += _order_notes(analysis, members)
     notes += _padding_notes(analysis, blocks)
     notes += _instance_notes(blocks)
     notes += options.objective.notes()
@@ -302,6 +308,14 @@ def _shared_notes(analysis: Analysis) -> list[str]:
         return []
     shared = in_brief(analysis.shared, 3)
     return [f"no cut can lie between uses of {shared}: what learns belongs to one block"]
+
+
+def _order_notes(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
+    """Return a note where the blocks draw random numbers in another order than the model."""
+    drawing = []
+    for nodes in members:
+        drawing += [node.name for node in nodes if facts(node).cost.draws]
+    return [DRAWS_IN_ANOTHER_ORDER] if drawing != analysis.flow.in_order(drawing) else []
 
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:

@@ -12,23 +12,30 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
 layers and holds more than half of the model. A gate stays with what it gates.
+
+Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
+step in time. All uses of a layer belong to one block, so the model is cut across all streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import networkx as nx
 from torch import Tensor, nn
 from torch.fx import Node
 
+from sffx.compiler.dataflow import SOURCE
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import scopes
 from sffx.tensors import storage_key
 
 if TYPE_CHECKING:
     from sffx.compiler.analyse import Analysis, Step
+    from sffx.compiler.dataflow import Dataflow
 
 LARGE = 1 / 3  # share of the parameters or of the kept activations
 LARGE_UNIT = 1 / 2
@@ -204,6 +211,8 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     parts = _parts(analysis, names, step.scope, sizes)
     if len(parts) < 2:
         return []
+    if any(_is_used_again(analysis, part) for part in parts):
+        return _places_across_uses(analysis, step, parts)
     position = {name: i for i, name in enumerate(names)}
     # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
@@ -231,6 +240,49 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
         if is_open and i not in covered and values is not None:
             places[-1].append(values)
     return [place for place in places if place]
+
+
+def _is_used_again(analysis: Analysis, part: _Part) -> bool:
+    """Return whether a part calls one of its layers several times."""
+    called = []
+    for name in part.nodes:
+        node = analysis.nodes[name]
+        if node.op == "call_module" and analysis.is_weighted(node):
+            called.append(node.target)
+    return len(set(called)) < len(called)
+
+
+def _places_across_uses(analysis: Analysis, step: Step, parts: list[_Part]) -> list[list[CutSet]]:
+    """Return for each part the cut sets between all its uses and all uses of the next part.
+
+    There are none where a use of the part reads what the next part has computed, as in a recurrent
+    net: each cut set would have a use of the next part before it.
+    """
+    flow = analysis.flow
+    crossing = _Crossing(analysis, step)
+    places: list[list[CutSet]] = []
+    inside: set[str] = set()
+    for part, following in pairwise(parts):
+        inside = inside | flow.before(part.nodes)
+        until = inside | flow.before(_read_by_first_uses(flow, following))
+        found = []
+        for nodes in (inside, until):
+            values = crossing.behind(nodes) if nodes.isdisjoint(following.nodes) else None
+            if values is not None:
+                found.append(values)
+        if found:
+            places.append(found)
+    return places
+
+
+def _read_by_first_uses(flow: Dataflow, part: _Part) -> set[str]:
+    """Return what a part reads and is computed without the part."""
+    read: set[str] = set()
+    computed: set[str] = set()
+    for name in part.nodes:
+        read.update(flow.paths.predecessors(name))
+        computed |= {name, *nx.descendants(flow.paths, name)}
+    return read - computed - {SOURCE}
 
 
 def _has_weight_before(analysis: Analysis, step: Step) -> bool:
@@ -267,6 +319,21 @@ class _Crossing:
     def after(self, name: str) -> CutSet | None:
         """Return the values that cross a cut after a node; None if no cut set may lie there."""
         self._pass(name)
+        later = self._flow.in_order([name, *self._late_writes])
+        return self._cut_set(later[later.index(name) + 1 :])
+
+    def behind(self, inside: set[str]) -> CutSet | None:
+        """Return the values that cross a cut behind a set of nodes; None if none may lie there.
+
+        Args:
+            inside: nodes on paths, with all nodes on paths that lead to them.
+        """
+        self._unread = {}
+        for name in self._flow.crossing(inside):
+            self._unread[name] = self._flow.readers(name) - inside
+        return self._cut_set([writer for writer in self._late_writes if writer not in inside])
+
+    def _cut_set(self, later_writers: list[str]) -> CutSet | None:
         values = list(self._unread)
         if not 0 < len(values) <= MOST_VALUES:
             return None
@@ -274,7 +341,7 @@ class _Crossing:
             return None
         if any(self._is_gate_or_gated(each) for each in values):
             return None
-        if self._is_written_later(values, name):
+        if self._is_written_later(values, later_writers):
             return None
         return frozenset(values)
 
@@ -311,17 +378,14 @@ class _Crossing:
     def _is_layer(self, name: str) -> bool:
         return bool(self._flow.graph.nodes[name]["learned"])
 
-    def _is_written_later(self, values: list[str], name: str) -> bool:
-        """Return whether a value is written in place after a node, and then read by another name.
+    def _is_written_later(self, values: list[str], later_writers: list[str]) -> bool:
+        """Return whether a value is written in place later, and then read by another name.
 
         Such a write cannot be kept from a value that crosses a cut.
         """
         memories = {storage_key(facts(self._analysis.nodes[each]).example) for each in values}
-        later = self._flow.in_order([name, *self._late_writes])
-        for writer in later[later.index(name) + 1 :]:
-            if memories & self._late_writes.get(writer, set()):
-                return True
-        return False
+        written = [self._late_writes.get(writer, set()) for writer in later_writers]
+        return any(memories & each for each in written)
 
 
 def _late_writes(analysis: Analysis) -> dict[str, set[int]]:

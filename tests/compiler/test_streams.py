@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.errors import CutError
 from sffx.learning.heads import StreamHeads
-from tests.stream_models import HRNet, Pairs, TwoStreams, UNet
+from tests.stream_models import HRNet, Pairs, Siamese, Spiking, TwoStreams, UNet
 from tests.toys import Residual
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -62,6 +62,38 @@ def test_each_of_two_branches_has_blocks_of_its_own():
 def test_two_streams_that_go_on_as_a_pair():
     plan = sffx.plan(Pairs(), example_input=torch.zeros(1, 6, 3))
     assert names(plan) == ["inp", "pairs.0", "pairs.1", "pairs.2"]
+
+
+def test_a_siamese_net_is_cut_across_both_images():
+    images = {"one": torch.zeros(3, 3, 16, 16), "two": torch.zeros(3, 3, 16, 16)}
+    plan = sffx.plan(Siamese(), example_input=images)
+    layers = ("encoder.0.0", "encoder.0.1", "encoder.0.2")
+    assert plan.blocks[0].modules == 2 * layers
+    assert [len(block.scored) for block in plan] == [2, 2, 2, 1]
+    assert any("other random numbers" in note for note in plan.notes)
+
+
+def test_a_spiking_net_is_cut_across_all_steps_in_time():
+    plan = sffx.plan(Spiking(), example_input=torch.zeros(3, 6))
+    assert names(plan) == ["layers.0", "layers.1", "layers.2"]
+    assert [len(block.outputs) for block in plan] == [3, 3, 1]
+
+
+def test_a_loop_over_all_layers_is_not_cut():
+    plan = sffx.plan(Spiking(feeds_back=True), example_input=torch.zeros(3, 6))
+    assert names(plan) == ["layers.0 … layers.2"]
+    assert any("uses of layers.0" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("make", [Siamese, Spiking])
+def test_streams_that_share_layers_compute_what_the_model_computes(make):
+    shapes = [(3, 3, 16, 16)] * 2 if make is Siamese else [(3, 6)]
+    example = tuple(torch.randn(shape) for shape in shapes)
+    model = make()
+    net = sffx.transform(model, example_input=example, check=False)
+    report = sffx.check(model, net, example, raises=False)
+    assert report.difference is None
+    assert "train mode, 4 samples" in report.errors
 
 
 def test_single_values_are_preferred():

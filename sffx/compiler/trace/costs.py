@@ -16,7 +16,10 @@ from sffx.tensors import storage_key
 
 
 class CountMacs(TorchDispatchMode):
-    """Adds the multiply-adds of every operation to a cost, by the formulas of torch's counter."""
+    """Adds the multiply-adds of every operation to a cost, by the formulas of torch's counter.
+
+    It also notes whether an operation draws random numbers.
+    """
 
     def __init__(self, cost: Cost) -> None:
         super().__init__()
@@ -25,6 +28,8 @@ class CountMacs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         result = func(*args, **named)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.cost.draws = True
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             # torch counts a multiply-add as two operations.

@@ -75,7 +75,9 @@ def telling_weights(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dic
     before = state_of(model)
     changed = {}
     for name, tensor in state_of(twin).items():
-        if name in before and not same(tensor, before[name]):
+        # A buffer that holds a state of each sample has the shape of the last batch.
+        has_shape = name in before and tensor.shape == before[name].shape
+        if has_shape and not same(tensor, before[name]):
             changed[name] = tensor.detach()
     return changed
 

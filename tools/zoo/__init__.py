@@ -22,7 +22,7 @@ A model with a record is skipped. A model is verified when all of this holds (`v
 
 A verified model is *well cut* if no block and no leaf holds more than a third of the parameters. A
 single layer that holds more than a third by itself does not count, since no cut can divide it. Nor
-does a single residual block, with one join.
+does a single residual block, with one join where its layers run once.
 
 A model is *refused* if the error is one of sffx, with a hint. Everything else is *wrong*: another
 error, an error without a hint, a difference, the end of the process, no answer in time.

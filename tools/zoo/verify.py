@@ -76,7 +76,8 @@ def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     """Return each block and each leaf with more than a third of the parameters, and its share.
 
     A block is passed over where a single layer holds more than a third, or if it is a single
-    residual block with one join, since no cut divides these.
+    residual block, since no cut divides these. Such a block has one sum or concatenation of paths
+    with layers; where its layers run several times, one for each.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(sizes.values())
@@ -86,13 +87,23 @@ def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
         for name in block.parameters:
             layers[name.rpartition(".")[0]] += sizes.get(name, 0)
         largest = max(layers.values(), default=0)
-        is_single = largest > total / 3 or len(block.joins) == 1
+        is_single = largest > total / 3 or _is_one_residual_block(block)
         if block.num_parameters > total / 3 and not is_single:
             poor.append(f"{block.target} ({block.name}): {block.num_parameters / total:.0%}")
     for leaf in plan.leaves:
         if leaf.share > 1 / 3:
             poor.append(f"leaf {leaf.qualname} ({leaf.kind}): {leaf.share:.0%}")
     return poor
+
+
+def _is_one_residual_block(block: sffx.Block) -> bool:
+    joins = []
+    for node in block.joins:
+        if node.join in ("sum", "cat") and max(node.paths) > 0:
+            joins.append(node)
+    owners = {name.rpartition(".")[0] for name in block.parameters}
+    uses = Counter(name for name in block.modules if name in owners)
+    return 0 < len(joins) <= max(uses.values(), default=1)
 
 
 def _call_arguments(inputs: Inputs) -> Any:
@@ -124,9 +135,20 @@ def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None
     is_noted = difference is not None and difference.only_elsewhere and _notes_sizes(net)
     if difference is not None and not is_noted:
         raise Unverified(str(difference))
-    for name, reason in report.skipped.items():
-        if name.startswith("values"):
-            raise Unverified(f"vacuous: {name}: {reason}")
+    _require_telling(report)
+
+
+def _require_telling(report: sffx.CheckReport) -> None:
+    """Check that in each mode a comparison had outputs that differ between samples.
+
+    A spiking network may be silent at another size.
+    """
+    for mode in ("train mode", "eval mode"):
+        runs = [name for name in report.errors if name.startswith(mode)]
+        empty = [name for name in runs if f"values in {name}" in report.skipped]
+        if runs and len(empty) == len(runs):
+            reason = report.skipped[f"values in {empty[0]}"]
+            raise Unverified(f"vacuous: values in {empty[0]}: {reason}")
 
 
 def _notes_sizes(net: fx.GraphModule) -> bool:

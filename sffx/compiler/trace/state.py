@@ -20,7 +20,7 @@ _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
 
 # What every module has: its tensors and children, hooks and the like.
-_OWN = frozenset(vars(nn.Module()))
+OWN = frozenset(vars(nn.Module()))
 
 
 class Attributes:
@@ -38,6 +38,10 @@ class Attributes:
         for module in probe.modules():
             self._before.append((module, _attributes(module)))
         self.numbers = _numbers(probe)
+
+    def of_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Return each module with its attributes before the forward ran."""
+        return self._before
 
     def buffers_of(self, module: nn.Module) -> Mapping[str, Any]:
         """Return the buffers that a module had."""
@@ -138,7 +142,7 @@ def _made(probe: nn.Module, before: Attributes) -> _Made:
     made: _Made = {}
     for module, attributes in before._before:
         for name, value in vars(module).items():
-            if name in _OWN:
+            if name in OWN:
                 continue
             earlier = {id(leaf) for leaf in tree_leaves(attributes.get(name))}
             for leaf in _leaves(value):
@@ -184,7 +188,7 @@ def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
                 attributes.update(vars(kind))
         own = {}
         for name, value in attributes.items():
-            if name not in _OWN and not name.startswith("__"):
+            if name not in OWN and not name.startswith("__"):
                 own[name] = _counted(value, known)
         numbers[module] = own
     return numbers

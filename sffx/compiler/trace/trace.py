@@ -29,6 +29,7 @@ from sffx.compiler.trace.attempts import trace_until_it_works
 from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import add_flag, is_flag
 from sffx.compiler.trace.inputs import input_records
+from sffx.compiler.trace.kept_state import set_outside
 from sffx.compiler.trace.leaves import add_leaves, leaf_records
 from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.outputs import Wanted
@@ -114,10 +115,11 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     run = torch.no_grad()(partial(call, probe, form, values))
     kept = kept_tensors(probe, run, attributes)
     _make_leaves_of_counters(probe, run, attributes, leaves, kept.carried)
+    opened = set_outside(probe, run, attributes)
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
-        return GuidedTracer(runner, leaves, wanted)
+        return GuidedTracer(runner, leaves, wanted, opened)
 
     def make_tracer(training: bool) -> GuidedTracer:
         return tracer_on(values, training)

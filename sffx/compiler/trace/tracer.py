@@ -44,6 +44,7 @@ class GuidedTracer(fx.Tracer):
     Attributes:
         leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
         constants: that the forward makes.
+        opened: modules that can be no leaves, since an attribute is set while they do not run.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
@@ -55,12 +56,19 @@ class GuidedTracer(fx.Tracer):
         notes_on_task: whether it was inferred.
     """
 
-    def __init__(self, runner: NodeRunner, leaves: Mapping[str, str], wanted: Wanted) -> None:
+    def __init__(
+        self,
+        runner: NodeRunner,
+        leaves: Mapping[str, str],
+        wanted: Wanted,
+        opened: Mapping[nn.Module, str],
+    ) -> None:
         super().__init__()
         # fx takes a buffer for a constant. What is computed from it alone would be frozen, and
         # writes on it would be lost.
         self.proxy_buffer_attributes = True
         self.leaves = leaves
+        self.opened = opened
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.branched: set[str] = set()
@@ -78,7 +86,9 @@ class GuidedTracer(fx.Tracer):
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves or is_layer(m):
+        if module_qualified_name in self.leaves:
+            return True
+        if is_layer(m) and m not in self.opened:
             return True
         return isinstance(m, torch.jit.ScriptModule)
 
@@ -236,6 +246,8 @@ class GuidedTracer(fx.Tracer):
         qualname = self.path_of_module(m)
         is_leaf = self.is_leaf_module(m, qualname)
         call = functools.partial(super().call_module, m, forward, args, kwargs)
+        if is_leaf and m in self.opened:
+            raise RuntimeError(self._why_no_leaf(m, qualname))
         try:
             # A leaf runs with the generators restored. To compare their states for each leaf would
             # cost a tenth of the trace.
@@ -246,6 +258,12 @@ class GuidedTracer(fx.Tracer):
             if self.failed is None and not is_leaf and not has_no_code(m):
                 self.failed = qualname
             raise
+
+    def _why_no_leaf(self, m: nn.Module, qualname: str) -> str:
+        return (
+            f"the attribute {self.opened[m]!r} of {qualname}, a {type(m).__name__}, is set while "
+            f"it does not run, and it cannot be traced: {self.leaves[qualname]}"
+        )
 
     def call_by_class(
         self, call: Callable[..., Any], m: nn.Module, *args: Any, **kwargs: Any
@@ -265,6 +283,8 @@ class GuidedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
+            return attr_val
+        if isinstance(attr_val, fx.Proxy):  # the forward has assigned it, in the place of a buffer
             return attr_val
         if type(attr_val) is Tensor:  # the model's own are fake: its forward has registered it
             return attr_val

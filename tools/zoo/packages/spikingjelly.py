@@ -61,7 +61,12 @@ def _layers(*kinds: str, mode: str = "s", node: str = "IFNode") -> Model:
         from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
         def fire() -> nn.Module:
-            fired: nn.Module = getattr(neuron, node)(surrogate_function=surrogate.ATan())
+            # Neurons that leak would be silent at the ordinary threshold, in so few steps.
+            threshold = 1.0 if node == "IFNode" else 0.3
+            surrogate_function = surrogate.ATan()
+            fired: nn.Module = getattr(neuron, node)(
+                v_threshold=threshold, surrogate_function=surrogate_function
+            )
             return fired
 
         parts: list[nn.Module] = []

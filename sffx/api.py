@@ -163,6 +163,7 @@ def _fitting(plan: BlockPlan) -> BlockPlan:
             "arguments. Hint: a wrapper whose forward takes one tensor for each input"
         )
     objective.require(plan.inputs, plan.task, plan.num_classes)
+    objective.require_blocks(len(plan))
     return plan
 
 

@@ -124,6 +124,13 @@ class Objective:
             num_classes: J.
         """
 
+    def require_blocks(self, blocks: int) -> None:
+        """Raise an InputError if options that are given for each block do not fit.
+
+        Args:
+            blocks: K, the number of feature blocks.
+        """
+
     def notes(self) -> tuple[str, ...]:
         """Return remarks for the plan, one sentence each."""
         return ()

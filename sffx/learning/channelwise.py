@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +24,11 @@ class CwCGoodness(nn.Module):
         channels: C of the block's output.
         num_classes: J.
         channel_axis: axis of the channels in the batched output, as in `SFFGoodness`.
+        superclass_of: of each class, counted from 0. The channels are then split over the
+            superclasses, and a class has the goodness of its superclass. None for no superclasses.
 
     Raises:
-        InputError: there are fewer channels than classes.
+        InputError: there are fewer channels than classes, or than superclasses.
 
     Attributes:
         groups: (C, J); column j holds the weights of the mean over the channels of class j.
@@ -32,19 +36,29 @@ class CwCGoodness(nn.Module):
 
     groups: Tensor
 
-    def __init__(self, channels: int, num_classes: int, channel_axis: int = 1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        channel_axis: int = 1,
+        superclass_of: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        if num_classes > channels:
+        number = num_classes if superclass_of is None else max(superclass_of) + 1
+        if number > channels:
+            kind = "class" if superclass_of is None else "superclass"
             raise InputError(
-                f"CwC needs a channel for each class, but a block has {channels} channels for "
-                f"{num_classes} classes. Hint: use goodness='sff', or a policy whose blocks end "
+                f"CwC needs a channel for each {kind}, but a block has {channels} channels for "
+                f"{number} {kind}es. Hint: use goodness='sff', or a policy whose blocks end "
                 "with more channels"
             )
         self.channel_axis = channel_axis
-        groups = torch.arange(channels).tensor_split(num_classes)
+        groups = torch.arange(channels).tensor_split(number)
         sizes = torch.tensor([len(group) for group in groups])
-        class_of_channel = torch.arange(num_classes).repeat_interleave(sizes)
-        shares = F.one_hot(class_of_channel, num_classes) / sizes
+        class_of_channel = torch.arange(number).repeat_interleave(sizes)
+        shares = F.one_hot(class_of_channel, number) / sizes
+        if superclass_of is not None:
+            shares = shares[:, list(superclass_of)]
         self.register_buffer("groups", shares, persistent=False)
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -116,12 +116,23 @@ def test_groups_of_backpropagation_part_the_classifier_from_the_features():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_take_small_images_and_are_cut(name):
     is_perceptron = name.startswith("MLP")
-    shape = example(32, channels=1 if is_perceptron else 3)
+    shape = example(32, channels=1 if is_perceptron or "grey" in name else 3)
     policy = "layer" if is_perceptron or "CNN" in name else "residual"
-    model = build(name, 7, 32, momentum=0.5)
-    assert model.eval()(shape).shape == (1, 7)
+    classes = 10 if "CFSE" in name else 7  # they divide the channels
+    model = build(name, classes, 32, momentum=0.5)
+    assert model.eval()(shape).shape == (1, classes)
     assert all(m.momentum == 0.5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert len(sffx.plan(model, policy, shape)) >= (2 if is_perceptron else 4)
+
+
+def test_the_layers_of_cfse_extract_and_separate_in_turn():
+    model = build("CFSE", 100, 32)
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert [each.groups for each in convolutions] == [1, 20, 1, 20, 1, 100]
+    assert [each.out_channels for each in convolutions] == [60, 120, 240, 400, 800, 1600]
+    objective = sffx.objectives.CwC(superclasses=(20, 20, 20, 20))
+    plan = sffx.plan(model, "batchnorm", example(32), objective=objective, norm="none")
+    assert [block.name for block in plan] == [f"layer{i}" for i in range(6)]
 
 
 def test_unit_images_lie_between_zero_and_one():

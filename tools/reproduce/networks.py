@@ -100,6 +100,56 @@ def _perceptron(*widths: int) -> Callable[[int, int], nn.Module]:
     return make
 
 
+class CFSE(nn.Sequential):
+    """Blocks that extract and separate features by channel (arXiv 2312.12668, figure 1).
+
+    A layer is a 3 x 3 convolution, ReLU and BN, and every second layer has a pool before its BN.
+    Every second layer separates: its convolution has a group for each class, or superclass. The
+    layer before it extracts, and has one group. The classifier is the softmax layer of the paper.
+    Takes (B, C, H, W) and returns (B, J).
+
+    Args:
+        num_classes: J.
+        size: height and width of the images.
+        channels: C, of the images.
+        widths: channels of each layer, multiples of the number of classes from the second one on.
+        superclasses: how many each layer tells apart, J where None.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        size: int,
+        channels: int,
+        widths: tuple[int, ...] = (20, 80, 240, 480),
+        superclasses: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        separated = superclasses or (num_classes,) * len(widths)
+        for i, (before, after) in enumerate(pairwise((channels, *widths))):
+            separates = i % 2 == 1
+            groups = separated[i] if separates else 1
+            layers = [nn.Conv2d(before, after, 3, padding=1, groups=groups), nn.ReLU()]
+            if separates:
+                layers.append(nn.MaxPool2d(2))
+                size //= 2
+            layers.append(nn.BatchNorm2d(after, eps=1e-4))
+            self.add_module(f"layer{i}", nn.Sequential(*layers))
+        self.flatten = nn.Flatten()
+        self.classifier = nn.Linear(widths[-1] * size**2, num_classes)
+
+
+def _cfse(num_classes: int, size: int) -> nn.Module:
+    if num_classes != 100:
+        return CFSE(num_classes, size, channels=3)
+    widths = (60, 120, 240, 400, 800, 1600)
+    return CFSE(num_classes, size, 3, widths, (20, 20, 20, 20, 100, 100))
+
+
+def _grey_cfse(num_classes: int, size: int) -> nn.Module:
+    return CFSE(num_classes, size, channels=1)
+
+
 def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
     """Return a ResNet18 with a quarter of the channels, a stem of stride 1, and no pool.
 
@@ -131,6 +181,8 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "ResNet18/4": narrow_resnet18,
     "MobileNetV3-large": _mobilenet_large,
     "MobileNetV3-small": _mobilenet_small,
+    "CFSE": _cfse,
+    "CFSE, grey": _grey_cfse,
     "MLP 3 x 1000": _perceptron(1000, 1000, 1000),
     "MLP 2 x 2000": _perceptron(2000, 2000),
     "MLP 2 x 500": _perceptron(500, 500),

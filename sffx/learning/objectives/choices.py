@@ -1,0 +1,38 @@
+"""Checks of the options of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sffx.errors import InputError
+
+
+def require_choice(option: str, value: Any, known: Iterable[str]) -> None:
+    """Raise an InputError if an option is none of the names that it may have."""
+    if value not in known:
+        names = ", ".join(map(repr, known))
+        raise InputError(f"{option} is {value!r}. Hint: choose one of {names}")
+
+
+def require_positive(option: str, value: Any) -> None:
+    """Raise an InputError if an option is no number above 0."""
+    if not is_number(value) or not value > 0:
+        raise InputError(f"{option} is {value!r}. Hint: pass a positive number")
+
+
+def require_not_negative(option: str, value: Any) -> None:
+    """Raise an InputError if an option is no number, or one below 0."""
+    if not is_number(value) or not value >= 0:
+        raise InputError(f"{option} is {value!r}. Hint: pass a number, 0 or more")
+
+
+def require_count(option: str, value: Any) -> None:
+    """Raise an InputError if an option is no whole number above 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{option} is {value!r}. Hint: pass a positive integer")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether an option is a number. In Python a bool is an int as well."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sffx.runtime.offload import offload, onload
     from sffx.runtime.optimizers import BlockPlateau, parameter_groups
     from sffx.runtime.pipeline import Pipeline
+    from sffx.runtime.probe import LinearProbe
     from sffx.runtime.randomness import block_seeds
     from sffx.runtime.replicate import replicate
     from sffx.runtime.schedule import BlockSchedule
@@ -66,6 +67,7 @@ __all__ = [
     "InputError",
     "KeywordLoss",
     "LargestBatch",
+    "LinearProbe",
     "LocalLoss",
     "MissingExtra",
     "Pipeline",
@@ -126,6 +128,7 @@ _MODULE_OF = {
     "InputError": "sffx.errors",
     "KeywordLoss": "sffx.runtime.keywords",
     "LargestBatch": "sffx.memory.largest",
+    "LinearProbe": "sffx.runtime.probe",
     "LocalLoss": "sffx.runtime.step",
     "MissingExtra": "sffx.errors",
     "Pipeline": "sffx.runtime.pipeline",

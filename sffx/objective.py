@@ -10,7 +10,8 @@ learns. It answers four questions:
    for each row of the input, and in eval mode scores (B, J).
 3. What is the loss of a block? `loss`, and `classifier_loss` for the end of the model.
 4. How do scores come about at prediction? `trials` puts modules in front of the first block, which
-   may run a sample several times, and `skips` leaves blocks out of the ensemble.
+   may run a sample several times, and `skips` leaves blocks out of the ensemble. `feature_inputs`
+   makes the input of which a `sffx.LinearProbe` reads features.
 
 The methods of the base class are those of Scalable Forward-Forward: one view, the heads of
 `goodness=`, the loss of the task. An objective of one's own overrides what differs:
@@ -202,6 +203,17 @@ class Objective:
         """Return the module that chooses the rows for the classifier, None for all of them."""
         return None
 
+    def feature_inputs(self, inputs: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
+        """Return the inputs by name with one row for each sample, of which features are read.
+
+        The modules of `trials` do not run then.
+
+        Args:
+            inputs: of the model by name, (B, ...).
+            num_classes: J.
+        """
+        return inputs
+
 
 @dataclass(frozen=True)
 class SFF(Objective):
@@ -217,14 +229,30 @@ DEFAULT = SFF()
 
 
 def require_single_view(objective: Objective, what: str) -> None:
-    """Raise an InputError if training or prediction runs a sample several times.
+    """Raise an InputError if training or prediction changes the inputs.
 
     Args:
         objective: of a cut model.
         what: cannot do that: "a pipeline".
     """
     if objective.views > 1 or objective.is_tried:
-        raise InputError(
-            f"the objective {objective.name!r} runs each sample several times, which {what} "
-            "cannot do. Hint: objective='sff' or 'cwc'"
-        )
+        raise _many_runs(objective, what)
+
+
+def require_single_try(objective: Objective, num_classes: int, what: str) -> None:
+    """Raise an InputError if a prediction runs a sample several times.
+
+    Args:
+        objective: of a cut model.
+        num_classes: J.
+        what: cannot do that: "an early exit".
+    """
+    if objective.tries(num_classes) > 1:
+        raise _many_runs(objective, what)
+
+
+def _many_runs(objective: Objective, what: str) -> InputError:
+    return InputError(
+        f"the objective {objective.name!r} runs each sample several times, which {what} "
+        "cannot do. Hint: objective='sff' or 'cwc'"
+    )

@@ -51,7 +51,7 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
     if policy:
         group.add_argument("--policy", help="how the cuts are chosen, such as residual")
     group.add_argument(
-        "--objective", metavar="NAME", help="how the blocks learn, such as sff, cwc or ff"
+        "--objective", metavar="NAME", help="how the blocks learn: sff, cwc, ff, ff-unsupervised"
     )
     group.add_argument(
         "--goodness",

@@ -25,7 +25,7 @@ from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.readouts import mean_goodness
 from sffx.net import cut_model
-from sffx.objective import require_single_view
+from sffx.objective import require_single_try
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
@@ -116,6 +116,7 @@ class EarlyExit:
         nested: the arguments in which they lie, None where each is one.
         stages: the feature blocks, in order. The classifier is not among them.
         batched: names of the values that have a batch axis.
+        skips: how many of the first blocks have no answer, since the ensemble leaves them out.
 
     Raises:
         InputError: `net` is no cut model, is sharded or does not tell classes of a sample apart, or
@@ -126,13 +127,14 @@ class EarlyExit:
         cut = cut_model(net)
         make_whole(cut)
         require_confidence(cut.plan.task)
-        require_single_view(cut.plan.objective, "an early exit")
+        require_single_try(cut.plan.objective, cut.plan.num_classes, "an early exit")
         self.threshold = threshold
         self.inputs = cut.plan.inputs
         self.nested = cut.plan.nested
         # The copy's parameters keep their requires_grad. A head chooses its form by it, and the
         # form must be the one that `net` itself takes.
         self.stages, self.batched = exit_stages(copied(cut).eval())
+        self.skips = min(cut.readout.skips, len(self.stages) - 1)
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:
@@ -153,6 +155,7 @@ class EarlyExit:
         runner.nested = manifest.nested
         runner.stages = stages
         runner.batched = frozenset(manifest.batched)
+        runner.skips = manifest.skips
         return runner
 
     @property
@@ -191,6 +194,8 @@ class EarlyExit:
         # The goodness of these samples, one tensor for each block so far.
         goodness: list[Tensor] = []
         for depth, new_goodness in enumerate(self._goodness(values), start=1):
+            if depth <= self.skips:
+                continue
             goodness.append(new_goodness)
             mean = mean_goodness(goodness)
             if scores is None:
@@ -217,11 +222,11 @@ class EarlyExit:
     def cumulative(self, x: Any) -> Tensor:
         """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold.
 
-        The last one is the ensemble.
+        The last one is the ensemble. Blocks that it leaves out have no answer.
         """
         values = bind_inputs(self.inputs, x, self.nested)
         batch_size(values)  # for its error: x holds no tensor
-        goodness = list(self._goodness(values))
+        goodness = list(self._goodness(values))[self.skips :]
         depths = range(1, len(goodness) + 1)
         return torch.stack([mean_goodness(goodness[:depth]) for depth in depths])
 
@@ -342,7 +347,7 @@ class EarlyExit:
         # The first maximum: the first block that is confident.
         exits = is_confident.int().argmax(dim=1)
         accuracy = correct.gather(1, exits[:, None]).double().mean()
-        blocks = exits + 1
+        blocks = self.skips + exits + 1
         mean_blocks = blocks.double().mean()
         return ExitPoint(threshold, float(accuracy), self._mean_macs(blocks), float(mean_blocks))
 

@@ -7,6 +7,7 @@ file. The manifest says how the files are connected:
      "threshold": 0.9,
      "inputs": [{"name": "x", "shape": [3, 8, 8], "dtype": "float32", ...}],
      "batched": ["block_0", "x"],                 values that have a batch axis
+     "skips": 1,                                  first blocks without an answer; may be missing
      "stages": [{"name": "block_0",
                  "file": "block_0.onnx",
                  "sha256": "9f86...",             of the file's content
@@ -109,6 +110,7 @@ class Manifest:
         stages: the feature blocks, in order.
         nested: the arguments in which the inputs lie, None where each input is one. In the file
             they are "arguments"; without it the model takes the inputs one by one.
+        skips: how many of the first stages have no answer. In the file only where there are some.
     """
 
     threshold: float
@@ -116,12 +118,15 @@ class Manifest:
     batched: tuple[str, ...]
     stages: tuple[StageFile, ...]
     nested: Arguments | None = None
+    skips: int = 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the folder."""
     content = {"version": VERSION, **asdict(replace(manifest, nested=None))}
     del content["nested"]
+    if not manifest.skips:
+        del content["skips"]
     arguments = None if manifest.nested is None else manifest.nested.record()
     if arguments is not None:
         content["arguments"] = arguments
@@ -260,7 +265,10 @@ def _manifest(content: Any) -> Manifest:
         nested = recorded_arguments(content["arguments"])
         if nested.names != tuple(each.name for each in inputs):
             raise ValueError("its arguments hold other inputs than it lists")
-    return Manifest(float(content["threshold"]), inputs, batched, stages, nested)
+    skips = content.get("skips", 0)
+    if isinstance(skips, bool) or not isinstance(skips, int) or not 0 <= skips < len(stages):
+        raise ValueError(f"'skips' of it is {skips!r}, but there are {len(stages)} stages")
+    return Manifest(float(content["threshold"]), inputs, batched, stages, nested, skips)
 
 
 def _require_fields(content: Any, fields: dict[str, Any], place: str) -> None:

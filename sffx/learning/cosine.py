@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sffx.errors import InputError
 from sffx.kernels.precision import full_precision, widened
-from sffx.learning.pooling import features_of, is_pooled
+from sffx.learning.pooling import features_of, num_features
 
 
 class CosineGoodness(nn.Module):
@@ -61,9 +61,7 @@ class CosineGoodness(nn.Module):
         self.spatial = spatial
         self.regions = regions
         self.scale = scale
-        features = channels
-        if is_pooled(spatial):
-            features *= regions**spatial
+        features = num_features(channels, spatial, regions)
         _check_directions(features, hidden)
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         inputs = features if hidden is None else hidden

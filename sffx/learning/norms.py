@@ -180,6 +180,23 @@ def _length_norm(block: Block) -> nn.Module:
     return LengthNorm()
 
 
+# Of the features of a sample, (N, features), by the name of an objective's norm.
+_FEATURE_NORMS: dict[str, type[nn.Module]] = {
+    "layer": SampleNorm,
+    "length": LengthNorm,
+    "none": nn.Identity,
+}
+
+
+def feature_norm(name: str) -> nn.Module:
+    """Return the norm that a linear probe applies to the features of a sample, (N, features).
+
+    Args:
+        name: of the objective's norm.
+    """
+    return _FEATURE_NORMS[name]()
+
+
 NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "length": _length_norm, "none": _no_norm}
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.kernels.precision import full_precision, widened
-from sffx.learning.pooling import features_of, is_pooled
+from sffx.learning.pooling import features_of, num_features
 
 
 class NumberReadout(nn.Module):
@@ -39,9 +39,7 @@ class NumberReadout(nn.Module):
         self.channel_axis = channel_axis
         self.spatial = spatial
         self.regions = regions
-        features = channels
-        if is_pooled(spatial):
-            features *= regions**spatial
+        features = num_features(channels, spatial, regions)
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         self.readout = nn.Linear(features if hidden is None else hidden, num_outputs)
 

@@ -14,6 +14,17 @@ def is_pooled(spatial: int) -> bool:
     return spatial in _POOLS
 
 
+def num_features(channels: int, spatial: int, regions: int) -> int:
+    """Return how many features `features_of` gives for each sample.
+
+    Args:
+        channels: C.
+        spatial: number of axes besides batch and channels.
+        regions: along each axis of space of images and volumes.
+    """
+    return channels * regions**spatial if is_pooled(spatial) else channels
+
+
 def features_of(y: Tensor, mask: Tensor | None, spatial: int, regions: int) -> Tensor:
     """Return the pooled features of each sample, (B, features), of y (B, C, ...).
 

@@ -80,6 +80,27 @@ def walk(
             stage.hand_on(values)
 
 
+def run_blocks(net: fx.GraphModule, inputs: Mapping[str, Any], last: int) -> None:
+    """Run the feature blocks up to one, in eval mode, without gradients and without their heads.
+
+    Args:
+        net: what `transform` returned.
+        inputs: by name.
+        last: index of the last block that runs.
+
+    Raises:
+        InputError: the inputs do not fit the model.
+    """
+    batch_size(inputs)  # for its error: there is no tensor
+    values = input_values(net, inputs)
+    stages = stages_of(net)[: last + 1]
+    residency = residency_of(net)
+    for stage, following in zip_longest(stages, stages[1:]):
+        residency.enter(stage, following)
+        with explaining_input_errors(net, inputs):
+            _pass_through(net, stage, values)
+
+
 def walk_attached(stages: Sequence[S], values: Any) -> Iterator[tuple[S, Tensor]]:
     """Yield each stage with its scores, and leave the values attached to their autograd graph.
 

@@ -65,6 +65,9 @@ class Classification(Task):
         return F.cross_entropy(scores, targets)
 
     def gathered(self, scores: Sequence[Tensor]) -> Any:
+        # In train mode the heads of some objectives return other columns than the classifier.
+        if any(own.shape != scores[0].shape for own in scores):
+            return tuple(scores)
         return torch.stack(tuple(scores))
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:

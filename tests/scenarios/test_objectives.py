@@ -166,13 +166,63 @@ def test_memory_is_predicted(name):
 def test_what_cannot_run_a_sample_several_times_says_so(name):
     net = cut(name)
     objective = net.plan.objective
+    message = f"objective '{objective.name}' runs each sample"
     if objective.views == 1 and not objective.is_tried:
-        sffx.EarlyExit(net, 0.9)
         KeywordLoss(net)
+    else:
+        with pytest.raises(InputError, match=message):
+            KeywordLoss(net)
+    if objective.tries(CLASSES) == 1:
+        sffx.EarlyExit(net, 0.9)
+    else:
+        with pytest.raises(InputError, match=message):
+            sffx.EarlyExit(net, 0.9)
+
+
+def test_an_early_exit_at_the_end_is_the_ensemble(name, tmp_path):
+    net = cut(name)
+    if net.plan.objective.tries(CLASSES) > 1:
         return
-    for refused in (lambda: sffx.EarlyExit(net, 0.9), lambda: KeywordLoss(net)):
-        with pytest.raises(InputError, match=f"objective '{objective.name}' runs each sample"):
-            refused()
+    x, y = batch()
+    net.eval()
+    runner = sffx.EarlyExit(net, 2.0)
+    with torch.no_grad():
+        assert torch.equal(runner(x).scores, net(x))
+    impatient = sffx.EarlyExit(net, 1e-6)
+    first = net.plan.objective.skips
+    assert impatient(x).blocks.eq(first + 1).all()
+    assert torch.equal(impatient(x).scores, sffx.block_scores(net, x)[first])
+    assert runner.curve([(x, y)]).points[0].blocks >= first + 1
+    sffx.export_early_exit(net, tmp_path / "exit")
+    loaded = sffx.EarlyExit.load(tmp_path / "exit", 1e-6)
+    torch.testing.assert_close(loaded(x).scores, impatient(x).scores, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_in_train_mode(name):
+    net = cut(name)
+    x, _ = batch()
+    scores = net(x)
+    assert len(scores) == len(net.plan) + 1
+    for own in scores[:-1]:
+        expected = net.plan.objective.head_shape(CLASSES)
+        assert own.shape == (len(x), *expected)
+
+
+def test_a_probe_reads_features_and_leaves_the_net_alone(name):
+    net = cut(name)
+    x, y = batch()
+    before = copy.deepcopy(net.state_dict())
+    with seeded():
+        probe = sffx.LinearProbe(net, ["block_1", "block_2"])
+    F.cross_entropy(probe(x), y).backward()
+    assert {key for key, p in probe.named_parameters() if p.grad is not None} == {
+        "linear.weight",
+        "linear.bias",
+    }
+    assert all(p.grad is None for p in net.parameters())
+    assert net.training
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
 
 
 def test_plans_print_and_are_drawn(name, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from sffx.errors import InputError
 from sffx.learning.objectives.channelwise import CwC
 from sffx.learning.objectives.forward_forward import ForwardForward
+from sffx.learning.objectives.unsupervised import UnsupervisedForwardForward
 from sffx.objective import SFF, Objective
 
 # The objectives that a name means, with their published defaults.
@@ -15,10 +16,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sff": SFF,
     "cwc": CwC,
     "ff": ForwardForward,
+    "ff-unsupervised": UnsupervisedForwardForward,
 }
 
 # The same names for type checkers and editors.
-ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff"]
+ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff", "ff-unsupervised"]
 
 
 def objective_named(objective: Any) -> Objective:

@@ -81,9 +81,7 @@ def goodnesses(layers, x, reduction="sum"):
 
 def wrong_labels(monkeypatch, labels):
     """Let the next step draw these labels."""
-    monkeypatch.setattr(
-        "sffx.learning.objectives.forward_forward.other_labels", lambda y, count: labels
-    )
+    monkeypatch.setattr("sffx.learning.objectives.labelled.other_labels", lambda y, count: labels)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -121,6 +119,47 @@ def test_gradients_are_those_of_a_loop_by_hand(monkeypatch, reduction, loss_form
     assert set(own) == set(parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(own[parameter], gradient)
+
+
+def test_peer_normalisation_is_that_of_a_loop_by_hand(monkeypatch):
+    net, plain = cut(peer=0.03), cut()
+    x, y = batch()
+    wrong_labels(monkeypatch, (y + 1) % CLASSES)
+    layers = layers_of(net)
+    running = [torch.full((size,), 0.5, dtype=torch.float64) for size in (12, 10, 8)]
+    for _ in range(2):
+        net.zero_grad()
+        difference = sffx.local_loss(net, x, y) - sffx.local_loss(plain, x, y).detach()
+        difference.backward()
+        own = [layer.weight.grad.clone() for layer in layers[:-1]]
+        plain.zero_grad()
+        sffx.local_loss(plain, x, y).backward()
+        h = torch.stack([with_label(sample, label) for sample, label in zip(x, y, strict=True)])
+        h = h.flatten(1)
+        total = 0.0
+        for i, layer in enumerate(layers[:-1]):
+            h = F.relu(F.linear(h, layer.weight, layer.bias))
+            mean = 0.9 * running[i] + 0.1 * h.mean(0)
+            running[i] = mean.detach()
+            units = sum((mean.mean() - each) ** 2 for each in mean) / len(mean)
+            (gradient,) = torch.autograd.grad(0.03 * units, layer.weight, retain_graph=True)
+            of_goodness = layers_of(plain)[i].weight.grad
+            torch.testing.assert_close(own[i], of_goodness + gradient)
+            total += 0.03 * units.detach()
+            h = (h / (h.square().mean(1, keepdim=True).sqrt() + 1e-8)).detach()
+        torch.testing.assert_close(difference.detach(), total)
+    assert "head_0.peers.running_mean" in net.state_dict()
+
+
+def test_units_of_images_are_channels():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten())
+    model = nn.Sequential(*model, nn.Linear(16, 4))
+    net = sffx.transform(model, "layer", torch.zeros(1, 1, 6, 6), objective=ForwardForward(peer=1))
+    x, y = batch()
+    sffx.local_loss(net.train(), x.float(), y)
+    found = net.head_0.peers.running_mean
+    assert found.shape == (3,)
+    assert not torch.equal(found, torch.full((3,), 0.5))
 
 
 @pytest.mark.parametrize("samples", [1, 3, 11])
@@ -195,7 +234,7 @@ def test_hard_negatives_follow_the_scores_of_the_net(monkeypatch):
         seen.append(scores)
         return (y + 1) % CLASSES
 
-    monkeypatch.setattr("sffx.learning.objectives.forward_forward.likely_other_labels", noted)
+    monkeypatch.setattr("sffx.learning.objectives.labelled.likely_other_labels", noted)
     sffx.local_loss(net, x, y)
     assert net.training
     with torch.no_grad():
@@ -220,6 +259,7 @@ def test_waves_differ_by_class_and_reach_every_pixel():
         ({"reduction": "max"}, "reduction is 'max'"),
         ({"loss_form": "hinge"}, "loss_form is 'hinge'"),
         ({"alpha": 0}, "alpha is 0"),
+        ({"peer": -0.1}, "peer is -0.1. Hint: pass a number, 0 or more"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):

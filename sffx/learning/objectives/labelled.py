@@ -1,0 +1,135 @@
+"""What the objectives with a label in the input have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sffx.blocks import Input
+from sffx.errors import InputError
+from sffx.learning.objectives.choices import require_choice
+from sffx.learning.objectives.labels import (
+    LABEL_CODES,
+    LabelCodes,
+    LabelTrials,
+    LastTry,
+    Repeated,
+    likely_other_labels,
+    other_labels,
+)
+from sffx.objective import Batch, Objective, Place
+from sffx.tasks import CLASSIFICATION, Task
+
+
+@dataclass(frozen=True)
+class LabelledInput(Objective):
+    """An objective that compares a sample with its label to the same one with a wrong label.
+
+    A step runs each sample twice: with its label, the positive view, and with a wrong one, the
+    negative view. A prediction runs a sample with every label and takes the one with the most
+    goodness, over all blocks but the first. It also runs it with a neutral label, for the
+    classifier.
+
+    Attributes:
+        labels: how a label is put into the first input: "pixels", its first J values; "waves", a
+            wave over the whole image.
+        negatives: how wrong labels are drawn: "uniform"; or "hard", by the scores that the net
+            gives them, which costs a prediction in each step.
+        neutral: whether a third view, with a neutral label, trains the model's own classifier.
+            Otherwise the classifier stays as it is, and does not run in a step.
+    """
+
+    labels: Literal["pixels", "waves"] = "pixels"
+    negatives: Literal["uniform", "hard"] = "uniform"
+    neutral: bool = False
+
+    goodness: ClassVar[str | None] = None
+    norm: ClassVar[str] = "length"
+    skips: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        require_choice("labels", self.labels, LABEL_CODES)
+        require_choice("negatives", self.negatives, ("uniform", "hard"))
+
+    @property
+    def views(self) -> int:
+        return 3 if self.neutral else 2
+
+    @property
+    def trains_classifier(self) -> bool:
+        return self.neutral
+
+    def require(self, inputs: Sequence[Input], task: Task, num_classes: int) -> None:
+        if task != CLASSIFICATION:
+            raise InputError(
+                f"the objective {self.name!r} learns classes of a sample, not sffx.tasks.{task!r}. "
+                "Hint: objective='sff'"
+            )
+        first = inputs[0]
+        if not getattr(torch, first.dtype).is_floating_point:
+            raise InputError(
+                f"the objective {self.name!r} puts labels into the input {first.name!r}, which "
+                f"holds {first.dtype}, not floats. Hint: objective='sff'"
+            )
+        self._codes.require(first.shape, num_classes)
+
+    def notes(self) -> tuple[str, ...]:
+        if self.neutral:
+            return ()
+        return (
+            f"the objective {self.name!r} leaves the classifier as it is; "
+            f"sffx.objectives.{type(self).__name__}(neutral=True) trains it",
+        )
+
+    def head_shape(self, num_classes: int) -> tuple[int, ...]:
+        return (1,)
+
+    def check_targets(self, y: Any, batch: int, num_classes: int) -> None:
+        CLASSIFICATION.check_labels(y, batch, num_classes)
+
+    def training_views(self, batch: Batch) -> Mapping[str, Any]:
+        name, x = next(iter(batch.inputs.items()))
+        codes = self._codes.codes(x.shape[1:], batch.num_classes).to(x.device, x.dtype)
+        of_views = [codes[batch.y], codes[self._wrong_labels(batch)]]
+        if self.neutral:
+            of_views.append(codes[-1:].expand_as(of_views[0]))
+        labelled = [self._codes.put(x, own) for own in of_views]
+        views = {other: torch.cat([value] * self.views) for other, value in batch.inputs.items()}
+        views[name] = torch.cat(labelled)
+        return views
+
+    def _wrong_labels(self, batch: Batch) -> Tensor:
+        if self.negatives == "hard":
+            return likely_other_labels(batch.y, batch.scores())
+        return other_labels(batch.y, batch.num_classes)
+
+    def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
+        neutral = scores.reshape(self.views, len(y), -1)[-1]
+        return place.task.loss(neutral, y)
+
+    def tries(self, num_classes: int) -> int:
+        return num_classes + 1
+
+    def trials(self, inputs: Sequence[Input], num_classes: int) -> Mapping[str, nn.Module]:
+        first, *others = inputs
+        modules: dict[str, nn.Module] = {}
+        modules[first.name] = LabelTrials(self._codes, first.shape, num_classes)
+        for other in others:
+            modules[other.name] = Repeated(self.tries(num_classes))
+        return modules
+
+    def choice(self, num_classes: int) -> nn.Module | None:
+        return LastTry(self.tries(num_classes))
+
+    def feature_inputs(self, inputs: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
+        name, x = next(iter(inputs.items()))
+        neutral = self._codes.codes(x.shape[1:], num_classes)[-1:].to(x.device, x.dtype)
+        return {**inputs, name: self._codes.put(x, neutral.expand(len(x), *neutral.shape[1:]))}
+
+    @property
+    def _codes(self) -> LabelCodes:
+        return LABEL_CODES[self.labels]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
     from sffx.memory.largest import LargestBatch, largest_batch
+    from sffx.runtime.compiled import compile, compiled_blocks
     from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
     from sffx.runtime.find_residency import finish
     from sffx.runtime.keywords import KeywordLoss
@@ -80,6 +81,8 @@ __all__ = [
     "block_scores",
     "block_seeds",
     "check",
+    "compile",
+    "compiled_blocks",
     "evaluate",
     "export_early_exit",
     "export_onnx",
@@ -141,6 +144,8 @@ _MODULE_OF = {
     "block_scores": "sffx.runtime.evaluate",
     "block_seeds": "sffx.runtime.randomness",
     "check": "sffx.comparison.check",
+    "compile": "sffx.runtime.compiled",
+    "compiled_blocks": "sffx.runtime.compiled",
     "evaluate": "sffx.runtime.evaluate",
     "export_early_exit": "sffx.export.stages",
     "export_onnx": "sffx.export.onnx",

@@ -235,8 +235,7 @@ def require_uncompiled(net: nn.Module) -> None:
         return
     raise InputError(
         "net was compiled as a whole, but a block-local step runs it block by block, so the "
-        "compilation would be ignored. Hint: leave net as it is and compile each block, "
-        "net.get_submodule(block.target).compile() for block in net.plan.all_blocks"
+        "compilation would be ignored. Hint: leave net as it is, and sffx.compile(net)"
     )
 
 

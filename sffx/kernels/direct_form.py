@@ -46,7 +46,7 @@ class Form:
         if self.class_axis == z.ndim - 1 and z.device.type == "cpu":
             return _mean_square_of_rows(z)
         space = [axis for axis in range(1, z.ndim) if axis != self.class_axis]
-        positions = math.prod(z.shape[axis] for axis in space)
+        positions = math.prod([z.shape[axis] for axis in space])
         return torch.linalg.vector_norm(z, dim=space).square_().div_(positions)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -25,11 +26,12 @@ from sffx.learning.losses import (
     loss_functions,
 )
 from sffx.net import plan_of, require_uncompiled
+from sffx.runtime.compiled import Compilation, Computed, compilation_of
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.views import losses_of, require_no_loss, training_input
-from sffx.runtime.walk import walk
+from sffx.runtime.walk import score_detached, walk
 
 # Called with the name of a block, its scores, (B, J), and its loss, a scalar, both detached.
 OnBlock: TypeAlias = Callable[[str, Tensor, Tensor], object]
@@ -83,13 +85,42 @@ def learn(
     functions = losses_of(plan, functions)
     x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
-    trainable = {stage: stage.trainable for stage in stages}
-    for stage, scores in walk(net, x, only):
-        lesson = Lesson(trainable[stage], functions[stage.index], on_block, hooks_wait)
-        held = [scores]
+    lessons = {}
+    for stage in stages:
+        lessons[stage] = Lesson(stage.trainable, functions[stage.index], on_block, hooks_wait)
+    run = partial(_computed, compilation_of(net), lessons, y)
+    for stage, computed in walk(net, x, only, score=run):
+        if isinstance(computed, Computed):
+            yield _learned(stage, computed, lessons[stage])
+            continue
+        held = [computed]
         # Nothing but the list may hold the scores, since they hold the activations of the stage.
-        del scores
-        yield learn_stage(stage, held, y, lesson, residency)
+        del computed
+        yield learn_stage(stage, held, y, lessons[stage], residency)
+
+
+def _computed(
+    compilation: Compilation | None,
+    lessons: dict[Stage, Lesson],
+    y: Tensor,
+    stage: Stage,
+    values: Values,
+) -> Computed | Tensor:
+    """Return what a compiled stage computed, or the scores of one that is not compiled."""
+    if compilation is not None:
+        lesson = lessons[stage]
+        computed = compilation.learn(stage, values, y, lesson.loss_fn, lesson.parameters)
+        if computed is not None:
+            return computed
+    return score_detached(stage, values)
+
+
+def _learned(stage: Stage, computed: Computed, lesson: Lesson) -> Learned:
+    """Return what a compiled stage has learnt."""
+    if lesson.on_block is not None:
+        lesson.on_block(stage.name, computed.scores, computed.loss)
+    mark_gradients(computed.gradients.values())
+    return Learned(stage, computed.loss, computed.gradients)
 
 
 @dataclass(frozen=True)

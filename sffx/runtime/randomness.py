@@ -47,6 +47,11 @@ def block_seeds(seed: int) -> Iterator[None]:
         _SEED.reset(token)
 
 
+def blocks_have_seeds() -> bool:
+    """Return whether `block_seeds` gave a seed."""
+    return _SEED.get() is not None
+
+
 @contextmanager
 def numbers_of_block(index: int, part: int = 0) -> Iterator[None]:
     """Draw the random numbers of one block inside the context, if `block_seeds` gave a seed.

@@ -105,6 +105,21 @@ class Stage:
         """The names of the modules that run with this stage: its block, its head, its norm."""
         return [str(node.target) for node in self.nodes if node.op == "call_module"]
 
+    @property
+    def scoring(self) -> list[fx.Node]:
+        """The nodes from the block to its head; for the classifier, its call."""
+        return self._scoring
+
+    @property
+    def root(self) -> fx.GraphModule:
+        """The cut model, which has the modules that the stage's nodes call."""
+        return self._net
+
+    def forget_read(self, values: Values) -> None:
+        """Remove the values that nothing behind the block and its head reads."""
+        for node in self._scoring:
+            self._forget(node, values)
+
     def nodes_from(self, previous: Stage | None) -> list[fx.Node]:
         """Return the nodes of the outer graph that lead from a stage's scores to this one's.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -61,10 +61,16 @@ def losses_of(
     losses: list[LossFunction | None] = []
     for index, given in enumerate(functions):
         place = Place(index, len(plan), plan.num_classes, plan.task)
-        is_classifier = index == len(plan)
-        own = objective.classifier_loss if is_classifier else objective.loss
-        losses.append(given or partial(own, place=place))
+        losses.append(given or _own_loss(objective, place))
     return losses
+
+
+@cache
+def _own_loss(objective: Objective, place: Place) -> LossFunction:
+    """Return the loss of a block, the same function in each step: compiled code looks at that."""
+    is_classifier = place.index == place.blocks
+    own = objective.classifier_loss if is_classifier else objective.loss
+    return partial(own, place=place)
 
 
 def require_no_loss(objective: Objective, loss_fn: LossFunctions | None) -> None:

@@ -6,7 +6,8 @@ in what they do between two stages.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.net import plan_of
+from sffx.runtime.compiled import Compilation, compilation_of
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
 from sffx.runtime.stage import Stage, Values, placeholders_of, stages_of
@@ -42,7 +44,8 @@ def walk(
     only: Collection[str] | None = None,
     *,
     held: Values | None = None,
-) -> Iterator[tuple[Stage, Tensor]]:
+    score: Callable[[Stage, Values], Any] | None = None,
+) -> Iterator[tuple[Stage, Any]]:
     """Yield each stage of a cut model with its scores, (B, J); the classifier's logits come last.
 
     The scores hold the stage's own autograd graph and nothing else holds it. So the activations of
@@ -55,10 +58,12 @@ def walk(
             only pass their values on: in eval mode, without gradients and without their heads. The
             stages behind the last one do not run.
         held: an empty dictionary, in which the caller sees the values that the walk holds.
+        score: runs a stage, and returns what is yielded with it; `score_detached` if None.
 
     Raises:
         InputError: x does not fit the model.
     """
+    run = score or partial(_scores, compilation_of(net))
     inputs = bind(plan_of(net), x)
     batch_size(inputs)  # for its error: x holds no tensor
     values: Values = {} if held is None else held
@@ -72,7 +77,7 @@ def walk(
                 _pass_through(net, stage, values)
             continue
         # No local name may hold the scores: the caller decides when they are freed.
-        yield stage, _detached_scores(net, stage, inputs, values)
+        yield stage, _explained(run, net, stage, inputs, values)
         # With names, nothing behind the last stage reads what it would hand on.
         if only is not None and stage is stages[-1]:
             return
@@ -143,11 +148,21 @@ def _pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
     residency.release(stage, changed=False)
 
 
-def _detached_scores(
-    net: fx.GraphModule, stage: Stage, inputs: Mapping[str, Any], values: Values
-) -> Tensor:
+def _explained(
+    run: Callable[[Stage, Values], Any],
+    net: fx.GraphModule,
+    stage: Stage,
+    inputs: Mapping[str, Any],
+    values: Values,
+) -> Any:
     with explaining_input_errors(net, inputs):
-        return score_detached(stage, values)
+        return run(stage, values)
+
+
+def _scores(compilation: Compilation | None, stage: Stage, values: Values) -> Tensor:
+    """Return the scores of a stage, by its compiled block where there is one."""
+    scores = None if compilation is None else compilation.score(stage, values)
+    return score_detached(stage, values) if scores is None else scores
 
 
 def score_detached(stage: Stage, values: Values) -> Tensor:

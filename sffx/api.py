@@ -5,13 +5,13 @@ Their bodies are the list of the compiler's passes, in order.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sffx.blocks import BlockPlan, GoodnessMaker, GoodnessName, NormMaker, NormName, Options
+from sffx.checks import positive_integer, require_flag
 from sffx.comparison.guard import checked
 from sffx.compiler.analyse import analyse
 from sffx.compiler.batch_first import add_batch_first_views
@@ -24,7 +24,6 @@ from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
 from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
-from sffx.errors import InputError
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
 from sffx.learning.objectives.records import ObjectiveName, objective_named
@@ -198,14 +197,10 @@ def _valid(options: Options, task: Task | None, num_classes: Any) -> Options:
         InputError: a goodness or a norm does not exist, an option does not go with another, a
             goodness has no form for the task, or `num_classes` is no number.
     """
-    is_number = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
-    if num_classes is not None and not is_number:
-        raise InputError(
-            f"num_classes is {num_classes!r}. Hint: pass a positive integer, or leave it out"
-        )
+    if num_classes is not None:
+        positive_integer("num_classes", num_classes, "pass a positive integer, or leave it out")
     require_task(task)
-    if not isinstance(options.recompute, bool):
-        raise InputError(f"recompute is {options.recompute!r}. Hint: pass True or False")
+    require_flag("recompute", options.recompute)
     # Called for their errors only: a wrong name is reported before the model is traced.
     goodness_maker(options, task)
     norm_maker(options)

@@ -226,7 +226,8 @@ def explaining_errors(
     """
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    # A layer that looks at an axis that is not there raises an IndexError, and so on.
+    except Exception as error:
         if isinstance(error, SffxError):
             raise
         known = list(parameters())

@@ -13,6 +13,8 @@ from sffx.errors import InputError
 KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+# Larger budgets would not fit the 64 bits in which torch counts bytes.
+MOST_BYTES = 2**50
 
 # From the largest to the smallest, the order in which a unit is looked for.
 BYTE_UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "B": 1}
@@ -126,9 +128,10 @@ def read_byte_size(text: str | int) -> int:
             size = int(float(match[1]) * unit)
         except ValueError:  # "1.2.3"
             size = 0
-    if size < 1:
+    if not 1 <= size <= MOST_BYTES:
+        problem = "cannot be read" if size < 1 else "is more than any machine has"
         raise InputError(
-            f"the budget {text!r} cannot be read. Hint: '2 GiB', '500 MB', or a number of bytes"
+            f"the budget {text!r} {problem}. Hint: '2 GiB', '500 MB', or a number of bytes"
         )
     return size
 

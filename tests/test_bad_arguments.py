@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import sffx
 from sffx.draw.render import draw
@@ -42,9 +45,19 @@ ANYTHING = (
     (1, 2),
     {1, 2},
     range(3),
+    np.zeros((4, 4)),
+    np.float32(0.5),
+    torch.zeros(4, dtype=torch.long),
+    torch.zeros(4, 4, device="meta"),
+    torch.zeros(4, 4, dtype=torch.complex64),
+    DataLoader([(torch.zeros(4), 1)]),
+    10**30,
+    -(10**30),
+    sffx.tasks.Regression(),
+    torch.float32,
 )
 # Functions of the user. What they raise themselves is theirs.
-CALLABLES = {"goodness", "norm", "loss_fn"}
+CALLABLES = {"goodness", "norm", "loss_fn", "on_block"}
 PATHS = {"path", "folder", "source", "target"}
 
 
@@ -84,7 +97,7 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
     x, y = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
     early = sffx.EarlyExit(net)
     loader = [(x, y)]
-    step = {"net": net, "x": x, "y": y, "loss_fn": None, "blocks": None}
+    step = {"net": net, "x": x, "y": y, "loss_fn": None, "blocks": None, "on_block": None}
     cut = {
         "model": model,
         "policy": "layer",
@@ -94,6 +107,7 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "kernel_size": 1,
         "norm": "layer",
         "recompute": True,
+        "task": None,
     }
     onnx = {
         "net": None,
@@ -103,46 +117,65 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "mean": 3,
         "std": 3,
         "output_name": 3,
+        "dynamic_size": 3,
+        "opset": "x",
         "tolerance": "x",
     }
+    not_of_programs = ("output_name", "opset")
+    program = {name: value for name, value in onnx.items() if name not in not_of_programs}
     return {
         "plan": (sffx.plan, cut),
         "transform": (sffx.transform, {**cut, "check": False}),
-        "check": (sffx.check, {"model": model, "net": net}),
+        "check": (
+            sffx.check,
+            {"model": model, "net": net, "example_input": None, "raises": True},
+        ),
         "extract": (sffx.extract, {"net": net}),
-        "footprint": (sffx.footprint, {"net": net, "batch_size": 4}),
-        "largest_batch": (sffx.largest_batch, {"net": net, "budget": 100}),
-        "sff_loss": (sffx.sff_loss, {"goodness": torch.zeros(2, 4, 3), "y": y, "loss_fn": None}),
+        "footprint": (
+            sffx.footprint,
+            {"net": net, "batch_size": 4, "offloaded": False, "backpropagation": False},
+        ),
+        "largest_batch": (sffx.largest_batch, {"net": net, "budget": 100, "offloaded": False}),
+        "sff_loss": (
+            sffx.sff_loss,
+            {"goodness": torch.zeros(2, 4, 3), "y": y, "loss_fn": None, "task": net.plan.task},
+        ),
         "local_loss": (sffx.local_loss, step),
         "local_step": (sffx.local_step, {**step, "optimizer": optimizer}),
         "block_losses": (sffx.block_losses, step),
         "block_scores": (sffx.block_scores, {"net": net, "x": x}),
-        "evaluate": (sffx.evaluate, {"net": net, "loader": loader}),
+        "evaluate": (sffx.evaluate, {"net": net, "loader": loader, "group": None}),
         "weigh": (sffx.weigh, {"net": net, "loader": loader}),
         "parameter_groups": (
             sffx.parameter_groups,
             {"net": net, "lr": 1e-3, "classifier_lr": 1e-3},
         ),
         "BlockPlateau": (sffx.BlockPlateau, {"optimizer": optimizer}),
-        "KeywordLoss": (sffx.KeywordLoss, {"net": net}),
-        "LocalLoss": (sffx.LocalLoss, {"net": net}),
+        "KeywordLoss": (sffx.KeywordLoss, {"net": net, "loss_fn": None}),
+        "LocalLoss": (sffx.LocalLoss, {"net": net, "loss_fn": None, "blocks": None}),
         "EarlyExit": (sffx.EarlyExit, {"net": net, "threshold": 0.5}),
         "EarlyExit()": (early, {"x": x}),
         "EarlyExit.cumulative": (early.cumulative, {"x": x}),
         "EarlyExit.curve": (early.curve, {"loader": loader, "thresholds": None}),
         "EarlyExit.calibrate": (early.calibrate, {"loader": loader, "accuracy": None}),
         "EarlyExit.load": (sffx.EarlyExit.load, {"folder": folder, "threshold": 0.5}),
-        "load_checkpoint": (sffx.load_checkpoint, {"path": folder / "good.pt"}),
+        "load_checkpoint": (sffx.load_checkpoint, {"path": folder / "good.pt", "trust": False}),
         "save_checkpoint": (
             sffx.save_checkpoint,
             {"path": folder / "new.pt", "net": net, "optimizer": optimizer, "accuracy": None},
         ),
         "offload": (sffx.offload, {"net": model, "optimizer": optimizer, "device": "cpu"}),
         "onload": (sffx.onload, {"net": net}),
-        "shard": (sffx.shard, {"net": net}),
+        "shard": (sffx.shard, {"net": net, "timeout": None}),
         "draw": (
             draw,
-            {"plan_or_net": net, "path": folder / "a.dot", "detail": "blocks", "progress": None},
+            {
+                "plan_or_net": net,
+                "path": folder / "a.dot",
+                "detail": "blocks",
+                "progress": None,
+                "unfold": False,
+            },
         ),
         "stages": (sffx.policies.stages, {"n": 2}),
         "module": (sffx.policies.module, {"depth": 2}),
@@ -151,11 +184,11 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "export_onnx": (sffx.export_onnx, onnx),
         "export_program": (
             sffx.export_program,
-            {name: value for name, value in onnx.items() if name != "output_name"},
+            program,
         ),
         "export_early_exit": (
             sffx.export_early_exit,
-            {"net": net, "folder": folder, "threshold": "x", "tolerance": "x"},
+            {"net": net, "folder": folder, "threshold": "x", "opset": "x", "tolerance": "x"},
         ),
     }
 
@@ -210,3 +243,71 @@ def test_every_public_function_is_tried() -> None:
     # The arguments of the first are files, and its own tests try wrong ones. The
     # others have no net to replace, or need several processes.
     assert public - tried <= {"quantize_onnx", "replicate", "finish", "block_seeds"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_is_tried(name: str) -> None:
+    function, right = functions(Path())[name]
+    parameters = inspect.signature(function).parameters.values()
+    rest = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {each.name for each in parameters if each.kind not in rest}
+    assert named <= set(right)
+
+
+# Every flag, with a call in which nothing else is wrong.
+def flags(folder: Path) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    found = []
+    for function, right in functions(folder).values():
+        for argument, value in right.items():
+            if isinstance(value, bool) or argument == "dynamic_size":
+                found.append((argument, partial(function, **right), {argument: "no"}))
+    return found
+
+
+def test_what_is_neither_true_nor_false_is_no_flag(folder: Path) -> None:
+    tried = flags(folder)
+    assert len(tried) >= 9
+    for argument, call, wrong in tried:
+        with pytest.raises(sffx.InputError, match=f"{argument} is 'no'|net is a NoneType"):
+            call(**wrong)
+
+
+@pytest.mark.parametrize("argument", ["goodness", "norm", "loss_fn", "on_block"])
+@pytest.mark.parametrize("function", [lambda: None, lambda *, b: None, nn.Linear(2, 2)])
+def test_a_callable_that_takes_other_arguments_is_refused(
+    argument: str, function: Any, folder: Path
+) -> None:
+    """Before anything runs, not by a TypeError from inside."""
+    called = "transform" if argument in ("goodness", "norm") else "local_loss"
+    call, right = functions(folder)[called]
+    if argument == "norm" and isinstance(function, nn.Module):
+        message = "norm is a module"
+    elif argument == "goodness" and isinstance(function, nn.Module):
+        message = "goodness is a module"
+    else:
+        message = f"{argument} cannot be called with"
+    with pytest.raises(sffx.InputError, match=message):
+        call(**{**right, argument: function})
+
+
+@pytest.mark.parametrize("value", [0, 2, -1, 0.5, None, "3", True])
+def test_a_plan_refuses_the_kernel_sizes_that_transform_refuses(value: Any, folder: Path) -> None:
+    for name in ("plan", "transform"):
+        call, right = functions(folder)[name]
+        with pytest.raises(sffx.InputError, match="kernel_size"):
+            call(**{**right, "kernel_size": value})
+
+
+@pytest.mark.parametrize("size", [2**60, 2**70, np.int64(2**62)])
+def test_a_batch_that_no_machine_can_count_is_refused(size: int, folder: Path) -> None:
+    net = cut_net()
+    with pytest.raises(sffx.InputError, match="more bytes than can be counted"):
+        sffx.footprint(net, size)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(sffx.InputError, match="more bytes than can be counted"):
+        sffx.plan(model, sffx.policies.memory("1 TiB", size), torch.zeros(2, 4))
+
+
+def test_integers_of_numpy_count(folder: Path) -> None:
+    net = cut_net()
+    assert sffx.footprint(net, np.int64(4)) == sffx.footprint(net, 4)

@@ -15,7 +15,7 @@ PACKAGE = Path(sffx.__file__).parent
 
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
-    ("errors", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
+    ("errors", "checks", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
     ("tasks",),
     ("objective",),
     ("parts", "arguments", "blocks"),
@@ -35,6 +35,7 @@ FLOORS = (
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 # Neighbours on one floor that may be imported.
 NEIGHBOURS = {
+    ("checks", "errors"),
     ("files", "errors"),
     ("tables", "errors"),
     ("kernels", "errors"),

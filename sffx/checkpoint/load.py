@@ -21,6 +21,7 @@ from sffx.checkpoint.entries import (
     check_accuracy,
 )
 from sffx.checkpoint.read import read
+from sffx.checks import require_flag
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
 from sffx.net import CutModel, cut_model, plan_of
@@ -195,6 +196,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Che
             holds Python objects and is not trusted.
     """
     path = as_path(path)
+    require_flag("trust", trust)
     content = read(path, trust)
     if isinstance(content, nn.Module):
         return Checkpoint(path, content.state_dict(), whole=content)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.checks import require_flag
 from sffx.comparison.batches import Batches, Sizes
 from sffx.comparison.differences import (
     difference_in_words,
@@ -116,6 +117,7 @@ def check(
         raise InputError(
             f"model is a {type(model).__name__}, not a model. Hint: pass the one that was cut"
         )
+    require_flag("raises", raises)
     example = None if example_input is None else bind(plan_of(net), example_input)
     report = _Check(model, net, example).complete()
     if raises and report.difference is not None:

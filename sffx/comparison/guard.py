@@ -8,7 +8,7 @@ from typing import Literal
 from torch import fx, nn
 
 from sffx.comparison.check import OUTPUTS_ARE_NAN, check, quick_check
-from sffx.errors import CheckError
+from sffx.errors import CheckError, InputError
 from sffx.net import CutModel, plan_of, set_plan
 
 # Below these a check adds less than half to the time of the cut: multiply-adds for one sample, and
@@ -28,10 +28,14 @@ def checked(model: nn.Module, net: CutModel, how: bool | Literal["auto"]) -> Cut
 
     Raises:
         CheckError: the cut model does not compute what the model computes.
+        InputError: `how` is something else.
     """
-    if how is False or (how == "auto" and not _is_small(net)):
+    is_auto = isinstance(how, str) and how == "auto"
+    if not is_auto and not isinstance(how, bool):
+        raise InputError(f"check is {how!r}. Hint: pass True, False or 'auto'")
+    if how is False or (is_auto and not _is_small(net)):
         return net
-    if how == "auto":
+    if is_auto:
         try:
             report = quick_check(model, net)
         except Exception as failure:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sffx.blocks import Options
+from sffx.checks import positive_integer
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.cut_sets import Cut
 from sffx.compiler.large_spans import divided
@@ -138,7 +139,7 @@ def module(depth: int = 2) -> Policy:
     Raises:
         InputError: the depth is no positive integer.
     """
-    require_positive("depth", depth)
+    depth = positive_integer("depth", depth)
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         steps = analysis.steps
@@ -163,7 +164,7 @@ def stages(n: int) -> Policy:
     Raises:
         InputError: n is no positive integer.
     """
-    require_positive("n", n)
+    n = positive_integer("n", n)
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         ends = group_ends(analysis)
@@ -179,12 +180,6 @@ def stages(n: int) -> Policy:
         return _cuts(analysis.steps, [ends[i - 1] for i in chosen])
 
     return named(cut, f"stages({n})")
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raise an InputError unless the parameter of a policy is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is {value!r}. Hint: pass a positive integer")
 
 
 def named(policy: Policy, name: str) -> Policy:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sffx.blocks import BlockPlan
+from sffx.checks import require_flag
 from sffx.draw.clusters import detailed_graph
 from sffx.draw.detail import DETAILS
 from sffx.draw.graph import block_graph
@@ -68,7 +69,8 @@ def draw(
         raise InputError(
             f"progress is a {type(progress).__name__}. Hint: pass sffx.draw.progress.Progress"
         )
-    if detail not in DETAILS:
+    require_flag("unfold", unfold)
+    if not isinstance(detail, str) or detail not in DETAILS:
         raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
     path = check_path(path, (*PICTURES, *PAGES, *TEXT))
     if path.suffix.lower() in PAGES:

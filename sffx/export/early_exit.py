@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from sffx.checks import is_number
 from sffx.errors import InputError
 from sffx.export.exit_files import load
 from sffx.export.exit_stage import exit_stages
@@ -165,9 +166,7 @@ class EarlyExit:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        # Not `threshold <= 0`: a NaN must be refused too.
-        if not is_number or not threshold > 0:
+        if not is_number(threshold) or threshold <= 0:
             raise InputError(
                 f"the threshold is {threshold!r}. "
                 "Hint: pass a number above 0; from above 1 on, no sample stops early"
@@ -267,8 +266,7 @@ class EarlyExit:
             InputError: no threshold reaches the accuracy, or the loader cannot be used. The
                 threshold then stays as it was.
         """
-        is_number = isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool)
-        if accuracy is not None and not is_number:
+        if accuracy is not None and not is_number(accuracy):
             raise InputError(f"accuracy is {accuracy!r}. Hint: pass a number between 0 and 1")
         curve = self.curve(loader)
         wanted = curve.points[-1].accuracy if accuracy is None else accuracy
@@ -360,7 +358,8 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
     """
     try:
         return [float(level) for level in thresholds]
-    except (TypeError, ValueError) as error:
+    # A tensor without values raises a RuntimeError.
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"thresholds is {thresholds!r}. Hint: pass a list of numbers between 0 and 1"
         ) from error

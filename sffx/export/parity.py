@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sffx.checks import is_number
 from sffx.errors import ExportError, InputError
 
 TOLERANCE_HINT = "Hint: pass a larger tolerance if this much is acceptable"
@@ -56,7 +57,7 @@ def require_parity(
 
 def require_tolerance(tolerance: object) -> None:
     """Raise an InputError if a tolerance is no number."""
-    if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
+    if not is_number(tolerance) or tolerance < 0:
         raise InputError(f"tolerance is {tolerance!r}. Hint: pass a number, such as 1e-4")
 
 

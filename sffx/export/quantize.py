@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sffx.checks import require_flag
 from sffx.errors import ExportError, InputError
 from sffx.export.explain import first_line
 from sffx.export.onnx import described_inputs, open_session, require_packages
@@ -116,6 +117,8 @@ def quantize_onnx(
         ExportError: the file cannot be quantised.
     """
     require_packages()
+    require_flag("per_channel", per_channel)
+    require_flag("reduce_range", reduce_range)
     source = as_path(source)
     before = _source_session(source)
     if as_path(target).resolve() == source.resolve():

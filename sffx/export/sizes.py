@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.blocks import Input
+from sffx.checks import require_flag
 from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import ExportError, InputError
@@ -35,8 +36,7 @@ GROWTH = (32, 64)
 
 def require_image(inputs: Sequence[Input], *, dynamic_size: bool) -> None:
     """Raise an InputError if the image size is to stay open and there is no single image input."""
-    if not isinstance(dynamic_size, bool):
-        raise InputError(f"dynamic_size is {dynamic_size!r}. Hint: pass True or False")
+    require_flag("dynamic_size", dynamic_size)
     if dynamic_size:
         _image_input(inputs)
 

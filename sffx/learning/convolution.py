@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.kernels.goodness import (
     as_positions,
@@ -100,12 +101,12 @@ class SFFGoodness(nn.Module):
 
 def check_kernel_size(kernel_size: object, spatial: int) -> None:
     """Raise an InputError if there is no convolution of a kernel size over some axes of space."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    hint = "pass an odd positive integer; 1 is the default"
+    size = positive_integer("kernel_size", kernel_size, hint)
+    if size % 2 == 0:
+        raise InputError(f"kernel_size is {size}. Hint: {hint}")
+    if size > 1 and spatial > 3:
         raise InputError(
-            f"kernel_size is {kernel_size!r}. Hint: pass an odd positive integer; 1 is the default"
-        )
-    if kernel_size > 1 and spatial > 3:
-        raise InputError(
-            f"kernel_size is {kernel_size}, but a value with {spatial} axes of space has no such "
+            f"kernel_size is {size}, but a value with {spatial} axes of space has no such "
             "convolution. Hint: kernel_size=1"
         )

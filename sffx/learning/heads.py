@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
+from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.convolution import SFFGoodness, check_kernel_size
@@ -304,9 +305,14 @@ def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> Good
             f"goodness is a module, {type(goodness).__name__}, but each block has a head of its "
             "own. Hint: pass a callable (block, num_classes) -> nn.Module"
         )
-    if goodness == "sff":
+    check_kernel_size(options.kernel_size, spatial=0)
+    if isinstance(goodness, str) and goodness == "sff":
         return partial(_makers(task)["sff"], kernel_size=options.kernel_size)
-    maker = goodness if callable(goodness) else _named(goodness, task)
+    if callable(goodness):
+        require_callable("goodness", goodness, ("block", "num_classes"))
+        maker = goodness
+    else:
+        maker = _named(goodness, task)
     if options.kernel_size != 1:
         raise InputError(
             f"kernel_size is {options.kernel_size!r}, but heads of {option_name(goodness)!r} have "

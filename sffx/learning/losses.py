@@ -12,10 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks.records import require_task
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,6 +56,7 @@ def sff_loss(
         InputError: the shapes do not fit, a label is out of range, `loss_fn` returns no scalar, or
             it names other blocks.
     """
+    require_task(task)
     _require_all_blocks(goodness, task)
     functions = loss_functions(loss_fn, len(goodness))
     output = goodness[-1].shape
@@ -129,6 +132,8 @@ def _functions(given: list[Any]) -> list[LossFunction | None]:
                 f"loss_fn is {function!r}, not a function. "
                 "Hint: pass a callable (goodness, y) -> loss, or None for cross-entropy"
             )
+        if function is not None:
+            require_callable("loss_fn", function, ("goodness", "y"))
     return given
 
 

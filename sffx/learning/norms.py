@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, BlockPlan, NormMaker, Options, option_name
+from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
 from sffx.learning.masks import require_mask_argument
@@ -213,6 +214,7 @@ def norm_maker(options: Options) -> NormMaker:
             "Hint: pass a callable (block) -> nn.Module | None"
         )
     if callable(norm):
+        require_callable("norm", norm, ("block",))
         return norm
     if not isinstance(norm, str) or norm not in NORMS:
         names = ", ".join(map(repr, NORMS))

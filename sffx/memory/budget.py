@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from sffx.blocks import Options
+from sffx.checks import positive_integer
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.policies import Cuts, Policy, named, require_positive
+from sffx.compiler.policies import Cuts, Policy, named
 from sffx.compiler.spans import group_ends
 from sffx.errors import CutError
 from sffx.memory.costs import BlockCosts
+from sffx.memory.footprint import explaining_overflow
 from sffx.memory.search import Search
 from sffx.tables import byte_size, read_byte_size
 
@@ -29,14 +31,15 @@ def memory(budget: str | int, batch_size: int) -> Policy:
         InputError: the budget cannot be read, or the batch size is no positive integer.
         CutError: (by the policy) no cuts stay within the budget; names the smallest possible peak.
     """
-    require_positive("batch_size", batch_size)
+    batch_size = positive_integer("batch_size", batch_size)
     allowed = read_byte_size(budget)
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         if not group_ends(analysis):
             return Cuts(())
-        search = Search(BlockCosts(analysis, batch_size, options))
-        path = search.coarsest(allowed)
+        with explaining_overflow(batch_size):
+            search = Search(BlockCosts(analysis, batch_size, options))
+            path = search.coarsest(allowed)
         if path is None:
             smallest = search.smallest()
             raise CutError(

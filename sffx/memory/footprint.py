@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import Block, BlockPlan
+from sffx.checks import positive_integer, require_flag
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.examples import DATA_DEPENDENT
-from sffx.compiler.fake import fake_copy
+from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
@@ -163,6 +165,7 @@ class Footprint:
 
 
 @running("predicting memory")
+@failures_unlogged()
 def footprint(
     net: nn.Module, batch_size: int, *, offloaded: bool = False, backpropagation: bool = True
 ) -> Footprint:
@@ -184,12 +187,13 @@ def footprint(
     """
     cut = cut_model(net)
     make_whole(cut)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}. Hint: pass a positive integer")
+    batch_size = positive_integer("batch_size", batch_size)
+    require_flag("offloaded", offloaded)
+    require_flag("backpropagation", backpropagation)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(cut, mode).train()
     with caches_restored(cut.origin.model):
-        with mode:
+        with mode, explaining_overflow(batch_size):
             predicted = fake_footprint(probe, batch_size)
         if backpropagation:
             peak = backpropagation_peak(cut, batch_size)
@@ -198,6 +202,24 @@ def footprint(
         resident = tuple(_resident(stage) for stage in stages_of(cut))
         predicted = replace(predicted, resident=resident)
     return predicted
+
+
+@contextmanager
+def explaining_overflow(batch_size: int) -> Iterator[None]:
+    """Explain torch's error where a batch has more bytes than 64 bits can count.
+
+    Raises:
+        InputError: instead of that error.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(
+            f"a batch of {batch_size} samples has more bytes than can be counted. "
+            "Hint: a batch size that a machine can hold"
+        ) from error
 
 
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:

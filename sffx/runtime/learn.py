@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.blocks import BlockPlan
+from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, padding_mask
 from sffx.learning.losses import (
@@ -73,6 +74,8 @@ def learn(
     plan = plan_of(net)
     require_uncompiled(net)
     require_train_mode(net)
+    if on_block is not None:
+        require_callable("on_block", on_block, ("name", "scores", "loss"))
     stages = learning_stages(net, only)
     only = _names_to_walk(net, stages, only)
     functions = loss_functions(loss_fn, len(plan.all_blocks))
@@ -207,8 +210,10 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     names = [stage.name for stage in stages]
     if isinstance(only, str):
         raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{only!r}]")
-    if not isinstance(only, Collection) or isinstance(only, Tensor):
-        raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{names[0]!r}]")
+    # A tensor is a collection as well, and its elements are no names.
+    is_list = isinstance(only, Collection) and not isinstance(only, Tensor)
+    if not is_list or not all(isinstance(name, str) for name in only):
+        raise InputError(f"blocks is {only!r}, no list of names. Hint: blocks=[{names[0]!r}]")
     unknown = [name for name in only if name not in names]
     if unknown or not only:
         raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sffx.checks import is_number, positive_integer
 from sffx.errors import InputError
 from sffx.learning.shared_output import SharedOutput
 from sffx.net import CutModel, cut_model, require_uncompiled
@@ -56,9 +57,7 @@ def device_of(net: nn.Module, device: torch.device | str | int | None) -> torch.
 
 def checked_depth(depth: Any) -> int:
     """Return how many batches may be on the way; raise an InputError if it is no such number."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise InputError(f"depth is {depth!r}. Hint: a number of batches, 1 or more")
-    return depth
+    return positive_integer("depth", depth, "a number of batches, 1 or more")
 
 
 def checked_timeout(timeout: Any) -> timedelta:
@@ -66,7 +65,7 @@ def checked_timeout(timeout: Any) -> timedelta:
     if timeout is None:
         return timedelta(minutes=30)
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+    if not is_number(seconds) or not seconds > 0:
         raise InputError(f"timeout is {timeout!r}. Hint: a timedelta, or seconds above 0")
     return timedelta(seconds=seconds)
 

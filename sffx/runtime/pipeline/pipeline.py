@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.inputs import explaining_input_errors
 from sffx.kernels.precision import widened
@@ -440,6 +441,8 @@ class Pipeline:
         self.net.plan.task.check_labels(y, samples, self.net.plan.num_classes)
 
     def _lessons(self, on_block: OnBlock | None) -> dict[Stage, Lesson]:
+        if on_block is not None:
+            require_callable("on_block", on_block, ("name", "scores", "loss"))
         lessons = {}
         for stage in self._stages:
             function = self._functions[stage.index]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.runtime.agreement import require_processes
 from sffx.runtime.groups import new_group
@@ -98,9 +99,9 @@ def _ranks(
         table = group.mesh.reshape(len(group.mesh), -1).tolist()
         return tuple(map(tuple, table))
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
-    width = 1 if replicas is None else replicas
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise InputError(f"replicas is {replicas!r}. Hint: a number of replicas, 1 or more")
+    width = 1
+    if replicas is not None:
+        width = positive_integer("replicas", replicas, "a number of replicas, 1 or more")
     if len(everyone) % width:
         raise InputError(
             f"{len(everyone)} processes do not divide into {width} replicas. "

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.runtime.averaging import Averaging, averaged_buffers, copied_buffers
 from sffx.runtime.gradients import Gradients
@@ -42,10 +43,10 @@ class Steps:
         replicas: dist.ProcessGroup | None,
         watch: Watch,
     ) -> None:
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise InputError(f"accumulate is {accumulate!r}. Hint: a number of batches, 1 or more")
         self._stages = stages
-        self._accumulate = accumulate
+        self._accumulate = positive_integer(
+            "accumulate", accumulate, "a number of batches, 1 or more"
+        )
         self._replicas = replicas
         self._watch = watch
         self._updates = _updates(stages, optimizer)

@@ -1,0 +1,80 @@
+"""Checks of one argument of a public function: a flag, a number, something to call.
+
+Each raises an `InputError` that names the argument and its value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+from sffx.errors import InputError
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise an InputError unless an argument is True or False.
+
+    Anything else would be taken for one of them in silence, as the text "no" for True.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}. Hint: pass True or False")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number; True, False and nan are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def positive_integer(name: str, value: Any, hint: str = "pass a positive integer") -> int:
+    """Return an argument that counts something, as an int of Python.
+
+    Args:
+        name: of the argument.
+        value: of the argument; integers of numpy are integers.
+        hint: what to do instead.
+
+    Raises:
+        InputError: it is no positive integer.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or value < 1:
+        raise InputError(f"{name} is {value!r}. Hint: {hint}")
+    return int(value)
+
+
+def require_callable(name: str, function: object, parameters: Sequence[str]) -> None:
+    """Raise an InputError unless an argument can be called with some positional arguments.
+
+    Args:
+        name: of the argument.
+        function: the argument; of a module, its forward counts.
+        parameters: what it is called with, for the hint.
+    """
+    form = f"({', '.join(parameters)})"
+    if not callable(function):
+        raise InputError(f"{name} is {function!r}. Hint: pass a callable {form}")
+    signature = _signature(function)
+    if signature is None:
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as cause:
+        raise InputError(
+            f"{name} cannot be called with {form}: {cause}. Hint: it is called with these "
+            f"{len(parameters)} in this order"
+        ) from cause
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return the signature of a callable, None where Python does not know it."""
+    # `__call__` of a module takes anything, and hands it to `forward`.
+    called = getattr(function, "forward", function)
+    if isinstance(function, type):
+        called = function
+    try:
+        return inspect.signature(called)
+    except (TypeError, ValueError):
+        return None

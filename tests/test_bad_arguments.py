@@ -311,3 +311,31 @@ def test_a_batch_that_no_machine_can_count_is_refused(size: int, folder: Path) -
 def test_integers_of_numpy_count(folder: Path) -> None:
     net = cut_net()
     assert sffx.footprint(net, np.int64(4)) == sffx.footprint(net, 4)
+
+
+# What would be an error much later, or none at all.
+LATE = (
+    ("LocalLoss", "net", nn.Linear(2, 2)),
+    ("LocalLoss", "net", torch.compile(cut_net())),
+    ("LocalLoss", "loss_fn", {"block_7": None}),
+    ("LocalLoss", "blocks", ["block_7"]),
+    ("KeywordLoss", "net", torch.compile(cut_net())),
+    ("KeywordLoss", "loss_fn", "cross_entropy"),
+    ("parameter_groups", "lr", True),
+    ("parameter_groups", "lr", float("inf")),
+    ("parameter_groups", "classifier_lr", float("nan")),
+    ("EarlyExit.calibrate", "accuracy", 95),
+    ("EarlyExit.calibrate", "accuracy", -0.1),
+    ("EarlyExit.curve", "thresholds", ""),
+    ("save_checkpoint", "optimizer", torch.optim.SGD([nn.Parameter(torch.ones(1))])),
+    ("export_onnx", "tolerance", -1),
+)
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), LATE)
+def test_a_wrong_argument_is_refused_at_once(
+    name: str, argument: str, value: Any, folder: Path
+) -> None:
+    function, right = functions(folder)[name]
+    with pytest.raises(sffx.InputError, match="Hint: "):
+        function(**{**right, argument: value})

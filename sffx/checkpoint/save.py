@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from sffx.checkpoint.entries import KEYS, OPTIMIZER_KEY, STATE_KEY, own_entries
 from sffx.errors import InputError
 from sffx.files import writing
 from sffx.net import unwrapped
 from sffx.runtime.find_residency import make_whole
+from sffx.runtime.optimizers import require_optimizers_of
 
 
 def save_checkpoint(
@@ -47,12 +49,10 @@ def save_checkpoint(
     """
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}, not a model. Hint: pass the model itself")
-    if not isinstance(optimizer, torch.optim.Optimizer | None):
-        raise InputError(
-            f"optimizer is a {type(optimizer).__name__}. Hint: pass the optimizer itself, or None"
-        )
     model = _unwrapped(net)
     make_whole(model)
+    if optimizer is not None:
+        require_optimizers_of(model, [optimizer])
     for name, value in more.items():
         _check_further_entry(name, value)
     content = {STATE_KEY: model.state_dict(), **own_entries(model, accuracy)}
@@ -66,12 +66,12 @@ def save_checkpoint(
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of DDP and torch.compile.
+    """Return the model inside the wrappers of DDP, of torch.compile and of averaged weights.
 
     A wrapper has no plan, and puts a prefix before the names in the state dict.
     """
     net = unwrapped(net)
-    if isinstance(net, DistributedDataParallel):
+    if isinstance(net, (DistributedDataParallel, nn.DataParallel, AveragedModel)):
         return _unwrapped(net.module)
     # The attribute in which torch.compile keeps the module that it wraps.
     compiled_from: nn.Module = getattr(net, "_orig_mod", net)

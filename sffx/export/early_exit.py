@@ -266,7 +266,8 @@ class EarlyExit:
             InputError: no threshold reaches the accuracy, or the loader cannot be used. The
                 threshold then stays as it was.
         """
-        if accuracy is not None and not is_number(accuracy):
+        is_share = is_number(accuracy) and 0 <= accuracy <= 1
+        if accuracy is not None and not is_share:
             raise InputError(f"accuracy is {accuracy!r}. Hint: pass a number between 0 and 1")
         curve = self.curve(loader)
         wanted = curve.points[-1].accuracy if accuracy is None else accuracy
@@ -357,6 +358,9 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
         InputError: one of them is no number.
     """
     try:
+        # The letters of a text are no thresholds.
+        if isinstance(thresholds, (str, bytes)):
+            raise TypeError("no list of numbers")
         return [float(level) for level in thresholds]
     # A tensor without values raises a RuntimeError.
     except (TypeError, ValueError, RuntimeError) as error:

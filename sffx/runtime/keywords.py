@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
 from sffx.inputs import padding_mask
-from sffx.learning.losses import LossFunctions
+from sffx.learning.losses import LossFunctions, loss_functions
 from sffx.learning.readouts import readout_of
-from sffx.net import plan_of
+from sffx.net import plan_of, require_uncompiled
 from sffx.objective import require_single_view
 from sffx.runtime.step import local_loss
 
@@ -25,13 +25,21 @@ class KeywordLoss(nn.Module):
     Attributes:
         net: the cut model.
         loss_fn: the blocks' losses in train mode, as `sff_loss` takes them; cross-entropy if None.
+
+    Raises:
+        InputError: `net` is no cut model or was compiled as a whole, or `loss_fn` names other
+            blocks.
     """
 
     # Tells the Trainer that the loss is a batch's mean, which it divides for accumulation.
     accepts_loss_kwargs = False
 
     def __init__(self, net: fx.GraphModule, loss_fn: LossFunctions | None = None) -> None:
-        require_single_view(plan_of(net).objective, "KeywordLoss")
+        # Called for their errors only, which would come in the first step otherwise.
+        plan = plan_of(net)
+        require_single_view(plan.objective, "KeywordLoss")
+        require_uncompiled(net)
+        loss_functions(loss_fn, len(plan.all_blocks))
         super().__init__()
         self.net = net
         self.loss_fn = loss_fn

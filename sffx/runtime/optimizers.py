@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from sffx.checks import is_number
 from sffx.errors import InputError
 from sffx.parts import CLASSIFIER
 from sffx.runtime.stage import Stage, stages_of
@@ -44,8 +46,8 @@ def groups_of_stages(
     for name, rate in (("lr", lr), ("classifier_lr", classifier_lr)):
         # A rate may be a tensor of one number, as capturable optimizers take it.
         is_tensor = isinstance(rate, torch.Tensor) and rate.numel() == 1
-        is_number = isinstance(rate, (int, float)) or is_tensor
-        if not is_number or not rate >= 0:
+        is_rate = (is_number(rate) or is_tensor) and 0 <= rate < math.inf
+        if not is_rate:
             raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
     groups = []
     for stage in stages:

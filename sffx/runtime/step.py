@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
-from sffx.learning.losses import LossFunctions, total
+from sffx.learning.losses import LossFunctions, loss_functions, total
+from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.gradients import Gradients
 from sffx.runtime.learn import Learned, OnBlock, learn, learning_stages
@@ -189,6 +190,10 @@ class LocalLoss(nn.Module):
         net: the cut model.
         loss_fn: the blocks' losses, as `sff_loss` takes them; cross-entropy if None.
         blocks: names of the blocks that learn, all if None.
+
+    Raises:
+        InputError: `net` is no cut model or was compiled as a whole, or `loss_fn` or `blocks` name
+            other blocks.
     """
 
     def __init__(
@@ -198,6 +203,10 @@ class LocalLoss(nn.Module):
         *,
         blocks: Collection[str] | None = None,
     ) -> None:
+        plan = plan_of(net)
+        require_uncompiled(net)
+        loss_functions(loss_fn, len(plan.all_blocks))
+        learning_stages(net, blocks)
         super().__init__()
         self.net = net
         self.loss_fn = loss_fn

@@ -88,7 +88,7 @@ class Checkpoint:
         """
         if self.whole is not None:
             self._refuse_for_whole(model, options)
-            return cut_model(self.whole)
+            return self._whole_net(self.whole)
         self.require_weights()
         if model is None:
             raise InputError(
@@ -154,6 +154,15 @@ class Checkpoint:
                 f"{self._name} holds a whole model, which is cut already, "
                 f"so {', '.join(unused)} would be passed over. Hint: leave it out"
             )
+
+    def _whole_net(self, whole: nn.Module) -> CutModel:
+        try:
+            return cut_model(whole)
+        except InputError as error:
+            raise InputError(
+                f"{self._name} holds a {type(whole).__name__}, which is not cut. "
+                "Hint: save what sffx.transform returned"
+            ) from error
 
     def require_weights(self) -> None:
         """Raise an InputError if the checkpoint holds no weights of a cut model."""

@@ -24,6 +24,11 @@ def read(path: Path, trust: bool) -> Any:
     """
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder. Hint: name the file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"{str(path)!r} is a pipe or a device, which torch cannot load from. "
+            "Hint: copy what it holds into a file"
+        )
     if not path.is_file():
         raise InputError(
             f"there is no file {str(path)!r}. Hint: write it with sffx.save_checkpoint"

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from sffx.blocks import option_name
 from sffx.checkpoint import Checkpoint
 from sffx.cli.models import find_callable
 from sffx.cli.options import GivenInput
 from sffx.errors import InputError
+from sffx.progress import LOGGER
+from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks.records import task_named, task_of_record
 
 # The option of the command line for each argument of `sffx.transform`.
 FLAGS = {
@@ -22,6 +26,15 @@ FLAGS = {
     "norm": "--norm",
     "num_classes": "--classes",
     "example_input": "--input",
+    "task": "--task",
+}
+
+# What each required option may be, for one who has to name it.
+CHOICES = {
+    "policy": "--policy (residual, batchnorm, layer, module or stages(N))",
+    "goodness": "--goodness (sff, cwc, cosine, mlp or shared)",
+    "norm": "--norm (layer or none)",
+    "example_input": "--input 1,3,224,224",
 }
 
 
@@ -29,7 +42,8 @@ def cut_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `sffx.transform` that the command line gives.
 
     Raises:
-        InputError: the inputs are named in part, or there is no such goodness or norm of one's own.
+        InputError: the inputs are named in part, there is no such task, or no such goodness or norm
+            of one's own.
     """
     given = {
         "policy": getattr(options, "policy", None),
@@ -38,6 +52,7 @@ def cut_options(options: argparse.Namespace) -> dict[str, Any]:
         "kernel_size": options.kernel_size,
         "norm": _name_or_callable(options.norm),
         "num_classes": options.classes,
+        "task": None if options.task is None else task_named(options.task),
         "example_input": example_of(options.input),
     }
     return {name: value for name, value in given.items() if value is not None}
@@ -58,16 +73,48 @@ def complete_options(checkpoint: Checkpoint, given: dict[str, Any]) -> dict[str,
         flags = [_flag(name, value) for name, value in missing.items()]
         raise InputError(
             f"{str(checkpoint.path)!r} does not record all of how its model was cut. "
-            f"Hint: {' '.join(flags)} as in the training; sffx.save_checkpoint records them"
+            f"Hint: {', '.join(flags)} as in the training; sffx.save_checkpoint records them"
         )
+    for difference in _differences(checkpoint, given):
+        LOGGER.warning(difference)
     return checkpoint.options(**given)
+
+
+def _differences(checkpoint: Checkpoint, given: dict[str, Any]) -> list[str]:
+    """Return a sentence for each option that differs from what a checkpoint records.
+
+    It wins, and the weights may fit all the same, but the net is then another one.
+    """
+    if checkpoint.cut is None:
+        return []
+    recorded = dict(checkpoint.cut)
+    recorded["task"] = task_of_record(recorded["task"]) if "task" in recorded else CLASSIFICATION
+    differences = []
+    for name in ("policy", "goodness", "kernel_size", "norm", "task"):
+        # The name of a callable depends on the file that it was loaded from.
+        if name not in given or name in recorded["custom"]:
+            continue
+        if given[name] != recorded[name]:
+            differences.append(
+                f"{str(checkpoint.path)!r} records {FLAGS[name]} {_shown(recorded[name])}, but "
+                f"{_shown(given[name])} is given, and used"
+            )
+    return differences
+
+
+def _shown(value: Any) -> str:
+    """Return an option as a command line has it."""
+    if isinstance(value, Task):
+        return value.name
+    return str(value) if isinstance(value, (str, int)) else option_name(value)
 
 
 def _flag(name: str, value: str) -> str:
     """Return the option of the command line for an argument of `transform` that is missing."""
+    if value == "...":
+        return CHOICES[name]
     # A callable is recorded by its name, which does not tell in which file it lies.
-    is_callable = value != "..."
-    return f"{FLAGS[name]} file.py:NAME ({value})" if is_callable else f"{FLAGS[name]} {value}"
+    return f"{FLAGS[name]} file.py:NAME ({value})"
 
 
 def example_of(given: Sequence[GivenInput]) -> Any:

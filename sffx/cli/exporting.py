@@ -98,4 +98,11 @@ def _net_from_weights(options: argparse.Namespace) -> fx.GraphModule:
 def _whole_net(options: argparse.Namespace) -> fx.GraphModule:
     # The classes of the model are looked for in the current folder, too.
     with as_script(None):
-        return load_checkpoint(options.checkpoint, trust=True).net()
+        checkpoint = load_checkpoint(options.checkpoint, trust=True)
+    if checkpoint.whole is None:
+        checkpoint.require_weights()
+        raise InputError(
+            f"{str(options.checkpoint)!r} holds weights without their model. "
+            f"Hint: sffx-export {options.checkpoint} {options.target} --model SOURCE"
+        )
+    return checkpoint.net()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sffx.cli.wording import in_options
 from sffx.errors import SffxError
 from sffx.progress import LOGGER
 
@@ -25,7 +26,7 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         with showing_progress():
             work()
     except SffxError as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}: {in_options(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,6 +14,16 @@ SOURCE_HELP = (
     "the code of the file or the package is run"
 )
 
+# The name of each task for `--task`, by its class in `sffx.tasks`.
+TASK_NAMES = {
+    "Classification": "classification",
+    "MultiLabel": "multilabel",
+    "Regression": "regression",
+    "Segmentation": "segmentation",
+    "TokenClassification": "tokens",
+    "LanguageModel": "language",
+}
+
 
 @dataclass(frozen=True)
 class GivenInput:
@@ -67,6 +77,12 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
         help="the norm between blocks: layer or none; or your own callable, file.py:NAME",
     )
     group.add_argument("--classes", metavar="N", type=positive, help="number of classes")
+    group.add_argument(
+        "--task",
+        metavar="NAME",
+        help=f"what the model predicts, where its output does not tell: "
+        f"{', '.join(TASK_NAMES.values())}; 'segmentation(255)' leaves out label 255",
+    )
     group.add_argument(
         "--input",
         metavar="[NAME=]1,3,224,224[:int]",

@@ -44,6 +44,28 @@ def task_of_record(record: Any) -> Task:
         raise InputError(f"{record!r} is the record of no task. Hint: {names}") from cause
 
 
+def task_named(text: str) -> Task:
+    """Return the task that a text such as "segmentation" or "segmentation(255)" means.
+
+    The number is the label that is left out.
+
+    Raises:
+        InputError: it is of no known task, or its task leaves out no label.
+    """
+    name, parenthesis, rest = text.strip().partition("(")
+    try:
+        if not parenthesis:
+            return TASKS[name]()
+        label = int(rest.removesuffix(")").removeprefix("ignore_index="))
+        return task_of_record({"name": name, "ignore_index": label})
+    except (KeyError, ValueError) as cause:
+        names = ", ".join(TASKS)
+        raise InputError(
+            f"there is no task {text!r}. Hint: choose one of {names}; 'segmentation(255)' leaves "
+            "out label 255"
+        ) from cause
+
+
 def require_task(task: Any) -> None:
     """Raise an InputError if something is neither a task nor None."""
     if task is None or isinstance(task, Task):

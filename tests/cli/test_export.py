@@ -114,9 +114,10 @@ def test_options_that_weights_alone_need_are_named(
     model = ["--model", "model.py:small"]
     assert (
         "'net.pt' does not record all of how its model was cut. "
-        "Hint: --policy ... --input ... --goodness ... --norm ... as in the training"
+        "Hint: --policy (residual, batchnorm, layer, module or stages(N)), --input 1,3,224,224, "
+        "--goodness (sff, cwc, cosine, mlp or shared), --norm (layer or none) as in the training"
     ) in fails(capsys, "net.pt", "net.pt2", *model)
-    assert "Hint: --norm ... as in" in fails(
+    assert "Hint: --norm (layer or none) as in" in fails(
         capsys, "net.pt", "net.pt2", *model, "--policy", "residual", "--goodness", "sff", *INPUT
     )
     assert main(["net.pt", "net.pt2", *WEIGHTS]) == 0
@@ -196,7 +197,9 @@ def test_whole_model_is_loaded_by_its_own_command(capsys: pytest.CaptureFixture[
 
 def test_whole_model_that_is_not_cut_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(toys.Chain(), "whole.pt")
-    assert "Chain, not a cut model. Hint: " in fails(capsys, "whole", "whole.pt", "net.pt2")
+    assert "'whole.pt' holds a Chain, which is not cut. Hint: " in fails(
+        capsys, "whole", "whole.pt", "net.pt2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,39 @@ def test_checkpoint_tells_how_it_was_cut(
     assert_same(exported[0], net)
 
 
+def test_an_option_that_differs_from_the_checkpoint_wins_and_is_told(
+    exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights fit another norm and another policy as well, but the answers are others."""
+    sffx.save_checkpoint("run.pt", made("stages(2)"))
+    same = [
+        "--norm",
+        "layer",
+        "--goodness",
+        "sff",
+        "--kernel-size",
+        "1",
+        "--task",
+        "classification",
+    ]
+    assert main(["run.pt", "net.pt2", "--model", "model.py:small", *same]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["run.pt", "net.pt2", "--model", "model.py:small", "--norm", "none"]) == 0
+    message = "'run.pt' records --norm layer, but none is given, and used"
+    assert message in capsys.readouterr().err
+    assert exported[1].plan.options.norm == "none"
+
+
+def test_weights_alone_need_the_task_that_their_heads_have(
+    exported: list[fx.GraphModule], capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = made(task=sffx.tasks.MultiLabel())
+    torch.save(net.state_dict(), "net.pt")
+    assert "do not fit Residual" in fails(capsys, "net.pt", "net.pt2", *WEIGHTS)
+    assert main(["net.pt", "net.pt2", *WEIGHTS, "--task", "multilabel"]) == 0
+    assert_same(exported[0], net)
+
+
 def test_goodness_of_one_s_own_is_named_by_its_file(
     exported: list[fx.GraphModule],
     capsys: pytest.CaptureFixture[str],
@@ -292,7 +328,7 @@ def test_whole_model_of_a_file_is_found_where_the_command_runs(
     subprocess.run([sys.executable, "-c", code], check=True)
     command = ["whole", "own.pt", "net.pt2"]
     # The class is found, and the error says what the model is.
-    assert "is a Sequential, not a cut model" in fails(capsys, *command)
+    assert "holds a Sequential, which is not cut" in fails(capsys, *command)
     Path("own_layers.py").unlink()
     monkeypatch.delitem(sys.modules, "own_layers")
     assert (

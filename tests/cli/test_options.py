@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+import sffx
 from sffx.cli.cut import cut_options
-from sffx.cli.options import add_cut_options, with_command
+from sffx.cli.options import TASK_NAMES, add_cut_options, with_command
+from sffx.cli.wording import in_options
 from sffx.errors import InputError
+from sffx.tasks.records import TASKS
 
 
 def given(*arguments: str) -> dict[str, Any]:
@@ -34,6 +37,25 @@ def test_the_options_are_the_arguments_of_transform() -> None:
         "kernel_size": 3,
         "num_classes": 7,
     }
+
+
+@pytest.mark.parametrize("task", [each() for each in TASKS.values()])
+def test_each_task_has_a_name(task: sffx.tasks.Task) -> None:
+    name = TASK_NAMES[type(task).__name__]
+    assert given("--task", name) == {"task": task}
+    # And a message that names the task in Python names this option instead.
+    assert in_options(f"Hint: pass task=sffx.tasks.{task!r}.") == f"Hint: --task {name}."
+
+
+def test_a_task_may_leave_out_a_label() -> None:
+    assert given("--task", "segmentation(255)")["task"].ignore_index == 255
+    message = in_options("Hint: task=sffx.tasks.Segmentation(ignore_index=255)")
+    assert message == "Hint: --task 'segmentation(255)'"
+
+
+def test_the_user_s_own_words_stay() -> None:
+    message = "net.py raised an error of its own:\nTypeError: num_classes=3"
+    assert in_options(message) == message
 
 
 def test_a_goodness_of_one_s_own_is_found() -> None:

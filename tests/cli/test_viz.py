@@ -90,13 +90,15 @@ def test_the_options_reach_the_plan(planned: Planned) -> None:
     assert main(["plan", "model.py"]) == 0
     assert planned.options == {"policy": "residual"}
     options = ["--policy", "uniform", "--input", "1,3,32,32", "--classes", "7", "--norm", "none"]
-    assert main(["plan", "model.py", *options, "--goodness", "mlp"]) == 0
+    options += ["--task", "segmentation(3)", "--goodness", "mlp"]
+    assert main(["plan", "model.py", *options]) == 0
     assert planned.options.pop("example_input").shape == (1, 3, 32, 32)
     assert planned.options == {
         "policy": "uniform",
         "num_classes": 7,
         "norm": "none",
         "goodness": "mlp",
+        "task": sffx.tasks.Segmentation(ignore_index=3),
     }
 
 

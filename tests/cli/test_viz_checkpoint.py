@@ -108,5 +108,5 @@ def test_a_file_without_a_record_needs_the_options(capsys: pytest.CaptureFixture
     assert main(DRAW) == 2
     assert (
         "'run.pt' does not record all of how its model was cut. "
-        "Hint: --policy ... --input ... --goodness ... --norm ... as in the training"
+        "Hint: --policy (residual, batchnorm, layer, module or stages(N)), --input 1,3,224,224"
     ) in capsys.readouterr().err

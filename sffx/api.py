@@ -24,6 +24,7 @@ from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
 from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
+from sffx.errors import InputError
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
 from sffx.learning.objectives.records import ObjectiveName, objective_named

@@ -108,6 +108,7 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "norm": "layer",
         "recompute": True,
         "task": None,
+        "objective": "sff",
     }
     onnx = {
         "net": None,

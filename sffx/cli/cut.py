@@ -89,8 +89,9 @@ def _differences(checkpoint: Checkpoint, given: dict[str, Any]) -> list[str]:
         return []
     recorded = dict(checkpoint.cut)
     recorded["task"] = task_of_record(recorded["task"]) if "task" in recorded else CLASSIFICATION
+    recorded["objective"] = recorded.get("objective", {"name": "sff"})["name"]
     differences = []
-    for name in ("policy", "goodness", "kernel_size", "norm", "task"):
+    for name in ("objective", "policy", "goodness", "kernel_size", "norm", "task"):
         # The name of a callable depends on the file that it was loaded from.
         if name not in given or name in recorded["custom"]:
             continue

@@ -57,6 +57,8 @@ VIZ = [
     ("plan", "model.py", *INPUT, "--batch", str(2**62)),
     ("plan", "model.py", *INPUT, "--budget", "9000000 TiB"),
     *(("plan", "model.py", *INPUT, "--goodness", each) for each in ("", "no", "model.py:net")),
+    ("plan", "model.py", *INPUT, "--objective", "no"),
+    ("plan", "model.py", *INPUT, "--objective", "cwc", "--goodness", "mlp"),
     *(("plan", "model.py", *INPUT, "--norm", each) for each in ("", "no", "model.py:net")),
     *(
         ("plan", "model.py", *INPUT, "--task", each)
@@ -110,7 +112,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def in_python(message: str) -> bool:
     """Return whether a message names an argument of Python that is an option of the command."""
     arguments = "example_input|num_classes|kernel_size|class_names|dynamic_size|sffx.tasks"
-    keywords = "policy|goodness|norm|task|readout"
+    keywords = "policy|goodness|norm|task|readout|objective"
     return bool(re.search(rf"{arguments}|\\b({keywords})=", message))
 
 

@@ -152,6 +152,29 @@ def test_a_recipe_is_not_searched_for_and_cools_down(tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
 
 
+def test_blocks_learn_in_the_epochs_of_a_method(monkeypatch):
+    spans = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 4))
+    monkeypatch.setitem(METHODS, "SFF", replace(METHODS["SFF"], spans=spans))
+    run = Run(SMALL, "SFF", Setting(1e-3, 1e-3, 0.0), 0, small_split())
+    changed = []
+    for epoch in range(1, 5):
+        before = {name: p.clone() for name, p in run.net.named_parameters()}
+        run.train(epoch)
+        after = dict(run.net.named_parameters())
+        moved = {
+            name.split(".")[0] for name in before if not torch.equal(before[name], after[name])
+        }
+        changed.append(sorted(name for name in moved if not name.startswith("head")))
+    assert changed == [
+        ["block_0", "block_1"],
+        ["block_1", "block_2", "block_3"],
+        ["block_3", "classifier"],
+        ["classifier"],
+    ]
+    run.train(9)
+    assert len(run.curve) == 4
+
+
 def test_split_parts_by_seed_without_overlap():
     source = images(50, 0)
     source.x[:, 0, 0, 0] = torch.arange(50, dtype=torch.uint8)  # a number for each image

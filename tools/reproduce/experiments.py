@@ -230,7 +230,10 @@ BLOCKS = {
 }
 
 # The Forward-Forward family, beside SFF and backpropagation on the same network. The recipes are
-# those of the authors, or of a known reimplementation (Recipe of "FF": loeweX/Forward-Forward).
+# those of the authors, or of a known reimplementation.
+
+# Of github.com/loeweX/Forward-Forward; its linear classifier learns at 1e-2.
+LOEWEX = Recipe("SGD", lr=1e-3, classifier_lr=1e-2, weight_decay=3e-4, cooldown=True)
 MNIST = Experiment(
     network="MLP 3 x 1000",
     data="mnist",
@@ -239,7 +242,15 @@ MNIST = Experiment(
     batch=100,
     epochs=60,
     policy="layer",
-    methods=("FF", "SFF", "mlp(256, 4)", "BP", "deep supervision, mlp(256, 4)"),
+    methods=(
+        "FF",
+        "FF, peers",
+        "FF, unsupervised",
+        "SFF",
+        "mlp(256, 4)",
+        "BP",
+        "deep supervision, mlp(256, 4)",
+    ),
     trials=4,
     trial_epochs=2,
     patience=5,
@@ -249,10 +260,28 @@ MNIST = Experiment(
     channels=1,
     scale="unit",
     held_out=1 / 12,
-    recipes=(("FF", Recipe("SGD", lr=1e-3, weight_decay=3e-4, cooldown=True)),),
+    recipes=tuple((name, LOEWEX) for name in ("FF", "FF, peers", "FF, unsupervised")),
 )
 FAMILY = {
     "family-mnist-ff": MNIST,
+    "family-mnist-small": replace(
+        MNIST,
+        network="MLP 2 x 500",
+        epochs=30,
+        methods=("FF, small", "SFF", "mlp(256, 4)", "BP", "deep supervision, mlp(256, 4)"),
+        recipes=(("FF, small", Recipe("Adam", lr=1e-3)),),
+    ),
+    "family-mnist-cfse": replace(
+        MNIST,
+        network="CFSE, grey",
+        policy="batchnorm",
+        batch=128,
+        epochs=20,
+        scale="normalised",
+        methods=("CwC, ILT", "SFF", "mlp(256, 4)", "BP", "deep supervision, mlp(256, 4)"),
+        trial_epochs=1,
+        recipes=(("CwC, ILT", Recipe("Adam", lr=0.01, classifier_lr=0.01)),),
+    ),
 }
 
 EXPERIMENTS = {**TABLE2, **TABLE3, **MOMENTUM, **TABLE4, **OTHER_HEADS, **BLOCKS, **FAMILY}

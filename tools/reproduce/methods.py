@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,19 @@ class Method:
             with deep supervision.
         readout: judges a run. The search maximises it, and it decides when to stop.
         options: of `sffx.transform`.
+        spans: the epochs of each block, (first, end), the classifier's last; None lets all blocks
+            learn in all epochs.
     """
 
     heads: bool = True
     local: bool = True
     readout: str = "ensemble"
     options: Mapping[str, Any] = field(default_factory=dict)
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def schedule(self, net: Any) -> sffx.BlockSchedule | None:
+        """Return who learns when, None where all blocks always learn."""
+        return None if self.spans is None else sffx.BlockSchedule(net, self.spans)
 
     def prepare(self, model: nn.Module, policy: str, example: Tensor) -> nn.Module:
         """Return the network that is trained, cut or not."""
@@ -53,12 +60,15 @@ class Method:
             {"params": classifier, "lr": classifier_lr, "name": "classifier"},
         ]
 
-    def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def loss(
+        self, net: nn.Module, x: Tensor, y: Tensor, blocks: Sequence[str] | None = None
+    ) -> Tensor:
+        """Return the loss of a batch; of some blocks, where no gradient crosses a cut."""
         if not self.heads:
             return F.cross_entropy(net(x), y)
         if not self.local:
             return sffx.sff_loss(net(x), y)
-        return sffx.local_loss(net, x, y)
+        return sffx.local_loss(net, x, y, blocks=blocks)
 
     @torch.no_grad()
     def scores(self, net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
@@ -96,6 +106,10 @@ def _supervised(goodness: str) -> Method:
     return Method(local=False, options={"goodness": goodness})
 
 
+# Interleaved layer training on MNIST, as published: where each layer's epochs end. All begin at 0.
+# The authors list six layers; this is their list for the first four and the last one.
+MNIST_SPANS = ((0, 2), (0, 3), (0, 4), (0, 5), (0, 20))
+
 METHODS = {
     "BP": Method(heads=False, local=False, readout="classifier"),
     "deep supervision": Method(local=False, readout="classifier"),
@@ -108,5 +122,11 @@ METHODS = {
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
     "FF": Method(options={"objective": "ff"}),
+    "FF, peers": Method(options={"objective": ForwardForward(peer=0.03)}),
+    "FF, small": Method(options={"objective": ForwardForward(reduction="mean", threshold=2.0)}),
     "FF, spatial labels": Method(options={"objective": ForwardForward(labels="waves")}),
+    "FF, unsupervised": Method(options={"objective": "ff-unsupervised"}),
+    "CwC, ILT": Method(
+        readout="classifier", options={"objective": "cwc", "norm": "none"}, spans=MNIST_SPANS
+    ),
 }

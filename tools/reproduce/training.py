@@ -57,6 +57,7 @@ class Run:
         self.split = split
         self.net = self._network(weights).to(memory_format=torch.channels_last)
         groups = self.method.groups(self.net, setting.lr, setting.classifier_lr)
+        self.schedule = self.method.schedule(self.net)
         self.recipe = experiment.recipe(name)
         self.optimizer = self._optimizer(groups)
         self.first_rates = [group["lr"] for group in groups]
@@ -104,6 +105,8 @@ class Run:
         """
         if path is not None and path.exists():
             self.load_state_dict(torch.load(path, weights_only=False))
+        if self.schedule is not None:
+            epochs = min(epochs, self.schedule.epochs)
         saved = time.monotonic()
         while len(self.curve) < epochs and not self._has_stalled:
             each(len(self.curve), self._epoch())
@@ -162,6 +165,7 @@ class Run:
     def _train_epoch(self, epoch: int) -> float:
         """Train on all images once, and return the mean loss."""
         self.net.train()
+        blocks = None if self.schedule is None else self.schedule.learning(epoch)
         total = 0.0
         seen = 0
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
@@ -174,7 +178,7 @@ class Run:
         )
         for x, y in batches:
             self.optimizer.zero_grad()
-            loss = self.method.loss(self.net, self.split.scaled(x), y)
+            loss = self.method.loss(self.net, self.split.scaled(x), y, blocks)
             loss.backward()
             self.optimizer.step()
             total += loss.item() * len(y)

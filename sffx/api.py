@@ -68,8 +68,8 @@ def transform(
             the model's first layer.
         num_classes: J, checked against the model's output where given.
         objective: how the blocks learn. "sff", the default; "cwc"; "ff", supervised
-            Forward-Forward; "ff-unsupervised"; or one of `sffx.objectives` with its options, or of
-            your own.
+            Forward-Forward; "ff-unsupervised", "scff" and "cffa", of the same family; or one of
+            `sffx.objectives` with its options, or of your own.
         goodness: how a block's output is scored. None takes the objective's own, by default "sff".
             "sff", an auxiliary convolution, or "cwc", groups
             of channels and no parameters. Better than the paper's: "mlp", a hidden layer of 128

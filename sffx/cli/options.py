@@ -61,7 +61,9 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
     if policy:
         group.add_argument("--policy", help="how the cuts are chosen, such as residual")
     group.add_argument(
-        "--objective", metavar="NAME", help="how the blocks learn: sff, cwc, ff, ff-unsupervised"
+        "--objective",
+        metavar="NAME",
+        help="how the blocks learn: sff, cwc, ff, ff-unsupervised, scff, cffa",
     )
     group.add_argument(
         "--goodness",

@@ -67,7 +67,8 @@ class Length(nn.Module):
 
     def __init__(self, threshold: float, tries: int) -> None:
         super().__init__()
-        self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+        # Of one axis, since FSDP shards no scalars.
+        self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.tries = tries
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:

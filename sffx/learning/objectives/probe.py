@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block
+from sffx.errors import InputError
 from sffx.kernels.precision import full_precision, widened
 from sffx.learning.pooling import features_of, num_features
+from sffx.objective import Objective
+from sffx.tasks import CLASSIFICATION, Task
 
 
 class BlockProbe(nn.Module):
@@ -77,3 +80,12 @@ class ProbedHead(nn.Module):
             if not self.training:
                 return logits
             return torch.cat([self.columns(wide, mask), logits], dim=1)
+
+
+def require_classes(objective: Objective, task: Task) -> None:
+    """Raise an InputError if a model does not tell classes of a sample apart."""
+    if task != CLASSIFICATION:
+        raise InputError(
+            f"the objective {objective.name!r} has probes for classes of a sample, not for "
+            f"sffx.tasks.{task!r}. Hint: objective='sff'"
+        )

@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeAlias
 
 from sffx.errors import InputError
 from sffx.learning.objectives.channelwise import CwC
+from sffx.learning.objectives.directional import CFFA
 from sffx.learning.objectives.forward_forward import ForwardForward
+from sffx.learning.objectives.self_contrastive import SCFF
 from sffx.learning.objectives.unsupervised import UnsupervisedForwardForward
 from sffx.objective import SFF, Objective
 
@@ -17,10 +19,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cwc": CwC,
     "ff": ForwardForward,
     "ff-unsupervised": UnsupervisedForwardForward,
+    "scff": SCFF,
+    "cffa": CFFA,
 }
 
 # The same names for type checkers and editors.
-ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff", "ff-unsupervised"]
+ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff", "ff-unsupervised", "scff", "cffa"]
 
 
 def objective_named(objective: Any) -> Objective:

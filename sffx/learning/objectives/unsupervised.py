@@ -16,9 +16,9 @@ from sffx.learning.norms import feature_norm
 from sffx.learning.objectives.choices import require_choice, require_count, require_positive
 from sffx.learning.objectives.goodness import SquaredLength, default_threshold
 from sffx.learning.objectives.mixing import mixed, require_pairs
-from sffx.learning.objectives.probe import BlockProbe, ProbedHead
+from sffx.learning.objectives.probe import BlockProbe, ProbedHead, require_classes
 from sffx.objective import Batch, Objective, Place
-from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,3 @@ class UnsupervisedForwardForward(Objective):
 
     def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         return place.task.loss(scores.chunk(2)[0], y)
-
-
-def require_classes(objective: Objective, task: Task) -> None:
-    """Raise an InputError if a model does not tell classes of a sample apart."""
-    if task != CLASSIFICATION:
-        raise InputError(
-            f"the objective {objective.name!r} has probes for classes of a sample, not for "
-            f"sffx.tasks.{task!r}. Hint: objective='sff'"
-        )

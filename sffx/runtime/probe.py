@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Block, BlockPlan
+from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.inputs import bind
 from sffx.kernels.precision import widened
@@ -59,17 +60,15 @@ class LinearProbe(nn.Module):
                 f"a linear probe tells classes of a sample apart, not sffx.tasks.{plan.task!r}. "
                 "Hint: evaluate shows what each block knows"
             )
-        if isinstance(regions, bool) or not isinstance(regions, int) or regions < 1:
-            raise InputError(f"regions is {regions!r}. Hint: pass a positive integer")
         chosen = _chosen(plan, blocks)
         self.blocks = tuple(block.target for block in chosen)
-        self.regions = regions
+        self.regions = positive_integer("regions", regions)
         self.norm = feature_norm(plan.objective.norm)
         # In a tuple, so that the net does not become a submodule.
         self._net = (cut,)
         features = 0
         for block in chosen:
-            features += num_features(block.channels, len(block.shape) - 1, regions)
+            features += num_features(block.channels, len(block.shape) - 1, self.regions)
         like = next(p for p in cut.parameters() if p.is_floating_point())
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.linear = nn.Linear(features, plan.num_classes, device=like.device, dtype=dtype)

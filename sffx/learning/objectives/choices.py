@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sffx.checks import is_number
 from sffx.errors import InputError
 
 
@@ -25,14 +26,3 @@ def require_not_negative(option: str, value: Any) -> None:
     """Raise an InputError if an option is no number, or one below 0."""
     if not is_number(value) or not value >= 0:
         raise InputError(f"{option} is {value!r}. Hint: pass a number, 0 or more")
-
-
-def require_count(option: str, value: Any) -> None:
-    """Raise an InputError if an option is no whole number above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{option} is {value!r}. Hint: pass a positive integer")
-
-
-def is_number(value: Any) -> bool:
-    """Return whether an option is a number. In Python a bool is an int as well."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

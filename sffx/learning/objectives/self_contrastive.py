@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, Input
+from sffx.checks import is_number, positive_integer, require_flag
 from sffx.errors import InputError
 from sffx.learning.norms import feature_norm
-from sffx.learning.objectives.choices import is_number, require_count, require_not_negative
+from sffx.learning.objectives.choices import require_not_negative
 from sffx.learning.objectives.mixing import others_of, require_pairs
 from sffx.learning.objectives.probe import BlockProbe, ProbedHead, require_classes
 from sffx.objective import Batch, Objective, Place
@@ -139,9 +140,8 @@ class SCFF(Objective):
                 # A frozen dataclass must be hashable.
                 object.__setattr__(self, option, tuple(value))
             _require_numbers(option, value)
-        if not isinstance(self.standardize, bool):
-            raise InputError(f"standardize is {self.standardize!r}. Hint: pass True or False")
-        require_count("regions", self.regions)
+        require_flag("standardize", self.standardize)
+        positive_integer("regions", self.regions)
 
     @property
     def views(self) -> int:

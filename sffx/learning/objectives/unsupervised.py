@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, Input
+from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.learning.norms import feature_norm
-from sffx.learning.objectives.choices import require_choice, require_count, require_positive
+from sffx.learning.objectives.choices import require_choice, require_positive
 from sffx.learning.objectives.goodness import SquaredLength, default_threshold
 from sffx.learning.objectives.mixing import mixed, require_pairs
 from sffx.learning.objectives.probe import BlockProbe, ProbedHead, require_classes
@@ -61,7 +62,7 @@ class UnsupervisedForwardForward(Objective):
         require_choice("reduction", self.reduction, ("sum", "mean"))
         if self.threshold is not None:
             require_positive("threshold", self.threshold)
-        require_count("regions", self.regions)
+        positive_integer("regions", self.regions)
 
     @property
     def views(self) -> int:

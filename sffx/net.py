@@ -239,6 +239,24 @@ def require_uncompiled(net: nn.Module) -> None:
     )
 
 
+# The attribute of a net whose blocks `sffx.compile` has compiled.
+COMPILATION = "compilation"
+
+
+def require_blocks_uncompiled(net: nn.Module, what: str) -> None:
+    """Raise an InputError if the blocks of a net are compiled.
+
+    Args:
+        net: a cut model.
+        what: needs the blocks as they are: "sffx.offload".
+    """
+    if getattr(vars(net).get(COMPILATION), "net", None) is net:
+        raise InputError(
+            f"the blocks of net are compiled, and {what} needs them as they are. "
+            "Hint: a copy is not compiled, copy.deepcopy(net)"
+        )
+
+
 # The names that wrappers give to the model inside.
 _WRAPPED = {"module", "_orig_mod"}
 

@@ -12,8 +12,7 @@ backward pass. Blocks of the same structure share one compiled lesson.
 from __future__ import annotations
 
 import logging
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
@@ -24,18 +23,16 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError, SffxError
-from sffx.kernels.recompute import is_plain
 from sffx.learning.losses import LossFunction, block_loss
-from sffx.net import CutModel, cut_model, require_uncompiled
+from sffx.net import COMPILATION, CutModel, cut_model, require_uncompiled
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.gradients import Gradients
 from sffx.runtime.randomness import blocks_have_seeds
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, nodes_read_by, stages_of
+from sffx.runtime.skeleton import Skeleton
+from sffx.runtime.stage import Stage, Values, stages_of
 
 _log = logging.getLogger(__name__)
-
-_ATTRIBUTE = "compilation"
 
 # The option of torch by which `torch.autograd.grad` becomes a part of a graph.
 _GRADIENTS_IN_GRAPHS = "trace_autograd_ops"
@@ -78,7 +75,7 @@ def compile(net: nn.Module, **options: Any) -> CutModel:
             f"torch {torch.__version__} cannot compile gradients into a graph. "
             "Hint: a later torch, or compile single blocks, net.get_submodule('block_0').compile()"
         )
-    vars(cut)[_ATTRIBUTE] = Compilation(cut, options)
+    vars(cut)[COMPILATION] = Compilation(cut, options)
     return cut
 
 
@@ -100,7 +97,7 @@ def compiled_blocks(net: nn.Module) -> dict[str, str]:
 
 def compilation_of(net: fx.GraphModule) -> Compilation | None:
     """Return the compilation of a cut model, None where it is not compiled."""
-    compilation: Compilation | None = vars(net).get(_ATTRIBUTE)
+    compilation: Compilation | None = vars(net).get(COMPILATION)
     # The attributes of a copy are those of the net, but its modules are its own.
     return compilation if compilation is not None and compilation.net is net else None
 
@@ -131,7 +128,7 @@ class Compilation:
     def __init__(self, net: fx.GraphModule | None, options: dict[str, Any]) -> None:
         self.net = net
         self._options = options
-        self._skeletons: dict[Stage, _Skeleton] = {}
+        self._skeletons: dict[Stage, Skeleton] = {}
         self._compiled: dict[Any, _Compiled] = {}
         self._checked: set[Any] = set()
         self._reasons: dict[str, str] = {}
@@ -186,13 +183,13 @@ class Compilation:
         compiled = self._compiled_like(skeleton)
         return self._tried(stage, lambda: compiled.score(skeleton, values))
 
-    def _usable_skeleton(self, stage: Stage) -> _Skeleton | None:
+    def _usable_skeleton(self, stage: Stage) -> Skeleton | None:
         """Return the skeleton of a stage, None if the stage cannot be compiled now."""
         if stage.name in self._reasons or blocks_have_seeds():
             return None
         skeleton = self._skeletons.get(stage)
         if skeleton is None:
-            skeleton = _Skeleton(stage)
+            skeleton = Skeleton(stage)
             self._skeletons[stage] = skeleton
         reason = skeleton.why_not()
         if reason:
@@ -211,7 +208,7 @@ class Compilation:
             return True
         return False
 
-    def _compiled_like(self, skeleton: _Skeleton) -> _Compiled:
+    def _compiled_like(self, skeleton: Skeleton) -> _Compiled:
         """Return what is compiled for a structure; the first stage that has it brings it along."""
         structure = skeleton.structure()
         if structure not in self._compiled:
@@ -245,67 +242,6 @@ def _failures() -> tuple[type[Exception], ...]:
     return exc.TorchDynamoException, exc.FailOnRecompileLimitHit, NotImplementedError
 
 
-class _Skeleton:
-    """What a stage runs, as a module and its tensors apart from each other.
-
-    Attributes:
-        module: the nodes of a stage as a graph of its own, whose modules have names without the
-            stage's index. It returns the scores and the values that later stages read.
-        reads: the nodes of the outer graph whose values it takes.
-        keeps: the nodes whose values it returns behind the scores.
-        task: of the model.
-    """
-
-    def __init__(self, stage: Stage) -> None:
-        nodes = stage.scoring
-        self._stage = stage
-        self.task = stage.task
-        self.reads = nodes_read_by(nodes)
-        inside = set(nodes)
-        self.keeps = []
-        for node in nodes[:-1]:
-            if any(user not in inside for user in node.users):
-                self.keeps.append(node)
-        self.module = _module_of(stage, nodes, self.reads, self.keeps)
-        self._layers = list(self.module.modules())
-        self._kinds = _structure_of(self.module)
-        # Hooks and modes are looked at in each step, and what a first run left is compared once.
-        self._attributes = [_attributes_of(layer) for layer in self._layers]
-
-    def why_not(self) -> str:
-        """Return why the stage cannot be compiled now, "" if it can."""
-        # The block is written out, so hooks on the block itself would not run either.
-        for layer in (*self._stage.block.modules(), *self._layers):
-            if not is_plain(layer):
-                return f"a {type(layer).__name__} in it has hooks or a forward of its own"
-        for parameter in self.module.parameters():
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return "a parameter in it has hooks"
-        for layer, before in zip(self._layers, self._attributes, strict=True):
-            if _attributes_of(layer) != before:
-                return f"the forward of a {type(layer).__name__} in it sets attributes"
-        return ""
-
-    def structure(self) -> Any:
-        """Return what two stages share that can run the same compiled code."""
-        modes = tuple(layer.training for layer in self._layers)
-        learning = tuple(parameter.requires_grad for parameter in self.module.parameters())
-        return self._kinds, modes, learning
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the parameters and buffers by name."""
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-
-    def inputs(self, values: Values) -> tuple[Any, ...]:
-        """Return the values that the stage reads."""
-        return tuple(values[node] for node in self.reads)
-
-    def keep(self, values: Values, kept: Sequence[Any]) -> None:
-        """Add what the stage computed to the values, and remove what no later stage reads."""
-        values.update(zip(self.keeps, kept, strict=True))
-        self._stage.forget_read(values)
-
-
 class _Compiled:
     """Compiled code for all stages of one structure.
 
@@ -314,7 +250,7 @@ class _Compiled:
         options: of `torch.compile`.
     """
 
-    def __init__(self, skeleton: _Skeleton, options: dict[str, Any]) -> None:
+    def __init__(self, skeleton: Skeleton, options: dict[str, Any]) -> None:
         module = skeleton.module
         task = skeleton.task
 
@@ -341,7 +277,7 @@ class _Compiled:
 
     def learn(
         self,
-        skeleton: _Skeleton,
+        skeleton: Skeleton,
         values: Values,
         y: Tensor,
         loss_fn: LossFunction | None,
@@ -361,7 +297,7 @@ class _Compiled:
                 gradients[parameter] = gradient
         return Computed(scores, loss, gradients)
 
-    def score(self, skeleton: _Skeleton, values: Values) -> Tensor:
+    def score(self, skeleton: Skeleton, values: Values) -> Tensor:
         """Return the scores of a stage that has this structure."""
         scores, kept = self._score(skeleton.tensors(), skeleton.inputs(values))
         skeleton.keep(values, kept)
@@ -376,122 +312,3 @@ def _with_own_code(function: Any) -> Callable[..., Any]:
     """
     code = function.__code__.replace()
     return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-
-
-def _module_of(
-    stage: Stage, nodes: Sequence[fx.Node], reads: Sequence[fx.Node], keeps: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """Return the nodes of a stage as a module that returns its scores and what it keeps.
-
-    The block is written out. Layers and values are numbered, so that two blocks of the same
-    structure have the same code.
-    """
-    writer = _Writer()
-    values = {node: writer.graph.placeholder(f"input_{i}") for i, node in enumerate(reads)}
-    for node in nodes:
-        if node.op == "call_module" and str(node.target) == stage.name:
-            inner: Any = stage.block
-            arguments = fx.node.map_arg(list(node.args), values.__getitem__)
-            values[node] = writer.write_out(inner, arguments)
-        else:
-            values[node] = writer.write(node, stage.root, values)
-    writer.graph.output((values[nodes[-1]], *(values[node] for node in keeps)))
-    writer.graph.lint()
-    return fx.GraphModule(writer.root, writer.graph)
-
-
-class _Writer:
-    """Writes a graph in which layers, tensors and values are numbered.
-
-    Attributes:
-        graph: so far.
-        root: holds the layers and tensors.
-    """
-
-    def __init__(self) -> None:
-        self.graph = fx.Graph()
-        self.root = nn.Module()
-        self._names: dict[int, str] = {}
-
-    def write_out(self, module: fx.GraphModule, arguments: Any) -> Any:
-        """Write the nodes of a module in the place of a call, and return what it returns.
-
-        Args:
-            module: to call.
-            arguments: the nodes of what it reads, in order.
-        """
-        values: dict[fx.Node, Any] = {}
-        ahead = iter(arguments)
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(ahead)
-            elif node.op == "output":
-                return fx.node.map_arg(node.args[0], values.__getitem__)
-            else:
-                values[node] = self.write(node, module, values)
-        raise AssertionError("a graph has an output")
-
-    def write(self, node: fx.Node, owner: nn.Module, values: dict[fx.Node, Any]) -> fx.Node:
-        """Write a node; of a module, `owner` has the one that it calls."""
-        args: Any = fx.node.map_arg(node.args, values.__getitem__)
-        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
-        target: Any = node.target
-        if node.op == "call_module":
-            target = self._name_of(owner.get_submodule(target))
-        elif node.op == "get_attr":
-            target = self._name_of(operator.attrgetter(target)(owner))
-        if node.op == "call_function" and target is operator.getitem and isinstance(args[0], tuple):
-            # A block that returns several values was written out.
-            return args[0][args[1]]
-        name = f"value_{len(self.graph.nodes)}"
-        return self.graph.create_node(node.op, target, args, kwargs, name=name)
-
-    def _name_of(self, part: Any) -> str:
-        """Return the name of a layer or tensor in the root, which holds it from now on."""
-        if id(part) not in self._names:
-            name = f"part_{len(self._names)}"
-            self._names[id(part)] = name
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.root.register_buffer(name, part)
-            else:
-                setattr(self.root, name, part)
-        return self._names[id(part)]
-
-
-def _structure_of(module: fx.GraphModule) -> Any:
-    """Return what tells whether two modules run the same code, up to their tensors."""
-    parts: list[Any] = []
-    for name, layer in module.named_modules():
-        parts.append((name, type(layer).__qualname__, _settings_of(layer)))
-    for node in module.graph.nodes:
-        if callable(node.target):
-            # Two functions may have the same name.
-            parts.append(node.target)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        parts.append((name, tensor.shape, tensor.dtype, tensor.device, tensor.stride()))
-    return tuple(parts)
-
-
-def _settings_of(layer: nn.Module) -> Any:
-    """Return the settings of a layer as a key: equal only where its forward does the same."""
-    if isinstance(layer, fx.GraphModule):
-        return layer.code
-    is_known = type(layer).__module__.startswith(("torch.nn.", "sffx."))
-    if not is_known:
-        # Nobody knows what its forward looks at.
-        return id(layer)
-    settings = []
-    for name, value in _attributes_of(layer).items():
-        is_simple = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
-        settings.append((name, value if is_simple else id(value)))
-    return tuple(settings)
-
-
-def _attributes_of(layer: nn.Module) -> dict[str, Any]:
-    """Return the attributes that a layer has besides its tensors, modules and hooks."""
-    own = set(vars(layer)) - _OF_EVERY_MODULE
-    return {name: vars(layer)[name] for name in sorted(own) if not name.startswith("_")}
-
-
-# The attributes of torch itself, and the mode, which is looked at in each step.
-_OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from sffx.errors import InputError
-from sffx.net import plan_of
+from sffx.net import plan_of, require_blocks_uncompiled
 from sffx.runtime.copier import Copier, copier_for
 from sffx.runtime.gate import Gate, none
 from sffx.runtime.offloadable import compute_device, norm_tensors, shared_buffers
@@ -75,6 +75,7 @@ def offload(
             the optimizer holds none of its parameters.
     """
     plan_of(net)
+    require_blocks_uncompiled(net, "sffx.offload")
     if offloading_of(net) is not None:
         raise InputError(
             "net is offloaded already. Hint: sffx.onload(net) before offloading it anew"

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
 from sffx.learning.shared_output import OutputCopy
-from sffx.net import plan_of
+from sffx.net import plan_of, require_blocks_uncompiled
 from sffx.runtime.agreement import Agreement, Word, require_processes, require_same, structure_of
 from sffx.runtime.averaging import Wait
 from sffx.runtime.gate import Gate, none
@@ -76,6 +76,7 @@ def replicate(
             embeddings with sparse gradients; or the nets of the processes differ.
     """
     plan_of(net)
+    require_blocks_uncompiled(net, "sffx.replicate")
     present = replication_of(net)
     if present is not None and present.is_sound:
         raise InputError("net is replicated already. Hint: call sffx.replicate once")

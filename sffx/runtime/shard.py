@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import is_sharded, shards_in
 from sffx.kernels.precision import full_precision
-from sffx.net import plan_of
+from sffx.net import plan_of, require_blocks_uncompiled
 from sffx.runtime.agreement import (
     Agreement,
     Word,
@@ -72,6 +72,7 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
             processes; or the nets of the processes differ in a shape or in a weight.
     """
     plan_of(net)
+    require_blocks_uncompiled(net, "sffx.shard")
     if shards_in(net):
         raise InputError("net is sharded already. Hint: call sffx.shard once")
     if getattr(net, "replication", None) is not None:

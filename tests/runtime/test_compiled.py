@@ -232,6 +232,26 @@ def test_nets_that_cannot_be_compiled():
         compile(plain)
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        lambda net: sffx.offload(net, torch.optim.SGD(net.parameters(), 0.1)),
+        sffx.shard,
+        sffx.replicate,
+        sffx.Pipeline,
+    ],
+)
+def test_compiled_blocks_stay_where_they_are(elsewhere):
+    with pytest.raises(InputError, match=r"blocks of net are compiled, and sffx\.\w+ needs them"):
+        elsewhere(pair()[1])
+    sffx.offload(*_copy_with_optimizer())
+
+
+def _copy_with_optimizer():
+    twin = copy.deepcopy(pair()[1])
+    return twin, torch.optim.SGD(twin.parameters(), 0.1)
+
+
 def test_wrong_input_is_still_explained():
     compiled = pair()[1]
     for _ in range(2):

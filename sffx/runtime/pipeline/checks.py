@@ -12,7 +12,7 @@ from torch import nn
 from sffx.checks import is_number, positive_integer
 from sffx.errors import InputError
 from sffx.learning.shared_output import SharedOutput
-from sffx.net import CutModel, cut_model, require_uncompiled
+from sffx.net import CutModel, cut_model, require_blocks_uncompiled, require_uncompiled
 from sffx.objective import require_single_view
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.residency import Residency
@@ -27,6 +27,7 @@ def usable(net: nn.Module) -> CutModel:
             f"net is a {type(net).__name__} around a cut model. Hint: pass the cut model itself"
         )
     require_uncompiled(net)
+    require_blocks_uncompiled(cut, "sffx.Pipeline")
     require_single_view(cut.plan.objective, "a pipeline")
     residency = residency_of(cut)
     if type(residency) is not Residency:

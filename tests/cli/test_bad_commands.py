@@ -58,7 +58,7 @@ VIZ = [
     ("plan", "model.py", *INPUT, "--budget", "9000000 TiB"),
     *(("plan", "model.py", *INPUT, "--goodness", each) for each in ("", "no", "model.py:net")),
     ("plan", "model.py", *INPUT, "--objective", "no"),
-    ("plan", "model.py", *INPUT, "--objective", "cwc", "--goodness", "mlp"),
+    ("plan", "model.py", *INPUT, "--objective", "ff", "--goodness", "mlp"),
     *(("plan", "model.py", *INPUT, "--norm", each) for each in ("", "no", "model.py:net")),
     *(
         ("plan", "model.py", *INPUT, "--task", each)

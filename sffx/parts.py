@@ -9,6 +9,7 @@ goes through `trial_0`, and what the classifier reads through `choice_0`, `choic
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import fx, nn
 
@@ -22,6 +23,8 @@ _TRIAL = "trial_"
 _CHOICE = "choice_"
 _FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
 
+# From so many blocks in a row on, a list of blocks names the first and the last one.
+SHORTEST_ROW = 5
 
 # A block is a graph module, whose own attributes have these names.
 _TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
@@ -88,6 +91,20 @@ def is_block(name: str) -> bool:
 def index_of(block: str) -> int:
     """Return the index of a feature block, given its name."""
     return int(block.removeprefix(_BLOCK))
+
+
+def listed_blocks(targets: Sequence[str]) -> str:
+    """Return the names of blocks, those in a row in brief: "block_0 to block_12"."""
+    words: list[str] = []
+    start = 0
+    for end in range(1, len(targets) + 1):
+        is_next = end < len(targets) and index_of(targets[end]) == index_of(targets[end - 1]) + 1
+        if is_next:
+            continue
+        run = targets[start:end]
+        words += run if len(run) < SHORTEST_ROW else [f"{run[0]} to {run[-1]}"]
+        start = end
+    return ", ".join(words)
 
 
 def is_head(name: str) -> bool:

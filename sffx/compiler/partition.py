@@ -21,7 +21,8 @@ from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.flags import is_flag
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError, in_brief
-from sffx.parts import CLASSIFIER, block_name
+from sffx.learning.vocabulary import notes_on_vocabulary
+from sffx.parts import CLASSIFIER, block_name, listed_blocks
 
 DRAWS_IN_ANOTHER_ORDER = (
     "each block runs its layers for all streams, so that dropout and the like draw other random "
@@ -63,6 +64,8 @@ def partition(
     notes += _order_notes(analysis, members)
     notes += _padding_notes(analysis, blocks)
     notes += _instance_notes(blocks)
+    last = trace.root.get_submodule(classifier.modules[-1]) if classifier.modules else None
+    notes += notes_on_vocabulary(blocks, width, options, trace.task, last)
     notes += options.objective.notes()
     return BlockPlan(
         model=type(trace.root).__name__,
@@ -330,10 +333,10 @@ def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
             others.append(block.target)
     notes = []
     if masked:
-        listed = ", ".join(masked)
+        listed = listed_blocks(masked)
         notes.append(f"the goodness and norm of {listed} run over the real tokens, by {names}")
     if names and others:
-        listed = ", ".join(others)
+        listed = listed_blocks(others)
         notes.append(
             f"{listed} return other tokens than {names} marks: "
             "their goodness and norm run over padding as well"

@@ -28,7 +28,8 @@ def fold(plan: BlockPlan) -> BlockPlan:
     """Return the plan with a `Run` in place of three or more blocks in a row that look alike.
 
     A block stays as it is if its values are read further on than by the next block, because
-    folding would hide where they come from.
+    folding would hide where they come from. Exception: the first block of a run may make a value
+    that only the run reads, such as a mask that the first of twelve layers prepares for all.
 
     Args:
         plan: as `sffx.plan` returns it.
@@ -46,14 +47,37 @@ def fold(plan: BlockPlan) -> BlockPlan:
         looks.append(_look(block, before, readers, plan))
         before = block
 
-    blocks: list[Block] = []
+    groups: list[list[Block]] = []
     for _, group in itertools.groupby(range(len(plan)), key=looks.__getitem__):
         alike = [plan.blocks[index] for index in group]
+        if groups and _prepares(groups[-1], alike, readers, plan):
+            alike = groups.pop() + alike
+        groups.append(alike)
+    blocks: list[Block] = []
+    for alike in groups:
         if len(alike) >= SHORTEST:
             blocks.append(_run(alike))
         else:
             blocks += alike
     return replace(plan, blocks=tuple(blocks))
+
+
+def _prepares(
+    before: list[Block], alike: list[Block], readers: Counter[str], plan: BlockPlan
+) -> bool:
+    """Return whether a block looks like those behind it, and makes values that only they read."""
+    first = before[-1]
+    sides = set(first.sides)
+    # What carries a gradient shows that the cut stops it.
+    if len(before) > 1 or not sides or first.detached or readers[first.output] > 1:
+        return False
+    if _features(first, plan) != _features(alike[0], plan):
+        return False
+    within = {first.output, *sides, *first.inputs}
+    if not within.issuperset(alike[0].inputs):
+        return False
+    # Blocks that are alike read the same values besides the output before.
+    return all(readers[side] == len(alike) for side in sides)
 
 
 def first_of(block: Block) -> Block:
@@ -111,11 +135,16 @@ def _look(
     # The first block reads an input of the model where the others read the output before.
     entering = before.output if before is not None else next(iter(block.inputs), None)
     others = tuple(name for name in block.inputs if name != entering)
+    return (others, *_features(block, plan))
+
+
+def _features(block: Block, plan: BlockPlan) -> tuple[object, ...]:
+    """Return what a block holds and costs, whatever it reads."""
     modules = tuple(relative(name, block) for name in block.modules)
     joins = tuple((node.join, node.paths) for node in block.joins)
     untraced = tuple((leaf.kind, leaf.reason) for leaf in leaves_in(block, plan))
     costs = (block.num_parameters, block.macs, block.activation_bytes)
-    return (modules, joins, others, untraced, block.shape, block.channel_axis, costs)
+    return (modules, joins, untraced, block.shape, block.channel_axis, costs)
 
 
 def _run(blocks: list[Block]) -> Run:
@@ -125,4 +154,6 @@ def _run(blocks: list[Block]) -> Run:
     values = {field.name: getattr(first, field.name) for field in fields(Block)}
     values["name"] = f"{first.name}{JOINT}{last.name}"
     values["output"] = last.output
+    # Nothing behind the run reads what its first block makes for the others.
+    values["sides"] = ()
     return Run(**values, blocks=tuple(blocks))

@@ -113,8 +113,15 @@ def shorten(name: str, width: int) -> str:
 
 
 def shorten_block_name(name: str) -> str:
-    """Return a block's name that fits its box; in "first … last" both keep their ends."""
+    """Return a block's name that fits its box; in "first … last" both keep their ends.
+
+    What is too long, and lies in one module, names this module once: "encoder.layer.0 … 11".
+    """
     first, joint, last = name.partition(JOINT)
+    parent, dot, own = last.rpartition(".")
+    if len(name) > NAME_WIDTH and dot and first.rpartition(".")[0] == parent:
+        last = own
+        name = f"{first}{joint}{last}"
     if len(name) <= NAME_WIDTH or not joint:
         return shorten(name, NAME_WIDTH)
     # Each name has half of the room, and what the other one does not need.

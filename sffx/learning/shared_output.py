@@ -143,6 +143,16 @@ def connect(heads: list[nn.Module], source: nn.Module | None, num_outputs: int) 
         head.connect(copy)
 
 
+def own_parameters(channels: int, width: int) -> int:
+    """Return how many parameters a `SharedOutput` has, those of an adapter and of a norm.
+
+    Args:
+        channels: of the block.
+        width: of the features that the output layer reads.
+    """
+    return (channels + 1) * width + 2 * width
+
+
 def require_output_layer(source: nn.Module | None, num_outputs: int) -> nn.Linear:
     """Return the output layer.
 

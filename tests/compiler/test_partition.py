@@ -13,6 +13,7 @@ from sffx.compiler.partition import partition
 from sffx.compiler.policies import layer
 from sffx.compiler.trace.trace import trace
 from sffx.errors import InputError
+from sffx.parts import listed_blocks
 from sffx.tasks import Classification, Regression
 from tests.toys import Chain, Residual, TwoBranches, TwoInputs
 
@@ -141,3 +142,17 @@ def test_one_logit_is_a_number_and_no_class():
         InputError, match=r"returns one logit.*Hint: for two classes, give it two logits"
     ):
         sffx.plan(model, "layer", task=Classification())
+
+
+@pytest.mark.parametrize(
+    ("indices", "words"),
+    [
+        ((), ""),
+        ((3,), "block_3"),
+        ((0, 1, 2, 3), "block_0, block_1, block_2, block_3"),
+        (tuple(range(13)), "block_0 to block_12"),
+        ((0, 2, 3, 4, 5, 6, 8), "block_0, block_2 to block_6, block_8"),
+    ],
+)
+def test_a_long_row_of_blocks_is_named_by_its_ends(indices: tuple[int, ...], words: str) -> None:
+    assert listed_blocks([f"block_{index}" for index in indices]) == words

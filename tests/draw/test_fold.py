@@ -64,6 +64,46 @@ def test_blocks_that_read_the_same_mask_are_alike(chain: Chain) -> None:
     assert lengths(change(plan, 0, inputs=("x",))) == [1, 3]
 
 
+def prepared(plan: BlockPlan, by: int = 0) -> BlockPlan:
+    """Return a chain whose block `by` makes a mask of an input, which all behind it read."""
+    plan = change(plan, by, inputs=(*plan.blocks[by].inputs, "tokens"), sides=("mask",))
+    for index in range(by + 1, len(plan)):
+        plan = change(plan, index, inputs=(*plan.blocks[index].inputs, "mask"))
+    return plan
+
+
+def test_the_block_that_prepares_a_value_for_a_run_belongs_to_it(chain: Chain) -> None:
+    assert lengths(prepared(chain(12))) == [12]
+    assert lengths(prepared(chain(8), by=3)) == [3, 5]
+    (run,) = fold(prepared(chain(4))).blocks
+    assert run.inputs == ("x", "tokens")
+    assert run.sides == ()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"macs": 1},
+        {"shape": (8, 2, 2)},
+        {"detached": ("mask",)},
+        {"sides": ("mask", "skip")},
+    ],
+)
+def test_a_block_that_prepares_and_differs_parts_the_run(
+    chain: Chain, other: dict[str, Any]
+) -> None:
+    plan = change(prepared(chain(6)), 0, **other)
+    if "skip" in other.get("sides", ()):
+        plan = replace(plan, classifier=replace(plan.classifier, inputs=("out_5", "skip")))
+    assert lengths(plan) == [1, 5]
+
+
+def test_a_value_that_is_read_behind_the_run_stays_visible(chain: Chain) -> None:
+    plan = prepared(chain(6))
+    plan = replace(plan, classifier=replace(plan.classifier, inputs=("out_5", "mask")))
+    assert lengths(plan) == [1, 5]
+
+
 def test_a_block_with_another_shortcut_parts_the_run(chain: Chain) -> None:
     plain = tuple(
         Node(f"out_{index}", "iadd", False, (), True, "sum", (0, 2)) for index in range(7)

@@ -64,6 +64,7 @@ def test_modules_are_named_from_the_block_and_as_deep_as_there_is_room(
     ("name", "shown"),
     [
         ("conv1 … maxpool", "conv1 … maxpool"),
+        ("bert.encoder.layer.0 … bert.encoder.layer.11", "bert.encoder.layer.0 … 11"),
         ("features.denseblock1 … features.transition1.relu", "…denseblock1 … …transition1.relu"),
         ("conv1 … model.encoder.layers.stage_with_a_name.7", "conv1 … …layers.stage_with_a_name.7"),
         ("model.encoder.layers.stage_with_a_name.7 … pool", "…layers.stage_with_a_name.7 … pool"),

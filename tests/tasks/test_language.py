@@ -12,6 +12,7 @@ import sffx
 from sffx import tasks
 from sffx.learning.shared_output import EVERY, OutputCopy
 from sffx.memory.count import count_memory
+from sffx.tables import short_number
 from tests.tasks.cases import CASES, Tokens
 
 NEXT = CASES["next token"]
@@ -115,3 +116,40 @@ def test_with_a_large_vocabulary_the_peak_of_a_step_is_below_backpropagation(goo
     own = count_memory(lambda: sffx.local_step(net, x, x, local), model=net, optimizer=local)
     rival = count_memory(backpropagation, model=model, optimizer=plain)
     assert own.peak < rival.peak
+
+
+class Words(nn.Module):
+    """Three layers of tokens and an output layer as wide as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 6)
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4), nn.GELU())
+        self.output = nn.Linear(4, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.output(self.layers(self.embedding(ids)))
+
+
+def cut_words(vocabulary: int, goodness: str) -> sffx.net.CutModel:
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    task = tasks.LanguageModel()
+    model = Words(vocabulary)
+    return sffx.transform(model, "layer", ids, task=task, goodness=goodness, check=False)
+
+
+def head_parameters(net: sffx.net.CutModel) -> int:
+    heads = [net.get_submodule(f"head_{index}") for index in range(len(net.plan))]
+    return sum(p.numel() for head in heads for p in head.parameters())
+
+
+def test_a_plan_tells_what_heads_of_a_large_vocabulary_cost() -> None:
+    own, shared = cut_words(5000, "sff"), cut_words(5000, "shared")
+    (note,) = [note for note in own.plan.notes if "scores 5000 tokens" in note]
+    assert f"heads with {short_number(head_parameters(own))} parameters" in note
+    assert f"goodness='shared' they have {short_number(head_parameters(shared))}," in note
+    assert not any("scores" in note for note in shared.plan.notes)
+
+
+def test_a_small_vocabulary_has_no_such_note() -> None:
+    assert not any("scores" in note for note in cut_words(4999, "sff").plan.notes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sffx.checks import require_callable
 from sffx.errors import InputError
+from sffx.kernels.entropy import SharedCrossEntropy
 from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
 from sffx.tasks import CLASSIFICATION, Task
@@ -155,11 +156,7 @@ def block_loss(
         InputError: `loss_fn` returns no scalar.
     """
     logits = widened(goodness)
-    if isinstance(y, Tensor) and y.device != goodness.device:
-        raise InputError(
-            f"y is on {y.device}, but the scores of the model are on {goodness.device}. "
-            f"Hint: y.to({str(goodness.device)!r})"
-        )
+    require_device_of(goodness, y)
     if loss_fn is None:
         return task.loss(logits, y)
     loss = loss_fn(logits, y)
@@ -174,6 +171,22 @@ def block_loss(
             "Hint: the mean over the samples"
         )
     return loss
+
+
+def require_device_of(goodness: Tensor, y: Any) -> None:
+    """Raise an InputError if targets are not on the device of the goodness."""
+    if isinstance(y, Tensor) and y.device != goodness.device:
+        raise InputError(
+            f"y is on {y.device}, but the scores of the model are on {goodness.device}. "
+            f"Hint: y.to({str(goodness.device)!r})"
+        )
+
+
+def shared_entropy(y: Any, task: Task) -> SharedCrossEntropy | None:
+    """Return the cross-entropy of all blocks with class indices, None for other targets."""
+    if task == CLASSIFICATION and isinstance(y, Tensor) and y.dtype == torch.int64:
+        return SharedCrossEntropy(y)
+    return None
 
 
 def total(losses: list[Tensor]) -> Tensor:

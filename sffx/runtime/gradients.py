@@ -34,13 +34,21 @@ def mark_gradients(tensors: Iterable[Tensor | None]) -> None:
         listener(marked)
 
 
-def block_gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
-    """Return the gradient of each parameter that the loss depends on; the loss's graph is freed."""
+def block_gradients(
+    start: Tensor, parameters: list[nn.Parameter], gradient: Tensor | None = None
+) -> Gradients:
+    """Return the gradient of each parameter that a loss depends on; the loss's graph is freed.
+
+    Args:
+        start: the loss, or what the loss was computed from.
+        parameters: to return gradients of.
+        gradient: of the loss by `start`; None for 1.
+    """
     if not parameters:
         return {}
     # Autocast is for forward passes. `.backward()` runs outside of it, so this must as well.
-    with full_precision(loss):
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    with full_precision(start):
+        gradients = torch.autograd.grad(start, parameters, gradient, allow_unused=True)
     return _separated(parameters, gradients)
 
 

@@ -19,12 +19,16 @@ from sffx.blocks import BlockPlan
 from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, padding_mask
+from sffx.kernels.entropy import SharedCrossEntropy
+from sffx.kernels.precision import widened
 from sffx.learning.losses import (
     LossFunction,
     LossFunctions,
     block_loss,
     check_targets,
     loss_functions,
+    require_device_of,
+    shared_entropy,
 )
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.compiled import Compilation, Computed, compilation_of
@@ -88,9 +92,11 @@ def learn(
     functions = losses_of(plan, functions)
     x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
+    entropy = shared_entropy(y, plan.task)
     lessons = {}
     for stage in stages:
-        lessons[stage] = Lesson(stage.trainable, functions[stage.index], on_block, hooks_wait)
+        function = functions[stage.index]
+        lessons[stage] = Lesson(stage.trainable, function, on_block, hooks_wait, entropy)
     run = partial(_computed, compilation_of(net), lessons, y)
     for stage, computed in walk(net, x, only, score=run):
         if isinstance(computed, Computed):
@@ -136,12 +142,15 @@ class Lesson:
         on_block: called with the stage's name, scores and loss, if given.
         hooks_wait: whether hooks of parameters are held back, because a later backward pass hands
             the gradients over and runs the hooks.
+        entropy: cross-entropy that all blocks share, where there is no `loss_fn`; None for the loss
+            of the task.
     """
 
     parameters: list[nn.Parameter]
     loss_fn: LossFunction | None
     on_block: OnBlock | None
     hooks_wait: bool
+    entropy: SharedCrossEntropy | None = None
 
 
 def learn_stage(
@@ -162,7 +171,8 @@ def learn_stage(
             a gradient but no parameter does.
     """
     scores = held.pop()
-    loss = block_loss(scores, y, lesson.loss_fn, stage.task)
+    differentiated = _differentiated(stage, scores, y, lesson)
+    loss = differentiated.loss
     if lesson.on_block is not None:
         lesson.on_block(stage.name, scores.detach(), loss.detach())
     # A frozen stage has scores without a graph, and so has every stage under torch.no_grad().
@@ -175,19 +185,49 @@ def learn_stage(
     del scores
     gradients: Gradients = {}
     if learns:
-        gradients = _stage_gradients(loss, lesson, residency)
+        gradients = _stage_gradients(differentiated, lesson, residency)
         if not gradients:
             raise _nothing_learned(stage, len(lesson.parameters))
     return Learned(stage, loss.detach(), gradients)
 
 
-def _stage_gradients(loss: Tensor, lesson: Lesson, residency: Residency) -> Gradients:
+@dataclass(frozen=True)
+class _Differentiated:
+    """A loss, and the value from which its backward pass starts.
+
+    Attributes:
+        loss: a scalar.
+        start: the loss itself, or the scores, which then hold the autograd graph.
+        gradient: of the loss by `start`; None for 1.
+    """
+
+    loss: Tensor
+    start: Tensor
+    gradient: Tensor | None = None
+
+
+def _differentiated(stage: Stage, scores: Tensor, y: Tensor, lesson: Lesson) -> _Differentiated:
+    """Return the loss of a stage, and where its backward pass starts."""
+    if lesson.loss_fn is not None or lesson.entropy is None:
+        loss = block_loss(scores, y, lesson.loss_fn, stage.task)
+        return _Differentiated(loss, loss)
+    require_device_of(scores, y)
+    logits = widened(scores)
+    loss, gradient = lesson.entropy(logits.detach())
+    return _Differentiated(loss, logits, gradient)
+
+
+def _stage_gradients(
+    differentiated: _Differentiated, lesson: Lesson, residency: Residency
+) -> Gradients:
     """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
     waiting: AbstractContextManager[None] = nullcontext()
     if lesson.hooks_wait:
         waiting = hooks_held_back(each._backward_hooks for each in lesson.parameters)
     with waiting:
-        gradients = residency.gradients(loss, lesson.parameters)
+        gradients = residency.gradients(
+            differentiated.start, lesson.parameters, differentiated.gradient
+        )
     mark_gradients(gradients.values())
     return gradients
 

@@ -95,9 +95,17 @@ class Residency:
             )
         yield
 
-    def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
-        """Return the gradients of a stage's loss by parameter; the loss's graph is freed."""
-        return block_gradients(loss, parameters)
+    def gradients(
+        self, start: Tensor, parameters: list[nn.Parameter], gradient: Tensor | None
+    ) -> Gradients:
+        """Return the gradients of a stage's loss by parameter; its graph is freed.
+
+        Args:
+            start: the loss, or what the loss was computed from.
+            parameters: of the stage.
+            gradient: of the loss by `start`; None for 1.
+        """
+        return block_gradients(start, parameters, gradient)
 
     def collect(self, stage: Stage, gradients: Gradients) -> Collected:
         """Return a stage's gradients as they are handed to `backward`, maybe still on their way."""

@@ -279,7 +279,9 @@ class Sharding(Residency):
         require_optimizers_of(self.net, optimizers)
         yield
 
-    def gradients(self, loss: Tensor, parameters: list[nn.Parameter]) -> Gradients:
+    def gradients(
+        self, start: Tensor, parameters: list[nn.Parameter], gradient: Tensor | None
+    ) -> Gradients:
         """Return the gradients of shards, averaged over the processes.
 
         What the shards hold as `.grad` is left as it was. Their hooks are not called.
@@ -289,8 +291,8 @@ class Sharding(Residency):
             parameter.grad = None
         hooks = (parameter._post_accumulate_grad_hooks for parameter in parameters)
         try:
-            with hooks_held_back(hooks), full_precision(loss):
-                loss.backward()
+            with hooks_held_back(hooks), full_precision(start):
+                start.backward(gradient)
             return {p: p.grad for p in parameters if p.grad is not None}
         finally:
             for parameter, gradient in zip(parameters, held, strict=True):

@@ -42,17 +42,21 @@ def joined(y: Tensor, slices: list[slice], compute: Callable[[Tensor], Tensor]) 
             results.append(like.new_empty(part.start - done, *like.shape[1:]))
         results.append(compute(y[part]))
         done = part.stop
-    return torch.cat(results)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def slices_within(y: Tensor, per_sample: int) -> list[slice]:
+def slices_within(y: Tensor, per_sample: int, beside: Tensor | None = None) -> list[slice]:
     """Split the batch y so that a tensor beside it is, slice by slice, no larger than y.
 
     Args:
         y: (B, ...).
         per_sample: the number of values that the other tensor has for one sample.
+        beside: a tensor that may be larger than y. The other one may then be as large as it is.
     """
-    return _slices(y.shape[0], max(y.numel(), _SMALL) // per_sample)
+    largest = max(y.numel(), _SMALL)
+    if beside is not None:
+        largest = max(largest, beside.numel())
+    return _slices(y.shape[0], largest // per_sample)
 
 
 def small_slices(y: Tensor, per_sample: int) -> list[slice]:

@@ -2,6 +2,10 @@
 
 z has J values for each position. It is kept for the backward pass unless it is large beside y; else
 it is computed twice, slice by slice of the batch.
+
+Every operation here is a launch on a GPU, and most batches take one slice. So factors go into the
+products, which multiply by a number at no cost, and a single slice is neither added nor joined to
+anything.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,43 +28,34 @@ KEPT_TIMES = 4
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+# Gradients of y, weight and bias; None where one is not wanted.
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+Wanted: TypeAlias = tuple[bool, bool, bool]
+
 
 @dataclass(frozen=True)
 class Form:
     """A layout of z, and its products.
 
     Attributes:
-        project: returns z, given y, weight and bias. The axes of space are all axes of z but the
-            first and that of the classes.
+        multiple: the number that the product multiplies z by, given the number of positions.
+        project: returns this multiple of z, given y, weight, bias and the number. The axes of space
+            are all axes of z but the first and that of the classes.
         class_axis: axis of the classes in z.
-        add_gradients: adds to (dy, dw, db) what a gradient dz gives, for y and weight. Each of the
-            three may be None, if it is not wanted. dy is written over.
+        squares: returns a factor times the sum of squares over space, (B, J), of a multiple of z.
+        gradients: returns the gradients that dz gives, for y and weight, those that are wanted.
+            That of the weight is added to a total, in place, where there is one.
     """
 
-    project: Callable[[Tensor, Tensor, Tensor], Tensor]
+    multiple: Callable[[int], float]
+    project: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     class_axis: int
-    add_gradients: Callable[..., None]
+    squares: Callable[[Tensor, float], Tensor]
+    gradients: Callable[[Tensor, Tensor, Tensor, Wanted, Tensor | None], Gradients]
 
-    def goodness(self, z: Tensor) -> Tensor:
-        """Return the mean square over space, (B, J)."""
-        if self.class_axis == z.ndim - 1 and z.device.type == "cpu":
-            return _mean_square_of_rows(z)
-        space = [axis for axis in range(1, z.ndim) if axis != self.class_axis]
-        positions = math.prod([z.shape[axis] for axis in space])
-        return torch.linalg.vector_norm(z, dim=space).square_().div_(positions)
-
-
-def _mean_square_of_rows(z: Tensor) -> Tensor:
-    """Return the mean square over axis 1 of (B, P, J).
-
-    On a CPU, a norm over any axis but the last takes ten times the time of a sum.
-    """
-    slices = small_slices(z, math.prod(z.shape[1:]))
-    return joined(z, slices, _sum_of_squares).div_(z.shape[1])
-
-
-def _sum_of_squares(z: Tensor) -> Tensor:
-    return z.square().sum(1)
+    def goodness(self, z: Tensor, positions: int) -> Tensor:
+        """Return the mean square over space, (B, J), of what the product gave."""
+        return self.squares(z, 1 / (positions * self.multiple(positions) ** 2))
 
 
 class DirectGoodness(Function):
@@ -68,44 +63,80 @@ class DirectGoodness(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor, form: Form) -> Tensor:
+        positions = _positions(y, weight)
+        multiple = form.multiple(positions)
         ctx.form = form
         if weight.shape[0] <= KEPT_TIMES * weight.shape[1]:
-            z = form.project(y, weight, bias)
+            z = form.project(y, weight, bias, multiple)
             ctx.save_for_backward(y, weight, bias, z)
-            return form.goodness(z)
+            return form.goodness(z, positions)
         ctx.save_for_backward(y, weight, bias, None)
         goodness = []
-        for part in slices_within(y, _size_of_z(y, weight)):
+        for part in _slices(y, weight):
             # z has no name here: it would live on while the next one is computed.
-            goodness.append(form.goodness(form.project(y[part], weight, bias)))
-        return torch.cat(goodness)
+            goodness.append(form.goodness(form.project(y[part], weight, bias, multiple), positions))
+        return goodness[0] if len(goodness) == 1 else torch.cat(goodness)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, z = ctx.saved_tensors
         form: Form = ctx.form
-        wants_y, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dy = torch.empty_like(y) if wants_y else None
-        dw = torch.zeros_like(weight) if wants_weight else None
-        db = torch.zeros_like(bias) if wants_bias else None
-        per_sample = _size_of_z(y, weight)
-        positions = per_sample // weight.shape[0]
-        scale = dg * (2 / positions)
-        for part in slices_within(y, per_sample):
-            factor = _against(scale[part], form.class_axis, y.ndim)
+        positions = _positions(y, weight)
+        multiple = form.multiple(positions)
+        # dz = 2 / positions * dg * z, of which the product has given a multiple.
+        factor = 2 / (positions * multiple)
+        scale = dg if factor == 1 else dg * factor
+        wanted = ctx.needs_input_grad[:3]
+        sums = Sums(y, wanted)
+        slices = _slices(y, weight)
+        for part in slices:
+            against = _against(scale[part], form.class_axis, y.ndim)
             if z is not None:
-                dz = z[part] * factor
+                dz = z[part] * against
             else:
-                dz = form.project(y[part], weight, bias).mul_(factor)
-            dy_part = dy[part] if dy is not None else None
-            form.add_gradients(dz, y[part], weight, dy_part, dw, db)
-        return dy, dw, db, None
+                dz = form.project(y[part], weight, bias, multiple).mul_(against)
+            found = form.gradients(dz, y[part], weight, wanted, sums.weight)
+            if len(slices) == 1:
+                return *found, None
+            sums.add(part, found)
+        return sums.y, sums.weight, sums.bias, None
 
 
-def _size_of_z(y: Tensor, weight: Tensor) -> int:
-    """Return the number of values of z for one sample."""
-    return weight.shape[0] * math.prod(y.shape[1:]) // weight.shape[1]
+class Sums:
+    """The gradients of a batch, put together from those of its slices.
+
+    Args:
+        y: (B, ...).
+        wanted: for each of y, weight and bias.
+    """
+
+    def __init__(self, y: Tensor, wanted: Wanted) -> None:
+        self._like = y
+        self._wants_y = wanted[0]
+        self.y: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, part: slice, gradients: Gradients) -> None:
+        """Add the gradients of a slice. That of the weight is the sum already."""
+        dy, self.weight, db = gradients
+        if dy is not None:
+            if self.y is None:
+                self.y = torch.empty_like(self._like)
+            self.y[part] = dy
+        if db is not None:
+            self.bias = db if self.bias is None else self.bias.add_(db)
+
+
+def _positions(y: Tensor, weight: Tensor) -> int:
+    return math.prod(y.shape[1:]) // weight.shape[1]
+
+
+def _slices(y: Tensor, weight: Tensor) -> list[slice]:
+    """Split a batch so that z is, slice by slice, no larger than y or the weight."""
+    per_sample = len(weight) * _positions(y, weight)
+    return slices_within(y, per_sample, beside=weight)
 
 
 def _against(values: Tensor, class_axis: int, ndim: int) -> Tensor:
@@ -120,69 +151,113 @@ def has_many_classes(weight: Tensor, positions: int) -> bool:
     return weight.shape[0] > 2 * positions
 
 
+def _of_the_gradient(positions: int) -> float:
+    """Return the multiple of z that needs no factor in the gradient: dz = dg * multiple * z."""
+    return 2 / positions
+
+
+def _of_z(positions: int) -> float:
+    return 1.0
+
+
 # Form CHANNELS: y is (B, C, P), z is (B, J, P).
 
 
-def _project_channels(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias[:, None], weight.expand(y.shape[0], -1, -1), y)
+def _project_channels(y: Tensor, weight: Tensor, bias: Tensor, multiple: float) -> Tensor:
+    weights = weight.expand(y.shape[0], -1, -1)
+    return torch.baddbmm(bias[:, None], weights, y, beta=multiple, alpha=multiple)
 
 
-def _add_channel_gradients(
-    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> None:
-    if dy is not None:
-        torch.matmul(weight.t().expand(dz.shape[0], -1, -1), dz, out=dy)
-    if dw is not None:
-        _add_products(dw, dz, y)
-    if db is not None:
-        db += dz.sum((0, 2))
+def _squares_of_channels(z: Tensor, factor: float) -> Tensor:
+    rows = z.flatten(0, 1)
+    if not len(rows):
+        return z.sum(2)
+    # Each row times itself: one operation for square, sum and factor. With a beta of 0, values of
+    # the first argument do not count.
+    row, column = rows[:, None], rows[:, :, None]
+    products = torch.baddbmm(column[:, :1], row, column, beta=0, alpha=factor)
+    return products.view(z.shape[:2])
 
 
-def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the sum over samples of a b^T, for a (B, J, P) and b (B, C, P), to total (J, C)."""
-    if a.device.type != "cpu" or has_many_classes(total, a.shape[2]):
-        total.addbmm_(a, b.mT)
-        return
+def _channel_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
+) -> Gradients:
+    dy = torch.bmm(weight.t().expand(len(dz), -1, -1), dz) if wanted[0] else None
+    dw = _sum_of_products(total, dz, y) if wanted[1] else None
+    db = dz.sum((0, 2)) if wanted[2] else None
+    return dy, dw, db
+
+
+def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over samples of a b^T, for a (B, J, P) and b (B, C, P), added to a total."""
+    jc = (a.shape[1], b.shape[1])
+    if a.device.type != "cpu" or jc[0] > 2 * a.shape[2]:
+        if total is None:
+            return torch.addbmm(a.new_empty(()).expand(jc), a, b.mT, beta=0)
+        return total.addbmm_(a, b.mT)
     # On a CPU, `addbmm` computes one small product after the other.
-    for part in small_slices(a, total.numel()):
-        total += torch.bmm(a[part], b[part].mT).sum(0)
+    for part in small_slices(a, math.prod(jc)):
+        products = torch.bmm(a[part], b[part].mT).sum(0)
+        total = products if total is None else total.add_(products)
+    assert total is not None  # there is always a slice
+    return total
 
 
 # Form ROWS: y is (B, P, C), as tokens lie in memory, z is (B, P, J). All positions of all samples
 # are the rows of one product.
 
 
-def _project_rows(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    rows = torch.addmm(bias, y.flatten(0, 1), weight.t())
+def _project_rows(y: Tensor, weight: Tensor, bias: Tensor, multiple: float) -> Tensor:
+    rows = torch.addmm(bias, y.flatten(0, 1), weight.t(), beta=multiple, alpha=multiple)
     return rows.view(y.shape[0], y.shape[1], len(weight))
 
 
-def _add_row_gradients(
-    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> None:
+def _squares_of_rows(z: Tensor, factor: float) -> Tensor:
+    if z.device.type == "cpu":
+        # On a CPU, a norm over any axis but the last takes ten times the time of a sum.
+        total = joined(z, slices_within(z, math.prod(z.shape[1:])), _sum_of_squares)
+    else:
+        total = torch.linalg.vector_norm(z, dim=1).square_()
+    return total if factor == 1 else total.mul_(factor)
+
+
+def _sum_of_squares(z: Tensor) -> Tensor:
+    squares = z.square()
+    return squares.sum(1) if z.shape[1] != 1 else squares[:, 0]
+
+
+def _row_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
+) -> Gradients:
     rows = dz.flatten(0, 1)
-    if dy is not None:
-        torch.mm(rows, weight, out=dy.flatten(0, 1))
-    if dw is not None:
-        dw.addmm_(rows.t(), y.flatten(0, 1))
-    if db is not None:
-        db += rows.sum(0)
+    inputs = y.flatten(0, 1)
+    dy = (rows @ weight).view(y.shape) if wanted[0] else None
+    dw = None
+    if wanted[1]:
+        dw = rows.t() @ inputs if total is None else total.addmm_(rows.t(), inputs)
+    db = rows.sum(0) if wanted[2] else None
+    return dy, dw, db
 
 
 # Form CONVOLUTION: y is (B, C, ...), z is (B, J, ...) at the same positions.
 
 
-def convolve(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve(y: Tensor, weight: Tensor, bias: Tensor, multiple: float = 1.0) -> Tensor:
     """Return z of y, padded with zeros so that z has a position for each of y."""
+    assert multiple == 1  # a convolution multiplies by nothing
     return _CONVOLUTIONS[y.ndim - 2](y, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def _add_convolution_gradients(
-    dz: Tensor, y: Tensor, weight: Tensor, dy: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> None:
+def _squares_of_maps(z: Tensor, factor: float) -> Tensor:
+    return _squares_of_channels(z.flatten(2), factor)
+
+
+def _convolution_gradients(
+    dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
+) -> Gradients:
     space = y.ndim - 2
     padding = weight.shape[-1] // 2
-    gradients = torch.ops.aten.convolution_backward(
+    dy, dw, db = torch.ops.aten.convolution_backward(
         dz,
         y,
         weight,
@@ -193,16 +268,13 @@ def _add_convolution_gradients(
         transposed=False,
         output_padding=[0] * space,
         groups=1,
-        output_mask=[dy is not None, dw is not None, db is not None],
+        output_mask=wanted,
     )
-    if dy is not None:
-        dy.copy_(gradients[0])
-    if dw is not None:
-        dw += gradients[1]
-    if db is not None:
-        db += gradients[2]
+    if dw is not None and total is not None:
+        dw = total.add_(dw)
+    return dy, dw, db
 
 
-CHANNELS = Form(_project_channels, 1, _add_channel_gradients)
-ROWS = Form(_project_rows, 2, _add_row_gradients)
-CONVOLUTION = Form(convolve, 1, _add_convolution_gradients)
+CHANNELS = Form(_of_the_gradient, _project_channels, 1, _squares_of_channels, _channel_gradients)
+ROWS = Form(_of_the_gradient, _project_rows, 2, _squares_of_rows, _row_gradients)
+CONVOLUTION = Form(_of_z, convolve, 1, _squares_of_maps, _convolution_gradients)

@@ -35,8 +35,8 @@ from sffx.kernels.padding import per_real_token, zero_padded
 # A value moved through memory takes the time of about so many multiply-adds, on CPUs and GPUs.
 _MACS_PER_VALUE = 8
 
-# With few positions, one product over the positions of all samples is faster than one product for
-# each sample, even if y must be copied for it. With many classes the limit is higher.
+# With few positions, one product over the positions of all samples is faster on a CPU than one
+# product for each sample, even if y must be copied for it. With many classes the limit is higher.
 _FEW_POSITIONS = 8
 _FEW_POSITIONS_OF_MANY = 64
 
@@ -61,7 +61,8 @@ def pointwise_goodness(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     many_classes = has_many_classes(weight, positions)
     few_positions = _FEW_POSITIONS_OF_MANY if many_classes else _FEW_POSITIONS
     rows = y.mT
-    if rows.is_contiguous() or positions <= few_positions:
+    is_copied = y.device.type == "cpu" and positions <= few_positions
+    if rows.is_contiguous() or is_copied:
         return DirectGoodness.apply(rows.contiguous(), weight, bias, ROWS)
     return DirectGoodness.apply(y, weight, bias, CHANNELS)
 

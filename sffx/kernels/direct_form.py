@@ -26,6 +26,9 @@ from sffx.kernels.batch_slices import joined, slices_within, small_slices
 # z is kept while it has no more than this many times the values of y.
 KEPT_TIMES = 4
 
+# With fewer values of z than this, the number of operations counts for more than their speed.
+_SMALL = 2**18
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # Gradients of y, weight and bias; None where one is not wanted.
@@ -86,7 +89,8 @@ class DirectGoodness(Function):
         multiple = form.multiple(positions)
         # dz = 2 / positions * dg * z, of which the product has given a multiple.
         factor = 2 / (positions * multiple)
-        scale = dg if factor == 1 else dg * factor
+        # It is 1 but for rounding where the form has chosen its multiple for this.
+        scale = dg if math.isclose(factor, 1) else dg * factor
         wanted = ctx.needs_input_grad[:3]
         sums = Sums(y, wanted)
         slices = _slices(y, weight)
@@ -169,12 +173,12 @@ def _project_channels(y: Tensor, weight: Tensor, bias: Tensor, multiple: float) 
 
 
 def _squares_of_channels(z: Tensor, factor: float) -> Tensor:
+    if not 0 < z.numel() < _SMALL:
+        return torch.linalg.vector_norm(z, dim=2).square_().mul_(factor)
+    # One operation instead of three: each row times itself. A norm reads large rows faster.
     rows = z.flatten(0, 1)
-    if not len(rows):
-        return z.sum(2)
-    # Each row times itself: one operation for square, sum and factor. With a beta of 0, values of
-    # the first argument do not count.
     row, column = rows[:, None], rows[:, :, None]
+    # With a beta of 0, the values of the first argument do not count.
     products = torch.baddbmm(column[:, :1], row, column, beta=0, alpha=factor)
     return products.view(z.shape[:2])
 
@@ -183,20 +187,23 @@ def _channel_gradients(
     dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
 ) -> Gradients:
     dy = torch.bmm(weight.t().expand(len(dz), -1, -1), dz) if wanted[0] else None
-    dw = _sum_of_products(total, dz, y) if wanted[1] else None
+    dw = _sum_of_products(total, dz, y, weight) if wanted[1] else None
     db = dz.sum((0, 2)) if wanted[2] else None
     return dy, dw, db
 
 
-def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum over samples of a b^T, for a (B, J, P) and b (B, C, P), added to a total."""
-    jc = (a.shape[1], b.shape[1])
-    if a.device.type != "cpu" or jc[0] > 2 * a.shape[2]:
-        if total is None:
-            return torch.addbmm(a.new_empty(()).expand(jc), a, b.mT, beta=0)
-        return total.addbmm_(a, b.mT)
+def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum over samples of a b^T, for a (B, J, P) and b (B, C, P), added to a total.
+
+    The weight has the shape of the result.
+    """
+    if a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
+        if total is not None:
+            return total.addbmm_(a, b.mT)
+        # With a beta of 0, the values of the first argument do not count.
+        return torch.addbmm(weight, a, b.mT, beta=0)
     # On a CPU, `addbmm` computes one small product after the other.
-    for part in small_slices(a, math.prod(jc)):
+    for part in small_slices(a, weight.numel()):
         products = torch.bmm(a[part], b[part].mT).sum(0)
         total = products if total is None else total.add_(products)
     assert total is not None  # there is always a slice

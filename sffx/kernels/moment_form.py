@@ -8,7 +8,6 @@ depend on J. The gradient of y is one product as well:
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,9 +16,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import slices_within
-
-# A centred copy of y, which the covariance needs, is made for about this part of y at a time.
-_CENTRED_PARTS = 8
 
 
 class SecondMomentGoodness(Function):
@@ -34,61 +30,70 @@ class SecondMomentGoodness(Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean = y.mean(2)
         covariance = _covariances(y, mean)
+        # Twice the mean of z: the backward pass needs it, and a factor of 2 loses no digit.
+        twice = torch.addmm(bias, mean, weight.t(), beta=2, alpha=2)
         if weight.shape[0] <= weight.shape[1]:
             product = _with_each(weight, covariance)
-            ctx.save_for_backward(y, weight, bias, mean, None, product)
+            ctx.save_for_backward(y, weight, bias, mean, twice, None, product)
             spread = (product * weight).sum(2)
         else:
-            ctx.save_for_backward(y, weight, bias, mean, covariance, None)
+            ctx.save_for_backward(y, weight, bias, mean, twice, covariance, None)
             spreads = []
-            for part in slices_within(y, weight.numel()):
+            for part in _slices(y, weight):
                 # No product has a name here: it would live on while the next one is computed.
                 spreads.append(_with_each(weight, covariance[part]).mul_(weight).sum(2))
-            spread = torch.cat(spreads)
-        return spread.add_(torch.addmm(bias, mean, weight.t()).square_())
+            spread = spreads[0] if len(spreads) == 1 else torch.cat(spreads)
+        return torch.addcmul(spread, twice, twice, value=0.25)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, covariance, product = ctx.saved_tensors
+        y, weight, bias, mean, twice, covariance, product = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
-        dy = torch.empty_like(y) if wants_y else None
-        dw = torch.zeros_like(weight) if wants_weight else None
-        mean_z = torch.addmm(bias, mean, weight.t())
-        for part in slices_within(y, weight.numel()):
-            scaled = weight * (2 * dg[part, :, None])  # (B, J, C)
-            if dy is not None:
-                _write_input_gradient(dy[part], y[part], scaled, weight, bias)
+        d_mean_z = dg * twice
+        dw = d_mean_z.t() @ mean if wants_weight else None
+        if dw is not None and product is not None:
+            dw = dw.add_((product * dg[:, :, None]).sum(0), alpha=2)
+        db = d_mean_z.sum(0) if wants_bias else None
+        needs_products = wants_y or (wants_weight and product is None)
+        if not needs_products:
+            return None, dw, db
+        slices = _slices(y, weight)
+        dy = torch.empty_like(y) if wants_y and len(slices) > 1 else None
+        for part in slices:
+            scaled = weight * dg[part, :, None]  # (B, J, C)
             if dw is not None and product is None:
-                dw.addbmm_(scaled, covariance[part])
-        if dw is not None:
-            if product is not None:
-                dw += (product * (2 * dg[:, :, None])).sum(0)
-            dw.addmm_((2 * dg * mean_z).t(), mean)
-        db = (2 * dg * mean_z).sum(0) if wants_bias else None
+                dw.addbmm_(scaled, covariance[part], alpha=2)
+            if dy is not None:
+                dy[part] = _input_gradient(y[part], scaled, weight, bias)
+            elif wants_y:
+                dy = _input_gradient(y, scaled, weight, bias)
         return dy, dw, db
 
 
-def _write_input_gradient(
-    dy: Tensor, y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor
-) -> None:
-    """Write the gradient of y into dy, given `2 dL/dg_j w_j`, (B, J, C)."""
-    positions = y.shape[2]
-    quadratic = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1)).div_(positions)
-    linear = torch.matmul(bias, scaled).div_(positions)
-    torch.baddbmm(linear[:, :, None], quadratic, y, out=dy)
+def _input_gradient(y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the gradient of y, given `dL/dg_j w_j`, (B, J, C)."""
+    quadratic = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1))
+    # `matmul` would copy the large factor.
+    linear = torch.bmm(bias.expand(len(scaled), 1, -1), scaled)  # (B, 1, C)
+    factor = 2 / y.shape[2]
+    return torch.baddbmm(linear.mT, quadratic, y, beta=factor, alpha=factor)
+
+
+def _slices(y: Tensor, weight: Tensor) -> list[slice]:
+    """Split a batch so that (B, J, C) is, slice by slice, at most about twice as large as y."""
+    return slices_within(y, (weight.numel() + 1) // 2, beside=weight)
 
 
 def _covariances(y: Tensor, mean: Tensor) -> Tensor:
-    """Return each sample's covariance over its positions, (B, C, C)."""
+    """Return each sample's covariance over its positions, (B, C, C).
+
+    The centred copy of y is freed before the backward pass makes its gradient, which is as large.
+    """
     # Centred first: where the mean is large, its square would swallow the variance.
-    parts = slices_within(y, _CENTRED_PARTS * math.prod(y.shape[1:]))
-    return torch.cat([_covariance(y[part], mean[part]) for part in parts])
-
-
-def _covariance(y: Tensor, mean: Tensor) -> Tensor:
     centred = y - mean[:, :, None]
-    return (centred @ centred.mT).div_(y.shape[2])
+    # With a beta of 0, values of the first argument do not count.
+    return torch.baddbmm(mean[:, :, None], centred, centred.mT, beta=0, alpha=1 / y.shape[2])
 
 
 def _with_each(weight: Tensor, matrices: Tensor) -> Tensor:

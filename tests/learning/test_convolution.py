@@ -23,7 +23,10 @@ def test_no_tensor_over_classes_and_positions_is_made(channels, positions):
     y = torch.randn(16, channels, positions, requires_grad=True)
     counted = count_memory(lambda: head(y).sum().backward(), model=head)
     z = 4 * 16 * classes * positions
-    assert counted.activations < z / 4 + 3 * 4 * y.numel() + 6 * 4 * 16 * classes
+    # A slice of z may be as large as the weight, whose gradient lies in memory beside it.
+    slice_of_z = 4 * max(y.numel(), head.weight.numel())
+    assert slice_of_z < z / 3
+    assert counted.activations < z / 4 + 2 * 4 * y.numel() + slice_of_z + 6 * 4 * 16 * classes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -201,20 +201,31 @@ class Case:
     goodness: str | None = "sff"
 
     def count(self, device: str = "cpu") -> Operations:
-        """Count forward and backward of a step on fake tensors."""
+        """Count forward and backward of a step, without computing anything.
+
+        Args:
+            device: "cpu", whose operations are taken on fake tensors; or "meta", which takes the
+                way of a GPU wherever there are two.
+        """
         torch.manual_seed(0)
         model = getattr(torchvision.models, self.model)(num_classes=self.classes).train()
         net: nn.Module = model
         if self.goodness is not None:
             example = torch.zeros(1, 3, self.size, self.size)
             net = sffx.transform(model, example_input=example, goodness=self.goodness)
+        if device == "meta":
+            return self._count(net.to("meta"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake = fake_copy(net, mode)
         with mode:
-            x = torch.randn(self.batch, 3, self.size, self.size)
-            y = torch.randint(0, self.classes, (self.batch,))
-            with counted_operations() as operations:
-                self._loss(fake, x, y).backward()
+            return self._count(fake)
+
+    def _count(self, net: nn.Module) -> Operations:
+        device = next(net.parameters()).device
+        x = torch.randn(self.batch, 3, self.size, self.size, device=device)
+        y = torch.randint(0, self.classes, (self.batch,), device=device)
+        with counted_operations() as operations:
+            self._loss(net, x, y).backward()
         return operations
 
     def _loss(self, net: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ it keeps features that later blocks can use, as with the auxiliary networks of B
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.errors import InputError
+from sffx.kernels.directions import cosines, hidden_units, normed
 from sffx.kernels.precision import full_precision, widened
 from sffx.learning.pooling import features_of, num_features
 
@@ -85,18 +83,12 @@ class CosineGoodness(nn.Module):
         with full_precision(y):
             wide = widened(y).movedim(self.channel_axis, 1)
             pooled = features_of(wide, mask, self.spatial, self.regions)
-            features = _direction(pooled)
+            features = normed(pooled)
             if self.hidden is not None:
-                features = _direction(self._hidden_units(features, self.hidden))
-            directions = _of_length_one(self.weight.to(wide.dtype))
-            return F.linear(features, self.scale * directions)
-
-    def _hidden_units(self, features: Tensor, hidden: nn.Linear) -> Tensor:
-        """Return the hidden units, (B, hidden), of features of length 1."""
-        of_variance_one = features * math.sqrt(features.shape[1])
-        weight = hidden.weight.to(features.dtype)
-        bias = hidden.bias.to(features.dtype)
-        return F.linear(of_variance_one, weight, bias).relu()
+                weight = self.hidden.weight.to(wide.dtype)
+                bias = self.hidden.bias.to(wide.dtype)
+                features = normed(hidden_units(features, weight, bias))
+            return cosines(features, self.weight.to(wide.dtype), self.scale)
 
     def extra_repr(self) -> str:
         classes, inputs = self.weight.shape
@@ -119,17 +111,3 @@ def _check_directions(features: int, hidden: int | None) -> None:
         f"a cosine of {number} has no direction. "
         "Hint: goodness='sff' for such a block, and 2 hidden units at least"
     )
-
-
-def _direction(features: Tensor) -> Tensor:
-    """Return rows (N, features) with a mean of 0 and a length of 1."""
-    return _of_length_one(features - features.mean(1, keepdim=True))
-
-
-def _of_length_one(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return rows (N, features) of length 1.
-
-    A row that is nearly zero stays shorter: its direction would be noise, with a vast gradient.
-    """
-    mean_square = features.square().mean(1, keepdim=True)
-    return features * torch.rsqrt(mean_square + eps) / math.sqrt(features.shape[1])

@@ -17,6 +17,10 @@ policy. The ways:
 - kept: local, with `recompute=False`;
 - mlp: local, with `goodness="mlp"`.
 
+Operations are those that forward and backward dispatch, views left out: a proxy for the launches on
+a GPU. Bytes are what they read and write, a proxy for the time of a step that memory limits. The
+optimizer is left out of both (`tools.operations` says where they come from).
+
 The limit of the multiply-adds is the part that a block-local step cannot do without: the forward
 pass, the gradients of the weights, and those of the values inside the blocks. Heads are left aside.
 
@@ -67,6 +71,7 @@ from sffx.parts import head_name
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage
 from sffx.tables import GIB, MIB
+from tools.operations import counted_operations
 from tools.timing import compare_time
 
 Step = Callable[[Tensor, Tensor], object]
@@ -149,11 +154,19 @@ IN_PLACE_PRODUCTS = {
 
 @dataclass
 class Candidate:
-    """A way to train: a model, its optimizer, and the step on a batch."""
+    """A way to train: a model, its optimizer, and the step on a batch.
+
+    Attributes:
+        module: that is trained.
+        optimizer: over its parameters.
+        step: with the optimizer.
+        gradients: forward and backward of the step; None where the optimizer steps in between.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     step: Step
+    gradients: Step | None = None
 
 
 # The ways to train
@@ -187,13 +200,19 @@ def candidate(way: str, module: Any, parts: int = 1) -> Candidate:
     if way == "step":
         return Candidate(module, optimizer, lambda x, y: sffx.local_step(module, x, y, optimizer))
 
+    def gradients(x: Tensor, y: Tensor) -> None:
+        for some_x, some_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            loss = loss_of(way, module, some_x, some_y)
+            if parts > 1:
+                loss = loss / parts
+            loss.backward()
+
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
-        for some_x, some_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            (loss_of(way, module, some_x, some_y) / parts).backward()
+        gradients(x, y)
         optimizer.step()
 
-    return Candidate(module, optimizer, step)
+    return Candidate(module, optimizer, step, gradients)
 
 
 def loss_of(way: str, module: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -246,8 +265,14 @@ def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> Co
         memory = count_memory(step, model=fake, optimizer=made.optimizer)
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops:
             step()
-    counts: Counts = {name: getattr(memory, name) for name in COUNTED}
-    counts["macs"] = flops.get_total_flops() // 2
+        counts: Counts = {name: getattr(memory, name) for name in COUNTED}
+        counts["macs"] = flops.get_total_flops() // 2
+        if made.gradients is not None:
+            made.optimizer.zero_grad()
+            with counted_operations() as operations:
+                made.gradients(x, y)
+            counts["operations"] = operations.total
+            counts["bytes_moved"] = operations.moved
     return counts
 
 
@@ -527,8 +552,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         f"### {record['name']} ({batches})",
         "",
-        f"| way | time | peak | activations | multiply-adds | {absolute} |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| way | time | peak | activations | multiply-adds | operations | bytes | {absolute} |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for way in WAYS:
         if way in record["counts"]:
@@ -551,8 +576,10 @@ def _row(way: str, record: dict[str, Any]) -> str:
     name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
     times = record.get("time", {})
     cells = [name, f"{times[way]:.2f}" if way in times else "–"]
-    for key in ("peak", "activations", "macs"):
-        cells.append(f"{counts[key] / base[key]:.2f}")
+    for key in ("peak", "activations", "macs", "operations", "bytes_moved"):
+        # A record from before operations were counted has none.
+        is_counted = key in counts and key in base
+        cells.append(f"{counts[key] / base[key]:.2f}" if is_counted else "–")
     for key in ("peak", "activations", "gradients"):
         cells.append(f"{counts[key] / MIB:.1f}")
     return f"| {' | '.join(cells)} |"

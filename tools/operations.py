@@ -20,7 +20,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +40,6 @@ import sffx.runtime.step
 from sffx.compiler.fake import fake_copy
 from sffx.files import write
 from sffx.runtime.stage import Stage
-from sffx.tables import MIB
 
 # Where operations come from. "gradients" is what belongs to no part of a block-local step: handing
 # the gradients to the parameters.
@@ -126,7 +126,8 @@ def bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     name = func._schema.name.split("::")[1].removeprefix("new_")
     if name.startswith("empty"):
         return 0
-    written = _size(result)
+    # A `foreach` in place returns nothing. It writes on its first argument.
+    written = _size(result) if func._schema.returns else _size(args[0])
     if name.startswith(_CREATIONS):
         return written
     only_written = [each.name for each in func._schema.arguments if each.is_out]
@@ -184,7 +185,7 @@ def _source_of_node(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A step to count.
+    """A step to count, by `local_loss` or by backpropagation.
 
     Attributes:
         model: its name in torchvision.
@@ -232,3 +233,56 @@ class Case:
         if self.goodness is None:
             return F.cross_entropy(net(x), y)
         return sffx.local_loss(net, x, y)
+
+
+CASES = (
+    Case("resnet18", 32, 10, 128),
+    Case("resnet18", 32, 10, 128, "mlp"),
+    Case("resnet18", 32, 10, 128, "mlp(256, 4)"),
+    Case("resnet50", 224, 1000, 64),
+    Case("resnet50", 224, 1000, 64, "mlp"),
+    Case("mobilenet_v3_large", 224, 10, 64),
+    Case("mobilenet_v3_large", 224, 10, 64, "mlp"),
+)
+
+
+def table(device: str) -> str:
+    """Count all cases, and return them as a table."""
+    columns = "operations | / BP | bytes / BP"
+    for source in SOURCES:
+        columns += f" | {source}"
+    lines = [f"| step | {columns} |", "|---" * (len(SOURCES) + 4) + "|"]
+    for case in CASES:
+        base = replace(case, goodness=None).count(device)
+        if case.goodness == "sff":
+            lines.append(_row(f"{case.model}, {case.size}, J = {case.classes}, BP", base, base))
+        lines.append(_row(f"`{case.goodness}`", case.count(device), base))
+    return "\n".join(lines)
+
+
+def _row(name: str, found: Operations, base: Operations) -> str:
+    cells = [name, str(found.total)]
+    cells += [f"{found.total / base.total:.2f}", f"{found.moved / base.moved:.2f}"]
+    for source in SOURCES:
+        forward, backward = found.forward[source], found.backward[source]
+        cells.append(f"{forward} + {backward}" if found is not base else "–")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("tools/results/operations"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = [
+        f"Counted on {date.today()} with torch {torch.__version__}. Forward + backward by source.",
+        f"### On a CPU\n\n{table('cpu')}",
+        f"### On a GPU\n\n{table('meta')}",
+    ]
+    write(args.out / "table.md", ("\n\n".join(page) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -88,9 +88,8 @@ class DirectGoodness(Function):
         positions = _positions(y, weight)
         multiple = form.multiple(positions)
         # dz = 2 / positions * dg * z, of which the product has given a multiple.
-        factor = 2 / (positions * multiple)
-        # It is 1 but for rounding where the form has chosen its multiple for this.
-        scale = dg if math.isclose(factor, 1) else dg * factor
+        needs_no_factor = form.multiple is _of_the_gradient
+        scale = dg if needs_no_factor else dg * (2 / (positions * multiple))
         wanted = ctx.needs_input_grad[:3]
         sums = Sums(y, wanted)
         slices = _slices(y, weight)

@@ -30,6 +30,7 @@ from sffx.learning.norms import make_norms, norm_maker
 from sffx.learning.objectives.records import ObjectiveName, objective_named
 from sffx.net import CutModel
 from sffx.objective import Objective
+from sffx.parts import CLASSIFIER
 from sffx.policies import AnyPolicy, policy_named
 from sffx.progress import running
 from sffx.tasks import Task
@@ -68,7 +69,7 @@ def transform(
             the model's first layer.
         num_classes: J, checked against the model's output where given.
         objective: how the blocks learn. "sff", the default; "cwc"; "ff", supervised
-            Forward-Forward; "ff-unsupervised", "scff" and "cffa", of the same family; or one of
+            Forward-Forward; "ff-unsupervised", "scff", "ffcl", "cffa" of the same family; or one of
             `sffx.objectives` with its options, or of your own.
         goodness: how a block's output is scored. None takes the objective's own, by default "sff".
             "sff", an auxiliary convolution, or "cwc", groups
@@ -109,6 +110,7 @@ def transform(
     options = _valid(options, task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
+    model = options.objective.prepared(model)
     traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)
@@ -121,7 +123,9 @@ def transform(
     keep_foreign_values(net)
     save_memory(net)
     verify(net, traced.batch_size)
-    return checked(model, net, check)
+    net = checked(model, net, check)
+    options.objective.finish(net.get_submodule(CLASSIFIER))
+    return net
 
 
 @running("planning the cuts")
@@ -148,6 +152,7 @@ def plan(
     options = _valid(options, task, num_classes)
     name, choose = policy_named(policy)
     model, notes = untied(model)
+    model = options.objective.prepared(model)
     traced = trace(model, example_input, num_classes, task, notes)
     add_batch_first_views(traced)
     analysis = analyse(traced)

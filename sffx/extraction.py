@@ -36,10 +36,22 @@ def extract(net: nn.Module) -> nn.Module:
         InputError: `net` is no cut model, or is sharded.
     """
     cut = cut_model(net)
-    make_whole(cut)
-    model: nn.Module = copied(cut.origin.model)
-    model.to(next(cut.parameters()).device).train(cut.training)
-    fill(model, cut)
+    return cut.plan.objective.restored(extract_as_cut(cut))
+
+
+def extract_as_cut(net: CutModel) -> nn.Module:
+    """Return the model that was cut with the trained weights, as an objective may have changed it.
+
+    Args:
+        net: what `transform` returned.
+
+    Raises:
+        InputError: `net` is sharded.
+    """
+    make_whole(net)
+    model: nn.Module = copied(net.origin.model)
+    model.to(next(net.parameters()).device).train(net.training)
+    fill(model, net)
     return model
 
 

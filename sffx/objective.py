@@ -132,6 +132,28 @@ class Objective:
             blocks: K, the number of feature blocks.
         """
 
+    # The model.
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether another model is cut than the one that was passed."""
+        return type(self).prepared is not Objective.prepared
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """Return the model that is cut; a copy, where it is another one.
+
+        Raises:
+            InputError: the model cannot be changed as the objective needs it.
+        """
+        return model
+
+    def finish(self, classifier: nn.Module) -> None:
+        """Change the classifier of a cut model, where it is known which part of a model that is."""
+
+    def restored(self, model: nn.Module) -> nn.Module:
+        """Return the model as it was passed, of one that `prepared` returned. It may be altered."""
+        return model
+
     def notes(self) -> tuple[str, ...]:
         """Return remarks for the plan, one sentence each."""
         return ()
@@ -151,8 +173,11 @@ class Objective:
         """
         raise NotImplementedError
 
-    def head_shape(self, num_classes: int) -> tuple[int, ...]:
-        """Return the shape of what a head returns in train mode for one row."""
+    def head_shape(self, num_classes: int) -> tuple[int, ...] | None:
+        """Return the shape of what a head returns in train mode for one row.
+
+        None if it depends on the block.
+        """
         return (num_classes,)
 
     def check_targets(self, y: Any, batch: int, num_classes: int) -> None:

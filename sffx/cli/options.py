@@ -63,7 +63,7 @@ def add_cut_options(parser: argparse.ArgumentParser, *, policy: bool = True) -> 
     group.add_argument(
         "--objective",
         metavar="NAME",
-        help="how the blocks learn: sff, cwc, ff, ff-unsupervised, scff, cffa",
+        help="how the blocks learn: sff, cwc, ff, ff-unsupervised, scff, ffcl, cffa",
     )
     group.add_argument(
         "--goodness",

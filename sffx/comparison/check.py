@@ -50,9 +50,9 @@ from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.weights import other_names, same, state_of, telling_weights
 from sffx.compiler.untie import untied
 from sffx.errors import CheckError, InputError
-from sffx.extraction import extract
+from sffx.extraction import extract_as_cut
 from sffx.inputs import bind
-from sffx.net import plan_of
+from sffx.net import cut_model, plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.offload import offloading_of
@@ -118,11 +118,22 @@ def check(
             f"model is a {type(model).__name__}, not a model. Hint: pass the one that was cut"
         )
     require_flag("raises", raises)
+    objective = plan_of(net).objective
+    if objective.changes_model:
+        raise InputError(
+            f"the objective {objective.name!r} has cut another model, with weights that this one "
+            "has not. Hint: sffx.transform(model, ..., check=True) compares the net with that"
+        )
     example = None if example_input is None else bind(plan_of(net), example_input)
     report = _Check(model, net, example).complete()
     if raises and report.difference is not None:
         raise CheckError(str(report.difference), report)
     return report
+
+
+def complete_check(model: nn.Module, net: fx.GraphModule) -> CheckReport:
+    """Compare all that `check` compares, with the very model that was cut."""
+    return _Check(model, net, None).complete()
 
 
 def quick_check(model: nn.Module, net: fx.GraphModule) -> CheckReport:
@@ -191,7 +202,7 @@ class _Check:
         """Compare parameters and buffers; return what `extract` gives if they are the same."""
         where = "extract(net)"
         try:
-            back = extract(self._net)
+            back = extract_as_cut(cut_model(self._net))
         except Exception as failure:
             self._differ(where, f"it raises {error_in_words(failure)}")
             return None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from sffx.comparison.check import OUTPUTS_ARE_NAN, check, quick_check
+from sffx.comparison.check import OUTPUTS_ARE_NAN, complete_check, quick_check
 from sffx.errors import CheckError, InputError
 from sffx.net import CutModel, plan_of, set_plan
 
@@ -43,7 +43,7 @@ def checked(model: nn.Module, net: CutModel, how: bool | Literal["auto"]) -> Cut
             _add_notes(net, [f"values were not compared: {failure}"])
             return net
     else:
-        report = check(model, net, raises=False)
+        report = complete_check(model, net)
     found = report.difference
     if found is not None and not found.only_elsewhere:
         raise CheckError(str(found), report)

@@ -147,7 +147,7 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
 
 def _check_scores(scores: list[Tensor], plan: BlockPlan, batch: int) -> None:
     expected = (batch, *plan.classifier.shape)
-    of_heads = (batch, *plan.objective.head_shape(plan.num_classes))
+    of_one_row = plan.objective.head_shape(plan.num_classes)
     sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
     for own, source in zip(scores, sources, strict=True):
         if not isinstance(own, Tensor):
@@ -155,8 +155,9 @@ def _check_scores(scores: list[Tensor], plan: BlockPlan, batch: int) -> None:
         if not own.is_floating_point():
             raise VerifyError(f"{source} returns {own.dtype}, not floats")
         has_own_shape = source != CLASSIFIER and plan.objective.goodness is None
-        if has_own_shape and tuple(own.shape) != of_heads:
-            raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not {of_heads}")
+        if has_own_shape and of_one_row is not None and own.shape != (batch, *of_one_row):
+            wanted = (batch, *of_one_row)
+            raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not {wanted}")
         if not has_own_shape and not plan.task.fits(own.shape, expected):
             raise VerifyError(
                 f"{source} returns shape {tuple(own.shape)}, not {plan.task.shapes} = {expected}"

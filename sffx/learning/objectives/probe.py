@@ -15,7 +15,7 @@ from sffx.tasks import CLASSIFICATION, Task
 
 
 class BlockProbe(nn.Module):
-    """A linear layer on the pooled, normalised output of a block, which gets no gradient from it.
+    """A linear layer on the pooled, normalised output of a block.
 
     Images and volumes are pooled to some regions along each axis of space. Tokens are averaged,
     flat values are taken as they are. Then the features of a sample are normalised.
@@ -25,10 +25,19 @@ class BlockProbe(nn.Module):
         num_classes: J.
         regions: along each axis of space of images and volumes.
         norm: of the features, (N, features).
+        is_detached: whether the block gets no gradient from it.
     """
 
-    def __init__(self, block: Block, num_classes: int, regions: int, norm: nn.Module) -> None:
+    def __init__(
+        self,
+        block: Block,
+        num_classes: int,
+        regions: int,
+        norm: nn.Module,
+        is_detached: bool = True,
+    ) -> None:
         super().__init__()
+        self.is_detached = is_detached
         self.channel_axis = block.channel_axis
         self.spatial = len(block.shape) - 1
         self.regions = regions
@@ -43,7 +52,9 @@ class BlockProbe(nn.Module):
             y: the output of a block, (N, ...).
             mask: (N, T) where y is (N, T, C), nonzero at real tokens.
         """
-        channels_first = y.detach().movedim(self.channel_axis, 1)
+        if self.is_detached:
+            y = y.detach()
+        channels_first = y.movedim(self.channel_axis, 1)
         pooled = features_of(channels_first, mask, self.spatial, self.regions)
         features = self.norm(pooled)
         weight = self.linear.weight.to(features.dtype)

@@ -9,6 +9,7 @@ from sffx.errors import InputError
 from sffx.learning.objectives.channelwise import CwC
 from sffx.learning.objectives.directional import CFFA
 from sffx.learning.objectives.forward_forward import ForwardForward
+from sffx.learning.objectives.pairs import FFCL
 from sffx.learning.objectives.self_contrastive import SCFF
 from sffx.learning.objectives.unsupervised import UnsupervisedForwardForward
 from sffx.objective import SFF, Objective
@@ -20,11 +21,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ff": ForwardForward,
     "ff-unsupervised": UnsupervisedForwardForward,
     "scff": SCFF,
+    "ffcl": FFCL,
     "cffa": CFFA,
 }
 
 # The same names for type checkers and editors.
-ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff", "ff-unsupervised", "scff", "cffa"]
+ObjectiveName: TypeAlias = Literal["sff", "cwc", "ff", "ff-unsupervised", "scff", "ffcl", "cffa"]
 
 
 def objective_named(objective: Any) -> Objective:

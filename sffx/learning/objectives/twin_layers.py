@@ -1,0 +1,112 @@
+"""Two nets in one: each layer with weights has a twin of its own weights.
+
+The first half of the rows of a batch goes through the layers, the second half through their twins.
+So both nets run side by side through the same graph, and a block holds the same layers of both.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sffx.errors import InputError
+from sffx.tensors import copied
+
+# Layers that take one value and treat each sample by itself, or the whole batch as batch norms do.
+_KINDS = (
+    nn.Linear,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding),
+)
+
+TWIN = "twin"
+
+
+class TwinLayer(nn.Module):
+    """What a layer with a twin does. The class of such a layer inherits from this and its own."""
+
+    # Whether the layer works alone in eval mode, for all rows.
+    answers_alone = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output of the first half of the rows, the twin's of the second."""
+        if self.answers_alone and not self.training:
+            return super().forward(x)
+        first = (len(x) + 1) // 2
+        if first == len(x):
+            return super().forward(x)
+        return torch.cat([super().forward(x[:first]), self.get_submodule(TWIN)(x[first:])])
+
+
+def _twin_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of layers of a kind that have a twin. It is an attribute of this module."""
+    name = f"Twin{kind.__name__}"
+    made = type(name, (TwinLayer, kind), {"__module__": __name__})
+    # A pickle finds a class by its name.
+    globals()[name] = made
+    return made
+
+
+_TWIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {kind: _twin_class(kind) for kind in _KINDS}
+
+
+def with_twins(model: nn.Module, objective: str) -> nn.Module:
+    """Return a copy of a model in which each layer with weights has a twin, initialised anew.
+
+    Args:
+        model: of one net.
+        objective: the name of the objective, for messages.
+
+    Raises:
+        InputError: a layer has weights, but is of no kind that can have a twin.
+    """
+    twins: nn.Module = copied(model)
+    _require_known(twins, objective)
+    for layer in list(twins.modules()):
+        if type(layer) in _TWIN_CLASSES:
+            _add_twin(layer)
+    return twins
+
+
+def _require_known(model: nn.Module, objective: str) -> None:
+    for name, module in model.named_modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if type(module) in _TWIN_CLASSES or not any(isinstance(each, Tensor) for each in own):
+            continue
+        raise InputError(
+            f"the objective {objective!r} trains two nets, and {name or 'the model'!r}, a "
+            f"{type(module).__name__}, has weights of its own that cannot be doubled. "
+            "Hint: linear layers, convolutions, norms and embeddings can"
+        )
+
+
+def _add_twin(layer: nn.Module) -> None:
+    twin = copy.deepcopy(layer)
+    reset: Any = getattr(twin, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    layer.__class__ = _TWIN_CLASSES[type(layer)]
+    layer.add_module(TWIN, twin)
+
+
+def answer_alone(model: nn.Module) -> None:
+    """Let the layers of a model do without their twins in eval mode."""
+    for module in model.modules():
+        if isinstance(module, TwinLayer):
+            module.answers_alone = True
+
+
+def remove_twins(model: nn.Module) -> nn.Module:
+    """Return the model with the first net alone. It is altered."""
+    for module in list(model.modules()):
+        if isinstance(module, TwinLayer):
+            delattr(module, TWIN)
+            vars(module).pop("answers_alone", None)
+            module.__class__ = type(module).__mro__[2]
+    return model

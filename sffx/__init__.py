@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
     from sffx.memory.largest import LargestBatch, largest_batch
+    from sffx.runtime.cached import CachedOutputs, cache_outputs
     from sffx.runtime.compiled import compile, compiled_blocks
     from sffx.runtime.evaluate import Evaluation, block_scores, evaluate
     from sffx.runtime.find_residency import finish
@@ -54,6 +55,7 @@ __all__ = [
     "BlockPlan",
     "BlockPlateau",
     "BlockSchedule",
+    "CachedOutputs",
     "CheckError",
     "CheckReport",
     "Checkpoint",
@@ -80,6 +82,7 @@ __all__ = [
     "block_losses",
     "block_scores",
     "block_seeds",
+    "cache_outputs",
     "check",
     "compile",
     "compiled_blocks",
@@ -117,6 +120,7 @@ _MODULE_OF = {
     "BlockPlan": "sffx.blocks",
     "BlockPlateau": "sffx.runtime.optimizers",
     "BlockSchedule": "sffx.runtime.schedule",
+    "CachedOutputs": "sffx.runtime.cached",
     "CheckError": "sffx.errors",
     "CheckReport": "sffx.comparison.report",
     "Checkpoint": "sffx.checkpoint",
@@ -143,6 +147,7 @@ _MODULE_OF = {
     "block_losses": "sffx.runtime.step",
     "block_scores": "sffx.runtime.evaluate",
     "block_seeds": "sffx.runtime.randomness",
+    "cache_outputs": "sffx.runtime.cached",
     "check": "sffx.comparison.check",
     "compile": "sffx.runtime.compiled",
     "compiled_blocks": "sffx.runtime.compiled",

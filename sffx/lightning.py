@@ -273,7 +273,7 @@ class SFFModule(_Predictor):
         self.lr = lr
         self.classifier_lr = classifier_lr
         self.loss_fn = loss_fn
-        self.schedule = schedule
+        self.schedule = None if schedule is None else _schedule_of(net, schedule)
         self.save_hyperparameters(ignore=["net", "loss_fn", "schedule"])
 
     def groups(self) -> list[dict[str, Any]]:
@@ -322,6 +322,16 @@ class SFFModule(_Predictor):
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the scores of each block and of each readout, (B, J)."""
         return scores_by_name(self.net, block_scores(self.net, x))
+
+
+def _schedule_of(net: fx.GraphModule, schedule: Any) -> BlockSchedule:
+    """Return a schedule; raise an InputError if it is none of the blocks of a net."""
+    if not isinstance(schedule, BlockSchedule):
+        raise InputError(
+            f"schedule is {schedule!r}. Hint: pass a sffx.BlockSchedule, such as "
+            "sffx.BlockSchedule.greedy(net, 5)"
+        )
+    return BlockSchedule(net, schedule.state_dict())
 
 
 class BPModule(_Predictor):

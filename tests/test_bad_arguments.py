@@ -152,6 +152,33 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             {"net": net, "lr": 1e-3, "classifier_lr": 1e-3},
         ),
         "BlockPlateau": (sffx.BlockPlateau, {"optimizer": optimizer}),
+        "BlockSchedule": (sffx.BlockSchedule, {"net": net, "epochs": [(0, 1), (0, 2)]}),
+        "BlockSchedule.all_at_once": (sffx.BlockSchedule.all_at_once, {"net": net, "epochs": 2}),
+        "BlockSchedule.greedy": (sffx.BlockSchedule.greedy, {"net": net, "epochs": 2}),
+        "BlockSchedule.from_losses": (
+            sffx.BlockSchedule.from_losses,
+            {
+                "net": net,
+                "losses": [sffx.evaluate(net, loader).loss],
+                "patience": 3,
+                "threshold": 0.1,
+            },
+        ),
+        "cache_outputs": (
+            sffx.cache_outputs,
+            {
+                "net": net,
+                "loader": loader,
+                "after": "block_0",
+                "path": folder / "cache",
+                "max_bytes": 10**6,
+                "fixed_views": False,
+            },
+        ),
+        "CwC": (
+            sffx.objectives.CwC,
+            {"loss_form": "cwg", "threshold": 1.0, "share": 0.5, "superclasses": [2]},
+        ),
         "KeywordLoss": (sffx.KeywordLoss, {"net": net, "loss_fn": None}),
         "LocalLoss": (sffx.LocalLoss, {"net": net, "loss_fn": None, "blocks": None}),
         "EarlyExit": (sffx.EarlyExit, {"net": net, "threshold": 0.5}),

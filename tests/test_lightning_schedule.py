@@ -97,3 +97,16 @@ def test_a_trainer_with_more_epochs_than_the_schedule_is_refused(tmp_path: Path)
     schedule = sffx.BlockSchedule.all_at_once(cut(), 2)
     with pytest.raises(sffx.InputError, match="max_epochs=3, but the schedule has 2 epochs"):
         fit(tmp_path, 3, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", [3, EPOCHS])
+def test_what_is_no_schedule_of_the_net_is_refused(schedule: Any) -> None:
+    with pytest.raises(sffx.InputError, match=r"schedule is .*Hint: pass a sffx.BlockSchedule"):
+        SFFModule(cut(), schedule=schedule)
+
+
+def test_a_schedule_of_another_net_is_refused() -> None:
+    other = sffx.transform(nn.Sequential(*(nn.Linear(6, 6) for _ in range(5))), "layer", X)
+    schedule = sffx.BlockSchedule.greedy(other, 1)
+    with pytest.raises(sffx.InputError, match="the schedule names 'block_2', 'block_3'"):
+        SFFModule(cut(), schedule=schedule)

@@ -32,6 +32,7 @@ from sffx.learning.losses import (
 )
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.compiled import Compilation, Computed, compilation_of
+from sffx.runtime.cut_values import CutValues, last_frozen
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, stages_of
@@ -70,7 +71,7 @@ def learn(
         y: as for `local_loss`.
         loss_fn: as for `local_loss`.
         residency: of the net.
-        only: names of the blocks that learn, all if None.
+        only: names of the blocks that learn, as `blocks_to_learn` returns them; all if None.
         on_block: called with each block's name, scores and loss, if given.
         hooks_wait: whether hooks of parameters are held back, because a later backward pass hands
             the gradients over and runs the hooks.
@@ -88,7 +89,9 @@ def learn(
     check_targets(y, samples, plan.num_classes, functions_in_use, plan.task)
     require_no_loss(plan.objective, loss_fn)
     plan.objective.check_targets(y, samples, plan.num_classes)
-    y = plan.task.without_padding(y, padding_mask(plan, x))
+    if not isinstance(x, CutValues):
+        # Cached targets have no padding any more.
+        y = plan.task.without_padding(y, padding_mask(plan, x))
     functions = losses_of(plan, functions)
     x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
@@ -263,6 +266,33 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     return [stage for stage in stages if stage.name in only]
 
 
+def blocks_to_learn(
+    net: fx.GraphModule, x: Any, blocks: Collection[str] | None
+) -> Collection[str] | None:
+    """Return the names of the blocks that learn from an input, None for all.
+
+    Args:
+        net: what `transform` returned.
+        x: its input, or values at a cut.
+        blocks: names of blocks; None for all, which are those behind the cut.
+
+    Raises:
+        InputError: a block lies before the values, or x is of no cut of this net.
+    """
+    if not isinstance(x, CutValues):
+        return blocks
+    last = last_frozen(net, x)
+    if blocks is None:
+        return [stage.name for stage in learning_stages(net, None) if stage.index > last.index]
+    early = [stage.name for stage in learning_stages(net, blocks) if stage.index <= last.index]
+    if early:
+        raise InputError(
+            f"{', '.join(early)} cannot learn from values that were cached after {last.name}. "
+            "Hint: pass the model's own input, or blocks=[...] of later blocks alone"
+        )
+    return blocks
+
+
 def _names_to_walk(
     net: fx.GraphModule, stages: list[Stage], only: Collection[str] | None
 ) -> Collection[str] | None:
@@ -287,7 +317,7 @@ def _samples(plan: BlockPlan, x: Any) -> int:
     Raises:
         InputError: the input requires a gradient, which the step would not compute.
     """
-    values = bind(plan, x)
+    values = x if isinstance(x, CutValues) else bind(plan, x)
     samples = batch_size(values)
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     wants_gradient = any(tensor.requires_grad for tensor in tensors)

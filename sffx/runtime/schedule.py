@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import fx
 
+from sffx.checks import is_number, positive_integer
 from sffx.errors import InputError
 from sffx.runtime.learn import learning_stages
 
@@ -55,7 +57,8 @@ class BlockSchedule:
             net: what `transform` returned.
             epochs: how many.
         """
-        return cls(net, [range(_count(epochs))] * len(_names(net)))
+        count = positive_integer("epochs", epochs)
+        return cls(net, [range(count)] * len(_names(net)))
 
     @classmethod
     def greedy(
@@ -68,11 +71,12 @@ class BlockSchedule:
             epochs: how many for each block, how many by the block's name, or in order.
         """
         names = _names(net)
-        counts = dict.fromkeys(names, epochs) if isinstance(epochs, int) else epochs
+        is_one = isinstance(epochs, Integral)
+        counts = dict.fromkeys(names, epochs) if is_one else epochs
         spans: dict[str, range] = {}
         start = 0
         for name, count in _by_name(counts, names).items():
-            spans[name] = range(start, start + _count(count))
+            spans[name] = range(start, start + positive_integer(f"epochs of {name}", count))
             start = spans[name].stop
         return cls(net, spans)
 
@@ -109,11 +113,14 @@ class BlockSchedule:
                 f"losses is {losses!r}, which holds no epoch. "
                 "Hint: pass a list with sffx.evaluate(net, loader).loss of each epoch"
             )
+        patience = positive_integer("patience", patience)
+        if not is_number(threshold) or not threshold >= 0:
+            raise InputError(f"threshold is {threshold!r}. Hint: pass a number, 0 or more")
         spans: dict[str, range] = {}
         end = 1
         for name in _names(net):
             of_block = [_loss(of_epoch, name) for of_epoch in losses]
-            end = max(end, _plateau(of_block, _count(patience), threshold))
+            end = max(end, _plateau(of_block, patience, threshold))
             spans[name] = range(end)
         return cls(net, spans)
 
@@ -160,7 +167,7 @@ class BlockSchedule:
         return frozen
 
     def _require(self, epoch: Any) -> None:
-        if not isinstance(epoch, int) or not 0 <= epoch < self.epochs:
+        if not isinstance(epoch, Integral) or not 0 <= epoch < self.epochs:
             raise InputError(
                 f"the schedule has no epoch {epoch!r}, but those from 0 to {self.epochs - 1}. "
                 "Hint: for epoch in range(schedule.epochs)"
@@ -257,18 +264,11 @@ def _span(name: str, epochs: Any) -> range:
             f"{name} learns from epoch {first} to before epoch {end}, which is no epoch. "
             "Hint: epochs count from 0; a block that never learns is left out of the mapping"
         )
-    return range(first, end)
+    return range(int(first), int(end))
 
 
 def _is_integer(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _count(number: Any) -> int:
-    """Return a number of epochs; raise an InputError if it is none."""
-    if not _is_integer(number) or number < 1:
-        raise InputError(f"a number of epochs is {number!r}. Hint: pass a positive integer")
-    return int(number)
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _loss(of_epoch: Any, name: str) -> float:

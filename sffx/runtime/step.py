@@ -29,7 +29,7 @@ from sffx.learning.losses import LossFunctions, loss_functions, total
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.gradients import Gradients
-from sffx.runtime.learn import Learned, OnBlock, learn, learning_stages
+from sffx.runtime.learn import Learned, OnBlock, blocks_to_learn, learn, learning_stages
 from sffx.runtime.optimizers import require_optimizer
 from sffx.runtime.residency import Collected
 from sffx.runtime.stage import Stage
@@ -60,7 +60,7 @@ def local_loss(
     Args:
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
-            model has several.
+            model has several; or values that `cache_outputs` made, from which later blocks learn.
         y: class indices, (B,); or class probabilities, (B, J); or targets of another task
             (`sffx.tasks`); or what `loss_fn` takes.
         loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
@@ -134,7 +134,7 @@ def local_step(
     Args:
         net: what `transform` returned, in train mode.
         x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments where the
-            model has several.
+            model has several; or values that `cache_outputs` made, from which later blocks learn.
         y: class indices, (B,); or class probabilities, (B, J); or targets of another task
             (`sffx.tasks`); or what `loss_fn` takes.
         optimizer: over the parameters of `net`, or a mapping with an optimizer for each block that
@@ -164,6 +164,7 @@ def local_step(
     """
     residency = residency_of(net)
     residency.prepare()
+    blocks = blocks_to_learn(net, x, blocks)
     stages = learning_stages(net, blocks)
     _require_learning(stages)
     optimizers = optimizers_of_stages(stages, optimizer)
@@ -233,6 +234,7 @@ def _collect(
     """
     residency = residency_of(net)
     residency.prepare()
+    blocks = blocks_to_learn(net, x, blocks)
     on_their_way: list[tuple[Learned, Collected]] = []
     with residency.learning(learning_stages(net, blocks), "loss"):
         for learned in learn(

@@ -16,6 +16,7 @@ from sffx.learning.losses import LossFunction, LossFunctions
 from sffx.learning.readouts import readout_of
 from sffx.net import plan_of
 from sffx.objective import DEFAULT, Batch, Objective, Place
+from sffx.runtime.cut_values import CutValues
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
 
@@ -25,16 +26,23 @@ def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
 
     Args:
         net: what `transform` returned.
-        x: its input, as `sffx.inputs.bind` takes it.
+        x: its input, as `sffx.inputs.bind` takes it, or values at a cut.
         y: targets, which were checked.
     """
     plan = plan_of(net)
     objective = plan.objective
-    if type(objective).training_views is Objective.training_views:
+    if not makes_views(objective):
         return x
+    if isinstance(x, CutValues):
+        return x.views_in_rows()
     batch = Batch(bind(plan, x), y, plan.num_classes, partial(_present_scores, net, x))
     with torch.no_grad():
         return dict(objective.training_views(batch))
+
+
+def makes_views(objective: Objective) -> bool:
+    """Return whether a training step runs something else than the batch itself."""
+    return type(objective).training_views is not Objective.training_views
 
 
 @torch.no_grad()

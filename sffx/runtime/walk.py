@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.net import plan_of
 from sffx.runtime.compiled import Compilation, compilation_of
+from sffx.runtime.cut_values import CutValues, last_frozen, node_values
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
+from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, placeholders_of, stages_of
 
 
@@ -53,7 +56,7 @@ def walk(
 
     Args:
         net: what `transform` returned.
-        x: its input, as `sffx.inputs.bind` takes it.
+        x: its input, as `sffx.inputs.bind` takes it, or values at a cut.
         only: names of the stages to yield, all if None. The other stages before the last of these
             only pass their values on: in eval mode, without gradients and without their heads. The
             stages behind the last one do not run.
@@ -64,11 +67,10 @@ def walk(
         InputError: x does not fit the model.
     """
     run = score or partial(_scores, compilation_of(net))
-    inputs = bind(plan_of(net), x)
-    batch_size(inputs)  # for its error: x holds no tensor
+    first, inputs, own_values = _beginning(net, x)
     values: Values = {} if held is None else held
-    values.update(input_values(net, inputs))
-    stages = _until_the_last(stages_of(net), only)
+    values.update(own_values)
+    stages = _until_the_last(stages_of(net), only)[first:]
     residency = residency_of(net)
     for stage, following in zip_longest(stages, stages[1:]):
         residency.enter(stage, following)
@@ -97,13 +99,62 @@ def run_blocks(net: fx.GraphModule, inputs: Mapping[str, Any], last: int) -> Non
         InputError: the inputs do not fit the model.
     """
     batch_size(inputs)  # for its error: there is no tensor
-    values = input_values(net, inputs)
-    stages = stages_of(net)[: last + 1]
+    _run_through(net, stages_of(net)[: last + 1], inputs, input_values(net, inputs))
+
+
+def run_frozen(net: fx.GraphModule, x: Any, last: Stage) -> Values:
+    """Return the values behind a stage, where neither it nor an earlier one learns.
+
+    They are those of a walk whose `only` names later stages.
+
+    Args:
+        net: what `transform` returned.
+        x: its input, as for `walk`.
+        last: the stage.
+
+    Raises:
+        InputError: x does not fit the model, or is of a later cut; or the net is offloaded,
+            replicated or sharded.
+    """
+    _require_on_device(net)
+    first, inputs, values = _beginning(net, x)
+    if first > last.index:
+        raise InputError(
+            f"x holds values that were cached behind {last.name}. Hint: pass values of an earlier "
+            "block, or the model's own input"
+        )
+    _run_through(net, stages_of(net)[first : last.index + 1], inputs, values)
+    return values
+
+
+def _run_through(
+    net: fx.GraphModule, stages: Sequence[Stage], inputs: Mapping[str, Any], values: Values
+) -> None:
+    """Run stages that only pass their values on; what they hand on is added to the values."""
     residency = residency_of(net)
     for stage, following in zip_longest(stages, stages[1:]):
         residency.enter(stage, following)
         with explaining_input_errors(net, inputs):
             _pass_through(net, stage, values)
+
+
+def _beginning(net: fx.GraphModule, x: Any) -> tuple[int, Mapping[str, Any], Values]:
+    """Return the first stage to run, by its index, and the values of x by name and by node."""
+    if isinstance(x, CutValues):
+        _require_on_device(net)
+        last = last_frozen(net, x)
+        return last.index + 1, x, node_values(net, x, last)
+    inputs = bind(plan_of(net), x)
+    batch_size(inputs)  # for its error: x holds no tensor
+    return 0, inputs, input_values(net, inputs)
+
+
+def _require_on_device(net: fx.GraphModule) -> None:
+    if type(residency_of(net)) is not Residency:
+        raise InputError(
+            "a net that is offloaded, replicated or sharded has no cached values. "
+            "Hint: train it without a cache, or call sffx.onload(net)"
+        )
 
 
 def walk_attached(stages: Sequence[S], values: Any) -> Iterator[tuple[S, Tensor]]:

@@ -68,7 +68,7 @@ def random_spans(names: list[str], seed: int) -> dict[str, range]:
     return spans
 
 
-@pytest.mark.parametrize(("seed", "objective"), enumerate(OBJECTIVES))
+@pytest.mark.parametrize(("seed", "objective"), [*enumerate(OBJECTIVES)])
 def test_exactly_the_blocks_of_an_epoch_change(seed, objective):
     net = cut(objective)
     optimizer = optimizer_of(net)

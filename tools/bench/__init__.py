@@ -1,0 +1,1 @@
+"""Measure a training step by backpropagation, its rivals, and sffx: memory, arithmetic, time."""

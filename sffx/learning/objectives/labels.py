@@ -135,7 +135,9 @@ class LabelTrials(nn.Module):
         if self.training:
             return x
         tries = len(self.codes)
-        codes = self.codes.to(x.dtype)[:, None].expand(tries, len(x), *self.codes.shape[1:])
+        # Not len(x), which would fix the batch size of an exported program.
+        samples = x.shape[0]
+        codes = self.codes.to(x.dtype)[:, None].expand(tries, samples, *self.codes.shape[1:])
         return self.labels.put(repeated(x, tries), codes.flatten(0, 1))
 
 

@@ -197,10 +197,6 @@ class SCFF(Objective):
     def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         return place.task.loss(scores.chunk(2)[0], y)
 
-    @property
-    def is_tried(self) -> bool:
-        return self.standardize
-
     def trials(self, inputs: Sequence[Input], num_classes: int) -> Mapping[str, nn.Module]:
         return {inputs[0].name: Standardized()} if self.standardize else {}
 

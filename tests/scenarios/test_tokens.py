@@ -41,6 +41,14 @@ def test_heads_and_norms_read_the_mask():
     )
 
 
+def test_padding_does_not_change_what_a_probe_reads():
+    net = cut()
+    probe = sffx.LinearProbe(net, ["block_0", "block_2"])
+    features = probe.features(batch(6, padding=3))
+    assert features.shape == (4, 16)
+    torch.testing.assert_close(features, probe.features(batch(11, padding=7)))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -235,6 +235,8 @@ def explaining_errors(
         if isinstance(error, _UNRELATED_ERRORS) or _UNRELATED_MESSAGES.search(str(error)):
             raise
         differences = _differences(inputs, known, values)
+        if isinstance(error, IndexError):
+            differences += _too_large(inputs, values)
         if not differences:
             raise
         raise InputError(
@@ -291,6 +293,24 @@ def _differences(
             f"but the model was cut for ({shape}) of {_dtype_name(dtype)}"
         )
     return differences
+
+
+def _too_large(inputs: Sequence[Input], values: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each input of whole numbers that no embedding has rows for."""
+    sentences = []
+    for traced in inputs:
+        value = values.get(traced.name)
+        if not traced.high or not isinstance(value, Tensor) or value.is_floating_point():
+            continue
+        # A device that found such an index can compute no more.
+        if value.device.type != "cpu" or not value.numel():
+            continue
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= traced.high:
+            sentences.append(
+                f"{traced.name} holds {low} to {high}, but the model takes 0 to {traced.high - 1}"
+            )
+    return sentences
 
 
 def _present_dtype(parameters: Sequence[Tensor], value: Input) -> torch.dtype:

@@ -19,7 +19,7 @@ from sffx.inputs import padding_mask
 from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
-from sffx.runtime.optimizers import BlockPlateau, parameter_groups
+from sffx.runtime.optimizers import BlockPlateau, parameter_groups, require_rate
 from sffx.runtime.schedule import BlockSchedule
 from sffx.runtime.step import local_loss
 from sffx.tasks import CLASSIFICATION, Sums, Task
@@ -54,6 +54,11 @@ class _Predictor(LightningModule):
     def __init__(
         self, net: nn.Module, weight_decay: float, plateau: Mapping[str, Any] | None
     ) -> None:
+        require_rate("weight_decay", weight_decay)
+        if not isinstance(plateau, Mapping | None):
+            raise InputError(
+                f"plateau is {plateau!r}. Hint: options of sffx.BlockPlateau, {{'patience': 10}}"
+            )
         super().__init__()
         self.net = net
         self.weight_decay = weight_decay
@@ -98,6 +103,14 @@ class _Predictor(LightningModule):
             self.plateau = BlockPlateau(optimizer, **self.plateau_options)
             self._restore_plateau()
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Refuse a plateau that no validation would ever step."""
+        if self.plateau is not None and not self.trainer.enable_validation:
+            raise InputError(
+                "plateau lowers learning rates by the validation loss, and there is no validation. "
+                "Hint: trainer.fit(module, loader, val_loader), or plateau=None"
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch (x, y), which is logged as "train_loss"."""
@@ -268,6 +281,8 @@ class SFFModule(_Predictor):
         schedule: BlockSchedule | None = None,
     ) -> None:
         plan = plan_of(net)  # raises if it is no cut model
+        require_rate("lr", lr)
+        require_rate("classifier_lr", lr if classifier_lr is None else classifier_lr)
         super().__init__(net, weight_decay, plateau)
         self.task = plan.task
         self.lr = lr
@@ -365,6 +380,7 @@ class BPModule(_Predictor):
             raise InputError(
                 "net is a cut model. Hint: pass the model that it was cut from, or use SFFModule"
             )
+        require_rate("lr", lr)
         super().__init__(net, weight_decay, plateau)
         self.task = task
         self.lr = lr

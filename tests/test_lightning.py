@@ -294,7 +294,7 @@ def test_a_checkpoint_brings_weights_and_options_back(
 ) -> None:
     module = SFFModule(cut_model(), **OPTIONS, plateau={"patience": 2})
     run = trainer(tmp_path, max_steps=1)
-    run.fit(module, batches(digits, 120))
+    run.fit(module, batches(digits, 120), batches(digits, 120))
     run.save_checkpoint(tmp_path / "net.ckpt")
     loaded = SFFModule.load_from_checkpoint(tmp_path / "net.ckpt", net=cut_model())
     torch.testing.assert_close(loaded.net.state_dict(), module.net.state_dict(), rtol=0, atol=0)
@@ -316,12 +316,32 @@ def test_a_checkpoint_brings_weights_and_options_back(
             lambda: SFFModule(cut_model()).training_step(torch.zeros(2, 3, 8, 8), 0),
             "the loader yielded a Tensor, not a pair",
         ),
+        (lambda: SFFModule(cut_model(), lr="1e-3"), "lr is '1e-3'. Hint: "),
+        (lambda: SFFModule(cut_model(), classifier_lr=-1), "classifier_lr is -1. Hint: "),
+        (lambda: SFFModule(cut_model(), weight_decay=None), "weight_decay is None. Hint: "),
+        (lambda: SFFModule(cut_model(), plateau=3), "plateau is 3. Hint: "),
+        (lambda: BPModule(Residual(), lr=float("nan")), "lr is nan. Hint: "),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make: Any, message: str) -> None:
     with pytest.raises(sffx.InputError) as caught:
         make()
     assert str(caught.value).startswith(message)
+
+
+def test_a_plateau_without_validation_is_refused(digits: tuple[Tensor, Tensor]) -> None:
+    """It would never be stepped, and nobody would be told."""
+    x, y = digits
+    loader = DataLoader(TensorDataset(x[:8], y[:8]), 4)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    )
+    with pytest.raises(sffx.InputError, match=r"there is no validation\. Hint: "):
+        trainer.fit(SFFModule(cut_model(), plateau={"patience": 1}), loader)
 
 
 @pytest.fixture

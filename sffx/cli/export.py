@@ -36,14 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 when something was wrong, which stderr tells.
+        The exit code, see `exit_code`.
     """
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(with_command(arguments, COMMANDS, "weights"))
+    return exit_code("sffx-export", partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> None:
     # Only now, because this imports torch, and --help should not wait for it.
     from sffx.cli.exporting import export
 
-    return exit_code("sffx-export", partial(export, options))
+    export(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from sffx.cli.wording import in_options
 from sffx.errors import SffxError
 from sffx.progress import LOGGER
+
+# As a shell has it for a process that SIGINT ended.
+INTERRUPTED = 130
 
 
 def exit_code(command: str, work: Callable[[], None]) -> int:
@@ -20,11 +24,22 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         work: shows its progress, and may raise an SffxError.
 
     Returns:
-        0, or 2 when something was wrong, which stderr tells.
+        0; 2 when something was wrong, and 130 when Ctrl-C ended it, which stderr tells; 1 when
+        nobody reads what it prints.
     """
     try:
         with showing_progress():
             work()
+            # What is printed may still wait here, and a closed pipe is found as late as now.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted; nothing was written in part", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 1
     except SffxError as error:
         print(f"{command}: {in_options(str(error))}", file=sys.stderr)
         return 2

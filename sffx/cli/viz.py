@@ -36,15 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 when something was wrong, which stderr tells.
+        The exit code, see `exit_code`.
     """
     arguments = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(with_command(arguments, COMMANDS, "draw"))
+    return exit_code("sffx-viz", partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> None:
     # Only now, because this imports torch, and --help should not wait for it.
     from sffx.cli import drawing
 
     commands = {"draw": drawing.draw, "plan": drawing.print_plan, "compare": drawing.compare}
-    return exit_code("sffx-viz", partial(commands[options.command], options))
+    commands[options.command](options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,6 +44,17 @@ class KeywordLoss(nn.Module):
         self.net = net
         self.loss_fn = loss_fn
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse checkpointing, which `TrainingArguments(gradient_checkpointing=True)` asks for.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "a block-local step frees the activations of each block, and checkpointing would free "
+            "nothing more. Hint: gradient_checkpointing=False, or more blocks by another policy"
+        )
+
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Return the logits of a batch, (B, J), and its loss where there are labels, a scalar.
 

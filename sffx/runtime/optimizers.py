@@ -37,18 +37,23 @@ def parameter_groups(
     return groups_of_stages(stages_of(net), lr, classifier_lr)
 
 
+def require_rate(name: str, rate: Any) -> None:
+    """Raise an InputError if an argument is no learning rate, or no other factor like one."""
+    # It may be a tensor of one number, as capturable optimizers take it.
+    is_tensor = isinstance(rate, torch.Tensor) and rate.numel() == 1
+    is_rate = (is_number(rate) or is_tensor) and 0 <= rate < math.inf
+    if not is_rate:
+        raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
+
+
 def groups_of_stages(
     stages: Iterable[Stage], lr: float, classifier_lr: float | None = None
 ) -> list[dict[str, Any]]:
     """Return a parameter group for each of some stages, as `parameter_groups` does for all."""
     if classifier_lr is None:
         classifier_lr = lr
-    for name, rate in (("lr", lr), ("classifier_lr", classifier_lr)):
-        # A rate may be a tensor of one number, as capturable optimizers take it.
-        is_tensor = isinstance(rate, torch.Tensor) and rate.numel() == 1
-        is_rate = (is_number(rate) or is_tensor) and 0 <= rate < math.inf
-        if not is_rate:
-            raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
+    require_rate("lr", lr)
+    require_rate("classifier_lr", classifier_lr)
     groups = []
     for stage in stages:
         parameters = stage.trainable

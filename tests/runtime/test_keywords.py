@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import sffx
 from sffx.errors import InputError
@@ -87,3 +87,11 @@ def test_batches_that_lack_something(keys, message):
     given = {key: value for key, value in batch().items() if key in keys}
     with pytest.raises(InputError, match=message):
         module()(**given)
+
+
+def test_checkpointing_is_refused_in_words() -> None:
+    """`TrainingArguments(gradient_checkpointing=True)` calls this method."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    module = sffx.KeywordLoss(sffx.transform(model, "layer", torch.zeros(1, 4)))
+    with pytest.raises(sffx.InputError, match="Hint: gradient_checkpointing=False"):
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)

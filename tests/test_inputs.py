@@ -108,6 +108,6 @@ def test_random_whole_numbers_cover_the_valid_values(each: Input, values: set[in
 def test_an_index_that_no_embedding_has_a_row_for_is_named(ids: list[list[int]], held: str) -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 4), nn.Linear(4, 3))
     net = sffx.transform(model, "layer", torch.zeros(1, 2, dtype=torch.long))
-    message = f"input_1 holds {held}, but the model takes 0 to 8"
+    message = f"input holds {held}, but the model takes 0 to 8"
     with pytest.raises(sffx.InputError, match=message):
         sffx.block_scores(net, torch.tensor(ids))

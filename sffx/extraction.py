@@ -16,7 +16,7 @@ from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
 from sffx.runtime.find_residency import make_whole
-from sffx.tensors import computed_tensors, copied
+from sffx.tensors import computed_tensors, copied, detach_scripts
 
 # What every module has: its mode, its hooks, and the dictionaries of its tensors and children.
 _ATTRIBUTES_OF_MODULES = frozenset(nn.Module().__dict__)
@@ -64,6 +64,7 @@ def fill(model: nn.Module, net: CutModel) -> None:
     """
     _remove_additions(model)
     _PutBack(model, [net.get_submodule(block.target) for block in net.plan.all_blocks]).run()
+    detach_scripts(model)
 
 
 def _remove_additions(model: nn.Module) -> None:

@@ -14,6 +14,8 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.learning.readouts import Readout
+from sffx.pickled_graph import PickledGraph
+from sffx.tensors import detach_scripts
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Origin:
     model: nn.Module
 
 
-class CutModel(fx.GraphModule):
+class CutModel(PickledGraph):
     """An ordinary `GraphModule` with a block plan and an origin.
 
     Both survive copies and pickles, and copies of an unpickled model.
@@ -79,7 +81,9 @@ class CutModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self.settle()
-        return super().__deepcopy__(memo)
+        twin = super().__deepcopy__(memo)
+        detach_scripts(twin)
+        return twin
 
     def train(self, mode: bool = True) -> CutModel:
         """Set the mode of every layer as the model does, whose modules may have a `train` of their
@@ -96,13 +100,7 @@ class CutModel(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         self.settle()
-        # fx unpickles a graph by its code, which must have an argument for each input.
-        codegen = self.graph._codegen
-        use_codegen(self, fx.graph.CodeGen())
-        try:
-            return _restored, super().__reduce__()
-        finally:
-            use_codegen(self, codegen)
+        return _restored, super().__reduce__()
 
 
 class NestedInputs(fx.graph.CodeGen):
@@ -285,10 +283,9 @@ def _restored(make: Any, arguments: tuple[Any, ...]) -> CutModel:
     """Return an unpickled cut model.
 
     Args:
-        make: fx's function that unpickles a `GraphModule`.
+        make: makes the model without what `with_plan` adds.
         arguments: of that function.
     """
-    # fx makes a plain GraphModule, which has the plan and the origin as attributes.
     net = make(*arguments)
     return with_plan(net, net.plan, net.origin.model)
 
@@ -307,5 +304,5 @@ def _format_target(base: str, target: str) -> str:
     return code
 
 
-# For good, since an unpickled or edited graph is written as code again.
+# For good, since an edited graph is written as code again.
 fx.graph._format_target = _format_target

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -44,7 +45,22 @@ def copied(module: M) -> M:
     Such a tensor is the `weight` that the old `torch.nn.utils.weight_norm` and `spectral_norm` and
     pruning compute before each forward. Its copy has the value and no gradient history.
     """
-    return copy.deepcopy(module, computed_tensors(module))
+    twin = copy.deepcopy(module, computed_tensors(module))
+    detach_scripts(twin)
+    return twin
+
+
+def detach_scripts(module: nn.Module) -> None:
+    """Make the parameters of scripted modules learn, in a copy of a module.
+
+    torch copies these as values that are computed from the original's, which then would learn.
+    """
+    for part in module.modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            continue
+        for parameter in part.parameters():
+            if not parameter.is_leaf:
+                parameter.detach_().requires_grad_()
 
 
 def computed_tensors(module: nn.Module) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -255,3 +256,25 @@ def test_a_layer_that_was_reparametrised_after_the_cut_comes_back(net: fx.GraphM
     model = sffx.extract(net)
     assert torch.equal(model.eval()(X), net.eval()(X))
     assert "weight_g" in model.block1.conv1._parameters
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(2, 8))]
+)
+def test_scripted_parts_learn_in_copies_and_come_back(script) -> None:
+    """torch copies their parameters as values that are computed from the originals."""
+    part = script(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), part, nn.Linear(8, 4))
+    before = dict(part.named_parameters())["0.weight"].detach().clone()
+    net = sffx.transform(model, "layer", torch.zeros(1, 6), norm="none")
+    for each in (copy.deepcopy(net).train(), net.train()):
+        assert all(parameter.is_leaf for parameter in each.parameters())
+        x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+        sffx.local_loss(each, x, y).backward()
+        torch.optim.SGD(each.parameters(), 0.1).step()
+        plain = sffx.extract(each)
+        weight = dict(plain[2].named_parameters())["0.weight"]
+        assert weight.is_leaf
+        assert not torch.equal(weight, before)
+    assert torch.equal(dict(part.named_parameters())["0.weight"], before)

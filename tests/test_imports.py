@@ -15,7 +15,18 @@ PACKAGE = Path(sffx.__file__).parent
 
 # The floors of the house, from the ground up. A part may import parts of lower floors only.
 FLOORS = (
-    ("errors", "checks", "files", "tables", "tensors", "fsdp", "kernels", "keys", "progress"),
+    (
+        "errors",
+        "checks",
+        "files",
+        "tables",
+        "tensors",
+        "fsdp",
+        "kernels",
+        "keys",
+        "pickled_graph",
+        "progress",
+    ),
     ("tasks",),
     ("objective",),
     ("parts", "arguments", "blocks"),

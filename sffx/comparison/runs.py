@@ -87,7 +87,8 @@ def run_trunk(trunk: Trunk, run: Run) -> Outcome:
     values = copied(run.values)
     named = {}
     for name, tensors in trunk.state().items():
-        if isinstance(tensors[0], nn.Parameter):
+        # Not by the class: the parameters of a copied script are plain tensors.
+        if tensors[0].requires_grad:
             named[name] = tensors[0]
     with _draws_compared(trunk.plan):
         return _outcome(trunk, run, lambda: trunk(values), named)

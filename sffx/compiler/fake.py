@@ -20,6 +20,16 @@ M = TypeVar("M", bound=nn.Module)
 _LOGGER_OF_TORCH = logging.getLogger("torch._subclasses.fake_tensor")
 
 
+def _refuse_values(*_: Any) -> Any:
+    """Stand in for methods that give each value of a tensor to a function of Python."""
+    raise NotImplementedError("a fake tensor has no values for a function of Python")
+
+
+# torch's own would read memory that a fake tensor does not have, and end the process.
+for _name in ("apply_", "map_", "map2_"):
+    setattr(FakeTensor, _name, _refuse_values)
+
+
 @contextmanager
 def failures_unlogged() -> Iterator[None]:
     """Keep torch from printing a traceback for each operation that fails on fake tensors.

@@ -42,6 +42,7 @@ from sffx.parts import (
     norm_name,
     trial_name,
 )
+from sffx.pickled_graph import PickledGraph
 from sffx.tensors import storage_key
 
 
@@ -109,7 +110,7 @@ def _choices(plan: BlockPlan) -> dict[str, nn.Module]:
     return choices
 
 
-def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> GraphModule:
+def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> PickledGraph:
     """Return one block: a graph of its inputs, its nodes, its output and its side values.
 
     `block_facts(node)` is the record of each of its nodes.
@@ -138,7 +139,7 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Grap
     graph.output((output, *sides) if sides else output)
     graph.lint()
     class_name = block.target.title().replace("_", "")
-    return GraphModule(_renamed(root), graph, class_name=class_name)
+    return PickledGraph(_renamed(root), graph, class_name=class_name)
 
 
 def _renamed(root: nn.Module) -> nn.Module:

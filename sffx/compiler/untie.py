@@ -48,9 +48,18 @@ def _tied(model: nn.Module) -> dict[str, str]:
     embeddings: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
-            embeddings.setdefault(id(module.weight), name)
+            embeddings.setdefault(_key_of_weight(module), name)
     pairs = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in embeddings:
-            pairs[name] = embeddings[id(module.weight)]
+        if isinstance(module, nn.Linear) and _key_of_weight(module) in embeddings:
+            pairs[name] = embeddings[_key_of_weight(module)]
     return pairs
+
+
+def _key_of_weight(module: nn.Module) -> int:
+    """Return the `id` of a module's parameter `weight`; of the module where it has none.
+
+    Not by `module.weight`: a parametrised module computes that, and a spectral norm then changes
+    its buffers.
+    """
+    return id(module._parameters.get("weight", module))

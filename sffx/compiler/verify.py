@@ -31,6 +31,7 @@ from sffx.net import Origin, overrides_mode, plan_of
 from sffx.parts import CLASSIFIER, head_name, is_norm, owner_of
 from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk_attached
+from sffx.tensors import detach_scripts
 
 
 def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
@@ -81,6 +82,7 @@ def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:
         # The modes of the twin's layers are set by a model that holds these.
         own = Origin(copy.deepcopy(origin.model, twins))
         twins[id(net)].__dict__["origin"] = own
+    detach_scripts(twins[id(net)])
     return twins[id(net)]
 
 

@@ -40,7 +40,7 @@ def require_data(value: Any, outcome: bool, place: str) -> None:
         outcome: that a graph holds.
         place: qualname of the module that branches, "" for the model itself.
     """
-    if isinstance(value, fx.Proxy):  # fx traces the code of a graph that it unpickles
+    if isinstance(value, fx.Proxy):  # a tracer of the user may trace a net
         value.tracer.create_proxy("call_function", require_data, (value, outcome, place), {})
         return
     if bool(value) != outcome:

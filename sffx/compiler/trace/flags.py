@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 
@@ -87,7 +88,9 @@ def plant_flags(
 def lift_flags(probe: nn.Module) -> None:
     """Undo `plant_flags`."""
     for module in probe.modules():
-        if isinstance(module._buffers.get("training"), PlantedFlag):
+        # A scripted module has no dictionary there, and is a leaf.
+        is_scripted = isinstance(module, torch.jit.ScriptModule)
+        if not is_scripted and isinstance(module._buffers.get("training"), PlantedFlag):
             del module._buffers["training"]
             module.training = True
 

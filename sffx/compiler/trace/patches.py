@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.autograd import Function
+from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from sffx.compiler.trace.proxy import has_proxy
+from sffx.compiler.trace.proxy import has_proxy, has_size
 from sffx.compiler.trace.randomness import Drawn
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 # They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
 _FACTORIES = ("zeros", "ones", "empty", "randn", "tensor", "as_tensor", "finfo", "iinfo")
+
+# These take sizes beside numbers, and torch's parser would ask a proxy for the number that it has.
+_FUNCTIONS_OF_SIZES = (
+    *("full", "randint", "randperm", "normal", "eye", "arange", "linspace", "logspace"),
+    *("broadcast_to", "tile", "reshape", "roll", "narrow", "as_strided", "unflatten"),
+    *("split", "chunk", "repeat_interleave", "multinomial", "tril_indices", "triu_indices"),
+)
+_METHODS_OF_SIZES = (
+    *("expand", "repeat", "tile", "broadcast_to", "view", "reshape", "roll", "narrow"),
+    *("as_strided", "unflatten", "split", "chunk", "repeat_interleave", "multinomial"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+)
 
 # The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
 _CACHED = type(functools.lru_cache(len))
@@ -63,7 +76,13 @@ class Patches:
         """Yield what has a function to replace, the function's name, and what replaces it."""
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
+        for name in _FUNCTIONS_OF_SIZES:
+            yield torch, name, functools.partial(self._with_sizes, getattr(torch, name))
+        for name in _METHODS_OF_SIZES:
+            yield torch.Tensor, name, self._method_with_sizes(name)
         yield torch, "rand", self._draw_tensor
+        detect = transformer._detect_is_causal_mask
+        yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
         yield torch, "_check_with", functools.partial(_check, torch._check_with)
         yield random, "random", functools.partial(self._draw, random.random)
         yield random, "uniform", functools.partial(self._draw, random.uniform)
@@ -91,6 +110,27 @@ class Patches:
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)
 
+    def _with_sizes(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Record a function that is given a proxy of a size."""
+        if has_size(args, kwargs):
+            return self.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def _method_with_sizes(self, name: str) -> Callable[..., Any]:
+        """Return a method of tensors that records its call where it is given a proxy of a size.
+
+        It is that of constants: those of proxies are recorded anyway.
+        """
+        original = getattr(torch.Tensor, name)
+
+        @functools.wraps(original)
+        def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if has_size(args, kwargs):
+                return self.tracer.create_proxy("call_method", name, (tensor, *args), kwargs)
+            return original(tensor, *args, **kwargs)
+
+        return method
+
     def _draw(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws a number; a node that runs on its example may draw."""
         is_of_unit = not kwargs and (not args or tuple(map(float, args)) == (0.0, 1.0))
@@ -100,7 +140,8 @@ class Patches:
 
     def _draw_tensor(self, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.rand`, which then draws in each call of the graph."""
-        if self.tracer.is_running or "generator" in kwargs or "out" in kwargs:
+        has_own = "generator" in kwargs or "out" in kwargs
+        if self.tracer.is_running or (has_own and not has_size(args, kwargs)):
             return _RAND(*args, **kwargs)
         return self.tracer.create_proxy("call_function", _RAND, args, kwargs)
 
@@ -138,6 +179,13 @@ class Patches:
         """Stand in for what checkpointing does before and after a function: nothing."""
         self.checkpointed = True
         yield
+
+
+def _detect_causal(detect: Callable[..., bool], mask: Any, *args: Any, **kwargs: Any) -> bool:
+    """Stand in for what looks at the values of a mask: that it is causal only saves its sum."""
+    is_known = bool(args and args[0]) or bool(kwargs.get("is_causal"))
+    is_traced = has_proxy(mask, args, kwargs)
+    return is_known if is_traced else detect(mask, *args, **kwargs)
 
 
 def _check(check: Callable[..., Any], error: Any, condition: Any, *more: Any) -> Any:
@@ -182,9 +230,13 @@ def _removed(owner: type, name: str) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    original = vars(owner)[name]
+    is_own = name in vars(owner)  # a tensor has most of its methods from a class of C++
+    original = vars(owner).get(name)
     setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if is_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

@@ -18,6 +18,16 @@ def has_proxy(*values: Any) -> bool:
     return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(values))
 
 
+def has_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the proxy of something else than a tensor is among arguments or in a shape there."""
+    for value in (*args, *kwargs.values()):
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        for part in parts:
+            if isinstance(part, GuidedProxy) and not isinstance(part, TensorProxy):
+                return True
+    return False
+
+
 class GuidedProxy(fx.Proxy):
     """A proxy that answers `len`, `int` and attribute reads from its example.
 
@@ -52,6 +62,15 @@ class GuidedProxy(fx.Proxy):
     def __float__(self) -> float:
         return self._number(float)
 
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
     def __hash__(self) -> int:
         # A size among the keys of a dictionary or a set is that number.
         if not isinstance(self.example, (int, float, str, tuple)):
@@ -66,14 +85,14 @@ class GuidedProxy(fx.Proxy):
 
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         """Return the example as a plain number, which the graph will hold."""
+        tracer: Any = self.tracer
         if isinstance(self.example, Tensor):
-            raise RuntimeError("a number is read from a tensor, which depends on the data")
+            return kind(tracer.value_of_sizes(self.node))
         if isinstance(self.example, bool):  # int(x.shape[0] == 1), settled as a branch on it is
             return kind(bool(self))
         if facts(self.node).of_batch:
             raise RuntimeError(FROZEN_BATCH)
         number = kind(self.example)
-        tracer: Any = self.tracer
         tracer.settle(self.node, number)
         return number
 

@@ -143,7 +143,7 @@ def draw_where(is_met: Any, behind: Any, *args: Any, **kwargs: Any) -> None:
         args: of `torch.rand`.
         kwargs: of `torch.rand`.
     """
-    if isinstance(is_met, fx.Proxy):  # fx traces the code of a graph that it unpickles
+    if isinstance(is_met, fx.Proxy):  # a tracer of the user may trace a net
         arguments = (is_met, behind, *args)
         is_met.tracer.create_proxy("call_function", draw_where, arguments, kwargs)
     elif is_met:

@@ -44,7 +44,7 @@ def require_settled(value: Any, outcome: Any, place: str) -> None:
         outcome: the number, the truth value or the number of parts of the example.
         place: qualname of the module that reads it, "" for the model itself.
     """
-    if isinstance(value, fx.Proxy):  # fx traces the code of a graph that it unpickles
+    if isinstance(value, fx.Proxy):  # a tracer of the user may trace a net
         value.tracer.create_proxy("call_function", require_settled, (value, outcome, place), {})
         return
     found = read_as(outcome, value)

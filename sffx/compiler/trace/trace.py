@@ -100,7 +100,8 @@ def trace(
         TraceError: the top-level `forward` cannot be traced.
     """
     require_plain(model)
-    with _TRACING, generators_restored(), caches_restored(model):
+    # With gradients, whatever the caller has switched off: a region without them is noticed.
+    with _TRACING, torch.enable_grad(), generators_restored(), caches_restored(model):
         traced = _trace(model, example_input, Wanted(num_classes, task))
     return replace(traced, notes=(*earlier_notes, *traced.notes))
 

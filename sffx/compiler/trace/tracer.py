@@ -30,7 +30,9 @@ from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
+from sffx.compiler.trace.regions import Regions
 from sffx.compiler.trace.runner import NodeRunner
+from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 from sffx.tasks import CLASSIFICATION, Task
 
@@ -44,6 +46,7 @@ class GuidedTracer(fx.Tracer):
     Attributes:
         leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
         constants: that the forward makes.
+        regions: that it enters.
         opened: modules that can be no leaves, since an attribute is set while they do not run.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
@@ -71,6 +74,7 @@ class GuidedTracer(fx.Tracer):
         self.opened = opened
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
+        self.regions = Regions(runner.probe)
         self.branched: set[str] = set()
         self._settled: set[tuple[fx.Node, Any]] = set()
         self.failed: str | None = None
@@ -81,7 +85,6 @@ class GuidedTracer(fx.Tracer):
         self.place_of_logits = ""
         self.task: Task = CLASSIFICATION
         self.notes_on_task: list[str] = []
-        self._switches = _switches()
         self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
@@ -119,27 +122,40 @@ class GuidedTracer(fx.Tracer):
         if args[:2] == ("call_function", torch._assert):
             self._settle_assertion(args[2][0])
         if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
-            return self._number(args[2][0].node)
+            return self._number(args[1], args[2][0].node)
         if args[0] == "call_function" and not self._place():
             # In a submodule it makes a leaf, which runs for real.
             args = (args[0], data_shaped_target(args[1], args[2]), *args[2:])
-        if _switches() != self._switches:
-            raise RuntimeError(
-                "a region like torch.no_grad() or torch.autocast() begins in its forward, "
-                "which a graph cannot hold"
-            )
-        proxy = super().create_proxy(*self._without_data(*args), **kwargs)
+        args = self._without_data(*args)
+        if self.regions.is_without_gradients():
+            proxy = self.regions.create(super().create_proxy, *args, **kwargs)
+        else:
+            proxy = super().create_proxy(*args, **kwargs)
         if _reads_no_data(proxy.node):
             return self._description(proxy.node)
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
         return None if facts(proxy.node).example is None else proxy
 
-    def _number(self, node: fx.Node) -> Drawn:
-        """Return the number that a forward takes out of a tensor, where it was drawn."""
+    def _number(self, method: str, node: fx.Node) -> Any:
+        """Return the number that a forward takes out of a tensor, where it was drawn or settled."""
         if is_drawn(node):
             return Drawn(0.5)
-        raise RuntimeError("a number is read from a tensor, which depends on the data")
+        return getattr(self.value_of_sizes(node), method)()
+
+    def value_of_sizes(self, node: fx.Node) -> Tensor:
+        """Return the value of a tensor that is made of sizes alone, and settle these.
+
+        Raises:
+            RuntimeError: it is made of anything else.
+        """
+        made = value_of_sizes(node, self.runner.probe, self.constants.names)
+        if made is None:
+            raise RuntimeError("a number is read from a tensor, which depends on the data")
+        value, sizes = made
+        for size in sizes:
+            self.settle(size, facts(size).example)
+        return value
 
     def _settle_assertion(self, condition: Any) -> None:
         """Guard what the model asserts about sizes, since the graph will not assert it."""
@@ -206,6 +222,8 @@ class GuidedTracer(fx.Tracer):
             return a.node
         if isinstance(a, Drawn):
             a.refuse()
+        if isinstance(a, torch.Generator):
+            raise RuntimeError("it draws by a generator of its own, which a graph cannot hold")
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
         if isinstance(a, FakeTensor) and not self._is_held(a):
@@ -297,12 +315,7 @@ class GuidedTracer(fx.Tracer):
             self.branched.add(flag_owner(obj.node))
         value = facts(obj.node).example
         if isinstance(value, Tensor):
-            outcome = outcome_of_draw(obj.node)
-            if outcome is None:
-                depends_on_draw = any(is_drawn(side) for side in obj.node.all_input_nodes)
-                cause = "random numbers" if depends_on_draw else "the values of a tensor"
-                raise RuntimeError(f"a branch depends on {cause}")
-            return outcome
+            return self._outcome_of_tensor(obj.node)
         if self._depends_on_data(obj.node):
             self._guard(obj.node, bool(value), require_data)
             return bool(value)
@@ -313,6 +326,18 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
         self.settle(obj.node, bool(value))
         return bool(value)
+
+    def _outcome_of_tensor(self, condition: fx.Node) -> bool:
+        """Return the outcome of a branch on a tensor, where it has one for all data."""
+        outcome = outcome_of_draw(condition)
+        if outcome is not None:
+            return outcome
+        if any(is_drawn(side) for side in condition.all_input_nodes):
+            raise RuntimeError("a branch depends on random numbers")
+        try:
+            return bool(self.value_of_sizes(condition))
+        except RuntimeError:
+            raise RuntimeError("a branch depends on the values of a tensor") from None
 
     def _is_settled(self, condition: fx.Node) -> bool:
         return is_settled(condition, self.runner.sizes, self.runner.takes)
@@ -402,13 +427,3 @@ def _reads_no_data(node: fx.Node) -> bool:
 
 
 _DESCRIPTIONS = (bool, int, str, torch.dtype, torch.device)
-
-
-def _switches() -> tuple[bool, ...]:
-    """Return what a context manager in a forward may switch."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )

@@ -110,8 +110,9 @@ def test_no_cache_of_the_users_code_gets_a_fake_tensor(code, is_leaf):
     _table.cache_clear()
 
     def in_a_leaf(m: _Keeps, x: Tensor) -> Tensor:
-        with torch.no_grad():  # such a region makes a leaf
+        with torch.autocast("cpu", torch.bfloat16):  # such a region makes a leaf
             _table(6)
+            x = x * 1.0
         return code(m, x)
 
     net = sffx.transform(_Net(in_a_leaf if is_leaf else code), "layer", check=False)

@@ -39,8 +39,59 @@ def test_tensors_that_a_forward_makes_are_traced(code):
     assert_same_logits(net, model)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, n: torch.ones(6).expand(n, 6),
+        lambda m, n: torch.arange(6.0).repeat(n, 1),
+        lambda m, n: torch.arange(6.0).repeat(n).view(n, 6),
+        lambda m, n: torch.arange(6.0).tile((n, 1)).unflatten(0, (n, 1))[:, 0],
+        lambda m, n: torch.broadcast_to(torch.ones(6), (n, 6)),
+        lambda m, n: torch.ones(2).new_full((n, 6), 0.5) + torch.ones(2).new_zeros(n, 6),
+        lambda m, n: torch.full((n, 6), 0.5),
+        lambda m, n: torch.full((n, n), 2.0).triu(1).sum(0)[:, None],
+        lambda m, n: torch.eye(n)[:, :1] + torch.eye(n, 6),
+        lambda m, n: torch.randint(0, 5, (n, 6)),
+        lambda m, n: torch.randperm(n)[:, None],
+        lambda m, n: torch.normal(0.0, 1.0, (n, 6)),
+        lambda m, n: torch.full((divmod(3 * n, 3)[0], round(n / n) * 6), 0.5),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_size_given_to_a_function_of_torch_stays_symbolic(code, axis):
+    """At other batch sizes (axis 0) and lengths (axis 1) than that of the example."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = x + code(m, x.shape[axis])
+        return y if axis == 0 else y.mean(1)
+
+    model = around(Applies(forward))
+    net = cut_without_norms(model, example=torch.randn(2, 6) if axis == 0 else torch.randn(2, 5, 6))
+    assert not net.plan.leaves
+    assert not net.plan.notes
+    for size in (3, 4):
+        x = torch.randn(size, 6) if axis == 0 else torch.randn(2, size, 6)
+        torch.manual_seed(size)
+        expected = model(x)
+        torch.manual_seed(size)
+        assert torch.equal(net.train()(x)[-1], expected)
+
+
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn])
+def test_a_generator_of_its_own_makes_a_leaf(draw):
+    def code(m: nn.Module, x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return x + draw(x.shape[0], 6, generator=generator)
+
+    model = around(Applies(code))
+    net = cut_without_norms(model).train()
+    assert leaf_names(net) == ["2"]
+    assert_same_logits(net, model)
+
+
 def test_torchs_functions_are_as_before_after_a_trace():
     functions = (torch.zeros, torch.tensor, torch.finfo, torch.utils.checkpoint.checkpoint)
+    methods = dict(vars(torch.Tensor))
     apply, script = vars(torch.autograd.Function)["apply"], torch._C.ScriptFunction.__call__
     trace(Residual())
     with pytest.raises(TraceError):
@@ -49,8 +100,41 @@ def test_torchs_functions_are_as_before_after_a_trace():
         *(torch.zeros, torch.tensor, torch.finfo),
         torch.utils.checkpoint.checkpoint,
     )
+    assert dict(vars(torch.Tensor)) == methods
     assert vars(torch.autograd.Function)["apply"] is apply
     assert torch._C.ScriptFunction.__call__ is script
+
+
+class _Encoder(nn.Module):
+    """torch's encoder with a mask, of which torch asks whether it is causal."""
+
+    def __init__(self, mask: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.inp, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inp(x)
+        return self.head(self.encoder(y, mask=self.mask(y.shape[1])).mean(1))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        nn.Transformer.generate_square_subsequent_mask,
+        lambda n: torch.ones(n, n, dtype=torch.bool).triu(1),
+        lambda n: torch.eye(n, dtype=torch.bool),
+    ],
+)
+def test_an_encoder_with_a_mask_takes_any_length(mask):
+    model = _Encoder(mask)
+    net = cut_without_norms(model, example=torch.randn(2, 5, 6)).train()
+    assert len(net.plan) == 3
+    for length in (5, 7):
+        x = torch.randn(3, length, 6)
+        assert torch.allclose(net(x)[-1], model(x), atol=1e-6)
 
 
 @functools.lru_cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, is_guard
-from sffx.errors import ExportError, InputError
+from sffx.errors import ExportError, InputError, TraceError
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
@@ -75,6 +75,15 @@ def _by_rounded(x: Tensor) -> Tensor:
     return x * (1.0 if int(x.shape[-1] / 8) == 1 else 2.0)
 
 
+def _by_a_tensor_of_sizes(x: Tensor) -> Tensor:
+    widths = torch.arange(x.shape[-1])
+    return x * 2 if (widths > 9).any() else x
+
+
+def _by_a_number_of_sizes(x: Tensor) -> Tensor:
+    return x * int(torch.full((x.shape[-1], 2), 0.25).sum()) + torch.eye(x.shape[-1]).sum().item()
+
+
 def _asserted(x: Tensor) -> Tensor:
     torch._assert(x.shape[-1] < 16, "too wide")
     return x
@@ -88,6 +97,8 @@ _DECISIONS = (
     _row_by_row,
     _by_length,
     _by_rounded,
+    _by_a_tensor_of_sizes,
+    _by_a_number_of_sizes,
 )
 
 
@@ -126,6 +137,25 @@ def _answer(net: nn.Module, x: Tensor) -> Tensor | str:
         return net(x)
     except InputError as error:
         return str(error)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda m, x: torch.arange(x.shape[-1]) * x.mean(),
+        lambda m, x: torch.arange(x.shape[-1]) * m.a.weight.sum(),
+        lambda m, x: torch.rand(x.shape[-1]),
+        lambda m, x: torch.arange(x.shape[0]),
+        lambda m, x: torch.zeros(x.shape[-1]).add_(x.mean()),
+    ],
+)
+def test_a_branch_on_what_is_not_made_of_sizes_alone_is_refused(value):
+    class Net(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * 2 if value(self, x).sum() > 1 else x)
+
+    with pytest.raises(TraceError, match="a branch depends on"):
+        sffx.plan(Net(_symbolic), "layer", torch.randn(1, 3, 8, 8))
 
 
 def test_sizes_that_an_input_cannot_change_are_not_guarded():

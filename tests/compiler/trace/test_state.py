@@ -194,10 +194,20 @@ class _Sorter(nn.Module):
         return self.linear(x[:, order])
 
 
-def test_a_module_that_runs_on_values_alone_is_run_for_real():
-    model = nn.Sequential(
-        *(nn.Linear(6, 8), nn.ReLU(), _Sorter(), nn.ReLU(), nn.Linear(8, 4))
-    ).eval()
+class _ByValue(nn.Module):
+    """Gives each value to a function of Python, which on a fake tensor ended the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x.detach().clone().apply_(lambda value: 2 * value)
+
+
+@pytest.mark.parametrize("kind", [_Sorter, _ByValue])
+def test_a_module_that_runs_on_values_alone_is_run_for_real(kind):
+    model = nn.Sequential(*(nn.Linear(6, 8), nn.ReLU(), kind(), nn.ReLU(), nn.Linear(8, 4))).eval()
     x = torch.randn(3, 6)
     net = cut_without_norms(model, example=x)
     assert leaf_names(net) == ["2"]

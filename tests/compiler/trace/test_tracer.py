@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sffx
 from sffx.compiler.trace.trace import trace
 from tests.compiler.trace.oracle import (
     Applies,
@@ -35,6 +36,82 @@ def test_a_region_that_a_graph_cannot_hold_makes_a_leaf(code):
     net = cut_without_norms(model).train()
     assert leaf_names(net) == ["2"]
     assert_same_logits(net, model)
+
+
+def _written_in_place(m: nn.Module, x: Tensor) -> Tensor:
+    x = x * 2
+    with torch.no_grad():
+        x.add_(1)
+    return x
+
+
+def test_a_write_without_gradient_on_a_value_with_one_makes_a_leaf():
+    net = cut_without_norms(around(Applies(_written_in_place)))
+    assert leaf_names(net) == ["2"]
+
+
+class _WithoutGradients(nn.Module):
+    """Computes `code` in a region without gradients, in its own forward."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.frozen, self.code = nn.Linear(8, 8).requires_grad_(False), code
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).sigmoid()
+        with torch.no_grad():
+            z = self.code(self, y)
+        return self.head(self.b(y * 2 + z).sigmoid())
+
+
+def _averaged(m: Any, y: Tensor) -> Tensor:
+    m.average.mul_(0.9).add_(y.mean(0), alpha=0.1)
+    return m.average.clone()
+
+
+def _copied(m: Any, y: Tensor) -> Tensor:
+    m.average.copy_(y[0])
+    return y - m.average
+
+
+def _clamped(m: Any, y: Tensor) -> Tensor:
+    m.b.weight.clamp_(-0.1, 0.1)
+    return y.softmax(-1)
+
+
+def _normalised(m: Any, y: Tensor) -> Tensor:
+    return y @ torch.nn.functional.normalize(m.b.weight, dim=1)
+
+
+def _through_a_frozen_layer(m: Any, y: Tensor) -> Tensor:
+    return m.frozen(y).relu()
+
+
+def _by_a_decorated_function(m: Any, y: Tensor) -> Tensor:
+    return torch.no_grad()(lambda: torch.arange(8.0) * y.norm())()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [_averaged, _copied, _clamped, _normalised, _through_a_frozen_layer, _by_a_decorated_function],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_region_without_gradients_is_part_of_the_graph(code, grad):
+    """Whether the caller has gradients when it cuts or not."""
+    model = _WithoutGradients(code)
+    with torch.set_grad_enabled(grad):
+        net = sffx.transform(model, "layer", norm="none", check=False)
+    assert not net.plan.leaves
+    report = sffx.check(model, net)
+    assert report.errors["gradients, train mode, 4 samples"] < 1e-4
+    x = torch.randn(5, 6)
+    for _ in range(2):
+        found, expected = net.train()(x)[-1], model.train()(x)
+        assert torch.allclose(found, expected, atol=1e-6)
+    assert not any(buffer.requires_grad for buffer in net.buffers())
+    assert torch.allclose(sffx.extract(net).average, model.average, atol=1e-6)
 
 
 def test_a_module_that_a_forward_makes_is_part_of_its_code():

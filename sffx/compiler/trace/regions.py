@@ -1,0 +1,90 @@
+"""Regions of a forward that a context manager begins, as `with torch.no_grad():`.
+
+A graph has no regions. One without gradients is traced all the same: what has a gradient is
+detached before each operation in it. A detached tensor has the same memory, so writes on it are
+those of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_map_only
+
+from sffx.compiler.facts import facts
+from sffx.compiler.trace.flags import FlagTarget
+from sffx.compiler.trace.proxy import TensorProxy
+
+
+class Regions:
+    """The regions that the forward of one trace enters.
+
+    Args:
+        probe: the model that is traced.
+    """
+
+    def __init__(self, probe: nn.Module) -> None:
+        self._probe = probe
+        self._outside = _switches()
+        self._detached: set[fx.Node] = set()
+
+    def is_without_gradients(self) -> bool:
+        """Whether the forward is in a region of `torch.no_grad()`.
+
+        Raises:
+            RuntimeError: it is in another region, such as one of `torch.autocast()`.
+        """
+        switches = _switches()
+        if switches[1:] != self._outside[1:]:
+            raise RuntimeError(_CANNOT_BE_HELD)
+        return switches[0] != self._outside[0]
+
+    def create(self, create_proxy: Callable[..., fx.Proxy], *call: Any, **more: Any) -> fx.Proxy:
+        """Create the node of a call in a region without gradients.
+
+        Args:
+            create_proxy: creates a node.
+            call: the arguments of `create_proxy`: the kind, the target and the arguments of a node.
+            more: its other arguments.
+
+        Raises:
+            RuntimeError: a module that learns is called, or a value with a gradient is written.
+        """
+        kind, target, *arguments = call
+        if kind == "call_module" and not isinstance(target, FlagTarget):
+            module = self._probe.get_submodule(str(target))
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                raise RuntimeError(_CANNOT_BE_HELD)
+
+        def detached(proxy: fx.Proxy) -> fx.Proxy:
+            if not facts(proxy.node).example.requires_grad:
+                return proxy
+            result = create_proxy("call_method", "detach", (proxy,), {})
+            if proxy.node.op != "get_attr":
+                self._detached.add(result.node)
+            return result
+
+        proxy = create_proxy(kind, target, *tree_map_only(TensorProxy, detached, arguments), **more)
+        # The result of such a write has the value's gradient, and later readers do as well.
+        if not self._detached.isdisjoint(facts(proxy.node).writes):
+            raise RuntimeError(_CANNOT_BE_HELD)
+        return proxy
+
+
+_CANNOT_BE_HELD = (
+    "a region like torch.no_grad() or torch.autocast() begins in its forward, which a graph cannot "
+    "hold"
+)
+
+
+def _switches() -> tuple[bool, ...]:
+    """Return what a context manager in a forward may switch."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Attributes:
 
 
 def counters(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> dict[nn.Module, str]:
-    """Return the modules with a number that each call of the model changes, and its name.
+    """Return the modules with a number that each call of the model changes, and what it is called.
 
     A number that has the same value after every call, as a size, is none.
 
@@ -92,8 +92,8 @@ class Kept:
 
     Attributes:
         once: qualnames of the tensors that the first call computes, and later calls only read.
-        carried: the modules with a tensor that each call computes and the next one reads, and its
-            name.
+        carried: the modules with a tensor that each call computes and the next one reads, and what
+            it is called.
     """
 
     once: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
         if again.get((module, name)) == key:
             once.append(f"{names[module]}.{name}".strip("."))
         else:
-            carried[module] = name
+            carried[module] = _as_attribute(name)
     return Kept(tuple(dict.fromkeys(once)), carried)
 
 
@@ -177,21 +177,69 @@ class _Reads(TorchFunctionMode):
 
 
 def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
-    """Return what `counters` compares: of each module, by the names of attributes."""
+    """Return what `counters` compares: of each module, by what it is called."""
     known: dict[int, Any] = {}
+    shared: dict[type, dict[str, Any]] = {}
     numbers = {}
     for module in probe.modules():
         # The model's own buffers are fake. A trace sees what is written on them.
-        attributes = {**module._buffers, **vars(module)}
-        for kind in type(module).__mro__:
-            if kind.__module__.partition(".")[0] not in ("torch", "builtins"):
-                attributes.update(vars(kind))
         own = {}
-        for name, value in attributes.items():
+        for name, value in {**module._buffers, **vars(module)}.items():
             if name not in OWN and not name.startswith("__"):
-                own[name] = _counted(value, known)
-        numbers[module] = own
+                own[_as_attribute(name)] = _counted(value, known)
+        kind = type(module)
+        if kind not in shared:
+            shared[kind] = _numbers_of_class(kind, known)
+        numbers[module] = {**shared[kind], **own}
     return numbers
+
+
+def _numbers_of_class(kind: type, known: dict[int, Any]) -> dict[str, Any]:
+    """Return the numbers in attributes of a class, and in the globals that its methods name."""
+    numbers: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if name.startswith("__"):
+                continue
+            numbers[_as_attribute(name)] = _counted(value, known)
+            if isinstance(value, FunctionType):
+                for label, number in _globals_of(value):
+                    numbers[label] = _counted(number, known)
+    return numbers
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers and containers of its file that a function names, and their values.
+
+    It may name them by other functions of that file.
+    """
+    seen: set[FunctionType] = set()
+    ahead = [function]
+    while ahead:
+        each = ahead.pop()
+        if each in seen or each.__globals__ is not function.__globals__:
+            continue
+        seen.add(each)
+        for name in _names_in(each.__code__):
+            value = each.__globals__.get(name)
+            if isinstance(value, FunctionType):
+                ahead.append(value)
+            elif type(value) in _PLAIN or isinstance(value, _CONTAINERS):
+                yield f"the global {name!r}", value
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names in the code of a function, and in that of the functions inside."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _as_attribute(name: str) -> str:
+    return f"its attribute {name!r}"
 
 
 def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
@@ -206,7 +254,7 @@ def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
         return value
     if type(value) is Tensor:
         return value._version  # which counts the writes in place
-    if depth == _DEEPEST or isinstance(value, (nn.Module, type, FunctionType)):
+    if depth == _DEEPEST or isinstance(value, (nn.Module, type)):
         return None
     if id(value) not in known:
         known[id(value)] = None  # it may hold itself
@@ -221,6 +269,8 @@ def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
         return None
     if isinstance(value, (*_CONTAINERS, tuple)):
         parts = list(value.values()) if isinstance(value, dict) else list(value)
+    elif isinstance(value, FunctionType):  # `def forward(self, x, calls=[0])`
+        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     elif type(value).__module__.partition(".")[0] == "torch":
         return None
     else:

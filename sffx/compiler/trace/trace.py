@@ -200,7 +200,7 @@ def _make_leaves_of_counters(
         TraceError: the model itself is one.
     """
     for module, name in {**counters(probe, run, before), **carried}.items():
-        reason = f"changes its attribute {name!r} at each call"
+        reason = f"changes {name} at each call"
         if module is probe:
             raise TraceError(
                 f"{type(probe).__name__} {reason}, which a graph cannot hold. "

@@ -182,6 +182,72 @@ def test_a_counter_makes_a_leaf():
         sffx.plan(_Counter(), example_input=torch.randn(2, 6))
 
 
+_CALLS = 0
+_SEEN: dict[str, int] = {}
+_SIZES: set[int] = set()
+
+
+def _count_in_a_global(m: nn.Module) -> int:
+    global _CALLS
+    _CALLS += 1
+    return _CALLS
+
+
+def _count_by_another_function(m: nn.Module) -> int:
+    return _count_in_a_global(m) + 1
+
+
+def _count_in_a_dictionary(m: nn.Module) -> int:
+    _SEEN["calls"] = _SEEN.get("calls", 0) + 1
+    return _SEEN["calls"]
+
+
+def _count_in_a_default(m: nn.Module, calls: list[int] = [0]) -> int:  # noqa: B006
+    calls[0] += 1
+    return calls[0]
+
+
+def _count_nothing(m: nn.Module) -> int:
+    _SIZES.add(6)
+    return len(_SIZES)
+
+
+def _counting(count: Any) -> type[nn.Module]:
+    """Return a class of modules that multiply by a number which each call may change."""
+
+    class Counting(nn.Module):
+        count_calls = count
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.count_calls()
+
+    return Counting
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [
+        (_count_in_a_global, "changes the global '_CALLS' at each call"),
+        (_count_by_another_function, "changes the global '_CALLS' at each call"),
+        (_count_in_a_dictionary, "changes the global '_SEEN' at each call"),
+        (_count_in_a_default, "changes its attribute 'count_calls' at each call"),
+        (_count_nothing, ""),
+    ],
+)
+def test_a_counter_outside_of_the_model_makes_a_leaf(count, reason):
+    _SIZES.clear()
+    kind = _counting(count)
+    plan = sffx.plan(around(kind()), "layer", torch.randn(2, 6))
+    assert [leaf.reason for leaf in plan.leaves] == ([reason] if reason else [])
+    if reason:
+        with pytest.raises(TraceError, match=reason):
+            sffx.plan(kind(), example_input=torch.randn(2, 6))
+
+
 class _Sorter(nn.Module):
     """Leaves torch, which fake tensors cannot."""
 

@@ -49,8 +49,17 @@ class Pair:
         """Return the outcomes of the model and of the trunk."""
         expected = run_model(self.model, run, self.trunk.plan)
         if expected.failure is not None:
+            self._restore_model()
             return expected, Outcome()
         return expected, run_trunk(self.trunk, run)
+
+    def _restore_model(self) -> None:
+        """Give the model, of which a call has failed, the state of the trunk, which did not run."""
+        own = state_of(self.model)
+        with torch.no_grad():
+            for name, tensors in self.trunk.state().items():
+                if name in own:
+                    own[name].copy_(tensors[0])
 
 
 def copied_model(model: nn.Module) -> nn.Module:

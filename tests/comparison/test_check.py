@@ -122,6 +122,31 @@ def test_real_models_pass(name, size):
     assert sum("(3, " in each for each in report.errors) == 2
 
 
+class FailsInBackward(nn.Module):
+    """Writes on what autograd has kept, so that the backward pass raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b, self.head = (
+            *(nn.Linear(6, 8), nn.BatchNorm1d(8)),
+            *(nn.Linear(8, 8), nn.Linear(8, 4)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.a(x)).exp()
+        y += 1
+        return self.head(self.b(y).relu())
+
+
+def test_a_run_in_which_the_model_fails_leaves_no_difference():
+    """The forward has updated a batch norm before the backward pass fails."""
+    model = FailsInBackward()
+    net = cut(model, torch.zeros(1, 6))
+    report = sffx.check(model, net)
+    assert "modified by an inplace operation" in report.skipped["train mode, 4 samples"]
+    assert report.errors["eval mode, 4 samples"] < 1e-5
+
+
 def test_zeroed_heads_and_tiny_outputs_hide_nothing():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=4)

@@ -15,8 +15,10 @@ import sffx
 from sffx.errors import InputError
 from sffx.memory.count import count_memory
 from sffx.runtime import update
+from sffx.runtime.step import scaled
 from tests.runtime import interrupts
 from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, step_scores
+from tools.operations import counted_operations
 
 MODELS = {
     "chain": (Chain, (3, 8, 8)),
@@ -609,3 +611,35 @@ def test_gradients_of_half_precision_survive_the_first_loss_scale_of_a_scaler():
     (sffx.sff_loss(other(x), y) * 65536.0).backward()
     for p, expected in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected.grad, atol=0.05, rtol=0.02)
+
+
+def test_gradients_are_scaled_by_one_operation_for_each_dtype():
+    torch.manual_seed(0)
+    gradients = [torch.randn(3, dtype=dtype) for dtype in (torch.float32, torch.float64) * 3]
+    gradients.append(torch.randn(2, dtype=torch.float16))
+    unscaled = [gradient.clone() for gradient in gradients]
+    scale = torch.tensor(0.7)
+    with counted_operations() as found:
+        results = scaled(gradients, scale)
+    assert found.names["aten._foreach_mul_.Tensor"] == 2
+    for result, gradient, before in zip(results, gradients, unscaled, strict=True):
+        is_wide = before.dtype != torch.float16
+        factor = scale.to(before.dtype) if is_wide else scale
+        assert torch.equal(result, (before * factor).to(before.dtype))
+        # A gradient narrower than the scale is not scaled where it lies.
+        assert (result.data_ptr() == gradient.data_ptr()) == is_wide
+
+
+def test_the_loss_may_be_written_on():
+    net = sffx.transform(_Summed(), ["relu"], torch.zeros(1, 6)).train()
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 0, 1])
+    seen = []
+    losses = sffx.block_losses(net, x, y, on_block=lambda name, scores, loss: seen.append(loss))
+    for loss, of_block in zip(losses.values(), seen, strict=True):
+        value = of_block.clone()
+        loss *= 2
+        assert torch.equal(of_block, value)
+    total = sffx.local_loss(net, x, y)
+    total += 1
+    total.backward()
+    assert all(p.grad is not None for p in net.parameters())

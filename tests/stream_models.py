@@ -190,6 +190,66 @@ class Spiking(nn.Module):
         return self.head(total)
 
 
+def residual(width: int) -> nn.Module:
+    return Sum(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()))
+
+
+class Sum(nn.Module):
+    """A residual block."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class CrossStage(nn.Module):
+    """A CSP stage: half of the channels pass two residual blocks by, between two layers."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(inputs, width, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(residual(width // 2), residual(width // 2))
+        self.out = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.down(x).chunk(2, 1)
+        return self.out(torch.cat((left, self.blocks(right)), 1))
+
+
+class Words(nn.Module):
+    """A unit of a TNT: words of each sentence, (B * 5, 3, 8), and the sentences, (B, 5, 24)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.sentences = Sum(nn.Linear(8, 8)), Sum(nn.Linear(24, 24))
+        self.read = nn.Linear(24, 24)
+
+    def forward(self, words: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
+        words = self.words(words)
+        sentences = sentences + self.read(words.reshape(sentences.shape[0], 5, 24))
+        return words, self.sentences(sentences)
+
+
+class Nested(nn.Module):
+    """Two streams, of which one folds its sentences into the batch: on (B, 5, 3, 2)."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.inp, self.first = nn.Linear(2, 8), nn.Linear(24, 24)
+        self.units = nn.ModuleList([Words(), Words(), Words()])
+        self.out = nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = self.inp(x.flatten(0, 1))
+        sentences = self.first(words.reshape(x.shape[0], 5, 24))
+        for unit in self.units:
+            words, sentences = unit(words, sentences)
+        return self.out(sentences.mean(1))
+
+
 class StreamProgram(nn.Module):
     """Runs instructions on several streams of one shape, (B, 4, 4, 4).
 

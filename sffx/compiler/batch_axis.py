@@ -139,7 +139,9 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         return rows if _all_plain(sources, axis) else None
     if _name(node) == "repeat_interleave":
         return 1 if _all_plain(sources, axis) else None
-    if _name(node) in _CATS and all(batch.axis == axis for _, batch in sources):
+    # Along another axis than the batch, a concatenation leaves the rows as they are.
+    is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
+    if _name(node) in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
@@ -180,8 +182,23 @@ def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
             for i, (part, axis) in enumerate(parts):
                 if picked in (None, i) and isinstance(axis, BatchAxis):
                     yield part, axis
-        elif isinstance(batch, BatchAxis):
+        elif isinstance(batch, BatchAxis) and not _has_equal_rows(arg, batch):
             yield value, batch
+
+
+def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
+    """Return whether a node repeats one row for all samples, so that their order is any order.
+
+    A class token is such a row.
+    """
+    if batch.slower is not None or _name(node) not in (*_TILES, "expand"):
+        return False
+    row = facts(node.all_input_nodes[0]).example
+    if not isinstance(row, Tensor):
+        return False
+    # New axes come before those of the row.
+    axis = batch.axis - (facts(node).example.ndim - row.ndim)
+    return axis < 0 or row.shape[axis] == 1
 
 
 def _picked(node: fx.Node) -> int | None:

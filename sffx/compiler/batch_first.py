@@ -29,15 +29,23 @@ def add_batch_first_views(trace: Trace) -> None:
         return
     flow = Dataflow(trace, Layers(trace.root))
     batch_first = next(node for node in graph.nodes if starts_with_batch(facts(node).batch))
-    for name in flow.spine:
-        node = flow.nodes[name]
+    spine = set(flow.spine)
+    for name, node in flow.nodes.items():
         axis = _viewed_axis(node)
-        is_join = flow.paths.in_degree(name) > 1
-        if axis and (is_join or _ends_a_module(node)):
-            batch_first = _add_views(node, axis, batch_first)
-        elif starts_with_batch(facts(node).batch):
+        if axis and flow.leads_to_logits(name) and _may_be_cut_after(flow, name, name in spine):
+            view = _add_views(node, axis, batch_first, is_alone=name in spine)
+            batch_first = view if name in spine else batch_first
+        elif name in spine and starts_with_batch(facts(node).batch):
             batch_first = node
     graph.lint()
+
+
+def _may_be_cut_after(flow: Dataflow, name: str, is_on_spine: bool) -> bool:
+    """Return whether a module returns a value, or paths join in it; of one stream, both."""
+    is_join = flow.paths.in_degree(name) > 1
+    if is_on_spine:
+        return is_join or _ends_a_module(flow.nodes[name])
+    return is_join and _ends_a_module(flow.nodes[name])
 
 
 def _viewed_axis(node: Node) -> BatchAxis | None:
@@ -63,21 +71,19 @@ def _scopes_of_readers(node: Node) -> set[str]:
     return around
 
 
-def _add_views(node: Node, batch: BatchAxis, before: Node) -> Node:
+def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) -> Node:
     """Add the views behind a node, and return the batch-first one.
 
     Args:
         node: computes the value.
         batch: its batch axis.
         before: the last value before it whose first axis is the batch.
+        is_alone: whether no stream runs beside the value. Where one does, a cut may lie between the
+            readers of the value, so each has a view back of its own.
     """
     readers = list(node.users)
+    around_readers = _scopes_of_readers(node)
     stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-    # The way back lies outside the modules that end here, which may be blocks.
-    outside = {}
-    for key, module in stack.items():
-        if module[0] in _scopes_of_readers(node):
-            outside[key] = module
     name = node.name
     is_folded = batch.rows > 1
     view, axis = node, batch.axis
@@ -86,15 +92,46 @@ def _add_views(node: Node, batch: BatchAxis, before: Node) -> Node:
     if axis > 0:
         view = _add_call(view, "movedim", (view, axis, 0), f"{name}_batch_first", stack)
     change_facts(view, batch=BatchAxis(0), is_folded=is_folded)
+    if is_alone:
+        around = _common(stack, around_readers)
+        _read_instead(readers, node, _add_back(view, view, axis, batch, name, around))
+        return view
+    for reader in readers:
+        around = _common(stack, set(scopes(reader)))
+        back = _add_back(reader.prev, view, axis, batch, name, around)
+        _read_instead([reader], node, back)
+    return view
+
+
+def _common(stack: dict[str, Any], around: set[str]) -> dict[str, Any]:
+    """Return those of the modules around a node that are around its readers as well.
+
+    The way back lies outside the modules that end in the node, which may be blocks.
+    """
+    return {key: module for key, module in stack.items() if module[0] in around}
+
+
+def _add_back(
+    after: Node, view: Node, axis: int, batch: BatchAxis, name: str, stack: dict[str, Any]
+) -> Node:
+    """Add the views back from a batch-first view, and return the last one.
+
+    Args:
+        after: the node that they come behind.
+        view: the batch-first view.
+        axis: of the samples before they came first.
+        batch: the batch axis of the value.
+        name: of the node that computes the value.
+        stack: the modules around the views, as fx records them.
+    """
     back = view
     if axis > 0:
-        back = _add_call(back, "movedim", (back, 0, axis), f"{name}_back", outside)
-    if is_folded:
+        back = after = _add_call(after, "movedim", (back, 0, axis), f"{name}_back", stack)
+    if batch.rows > 1:
         axes = (batch.axis, batch.axis + 1)
-        back = _add_call(back, "flatten", (back, *axes), f"{name}_folded", outside)
+        back = _add_call(after, "flatten", (back, *axes), f"{name}_folded", stack)
     change_facts(back, batch=batch)
-    _read_instead(readers, node, back)
-    return view
+    return back
 
 
 def _add_unfolded(

@@ -1,6 +1,10 @@
-"""Spans that hold most of a model although no residual block lies in them: cut after each layer.
+"""Spans that hold much of a model are cut further.
 
-Such a span is the stack of linear layers behind a flatten (VGG), or a stem of plain convolutions.
+1. A span with most of the parameters in which no residual block lies is cut after each layer. Such
+   a span is the stack of linear layers behind a flatten (VGG), or a stem of plain convolutions.
+2. A span with several residual blocks and more than a third is cut where single values cross
+   inside, until each part holds less. In a CSP stage these are its layers before and behind the
+   parallel paths.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ from itertools import pairwise
 from torch import nn
 
 from sffx.compiler.analyse import Analysis
+from sffx.compiler.layers import scopes
 from sffx.compiler.spans import has_weight, layer_ends, legal
+
+LARGE_BLOCK = 1 / 3  # share of the parameters
 
 
 def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) -> list[int]:
@@ -44,7 +51,54 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
             )
             if is_inside and parts_layers and not only_embeds:
                 added.append(place)
+    ends_so_far = sorted({*kept, *added})
+    places = layer_ends(analysis)
+    for before, end in pairwise([-1, *ends_so_far]):
+        if len(_residual_modules(analysis, before + 1, end + 1)) > 1:
+            added += _most_even(analysis, sizes, places, before, end)
     return sorted({*kept, *added})
+
+
+def _residual_modules(analysis: Analysis, start: int, stop: int) -> set[str]:
+    """Return the qualnames of the modules with a sum of paths in the steps of [start, stop)."""
+    owners: set[str] = set()
+    for step in analysis.steps[start:stop]:
+        for name in step.nodes:
+            if analysis.join(name) == "sum":
+                owners.update(scopes(analysis.nodes[name])[-1:])
+    return owners
+
+
+def _most_even(
+    analysis: Analysis, sizes: list[int], places: list[int], before: int, end: int
+) -> list[int]:
+    """Return cuts between steps until each part has a third of the parameters or less.
+
+    Each cut makes the larger of its two parts as small as it can be.
+
+    Args:
+        analysis: of the model.
+        sizes: the number of parameters of each step.
+        places: the steps that a cut may follow.
+        before: the step before the first one.
+        end: the last step.
+    """
+    if sum(sizes[before + 1 : end + 1]) <= LARGE_BLOCK * sum(sizes):
+        return []
+    best = None
+    smallest = 0
+    for place in places:
+        if not before < place < end or _only_embeds(analysis, before + 1, place + 1):
+            continue
+        parts = sum(sizes[before + 1 : place + 1]), sum(sizes[place + 1 : end + 1])
+        is_better = best is None or max(parts) < smallest
+        if is_better and has_weight(analysis.steps, place + 1, end + 1):
+            best = place
+            smallest = max(parts)
+    if best is None:
+        return []
+    left = _most_even(analysis, sizes, places, before, best)
+    return [*left, best, *_most_even(analysis, sizes, places, best, end)]
 
 
 def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:

@@ -78,8 +78,10 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     block, an Inception module, a dense block; or a leaf with several layers, which may hide such a
     place. A stack is none: in a stack the same parts follow one another. A class of modules that is
     a residual block in one place is one everywhere in the model. A model without residual blocks
-    is cut into BN groups. Where no residual block lies, layers that hold most of the parameters
-    together are cut from each other.
+    is cut into BN groups, and one without such groups once, before its classifier. Where no
+    residual block lies, layers that hold most of the parameters together are cut from each other.
+    Such a block that holds residual blocks itself, and more than a third of the parameters, is cut
+    where single values cross inside.
 
     Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
     across all values that cross there (see `streams`).
@@ -89,8 +91,9 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     blocks = residual_blocks(analysis)
     if not blocks:
         ends = divided(analysis, [*batch_norm_ends(steps), *between_streams], blocks)
+        after = _cuts(steps, ends).after or _last_cut(steps)
         notes = () if between_streams else (NO_RESIDUAL_BLOCK,)
-        return Cuts(_cuts(steps, ends).after, notes)
+        return Cuts(after, notes)
     ends = sorted({*residual_ends(steps, blocks), *between_streams})
     starts = [i for i in between_streams if i - 1 not in between_streams]
     for start in sorted({*blocks, *starts}):
@@ -99,6 +102,16 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     ends.append(tail_end(steps, last))
     after = _cuts(steps, divided(analysis, ends, blocks)).after
     return Cuts(after, _why_one_block(analysis) if len(after) == 1 else ())
+
+
+def _last_cut(steps: Steps) -> tuple[Cut, ...]:
+    """Return the last cut with something to learn before it, where there is one.
+
+    Layers may be no groups: they hold vectors alone, or lie behind the first flat value.
+    """
+    places = legal(steps, range(len(steps)))
+    learning = [i for i in places if any(step.trainable for step in steps[: i + 1])]
+    return (steps[learning[-1]].cut,) if learning else ()
 
 
 def _why_one_block(analysis: Analysis) -> tuple[str, ...]:

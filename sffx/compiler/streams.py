@@ -11,7 +11,8 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
-layers and holds more than half of the model. A gate stays with what it gates.
+layers and holds more than half of the model. One that holds several residual blocks is none. A gate
+stays with what it gates.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -119,7 +120,7 @@ class _Sizes:
             names: of the nodes.
             scope: qualname of the module, "" for the model.
         """
-        is_unit = bool(scope) and _is_repeated(self._analysis, scope)
+        is_unit = bool(scope) and _is_unit(self._analysis, names, scope)
         fewest = FEWEST_LAYERS_OF_UNIT if is_unit else FEWEST_LAYERS
         large = LARGE_UNIT if is_unit else LARGE
         return self.share(names) > large and self.layers(names) >= fewest
@@ -141,13 +142,21 @@ class _Sizes:
         return sum(parameters.values()), sum(saved.values())
 
 
-def _is_repeated(analysis: Analysis, scope: str) -> bool:
-    """Return whether the model has several modules of a module's class, which is no container."""
+def _is_unit(analysis: Analysis, names: Sequence[str], scope: str) -> bool:
+    """Return whether the model has several modules of a module's class, which is no stack.
+
+    A stack is a `Sequential`, or holds several modules with a sum of paths, as residual blocks.
+    """
     kind = analysis.kind(scope)
     if issubclass(kind, nn.Sequential):
         return False
     same = [module for module in analysis.trace.root.modules() if type(module) is kind]
-    return len(same) > 1
+    blocks: set[str] = set()
+    for name in names:
+        owner = scopes(analysis.nodes[name])[-1:]
+        if analysis.join(name) == "sum" and owner != (scope,):
+            blocks.update(owner)
+    return len(same) > 1 and len(blocks) < 2
 
 
 # The parts of a step
@@ -180,6 +189,11 @@ def _parts(analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes) 
         inner = _inner_scope(analysis.nodes[name], scope)
         if inner:
             found.setdefault(inner, _Part(inner)).nodes.append(name)
+    if len(found) == 1:  # what the module itself does, besides its only part, is no part
+        (only,) = found.values()
+        inside = _parts(analysis, only.nodes, only.scope, sizes)
+        if len(inside) > 1 and all(sizes.layers(part.nodes) > 1 for part in inside):
+            return inside
     most_layers = max((sizes.layers(part.nodes) for part in found.values()), default=0)
     fewest_layers = min(most_layers, 2)
     parts = []

@@ -45,6 +45,10 @@ FOLDS = {
     "one behind the other": (lambda y, b: torch.cat([y[:, 0], y[:, 1]]), BatchAxis(0, 2, 2)),
     "stacked": (lambda y, b: torch.stack([y[:, 0], y[:, 1]]), BatchAxis(1)),
     "expanded": (lambda y, b: y[:, :1].expand(-1, 3, -1).reshape(-1, 8), BatchAxis(0, 3, 1)),
+    "with a class token": (
+        lambda y, b: torch.cat([y[0, 0].repeat(b * 5, 1, 1), y.flatten(0, 1)[:, None]], 1),
+        BatchAxis(0, 5, 1),
+    ),
     "in pairs": (lambda y, b: y.view(b // 2, 2, 5, 8), None),
     "with one more": (lambda y, b: torch.cat([y.flatten(0, 1), y.new_zeros(b, 8)]), None),
 }

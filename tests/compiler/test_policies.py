@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sffx
 from sffx.blocks import Options
 from sffx.compiler.analyse import analyse
-from sffx.compiler.policies import Cuts
+from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from tests.toys import Chain, Residual, SharedWeight
@@ -589,3 +589,21 @@ def test_a_residual_layer_used_over_and_over_is_one_block():
         "shared",
         "last",
     ]
+
+
+class _Gains(nn.Module):
+    """Filters with a gain for each channel, which are no layer, behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains, self.norm = nn.Parameter(torch.ones(12)), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x.flatten(1) * self.gains))
+
+
+def test_a_model_without_groups_is_cut_before_its_classifier():
+    plan = sffx.plan(_Gains(), example_input=torch.zeros(3, 3, 4))
+    assert [block.output for block in plan] == ["norm"]
+    assert NO_RESIDUAL_BLOCK in plan.notes

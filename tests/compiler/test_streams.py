@@ -11,7 +11,16 @@ from torch import Tensor, nn
 import sffx
 from sffx.errors import CutError
 from sffx.learning.heads import StreamHeads
-from tests.stream_models import HRNet, Pairs, Siamese, Spiking, TwoStreams, UNet
+from tests.stream_models import (
+    CrossStage,
+    HRNet,
+    Nested,
+    Pairs,
+    Siamese,
+    Spiking,
+    TwoStreams,
+    UNet,
+)
 from tests.toys import Residual
 
 IMAGE = torch.zeros(1, 3, 16, 16)
@@ -94,6 +103,28 @@ def test_streams_that_share_layers_compute_what_the_model_computes(make):
     report = sffx.check(model, net, example, raises=False)
     assert report.difference is None
     assert "train mode, 4 samples" in report.errors
+
+
+def test_a_large_stage_of_residual_blocks_is_cut_inside():
+    model = nn.Sequential(
+        *(CrossStage(3, 4), CrossStage(4, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(16, 4),
+    )
+    plan = sffx.plan(model, example_input=IMAGE)
+    total = sum(p.numel() for p in model.parameters())
+    assert names(plan)[0] == "0"
+    assert names(plan)[-1] == "1.out"
+    largest = max(p.numel() for p in model[1].out.parameters())
+    assert all(block.num_parameters <= max(total / 3, largest + 16) for block in plan.all_blocks)
+
+
+def test_a_stream_that_is_folded_into_the_batch_is_cut_as_well():
+    example = torch.randn(3, 5, 3, 2)
+    model = Nested()
+    net = sffx.transform(model, example_input=example, check=False)
+    assert names(net.plan)[1:3] == ["first … units.0", "units.1"]
+    assert [output.is_folded for output in net.plan.blocks[2].outputs] == [False, True]
+    assert sffx.check(model, net, example, raises=False).difference is None
 
 
 def test_single_values_are_preferred():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def _size(value: Any) -> Any:
 def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     """Return each block and each leaf with more than a third of the parameters, and its share.
 
-    A block is passed over where a single layer holds more than a third, or if it is a single
+    One is passed over where a single layer holds more than a third, or if it is a single
     residual block, since no cut divides these. Such a block has one sum or concatenation of paths
     with layers; where its layers run several times, one for each.
     """
@@ -83,17 +84,22 @@ def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     total = sum(sizes.values())
     poor = []
     for block in plan.all_blocks:
-        layers: Counter[str] = Counter()
-        for name in block.parameters:
-            layers[name.rpartition(".")[0]] += sizes.get(name, 0)
-        largest = max(layers.values(), default=0)
-        is_single = largest > total / 3 or _is_one_residual_block(block)
+        is_single = _is_one_layer(block.parameters, sizes) or _is_one_residual_block(block)
         if block.num_parameters > total / 3 and not is_single:
             poor.append(f"{block.target} ({block.name}): {block.num_parameters / total:.0%}")
     for leaf in plan.leaves:
-        if leaf.share > 1 / 3:
+        own = [name for name in sizes if name.startswith(f"{leaf.qualname}.")]
+        if leaf.share > 1 / 3 and not _is_one_layer(own, sizes):
             poor.append(f"leaf {leaf.qualname} ({leaf.kind}): {leaf.share:.0%}")
     return poor
+
+
+def _is_one_layer(names: Iterable[str], sizes: dict[str, int]) -> bool:
+    """Return whether one layer among some parameters holds more than a third of the model."""
+    layers: Counter[str] = Counter()
+    for name in names:
+        layers[name.rpartition(".")[0]] += sizes.get(name, 0)
+    return max(layers.values(), default=0) > sum(sizes.values()) / 3
 
 
 def _is_one_residual_block(block: sffx.Block) -> bool:

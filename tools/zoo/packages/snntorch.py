@@ -75,6 +75,6 @@ MODELS = {
     ),
     "lapicque": Model(lambda: Dense("Lapicque", beta=0.9), _FLAT),
     "synaptic": Model(lambda: Dense("Synaptic", alpha=0.9, beta=0.8), _FLAT),
-    "alpha": Model(lambda: Dense("Alpha", alpha=0.9, beta=0.8), _FLAT),
+    "alpha": Model(lambda: Dense("Alpha", alpha=0.9, beta=0.8, threshold=0.1), _FLAT),
     "convolutional": Model(Convolutional, random_inputs(x=(3, 32, 32))),
 }

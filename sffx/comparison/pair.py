@@ -59,7 +59,8 @@ class Pair:
         with torch.no_grad():
             for name, tensors in self.trunk.state().items():
                 if name in own:
-                    own[name].copy_(tensors[0])
+                    # Not by `copy_`: a state of each sample has the shape of the last batch.
+                    own[name].data = tensors[0].detach().clone()
 
 
 def copied_model(model: nn.Module) -> nn.Module:

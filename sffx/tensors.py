@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,6 +38,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def holds_tensor(value: Any) -> bool:
     """Return whether a value is a tensor or holds one."""
     return next(tensors_in(value), None) is not None
+
+
+def without_arrays(value: Any) -> Any:
+    """Return a value with a tensor for each array of numpy in it, however deep.
+
+    An array that no tensor can hold, such as one of strings, stays as it is.
+    """
+    return tree_map_only(np.ndarray, _as_tensor, value)
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Any:
+    try:
+        # A copy, since torch takes neither a read-only array nor one that runs backwards.
+        return torch.from_numpy(np.array(array))
+    except TypeError:
+        return array
 
 
 def copied(module: M) -> M:

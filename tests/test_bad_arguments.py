@@ -216,7 +216,16 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         ),
         "export_early_exit": (
             sffx.export_early_exit,
-            {"net": net, "folder": folder, "threshold": "x", "opset": "x", "tolerance": "x"},
+            {
+                "net": net,
+                "folder": folder,
+                "threshold": "x",
+                "class_names": 3,
+                "mean": 3,
+                "std": 3,
+                "opset": "x",
+                "tolerance": "x",
+            },
         ),
     }
 
@@ -356,7 +365,6 @@ LATE = (
     ("EarlyExit.calibrate", "accuracy", -0.1),
     ("EarlyExit.curve", "thresholds", ""),
     ("save_checkpoint", "optimizer", torch.optim.SGD([nn.Parameter(torch.ones(1))])),
-    ("export_onnx", "tolerance", -1),
 )
 
 

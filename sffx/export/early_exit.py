@@ -32,7 +32,7 @@ from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
 from sffx.tasks import CLASSIFICATION
 from sffx.tasks.task import require_confidence
-from sffx.tensors import copied
+from sffx.tensors import copied, without_arrays
 
 # A threshold that no confidence reaches, since a softmax is at most 1.
 NEVER = 2.0
@@ -118,6 +118,9 @@ class EarlyExit:
         stages: the feature blocks, in order. The classifier is not among them.
         batched: names of the values that have a batch axis.
         skips: how many of the first blocks have no answer, since the ensemble leaves them out.
+        class_names: one for each class, as `export_early_exit` was given them; None without a file.
+        mean: with which each channel was normalised in training, likewise. x must be normalised.
+        std: likewise.
 
     Raises:
         InputError: `net` is no cut model, is sharded or does not tell classes of a sample apart, or
@@ -136,6 +139,9 @@ class EarlyExit:
         # form must be the one that `net` itself takes.
         self.stages, self.batched = exit_stages(copied(cut).eval())
         self.skips = min(cut.readout.skips, len(self.stages) - 1)
+        self.class_names: tuple[str, ...] | None = None
+        self.mean: tuple[float, ...] | None = None
+        self.std: tuple[float, ...] | None = None
 
     @classmethod
     def load(cls, folder: str | Path, threshold: float | None = None) -> EarlyExit:
@@ -157,6 +163,9 @@ class EarlyExit:
         runner.stages = stages
         runner.batched = frozenset(manifest.batched)
         runner.skips = manifest.skips
+        runner.class_names = manifest.class_names
+        runner.mean = manifest.mean
+        runner.std = manifest.std
         return runner
 
     @property
@@ -178,13 +187,13 @@ class EarlyExit:
         """Run the blocks on a batch, each on the samples that have not left yet.
 
         Args:
-            x: the input, (B, ...); a tuple of positional or a mapping of keyword arguments if the
-                model has several.
+            x: the input, (B, ...), a tensor or an array of numpy; a tuple of positional or a
+                mapping of keyword arguments if the model has several.
 
         Raises:
             InputError: x does not fit the model's inputs.
         """
-        values = bind_inputs(self.inputs, x, self.nested)
+        values = bind_inputs(self.inputs, without_arrays(x), self.nested)
         samples = batch_size(values)
         blocks = torch.zeros(samples, dtype=torch.int64)
         scores: Tensor | None = None
@@ -223,7 +232,7 @@ class EarlyExit:
 
         The last one is the ensemble. Blocks that it leaves out have no answer.
         """
-        values = bind_inputs(self.inputs, x, self.nested)
+        values = bind_inputs(self.inputs, without_arrays(x), self.nested)
         batch_size(values)  # for its error: x holds no tensor
         goodness = list(self._goodness(values))[self.skips :]
         depths = range(1, len(goodness) + 1)

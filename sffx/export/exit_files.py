@@ -8,6 +8,9 @@ file. The manifest says how the files are connected:
      "inputs": [{"name": "x", "shape": [3, 8, 8], "dtype": "float32", ...}],
      "batched": ["block_0", "x"],                 values that have a batch axis
      "skips": 1,                                  first blocks without an answer; may be missing
+     "class_names": ["cat", ...],                 these three may be missing, too
+     "mean": [0.5, ...],
+     "std": [0.5, ...],
      "stages": [{"name": "block_0",
                  "file": "block_0.onnx",
                  "sha256": "9f86...",             of the file's content
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 MANIFEST = "manifest.json"
+CLASS_NAMES = "class_names"
+NORMALISATION = ("mean", "std")
 VERSION = 2
 
 # Folders of these versions may be replaced by a new export. Version 1 had no digests.
@@ -111,6 +116,10 @@ class Manifest:
         nested: the arguments in which the inputs lie, None where each input is one. In the file
             they are "arguments"; without it the model takes the inputs one by one.
         skips: how many of the first stages have no answer. In the file only where there are some.
+        class_names: one for each class, in the order of the scores. In the file only if given, as
+            are the next two.
+        mean: with which each channel was normalised in training.
+        std: likewise.
     """
 
     threshold: float
@@ -119,6 +128,9 @@ class Manifest:
     stages: tuple[StageFile, ...]
     nested: Arguments | None = None
     skips: int = 0
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -127,6 +139,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     del content["nested"]
     if not manifest.skips:
         del content["skips"]
+    for name in (CLASS_NAMES, *NORMALISATION):
+        if content[name] is None:
+            del content[name]
     arguments = None if manifest.nested is None else manifest.nested.record()
     if arguments is not None:
         content["arguments"] = arguments
@@ -268,7 +283,30 @@ def _manifest(content: Any) -> Manifest:
     skips = content.get("skips", 0)
     if isinstance(skips, bool) or not isinstance(skips, int) or not 0 <= skips < len(stages):
         raise ValueError(f"'skips' of it is {skips!r}, but there are {len(stages)} stages")
-    return Manifest(float(content["threshold"]), inputs, batched, stages, nested, skips)
+    return Manifest(
+        float(content["threshold"]),
+        inputs,
+        batched,
+        stages,
+        nested,
+        skips,
+        _optional_list(content, CLASS_NAMES, str),
+        *(_optional_list(content, name, (int, float)) for name in NORMALISATION),
+    )
+
+
+def _optional_list(content: dict[str, Any], name: str, kind: Any) -> tuple[Any, ...] | None:
+    """Return a list of a manifest that may be missing.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if name not in content:
+        return None
+    values = content[name]
+    if not isinstance(values, list) or not all(isinstance(each, kind) for each in values):
+        raise ValueError(f"{name!r} of it is {values!r}")
+    return tuple(values)
 
 
 def _require_fields(content: Any, fields: dict[str, Any], place: str) -> None:

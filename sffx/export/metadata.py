@@ -47,14 +47,27 @@ def metadata(
         InputError: the number of names is not J, or `mean` and `std` do not fit each other or the
             channels of an input.
     """
-    content: dict[str, Any] = {
-        "readout": readout,
-        "class_names": _checked_names(class_names, plan.num_classes),
-        **_checked_normalisation(plan.inputs, mean, std),
-    }
+    content = {"readout": readout, **names_and_normalisation(plan, class_names, mean, std)}
     if plan.task != CLASSIFICATION:
         content["task"] = task_record(plan.task)
     return json.dumps(content, ensure_ascii=False)
+
+
+def names_and_normalisation(
+    plan: BlockPlan,
+    class_names: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> dict[str, Any]:
+    """Return the entries "class_names", "mean" and "std", each a list or None.
+
+    Raises:
+        InputError: as `metadata`.
+    """
+    return {
+        "class_names": _checked_names(class_names, plan.num_classes),
+        **_checked_normalisation(plan.inputs, mean, std),
+    }
 
 
 def _checked_names(names: Sequence[str] | None, classes: int) -> list[str] | None:

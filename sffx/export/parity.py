@@ -57,7 +57,7 @@ def require_parity(
 
 def require_tolerance(tolerance: object) -> None:
     """Raise an InputError if a tolerance is no number."""
-    if not is_number(tolerance) or tolerance < 0:
+    if not is_number(tolerance):
         raise InputError(f"tolerance is {tolerance!r}. Hint: pass a number, such as 1e-4")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sffx.errors import ExportError
 from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
 from sffx.export.exit_stage import ExitStage
+from sffx.export.metadata import names_and_normalisation
 from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import inference_copy
@@ -30,6 +32,9 @@ def export_early_exit(
     folder: str | os.PathLike[str],
     threshold: float = 0.9,
     *,
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> Path:
@@ -42,6 +47,10 @@ def export_early_exit(
         net: what `sffx.transform` returned, in any mode, on any device.
         folder: to write; an older export in it is replaced.
         threshold: the confidence that the runner starts with, such as `EarlyExit.calibrate` chose.
+        class_names: one for each class, in order, for the manifest. `EarlyExit.load` has them as
+            attributes, and the next two.
+        mean: with which images were normalised, a number for each channel.
+        std: likewise.
         opset: version of the ONNX operator set; torch's default if None.
         tolerance: the largest relative error allowed between ONNX Runtime and torch,
             max|a - b| / max|b|.
@@ -52,7 +61,8 @@ def export_early_exit(
         manifest.
 
     Raises:
-        InputError: `net` is no cut model, or `folder` holds something else than an early exit.
+        InputError: `net` is no cut model, `folder` holds something else than an early exit, or
+            names or normalisation do not fit the model.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond
             `tolerance`.
@@ -60,9 +70,12 @@ def export_early_exit(
     cut = cut_model(net)
     require_replaceable(as_path(folder))
     require_tolerance(tolerance)
+    described = names_and_normalisation(cut.plan, class_names, mean, std)
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
         runner = EarlyExit(inference_copy(cut), threshold)
+        for name, values in described.items():
+            setattr(runner, name, None if values is None else tuple(values))
         _write(runner, new, opset)
         _verify(EarlyExit.load(new), runner, tolerance)
     return Path(folder)
@@ -97,7 +110,15 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         stages.append(described)
     batched = tuple(sorted(runner.batched))
     manifest = Manifest(
-        runner.threshold, runner.inputs, batched, tuple(stages), runner.nested, runner.skips
+        runner.threshold,
+        runner.inputs,
+        batched,
+        tuple(stages),
+        runner.nested,
+        runner.skips,
+        runner.class_names,
+        runner.mean,
+        runner.std,
     )
     write_manifest(folder, manifest)
 

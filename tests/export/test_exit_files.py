@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -25,6 +26,9 @@ MANIFEST = Manifest(
         StageFile("block_0", "block_0.onnx", "00", ("x",), "goodness_0", ("block_0",), 30),
         StageFile("block_1", "block_1.onnx", "11", ("block_0",), "goodness_1", (), 15),
     ),
+    class_names=("cat", "dog"),
+    mean=(0.5,),
+    std=(0.25,),
 )
 
 
@@ -33,7 +37,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
     net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(1, 6))
-    return sffx.export_early_exit(net, tmp_path_factory.mktemp("exit") / "net", 0.7)
+    return sffx.export_early_exit(
+        net,
+        tmp_path_factory.mktemp("exit") / "net",
+        0.7,
+        class_names=["a", "b", "ü"],
+        mean=[0.5],
+        std=[0.25],
+    )
 
 
 @pytest.fixture
@@ -64,9 +75,61 @@ def test_the_threshold_that_was_written_is_the_default(exported: Path) -> None:
     assert sffx.EarlyExit.load(exported, threshold=0.2).threshold == 0.2
 
 
+def test_names_and_normalisation_are_kept(exported: Path) -> None:
+    runner = sffx.EarlyExit.load(exported)
+    assert runner.class_names == ("a", "b", "ü")
+    assert (runner.mean, runner.std) == ((0.5,), (0.25,))
+
+
+def test_an_export_without_names_has_none(folder: Path) -> None:
+    file = folder / "manifest.json"
+    content = json.loads(file.read_text())
+    for name in ("class_names", "mean", "std"):
+        del content[name]
+    file.write_text(json.dumps(content))
+    runner = sffx.EarlyExit.load(folder)
+    assert (runner.class_names, runner.mean, runner.std) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": ["a", "b"]}, "2 class names, but the model has 3"),
+        ({"class_names": "abc"}, "class_names is 'abc'"),
+        ({"mean": [0.5]}, "std is None"),
+        ({"mean": [0.5], "std": [0]}, "those of std above 0"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    net = sffx.transform(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), "layer")
+    with pytest.raises(sffx.InputError, match=message):
+        sffx.export_early_exit(net, tmp_path / "net", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [lambda x: x, np.flip, np.asfortranarray])
+def test_arrays_of_numpy_are_answered_like_tensors(exported: Path, change: Any) -> None:
+    runner = sffx.EarlyExit.load(exported)
+    array = change(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    array.flags.writeable = False
+    tensor = torch.tensor(array.tolist())
+    assert torch.equal(runner(array).scores, runner(tensor).scores)
+    assert torch.equal(runner.cumulative({"input": array}), runner.cumulative(tensor))
+
+
+def test_an_array_of_strings_is_refused(exported: Path) -> None:
+    with pytest.raises(sffx.InputError, match="Hint: "):
+        sffx.EarlyExit.load(exported)(np.array(["a"]))
+
+
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
+        (("class_names",), "abc", r"'class_names' of it is 'abc'"),
+        (("class_names",), [1], r"'class_names' of it is \[1\]"),
+        (("mean",), ["x"], r"'mean' of it is \['x'\]"),
         (("version",), None, r"it has no 'version'"),
         (("version",), 3, r"its version is 3, and this version of sffx reads 2"),
         (("version",), True, r"'version' of it is True"),

@@ -239,13 +239,19 @@ def _checked(entries: Mapping[str, Any], names: list[str]) -> dict[str, range]:
         InputError: an entry is no range of epochs, or nobody learns in an epoch.
     """
     spans = {name: _span(name, entries[name]) for name in names if name in entries}
-    for epoch in range(max(span.stop for span in spans.values())):
-        if not any(epoch in span for span in spans.values()):
+    reached = 0
+    for span in sorted(spans.values(), key=_start):
+        if span.start > reached:
             raise InputError(
-                f"no block learns in epoch {epoch}. Hint: let the blocks' epochs join, as in "
+                f"no block learns in epoch {reached}. Hint: let the blocks' epochs join, as in "
                 "[(0, 2), (2, 4)]"
             )
+        reached = max(reached, span.stop)
     return spans
+
+
+def _start(span: range) -> int:
+    return span.start
 
 
 def _span(name: str, epochs: Any) -> range:

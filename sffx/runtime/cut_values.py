@@ -88,7 +88,8 @@ def require_feature_block(net: fx.GraphModule, name: Any) -> Stage:
     """Return the stage of a feature block; raise an InputError if there is none of this name."""
     features = stages_of(net)[: len(plan_of(net))]
     for stage in features:
-        if stage.name == name:
+        # An array would compare each of its elements.
+        if isinstance(name, str) and stage.name == name:
             return stage
     names = ", ".join(stage.name for stage in features)
     raise InputError(f"there is no feature block {name!r}. Hint: the feature blocks are {names}")

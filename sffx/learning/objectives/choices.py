@@ -11,7 +11,8 @@ from sffx.errors import InputError
 
 def require_choice(option: str, value: Any, known: Iterable[str]) -> None:
     """Raise an InputError if an option is none of the names that it may have."""
-    if value not in known:
+    # An array would compare each of its elements.
+    if not isinstance(value, str) or value not in known:
         names = ", ".join(map(repr, known))
         raise InputError(f"{option} is {value!r}. Hint: choose one of {names}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.qualnames import holders
 from sffx.compiler.trace.constants import ADDED_CONSTANT
-from sffx.compiler.trace.flags import TrainingFlag
+from sffx.compiler.trace.flags import AddedModule
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
@@ -71,7 +71,7 @@ def _remove_additions(model: nn.Module) -> None:
     """Remove the modules and buffers that the trace added."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, TrainingFlag):
+            if isinstance(child, AddedModule):
                 delattr(module, name)
     for name in list(model._buffers):
         if name.startswith(ADDED_CONSTANT):
@@ -163,7 +163,7 @@ def _is_holder(module: nn.Module) -> bool:
 
 
 def _names_held(module: nn.Module) -> set[str]:
-    children = {n for n, each in module._modules.items() if not isinstance(each, TrainingFlag)}
+    children = {n for n, each in module._modules.items() if not isinstance(each, AddedModule)}
     return {*module._parameters, *module._buffers, *children}
 
 

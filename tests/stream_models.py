@@ -326,3 +326,54 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
         else:
             code.append((kind, i))
     return StreamProgram(code, layers, count, inputs), inputs
+
+
+class _Mixes(nn.Module):
+    """A layer of an encoder, or of a decoder that also reads an encoder's output."""
+
+    def __init__(self, is_decoder: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.cross = nn.Linear(8, 8) if is_decoder else None
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, encoded: Tensor | None = None) -> Tensor:
+        x = x + self.mix(x)
+        if self.cross is not None and encoded is not None:
+            x = x + self.cross(encoded).mean(1, keepdim=True)
+        return x + self.down(self.up(x).relu())
+
+
+class _Stack(nn.Module):
+    def __init__(self, embedding: nn.Embedding, layers: int, is_decoder: bool) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.norm = nn.LayerNorm(8)
+        self.layers = nn.ModuleList(_Mixes(is_decoder) for _ in range(layers))
+
+    def forward(self, ids: Tensor, encoded: Tensor | None = None) -> Tensor:
+        x = self.norm(self.embedding(ids))
+        for layer in self.layers:
+            x = layer(x, encoded)
+        return x
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder and a decoder that share their embedding, as in BART and T5.
+
+    Args:
+        per_token: whether it predicts each token of the decoder, and not the sample.
+    """
+
+    def __init__(self, per_token: bool = False) -> None:
+        super().__init__()
+        embedding = nn.Embedding(20, 8)
+        self.encoder = _Stack(embedding, 3, is_decoder=False)
+        self.decoder = _Stack(embedding, 4, is_decoder=True)
+        self.head = nn.Linear(8, 4)
+        self.per_token = per_token
+
+    def forward(self, ids: Tensor, decoder_ids: Tensor) -> Tensor:
+        x = self.decoder(decoder_ids, self.encoder(ids))
+        return self.head(x if self.per_token else x[:, -1])

@@ -48,6 +48,7 @@ from sffx.comparison.runs import (
 from sffx.comparison.scores import in_reversed_order, mixes_samples, scores_of_blocks
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.weights import other_names, same, state_of, telling_weights
+from sffx.compiler.qualnames import without_numbers
 from sffx.compiler.untie import untied
 from sffx.errors import CheckError, InputError
 from sffx.extraction import extract_as_cut
@@ -339,7 +340,7 @@ class _Check:
     def _compare_hooks(self, in_model: HookCalls, in_net: HookCalls) -> None:
         for (name, number), count in in_model.counts.items():
             found = in_net.counts[name, number]
-            if found == count or any("hook" in note and name in note for note in self._plan.notes):
+            if found == count or self._notes_hooks(name):
                 continue
             problem = f"a hook of {name!r} was called {found} times, in the model {count} times"
             hint = "register the hook on a layer of the net after the cut, where it runs"
@@ -347,6 +348,12 @@ class _Check:
                 "the calls of hooks", problem, float("inf"), Place(module=name), hint, True
             )
             return
+
+    def _notes_hooks(self, name: str) -> bool:
+        """Return whether the plan says that hooks of a module are not called."""
+        said = (name, without_numbers(name))
+        notes = [note for note in self._plan.notes if "hooks of" in note]
+        return any(each in note for note in notes for each in said)
 
     def _compare_scores(self, batch: int) -> None:
         """Check that each block scores each sample: the one thing that the trunk does not show.

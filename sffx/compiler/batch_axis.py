@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
+from sffx.compiler.trace.flags import is_added
 
 # The batch sizes of a trace. Models that put samples in pairs, threes or fours run at both.
 BATCH_SIZES = (60, 36)
@@ -82,6 +83,8 @@ def starts_with_batch(value: Any) -> bool:
 
 def is_reshape(node: fx.Node, root: nn.Module) -> bool:
     """Return whether a node's value holds the values of its first argument in the same order."""
+    if is_added(node):
+        return False
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten))
     return node.op in ("call_method", "call_function") and _name(node) in _RESHAPES

@@ -316,6 +316,8 @@ class Dependence(NamedTuple):
 
 def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Dependence:
     """Return the dependence of a node's value, from those of the values that it reads."""
+    if node.op == "get_attr" and layers.parameters(node):  # it may read a module
+        return Dependence(on_parameter=True)
     if not any(True for _ in _values_of(node)):
         return Dependence()
     if node.op == "placeholder":

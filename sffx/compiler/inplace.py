@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts, set_block_facts
+from sffx.compiler.trace.effects import set_item, set_item_of_copy
+from sffx.compiler.trace.run_function import RunFunction
 from sffx.errors import CutError
 from sffx.net import plan_of
 
@@ -42,6 +44,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.imod: operator.mod,
     operator.iand: operator.and_,
     operator.ior: operator.or_,
+    set_item: set_item_of_copy,
 }
 
 # These return their input, or a view of it, in some layouts or modes that the trace did not see.
@@ -182,18 +185,26 @@ def _replace(block: GraphModule, node: Node, replaced: dict[str, nn.Module]) -> 
         twin = copy.copy(module)
         twin.inplace = False
         replaced[str(target)] = twin
+    elif isinstance(module, RunFunction) and _plain(module.function) is not None:
+        replaced[str(target)] = RunFunction(_plain(module.function), module.mode)
+        replaced[str(target)].train(module.training)
     elif _has_inplace(target):
         _call_with_inplace_false(node)
-    elif target in _OUT_OF_PLACE:
-        node.target = _OUT_OF_PLACE[target]
-    elif _without_underscore(target) is not None:
-        node.target = _without_underscore(target)  # type: ignore[assignment]
+    elif _plain(target) is not None:
+        node.target = _plain(target)
     else:
         raise CutError(
             f"node {name!r} writes in place on a value that crosses a cut, and {target} has no "
             "form that does not. Hint: cut elsewhere, or write the model without this in-place "
             "operation"
         )
+
+
+def _plain(target: Any) -> Any:
+    """Return the form of a function or a method that leaves its input alone, None if none does."""
+    if target in _OUT_OF_PLACE:
+        return _OUT_OF_PLACE[target]
+    return _without_underscore(target)
 
 
 def _has_inplace(target: object) -> bool:

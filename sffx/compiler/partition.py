@@ -18,7 +18,7 @@ from sffx.compiler.cut_sets import main_value
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
-from sffx.compiler.trace.flags import is_flag
+from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError, in_brief
 from sffx.learning.vocabulary import notes_on_vocabulary
@@ -268,8 +268,8 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
 
 
 def _calls_module(node: fx.Node) -> bool:
-    """Return whether a node calls a module of the model; the trace adds some for `training`."""
-    return node.op == "call_module" and not is_flag(node)
+    """Return whether a node calls a module of the model; the trace adds some."""
+    return node.op == "call_module" and not is_added(node)
 
 
 def _carries_gradient(node: fx.Node) -> bool:

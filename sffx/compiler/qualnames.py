@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,19 @@ def outermost(qualnames: Iterable[str]) -> list[str]:
         if not is_inside:
             found.append(name)
     return found
+
+
+def without_numbers(qualname: str) -> str:
+    """Return a qualname with a star for each number, as the layers of a stack have in common."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", qualname)
+
+
+def in_common(qualnames: Iterable[str]) -> list[str]:
+    """Return qualnames; of several that differ in numbers only, what they have in common."""
+    groups: dict[str, list[str]] = {}
+    for name in qualnames:
+        groups.setdefault(without_numbers(name), []).append(name)
+    return [common if len(names) > 1 else names[0] for common, names in groups.items()]
 
 
 def attribute(root: nn.Module, target: str) -> Any:

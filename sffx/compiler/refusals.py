@@ -36,7 +36,8 @@ def refusals(
         layers: of the model.
         shared: for each step, what is used on both sides of it (`shared_state`).
         channel_axes: the channel axis of each value that has one.
-        task: of the model. The main value must have the positions that the task scores.
+        task: of the model. The main value, and others that are new, must have the positions that
+            the task scores.
     """
     output = facts(flow.nodes[flow.logits]).example.shape
     last = -1  # step with a parameter
@@ -56,10 +57,12 @@ def refusals(
             reason = reason or _reason_of_readers(flow, layers, name)
         for name in reversed(values):
             reason = reason or _reason_of_channels(flow, name, channel_axes)
-        if not reason:
-            main = values[-1]
-            shape = facts(flow.nodes[main]).example.shape
-            reason = task.why_not_scored(shape, channel_axes[main], output)
+        earlier = flow.cut_sets[i - 1] if i else ()
+        for name in reversed(values):
+            is_scored = name == values[-1] or name not in earlier
+            if is_scored and not reason:
+                shape = facts(flow.nodes[name]).example.shape
+                reason = task.why_not_scored(shape, channel_axes[name], output)
         reasons.append(reason)
     return reasons
 

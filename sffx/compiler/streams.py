@@ -20,7 +20,7 @@ step in time. All uses of a layer belong to one block, so the model is cut acros
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -221,12 +221,16 @@ def _inner_scope(node: Node, scope: str) -> str:
 def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]:
     """Return for each part of a step the cut sets that may lie after it, in order."""
     flow = analysis.flow
-    names = [name for name in step.nodes if flow.leads_to_logits(name)]
-    parts = _parts(analysis, names, step.scope, sizes)
+    in_order = [name for name in step.nodes if flow.leads_to_logits(name)]
+    parts = _parts(analysis, in_order, step.scope, sizes)
     if len(parts) < 2:
         return []
     if any(_is_used_again(analysis, part) for part in parts):
         return _places_across_uses(analysis, step, parts)
+    early = _early(analysis, in_order)
+    names = _with_early(in_order, early)
+    if early:
+        parts = _parts(analysis, [n for n in in_order if n not in early], step.scope, sizes)
     position = {name: i for i, name in enumerate(names)}
     # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
@@ -297,6 +301,37 @@ def _read_by_first_uses(flow: Dataflow, part: _Part) -> set[str]:
         read.update(flow.paths.predecessors(name))
         computed |= {name, *nx.descendants(flow.paths, name)}
     return read - computed - {SOURCE}
+
+
+def _early(analysis: Analysis, names: Sequence[str]) -> dict[str, str]:
+    """Return the nodes that can run early, each with the node that it is to run behind.
+
+    Where an encoder and a decoder share their embedding, a cut inside the encoder would part its
+    two uses. The one of the decoder reads nothing but inputs, so it can run behind the other.
+
+    Args:
+        analysis: of the model.
+        names: of nodes on paths, in order.
+    """
+    early: dict[str, str] = {}
+    first_uses: dict[int, str] = {}
+    for name in names:
+        for parameter in analysis.parameters(analysis.nodes[name]).values():
+            first_use = first_uses.setdefault(id(parameter), name)
+            starts_stream = list(analysis.flow.paths.predecessors(name)) == [SOURCE]
+            if first_use != name and starts_stream:
+                early[name] = first_use
+    return early
+
+
+def _with_early(names: Sequence[str], early: Mapping[str, str]) -> list[str]:
+    """Return names of nodes in order, those that can run early as early as they can."""
+    order = []
+    for name in names:
+        if name not in early:
+            order.append(name)
+            order += [each for each, first_use in early.items() if first_use == name]
+    return order
 
 
 def _has_weight_before(analysis: Analysis, step: Step) -> bool:

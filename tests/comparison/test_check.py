@@ -361,6 +361,23 @@ def test_a_lost_hook():
     assert found.module == "2"
 
 
+class _Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x).relu()
+
+
+def test_hooks_of_many_layers_are_noted_by_name():
+    model = nn.Sequential(*[_Hooked() for _ in range(6)], nn.Linear(6, 4))
+    net = cut(model, torch.zeros(1, 6))
+    assert any(note.startswith("hooks of * ran") for note in net.plan.notes)
+    assert sffx.check(model, net, torch.randn(3, 6), raises=False).difference is None
+
+
 def test_scores_along_another_axis_than_the_batch():
     model = Layers()
     net = cut(model, torch.zeros(1, 6))

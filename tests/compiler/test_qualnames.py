@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sffx.compiler.qualnames import holders, outermost, parameters_of
+from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
 
 
 def test_holders_are_innermost_first():
@@ -13,6 +13,11 @@ def test_holders_are_innermost_first():
 
 def test_outermost_names_keep_their_order():
     assert outermost(["b.c", "a", "b", "a.d.e", "bb.c", "b"]) == ["a", "b", "bb.c"]
+
+
+def test_names_that_differ_in_numbers_are_one():
+    names = ["a.0.b", "c.1", "a.12.b", "a2.0", "4"]
+    assert in_common(names) == ["a.*.b", "c.1", "a2.0", "4"]
 
 
 def test_parameters_of_a_module_of_a_parameter_and_of_a_buffer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -166,7 +167,7 @@ def test_torchs_encoder_layers_are_blocks_beside_another_sum(residual, depth):
 
 
 class DropsConnections(nn.Module):
-    """A leaf where it has a shortcut, since it then branches on its mode."""
+    """A leaf where it has a shortcut, since it then draws in the forward itself."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -177,8 +178,8 @@ class DropsConnections(nn.Module):
         y = self.norm(self.b(self.a(x).relu()))
         if not self.skip:
             return y
-        if self.training:
-            y = y * (torch.rand(y.shape[0], 1, 1, 1) > 0.1)
+        if random.random() > 0.9:
+            y = y * 0.5
         return y + x
 
 

@@ -13,6 +13,7 @@ from sffx.errors import CutError
 from sffx.learning.heads import StreamHeads
 from tests.stream_models import (
     CrossStage,
+    EncoderDecoder,
     HRNet,
     Nested,
     Pairs,
@@ -66,6 +67,34 @@ def test_each_of_two_branches_has_blocks_of_its_own():
     third = plan.blocks[3]
     assert third.cut == ("mean", "flow_0_2")
     assert [output.name for output in third.scored] == ["flow_0_2"]
+
+
+def token_ids(*lengths: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randint(0, 20, (3, length)) for length in lengths)
+
+
+def test_each_layer_of_an_encoder_and_a_decoder_is_a_block():
+    """The decoder reads the encoder's output in each layer, and shares its embedding."""
+    model = EncoderDecoder()
+    net = sffx.transform(model, example_input=token_ids(6, 5), check=False)
+    layers = [f"encoder.layers.{i}" for i in range(3)] + [f"decoder.layers.{i}" for i in range(4)]
+    found = [
+        {layer for layer in layers if layer in " ".join(b.parameters)} for b in net.plan.blocks
+    ]
+    assert [names for names in found if names] == [{layer} for layer in layers]
+    shared = [block.target for block in net.plan if "encoder.embedding.weight" in block.parameters]
+    assert shared == ["block_0"]
+    assert sffx.check(model, net, token_ids(6, 5), raises=False).difference is None
+
+
+def test_an_encoder_with_other_tokens_than_the_targets_is_in_the_first_block():
+    model = EncoderDecoder(per_token=True)
+    task = sffx.tasks.TokenClassification()
+    net = sffx.transform(model, example_input=token_ids(6, 5), task=task, check=False)
+    assert net.plan.blocks[0].name.startswith("encoder")
+    assert "encoder.layers.2.down.weight" in net.plan.blocks[0].parameters
+    assert len(net.plan) == 4
+    assert sffx.check(model, net, token_ids(6, 5), raises=False).difference is None
 
 
 def test_two_streams_that_go_on_as_a_pair():

@@ -45,10 +45,12 @@ def trace_until_it_works(
         if not tracer.branched:
             return tracer, graph
         attributes.restore()
-        eval_graph = _attempt(probe, make_tracer(False), leaves)
+        eval_tracer = make_tracer(False)
+        eval_graph = _attempt(probe, eval_tracer, leaves)
         if eval_graph is None:
             continue
         if merge_modes(graph, eval_graph, tracer.branched, probe):
+            tracer.constants.names.update(eval_tracer.constants.names)
             return tracer, graph
         if "" in tracer.branched:
             raise TraceError(
@@ -64,7 +66,8 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     """Trace once.
 
     Returns:
-        The graph; None if a submodule failed, whose class was then added to `leaves`.
+        The graph; None if it failed. Then the function where it failed was added to those that
+        the graph calls, or the class of the submodule to `leaves`.
 
     Raises:
         TraceError: the model itself failed, or its output is no logits.
@@ -80,6 +83,8 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     except TraceError:
         raise
     except Exception as failure:
+        if tracer.functions.add(failure, _reason(failure)):
+            return None
         if not tracer.failed:
             raise _root_failed(probe, failure) from failure
         kind = type(probe.get_submodule(tracer.failed))

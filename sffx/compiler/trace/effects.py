@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sffx.compiler.facts import change_facts, facts
+from sffx.compiler.trace.run_function import runs_in_one_mode
 from sffx.tensors import storage_key
+
+
+def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Write `x[index] = value`, and return x."""
+    if isinstance(x, fx.Proxy):  # fx traces the code of a graph that it unpickles
+        return x.tracer.create_proxy("call_function", set_item, (x, index, value), {})
+    x[index] = value
+    return x
+
+
+def set_item_of_copy(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Return a copy of x in which `x[index]` is a value."""
+    return set_item(x.clone(), index, value)
 
 
 def drop_dead_code(graph: fx.Graph) -> None:
@@ -16,13 +32,63 @@ def drop_dead_code(graph: fx.Graph) -> None:
 
     Sets `after` and `read_behind` of every node.
     """
+    _read_results_of_writes(graph)
     _order_hidden_reads(graph)
     needed = _written_for_others(graph)
     lasting = _lasting_storages(graph)
     graph.eliminate_dead_code(lambda node: node in needed or _has_effect(node, lasting))
-    needed = _written_for_others(graph)  # by the nodes that are left
+    _note_read_behind(graph)
+
+
+def order_writes(graph: fx.Graph, choices: Collection[fx.Node]) -> None:
+    """Set `after` and `read_behind` of every node of a graph that was merged from two.
+
+    Args:
+        graph: to change.
+        choices: the nodes that pick a value by the mode. A value of eval mode is not read in train
+            mode, so what train mode alone writes on it does not come before the choice.
+    """
+    _order_hidden_reads(graph)
+    for node in choices:
+        writers = [writer for writer in facts(node).after if not runs_in_one_mode(writer)]
+        change_facts(node, after=tuple(writers))
+    _note_read_behind(graph)
+
+
+def _note_read_behind(graph: fx.Graph) -> None:
+    needed = _written_for_others(graph)
     for node in graph.nodes:
         change_facts(node, read_behind=node in needed)
+
+
+def _read_results_of_writes(graph: fx.Graph) -> None:
+    """Let what reads a tensor after a write in place read the result of the write.
+
+    `x.add_(1); y = x * 2` becomes `written = x.add_(1); y = written * 2`.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        for written in facts(node).writes:
+            if written is not node and _is_same_tensor(facts(node).example, facts(written).example):
+                for user in list(written.users):
+                    if position[user] > position[node]:
+                        _read_instead(user, written, node)
+
+
+def _read_instead(user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    user.replace_input_with(old, new)
+    writes = [new if written is old else written for written in facts(user).writes]
+    change_facts(user, writes=tuple(writes))
+
+
+def _is_same_tensor(value: Any, other: Any) -> bool:
+    """Whether two names are of one tensor, and not of different views of it."""
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return False
+    if storage_key(value) != storage_key(other) or value.dtype != other.dtype:
+        return False
+    place = (value.storage_offset(), value.shape, value.stride())
+    return place == (other.storage_offset(), other.shape, other.stride())
 
 
 def _written_for_others(graph: fx.Graph) -> set[fx.Node]:

@@ -12,18 +12,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+from sffx.compiler.facts import facts
 
 
-class FlagTarget(str):
-    """The target of a flag's node, by which the node is known."""
+class AddedModule(nn.Module):
+    """A module that the trace adds to those of a model, as a child of one of them.
+
+    It has the mode of the module whose child it is.
+    """
 
 
-class TrainingFlag(nn.Module):
+class AddedTarget(str):
+    """The target of a node that calls an added module, by which the node is known."""
+
+    def make_module(self) -> AddedModule:
+        """Return the module that the node calls."""
+        raise NotImplementedError
+
+
+class TrainingFlag(AddedModule):
     """Returns its own `training`, and so that of the module whose child it is."""
 
     def forward(self) -> bool:
         return self.training
+
+
+class FlagTarget(AddedTarget):
+    """The target of a flag's node."""
+
+    def make_module(self) -> TrainingFlag:
+        return TrainingFlag()
 
 
 class PlantedFlag:
@@ -63,6 +83,27 @@ def is_flag(node: fx.Node) -> bool:
     return isinstance(node.target, FlagTarget)
 
 
+def owners_of_flags(node: fx.Node) -> set[str]:
+    """Return the qualnames of the modules on whose modes a number or a truth value depends."""
+    owners: set[str] = set()
+    passed: set[fx.Node] = set()
+    ahead = [node]
+    while ahead:
+        each = ahead.pop()
+        if each in passed or isinstance(facts(each).example, Tensor):
+            continue
+        passed.add(each)
+        if is_flag(each):
+            owners.add(flag_owner(each))
+        ahead += each.all_input_nodes
+    return owners
+
+
+def is_added(node: fx.Node) -> bool:
+    """Whether a node calls a module that the trace adds."""
+    return isinstance(node.target, AddedTarget)
+
+
 def plant_flags(
     module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], qualname: str = ""
 ) -> None:
@@ -95,8 +136,9 @@ def lift_flags(probe: nn.Module) -> None:
             module.training = True
 
 
-def add_flag(root: nn.Module, node: fx.Node) -> None:
-    """Give a module of the model the child that a flag's node calls."""
-    owner = root.get_submodule(flag_owner(node))
-    name = str(node.target).rpartition(".")[2]
-    owner._modules[name] = TrainingFlag().train(owner.training)
+def add_module(root: nn.Module, node: fx.Node) -> None:
+    """Give a module of the model the child that a node calls, which the trace adds."""
+    target: Any = node.target
+    qualname, _, name = target.rpartition(".")
+    owner = root.get_submodule(qualname)
+    owner._modules[name] = target.make_module().train(owner.training)

@@ -1,40 +1,45 @@
 """One graph for both modes: merge what was traced in train mode with what was traced in eval mode.
 
 A branch on `self.training` cannot be a node. Where a forward branches, the model is traced in both
-modes. If the two graphs differ in numbers only, as by the dropout of `p if self.training else 0.0`,
-each such number becomes a choice by the training flag.
+modes, and the graphs are laid side by side.
+
+- A value that both have, but with another number or another value among its arguments, as the
+  dropout of `p if self.training else 0.0`, gets a choice by the training flag.
+- What only one of them has runs in this mode only.
 """
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sffx.compiler.facts import Facts, facts, set_facts
-from sffx.compiler.qualnames import attribute
-from sffx.compiler.trace.flags import flag_target
+from sffx.compiler.facts import Cost, Facts, facts, set_facts
+from sffx.compiler.trace.align import Alignment, Region, align
+from sffx.compiler.trace.effects import order_writes
+from sffx.compiler.trace.flags import flag_target, is_flag
 from sffx.compiler.trace.randomness import draw_where, is_draw, settled_draws
-from sffx.compiler.trace.sizes import is_guard_of_batch, without_batch_guards
+from sffx.compiler.trace.run_function import let_run_in_mode, pick
+from sffx.compiler.trace.sizes import is_guard, is_guard_of_batch, without_batch_guards
+from sffx.tensors import storage_key
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A number among a node's arguments that depends on a mode.
+    """A value among a node's arguments that depends on a mode.
 
     Attributes:
         place: among the flattened arguments of the node.
         owner: qualname of the module whose mode it depends on.
-        numbers: in (eval, train) mode, so that the flag, False or True, is the index.
+        values: in (eval, train) mode: numbers, or nodes of the two graphs.
     """
 
     place: int
     owner: str
-    numbers: tuple[int | float, int | float]
+    values: tuple[Any, Any]
 
 
 def merge_modes(
@@ -52,6 +57,8 @@ def merge_modes(
         Whether it was possible; if not, the graph is as it was.
     """
     guards, guards_in_eval = _batch_guards(graph), _batch_guards(eval_graph)
+    if not guards_in_eval.keys() <= guards.keys():
+        return False
     compared, compared_in_eval = list(graph.nodes), list(eval_graph.nodes)
     if guards:
         # A forward may look at the batch in one mode only: `self.training and x.shape[0] == 1`.
@@ -60,28 +67,215 @@ def merge_modes(
     draws, draws_in_eval = settled_draws(graph), settled_draws(eval_graph)
     draws_in_training = draws if draws and not draws_in_eval else []
     compared = [node for node in compared if node not in draws_in_training]
-    is_refused_in_eval_alone = not guards_in_eval.keys() <= guards.keys()
-    if len(compared) != len(compared_in_eval) or is_refused_in_eval_alone:
+    alignment = align(compared, compared_in_eval, probe)
+    if alignment is None:
         return False
-    pairs = list(zip(compared, compared_in_eval, strict=True))
-    names = {in_eval.name: in_train.name for in_train, in_eval in pairs}
-    choices_by_node: dict[fx.Node, list[_Choice]] = {}
-    for in_train, in_eval in pairs:
-        if not _call_the_same(in_train, in_eval, probe):
-            return False
-        choices = _differences(in_train, in_eval, names, branched)
-        if choices is None:
-            return False
-        choices_by_node[in_train] = choices
-    for node, choices in choices_by_node.items():
-        _apply(node, choices, probe)
+    merge = _Merge(alignment, branched, probe)
+    if not merge.is_possible():
+        return False
+    merge.run()
     for key in guards.keys() - guards_in_eval.keys():
         for guard in guards[key]:
             flag = _insert_flag(str(guard.args[2]), guard, probe)
             guard.args = (*guard.args[:3], flag)
     for node in reversed(draws_in_training):
         _draw_in_training(node, branched, probe)
+    order_writes(graph, merge.chosen)
     return True
+
+
+class _Merge:
+    """The merge of two graphs whose nodes lie side by side.
+
+    Args:
+        alignment: of the graphs.
+        branched: qualnames of the modules that branch on their mode.
+        probe: the model.
+    """
+
+    def __init__(self, alignment: Alignment, branched: set[str], probe: nn.Module) -> None:
+        self._alignment = alignment
+        self._branched = branched
+        self._probe = probe
+        # The node of the graph of train mode that a node of the other graph is.
+        self._partners = {in_eval: in_train for in_train, in_eval in alignment.pairs}
+        self._owners: dict[fx.Node, str] = {}  # of the nodes of regions, in both graphs
+        self._choices: dict[fx.Node, list[_Choice]] = {}
+        self._chosen: dict[tuple[Any, ...], fx.Node] = {}
+
+    @property
+    def chosen(self) -> Collection[fx.Node]:
+        """The nodes that pick a value by the mode."""
+        return self._chosen.values()
+
+    def is_possible(self) -> bool:
+        """Return whether the graphs can be merged. This changes neither of them."""
+        for region in self._alignment.regions:
+            owner = self._owner(region.nodes)
+            if owner is None or not _can_run_in_mode(region):
+                return False
+            self._owners.update(dict.fromkeys(region.nodes, owner))
+        for in_train, in_eval in self._alignment.pairs:
+            choices = self._differences(in_train, in_eval)
+            if choices is None:
+                return False
+            self._choices[in_train] = choices
+        return not self._writes_on_chosen()
+
+    def run(self) -> None:
+        """Change the graph of train mode."""
+        for region in self._alignment.regions:
+            for node in region.in_eval:
+                self._copy(node, region)
+        for node, choices in self._choices.items():
+            self._apply(node, choices)
+        for region in self._alignment.regions:
+            for node in region.in_train:
+                self._run_in_mode(node, self._owners[node], True)
+            for node in region.in_eval:
+                self._run_in_mode(self._partners[node], self._owners[node], False)
+
+    def _owner(self, nodes: list[fx.Node]) -> str | None:
+        """Return the innermost module around nodes that branches on its mode, None without one."""
+        common: list[str] | None = None
+        for node in nodes:
+            scopes = ["", *(str(path) for path, _ in _stack(node).values())]
+            common = [path for path in common or scopes if path in scopes]
+        branching = [path for path in common or [] if path in self._branched]
+        return branching[-1] if branching else None
+
+    def _differences(self, in_train: fx.Node, in_eval: fx.Node) -> list[_Choice] | None:
+        """Compare a node in train and in eval mode.
+
+        Returns:
+            The arguments that differ; None if others differ than numbers and values, or if it is
+            not clear which module's mode they depend on.
+        """
+        ours, structure = tree_flatten((in_train.args, in_train.kwargs))
+        theirs, structure_in_eval = tree_flatten((in_eval.args, in_eval.kwargs))
+        if structure != structure_in_eval:
+            return None
+        choices = []
+        for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            if self._are_same(our, their):
+                continue
+            owner = self._owner_of_choice(in_train, our, their)
+            if owner is None:
+                return None
+            choices.append(_Choice(place, owner, (their, our)))
+        return choices
+
+    def _are_same(self, our: Any, their: Any) -> bool:
+        """Return whether an argument is the same in both modes."""
+
+        def name_of_partner(node: fx.Node) -> Any:
+            return self._partners.get(node, f"{node.name} in eval mode")
+
+        return str(our) == str(fx.node.map_arg(their, name_of_partner))
+
+    def _owner_of_choice(self, reader: fx.Node, our: Any, their: Any) -> str | None:
+        """Return the module whose mode decides between two arguments, None if there is none."""
+        if _is_number(our) and _is_number(their):
+            # The innermost, since a module around it may branch on its own mode without effect.
+            return self._owner([reader])
+        if not _are_alike(our, their):
+            return None
+        for node in (our, their):
+            if node in self._owners:
+                return self._owners[node]
+        return self._owner([reader])
+
+    def _writes_on_chosen(self) -> bool:
+        """Return whether a node writes in place on a value that is chosen.
+
+        In one mode such a value may be another name of what is written.
+        """
+        chosen: set[int] = set()
+        for choices in self._choices.values():
+            for choice in choices:
+                for value in choice.values:
+                    if isinstance(value, fx.Node) and isinstance(facts(value).example, Tensor):
+                        chosen.add(storage_key(facts(value).example))
+        if not chosen:
+            return False
+        for pair in self._alignment.pairs:
+            for node in pair:
+                for written in facts(node).writes:
+                    if storage_key(facts(written).example) in chosen:
+                        return True
+        return False
+
+    def _copy(self, node: fx.Node, region: Region) -> None:
+        """Copy a node of the graph of eval mode to the end of its region."""
+        with region.end.graph.inserting_before(region.end):
+            copy = region.end.graph.node_copy(node, self._partners.__getitem__)
+        copy.meta = {"nn_module_stack": _stack(node)}
+        set_facts(copy, replace(facts(node), after=()))
+        self._partners[node] = copy
+
+    def _run_in_mode(self, node: fx.Node, owner: str, mode: bool) -> None:
+        # A parameter or a mode that is read does no harm in the other mode.
+        if node.op != "get_attr" and not is_flag(node):
+            let_run_in_mode(node, owner, mode, self._probe)
+
+    def _apply(self, node: fx.Node, choices: list[_Choice]) -> None:
+        if not choices:
+            return
+        arguments, structure = tree_flatten((node.args, node.kwargs))
+        for choice in choices:
+            arguments[choice.place] = self._insert(choice, node)
+        node.args, node.kwargs = tree_unflatten(arguments, structure)
+
+    def _insert(self, choice: _Choice, reader: fx.Node) -> fx.Node:
+        """Insert before a node what reads a training flag and picks a value by it.
+
+        All readers of a value read the same choice.
+        """
+        in_eval, in_train = choice.values
+        is_value = isinstance(in_train, fx.Node)
+        key = (in_eval, in_train, choice.owner)
+        if is_value and key in self._chosen:
+            return self._chosen[key]
+        flag = _insert_flag(choice.owner, reader, self._probe)
+        if is_value:
+            in_eval = self._partners[in_eval]
+        with reader.graph.inserting_before(reader):
+            picked = reader.graph.call_function(pick, (flag, in_eval, in_train))
+        if not is_value:
+            _note(picked, reader, in_train)
+            return picked
+        picked.meta = {"nn_module_stack": _stack(reader)}
+        record = replace(facts(in_train), cost=Cost(), writes=(), buffers=frozenset(), after=())
+        set_facts(picked, record)
+        self._chosen[key] = picked
+        return picked
+
+
+def _can_run_in_mode(region: Region) -> bool:
+    """Return whether the nodes of a region can be told to run in one mode only.
+
+    What eval mode writes in place, the trace in train mode does not know of. A guard would refuse
+    inputs in both modes.
+    """
+    if any(facts(node).writes for node in region.in_eval):
+        return False
+    return not any(is_guard(node) for node in region.nodes)
+
+
+def _are_alike(our: Any, their: Any) -> bool:
+    """Return whether two nodes have tensors of the same form as their values."""
+    if not isinstance(our, fx.Node) or not isinstance(their, fx.Node):
+        return False
+    values = facts(our).example, facts(their).example
+    if not all(isinstance(value, Tensor) for value in values):
+        return False
+    forms = {(value.shape, value.dtype, value.device) for value in values}
+    return len(forms) == 1 and facts(our).batch == facts(their).batch
+
+
+def _stack(node: fx.Node) -> dict[str, Any]:
+    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+    return stack
 
 
 def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> None:
@@ -92,8 +286,7 @@ def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> No
     if not is_draw(node):
         node.graph.erase_node(node)
         return
-    scopes = node.meta.get("nn_module_stack", {}).values()
-    owners = [path for path, _ in scopes if path in branched]
+    owners = [path for path, _ in _stack(node).values() if path in branched]
     flag = _insert_flag(owners[-1] if owners else "", node, probe)
     node.args = (flag, _value_before(node), *node.args)
     node.target = draw_where
@@ -123,72 +316,8 @@ def _batch_guards(graph: fx.Graph) -> _Guards:
     return guards
 
 
-def _differences(
-    in_train: fx.Node, in_eval: fx.Node, names: dict[str, str], branched: set[str]
-) -> list[_Choice] | None:
-    """Compare a node in train and in eval mode.
-
-    Returns:
-        The arguments that differ; None if not only numbers differ, or if it is not clear which
-        module's mode they depend on.
-    """
-    train_arguments, structure = tree_flatten((in_train.args, in_train.kwargs))
-    eval_arguments, eval_structure = tree_flatten((in_eval.args, in_eval.kwargs))
-    if structure != eval_structure:
-        return None
-    scopes = in_train.meta.get("nn_module_stack", {}).values()
-    owners = [path for path, _ in scopes if path in branched]
-    choices = []
-    for place, (ours, theirs) in enumerate(zip(train_arguments, eval_arguments, strict=True)):
-        if _spelled(ours, {}) == _spelled(theirs, names):
-            continue
-        if not owners or not _is_number(ours) or not _is_number(theirs):
-            return None
-        # The innermost, since a module around it may branch on its own mode without effect.
-        choices.append(_Choice(place, owners[-1], (theirs, ours)))
-    return choices
-
-
-def _call_the_same(in_train: fx.Node, in_eval: fx.Node, probe: nn.Module) -> bool:
-    if in_train.op != in_eval.op:
-        return False
-    if in_train.op == "placeholder" or str(in_train.target) == str(in_eval.target):
-        return True
-    if in_train.op != "get_attr":
-        return False
-    # The same constant, made in each trace anew.
-    ours, theirs = (attribute(probe, str(node.target)) for node in (in_train, in_eval))
-    if any(type(value) is not Tensor for value in (ours, theirs)):
-        return False
-    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-def _spelled(argument: Any, names: dict[str, str]) -> str:
-    """Write an argument as text, the nodes in it by these names or else by their own."""
-    return str(fx.node.map_arg(argument, lambda node: names.get(node.name, node.name)))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
-
-
-def _apply(node: fx.Node, choices: list[_Choice], probe: nn.Module) -> None:
-    if not choices:
-        return
-    arguments, structure = tree_flatten((node.args, node.kwargs))
-    for choice in choices:
-        arguments[choice.place] = _insert(choice, node, probe)
-    node.args, node.kwargs = tree_unflatten(arguments, structure)
-
-
-def _insert(choice: _Choice, reader: fx.Node, probe: nn.Module) -> fx.Node:
-    """Insert before a node what reads a training flag and picks a number by it."""
-    flag = _insert_flag(choice.owner, reader, probe)
-    with reader.graph.inserting_before(reader):
-        arguments = (choice.numbers, flag)
-        number = reader.graph.create_node("call_function", operator.getitem, arguments)
-    _note(number, reader, choice.numbers[1])
-    return number
 
 
 def _insert_flag(qualname: str, reader: fx.Node, probe: nn.Module) -> fx.Node:
@@ -201,5 +330,5 @@ def _insert_flag(qualname: str, reader: fx.Node, probe: nn.Module) -> fx.Node:
 
 
 def _note(node: fx.Node, reader: fx.Node, example: Any) -> None:
-    node.meta = {"nn_module_stack": reader.meta.get("nn_module_stack", {})}
+    node.meta = {"nn_module_stack": _stack(reader)}
     set_facts(node, Facts(example, example))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sffx.compiler.qualnames import holders, outermost, parameters_of
+from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
 from sffx.errors import in_brief
 
@@ -45,8 +45,8 @@ def notes(
     hooked = [name for name, module in inlined.items() if name and _has_hooks(module)]
     if hooked:
         yield (
-            f"hooks of {in_brief(hooked, 4)} ran during the trace alone: their operations on "
-            "tensors are part of the cut model, and what else they do is not"
+            f"hooks of {', '.join(in_common(hooked))} ran during the trace alone: their operations "
+            "on tensors are part of the cut model, and what else they do is not"
         )
     idle = _idle(root, _used_parameters(root, graph))
     if idle:
@@ -66,7 +66,7 @@ def notes(
 
 def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that the cut model does not call, since their forward is in the graph."""
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    called = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     for name, module in root.named_modules():
         if name not in called and called.isdisjoint(holders(name)):
             yield name, module

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.effects import drop_dead_code
+from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, unclear
 from sffx.errors import TraceError, backbone_hint
 from sffx.tasks import CLASSIFICATION, Task
@@ -73,6 +74,8 @@ def _source_of_probabilities(value: fx.Proxy) -> fx.Node | None:
     """Return what a softmax or a sigmoid was applied to; None for what anything else computes."""
     node = value.node
     call = node.target
+    if is_added(node):
+        return None
     if node.op == "call_module":
         tracer: Any = value.tracer
         call = type(tracer.root.get_submodule(str(call)))

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.proxy import has_proxy, has_size
-from sffx.compiler.trace.randomness import Drawn
+from sffx.compiler.trace.randomness import DRAWS, Drawn
 
 if TYPE_CHECKING:
+    from sffx.compiler.trace.functions import Callee
     from sffx.compiler.trace.tracer import GuidedTracer
 
 # They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
@@ -41,6 +43,15 @@ _METHODS_OF_SIZES = (
 _CACHED = type(functools.lru_cache(len))
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
 
+# Functions that draw for code beside the graph.
+_DRAWS_OF_NUMPY = (
+    *("beta", "binomial", "choice", "exponential", "gamma", "normal", "permutation", "poisson"),
+    *("randint", "randn", "shuffle", "standard_normal"),
+)
+_DRAWS_OF_PYTHON = (
+    *("betavariate", "choice", "choices", "gauss", "normalvariate", "randint", "randrange"),
+    *("sample", "shuffle"),
+)
 
 _RAND = torch.rand
 
@@ -88,6 +99,12 @@ class Patches:
         yield random, "uniform", functools.partial(self._draw, random.uniform)
         for name in ("rand", "random", "random_sample", "uniform"):
             yield np.random, name, functools.partial(self._draw, getattr(np.random, name))
+        for owner, names in ((np.random, _DRAWS_OF_NUMPY), (random, _DRAWS_OF_PYTHON)):
+            for name in names:
+                yield owner, name, functools.partial(self._refuse, getattr(owner, name))
+        for code, callee in self.tracer.functions.found.items():
+            for place, name in callee.places:
+                yield place, name, self._runner(code, callee)
         yield from _caches()
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
@@ -133,10 +150,26 @@ class Patches:
 
     def _draw(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws a number; a node that runs on its example may draw."""
-        is_of_unit = not kwargs and (not args or tuple(map(float, args)) == (0.0, 1.0))
-        if self.tracer.is_running or not is_of_unit:
+        if self.tracer.is_running:
             return draw(*args, **kwargs)
+        if kwargs or args not in ((), (0.0, 1.0)):
+            raise RuntimeError(DRAWS)
         return Drawn(0.5)
+
+    def _refuse(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in for what draws something that a graph would freeze."""
+        if self.tracer.is_running:
+            return draw(*args, **kwargs)
+        raise RuntimeError(DRAWS)
+
+    def _runner(self, code: CodeType, callee: Callee) -> Callable[..., Any]:
+        """Return what stands in for a function that the graph is to call."""
+
+        @functools.wraps(callee.function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.tracer.run_function(code, callee, args, kwargs)
+
+        return run
 
     def _draw_tensor(self, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.rand`, which then draws in each call of the graph."""

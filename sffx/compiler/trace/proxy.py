@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.batch import FROZEN_BATCH
+from sffx.compiler.trace.effects import set_item
 
 
 def has_proxy(*values: Any) -> bool:
@@ -152,7 +153,7 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
         return GuidedProxy.__getattr__(self, name)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+        self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
 
     __hash__ = object.__hash__
 

@@ -39,7 +39,7 @@ def call_without_draws(call: Callable[[], Any]) -> Any:
     before = _states()
     value = call()
     if before != _states():
-        raise RuntimeError(_DRAWS)
+        raise RuntimeError(DRAWS)
     return value
 
 
@@ -79,11 +79,11 @@ class Drawn(float):
     def _settled(is_always: bool, is_never: bool) -> bool:
         if is_always or is_never:
             return bool(is_always)
-        raise RuntimeError(_DRAWS)
+        raise RuntimeError(DRAWS)
 
     def refuse(self, *_: Any) -> Any:
         """Raise the error that a number which was drawn would be frozen."""
-        raise RuntimeError(_DRAWS)
+        raise RuntimeError(DRAWS)
 
     __eq__ = __ne__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
     __truediv__ = __rtruediv__ = __neg__ = __pow__ = __rpow__ = __int__ = __round__ = refuse
@@ -153,7 +153,7 @@ def draw_where(is_met: Any, behind: Any, *args: Any, **kwargs: Any) -> None:
 _TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")
 _COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge)
 
-_DRAWS = (
+DRAWS = (
     "it draws random numbers that do not depend on its input, which a graph would freeze "
     "(or another thread drew some)"
 )

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.facts import facts
-from sffx.compiler.trace.flags import FlagTarget
+from sffx.compiler.trace.flags import AddedTarget
 from sffx.compiler.trace.proxy import TensorProxy
 
 
@@ -54,7 +54,7 @@ class Regions:
             RuntimeError: a module that learns is called, or a value with a gradient is written.
         """
         kind, target, *arguments = call
-        if kind == "call_module" and not isinstance(target, FlagTarget):
+        if kind == "call_module" and not isinstance(target, AddedTarget):
             module = self._probe.get_submodule(str(target))
             if any(parameter.requires_grad for parameter in module.parameters()):
                 raise RuntimeError(_CANNOT_BE_HELD)

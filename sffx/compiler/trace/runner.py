@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import depends_on_batch
 from sffx.compiler.trace.costs import CountMacs, noting_saved
-from sffx.compiler.trace.flags import is_flag
+from sffx.compiler.trace.flags import is_added, is_flag
 from sffx.compiler.trace.randomness import generators_restored
+from sffx.compiler.trace.run_function import FunctionTarget
 from sffx.compiler.trace.sizes import is_guard
 from sffx.tensors import can_learn
 
@@ -103,7 +105,7 @@ class NodeRunner:
         for name, state in self._buffer_states(node).items():
             if state != buffers.get(name):
                 written_buffers.append(name)
-        if node.op == "call_module" and not is_flag(node):
+        if node.op == "call_module" and not is_added(node):
             self._require_same_form(node, value)
         other = self._at_other_size(node)
         return Facts(
@@ -191,7 +193,7 @@ class NodeRunner:
 
     def _buffer_states(self, node: fx.Node) -> dict[str, tuple[int, int]]:
         """Return the identity and the version of each buffer of the module that a node calls."""
-        if node.op != "call_module" or is_flag(node):
+        if node.op != "call_module" or is_added(node):
             return {}
         module = self.probe.get_submodule(str(node.target))
         return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
@@ -238,6 +240,8 @@ class NodeRunner:
             return target(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
+        if isinstance(target, FunctionTarget):
+            return self._run_function(target, args, kwargs)
         if is_flag(node):
             return self.training
         return self._call_module(target, args, kwargs)
@@ -262,16 +266,50 @@ class NodeRunner:
                 except Exception:
                     raise failure from None
 
+    def _run_function(
+        self, target: FunctionTarget, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = partial(target.value, self.training)
+        with generators_restored():
+            try:
+                return call(args, kwargs)
+            except Exception as failure:
+                try:
+                    return self._with_values(call, (), args, kwargs)
+                except Exception:
+                    raise failure from None
+
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a leaf whose shapes depend on values, with values, and return a fake result.
+        """Run a leaf whose shapes depend on values, with values, and return a fake result."""
+        with unset_fake_temporarily():
+            module = copy.deepcopy(self.original.get_submodule(target))
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return module(*args, **kwargs)
+
+        return self._with_values(call, tuple(module.parameters()), args, kwargs)
+
+    def _with_values(
+        self,
+        call: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        parameters: tuple[Tensor, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call with values in the place of fake arguments, and return a fake result.
 
         The values are ones, which are valid as lengths and as indices as well.
+
+        Raises:
+            RuntimeError: the call writes on its arguments, which fake ones would not see.
         """
         with unset_fake_temporarily(), torch.no_grad():
-            module = copy.deepcopy(self.original.get_submodule(target))
             real_args, real_kwargs = tree_map_only(Tensor, _ones_like, (args, kwargs))
-            result = module(*real_args, **real_kwargs)
-        sources = [*module.parameters(), *tree_leaves((args, kwargs))]
+            result = call(real_args, real_kwargs)
+        for value in tree_leaves((real_args, real_kwargs)):
+            if isinstance(value, Tensor) and value._version and not parameters:
+                raise RuntimeError("a function writes in place on what it is given")
+        sources = [*parameters, *tree_leaves((args, kwargs))]
         has_gradient = any(source.requires_grad for source in sources if isinstance(source, Tensor))
 
         def faked(tensor: Tensor) -> Tensor:

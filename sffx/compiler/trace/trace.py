@@ -27,7 +27,8 @@ from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.trace.attempts import trace_until_it_works
 from sffx.compiler.trace.constants import ADDED_CONSTANT
-from sffx.compiler.trace.flags import add_flag, is_flag
+from sffx.compiler.trace.flags import add_module, is_added
+from sffx.compiler.trace.functions import Functions
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.kept_state import set_outside
 from sffx.compiler.trace.leaves import add_leaves, leaf_records
@@ -109,6 +110,7 @@ def trace(
 def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: dict[str, str] = {}
+    functions = Functions()
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
     attributes = Attributes(probe)
@@ -120,7 +122,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
-        return GuidedTracer(runner, leaves, wanted, opened)
+        return GuidedTracer(runner, leaves, functions, wanted, opened)
 
     def make_tracer(training: bool) -> GuidedTracer:
         return tracer_on(values, training)
@@ -144,6 +146,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         leaves=leaf_records(root, leaves),
         notes=(
             *tracer.notes_on_task,
+            *functions.notes(graph),
             *notes(
                 root,
                 graph,
@@ -225,8 +228,8 @@ def _add_constants_and_flags(
 ) -> None:
     """Give the copy of the model the constants and the training flags that the graph reads."""
     for node in graph.nodes:
-        if is_flag(node):
-            add_flag(root, node)
+        if is_added(node):
+            add_module(root, node)
         if node.op == "get_attr" and node.target in constants:
             value = getattr(probe, str(node.target))
             node.target = f"{ADDED_CONSTANT}{constants.index(node.target)}"

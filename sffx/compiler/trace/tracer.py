@@ -6,6 +6,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,22 @@ from sffx.compiler.trace.data_shapes import (
     is_data_shaped,
     require_data,
 )
-from sffx.compiler.trace.flags import PlantedFlag, flag_owner, is_flag
+from sffx.compiler.trace.flags import PlantedFlag, owners_of_flags
+from sffx.compiler.trace.functions import (
+    Callee,
+    Functions,
+    bound,
+    depends_on_function,
+    own_method,
+    require_plain_values,
+)
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
 from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
 from sffx.compiler.trace.regions import Regions
+from sffx.compiler.trace.run_function import function_target
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
@@ -45,6 +55,7 @@ class GuidedTracer(fx.Tracer):
 
     Attributes:
         leaves: qualnames of modules that an earlier attempt could not trace, with the reasons.
+        functions: that the graph is to call, since they could not be traced.
         constants: that the forward makes.
         regions: that it enters.
         opened: modules that can be no leaves, since an attribute is set while they do not run.
@@ -63,6 +74,7 @@ class GuidedTracer(fx.Tracer):
         self,
         runner: NodeRunner,
         leaves: Mapping[str, str],
+        functions: Functions,
         wanted: Wanted,
         opened: Mapping[nn.Module, str],
     ) -> None:
@@ -71,6 +83,7 @@ class GuidedTracer(fx.Tracer):
         # writes on it would be lost.
         self.proxy_buffer_attributes = True
         self.leaves = leaves
+        self.functions = functions
         self.opened = opened
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
@@ -170,8 +183,11 @@ class GuidedTracer(fx.Tracer):
         block.
         """
         if kind == "call_method" and (target in _DTYPE_METHODS or target.startswith("new_")):
-            like = [self._like(each) if _is_parameter(each) else each for each in args]
-            args = tuple(like)
+            # `weight.to(x)` does use the weight.
+            first = 1 if target in _DTYPE_METHODS else 0
+            others = args[first:]
+            like = [self._like(each) if _is_parameter(each) else each for each in others]
+            args = (*args[:first], *like)
         return (kind, target, args, *more)
 
     def _like(self, parameter: fx.Proxy) -> fx.Proxy:
@@ -299,6 +315,38 @@ class GuidedTracer(fx.Tracer):
             return call(m, *args, **kwargs)
         return self.call_module(m, forward, args, kwargs)
 
+    def run_function(
+        self, code: CodeType, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Let the graph call a function that could not be traced.
+
+        Args:
+            code: of the function.
+            callee: the function.
+            args: of the call; of a method, with its module.
+            kwargs: of the call.
+        """
+        if self.is_running or (callee.is_method and args[0] not in (self.submodule_paths or ())):
+            return callee.function(*args, **kwargs)
+        try:
+            return self._run_function(callee, args, kwargs)
+        except Exception:
+            self.functions.give_up(code)
+            raise
+
+    def _run_function(self, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function = callee.function
+        if callee.is_method:
+            owner = self.path_of_module(args[0])
+            function = own_method(callee, self.original.get_submodule(owner))
+            args = args[1:]
+        function, kwargs = bound(function, args, kwargs)
+        target = function_target(self.graph, self.runner.probe, self._place(), function)
+        proxy = self.create_proxy("call_module", target, args, kwargs)
+        if isinstance(proxy, fx.Proxy):
+            require_plain_values(facts(proxy.node).example)
+        return proxy
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
             return attr_val
@@ -311,9 +359,9 @@ class GuidedTracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        if is_flag(obj.node):
-            self.branched.add(flag_owner(obj.node))
+        self.branched |= owners_of_flags(obj.node)
         value = facts(obj.node).example
+        self._require_no_function(obj.node)
         if isinstance(value, Tensor):
             return self._outcome_of_tensor(obj.node)
         if self._depends_on_data(obj.node):
@@ -359,6 +407,8 @@ class GuidedTracer(fx.Tracer):
     def settle(self, node: fx.Node, outcome: Any) -> None:
         """Guard a number or a truth value that the graph will hold, if it is of a size."""
         self._require_no_data(node)
+        self._require_no_function(node)
+        self.branched |= owners_of_flags(node)
         if reads_a_size(node):
             self._guard(node, outcome)
 
@@ -371,6 +421,11 @@ class GuidedTracer(fx.Tracer):
         if self._depends_on_data(node):
             raise RuntimeError("a number depends on the values of a tensor, by a shape")
 
+    def _require_no_function(self, node: fx.Node) -> None:
+        """Raise a RuntimeError if a graph would freeze what a function returns."""
+        if self.functions.found and depends_on_function(node):
+            raise RuntimeError("a branch or a plain number depends on what a function returns")
+
     def _guard(
         self, node: fx.Node, outcome: Any, require: Callable[..., None] = require_settled
     ) -> None:
@@ -381,6 +436,7 @@ class GuidedTracer(fx.Tracer):
     def settled_length(self, obj: fx.Proxy) -> int:
         """Return the length of a tensor, or the number of the parts that it was split into."""
         value = facts(obj.node).example
+        self._require_no_function(obj.node)
         number = length(obj.node)
         if isinstance(value, Tensor):
             self._require_no_data(obj.node)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sffx.compiler.trace.trace import trace
+import sffx
 from sffx.errors import TraceError
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms, leaf_names, logits
 from tests.toys import around
@@ -22,11 +26,10 @@ class _TrainBranch(nn.Module):
         return self.inner(x)
 
 
-def test_a_branch_on_the_mode_makes_a_leaf_that_keeps_both_branches():
+def test_what_one_branch_does_runs_in_one_mode_only():
     model = around(_TrainBranch())
     net = cut_without_norms(model)
-    (leaf,) = net.plan.leaves
-    assert (leaf.qualname, leaf.reason) == ("2", "branches on self.training")
+    assert not net.plan.leaves
     x = torch.randn(5, 6)
     assert_same_logits(net.train(), model.train(), x)
     assert_same_logits(net.eval(), model.eval(), x)
@@ -35,16 +38,84 @@ def test_a_branch_on_the_mode_makes_a_leaf_that_keeps_both_branches():
 class _ModeDependentRoot(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.Linear(6, 6)
         self.inner = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
         return self.inner(x * 2 if self.training else x)
 
 
-def test_a_root_that_branches_on_the_mode_is_refused():
-    message = r"differently in train and eval mode.*Hint: move the branch into a submodule"
-    with pytest.raises(TraceError, match=message):
-        trace(_ModeDependentRoot())
+def test_the_model_itself_may_branch_on_its_mode():
+    model = _ModeDependentRoot()
+    assert (
+        sffx.check(model, cut_without_norms(model), torch.randn(4, 6), raises=False).difference
+        is None
+    )
+
+
+class _Augmented(nn.Module):
+    """Does what `steps` say, each a pair of an operation and the mode that it is for."""
+
+    def __init__(self, steps: Sequence[tuple[str, bool | None]]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in steps)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(6) for _ in steps)
+        self.shift = nn.Parameter(torch.randn(6))
+        self.end = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (operation, mode) in enumerate(self.steps):
+            if mode is None or mode == self.training:
+                x = self._step(operation, i, x)
+        return self.end(x)
+
+    def _step(self, operation: str, i: int, x: Tensor) -> Tensor:
+        if operation == "layer":
+            return self.layers[i](x).relu()
+        if operation == "norm":
+            return self.norms[i](x)
+        if operation == "residual":
+            return x + self.layers[i](x)
+        if operation == "noise":
+            return x + 0.1 * torch.randn_like(x)
+        if operation == "shift":
+            return x + self.shift
+        if operation == "write":
+            x = x * 1.5
+            x[:, 0] = self.shift[0]
+            return x
+        return x[:, :3].repeat(1, 2)
+
+
+_OPERATIONS = ("layer", "norm", "residual", "noise", "shift", "write", "half")
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(_OPERATIONS), st.sampled_from([None, True, False])),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_branches_of_any_kind_are_kept(steps):
+    """The oracle is the model, in both modes, with its gradients, and the way back."""
+    model = _Augmented([("layer", None), *steps, ("residual", None)])
+    try:
+        net = sffx.transform(model, example_input=torch.zeros(2, 6), check=False)
+    except TraceError:  # as a write in place on what only one mode has computed
+        return
+    assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+
+
+def test_augmentation_in_training_leaves_the_layers_around_it_as_blocks():
+    steps = [("layer", None), ("noise", True), ("layer", None), ("layer", True), ("layer", None)]
+    net = sffx.transform(_Augmented(steps), "layer", torch.zeros(2, 6))
+    assert not net.plan.leaves
+    trained = [block.parameters for block in net.plan.blocks]
+    assert any("layers.0.weight" in names and "layers.2.weight" not in names for names in trained)
 
 
 class ModeNumber(nn.Module):
@@ -81,5 +152,8 @@ def test_a_number_that_goes_by_the_mode_stays_a_choice(whole, first, second):
     assert torch.equal(logits(net, x), expected)
 
 
-def test_a_branch_beside_a_number_still_makes_a_leaf():
-    assert leaf_names(cut_without_norms(around(ModeNumber("branch")))) == ["2"]
+def test_a_branch_beside_a_number_is_kept():
+    model = around(ModeNumber("branch"))
+    net = cut_without_norms(model)
+    assert not leaf_names(net)
+    assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None

@@ -148,9 +148,26 @@ def test_probabilities_beside_the_logits_are_not_the_logits(make):
     assert torch.equal(logits_of(model.eval()(x), net.plan), expected)
 
 
-def test_a_head_that_returns_other_things_in_eval_mode_is_refused():
+def test_a_head_that_returns_other_logits_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(lambda m, y: (y * 2, y)))
-    said = r"_Other returns a tensor of shape \(B, 4\) in train mode and a tuple"
+    net = cut_without_norms(model, "layer", torch.randn(2, 6))
+    x = torch.randn(3, 6)
+    assert torch.equal(net.eval()(x), logits_of(model.eval()(x), net.plan))
+    assert torch.equal(net.train()(x)[-1], model.train()(x))
+
+
+class _OtherLeaf(_Other):
+    """A leaf, since it opens a region under autocast."""
+
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            x.sum()
+        return super().forward(x)
+
+
+def test_a_leaf_that_returns_other_things_in_eval_mode_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _OtherLeaf(lambda m, y: (y * 2, y)))
+    said = r"_OtherLeaf returns a tensor of shape \(B, 4\) in train mode and a tuple"
     with pytest.raises(TraceError, match=said):
         sffx.plan(model, "layer")
 

@@ -63,6 +63,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
             "conv_stride": (5, 2, 2),
             "conv_kernel": (10, 3, 3),
             "num_conv_pos_embeddings": 16,
+            "layerdrop": 0.0,
         },
     ),
 }
@@ -93,7 +94,7 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 # Families that take the sizes of an encoder or a decoder of text, or of a vision transformer.
 _NAMES_LIKE_TEXT = """
-BigBird BioGpt Camembert Canine ConvBert Data2VecText Deberta DebertaV2 FNet LayoutLM MPNet
+BigBird BioGpt Camembert Canine ConvBert Data2VecText Deberta DebertaV2 FNet MPNet
 MobileBert ModernBert Nystromformer SqueezeBert XLMRoberta
 Arcee Bloom CTRL DiffLlama GPTJ GPTNeo Llama Mistral OPT Qwen2
 """
@@ -114,13 +115,66 @@ _MORE: dict[str, dict[str, Any]] = {
     "SqueezeBert": {"embedding_size": 32},
 }
 _DECODERS = ("Arcee", "DiffLlama", "Llama", "Mistral", "Qwen2")
+_EXPERTS = {
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_ENCODER_DECODER = {
+    "d_model": 32,
+    "vocab_size": 100,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+# With SpecAugment. Layers that are dropped at random would make a leaf of the encoder.
+_SPEECH = {
+    **TRANSFORMERS["wav2vec2"][1],
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.2,
+    "mask_time_length": 4,
+    "mask_feature_prob": 0.1,
+    "mask_feature_length": 4,
+}
 _OTHERS: dict[str, dict[str, Any]] = {
     "AST": {**_VISION, "num_mel_bins": 16, "max_length": 48},
-    "Bart": {"d_model": 32, "vocab_size": 100, "encoder_layers": 2, "decoder_layers": 2},
+    "AXK2": {**_TEXT, **_EXPERTS},
+    "Bart": _ENCODER_DECODER,
     "Bit": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 96, 128], "num_groups": 8},
     "ConvNextV2": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
     "Cvt": {},
-    "Hubert": {**TRANSFORMERS["wav2vec2"][1], "layerdrop": 0.0, "apply_spec_augment": False},
+    "Hubert": _SPEECH,
+    "UniSpeech": _SPEECH,
+    "WavLM": {**_SPEECH, "mask_feature_min_masks": 0},
+    "Data2VecAudio": _SPEECH,
+    "LayoutLM": {**_TEXT, "max_2d_position_embeddings": 64},
+    "MBart": _ENCODER_DECODER,
+    "T5": {
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 3,
+        "num_decoder_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 100,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    },
     "PoolFormer": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
     "RegNet": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32], "groups_width": 8},
     "MobileNetV1": {},

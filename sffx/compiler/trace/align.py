@@ -1,0 +1,140 @@
+"""Two graphs of one model, side by side: which nodes are the same, and which only one of them has.
+
+Most nodes are the same in train and in eval mode. What a forward does on one side of a branch is a
+*region*: a row of nodes that only one of the graphs has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import attribute
+from sffx.compiler.trace.run_function import FunctionTarget, name_of
+
+
+@dataclass(frozen=True)
+class Region:
+    """What lies between two nodes that both graphs have.
+
+    Attributes:
+        in_train: the nodes that only the graph of train mode has, in order.
+        in_eval: the nodes that only the graph of eval mode has.
+        end: the node behind it, of the graph of train mode.
+    """
+
+    in_train: list[fx.Node]
+    in_eval: list[fx.Node]
+    end: fx.Node
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return [*self.in_train, *self.in_eval]
+
+
+@dataclass
+class Alignment:
+    """Which nodes of two graphs are the same.
+
+    Attributes:
+        pairs: nodes that both graphs have, each in train and in eval mode, in order.
+        regions: that only one of them has, in order.
+    """
+
+    pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+
+
+def align(
+    in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node], probe: nn.Module
+) -> Alignment | None:
+    """Return which nodes are the same, None if inputs or the output have no partner.
+
+    Args:
+        in_train: the nodes of the graph of train mode.
+        in_eval: the nodes of the graph of eval mode.
+        probe: the model, which owns the constants of both graphs.
+    """
+    alignment = Alignment()
+    ours: list[fx.Node] = []
+    theirs: list[fx.Node] = []
+    for in_train_node, in_eval_node in _side_by_side(in_train, in_eval):
+        if in_train_node is None or in_eval_node is None:
+            ours += [in_train_node] if in_train_node is not None else []
+            theirs += [in_eval_node] if in_eval_node is not None else []
+            continue
+        if not _call_the_same(in_train_node, in_eval_node, probe):
+            ours.append(in_train_node)
+            theirs.append(in_eval_node)
+            continue
+        if ours or theirs:
+            alignment.regions.append(Region(ours, theirs, in_train_node))
+            ours, theirs = [], []
+        alignment.pairs.append((in_train_node, in_eval_node))
+    if ours or theirs or not _are_inside(alignment.regions):
+        return None
+    return alignment
+
+
+def _are_inside(regions: Sequence[Region]) -> bool:
+    for region in regions:
+        if any(node.op in ("placeholder", "output") for node in region.nodes):
+            return False
+    return True
+
+
+def _side_by_side(
+    in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node]
+) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
+    """Yield pairs of nodes that look the same, and nodes without a partner, all in order."""
+    keys = [_key(node) for node in in_train]
+    keys_in_eval = [_key(node) for node in in_eval]
+    if keys == keys_in_eval:
+        yield from zip(in_train, in_eval, strict=True)
+        return
+    matcher = SequenceMatcher(None, keys, keys_in_eval, autojunk=False)
+    i = j = 0
+    for match in matcher.get_matching_blocks():
+        for node in in_train[i : match.a]:
+            yield node, None
+        for node in in_eval[j : match.b]:
+            yield None, node
+        i, j = match.a + match.size, match.b + match.size
+        yield from zip(in_train[match.a : i], in_eval[match.b : j], strict=True)
+
+
+def _key(node: fx.Node) -> tuple[str, ...]:
+    """Return what two nodes have in common that may be the same."""
+    scopes = list(node.meta.get("nn_module_stack", {}))
+    place = str(scopes[-1]) if scopes else ""
+    value = facts(node).example
+    if node.op == "get_attr" and type(value) is Tensor:  # a constant, which each trace names anew
+        return (node.op, "constant", place)
+    if isinstance(node.target, FunctionTarget):  # numbered in each trace
+        return (node.op, f"function {name_of(node.target.function)}", place)
+    return (node.op, "" if node.op == "placeholder" else str(node.target), place)
+
+
+def _call_the_same(in_train: fx.Node, in_eval: fx.Node, probe: nn.Module) -> bool:
+    if in_train.op != in_eval.op:
+        return False
+    ours: Any = in_train.target
+    theirs: Any = in_eval.target
+    if isinstance(ours, FunctionTarget) and isinstance(theirs, FunctionTarget):
+        return name_of(ours.function) == name_of(theirs.function)
+    if in_train.op == "placeholder" or str(ours) == str(theirs):
+        return True
+    if in_train.op != "get_attr":
+        return False
+    # The same constant, made in each trace anew.
+    ours = attribute(probe, str(in_train.target))
+    theirs = attribute(probe, str(in_eval.target))
+    if type(ours) is not Tensor or type(theirs) is not Tensor:
+        return False
+    return ours.dtype == theirs.dtype and torch.equal(ours, theirs)

@@ -1,0 +1,203 @@
+"""Functions and methods that a trace cannot look into. The graph calls them, and they run for real.
+
+Such a function draws with NumPy, reads values of a tensor, or counts samples. Without this, the
+whole module whose forward calls it would be a leaf.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from types import CodeType, FrameType, FunctionType, TracebackType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from sffx.compiler.facts import facts
+from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
+
+# A trace looks into none of their functions, and their errors are not the model's.
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "sffx"}
+_PLAIN = (Tensor, np.ndarray, np.generic, bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Callee:
+    """A function that the graph calls.
+
+    Attributes:
+        function: as the code of the model calls it.
+        places: the modules or the class that hold it, each with the name there.
+        is_method: whether its first argument is a module.
+        reason: why it is not traced.
+    """
+
+    function: Callable[..., Any]
+    places: tuple[tuple[Any, str], ...]
+    is_method: bool
+    reason: str
+
+
+class Functions:
+    """The functions that the graph of a model calls.
+
+    Attributes:
+        found: by their code.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[CodeType, Callee] = {}
+        self._given_up: set[CodeType] = set()
+
+    def give_up(self, code: CodeType) -> None:
+        """Let a function be traced again, or the module that calls it be a leaf."""
+        self.found.pop(code, None)
+        self._given_up.add(code)
+
+    def add(self, failure: Exception, reason: str) -> bool:
+        """Find the innermost function that a trace has failed in, to call it from now on.
+
+        Args:
+            failure: of the trace.
+            reason: what went wrong.
+
+        Returns:
+            Whether there is one.
+        """
+        frames = _frames_of_forward(failure.__traceback__)
+        for caller, frame in reversed(list(pairwise(frames))):
+            code = frame.f_code
+            if code in self._given_up or code in self.found:
+                continue
+            callee = _callee(caller, frame, reason)
+            if callee is not None:
+                self.found[code] = callee
+                return True
+        return False
+
+    def notes(self, graph: fx.Graph) -> Iterator[str]:
+        """Yield what to say of the functions that a graph calls."""
+        called = set()
+        for node in graph.nodes:
+            if isinstance(node.target, FunctionTarget):
+                called.add(name_of(node.target.function))
+        for callee in self.found.values():
+            name = name_of(callee.function)
+            if name in called:
+                yield f"{name} runs as a whole: {callee.reason}"
+
+
+def depends_on_function(node: fx.Node) -> bool:
+    """Whether a number or a truth value comes from a function that the graph calls."""
+    passed: set[fx.Node] = set()
+    ahead = [node]
+    while ahead:
+        each = ahead.pop()
+        if each in passed or isinstance(facts(each).example, Tensor):
+            continue
+        passed.add(each)
+        if isinstance(each.target, FunctionTarget):
+            return True
+        ahead += each.all_input_nodes
+    return False
+
+
+def require_plain_values(value: Any) -> None:
+    """Raise a RuntimeError if a function returns what a graph cannot hand on."""
+    for leaf in tree_leaves(value):
+        if not isinstance(leaf, _PLAIN):
+            raise RuntimeError(f"a function returns a {type(leaf).__name__}")
+
+
+def bound(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return a function that has the keyword arguments which a graph cannot hold, and the others.
+
+    Raises:
+        RuntimeError: it is given a module, whose parameters the graph would not know of.
+    """
+    if any(isinstance(leaf, nn.Module) for leaf in tree_leaves((args, kwargs))):
+        raise RuntimeError("a function is given a module")
+    held: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        is_object = not all(_can_be_argument(leaf) for leaf in tree_leaves(value))
+        (held if is_object else passed)[name] = value
+    return (functools.partial(function, **held) if held else function), passed
+
+
+def _can_be_argument(value: Any) -> bool:
+    return isinstance(value, (*_PLAIN, fx.Proxy)) or type(value).__module__ == "torch"
+
+
+def _frames_of_forward(traceback: TracebackType | None) -> list[FrameType]:
+    """Return the frames since the innermost call of a module, without those of foreign code."""
+    frames: list[FrameType] = []
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name in ("call_module", "create_args_for_root") and _is_own(frame):
+            frames = []
+        frames.append(frame)
+        traceback = traceback.tb_next
+    return [frame for frame in frames if not _is_foreign(frame)]
+
+
+def _is_own(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("sffx.")
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _FOREIGN
+
+
+def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:
+    """Return the function or the method of a module that a frame runs, None where it is none."""
+    method = _method(frame)
+    if method is not None:
+        return Callee(vars(method[0])[method[1]], (method,), True, reason)
+    for namespace in (caller.f_globals, frame.f_globals):
+        for value in list(namespace.values()):
+            if isinstance(value, FunctionType) and inspect.unwrap(value).__code__ is frame.f_code:
+                return Callee(value, tuple(_places(value, caller, frame)), False, reason)
+    return None
+
+
+def _method(frame: FrameType) -> tuple[type, str] | None:
+    """Return the class and the name of the method of a module that a frame runs."""
+    first = frame.f_code.co_varnames[:1]
+    owner = frame.f_locals.get(first[0]) if first else None
+    if not isinstance(owner, nn.Module):
+        return None
+    for kind in type(owner).__mro__:
+        for name, value in vars(kind).items():
+            is_it = isinstance(value, FunctionType) and value.__code__ is frame.f_code
+            if is_it and name not in ("forward", "__call__"):
+                return kind, name
+    return None
+
+
+def _places(
+    function: FunctionType, caller: FrameType, frame: FrameType
+) -> Iterator[tuple[Any, str]]:
+    names = {str(each.f_globals.get("__name__")): None for each in (caller, frame)}
+    for module in [sys.modules[name] for name in names if name in sys.modules]:
+        for name, value in list(vars(module).items()):
+            if value is function:
+                yield module, name
+
+
+def own_method(callee: Callee, module: nn.Module) -> OwnMethod:
+    """Return a method of a module that the graph calls.
+
+    Args:
+        callee: the method.
+        module: of the model with values.
+    """
+    return OwnMethod(module, callee.places[0][1])

@@ -1,0 +1,112 @@
+"""Functions and methods that cannot be traced: the graph calls them, and they run for real."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sffx
+from tests.compiler.trace.oracle import cut_without_norms, leaf_names
+
+
+def masked_rows(shape: tuple[int, int], share: float) -> np.ndarray:
+    """Draw which entries are masked, as SpecAugment does: sample by sample, with NumPy."""
+    mask = np.zeros(shape, dtype=bool)
+    for row in mask:
+        row[np.random.choice(len(row), int(share * len(row)), replace=False)] = True
+    return mask
+
+
+def scaled_by_largest(x: Tensor) -> Tensor:
+    """Read a value of a tensor."""
+    return x / x.abs().max().item()
+
+
+def longest(x: Tensor) -> int:
+    return int(x.abs().max().item()) + 1
+
+
+class _Calls(nn.Module):
+    """A row of layers, with other code between."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 4)
+        self.mask = nn.Parameter(torch.randn(6))
+        self.code = code
+        self.share = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = getattr(self, self.code)(x)
+        x = self.second(x).relu()
+        return self.last(x)
+
+    def augment(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = masked_rows((x.shape[0], x.shape[1]), share=self.share)
+        x[torch.tensor(mask, dtype=torch.bool)] = self.mask[0].to(x.dtype)
+        return x
+
+    def scale(self, x: Tensor) -> Tensor:
+        return scaled_by_largest(x)
+
+    def own_draw(self, x: Tensor) -> Tensor:
+        """Draw in the method itself."""
+        return x * (random.choice([1.0, 2.0]) + self.share) if self.training else x
+
+    def length(self, x: Tensor) -> Tensor:
+        return x * sum(1 for _ in range(longest(x)))
+
+
+@pytest.mark.parametrize(("code", "name"), [("augment", "masked_rows"), ("scale", None)])
+def test_a_function_that_cannot_be_traced_runs_for_real(code, name):
+    model = _Calls(code)
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not leaf_names(net)
+    assert len(net.plan) == 2
+    assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+    if name:
+        (note,) = net.plan.notes
+        assert note.startswith(f"{name} runs as a whole")
+
+
+def test_a_method_that_cannot_be_traced_runs_for_real():
+    model = _Calls("own_draw")
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not leaf_names(net)
+    assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+
+
+def test_draws_are_new_in_each_call():
+    torch.manual_seed(0)  # with other weights all units may be zero
+    model = nn.Sequential(_Calls("own_draw"), nn.Linear(4, 4))
+    net = cut_without_norms(model).train()
+    x = torch.randn(5, 6)
+    found = {float(net(x)[-1].detach().sum()) for _ in range(20)}
+    assert len(found) == 2
+
+
+def test_a_net_with_such_functions_is_saved_and_copied(tmp_path):
+    model = _Calls("augment")
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False).eval()
+    x = torch.randn(3, 6)
+    torch.save(net, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert torch.equal(loaded(x), net(x))
+    assert torch.equal(sffx.extract(net).eval()(x), model.eval()(x))
+
+
+def test_a_number_that_a_function_reads_from_a_tensor_is_not_frozen():
+    """The function around it, or the module, reads it in each call."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Calls("length"), nn.ReLU(), nn.Linear(4, 4))
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert sffx.check(model, net, torch.randn(5, 6) * 10, raises=False).difference is None

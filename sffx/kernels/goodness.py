@@ -112,9 +112,10 @@ def moment_is_cheaper(channels: int, num_classes: int, positions: int) -> bool:
     moment_products = 2 if j <= channels else 3
     direct_macs = direct_products * p * c * j
     moment_macs = 2 * p * c * c + moment_products * j * c * c
-    # In a step, each value of a product is written or read about six times.
-    direct_moves = 6 * j * p
-    moment_moves = 6 * c * (c + j)
+    # How often a step reads and writes z, the products, and y, of which one form makes a centred
+    # copy.
+    direct_moves = 7 * j * p + 3 * c * p
+    moment_moves = 6 * c * (c + j) + 7 * c * p
     direct = direct_macs + _MACS_PER_VALUE * direct_moves
     moment = moment_macs + _MACS_PER_VALUE * moment_moves
     return moment < direct

@@ -115,6 +115,8 @@ def test_the_cheaper_form_is_taken():
     assert moment_is_cheaper(64, 1000, 56 * 56)
     assert not moment_is_cheaper(64, 10, 56 * 56)
     assert not moment_is_cheaper(2048, 1000, 49)
+    # Few channels and few classes: a centred copy of y would be most of the cost.
+    assert not moment_is_cheaper(16, 10, 256)
     y, weight, bias = example(2, 4, 50, 300)
     assert (
         type(pointwise_goodness(y, weight, bias).grad_fn).__name__ == "SecondMomentGoodnessBackward"

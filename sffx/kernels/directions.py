@@ -46,7 +46,8 @@ def cosines(rows: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 def hidden_units(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `relu(x W^T + b)`, (N, hidden), for x (N, features)."""
-    if torch.compiler.is_compiling():
+    # Without a backward pass, two operations that every counter and exporter knows do as well.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.linear(x, weight, bias).relu()
     return _Hidden.apply(x, weight, bias)
 

@@ -35,10 +35,12 @@ def _product(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-# The in-place forms of products, which torch's counter does not know.
-IN_PLACE_PRODUCTS = {
+# Forms of products that torch's counter does not know.
+MORE_PRODUCTS = {
     torch.ops.aten.addmm_: _product,
     torch.ops.aten.addbmm_: _product,
+    torch.ops.aten.addbmm: _product,
+    torch.ops.aten._addmm_activation: _product,
 }
 
 
@@ -71,7 +73,7 @@ def count(way: str, module: nn.Module, workload: Workload, parts: int = 1) -> Co
         step = partial(made.step, x, y)
         step()
         memory = count_memory(step, model=fake, optimizer=made.optimizer)
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_PRODUCTS) as flops:
+        with FlopCounterMode(display=False, custom_mapping=MORE_PRODUCTS) as flops:
             step()
         counts: Counts = {name: getattr(memory, name) for name in MEMORY}
         counts["macs"] = flops.get_total_flops() // 2

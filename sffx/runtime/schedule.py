@@ -167,7 +167,7 @@ class BlockSchedule:
         return frozen
 
     def _require(self, epoch: Any) -> None:
-        if not isinstance(epoch, Integral) or not 0 <= epoch < self.epochs:
+        if not _is_integer(epoch) or not 0 <= epoch < self.epochs:
             raise InputError(
                 f"the schedule has no epoch {epoch!r}, but those from 0 to {self.epochs - 1}. "
                 "Hint: for epoch in range(schedule.epochs)"

@@ -12,7 +12,8 @@ from tools.zoo.entries import CLASSES, Model, random_inputs
 
 REQUIRES = ("snntorch",)
 
-_STEPS = 3
+# Enough for signals to pass through three layers; thresholds below are low, so that neurons fire.
+_STEPS = 5
 
 
 class Dense(nn.Module):
@@ -73,8 +74,8 @@ MODELS = {
     "leaky_learned": Model(
         lambda: Dense("Leaky", beta=0.9, learn_beta=True, learn_threshold=True), _FLAT
     ),
-    "lapicque": Model(lambda: Dense("Lapicque", beta=0.9), _FLAT),
+    "lapicque": Model(lambda: Dense("Lapicque", beta=0.9, threshold=0.02), _FLAT),
     "synaptic": Model(lambda: Dense("Synaptic", alpha=0.9, beta=0.8), _FLAT),
-    "alpha": Model(lambda: Dense("Alpha", alpha=0.9, beta=0.8, threshold=0.1), _FLAT),
+    "alpha": Model(lambda: Dense("Alpha", alpha=0.9, beta=0.8, threshold=0.02), _FLAT),
     "convolutional": Model(Convolutional, random_inputs(x=(3, 32, 32))),
 }

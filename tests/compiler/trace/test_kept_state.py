@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -26,18 +27,16 @@ class _Neuron(nn.Module):
         return self.potential
 
 
-class _MaskedOnce(nn.Module):
-    """Dropout that keeps its mask, which no graph can hold since it branches on its mode."""
+class _DrawnOnce(nn.Module):
+    """Keeps a number that it draws, which no graph can hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.potential: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
         if self.potential is None:
-            self.potential = F.dropout(torch.ones_like(x), 0.5, True)
+            self.potential = torch.full_like(x, random.random())
         return x * self.potential
 
 
@@ -76,17 +75,17 @@ def test_a_state_that_is_reset_outside_of_its_layer_is_kept_call_by_call(resets_
 
 
 def test_the_module_that_resets_the_state_is_a_leaf_if_it_cannot_be_traced():
-    model = _Net(_MaskedOnce(), resets_in_block=True)
+    model = _Net(_DrawnOnce(), resets_in_block=True)
     net = sffx.transform(model, example_input=X, check=False)
     (leaf,) = net.plan.leaves
     assert leaf.qualname == "block"
-    assert "'potential' of block.layer, a _MaskedOnce, is set while it does not run" in leaf.reason
+    assert "'potential' of block.layer, a _DrawnOnce, is set while it does not run" in leaf.reason
     assert sffx.check(model, net, X, raises=False).difference is None
 
 
 def test_a_model_is_refused_if_no_leaf_can_hold_a_state_and_its_resetting():
-    with pytest.raises(TraceError, match=r"'layer.potential' of block, .* branches on"):
-        sffx.transform(_Net(_MaskedOnce(), resets_in_block=False), example_input=X)
+    with pytest.raises(TraceError, match=r"'layer.potential' of block, .* draws random"):
+        sffx.transform(_Net(_DrawnOnce(), resets_in_block=False), example_input=X)
 
 
 class _Buffered(nn.Module):

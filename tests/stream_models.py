@@ -258,17 +258,25 @@ class StreamProgram(nn.Module):
         layers: that they name by index.
         count: the number of streams.
         inputs: the number of inputs, 1 or as many as streams.
+        is_dense: whether pixels are classified, (B, J, 4, 4), and not samples.
     """
 
     def __init__(
-        self, code: list[tuple[Any, ...]], layers: list[nn.Module], count: int, inputs: int
+        self,
+        code: list[tuple[Any, ...]],
+        layers: list[nn.Module],
+        count: int,
+        inputs: int,
+        *,
+        is_dense: bool = False,
     ) -> None:
         super().__init__()
         self.code = code
         self.count = count
         self.inputs = inputs
         self.layers = nn.ModuleList(layers)
-        self.out = nn.Linear(4 * count, CLASSES)
+        self.is_dense = is_dense
+        self.out = nn.Conv2d(4 * count, CLASSES, 1) if is_dense else nn.Linear(4 * count, CLASSES)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         streams = [x if other is None or i == 0 else other for i in range(self.count)]
@@ -292,15 +300,18 @@ class StreamProgram(nn.Module):
                 kept.append(value)
             elif name == "skip" and kept:
                 streams[i] = value + kept.pop()
+        if self.is_dense:
+            return self.out(torch.cat(streams, 1))
         return self.out(torch.cat([each.mean((2, 3)) for each in streams], 1))
 
     def extra_repr(self) -> str:
-        return f"{self.code}, inputs={self.inputs}"
+        return f"{self.code}, inputs={self.inputs}, is_dense={self.is_dense}"
 
 
 @st.composite
 def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
     """Draw a model of two or three streams, and the number of its inputs."""
+    is_dense = draw(st.booleans())
     count = draw(st.integers(2, 3))
     inputs = draw(st.integers(1, 2))
     layers: list[nn.Module] = []
@@ -325,7 +336,7 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
             code.append((kind, i, draw(st.integers(0, count - 1)), add(4, draw(st.booleans()))))
         else:
             code.append((kind, i))
-    return StreamProgram(code, layers, count, inputs), inputs
+    return StreamProgram(code, layers, count, inputs, is_dense=is_dense), inputs
 
 
 class _Mixes(nn.Module):

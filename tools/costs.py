@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sffx.memory.count import count_memory
-from tools.timing import compare_time
+from tools.timing import Clock, compare_time
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ class Training:
 
 
 def relative_costs(
-    trainings: Mapping[str, Training], to: str, *, rounds: int
+    trainings: Mapping[str, Training],
+    to: str,
+    *,
+    rounds: int,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Measure a training step of each method. This trains the models.
 
@@ -44,6 +49,7 @@ def relative_costs(
         trainings: the methods by name.
         to: the name of the method that all others are divided by.
         rounds: of the time measurement, as for `compare_time`.
+        clock: as for `compare_time`.
 
     Returns:
         By method, the "time" of a step, its "peak" memory and its "activations".
@@ -55,7 +61,7 @@ def relative_costs(
             training.step, model=training.model, optimizer=training.optimizer
         )
     steps = {name: training.step for name, training in trainings.items()}
-    times = compare_time(steps, rounds=rounds)
+    times = compare_time(steps, rounds=rounds, clock=clock)
     costs = {}
     for name, count in counts.items():
         costs[name] = {

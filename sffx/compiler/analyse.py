@@ -59,6 +59,7 @@ class Step:
         join: how several paths meet in `node`, "sum", "cat", "product" or "other"; "" where there
             is one path.
         shape: of one sample's value, without the batch axis; () where the value is no tensor.
+        crossing: how many numbers of the example would cross a cut there, of all its values.
         trainable: whether it has parameters.
         weighted: whether one of them is the weight matrix or kernel of a layer.
         batchnorm: whether a BN layer is in it.
@@ -78,6 +79,7 @@ class Step:
     scope: str
     join: str
     shape: tuple[int, ...]
+    crossing: int
     trainable: bool
     weighted: bool
     batchnorm: bool
@@ -333,6 +335,7 @@ class Analysis:
             scope=common_scope([scopes(node) for node in paths]),
             join=self.join(end.name),
             shape=shape,
+            crossing=self._numbers(values),
             trainable=any(self.parameters(node) for node in nodes),
             weighted=any(self._layers.is_weighted(node) for node in nodes),
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
@@ -342,6 +345,15 @@ class Analysis:
             refusal=refusal,
             parts_streams=not self._flow.dominates(end.name),
         )
+
+    def _numbers(self, values: Iterable[str]) -> int:
+        """Return how many numbers the tensors among some values hold."""
+        count = 0
+        for name in values:
+            value = facts(self.nodes[name]).example
+            if isinstance(value, Tensor):
+                count += value.numel()
+        return count
 
     def _value_before(self, index: int) -> Any:
         """Return the value that a step starts from; None for the first step."""

@@ -115,6 +115,10 @@ def batch_norm_ends(steps: Steps) -> list[int]:
 def group_end(steps: Steps, start: int, following: int) -> int:
     """Return the last step of a group, which ends before the way to the classifier begins.
 
+    It also ends before a step without parameters that enlarges what crosses the cut, such as the
+    upsampling and the concatenation in front of a decoder stage of a U-Net. Behind it the norm and
+    the head would read more numbers, which say nothing more of the group.
+
     Args:
         steps: of the model.
         start: the first step of the group.
@@ -123,6 +127,10 @@ def group_end(steps: Steps, start: int, following: int) -> int:
     stop = _first_pool(steps, start + 1, following)
     while stop > start + 1 and _is_classifier_dropout(steps, stop - 1):
         stop -= 1
+    for i in range(start + 1, stop):
+        is_larger = steps[i].crossing > steps[i - 1].crossing
+        if is_larger and not steps[i].trainable and not steps[i - 1].refusal:
+            return i - 1
     return legal_before(steps, stop - 1, start - 1)
 
 

@@ -4,8 +4,10 @@ The dominators of the logits leave two branches, a U-Net or an HRNet whole, as o
 looks for steps that hold more than a third of the model, and adds cut sets inside them:
 
 1. The *parts* of a step are the modules that its module calls one after the other. A part that
-   holds more than a third of the model is divided into its own parts. Single layers between larger
-   parts belong to the next one, and those at the start of the model are its stem.
+   holds more than a third of the model is divided into its own parts. So is a part whose module
+   goes on behind the step, as the decoder of a U-Net does: there it is divided anyway. Single
+   layers between larger parts belong to the next one, and those at the start of the model are its
+   stem.
 2. A cut set may lie after each part with a weight. Of the places before the next part, the one is
    chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
@@ -175,7 +177,9 @@ class _Part:
     nodes: list[str] = field(default_factory=list)
 
 
-def _parts(analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes) -> list[_Part]:
+def _parts(
+    analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes, later: set[str]
+) -> list[_Part]:
     """Return the parts with a weight that some nodes of a module make up.
 
     Args:
@@ -183,6 +187,7 @@ def _parts(analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes) 
         names: of the nodes, in order.
         scope: qualname of the module, "" for the model.
         sizes: of the model.
+        later: qualnames of the modules that go on behind the step.
     """
     found: dict[str, _Part] = {}
     for name in names:
@@ -200,8 +205,8 @@ def _parts(analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes) 
     for part in found.values():
         divided: list[_Part] = []
         is_large = sizes.is_too_large(part.nodes, part.scope)
-        if is_large or sizes.is_too_long(part.nodes, part.scope):
-            divided = _parts(analysis, part.nodes, part.scope, sizes)
+        if is_large or part.scope in later or sizes.is_too_long(part.nodes, part.scope):
+            divided = _parts(analysis, part.nodes, part.scope, sizes, later)
         if len(divided) > 1:
             parts += divided
         # A single layer between larger parts goes with the next one.
@@ -222,7 +227,7 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     """Return for each part of a step the cut sets that may lie after it, in order."""
     flow = analysis.flow
     in_order = [name for name in step.nodes if flow.leads_to_logits(name)]
-    parts = _parts(analysis, in_order, step.scope, sizes)
+    parts = _parts(analysis, in_order, step.scope, sizes, _modules_behind(analysis, step))
     if len(parts) < 2:
         return []
     if any(_is_used_again(analysis, part) for part in parts):
@@ -332,6 +337,16 @@ def _with_early(names: Sequence[str], early: Mapping[str, str]) -> list[str]:
             order.append(name)
             order += [each for each, first_use in early.items() if first_use == name]
     return order
+
+
+def _modules_behind(analysis: Analysis, step: Step) -> set[str]:
+    """Return the qualnames of the modules that hold layers behind a step."""
+    modules: set[str] = set()
+    for later in analysis.steps[analysis.step_of[step.node] + 1 :]:
+        for name in later.nodes:
+            if analysis.is_weighted(analysis.nodes[name]):
+                modules.update(scopes(analysis.nodes[name]))
+    return modules
 
 
 def _has_weight_before(analysis: Analysis, step: Step) -> bool:

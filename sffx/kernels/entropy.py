@@ -3,7 +3,8 @@
 torch's own keeps the logarithm of the softmax, as large as the scores, and makes two more tensors
 of that size in its backward pass. With a vocabulary of 32,000 these are most of a step's memory.
 `summed_cross_entropy` keeps the scores and one number for each position, and makes the gradient
-alone.
+alone. Inside `private_scores()` it writes the gradient over the scores, and makes nothing of that
+size.
 
 The blocks of a local step have the same labels. `SharedCrossEntropy` computes once what depends on
 the labels alone.
@@ -11,6 +12,9 @@ the labels alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +34,34 @@ _LEFT_OUT = -100
 # From so many classes on, the memory counts for more than the time of single operations.
 MANY_CLASSES = 1024
 
+_PRIVATE: ContextVar[bool] = ContextVar("private_scores", default=False)
+
+# Functions of autograd that do not read their output again, so it may be written over.
+_KEEP_NO_OUTPUT = ("AddmmBackward0", "MmBackward0", "_SquaredLinearBackward", "ToCopyBackward0")
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+@contextmanager
+def private_scores(private: bool = True) -> Iterator[None]:
+    """Promise that nobody reads the scores of a loss computed inside once it has run backward.
+
+    Args:
+        private: False takes back an outer promise.
+    """
+    token = _PRIVATE.set(private)
+    try:
+        yield
+    finally:
+        _PRIVATE.reset(token)
+
+
+def _may_be_written_over(scores: Tensor) -> bool:
+    """Return whether nobody reads scores again, not even the layer that made them."""
+    function = scores.grad_fn
+    while function is not None and function.name() in _VIEWS:
+        function = function.next_functions[0][0]
+    return _PRIVATE.get() and function is not None and function.name() in _KEEP_NO_OUTPUT
+
 
 def summed_cross_entropy(scores: Tensor, y: Tensor, ignore_index: int, class_axis: int) -> Tensor:
     """Return the sum of cross-entropy over the positions that are not left out, a scalar.
@@ -48,14 +80,15 @@ def summed_cross_entropy(scores: Tensor, y: Tensor, ignore_index: int, class_axi
     # A graph that is made, by torch.compile or an exporter, cannot hold the function.
     if scores.shape[-1] < MANY_CLASSES or torch.compiler.is_compiling():
         return F.cross_entropy(rows, labels, ignore_index=ignore_index, reduction="sum")
-    return _SummedCrossEntropy.apply(rows, labels, ignore_index)
+    return _SummedCrossEntropy.apply(rows, labels, ignore_index, _may_be_written_over(scores))
 
 
 class _SummedCrossEntropy(Function):
     """The sum over rows of `log sum_j exp s[n, j] - s[n, y_n]`, part by part of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, y: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, y: Tensor, ignore_index: int, overwrite: bool) -> Tensor:
+        ctx.overwrite = overwrite
         is_counted = y != ignore_index
         labels = y.masked_fill(~is_counted, 0)
         normaliser = scores.new_empty(len(scores))
@@ -69,7 +102,7 @@ class _SummedCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scores, labels, is_counted, normaliser = ctx.saved_tensors
-        gradient = torch.empty_like(scores)
+        gradient = scores.detach() if ctx.overwrite else torch.empty_like(scores)
         shares = is_counted.to(scores.dtype) * scale
         for part in small_slices(scores, scores.shape[1]):
             rows = gradient[part]
@@ -77,7 +110,7 @@ class _SummedCrossEntropy(Function):
             rows.exp_().mul_(shares[part, None])
         # At the label one less.
         gradient.scatter_add_(1, labels[:, None], -shares[:, None])
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class SharedCrossEntropy:

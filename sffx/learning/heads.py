@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.checks import require_callable
 from sffx.errors import InputError
+from sffx.kernels.entropy import MANY_CLASSES
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.convolution import SFFGoodness, check_kernel_size
 from sffx.learning.cosine import CosineGoodness
@@ -146,7 +147,8 @@ def _at_each_pixel(make: Callable[..., nn.Module]) -> Maker:
     def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
         _require_map(block)
         head = make(block.channels, num_classes, *numbers)
-        return AtEachPosition(head, block.channel_axis, classes_last=False)
+        hidden = _hidden_in_parts(head, num_classes)
+        return AtEachPosition(head, block.channel_axis, classes_last=False, hidden=hidden)
 
     return maker
 
@@ -157,9 +159,19 @@ def _at_each_token(make: Callable[..., nn.Module]) -> Maker:
     def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
         _require_tokens(block)
         head = make(block.channels, num_classes, *numbers)
-        return AtEachPosition(head, block.channel_axis, classes_last=True)
+        hidden = _hidden_in_parts(head, num_classes)
+        return AtEachPosition(head, block.channel_axis, classes_last=True, hidden=hidden)
 
     return maker
+
+
+def _hidden_in_parts(head: nn.Module, num_classes: int) -> int:
+    """Return the hidden units of a head whose positions are to go through it part by part, or 0.
+
+    With many classes the scores are larger than the hidden layer, and slow to compute twice.
+    """
+    hidden = getattr(head, "hidden", None)
+    return hidden.out_features if hidden is not None and num_classes < MANY_CLASSES else 0
 
 
 def _flat_channelwise(channels: int, num_classes: int) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sffx.kernels.by_rows import by_rows
 from sffx.kernels.padding import windows, zero_padded
 from sffx.kernels.precision import full_precision, widened
 from sffx.kernels.squares import squared_linear
@@ -103,13 +104,18 @@ class AtEachPosition(nn.Module):
         head: of flat values.
         channel_axis: axis of the channels in the batched output.
         classes_last: whether the scores are (B, T, J), and not (B, J, ...).
+        hidden: units of the head's hidden layer. With such a layer, the positions go through the
+            head part by part (`by_rows`); with 0 all at once.
     """
 
-    def __init__(self, head: nn.Module, channel_axis: int, *, classes_last: bool) -> None:
+    def __init__(
+        self, head: nn.Module, channel_axis: int, *, classes_last: bool, hidden: int = 0
+    ) -> None:
         super().__init__()
         self.head = head
         self.channel_axis = channel_axis
         self.classes_last = classes_last
+        self.hidden = hidden
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the goodness at each position of a block's output.
@@ -120,6 +126,6 @@ class AtEachPosition(nn.Module):
         """
         positions = y.movedim(self.channel_axis, -1)
         rows = positions.reshape(-1, positions.shape[-1])
-        goodness = self.head(rows)
+        goodness = by_rows(self.head, rows, self.hidden) if self.hidden else self.head(rows)
         scores = goodness.reshape(*positions.shape[:-1], goodness.shape[1])
         return scores if self.classes_last else scores.movedim(-1, 1)

@@ -31,6 +31,7 @@ from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
+from sffx.kernels.entropy import private_scores
 from sffx.learning.losses import block_loss
 from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
@@ -314,7 +315,8 @@ class _StageCounter:
         self._read_all()
         # In one line, because a name for the scores would hold them during the backward pass.
         own_loss = self._losses[stage.index]
-        loss = block_loss(next(self._walk)[1], self._y, own_loss, self._plan.task)
+        with private_scores(own_loss is None):
+            loss = block_loss(next(self._walk)[1], self._y, own_loss, self._plan.task)
         if loss.requires_grad:
             mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
 

@@ -19,7 +19,7 @@ from sffx.blocks import BlockPlan
 from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, padding_mask
-from sffx.kernels.entropy import SharedCrossEntropy
+from sffx.kernels.entropy import SharedCrossEntropy, private_scores
 from sffx.kernels.precision import widened
 from sffx.learning.losses import (
     LossFunction,
@@ -212,7 +212,9 @@ class _Differentiated:
 def _differentiated(stage: Stage, scores: Tensor, y: Tensor, lesson: Lesson) -> _Differentiated:
     """Return the loss of a stage, and where its backward pass starts."""
     if lesson.loss_fn is not None or lesson.entropy is None:
-        loss = block_loss(scores, y, lesson.loss_fn, stage.task)
+        is_seen = lesson.on_block is not None or lesson.loss_fn is not None
+        with private_scores(not is_seen and not stage.scores_are_seen):
+            loss = block_loss(scores, y, lesson.loss_fn, stage.task)
         return _Differentiated(loss, loss)
     require_device_of(scores, y)
     logits = widened(scores)

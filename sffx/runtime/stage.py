@@ -24,6 +24,7 @@ from sffx.kernels.activation import private_gradients
 from sffx.kernels.recompute import is_plain
 from sffx.net import plan_of
 from sffx.parts import READOUT, head_name, norm_name
+from sffx.runtime.gate import Gate
 from sffx.runtime.randomness import numbers_of_block
 
 # Values of the outer graph while it runs, by the node that computed them.
@@ -143,6 +144,17 @@ class Stage:
                 self._run(node, values)
         # The caller alone holds the scores now, and with them the activations of the stage.
         return values.pop(self._scoring[-1])
+
+    @property
+    def scores_are_seen(self) -> bool:
+        """Whether a hook may hold what the block or its head returns, so what scores are."""
+        if nn.modules.module._global_forward_hooks:
+            return True
+        for part in self.modules:
+            for module in part.modules():
+                if any(not isinstance(hook, Gate) for hook in module._forward_hooks.values()):
+                    return True
+        return False
 
     def run_block(self, values: Values) -> None:
         """Run the block without its head, where nobody asks for its scores.

@@ -29,6 +29,11 @@ class MultiLabel(Task):
     `sffx.evaluate` reports F1: its mean over the labels ("f1"), that of all labels counted together
     ("f1_micro"), and by label. A label counts as predicted if its score is positive. A label that
     is neither there nor predicted has an F1 of 0, as with scikit-learn.
+
+    Mean average precision is not reported. It ranks all samples by their scores, so it is no sum
+    over batches and processes, as every metric here is made of; bins of scores would only be near
+    it. `sklearn.metrics.average_precision_score(y, net(x))` computes it from all samples' scores,
+    in eval mode.
     """
 
     name: ClassVar[str] = "multilabel"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sffx.errors import InputError
+from sffx.kernels.majority import majority_labels
 from sffx.tasks.positions import Positions
 from sffx.tasks.task import Shape, Sums, Task
-
-_LABELS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Segmentation(Positions):
     label is not `ignore_index`. A batch of nothing else has a loss of 0.
 
     Where scores and labels differ in size, the labels are brought to the size of the scores: a
-    pixel of the block gets the label that most of its pixels have. A loss of enlarged scores takes
-    more time. Short runs did not settle which is more accurate (`examples/guides/tasks.md`).
+    pixel of the block gets the label that most of its pixels have. It is left out unless a class is
+    more frequent there than pixels that are left out. A loss of enlarged scores takes more time.
+    Short runs did not settle which is more accurate (`examples/guides/tasks.md`).
 
     In train mode the net returns a tuple, in which each block has its own resolution. In eval mode
     goodness is upsampled to the classifier's size, which is the size of the answer.
@@ -93,37 +94,16 @@ class Segmentation(Positions):
         return F.interpolate(scores, size=size, mode=mode, align_corners=False)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return super().loss(scores, self._majority(y, scores))
-
-    def _majority(self, y: Tensor, scores: Tensor) -> Tensor:
-        """Return the most frequent label in each pixel of some scores.
-
-        A pixel with more pixels that are left out than of any class is left out. Of two classes
-        that are as frequent, the first one counts.
-        """
-        size = scores.shape[2:]
-        if y.shape[1:] == size:
-            return y
-        pool: Any = F.adaptive_avg_pool3d if self.volumes else F.adaptive_avg_pool2d
-        ones = [1] * len(size)
-        labels = torch.tensor([self.ignore_index, *range(scores.shape[1])], device=y.device)
-        most = scores.new_zeros((len(y), *size))
-        found = y.new_full((len(y), *size), self.ignore_index)
-        # A few at a time, since all together would be larger than the scores at full size.
-        for some in labels.split(_LABELS_AT_ONCE):
-            is_label = y[:, None] == some.view(-1, *ones)
-            # The share of each label in each pixel of the scores, and the largest of them.
-            shares = pool(is_label.to(scores.dtype), size)
-            largest, index = shares.max(dim=1)
-            is_more = largest > most
-            found = torch.where(is_more, some[index], found)
-            most = torch.where(is_more, largest, most)
-        return found
+        _require_upright(scores, y)
+        size = tuple(scores.shape[2:])
+        labels = majority_labels(y, size, scores.shape[1], self.ignore_index)
+        return super().loss(scores, labels)
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         return super().log_likelihoods(self._resized(scores, y.shape[1:]), y)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
+        _require_upright(scores, y)
         # At full size, so that blocks of different resolutions can be compared.
         scores = self._resized(scores, y.shape[1:])
         num_classes = scores.shape[1]
@@ -141,6 +121,21 @@ class Segmentation(Positions):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_iou(sums["confusion"]).tolist())
+
+
+def _require_upright(scores: Tensor, y: Tensor) -> None:
+    """Raise an InputError if labels fit some scores with height and width exchanged, and only so.
+
+    Other sizes are brought to those of the scores, and these would be as well.
+    """
+    *_, height, width = scores.shape
+    *_, rows, columns = y.shape
+    fits_turned = rows % width == 0 and columns % height == 0 and rows // width == columns // height
+    if fits_turned and height != width:
+        raise InputError(
+            f"y has {rows} x {columns} pixels, but the scores {height} x {width}. "
+            "Hint: the height comes first, y.mT"
+        )
 
 
 def _iou(confusion: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tests.stream_models import (
     UNet,
 )
 from tests.toys import Residual
+from tools.tasks.networks import UNet as Interpolated
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 VIDEO = (torch.zeros(1, 3, 4, 6, 6), torch.zeros(1, 2, 4, 6, 6))
@@ -45,6 +46,16 @@ def test_a_unet_has_a_block_for_each_stage():
     # Each skip connection is the output of its stage, and is normed once, there.
     assert all(not block.sides for block in plan)
     assert "enc1_5" in plan.blocks[-1].inputs
+
+
+@pytest.mark.parametrize("policy", ["residual", "batchnorm", "layer", "module", "stages(4)"])
+def test_a_block_ends_before_its_value_is_enlarged_for_the_next_one(policy):
+    # A head behind the concatenation would read 12 channels of 256 pixels, not 8 of 64.
+    plan = sffx.plan(Interpolated(3, width=4), policy, IMAGE, task=sffx.tasks.Segmentation())
+    outputs = [block.output for block in plan]
+    assert "decoder_1_5" in outputs
+    assert "cat_1" not in outputs
+    assert all(block.num_parameters for block in plan)
 
 
 def test_the_streams_of_an_hrnet_are_cut_together():

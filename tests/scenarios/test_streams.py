@@ -64,8 +64,11 @@ def example(shapes: tuple[tuple[int, ...], ...], batch: int = BATCH) -> tuple[Te
 
 def cut(model: nn.Module, x: tuple[Tensor, ...], policy: Any, norm: str) -> fx.GraphModule:
     """Cut a model; one without a place for a cut is no example."""
+    # With as many classes as channels of the image, the task is not clear.
+    task = sffx.tasks.Segmentation() if getattr(model, "is_dense", False) else None
+    check = norm == "none" or "auto"
     try:
-        return sffx.transform(model, policy, x, norm=norm, check=norm == "none" or "auto")
+        return sffx.transform(model, policy, x, norm=norm, check=check, task=task)
     except CutError as error:
         message = str(error)
         assume("no node to cut at" not in message and "found no block" not in message)
@@ -92,8 +95,29 @@ def assert_trunk_is_the_model(model: nn.Module, x: tuple[Tensor, ...], policy: A
     assert torch.equal(extracted(*x), copy.deepcopy(model).eval()(*x))
 
 
+def assert_trunk_is_the_model_at_other_sizes(
+    model: nn.Module, x: tuple[Tensor, ...], policy: Any
+) -> None:
+    net = cut(model, x, policy, "none").eval()
+    net.readout.mode = "classifier"
+    for batch, sides in ((1, (4, 4)), (3, (6, 5)), (2, (2, 3))):
+        other = tuple(torch.randn(batch, 3, *sides, dtype=torch.float64) for _ in x)
+        with torch.no_grad():
+            expected = copy.deepcopy(model).eval()(*other)
+            torch.testing.assert_close(net(*other), expected, rtol=1e-9, atol=1e-9)
+
+
+def targets(net: fx.GraphModule) -> Tensor:
+    """Return classes of the samples, or of pixels some of which are left out."""
+    shape = torch.Size(net.plan.classifier.shape[1:])
+    y = (torch.arange(BATCH * shape.numel()) % CLASSES).view(BATCH, *shape)
+    if shape:
+        y[:, 0] = net.plan.task.ignore_index
+    return y
+
+
 def assert_each_parameter_learns_in_its_block(net: fx.GraphModule, x: tuple[Tensor, ...]) -> None:
-    y = torch.arange(BATCH) % CLASSES
+    y = targets(net)
     parameters = dict(net.named_parameters())
     blocks_of: dict[str, list[str]] = {name: [] for name in parameters}
     for block, scores in zip(net.plan.all_blocks, step_scores(net, *x), strict=True):
@@ -112,9 +136,9 @@ def assert_each_parameter_learns_in_its_block(net: fx.GraphModule, x: tuple[Tens
 
 def assert_local_loss_is_the_deferred_one(net: fx.GraphModule, x: tuple[Tensor, ...]) -> None:
     twin = copy.deepcopy(net)
-    y = torch.arange(BATCH) % CLASSES
+    y = targets(net)
     torch.manual_seed(1)
-    deferred = sffx.sff_loss(net(*x), y)
+    deferred = sffx.sff_loss(net(*x), y, task=net.plan.task)
     deferred.backward()
     torch.manual_seed(1)
     local = sffx.local_loss(twin, x if len(x) > 1 else x[0], y)
@@ -130,7 +154,9 @@ def assert_local_loss_is_the_deferred_one(net: fx.GraphModule, x: tuple[Tensor, 
 @given(stream_programs(), policies)
 def test_random_streams(drawn, policy):
     model, inputs = drawn
-    assert_keeps_promises(model.double(), example(((3, 4, 4),) * inputs), policy)
+    x = example(((3, 4, 4),) * inputs)
+    assert_keeps_promises(model.double(), x, policy)
+    assert_trunk_is_the_model_at_other_sizes(model, x, policy)
 
 
 @bounded

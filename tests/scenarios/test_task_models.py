@@ -125,6 +125,22 @@ def test_the_trainer_of_transformers_takes_tokens():
     torch.testing.assert_close(found["loss"], expected)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-2, untied", "Llama", "Llama, tied"])
+def test_with_a_vocabulary_of_32000_the_peak_is_below_backpropagation(name):
+    is_tied = name in ("GPT-2", "Llama, tied")
+    kind, config, task = MODELS["GPT-2" if "GPT" in name else "Llama, tied"]
+    config = {**config, "vocab_size": 32_000, "tie_word_embeddings": is_tied}
+    ids = torch.randint(0, 32_000, (2, 32))
+    net = sffx.transform(
+        made(kind, config), "stages(1)", {"input_ids": ids}, goodness="shared", check=False
+    )
+    assert net.plan.task == task
+    # With a batch of 32 the scores are 125 MiB; the embeddings are 2 MiB.
+    predicted = sffx.footprint(net, 32)
+    assert predicted.backpropagation is not None
+    assert predicted.peak < predicted.backpropagation
+
+
 def test_a_segmentation_of_torchvision_is_cut_in_its_backbone():
     model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=5

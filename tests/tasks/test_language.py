@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import tasks
+from sffx.kernels import entropy, squares
 from sffx.learning.shared_output import EVERY, OutputCopy
 from sffx.memory.count import count_memory
+from sffx.runtime.stage import stages_of
 from sffx.tables import short_number
 from tests.tasks.cases import CASES, Tokens
 
@@ -63,6 +65,52 @@ def test_a_model_without_a_linear_output_layer_shares_none():
     model = nn.Sequential(Tokens(6, 6), nn.Softmax(2))
     with pytest.raises(sffx.InputError, match="ends in a linear layer of 6 outputs"):
         sffx.transform(model, "module", NEXT.batch()[0], task=NEXT.task, goodness="shared")
+
+
+@pytest.mark.parametrize("goodness", ["sff", "mlp(6)", "shared"])
+@pytest.mark.parametrize("seen", ["by nobody", "by on_block", "by a hook"])
+def test_scores_are_written_over_only_where_nobody_sees_them(monkeypatch, goodness, seen):
+    # As with a large vocabulary. The gradients are those of a loss that writes over nothing.
+    monkeypatch.setattr(entropy, "MANY_CLASSES", 2)
+    monkeypatch.setattr(squares, "MANY_CLASSES", 2)
+    net = NEXT.net(goodness=goodness).train()
+    twin = copy.deepcopy(net)
+    x, y = NEXT.batch()
+    expected = [scores.detach().clone() for scores in twin(x)]
+    sffx.sff_loss(twin(x), y, task=NEXT.task).backward()
+    kept: list[Tensor] = []
+    if seen == "by a hook":
+        for stage in stages_of(net):
+            stage.modules[-1].register_forward_hook(lambda module, args, out: kept.append(out))
+    on_block = (lambda name, scores, loss: kept.append(scores)) if seen == "by on_block" else None
+    sffx.local_loss(net, x, y, on_block=on_block).backward()
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    assert len(kept) == (0 if seen == "by nobody" else len(expected))
+    for found, scores in zip(kept, expected, strict=False):
+        assert torch.equal(found, scores)
+
+
+class Sharp(nn.Module):
+    """A head whose last operation keeps its output for the backward pass."""
+
+    def __init__(self, channels: int, num_outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, num_outputs)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.linear(y).exp()
+
+
+def test_scores_that_a_head_still_needs_are_not_written_over(monkeypatch):
+    monkeypatch.setattr(entropy, "MANY_CLASSES", 2)
+    net = NEXT.net(goodness=lambda block, outputs: Sharp(block.channels, outputs)).train()
+    twin = copy.deepcopy(net)
+    x, y = NEXT.batch()
+    sffx.sff_loss(twin(x), y, task=NEXT.task).backward()
+    sffx.local_loss(net, x, y).backward()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
 
 
 class Tied(Tokens):

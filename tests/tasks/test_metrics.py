@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sffx
 from sffx import tasks
-from sffx.kernels import entropy, squares
+from sffx.kernels import batch_slices, entropy, squares
+from sffx.kernels.majority import majority_labels
 from sffx.tasks.task import Task
 
 IGNORED = 255
@@ -101,6 +103,42 @@ def test_a_pixel_of_a_block_has_the_label_of_most_of_its_pixels(seed, side, clas
     count = max(int((expected != IGNORED).sum()), 1)
     total = F.cross_entropy(scores, expected, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(found, total / count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(1, 11), st.integers(1, 11)), min_size=2, max_size=3),
+    st.sampled_from([-100, 0, 2, 255]),
+    st.integers(1, 200),
+)
+def test_a_pixel_covers_those_of_an_adaptive_pool(seed, sides, ignored, small):
+    # No size need divide the other, so windows overlap; the block may be the larger one.
+    generator = torch.Generator().manual_seed(seed)
+    old, new = zip(*sides, strict=True)
+    y = torch.randint(0, 4, (3, *old), generator=generator)
+    y[torch.rand(y.shape, generator=generator) < 0.3] = ignored
+    pool = F.adaptive_avg_pool2d if len(old) == 2 else F.adaptive_avg_pool3d
+    most = torch.zeros(3, *new, dtype=torch.float64)
+    expected = torch.full((3, *new), ignored)
+    for label in [ignored, *range(4)]:
+        share = pool((y == label).double()[:, None], new)[:, 0]
+        expected = torch.where(share > most + 1e-9, label, expected)
+        most = torch.maximum(most, share)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_slices, "_SMALL", small)
+        assert torch.equal(majority_labels(y, new, 4, ignored), expected)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_labels_with_height_and_width_exchanged_are_refused(scale):
+    task = tasks.Segmentation()
+    scores = torch.randn(2, 3, 4, 6)
+    y = torch.randint(0, 3, (2, 4 * scale, 6 * scale))
+    task.loss(scores, y)
+    for refuses in (task.loss, task.sums):
+        with pytest.raises(sffx.InputError, match=r"the height comes first"):
+            refuses(scores, y.mT)
 
 
 def test_voxels_are_as_pixels():

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import partial
@@ -23,14 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sffx.files import write
+from sffx.tables import MIB
 from tools.costs import Training, relative_costs
-from tools.tasks.experiments import EXPERIMENTS, Experiment
+from tools.tasks.experiments import EXPERIMENTS, Experiment, Method
+from tools.tasks.largest import largest
 from tools.tasks.training import Run
 
 OUT = Path(__file__).parent.parent / "results" / "tasks"
 ROUNDS = 20
+
+# Random images have squares of so many pixels, which divide their sides, with one of the labels.
+SQUARE = 15
+ROAD_LABELS = 12
 
 
 def key(method: str) -> str:
@@ -89,16 +97,37 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def costs(name: str, experiment: Experiment, options: argparse.Namespace) -> None:
     """Measure a training step of each method beside BP's."""
-    data = experiment.data(options.data, 0)
-    x, y = next(data.train.batches(experiment.batch))
+    x, y = _batch(experiment, options)
+    methods = dict(experiment.methods)
+    if experiment.image_size:
+        # What the heads add, without what recomputing adds.
+        methods["SFF, no recomputing"] = Method(options={"recompute": False})
     trainings = {}
-    for label, method in experiment.methods.items():
+    for label, method in methods.items():
         net = method.net(experiment.build(), experiment.task, experiment.policy, x).train()
         optimizer = torch.optim.AdamW(net.parameters(), 1e-4)
         loss = partial(method.loss, net, experiment.task, x, y)
         trainings[label] = Training(net, optimizer, loss)
-    found = relative_costs(trainings, "BP", rounds=ROUNDS)
+    # Processor time, which other processes on the machine disturb less. One thread does the work.
+    torch.set_num_threads(1)
+    found = relative_costs(trainings, "BP", rounds=ROUNDS, clock=time.process_time)
     _write(options.out / name / "costs.json", {"date": str(date.today()), "costs": found})
+
+
+def _batch(experiment: Experiment, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Return the first batch of an experiment, or random images with squares of one label."""
+    if not options.random:
+        data = experiment.data(options.data, 0)
+        return next(data.train.batches(experiment.batch))
+    height, width = experiment.image_size
+    labels = torch.randint(0, ROAD_LABELS, (experiment.batch, height // SQUARE, width // SQUARE))
+    y = labels.repeat_interleave(SQUARE, 1).repeat_interleave(SQUARE, 2)
+    return torch.randn(experiment.batch, 3, height, width), y
+
+
+def buys(name: str, experiment: Experiment, options: argparse.Namespace) -> None:
+    """Count what the saved memory of an experiment on images buys."""
+    _write(options.out / name / "largest.json", largest(experiment))
 
 
 def table(out: Path) -> Iterator[str]:
@@ -106,37 +135,64 @@ def table(out: Path) -> Iterator[str]:
     yield "# Other tasks"
     yield ""
     yield "Made by `python -m tools.tasks`. Tests are of the epoch and the readout that were best"
-    yield "by validation. Time and peak are of a training step with AdamW, relative to BP."
+    yield "by validation. Time (of one processor) and counted peak are of a training step with"
+    yield "AdamW, relative to BP."
     for name, experiment in EXPERIMENTS.items():
         rows = list(_rows(out / name, experiment))
-        if rows:
+        bought = list(_bought(out / name / "largest.json"))
+        if rows or bought:
             yield ""
             yield f"## {name}"
+        if rows:
             yield ""
             yield f"| method | {experiment.metric.replace('_', ' ')} | readouts | time | peak |"
             yield "|---|---|---|---|---|"
             yield from rows
+        yield from bought
+
+
+def _bought(file: Path) -> Iterator[str]:
+    """Yield the lines on what the saved memory buys, if it was counted."""
+    if not file.exists():
+        return
+    found = json.loads(file.read_text())
+    yield ""
+    peak = found["peak"] / MIB
+    yield f"The peak of BP with a batch of {found['batch']} is {peak:.0f} MiB. Into it"
+    yield "fits one of these two, the batch or the image (counted by `--largest`, with AdamW):"
+    yield ""
+    yield "| method | batch | image, height x width |"
+    yield "|---|---|---|"
+    for method, fits in found["methods"].items():
+        height, width = fits["image"]
+        yield f"| {method} | {fits['batch']} | {height} x {width} |"
 
 
 def _rows(folder: Path, experiment: Experiment) -> Iterator[str]:
     costs = folder / "costs.json"
     measured = json.loads(costs.read_text())["costs"] if costs.exists() else {}
-    for method in experiment.methods:
+    for method in dict.fromkeys([*experiment.methods, *measured]):
         records = []
         for seed in experiment.seeds:
             file = folder / f"{key(method)}-{seed}.json"
             if file.exists():
                 records.append(json.loads(file.read_text()))
-        if not records:
-            continue
-        values = [record["test"] for record in records]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        readouts = ", ".join(dict.fromkeys(record["readout"] for record in records))
         own = measured.get(method, {})
+        if not records and not own:
+            continue
         time = f"{own['time']:.2f}" if own else "–"
         peak = f"{own['peak']:.2f}" if own else "–"
-        mean = f"{statistics.mean(values):.3f}{spread}"
-        yield f"| {method} | {mean} | {readouts} | {time} | {peak} |"
+        yield f"| {method} | {_tested(records)} | {time} | {peak} |"
+
+
+def _tested(records: list[dict[str, Any]]) -> str:
+    """Return the mean of some runs' tests and their readouts, two cells of a table."""
+    if not records:
+        return "– | –"
+    values = [record["test"] for record in records]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    readouts = ", ".join(dict.fromkeys(record["readout"] for record in records))
+    return f"{statistics.mean(values):.3f}{spread} | {readouts}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,12 +207,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/tasks"), help="states of runs")
     parser.add_argument("--out", type=Path, default=OUT, help="records")
     parser.add_argument("--costs", action="store_true", help="measure steps, and train nothing")
+    parser.add_argument("--random", action="store_true", help="with --costs: random images")
+    parser.add_argument("--largest", action="store_true", help="count what memory buys only")
     parser.add_argument("--render", action="store_true", help="write the page of results only")
     options = parser.parse_args(arguments)
     for name in options.experiments:
         if name not in EXPERIMENTS:
             parser.error(f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    work = costs if options.costs else train
+        needs_images = options.largest or options.random
+        if needs_images and not EXPERIMENTS[name].image_size:
+            parser.error(f"{name} has no images, which --largest and --random need")
+    work = train
+    if options.costs:
+        work = costs
+    elif options.largest:
+        work = buys
     for name in [] if options.render else options.experiments:
         work(name, EXPERIMENTS[name], options)
     options.out.mkdir(parents=True, exist_ok=True)

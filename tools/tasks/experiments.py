@@ -81,6 +81,7 @@ class Experiment:
         rates: learning rates that are tried.
         flip: whether images are mirrored by chance.
         seeds: of the runs.
+        image_size: height and width of images, () where there are none.
     """
 
     task: Task
@@ -94,6 +95,7 @@ class Experiment:
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     flip: bool = False
     seeds: tuple[int, ...] = (0, 1)
+    image_size: tuple[int, ...] = ()
 
     def better(self, value: float, than: float) -> bool:
         """Return whether a value of the metric is better than another one."""
@@ -119,6 +121,7 @@ EXPERIMENTS = {
         epochs=20,
         metric="mean_iou",
         flip=True,
+        image_size=(180, 240),
     ),
     "camvid-unet": Experiment(
         task=_ROADS,
@@ -130,6 +133,7 @@ EXPERIMENTS = {
         epochs=30,
         metric="mean_iou",
         flip=True,
+        image_size=(90, 120),
     ),
     "language": Experiment(
         task=LanguageModel(),

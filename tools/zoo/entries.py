@@ -36,6 +36,7 @@ ZOOS = {
     "braindecode": "braindecode",
     "kornia": "kornia",
     "rtdl-revisiting-models": "rtdl_revisiting_models",
+    "segmentation-models-pytorch": "segmentation_models_pytorch",
 }
 
 # The arguments of a call by keyword; "x" alone is passed by position.

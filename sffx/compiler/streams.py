@@ -5,9 +5,9 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
 
 1. The *parts* of a step are the modules that its module calls one after the other. A part that
    holds more than a third of the model is divided into its own parts. So is a part whose module
-   goes on behind the step, as the decoder of a U-Net does: there it is divided anyway. Single
-   layers between larger parts belong to the next one, and those at the start of the model are its
-   stem.
+   goes on behind the step, as the decoder of a U-Net, unless it is a unit: behind the step it is
+   divided anyway. Single layers between larger parts belong to the next one, and those at the start
+   of the model are its stem.
 2. A cut set may lie after each part with a weight. Of the places before the next part, the one is
    chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
@@ -196,7 +196,7 @@ def _parts(
             found.setdefault(inner, _Part(inner)).nodes.append(name)
     if len(found) == 1:  # what the module itself does, besides its only part, is no part
         (only,) = found.values()
-        inside = _parts(analysis, only.nodes, only.scope, sizes)
+        inside = _parts(analysis, only.nodes, only.scope, sizes, later)
         if len(inside) > 1 and all(sizes.layers(part.nodes) > 1 for part in inside):
             return inside
     most_layers = max((sizes.layers(part.nodes) for part in found.values()), default=0)
@@ -205,7 +205,8 @@ def _parts(
     for part in found.values():
         divided: list[_Part] = []
         is_large = sizes.is_too_large(part.nodes, part.scope)
-        if is_large or part.scope in later or sizes.is_too_long(part.nodes, part.scope):
+        goes_on = part.scope in later and not _is_repeated(analysis, part.scope)
+        if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
             divided = _parts(analysis, part.nodes, part.scope, sizes, later)
         if len(divided) > 1:
             parts += divided
@@ -227,7 +228,8 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     """Return for each part of a step the cut sets that may lie after it, in order."""
     flow = analysis.flow
     in_order = [name for name in step.nodes if flow.leads_to_logits(name)]
-    parts = _parts(analysis, in_order, step.scope, sizes, _modules_behind(analysis, step))
+    later = _modules_behind(analysis, step)
+    parts = _parts(analysis, in_order, step.scope, sizes, later)
     if len(parts) < 2:
         return []
     if any(_is_used_again(analysis, part) for part in parts):
@@ -235,7 +237,7 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     early = _early(analysis, in_order)
     names = _with_early(in_order, early)
     if early:
-        parts = _parts(analysis, [n for n in in_order if n not in early], step.scope, sizes)
+        parts = _parts(analysis, [n for n in in_order if n not in early], step.scope, sizes, later)
     position = {name: i for i, name in enumerate(names)}
     # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]

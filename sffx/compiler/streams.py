@@ -205,7 +205,8 @@ def _parts(
     for part in found.values():
         divided: list[_Part] = []
         is_large = sizes.is_too_large(part.nodes, part.scope)
-        goes_on = part.scope in later and not _is_repeated(analysis, part.scope)
+        is_unit = _is_unit(analysis, part.nodes, part.scope)
+        goes_on = part.scope in later and not is_unit
         if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
             divided = _parts(analysis, part.nodes, part.scope, sizes, later)
         if len(divided) > 1:

@@ -132,6 +132,8 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             {"model": model, "net": net, "example_input": None, "raises": True},
         ),
         "extract": (sffx.extract, {"net": net}),
+        "compile": (sffx.compile, {"net": None}),
+        "compiled_blocks": (sffx.compiled_blocks, {"net": net}),
         "footprint": (
             sffx.footprint,
             {"net": net, "batch_size": 4, "offloaded": False, "backpropagation": False},

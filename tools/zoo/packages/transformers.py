@@ -153,7 +153,7 @@ _SPEECH = {
 }
 _OTHERS: dict[str, dict[str, Any]] = {
     "AST": {**_VISION, "num_mel_bins": 16, "max_length": 48},
-    "AXK2": {**_TEXT, **_EXPERTS},
+    "AXK2": {**_TEXT, **_EXPERTS, "num_hidden_layers": 4},
     "Bart": _ENCODER_DECODER,
     "Bit": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 96, 128], "num_groups": 8},
     "ConvNextV2": {"depths": [2, 2, 2, 2], "hidden_sizes": [8, 16, 24, 32]},
@@ -162,7 +162,12 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "UniSpeech": _SPEECH,
     "WavLM": {**_SPEECH, "mask_feature_min_masks": 0},
     "Data2VecAudio": _SPEECH,
-    "LayoutLM": {**_TEXT, "max_2d_position_embeddings": 64},
+    "LayoutLM": {
+        **_TEXT,
+        "hidden_size": 64,
+        "max_2d_position_embeddings": 32,
+        "max_position_embeddings": 32,
+    },
     "MBart": _ENCODER_DECODER,
     "T5": {
         "d_model": 32,

@@ -11,23 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.facts import facts
-from sffx.compiler.trace.flags import AddedTarget
 from sffx.compiler.trace.proxy import TensorProxy
+from sffx.tensors import tensors_in
 
 
 class Regions:
-    """The regions that the forward of one trace enters.
+    """The regions that the forward of one trace enters."""
 
-    Args:
-        probe: the model that is traced.
-    """
-
-    def __init__(self, probe: nn.Module) -> None:
-        self._probe = probe
+    def __init__(self) -> None:
         self._outside = _switches()
         self._detached: set[fx.Node] = set()
 
@@ -51,13 +46,10 @@ class Regions:
             more: its other arguments.
 
         Raises:
-            RuntimeError: a module that learns is called, or a value with a gradient is written.
+            RuntimeError: a module returns several values that learn, or a value with a gradient is
+                written.
         """
         kind, target, *arguments = call
-        if kind == "call_module" and not isinstance(target, AddedTarget):
-            module = self._probe.get_submodule(str(target))
-            if any(parameter.requires_grad for parameter in module.parameters()):
-                raise RuntimeError(_CANNOT_BE_HELD)
 
         def detached(proxy: fx.Proxy) -> fx.Proxy:
             if not facts(proxy.node).example.requires_grad:
@@ -71,7 +63,13 @@ class Regions:
         # The result of such a write has the value's gradient, and later readers do as well.
         if not self._detached.isdisjoint(facts(proxy.node).writes):
             raise RuntimeError(_CANNOT_BE_HELD)
-        return proxy
+        value = facts(proxy.node).example
+        if kind != "call_module" or not any(each.requires_grad for each in tensors_in(value)):
+            return proxy
+        # A layer that learns elsewhere.
+        if not isinstance(proxy, TensorProxy):
+            raise RuntimeError(_CANNOT_BE_HELD)
+        return create_proxy("call_method", "detach", (proxy,), {})
 
 
 _CANNOT_BE_HELD = (

@@ -87,7 +87,7 @@ class GuidedTracer(fx.Tracer):
         self.opened = opened
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
-        self.regions = Regions(runner.probe)
+        self.regions = Regions()
         self.branched: set[str] = set()
         self._settled: set[tuple[fx.Node, Any]] = set()
         self.failed: str | None = None

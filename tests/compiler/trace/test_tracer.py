@@ -37,6 +37,13 @@ def test_a_region_that_a_graph_cannot_hold_makes_a_leaf():
     assert_same_logits(net, model)
 
 
+def test_a_layer_in_a_region_without_gradients_does_not_learn_there():
+    model = around(Applies(lambda m, x: x + _without_gradient(m, x)))
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not leaf_names(net)
+    assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+
+
 def _written_in_place(m: nn.Module, x: Tensor) -> Tensor:
     x = x * 2
     with torch.no_grad():

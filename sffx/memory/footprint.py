@@ -31,14 +31,14 @@ from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.errors import InputError
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
-from sffx.kernels.entropy import private_scores
-from sffx.learning.losses import block_loss
+from sffx.learning.losses import shared_entropy
 from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
-from sffx.runtime.gradients import mark_gradients
+from sffx.runtime.learn import Lesson, learn_stage
+from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.views import losses_of, training_input
 from sffx.runtime.walk import walk
@@ -291,6 +291,8 @@ class _StageCounter:
         self._y = y
         self._held: Values = {}
         self._losses = losses_of(self._plan, [None] * len(self._plan.all_blocks))
+        self._entropy = shared_entropy(self._y, self._plan.task)
+        self._residency = Residency(net)
         self._walk = walk(net, training_input(net, x, y), held=self._held)
         self._sizes = _value_sizes(net)
 
@@ -313,12 +315,10 @@ class _StageCounter:
 
     def _train(self, stage: Stage) -> None:
         self._read_all()
-        # In one line, because a name for the scores would hold them during the backward pass.
         own_loss = self._losses[stage.index]
-        with private_scores(own_loss is None):
-            loss = block_loss(next(self._walk)[1], self._y, own_loss, self._plan.task)
-        if loss.requires_grad:
-            mark_gradients(torch.autograd.grad(loss, stage.trainable, allow_unused=True))
+        lesson = Lesson(stage.trainable, own_loss, None, hooks_wait=False, entropy=self._entropy)
+        # No name may hold the scores: they would live on during the backward pass.
+        learn_stage(stage, [next(self._walk)[1]], self._y, lesson, self._residency)
 
     def _read_all(self) -> None:
         """Read the batch and the values that the step holds, so that all of them are counted.

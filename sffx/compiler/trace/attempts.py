@@ -16,6 +16,7 @@ from sffx.compiler.trace.outputs import keep_logits
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
+from sffx.compiler.trace.writes import versions
 from sffx.errors import TraceError, backbone_hint, location
 
 # Makes a tracer for train mode, if given True, or for eval mode.
@@ -74,8 +75,10 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     """
     try:
         plant_flags(probe, tracer.is_leaf_module)
+        before = versions(probe)
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
+        tracer.writes.require_seen(before)
         place_constants(graph, tracer.constants.names)
         task, note = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
         tracer.task = task

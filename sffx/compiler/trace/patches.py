@@ -91,6 +91,7 @@ class Patches:
             yield torch, name, functools.partial(self._with_sizes, getattr(torch, name))
         for name in _METHODS_OF_SIZES:
             yield torch.Tensor, name, self._method_with_sizes(name)
+        yield torch.Tensor, "data", self._data()
         yield torch, "rand", self._draw_tensor
         detect = transformer._detect_is_causal_mask
         yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
@@ -147,6 +148,26 @@ class Patches:
             return original(tensor, *args, **kwargs)
 
         return method
+
+    def _data(self) -> property:
+        """Return a property that records the `.data` of a parameter which fx gives no proxy for.
+
+        It is one that a forward finds in `parameters()`.
+        """
+        original: Any = torch.Tensor.data
+
+        def read(tensor: torch.Tensor) -> Any:
+            if self.tracer.is_untraced(tensor):
+                proxy = self.tracer.proxy(self.tracer.create_arg(tensor))
+                return self.tracer.create_proxy("call_function", getattr, (proxy, "data"), {})
+            return original.__get__(tensor)
+
+        def write(tensor: torch.Tensor, value: Any) -> None:
+            if self.tracer.is_untraced(tensor):
+                raise RuntimeError("it assigns the .data of a tensor, which a graph cannot hold")
+            original.__set__(tensor, value)
+
+        return property(read, write)
 
     def _draw(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws a number; a node that runs on its example may draw."""

@@ -44,6 +44,7 @@ from sffx.compiler.trace.run_function import function_target
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
+from sffx.compiler.trace.writes import Writes, versions
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -58,6 +59,7 @@ class GuidedTracer(fx.Tracer):
         functions: that the graph is to call, since they could not be traced.
         constants: that the forward makes.
         regions: that it enters.
+        writes: on the model's tensors.
         opened: modules that can be no leaves, since an attribute is set while they do not run.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
@@ -88,6 +90,7 @@ class GuidedTracer(fx.Tracer):
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.regions = Regions()
+        self.writes = Writes()
         self.branched: set[str] = set()
         self._settled: set[tuple[fx.Node, Any]] = set()
         self.failed: str | None = None
@@ -219,6 +222,7 @@ class GuidedTracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         set_facts(node, Facts() if kind == "output" else self.runner.run(node))
         self.constants.note_writes(node)
+        self.writes.note(node)
         self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
         return node
 
@@ -250,6 +254,12 @@ class GuidedTracer(fx.Tracer):
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
         return super().create_arg(a)
+
+    def is_untraced(self, tensor: Any) -> bool:
+        """Whether the forward has a parameter or a buffer itself, and no proxy of it."""
+        if self.is_running or not isinstance(tensor, FakeTensor):
+            return False
+        return self._is_held(tensor)
 
     def _is_held(self, tensor: FakeTensor) -> bool:
         """Whether a tensor is a parameter or a buffer of the model."""
@@ -285,7 +295,7 @@ class GuidedTracer(fx.Tracer):
         try:
             # A leaf runs with the generators restored. To compare their states for each leaf would
             # cost a tenth of the trace.
-            return call() if is_leaf else call_without_draws(call)
+            return self._called(m, call, is_leaf=is_leaf)
         except Exception:
             # A leaf is one already, and a container has no code that could have failed. The module
             # around them may do as a leaf.
@@ -298,6 +308,16 @@ class GuidedTracer(fx.Tracer):
             f"the attribute {self.opened[m]!r} of {qualname}, a {type(m).__name__}, is set while "
             f"it does not run, and it cannot be traced: {self.leaves[qualname]}"
         )
+
+    def _called(self, m: nn.Module, call: Callable[[], Any], *, is_leaf: bool) -> Any:
+        before = versions(m)
+        if is_leaf:
+            value = call()
+            self.writes.note_leaf(before)
+            return value
+        value = call_without_draws(call)
+        self.writes.require_seen(before)
+        return value
 
     def call_by_class(
         self, call: Callable[..., Any], m: nn.Module, *args: Any, **kwargs: Any

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -99,9 +100,23 @@ def _by_a_decorated_function(m: Any, y: Tensor) -> Tensor:
     return torch.no_grad()(lambda: torch.arange(8.0) * y.norm())()
 
 
+def _as_a_teacher(m: Any, y: Tensor) -> Tensor:
+    for teacher, student in zip(m.frozen.parameters(), m.b.parameters(), strict=True):
+        teacher.data.mul_(0.9).add_(student.data, alpha=0.1)
+    return torch.nn.functional.linear(y, m.frozen.weight, m.frozen.bias)
+
+
 @pytest.mark.parametrize(
     "code",
-    [_averaged, _copied, _clamped, _normalised, _through_a_frozen_layer, _by_a_decorated_function],
+    [
+        _as_a_teacher,
+        _averaged,
+        _copied,
+        _clamped,
+        _normalised,
+        _through_a_frozen_layer,
+        _by_a_decorated_function,
+    ],
 )
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_region_without_gradients_is_part_of_the_graph(code, grad):
@@ -118,6 +133,28 @@ def test_a_region_without_gradients_is_part_of_the_graph(code, grad):
         assert torch.allclose(found, expected, atol=1e-6)
     assert not any(buffer.requires_grad for buffer in net.buffers())
     assert torch.allclose(sffx.extract(net).average, model.average, atol=1e-6)
+
+
+def _written(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for parameter in m.parameters():
+            parameter.clamp_(-0.1, 0.1)
+    return torch.nn.functional.linear(x, m.inner.weight)
+
+
+def _assigned(m: nn.Module, x: Tensor) -> Tensor:
+    for parameter in m.parameters():
+        parameter.data = parameter.data.clamp(-0.1, 0.1)
+    return torch.nn.functional.linear(x, m.inner.weight)
+
+
+@pytest.mark.parametrize("code", [_written, _assigned])
+def test_a_write_on_parameters_that_no_node_does_makes_a_leaf(code):
+    model = around(Applies(code))
+    net = cut_without_norms(copy.deepcopy(model)).train()
+    assert leaf_names(net) == ["2"]
+    assert_same_logits(net, model)
+    assert torch.equal(sffx.extract(net)[2].inner.weight, model[2].inner.weight)
 
 
 def test_a_module_that_a_forward_makes_is_part_of_its_code():

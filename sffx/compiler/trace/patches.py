@@ -92,6 +92,9 @@ class Patches:
         for name in _METHODS_OF_SIZES:
             yield torch.Tensor, name, self._method_with_sizes(name)
         yield torch.Tensor, "data", self._data()
+        switch = torch._C._set_grad_enabled
+        switch_gradients = functools.partial(self.tracer.regions.switch_gradients, switch)
+        yield torch._C, "_set_grad_enabled", switch_gradients
         yield torch, "rand", self._draw_tensor
         detect = transformer._detect_is_causal_mask
         yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)

@@ -25,6 +25,12 @@ class Regions:
     def __init__(self) -> None:
         self._outside = _switches()
         self._detached: set[fx.Node] = set()
+        self._is_switched_off = False
+
+    def switch_gradients(self, switch: Callable[[bool], None], mode: bool) -> None:
+        """Stand in for what every context manager calls, and no autograd function does."""
+        self._is_switched_off = not mode
+        switch(mode)
 
     def is_without_gradients(self) -> bool:
         """Whether the forward is in a region of `torch.no_grad()`.
@@ -35,7 +41,10 @@ class Regions:
         switches = _switches()
         if switches[1:] != self._outside[1:]:
             raise RuntimeError(_CANNOT_BE_HELD)
-        return switches[0] != self._outside[0]
+        is_without = switches[0] != self._outside[0]
+        if is_without and not self._is_switched_off:
+            raise RuntimeError("it calls an autograd function, which a graph cannot hold")
+        return is_without
 
     def create(self, create_proxy: Callable[..., fx.Proxy], *call: Any, **more: Any) -> fx.Proxy:
         """Create the node of a call in a region without gradients.

@@ -297,7 +297,7 @@ def test_a_whole_model_is_loaded_only_where_it_is_trusted(path: Path) -> None:
     with pytest.raises(sffx.InputError, match="so model, policy would be passed over"):
         checkpoint.net(plain(), policy="layer")
     torch.save(plain(), path)
-    with pytest.raises(sffx.InputError, match=r"Residual, not a cut model\. Hint: "):
+    with pytest.raises(sffx.InputError, match=r"Residual, which is not cut\. Hint: "):
         sffx.load_checkpoint(path, trust=True).net()
 
 

@@ -67,7 +67,7 @@ def test_a_step_does_not_ignore_a_compilation(step, in_place):
         "block_losses": lambda: sffx.block_losses(net, X, Y),
         "LocalLoss": lambda: sffx.LocalLoss(net)(X, Y),
     }
-    with pytest.raises(InputError, match=r"net was compiled as a whole.*Hint:.*each block"):
+    with pytest.raises(InputError, match=r"net was compiled as a whole.*Hint:.*sffx.compile"):
         calls[step]()
 
 

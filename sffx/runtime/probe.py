@@ -135,6 +135,7 @@ class LinearProbe(nn.Module):
         return keep
 
     def extra_repr(self) -> str:
+        """Return what the module's `repr` shows of it."""
         return f"blocks={list(self.blocks)}, regions={self.regions}"
 
 

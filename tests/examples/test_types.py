@@ -94,7 +94,7 @@ def test_an_editable_install_is_a_path(tmp_path):
     """A type checker follows a path, but not the import hook that setuptools may install."""
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("pyproject.toml", "README.md", "sffx"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "sffx"):
         (project / name).symlink_to(ROOT / name)
     code = (
         "import os, sys\n"

@@ -83,8 +83,10 @@ def products_of_activations(path: Path) -> list[set[str]]:
 
 
 def test_quantised_file_is_judged_by_its_last_answer_and_keeps_covariances_in_float(
-    net: fx.GraphModule, path: Path, tmp_path: Path, x: Tensor
+    net: fx.GraphModule, tmp_path: Path, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sffx.kernels.goodness.moment_is_cheaper", lambda *sizes: True)
+    path = sffx.export_onnx(net, tmp_path / "net.onnx", "cumulative")
     cumulative = sffx.EarlyExit(net).cumulative(x)
     first, last = cumulative[0].argmax(1), cumulative[-1].argmax(1)
     assert (first != last).any()

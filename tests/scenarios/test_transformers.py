@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, int]] = {
         "Albert",
         {**BERT, "num_hidden_groups": 2, "embedding_size": 12, "classifier_dropout_prob": 0.0},
         "text",
-        3,
+        4,  # the second group has one layer, whose attention and feed-forward part are blocks
     ),
     "gpt2": ("GPT2", {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "text", 4),
     "vit": ("ViT", PATCHES, "image 16", 4),

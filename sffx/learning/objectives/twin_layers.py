@@ -38,6 +38,10 @@ class TwinLayer(nn.Module):
         """Return the layer's output of the first half of the rows, the twin's of the second."""
         if self.answers_alone and not self.training:
             return super().forward(x)
+        if torch.compiler.is_exporting():
+            # A program takes any number of samples, each of which has a row for both nets.
+            own, other = x.reshape(2, -1, *x.shape[1:]).unbind()
+            return torch.cat([super().forward(own), self.get_submodule(TWIN)(other)])
         first = (len(x) + 1) // 2
         if first == len(x):
             return super().forward(x)

@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from sffx.memory.count import count_memory
 from sffx.net import cut_model, plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
+from sffx.runtime.gate import KeepsNothing
 from sffx.runtime.learn import Lesson, learn_stage
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, stages_of
@@ -337,19 +337,22 @@ def _value_sizes(net: fx.GraphModule) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for block in plan_of(net):
-        hook = partial(_note_sizes, sizes, block)
-        net.get_submodule(block.target).register_forward_hook(hook)
+        net.get_submodule(block.target).register_forward_hook(_SizeNote(sizes, block))
     return sizes
 
 
-def _note_sizes(
-    sizes: dict[str, int], block: Block, module: nn.Module, args: object, returned: Any
-) -> None:
-    """Add the bytes of what a block returned, as a forward hook."""
-    # A block with side values returns a tuple.
-    values = returned if block.sides else (returned,)
-    for name, value in zip((block.output, *block.sides), values, strict=True):
-        sizes[name] = _bytes(tree_leaves(value))
+@dataclass(frozen=True)
+class _SizeNote(KeepsNothing):
+    """A forward hook that adds the bytes of what a block returned."""
+
+    sizes: dict[str, int]
+    block: Block
+
+    def __call__(self, module: nn.Module, args: object, returned: Any) -> None:
+        # A block with side values returns a tuple.
+        values = returned if self.block.sides else (returned,)
+        for name, value in zip((self.block.output, *self.block.sides), values, strict=True):
+            self.sizes[name] = _bytes(tree_leaves(value))
 
 
 def _relayed(plan: BlockPlan, index: int) -> list[str]:

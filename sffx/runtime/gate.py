@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 
+class KeepsNothing:
+    """A forward hook that does not keep what the module returned."""
+
+
 @dataclass(frozen=True)
-class Gate:
+class Gate(KeepsNothing):
     """A hook around the forward of a block's module.
 
     It does nothing in a copied or unpickled module: copies are neither offloaded nor replicated.

@@ -24,7 +24,7 @@ from sffx.kernels.activation import private_gradients
 from sffx.kernels.recompute import is_plain
 from sffx.net import plan_of
 from sffx.parts import READOUT, head_name, norm_name
-from sffx.runtime.gate import Gate
+from sffx.runtime.gate import KeepsNothing
 from sffx.runtime.randomness import numbers_of_block
 
 # Values of the outer graph while it runs, by the node that computed them.
@@ -152,7 +152,9 @@ class Stage:
             return True
         for part in self.modules:
             for module in part.modules():
-                if any(not isinstance(hook, Gate) for hook in module._forward_hooks.values()):
+                if any(
+                    not isinstance(hook, KeepsNothing) for hook in module._forward_hooks.values()
+                ):
                     return True
         return False
 

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from html import escape
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from sffx.arguments import Arguments
@@ -47,6 +48,12 @@ class Input:
     high: int = 0
     marks_tokens: bool = False
     value: str = ""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype.is_floating_point
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sffx.errors import InputError
@@ -61,6 +62,10 @@ class Batch:
     y: Tensor
     num_classes: int
     scores: Callable[[], Tensor]
+
+    def repeated(self, times: int) -> dict[str, Any]:
+        """Return the inputs several times behind themselves, (times * B, ...), by name."""
+        return {name: torch.cat([value] * times) for name, value in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,11 @@ class Objective:
     def trains_classifier(self) -> bool:
         """Whether the classifier learns. If not, it does not run in a training step."""
         return True
+
+    @property
+    def makes_views(self) -> bool:
+        """Whether a training step runs something else than the batch itself."""
+        return type(self).training_views is not Objective.training_views
 
     @property
     def is_tried(self) -> bool:

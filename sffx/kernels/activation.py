@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sffx.kernels.scoped import scoped
+
 _aten = torch.ops.aten
 _PRIVATE: ContextVar[bool] = ContextVar("gradients are private", default=False)
 
@@ -76,11 +78,8 @@ def private_gradients(private: bool = True) -> Iterator[None]:
     Args:
         private: False takes back an outer promise.
     """
-    token = _PRIVATE.set(private)
-    try:
+    with scoped(_PRIVATE, private):
         yield
-    finally:
-        _PRIVATE.reset(token)
 
 
 def gradients_are_private() -> bool:

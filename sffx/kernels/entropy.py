@@ -24,6 +24,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import small_slices
+from sffx.kernels.scoped import scoped
 
 _aten = torch.ops.aten
 
@@ -48,11 +49,8 @@ def private_scores(private: bool = True) -> Iterator[None]:
     Args:
         private: False takes back an outer promise.
     """
-    token = _PRIVATE.set(private)
-    try:
+    with scoped(_PRIVATE, private):
         yield
-    finally:
-        _PRIVATE.reset(token)
 
 
 def _may_be_written_over(scores: Tensor) -> bool:

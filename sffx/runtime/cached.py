@@ -28,7 +28,7 @@ from sffx.runtime.cut_values import (
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.learn import require_train_mode
 from sffx.runtime.stage import Stage
-from sffx.runtime.views import makes_views, training_input
+from sffx.runtime.views import training_input
 from sffx.runtime.walk import run_frozen
 from sffx.tables import in_mib
 
@@ -160,7 +160,7 @@ def cache_outputs(
 
 def _require_fixed_views(net: fx.GraphModule, fixed_views: bool) -> None:
     objective = plan_of(net).objective
-    if makes_views(objective) and not fixed_views:
+    if objective.makes_views and not fixed_views:
         raise InputError(
             f"the objective {objective.name!r} makes new views of a batch in each step, which "
             "cached outputs do not have. Hint: fixed_views=True caches one set of views, or train "
@@ -204,7 +204,7 @@ def _checked(net: fx.GraphModule, x: Any, y: Tensor) -> tuple[int, Tensor]:
 
 def _by_sample(net: fx.GraphModule, value: Any, samples: int, name: str) -> Tensor:
     """Return a value of a batch with one row a sample, (B, ...) or (B, views, ...)."""
-    has_views = makes_views(plan_of(net).objective)
+    has_views = plan_of(net).objective.makes_views
     rows = len(value) if isinstance(value, Tensor) and value.ndim else 0
     fits = rows % samples == 0 if has_views else rows == samples
     if not rows or not fits:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 import torch
 
 from sffx.errors import InputError
+from sffx.kernels.scoped import scoped
 
 _SEED: ContextVar[int | None] = ContextVar("seed of the blocks", default=None)
 
@@ -40,11 +41,8 @@ def block_seeds(seed: int) -> Iterator[None]:
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed is {seed!r}, not an integer. Hint: the number of the step")
-    token = _SEED.set(seed)
-    try:
+    with scoped(_SEED, seed):
         yield
-    finally:
-        _SEED.reset(token)
 
 
 def blocks_have_seeds() -> bool:

@@ -31,18 +31,13 @@ def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
     """
     plan = plan_of(net)
     objective = plan.objective
-    if not makes_views(objective):
+    if not objective.makes_views:
         return x
     if isinstance(x, CutValues):
         return x.views_in_rows()
     batch = Batch(bind(plan, x), y, plan.num_classes, partial(_present_scores, net, x))
     with torch.no_grad():
         return dict(objective.training_views(batch))
-
-
-def makes_views(objective: Objective) -> bool:
-    """Return whether a training step runs something else than the batch itself."""
-    return type(objective).training_views is not Objective.training_views
 
 
 @torch.no_grad()

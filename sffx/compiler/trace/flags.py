@@ -8,7 +8,7 @@ set as they set that of every module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +85,11 @@ def is_flag(node: fx.Node) -> bool:
 
 def owners_of_flags(node: fx.Node) -> set[str]:
     """Return the qualnames of the modules on whose modes a number or a truth value depends."""
-    owners: set[str] = set()
+    return {flag_owner(each) for each in numbers_behind(node) if is_flag(each)}
+
+
+def numbers_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes from which a number or a truth value is computed, tensors left aside."""
     passed: set[fx.Node] = set()
     ahead = [node]
     while ahead:
@@ -93,10 +97,8 @@ def owners_of_flags(node: fx.Node) -> set[str]:
         if each in passed or isinstance(facts(each).example, Tensor):
             continue
         passed.add(each)
-        if is_flag(each):
-            owners.add(flag_owner(each))
+        yield each
         ahead += each.all_input_nodes
-    return owners
 
 
 def is_added(node: fx.Node) -> bool:

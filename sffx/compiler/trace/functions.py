@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.facts import facts
+from sffx.compiler.trace.flags import numbers_behind
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
 
 # A trace looks into none of their functions, and their errors are not the model's.
@@ -95,17 +95,7 @@ class Functions:
 
 def depends_on_function(node: fx.Node) -> bool:
     """Whether a number or a truth value comes from a function that the graph calls."""
-    passed: set[fx.Node] = set()
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        if each in passed or isinstance(facts(each).example, Tensor):
-            continue
-        passed.add(each)
-        if isinstance(each.target, FunctionTarget):
-            return True
-        ahead += each.all_input_nodes
-    return False
+    return any(isinstance(each.target, FunctionTarget) for each in numbers_behind(node))
 
 
 def require_plain_values(value: Any) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, Input
 from sffx.errors import InputError
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.objectives.choices import require_choice, require_positive
+from sffx.learning.objectives.goodness import logistic_loss
 from sffx.objective import Objective, Place
 from sffx.parts import index_of
 from sffx.tasks import CLASSIFICATION, Task
@@ -128,9 +128,7 @@ def _positive_against_negative(scores: Tensor, y: Tensor, threshold: float) -> T
     """Return the loss "pvn" of a goodness (B, J)."""
     positive = scores.gather(1, y[:, None])[:, 0]
     negative = (scores.sum(1) - positive) / (scores.shape[1] - 1)
-    of_positive = F.softplus(threshold - positive).mean()
-    of_negative = F.softplus(negative - threshold).mean()
-    return (of_positive + of_negative) / 2
+    return logistic_loss(positive - threshold, negative - threshold)
 
 
 def _of_superclasses(

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block
 from sffx.learning.objectives.choices import require_positive
-from sffx.learning.objectives.goodness import Length
+from sffx.learning.objectives.goodness import Length, logistic_loss
 from sffx.learning.objectives.labelled import LabelledInput
 from sffx.objective import Place
 
@@ -58,5 +57,4 @@ class CFFA(LabelledInput):
         return Length(threshold, self.tries(num_classes))
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
-        positive, negative, *_ = scores[:, 0].reshape(self.views, len(y))
-        return (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
+        return logistic_loss(*self.goodness_of_views(scores, len(y)))

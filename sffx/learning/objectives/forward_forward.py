@@ -14,7 +14,12 @@ from sffx.learning.objectives.choices import (
     require_not_negative,
     require_positive,
 )
-from sffx.learning.objectives.goodness import PeerActivity, SquaredLength, default_threshold
+from sffx.learning.objectives.goodness import (
+    PeerActivity,
+    SquaredLength,
+    default_threshold,
+    logistic_loss,
+)
 from sffx.learning.objectives.labelled import LabelledInput
 from sffx.objective import Place
 
@@ -80,11 +85,11 @@ class ForwardForward(LabelledInput):
         return (2,) if self.peer else (1,)
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
-        positive, negative, *_ = scores[:, 0].reshape(self.views, len(y))
+        positive, negative = self.goodness_of_views(scores, len(y))
         if self.loss_form == "symba":
             loss = F.softplus(self.alpha * (negative - positive)).mean()
         else:
-            loss = (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
+            loss = logistic_loss(positive, negative)
         if self.peer:
             # Each row holds the same number.
             loss = loss + self.peer * scores[:, 1].mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block
@@ -142,6 +143,19 @@ def squared_length(y: Tensor, mask: Tensor | None, mean: bool) -> Tensor:
     if not mean:
         return total
     return total / (real.sum((1, 2)).clamp(min=1) * y.shape[2])
+
+
+def logistic_loss(positive: Tensor, negative: Tensor) -> Tensor:
+    """Return the loss of telling positive from negative rows by their goodness, a scalar.
+
+    It is the mean of `softplus(-g+)` and of `softplus(g-)`, halved: binary cross-entropy with the
+    goodness above its threshold as logits.
+
+    Args:
+        positive: goodness minus the threshold, (B,).
+        negative: likewise.
+    """
+    return (F.softplus(-positive).mean() + F.softplus(negative).mean()) / 2
 
 
 def by_label(goodness: Tensor, tries: int) -> Tensor:

@@ -16,7 +16,7 @@ from sffx.learning.objectives.labels import (
     LABEL_CODES,
     LabelCodes,
     LabelTrials,
-    LastTry,
+    OneTry,
     Repeated,
     likely_other_labels,
     other_labels,
@@ -70,7 +70,7 @@ class LabelledInput(Objective):
                 "Hint: objective='sff'"
             )
         first = inputs[0]
-        if not getattr(torch, first.dtype).is_floating_point:
+        if not first.is_float:
             raise InputError(
                 f"the objective {self.name!r} puts labels into the input {first.name!r}, which "
                 f"holds {first.dtype}, not floats. Hint: objective='sff'"
@@ -98,14 +98,22 @@ class LabelledInput(Objective):
         if self.neutral:
             of_views.append(codes[-1:].expand_as(of_views[0]))
         labelled = [self._codes.put(x, own) for own in of_views]
-        views = {other: torch.cat([value] * self.views) for other, value in batch.inputs.items()}
-        views[name] = torch.cat(labelled)
-        return views
+        return {**batch.repeated(self.views), name: torch.cat(labelled)}
 
     def _wrong_labels(self, batch: Batch) -> Tensor:
         if self.negatives == "hard":
             return likely_other_labels(batch.y, batch.scores())
         return other_labels(batch.y, batch.num_classes)
+
+    def goodness_of_views(self, scores: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Return the goodness of the positive and of the negative view, (B,) each.
+
+        Args:
+            scores: what a head returned, (views * B, ...), the goodness in the first column.
+            samples: B.
+        """
+        positive, negative, *_ = scores[:, 0].reshape(self.views, samples)
+        return positive, negative
 
     def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         neutral = scores.reshape(self.views, len(y), -1)[-1]
@@ -123,7 +131,8 @@ class LabelledInput(Objective):
         return modules
 
     def choice(self, num_classes: int) -> nn.Module | None:
-        return LastTry(self.tries(num_classes))
+        # The neutral label comes last.
+        return OneTry(self.tries(num_classes), chosen=-1)
 
     def feature_inputs(self, inputs: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
         name, x = next(iter(inputs.items()))

@@ -157,22 +157,24 @@ class Repeated(nn.Module):
         return x if self.training else repeated(x, self.tries)
 
 
-class LastTry(nn.Module):
-    """In eval mode, keeps the rows with the neutral code, which are the last.
+class OneTry(nn.Module):
+    """In eval mode, keeps the rows of one of several tries.
 
     Args:
         tries: rows for each sample.
+        chosen: index of the try, from the end if it is negative.
     """
 
-    def __init__(self, tries: int) -> None:
+    def __init__(self, tries: int, chosen: int) -> None:
         super().__init__()
         self.tries = tries
+        self.chosen = chosen
 
     def forward(self, value: Tensor) -> Tensor:
         """Return (N, ...) in train mode, (N / tries, ...) in eval mode."""
         if self.training:
             return value
-        return value.reshape(self.tries, -1, *value.shape[1:])[-1]
+        return value.reshape(self.tries, -1, *value.shape[1:])[self.chosen]
 
 
 def repeated(x: Tensor, tries: int) -> Tensor:

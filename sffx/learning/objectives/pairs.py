@@ -15,7 +15,7 @@ from sffx.checks import positive_integer
 from sffx.kernels.precision import full_precision, widened
 from sffx.learning.norms import feature_norm
 from sffx.learning.objectives.choices import require_choice
-from sffx.learning.objectives.labels import Repeated
+from sffx.learning.objectives.labels import OneTry, Repeated
 from sffx.learning.objectives.probe import BlockProbe, require_classes
 from sffx.learning.objectives.twin_layers import answer_alone, remove_twins, with_twins
 from sffx.objective import Batch, Objective, Place
@@ -54,14 +54,6 @@ class PairHead(nn.Module):
             if mask is not None:
                 wide = wide.masked_fill(~mask.bool()[:, :, None], 0)
             return torch.cat([logits, F.normalize(wide.flatten(1), dim=1)], dim=1)
-
-
-class FirstTry(nn.Module):
-    """In eval mode, keeps the rows of the first net."""
-
-    def forward(self, value: Tensor) -> Tensor:
-        """Return (N, ...) in train mode, (N / 2, ...) in eval mode."""
-        return value if self.training else value.reshape(NETS, -1, *value.shape[1:])[0]
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class FFCL(Objective):
         CLASSIFICATION.check_labels(y, batch, num_classes)
 
     def training_views(self, batch: Batch) -> Mapping[str, Any]:
-        return {name: torch.cat([value] * NETS) for name, value in batch.inputs.items()}
+        return batch.repeated(NETS)
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         logits = scores[:, : place.num_classes]
@@ -148,7 +140,8 @@ class FFCL(Objective):
         return {each.name: Repeated(NETS) for each in inputs}
 
     def choice(self, num_classes: int) -> nn.Module | None:
-        return FirstTry()
+        # The rows of the first net.
+        return OneTry(NETS, chosen=0)
 
 
 def pair_loss(cosines: Tensor, y: Tensor) -> Tensor:

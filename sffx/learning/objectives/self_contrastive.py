@@ -150,7 +150,7 @@ class SCFF(Objective):
     def require(self, inputs: Sequence[Input], task: Task, num_classes: int) -> None:
         require_classes(self, task)
         first = inputs[0]
-        if not getattr(torch, first.dtype).is_floating_point:
+        if not first.is_float:
             raise InputError(
                 f"the objective {self.name!r} takes the mean of two samples, but the input "
                 f"{first.name!r} holds {first.dtype}, not floats. Hint: objective='sff'"
@@ -185,9 +185,8 @@ class SCFF(Objective):
         name, given = next(iter(batch.inputs.items()))
         require_pairs(len(given), self.name)
         x = standardized(given) if self.standardize else given
-        views = {other: torch.cat([value, value]) for other, value in batch.inputs.items()}
-        views[name] = torch.cat([x, (x + others_of(x)) / PAIR])
-        return views
+        pairs = torch.cat([x, (x + others_of(x)) / PAIR])
+        return {**batch.repeated(self.views), name: pairs}
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         positive, negative = scores.chunk(2)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.blocks import Block, Input
@@ -15,7 +14,7 @@ from sffx.checks import positive_integer
 from sffx.errors import InputError
 from sffx.learning.norms import feature_norm
 from sffx.learning.objectives.choices import require_choice, require_positive
-from sffx.learning.objectives.goodness import SquaredLength, default_threshold
+from sffx.learning.objectives.goodness import SquaredLength, default_threshold, logistic_loss
 from sffx.learning.objectives.mixing import mixed, require_pairs
 from sffx.learning.objectives.probe import BlockProbe, ProbedHead, require_classes
 from sffx.objective import Batch, Objective, Place
@@ -71,8 +70,7 @@ class UnsupervisedForwardForward(Objective):
     def require(self, inputs: Sequence[Input], task: Task, num_classes: int) -> None:
         require_classes(self, task)
         first = inputs[0]
-        is_float = getattr(torch, first.dtype).is_floating_point
-        if not is_float or len(first.shape) != 3:
+        if not first.is_float or len(first.shape) != 3:
             raise InputError(
                 f"the objective {self.name!r} mixes images, float (C, H, W), but the input "
                 f"{first.name!r} is {first.dtype} of shape {first.shape}. Hint: objective='scff' "
@@ -93,16 +91,12 @@ class UnsupervisedForwardForward(Objective):
     def training_views(self, batch: Batch) -> Mapping[str, Any]:
         name, x = next(iter(batch.inputs.items()))
         require_pairs(len(x), self.name)
-        views = {other: torch.cat([value, value]) for other, value in batch.inputs.items()}
-        views[name] = torch.cat([x, mixed(x)])
-        return views
+        return {**batch.repeated(self.views), name: torch.cat([x, mixed(x)])}
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         positive, negative = scores.chunk(2)
-        of_positive = F.softplus(-positive[:, 0]).mean()
-        of_negative = F.softplus(negative[:, 0]).mean()
         of_probe = place.task.loss(positive[:, 1:], y)
-        return (of_positive + of_negative) / 2 + of_probe
+        return logistic_loss(positive[:, 0], negative[:, 0]) + of_probe
 
     def classifier_loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         return place.task.loss(scores.chunk(2)[0], y)

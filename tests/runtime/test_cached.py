@@ -16,21 +16,9 @@ import sffx
 from sffx import InputError
 from sffx.objectives import Objective
 from sffx.runtime.cut_values import CutValues
+from tests.runtime.three_blocks import CLASSES, cut
 
-CLASSES = 3
 SAMPLES = 10
-
-
-def cut(objective: Any = "sff", **options: Any) -> fx.GraphModule:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for before, after in ((1, 6), (6, 6), (6, 9)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9, CLASSES)
-    )
-    x = torch.zeros(1, 1, 8, 8)
-    return sffx.transform(model, "layer", x, objective=objective, **options).train()
 
 
 def images() -> TensorDataset:

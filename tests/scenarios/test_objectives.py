@@ -5,7 +5,6 @@ A new objective is tested here as soon as it has a name.
 
 import copy
 import pickle
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,15 +18,9 @@ from sffx import InputError
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
 from sffx.objectives import Objective
 from sffx.runtime.keywords import KeywordLoss
+from tests.toys import seeded
 
 CLASSES = 3
-
-
-@contextmanager
-def seeded(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def convolutions():

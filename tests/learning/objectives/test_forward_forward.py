@@ -1,7 +1,5 @@
 """Supervised Forward-Forward against hand-written loops in plain torch."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +11,9 @@ import sffx
 from sffx import InputError
 from sffx.learning.objectives.labels import LABEL_CODES, likely_other_labels, other_labels
 from sffx.objectives import ForwardForward
+from tests.toys import seeded
 
 CLASSES = 4
-
-
-@contextmanager
-def seeded(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def perceptron():

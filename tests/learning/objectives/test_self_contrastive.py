@@ -1,7 +1,5 @@
 """Self-Contrastive Forward-Forward against loops in plain torch."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,17 +8,11 @@ from torch import nn
 import sffx
 from sffx import InputError
 from sffx.objectives import SCFF
+from tests.toys import seeded
 
 CLASSES = 3
 POSITIVE, NEGATIVE, PENALTY = (0.5, 0.2), (0.7, 0.9), (0.01, 0.3)
 PER_BLOCK = {"positive_threshold": POSITIVE, "negative_threshold": NEGATIVE, "penalty": PENALTY}
-
-
-@contextmanager
-def seeded(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def cut(**options):

@@ -1,7 +1,5 @@
 """Unsupervised Forward-Forward against hand-written loops in plain torch."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +11,9 @@ import sffx
 from sffx import InputError
 from sffx.learning.objectives.mixing import mixed, others_of, random_masks
 from sffx.objectives import UnsupervisedForwardForward
+from tests.toys import seeded
 
 CLASSES = 3
-
-
-@contextmanager
-def seeded(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def cut(**options):

@@ -126,11 +126,15 @@ def find_setting(name: str, experiment: Experiment, method: str, folders: Folder
     """Search for a method's setting.
 
     The search is the experiment's own, or that of the experiment whose settings it takes. A recipe
-    of the authors is not searched for.
+    of the authors is not searched for, nor is what another seed's record has.
     """
     recipe = experiment.recipe(method)
     if recipe is not None:
         return Setting(recipe.lr, recipe.classifier_lr, recipe.weight_decay)
+    searched = folders.record(name, method, 0)
+    if searched.exists():
+        require_same(searched, experiment)
+        return Setting(**json.loads(searched.read_text())["setting"])
     if experiment.settings is not None:
         name = experiment.settings
         experiment = replace(

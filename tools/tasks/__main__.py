@@ -6,7 +6,7 @@
 Each method tries the same learning rates on seed 0, for a third of the epochs, and the best by
 validation trains to the end with each seed. The readout and the epoch are chosen by validation, and
 tested. Each run keeps its state after each epoch in `--runs`, so the same command goes on where it
-was interrupted. Records go to `--out`. `--costs` adds time and counted peak of a step, and wants a
+was interrupted. Records of runs and trials go to `--out`; what has one is not made again. `--costs` adds time and counted peak of a step, and wants a
 quiet machine.
 """
 
@@ -62,9 +62,9 @@ def _searched(name: str, experiment: Experiment, method: str, options: argparse.
     best, chosen = experiment.worst, experiment.rates[0]
     epochs = max(experiment.epochs // 3, 1)
     for lr in experiment.rates:
-        record = options.runs / name / f"{key(method)}-trial-{lr:g}-{epochs}.json"
+        record = options.out / name / "trials" / f"{key(method)}-{lr:g}-{epochs}.json"
         if not record.exists():
-            _write(record, _run(name, experiment, method, lr, 0, epochs, options))
+            _write(record, _run(name, experiment, method, lr, 0, epochs, options, tested=False))
         value = json.loads(record.read_text())["validation"]
         if experiment.better(value, best):
             best, chosen = value, lr
@@ -79,13 +79,15 @@ def _run(
     seed: int,
     epochs: int,
     options: argparse.Namespace,
+    *,
+    tested: bool = True,
 ) -> dict[str, Any]:
     data = experiment.data(options.data, seed)
     run = Run(experiment, experiment.methods[method], lr, seed, epochs, data)
     place = options.runs / name / f"{key(method)}-{lr:g}-{seed}-{epochs}.pt"
-    best = run.train(place)
+    best = run.train(place, tested=tested)
     place.unlink()
-    found = f"{best['readout']} {best['test']:.4f}"
+    found = f"{best['readout']} {best['test' if tested else 'validation']:.4f}"
     print(f"{name}, {method}, lr {lr:g}, seed {seed}, {epochs} epochs: {found}", flush=True)
     return best
 

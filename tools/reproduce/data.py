@@ -113,7 +113,7 @@ def load_mnist(folder: Path, size: int) -> tuple[Images, Images]:
 
     Args:
         folder: holds `MNIST/`, as torchvision lays it out.
-        size: 28; the images are not resized.
+        size: height and width, from 28 on; a larger image has a black border.
 
     Raises:
         FileNotFoundError: they are not there.
@@ -123,7 +123,10 @@ def load_mnist(folder: Path, size: int) -> tuple[Images, Images]:
     parts = []
     for is_train in (True, False):
         source = MNIST(folder, train=is_train)
-        parts.append(Images(source.data[:, None], source.targets))
+        border = size - source.data.shape[-1]
+        before, after = border // 2, border - border // 2
+        padded = F.pad(source.data, (before, after, before, after))
+        parts.append(Images(padded[:, None], source.targets))
     return parts[0], parts[1]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
-from sffx.objectives import ForwardForward
+from sffx.objectives import SCFF, ForwardForward
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
 from tools.reproduce.networks import classifier_of
@@ -29,6 +29,7 @@ class Method:
         options: of `sffx.transform`.
         spans: the epochs of each block, (first, end), the classifier's last; None lets all blocks
             learn in all epochs.
+        probes: whether a linear probe on all blocks that predict is one more readout.
     """
 
     heads: bool = True
@@ -36,6 +37,7 @@ class Method:
     readout: str = "ensemble"
     options: Mapping[str, Any] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] | None = None
+    probes: bool = False
 
     def schedule(self, net: Any) -> sffx.BlockSchedule | None:
         """Return who learns when, None where all blocks always learn."""
@@ -106,9 +108,17 @@ def _supervised(goodness: str) -> Method:
     return Method(local=False, options={"goodness": goodness})
 
 
+def _family(objective: Any, spans: tuple[tuple[int, int], ...] | None = None) -> Method:
+    return Method(options={"objective": objective}, spans=spans, probes=True)
+
+
 # Interleaved layer training on MNIST, as published: where each layer's epochs end. All begin at 0.
 # The authors list six layers; this is their list for the first four and the last one.
 MNIST_SPANS = ((0, 2), (0, 3), (0, 4), (0, 5), (0, 20))
+# The fast list on CIFAR-10, a fifth as long, for four layers and the classifier.
+FAST_SPANS = ((0, 3), (0, 4), (1, 6), (1, 8), (2, 10))
+# One block after the other, as the authors of SCFF train; the classifier reads the last one.
+SCFF_SPANS = ((0, 20), (20, 29), (20, 29))
 
 METHODS = {
     "BP": Method(heads=False, local=False, readout="classifier"),
@@ -121,12 +131,19 @@ METHODS = {
     "mlp(256, 4)": _with_head("mlp(256, 4)"),
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
-    "FF": Method(options={"objective": "ff"}),
-    "FF, peers": Method(options={"objective": ForwardForward(peer=0.03)}),
-    "FF, small": Method(options={"objective": ForwardForward(reduction="mean", threshold=2.0)}),
-    "FF, spatial labels": Method(options={"objective": ForwardForward(labels="waves")}),
-    "FF, unsupervised": Method(options={"objective": "ff-unsupervised"}),
+    "FF": _family("ff"),
+    "FF, peers": _family(ForwardForward(peer=0.03)),
+    "FF, small": _family(ForwardForward(reduction="mean", threshold=2.0)),
+    "FF, spatial labels": _family(ForwardForward(labels="waves")),
+    "FF, unsupervised": _family("ff-unsupervised"),
+    "SCFF": _family(
+        SCFF(positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0)),
+        spans=SCFF_SPANS,
+    ),
     "CwC, ILT": Method(
         readout="classifier", options={"objective": "cwc", "norm": "none"}, spans=MNIST_SPANS
+    ),
+    "CwC, ILT fast": Method(
+        readout="classifier", options={"objective": "cwc", "norm": "none"}, spans=FAST_SPANS
     ),
 }

@@ -22,13 +22,13 @@ SMALL = 64
 class ConvNet(nn.Sequential):
     """CNNB and CNN of section 3: four 3 x 3 convolutions and a linear classifier.
 
-    Each convolution has a ReLU and a pool, with BN or without. Takes (B, 3, H, W), H and W
+    Each convolution has a ReLU and a pool, with BN or without. Takes (B, C, H, W), H and W
     multiples of 16, and returns (B, J).
     """
 
-    def __init__(self, num_classes: int, size: int, batchnorm: bool) -> None:
+    def __init__(self, num_classes: int, size: int, batchnorm: bool, channels: int = 3) -> None:
         super().__init__()
-        for i, (before, after) in enumerate(pairwise((3, *WIDTHS))):
+        for i, (before, after) in enumerate(pairwise((channels, *WIDTHS))):
             layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
             if batchnorm:
                 layers.append(nn.BatchNorm2d(after))
@@ -40,6 +40,10 @@ class ConvNet(nn.Sequential):
 
 def _cnn(num_classes: int, size: int) -> nn.Module:
     return ConvNet(num_classes, size, batchnorm=False)
+
+
+def _grey_cnn(num_classes: int, size: int) -> nn.Module:
+    return ConvNet(num_classes, size, batchnorm=False, channels=1)
 
 
 def _cnnb(num_classes: int, size: int) -> nn.Module:
@@ -176,6 +180,7 @@ def _mobilenet_small(num_classes: int, size: int) -> nn.Module:
 # Each makes a network from the number of classes and the size of the images.
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "CNN": _cnn,
+    "CNN, grey": _grey_cnn,
     "CNNB": _cnnb,
     "ResNet18": _resnet18,
     "ResNet18/4": narrow_resnet18,

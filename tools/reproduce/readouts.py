@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import sffx
 from sffx.learning.readouts import READOUTS, every_mode
 from sffx.runtime.weigh import mixture_weights
+from tools.reproduce.data import Images, Split, in_order
+
+PROBE_BATCH = 500
+PROBE_EPOCHS = 20
+PROBE_RATE = 1e-3
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:
@@ -46,6 +54,30 @@ def judged(scores: Tensor, readout: str, skips: int = 0) -> Tensor:
         skips: as for `readouts`.
     """
     return READOUTS[readout](scores, skips=skips)
+
+
+def probed(net: nn.Module, data: Split, seed: int) -> Callable[[Images], Tensor]:
+    """Train a linear probe on all blocks of a net, and return what gives its logits, (N, J)."""
+    torch.manual_seed(seed)
+    probe = sffx.LinearProbe(net)
+
+    def features(images: Images) -> Tensor:
+        parts = [probe.features(data.scaled(x)) for x, _ in in_order(images, PROBE_BATCH)]
+        return torch.cat(parts)
+
+    x, y = features(data.train), data.train.y
+    optimizer = torch.optim.Adam(probe.linear.parameters(), PROBE_RATE)
+    for _ in range(PROBE_EPOCHS):
+        for index in torch.randperm(len(y)).split(PROBE_BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(probe.linear(x[index]), y[index]).backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def logits(images: Images) -> Tensor:
+        return probe.linear(features(images))
+
+    return logits
 
 
 def block_losses(scores: Tensor, y: Tensor) -> list[float]:

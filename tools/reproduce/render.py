@@ -12,7 +12,15 @@ from sffx.files import write
 from sffx.plots.figure import blank, save
 from tools.reproduce.experiments import EXPERIMENTS
 
-READOUTS = ("ensemble", "mean of softmax", "weighted", "last", "classifier", "all and classifier")
+READOUTS = (
+    "ensemble",
+    "mean of softmax",
+    "weighted",
+    "last",
+    "classifier",
+    "all and classifier",
+    "linear probe",
+)
 
 # The records of one experiment, by method.
 Methods = dict[str, list[dict[str, Any]]]

@@ -18,7 +18,7 @@ from tools.reproduce.data import Images, Split, in_order, save, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example, transfer
-from tools.reproduce.readouts import accuracy, block_losses, judged, readouts
+from tools.reproduce.readouts import accuracy, block_losses, judged, probed, readouts
 
 EVALUATION_BATCH = 500
 SAVE_EVERY = 30  # seconds
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def _has_stalled(self) -> bool:
-        return len(self.curve) - self.best["epoch"] > self.experiment.stop
+        return self.recipe is None and len(self.curve) - self.best["epoch"] > self.experiment.stop
 
     @property
     def _has_diverged(self) -> bool:
@@ -178,12 +178,17 @@ class Run:
         )
         for x, y in batches:
             self.optimizer.zero_grad()
-            loss = self.method.loss(self.net, self.split.scaled(x), y, blocks)
+            with self._precision():
+                loss = self.method.loss(self.net, self.split.scaled(x), y, blocks)
             loss.backward()
             self.optimizer.step()
             total += loss.item() * len(y)
             seen += len(y)
         return total / seen
+
+    def _precision(self) -> torch.autocast:
+        is_lower = self.experiment.precision == "bfloat16"
+        return torch.autocast("cpu", torch.bfloat16, enabled=is_lower)
 
     def _loss_of_groups(self, losses: list[float]) -> dict[str, float]:
         """Return the validation loss that each parameter group follows.
@@ -197,7 +202,8 @@ class Run:
 
     def scores(self, images: Images) -> Tensor:
         batches = (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))
-        return self.method.scores(self.net, batches)
+        with self._precision():
+            return self.method.scores(self.net, batches).float()
 
     def result(self) -> dict[str, Any]:
         """Test the weights of the epoch with the best validation accuracy.
@@ -211,6 +217,10 @@ class Run:
         test_labels = self.split.test.y
         on_validation = readouts(validation, validation, validation_labels, self.skips)
         on_test = readouts(test, validation, validation_labels, self.skips)
+        if self.method.probes:
+            probe = probed(self.net, self.split, self.seed)
+            on_validation["linear probe"] = probe(self.split.validation)
+            on_test["linear probe"] = probe(self.split.test)
         return {
             "setting": asdict(self.setting),
             "seed": self.seed,

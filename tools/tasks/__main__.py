@@ -6,8 +6,8 @@
 Each method tries the same learning rates on seed 0, for a third of the epochs, and the best by
 validation trains to the end with each seed. The readout and the epoch are chosen by validation, and
 tested. Each run keeps its state after each epoch in `--runs`, so the same command goes on where it
-was interrupted. Records of runs and trials go to `--out`; what has one is not made again. `--costs` adds time and counted peak of a step, and wants a
-quiet machine.
+was interrupted. Records of runs and trials go to `--out`; what has one is not made again. `--costs`
+adds time and counted peak of a step, and wants a quiet machine.
 """
 
 from __future__ import annotations

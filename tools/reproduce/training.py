@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
+from tools.precision import precision
 from tools.reproduce.data import Images, Split, in_order, save, shuffled
 from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
@@ -178,17 +179,13 @@ class Run:
         )
         for x, y in batches:
             self.optimizer.zero_grad()
-            with self._precision():
+            with precision(self.experiment.precision):
                 loss = self.method.loss(self.net, self.split.scaled(x), y, blocks)
             loss.backward()
             self.optimizer.step()
             total += loss.item() * len(y)
             seen += len(y)
         return total / seen
-
-    def _precision(self) -> torch.autocast:
-        is_lower = self.experiment.precision == "bfloat16"
-        return torch.autocast("cpu", torch.bfloat16, enabled=is_lower)
 
     def _loss_of_groups(self, losses: list[float]) -> dict[str, float]:
         """Return the validation loss that each parameter group follows.
@@ -202,7 +199,7 @@ class Run:
 
     def scores(self, images: Images) -> Tensor:
         batches = (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))
-        with self._precision():
+        with precision(self.experiment.precision):
             return self.method.scores(self.net, batches).float()
 
     def result(self) -> dict[str, Any]:

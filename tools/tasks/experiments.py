@@ -82,6 +82,7 @@ class Experiment:
         flip: whether images are mirrored by chance.
         seeds: of the runs.
         image_size: height and width of images, () where there are none.
+        precision: "float32", or "bfloat16", in which autocast runs products and convolutions.
     """
 
     task: Task
@@ -96,6 +97,7 @@ class Experiment:
     flip: bool = False
     seeds: tuple[int, ...] = (0, 1)
     image_size: tuple[int, ...] = ()
+    precision: str = "float32"
 
     def better(self, value: float, than: float) -> bool:
         """Return whether a value of the metric is better than another one."""
@@ -122,6 +124,7 @@ EXPERIMENTS = {
         metric="mean_iou",
         flip=True,
         image_size=(180, 240),
+        precision="bfloat16",
     ),
     "camvid-unet": Experiment(
         task=_ROADS,
@@ -130,10 +133,11 @@ EXPERIMENTS = {
         policy="stages(3)",
         methods=_DENSE,
         batch=8,
-        epochs=30,
+        epochs=24,
         metric="mean_iou",
         flip=True,
         image_size=(90, 120),
+        precision="bfloat16",
     ),
     "language": Experiment(
         task=LanguageModel(),
@@ -148,9 +152,10 @@ EXPERIMENTS = {
             "shared, K=4": language(4, "shared"),
         },
         batch=32,
-        epochs=6,
+        epochs=4,
         metric="perplexity",
         rates=(3e-4, 1e-3, 3e-3),
+        precision="bfloat16",
     ),
     "diabetes": Experiment(
         task=Regression(),

@@ -14,6 +14,7 @@ from torch import nn
 import sffx
 from sffx.files import writing
 from sffx.runtime.modes import evaluating
+from tools.precision import precision
 from tools.tasks.data import Data, Part
 from tools.tasks.experiments import Experiment, Method, plain_scores
 
@@ -97,7 +98,9 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 + math.cos(math.pi * progress)) / 2
             optimizer.zero_grad()
-            self.method.loss(net, self.experiment.task, x, y).backward()
+            with precision(self.experiment.precision):
+                loss = self.method.loss(net, self.experiment.task, x, y)
+            loss.backward()
             optimizer.step()
 
     def _judged(self, net: nn.Module, best: Any, epoch: int) -> dict[str, Any]:
@@ -118,9 +121,10 @@ class Run:
     def _metrics(self, net: nn.Module, part: Part) -> dict[str, dict[str, float]]:
         """Return the metrics of each readout, by the metric's name."""
         batches = list(part.batches(self.experiment.batch))
-        if self.method.kind == "BP":
-            return self._metrics_of_model(net, batches)
-        evaluation = sffx.evaluate(net, batches)
+        with precision(self.experiment.precision):
+            if self.method.kind == "BP":
+                return self._metrics_of_model(net, batches)
+            evaluation = sffx.evaluate(net, batches)
         return {**evaluation.metrics, "loss": evaluation.loss}
 
     def _metrics_of_model(self, model: nn.Module, batches: Any) -> dict[str, dict[str, float]]:

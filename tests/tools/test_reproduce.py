@@ -1,7 +1,7 @@
 """The parts of the experiments against plain references, and one small experiment as a whole."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -327,6 +327,34 @@ def test_pretraining_that_was_interrupted_goes_on_and_what_is_done_is_left_alone
     done = len(begun)
     command.main(arguments)
     assert len(begun) == done
+
+
+def test_a_record_fits_whatever_other_methods_and_later_fields_there_are(tmp_path):
+    made = replace(SMALL, recipes=(("SFF", Recipe("Adam", lr=1e-3)), ("CwC", Recipe("SGD", 1))))
+    config = asdict(made)
+    del config["precision"]  # an older record
+    record = tmp_path / "SFF-0.json"
+    record.write_text(json.dumps({"method": "SFF", "config": config}))
+
+    another = replace(made, methods=("SFF",), recipes=made.recipes[:1])
+    command.require_same(record, another)
+    for changed in (
+        replace(made, precision="bfloat16"),
+        replace(made, recipes=(("SFF", Recipe("Adam", lr=1e-2)),)),
+        replace(made, recipes=()),
+    ):
+        with pytest.raises(SystemExit, match="instead of"):
+            command.require_same(record, changed)
+
+
+def test_the_setting_of_another_seed_is_taken_from_its_record(tmp_path):
+    folders = command.Folders(tmp_path, tmp_path, tmp_path)
+    record = folders.record("small", "SFF", 0)
+    record.parent.mkdir()
+    setting = {"lr": 0.5, "classifier_lr": 0.25, "weight_decay": 0.0}
+    content = {"method": "SFF", "config": asdict(SMALL), "setting": setting}
+    record.write_text(json.dumps(content))
+    assert command.find_setting("small", SMALL, "SFF", folders) == Setting(0.5, 0.25, 0.0)
 
 
 def test_trials_of_other_lengths_are_not_mixed(tmp_path):

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from sffx.files import write
 from tools.reproduce.costs import costs
@@ -33,6 +30,7 @@ from tools.reproduce.networks import torchvision_weights
 from tools.reproduce.render import render
 from tools.reproduce.search import search
 from tools.reproduce.training import Run, Setting
+from tools.reproduce.versions import versions
 
 # The fields of an experiment that an option may replace.
 SHORTENING = {
@@ -55,16 +53,6 @@ class Folders:
 
     def checkpoint(self, name: str, method: str, seed: int) -> Path:
         return self.runs / name / f"{method.replace(' ', '-')}-{seed}.pt"
-
-
-def versions() -> dict[str, str]:
-    return {
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
 
 
 def images(experiment: Experiment, folders: Folders) -> tuple[Images, Images]:
@@ -171,11 +159,11 @@ def require_same(record: Path, experiment: Experiment) -> None:
     Raises:
         SystemExit: it is not; names the differences.
     """
+    found = json.loads(record.read_text())
     # Older records lack the fields that came later, and were made with their defaults.
     defaults = {each.name: each.default for each in fields(Experiment)}
-    recorded = defaults | json.loads(record.read_text())["config"]
-    asked = json.loads(json.dumps(asdict(experiment)))
-    del asked["methods"]  # a record does not depend on the other methods
+    recorded = _config(Experiment(**{**defaults, **found["config"]}), found["method"])
+    asked = _config(experiment, found["method"])
     differences = []
     for key, value in asked.items():
         if recorded[key] != value:
@@ -185,6 +173,14 @@ def require_same(record: Path, experiment: Experiment) -> None:
             f"{record} was made with {', '.join(differences)}. "
             "Hint: another --out and --runs for another experiment"
         )
+
+
+def _config(experiment: Experiment, method: str) -> dict[str, Any]:
+    """Return what a method's record depends on, as JSON has it: not the other methods."""
+    config = asdict(experiment)
+    del config["methods"]
+    config["recipes"] = dict(config["recipes"]).get(method)
+    return json.loads(json.dumps(config))
 
 
 def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:

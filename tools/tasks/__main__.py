@@ -29,6 +29,7 @@ from torch import Tensor
 from sffx.files import write
 from sffx.tables import MIB
 from tools.costs import Training, relative_costs
+from tools.reproduce.versions import versions
 from tools.tasks.experiments import EXPERIMENTS, Experiment, Method
 from tools.tasks.largest import largest
 from tools.tasks.training import Run
@@ -54,7 +55,8 @@ def train(name: str, experiment: Experiment, options: argparse.Namespace) -> Non
             record = options.out / name / f"{key(method)}-{seed}.json"
             if not record.exists():
                 found = _run(name, experiment, method, lr, seed, experiment.epochs, options)
-                _write(record, {"method": method, "seed": seed, "lr": lr, **found})
+                made = {"epochs": experiment.epochs, "versions": versions()}
+                _write(record, {"method": method, "seed": seed, "lr": lr, **made, **found})
 
 
 def _searched(name: str, experiment: Experiment, method: str, options: argparse.Namespace) -> float:
@@ -150,7 +152,20 @@ def table(out: Path) -> Iterator[str]:
             yield f"| method | {experiment.metric.replace('_', ' ')} | readouts | time | peak |"
             yield "|---|---|---|---|---|"
             yield from rows
+            yield from _made(out / name)
         yield from bought
+
+
+def _made(folder: Path) -> Iterator[str]:
+    """Yield the lines on how the runs of an experiment were made."""
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
+    newest = max(records, key=lambda record: record.get("versions", {}).get("date", ""), default={})
+    versions = newest.get("versions")
+    if versions:
+        seeds = len({record["seed"] for record in records})
+        yield ""
+        yield f"{newest['epochs']} epochs, {seeds} seeds, {versions['date']}, "
+        yield f"{versions['hardware']}, torch {versions['torch']}."
 
 
 def _bought(file: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sffx.files import write
 from sffx.plots.figure import blank, save
-from tools.reproduce.experiments import EXPERIMENTS
+from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED
 
 READOUTS = (
     "ensemble",
@@ -97,9 +97,10 @@ def description(name: str, methods: Methods) -> str:
         searched_elsewhere = f" in {config['settings']}"
     trials = f"{config['trials']} tried for {config['trial_epochs']} epochs"
     held_out = config.get("held_out", 0.2)
+    precision = ", bfloat16" if config.get("precision") == "bfloat16" else ""
     return (
         f"{config['network']}, {config['data']}, {samples} ({held_out:.0%} of them validate), "
-        f"{size}, policy `{config['policy']}`, batch {config['batch']}, "
+        f"{size}, policy `{config['policy']}`, batch {config['batch']}{precision}, "
         f"at most {config['epochs']} epochs ({patience}){momentum}{pretrained}. "
         "Learning rates of features and classifier, and weight decay, of "
         f"{trials}{searched_elsewhere}: {_settings(methods)}. "
@@ -116,6 +117,12 @@ def _settings(methods: Methods) -> str:
         rates = f"{setting['lr']:g}, {setting['classifier_lr']:g}"
         shown.append(f"{method}: {rates}, {setting['weight_decay']:g}")
     return "; ".join(shown)
+
+
+def _published(name: str, methods: Methods) -> str:
+    """Return a line on what was published, "" where there is nothing."""
+    known = [f"{each}: {PUBLISHED[name, each]}" for each in methods if (name, each) in PUBLISHED]
+    return f"Published: {'; '.join(known)}." if known else ""
 
 
 def plot(name: str, methods: Methods, path: Path) -> None:
@@ -164,6 +171,9 @@ def render(out: Path) -> None:
         costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, costs)]
+        published = _published(name, methods)
+        if published:
+            parts += ["", published]
         parts += ["", description(name, methods), "", f"![{name}]({name}.png)"]
     page = "\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)

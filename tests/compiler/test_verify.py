@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sffx
 from sffx.compiler.verify import verify
@@ -71,3 +72,27 @@ def test_verification_touches_neither_parameters_nor_buffers_nor_the_generator()
     verify(net)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_time_of_verification_does_not_grow_with_the_batch(monkeypatch):
+    monkeypatch.setattr("sffx.kernels.batch_slices._SMALL", 8)  # many slices
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4)]
+    net = sffx.transform(nn.Sequential(*layers), ["_2"])
+    assert "recomputed" in str(net.block_0)
+    counts = []
+    for batch in (60, 600):
+        operators = Operators()
+        with operators:
+            verify(net, batch)
+        counts.append(operators.count)
+    assert counts[0] == counts[1]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))

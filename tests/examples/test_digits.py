@@ -6,12 +6,29 @@ import json
 from pathlib import Path
 
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
 
-from tests.examples.scripts import run_module
+from examples import digits
+from tests.examples.scripts import run_main
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a part of the images, and time few steps."""
+    source = load_digits()
+    few = Bunch(images=source.images[:320], target=source.target[:320])
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+    monkeypatch.setattr(digits, "TEST_IMAGES", 100)
+    compare_time = digits.compare_time
+    monkeypatch.setattr(
+        digits, "compare_time", lambda steps, **_: compare_time(steps, rounds=2, warmup=1)
+    )
+
+
+@pytest.mark.usefixtures("short")
 def test_the_main_job_leaves_its_files_and_figures(tmp_path: Path) -> None:
-    output = run_module("examples.digits", "--epochs", 1, "--out", tmp_path / "demo")
+    output = run_main(digits.main, "--epochs", 1, "--out", tmp_path / "demo", folder=tmp_path)
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results) == ["residual_network", "mobilenet_v3_small"]
     for name, found in results.items():

@@ -28,7 +28,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(folders: Path, method: str) -> list[object]:
-    return ["--data", folders, "--method", method, "--size", 32, "--batch", 8, "--workers", 0]
+    # A small model: a resnet18 would write 130 MB after each epoch.
+    model = ["--model", "squeezenet1_1", "--size", 32, "--batch", 8]
+    return ["--data", folders, "--method", method, *model, "--workers", 0]
 
 
 @pytest.mark.parametrize("method", ["bp", "sff", "cwc", "mlp"])
@@ -43,7 +45,7 @@ def test_the_plain_loop_trains_and_saves(method: str, folders: Path, tmp_path: P
     if method == "bp":
         assert checkpoint.cut is None
         return
-    model = torchvision.models.resnet18(num_classes=3)
+    model = torchvision.models.squeezenet1_1(num_classes=3)
     example = torch.zeros(1, 3, 32, 32)
     assert checkpoint.cut == sffx.plan(model, "residual", example, goodness=method).record()
     assert set(checkpoint.rates.values()) == {1e-3}
@@ -82,8 +84,8 @@ def test_runs_that_cannot_go_on_are_refused(folders: Path, tmp_path: Path) -> No
         return run("train.py", *arguments(folders, "bp"), *more, folder=tmp_path, fails=True)
 
     assert "nothing to resume: run.pt does not exist" in error("--resume")
-    settings = {"method": "bp", "model": "resnet18", "policy": "residual", "size": 32, "batch": 8}
-    settings = {**settings, "lr": 0.5, "seed": 3}
+    settings = {"method": "bp", "model": "squeezenet1_1", "policy": "residual"}
+    settings = {**settings, "size": 32, "batch": 8, "lr": 0.5, "seed": 3}
     sffx.save_checkpoint(tmp_path / "run.pt", torch.nn.Linear(1, 1), epoch=9, settings=settings)
     assert "run.pt holds a training already. Hint: --resume" in error()
     assert "trained with --lr 0.5 --seed 3. Hint: resume with it" in error("--resume")

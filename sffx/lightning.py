@@ -18,6 +18,7 @@ from sffx.errors import InputError, MissingExtra
 from sffx.inputs import padding_mask
 from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
+from sffx.plain import logits_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups, require_rate
 from sffx.runtime.schedule import BlockSchedule
@@ -198,12 +199,9 @@ class _Predictor(LightningModule):
             self.task.check_labels(y, len(scores), self.task.num_outputs(scores.shape))
             sums = self.task.sums(scores, y)
             count = int(sums["count"])
-            means: dict[str, Tensor] = {"loss": self.task.loss(scores, y)}
-            for metric, source in self.task.means.items():
-                if metric != "loss":
-                    means[metric] = sums[source].float() / max(count, 1)
             metrics = {}
-            for metric, mean in means.items():
+            for metric, source in self.task.means.items():
+                mean = sums[source].float() / max(count, 1)
                 metrics[self._metric_key(stage, metric, name)] = mean
             # The count makes the epoch's mean exact where the last batch is smaller.
             is_answer = name == self.answer
@@ -355,7 +353,8 @@ class BPModule(_Predictor):
     It is the baseline for `SFFModule`. It logs "train_loss", "val_acc", "val_loss" and "lr/model".
 
     Args:
-        net: a classifier that returns logits, (B, J), or holds them as `.logits`.
+        net: a classifier that returns logits, (B, J), or a model with another task. They may be
+            `.logits`, the entry "out" of a mapping, or the first of several outputs.
         lr: learning rate.
         weight_decay: of AdamW.
         plateau: options of torch's `ReduceLROnPlateau` (`factor`, `patience`, ...) for the
@@ -393,15 +392,18 @@ class BPModule(_Predictor):
 
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of a batch, that of the task."""
-        return self.task.loss(self._logits(x), y)
+        logits = self._logits(x)
+        task = self.task.settled(logits.shape)
+        task.check_targets(y, len(logits), task.num_outputs(logits.shape))
+        return task.loss(logits, y)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""
         return {"model": self._logits(x)}
 
     def _logits(self, x: Any) -> Tensor:
-        output = self(x)
-        return getattr(output, "logits", output)
+        logits: Tensor = logits_of(self(x), self.task)
+        return logits
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

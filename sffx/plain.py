@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sffx.blocks import BlockPlan
+from sffx.tasks import Task
 
 
-def logits_of(output: Any, plan: BlockPlan) -> Any:
-    """Return the logits in what a plain model returned, cut by a plan.
+def logits_of(output: Any, task: Task, num_outputs: int | None = None) -> Any:
+    """Return the logits in what a plain model returned, or all of it where there are none.
 
-    What is called "logits" comes first, then the first float tensor of shape (B, J), or of the
-    shape of another task. Probabilities do not count where what they are made of is returned as
-    well.
+    What is called "logits" comes first, then what is called "out" and has axes of space, then the
+    first float tensor of a shape that the task has. Probabilities do not count where what they are
+    made of is returned as well.
+
+    Args:
+        output: what the model returned.
+        task: of the model.
+        num_outputs: J where it is known.
     """
-    if isinstance(output, Mapping) and "logits" in output:
-        return logits_of(output["logits"], plan)
-    if not isinstance(output, Tensor) and hasattr(output, "logits"):
-        return logits_of(output.logits, plan)
-    if is_dataclass(output):
-        output = list(vars(output).values())
+    fields = None if isinstance(output, Tensor) else fields_of(output)
+    if fields is not None:
+        name = name_of_logits(fields, _axes)
+        if name:
+            return logits_of(fields[name], task, num_outputs)
+        output = tuple(fields.values())
     found = []
     for value in tree_leaves(output):
-        if isinstance(value, Tensor) and _could_be_logits(value, plan):
+        is_of_floats = isinstance(value, Tensor) and value.is_floating_point()
+        if is_of_floats and task.could_be_output(value.shape, num_outputs):
             found.append(value)
     for value in found:
         if not any(_are_probabilities(value, other) for other in found if other is not value):
             return value
     return output
+
+
+def fields_of(value: Any) -> Mapping[str, Any] | None:
+    """Return the fields of a mapping or of a record of any kind by name, None of other values."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value):
+        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", None)  # of a named tuple
+        return None if names is None else dict(zip(names, value, strict=True))
+    if hasattr(value, "logits"):
+        return {"logits": value.logits}
+    return getattr(value, "__dict__", None) or None
+
+
+def name_of_logits(fields: Mapping[str, Any], axes: Callable[[Any], int]) -> str:
+    """Return the name among some fields that says what the logits are, "" if none does.
+
+    Args:
+        fields: the values by name.
+        axes: returns the number of axes of a value, 0 of what is no tensor.
+    """
+    if fields.get("logits") is not None:
+        return "logits"
+    return "out" if axes(fields.get("out")) > 3 else ""
+
+
+def _axes(value: Any) -> int:
+    return value.ndim if isinstance(value, Tensor) else 0
 
 
 def _are_probabilities(value: Tensor, logits: Tensor) -> bool:
@@ -42,8 +78,3 @@ def _are_probabilities(value: Tensor, logits: Tensor) -> bool:
         return False
     made = (logits.softmax(1), logits.log_softmax(1), logits.sigmoid())
     return any(torch.allclose(value, each) for each in made)
-
-
-def _could_be_logits(value: Tensor, plan: BlockPlan) -> bool:
-    is_of_shape = plan.task.could_be_output(value.shape, plan.num_classes)
-    return is_of_shape and value.is_floating_point()

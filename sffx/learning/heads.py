@@ -202,9 +202,9 @@ def _require_no_regions(regions: int) -> None:
 
 
 def _require_map(block: Block) -> None:
-    if len(block.shape) < 3:
+    if len(block.shape) < 2:
         raise InputError(
-            "its output has no height and width, which the goodness of pixels needs. "
+            "its output has no axes of space, which the goodness of pixels needs. "
             "Hint: cut elsewhere, policy=[...] takes the names of nodes, or pass a goodness of "
             "your own"
         )

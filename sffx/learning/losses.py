@@ -61,6 +61,7 @@ def sff_loss(
     _require_all_blocks(goodness, task)
     functions = loss_functions(loss_fn, len(goodness))
     output = goodness[-1].shape
+    task = task.settled(output)
     check_targets(y, output[0], task.num_outputs(output), functions, task)
     pairs = zip(goodness, functions, strict=True)
     return total([block_loss(own, y, function, task) for own, function in pairs])

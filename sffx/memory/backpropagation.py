@@ -45,8 +45,10 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
         optimizer = torch.optim.AdamW(trainable)
 
         def step() -> None:
-            # In one line, because a name for the logits would hold them in the backward pass.
-            block_loss(logits_of(model(*args, **kwargs), plan), y, task=plan.task).backward()
+            # In one expression, because a name for the logits would hold them in the backward pass.
+            block_loss(
+                logits_of(model(*args, **kwargs), plan.task, plan.num_classes), y, task=plan.task
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
 

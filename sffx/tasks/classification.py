@@ -37,8 +37,9 @@ class Classification(Task):
             )
 
     def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
-        is_tensor_of_floats = isinstance(y, Tensor) and y.is_floating_point()
-        if is_tensor_of_floats and tuple(y.shape) == (batch, num_outputs):
+        require_tensor(y, "pass class indices, torch.tensor(y)")
+        if y.is_floating_point() and tuple(y.shape) == (batch, num_outputs):
+            _check_probabilities(y)
             return
         self.check_labels(y, batch, num_outputs)
 
@@ -92,6 +93,22 @@ class Classification(Task):
 
 # The task of a cut model that says nothing else.
 CLASSIFICATION = Classification()
+
+
+def _check_probabilities(y: Tensor) -> None:
+    """Raise an InputError if rows are not probabilities; their sum may be off by rounding."""
+    if not has_values(y):
+        return
+    sums = y.float().sum(dim=1)
+    if bool((y >= 0).all()) and bool(((sums - 1).abs() < 0.02).all()):
+        return
+    worst = sums[(sums - 1).abs().argmax()].item()
+    raise InputError(
+        f"y is floats from {y.min().item():.4g} to {y.max().item():.4g} with rows that sum up to "
+        f"{worst:.4g}, not probabilities of the classes. Hint: torch.softmax for scores, "
+        "task=sffx.tasks.MultiLabel() for 0 and 1 of several labels, "
+        "task=sffx.tasks.Regression() for numbers"
+    )
 
 
 def _check_range(lowest: int, highest: int, num_classes: int) -> None:

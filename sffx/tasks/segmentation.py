@@ -1,4 +1,4 @@
-"""Classes of pixels or voxels."""
+"""Classes of pixels, of voxels, or of the samples of a signal."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from sffx.kernels.majority import majority_labels
 from sffx.tasks.positions import Positions
 from sffx.tasks.task import Shape, Sums, Task
 
+# By the number of axes of space: their names, and how scores are enlarged.
+_AXES = {1: "T", 2: "H, W", 3: "D, H, W"}
+_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
 
 @dataclass(frozen=True)
 class Segmentation(Positions):
     """Classes of pixels. The model's output is logits (B, J, H, W), y is class indices (B, H, W).
 
-    With voxels these are (B, J, D, H, W) and (B, D, H, W). Of a mapping such as torchvision's, the
-    entry "out" is the output; "aux" is left out.
+    With voxels these are (B, J, D, H, W) and (B, D, H, W), with a signal (B, J, T) and (B, T). Of a
+    mapping such as torchvision's, the entry "out" is the output; "aux" is left out.
 
     The goodness of a block at a pixel is the square of its auxiliary convolution there, with no
     mean over space: `g[n, j, p] = (conv_k(Y)[n, j, p])^2`, at the block's own resolution. The loss
@@ -42,10 +46,11 @@ class Segmentation(Positions):
 
     Attributes:
         ignore_index: the label of pixels that are left out.
-        volumes: whether the output is of voxels.
+        space: the number of axes of space: 2 of images, 3 of volumes, 1 of signals. `transform`
+            sets it.
     """
 
-    volumes: bool = False
+    space: int = 2
 
     name: ClassVar[str] = "segmentation"
     form: ClassVar[str] = "pixel"
@@ -54,13 +59,13 @@ class Segmentation(Positions):
 
     @property
     def shapes(self) -> str:  # type: ignore[override]
-        return "(B, J, D, H, W)" if self.volumes else "(B, J, H, W)"
+        return f"(B, J, {_AXES[self.space]})"
 
     def settled(self, shape: Shape) -> Task:
-        return replace(self, volumes=len(shape) == 5)
+        return replace(self, space=len(shape) - 2)
 
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
-        return len(shape) in (4, 5) and num_outputs in (None, shape[1])
+        return len(shape) - 2 in _AXES and num_outputs in (None, shape[1])
 
     def fits(self, shape: Shape, output: Shape) -> bool:
         # A block has a resolution of its own.
@@ -72,10 +77,10 @@ class Segmentation(Positions):
         return "its value does not have the axes of space that the goodness of a pixel needs"
 
     def _target_axes(self) -> tuple[int, ...]:
-        return (4,) if self.volumes else (3,)
+        return (self.space + 1,)
 
     def _target_shapes(self, batch: int) -> str:
-        return f"({batch}, D, H, W)" if self.volumes else f"({batch}, H, W)"
+        return f"({batch}, {_AXES[self.space]})"
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         shape = (output[0], *output[2:])
@@ -90,8 +95,7 @@ class Segmentation(Positions):
         # An exporter passes proxies, which cannot be compared.
         if isinstance(scores, Tensor) and scores.shape[2:] == size:
             return scores
-        mode = "trilinear" if self.volumes else "bilinear"
-        return F.interpolate(scores, size=size, mode=mode, align_corners=False)
+        return F.interpolate(scores, size=size, mode=_MODES[self.space], align_corners=False)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         _require_upright(scores, y)
@@ -128,6 +132,8 @@ def _require_upright(scores: Tensor, y: Tensor) -> None:
 
     Other sizes are brought to those of the scores, and these would be as well.
     """
+    if y.ndim < 3:
+        return
     *_, height, width = scores.shape
     *_, rows, columns = y.shape
     fits_turned = rows % width == 0 and columns % height == 0 and rows // width == columns // height

@@ -199,6 +199,8 @@ def require_tensor(y: Any, hint: str) -> None:
     """Raise an InputError if targets are no tensor."""
     if not isinstance(y, Tensor):
         raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: {hint}")
+    if y.layout != torch.strided:
+        raise InputError(f"y is a tensor of layout {y.layout}. Hint: a dense one, y.to_dense()")
 
 
 def has_values(y: Tensor) -> bool:

@@ -44,6 +44,20 @@ def images(*tail: nn.Module) -> nn.Module:
     )
 
 
+def signals() -> nn.Module:
+    """Two convolutions with BN along the time, the first of which halves the resolution."""
+    return nn.Sequential(
+        nn.Conv1d(3, 6, 3, stride=2, padding=1),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Conv1d(6, 6, 3, padding=1),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv1d(6, 3, 1),
+    )
+
+
 def squared_error(scores: Tensor, y: Tensor) -> Tensor:
     return ((scores.reshape(len(y), -1) - y.reshape(len(y), -1)) ** 2).mean()
 
@@ -56,6 +70,12 @@ def binary_entropy(scores: Tensor, y: Tensor) -> Tensor:
 def entropy_of_pixels(scores: Tensor, y: Tensor) -> Tensor:
     rows = scores.permute(0, 2, 3, 1).flatten(0, 2)
     return entropy_of_rows(rows, most_frequent(y, y.shape[1] // scores.shape[2]).flatten())
+
+
+def entropy_of_signals(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the entropy where labels come in equal pairs, for scores of samples or of pairs."""
+    labels = y[:, :: y.shape[1] // scores.shape[2]]
+    return entropy_of_rows(scores.transpose(1, 2).flatten(0, 1), labels.flatten())
 
 
 def most_frequent(y: Tensor, side: int) -> Tensor:
@@ -123,9 +143,14 @@ def random_scene(size: int) -> Tensor:
     return squares.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
+def random_signal(size: int) -> Tensor:
+    """Return signals of pairs of equal samples."""
+    return torch.randn(size, 3, 4).repeat_interleave(2, 2)
+
+
 def labels_of_pixels(x: Tensor) -> Tensor:
     y = x.argmax(1)
-    y[:, 0] = IGNORED
+    y[:, :2] = IGNORED
     return y
 
 
@@ -182,6 +207,14 @@ CASES = {
         labels_of_pixels,
         entropy_of_pixels,
     ),
+    "signal": Case(
+        tasks.Segmentation(ignore_index=IGNORED),
+        signals,
+        "batchnorm",
+        random_signal,
+        labels_of_pixels,
+        entropy_of_signals,
+    ),
     "tokens": Case(
         tasks.TokenClassification(ignore_index=IGNORED),
         lambda: Tokens(6, 4),
@@ -199,4 +232,13 @@ CASES = {
         entropy_of_next_tokens,
     ),
 }
-IGNORING = ("pixels", "tokens", "next token")
+IGNORING = ("pixels", "signal", "tokens", "next token")
+CLASSES = Case(
+    tasks.Classification(),
+    lambda: images(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    "batchnorm",
+    random_image,
+    lambda x: x.mean((2, 3)).argmax(1),
+    nn.functional.cross_entropy,
+)
+ALL = {"classes": CLASSES, **CASES}

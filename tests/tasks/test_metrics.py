@@ -142,7 +142,7 @@ def test_labels_with_height_and_width_exchanged_are_refused(scale):
 
 
 def test_voxels_are_as_pixels():
-    task = tasks.Segmentation(volumes=True)
+    task = tasks.Segmentation(space=3)
     scores = torch.randn(1, 3, 2, 2, 2)
     y = torch.randint(0, 3, (1, 2, 2, 2)).repeat_interleave(2, 3)
     expected = F.cross_entropy(scores, y[..., ::2], reduction="sum") / 8

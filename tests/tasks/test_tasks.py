@@ -15,7 +15,7 @@ from sffx import tasks
 from sffx.extraction import extract
 from sffx.runtime.evaluate import block_scores
 from sffx.tasks import task_of_record, task_record
-from tests.tasks.cases import CASES, IGNORED, IGNORING, Case
+from tests.tasks.cases import ALL, CASES, IGNORED, IGNORING, Case
 
 HEADS = ("sff", "mlp(6)")
 
@@ -209,17 +209,36 @@ BAD_TARGETS = {
     "fewer samples": (lambda y: y[:-1], "has shape"),
     "another shape": (lambda y: y[..., None, None].repeat_interleave(2, -1), "has shape"),
     "complex numbers": (lambda y: y.to(torch.complex64), "dtype"),
+    "sparse": (lambda y: y.to_sparse(), "dense"),
+    "nan": (lambda y: y * float("nan"), "not finite|to nan|dtype"),
+    "infinite": (lambda y: y / 0.0, "not finite|inf|nan|dtype"),
+    "another device": (lambda y: y.to("meta"), "is on meta"),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", BAD_TARGETS)
-def test_bad_targets_end_in_a_clear_error(name, kind):
-    net = CASES[name].net().train()
-    x, y = CASES[name].batch()
-    spoil, said = BAD_TARGETS[kind]
-    with pytest.raises(sffx.InputError, match=said):
-        sffx.local_loss(net, x, spoil(y))
+@pytest.mark.parametrize("name", ALL)
+def test_bad_targets_end_in_a_clear_error(name):
+    net = ALL[name].net().train()
+    x, y = ALL[name].batch()
+    for spoil, said in BAD_TARGETS.values():
+        with pytest.raises(sffx.InputError, match=said):
+            sffx.local_loss(net, x, spoil(y))
+        with pytest.raises(sffx.InputError, match=said):
+            sffx.sff_loss(net(x), spoil(y), task=net.plan.task)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[2.0, -1.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.4, 0.0], [float("nan"), 1.0, 0.0]],
+    ids=["scores", "several labels", "too small", "nan"],
+)
+def test_numbers_that_are_no_probabilities_are_not_taken_for_classes(rows):
+    net = ALL["classes"].net().train()
+    x, _ = ALL["classes"].batch()
+    with pytest.raises(sffx.InputError, match=r"not probabilities.*MultiLabel\(\)"):
+        sffx.local_loss(net, x, torch.tensor([rows] * len(x)))
+    mixed = torch.tensor([[0.9, 0.1, 0.0]] * len(x), dtype=torch.bfloat16)
+    assert sffx.local_loss(net, x, mixed) > 0
 
 
 @pytest.mark.parametrize("name", IGNORING)
@@ -323,6 +342,6 @@ def test_the_kernel_of_a_position_reads_its_neighbours():
 
 def test_a_task_is_no_other_for_its_options():
     segmentation = tasks.Segmentation(ignore_index=3)
-    assert task_of_record(task_record(replace(segmentation, volumes=True))).volumes
+    assert task_of_record(task_record(replace(segmentation, space=3))).space == 3
     with pytest.raises(sffx.InputError, match="record of no task"):
         task_of_record({"name": "segmentation", "colour": 1})

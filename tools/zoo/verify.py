@@ -177,7 +177,7 @@ def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> N
     model.train()
     net.train()
     for seed in range(_MOST_RUNS):
-        logits = logits_of(_returned(model, inputs, seed), plan)
+        logits = logits_of(_returned(model, inputs, seed), plan.task, plan.num_classes)
         block_loss(logits, targets, task=plan.task).backward()
         reached |= {name for name, p in model.named_parameters() if p.grad is not None}
         for key, found in _blocks_that_reach(net, inputs, targets, seed).items():

@@ -120,7 +120,8 @@ def unclear(model: nn.Module, value: object) -> TraceError:
     axes = value.ndim if isinstance(value, Tensor) else 0
     # What the values may be, by the number of their axes.
     hints = {
-        3: "for scores of tokens, pass task=sffx.tasks.TokenClassification(); ",
+        3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for those "
+        "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); ",
         4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); ",
         5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); ",
     }

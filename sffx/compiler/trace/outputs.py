@@ -6,7 +6,6 @@ For another task than classification, the logits are what the model predicts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -17,6 +16,7 @@ from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, unclear
 from sffx.errors import TraceError, backbone_hint
+from sffx.plain import fields_of, name_of_logits
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -47,9 +47,9 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
     """
     if isinstance(value, fx.Proxy):
         return value
-    fields = _fields(value)
+    fields = fields_of(value)
     if fields is not None:
-        named = _named(fields)
+        named = name_of_logits(fields, _axes)
         if named:
             return find_logits(fields[named], wanted)
         value = tuple(fields.values())
@@ -89,20 +89,13 @@ def place_of_logits(value: Any) -> str:
     """Return where the logits are in what a forward returns: "only", "logits", "out" or ""."""
     if isinstance(value, fx.Proxy):
         return "only"
-    fields = _fields(value)
-    return "" if fields is None else _named(fields)
+    fields = fields_of(value)
+    return "" if fields is None else name_of_logits(fields, _axes)
 
 
-def _named(fields: Mapping[str, Any]) -> str:
-    """Return the name among some fields that says what the logits are, "" if none does."""
-    if fields.get("logits") is not None:
-        return "logits"
-    out = fields.get("out")
-    is_of_pixels = isinstance(out, fx.Proxy) and _ndim(out) > 3
-    return "out" if is_of_pixels else ""
-
-
-def _ndim(value: fx.Proxy) -> int:
+def _axes(value: Any) -> int:
+    if not isinstance(value, fx.Proxy):
+        return 0
     return getattr(facts(value.node).example, "ndim", 0)
 
 
@@ -134,20 +127,6 @@ def _first_of(values: tuple[Any, ...] | list[Any], candidates: list[Any], wanted
         if _width(nested, wanted):
             return nested
     return first
-
-
-def _fields(value: Any) -> Mapping[str, Any] | None:
-    """Return the fields of a mapping or of a record of any kind by name, None of other values."""
-    if isinstance(value, Mapping):
-        return value
-    if dataclasses.is_dataclass(value):
-        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        names = getattr(value, "_fields", None)  # of a named tuple
-        return None if names is None else dict(zip(names, value, strict=True))
-    if hasattr(value, "logits"):
-        return {"logits": value.logits}
-    return getattr(value, "__dict__", None) or None
 
 
 def _width(value: Any, wanted: Wanted) -> int:

@@ -145,14 +145,14 @@ def test_probabilities_beside_the_logits_are_not_the_logits(make):
     x = torch.randn(3, 6)
     expected = model.train()(x)
     assert torch.equal(net.eval()(x), expected)
-    assert torch.equal(logits_of(model.eval()(x), net.plan), expected)
+    assert torch.equal(logits_of(model.eval()(x), net.plan.task), expected)
 
 
 def test_a_head_that_returns_other_logits_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(lambda m, y: (y * 2, y)))
     net = cut_without_norms(model, "layer", torch.randn(2, 6))
     x = torch.randn(3, 6)
-    assert torch.equal(net.eval()(x), logits_of(model.eval()(x), net.plan))
+    assert torch.equal(net.eval()(x), logits_of(model.eval()(x), net.plan.task))
     assert torch.equal(net.train()(x)[-1], model.train()(x))
 
 
@@ -235,3 +235,26 @@ def test_tokens_that_are_dropped_in_train_mode_are_dropped_in_the_net():
 def test_a_number_of_tokens_that_depends_on_the_mode_is_not_frozen(scale):
     with pytest.raises(TraceError, match="_DropsTokens returns other sizes in eval mode"):
         sffx.plan(_OnTokens(scale), "layer", torch.randn(2, 5, 6))
+
+
+class _Maps(nn.Module):
+    """Returns scores of pixels in a mapping, after others of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.aux = nn.Conv2d(4, 2, 1)
+        self.scores = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.features(x)
+        return {"aux": self.aux(y), "out": self.scores(y)}
+
+
+def test_the_entry_out_is_the_output_wherever_it_stands():
+    x = torch.randn(3, 3, 4, 4)
+    model = _Maps()
+    net = sffx.transform(model, "batchnorm", x, check=True)
+    net = cut_without_norms(model, "batchnorm", x)
+    assert torch.equal(net.eval()(x), model.eval()(x)["out"])
+    assert torch.equal(logits_of(model(x), net.plan.task), model(x)["out"])

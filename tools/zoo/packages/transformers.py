@@ -70,23 +70,102 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 _DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
 _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "bos_token_id": 0}
+_CAUSAL = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+# The four maps that the head of an encoder of patches reads.
+_DENSE = {**_VISION, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16}
+_MULTILABEL = {"problem_type": "multi_label_classification"}
+_NUMBER = {"num_labels": 1}
 # By group, which tells the task.
 OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "tokens": {
         "bert-tokens": ("BertForTokenClassification", _TEXT),
         "distilbert-tokens": ("DistilBertForTokenClassification", _DISTILBERT),
         "electra-tokens": ("ElectraForTokenClassification", {**_TEXT, "embedding_size": 32}),
+        "roberta-tokens": ("RobertaForTokenClassification", _TEXT),
+        "deberta-v2-tokens": ("DebertaV2ForTokenClassification", _TEXT),
+        "modernbert-tokens": ("ModernBertForTokenClassification", {**_TEXT, "pad_token_id": 0}),
     },
     "language": {
         "gpt2-lm": ("GPT2LMHeadModel", {**_GPT2, "eos_token_id": 0}),
         "llama-lm": ("LlamaForCausalLM", _TEXT),
         "llama-lm-tied": ("LlamaForCausalLM", {**_TEXT, "tie_word_embeddings": True}),
+        "mistral-lm": ("MistralForCausalLM", {**_CAUSAL, "sliding_window": 6}),
+        "qwen2-lm": ("Qwen2ForCausalLM", _CAUSAL),
+        "qwen3-lm": ("Qwen3ForCausalLM", _CAUSAL),
+        "gemma-lm": ("GemmaForCausalLM", _CAUSAL),
+        "gpt-neox-lm": ("GPTNeoXForCausalLM", _TEXT),
+        "phi-lm": ("PhiForCausalLM", _TEXT),
+        "opt-lm": (
+            "OPTForCausalLM",
+            {**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 0},
+        ),
+        "bloom-lm": ("BloomForCausalLM", {**_TEXT, "n_layer": 3, "n_head": 2}),
     },
-    "regression": {"bert-number": ("BertForSequenceClassification", {**_TEXT, "num_labels": 1})},
+    "regression": {
+        "bert-number": ("BertForSequenceClassification", {**_TEXT, **_NUMBER}),
+        "distilbert-number": ("DistilBertForSequenceClassification", {**_DISTILBERT, **_NUMBER}),
+        "gpt2-number": ("GPT2ForSequenceClassification", {**_GPT2, **_NUMBER, "pad_token_id": 0}),
+        "vit-number": ("ViTForImageClassification", {**_VISION, **_NUMBER}),
+    },
     "multilabel": {
-        "bert-labels": (
-            "BertForSequenceClassification",
-            {**_TEXT, "problem_type": "multi_label_classification"},
+        "bert-labels": ("BertForSequenceClassification", {**_TEXT, **_MULTILABEL}),
+        "distilbert-labels": (
+            "DistilBertForSequenceClassification",
+            {**_DISTILBERT, **_MULTILABEL},
+        ),
+        "vit-labels": ("ViTForImageClassification", {**_VISION, **_MULTILABEL}),
+    },
+    "segmentation": {
+        "segformer-pixels": (
+            "SegformerForSemanticSegmentation",
+            {
+                "depths": [2, 2, 2, 2],
+                "hidden_sizes": [8, 16, 24, 32],
+                "num_attention_heads": [1, 1, 2, 2],
+                "decoder_hidden_size": 16,
+            },
+        ),
+        "mobilevit-pixels": (
+            "MobileViTForSemanticSegmentation",
+            {
+                "hidden_sizes": [16, 24, 32],
+                "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32],
+                "image_size": 64,
+                "aspp_out_channels": 16,
+                "atrous_rates": [2, 3, 4],
+            },
+        ),
+        "mobilenet-v2-pixels": (
+            "MobileNetV2ForSemanticSegmentation",
+            {"image_size": 64, "depth_multiplier": 0.35},
+        ),
+        "upernet-pixels": (
+            "UperNetForSemanticSegmentation",
+            {
+                "backbone_config": {
+                    "model_type": "convnext",
+                    "depths": [2, 2, 2, 2],
+                    "hidden_sizes": [8, 16, 24, 32],
+                    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+                },
+                "hidden_size": 16,
+                "auxiliary_channels": 16,
+                "auxiliary_in_channels": 24,
+            },
+        ),
+        "dpt-pixels": (
+            "DPTForSemanticSegmentation",
+            {
+                **_DENSE,
+                "backbone_out_indices": [0, 1, 2, 3],
+                "neck_hidden_sizes": [8, 8, 16, 16],
+                "fusion_hidden_size": 16,
+            },
+        ),
+        "beit-pixels": ("BeitForSemanticSegmentation", {**_DENSE, "out_indices": [1, 2, 3, 4]}),
+        "data2vec-pixels": (
+            "Data2VecVisionForSemanticSegmentation",
+            {**_DENSE, "out_indices": [1, 2, 3, 4]},
         ),
     },
 }

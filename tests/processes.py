@@ -19,6 +19,7 @@ PRELOADED = [
     "tests.runtime.test_shard",
     "torch._dynamo",
     "torch.distributed.checkpoint",
+    "torchvision",
 ]
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torchvision.transforms.functional import to_pil_image
+
+from tests.processes import spawn
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_pipeline.py"
 
@@ -24,16 +28,32 @@ def write_images(folder: Path) -> None:
 
 
 def train(data: Path, out: Path, processes: int, epochs: int) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += [str(EXAMPLE), "--data", str(data), "--out", str(out), "--epochs", str(epochs)]
-    command += ["--model", "mobilenet_v3_small", "--size", "32", "--batch", "4"]
-    command += ["--dtype", "float64", "--workers", "0"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=240
+    """Run the example over processes, as torchrun does, and return what they printed."""
+    # The store is here, as torchrun has it, so that no port need be guessed.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = ["--data", str(data), "--out", str(out), "--epochs", str(epochs)]
+    arguments += ["--model", "mobilenet_v3_small", "--size", "32", "--batch", "4"]
+    arguments += ["--dtype", "float64", "--workers", "0"]
+    log = out.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    spawn(run_example, processes, processes, store.port, arguments, log)
+    return log.read_text()
+
+
+def run_example(rank: int, processes: int, port: int, arguments: list[str], log: Path) -> None:
+    """Run the example in a process that torchrun would have started."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    sys.argv = [str(EXAMPLE), *arguments]
+    with log.open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    # Python's own end is left out, see `tests.processes.leave`.
+    os._exit(0)
 
 
 def test_a_run_resumed_in_another_number_of_processes_ends_the_same(tmp_path):

@@ -61,10 +61,12 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = [
         "[mypy]",
         f"mypy_path = {ROOT}",
-        f"cache_dir = {ROOT / '.mypy_cache' / 'pages'}",
-        "follow_imports = silent",
+        # With the cache and the options of pyproject.toml, since reading torch takes a minute.
+        f"cache_dir = {ROOT / '.mypy_cache'}",
         "ignore_missing_imports = True",
         "check_untyped_defs = True",
+        "warn_unused_ignores = True",
+        "warn_redundant_casts = True",
         f"[{foreign}]",
         "follow_imports = skip",
     ]

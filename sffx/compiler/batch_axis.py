@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -36,6 +37,7 @@ _RESHAPES = (
 )
 _TILES = ("repeat", "tile")
 _CATS = ("cat", "concat", "concatenate")
+_CONSTANTS = ("full", "new_full", "new_ones", "new_zeros", "ones", "zeros")
 
 
 def batch_sizes(arguments: Any) -> tuple[int, int]:
@@ -133,22 +135,45 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     2. A repetition puts whole batches behind each other, or the rows of each sample.
     3. So does a concatenation of batches.
     4. Whatever else leaves the number of rows leaves their order.
+    5. A sum of the messages between the nodes of graphs is written to rows by their numbers. The
+       rows are those of the nodes, as in the values before that have as many.
     """
     sources = list(_sources(node))
     if is_reshape(node, root) and sources:
         before, batch = sources[0]
         return _slower_after_reshape(before, batch, value, axis, rows)
-    if _name(node) in _TILES:
+    # Along another axis than the batch, a repetition leaves the rows as they are.
+    is_repeated = all(batch.rows < rows for _, batch in sources)
+    if _name(node) in _TILES and is_repeated:
         return rows if _all_plain(sources, axis) else None
-    if _name(node) == "repeat_interleave":
+    if _name(node) == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
-    # Along another axis than the batch, a concatenation leaves the rows as they are.
+    # So does a concatenation.
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
     if _name(node) in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
+    if any(_is_index(value) for value, _ in sources):
+        # Numbers of rows may come from anywhere.
+        found = found - {None} or _slower_of_earlier_rows(node, rows)
     return found.pop() if len(found) == 1 else None
+
+
+def _is_index(value: Tensor) -> bool:
+    return not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _slower_of_earlier_rows(node: fx.Node, rows: int) -> set[int | None]:
+    """Return each known `BatchAxis.slower` of the values before a node that have so many rows."""
+    found: set[int | None] = set()
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        batch = facts(earlier).batch
+        if isinstance(batch, BatchAxis) and batch.rows == rows and batch.slower is not None:
+            found.add(batch.slower)
+    return found
 
 
 def _slower_after_reshape(
@@ -192,8 +217,10 @@ def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
 def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
     """Return whether a node repeats one row for all samples, so that their order is any order.
 
-    A class token is such a row.
+    A class token is such a row, and so are zeros to which messages are added.
     """
+    if batch.slower is None and _name(node) in _CONSTANTS:
+        return True
     if batch.slower is not None or _name(node) not in (*_TILES, "expand"):
         return False
     row = facts(node.all_input_nodes[0]).example

@@ -42,6 +42,10 @@ FOLDS = {
     ),
     "repeated": (lambda y, b: y[:, 0].repeat(3, 1), BatchAxis(0, 3, 3)),
     "interleaved": (lambda y, b: y[:, 0].repeat_interleave(3, 0), BatchAxis(0, 3, 1)),
+    "repeated along another axis": (
+        lambda y, b: y.flatten(0, 1)[:, None].repeat(1, 3, 1),
+        BatchAxis(0, 5, 1),
+    ),
     "one behind the other": (lambda y, b: torch.cat([y[:, 0], y[:, 1]]), BatchAxis(0, 2, 2)),
     "stacked": (lambda y, b: torch.stack([y[:, 0], y[:, 1]]), BatchAxis(1)),
     "expanded": (lambda y, b: y[:, :1].expand(-1, 3, -1).reshape(-1, 8), BatchAxis(0, 3, 1)),
@@ -63,6 +67,63 @@ def test_the_rows_of_a_sample(fold):
     reshape = [node for node in nodes if node.target == "reshape"][-1]
     batch = facts(reshape.args[0]).batch
     assert (batch == expected) if expected else (batch is None or batch.slower is None)
+
+
+def _index_add(messages: Tensor, index: Tensor, nodes: int) -> Tensor:
+    return messages.new_zeros(nodes, 6).index_add(0, index, messages)
+
+
+def _scatter(messages: Tensor, index: Tensor, nodes: int) -> Tensor:
+    zeros = torch.zeros(nodes, 6, dtype=messages.dtype)
+    return zeros.scatter_add(0, index[:, None].expand_as(messages), messages)
+
+
+def _scatter_mean(messages: Tensor, index: Tensor, nodes: int) -> Tensor:
+    sums = _scatter(messages, index, nodes)
+    degrees = torch.zeros(nodes).scatter_add_(0, index, torch.ones(index.shape[0]))
+    return sums / degrees.clamp(min=1)[:, None]
+
+
+class Aggregation(nn.Module):
+    """Sums of messages, by a `__call__` that takes more than its forward."""
+
+    def __call__(self, messages: Tensor, index: Tensor | None = None, **more: int) -> Tensor:
+        return super().__call__(messages, index, **more)
+
+    def forward(self, messages: Tensor, index: Tensor | None = None, nodes: int = 1) -> Tensor:
+        return _index_add(messages, index, nodes)
+
+
+class MessagePassing(nn.Module):
+    """Graphs of five nodes as one graph without edges between them, as graph libraries do it."""
+
+    def __init__(self, aggregate) -> None:
+        super().__init__()
+        self.aggregate = aggregate
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nodes = x.shape[0] * x.shape[1]
+        edges = self.edges[:, None] + 5 * torch.arange(x.shape[0])[:, None]
+        sources, targets = edges.flatten(1)
+        x = x.flatten(0, 1)
+        for layer in self.layers:
+            messages = layer(x).index_select(0, sources)
+            x = self.aggregate(messages, targets, nodes=nodes).relu()
+        return self.head(x.view(-1, 5, 6).mean(1))
+
+
+@pytest.mark.parametrize("aggregate", [_index_add, _scatter, _scatter_mean, Aggregation()])
+def test_sums_of_messages_have_the_rows_of_their_nodes(aggregate):
+    torch.manual_seed(0)
+    model, x = MessagePassing(aggregate), torch.randn(3, 5, 6)
+    net = sffx.transform(model, "layer", x, check=True).train()
+    assert [block.shape for block in net.plan] == [(5, 6)] * 3
+    assert net.plan.leaves == ()
+    other = torch.cat([x[:1] + 1, x[1:]])
+    torch.testing.assert_close(net(x)[:, 1:], net(other)[:, 1:])
 
 
 @pytest.mark.parametrize(

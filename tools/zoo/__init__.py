@@ -16,6 +16,7 @@ A model with a record is skipped. A model is verified when all of this holds (`v
   eval mode, for other batch sizes and other sizes, with the same gradients and buffers, and the
   original comes back. Weights that start as constants (zeroed heads, layer scales) are drawn anew,
   and BN is calibrated before. Outputs must differ between samples.
+- In eval mode no sample changes the scores of another, at any block.
 - Each trainable parameter that backpropagation reaches has a gradient from exactly one block's
   loss, and has it after a `local_loss` step.
 - For a sample of families, the ONNX file agrees with torch.

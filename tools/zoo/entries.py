@@ -37,6 +37,7 @@ ZOOS = {
     "kornia": "kornia",
     "rtdl-revisiting-models": "rtdl_revisiting_models",
     "segmentation-models-pytorch": "segmentation_models_pytorch",
+    "torch-geometric": "torch_geometric",
 }
 
 # The arguments of a call by keyword; "x" alone is passed by position.
@@ -75,10 +76,12 @@ class Model:
         build: makes the classifier, small, with `CLASSES` classes and random weights. It imports
             the package.
         inputs: makes the arguments of a call, for `SAMPLES` samples.
+        group: as in `Entry`.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
+    group: str = "classification"
 
 
 def model_of(
@@ -115,7 +118,7 @@ def entries(zoo: str) -> list[Entry]:
     """Return the models of a zoo; of timm, the smallest architectures of each module only."""
     module = package(zoo)
     if hasattr(module, "MODELS"):
-        return [Entry(zoo, name) for name in module.MODELS]
+        return [Entry(zoo, name, model.group) for name, model in module.MODELS.items()]
     return list(module.entries())
 
 

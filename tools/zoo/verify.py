@@ -19,9 +19,12 @@ from sffx.compiler.trace.sizes import SETTLED_BY_SIZE
 from sffx.compiler.untie import untied
 from sffx.learning.losses import block_loss
 from sffx.plain import logits_of
-from sffx.tasks import CLASSIFICATION
+from sffx.tasks import CLASSIFICATION, Task, TokenClassification
 from tools.zoo.entries import CLASSES, SAMPLES, Inputs
 from tools.zoo.records import Record
+
+# By group of models, the tasks that an output does not tell.
+_TASKS: dict[str, Task] = {"nodes": TokenClassification()}
 
 # Runs in which gradients are looked for.
 _MOST_RUNS = 8
@@ -51,13 +54,15 @@ def verify_model(
     calibrate(model, partial(run_model, inputs=inputs))
     record.parameters = sum(p.numel() for p in model.parameters())
     record.input = ", ".join(f"{name} {_size(value)}" for name, value in inputs.items())
-    net = sffx.transform(model.train(), example_input=_call_arguments(inputs), check=False)
+    example, task = _call_arguments(inputs), _TASKS.get(record.group)
+    net = sffx.transform(model.train(), example_input=example, task=task, check=False)
     record.blocks, record.notes = len(net.plan), list(net.plan.notes)
     record.leaves = [(leaf.kind, leaf.share, leaf.reason) for leaf in net.plan.leaves]
     record.poor = poor_parts(net.plan, model)
     if len(net.plan) < 2 and not net.plan.notes:
         raise Unverified("one feature block, and the plan does not say why")
     _check_values(model, net, inputs)
+    _check_samples(net, inputs)
     # As `transform` did before the cut.
     _check_gradients(untied(model)[0], net, inputs)
     if onnx:
@@ -144,6 +149,38 @@ def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None
     _require_telling(report)
 
 
+def _check_samples(net: fx.GraphModule, inputs: Inputs) -> None:
+    """Check that in eval mode the scores of each block tell of a sample what that sample is.
+
+    A block may read rows of all samples, folded into the batch. If it puts them to the wrong
+    samples, other scores change with a sample than its own.
+    """
+    changed = {}
+    for name, value in inputs.items():
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        changed[name] = torch.cat([value[:1] + 1, value[1:]]) if is_float else value
+    net.eval()
+    with torch.no_grad():
+        before, after = _scores(net, inputs), _scores(net, changed)
+    net.train()
+    others = [
+        torch.allclose(one[1:], two[1:], rtol=1e-4, atol=1e-5, equal_nan=True)
+        for one, two in zip(before, after, strict=True)
+    ]
+    # The classifier's scores are the model's own, which may mix samples by itself.
+    if others[-1] and not all(others):
+        raise Unverified(f"block_{others.index(False)} mixes the rows of several samples")
+
+
+def _scores(net: fx.GraphModule, inputs: Inputs, seed: int = 0) -> list[Tensor]:
+    """Return the scores of each block, the classifier's last."""
+    scores: list[Tensor] = []
+    handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
+    _returned(net, inputs, seed)
+    handle.remove()
+    return scores
+
+
 def _require_telling(report: sffx.CheckReport) -> None:
     """Check that in each mode a comparison had outputs that differ between samples.
 
@@ -211,10 +248,7 @@ def _blocks_that_reach(
     net: fx.GraphModule, inputs: Inputs, targets: Tensor, seed: int
 ) -> dict[int, set[int]]:
     """Return, for each parameter by its id, the blocks whose loss gives it a gradient."""
-    scores: list[Tensor] = []
-    handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
-    _returned(net, inputs, seed)
-    handle.remove()
+    scores = _scores(net, inputs, seed)
     parameters = [p for p in net.parameters() if p.requires_grad]
     blocks: dict[int, set[int]] = {}
     for i, score in enumerate(scores):

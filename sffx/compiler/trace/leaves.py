@@ -47,7 +47,8 @@ def _joins(module: nn.Module) -> bool:
     for parameter in signature(module).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             return True
-        required += parameter.default is parameter.empty
+        is_optional = parameter.kind is parameter.VAR_KEYWORD
+        required += parameter.default is parameter.empty and not is_optional
     return required > 1
 
 

@@ -34,6 +34,9 @@ REQUIRES = (
     "torchaudio",
     "pooch",
     "requests",
+    "urllib3",
+    "certifi",
+    "charset-normalizer",
     "wfdb",
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tools.zoo.entries import CLASSES, Model, random_inputs
 
-REQUIRES = ("spikingjelly", "h5py")
+REQUIRES = ("spikingjelly", "h5py", "loguru")
 
 _STEPS = 2
 

@@ -28,6 +28,9 @@ REQUIRES = (
     "imbalanced-learn",
     "pandas",
     "requests",
+    "urllib3",
+    "certifi",
+    "charset-normalizer",
 )
 
 VARIABLES = 3

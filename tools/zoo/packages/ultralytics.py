@@ -8,7 +8,18 @@ from tools.zoo.entries import CLASSES, Model, random_inputs
 
 REQUIRES = (
     *("ultralytics", "ultralytics-thop", "opencv-python-headless", "matplotlib", "pyyaml"),
-    *("requests", "psutil", "polars", "polars-runtime-32", "scipy", "cycler", "kiwisolver"),
+    *(
+        "requests",
+        "urllib3",
+        "certifi",
+        "charset-normalizer",
+        "psutil",
+        "polars",
+        "polars-runtime-32",
+        "scipy",
+        "cycler",
+        "kiwisolver",
+    ),
     *("contourpy", "fonttools", "pyparsing", "python-dateutil", "six"),
 )
 

@@ -36,6 +36,7 @@ class Task:
         outputs: what J counts, in plural: "classes".
         shapes: the shape of the model's output, for messages.
         per_position: whether a position is scored, a token or a pixel, and not the sample.
+        probability_function: what makes probabilities of scores, "" where there are none.
         norms_tokens: whether the norm between two blocks looks at each token by itself.
         has_confidence: whether a sample has a confidence, by which it can exit early.
         shares: the metrics that are shares, between 0 and 1.
@@ -47,6 +48,7 @@ class Task:
     outputs: ClassVar[str] = "classes"
     shapes: ClassVar[str] = "(B, J)"
     per_position: ClassVar[bool] = False
+    probability_function: ClassVar[str] = "softmax"
     norms_tokens: ClassVar[bool] = False
     has_confidence: ClassVar[bool] = False
     shares: ClassVar[tuple[str, ...]] = ("accuracy",)

@@ -80,9 +80,9 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
         place_constants(graph, tracer.constants.names)
-        task, note = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
+        task, notes = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
         tracer.task = task
-        tracer.notes_on_task = [note] if note else []
+        tracer.notes_on_task = notes
     except TraceError:
         raise
     except Exception as failure:

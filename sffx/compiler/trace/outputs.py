@@ -6,6 +6,7 @@ For another task than classification, the logits are what the model predicts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -65,24 +66,27 @@ def _without_probabilities(values: tuple[Any, ...] | list[Any]) -> list[Any]:
     nodes = {value.node for value in values if isinstance(value, fx.Proxy)}
     kept = []
     for value in values:
-        if not isinstance(value, fx.Proxy) or _source_of_probabilities(value) not in nodes:
+        if not isinstance(value, fx.Proxy) or not _is_made_of(value, nodes):
             kept.append(value)
     return kept
 
 
-def _source_of_probabilities(value: fx.Proxy) -> fx.Node | None:
-    """Return what a softmax or a sigmoid was applied to; None for what anything else computes."""
-    node = value.node
+def _is_made_of(value: fx.Proxy, nodes: Collection[fx.Node]) -> bool:
+    """Return whether a value is the softmax or the sigmoid of one of some nodes."""
+    tracer: Any = value.tracer
+    is_of_scores = _probability_function(value.node, tracer.root) != ""
+    return is_of_scores and value.node.all_input_nodes[0] in nodes
+
+
+def _probability_function(node: fx.Node, root: nn.Module) -> str:
+    """Return "softmax", "logsoftmax" or "sigmoid" where a node applies it, "" for other nodes."""
     call = node.target
     if is_added(node):
-        return None
+        return ""
     if node.op == "call_module":
-        tracer: Any = value.tracer
-        call = type(tracer.root.get_submodule(str(call)))
+        call = type(root.get_submodule(str(call)))
     name = str(getattr(call, "__name__", call)).lower().replace("_", "")
-    if name not in ("softmax", "logsoftmax", "sigmoid"):
-        return None
-    return node.all_input_nodes[0]
+    return name if name in ("softmax", "logsoftmax", "sigmoid") else ""
 
 
 def place_of_logits(value: Any) -> str:
@@ -147,7 +151,9 @@ def _is_batch_of_floats(node: fx.Node) -> bool:
     return starts_with_batch(facts(node).batch) and value.is_floating_point()
 
 
-def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) -> tuple[Task, str]:
+def keep_logits(
+    graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str
+) -> tuple[Task, list[str]]:
     """Check that the graph returns logits, and drop what only other outputs needed.
 
     Args:
@@ -157,7 +163,8 @@ def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) ->
         place: of the logits, as `place_of_logits` returns it.
 
     Returns:
-        The task, and a note where it was inferred and is not classification.
+        The task, and notes: where it was inferred and is not classification, and where the output
+        is probabilities.
 
     Raises:
         TraceError: it returns something else, or its task is not clear.
@@ -177,5 +184,28 @@ def keep_logits(graph: fx.Graph, root: nn.Module, wanted: Wanted, place: str) ->
         )
     task = task.settled(value.shape)
     drop_dead_code(graph)
-    is_said = wanted.task is not None or task == CLASSIFICATION
-    return task, "" if is_said else note_on(task, value)
+    notes = _notes_on_probabilities(logits, root, task)
+    if wanted.task is None and task != CLASSIFICATION:
+        notes.insert(0, note_on(task, value))
+    return task, notes
+
+
+def _notes_on_probabilities(logits: fx.Node, root: nn.Module, task: Task) -> list[str]:
+    """Return a note if a model returns the probabilities that its task makes of scores.
+
+    The loss of the classifier then applies the softmax twice, as backpropagation would with
+    cross-entropy. Which class is the best does not change.
+
+    Raises:
+        TraceError: the sign of a score decides, and all probabilities are positive.
+    """
+    function = _probability_function(logits, root)
+    if not function or function != task.probability_function:
+        return []
+    hint = f"Hint: return what the {function} is applied to"
+    if function == "sigmoid":
+        raise TraceError(
+            f"{type(root).__name__} returns a sigmoid, and with sffx.tasks.{task!r} the output is "
+            f"logits: a label is predicted where its logit is positive. {hint}"
+        )
+    return [f"the model returns a softmax, and the loss applies a softmax again. {hint}"]

@@ -258,3 +258,39 @@ def test_the_entry_out_is_the_output_wherever_it_stands():
     net = cut_without_norms(model, "batchnorm", x)
     assert torch.equal(net.eval()(x), model.eval()(x)["out"])
     assert torch.equal(logits_of(model(x), net.plan.task), model(x)["out"])
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.Softmax(1),
+        lambda y: y.softmax(1),
+        lambda y: F.softmax(y, dim=1),
+        lambda y: torch.softmax(y, 1),
+    ],
+)
+def test_an_output_of_probabilities_is_noted(last):
+    class Model(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return last(super().forward(x))
+
+    model = Model(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    if isinstance(last, nn.Module):
+        model = nn.Sequential(*model, last)
+    plan = sffx.plan(model, "layer", torch.randn(2, 6))
+    assert any("returns a softmax" in note for note in plan.notes)
+    number = sffx.plan(model, "layer", torch.randn(2, 6), task=sffx.tasks.Regression())
+    assert not any("returns a softmax" in note for note in number.notes)
+
+
+def test_an_output_of_a_log_softmax_is_logits():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.LogSoftmax(1))
+    assert not any("softmax" in note for note in sffx.plan(model, "layer", torch.randn(2, 6)).notes)
+
+
+def test_labels_are_no_sigmoids():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.Sigmoid())
+    task = sffx.tasks.MultiLabel()
+    with pytest.raises(TraceError, match="return what the sigmoid is applied to"):
+        sffx.plan(model, "layer", torch.randn(2, 6), task=task)
+    assert len(sffx.plan(model[:-1], "layer", torch.randn(2, 6), task=task)) == 1

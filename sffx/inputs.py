@@ -106,9 +106,18 @@ def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
         plan: of the cut model.
         x: its input, as `bind` takes it.
     """
-    for each in plan.inputs:
+    if not any(each.marks_tokens for each in plan.inputs):
+        return None
+    named = bind(plan, x)
+    return mask_among(plan.inputs, [named[each.name] for each in plan.inputs])
+
+
+def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:
+    """Return the value of the input that marks real tokens, None where there is none."""
+    for each, value in zip(inputs, values, strict=True):
         if each.marks_tokens:
-            return bind(plan, x)[each.name]
+            mask: Tensor = value
+            return mask
     return None
 
 

@@ -32,7 +32,7 @@ from sffx.export.prepare import (
 )
 from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
 from sffx.files import writing
-from sffx.inputs import random_batch
+from sffx.inputs import mask_among, random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
 from sffx.progress import running
@@ -311,15 +311,20 @@ def _verify(
     """Raise an ExportError if a file is not valid, does not run, or disagrees with torch."""
     session = open_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        scores, expected = _both_scores(session, model, case, batch, place)
-        require_parity(scores, expected, tolerance, place, dynamic_size=dynamic_size)
+        examples = random_batch(case, batch)
+        scores, expected = _both_scores(session, model, case, examples, place)
+        mask = mask_among(case, examples)
+        require_parity(scores, expected, tolerance, place, dynamic_size=dynamic_size, mask=mask)
 
 
 def _both_scores(
-    session: InferenceSession, model: nn.Module, inputs: tuple[Input, ...], batch: int, place: str
+    session: InferenceSession,
+    model: nn.Module,
+    inputs: tuple[Input, ...],
+    examples: Sequence[Tensor],
+    place: str,
 ) -> tuple[Scores, Scores]:
-    """Return the scores of ONNX Runtime and of torch for the same random batch, (B, J) each."""
-    examples = random_batch(inputs, batch)
+    """Return the scores of ONNX Runtime and of torch for the same batch, (B, J) each."""
     feed: dict[str, Any] = {}
     for each, example in zip(inputs, examples, strict=True):
         feed[each.name] = example.numpy()

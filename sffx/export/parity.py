@@ -27,6 +27,7 @@ def require_parity(
     engine: str = "ONNX Runtime",
     *,
     dynamic_size: bool = False,
+    mask: Tensor | None = None,
 ) -> None:
     """Raise an ExportError if an engine's scores differ from torch's by more than the tolerance.
 
@@ -37,6 +38,9 @@ def require_parity(
         place: for the message: the input on which they were compared, as "at batch size 3".
         engine: for the message: what ran the file.
         dynamic_size: whether the file's height and width are open, which changes the hint.
+        mask: of the input, (B, T), zero at padding, if it has one. Scores of padded tokens, of
+            scores (B, T, J), are not compared: an engine may compute another attention where a
+            token sees nothing but padding.
     """
     hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
     for actual, wanted in zip(_as_tuple(scores), _as_tuple(expected), strict=True):
@@ -46,7 +50,7 @@ def require_parity(
                 f"{engine} returns scores of shape {tuple(actual.shape)}, "
                 f"torch of shape {tuple(wanted.shape)}"
             )
-        error = relative_error(actual, wanted)
+        error = relative_error(_of_real_tokens(actual, mask), _of_real_tokens(wanted, mask))
         # Not `error > tolerance`: a NaN must be refused too.
         if not error <= tolerance:
             raise ExportError(
@@ -65,6 +69,13 @@ def relative_error(scores: Tensor, expected: Tensor) -> float:
     """Return max|a - b| / max|b|."""
     scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float((scores.double() - expected.double()).abs().max() / scale.double())
+
+
+def _of_real_tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return scores (..., B, T, J) with zeros at padding; others as they are."""
+    if mask is None or scores.shape[-3:-1] != mask.shape:
+        return scores
+    return scores.masked_fill(mask[..., None] == 0, 0)
 
 
 def _as_tuple(scores: Scores) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout
 from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
 from sffx.files import writing
-from sffx.inputs import random_batch
+from sffx.inputs import mask_among, random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
 from sffx.progress import running
@@ -140,4 +140,12 @@ def _verify(
             scores = loaded(*examples)
         except Exception as error:
             raise ExportError(f"the program fails {place}: {first_line(error)}. {hint}") from error
-        require_parity(scores, expected, tolerance, place, engine, dynamic_size=dynamic_size)
+        require_parity(
+            scores,
+            expected,
+            tolerance,
+            place,
+            engine,
+            dynamic_size=dynamic_size,
+            mask=mask_among(case, examples),
+        )

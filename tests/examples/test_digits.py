@@ -10,12 +10,14 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from examples import digits
+from tests.examples import shorter
 from tests.examples.scripts import run_main
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take a part of the images, and time few steps."""
+    """Take a part of the images and of the layers, and time few steps."""
+    shorter.use(monkeypatch)
     source = load_digits()
     few = Bunch(images=source.images[:320], target=source.target[:320])
     monkeypatch.setattr(digits, "load_digits", lambda: few)

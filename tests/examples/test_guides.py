@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from sffx.cli import export, viz
+from tests.examples import shorter
 from tests.examples.scripts import EXAMPLES, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((EXAMPLES / "guides").glob("*.md"))]
@@ -79,6 +80,7 @@ def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shorter.use(monkeypatch)
     # The compiler of C++ takes a minute. What is compiled is the same.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)

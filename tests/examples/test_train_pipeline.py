@@ -8,10 +8,12 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torchvision.transforms.functional import to_pil_image
 
+from tests.examples import shorter
 from tests.processes import spawn
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_pipeline.py"
@@ -50,6 +52,7 @@ def run_example(rank: int, processes: int, port: int, arguments: list[str], log:
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
     sys.argv = [str(EXAMPLE), *arguments]
+    shorter.use(pytest.MonkeyPatch())
     with log.open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     # Python's own end is left out, see `tests.processes.leave`.

@@ -17,8 +17,10 @@ NO_BROWSER = "import pytest\npytest.importorskip('no_such_package', reason='ther
 
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run pytest on a folder with the hooks of tests/conftest.py."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", *options, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    plugins = ["-p", "xdist", "-p", "tests.conftest"]
+    command = [sys.executable, "-m", "pytest", *plugins, *options, str(folder)]
+    # Other plugins take longer to import than these tests to run.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

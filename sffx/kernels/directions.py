@@ -60,8 +60,7 @@ class _Cosines(Function):
         # A column more makes the length that of the row with EPS added to its mean square. Its
         # value is also the length that torch's kernel then gives the rows.
         length = math.sqrt(weight.shape[1] * EPS)
-        longer = F.pad(weight, (0, 1), value=length)
-        lengths = weight.new_full((len(weight), 1), length)
+        longer, lengths = _lengthened(weight, length)
         directions, norms = _aten._weight_norm_interface(longer, lengths, 0)
         directions = directions[:, :-1]
         ctx.save_for_backward(rows, weight, directions, lengths, norms)
@@ -84,6 +83,15 @@ class _Cosines(Function):
                 d_directions, weight, lengths, norms, 0
             )
         return d_rows, d_weight, None
+
+
+def _lengthened(weight: Tensor, value: float) -> tuple[Tensor, Tensor]:
+    """Return a weight with a column of a value added, and that value for each row, (J, 1)."""
+    classes = len(weight)
+    width = weight.shape[1] + 1
+    # Rows are added as well, which are the second result. So both take one operation.
+    longer = F.pad(weight, (0, 1, 0, math.ceil(classes / width)), value=value)
+    return longer[:classes], longer[classes:].view(-1)[:classes, None]
 
 
 class _Hidden(Function):

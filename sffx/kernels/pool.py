@@ -52,11 +52,10 @@ class _MaxPool(Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
+        dy = dy.contiguous()
         # torch asks the input for its shape only, so one value stands for all.
-        like = dy.new_empty(1).expand(ctx.shape)
-        dx = torch.ops.aten.max_pool2d_with_indices_backward(
-            dy.contiguous(), like, *ctx.geometry, indices
-        )
+        like = dy.as_strided(ctx.shape, [0] * len(ctx.shape))
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, like, *ctx.geometry, indices)
         return dx, None, None, None, None, None
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 
 from sffx.blocks import Block, BlockPlan, Value
 from sffx.kernels.activation import private_gradients
+from sffx.kernels.batch_counts import counted_for_step
+from sffx.kernels.chain import BATCH_NORMS
 from sffx.kernels.recompute import is_plain
 from sffx.net import plan_of
 from sffx.parts import READOUT, head_name, norm_name
@@ -58,6 +60,7 @@ class Stage:
         self._scoring = nodes.scoring
         self._passing = nodes.passing
         self._order = order
+        self._own_norms = _OwnNorms()
 
     @property
     def block(self) -> nn.Module:
@@ -139,11 +142,21 @@ class Stage:
         """
         # Without hooks nobody sees the gradient of a value, so kernels may write over it.
         has_hooks = any(_has_inner_hooks(module) for module in self.modules)
-        with private_gradients(not has_hooks), numbers_of_block(self.index):
+        with (
+            private_gradients(not has_hooks),
+            numbers_of_block(self.index),
+            counted_for_step(self._norms_that_wait),
+        ):
             for node in self._scoring:
                 self._run(node, values)
         # The caller alone holds the scores now, and with them the activations of the stage.
         return values.pop(self._scoring[-1])
+
+    def _norms_that_wait(self) -> list[nn.Module]:
+        """Return the batch norms of the block that may count their batch after the block."""
+        block = self.block
+        # A hook may look at their numbers.
+        return self._own_norms.of(block) if is_plain(block) else []
 
     @property
     def scores_are_seen(self) -> bool:
@@ -259,6 +272,38 @@ class _Memo:
 
     def __reduce__(self) -> Any:
         return _Memo, ()
+
+
+class _OwnNorms:
+    """Finds the batch norms that a block's own graph calls, not those inside its layers."""
+
+    def __init__(self) -> None:
+        self._code: str | None = None
+        self._names: list[str] = []
+
+    def of(self, block: nn.Module) -> list[nn.Module]:
+        """Return the batch norms; none if the block is no graph, or reads their buffers itself."""
+        if not isinstance(block, fx.GraphModule):
+            return []
+        if self._code is not block.code:
+            # Looked up once for a graph. The modules of these names may still be replaced.
+            self._names = _names_of_norms(block)
+            self._code = block.code
+        return [block.get_submodule(name) for name in self._names]
+
+
+def _names_of_norms(block: fx.GraphModule) -> list[str]:
+    names: dict[str, None] = {}
+    for node in block.graph.nodes:
+        # `recomputed` gets its norm as an attribute.
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        target = str(node.target)
+        if target.endswith("num_batches_tracked"):
+            return []
+        if isinstance(operator.attrgetter(target)(block), BATCH_NORMS):
+            names[target] = None
+    return list(names)
 
 
 class _Nodes:

@@ -25,13 +25,14 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
+from sffx.kernels.batch_counts import counted_by_step
 from sffx.learning.losses import LossFunctions, loss_functions, total
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.gradients import Gradients
 from sffx.runtime.learn import Learned, OnBlock, blocks_to_learn, learn, learning_stages
 from sffx.runtime.optimizers import require_optimizer
-from sffx.runtime.residency import Collected
+from sffx.runtime.residency import Collected, Residency
 from sffx.runtime.stage import Stage
 from sffx.runtime.update import Updates
 
@@ -171,7 +172,11 @@ def local_step(
     losses: list[Tensor] = []
     # Several stages may have the same optimizer.
     distinct = list(dict.fromkeys(optimizers.values()))
-    with residency.learning(stages, "step"), residency.training_step(distinct):
+    with (
+        residency.learning(stages, "step"),
+        residency.training_step(distinct),
+        counted_by_step(_counts_wait(residency, on_block)),
+    ):
         updates = {each: Updates(each) for each in distinct}
         net.zero_grad(set_to_none=True)
         for learned in learn(
@@ -236,13 +241,22 @@ def _collect(
     residency.prepare()
     blocks = blocks_to_learn(net, x, blocks)
     on_their_way: list[tuple[Learned, Collected]] = []
-    with residency.learning(learning_stages(net, blocks), "loss"):
+    with (
+        residency.learning(learning_stages(net, blocks), "loss"),
+        counted_by_step(_counts_wait(residency, on_block)),
+    ):
         for learned in learn(
             net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True
         ):
             on_their_way.append((learned, residency.collect(learned.stage, learned.gradients)))
             residency.release(learned.stage, changed=False)
     return [(learned, collected.wait()) for learned, collected in on_their_way]
+
+
+def _counts_wait(residency: Residency, on_block: OnBlock | None) -> bool:
+    """Return whether batch norms may count the batch at the end of the step."""
+    # A block that leaves the device takes its numbers along, and `on_block` may read them.
+    return on_block is None and type(residency) is Residency
 
 
 def optimizers_of_stages(stages: list[Stage], optimizer: Optimizers) -> dict[str, Optimizer]:

@@ -44,6 +44,7 @@ def refusals(
     for name, node in flow.nodes.items():
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
+    maps = _sizes_of_maps(flow, channel_axes, len(output))
     reasons = []
     for i, values in enumerate(flow.cut_sets):
         # The reasons that concern the main value come first.
@@ -62,9 +63,21 @@ def refusals(
             is_scored = name == values[-1] or name not in earlier
             if is_scored and not reason:
                 shape = facts(flow.nodes[name]).example.shape
-                reason = task.why_not_scored(shape, channel_axes[name], output)
+                reason = task.why_not_scored(shape, channel_axes[name], output, maps)
         reasons.append(reason)
     return reasons
+
+
+def _sizes_of_maps(
+    flow: Dataflow, channel_axes: Mapping[str, int], ndim: int
+) -> set[tuple[int, ...]]:
+    """Return the sizes along the axes of space of all values with a number of axes."""
+    sizes = set()
+    for name, axis in channel_axes.items():
+        value = facts(flow.nodes[name]).example
+        if isinstance(value, Tensor) and value.ndim == ndim:
+            sizes.add(tuple(value.shape[1:axis] + value.shape[axis + 1 :]))
+    return sizes
 
 
 def shared_state(flow: Dataflow, layers: Layers) -> list[str]:

@@ -54,6 +54,8 @@ from sffx.learning.positions import AtEachPosition, PositionGoodness
 from sffx.learning.shared_output import SharedOutput, connect
 from sffx.learning.threshold import Threshold
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks.grid import on_grid
+from sffx.tasks.segmentation import INTERPOLATION
 
 HIDDEN = 128  # units of "mlp"
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
@@ -388,22 +390,31 @@ class StreamHeads(nn.ModuleList):
             if is_masked:
                 own.append(ahead.pop(0))
             scores.append(head(*own))
-        if scores[0].ndim > 3:
+        if any(each.shape != scores[0].shape for each in scores):
             scores = _of_one_size(scores)
         return torch.stack(scores).mean(0)
 
 
 def _of_one_size(scores: list[Tensor]) -> list[Tensor]:
-    """Return scores of pixels (B, J, H, W) or voxels, all of the size of the largest map."""
-    largest = max(scores, key=lambda each: each.shape[2:].numel())
+    """Return scores of positions, (B, J, ...), all of the size of the largest map.
+
+    Scores of the tokens of a grid, (B, J, N), become maps where others are.
+    """
+    axes = max(each.ndim for each in scores) - 2
+    largest = max((each for each in scores if each.ndim == axes + 2), key=_positions)
     size = largest.shape[2:]
-    mode = "bilinear" if len(size) == 2 else "trilinear"
     brought = []
     for each in scores:
+        if axes == 2:
+            each = on_grid(each, size)
         if each.shape[2:] != size:
-            each = F.interpolate(each, size, mode=mode, align_corners=False)
+            each = F.interpolate(each, size, mode=INTERPOLATION[axes], align_corners=False)
         brought.append(each)
     return brought
+
+
+def _positions(scores: Tensor) -> int:
+    return scores.shape[2:].numel()
 
 
 def make_head(

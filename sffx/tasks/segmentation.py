@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.kernels.majority import majority_labels
+from sffx.tasks.grid import grid_of, on_grid
 from sffx.tasks.positions import Positions
 from sffx.tasks.task import Shape, Sums, Task
 
 # By the number of axes of space: their names, and how scores are enlarged.
 _AXES = {1: "T", 2: "H, W", 3: "D, H, W"}
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Segmentation(Positions):
     mean over space: `g[n, j, p] = (conv_k(Y)[n, j, p])^2`, at the block's own resolution. The loss
     of a block is cross-entropy with goodness as logits, the mean over the pixels of the batch whose
     label is not `ignore_index`. A batch of nothing else has a loss of 0.
+
+    Tokens of a vision transformer, (B, N, C), are scored where they make a grid with the image's
+    proportions, as large as a map of the model: each token is a pixel of the block. A token of a
+    class before them is left out. A kernel of more than one position runs along the tokens.
 
     Where scores and labels differ in size, the labels are brought to the size of the scores: a
     pixel of the block gets the label that most of its pixels have. It is left out unless a class is
@@ -68,11 +73,18 @@ class Segmentation(Positions):
         return len(shape) - 2 in _AXES and num_outputs in (None, shape[1])
 
     def fits(self, shape: Shape, output: Shape) -> bool:
-        # A block has a resolution of its own.
-        return len(shape) == len(output) and tuple(shape[:2]) == tuple(output[:2])
+        # A block has a resolution of its own, and may score the tokens of a grid.
+        is_of_tokens = self.space == 2 and len(shape) == 3
+        has_axes = is_of_tokens or len(shape) == len(output)
+        return has_axes and tuple(shape[:2]) == tuple(output[:2])
 
-    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+    def why_not_scored(
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+    ) -> str:
         if len(shape) == len(output):
+            return ""
+        is_of_tokens = self.space == 2 and len(shape) == 3 and channel_axis == 2
+        if is_of_tokens and grid_of(shape[1], output[2:]) in maps:
             return ""
         return "its value does not have the axes of space that the goodness of a pixel needs"
 
@@ -92,12 +104,16 @@ class Segmentation(Positions):
 
     def _resized(self, scores: Tensor, size: torch.Size) -> Tensor:
         """Return scores at another size."""
+        if self.space == 2:
+            scores = on_grid(scores, size)
         # An exporter passes proxies, which cannot be compared.
         if isinstance(scores, Tensor) and scores.shape[2:] == size:
             return scores
-        return F.interpolate(scores, size=size, mode=_MODES[self.space], align_corners=False)
+        return F.interpolate(scores, size=size, mode=INTERPOLATION[self.space], align_corners=False)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
+        if self.space == 2:
+            scores = on_grid(scores, y.shape[1:])
         _require_upright(scores, y)
         size = tuple(scores.shape[2:])
         labels = majority_labels(y, size, scores.shape[1], self.ignore_index)

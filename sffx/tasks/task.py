@@ -10,7 +10,7 @@ resolution, and `aligned` brings them to the model's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -80,13 +80,16 @@ class Task:
         """Return whether scores of a shape go with a model's output of another shape."""
         return tuple(shape) == tuple(output)
 
-    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+    def why_not_scored(
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+    ) -> str:
         """Return why a head cannot score a value, "" where it can.
 
         Args:
             shape: of the value, (B, ...).
             channel_axis: of the value.
             output: shape of the model's output.
+            maps: sizes of space of the model's values that have the axes of the output.
         """
         return ""
 

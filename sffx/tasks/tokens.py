@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import exp
 from typing import Any, ClassVar
@@ -44,7 +45,9 @@ class TokenClassification(Positions):
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
         return len(shape) == 3 and num_outputs in (None, shape[2])
 
-    def why_not_scored(self, shape: Shape, channel_axis: int, output: Shape) -> str:
+    def why_not_scored(
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+    ) -> str:
         tokens = 3 - channel_axis  # the axis that is neither batch nor channels
         if len(shape) == 3 and shape[tokens] == output[1]:
             return ""

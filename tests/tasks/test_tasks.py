@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -15,7 +16,7 @@ from sffx import tasks
 from sffx.extraction import extract
 from sffx.runtime.evaluate import block_scores
 from sffx.tasks import task_of_record, task_record
-from tests.tasks.cases import ALL, CASES, IGNORED, IGNORING, Case
+from tests.tasks.cases import ALL, CASES, IGNORED, IGNORING, Case, entropy_of_pixels
 
 HEADS = ("sff", "mlp(6)")
 
@@ -289,27 +290,83 @@ def test_a_goodness_without_a_form_is_refused(goodness):
 
 
 class Patches(nn.Module):
-    """Maps, then tokens of the pixels, then maps again."""
+    """Maps, then tokens of the pixels behind one of a class, then maps again."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 17) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.tokens = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
-        self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 4, 1))
+        self.first = nn.Conv2d(3, 6, 3, padding=1, stride=2)
+        self.start = nn.Parameter(torch.zeros(1, 1, 6))
+        self.pool = nn.AdaptiveAvgPool1d(tokens) if tokens != 17 else nn.Identity()
+        self.tokens = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+        self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).tanh()
-        tokens = self.tokens(x.flatten(2).transpose(1, 2))
-        return self.last(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
+        start = self.start.expand(x.shape[0], 1, 6)
+        tokens = torch.cat([start, x.flatten(2).transpose(1, 2)], 1)
+        tokens = self.tokens(self.pool(tokens.mT).mT)
+        tokens = F.interpolate(tokens.mT, x.shape[2] * x.shape[3]).unflatten(2, x.shape[2:])
+        return self.last(F.interpolate(tokens, scale_factor=2.0))
+
+
+def test_a_token_of_a_grid_is_scored_as_a_pixel(tmp_path):
+    task = tasks.Segmentation(ignore_index=IGNORED)
+    torch.manual_seed(0)
+    net = sffx.transform(Patches(), "layer", torch.randn(2, 3, 8, 8), task=task, check=True)
+    assert [block.shape for block in net.plan] == [(6, 4, 4), (17, 6), (17, 6), (6, 8, 8)]
+    for sides in ((8, 8), (4, 4), (8, 16)):
+        x = torch.randn(4, 3, *sides)
+        y = torch.randint(0, 3, (4, *sides))
+        y[:, 0] = IGNORED
+        scores = net.train()(x)
+        cells = sides[0] * sides[1] // 4
+        assert scores[1].shape == (4, 3, cells + 1)
+        on_map = scores[1][..., 1:].reshape(4, 3, sides[0] // 2, sides[1] // 2)
+        expected = entropy_of_pixels(on_map, y)
+        torch.testing.assert_close(sffx.block_losses(net, x, y)["block_1"], expected)
+        assert sffx.evaluate(net, [(x, y)]).loss["block_1"] > 0
+        assert net.eval()(x).shape == (4, 3, *sides)
+    with pytest.raises(sffx.InputError, match="make no grid"):
+        sffx.local_loss(net.train(), x, y[:, :-1])
+    sffx.export_program(net.eval(), tmp_path / "net.pt2")
+
+
+class TwoSizes(nn.Module):
+    """Two streams, one at half the resolution, along one axis of space or more."""
+
+    def __init__(self, space: int) -> None:
+        super().__init__()
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+        self.first = convolution(2, 4, 3, padding=1)
+        self.pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[space - 1](2)
+        self.second = convolution(2, 4, 3, padding=1)
+        self.up = nn.Upsample(scale_factor=2)
+        self.last = convolution(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.pool(x)).tanh()
+        return self.last(torch.cat([self.up(y), self.first(x).tanh()], 1))
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_streams_of_several_resolutions_are_scored_at_the_largest(space):
+    x = torch.randn(2, 2, *[8] * space)
+    task = tasks.Segmentation()
+    net = sffx.transform(TwoSizes(space), [("tanh", "tanh_1")], x, task=task)
+    assert len(net.head_0) == 2
+    assert [scores.shape for scores in net.train()(x)] == [(2, 3, *[8] * space)] * 2
+    y = torch.randint(0, 3, (2, *[8] * space))
+    sffx.local_loss(net, x, y).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 def test_no_cut_lies_where_a_pixel_has_no_place():
-    x = torch.randn(2, 3, 4, 4)
-    plan = sffx.plan(Patches(), "layer", x, task=tasks.Segmentation())
-    assert all(len(block.shape) == 3 for block in plan)
-    assert len(plan) == 3
+    # Nine tokens make a grid of 3 x 3, but there is no map of this size.
+    x = torch.randn(2, 3, 8, 8)
+    plan = sffx.plan(Patches(9), "layer", x, task=tasks.Segmentation())
+    assert (9, 6) not in {block.shape for block in plan}
     with pytest.raises(sffx.CutError, match="axes of space that the goodness of a pixel needs"):
-        sffx.plan(Patches(), ["tokens_0"], x, task=tasks.Segmentation())
+        sffx.plan(Patches(9), ["tokens_0"], x, task=tasks.Segmentation())
 
 
 class Shortened(nn.Module):

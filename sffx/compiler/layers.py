@@ -35,11 +35,14 @@ class Layers:
     """Questions about the nodes of a traced model, by the modules that they call.
 
     Attributes:
-        root: the traced model, which owns the modules.
+        root: the traced model, which owns the modules. It does not change while questions are
+            asked.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        # By target. Paths are counted for each join, so the same nodes are asked for many times.
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
 
     def module(self, node: Node) -> nn.Module | None:
         """Return the module that a node calls, None for another kind of node."""
@@ -49,7 +52,10 @@ class Layers:
         """Return the parameters that a node holds, by their qualname in the model."""
         if node.op not in ("call_module", "get_attr"):
             return {}
-        return parameters_of(self.root, str(node.target))
+        target = str(node.target)
+        if target not in self._parameters:
+            self._parameters[target] = parameters_of(self.root, target)
+        return self._parameters[target]
 
     def state(self, node: Node) -> dict[str, Tensor]:
         """Return the parameters of a node and the buffers of its module, by qualname."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.blocks import Options
-from sffx.compiler.analyse import analyse
-from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts
+from sffx.compiler.analyse import Analysis, analyse
+from sffx.compiler.batch_first import add_batch_first_views
+from sffx.compiler.partition import partition
+from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts, select
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
+from sffx.policies import AnyPolicy, policy_named
 from tests.toys import Chain, Residual, SharedWeight
 
 STEM = "conv1 … maxpool"
@@ -25,11 +28,22 @@ def names(plan: sffx.BlockPlan) -> list[str]:
     return [block.name for block in plan]
 
 
-def torchvision_plan(name: str, policy: str = "residual") -> sffx.BlockPlan:
+@cache
+def torchvision_analysis(name: str) -> Analysis:
+    """Return the analysis of a model without weights. To trace it takes longer than to cut it."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(**options)
-    return sffx.plan(model, policy)
+    traced = trace(model)
+    add_batch_first_views(traced)
+    return analyse(traced)
+
+
+def torchvision_plan(name: str, policy: AnyPolicy = "residual") -> sffx.BlockPlan:
+    """Return what `sffx.plan` does, without tracing the model again."""
+    analysis, options = torchvision_analysis(name), Options()
+    written, choose = policy_named(policy)
+    return partition(analysis, select(analysis, choose, options), options, policy=written)
 
 
 def nested(template: str, first: int, sizes: list[int]) -> list[str]:
@@ -310,7 +324,7 @@ def test_an_input_in_the_place_of_the_policy_is_said(given):
 
 
 def test_layer_policy_makes_a_block_of_every_layer():
-    plan = sffx.plan(torchvision.models.vgg11_bn(num_classes=10), "layer")
+    plan = torchvision_plan("vgg11_bn", "layer")
     assert len(plan) == 10  # eight convolutions and two of the three linear layers
     assert plan.classifier.modules == ("classifier.5", "classifier.6")
 
@@ -403,12 +417,8 @@ def test_structured_policies(name, policy):
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_stages_are_balanced_as_well_as_any_other_choice(n):
     """The oracle tries every choice."""
-    model, example = (
-        torchvision.models.mobilenet_v3_small(num_classes=10),
-        torch.zeros(1, 3, 64, 64),
-    )
     squares = lambda plan: sum(block.macs**2 for block in plan)  # noqa: E731
-    analysis = analyse(trace(model, example))
+    analysis = torchvision_analysis("mobilenet_v3_small")
     *places, last = sffx.policies.batchnorm(analysis, Options()).after
     chosen = sffx.policies.stages(n)(analysis, Options()).after
     macs = {step.node: analysis.macs(step) for step in analysis.steps}
@@ -419,9 +429,8 @@ def test_stages_are_balanced_as_well_as_any_other_choice(n):
         return sum(sum(macs[name] for name in order[a + 1 : b + 1]) ** 2 for a, b in pairwise(ends))
 
     assert cost(chosen) == min(cost((*some, last)) for some in combinations(places, n - 1))
-    assert squares(sffx.plan(model, f"stages({n})", example)) == pytest.approx(
-        cost(chosen), rel=1e-6
-    )
+    plan = torchvision_plan("mobilenet_v3_small", f"stages({n})")
+    assert squares(plan) == pytest.approx(cost(chosen), rel=1e-6)
 
 
 def test_policies_with_parameters_can_be_written_or_called():
@@ -430,10 +439,8 @@ def test_policies_with_parameters_can_be_written_or_called():
         ("module", sffx.policies.module()),
         (" module( 2 )", "module(depth=2)"),
     ]:
-        one, other = (
-            sffx.plan(torchvision.models.resnet18(), written),
-            sffx.plan(torchvision.models.resnet18(), called),
-        )
+        one = torchvision_plan("resnet18", written)
+        other = torchvision_plan("resnet18", called)
         assert one.blocks == other.blocks
     assert sffx.plan(Residual(), sffx.policies.stages(2)).policy == "stages(2)"
 

@@ -36,6 +36,21 @@ FAMILIES = {
 }
 
 
+def without_values(name: str) -> nn.Module:
+    """Make a model whose weights are still to be drawn; wide classifiers become narrow."""
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for draw in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_"):
+            patch.setattr(nn.init, draw, lambda tensor, *_, **__: tensor)
+        model = getattr(torchvision.models, name)(num_classes=10, **options)
+    if name in ("alexnet", "vgg11_bn"):
+        first, second, third = (i for i, m in enumerate(model.classifier) if type(m) is nn.Linear)
+        model.classifier[first] = nn.Linear(model.classifier[first].in_features, 16)
+        model.classifier[second] = nn.Linear(16, 16)
+        model.classifier[third] = nn.Linear(16, 10)
+    return model
+
+
 def rerandomised(model: nn.Module) -> nn.Module:
     """Give every parameter a value that matters.
 
@@ -57,11 +72,9 @@ def rerandomised(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_norm_the_trunk_is_the_original_bit_for_bit(name):
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = rerandomised(getattr(torchvision.models, name)(num_classes=10, **options))
-    if (
-        name == "googlenet"
-    ):  # its auxiliary classifiers, which are left out, draw random numbers before the dropout does
+    model = rerandomised(without_values(name))
+    if name == "googlenet":
+        # Its auxiliary classifiers, which are left out, draw random numbers before the dropout.
         model.dropout.p = 0.0
     x = torch.randn(3, 3, FAMILIES[name], FAMILIES[name])
     net = sffx.transform(model, example_input=x[:1], norm="none")

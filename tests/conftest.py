@@ -1,4 +1,4 @@
-"""No test is skipped in silence: the end of a run names each skip and its reason."""
+"""The order of the tests, and their skips: the end of a run names each skip and its reason."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
+
+# They hold whole programs, some files a single one. With `--dist loadfile` a worker takes files.
+LONG_FOLDERS = ("examples", "tools")
 
 # A part of a skip's reason, and why such a skip is right.
 EXPECTED_SKIPS = {"a CUDA device": "the machines that run these tests have no GPU"}
@@ -23,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Collect garbage more rarely: Python's own threshold takes 7 % of the time of a run."""
     gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders of long tests: at the end, one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
 
 
 def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:

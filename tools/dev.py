@@ -49,7 +49,8 @@ TASKS = {
             ["-m", "ruff", "check"],
             ["-m", "ruff", "format", "--check"],
             ["-m", "mypy"],
-            ["-m", "pytest", "-n", "2", "--dist", "loadfile"],
+            # In the order of tests/conftest.py: long files first.
+            ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
         ],
     ),
     "docs": Task(

@@ -81,6 +81,7 @@ class KeywordLoss(nn.Module):
         if labels is None:
             return {"logits": logits}
         plan = plan_of(self.net)
+        plan.task.check_targets(labels, len(logits), plan.num_classes)
         targets = plan.task.without_padding(labels, padding_mask(plan, inputs))
         return {"loss": plan.task.loss(logits, targets), "logits": logits}
 

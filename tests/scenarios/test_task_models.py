@@ -125,6 +125,39 @@ def test_the_trainer_of_transformers_takes_tokens():
     torch.testing.assert_close(found["loss"], expected)
 
 
+@pytest.mark.parametrize("name", ["BERT, tokens", "GPT-2", "BERT, a number", "BERT, labels"])
+@pytest.mark.filterwarnings("ignore")  # of transformers, on its own code
+def test_a_run_of_the_trainer_reports_what_evaluate_reports(name, tmp_path):
+    kind, config, task = MODELS[name]
+    x = padded()
+    net = sffx.transform(made(kind, config), "module", x, check=False)
+    y = TARGETS[type(task)](x)
+    before = sffx.evaluate(net, [(x, y)]).loss["ensemble"]
+    samples = []
+    for i in range(3):
+        samples.append({"labels": y[i], **{key: value[i] for key, value in x.items()}})
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=3,
+        per_device_eval_batch_size=3,
+        max_steps=3,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        sffx.KeywordLoss(net), options, train_dataset=samples, eval_dataset=samples
+    )
+    trainer.train()
+    reported = trainer.evaluate()["eval_loss"]
+    after = sffx.evaluate(net, [(x, y)]).loss["ensemble"]
+    assert reported == pytest.approx(after, rel=1e-4)
+    assert after < before
+
+
 @pytest.mark.parametrize("name", ["GPT-2", "GPT-2, untied", "Llama", "Llama, tied"])
 def test_with_a_vocabulary_of_32000_the_peak_is_below_backpropagation(name):
     is_tied = name in ("GPT-2", "Llama, tied")

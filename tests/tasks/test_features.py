@@ -110,6 +110,8 @@ def test_keywords_give_the_local_loss_and_the_answer(name):
     answered = wrapped.eval()(labels=y, **example)
     expected = sffx.evaluate(net, [(x, y)]).loss["ensemble"]
     torch.testing.assert_close(answered["logits"], net.eval()(x))
+    with pytest.raises(sffx.InputError, match="has shape"):
+        wrapped.eval()(labels=y[:-1], **example)
     assert float(answered["loss"].detach()) == pytest.approx(expected, rel=1e-5)
 
 

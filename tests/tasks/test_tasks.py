@@ -328,7 +328,12 @@ def test_a_token_of_a_grid_is_scored_as_a_pixel(tmp_path):
         assert net.eval()(x).shape == (4, 3, *sides)
     with pytest.raises(sffx.InputError, match="make no grid"):
         sffx.local_loss(net.train(), x, y[:, :-1])
-    sffx.export_program(net.eval(), tmp_path / "net.pt2")
+    net.train()
+    sffx.export_program(net, tmp_path / "net.pt2")
+    assert sffx.footprint(net, 2).peak < sffx.footprint(net, 64).peak
+    compiled = sffx.compile(net.__deepcopy__({}).train(), backend="aot_eager")
+    batch = (torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8)))
+    torch.testing.assert_close(sffx.local_loss(compiled, *batch), sffx.local_loss(net, *batch))
 
 
 class TwoSizes(nn.Module):

@@ -22,6 +22,8 @@ from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
 
+_MODEL = "the model"
+
 # Errors that say nothing about the input: the package's own, and those of memory and devices.
 _UNRELATED_ERRORS = (
     SffxError,
@@ -205,18 +207,21 @@ def like_the_model(net: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 @contextmanager
-def explaining_input_errors(net: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+def explaining_input_errors(
+    net: nn.Module, values: Mapping[str, Any], place: str = _MODEL
+) -> Iterator[None]:
     """Explain an error of torch inside the model by an input that the model was not cut for.
 
     Args:
         net: what `transform` returned.
         values: its inputs by name.
+        place: the part of the model that runs.
 
     Raises:
         InputError: instead of torch's error, where an input differs from the example. Errors with
             another cause, such as too little memory, stay as they are.
     """
-    with explaining_errors(plan_of(net).inputs, net.parameters, values):
+    with explaining_errors(plan_of(net).inputs, net.parameters, values, place):
         yield
 
 
@@ -225,6 +230,7 @@ def explaining_errors(
     inputs: Sequence[Input],
     parameters: Callable[[], Iterable[Tensor]],
     values: Mapping[str, Any],
+    place: str = _MODEL,
 ) -> Iterator[None]:
     """Explain an error of torch as `explaining_input_errors` does.
 
@@ -232,6 +238,7 @@ def explaining_errors(
         inputs: of the model.
         parameters: returns the parameters of the model.
         values: its inputs by name.
+        place: the part of the model that runs.
     """
     try:
         yield
@@ -249,7 +256,7 @@ def explaining_errors(
         if not differences:
             raise
         raise InputError(
-            f"{'; '.join(differences)}. In the model, torch says: {str(error).rstrip('.')}. "
+            f"{'; '.join(differences)}. In {place}, torch says: {str(error).rstrip('.')}. "
             "Hint: if that is why, pass inputs like those, or cut the model for these, "
             "sffx.transform(model, example_input=x)"
         ) from error

@@ -31,7 +31,7 @@ Y = torch.tensor([0, 1])
         ),
         (
             torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-            r"input is \(2, 3, 8, 8\) of uint8, but .* of float32\. In the model, torch says: ",
+            r"input is \(2, 3, 8, 8\) of uint8, but .* of float32\. In block_0 .*, torch says: ",
         ),
     ],
     ids=["channels", "size", "dtype"],
@@ -51,7 +51,7 @@ def test_of_several_inputs_the_one_that_differs_is_named() -> None:
         InputError,
         match=(
             r"^text is \(2, 7\) of float32, but the model was cut for \(B, 5\) of float32\. "
-            r"In the model"
+            r"In block_0 \(image … text\), torch says"
         ),
     ):
         sffx.local_loss(net, {"image": torch.zeros(2, 6), "text": torch.zeros(2, 7)}, Y)

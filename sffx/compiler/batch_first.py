@@ -182,7 +182,10 @@ def _add_call(
     node.meta["nn_module_stack"] = stack
     example: Any = map_arg(args, lambda arg: facts(arg).example)
     other: Any = map_arg(args, lambda arg: facts(arg).other)
-    set_facts(node, Facts(_called(method, example), _called(method, other)))
+    resized: Any = map_arg(args, lambda arg: facts(arg).resized)
+    is_known = resized[0] is not None
+    values = (_called(method, each) for each in (example, other))
+    set_facts(node, Facts(*values, _called(method, resized) if is_known else None))
     return node
 
 

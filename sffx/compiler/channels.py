@@ -1,8 +1,12 @@
 """Find the channel axis of each value in a traced graph from the layers that made it.
 
-A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an embedding
-at the last axis. An operation that is no such layer (an addition, an activation, a permutation, a
-slice) passes on the axis of its input.
+1. A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an embedding
+   at the last axis.
+2. An operation that is no such layer (an addition, an activation, a permutation, a slice) passes on
+   the axis of its input. So does a layer without weights, such as a pool: it says that the channels
+   are at axis 1 only where nothing before it says more.
+3. An axis whose size changes with the height, width or length of the input holds no channels,
+   whatever a layer says.
 """
 
 from __future__ import annotations
@@ -81,10 +85,28 @@ def _axis_from_above(node: Node, root: nn.Module, axes: dict[str, int]) -> int |
     """
     value = facts(node).example
     if isinstance(value, Tensor) and value.ndim >= 2:
-        return 1 if value.ndim == 2 else _axis_of_tensor(node, value, root, axes)
+        axis = 1 if value.ndim == 2 else _axis_of_tensor(node, value, root, axes)
+        return _of_fixed_size(node, axis)
     if isinstance(value, (tuple, list)):
-        return _axis_of_tuple(node, root, axes)
+        return _of_fixed_size(node, _axis_of_tuple(node, root, axes))
     return None
+
+
+def _of_fixed_size(node: Node, axis: int | None) -> int | None:
+    """Return an axis as it is, or the only one in its place that can hold channels.
+
+    Args:
+        node: computes a tensor, or a tuple with one.
+        axis: of its channels, as far as layers tell.
+    """
+    value, resized = _first_tensor(facts(node).example), _first_tensor(facts(node).resized)
+    if axis is None or value is None or resized is None or value.ndim != resized.ndim:
+        return axis
+    fixed = [i for i in range(1, value.ndim) if value.shape[i] == resized.shape[i]]
+    fixed = [i for i in fixed if facts(node).batch != BatchAxis(i)]
+    if axis in fixed:
+        return axis
+    return fixed[0] if len(fixed) == 1 else None
 
 
 def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -> int | None:
@@ -94,7 +116,7 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     # Where paths meet and disagree, the one that began earlier is the residual path.
     sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not sources:
-        return _held_axis(node, value, root)
+        return _axis_of_weightless(node, value, root) or _held_axis(node, value, root)
     for source in sources:
         axis = axes[source.name]
         width = _width(facts(source).example, axis)
@@ -127,7 +149,7 @@ def _axis_from_readers(node: Node, root: nn.Module, axes: dict[str, int]) -> int
         declared = _declared(reader, value, root) if isinstance(value, Tensor) else None
         axis = declared if declared is not None else axes.get(reader.name)
         if axis is not None and not _is_permuted(value, facts(node).example):
-            return axis
+            return _of_fixed_size(node, axis)
     return None
 
 
@@ -149,10 +171,23 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
 
 def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
     if isinstance(module, _FIRST_CLASSES):
-        return _axis_before_space(module, value)
+        return None if _is_weightless(module) else _axis_before_space(module, value)
     if isinstance(module, nn.LayerNorm):
         return _declared_by_layer_norm(module, value)
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
+
+
+def _axis_of_weightless(node: Node, value: Tensor, root: nn.Module) -> int | None:
+    """Return the axis that the channels of a layer without weights have as a rule."""
+    if node.op != "call_module":
+        return None
+    module = root.get_submodule(str(node.target))
+    return _axis_before_space(module, value) if isinstance(module, _FIRST_CLASSES) else None
+
+
+def _is_weightless(module: nn.Module) -> bool:
+    """Return whether a layer is of no fixed number of channels, as a pool."""
+    return not any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers()))
 
 
 def _axis_before_space(module: nn.Module, value: Tensor) -> int:

@@ -37,6 +37,7 @@ class Facts:
     Attributes:
         example: its value on fake tensors; None for the output node.
         other: its value at another batch size.
+        resized: its value at another size of images or another length; None where none is known.
         batch: the batch axis of its value, as `find_batch` returns it.
         of_batch: whether its value is a number, or a tuple of sizes, that the batch changes.
         is_folded: whether its second axis holds instances, which the model folds into the batch.
@@ -50,6 +51,7 @@ class Facts:
 
     example: Any = None
     other: Any = None
+    resized: Any = None
     batch: Any = None
     of_batch: bool = False
     is_folded: bool = False

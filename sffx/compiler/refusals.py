@@ -158,7 +158,13 @@ def _reason_of_readers(flow: Dataflow, layers: Layers, name: str) -> str:
 def _reason_of_channels(flow: Dataflow, name: str, channel_axes: Mapping[str, int]) -> str:
     if name in channel_axes:
         return ""
-    shape = tuple(facts(flow.nodes[name]).example.shape)
+    record = facts(flow.nodes[name])
+    shape = tuple(record.example.shape)
+    if isinstance(record.resized, Tensor) and record.resized.shape != shape:
+        return (
+            f"the channel axis of its value, of shape {shape}, cannot be told, since the value has "
+            f"shape {tuple(record.resized.shape)} at another size of the input"
+        )
     return f"the channel axis of its value, of shape {shape}, cannot be told"
 
 

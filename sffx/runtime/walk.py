@@ -206,7 +206,9 @@ def _explained(
     inputs: Mapping[str, Any],
     values: Values,
 ) -> Any:
-    with explaining_input_errors(net, inputs):
+    block = stage.plan
+    place = block.target if block.name == block.target else f"{block.target} ({block.name})"
+    with explaining_input_errors(net, inputs, place):
         return run(stage, values)
 
 

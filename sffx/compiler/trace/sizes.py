@@ -9,6 +9,7 @@ outcome. So it also holds a guard, which refuses an input with another outcome:
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import change_facts, facts
 from sffx.compiler.trace.data_shapes import require_data
 from sffx.errors import InputError
 
@@ -154,6 +155,20 @@ def reads_a_size(node: fx.Node) -> bool:
     return False
 
 
+def is_complete(graph: fx.Graph, values: Values) -> bool:
+    """Return whether a graph ran to its end on other inputs, given the values of its nodes."""
+    return all(node in values or node.op == "output" or is_guard(node) for node in graph.nodes)
+
+
+def note_resized(graph: fx.Graph, others: list[Values]) -> None:
+    """Note the value of each node at the first other size that the whole graph takes."""
+    for values in others:
+        if is_complete(graph, values):
+            for node, value in values.items():
+                change_facts(node, resized=value)
+            return
+
+
 def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
     """Remove the guards that can refuse nothing, such as those that read the number of channels.
 
@@ -212,18 +227,22 @@ def _is_of_numbers(value: Any) -> bool:
 
 
 def other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator[dict[str, Any]]:
-    """Yield the arguments with images or sequences of other sizes, all inputs changed alike."""
+    """Yield the arguments with images or sequences of other sizes, all inputs changed alike.
+
+    Floats (B, F) are features as a rule. As waves (B, T) they come last.
+    """
     # Beside the sizes of the example, which are to change.
     tried = [[value.shape for value in arguments.values()]]
-    for change in (_one_more, _twice, _half):
-        for axis_of_length in (1, 2):
-            changed = {}
-            for name, value in arguments.items():
-                changed[name] = _resized(value, change, axis_of_length, mode)
-            shapes = [value.shape for value in changed.values()]
-            if shapes not in tried:
-                tried.append(shapes)
-                yield changed
+    changes = itertools.product((False, True), (_one_more, _twice, _half), (1, 2))
+    for are_waves, change, axis_of_length in changes:
+        changed = {}
+        for name, value in arguments.items():
+            axes = _sizes(value, axis_of_length, are_waves)
+            changed[name] = _resized(value, change, axes, mode)
+        shapes = [value.shape for value in changed.values()]
+        if shapes not in tried:
+            tried.append(shapes)
+            yield changed
 
 
 def _one_more(size: int) -> int:
@@ -239,12 +258,9 @@ def _half(size: int) -> int:
 
 
 def _resized(
-    value: Any, change: Callable[[int], int], axis_of_length: int, mode: FakeTensorMode
+    value: Any, change: Callable[[int], int], axes: list[int], mode: FakeTensorMode
 ) -> Any:
-    """Return an argument with other heights, widths or lengths; the same where it has none."""
-    if not isinstance(value, Tensor):
-        return value
-    axes = _sizes(value, axis_of_length)
+    """Return an argument with other sizes of some axes; the same where there are none."""
     if not axes:
         return value
     shape = list(value.shape)
@@ -254,15 +270,20 @@ def _resized(
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
-def _sizes(value: Tensor, axis_of_length: int) -> list[int]:
+def _sizes(value: Any, axis_of_length: int, are_waves: bool) -> list[int]:
     """Return the axes that are heights, widths or lengths.
 
     Args:
-        value: an image (B, C, H, W), tokens (B, T), a sequence (B, T, C) or a signal (B, C, T).
+        value: an image (B, C, H, W), tokens (B, T), a wave (B, T), a sequence (B, T, C) or a signal
+            (B, C, T).
         axis_of_length: of a sequence or a signal, which cannot be told apart.
+        are_waves: whether floats (B, T) are waves.
     """
+    if not isinstance(value, Tensor):
+        return []
     if value.ndim > 3:
         return list(range(2, value.ndim))
     if value.ndim == 3:
         return [axis_of_length]
-    return [1] if value.ndim == 2 and not value.is_floating_point() else []
+    is_length = are_waves or not value.is_floating_point()
+    return [1] if value.ndim == 2 and is_length else []

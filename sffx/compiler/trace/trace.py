@@ -40,7 +40,9 @@ from sffx.compiler.trace.runner import Example, NodeRunner
 from sffx.compiler.trace.sizes import (
     Values,
     drop_idle_guards,
+    is_complete,
     is_guard,
+    note_resized,
     other_arguments,
     refused,
 )
@@ -133,9 +135,9 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         in_eval_mode = tracer_on(values, training=False).runner.values_on(graph, values)
         _require_same_decisions(graph, in_eval_mode, tracer.resized)
     attributes.restore()
-    others = []
-    for changed in _other_examples(graph, values, mode, partial(runs, probe, form)):
-        others.append(tracer.runner.values_on(graph, changed))
+    run_resized = partial(tracer.runner.values_on, graph)
+    others = list(_at_other_sizes(graph, values, mode, run_resized, partial(runs, probe, form)))
+    note_resized(graph, others)
     is_of_size = drop_idle_guards(graph, others)
     _add_constants_and_flags(root, probe, graph, list(tracer.constants.names))
     return Trace(
@@ -177,17 +179,27 @@ def _require_same_decisions(graph: fx.Graph, values: Values, resized: str) -> No
         )
 
 
-def _other_examples(
+def _at_other_sizes(
     graph: fx.Graph,
     values: dict[str, Any],
     mode: FakeTensorMode,
+    run: Callable[[dict[str, Any]], Values],
     takes: Callable[[dict[str, Any]], bool],
-) -> Iterator[dict[str, Any]]:
-    """Yield the inputs at up to three other sizes that the model takes, if its graph has guards."""
-    if not any(map(is_guard, graph.nodes)):
-        return
-    taken = filter(takes, other_arguments(values, mode))
-    yield from islice(taken, 3)
+) -> Iterator[Values]:
+    """Yield the values of a graph's nodes at other sizes of the inputs: three if it has guards.
+
+    Args:
+        graph: that was traced.
+        values: of the inputs, by name.
+        mode: in which the fake tensors live.
+        run: returns the values of the nodes on other inputs, as far as the graph runs there.
+        takes: whether the model itself runs on other inputs. A graph without guards tells as well.
+    """
+    others = other_arguments(values, mode)
+    if any(map(is_guard, graph.nodes)):
+        yield from map(run, islice(filter(takes, others), 3))
+    else:
+        yield from islice(filter(partial(is_complete, graph), map(run, others)), 1)
 
 
 def _make_leaves_of_counters(

@@ -183,9 +183,10 @@ def _add_call(
     example: Any = map_arg(args, lambda arg: facts(arg).example)
     other: Any = map_arg(args, lambda arg: facts(arg).other)
     resized: Any = map_arg(args, lambda arg: facts(arg).resized)
-    is_known = resized[0] is not None
-    values = (_called(method, each) for each in (example, other))
-    set_facts(node, Facts(*values, _called(method, resized) if is_known else None))
+    values = [_called(method, example), _called(method, other)]
+    if resized[0] is not None:
+        values.append(_called(method, resized))
+    set_facts(node, Facts(*values))
     return node
 
 

@@ -1,7 +1,7 @@
 """Find the channel axis of each value in a traced graph from the layers that made it.
 
-1. A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an embedding
-   at the last axis.
+1. A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an
+   embedding at the last axis.
 2. An operation that is no such layer (an addition, an activation, a permutation, a slice) passes on
    the axis of its input. So does a layer without weights, such as a pool: it says that the channels
    are at axis 1 only where nothing before it says more.

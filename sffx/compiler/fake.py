@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
+from sffx.compiler.aliases import views_in_attributes
 from sffx.tensors import find_computed, storage_key
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,12 +58,13 @@ def fake_copy_but_constants(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its parameters and buffers only.
 
     Tensors that are plain attributes are really copied: what a forward computes from these alone is
-    a constant of the graph, and must have values.
+    a constant of the graph, and must have values. But views of parameters or buffers are none.
     """
     copied: dict[int, Any] = dict(fake_tensors(module, mode))
+    views = views_in_attributes(module).values()
     with FakeCopyMode(mode):
         # Those that `fake_tensors` leaves out. The result goes into `copied`.
-        copy.deepcopy([*module.parameters(), *module.buffers()], copied)
+        copy.deepcopy([*module.parameters(), *module.buffers(), *views], copied)
     return copy.deepcopy(module, copied)
 
 
@@ -73,25 +75,27 @@ def fake_tensors(module: nn.Module, mode: FakeTensorMode) -> dict[int, Tensor]:
     dispatched. It leaves to that mode what is more than a plain tensor with a storage of its own:
     a subclass, a view. A tensor computed from others, which cannot be copied, gets a twin too.
     """
-    plain = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_plain(t)}
-    owners = Counter(storage_key(tensor) for tensor in plain.values())
+    strided = {id(t): t for t in (*module.parameters(), *module.buffers()) if _is_strided(t)}
+    sharing = [*strided.values(), *views_in_attributes(module).values()]
+    owners = Counter(storage_key(tensor) for tensor in sharing)
     twins = {}
-    for key, tensor in plain.items():
-        if owners[storage_key(tensor)] == 1:
+    for key, tensor in strided.items():
+        if owners[storage_key(tensor)] == 1 and _is_whole(tensor):
             twins[key] = _twin(tensor, mode)
     for tensor in find_computed(module):
         twins[id(tensor)] = mode.from_tensor(tensor.detach())
     return twins
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_strided(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter):
         return False
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        return False
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _is_whole(tensor: Tensor) -> bool:
     is_computed = type(tensor) is Tensor and tensor.requires_grad
-    is_whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return is_whole and not is_computed
+    return tensor.untyped_storage().nbytes() == tensor.nbytes and not is_computed
 
 
 def _twin(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -85,14 +85,14 @@ def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
 
     A state is a parameter, or a module that writes its buffers; "" stands for none.
     """
-    used_in: dict[int, list[int]] = {}  # the steps, by the `id` of the tensor
+    used_in: dict[int, list[int]] = {}  # the steps, by the key of a storage or the `id` of a node
     names: dict[int, str] = {}
     for name, node in flow.nodes.items():
         steps = [flow.step_of[name]]
         if node.op == "get_attr":  # a parameter is used where it is read
             steps = [flow.step_of[user] for user in flow.graph.successors(name)]
         for state, tensor in layers.changing_state(node).items():
-            key = id(tensor)
+            key = storage_key(tensor)
             is_module = node.op == "call_module"
             names.setdefault(key, str(node.target) if is_module else state)
             used_in.setdefault(key, []).extend(steps)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sffx.compiler.aliases import notes_on_shared_memory
 from sffx.compiler.trace.requirements import require_plain
 from sffx.tensors import copied
 
@@ -19,15 +20,16 @@ def untied(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a model whose linear layers share no weight with an embedding.
 
     Returns:
-        The model itself where they share none, else a copy; and a note for each layer.
+        The model itself where they share none, else a copy; and a note for each layer. There are
+        notes on other tensors that share memory as well, which each copy parts.
     """
     # The trace says so as well, but it comes later.
     require_plain(model)
+    notes = list(notes_on_shared_memory(model))
     pairs = _tied(model)
     if not pairs:
-        return model, ()
+        return model, tuple(notes)
     copy = copied(model)
-    notes = []
     for name, embedding in pairs.items():
         layer: Any = copy.get_submodule(name)
         weight = layer.weight

@@ -62,7 +62,7 @@ def data_shaped_target(target: Any, args: tuple[Any, ...]) -> Any:
 
 def _has_one_mask(index: Any) -> bool:
     """Whether an index is a mask, or a mask among slices."""
-    parts = index if isinstance(index, tuple) else (index,)
+    parts = index if type(index) is tuple else (index,)
     others = [part for part in parts if not _is_traced_mask(part)]
     return len(others) == len(parts) - 1 and all(isinstance(part, slice) for part in others)
 

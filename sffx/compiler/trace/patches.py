@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from sffx.compiler.trace.proxy import has_proxy, has_size
+from sffx.compiler.trace.proxy import KindOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, Drawn
 
 if TYPE_CHECKING:
@@ -110,6 +110,9 @@ class Patches:
             for place, name in callee.places:
                 yield place, name, self._runner(code, callee)
         yield from _caches()
+        for module in _files_of_models():
+            if "type" not in vars(module):
+                yield module, "type", KindOf
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
         apply = vars(Function)["apply"]
@@ -257,13 +260,18 @@ def _caches() -> Iterator[tuple[Any, str, Any]]:
 
     A proxy that is kept would be given to a later trace, whose graph does not have its node.
     """
-    for module in list(sys.modules.values()):
-        package = getattr(module, "__name__", "").partition(".")[0]
-        if package in _WITHOUT_PROXIES:
-            continue
+    for module in _files_of_models():
         for name, value in list(vars(module).items()):
             if isinstance(value, _CACHED):
                 yield module, name, _keeping_no_proxy(value)
+
+
+def _files_of_models() -> Iterator[ModuleType]:
+    """Yield the modules of Python whose functions may be given a proxy."""
+    for module in list(sys.modules.values()):
+        package = getattr(module, "__name__", "").partition(".")[0]
+        if package not in _WITHOUT_PROXIES:
+            yield module
 
 
 def _keeping_no_proxy(cached: Any) -> Callable[..., Any]:

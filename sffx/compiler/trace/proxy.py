@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Size, Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.facts import facts
@@ -22,22 +23,38 @@ def has_proxy(*values: Any) -> bool:
 def has_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the proxy of something else than a tensor is among arguments or in a shape there."""
     for value in (*args, *kwargs.values()):
-        parts = value if isinstance(value, (tuple, list)) else (value,)
+        # A proxy of a shape says that it is a tuple.
+        parts = value if type(value) in (tuple, list, Size) else (value,)
         for part in parts:
             if isinstance(part, GuidedProxy) and not isinstance(part, TensorProxy):
                 return True
     return False
 
 
-class GuidedProxy(fx.Proxy):
-    """A proxy that answers `len`, `int` and attribute reads from its example.
+def _kind(value: Any) -> type:
+    """Return the class of a value in the model, where nothing is fake."""
+    if not isinstance(value, FakeTensor):
+        return type(value)
+    return nn.Parameter if isinstance(value, nn.Parameter) else Tensor
 
-    That of a tensor is a `TensorProxy`.
+
+class GuidedProxy(fx.Proxy):
+    """A proxy that answers `len`, `int`, `isinstance` and attribute reads from its example.
+
+    That of a tensor is a `TensorProxy`, that of a shape or the like a `SequenceProxy`.
     """
 
     @property
     def example(self) -> Any:
         return facts(self.node).example
+
+    @property
+    def kind(self) -> type:
+        """The class that the value has in the model."""
+        return _kind(self.example)
+
+    # `isinstance` and `match` ask for it beside the type.
+    __class__ = property(lambda self: self.kind)
 
     def __getattr__(self, name: str) -> Any:
         # fx takes every attribute for a method until it is read otherwise. The example tells which.
@@ -48,7 +65,7 @@ class GuidedProxy(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
             raise RuntimeError("it assigns the .data of a tensor, which a graph cannot hold")
-        super().__setattr__(name, value)
+        fx.Proxy.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         tracer: Any = self.tracer
@@ -84,6 +101,13 @@ class GuidedProxy(fx.Proxy):
             tracer.settle(self.node, self.example)
         return hash(self.example)
 
+    def __str__(self) -> str:
+        # A size in a text may be a part of a name, `getattr(self, f"layer{x.shape[1]}")`.
+        return str(self._number(int)) if type(self.example) is int else repr(self)
+
+    def __format__(self, form: str) -> str:
+        return format(self._number(int), form) if type(self.example) is int else repr(self)
+
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         """Return the example as a plain number, which the graph will hold."""
         tracer: Any = self.tracer
@@ -116,6 +140,41 @@ def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(GuidedProxy, f"__i{_name}__", _in_place(_name))
+
+
+class SequenceProxy(GuidedProxy):
+    """The proxy of a tuple or a list, which `match` takes apart as one."""
+
+
+Sequence.register(SequenceProxy)
+
+
+class TypeOfValues(type):
+    """The class of `KindOf`, which is used as `type` is."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1:
+            return type(*args, **kwargs)
+        kind = args[0].kind if isinstance(args[0], GuidedProxy) else _kind(args[0])
+        return cls if kind is type else kind  # `type(kind) is type` asks for what stands in
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+    def __eq__(cls, other: Any) -> bool:
+        return other is cls or other is type
+
+    __hash__ = type.__hash__
+
+
+class KindOf(metaclass=TypeOfValues):
+    """Stands in for `type` in the files of a model: that of a proxy is the type of its value."""
+
+    def __class_getitem__(cls, kind: Any) -> Any:
+        return type[kind]
 
 
 class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
@@ -158,7 +217,7 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
     __hash__ = object.__hash__
 
     # Texts of error messages are written in a trace as well. Tensor's own would be a node.
-    __format__ = object.__format__
+    __format__: Any = object.__format__
 
 
 _NAMES_OF_PROXIES = frozenset(dir(GuidedProxy))

@@ -142,17 +142,27 @@ def _computes_a_size(node: fx.Node) -> bool:
 
 
 def reads_a_size(node: fx.Node) -> bool:
-    """Whether a node's value, a number or a truth value, is made from the size of an axis."""
+    """Whether a node's value, a number or a truth value, is made from the sizes of a tensor."""
     ahead = [node]
     while ahead:
         each = ahead.pop()
         value = facts(each).example
         if isinstance(value, Tensor):
             continue
-        if isinstance(value, torch.Size) or each.target == "size":
+        if isinstance(value, torch.Size) or _name_of_reading(each) in _READ_OFF_SIZES:
             return True
         ahead += each.all_input_nodes
     return False
+
+
+# What torch reads off the sizes of a tensor.
+_READ_OFF_SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "nbytes")
+
+
+def _name_of_reading(node: fx.Node) -> str:
+    """Return the name of the function, method or attribute that a node reads."""
+    target = node.args[1] if node.target is getattr else node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
 
 
 def is_complete(graph: fx.Graph, values: Values) -> bool:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sffx.arguments import Arguments
 from sffx.blocks import Input, Leaf
+from sffx.compiler.aliases import views_in_attributes
 from sffx.compiler.batch_axis import BATCH_SIZES, batch_sizes
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.calls import call
@@ -121,10 +122,11 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     kept = kept_tensors(probe, run, attributes)
     _make_leaves_of_counters(probe, run, attributes, leaves, kept.carried)
     opened = set_outside(probe, run, attributes)
+    views = views_in_attributes(model)
 
     def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
         runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
-        return GuidedTracer(runner, leaves, functions, wanted, opened)
+        return GuidedTracer(runner, leaves, functions, wanted, opened, views)
 
     def make_tracer(training: bool) -> GuidedTracer:
         return tracer_on(values, training)

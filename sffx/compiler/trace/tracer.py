@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -34,10 +34,11 @@ from sffx.compiler.trace.functions import (
     own_method,
     require_plain_values,
 )
+from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
-from sffx.compiler.trace.proxy import GuidedProxy, TensorProxy
+from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
 from sffx.compiler.trace.regions import Regions
 from sffx.compiler.trace.run_function import function_target
@@ -45,6 +46,7 @@ from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 from sffx.compiler.trace.writes import Writes, versions
+from sffx.errors import TraceError
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -61,6 +63,7 @@ class GuidedTracer(fx.Tracer):
         regions: that it enters.
         writes: on the model's tensors.
         opened: modules that can be no leaves, since an attribute is set while they do not run.
+        views: qualnames of the plain attributes that are views of parameters or buffers.
         patches: of torch's functions, for the time of the trace.
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
@@ -79,6 +82,7 @@ class GuidedTracer(fx.Tracer):
         functions: Functions,
         wanted: Wanted,
         opened: Mapping[nn.Module, str],
+        views: Collection[str] = (),
     ) -> None:
         super().__init__()
         # fx takes a buffer for a constant. What is computed from it alone would be frozen, and
@@ -87,6 +91,7 @@ class GuidedTracer(fx.Tracer):
         self.leaves = leaves
         self.functions = functions
         self.opened = opened
+        self.views = views
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.regions = Regions()
@@ -127,6 +132,7 @@ class GuidedTracer(fx.Tracer):
             inputs[name] = self.create_proxy("placeholder", target, (), {})
 
         def forward() -> Any:
+            require_no_identity(self.root)
             # Not `root_fn`, the forward of the class: an instance may have one of its own.
             returned = call(self.root, example.form, inputs)
             self.place_of_logits = place_of_logits(returned)
@@ -149,9 +155,22 @@ class GuidedTracer(fx.Tracer):
             proxy = super().create_proxy(*args, **kwargs)
         if _reads_no_data(proxy.node):
             return self._description(proxy.node)
+        if self._is_known(proxy.node):
+            return facts(proxy.node).example
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
         return None if facts(proxy.node).example is None else proxy
+
+    def _is_known(self, node: fx.Node) -> bool:
+        """Whether a truth value is the same in every call: `x.is_cuda is False` asks for a bool.
+
+        That of a comparison of sizes is settled where the forward branches on it.
+        """
+        record = facts(node)
+        if type(record.example) is not bool or record.of_batch or reads_a_size(node):
+            return False
+        depends = self._depends_on_data(node) or self._depends_on_function(node)
+        return not depends and not owners_of_flags(node)
 
     def _number(self, method: str, node: fx.Node) -> Any:
         """Return the number that a forward takes out of a tensor, where it was drawn or settled."""
@@ -220,7 +239,12 @@ class GuidedTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and its facts; fx calls this for constants of a forward as well."""
         node = super().create_node(kind, target, *args, **kwargs)
-        set_facts(node, Facts() if kind == "output" else self.runner.run(node))
+        try:
+            set_facts(node, Facts() if kind == "output" else self.runner.run(node))
+        except Exception:
+            # The forward may catch the error, and go on.
+            self.graph.erase_node(node)
+            raise
         self.constants.note_writes(node)
         self.writes.note(node)
         self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
@@ -247,6 +271,7 @@ class GuidedTracer(fx.Tracer):
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
         if isinstance(a, FakeTensor) and not self._is_held(a):
+            self._require_no_views()
             raise RuntimeError(
                 "it uses a tensor that an earlier call has computed and kept, outside of the model "
                 "or in a container, which a graph cannot hold"
@@ -254,6 +279,18 @@ class GuidedTracer(fx.Tracer):
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
         return super().create_arg(a)
+
+    def _require_no_views(self) -> None:
+        """Raise a TraceError if a module keeps a view of a parameter or a buffer in an attribute.
+
+        What is computed from it is no proxy. Nor would a leaf and its copies share the memory.
+        """
+        for name in self.views:
+            raise TraceError(
+                f"{type(self.root).__name__} reads its attribute {name!r}, a view of a parameter "
+                "or a buffer, which a graph would freeze. Hint: register it as a buffer, "
+                "self.register_buffer(...), or take the view in the forward"
+            )
 
     def is_untraced(self, tensor: Any) -> bool:
         """Whether the forward has a parameter or a buffer itself, and no proxy of it."""
@@ -267,8 +304,10 @@ class GuidedTracer(fx.Tracer):
         return isinstance(tensor, nn.Parameter) or any(each is tensor for each in tensors)
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
-        is_tensor = isinstance(facts(node).example, Tensor)
-        return TensorProxy(node, self) if is_tensor else GuidedProxy(node, self)
+        example = facts(node).example
+        if isinstance(example, Tensor):
+            return TensorProxy(node, self)
+        return (SequenceProxy if isinstance(example, (tuple, list)) else GuidedProxy)(node, self)
 
     def call_module(
         self,
@@ -315,6 +354,7 @@ class GuidedTracer(fx.Tracer):
             value = call()
             self.writes.note_leaf(before)
             return value
+        require_no_identity(m)
         value = call_without_draws(call)
         self.writes.require_seen(before)
         return value
@@ -436,6 +476,9 @@ class GuidedTracer(fx.Tracer):
         # Few models have such shapes, and to look for them takes a walk through the graph.
         return self._has_data_shapes and depends_on_data(node)
 
+    def _depends_on_function(self, node: fx.Node) -> bool:
+        return bool(self.functions.found) and depends_on_function(node)
+
     def _require_no_data(self, node: fx.Node) -> None:
         """Raise a RuntimeError if a number which the graph will hold depends on data."""
         if self._depends_on_data(node):
@@ -443,7 +486,7 @@ class GuidedTracer(fx.Tracer):
 
     def _require_no_function(self, node: fx.Node) -> None:
         """Raise a RuntimeError if a graph would freeze what a function returns."""
-        if self.functions.found and depends_on_function(node):
+        if self._depends_on_function(node):
             raise RuntimeError("a branch or a plain number depends on what a function returns")
 
     def _guard(

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from sffx.compiler.trace.trace import trace
+from sffx.errors import TraceError
 from tests.compiler.trace.oracle import Applies, assert_same_logits, cut_without_norms
 from tests.toys import around
 
@@ -58,3 +65,115 @@ def test_a_tensor_is_a_tensor_during_the_trace():
     net = cut_without_norms(model)
     assert not net.plan.leaves
     assert_same_logits(net, model, torch.randn(3, 6))
+
+
+# What a forward may hold, and what it may ask of it. `type` and `is` ask no method of a value.
+VALUES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "tensor": lambda m, x: x,
+    "parameter": lambda m, x: m.inner.weight,
+    "shape": lambda m, x: x.shape,
+    "part of a shape": lambda m, x: x.shape[1:],
+    "batch": lambda m, x: x.shape[0],
+    "size": lambda m, x: x.size(1),
+    "number": lambda m, x: x.shape[1] * 0.5,
+    "count": lambda m, x: x.numel(),
+    "axes": lambda m, x: x.ndim,
+    "stride": lambda m, x: x.stride(0),
+    "dtype": lambda m, x: x.dtype,
+    "device": lambda m, x: x.device,
+    "kind of device": lambda m, x: x.device.type,
+    "on a gpu": lambda m, x: x.is_cuda,
+    "floats": lambda m, x: torch.is_floating_point(x),
+    "parts": lambda m, x: x.split(3, 1),
+    "chunks": lambda m, x: x.chunk(2, 1),
+    "largest": lambda m, x: x.max(1),
+}
+QUESTIONS: dict[str, Callable[[Any], Any]] = {
+    "isinstance int": lambda v: isinstance(v, int),
+    "isinstance float": lambda v: isinstance(v, (float, str)),
+    "isinstance tuple": lambda v: isinstance(v, (tuple, list)),
+    "isinstance Size": lambda v: isinstance(v, torch.Size),
+    "isinstance Tensor": lambda v: isinstance(v, Tensor),
+    "isinstance Parameter": lambda v: isinstance(v, nn.Parameter),
+    "isinstance dtype": lambda v: isinstance(v, (torch.dtype, torch.device)),
+    "isinstance Integral": lambda v: isinstance(v, numbers.Integral),
+    "isinstance Sequence": lambda v: isinstance(v, Sequence) and not isinstance(v, str),
+    "type is int": lambda v: type(v) is int,
+    "type is Tensor": lambda v: type(v) is Tensor,
+    "type is Parameter": lambda v: type(v) is nn.Parameter,
+    "type in": lambda v: type(v) in (tuple, torch.Size, bool),
+    "type of a type": lambda v: type(type(v)) is type and isinstance(type(v), type),
+    "class is int": lambda v: v.__class__ is int,
+    "issubclass": lambda v: issubclass(type(v), tuple),
+    "match": lambda v: _matched(v),
+    "is None": lambda v: v is None,
+    "is False": lambda v: v is False,
+    "is True": lambda v: v is True,
+    "text": lambda v: str(v) == "6",
+    "formatted": lambda v: f"{v:02}" == "06",
+    "as an index": lambda v: range(100)[v] == 6,
+    "has": lambda v: (hasattr(v, "bit_length"), hasattr(v, "shape"), callable(v)),
+    "equal": lambda v: bool(v == 6),
+    "in": lambda v: v in (3, 6),
+    "key": lambda v: {6: True}.get(v, False),
+    "smallest": lambda v: min(v, 100) == 6,
+}
+
+
+def _matched(value: Any) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int():
+            return "int"
+        case [_, _]:
+            return "pair"
+        case tuple():
+            return "tuple"
+        case _:
+            return "other"
+
+
+def test_a_value_says_of_itself_in_a_trace_what_it_says_in_the_model():
+    expected: dict[tuple[str, str], Any] = {}
+    found: dict[tuple[str, str], Any] = {}
+
+    def ask(m: nn.Module, x: Tensor) -> Tensor:
+        answers = found if isinstance(x, fx.Proxy) else expected
+        for name, value in VALUES.items():
+            for question, asked in QUESTIONS.items():
+                try:
+                    answers[name, question] = asked(value(m, x))
+                except (RuntimeError, TypeError, IndexError, ValueError) as failure:
+                    answers[name, question] = failure
+        return x
+
+    model = around(Applies(ask))
+    assert not trace(model).leaves
+    model(torch.zeros(60, 6))
+    for key, answer in expected.items():
+        # A trace may refuse what it cannot answer.
+        if not isinstance(answer, Exception) and not isinstance(found[key], Exception):
+            assert bool(found[key]) == bool(answer), key
+            assert isinstance(found[key], fx.Proxy) or found[key] == answer, key
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x if x.dtype is torch.float32 else x * 2,
+        lambda m, x: x if m.training is True else x * 2,
+        lambda m, x: x if (x.shape[1] == 6) is True else x * 2,
+        lambda m, x: x * 2 if m.training is not True else x,
+    ],
+    ids=["dtype", "training", "comparison", "not"],
+)
+def test_a_comparison_by_identity_makes_a_leaf(code):
+    kind = type("ByIdentity", (Applies,), {"forward": code})
+    model = around(kind(code)).train()
+    net = cut_without_norms(model)
+    assert "by 'is'" in net.plan.leaves[0].reason
+    for mode in (True, False):
+        assert_same_logits(net.train(mode), model.train(mode))
+    with pytest.raises(TraceError, match=r"by 'is'.*'==' can be traced.*Hint"):
+        cut_without_norms(kind(code))

@@ -71,6 +71,22 @@ def _by_length(x: Tensor) -> Tensor:
     return x * len(x[0, 0])
 
 
+def _by_count(x: Tensor) -> Tensor:
+    return x * 2 if x[0].numel() > 300 else x
+
+
+def _by_stride(x: Tensor) -> Tensor:
+    return x * 2 if x.stride(1) > 100 else x
+
+
+def _by_name(x: Tensor) -> Tensor:
+    return x * {"width 8": 1.0, "width 16": 2.0}.get(f"width {x.shape[-1]}", 3.0)
+
+
+def _by_text(x: Tensor) -> Tensor:
+    return x * len(str(x.size(3)))
+
+
 def _by_rounded(x: Tensor) -> Tensor:
     return x * (1.0 if int(x.shape[-1] / 8) == 1 else 2.0)
 
@@ -96,6 +112,10 @@ _DECISIONS = (
     _by_table,
     _row_by_row,
     _by_length,
+    _by_count,
+    _by_stride,
+    _by_name,
+    _by_text,
     _by_rounded,
     _by_a_tensor_of_sizes,
     _by_a_number_of_sizes,

@@ -1,0 +1,95 @@
+"""Tensors of a model that share memory without being one: views, and weights tied by `.data`.
+
+`copy.deepcopy` gives each parameter memory of its own, so that a copy parts what shares it. Buffers
+stay together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sffx.tensors import storage_key
+
+# Where a tensor lies in memory: the key of a storage, its first number and the one behind its last.
+_Range = tuple[int, int, int]
+
+
+def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
+    """Yield what to say of the parameters that share memory with something else."""
+    ranges: list[tuple[str, _Range]] = []
+    for name, parameter in model.named_parameters():
+        own = _range(parameter)
+        if own is not None and _repeats(parameter):
+            yield (
+                f"the numbers of {name} share memory with each other: in the cut model each is a "
+                "number of its own"
+            )
+        elif own is not None:
+            ranges.append((name, own))
+    parameters = len(ranges)
+    for name, tensor in (*model.named_buffers(), *_attributes(model)):
+        own = _range(tensor)
+        if own is not None:
+            ranges.append((name, own))
+    for i, (name, own) in enumerate(ranges[:parameters]):
+        for other, its in ranges[i + 1 :]:
+            if _overlap(own, its):
+                yield (
+                    f"{name} and {other} share memory, which a copy of a model does not keep: in "
+                    "the cut model each has its own. Hint: to share a parameter, let both be one, "
+                    "b.weight = a.weight"
+                )
+
+
+def views_in_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in plain attributes that share memory with a parameter or a buffer.
+
+    They are found by the qualname of the attribute.
+    """
+    registered = [*model.parameters(), *model.buffers()]
+    keys = {own[0] for own in map(_range, registered) if own is not None}
+    ids = {id(tensor) for tensor in registered}
+    found = {}
+    for name, tensor in _attributes(model):
+        own = _range(tensor)
+        if own is not None and own[0] in keys and id(tensor) not in ids:
+            found[name] = tensor
+    return found
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that are neither parameters nor buffers.
+
+    A module with hooks before its forward may compute them anew in each call, as a spectral norm.
+    """
+    for qualname, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules") or module._forward_pre_hooks:
+                continue
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                    yield f"{qualname}.{name}".strip("."), leaf
+
+
+def _range(tensor: Tensor) -> _Range | None:
+    """Return where a tensor lies in memory, None where it has no memory of that kind."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    if not is_plain or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return storage_key(tensor), start, start + int(last) + 1
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Return whether a tensor holds one number of memory several times, as an expanded one."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and step == 0 for size, step in pairs)
+
+
+def _overlap(one: _Range, two: _Range) -> bool:
+    return one[0] == two[0] and one[1] < two[2] and two[1] < one[2]

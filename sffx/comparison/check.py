@@ -527,8 +527,8 @@ class _Check:
     def _differ_at(self, run: Run, problem: str, error: float, done: list[Run]) -> None:
         """Note a difference in values, with the first node that has it."""
         # Only other sizes and calls under no_grad are elsewhere.
-        known = "at another size" if run.grad else "nested"
-        if run.only_elsewhere and self._is_noted(known):
+        known = ("at another size",) if run.grad else ("nested", "the forward asks for")
+        if run.only_elsewhere and any(map(self._is_noted, known)):
             self._skipped[run.name] = "it differs, as a note of the plan says"
             return
         place = self._locate(run, done)

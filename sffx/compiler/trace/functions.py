@@ -54,11 +54,13 @@ class Functions:
     def __init__(self) -> None:
         self.found: dict[CodeType, Callee] = {}
         self._given_up: set[CodeType] = set()
+        self._is_to_be_traced_again = False
 
     def give_up(self, code: CodeType) -> None:
         """Let a function be traced again, or the module that calls it be a leaf."""
         self.found.pop(code, None)
         self._given_up.add(code)
+        self._is_to_be_traced_again = True
 
     def add(self, failure: Exception, reason: str) -> bool:
         """Find the innermost function that a trace has failed in, to call it from now on.
@@ -68,8 +70,11 @@ class Functions:
             reason: what went wrong.
 
         Returns:
-            Whether there is one.
+            Whether there is one, or one was given up, so that the next trace says why it failed.
         """
+        if self._is_to_be_traced_again:
+            self._is_to_be_traced_again = False
+            return True
         frames = _frames_of_forward(failure.__traceback__)
         for caller, frame in reversed(list(pairwise(frames))):
             code = frame.f_code

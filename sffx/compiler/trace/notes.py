@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -19,6 +19,8 @@ def notes(
     constants: Mapping[str, Any],
     kept: Sequence[str],
     checkpointed: bool,
+    left_out: Collection[str],
+    asked: Collection[str],
     is_of_size: bool,
 ) -> Iterator[str]:
     """Yield the remarks.
@@ -29,6 +31,8 @@ def notes(
         constants: the arguments that are no tensors.
         kept: qualnames of tensors that the model computes in its first call only.
         checkpointed: whether the trace met gradient checkpointing.
+        left_out: the context managers in the forward that are no part of the graph.
+        asked: what the forward asks of torch, as whether gradients are on.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
     if constants:
@@ -53,6 +57,16 @@ def notes(
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
         yield "gradient checkpointing in the model is left out"
+    if left_out:
+        yield (
+            f"left out, since a graph has no regions: {', '.join(left_out)}. Where that matters, "
+            "set it around the calls of the cut model"
+        )
+    if asked:
+        yield (
+            f"the forward asks for {', '.join(asked)}: the cut model always does what it does with "
+            "gradients, and without autocast"
+        )
     if _nests_padded(root, graph):
         yield (
             "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "

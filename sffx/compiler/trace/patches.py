@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -38,6 +39,9 @@ _METHODS_OF_SIZES = (
     *("as_strided", "unflatten", "split", "chunk", "repeat_interleave", "multinomial"),
     *("new_zeros", "new_ones", "new_empty", "new_full"),
 )
+
+# What a forward may ask of torch, and a graph would freeze.
+_ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 
 # The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
 _CACHED = type(functools.lru_cache(len))
@@ -95,6 +99,15 @@ class Patches:
         switch = torch._C._set_grad_enabled
         switch_gradients = functools.partial(self.tracer.regions.switch_gradients, switch)
         yield torch._C, "_set_grad_enabled", switch_gradients
+        contexts = (
+            (torch.autocast, self._enter_autocast),
+            (saved_tensors_hooks, self._enter_hooks),
+        )
+        for context, note in contexts:
+            yield context, "__enter__", self._around(context.__enter__, note)
+        for name in _ASKED:
+            answer = functools.partial(self.tracer.regions.answer, getattr(torch, name))
+            yield torch, name, answer
         yield torch, "rand", self._draw_tensor
         detect = transformer._detect_is_causal_mask
         yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
@@ -174,6 +187,23 @@ class Patches:
             original.__set__(tensor, value)
 
         return property(read, write)
+
+    def _around(self, enter: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+        """Return what stands in for the `__enter__` of a context manager that is to be noted."""
+
+        @functools.wraps(enter)
+        def entered(context: Any) -> Any:
+            if not self.tracer.is_running:
+                note(context)
+            return enter(context)
+
+        return entered
+
+    def _enter_autocast(self, context: Any) -> None:
+        self.tracer.regions.enter_autocast(context._enabled, self.tracer.place)
+
+    def _enter_hooks(self, context: Any) -> None:
+        self.tracer.regions.enter_hooks(type(context))
 
     def _draw(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws a number; a node that runs on its example may draw."""

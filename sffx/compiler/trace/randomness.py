@@ -44,12 +44,17 @@ def call_without_draws(call: Callable[[], Any]) -> Any:
 
 
 def _states() -> tuple[Any, ...]:
-    # As bytes, since tensors and arrays compare element by element.
     return (
-        torch.get_rng_state().numpy().tobytes(),
+        state_of_torch(),
         random.getstate(),
         pickle.dumps(np.random.get_state(legacy=False)),
     )
+
+
+def state_of_torch() -> bytes:
+    """Return the state of torch's generator on the CPU."""
+    # As bytes, since tensors compare element by element.
+    return torch.random.default_generator.get_state().numpy().tobytes()
 
 
 class Drawn(float):
@@ -149,6 +154,11 @@ def draw_where(is_met: Any, behind: Any, *args: Any, **kwargs: Any) -> None:
     elif is_met:
         torch.rand(*args, **kwargs)
 
+
+SEEDED = (
+    "it draws random numbers after it has set the seed of torch, as by torch.manual_seed(), which "
+    "a graph cannot hold"
+)
 
 _TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")
 _COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge)

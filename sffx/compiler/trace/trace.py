@@ -157,6 +157,8 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
                 constants=form.constants,
                 kept=kept.once,
                 checkpointed=tracer.patches.checkpointed,
+                left_out=tracer.regions.left_out,
+                asked=tracer.regions.asked,
                 is_of_size=is_of_size,
             ),
         ),

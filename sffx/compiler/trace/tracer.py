@@ -39,7 +39,14 @@ from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
-from sffx.compiler.trace.randomness import Drawn, call_without_draws, is_drawn, outcome_of_draw
+from sffx.compiler.trace.randomness import (
+    SEEDED,
+    Drawn,
+    call_without_draws,
+    is_drawn,
+    outcome_of_draw,
+    state_of_torch,
+)
 from sffx.compiler.trace.regions import Regions
 from sffx.compiler.trace.run_function import function_target
 from sffx.compiler.trace.runner import NodeRunner
@@ -107,6 +114,7 @@ class GuidedTracer(fx.Tracer):
         self.task: Task = CLASSIFICATION
         self.notes_on_task: list[str] = []
         self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
+        self._generator = state_of_torch()
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -145,7 +153,7 @@ class GuidedTracer(fx.Tracer):
             self._settle_assertion(args[2][0])
         if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
             return self._number(args[1], args[2][0].node)
-        if args[0] == "call_function" and not self._place():
+        if args[0] == "call_function" and not self.place:
             # In a submodule it makes a leaf, which runs for real.
             args = (args[0], data_shaped_target(args[1], args[2]), *args[2:])
         args = self._without_data(*args)
@@ -153,6 +161,8 @@ class GuidedTracer(fx.Tracer):
             proxy = self.regions.create(super().create_proxy, *args, **kwargs)
         else:
             proxy = super().create_proxy(*args, **kwargs)
+        if proxy.node.target is getattr and proxy.node.args[1] == "requires_grad":
+            self.regions.asked[".requires_grad"] = None
         if _reads_no_data(proxy.node):
             return self._description(proxy.node)
         if self._is_known(proxy.node):
@@ -245,6 +255,8 @@ class GuidedTracer(fx.Tracer):
             # The forward may catch the error, and go on.
             self.graph.erase_node(node)
             raise
+        if facts(node).cost.draws and state_of_torch() != self._generator:
+            raise RuntimeError(SEEDED)
         self.constants.note_writes(node)
         self.writes.note(node)
         self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
@@ -401,7 +413,7 @@ class GuidedTracer(fx.Tracer):
             function = own_method(callee, self.original.get_submodule(owner))
             args = args[1:]
         function, kwargs = bound(function, args, kwargs)
-        target = function_target(self.graph, self.runner.probe, self._place(), function)
+        target = function_target(self.graph, self.runner.probe, self.place, function)
         proxy = self.create_proxy("call_module", target, args, kwargs)
         if isinstance(proxy, fx.Proxy):
             require_plain_values(facts(proxy.node).example)
@@ -455,12 +467,13 @@ class GuidedTracer(fx.Tracer):
 
         A submodule that branches on the batch alone is better a leaf, which takes any batch.
         """
-        place = self._place()
+        place = self.place
         is_allowed = not place or place in self.branched
         return is_allowed and differs_at_one(condition, self.runner.sizes)
 
-    def _place(self) -> str:
-        """Return the qualname of the module whose forward runs, "" for the model itself."""
+    @property
+    def place(self) -> str:
+        """The qualname of the module whose forward runs, "" for the model itself."""
         scopes = [str(path) for path, _ in self.module_stack.values()]
         return scopes[-1] if scopes else ""
 
@@ -494,7 +507,7 @@ class GuidedTracer(fx.Tracer):
     ) -> None:
         if (node, outcome) not in self._settled:
             self._settled.add((node, outcome))
-            self.create_node("call_function", require, (node, outcome, self._place()), {})
+            self.create_node("call_function", require, (node, outcome, self.place), {})
 
     def settled_length(self, obj: fx.Proxy) -> int:
         """Return the length of a tensor, or the number of the parts that it was split into."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
@@ -17,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def setup_py() -> dict[str, Any]:
+def backend() -> dict[str, Any]:
     pytest.importorskip("setuptools")
-    return runpy.run_path(str(ROOT / "setup.py"))
+    return runpy.run_path(str(ROOT / "tools" / "build_backend.py"))
 
 
 @pytest.mark.parametrize(
@@ -31,22 +32,24 @@ def setup_py() -> dict[str, Any]:
         ("![a picture](x.svg)\n\ntext", "text"),
     ],
 )
-def test_relative_links_are_text(setup_py: dict[str, Any], readme: str, page: str | None) -> None:
-    assert setup_py["package_page"](readme) == (readme if page is None else page)
+def test_relative_links_are_text(backend: dict[str, Any], readme: str, page: str | None) -> None:
+    assert backend["package_page"](readme) == (readme if page is None else page)
 
 
-@pytest.mark.usefixtures("setup_py")
+@pytest.mark.usefixtures("backend")
 def test_the_metadata_holds_the_whole_readme_and_no_relative_link(tmp_path: Path) -> None:
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "sffx").mkdir()
-    (tmp_path / "out").mkdir()
-    shutil.copy(ROOT / "sffx" / "__init__.py", tmp_path / "sffx")
-    code = "import setuptools.build_meta as b; print(b.prepare_metadata_for_build_wheel('out'))"
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    (metadata,) = tmp_path.glob("out/*.dist-info/METADATA")
+    source = tmp_path / "source"
+    for folder in ("tools", "sffx"):
+        (source / folder).mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "tools/build_backend.py", "sffx/__init__.py"):
+        shutil.copy(ROOT / name, source / name)
+    _run_hook(source, "build_sdist", tmp_path)
+    # From the source distribution, which has to hold all that a build needs.
+    (packed,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(packed, tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("sffx-*/")
+    _run_hook(unpacked, "prepare_metadata_for_build_wheel", tmp_path)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
     fields = message_from_string(metadata.read_text(encoding="utf-8"))
     assert fields["Description-Content-Type"] == "text/markdown"
     page = fields.get_payload()
@@ -57,3 +60,12 @@ def test_the_metadata_holds_the_whole_readme_and_no_relative_link(tmp_path: Path
     # Every word of the README is there but for targets and pictures.
     for heading in re.findall(r"^#+ .*$", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert heading in page
+
+
+def _run_hook(source: Path, hook: str, out: Path) -> None:
+    """Run a hook of the backend as pip does, in the folder of the project."""
+    code = f"import build_backend; build_backend.{hook}({str(out)!r})"
+    environment = {**os.environ, "PYTHONPATH": str(source / "tools")}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=environment, check=True, capture_output=True
+    )

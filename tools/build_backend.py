@@ -1,0 +1,69 @@
+"""Build the package by setuptools. Its page shows the README without links into the repository.
+
+Such links are relative, and lead nowhere from the page of a package. pyproject.toml says everything
+else about the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.command.sdist import sdist
+
+# As pyproject.toml names them. A build runs in the folder of the project.
+README = Path("README.md")
+PAGE = Path("build/package_page.md")
+# The target of a link into the repository: neither an address nor a place in the page itself.
+INTO_REPOSITORY = r"\((?!https?://|#)[^)]*\)"
+PICTURE = re.compile(rf"!\[[^\]]*\]{INTO_REPOSITORY}\n*")
+LINK = re.compile(rf"\[([^\]]*)\]{INTO_REPOSITORY}")
+
+
+def package_page(readme: str) -> str:
+    """Return a README with the text of its relative links in their place, and no such pictures."""
+    return LINK.sub(r"\1", PICTURE.sub("", readme))
+
+
+def _with_page(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook of a build that writes the page before."""
+
+    @functools.wraps(hook)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(package_page(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return hook(*args, **kwargs)
+
+    return run
+
+
+get_requires_for_build_editable = _with_page(build_meta.get_requires_for_build_editable)
+get_requires_for_build_sdist = _with_page(build_meta.get_requires_for_build_sdist)
+get_requires_for_build_wheel = _with_page(build_meta.get_requires_for_build_wheel)
+prepare_metadata_for_build_editable = _with_page(build_meta.prepare_metadata_for_build_editable)
+prepare_metadata_for_build_wheel = _with_page(build_meta.prepare_metadata_for_build_wheel)
+build_editable = _with_page(build_meta.build_editable)
+build_sdist = _with_page(build_meta.build_sdist)
+build_wheel = _with_page(build_meta.build_wheel)
+
+
+class _SdistWithBackend(sdist):
+    """A source distribution is built by this file as well."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.extend([str(README), "tools/build_backend.py"])
+
+
+def _add_backend_to_sdists() -> None:
+    # setuptools finds the class of a command in its module.
+    import setuptools.command.sdist as module
+
+    module.sdist = _SdistWithBackend
+
+
+_add_backend_to_sdists()

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 # In the names of the children of a detector or the like that see the input first.
 _BACKBONE_WORDS = ("backbone", "encoder", "features", "body")
 
-# The frames of sffx itself say nothing about the model.
+# The frames of sffx itself and of Python's own files say nothing about the model.
 _PACKAGE = str(Path(__file__).parent) + os.sep
+_OF_PYTHON = str(Path(os.__file__).parent) + os.sep
 
 
 class SffxError(Exception):
@@ -75,7 +76,8 @@ def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
     for frame in traceback.extract_tb(failure.__traceback__):
-        if "/torch/" in frame.filename or frame.filename.startswith(_PACKAGE):
+        is_foreign = frame.filename.startswith((_PACKAGE, _OF_PYTHON))
+        if "/torch/" in frame.filename or (is_foreign and "site-packages" not in frame.filename):
             continue
         place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,14 +103,25 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
 def _reason(failure: Exception) -> str:
     message = str(failure)
     first_line = message.splitlines()[0] if message else ""
+    # Code in C names what it was given.
+    first_line = _PROXY.sub("a traced value", first_line)
+    if _OF_FUNCTORCH in message:
+        first_line = "torch.func transforms a function here, which a graph cannot hold"
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
+_PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
+_OF_FUNCTORCH = "dynamicLayerStack"
+
+
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
+    hint = ""
+    if _PROXY.search(str(failure)):
+        hint = "torch.zeros and x.new_zeros take traced sizes, and a tuple of them is a shape; or "
     return TraceError(
-        f"{type(probe).__name__} cannot be traced: "
-        f"{type(failure).__name__}: {failure} ({location(failure)}). Hint: move this code into "
-        f"a submodule, which then becomes a leaf; {backbone_hint(probe)}"
+        f"{type(probe).__name__} cannot be traced: {_reason(failure)}. Hint: {hint}move this code "
+        "into a submodule, which then becomes a leaf, or into a function of the file, which the "
+        f"graph then calls; {backbone_hint(probe)}"
     )
 
 

@@ -93,7 +93,7 @@ class Functions:
             if isinstance(node.target, FunctionTarget):
                 called.add(name_of(node.target.function))
         for callee in self.found.values():
-            name = name_of(callee.function)
+            name = callee.places[0][1] if callee.is_method else name_of(callee.function)
             if name in called:
                 yield f"{name} runs as a whole: {callee.reason}"
 

@@ -108,6 +108,15 @@ class GuidedProxy(fx.Proxy):
     def __format__(self, form: str) -> str:
         return format(self._number(int), form) if type(self.example) is int else repr(self)
 
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Let a function of NumPy, as `np.sqrt(x.shape[1])`, compute with plain numbers."""
+        numbers = []
+        for each in inputs:
+            if isinstance(each, TensorProxy):
+                raise RuntimeError("NumPy computes with a tensor, which a graph cannot hold")
+            numbers.append(_as_numbers(each))
+        return getattr(function, method)(*numbers, **options)
+
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         """Return the example as a plain number, which the graph will hold."""
         tracer: Any = self.tracer
@@ -120,6 +129,14 @@ class GuidedProxy(fx.Proxy):
         number = kind(self.example)
         tracer.settle(self.node, number)
         return number
+
+
+def _as_numbers(value: Any) -> Any:
+    """Return the plain number in the place of a proxy, or those of a shape."""
+    if isinstance(value, SequenceProxy):
+        parts: Any = value
+        return [_as_numbers(parts[i]) for i in range(len(parts))]
+    return value._number(type(value.example)) if isinstance(value, GuidedProxy) else value
 
 
 def _in_place(name: str) -> Callable[[GuidedProxy, Any], Any]:

@@ -168,3 +168,20 @@ def test_a_module_that_moves_its_buffer_is_traced_unless_it_changes_the_dtype(li
 
 def test_a_branch_on_random_numbers_makes_a_leaf():
     assert [leaf.qualname for leaf in trace(around(LayerDrop())).leaves] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (lambda m, x: torch.vmap(torch.relu)(x), r"torch\.func transforms a function here"),
+        (lambda m, x: x + torch.zeros(torch.Size((x.shape[0], 6))), r"item 0 is a traced value"),
+        (lambda m, x: x + torch.Tensor(x.shape[0], 6), r"got \(a traced value, int\)"),
+        (lambda m, x: torch.distributions.Normal(x, 1.0).mean, r"values of a tensor"),
+    ],
+    ids=["vmap", "Size", "Tensor", "distribution"],
+)
+def test_what_the_model_itself_cannot_do_names_the_line_and_the_way_out(code, message):
+    root = type("Root", (nn.Module,), {"forward": lambda m, x: m.layer(code(m, x))})()
+    root.layer = nn.Linear(6, 3)
+    with pytest.raises(TraceError, match=rf"{message}.*test_attempts\.py:\d+, .*function of the f"):
+        sffx.plan(root, "layer", torch.zeros(2, 6))

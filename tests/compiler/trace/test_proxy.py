@@ -4,6 +4,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -177,3 +178,15 @@ def test_a_comparison_by_identity_makes_a_leaf(code):
         assert_same_logits(net.train(mode), model.train(mode))
     with pytest.raises(TraceError, match=r"by 'is'.*'==' can be traced.*Hint"):
         cut_without_norms(kind(code))
+
+
+def test_numpy_computes_with_sizes_and_the_graph_refuses_other_sizes():
+    def code(module: nn.Module, x: Tensor) -> Tensor:
+        return x / np.sqrt(x.shape[1]) * np.prod(x.shape[1:]) + np.maximum(x.size(-1), 7)
+
+    model = around(Applies(code)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+    net = cut_without_norms(around(Applies(lambda m, x: x / np.sqrt(x.shape[0]))))
+    assert "batch size" in net.plan.leaves[0].reason

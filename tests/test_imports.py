@@ -49,6 +49,7 @@ NEIGHBOURS = {
     ("checks", "errors"),
     ("files", "errors"),
     ("tables", "errors"),
+    ("fsdp", "tensors"),
     ("kernels", "errors"),
     ("blocks", "parts"),
     ("blocks", "arguments"),

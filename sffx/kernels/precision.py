@@ -16,7 +16,11 @@ def widened(y: Tensor) -> Tensor:
 
 def full_precision(y: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast, for computing on the device of y."""
+    device = y.device.type
     # A tensor on "meta" has no autocast to switch off, and an exported graph cannot hold a switch.
-    if y.device.type == "meta" or torch.compiler.is_exporting():
+    if device == "meta" or torch.compiler.is_exporting():
         return nullcontext()
-    return torch.autocast(y.device.type, enabled=False)
+    # Asking is faster than switching.
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

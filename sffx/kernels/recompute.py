@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -102,14 +103,23 @@ def is_plain(module: Any) -> bool:
 
     A hook, or a forward of its own, makes it more.
     """
-    has_hooks = (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
-    )
-    return not has_hooks and "forward" not in module.__dict__
+    return all_plain((module,))
+
+
+def all_plain(modules: Iterable[Any]) -> bool:
+    """Return whether a call of each module is its class's forward and nothing else."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return not any(True for _ in modules)
+    for module in modules:
+        has_hooks = (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+        if has_hooks or "forward" in module.__dict__:
+            return False
+    return True
 
 
 class Recomputed(Function):

@@ -23,11 +23,12 @@ from sffx.blocks import Block, BlockPlan, Value
 from sffx.kernels.activation import private_gradients
 from sffx.kernels.batch_counts import counted_for_step
 from sffx.kernels.chain import BATCH_NORMS
-from sffx.kernels.recompute import is_plain
+from sffx.kernels.recompute import all_plain, is_plain
 from sffx.net import plan_of
 from sffx.parts import READOUT, head_name, norm_name
 from sffx.runtime.gate import KeepsNothing
 from sffx.runtime.randomness import numbers_of_block
+from sffx.tensors import modules_in
 
 # Values of the outer graph while it runs, by the node that computed them.
 Values = dict[fx.Node, Any]
@@ -92,12 +93,13 @@ class Stage:
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that require a gradient, of the block and its head."""
-        parameters: list[nn.Parameter] = []
-        for module in self.modules:
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    parameters.append(parameter)
-        return parameters
+        parameters: dict[nn.Parameter, None] = {}
+        for part in self.modules:
+            for module in modules_in(part):
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.requires_grad:
+                        parameters[parameter] = None
+        return list(parameters)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -164,7 +166,7 @@ class Stage:
         if nn.modules.module._global_forward_hooks:
             return True
         for part in self.modules:
-            for module in part.modules():
+            for module in modules_in(part):
                 if any(
                     not isinstance(hook, KeepsNothing) for hook in module._forward_hooks.values()
                 ):
@@ -279,7 +281,7 @@ class _OwnNorms:
 
     def __init__(self) -> None:
         self._code: str | None = None
-        self._names: list[str] = []
+        self._paths: list[list[str]] = []
 
     def of(self, block: nn.Module) -> list[nn.Module]:
         """Return the batch norms; none if the block is no graph, or reads their buffers itself."""
@@ -287,9 +289,16 @@ class _OwnNorms:
             return []
         if self._code is not block.code:
             # Looked up once for a graph. The modules of these names may still be replaced.
-            self._names = _names_of_norms(block)
+            self._paths = [name.split(".") for name in _names_of_norms(block)]
             self._code = block.code
-        return [block.get_submodule(name) for name in self._names]
+        return [_module_at(block, path) for path in self._paths]
+
+
+def _module_at(module: Any, path: list[str]) -> nn.Module:
+    # `get_submodule` takes ten times the time.
+    for name in path:
+        module = module._modules[name]
+    return module
 
 
 def _names_of_norms(block: fx.GraphModule) -> list[str]:
@@ -391,4 +400,4 @@ def _has_inner_hooks(part: nn.Module) -> bool:
     """
     if part._backward_hooks or part._backward_pre_hooks:
         return True
-    return any(module is not part and not is_plain(module) for module in part.modules())
+    return not all_plain(modules_in(part)[1:])

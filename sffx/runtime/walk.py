@@ -228,5 +228,6 @@ def score_detached(stage: Stage, values: Values) -> Tensor:
     scores = stage.score(values)
     # No value may carry the graph of this stage on to the next stages.
     for node, value in values.items():
-        values[node] = tree_map_only(Tensor, Tensor.detach, value)
+        is_tensor = isinstance(value, Tensor)  # as most are, and a map over a tree takes time
+        values[node] = value.detach() if is_tensor else tree_map_only(Tensor, Tensor.detach, value)
     return scores

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 import pytest
 
@@ -26,6 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Collect garbage more rarely: Python's own threshold takes 7 % of the time of a run."""
     gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_runtest_setup() -> None:
+    """Let torch list the operators of ONNX once, if a test before this one has exported.
+
+    For each export it parses the sources of 500 functions, which takes as long as a small model.
+    """
+    exporter = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(exporter, "ONNXRegistry", None)
+    listed = getattr(registry, "from_torchlib", None)
+    if listed is not None and not hasattr(listed, "cache_info"):
+        registry.from_torchlib = staticmethod(cache(listed))
 
 
 @pytest.hookimpl(trylast=True)

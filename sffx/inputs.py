@@ -102,16 +102,24 @@ def batch_size(values: Mapping[str, Any]) -> int:
 
 
 def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
-    """Return the input that marks real tokens, (B, T), zero at padding; None where there is none.
+    """Return the input that marks the real tokens of the model's output; None if there is none.
+
+    It is (B, T), zero at padding. Where an encoder and a decoder have one each, it is that of the
+    decoder. A mask of another length than the output, in the example that was traced, is none.
 
     Args:
         plan: of the cut model.
         x: its input, as `bind` takes it.
     """
-    if not any(each.marks_tokens for each in plan.inputs):
+    masks = []
+    for each in plan.inputs:
+        if each.marks_tokens and each.shape == plan.classifier.shape[:1]:
+            masks.append(each.name)
+    if not masks:
         return None
-    named = bind(plan, x)
-    return mask_among(plan.inputs, [named[each.name] for each in plan.inputs])
+    of_decoder = [name for name in masks if "decoder" in name]
+    mask: Tensor | None = bind(plan, x)[(of_decoder or masks)[0]]
+    return mask
 
 
 def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+import networkx as nx
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,7 @@ from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError, in_brief
 from sffx.learning.vocabulary import notes_on_vocabulary
 from sffx.parts import CLASSIFIER, block_name, listed_blocks
+from sffx.tasks import Task
 
 DRAWS_IN_ANOTHER_ORDER = (
     "each block runs its layers for all streams, so that dropout and the like draw other random "
@@ -63,7 +65,8 @@ def partition(
     notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
     notes += _order_notes(analysis, members)
     notes += _padding_notes(analysis, blocks)
-    notes += _instance_notes(blocks)
+    notes += _instance_notes(blocks, trace.task)
+    notes += _sequence_notes(analysis, blocks)
     last = trace.root.get_submodule(classifier.modules[-1]) if classifier.modules else None
     notes += notes_on_vocabulary(blocks, width, options, trace.task, last)
     notes += options.objective.notes()
@@ -349,8 +352,40 @@ def _has_other_tokens(output: Output) -> bool:
     return not output.mask and len(output.shape) == 2 and not output.is_folded
 
 
-def _instance_notes(blocks: list[Block]) -> list[str]:
-    """Return a note on the feature blocks that read single instances of a sample."""
+def _sequence_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
+    """Return notes on feature blocks that may be scored by the targets of another sequence.
+
+    In the example the two sequences have the same length, so their tokens cannot be told apart.
+    """
+    trace = analysis.trace
+    if trace.task.form != "token":
+        return []
+    tokens = facts(analysis.nodes[analysis.logits]).example.shape[1:2]
+    behind = nx.ancestors(analysis.flow.graph, analysis.logits)
+    notes = []
+    for node, read in zip(analysis.nodes.values(), trace.inputs, strict=False):
+        if read.is_float or read.marks_tokens or read.shape != tokens or node.name not in behind:
+            continue
+        apart = []
+        for block in blocks[1:]:
+            if node.name not in nx.ancestors(analysis.flow.graph, block.output):
+                apart.append(block.target)
+        if apart:
+            notes.append(
+                f"{in_brief(apart, 3)} do not depend on {read.name}, but are scored by the same "
+                "targets. Hint: if these are two sequences, an example_input with two lengths "
+                "keeps cuts out of the one without targets"
+            )
+    return notes
+
+
+def _instance_notes(blocks: list[Block], task: Task) -> list[str]:
+    """Return a note on the feature blocks that read single instances of a sample.
+
+    Where positions are scored, instances are positions as well.
+    """
+    if task.per_position:
+        return []
     folded = []
     for block in blocks:
         if any(output.is_folded for output in block.outputs):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import tasks
+from sffx.inputs import padding_mask
 from sffx.kernels import entropy, squares
 from sffx.learning.shared_output import EVERY, OutputCopy
 from sffx.memory.count import count_memory
@@ -201,3 +202,62 @@ def test_a_plan_tells_what_heads_of_a_large_vocabulary_cost() -> None:
 
 def test_a_small_vocabulary_has_no_such_note() -> None:
     assert not any("scores" in note for note in cut_words(4999, "sff").plan.notes)
+
+
+class Translation(nn.Module):
+    """Layers on one sequence, whose mean goes into layers on another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.write = nn.Embedding(9, 8), nn.Embedding(9, 8)
+        self.encoder, self.decoder = nn.Sequential(), nn.Sequential()
+        for layers in (self.encoder, self.decoder):
+            for _ in range(4):
+                layers.append(nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+        self.output = nn.Linear(8, 9)
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor,
+        decoder_ids: Tensor,
+        decoder_attention_mask: Tensor,
+    ) -> Tensor:
+        shares = attention_mask / attention_mask.sum(1, keepdim=True)
+        known = (self.encoder(self.read(ids)) * shares[..., None]).sum(1, keepdim=True)
+        hidden = self.decoder(self.write(decoder_ids) + known)
+        return self.output(hidden * decoder_attention_mask[..., None])
+
+
+def sentences(length: int, other: int) -> dict[str, Tensor]:
+    """Return a batch with half of the first sequence and one token of the second as padding."""
+    mask, decoder_mask = torch.ones(2, length, dtype=torch.int64), torch.ones(2, other).long()
+    mask[:, length // 2 :] = 0
+    decoder_mask[:, -1] = 0
+    return {
+        "ids": torch.randint(0, 9, (2, length)),
+        "attention_mask": mask,
+        "decoder_ids": torch.randint(0, 9, (2, other)),
+        "decoder_attention_mask": decoder_mask,
+    }
+
+
+def test_tokens_of_another_sequence_are_not_scored():
+    x = sentences(6, 4)
+    net = sffx.transform(Translation(), "layer", x, task=tasks.LanguageModel(), check=True)
+    assert {block.shape[0] for block in net.plan} == {4}
+    assert not any("two sequences" in note for note in net.plan.notes)
+    same = sffx.plan(Translation(), "layer", sentences(6, 6), task=tasks.LanguageModel())
+    (note,) = [note for note in same.notes if "two sequences" in note]
+    assert "do not depend on decoder_ids" in note
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_padding_is_that_of_the_sequence_that_is_predicted(length):
+    x = sentences(length, 4)
+    net = sffx.transform(Translation(), "layer", sentences(6, 4), task=tasks.LanguageModel())
+    y = x["decoder_ids"]
+    own = y.masked_fill(x["decoder_attention_mask"] == 0, -100)
+    assert torch.equal(net.plan.task.without_padding(y, padding_mask(net.plan, x)), own)
+    assert sffx.local_loss(net.train(), x, y) == sffx.local_loss(net, x, own)
+    assert sffx.evaluate(net, [(x, y)]) == sffx.evaluate(net, [(x, own)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,10 @@ _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 # The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
 _CACHED = type(functools.lru_cache(len))
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
+
+# Installed modules that keep no results, by the `id` of their names: their own name, and how many
+# names they had. Files of the user are not among them, since a notebook defines functions anew.
+_WITHOUT_CACHES: dict[int, tuple[str, int]] = {}
 
 # Functions that draw for code beside the graph.
 _DRAWS_OF_NUMPY = (
@@ -291,9 +296,26 @@ def _caches() -> Iterator[tuple[Any, str, Any]]:
     A proxy that is kept would be given to a later trace, whose graph does not have its node.
     """
     for module in _files_of_models():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, _CACHED):
+        names = vars(module)
+        # A program may have imported thousands of modules, and few of them keep results.
+        seen = (getattr(module, "__name__", ""), len(names))
+        if _WITHOUT_CACHES.get(id(names)) == seen:
+            continue
+        cached = [(name, value) for name, value in list(names.items()) if type(value) is _CACHED]
+        if not cached and "site-packages" in (getattr(module, "__file__", None) or ""):
+            _WITHOUT_CACHES[id(names)] = seen
+        for name, value in cached:
+            if _takes_arguments(value):
                 yield module, name, _keeping_no_proxy(value)
+
+
+def _takes_arguments(cached: Any) -> bool:
+    """Return whether a proxy can be given to a function at all."""
+    code = getattr(cached.__wrapped__, "__code__", None)
+    if code is None:
+        return True
+    takes_any_number = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    return bool(code.co_argcount or code.co_kwonlyargcount or takes_any_number)
 
 
 def _files_of_models() -> Iterator[ModuleType]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sffx.compiler.trace.patches import _caches
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
 from tests.compiler.trace.oracle import (
@@ -242,3 +245,17 @@ def test_what_would_take_a_proxy_for_a_tensor_ends_in_a_leaf_or_is_left_out(kind
     assert all(reason in leaf.reason for leaf in net.plan.leaves)
     assert ("gradient checkpointing in the model is left out" in net.plan.notes) == (not reason)
     assert torch.equal(_Rounded.apply(torch.tensor(0.6)), torch.tensor(1.0))  # torch's own is back
+
+
+def test_a_cache_that_an_installed_module_gains_is_found(monkeypatch):
+    module = ModuleType("gains")
+    module.__file__ = "/lib/site-packages/gains.py"
+    monkeypatch.setitem(sys.modules, "gains", module)
+
+    def found():
+        return [name for owner, name, _ in _caches() if owner is module]
+
+    assert found() == found() == []
+    module.doubled = functools.lru_cache(lambda size: 2 * size)
+    module.is_there = functools.lru_cache(lambda: True)  # a proxy cannot be given to it
+    assert found() == found() == ["doubled"]

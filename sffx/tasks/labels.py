@@ -45,6 +45,11 @@ class MultiLabel(Task):
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
         return len(shape) == 2 and num_outputs in (None, shape[1])
 
+    def way_to_output(self, shape: Shape) -> str:
+        if len(shape) == 1:
+            return "for one label return (B, 1), output.unsqueeze(1), and pass y like it"
+        return super().way_to_output(shape)
+
     def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
         require_tensor(y, "pass 0 and 1 for each label, torch.tensor(y)")
         if tuple(y.shape) != (batch, num_outputs):

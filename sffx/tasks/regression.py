@@ -43,6 +43,11 @@ class Regression(Task):
     def num_outputs(self, shape: Shape) -> int:
         return int(shape[1]) if len(shape) == 2 else 1
 
+    def way_to_output(self, shape: Shape) -> str:
+        if len(shape) > 2:
+            return "for a forecast (B, T, N) return output.flatten(1), and pass y like it"
+        return super().way_to_output(shape)
+
     def count_in_words(self, num_outputs: int) -> str:
         return "1 number" if num_outputs == 1 else f"{num_outputs} numbers"
 

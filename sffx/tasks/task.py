@@ -76,6 +76,10 @@ class Task:
     def require_outputs(self, num_outputs: int) -> None:
         """Raise an InputError if a model with J outputs cannot have this task."""
 
+    def way_to_output(self, shape: Shape) -> str:
+        """Return the hint for a model whose output has a shape that the task does not have."""
+        return "pass another task of sffx.tasks"
+
     def fits(self, shape: Shape, output: Shape) -> bool:
         """Return whether scores of a shape go with a model's output of another shape."""
         return tuple(shape) == tuple(output)

@@ -283,6 +283,19 @@ def test_a_task_that_does_not_go_with_the_output_is_refused():
         sffx.plan(model, "layer", task=tasks.LanguageModel())
 
 
+def test_an_output_with_other_axes_is_refused_with_a_way():
+    x = torch.randn(3, 4)
+    layers = [nn.Linear(4, 4), nn.ReLU()]
+    squeezed = nn.Sequential(*layers, nn.Linear(4, 1), nn.Flatten(0))
+    with pytest.raises(sffx.TraceError, match=r"return \(B, 1\), output\.unsqueeze\(1\)"):
+        sffx.plan(squeezed, "layer", x, task=tasks.MultiLabel())
+    (note,) = [note for note in sffx.plan(squeezed, "layer", x).notes if "inferred" in note]
+    assert "return it as (B, 1) and pass task=sffx.tasks.MultiLabel()" in note
+    forecast = nn.Sequential(*layers, nn.Linear(4, 6), nn.Unflatten(1, (3, 2)))
+    with pytest.raises(sffx.TraceError, match=r"return output\.flatten\(1\)"):
+        sffx.plan(forecast, "layer", x, task=tasks.Regression())
+
+
 @pytest.mark.parametrize("goodness", ["cwc", "cosine"])
 def test_a_goodness_without_a_form_is_refused(goodness):
     with pytest.raises(sffx.InputError, match="has no form"):

@@ -134,8 +134,9 @@ def unclear(model: nn.Module, value: object) -> TraceError:
 def note_on(task: Task, output: Tensor) -> str:
     """Return the note of the plan on an inferred task."""
     hint = ""
-    if isinstance(task, Regression) and output.ndim == 2:
-        hint = ". Hint: for one logit of two classes pass task=sffx.tasks.MultiLabel()"
+    if isinstance(task, Regression):
+        returned = " return it as (B, 1) and" if output.ndim == 1 else ""
+        hint = f". Hint: for one logit of two classes{returned} pass task=sffx.tasks.MultiLabel()"
     return f"the task is inferred from the output, {described(output)}: sffx.tasks.{task!r}{hint}"
 
 

@@ -179,7 +179,7 @@ def keep_logits(
     if not task.could_be_output(value.shape):
         raise TraceError(
             f"{type(root).__name__} returns {described(value)}, but with sffx.tasks.{task!r} the "
-            f"output is of shape {task.shapes}. Hint: pass another task of sffx.tasks; "
+            f"output is of shape {task.shapes}. Hint: {task.way_to_output(value.shape)}; "
             f"{backbone_hint(root)}"
         )
     task = task.settled(value.shape)

@@ -90,6 +90,7 @@ class Patches:
             stack.enter_context(_removed(fx.Proxy, "__call__"))
             for owner, name, stand_in in self._stand_ins():
                 stack.enter_context(_replaced(owner, name, stand_in))
+            stack.enter_context(_kinds_of_proxies())
             yield
 
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
@@ -128,9 +129,6 @@ class Patches:
             for place, name in callee.places:
                 yield place, name, self._runner(code, callee)
         yield from _caches()
-        for module in _files_of_models():
-            if "type" not in vars(module):
-                yield module, "type", KindOf
         # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
         # in memory, and end the process.
         apply = vars(Function)["apply"]
@@ -316,6 +314,25 @@ def _takes_arguments(cached: Any) -> bool:
         return True
     takes_any_number = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     return bool(code.co_argcount or code.co_kwonlyargcount or takes_any_number)
+
+
+@contextmanager
+def _kinds_of_proxies() -> Iterator[None]:
+    """Let `type(x)` say of a proxy what it says of the value, in all modules at once.
+
+    These may be thousands, for each of which `_replaced` would take as long as a small layer.
+    """
+    modules: list[Any] = []
+    try:
+        for module in _files_of_models():
+            # Not where it has its own `type`. A module may also be listed under two names.
+            if "type" not in vars(module):
+                modules.append(module)
+                setattr(module, "type", KindOf)  # noqa: B010 - mypy knows no such attribute
+        yield
+    finally:
+        for module in modules:
+            del module.type
 
 
 def _files_of_models() -> Iterator[ModuleType]:

@@ -34,9 +34,16 @@ def storage_key(tensor: Tensor) -> int:
     """Return a key of a tensor's storage, which the views of one tensor share.
 
     The key is an address. torch uses it again after the storage is freed, so whoever keeps a key
-    keeps the storage alive as well.
+    keeps the storage alive as well. A sparse tensor has no one storage, and is its own key.
     """
+    if tensor.layout is not torch.strided:
+        return tensor._cdata
     return tensor.untyped_storage()._cdata
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """Return a tensor with a value for each index; a sparse one has no equality and no masks."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def can_learn(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from sffx.comparison.trunk import Trunk
 from sffx.compiler.partition import DRAWS_IN_ANOTHER_ORDER
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.plain import logits_of
+from sffx.tensors import as_dense
 
 _SEED = 1
 
@@ -122,7 +123,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
-    found, expected = found.detach(), expected.detach()
+    found, expected = as_dense(found.detach()), as_dense(expected.detach())
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(found, expected) else float("inf")
     odd = ~expected.isfinite()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sffx.tensors import copied
+from sffx.tensors import as_dense, copied
 
 _DROPPED_SHARES = ("p", "drop_prob")
 
@@ -102,6 +102,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same shape, dtype and values; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    a, b = as_dense(a), as_dense(b)
     if a.is_floating_point() or a.is_complex():
         return bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
     return torch.equal(a, b)

@@ -74,6 +74,23 @@ def test_one_large_layer_is_not_poor_since_no_cut_divides_it():
     assert poor_parts(sffx.plan(model, "layer", torch.randn(2, 6)), model) == []
 
 
+class _TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 6))
+        self.weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_large_layer_with_two_names_is_one_layer():
+    model = nn.Sequential(nn.Linear(6, 6), _TwoNames(), nn.Linear(6, 4))
+    plan = sffx.plan(model, ["_0", "_1_layers_2"], torch.randn(2, 6))
+    assert plan.blocks[1].parameters[0] == "1.layers.0.weight"
+    assert poor_parts(plan, model) == []
+
+
 class _Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -85,26 +85,28 @@ def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     residual block, since no cut divides these. Such a block has one sum or concatenation of paths
     with layers; where its layers run several times, one for each.
     """
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    total = sum(sizes.values())
+    # A layer may be an attribute of several modules, and have several names.
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    first_names = [name for name, _ in model.named_parameters()]
+    total = sum(sizes[name] for name in first_names)
     poor = []
     for block in plan.all_blocks:
-        is_single = _is_one_layer(block.parameters, sizes) or _is_one_residual_block(block)
+        is_single = _is_one_layer(block.parameters, sizes, total) or _is_one_residual_block(block)
         if block.num_parameters > total / 3 and not is_single:
             poor.append(f"{block.target} ({block.name}): {block.num_parameters / total:.0%}")
     for leaf in plan.leaves:
-        own = [name for name in sizes if name.startswith(f"{leaf.qualname}.")]
-        if leaf.share > 1 / 3 and not _is_one_layer(own, sizes):
+        own = [name for name in first_names if name.startswith(f"{leaf.qualname}.")]
+        if leaf.share > 1 / 3 and not _is_one_layer(own, sizes, total):
             poor.append(f"leaf {leaf.qualname} ({leaf.kind}): {leaf.share:.0%}")
     return poor
 
 
-def _is_one_layer(names: Iterable[str], sizes: dict[str, int]) -> bool:
-    """Return whether one layer among some parameters holds more than a third of the model."""
+def _is_one_layer(names: Iterable[str], sizes: dict[str, int], total: int) -> bool:
+    """Return whether one layer among some parameters holds more than a third of the total."""
     layers: Counter[str] = Counter()
     for name in names:
         layers[name.rpartition(".")[0]] += sizes.get(name, 0)
-    return max(layers.values(), default=0) > sum(sizes.values()) / 3
+    return max(layers.values(), default=0) > total / 3
 
 
 def _is_one_residual_block(block: sffx.Block) -> bool:

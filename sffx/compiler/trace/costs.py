@@ -50,7 +50,8 @@ def noting_saved(
     """
 
     def note(tensor: Tensor) -> Tensor:
-        if not is_given(tensor):
+        # A sparse tensor, as the edges of a graph, has no one storage.
+        if tensor.layout is torch.strided and not is_given(tensor):
             storage = tensor.untyped_storage()
             alive.append(storage)
             saved[storage_key(tensor)] = storage.nbytes()

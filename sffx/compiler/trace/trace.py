@@ -234,8 +234,8 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as cause:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {cause}. "
-            "Hint: it keeps something as an attribute that copy.deepcopy refuses, such as a lock "
-            "or a generator; keep that outside the model"
+            "Hint: it keeps something as an attribute that copy.deepcopy refuses, such as a "
+            "lock, a generator or a sparse CSR tensor; keep that outside the model"
         ) from cause
 
 

@@ -44,7 +44,7 @@ _LISTED = """
 ATCNet AttentionBaseNet AttnSleep BDTCN BENDR BIOT BrainModule CBraMod CTNet CodeBrain ContraWR
 DGCNN Deep4Net DeepSleepNet EEGConformer EEGDINO EEGITNet EEGInceptionERP EEGInceptionMI EEGMiner
 EEGNeX EEGNet EEGPT EEGSimpleConv EEGSym EEGTCNet FBCNet FBLightConvNet FBMSNet IFNet
-InterpolatedBENDR InterpolatedBIOT InterpolatedSignalJEPA LUNA Labram MEDFormer MSVTNet PBT REVE
+InterpolatedBENDR InterpolatedBIOT InterpolatedLaBraM LUNA MEDFormer MSVTNet PBT REVE
 SCCNet SPARCNet SSTDPN STEEGFormer ShallowFBCSPNet SignalJEPA_Contextual SignalJEPA_PostLocal
 SignalJEPA_PreLocal SincShallowNet SleepStagerBlanco2020 SleepStagerChambon2018 SyncNet TCFormer
 TIDNet TSception USleep
@@ -63,7 +63,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "BENDR": _SMALL_BENDR,
     "InterpolatedBENDR": _SMALL_BENDR,
     "REVE": {"embed_dim": 64, "depth": 3, "heads": 4, "head_dim": 16},
-    "Labram": {"num_layers": 3},
+    "InterpolatedLaBraM": {"num_layers": 3},
 }
 
 

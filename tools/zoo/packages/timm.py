@@ -1,4 +1,8 @@
-"""The models of timm: the smallest architectures of each of its modules."""
+"""The models of timm: the smallest architectures of each of its modules, and a sample of others.
+
+The sample is the first 60 of the other names, sorted and shuffled by `random.Random(0)`, that have
+fewer than 30 million parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,16 @@ from tools.zoo.images import IMAGES, first_fitting
 
 REQUIRES = ("timm",)
 
-FAMILIES = Path(__file__).parent / "timm_families.txt"
+_LISTS = ("timm_families.txt", "timm_sample.txt")
 
 
 def entries() -> list[Entry]:
     listed = []
-    for line in FAMILIES.read_text().splitlines():
-        if line and not line.startswith("#"):
-            module, name = line.split()
-            listed.append(Entry("timm", name, module))
+    for file in _LISTS:
+        for line in (Path(__file__).parent / file).read_text().splitlines():
+            if line and not line.startswith("#"):
+                module, name = line.split()
+                listed.append(Entry("timm", name, module))
     return listed
 
 

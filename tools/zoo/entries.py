@@ -115,7 +115,7 @@ def package(zoo: str) -> ModuleType:
 
 
 def entries(zoo: str) -> list[Entry]:
-    """Return the models of a zoo; of timm, the smallest architectures of each module only."""
+    """Return the models of a zoo; of timm, the smallest of each module and a sample of others."""
     module = package(zoo)
     if hasattr(module, "MODELS"):
         return [Entry(zoo, name, model.group) for name, model in module.MODELS.items()]

@@ -83,7 +83,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         place_constants(graph, tracer.constants.names)
         task, notes = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
         tracer.task = task
-        tracer.notes_on_task = notes
+        tracer.notes_on_task += notes
     except TraceError:
         raise
     except Exception as failure:

@@ -97,10 +97,40 @@ def place_of_logits(value: Any) -> str:
     return "" if fields is None else name_of_logits(fields, _axes)
 
 
-def _axes(value: Any) -> int:
+def notes_on_outputs(value: Any, logits: Any) -> list[str]:
+    """Return a note if a model returns several values like its logits, and nothing names one.
+
+    Args:
+        value: what the forward returned, during a trace.
+        logits: what `find_logits` found in it.
+    """
+    if place_of_logits(value) or not isinstance(logits, fx.Proxy):
+        return []
+    fields = fields_of(value)
+    values = value if fields is None else tuple(fields.values())
+    if not isinstance(values, (tuple, list)):
+        return []
+    alike = []
+    for each in _without_probabilities(values):
+        if _shape(each) == _shape(logits):
+            alike.append(each)
+    if len(alike) < 2:
+        return []
+    return [
+        f"the model returns {len(alike)} values like {described(facts(logits.node).example)}, and "
+        "the first is its output here. Hint: if another one is meant, return that alone"
+    ]
+
+
+def _shape(value: Any) -> Any:
+    """Return the shape of a value that stands for a tensor in a trace, None of other values."""
     if not isinstance(value, fx.Proxy):
-        return 0
-    return getattr(facts(value.node).example, "ndim", 0)
+        return None
+    return getattr(facts(value.node).example, "shape", None)
+
+
+def _axes(value: Any) -> int:
+    return len(_shape(value) or ())
 
 
 def _logits_among(values: tuple[Any, ...] | list[Any], wanted: Wanted) -> Any:

@@ -36,7 +36,7 @@ from sffx.compiler.trace.functions import (
 )
 from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_no_code, is_layer
-from sffx.compiler.trace.outputs import Wanted, find_logits, place_of_logits
+from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
@@ -79,7 +79,7 @@ class GuidedTracer(fx.Tracer):
         wanted: what the caller says of the output.
         place_of_logits: in what the forward returned.
         task: what the model predicts, once it was traced.
-        notes_on_task: whether it was inferred.
+        notes_on_task: whether it was inferred, and which output it is of.
     """
 
     def __init__(
@@ -144,7 +144,9 @@ class GuidedTracer(fx.Tracer):
             # Not `root_fn`, the forward of the class: an instance may have one of its own.
             returned = call(self.root, example.form, inputs)
             self.place_of_logits = place_of_logits(returned)
-            return find_logits(returned, self.wanted)
+            logits = find_logits(returned, self.wanted)
+            self.notes_on_task = notes_on_outputs(returned, logits)
+            return logits
 
         return forward, []
 

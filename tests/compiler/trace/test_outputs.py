@@ -31,7 +31,9 @@ class _Auxiliary(nn.Module):
 def test_auxiliary_outputs_are_left_out_and_that_is_said():
     traced = trace(_Auxiliary())
     assert "aux" not in {node.target for node in traced.graph.nodes}
-    assert traced.notes == ("left out, since the logits do not depend on them: aux",)
+    which, left_out = traced.notes
+    assert "returns 2 values like a tensor of shape (B, 4), and the first is" in which
+    assert left_out == "left out, since the logits do not depend on them: aux"
 
 
 def test_an_output_that_is_no_logits_is_refused():
@@ -294,3 +296,34 @@ def test_labels_are_no_sigmoids():
     with pytest.raises(TraceError, match="return what the sigmoid is applied to"):
         sffx.plan(model, "layer", torch.randn(2, 6), task=task)
     assert len(sffx.plan(model[:-1], "layer", torch.randn(2, 6), task=task)) == 1
+
+
+class _Heads(nn.Module):
+    """Returns what two layers make of one value."""
+
+    def __init__(self, make: Any, second: int = 3) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+        self.first, self.second, self.make = nn.Linear(6, 3), nn.Linear(6, second), make
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.features(x)
+        return self.make(self.first(y), self.second(y))
+
+
+@pytest.mark.parametrize(
+    ("make", "is_noted"),
+    [
+        (lambda a, b: (a, b), True),
+        (lambda a, b: [a, b], True),
+        (lambda a, b: {"colour": a, "shape": b}, True),
+        (lambda a, b: {"logits": a, "shape": b}, False),
+        (lambda a, b: (a, a.softmax(1)), False),
+        (lambda a, b: (a + b, None), False),
+        (lambda a, b: (a, b.sum()), False),
+    ],
+)
+def test_the_first_of_several_outputs_is_noted(make, is_noted):
+    plan = sffx.plan(_Heads(make), "layer", torch.randn(2, 6))
+    assert is_noted == any("returns 2 values like" in note for note in plan.notes)
+    assert plan.num_classes == 3

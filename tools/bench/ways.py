@@ -68,6 +68,8 @@ def _as_it_is(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _cut(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
+    if workload.kernel_size > 1 and "goodness" not in options:
+        options["kernel_size"] = workload.kernel_size
     return sffx.transform(model, workload.policy, workload.example, **options)
 
 

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from examples import digits
 from tools.reproduce.networks import build
 
 
@@ -41,6 +42,7 @@ class Workload:
         count_batch: the batch size at which memory is counted.
         time_batch: the batch size at which time is measured.
         policy: where the model is cut.
+        kernel_size: of the paper's heads.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Workload:
     count_batch: int
     time_batch: int
     policy: str = "residual"
+    kernel_size: int = 1
 
     @property
     def example(self) -> Tensor:
@@ -86,6 +89,15 @@ WORKLOADS = (
 )
 
 
+def _of_demo(task: digits.Task) -> Workload:
+    name = f"demo, {task.name}"
+    shape = (3, task.size, task.size)
+    batch = digits.BATCH
+    return Workload(
+        name, lambda _: task.make(), shape, 10, batch, batch, kernel_size=task.kernel_size
+    )
+
+
 def _of_paper(name: str, size: int, channels: int, policy: str) -> Workload:
     def make(classes: int) -> nn.Module:
         return build(name, classes, size)
@@ -98,4 +110,5 @@ SMALL = (
     _of_paper("ResNet18/4", 32, 3, "residual"),
     _of_paper("MLP 3 x 1000", 28, 1, "layer"),
     Workload("transformer of two layers", Transformer, (32, 64), 10, 128, 128),
+    *map(_of_demo, digits.TASKS),
 )

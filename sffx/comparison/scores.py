@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from sffx.comparison.pair import copied_model
-from sffx.comparison.runs import Run, relative_error, run_model, seed, tolerance
+from sffx.comparison.runs import Run, copied, relative_error, run_model, seed, tolerance
 from sffx.compiler.verify import twin
 from sffx.net import plan_of
 from sffx.runtime.walk import walk
@@ -22,7 +22,7 @@ def scores_of_blocks(net: fx.GraphModule, values: dict[str, Any]) -> list[Tensor
     # A model may draw random numbers in eval mode, too: the same ones each time.
     seed()
     with torch.no_grad():
-        return [scores for _, scores in walk(probe, dict(values))]
+        return [scores for _, scores in walk(probe, copied(values))]
 
 
 def in_reversed_order(values: Any) -> Any:

@@ -49,15 +49,16 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
     """
     net.graph.lint()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        probe = twin(net, fake_tensors(net, mode)).train()
     try:
+        with FakeCopyMode(mode):
+            probe = twin(net, fake_tensors(net, mode)).train()
         # Fake tensors have no results, so the slices of a large batch need not all run.
         with caches_restored(probe), counting():
             _verify_run(probe, batch, mode)
     except VerifyError:
         raise
-    except Exception:  # a part needs values, or is stricter on fake tensors than for real
+    # A part needs values, as a generator of random numbers does, or is stricter on fake tensors.
+    except Exception:
         with torch.random.fork_rng(devices=[]):
             _verify_run(twin(net, {}).train(), batch, nullcontext())
 

@@ -513,3 +513,13 @@ def test_outputs_of_nan_are_said_to_compare_nothing():
     assert any("are nan" in reason for reason in skipped.values())
     net = sffx.transform(model, policy="layer", example_input=x)
     assert any("are nan" in note for note in net.plan.notes)
+
+
+def test_a_model_may_write_on_its_input():
+    class Writes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    model = Writes(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = sffx.transform(model, "layer", torch.zeros(2, 6))
+    assert sffx.check(model, net).difference is None

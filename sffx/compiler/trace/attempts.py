@@ -75,11 +75,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         TraceError: the model itself failed, or its output is no logits.
     """
     try:
-        plant_flags(probe, tracer.is_leaf_module)
-        before = versions(probe)
-        with tracer.patches.applied():
-            graph = call_without_draws(lambda: tracer.trace(probe))
-        tracer.writes.require_seen(before)
+        graph = traced_once(probe, tracer)
         place_constants(graph, tracer.constants.names)
         task, notes = keep_logits(graph, probe, tracer.wanted, tracer.place_of_logits)
         tracer.task = task
@@ -94,10 +90,28 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         kind = type(probe.get_submodule(tracer.failed))
         add_leaves(leaves, probe, kind, _reason(failure))
         return None
+    return graph
+
+
+def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
+    """Return the graph of one trace, which returns the logits and whatever else it computes."""
+    try:
+        plant_flags(probe, tracer.is_leaf_module)
+        before = versions(probe)
+        modes = {module: vars(module).get("training") for module in probe.modules()}
+        with tracer.patches.applied():
+            graph = call_without_draws(lambda: tracer.trace(probe))
+        tracer.writes.require_seen(before)
+        for name, module in probe.named_modules():
+            if vars(module).get("training") != modes.get(module):
+                raise TraceError(
+                    f"{type(probe).__name__} sets the mode of {name!r} in its forward, which a "
+                    "graph cannot hold. Hint: override train() instead, and set the mode there"
+                )
+        return graph
     finally:
         tracer.constants.close()
         lift_flags(probe)
-    return graph
 
 
 def _reason(failure: Exception) -> str:

@@ -126,6 +126,7 @@ def plant_flags(
     # Among the modules, a Sequential would run the flag. So it lies among the buffers.
     buffers: dict[str, Any] = module._buffers
     buffers["training"] = PlantedFlag(flag_target(module, qualname))
+    module._non_persistent_buffers_set.add("training")  # a forward may call `state_dict()`
 
 
 def lift_flags(probe: nn.Module) -> None:
@@ -135,6 +136,7 @@ def lift_flags(probe: nn.Module) -> None:
         is_scripted = isinstance(module, torch.jit.ScriptModule)
         if not is_scripted and isinstance(module._buffers.get("training"), PlantedFlag):
             del module._buffers["training"]
+            module._non_persistent_buffers_set.discard("training")
             module.training = True
 
 

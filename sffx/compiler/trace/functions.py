@@ -16,11 +16,14 @@ from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx, nn
+from torch import Generator, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.trace.flags import numbers_behind
+from sffx.compiler.trace.identity import reached
+from sffx.compiler.trace.randomness import OWN_GENERATOR
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
+from sffx.compiler.trace.state import names_in
 
 # A trace looks into none of their functions, and their errors are not the model's.
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "sffx"}
@@ -194,5 +197,18 @@ def own_method(callee: Callee, module: nn.Module) -> OwnMethod:
     Args:
         callee: the method.
         module: of the model with values.
+
+    Raises:
+        RuntimeError: it names a parameter, a buffer or a child of the module, at least in a branch,
+            or the module has a generator of random numbers, which the trace would move.
     """
+    if any(isinstance(value, Generator) for value in vars(module).values()):
+        raise RuntimeError(OWN_GENERATOR)
+    held = {*module._parameters, *module._buffers, *module._modules}
+    method = inspect.unwrap(callee.function)
+    for function in reached(method, type(module)) if isinstance(method, FunctionType) else ():
+        texts = [each for each in function.__code__.co_consts if isinstance(each, str)]
+        used = held.intersection([*names_in(function.__code__), *texts])
+        if used:
+            raise RuntimeError(f"the method {callee.places[0][1]} uses {min(used)!r} of its module")
     return OwnMethod(module, callee.places[0][1])

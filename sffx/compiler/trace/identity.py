@@ -15,13 +15,15 @@ from types import CodeType, FunctionType
 import torch
 from torch import nn
 
+from sffx.compiler.trace.state import names_in
+
 
 def require_no_identity(module: nn.Module) -> None:
     """Raise a RuntimeError if the forward of a module compares by `is` what will be a proxy."""
     forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
     if not isinstance(forward, FunctionType):
         return
-    for function in _reached(forward, type(module)):
+    for function in reached(forward, type(module)):
         what = _compared(function.__code__)
         if what:
             raise RuntimeError(
@@ -30,7 +32,7 @@ def require_no_identity(module: nn.Module) -> None:
             )
 
 
-def _reached(function: FunctionType, kind: type[nn.Module]) -> Iterator[FunctionType]:
+def reached(function: FunctionType, kind: type[nn.Module]) -> Iterator[FunctionType]:
     """Yield a function, and the methods and the functions of its file that it names."""
     ahead = [function]
     seen: dict[FunctionType, None] = {}
@@ -39,7 +41,7 @@ def _reached(function: FunctionType, kind: type[nn.Module]) -> Iterator[Function
         if each in seen or each.__globals__ is not function.__globals__:
             continue
         seen[each] = None
-        for name in each.__code__.co_names:
+        for name in names_in(each.__code__):
             for value in (getattr(kind, name, None), each.__globals__.get(name)):
                 if isinstance(value, FunctionType):
                     ahead.append(value)

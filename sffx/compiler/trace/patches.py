@@ -20,7 +20,7 @@ from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.proxy import KindOf, has_proxy, has_size
-from sffx.compiler.trace.randomness import DRAWS, Drawn
+from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.functions import Callee
@@ -107,6 +107,7 @@ class Patches:
         yield torch._C, "_set_grad_enabled", switch_gradients
         contexts = (
             (torch.autocast, self._enter_autocast),
+            (torch.enable_grad, self._enter_enable_grad),
             (saved_tensors_hooks, self._enter_hooks),
         )
         for context, note in contexts:
@@ -146,12 +147,14 @@ class Patches:
 
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.zeros(b, t)` and its like where a size or a dtype is a proxy."""
+        self._require_no_generator(kwargs)
         if has_proxy(args, kwargs):
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)
 
     def _with_sizes(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record a function that is given a proxy of a size."""
+        self._require_no_generator(kwargs)
         if has_size(args, kwargs):
             return self.tracer.create_proxy("call_function", function, args, kwargs)
         return function(*args, **kwargs)
@@ -205,6 +208,9 @@ class Patches:
     def _enter_autocast(self, context: Any) -> None:
         self.tracer.regions.enter_autocast(context._enabled, self.tracer.place)
 
+    def _enter_enable_grad(self, _: Any) -> None:
+        self.tracer.regions.enter_enable_grad(self.tracer.place)
+
     def _enter_hooks(self, context: Any) -> None:
         self.tracer.regions.enter_hooks(type(context))
 
@@ -233,10 +239,14 @@ class Patches:
 
     def _draw_tensor(self, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.rand`, which then draws in each call of the graph."""
-        has_own = "generator" in kwargs or "out" in kwargs
-        if self.tracer.is_running or (has_own and not has_size(args, kwargs)):
+        self._require_no_generator(kwargs)
+        if self.tracer.is_running or ("out" in kwargs and not has_size(args, kwargs)):
             return _RAND(*args, **kwargs)
         return self.tracer.create_proxy("call_function", _RAND, args, kwargs)
+
+    def _require_no_generator(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("generator") is not None and not self.tracer.is_running:
+            raise RuntimeError(OWN_GENERATOR)
 
     def _apply(self, apply: Any, kind: type[Function], *args: Any, **kwargs: Any) -> Any:
         """Stand in for `Function.apply` of the class `kind`."""

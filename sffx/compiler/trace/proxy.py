@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Size, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
@@ -103,19 +105,25 @@ class GuidedProxy(fx.Proxy):
 
     def __str__(self) -> str:
         # A size in a text may be a part of a name, `getattr(self, f"layer{x.shape[1]}")`.
-        return str(self._number(int)) if type(self.example) is int else repr(self)
+        return str(self._as_written())
 
     def __format__(self, form: str) -> str:
-        return format(self._number(int), form) if type(self.example) is int else repr(self)
+        return format(self._as_written(), form)
+
+    def _as_written(self) -> Any:
+        """Return the plain value that a text is made of; of a shape and the like, its own name."""
+        example = self.example
+        if isinstance(example, (int, float)):
+            return self._number(type(example))
+        is_word = isinstance(example, (str, torch.dtype, torch.device))
+        return example if is_word else repr(self)
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Let a function of NumPy, as `np.sqrt(x.shape[1])`, compute with plain numbers."""
-        numbers = []
-        for each in inputs:
-            if isinstance(each, TensorProxy):
-                raise RuntimeError("NumPy computes with a tensor, which a graph cannot hold")
-            numbers.append(_as_numbers(each))
-        return getattr(function, method)(*numbers, **options)
+        if function in _OPERATORS and method == "__call__" and not options:
+            sides = [each.item() if isinstance(each, np.generic) else each for each in inputs]
+            return _OPERATORS[function](*sides)
+        return getattr(function, method)(*map(_as_numbers, inputs), **options)
 
     def _number(self, kind: Callable[[Any], Any]) -> Any:
         """Return the example as a plain number, which the graph will hold."""
@@ -129,6 +137,18 @@ class GuidedProxy(fx.Proxy):
         number = kind(self.example)
         tracer.settle(self.node, number)
         return number
+
+
+# `np.float64(2) * x.shape[1]` and its like.
+_OPERATORS = {
+    np.add: operator.add,
+    np.subtract: operator.sub,
+    np.multiply: operator.mul,
+    np.true_divide: operator.truediv,
+    np.floor_divide: operator.floordiv,
+    np.remainder: operator.mod,
+    np.power: operator.pow,
+}
 
 
 def _as_numbers(value: Any) -> Any:
@@ -232,6 +252,9 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
         self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
 
     __hash__ = object.__hash__
+
+    # So a number of NumPy leaves `np.float64(2) * x` to this class.
+    __array_ufunc__ = None  # type: ignore[assignment]
 
     # Texts of error messages are written in a trace as well. Tensor's own would be a node.
     __format__: Any = object.__format__

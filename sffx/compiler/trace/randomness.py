@@ -155,6 +155,8 @@ def draw_where(is_met: Any, behind: Any, *args: Any, **kwargs: Any) -> None:
         torch.rand(*args, **kwargs)
 
 
+OWN_GENERATOR = "it draws by a generator of its own, which a graph cannot hold"
+
 SEEDED = (
     "it draws random numbers after it has set the seed of torch, as by torch.manual_seed(), which "
     "a graph cannot hold"

@@ -73,6 +73,16 @@ class Regions:
             raise RuntimeError(_CANNOT_BE_HELD)
         self.left_out["torch.autocast(enabled=False)"] = None
 
+    def enter_enable_grad(self, place: str) -> None:
+        """Note that a forward enters `torch.enable_grad`, which tells under `torch.no_grad()`.
+
+        Raises:
+            RuntimeError: the forward is that of a module which may be a leaf.
+        """
+        if place:
+            raise RuntimeError(_CANNOT_BE_HELD)
+        self.left_out["torch.enable_grad"] = None
+
     def enter_hooks(self, kind: type) -> None:
         """Note that a forward enters hooks on what autograd keeps."""
         name = "saved_tensors_hooks" if kind.__name__.startswith("_") else kind.__name__

@@ -32,6 +32,11 @@ SETTLED_BY_BATCH = (
     "which the cut model refuses{mode}"
 )
 
+PARTS_OF_BATCH = (
+    "the forward splits the batch into {parts} parts: the cut model refuses what has fewer, as it "
+    "may be with a batch of one sample"
+)
+
 # The values of nodes on another example.
 Values = dict[fx.Node, Any]
 
@@ -116,6 +121,8 @@ def batch_guard_notes(graph: fx.Graph) -> list[str]:
         if is_guard_of_batch(node):
             mode = " in train mode" if len(node.args) > 3 else ""
             notes.append(SETTLED_BY_BATCH.format(mode=mode))
+        elif node.target is require_settled and parts_the_batch(node.args[0]):
+            notes.append(PARTS_OF_BATCH.format(parts=node.args[1]))
     return list(dict.fromkeys(notes))
 
 
@@ -191,9 +198,22 @@ def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
     """
     for guard in _guards_of_size(graph):
         condition, outcome, _ = cast(_Arguments, guard.args)
+        if parts_the_batch(condition):  # a small batch has fewer parts
+            continue
         if others and not any(_varies(condition, outcome, values) for values in others):
             _erase(guard)
     return any(refused(graph, values) for values in others)
+
+
+def parts_the_batch(node: fx.Node) -> bool:
+    """Whether a node splits the batch, as `x.chunk(2)`, so that no part has all samples."""
+    record = facts(node)
+    if not isinstance(record.example, (tuple, list)) or len(record.example) != len(record.other):
+        return False
+    for one, two, batch in zip(record.example, record.other, record.batch, strict=True):
+        if isinstance(one, Tensor) and batch is None and one.shape != two.shape:
+            return True
+    return False
 
 
 def refused(graph: fx.Graph, values: Values) -> bool:

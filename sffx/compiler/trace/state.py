@@ -86,6 +86,23 @@ def counters(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> di
     return found
 
 
+def set_once(probe: nn.Module, before: Attributes) -> dict[nn.Module, str]:
+    """Return the modules with a number that the first call sets, and what it is called.
+
+    Args:
+        probe: the model, whose forward has run.
+        before: its attributes before it ran.
+    """
+    found: dict[nn.Module, str] = {}
+    for module, attributes in before.of_modules():
+        for name, value in vars(module).items():
+            if type(value) not in _PLAIN or name in OWN:
+                continue
+            if name not in attributes or attributes[name] != value:
+                found[module] = name
+    return found
+
+
 @dataclass(frozen=True)
 class Kept:
     """What later calls read of an earlier one.
@@ -197,7 +214,7 @@ def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
 def _numbers_of_class(kind: type, known: dict[int, Any]) -> dict[str, Any]:
     """Return the numbers in attributes of a class, and in the globals that its methods name."""
     numbers: dict[str, Any] = {}
-    for base in kind.__mro__:
+    for base in reversed(kind.__mro__):  # a class overrides what its bases have
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         for name, value in vars(base).items():
@@ -222,7 +239,7 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
         if each in seen or each.__globals__ is not function.__globals__:
             continue
         seen.add(each)
-        for name in _names_in(each.__code__):
+        for name in names_in(each.__code__):
             value = each.__globals__.get(name)
             if isinstance(value, FunctionType):
                 ahead.append(value)
@@ -230,12 +247,12 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
                 yield f"the global {name!r}", value
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
     """Yield the names in the code of a function, and in that of the functions inside."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
 
 
 def _as_attribute(name: str) -> str:
@@ -271,6 +288,9 @@ def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
         parts = list(value.values()) if isinstance(value, dict) else list(value)
     elif isinstance(value, FunctionType):  # `def forward(self, x, calls=[0])`
         parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # the cell of a name that has not been set is empty
+                parts.append(cell.cell_contents)
     elif type(value).__module__.partition(".")[0] == "torch":
         return None
     else:

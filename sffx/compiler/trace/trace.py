@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,7 +27,7 @@ from sffx.compiler.caches import caches_restored
 from sffx.compiler.calls import call
 from sffx.compiler.examples import example_arguments, runs
 from sffx.compiler.fake import fake_copy_but_constants
-from sffx.compiler.trace.attempts import trace_until_it_works
+from sffx.compiler.trace.attempts import trace_until_it_works, traced_once
 from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import add_module, is_added
 from sffx.compiler.trace.functions import Functions
@@ -47,9 +48,9 @@ from sffx.compiler.trace.sizes import (
     other_arguments,
     refused,
 )
-from sffx.compiler.trace.state import Attributes, counters, kept_tensors
+from sffx.compiler.trace.state import Attributes, counters, kept_tensors, set_once
 from sffx.compiler.trace.tracer import GuidedTracer
-from sffx.errors import TraceError
+from sffx.errors import InputError, TraceError
 from sffx.tasks import CLASSIFICATION, Task
 from sffx.tensors import copied
 
@@ -118,8 +119,10 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     probe = fake_copy_but_constants(model, mode).train()
     attributes = Attributes(probe)
     form, values = example_arguments(probe, example_input, mode, root)
+    _require_all_parameters(model, probe)
     run = torch.no_grad()(partial(call, probe, form, values))
     kept = kept_tensors(probe, run, attributes)
+    flags = set_once(probe, attributes)
     _make_leaves_of_counters(probe, run, attributes, leaves, kept.carried)
     opened = set_outside(probe, run, attributes)
     views = views_in_attributes(model)
@@ -132,6 +135,8 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         return tracer_on(values, training)
 
     tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
+    if flags:
+        _require_same_later(probe, run, make_tracer, attributes, flags)
     if tracer.resized:
         attributes.restore()
         in_eval_mode = tracer_on(values, training=False).runner.values_on(graph, values)
@@ -164,6 +169,55 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         ),
         task=tracer.task,
         batch_size=batch_sizes(values)[0],
+    )
+
+
+def _require_all_parameters(model: nn.Module, probe: nn.Module) -> None:
+    """Raise an InputError if a forward makes parameters.
+
+    Args:
+        model: that has not run.
+        probe: a copy whose forward has run.
+    """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, _ in probe.named_parameters(remove_duplicate=False):
+        if name not in known:
+            raise InputError(
+                f"{name!r} is made in the first call of the model. Hint: run the model once, "
+                "model(x)"
+            )
+
+
+def _require_same_later(
+    probe: nn.Module,
+    run: Callable[[], Any],
+    make_tracer: Callable[[bool], GuidedTracer],
+    before: Attributes,
+    flags: Mapping[nn.Module, str],
+) -> None:
+    """Raise a TraceError if a model does something else in its second call than in its first.
+
+    Args:
+        probe: the model on fake tensors.
+        run: runs it.
+        make_tracer: makes a tracer for train mode.
+        before: its attributes before its first call.
+        flags: the modules with a number that the first call sets, and what it is called.
+    """
+    calls = []
+    with suppress(Exception):  # the second call may read a tensor that the first one keeps
+        for is_later in (False, True):
+            before.restore()
+            if is_later:
+                run()
+            calls.append([node.target for node in traced_once(probe, make_tracer(True)).nodes])
+    if len(calls) < 2 or calls[0] == calls[1]:
+        return
+    module, name = next(iter(flags.items()))
+    raise TraceError(
+        f"{type(module).__name__} does something else in its first call, where it sets its "
+        f"attribute {name!r}, and a graph does the same in each. Hint: run the model once before "
+        "the cut, model(x)"
     )
 
 

@@ -40,6 +40,7 @@ from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, p
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
+    OWN_GENERATOR,
     SEEDED,
     Drawn,
     call_without_draws,
@@ -155,6 +156,8 @@ class GuidedTracer(fx.Tracer):
             self._settle_assertion(args[2][0])
         if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
             return self._number(args[1], args[2][0].node)
+        if args[1] in _COMPUTE_GRADIENTS:
+            raise RuntimeError("it computes gradients, which a graph cannot hold")
         if args[0] == "call_function" and not self.place:
             # In a submodule it makes a leaf, which runs for real.
             args = (args[0], data_shaped_target(args[1], args[2]), *args[2:])
@@ -281,14 +284,15 @@ class GuidedTracer(fx.Tracer):
         if isinstance(a, Drawn):
             a.refuse()
         if isinstance(a, torch.Generator):
-            raise RuntimeError("it draws by a generator of its own, which a graph cannot hold")
+            raise RuntimeError(OWN_GENERATOR)
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
         if isinstance(a, FakeTensor) and not self._is_held(a):
             self._require_no_views()
             raise RuntimeError(
                 "it uses a tensor that an earlier call has computed and kept, outside of the model "
-                "or in a container, which a graph cannot hold"
+                "or in a container, or one computed from what parameters() or state_dict() return, "
+                "which a graph cannot hold"
             )
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
@@ -365,6 +369,7 @@ class GuidedTracer(fx.Tracer):
     def _called(self, m: nn.Module, call: Callable[[], Any], *, is_leaf: bool) -> Any:
         before = versions(m)
         if is_leaf:
+            self._require_hooks_of_model(m)
             value = call()
             self.writes.note_leaf(before)
             return value
@@ -372,6 +377,15 @@ class GuidedTracer(fx.Tracer):
         value = call_without_draws(call)
         self.writes.require_seen(before)
         return value
+
+    def _require_hooks_of_model(self, m: nn.Module) -> None:
+        """Raise a RuntimeError if a forward has set hooks on a leaf for the time of a call."""
+        own = self.original.get_submodule(self.path_of_module(m))
+        if isinstance(m, torch.jit.ScriptModule):
+            return
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            if len(vars(m)[hooks]) != len(vars(own)[hooks]):
+                raise RuntimeError("it sets a hook on a layer that it calls, which is lost")
 
     def call_by_class(
         self, call: Callable[..., Any], m: nn.Module, *args: Any, **kwargs: Any
@@ -518,7 +532,9 @@ class GuidedTracer(fx.Tracer):
         number = length(obj.node)
         if isinstance(value, Tensor):
             self._require_no_data(obj.node)
-            self.settle(obj.size(0).node, number)
+            size = obj.size(0)
+            if isinstance(size, fx.Proxy):  # that of a parameter is a constant
+                self.settle(size.node, number)
         elif any(isinstance(part, Tensor) for part in value):
             self._guard(obj.node, number)
         return number
@@ -537,6 +553,8 @@ def _placeholder_target(name: str, taken: set[str]) -> str:
         target += "_"
     return target
 
+
+_COMPUTE_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, "backward")
 
 # Methods that read but the dtype and the device of a tensor that is another argument.
 _DTYPE_METHODS = ("to", "type_as")

@@ -101,3 +101,16 @@ def test_a_branch_on_another_batch_size_is_refused():
     model = _ForOneSample(lambda m, x: m.training and x.shape[0] == 2)
     with pytest.raises(TraceError, match="batch size"):
         sffx.transform(model, policy="layer", example_input=torch.zeros(2, 6))
+
+
+def test_a_batch_that_has_fewer_parts_is_refused():
+    def code(module: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([part * (i + 1) for i, part in enumerate(x.chunk(3))])
+
+    model = around(Applies(code)).eval()
+    net = sffx.transform(model, "layer", norm="none", check=False)
+    net.readout.mode = "classifier"
+    assert any("into 3 parts" in note for note in net.plan.notes)
+    assert_same_logits(net, model, torch.randn(6, 6), torch.randn(7, 6))
+    with pytest.raises(InputError, match="computes something else at this size"):
+        net(torch.randn(2, 6))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
+from sffx.errors import TraceError
 from tests.compiler.trace.oracle import cut_without_norms, leaf_names
 
 
@@ -110,3 +111,30 @@ def test_a_number_that_a_function_reads_from_a_tensor_is_not_frozen():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Calls("length"), nn.ReLU(), nn.Linear(4, 4))
     net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
     assert sffx.check(model, net, torch.randn(5, 6) * 10, raises=False).difference is None
+
+
+class _RarelyUsesALayer(nn.Module):
+    """Has a method that uses a child in one branch, which a trace may not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.maybe(self.first(x)))
+
+    def maybe(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() < -1e9 else x
+
+
+def test_a_method_that_uses_a_layer_in_a_branch_is_no_function():
+    with pytest.raises(TraceError, match=r"branch depends on the values of a tensor"):
+        cut_without_norms(_RarelyUsesALayer())
+
+
+def test_a_method_without_layers_is_noted_by_its_name():
+    class Root(_RarelyUsesALayer):
+        maybe = lambda self, x: x * 2 if x.sum() > 0 else x  # noqa: E731
+
+    net = cut_without_norms(Root(), "layer")
+    assert any(note.startswith("maybe runs as a whole") for note in net.plan.notes)

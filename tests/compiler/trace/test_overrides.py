@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from sffx.errors import InputError
+from sffx.errors import InputError, SffxError
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms, logits
 
 
@@ -241,3 +241,51 @@ def test_a_layer_that_merges_weights_in_eval_mode_unmerges_them_after_an_evaluat
     before = logits(net, x)
     sffx.evaluate(net, [(x, y)])
     torch.testing.assert_close(logits(net, x), before)
+
+
+class _ChangesALayer(nn.Module):
+    def __init__(self, code) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.code = code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.code(self, self.first(x)).relu())
+
+
+def _in_eval_mode(m: _ChangesALayer, x: Tensor) -> Tensor:
+    m.norm.eval()
+    return m.norm(x)
+
+
+def _hooked(m: _ChangesALayer, x: Tensor) -> Tensor:
+    handle = m.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    y = m.norm(x)
+    handle.remove()
+    return y
+
+
+def _with_a_new_layer(m: _ChangesALayer, x: Tensor) -> Tensor:
+    if not hasattr(m, "new"):
+        m.new = nn.Linear(x.shape[1], 8)
+    return m.norm(m.new(x))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (_in_eval_mode, r"sets the mode of 'norm' in its forward.*Hint: override train\(\)"),
+        (_hooked, r"sets a hook on a layer that it calls, which is lost.*Hint: move"),
+        (_with_a_new_layer, r"'new\.weight' is made in the first call.*Hint: run the model once"),
+    ],
+)
+def test_a_forward_that_changes_its_layers_is_refused(code, message):
+    with pytest.raises(SffxError, match=message):
+        sffx.plan(_ChangesALayer(code), "layer", torch.zeros(4, 6))
+
+
+def test_layers_that_the_first_call_makes_are_cut_after_it():
+    model = _ChangesALayer(_with_a_new_layer)
+    model(torch.zeros(4, 6))
+    net = sffx.transform(model, "layer", torch.zeros(4, 6))
+    assert sffx.check(model, net).difference is None

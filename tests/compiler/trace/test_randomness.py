@@ -11,7 +11,7 @@ from torch import nn
 import sffx
 from sffx.compiler.trace.randomness import call_without_draws, generators_restored
 from sffx.compiler.trace.trace import trace
-from tests.compiler.trace.oracle import Applies
+from tests.compiler.trace.oracle import Applies, assert_same_logits, cut_without_norms
 from tests.toys import around
 
 DRAWS = [
@@ -130,3 +130,22 @@ def test_layers_that_are_never_dropped_in_training_make_no_leaf():
                 logits = scores[-1] if scores.ndim == 3 else scores
                 ends.append((logits, torch.rand(1)))
             torch.testing.assert_close(ends[0], ends[1])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g: torch.rand(6, generator=g),
+        lambda g: torch.randn(6, generator=g),
+        lambda g: torch.randint(0, 5, (6,), generator=g),
+        lambda g: torch.randperm(6, generator=g),
+        lambda g: torch.normal(0.0, 1.0, (6,), generator=g),
+    ],
+)
+def test_draws_by_a_generator_of_its_own_make_a_leaf(draw):
+    module = Applies(lambda m, x: x + draw(m.generator))
+    module.generator = torch.Generator().manual_seed(1)
+    model = around(module)
+    net = cut_without_norms(model)
+    assert "generator of its own" in net.plan.leaves[0].reason
+    assert_same_logits(net.eval(), model.eval())

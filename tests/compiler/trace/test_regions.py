@@ -141,3 +141,16 @@ def test_what_is_drawn_behind_a_seed_is_drawn_by_a_leaf():
     net = cut_without_norms(model)
     assert len(leaf_names(net)) == 1
     assert sffx.check(model, net).difference is None
+
+
+def test_gradients_that_a_forward_computes_are_computed_by_a_leaf():
+    def code(module: nn.Module, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(module.inner(z).square().sum(), z)
+        return x - gradient
+
+    model = around(Applies(code))
+    net = cut_without_norms(model)
+    assert leaf_names(net) == ["2"]
+    assert sffx.check(model, net).difference is None

@@ -278,3 +278,78 @@ def test_a_module_that_runs_on_values_alone_is_run_for_real(kind):
     net = cut_without_norms(model, example=x)
     assert leaf_names(net) == ["2"]
     assert_same_logits(net, model, x)
+
+
+def _sets_a_flag(m: nn.Module, x: Tensor) -> Tensor:
+    if not m.done:
+        m.done = True
+        return x * 2
+    return x
+
+
+def _counts_to_two(m: nn.Module, x: Tensor) -> Tensor:
+    m.calls = min(getattr(m, "calls", 0) + 1, 1)
+    return x if hasattr(m, "was_called") else _first(m, x)
+
+
+def _first(m: nn.Module, x: Tensor) -> Tensor:
+    m.was_called = True
+    return x + 1
+
+
+@pytest.mark.parametrize("code", [_sets_a_flag, _counts_to_two])
+def test_a_first_call_that_does_something_else_is_refused_until_it_was_made(code):
+    module = Applies(code)
+    module.done = False
+    model = around(module).eval()
+    with pytest.raises(TraceError, match=r"in its first call, where .*Hint: run the model once"):
+        cut_without_norms(model)
+    model(torch.zeros(2, 6))
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+
+
+def _keeps_the_last_size(m: nn.Module, x: Tensor) -> Tensor:
+    m.width, m.text = x.shape[1], f"{x.shape}"
+    return x * m.width
+
+
+def test_a_number_that_each_call_sets_anew_is_no_flag():
+    model = around(Applies(_keeps_the_last_size)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+
+
+def test_a_counter_in_the_default_of_an_overridden_method_makes_a_leaf():
+    class Counts(_Named):
+        def scaled(self, x: Tensor, calls: list[int] = [1]) -> Tensor:  # noqa: B006
+            calls.append(1)
+            return x * len(calls)
+
+    (leaf,) = sffx.plan(around(Counts()), "layer").leaves
+    assert leaf.reason == "changes its attribute 'scaled' at each call"
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.inner(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_counter_in_a_closure_makes_a_leaf():
+    calls = [0]
+
+    def code(m: nn.Module, x: Tensor) -> Tensor:
+        calls[0] += 1
+        return x * calls[0]
+
+    (leaf,) = sffx.plan(around(Applies(code)), "layer").leaves
+    assert leaf.reason == "changes its attribute 'code' at each call"

@@ -228,3 +228,32 @@ def test_none_among_the_outputs_of_a_leaf_is_none():
     traced = trace(_ReadsMask())
     assert [leaf.qualname for leaf in traced.leaves] == ["embed"]
     assert "masked_fill" not in {node.target for node in traced.graph.nodes}
+
+
+def test_a_forward_goes_through_the_rows_of_a_parameter():
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(3, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for row in self.rows:
+                x = torch.relu(x @ row)
+            return x * len(self.rows)
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Rows(), nn.ReLU()), nn.Linear(6, 3)).eval()
+    net = cut_without_norms(model)
+    assert_same_logits(net, model)
+
+
+def test_an_operation_that_fails_in_a_try_is_no_part_of_the_graph():
+    def code(module: nn.Module, x: Tensor) -> Tensor:
+        try:
+            return x @ x.new_ones(5, 5)
+        except RuntimeError:
+            return x * 2
+
+    model = around(Applies(code)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)

@@ -56,8 +56,8 @@ class Step:
         values: names of all values that would cross a cut there, the main one last.
         nodes: names of all its nodes, in the order they run.
         scope: qualname of the deepest module that holds all its paths, "" for the model itself.
-        join: how several paths meet in `node`, "sum", "cat", "product" or "other"; "" where there
-            is one path.
+        join: how several paths meet in `node`, "sum", "cat", "product" (a gate, with no layer on
+            one of the paths) or "other"; "" where there is one path.
         shape: of one sample's value, without the batch axis; () where the value is no tensor.
         crossing: how many numbers of the example would cross a cut there, of all its values.
         trainable: whether it has parameters.
@@ -333,7 +333,7 @@ class Analysis:
             values=values,
             nodes=tuple(node.name for node in nodes),
             scope=common_scope([scopes(node) for node in paths]),
-            join=self.join(end.name),
+            join=self._join_of_step(end.name),
             shape=shape,
             crossing=self._numbers(values),
             trainable=any(self.parameters(node) for node in nodes),
@@ -345,6 +345,12 @@ class Analysis:
             refusal=refusal,
             parts_streams=not self._flow.dominates(end.name),
         )
+
+    def _join_of_step(self, name: str) -> str:
+        """Return how the paths of a step meet; a product with a layer on each path is no gate."""
+        join = self.join(name)
+        is_gate = join != "product" or min(self.layers_on_paths(name), default=0) == 0
+        return join if is_gate else "other"
 
     def _numbers(self, values: Iterable[str]) -> int:
         """Return how many numbers the tensors among some values hold."""

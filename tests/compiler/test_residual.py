@@ -269,3 +269,30 @@ def test_a_plan_of_one_block_says_why():
     plan = sffx.plan(model, example_input=TOKENS)
     assert len(plan) == 1
     assert any("one feature block" in note for note in plan.notes)
+
+
+class GatedLayer(nn.Module):
+    """A product of two layers, as a gated linear unit, or of a value and its gate."""
+
+    def __init__(self, gates_value: bool) -> None:
+        super().__init__()
+        self.gates_value = gates_value
+        self.value, self.gate = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.value(x)
+        gate = self.gate(value if self.gates_value else x)
+        return value * gate.sigmoid()
+
+
+@pytest.mark.parametrize("gates_value", [True, False])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_product_of_two_layers_is_a_layer_and_one_with_a_gate_goes_with_its_value(
+    gates_value, depth
+):
+    layers = [GatedLayer(gates_value) for _ in range(depth)]
+    x = torch.randn(3, 5, 6)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(30, 4))
+    plan = sffx.plan(nn.Sequential(*layers, head), example_input=x)
+    assert [block.target for block in plan] == [f"block_{i}" for i in range(depth)]
+    assert [block.num_parameters for block in plan] == [2 * 42] * depth

@@ -48,7 +48,7 @@ from sffx.compiler.trace.sizes import (
     other_arguments,
     refused,
 )
-from sffx.compiler.trace.state import Attributes, counters, kept_tensors, set_once
+from sffx.compiler.trace.state import Attributes, Kept, counters, kept_tensors, set_once
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.errors import InputError, TraceError
 from sffx.tasks import CLASSIFICATION, Task
@@ -111,64 +111,106 @@ def trace(
     return replace(traced, notes=(*earlier_notes, *traced.notes))
 
 
-def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
+@dataclass(frozen=True)
+class _Probed:
+    """A copy of a model on fake tensors that has run, and what its calls have shown.
+
+    Attributes:
+        root: a copy with the real tensors, which the graph will own.
+        probe: the copy on fake tensors, in train mode.
+        mode: in which the fake tensors live.
+        form: the arguments of the model.
+        values: of its inputs, by name.
+        run: runs the probe.
+        before: its attributes before its first call.
+        leaves: the reasons why modules are leaves, by qualname; a trace adds to them.
+        kept: what a call keeps for the next one.
+        flags: the modules with a number that the first call sets, and what it is called.
+        opened: the modules whose state is set while they do not run, and the attribute's name.
+        views: the tensors in plain attributes that share memory with a parameter or a buffer.
+    """
+
+    root: nn.Module
+    probe: nn.Module
+    mode: FakeTensorMode
+    form: Arguments
+    values: dict[str, Any]
+    run: Callable[[], Any]
+    before: Attributes
+    leaves: dict[str, str]
+    kept: Kept
+    flags: Mapping[nn.Module, str]
+    opened: Mapping[nn.Module, str]
+    views: Mapping[str, Tensor]
+
+
+def _probed(model: nn.Module, example_input: Any) -> _Probed:
+    """Run a copy of a model on fake tensors, several times."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    leaves: dict[str, str] = {}
-    functions = Functions()
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
-    attributes = Attributes(probe)
+    before = Attributes(probe)
     form, values = example_arguments(probe, example_input, mode, root)
     _require_all_parameters(model, probe)
     run = torch.no_grad()(partial(call, probe, form, values))
-    kept = kept_tensors(probe, run, attributes)
-    flags = set_once(probe, attributes)
-    _make_leaves_of_counters(probe, run, attributes, leaves, kept.carried)
-    opened = set_outside(probe, run, attributes)
+    kept = kept_tensors(probe, run, before)
+    flags = set_once(probe, before)
+    leaves: dict[str, str] = {}
+    _make_leaves_of_counters(probe, run, before, leaves, kept.carried)
+    opened = set_outside(probe, run, before)
     views = views_in_attributes(model)
+    return _Probed(root, probe, mode, form, values, run, before, leaves, kept, flags, opened, views)
 
-    def tracer_on(inputs: dict[str, Any], training: bool) -> GuidedTracer:
-        runner = NodeRunner(mode, probe, root, Example(form, inputs), training=training)
-        return GuidedTracer(runner, leaves, functions, wanted, opened, views)
+
+def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
+    probed = _probed(model, example_input)
+    functions = Functions()
 
     def make_tracer(training: bool) -> GuidedTracer:
-        return tracer_on(values, training)
+        example = Example(probed.form, probed.values)
+        runner = NodeRunner(probed.mode, probed.probe, probed.root, example, training=training)
+        return GuidedTracer(runner, probed.leaves, functions, wanted, probed.opened, probed.views)
 
-    tracer, graph = trace_until_it_works(probe, make_tracer, leaves, attributes)
-    if flags:
-        _require_same_later(probe, run, make_tracer, attributes, flags)
+    tracer, graph = trace_until_it_works(probed.probe, make_tracer, probed.leaves, probed.before)
+    if probed.flags:
+        _require_same_later(probed, make_tracer)
     if tracer.resized:
-        attributes.restore()
-        in_eval_mode = tracer_on(values, training=False).runner.values_on(graph, values)
+        probed.before.restore()
+        in_eval_mode = make_tracer(False).runner.values_on(graph, probed.values)
         _require_same_decisions(graph, in_eval_mode, tracer.resized)
-    attributes.restore()
-    run_resized = partial(tracer.runner.values_on, graph)
-    others = list(_at_other_sizes(graph, values, mode, run_resized, partial(runs, probe, form)))
+    probed.before.restore()
+    others = list(_at_other_sizes(graph, probed, partial(tracer.runner.values_on, graph)))
     note_resized(graph, others)
     is_of_size = drop_idle_guards(graph, others)
-    _add_constants_and_flags(root, probe, graph, list(tracer.constants.names))
+    _add_constants_and_flags(probed.root, probed.probe, graph, list(tracer.constants.names))
     return Trace(
-        root=root,
+        root=probed.root,
         graph=graph,
-        inputs=input_records(graph, root, form.names),
-        arguments=form,
-        leaves=leaf_records(root, leaves),
+        inputs=input_records(graph, probed.root, probed.form.names),
+        arguments=probed.form,
+        leaves=leaf_records(probed.root, probed.leaves),
         notes=(
             *tracer.notes_on_task,
             *functions.notes(graph),
-            *notes(
-                root,
-                graph,
-                constants=form.constants,
-                kept=kept.once,
-                checkpointed=tracer.patches.checkpointed,
-                left_out=tracer.regions.left_out,
-                asked=tracer.regions.asked,
-                is_of_size=is_of_size,
-            ),
+            *_notes(probed, tracer, graph, is_of_size),
         ),
         task=tracer.task,
-        batch_size=batch_sizes(values)[0],
+        batch_size=batch_sizes(probed.values)[0],
+    )
+
+
+def _notes(
+    probed: _Probed, tracer: GuidedTracer, graph: fx.Graph, is_of_size: bool
+) -> Iterator[str]:
+    return notes(
+        probed.root,
+        graph,
+        constants=probed.form.constants,
+        kept=probed.kept.once,
+        checkpointed=tracer.patches.checkpointed,
+        left_out=tracer.regions.left_out,
+        asked=tracer.regions.asked,
+        is_of_size=is_of_size,
     )
 
 
@@ -188,32 +230,19 @@ def _require_all_parameters(model: nn.Module, probe: nn.Module) -> None:
             )
 
 
-def _require_same_later(
-    probe: nn.Module,
-    run: Callable[[], Any],
-    make_tracer: Callable[[bool], GuidedTracer],
-    before: Attributes,
-    flags: Mapping[nn.Module, str],
-) -> None:
-    """Raise a TraceError if a model does something else in its second call than in its first.
-
-    Args:
-        probe: the model on fake tensors.
-        run: runs it.
-        make_tracer: makes a tracer for train mode.
-        before: its attributes before its first call.
-        flags: the modules with a number that the first call sets, and what it is called.
-    """
+def _require_same_later(probed: _Probed, make_tracer: Callable[[bool], GuidedTracer]) -> None:
+    """Raise a TraceError if a model does something else in its second call than in its first."""
     calls = []
     with suppress(Exception):  # the second call may read a tensor that the first one keeps
         for is_later in (False, True):
-            before.restore()
+            probed.before.restore()
             if is_later:
-                run()
-            calls.append([node.target for node in traced_once(probe, make_tracer(True)).nodes])
+                probed.run()
+            graph = traced_once(probed.probe, make_tracer(True))
+            calls.append([node.target for node in graph.nodes])
     if len(calls) < 2 or calls[0] == calls[1]:
         return
-    module, name = next(iter(flags.items()))
+    module, name = next(iter(probed.flags.items()))
     raise TraceError(
         f"{type(module).__name__} does something else in its first call, where it sets its "
         f"attribute {name!r}, and a graph does the same in each. Hint: run the model once before "
@@ -238,23 +267,18 @@ def _require_same_decisions(graph: fx.Graph, values: Values, resized: str) -> No
 
 
 def _at_other_sizes(
-    graph: fx.Graph,
-    values: dict[str, Any],
-    mode: FakeTensorMode,
-    run: Callable[[dict[str, Any]], Values],
-    takes: Callable[[dict[str, Any]], bool],
+    graph: fx.Graph, probed: _Probed, run: Callable[[dict[str, Any]], Values]
 ) -> Iterator[Values]:
     """Yield the values of a graph's nodes at other sizes of the inputs: three if it has guards.
 
     Args:
         graph: that was traced.
-        values: of the inputs, by name.
-        mode: in which the fake tensors live.
+        probed: the model. A graph without guards tells as well whether the model runs there.
         run: returns the values of the nodes on other inputs, as far as the graph runs there.
-        takes: whether the model itself runs on other inputs. A graph without guards tells as well.
     """
-    others = other_arguments(values, mode)
+    others = other_arguments(probed.values, probed.mode)
     if any(map(is_guard, graph.nodes)):
+        takes = partial(runs, probed.probe, probed.form)
         yield from map(run, islice(filter(takes, others), 3))
     else:
         yield from islice(filter(partial(is_complete, graph), map(run, others)), 1)

@@ -67,11 +67,15 @@ class Layers:
         return state
 
     def changing_state(self, node: Node) -> dict[str, Tensor]:
-        """Return the parameters of a node and the buffers that it writes, by qualname."""
-        written = {f"{node.target}.{name}" for name in facts(node).buffers}
+        """Return the parameters of a node and the buffers that it writes, by qualname.
+
+        A module that writes one of its own buffers may write the others: torch counts no writes on
+        the statistics of a BN layer, only those on its number of batches.
+        """
+        writers = {f"{node.target}.{name}".rpartition(".")[0] for name in facts(node).buffers}
         changing: dict[str, Tensor] = dict(self.parameters(node))
         for name, tensor in self.state(node).items():
-            if name in written:
+            if name.rpartition(".")[0] in writers:
                 changing[name] = tensor
         return changing
 

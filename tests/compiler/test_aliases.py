@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -147,6 +148,66 @@ def test_a_view_in_an_attribute_is_refused_where_it_is_read(of):
 
     with pytest.raises(TraceError, match=r"attribute 'view', a view of .*Hint: register it"):
         sffx.plan(Reads(), "layer", torch.zeros(2, 6))
+
+
+class _Leaf(nn.Module):
+    """A module that runs whole, with a tensor in an attribute."""
+
+    def __init__(self, held: nn.Module, view: Tensor | list[Tensor], *, reads: bool) -> None:
+        super().__init__()
+        self.held, self.view, self.reads = held, view, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.sum().item()  # no trace can look into this
+        (view,) = self.view if isinstance(self.view, list) else [self.view]
+        return self.held(x + (view.sum() if self.reads else 0) + 0 * values)
+
+
+@pytest.mark.parametrize("of", ["values", "list", "history", "buffer", "unread"])
+def test_a_leaf_reads_no_view_that_would_go_stale(of):
+    layer = nn.Linear(8, 8)
+    layer.register_buffer("whole", torch.ones(8))
+    view = {"buffer": layer.whole[:4], "history": layer.weight.t()}
+    held = view.get(of, layer.weight.data[:4])
+    leaf = _Leaf(layer, [held] if of == "list" else held, reads=of != "unread")
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), leaf, nn.ReLU(), nn.Linear(8, 3))
+    if of in ("buffer", "unread"):
+        net = sffx.transform(model, "layer", torch.zeros(2, 6))
+        (own,) = [each for each in net.modules() if isinstance(each, _Leaf)]
+        assert net.plan.leaves
+        own.held.whole.fill_(2)
+        assert of == "unread" or own.view.tolist() == [2.0] * 4
+    else:
+        with pytest.raises(TraceError, match=r"reads its attribute '2.view', a view of"):
+            sffx.plan(model, "layer", torch.zeros(2, 6))
+
+
+class _Functional(nn.Module):
+    """A batch norm by the function, which is traced."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(channels, affine=False)
+        self.last = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.statistics
+        return self.last(F.batch_norm(x, own.running_mean, own.running_var, training=True))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, _Functional])
+@pytest.mark.parametrize("places", [slice(2, 6), slice(None)], ids=["view", "whole"])
+def test_batch_norms_that_share_statistics_stay_together(kind, places):
+    norms = [kind(8), kind(8 if places == slice(None) else 4), kind(4)]
+    first, second, _ = (getattr(norm, "statistics", norm) for norm in norms)
+    second.running_mean = first.running_mean[places]
+    width = second.num_features
+    layers = [nn.Linear(6, 8), nn.Linear(8, width), nn.Linear(width, 4)]
+    pairs = [part for pair in zip(layers, norms, strict=True) for part in (*pair, nn.ReLU())]
+    model = nn.Sequential(*pairs, nn.Linear(4, 3))
+    plan = sffx.plan(model, "layer", torch.zeros(2, 6))
+    assert {"_0", "_3"} <= set(plan.blocks[0].nodes)
+    assert len(plan.all_blocks) > 1
 
 
 def test_a_spectral_norm_keeps_a_view_only_until_it_is_called():

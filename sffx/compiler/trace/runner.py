@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -66,6 +68,7 @@ class NodeRunner:
         training: what `self.training` is, for every module.
         is_running: whether a node runs now, and calls of modules are to be no nodes.
         resized: class of a module that returns other sizes in eval mode; "" where none does.
+        uncopied: tensors that a leaf reads themselves where it runs with values, by their `id`.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class NodeRunner:
         self.training = training
         self.is_running = False
         self.resized = ""
+        self.uncopied: dict[int, Tensor] = {}
         self._saved_storages: list[UntypedStorage] = []
 
     def run(self, node: fx.Node) -> Facts:
@@ -101,6 +105,7 @@ class NodeRunner:
         cost = Cost()
         value = self._counted(node, cost)
         writes = [arg for arg, tensor in tensors.items() if tensor._version != versions[arg]]
+        writes += [arg for arg in _statistics(node) if arg in tensors and arg not in writes]
         written_buffers = []
         for name, state in self._buffer_states(node).items():
             if state != buffers.get(name):
@@ -282,7 +287,7 @@ class NodeRunner:
     def _computed(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a leaf whose shapes depend on values, with values, and return a fake result."""
         with unset_fake_temporarily():
-            module = copy.deepcopy(self.original.get_submodule(target))
+            module = copy.deepcopy(self.original.get_submodule(target), dict(self.uncopied))
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return module(*args, **kwargs)
@@ -317,6 +322,15 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+def _statistics(node: fx.Node) -> list[Any]:
+    """Return the running statistics that a node writes; torch does not count these writes."""
+    if node.target not in (F.batch_norm, F.instance_norm):
+        return []
+    read = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    is_training = read.get("training", read.get("use_input_stats", node.target is F.instance_norm))
+    return [read.get("running_mean"), read.get("running_var")] if is_training else []
 
 
 def _axes(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -130,7 +130,7 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
     made = _made(probe, before)
     if not made:
         return Kept()
-    reads = _Reads(made)
+    reads = Reads(made)
     try:
         with torch.no_grad(), reads:
             run()
@@ -173,20 +173,27 @@ def _leaves(value: Any) -> list[Any]:
     return tree_leaves(list(value) if isinstance(value, (deque, set)) else value)
 
 
-class _Reads(TorchFunctionMode):
+# What asks for no numbers of a tensor.
+_NO_READS = ("__get__", "size", "dim", "__deepcopy__")
+
+
+class Reads(TorchFunctionMode):
     """Notes which of some tensors torch's functions are given.
+
+    Args:
+        made: the `id` of each of the tensors.
 
     Attributes:
         found: the `id` of each.
     """
 
-    def __init__(self, made: _Made) -> None:
+    def __init__(self, made: Container[int]) -> None:
         super().__init__()
         self._made = made
         self.found: dict[int, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in ("__get__", "size", "dim"):
+        if getattr(func, "__name__", "") not in _NO_READS:
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self._made:
                     self.found[id(leaf)] = None

@@ -6,6 +6,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sffx.arguments import is_writable
+from sffx.compiler.aliases import views_in_attributes
 from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
+from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import differs_at_one, is_settled, length
 from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.data_shapes import (
@@ -53,9 +56,11 @@ from sffx.compiler.trace.run_function import function_target
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
+from sffx.compiler.trace.state import Reads
 from sffx.compiler.trace.writes import Writes, versions
 from sffx.errors import TraceError
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tensors import tensors_in
 
 
 class GuidedTracer(fx.Tracer):
@@ -100,6 +105,8 @@ class GuidedTracer(fx.Tracer):
         self.functions = functions
         self.opened = opened
         self.views = views
+        self._parted = _parted_views(runner, views)
+        runner.uncopied = {key: tensor for key, (tensor, _) in self._parted.items()}
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.regions = Regions()
@@ -304,11 +311,14 @@ class GuidedTracer(fx.Tracer):
         What is computed from it is no proxy. Nor would a leaf and its copies share the memory.
         """
         for name in self.views:
-            raise TraceError(
-                f"{type(self.root).__name__} reads its attribute {name!r}, a view of a parameter "
-                "or a buffer, which a graph would freeze. Hint: register it as a buffer, "
-                "self.register_buffer(...), or take the view in the forward"
-            )
+            raise self._reads_view(name)
+
+    def _reads_view(self, name: str) -> TraceError:
+        return TraceError(
+            f"{type(self.root).__name__} reads its attribute {name!r}, a view of a parameter "
+            "or a buffer, which a graph would freeze. Hint: register it as a buffer, "
+            "self.register_buffer(...), or take the view in the forward"
+        )
 
     def is_untraced(self, tensor: Any) -> bool:
         """Whether the forward has a parameter or a buffer itself, and no proxy of it."""
@@ -370,12 +380,24 @@ class GuidedTracer(fx.Tracer):
         before = versions(m)
         if is_leaf:
             self._require_hooks_of_model(m)
-            value = call()
+            value = self._called_leaf(call)
             self.writes.note_leaf(before)
             return value
         require_no_identity(m)
         value = call_without_draws(call)
         self.writes.require_seen(before)
+        return value
+
+    def _called_leaf(self, call: Callable[[], Any]) -> Any:
+        """Call a leaf, and require that it reads no view which a copy of the model has parted.
+
+        It would read the numbers of before the training. A view of a buffer stays one.
+        """
+        reads = Reads(self._parted)
+        with reads if self._parted else nullcontext():
+            value = call()
+        for key in reads.found:
+            raise self._reads_view(self._parted[key][1])
         return value
 
     def _require_hooks_of_model(self, m: nn.Module) -> None:
@@ -542,6 +564,24 @@ class GuidedTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         number = self.settled_length(obj)
         return iter([operator.getitem(obj, i) for i in range(number)])
+
+
+def _parted_views(runner: NodeRunner, views: Collection[str]) -> dict[int, tuple[Tensor, str]]:
+    """Return the views whose memory a copy of the model has parted from that of their parameter.
+
+    Args:
+        runner: of the model and its copy.
+        views: qualnames of the attributes that hold views.
+
+    Returns:
+        By `id` each tensor that stands for one, fake or with values, and its attribute.
+    """
+    parted = {}
+    for name in set(views).difference(views_in_attributes(runner.original) if views else ()):
+        for model in (runner.probe, runner.original):
+            for leaf in tensors_in(attribute(model, name)):
+                parted[id(leaf)] = (leaf, name)
+    return parted
 
 
 def _placeholder_target(name: str, taken: set[str]) -> str:

@@ -20,13 +20,11 @@ from torch import Generator, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.trace.flags import numbers_behind
-from sffx.compiler.trace.identity import reached
+from sffx.compiler.trace.identity import FOREIGN, reached
 from sffx.compiler.trace.randomness import OWN_GENERATOR
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
 from sffx.compiler.trace.state import names_in
 
-# A trace looks into none of their functions, and their errors are not the model's.
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "sffx"}
 _PLAIN = (Tensor, np.ndarray, np.generic, bool, int, float, str, type(None))
 
 
@@ -152,7 +150,7 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def _is_foreign(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in _FOREIGN
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in FOREIGN
 
 
 def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:

@@ -9,13 +9,21 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator
-from types import CodeType, FunctionType
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from sffx.compiler.trace.state import names_in
+
+# A trace looks into none of their functions, and their errors are not the model's.
+FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sffx"})
+# Folders of installed libraries.
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def require_no_identity(module: nn.Module) -> None:
@@ -33,19 +41,42 @@ def require_no_identity(module: nn.Module) -> None:
 
 
 def reached(function: FunctionType, kind: type[nn.Module]) -> Iterator[FunctionType]:
-    """Yield a function, and the methods and the functions of its file that it names."""
+    """Yield a function, and the methods and functions that it names, by way of others as well.
+
+    They may be of other files, but not of installed libraries, unless it is of that file itself.
+    """
     ahead = [function]
     seen: dict[FunctionType, None] = {}
     while ahead:
         each = ahead.pop()
-        if each in seen or each.__globals__ is not function.__globals__:
+        is_of_file = each.__globals__ is function.__globals__
+        if each in seen or not (is_of_file or _is_own(each.__globals__)):
             continue
         seen[each] = None
-        for name in names_in(each.__code__):
-            for value in (getattr(kind, name, None), each.__globals__.get(name)):
-                if isinstance(value, FunctionType):
-                    ahead.append(value)
+        ahead += _named(each, kind)
     yield from seen
+
+
+def _named(function: FunctionType, kind: type[nn.Module]) -> Iterator[FunctionType]:
+    """Yield the functions that a function names: methods, of its file, or of another file."""
+    files: list[ModuleType] = []
+    for name in names_in(function.__code__):
+        # `helpers.scaled` names the file first, and then what is in it.
+        values = [getattr(kind, name, None), function.__globals__.get(name)]
+        values += [vars(file).get(name) for file in files]
+        for value in values:
+            if isinstance(value, FunctionType):
+                inner = inspect.unwrap(value)
+                yield inner if isinstance(inner, FunctionType) else value
+            elif isinstance(value, ModuleType) and _is_own(vars(value)):
+                files.append(value)
+
+
+def _is_own(namespace: Mapping[str, Any]) -> bool:
+    """Whether a file is the user's own: none of an installed library."""
+    package = str(namespace.get("__name__", "")).partition(".")[0]
+    places = Path(str(namespace.get("__file__", ""))).parts
+    return package not in FOREIGN and _INSTALLED.isdisjoint(places)
 
 
 @functools.lru_cache(maxsize=1000)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,21 @@ def test_a_comparison_by_identity_makes_a_leaf(code):
         assert_same_logits(net.train(mode), model.train(mode))
     with pytest.raises(TraceError, match=r"by 'is'.*'==' can be traced.*Hint"):
         cut_without_norms(kind(code))
+
+
+@pytest.mark.parametrize("call", ["halved(x)", "helpers.halved(x)", "package.helpers.halved(x)"])
+@pytest.mark.parametrize("place", ["", "/lib/site-packages/helpers.py"])
+def test_a_comparison_by_identity_in_another_file_makes_a_leaf(call, place):
+    package, helpers = ModuleType("package"), ModuleType("helpers")
+    package.helpers, helpers.__file__, helpers.torch = helpers, place, torch
+    code = "def halved(x):\n    return x / 2 if x.dtype is torch.float32 else x"
+    exec(code, vars(helpers))
+    names = {"package": package, "helpers": helpers, "halved": helpers.halved}
+    exec(f"def forward(self, x):\n    return {call}", names)
+    model = around(type("ByIdentity", (Applies,), {"forward": names["forward"]})(None))
+    # What an installed library compares, it has been tested with.
+    leaves = [leaf.reason for leaf in trace(model).leaves]
+    assert ["by 'is'" in reason for reason in leaves] == ([] if place else [True])
 
 
 def test_numpy_computes_with_sizes_and_the_graph_refuses_other_sizes():

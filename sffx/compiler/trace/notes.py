@@ -52,6 +52,13 @@ def notes(
             f"hooks of {', '.join(in_common(hooked))} ran during the trace alone: their operations "
             "on tensors are part of the cut model, and what else they do is not"
         )
+    backward = [name for name, module in root.named_modules() if _has_backward_hooks(module)]
+    called = [name for name in backward if name not in inlined]
+    if called:
+        yield (
+            f"the first layer of a block computes no gradient of its input, as that of a model: a "
+            f"backward hook of {in_brief(called, 4)} is given None for it there"
+        )
     idle = _idle(root, _used_parameters(root, graph))
     if idle:
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
@@ -98,6 +105,10 @@ def _nests_padded(root: nn.Module, graph: fx.Graph) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return any(hooks) or bool(module._backward_pre_hooks)
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(vars(module).get("_backward_hooks"))  # a scripted module has none
 
 
 def _used_parameters(root: nn.Module, graph: fx.Graph) -> set[int]:

@@ -16,6 +16,16 @@ def test_hooks_of_the_model_itself_are_named():
     assert note.startswith("the hooks of the model itself are no part of the cut model")
 
 
+def test_backward_hooks_of_layers_are_named():
+    model = Chain()
+    name, layer = next((n, m) for n, m in model.named_modules() if n and not any(m.children()))
+    layer.register_forward_hook(lambda *_: None)
+    assert trace(model).notes == ()
+    layer.register_full_backward_hook(lambda *_: None)
+    (note,) = trace(model).notes
+    assert f"a backward hook of {name} is given None" in note
+
+
 def test_only_the_outermost_unused_modules_are_named():
     model = Residual()
     model.block1.spare = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

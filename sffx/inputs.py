@@ -111,15 +111,11 @@ def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
         plan: of the cut model.
         x: its input, as `bind` takes it.
     """
-    masks = []
     for each in plan.inputs:
-        if each.marks_tokens and each.shape == plan.classifier.shape[:1]:
-            masks.append(each.name)
-    if not masks:
-        return None
-    of_decoder = [name for name in masks if "decoder" in name]
-    mask: Tensor | None = bind(plan, x)[(of_decoder or masks)[0]]
-    return mask
+        if plan.classifier.mask and plan.classifier.mask == (each.value or each.name):
+            mask: Tensor = bind(plan, x)[each.name]
+            return mask
+    return None
 
 
 def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:

@@ -24,6 +24,7 @@ from sffx.compiler.cut_sets import PASSED_BY, Cut, complete, in_words, main_valu
 from sffx.compiler.dataflow import SOURCE, Dataflow
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers, common_scope, scopes
+from sffx.compiler.masks import Masks
 from sffx.compiler.refusals import refusals, shared_state
 from sffx.compiler.streams import with_streams
 from sffx.compiler.trace.trace import Trace
@@ -157,6 +158,11 @@ class Analysis:
     def channel_axes(self) -> dict[str, int]:
         """The channel axis of the value of each node that has one."""
         return channel_axes(self.trace)
+
+    @cached_property
+    def masks(self) -> Masks:
+        """The attention masks of the model."""
+        return Masks(self._flow, self.trace.inputs, self.channel_axes)
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import networkx as nx
@@ -138,7 +137,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
         macs=macs,
         activation_bytes=activation_bytes,
         gives=tuple(gives),
-        mask=_mask(analysis, output),
+        mask=analysis.masks.of(output),
         beside=_beside(analysis, nodes, output, _names_of(sides)),
         graph=tuple(_node(analysis, node) for node in nodes if not is_guard(node)),
         is_folded=facts(output_node).is_folded,
@@ -205,7 +204,7 @@ def _output(analysis: Analysis, name: str, *, is_scored: bool) -> Output:
         name=name,
         shape=tuple(facts(analysis.nodes[name]).example.shape[1:]),
         channel_axis=analysis.channel_axes.get(name, 1),
-        mask=_mask(analysis, name),
+        mask=analysis.masks.of(name),
         is_scored=is_scored,
         is_folded=facts(analysis.nodes[name]).is_folded,
     )
@@ -280,33 +279,7 @@ def _carries_gradient(node: fx.Node) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
 
 
-# Masks and notes
-
-
-def _mask(analysis: Analysis, output: str) -> str:
-    """Return the input that marks the real tokens of a value (B, T, C), "" where there is none.
-
-    There is none where the value has no tokens, or other tokens than the input.
-    """
-    record = facts(analysis.nodes[output])
-    shape = record.example.shape
-    if len(shape) != 3 or analysis.channel_axes.get(output) != 2 or record.is_folded:
-        return ""
-    for node in _masks(analysis):
-        if facts(node).example.shape == shape[:2]:
-            return node.name
-    return ""
-
-
-def _masks(analysis: Analysis) -> list[fx.Node]:
-    """Return the nodes of the inputs that are attention masks."""
-    nodes = analysis.nodes.values()
-    placeholders = takewhile(lambda node: node.op == "placeholder", nodes)  # they come first
-    masks = []
-    for node, read in zip(placeholders, analysis.trace.inputs, strict=True):
-        if read.marks_tokens:
-            masks.append(node)
-    return masks
+# Notes
 
 
 def _shared_notes(analysis: Analysis) -> list[str]:
@@ -326,7 +299,7 @@ def _order_notes(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     """Return notes on the feature blocks whose goodness and norm leave padding out, and others."""
-    names = ", ".join(str(node.target) for node in _masks(analysis))
+    names = ", ".join(str(node.target) for node in analysis.masks.nodes)
     masked = []
     others = []
     for block in blocks:

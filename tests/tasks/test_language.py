@@ -252,6 +252,26 @@ def test_tokens_of_another_sequence_are_not_scored():
     assert "do not depend on decoder_ids" in note
 
 
+class OneMask(Translation):
+    """Its second sequence has no padding."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        return super().forward(ids, attention_mask, decoder_ids, torch.ones_like(decoder_ids))
+
+
+def test_two_sequences_of_one_length_have_their_own_masks():
+    x = sentences(6, 6)
+    task = tasks.LanguageModel()
+    plan = sffx.plan(Translation(), "layer", x, task=task)
+    encoder, decoder = "attention_mask", "decoder_attention_mask"
+    assert [block.mask for block in plan] == [encoder] * 4 + [decoder] * (len(plan) - 4)
+    assert torch.equal(padding_mask(plan, x), x["decoder_attention_mask"])
+    del x["decoder_attention_mask"]
+    plan = sffx.plan(OneMask(), "layer", x, task=task)
+    assert [block.mask for block in plan] == [encoder] * 4 + [""] * (len(plan) - 4)
+    assert padding_mask(plan, x) is None
+
+
 @pytest.mark.parametrize("length", [4, 6])
 def test_padding_is_that_of_the_sequence_that_is_predicted(length):
     x = sentences(length, 4)

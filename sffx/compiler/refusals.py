@@ -9,6 +9,7 @@ has the tokens or the axes of space that the task scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.fx import Node
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
 from sffx.compiler.facts import facts
+from sffx.compiler.grids import Grids
 from sffx.compiler.layers import Layers
 from sffx.tasks import Task
 from sffx.tensors import storage_key
@@ -44,7 +46,7 @@ def refusals(
     for name, node in flow.nodes.items():
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
-    maps = _sizes_of_maps(flow, channel_axes, len(output))
+    grids = Grids(flow, layers.root, channel_axes, len(output))
     reasons = []
     for i, values in enumerate(flow.cut_sets):
         # The reasons that concern the main value come first.
@@ -63,21 +65,10 @@ def refusals(
             is_scored = name == values[-1] or name not in earlier
             if is_scored and not reason:
                 shape = facts(flow.nodes[name]).example.shape
+                maps = partial(grids.of, name)
                 reason = task.why_not_scored(shape, channel_axes[name], output, maps)
         reasons.append(reason)
     return reasons
-
-
-def _sizes_of_maps(
-    flow: Dataflow, channel_axes: Mapping[str, int], ndim: int
-) -> set[tuple[int, ...]]:
-    """Return the sizes along the axes of space of all values with a number of axes."""
-    sizes = set()
-    for name, axis in channel_axes.items():
-        value = facts(flow.nodes[name]).example
-        if isinstance(value, Tensor) and value.ndim == ndim:
-            sizes.add(tuple(value.shape[1:axis] + value.shape[axis + 1 :]))
-    return sizes
 
 
 def shared_state(flow: Dataflow, layers: Layers) -> list[str]:

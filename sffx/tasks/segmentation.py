@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -33,8 +33,8 @@ class Segmentation(Positions):
     of a block is cross-entropy with goodness as logits, the mean over the pixels of the batch whose
     label is not `ignore_index`. A batch of nothing else has a loss of 0.
 
-    Tokens of a vision transformer, (B, N, C), are scored where they make a grid with the image's
-    proportions, as large as a map of the model: each token is a pixel of the block. A token of a
+    Tokens of a vision transformer, (B, N, C), are scored where they are the pixels of a map of the
+    model, in a grid with the image's proportions: each token is a pixel of the block. A token of a
     class before them is left out. A kernel of more than one position runs along the tokens.
 
     Where scores and labels differ in size, the labels are brought to the size of the scores: a
@@ -79,12 +79,16 @@ class Segmentation(Positions):
         return has_axes and tuple(shape[:2]) == tuple(output[:2])
 
     def why_not_scored(
-        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+        self,
+        shape: Shape,
+        channel_axis: int,
+        output: Shape,
+        maps: Callable[[], Collection[Shape]] = tuple,
     ) -> str:
         if len(shape) == len(output):
             return ""
         is_of_tokens = self.space == 2 and len(shape) == 3 and channel_axis == 2
-        if is_of_tokens and grid_of(shape[1], output[2:]) in maps:
+        if is_of_tokens and grid_of(shape[1], output[2:]) in maps():
             return ""
         return "its value does not have the axes of space that the goodness of a pixel needs"
 
@@ -112,18 +116,24 @@ class Segmentation(Positions):
         return F.interpolate(scores, size=size, mode=INTERPOLATION[self.space], align_corners=False)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        if self.space == 2:
-            scores = on_grid(scores, y.shape[1:])
-        _require_upright(scores, y)
+        scores = self._on_map(scores, y)
         size = tuple(scores.shape[2:])
         labels = majority_labels(y, size, scores.shape[1], self.ignore_index)
         return super().loss(scores, labels)
 
+    def _on_map(self, scores: Tensor, y: Tensor) -> Tensor:
+        """Return scores of a map, (B, J, ...), which the labels fit."""
+        if self.space == 2:
+            scores = on_grid(scores, y.shape[1:])
+        _require_fitting(scores, y)
+        return scores
+
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
+        scores = self._on_map(scores, y)
         return super().log_likelihoods(self._resized(scores, y.shape[1:]), y)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
-        _require_upright(scores, y)
+        scores = self._on_map(scores, y)
         # At full size, so that blocks of different resolutions can be compared.
         scores = self._resized(scores, y.shape[1:])
         num_classes = scores.shape[1]
@@ -143,21 +153,33 @@ class Segmentation(Positions):
         return tuple(_iou(sums["confusion"]).tolist())
 
 
-def _require_upright(scores: Tensor, y: Tensor) -> None:
-    """Raise an InputError if labels fit some scores with height and width exchanged, and only so.
+def _require_fitting(scores: Tensor, y: Tensor) -> None:
+    """Raise an InputError if labels are off by a pixel along one axis, or turned.
 
-    Other sizes are brought to those of the scores, and these would be as well.
+    Other sizes are brought to those of the scores, and these would be as well. They are turned if
+    they fit with height and width exchanged, and only so.
     """
     if y.ndim < 3:
         return
-    *_, height, width = scores.shape
-    *_, rows, columns = y.shape
+    size, size_of_labels = scores.shape[2:], y.shape[1:]
+    differences = [abs(a - b) for a, b in zip(size, size_of_labels, strict=True) if a != b]
+    if differences == [1]:
+        raise InputError(
+            f"y has {_in_words(size_of_labels)} pixels, but the scores {_in_words(size)}. "
+            "Hint: labels of the size of the image"
+        )
+    *_, height, width = size
+    *_, rows, columns = size_of_labels
     fits_turned = rows % width == 0 and columns % height == 0 and rows // width == columns // height
     if fits_turned and height != width:
         raise InputError(
-            f"y has {rows} x {columns} pixels, but the scores {height} x {width}. "
+            f"y has {_in_words(size_of_labels)} pixels, but the scores {_in_words(size)}. "
             "Hint: the height comes first, y.mT"
         )
+
+
+def _in_words(size: Shape) -> str:
+    return " x ".join(map(str, size))
 
 
 def _iou(confusion: Tensor) -> Tensor:

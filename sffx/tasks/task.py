@@ -10,7 +10,7 @@ resolution, and `aligned` brings them to the model's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -85,7 +85,11 @@ class Task:
         return tuple(shape) == tuple(output)
 
     def why_not_scored(
-        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+        self,
+        shape: Shape,
+        channel_axis: int,
+        output: Shape,
+        maps: Callable[[], Collection[Shape]] = tuple,
     ) -> str:
         """Return why a head cannot score a value, "" where it can.
 
@@ -93,7 +97,7 @@ class Task:
             shape: of the value, (B, ...).
             channel_axis: of the value.
             output: shape of the model's output.
-            maps: sizes of space of the model's values that have the axes of the output.
+            maps: returns the sizes of the maps that the positions of the value are pixels of.
         """
         return ""
 

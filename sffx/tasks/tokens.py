@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import exp
 from typing import Any, ClassVar
@@ -46,7 +46,11 @@ class TokenClassification(Positions):
         return len(shape) == 3 and num_outputs in (None, shape[2])
 
     def why_not_scored(
-        self, shape: Shape, channel_axis: int, output: Shape, maps: Collection[Shape] = ()
+        self,
+        shape: Shape,
+        channel_axis: int,
+        output: Shape,
+        maps: Callable[[], Collection[Shape]] = tuple,
     ) -> str:
         tokens = 3 - channel_axis  # the axis that is neither batch nor channels
         if len(shape) == 3 and shape[tokens] == output[1]:

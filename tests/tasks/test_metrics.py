@@ -130,6 +130,17 @@ def test_a_pixel_covers_those_of_an_adaptive_pool(seed, sides, ignored, small):
         assert torch.equal(majority_labels(y, new, 4, ignored), expected)
 
 
+@pytest.mark.parametrize("size", [(8, 7), (9, 8), (7, 8)])
+def test_labels_off_by_a_pixel_along_one_axis_are_refused(size):
+    task = tasks.Segmentation()
+    y = torch.randint(0, 3, (2, *size))
+    for refuses in (task.loss, task.sums, task.log_likelihoods):
+        with pytest.raises(sffx.InputError, match=r"but the scores 8 x 8.*size of the image"):
+            refuses(torch.randn(2, 3, 8, 8), y)
+    # Half the size, rounded up.
+    assert task.loss(torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 8, 7))) > 0
+
+
 @pytest.mark.parametrize("scale", [1, 2])
 def test_labels_with_height_and_width_exchanged_are_refused(scale):
     task = tasks.Segmentation()

@@ -387,6 +387,35 @@ def test_no_cut_lies_where_a_pixel_has_no_place():
         sffx.plan(Patches(9), ["tokens_0"], x, task=tasks.Segmentation())
 
 
+class Queries(nn.Module):
+    """As many learned queries as a map has pixels, which attend to it."""
+
+    def __init__(self, *, are_pixels: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 4, stride=4)
+        self.queries = nn.Parameter(torch.randn(1, 16, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.places = nn.Parameter(torch.randn(8, 4, 4))
+        self.last = nn.Conv2d(16, 3, 1)
+        self.are_pixels = are_pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        tokens = x.flatten(2).transpose(1, 2)
+        queries = tokens if self.are_pixels else self.queries.expand(x.shape[0], 16, 8)
+        found = queries + self.attention(queries, tokens, tokens)[0]
+        found = self.layers(found)
+        return self.last(torch.einsum("bqc,chw->bqhw", found, self.places))
+
+
+@pytest.mark.parametrize("are_pixels", [True, False])
+def test_queries_are_no_pixels_where_a_map_has_as_many(are_pixels):
+    x = torch.randn(2, 3, 16, 16)
+    plan = sffx.plan(Queries(are_pixels=are_pixels), "layer", x, task=tasks.Segmentation())
+    assert ((16, 8) in {block.shape for block in plan}) == are_pixels
+
+
 class Shortened(nn.Module):
     """Drops the first token, such as that of a class, before the end."""
 

@@ -6,8 +6,8 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
 1. The *parts* of a step are the modules that its module calls one after the other. A part that
    holds more than a third of the model is divided into its own parts. So is a part whose module
    goes on behind the step, as the decoder of a U-Net, unless it is a unit: behind the step it is
-   divided anyway. Single layers between larger parts belong to the next one, and those at the start
-   of the model are its stem.
+   divided anyway. A single layer before a larger part belongs to that one, and those at the start
+   of the model are its stem. Behind the last larger part, each single layer is a part.
 2. A cut set may lie after each part with a weight. Of the places before the next part, the one is
    chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
@@ -199,9 +199,10 @@ def _parts(
         inside = _parts(analysis, only.nodes, only.scope, sizes, later)
         if len(inside) > 1 and all(sizes.layers(part.nodes) > 1 for part in inside):
             return inside
-    most_layers = max((sizes.layers(part.nodes) for part in found.values()), default=0)
-    fewest_layers = min(most_layers, 2)
-    parts = []
+    parts: list[_Part] = []
+    # The parts with several layers, and where the last of them ends in the list.
+    larger: list[_Part] = []
+    behind = 0
     for part in found.values():
         divided: list[_Part] = []
         is_large = sizes.is_too_large(part.nodes, part.scope)
@@ -209,12 +210,15 @@ def _parts(
         goes_on = part.scope in later and not is_unit
         if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
             divided = _parts(analysis, part.nodes, part.scope, sizes, later)
-        if len(divided) > 1:
-            parts += divided
-        # A single layer between larger parts goes with the next one.
-        elif sizes.layers(part.nodes) >= max(fewest_layers, 1):
-            parts.append(part)
-    return parts
+        layers = sizes.layers(part.nodes)
+        if len(divided) < 2:
+            divided = [part] if layers else []
+        parts += divided
+        if layers > 1:
+            larger += divided
+            behind = len(parts)
+    # A single layer before a larger part goes with that one.
+    return larger + parts[behind:]
 
 
 def _inner_scope(node: Node, scope: str) -> str:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -21,6 +22,7 @@ from tests.stream_models import (
     Spiking,
     TwoStreams,
     UNet,
+    twice,
 )
 from tests.toys import Residual
 from tools.tasks.networks import UNet as Interpolated
@@ -282,6 +284,34 @@ class _Parallel(nn.Module):
 
 def test_modules_of_a_list_have_names_of_their_own():
     assert names(sffx.plan(_Parallel(), example_input=IMAGE)) == [f"rows.{i}" for i in range(4)]
+
+
+class _Pyramid(nn.Module):
+    """A decoder as in UPerNet: one row of layers, then single ones that hold most of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.lateral = nn.Conv2d(4, 8, 1)
+        self.row = twice(4, 4)
+        self.mix, self.smooth, self.fuse = (
+            nn.Conv2d(width, 8, 3, padding=1) for width in (8, 8, 16)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.relu(self.low(x))
+        high = F.relu(self.high(low))
+        lateral = self.lateral(low)
+        top = F.relu(self.mix(torch.cat([high, self.row(high)], 1)))
+        smooth = F.relu(self.smooth(lateral + top))
+        fused = F.relu(self.fuse(torch.cat([smooth, top], 1)))
+        return self.head(fused.mean((2, 3)))
+
+
+def test_single_layers_behind_the_last_row_of_layers_are_blocks():
+    plan = sffx.plan(_Pyramid(), example_input=IMAGE)
+    assert names(plan)[-3:] == ["mix", "smooth", "fuse"]
 
 
 class _Gated(nn.Module):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # In the names of the children of a detector or the like that see the input first.
 _BACKBONE_WORDS = ("backbone", "encoder", "features", "body")
 
-# The frames of sffx itself and of Python's own files say nothing about the model.
+# Frames in the files of sffx and of Python say nothing about the model.
 _PACKAGE = str(Path(__file__).parent) + os.sep
 _OF_PYTHON = str(Path(os.__file__).parent) + os.sep
 
@@ -76,11 +76,18 @@ def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
     for frame in traceback.extract_tb(failure.__traceback__):
-        is_foreign = frame.filename.startswith((_PACKAGE, _OF_PYTHON))
-        if "/torch/" in frame.filename or (is_foreign and "site-packages" not in frame.filename):
+        if _is_foreign(frame.filename):
             continue
         place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place
+
+
+def _is_foreign(filename: str) -> bool:
+    """Return whether a file is torch's, Python's or sffx's own, and so not the model's."""
+    if "/torch/" in filename or filename.startswith(_PACKAGE):
+        return True
+    # Packages may be installed inside the folder of Python's own files.
+    return filename.startswith(_OF_PYTHON) and "site-packages" not in filename
 
 
 def in_brief(names: Sequence[str], most: int) -> str:

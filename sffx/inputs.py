@@ -104,8 +104,8 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
     """Return the input that marks the real tokens of the model's output; None if there is none.
 
-    It is (B, T), zero at padding. Where an encoder and a decoder have one each, it is that of the
-    decoder. A mask of another length than the output, in the example that was traced, is none.
+    It is (B, T), zero at padding. Where an encoder and a decoder have a mask each, it is that of
+    the decoder. A mask does not count if its length in the traced example is not the output's.
 
     Args:
         plan: of the cut model.

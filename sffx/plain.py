@@ -17,8 +17,8 @@ def logits_of(output: Any, task: Task, num_outputs: int | None = None) -> Any:
     """Return the logits in what a plain model returned, or all of it where there are none.
 
     What is called "logits" comes first, then what is called "out" and has axes of space, then the
-    first float tensor of a shape that the task has. Probabilities do not count where what they are
-    made of is returned as well.
+    first float tensor of a shape that the task has. Probabilities do not count where the scores
+    that they are made of are returned as well.
 
     Args:
         output: what the model returned.
@@ -73,8 +73,10 @@ def _axes(value: Any) -> int:
 
 
 def _are_probabilities(value: Tensor, logits: Tensor) -> bool:
-    """Return whether a value is what a softmax or a sigmoid makes of other values."""
+    """Return whether a value is what a softmax or a sigmoid makes of some logits."""
     if value.ndim < 2 or value.shape != logits.shape or value.dtype != logits.dtype:
         return False
-    made = (logits.softmax(1), logits.log_softmax(1), logits.sigmoid())
+    made = [logits.sigmoid()]
+    for axis in {1, value.ndim - 1}:  # of classes; those of tokens, (B, T, J), are last
+        made += [logits.softmax(axis), logits.log_softmax(axis)]
     return any(torch.allclose(value, each) for each in made)

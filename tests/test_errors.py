@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sffx
+from sffx import errors
 from sffx.errors import MissingExtra, SffxError, backbone_hint, in_brief, location
 
 KINDS = ("InputError", "TraceError", "CutError", "VerifyError", "ExportError", "MissingExtra")
@@ -59,6 +62,20 @@ def test_the_location_is_the_innermost_line_of_the_models_own_code() -> None:
     line = int(place.split(":")[-1].split(",")[0])
     with open(__file__) as file:
         assert "# the line that fails" in file.readlines()[line - 1]
+
+
+def test_sffx_itself_is_not_the_place_of_an_error_wherever_it_is_installed(monkeypatch) -> None:
+    failure = failure_of(Failing(), torch.zeros(2, 2))
+    packages = "/usr/lib/python3/site-packages/"
+    monkeypatch.setattr(errors, "_PACKAGE", f"{packages}sffx/")
+    monkeypatch.setattr(errors, "_OF_PYTHON", "/usr/lib/python3/")
+    frames = [
+        traceback.FrameSummary(f"{packages}timm/vit.py", 3, "forward"),
+        traceback.FrameSummary(f"{packages}sffx/compiler/calls.py", 5, "call"),
+        traceback.FrameSummary("/usr/lib/python3/functools.py", 7, "wrapper"),
+    ]
+    monkeypatch.setattr(traceback, "extract_tb", lambda _: frames)
+    assert location(failure) == f"{packages}timm/vit.py:3, in forward"
 
 
 def test_an_error_without_a_line_of_the_models_code_is_in_torch() -> None:

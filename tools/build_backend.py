@@ -1,7 +1,7 @@
-"""Build the package by setuptools. Its page shows the README without links into the repository.
+"""Build the package by setuptools. The package page is the README without relative links.
 
-Such links are relative, and lead nowhere from the page of a package. pyproject.toml says everything
-else about the package.
+A relative link leads into the repository, and nowhere from the page of a package. Everything else
+about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LINK = re.compile(rf"\[([^\]]*)\]{INTO_REPOSITORY}")
 
 
 def package_page(readme: str) -> str:
-    """Return a README with the text of its relative links in their place, and no such pictures."""
+    """Return a README whose relative links are plain text, and whose relative pictures are gone."""
     return LINK.sub(r"\1", PICTURE.sub("", readme))
 
 
 def _with_page(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook of a build that writes the page before."""
+    """Return a hook of a build that first writes the page."""
 
     @functools.wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ build_wheel = _with_page(build_meta.build_wheel)
 
 
 class _SdistWithBackend(sdist):
-    """A source distribution is built by this file as well."""
+    """Puts this file into a source distribution, which needs it to be built."""
 
     def add_defaults(self) -> None:
         super().add_defaults()
@@ -60,7 +60,7 @@ class _SdistWithBackend(sdist):
 
 
 def _add_backend_to_sdists() -> None:
-    # setuptools finds the class of a command in its module.
+    # setuptools looks the class of a command up in its module.
     import setuptools.command.sdist as module
 
     module.sdist = _SdistWithBackend

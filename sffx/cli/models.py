@@ -16,12 +16,13 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from sffx.cli.sources import SOURCES
+from sffx.compiler.trace.code_names import names_in
 from sffx.errors import InputError
 
 
@@ -121,16 +122,7 @@ def _names_used(thing: Any) -> set[str]:
     for function in functions:
         code = getattr(function, "__code__", None)
         if code is not None:
-            names.update(_names_in(code))
-    return names
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Return the names in compiled code and in the functions inside it."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names_in(constant)
+            names.update(names_in(code))
     return names
 
 

@@ -1,7 +1,7 @@
-"""Tensors of a model that share memory without being one: views, and weights tied by `.data`.
+"""Different tensors of a model that share memory: views, and weights tied by `.data`.
 
-`copy.deepcopy` gives each parameter memory of its own, so that a copy parts what shares it. Buffers
-stay together.
+`copy.deepcopy` gives each parameter memory of its own, so in a copy it is shared no longer. Buffers
+go on to share theirs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.tensors import storage_key
 
-# Where a tensor lies in memory: the key of a storage, its first number and the one behind its last.
+# Where a tensor lies in memory: the key of its storage, and the numbers there, from start to stop.
 _Range = tuple[int, int, int]
 
 
 def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
-    """Yield what to say of the parameters that share memory with something else."""
+    """Yield the notes on parameters that share memory, which they do not in a copy."""
     ranges: list[tuple[str, _Range]] = []
     for name, parameter in model.named_parameters():
         own = _range(parameter)
@@ -48,7 +48,8 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
 def views_in_attributes(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in plain attributes that share memory with a parameter or a buffer.
 
-    They are found by the qualname of the attribute.
+    Returns:
+        The tensors, by the qualname of the attribute.
     """
     registered = [*model.parameters(), *model.buffers()]
     keys = {own[0] for own in map(_range, registered) if own is not None}
@@ -62,9 +63,10 @@ def views_in_attributes(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that are neither parameters nor buffers.
+    """Yield the tensors in plain attributes, each with the attribute's qualname.
 
-    A module with hooks before its forward may compute them anew in each call, as a spectral norm.
+    Modules with hooks before their forward are passed over: a hook may compute the attribute anew
+    in each call, as that of a spectral norm does.
     """
     for qualname, module in model.named_modules():
         for name, value in vars(module).items():
@@ -76,7 +78,7 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _range(tensor: Tensor) -> _Range | None:
-    """Return where a tensor lies in memory, None where it has no memory of that kind."""
+    """Return where a tensor lies in memory, None where it is empty or not laid out by strides."""
     is_plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
     if not is_plain or tensor.layout is not torch.strided or not tensor.numel():
         return None
@@ -86,7 +88,7 @@ def _range(tensor: Tensor) -> _Range | None:
 
 
 def _repeats(tensor: Tensor) -> bool:
-    """Return whether a tensor holds one number of memory several times, as an expanded one."""
+    """Return whether several elements of a tensor are one number in memory, as after `expand`."""
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return any(size > 1 and step == 0 for size, step in pairs)
 

@@ -135,8 +135,8 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     2. A repetition puts whole batches behind each other, or the rows of each sample.
     3. So does a concatenation of batches.
     4. Whatever else leaves the number of rows leaves their order.
-    5. A sum of the messages between the nodes of graphs is written to rows by their numbers. The
-       rows are those of the nodes, as in the values before that have as many.
+    5. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
+       have the order of earlier values with as many rows.
     """
     sources = list(_sources(node))
     if is_reshape(node, root) and sources:
@@ -148,14 +148,14 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         return rows if _all_plain(sources, axis) else None
     if _name(node) == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
-    # So does a concatenation.
+    # A concatenation along another axis does as well.
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
     if _name(node) in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
     if any(_is_index(value) for value, _ in sources):
-        # Numbers of rows may come from anywhere.
+        # The index itself may have any order.
         found = found - {None} or _slower_of_earlier_rows(node, rows)
     return found.pop() if len(found) == 1 else None
 
@@ -165,7 +165,7 @@ def _is_index(value: Tensor) -> bool:
 
 
 def _slower_of_earlier_rows(node: fx.Node, rows: int) -> set[int | None]:
-    """Return each known `BatchAxis.slower` of the values before a node that have so many rows."""
+    """Return each known `BatchAxis.slower` of the values before a node with a number of rows."""
     found: set[int | None] = set()
     for earlier in node.graph.nodes:
         if earlier is node:
@@ -215,9 +215,10 @@ def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
 
 
 def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
-    """Return whether a node repeats one row for all samples, so that their order is any order.
+    """Return whether all rows of a node's value are equal, so that it has any order.
 
-    A class token is such a row, and so are zeros to which messages are added.
+    A class token that is repeated for all samples is of this kind. So are zeros, to which the
+    messages of a graph network are added.
     """
     if batch.slower is None and _name(node) in _CONSTANTS:
         return True

@@ -93,11 +93,15 @@ def _axis_from_above(node: Node, root: nn.Module, axes: dict[str, int]) -> int |
 
 
 def _of_fixed_size(node: Node, axis: int | None) -> int | None:
-    """Return an axis as it is, or the only one in its place that can hold channels.
+    """Return the axis of channels, given what the layers say, among axes of a fixed size.
 
     Args:
         node: computes a tensor, or a tuple with one.
-        axis: of its channels, as far as layers tell.
+        axis: of its channels, as the layers say.
+
+    Returns:
+        This axis if its size is fixed. Else the only axis with a fixed size, None where there are
+        several or none.
     """
     value, resized = _first_tensor(facts(node).example), _first_tensor(facts(node).resized)
     if axis is None or value is None or resized is None or value.ndim != resized.ndim:
@@ -178,7 +182,7 @@ def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
 
 
 def _axis_of_weightless(node: Node, value: Tensor, root: nn.Module) -> int | None:
-    """Return the axis that the channels of a layer without weights have as a rule."""
+    """Return the axis of channels of a layer without weights, as torch documents it."""
     if node.op != "call_module":
         return None
     module = root.get_submodule(str(node.target))
@@ -186,7 +190,7 @@ def _axis_of_weightless(node: Node, value: Tensor, root: nn.Module) -> int | Non
 
 
 def _is_weightless(module: nn.Module) -> bool:
-    """Return whether a layer is of no fixed number of channels, as a pool."""
+    """Return whether a layer takes any number of channels, as a pool does."""
     return not any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers()))
 
 

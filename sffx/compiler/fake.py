@@ -58,7 +58,8 @@ def fake_copy_but_constants(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its parameters and buffers only.
 
     Tensors that are plain attributes are really copied: what a forward computes from these alone is
-    a constant of the graph, and must have values. But views of parameters or buffers are none.
+    a constant of the graph, and must have values. Views of parameters or buffers are no constants,
+    and are fake as well.
     """
     copied: dict[int, Any] = dict(fake_tensors(module, mode))
     views = views_in_attributes(module).values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,14 +61,18 @@ def partition(
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
     classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
-    notes = [*trace.notes, *cuts.notes, *_shared_notes(analysis)]
-    notes += _order_notes(analysis, members)
-    notes += _padding_notes(analysis, blocks)
-    notes += _instance_notes(blocks, trace.task)
-    notes += _sequence_notes(analysis, blocks)
     last = trace.root.get_submodule(classifier.modules[-1]) if classifier.modules else None
-    notes += notes_on_vocabulary(blocks, width, options, trace.task, last)
-    notes += options.objective.notes()
+    notes = (
+        *trace.notes,
+        *cuts.notes,
+        *_shared_notes(analysis),
+        *_order_notes(analysis, members),
+        *_padding_notes(analysis, blocks),
+        *_instance_notes(blocks, trace.task),
+        *_sequence_notes(analysis, blocks),
+        *notes_on_vocabulary(blocks, width, options, trace.task, last),
+        *options.objective.notes(),
+    )
     return BlockPlan(
         model=type(trace.root).__name__,
         policy=policy,
@@ -78,7 +82,7 @@ def partition(
         inputs=trace.inputs,
         arguments=trace.arguments,
         leaves=trace.leaves,
-        notes=tuple(notes),
+        notes=notes,
         options=options,
         task=trace.task,
     )
@@ -298,7 +302,7 @@ def _order_notes(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
 
 
 def _padding_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
-    """Return notes on the feature blocks whose goodness and norm leave padding out, and others."""
+    """Return notes on the feature blocks that leave padding out, and on those that do not."""
     names = ", ".join(str(node.target) for node in analysis.masks.nodes)
     masked = []
     others = []
@@ -328,34 +332,41 @@ def _has_other_tokens(output: Output) -> bool:
 def _sequence_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
     """Return notes on feature blocks that may be scored by the targets of another sequence.
 
-    In the example the two sequences have the same length, so their tokens cannot be told apart.
+    Such a block does not depend on the tokens that the output depends on. Two sequences of the same
+    length cannot be told apart otherwise.
     """
-    trace = analysis.trace
-    if trace.task.form != "token":
+    if analysis.trace.task.form != "token":
         return []
-    tokens = facts(analysis.nodes[analysis.logits]).example.shape[1:2]
-    behind = nx.ancestors(analysis.flow.graph, analysis.logits)
     notes = []
-    for node, read in zip(analysis.nodes.values(), trace.inputs, strict=False):
-        if read.is_float or read.marks_tokens or read.shape != tokens or node.name not in behind:
-            continue
+    for name, tokens in _token_inputs(analysis):
         apart = []
         for block in blocks[1:]:
-            if node.name not in nx.ancestors(analysis.flow.graph, block.output):
+            if tokens.name not in nx.ancestors(analysis.flow.graph, block.output):
                 apart.append(block.target)
         if apart:
             notes.append(
-                f"{in_brief(apart, 3)} do not depend on {read.name}, but are scored by the same "
+                f"{in_brief(apart, 3)} do not depend on {name}, but are scored by the same "
                 "targets. Hint: if these are two sequences, an example_input with two lengths "
                 "keeps cuts out of the one without targets"
             )
     return notes
 
 
-def _instance_notes(blocks: list[Block], task: Task) -> list[str]:
-    """Return a note on the feature blocks that read single instances of a sample.
+def _token_inputs(analysis: Analysis) -> Iterator[tuple[str, fx.Node]]:
+    """Yield the inputs with as many tokens as the output, which depends on them."""
+    tokens = facts(analysis.nodes[analysis.logits]).example.shape[1:2]
+    used = nx.ancestors(analysis.flow.graph, analysis.logits)
+    # The nodes of the inputs come first.
+    for node, record in zip(analysis.nodes.values(), analysis.trace.inputs, strict=False):
+        are_tokens = not record.is_float and not record.marks_tokens and record.shape == tokens
+        if are_tokens and node.name in used:
+            yield record.name, node
 
-    Where positions are scored, instances are positions as well.
+
+def _instance_notes(blocks: list[Block], task: Task) -> list[str]:
+    """Return a note on the feature blocks that read the instances of a sample one by one.
+
+    A task of positions needs none: there each instance is scored.
     """
     if task.per_position:
         return []

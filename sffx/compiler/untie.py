@@ -20,8 +20,8 @@ def untied(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a model whose linear layers share no weight with an embedding.
 
     Returns:
-        The model itself where they share none, else a copy; and a note for each layer. There are
-        notes on other tensors that share memory as well, which each copy parts.
+        The model itself where they share none, else a copy; and the notes: on each such layer, and
+        on other tensors that share memory, which they do not in a copy.
     """
     # The trace says so as well, but it comes later.
     require_plain(model)

@@ -1,8 +1,8 @@
 """Count the batches of all batch norms of a step by one operation.
 
-torch's batch norms add 1 to `num_batches_tracked` in their forward pass, an operation each. On a
-GPU every one of them is a launch. With a momentum of their own, norms do not read that number. So
-it is enough to have counted when the step is over.
+torch's batch norms add 1 to `num_batches_tracked` in their forward pass. Each addition is an
+operation, and a kernel launch on a GPU. A norm with a momentum does not read the number. So it is
+enough to add the batches when the step is over.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Count:
 
 
 class _Step:
-    """The batches that the norms of a step have counted, but not yet added."""
+    """The batches that norms have counted in a step, and that are still to be added."""
 
     def __init__(self) -> None:
         self._counts: list[tuple[nn.Module, _Count]] = []
@@ -43,7 +43,7 @@ class _Step:
         self._counts.append((norm, count))
 
     def add(self) -> None:
-        """Add what was counted to the norms' own numbers."""
+        """Add the counts to the norms' own numbers, by one operation."""
         sums: dict[Tensor, int] = {}
         for norm, count in self._counts:
             # Two norms may share their number, and one operation may write it only once.
@@ -58,13 +58,13 @@ _STEP: ContextVar[_Step | None] = ContextVar("batches of a step", default=None)
 
 
 @contextmanager
-def counted_by_step(wanted: bool) -> Iterator[None]:
-    """Let norms in `counted_for_step` count at the end of the context, by one operation.
+def counts_added_at_end(wanted: bool) -> Iterator[None]:
+    """Add the counts that `counts_postponed` keeps back at the end of the context, a step.
 
     If the step fails, the norms that ran have counted, as with torch.
 
     Args:
-        wanted: False if somebody may look at the norms before the end.
+        wanted: False leaves counting to torch, where somebody may look at the norms before the end.
     """
     if not wanted:
         yield
@@ -78,18 +78,18 @@ def counted_by_step(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def counted_for_step(find_norms: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
-    """Let norms whose forward runs inside count for the step, if there is one.
+def counts_postponed(find_norms: Callable[[], Iterable[nn.Module]]) -> Iterator[None]:
+    """Postpone the counts of norms that run in the context, within `counts_added_at_end`.
 
     Args:
-        find_norms: returns modules. Those that need their number in the forward pass count
-            themselves.
+        find_norms: returns modules. Those that read their number in the forward pass, and those
+            that are no batch norms, are passed over.
     """
     step = _STEP.get()
     if step is None or torch.compiler.is_compiling():
         yield
         return
-    # A module may have two names.
+    # `find_norms` may return a module twice.
     norms = dict.fromkeys(norm for norm in find_norms() if _can_wait(norm))
     for norm in norms:
         count = _Count()
@@ -104,7 +104,7 @@ def counted_for_step(find_norms: Callable[[], Iterable[nn.Module]]) -> Iterator[
 
 
 def _can_wait(norm: Any) -> bool:
-    """Return whether a forward adds 1 to the norm's number, and nobody reads the number."""
+    """Return whether a forward would add 1 to the norm's number, and would not read it."""
     return (
         type(norm) in BATCH_NORMS
         and norm.training

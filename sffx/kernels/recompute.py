@@ -109,7 +109,7 @@ def is_plain(module: Any) -> bool:
 def all_plain(modules: Iterable[Any]) -> bool:
     """Return whether a call of each module is its class's forward and nothing else."""
     if torch.nn.modules.module._has_any_global_hook():
-        return not any(True for _ in modules)
+        return not list(modules)
     for module in modules:
         has_hooks = (
             module._forward_hooks

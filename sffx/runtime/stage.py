@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from sffx.blocks import Block, BlockPlan, Value
 from sffx.kernels.activation import private_gradients
-from sffx.kernels.batch_counts import counted_for_step
+from sffx.kernels.batch_counts import counts_postponed
 from sffx.kernels.chain import BATCH_NORMS
 from sffx.kernels.recompute import all_plain, is_plain
 from sffx.net import plan_of
@@ -147,29 +147,27 @@ class Stage:
         with (
             private_gradients(not has_hooks),
             numbers_of_block(self.index),
-            counted_for_step(self._norms_that_wait),
+            counts_postponed(self._norms_without_hooks),
         ):
             for node in self._scoring:
                 self._run(node, values)
         # The caller alone holds the scores now, and with them the activations of the stage.
         return values.pop(self._scoring[-1])
 
-    def _norms_that_wait(self) -> list[nn.Module]:
-        """Return the batch norms of the block that may count their batch after the block."""
+    def _norms_without_hooks(self) -> list[nn.Module]:
+        """Return the batch norms of the block; none where a hook on it may read their numbers."""
         block = self.block
-        # A hook may look at their numbers.
         return self._own_norms.of(block) if is_plain(block) else []
 
     @property
     def scores_are_seen(self) -> bool:
-        """Whether a hook may hold what the block or its head returns, so what scores are."""
+        """Whether a hook may keep what the block or its head returns, and so the scores."""
         if nn.modules.module._global_forward_hooks:
             return True
         for part in self.modules:
             for module in modules_in(part):
-                if any(
-                    not isinstance(hook, KeepsNothing) for hook in module._forward_hooks.values()
-                ):
+                hooks = module._forward_hooks.values()
+                if not all(isinstance(hook, KeepsNothing) for hook in hooks):
                     return True
         return False
 
@@ -277,7 +275,7 @@ class _Memo:
 
 
 class _OwnNorms:
-    """Finds the batch norms that a block's own graph calls, not those inside its layers."""
+    """Finds the batch norms that the graph of a block calls itself. Those inside layers are out."""
 
     def __init__(self) -> None:
         self._code: str | None = None
@@ -288,7 +286,7 @@ class _OwnNorms:
         if not isinstance(block, fx.GraphModule):
             return []
         if self._code is not block.code:
-            # Looked up once for a graph. The modules of these names may still be replaced.
+            # The names are looked up once for a graph. Their modules may be replaced later.
             self._paths = [name.split(".") for name in _names_of_norms(block)]
             self._code = block.code
         return [_module_at(block, path) for path in self._paths]
@@ -302,9 +300,10 @@ def _module_at(module: Any, path: list[str]) -> nn.Module:
 
 
 def _names_of_norms(block: fx.GraphModule) -> list[str]:
+    """Return the qualnames of the batch norms in a graph; none if it reads what they count."""
     names: dict[str, None] = {}
     for node in block.graph.nodes:
-        # `recomputed` gets its norm as an attribute.
+        # The kernel `recomputed` is passed its norm, by a node "get_attr".
         if node.op not in ("call_module", "get_attr"):
             continue
         target = str(node.target)

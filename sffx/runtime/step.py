@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
-from sffx.kernels.batch_counts import counted_by_step
+from sffx.kernels.batch_counts import counts_added_at_end
 from sffx.learning.losses import LossFunctions, loss_functions, total
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
@@ -175,7 +175,7 @@ def local_step(
     with (
         residency.learning(stages, "step"),
         residency.training_step(distinct),
-        counted_by_step(_counts_wait(residency, on_block)),
+        counts_added_at_end(_counts_wait(residency, on_block)),
     ):
         updates = {each: Updates(each) for each in distinct}
         net.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ def _collect(
     on_their_way: list[tuple[Learned, Collected]] = []
     with (
         residency.learning(learning_stages(net, blocks), "loss"),
-        counted_by_step(_counts_wait(residency, on_block)),
+        counts_added_at_end(_counts_wait(residency, on_block)),
     ):
         for learned in learn(
             net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=True

@@ -1,4 +1,4 @@
-"""Scores of a grid of tokens as scores of a map, where pixels are predicted."""
+"""Scores of tokens that make a grid, as scores of a map of pixels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sffx.errors import InputError
 
-# Tokens of a class, of a distillation and registers, before those of the image.
+# Tokens before those of the image: of a class, of a distillation, registers.
 _MOST_EXTRA = 8
 
 
 def grid_of(tokens: int, size: Sequence[int]) -> tuple[int, int] | None:
-    """Return the height and width of a grid of tokens; None where they make none.
+    """Return the height and width of the grid that tokens make; None where they make none.
 
-    The grid has the proportions of the image. Up to 8 tokens before it are no part of it.
+    The grid has the proportions of the image. Up to 8 tokens may come before it.
 
     Args:
         tokens: their number.
@@ -46,7 +46,7 @@ def on_grid(scores: Tensor, size: Sequence[int]) -> Tensor:
     Raises:
         InputError: the tokens make no grid of these proportions.
     """
-    # An exporter traces this with proxies. They stand for a call of this function.
+    # An exporter traces this with proxies, and records a call of this function.
     if has_torch_function((scores,)):
         on_map: Tensor = handle_torch_function(on_grid, (scores,), scores, size)
         return on_map
@@ -57,7 +57,7 @@ def on_grid(scores: Tensor, size: Sequence[int]) -> Tensor:
     if grid is None:
         raise InputError(
             f"{tokens} tokens make no grid with the proportions {size[0]} : {size[1]} of the "
-            "labels. Hint: labels of the size of the image"
+            "labels. Hint: pass labels of the size of the image"
         )
     cells = grid[0] * grid[1]
     return scores[:, :, tokens - cells :].unflatten(2, grid)

@@ -74,9 +74,12 @@ class Segmentation(Positions):
 
     def fits(self, shape: Shape, output: Shape) -> bool:
         # A block has a resolution of its own, and may score the tokens of a grid.
-        is_of_tokens = self.space == 2 and len(shape) == 3
-        has_axes = is_of_tokens or len(shape) == len(output)
+        has_axes = len(shape) == len(output) or self._is_of_tokens(shape)
         return has_axes and tuple(shape[:2]) == tuple(output[:2])
+
+    def _is_of_tokens(self, shape: Shape) -> bool:
+        """Return whether values of a shape are tokens, where the output is of images."""
+        return self.space == 2 and len(shape) == 3
 
     def why_not_scored(
         self,
@@ -87,8 +90,8 @@ class Segmentation(Positions):
     ) -> str:
         if len(shape) == len(output):
             return ""
-        is_of_tokens = self.space == 2 and len(shape) == 3 and channel_axis == 2
-        if is_of_tokens and grid_of(shape[1], output[2:]) in maps():
+        are_tokens = self._is_of_tokens(shape) and channel_axis == 2
+        if are_tokens and grid_of(shape[1], output[2:]) in maps():
             return ""
         return "its value does not have the axes of space that the goodness of a pixel needs"
 
@@ -156,10 +159,10 @@ class Segmentation(Positions):
 def _require_fitting(scores: Tensor, y: Tensor) -> None:
     """Raise an InputError if labels are off by a pixel along one axis, or turned.
 
-    Other sizes are brought to those of the scores, and these would be as well. They are turned if
-    they fit with height and width exchanged, and only so.
+    Turned labels fit the scores only with height and width exchanged. Without this, both would be
+    brought to the size of the scores, as any others are.
     """
-    if y.ndim < 3:
+    if y.ndim < 3:  # a signal has a length alone
         return
     size, size_of_labels = scores.shape[2:], y.shape[1:]
     differences = [abs(a - b) for a, b in zip(size, size_of_labels, strict=True) if a != b]

@@ -36,7 +36,7 @@ class Task:
         outputs: what J counts, in plural: "classes".
         shapes: the shape of the model's output, for messages.
         per_position: whether a position is scored, a token or a pixel, and not the sample.
-        probability_function: what makes probabilities of scores, "" where there are none.
+        probability_function: turns scores into probabilities, "" where there are none.
         norms_tokens: whether the norm between two blocks looks at each token by itself.
         has_confidence: whether a sample has a confidence, by which it can exit early.
         shares: the metrics that are shares, between 0 and 1.
@@ -213,7 +213,7 @@ def require_tensor(y: Any, hint: str) -> None:
     if not isinstance(y, Tensor):
         raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: {hint}")
     if y.layout != torch.strided:
-        raise InputError(f"y is a tensor of layout {y.layout}. Hint: a dense one, y.to_dense()")
+        raise InputError(f"y is a tensor of layout {y.layout}. Hint: pass y.to_dense()")
 
 
 def has_values(y: Tensor) -> bool:

@@ -287,9 +287,7 @@ class GatedLayer(nn.Module):
 
 @pytest.mark.parametrize("gates_value", [True, False])
 @pytest.mark.parametrize("depth", [2, 3])
-def test_a_product_of_two_layers_is_a_layer_and_one_with_a_gate_goes_with_its_value(
-    gates_value, depth
-):
+def test_layers_that_end_in_a_product_are_blocks_of_their_own(gates_value, depth):
     layers = [GatedLayer(gates_value) for _ in range(depth)]
     x = torch.randn(3, 5, 6)
     head = nn.Sequential(nn.Flatten(), nn.Linear(30, 4))

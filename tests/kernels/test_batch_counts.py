@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sffx
-from sffx.kernels.batch_counts import counted_by_step, counted_for_step
+from sffx.kernels.batch_counts import counts_added_at_end, counts_postponed
 
 
 class Normed(nn.Module):
@@ -41,7 +41,7 @@ class Normed(nn.Module):
 @contextmanager
 def together(norms: list[nn.Module]) -> Iterator[None]:
     """Let norms count at the end of the context."""
-    with counted_by_step(True), counted_for_step(lambda: norms):
+    with counts_added_at_end(True), counts_postponed(lambda: norms):
         yield
 
 

@@ -33,28 +33,24 @@ class Tokens(nn.Module):
 
 def images(*tail: nn.Module) -> nn.Module:
     """Two convolutions with BN, the first of which halves the resolution."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Conv2d(6, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        *tail,
-    )
+    return _convolutions(nn.Conv2d, nn.BatchNorm2d, *tail)
 
 
 def signals() -> nn.Module:
     """Two convolutions with BN along the time, the first of which halves the resolution."""
+    tail = (nn.Upsample(scale_factor=2), nn.Conv1d(6, 3, 1))
+    return _convolutions(nn.Conv1d, nn.BatchNorm1d, *tail)
+
+
+def _convolutions(conv: Any, norm: Any, *tail: nn.Module) -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(3, 6, 3, stride=2, padding=1),
-        nn.BatchNorm1d(6),
+        conv(3, 6, 3, stride=2, padding=1),
+        norm(6),
         nn.ReLU(),
-        nn.Conv1d(6, 6, 3, padding=1),
-        nn.BatchNorm1d(6),
+        conv(6, 6, 3, padding=1),
+        norm(6),
         nn.ReLU(),
-        nn.Upsample(scale_factor=2),
-        nn.Conv1d(6, 3, 1),
+        *tail,
     )
 
 

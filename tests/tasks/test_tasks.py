@@ -283,7 +283,7 @@ def test_a_task_that_does_not_go_with_the_output_is_refused():
         sffx.plan(model, "layer", task=tasks.LanguageModel())
 
 
-def test_an_output_with_other_axes_is_refused_with_a_way():
+def test_an_output_with_other_axes_is_refused_with_a_hint():
     x = torch.randn(3, 4)
     layers = [nn.Linear(4, 4), nn.ReLU()]
     squeezed = nn.Sequential(*layers, nn.Linear(4, 1), nn.Flatten(0))

@@ -111,10 +111,9 @@ def run_once(name: str, experiment: Experiment, method: str, seed: int, folders:
 
 
 def find_setting(name: str, experiment: Experiment, method: str, folders: Folders) -> Setting:
-    """Search for a method's setting.
+    """Return the setting of a method: a recipe, that of an earlier seed, or the result of a search.
 
-    The search is the experiment's own, or that of the experiment whose settings it takes. A recipe
-    of the authors is not searched for, nor is what another seed's record has.
+    The search is the experiment's own, or that of the experiment whose settings it takes.
     """
     recipe = experiment.recipe(method)
     if recipe is not None:
@@ -176,7 +175,7 @@ def require_same(record: Path, experiment: Experiment) -> None:
 
 
 def _config(experiment: Experiment, method: str) -> dict[str, Any]:
-    """Return what a method's record depends on, as JSON has it: not the other methods."""
+    """Return what the record of a method depends on, as JSON: all but the other methods."""
     config = asdict(experiment)
     del config["methods"]
     config["recipes"] = dict(config["recipes"]).get(method)

@@ -164,8 +164,8 @@ def _made(folder: Path) -> Iterator[str]:
     if versions:
         seeds = len({record["seed"] for record in records})
         yield ""
-        made = f"{versions['date']}, {versions['hardware']}, torch {versions['torch']}"
-        yield f"{newest['epochs']} epochs, {seeds} seeds. {made}."
+        place = f"{versions['hardware']}, torch {versions['torch']}"
+        yield f"{newest['epochs']} epochs, {seeds} seeds. {versions['date']}, {place}."
 
 
 def _bought(file: Path) -> Iterator[str]:

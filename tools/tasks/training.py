@@ -104,7 +104,7 @@ class Run:
             optimizer.step()
 
     def _judged(self, net: nn.Module, best: Any, epoch: int) -> dict[str, Any]:
-        """Return this epoch and its weights if it is better than the best one so far, else {}."""
+        """Return this epoch and its weights, {} if it is no better than the best one so far."""
         validation = self._metrics(net, self.data.validation)[self.experiment.metric]
         chosen = None
         value = self.experiment.worst if best is None else best["validation"]
@@ -114,7 +114,7 @@ class Run:
                 chosen, value = name, own
         if chosen is None and best is not None:
             return {}
-        # A first epoch that diverged is kept, so that there is one.
+        # The first epoch is kept even if it diverged, so that there is a best one.
         found = {"epoch": epoch + 1, "readout": chosen or "classifier", "validation": value}
         return {"best": found, "weights": copy.deepcopy(net.state_dict())}
 

@@ -40,6 +40,9 @@ ZOOS = {
     "torch-geometric": "torch_geometric",
 }
 
+# What `requests` needs as well, for a package that imports it.
+REQUESTS = ("requests", "urllib3", "certifi", "charset-normalizer")
+
 # The arguments of a call by keyword; "x" alone is passed by position.
 Inputs = dict[str, Any]
 

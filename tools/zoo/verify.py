@@ -81,9 +81,9 @@ def _size(value: Any) -> Any:
 def poor_parts(plan: sffx.BlockPlan, model: nn.Module) -> list[str]:
     """Return each block and each leaf with more than a third of the parameters, and its share.
 
-    One is passed over where a single layer holds more than a third, or if it is a single
-    residual block, since no cut divides these. Such a block has one sum or concatenation of paths
-    with layers; where its layers run several times, one for each.
+    No cut divides a layer or a residual block. So a part is passed over if a single layer of it
+    holds more than a third, or if it is a single residual block: it joins paths with layers by one
+    sum or concatenation, or by one for each time that its layers run.
     """
     # A layer may be an attribute of several modules, and have several names.
     sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
@@ -110,6 +110,7 @@ def _is_one_layer(names: Iterable[str], sizes: dict[str, int], total: int) -> bo
 
 
 def _is_one_residual_block(block: sffx.Block) -> bool:
+    """Return whether a block joins paths with layers once each time that its layers run."""
     joins = []
     for node in block.joins:
         if node.join in ("sum", "cat") and max(node.paths) > 0:
@@ -152,10 +153,10 @@ def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None
 
 
 def _check_samples(net: fx.GraphModule, inputs: Inputs) -> None:
-    """Check that in eval mode the scores of each block tell of a sample what that sample is.
+    """Check that in eval mode a change of the first sample leaves the scores of the others.
 
-    A block may read rows of all samples, folded into the batch. If it puts them to the wrong
-    samples, other scores change with a sample than its own.
+    A block may read rows of all samples, folded into the batch. If it gives rows to the wrong
+    samples, the scores of others change.
     """
     changed = {}
     for name, value in inputs.items():
@@ -165,13 +166,13 @@ def _check_samples(net: fx.GraphModule, inputs: Inputs) -> None:
     with torch.no_grad():
         before, after = _scores(net, inputs), _scores(net, changed)
     net.train()
-    others = [
+    *blocks, classifier = [
         torch.allclose(one[1:], two[1:], rtol=1e-4, atol=1e-5, equal_nan=True)
         for one, two in zip(before, after, strict=True)
     ]
-    # The classifier's scores are the model's own, which may mix samples by itself.
-    if others[-1] and not all(others):
-        raise Unverified(f"block_{others.index(False)} mixes the rows of several samples")
+    # The classifier's scores are the model's own. A model may mix samples itself.
+    if classifier and not all(blocks):
+        raise Unverified(f"block_{blocks.index(False)} mixes the rows of several samples")
 
 
 def _scores(net: fx.GraphModule, inputs: Inputs, seed: int = 0) -> list[Tensor]:

@@ -98,26 +98,39 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
     try:
         plant_flags(probe, tracer.is_leaf_module)
         before = versions(probe)
-        modes = {module: vars(module).get("training") for module in probe.modules()}
+        modes = _modes(probe)
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
-        for name, module in probe.named_modules():
-            if vars(module).get("training") != modes.get(module):
-                raise TraceError(
-                    f"{type(probe).__name__} sets the mode of {name!r} in its forward, which a "
-                    "graph cannot hold. Hint: override train() instead, and set the mode there"
-                )
+        _require_modes(probe, modes)
         return graph
     finally:
         tracer.constants.close()
         lift_flags(probe)
 
 
+def _modes(probe: nn.Module) -> dict[nn.Module, Any]:
+    """Return the own `training` of each module; None where a flag of the trace stands for it."""
+    return {module: vars(module).get("training") for module in probe.modules()}
+
+
+def _require_modes(probe: nn.Module, before: Mapping[nn.Module, Any]) -> None:
+    """Raise a TraceError if a forward has set the mode of a module."""
+    for module, mode in _modes(probe).items():
+        if mode != before.get(module):
+            names = {each: repr(name) for name, each in probe.named_modules() if name}
+            raise TraceError(
+                f"{type(probe).__name__} sets the mode of {names.get(module, 'itself')} in its "
+                "forward, which a graph cannot hold. Hint: override train() instead, and set the "
+                "mode there"
+            )
+
+
 def _reason(failure: Exception) -> str:
+    """Return what failed, in words of the model, and where."""
     message = str(failure)
     first_line = message.splitlines()[0] if message else ""
-    # Code in C names what it was given.
+    # C code names the class of what it was given.
     first_line = _PROXY.sub("a traced value", first_line)
     if _OF_FUNCTORCH in message:
         first_line = "torch.func transforms a function here, which a graph cannot hold"
@@ -129,6 +142,7 @@ _OF_FUNCTORCH = "dynamicLayerStack"
 
 
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
+    """Return the error for a failure in the forward of the model itself."""
     hint = ""
     if _PROXY.search(str(failure)):
         hint = "torch.zeros and x.new_zeros take traced sizes, and a tuple of them is a shape; or "

@@ -40,15 +40,31 @@ def require_data(value: Any, outcome: bool, place: str) -> None:
         outcome: that a graph holds.
         place: qualname of the module that branches, "" for the model itself.
     """
-    if isinstance(value, fx.Proxy):  # a tracer of the user may trace a net
-        value.tracer.create_proxy("call_function", require_data, (value, outcome, place), {})
+    if is_recorded(require_data, value, outcome, place):
         return
     if bool(value) != outcome:
-        where = f"the module {place!r}" if place else "the model"
         raise InputError(
-            f"{where} checks its input, and this one does not pass. Hint: call the model itself "
-            "on it, and read its error; samples may need the same number of end-of-sentence tokens"
+            f"{where_in_model(place)} checks its input, and this one does not pass. Hint: call the "
+            "model itself on it, and read its error; samples may need the same number of "
+            "end-of-sentence tokens"
         )
+
+
+def is_recorded(guard: Callable[..., None], value: Any, *more: Any) -> bool:
+    """Record the call of a guard if its value is a proxy: a user's own tracer may trace a net.
+
+    Returns:
+        Whether it was recorded, so that there is nothing to check.
+    """
+    if not isinstance(value, fx.Proxy):
+        return False
+    value.tracer.create_proxy("call_function", guard, (value, *more), {})
+    return True
+
+
+def where_in_model(place: str) -> str:
+    """Return how a message names the module with a qualname, "" for the model itself."""
+    return f"the module {place!r}" if place else "the model"
 
 
 def data_shaped_target(target: Any, args: tuple[Any, ...]) -> Any:

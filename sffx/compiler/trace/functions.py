@@ -19,11 +19,10 @@ import numpy as np
 from torch import Generator, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in
 from sffx.compiler.trace.flags import numbers_behind
-from sffx.compiler.trace.identity import FOREIGN, reached
 from sffx.compiler.trace.randomness import OWN_GENERATOR
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
-from sffx.compiler.trace.state import names_in
 
 _PLAIN = (Tensor, np.ndarray, np.generic, bool, int, float, str, type(None))
 
@@ -55,13 +54,13 @@ class Functions:
     def __init__(self) -> None:
         self.found: dict[CodeType, Callee] = {}
         self._given_up: set[CodeType] = set()
-        self._is_to_be_traced_again = False
+        self._has_given_up = False  # since the last trace
 
     def give_up(self, code: CodeType) -> None:
         """Let a function be traced again, or the module that calls it be a leaf."""
         self.found.pop(code, None)
         self._given_up.add(code)
-        self._is_to_be_traced_again = True
+        self._has_given_up = True
 
     def add(self, failure: Exception, reason: str) -> bool:
         """Find the innermost function that a trace has failed in, to call it from now on.
@@ -71,10 +70,11 @@ class Functions:
             reason: what went wrong.
 
         Returns:
-            Whether there is one, or one was given up, so that the next trace says why it failed.
+            Whether to trace again: a function was found, or one was given up since the last trace,
+            which did not look into it.
         """
-        if self._is_to_be_traced_again:
-            self._is_to_be_traced_again = False
+        if self._has_given_up:
+            self._has_given_up = False
             return True
         frames = _frames_of_forward(failure.__traceback__)
         for caller, frame in reversed(list(pairwise(frames))):
@@ -197,16 +197,27 @@ def own_method(callee: Callee, module: nn.Module) -> OwnMethod:
         module: of the model with values.
 
     Raises:
-        RuntimeError: it names a parameter, a buffer or a child of the module, at least in a branch,
-            or the module has a generator of random numbers, which the trace would move.
+        RuntimeError: it names a parameter, a buffer or a child of the module, even in a branch that
+            did not run. Or the module has a generator of random numbers, which a trace would
+            advance.
     """
     if any(isinstance(value, Generator) for value in vars(module).values()):
         raise RuntimeError(OWN_GENERATOR)
+    name = callee.places[0][1]
     held = {*module._parameters, *module._buffers, *module._modules}
-    method = inspect.unwrap(callee.function)
-    for function in reached(method, type(module)) if isinstance(method, FunctionType) else ():
-        texts = [each for each in function.__code__.co_consts if isinstance(each, str)]
-        used = held.intersection([*names_in(function.__code__), *texts])
-        if used:
-            raise RuntimeError(f"the method {callee.places[0][1]} uses {min(used)!r} of its module")
-    return OwnMethod(module, callee.places[0][1])
+    used = held.intersection(_words_of(callee.function, type(module)))
+    if used:
+        raise RuntimeError(f"the method {name} uses {min(used)!r} of its module")
+    return OwnMethod(module, name)
+
+
+def _words_of(method: Callable[..., Any], kind: type) -> Iterator[str]:
+    """Yield the names and the texts in the code that a method of a class reaches."""
+    function = inspect.unwrap(method)
+    if not isinstance(function, FunctionType):
+        return
+    for each in functions_reached(function, kind):
+        yield from names_in(each.__code__)
+        for constant in each.__code__.co_consts:
+            if isinstance(constant, str):  # as in `getattr(self, "layer")`
+                yield constant

@@ -32,7 +32,7 @@ def notes(
         kept: qualnames of tensors that the model computes in its first call only.
         checkpointed: whether the trace met gradient checkpointing.
         left_out: the context managers in the forward that are no part of the graph.
-        asked: what the forward asks of torch, as whether gradients are on.
+        asked: the questions about torch's state that the forward asks.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
     if constants:

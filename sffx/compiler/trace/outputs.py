@@ -6,7 +6,7 @@ For another task than classification, the logits are what the model predicts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -39,7 +39,7 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
 
     1. The one value that it returns.
     2. In a mapping or a record, what is called "logits"; or "out", scores of pixels.
-    3. No probabilities, where what they are made of is returned as well.
+    3. Probabilities do not count where the scores that they are made of are returned as well.
     4. Where several could be logits and differ in width, the one with `num_classes` columns.
     5. Else the first that could be logits, or the first of all.
 
@@ -49,40 +49,45 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
     if isinstance(value, fx.Proxy):
         return value
     fields = fields_of(value)
-    if fields is not None:
-        named = name_of_logits(fields, _axes)
-        if named:
-            return find_logits(fields[named], wanted)
-        value = tuple(fields.values())
-    if not isinstance(value, (tuple, list)):
+    named = "" if fields is None else name_of_logits(fields, _axes)
+    if fields is not None and named:
+        return find_logits(fields[named], wanted)
+    values = _values_in(value)
+    if values is None:
         return value
-    if not value:
-        return None
-    return _logits_among(_without_probabilities(value), wanted)
+    return _logits_among(_without_probabilities(values), wanted) if values else None
 
 
-def _without_probabilities(values: tuple[Any, ...] | list[Any]) -> list[Any]:
+def _values_in(value: Any) -> tuple[Any, ...] | None:
+    """Return the values in a mapping, a record, a tuple or a list; None of anything else."""
+    fields = fields_of(value)
+    if fields is not None:
+        return tuple(fields.values())
+    return tuple(value) if isinstance(value, (tuple, list)) else None
+
+
+def _without_probabilities(values: tuple[Any, ...]) -> list[Any]:
     """Return the values that are not the softmax or the sigmoid of another one."""
     nodes = {value.node for value in values if isinstance(value, fx.Proxy)}
     kept = []
     for value in values:
-        if not isinstance(value, fx.Proxy) or not _is_made_of(value, nodes):
+        if not isinstance(value, fx.Proxy) or not _are_probabilities(value, nodes):
             kept.append(value)
     return kept
 
 
-def _is_made_of(value: fx.Proxy, nodes: Collection[fx.Node]) -> bool:
+def _are_probabilities(value: fx.Proxy, nodes: Collection[fx.Node]) -> bool:
     """Return whether a value is the softmax or the sigmoid of one of some nodes."""
     tracer: Any = value.tracer
-    is_of_scores = _probability_function(value.node, tracer.root) != ""
-    return is_of_scores and value.node.all_input_nodes[0] in nodes
+    function = _probability_function(value.node, tracer.root)
+    return function != "" and value.node.all_input_nodes[0] in nodes
 
 
 def _probability_function(node: fx.Node, root: nn.Module) -> str:
     """Return "softmax", "logsoftmax" or "sigmoid" where a node applies it, "" for other nodes."""
-    call = node.target
-    if is_added(node):
+    if is_added(node):  # such a module is not in the model
         return ""
+    call = node.target
     if node.op == "call_module":
         call = type(root.get_submodule(str(call)))
     name = str(getattr(call, "__name__", call)).lower().replace("_", "")
@@ -106,18 +111,12 @@ def notes_on_outputs(value: Any, logits: Any) -> list[str]:
     """
     if place_of_logits(value) or not isinstance(logits, fx.Proxy):
         return []
-    fields = fields_of(value)
-    values = value if fields is None else tuple(fields.values())
-    if not isinstance(values, (tuple, list)):
-        return []
-    alike = []
-    for each in _without_probabilities(values):
-        if _shape(each) == _shape(logits):
-            alike.append(each)
-    if len(alike) < 2:
+    shapes = [_shape(each) for each in _without_probabilities(_values_in(value) or ())]
+    count = shapes.count(_shape(logits))
+    if count < 2:
         return []
     return [
-        f"the model returns {len(alike)} values like {described(facts(logits.node).example)}, and "
+        f"the model returns {count} values like {described(facts(logits.node).example)}, and "
         "the first is its output here. Hint: if another one is meant, return that alone"
     ]
 
@@ -133,7 +132,8 @@ def _axes(value: Any) -> int:
     return len(_shape(value) or ())
 
 
-def _logits_among(values: tuple[Any, ...] | list[Any], wanted: Wanted) -> Any:
+def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
+    """Return the logits among several values, by `num_classes` where they differ in width."""
     candidates = [each for each in values if _width(each, wanted)]
     widths = [_width(each, wanted) for each in candidates]
     num_classes = wanted.num_classes
@@ -149,7 +149,7 @@ def _logits_among(values: tuple[Any, ...] | list[Any], wanted: Wanted) -> Any:
     )
 
 
-def _first_of(values: tuple[Any, ...] | list[Any], candidates: list[Any], wanted: Wanted) -> Any:
+def _first_of(values: Sequence[Any], candidates: list[Any], wanted: Wanted) -> Any:
     """Return the first value if it could be logits, or else the first that could."""
     first = find_logits(values[0], wanted)
     if _width(first, wanted):
@@ -167,7 +167,7 @@ def _width(value: Any, wanted: Wanted) -> int:
     """Return the number of outputs of a traced value that could be logits, 0 of others."""
     if not isinstance(value, fx.Proxy):
         return 0
-    # Without a word, what could be logits of classes is taken first.
+    # Where the caller names no task, logits of classes come first.
     task = wanted.task or CLASSIFICATION
     shape = facts(value.node).example.shape if _is_batch_of_floats(value.node) else ()
     return task.num_outputs(shape) if shape and task.could_be_output(shape) else 0
@@ -221,13 +221,14 @@ def keep_logits(
 
 
 def _notes_on_probabilities(logits: fx.Node, root: nn.Module, task: Task) -> list[str]:
-    """Return a note if a model returns the probabilities that its task makes of scores.
+    """Return a note if a model returns probabilities of classes, not scores.
 
-    The loss of the classifier then applies the softmax twice, as backpropagation would with
-    cross-entropy. Which class is the best does not change.
+    The loss of the classifier then applies the softmax twice, as cross-entropy does in
+    backpropagation. The class with the highest score stays the same.
 
     Raises:
-        TraceError: the sign of a score decides, and all probabilities are positive.
+        TraceError: it returns probabilities of labels. A label is predicted where its score is
+            positive, and all probabilities are.
     """
     function = _probability_function(logits, root)
     if not function or function != task.probability_function:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from sffx.compiler.trace.functions import Callee
     from sffx.compiler.trace.tracer import GuidedTracer
 
-# They take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
+# These take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
 _FACTORIES = ("zeros", "ones", "empty", "randn", "tensor", "as_tensor", "finfo", "iinfo")
 
-# These take sizes beside numbers, and torch's parser would ask a proxy for the number that it has.
+# Here torch's parser would take the example's number from the proxy of a size, and freeze it.
 _FUNCTIONS_OF_SIZES = (
     *("full", "randint", "randperm", "normal", "eye", "arange", "linspace", "logspace"),
     *("broadcast_to", "tile", "reshape", "roll", "narrow", "as_strided", "unflatten"),
@@ -44,12 +44,14 @@ _METHODS_OF_SIZES = (
 # What a forward may ask of torch, and a graph would freeze.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 
-# The class of what `functools.lru_cache` returns, and packages in which none is given a proxy.
+# The class of what `functools.lru_cache` returns.
 _CACHED = type(functools.lru_cache(len))
+
+# Packages whose functions are given no proxy by a forward, or know what to do with one.
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
 
-# Installed modules that keep no results, by the `id` of their names: their own name, and how many
-# names they had. Files of the user are not among them, since a notebook defines functions anew.
+# Installed modules without such a function, by the `id` of their namespace: the module's name, and
+# how many names it held. Files of the user are not among them, since a notebook may add functions.
 _WITHOUT_CACHES: dict[int, tuple[str, int]] = {}
 
 # Functions that draw for code beside the graph.
@@ -95,13 +97,28 @@ class Patches:
 
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
         """Yield what has a function to replace, the function's name, and what replaces it."""
+        yield from self._of_sizes()
+        yield from self._of_regions()
+        yield from self._of_draws()
+        yield from self._of_found_functions()
+        yield from _caches()
+        yield from self._of_compiled_code()
+        yield from self._of_classes()
+        yield from self._of_checkpoints()
+        yield torch.Tensor, "data", self._data()
+        detect = transformer._detect_is_causal_mask
+        yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
+        yield torch, "_check_with", functools.partial(_check, torch._check_with)
+
+    def _of_sizes(self) -> Iterator[tuple[Any, str, Any]]:
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
         for name in _FUNCTIONS_OF_SIZES:
             yield torch, name, functools.partial(self._with_sizes, getattr(torch, name))
         for name in _METHODS_OF_SIZES:
             yield torch.Tensor, name, self._method_with_sizes(name)
-        yield torch.Tensor, "data", self._data()
+
+    def _of_regions(self) -> Iterator[tuple[Any, str, Any]]:
         switch = torch._C._set_grad_enabled
         switch_gradients = functools.partial(self.tracer.regions.switch_gradients, switch)
         yield torch._C, "_set_grad_enabled", switch_gradients
@@ -115,10 +132,9 @@ class Patches:
         for name in _ASKED:
             answer = functools.partial(self.tracer.regions.answer, getattr(torch, name))
             yield torch, name, answer
+
+    def _of_draws(self) -> Iterator[tuple[Any, str, Any]]:
         yield torch, "rand", self._draw_tensor
-        detect = transformer._detect_is_causal_mask
-        yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
-        yield torch, "_check_with", functools.partial(_check, torch._check_with)
         yield random, "random", functools.partial(self._draw, random.random)
         yield random, "uniform", functools.partial(self._draw, random.uniform)
         for name in ("rand", "random", "random_sample", "uniform"):
@@ -126,20 +142,27 @@ class Patches:
         for owner, names in ((np.random, _DRAWS_OF_NUMPY), (random, _DRAWS_OF_PYTHON)):
             for name in names:
                 yield owner, name, functools.partial(self._refuse, getattr(owner, name))
+
+    def _of_found_functions(self) -> Iterator[tuple[Any, str, Any]]:
         for code, callee in self.tracer.functions.found.items():
             for place, name in callee.places:
                 yield place, name, self._runner(code, callee)
-        yield from _caches()
-        # The next two run in C++. They would take a proxy, which says that it is a tensor, for one
-        # in memory, and end the process.
+
+    def _of_compiled_code(self) -> Iterator[tuple[Any, str, Any]]:
+        # C++ code would take a proxy, which says that it is a tensor, for one in memory, and end
+        # the process.
         apply = vars(Function)["apply"]
         yield Function, "apply", classmethod(functools.partial(self._apply, apply))
         call = torch._C.ScriptFunction.__call__
         yield torch._C.ScriptFunction, "__call__", self._script_caller(call)
+
+    def _of_classes(self) -> Iterator[tuple[Any, str, Any]]:
         for kind in {type(module) for module in self.probe.modules()}:
             for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
                 if "__call__" in vars(base) and issubclass(base, nn.Module):
                     yield base, "__call__", self._caller(vars(base)["__call__"])
+
+    def _of_checkpoints(self) -> Iterator[tuple[Any, str, Any]]:
         # A private function: other versions of torch may have several of this name, or none.
         for name in list(vars(checkpoint)):
             if name.startswith("_checkpoint_without_reentrant_generator"):
@@ -162,7 +185,7 @@ class Patches:
     def _method_with_sizes(self, name: str) -> Callable[..., Any]:
         """Return a method of tensors that records its call where it is given a proxy of a size.
 
-        It is that of constants: those of proxies are recorded anyway.
+        Constants need it. What a proxy is asked is recorded anyway.
         """
         original = getattr(torch.Tensor, name)
 
@@ -175,9 +198,9 @@ class Patches:
         return method
 
     def _data(self) -> property:
-        """Return a property that records the `.data` of a parameter which fx gives no proxy for.
+        """Return a property that records the `.data` of parameters without a proxy.
 
-        It is one that a forward finds in `parameters()`.
+        A forward that goes through `parameters()` has such parameters.
         """
         original: Any = torch.Tensor.data
 
@@ -287,7 +310,7 @@ class Patches:
 
 
 def _detect_causal(detect: Callable[..., bool], mask: Any, *args: Any, **kwargs: Any) -> bool:
-    """Stand in for what looks at the values of a mask: that it is causal only saves its sum."""
+    """Stand in for what looks at the values of a mask. A mask known as causal only saves time."""
     is_known = bool(args and args[0]) or bool(kwargs.get("is_causal"))
     is_traced = has_proxy(mask, args, kwargs)
     return is_known if is_traced else detect(mask, *args, **kwargs)
@@ -328,9 +351,9 @@ def _takes_arguments(cached: Any) -> bool:
 
 @contextmanager
 def _kinds_of_proxies() -> Iterator[None]:
-    """Let `type(x)` say of a proxy what it says of the value, in all modules at once.
+    """Let `type(x)` say of a proxy what it says of the value, in the files of all models.
 
-    These may be thousands, for each of which `_replaced` would take as long as a small layer.
+    There may be thousands of files. One loop over them is faster than a `_replaced` for each.
     """
     modules: list[Any] = []
     try:
@@ -346,7 +369,7 @@ def _kinds_of_proxies() -> Iterator[None]:
 
 
 def _files_of_models() -> Iterator[ModuleType]:
-    """Yield the modules of Python whose functions may be given a proxy."""
+    """Yield the modules, as Python has them, whose functions may be given a proxy."""
     for module in list(sys.modules.values()):
         package = getattr(module, "__name__", "").partition(".")[0]
         if package not in _WITHOUT_PROXIES:

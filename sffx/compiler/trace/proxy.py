@@ -23,9 +23,9 @@ def has_proxy(*values: Any) -> bool:
 
 
 def has_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the proxy of something else than a tensor is among arguments or in a shape there."""
+    """Whether arguments, or the shapes among them, hold a proxy that stands for no tensor."""
     for value in (*args, *kwargs.values()):
-        # A proxy of a shape says that it is a tuple.
+        # Not `isinstance`: the proxy of a shape says that it is a tuple.
         parts = value if type(value) in (tuple, list, Size) else (value,)
         for part in parts:
             if isinstance(part, GuidedProxy) and not isinstance(part, TensorProxy):
@@ -43,7 +43,7 @@ def _kind(value: Any) -> type:
 class GuidedProxy(fx.Proxy):
     """A proxy that answers `len`, `int`, `isinstance` and attribute reads from its example.
 
-    That of a tensor is a `TensorProxy`, that of a shape or the like a `SequenceProxy`.
+    A `TensorProxy` stands for a tensor, and a `SequenceProxy` for a shape or the like.
     """
 
     @property
@@ -55,7 +55,7 @@ class GuidedProxy(fx.Proxy):
         """The class that the value has in the model."""
         return _kind(self.example)
 
-    # `isinstance` and `match` ask for it beside the type.
+    # `isinstance` and `match` look at this, beside the real type.
     __class__ = property(lambda self: self.kind)
 
     def __getattr__(self, name: str) -> Any:
@@ -111,12 +111,12 @@ class GuidedProxy(fx.Proxy):
         return format(self._as_written(), form)
 
     def _as_written(self) -> Any:
-        """Return the plain value that a text is made of; of a shape and the like, its own name."""
+        """Return what a text shows of the proxy: its value if that is plain, else its own name."""
         example = self.example
         if isinstance(example, (int, float)):
             return self._number(type(example))
-        is_word = isinstance(example, (str, torch.dtype, torch.device))
-        return example if is_word else repr(self)
+        is_plain = isinstance(example, (str, torch.dtype, torch.device))
+        return example if is_plain else repr(self)
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Let a function of NumPy, as `np.sqrt(x.shape[1])`, compute with plain numbers."""
@@ -193,7 +193,7 @@ class TypeOfValues(type):
         if len(args) != 1:
             return type(*args, **kwargs)
         kind = args[0].kind if isinstance(args[0], GuidedProxy) else _kind(args[0])
-        return cls if kind is type else kind  # `type(kind) is type` asks for what stands in
+        return cls if kind is type else kind  # so `type(kind) is type` is true where `type` is cls
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, type)
@@ -208,7 +208,7 @@ class TypeOfValues(type):
 
 
 class KindOf(metaclass=TypeOfValues):
-    """Stands in for `type` in the files of a model: that of a proxy is the type of its value."""
+    """Stands in for `type` in the files of a model: the type of a proxy is that of its value."""
 
     def __class_getitem__(cls, kind: Any) -> Any:
         return type[kind]
@@ -224,8 +224,7 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
     @staticmethod
     def __new__(cls, node: fx.Node, tracer: fx.Tracer) -> TensorProxy:
         example = facts(node).example
-        # Of the same shape, so that torch's parser chooses the overload that it chooses for the
-        # value.
+        # torch's parser chooses an overload by the shape.
         return Tensor._make_wrapper_subclass(
             cls, example.shape, dtype=example.dtype, device=example.device
         )
@@ -253,7 +252,7 @@ class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]
 
     __hash__ = object.__hash__
 
-    # So a number of NumPy leaves `np.float64(2) * x` to this class.
+    # With None, NumPy leaves `np.float64(2) * x` to this class.
     __array_ufunc__ = None  # type: ignore[assignment]
 
     # Texts of error messages are written in a trace as well. Tensor's own would be a node.

@@ -2,17 +2,21 @@
 
 A graph has no regions.
 
-1. One without gradients is traced all the same: what has a gradient is detached before each
-   operation in it. A detached tensor has the same memory, so writes on it are those of the forward.
-2. One that changes values (`torch.autocast`, a default dtype or device) makes a leaf.
-3. One that changes how values are computed or kept (`sdpa_kernel`, `save_on_cpu`) is left out, and
-   noted. So is the answer to `torch.is_grad_enabled()`, which a graph holds.
+1. A region without gradients is traced: each operation in it reads detached values. A detached
+   tensor shares the memory, so a write on it is the write of the forward.
+2. A region that changes values (`torch.autocast`, a default dtype or device) makes a leaf.
+3. A region that changes how values are computed or kept (`sdpa_kernel`, `save_on_cpu`) is left out,
+   and noted.
+
+A forward may also ask for such a state, as by `torch.is_grad_enabled()`. The graph holds the
+answer, and a note says so.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +33,23 @@ class Regions:
     """The regions that the forward of one trace enters.
 
     Attributes:
-        left_out: what of them is no part of the graph, as a reader knows it.
-        asked: the states of torch that the forward asks for.
+        left_out: the functions whose regions the graph leaves out, in order, for the notes.
+        asked: the questions about torch's state that the forward asks, in order, for the notes.
     """
 
     def __init__(self) -> None:
         self.left_out: dict[str, None] = {}
         self.asked: dict[str, None] = {}
-        self._outside = _switches()
+        # Of torch, outside of all regions.
+        self._has_gradients = torch.is_grad_enabled()
+        self._switches = _switches()
         self._kernels = _choices_of_kernels()
         self._detached: set[fx.Node] = set()
-        self._is_switched_off = False
+        self._is_without_by_context = False
 
     def switch_gradients(self, switch: Callable[[bool], None], mode: bool) -> None:
-        """Stand in for what every context manager calls, and no autograd function does."""
-        self._is_switched_off = not mode
+        """Stand in for the switch that context managers call, and autograd functions do not."""
+        self._is_without_by_context = not mode
         switch(mode)
 
     def is_without_gradients(self) -> bool:
@@ -55,11 +61,10 @@ class Regions:
         for name, choice in _choices_of_kernels().items():
             if choice != self._kernels[name]:
                 self.left_out[name] = None
-        switches = _switches()
-        if switches[1:] != self._outside[1:]:
+        if _switches() != self._switches:
             raise RuntimeError(_CANNOT_BE_HELD)
-        is_without: bool = switches[0] != self._outside[0]
-        if is_without and not self._is_switched_off:
+        is_without = torch.is_grad_enabled() != self._has_gradients
+        if is_without and not self._is_without_by_context:
             raise RuntimeError("it calls an autograd function, which a graph cannot hold")
         return is_without
 
@@ -74,7 +79,7 @@ class Regions:
         self.left_out["torch.autocast(enabled=False)"] = None
 
     def enter_enable_grad(self, place: str) -> None:
-        """Note that a forward enters `torch.enable_grad`, which tells under `torch.no_grad()`.
+        """Note that a forward enters `torch.enable_grad`, which matters under `torch.no_grad()`.
 
         Raises:
             RuntimeError: the forward is that of a module which may be a leaf.
@@ -84,7 +89,11 @@ class Regions:
         self.left_out["torch.enable_grad"] = None
 
     def enter_hooks(self, kind: type) -> None:
-        """Note that a forward enters hooks on what autograd keeps."""
+        """Note that a forward enters hooks on what autograd keeps.
+
+        Args:
+            kind: `saved_tensors_hooks` or a subclass. torch's private ones go by the public name.
+        """
         name = "saved_tensors_hooks" if kind.__name__.startswith("_") else kind.__name__
         self.left_out[f"torch.autograd.graph.{name}"] = None
 
@@ -108,26 +117,27 @@ class Regions:
                 written.
         """
         kind, target, *arguments = call
-
-        def detached(proxy: fx.Proxy) -> fx.Proxy:
-            if not facts(proxy.node).example.requires_grad:
-                return proxy
-            result = create_proxy("call_method", "detach", (proxy,), {})
-            if proxy.node.op != "get_attr":
-                self._detached.add(result.node)
-            return result
-
-        proxy = create_proxy(kind, target, *tree_map_only(TensorProxy, detached, arguments), **more)
-        # The result of such a write has the value's gradient, and later readers do as well.
+        arguments = tree_map_only(TensorProxy, partial(self._detach, create_proxy), arguments)
+        proxy = create_proxy(kind, target, *arguments, **more)
+        # In the model the written value keeps its gradient. Here its detached twin was written.
         if not self._detached.isdisjoint(facts(proxy.node).writes):
             raise RuntimeError(_CANNOT_BE_HELD)
         value = facts(proxy.node).example
         if kind != "call_module" or not any(each.requires_grad for each in tensors_in(value)):
             return proxy
-        # A layer that learns elsewhere.
+        # A layer has parameters with gradients, though its input has none.
         if not isinstance(proxy, TensorProxy):
             raise RuntimeError(_CANNOT_BE_HELD)
         return create_proxy("call_method", "detach", (proxy,), {})
+
+    def _detach(self, create_proxy: Callable[..., fx.Proxy], proxy: fx.Proxy) -> fx.Proxy:
+        """Return a proxy of the same value without a gradient."""
+        if not facts(proxy.node).example.requires_grad:
+            return proxy
+        detached = create_proxy("call_method", "detach", (proxy,), {})
+        if proxy.node.op != "get_attr":
+            self._detached.add(detached.node)
+        return detached
 
 
 _CANNOT_BE_HELD = (
@@ -137,14 +147,13 @@ _CANNOT_BE_HELD = (
 
 
 def _switches() -> tuple[Any, ...]:
-    """Return what a context manager in a forward may switch."""
+    """Return the states, beside gradients, that a context manager in a forward may switch."""
     return (
-        torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_default_dtype(),
-        # As `with torch.device("cuda"):` adds one. A node may add one for the rest of the trace.
+        # `with torch.device("cuda"):` adds a mode. The trace's own mode, `Constants`, is no matter.
         sum(type(mode).__module__.startswith("torch.") for mode in _function_modes()),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.facts import change_facts, facts
-from sffx.compiler.trace.data_shapes import require_data
+from sffx.compiler.trace.data_shapes import is_recorded, require_data, where_in_model
 from sffx.errors import InputError
 
 SETTLED_BY_SIZE = (
@@ -43,22 +43,21 @@ Values = dict[fx.Node, Any]
 
 @fx.node.has_side_effect
 def require_settled(value: Any, outcome: Any, place: str) -> None:
-    """Raise an InputError if what a forward reads off a size is not what a graph holds.
+    """Raise an InputError if what a forward reads off a size is not what the graph holds.
 
     Args:
         value: a number that is made of sizes, or the parts into which a tensor was split.
         outcome: the number, the truth value or the number of parts of the example.
         place: qualname of the module that reads it, "" for the model itself.
     """
-    if isinstance(value, fx.Proxy):  # a tracer of the user may trace a net
-        value.tracer.create_proxy("call_function", require_settled, (value, outcome, place), {})
+    if is_recorded(require_settled, value, outcome, place):
         return
     found = read_as(outcome, value)
     if found != outcome:
-        where = f"the module {place!r}" if place else "the model"
         raise InputError(
-            f"{where} computes something else at this size of the input: what it reads off the "
-            f"size is {found}, and {outcome} in the example that the model was cut for. "
+            f"{where_in_model(place)} computes something else at this size of the input: what it "
+            f"reads off the size is {found}, and {outcome} in the example that the model was cut "
+            "for. "
             "Hint: pass inputs of the size of the example, or cut the model for this size, "
             "sffx.transform(model, example_input=x)"
         )
@@ -69,21 +68,18 @@ def require_several(value: Any, outcome: bool, place: str, is_met: Any = True) -
     """Raise an InputError if a batch has one sample, for which a forward does something else.
 
     Args:
-        value: the truth value that it branches on.
-        outcome: of two samples or more.
+        value: the truth value that the forward branches on.
+        outcome: its value for two samples or more.
         place: qualname of the module that branches, "" for the model itself.
-        is_met: whether it branches in the mode of the call.
+        is_met: whether the forward reaches the branch in the mode of this call.
     """
-    if isinstance(value, fx.Proxy):  # as above
-        arguments = (value, outcome, place, is_met)
-        value.tracer.create_proxy("call_function", require_several, arguments, {})
+    if is_recorded(require_several, value, outcome, place, is_met):
         return
     if is_met and bool(value) != outcome:
-        where = f"the module {place!r}" if place else "the model"
         raise InputError(
-            f"{where} does something else with a batch of one sample than with others, and the "
-            "cut model does what it does with others. Hint: pass two samples or more; in a "
-            "DataLoader, drop_last=True leaves out a last batch of one"
+            f"{where_in_model(place)} does something else with a batch of one sample than with "
+            "others, and the cut model does what it does with others. Hint: pass two samples or "
+            "more; in a DataLoader, drop_last=True leaves out a last batch of one"
         )
 
 
@@ -105,7 +101,7 @@ def is_guard_of_batch(node: fx.Node) -> bool:
 
 
 def without_batch_guards(graph: fx.Graph) -> list[fx.Node]:
-    """Return the nodes without guards against a batch of one, and without sizes for them alone."""
+    """Return the nodes, except guards against a batch of one and the sizes that only they read."""
     left_out: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         is_of_size = node.op != "output" and _computes_a_size(node)
@@ -115,7 +111,7 @@ def without_batch_guards(graph: fx.Graph) -> list[fx.Node]:
 
 
 def batch_guard_notes(graph: fx.Graph) -> list[str]:
-    """Return what to say of the guards against a batch of one."""
+    """Return the notes on what a graph refuses of small batches."""
     notes = []
     for node in graph.nodes:
         if is_guard_of_batch(node):
@@ -198,7 +194,7 @@ def drop_idle_guards(graph: fx.Graph, others: list[Values]) -> bool:
     """
     for guard in _guards_of_size(graph):
         condition, outcome, _ = cast(_Arguments, guard.args)
-        if parts_the_batch(condition):  # a small batch has fewer parts
+        if parts_the_batch(condition):  # other sizes have as many parts, a small batch has not
             continue
         if others and not any(_varies(condition, outcome, values) for values in others):
             _erase(guard)
@@ -217,7 +213,7 @@ def parts_the_batch(node: fx.Node) -> bool:
 
 
 def refused(graph: fx.Graph, values: Values) -> bool:
-    """Return whether a guard refuses some values of nodes, or has none."""
+    """Return whether a guard refuses the values of the nodes, or misses the one that it checks."""
     for guard in _guards_of_size(graph):
         condition, outcome, _ = cast(_Arguments, guard.args)
         if condition not in values or read_as(outcome, values[condition]) != outcome:
@@ -233,7 +229,7 @@ def _guards_of_size(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:
-    """Whether what a forward reads, or a number that it is made of, differs from the example."""
+    """Whether the value of a guard, or a number that it is computed from, is not the example's."""
     if condition not in values or read_as(outcome, values[condition]) != outcome:
         return True
     ahead = [condition]
@@ -243,7 +239,7 @@ def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:
         if _is_of_numbers(example) and values[node] != example:
             return True
         for read in node.all_input_nodes:
-            # Of a shape, the size that is taken counts alone.
+            # Where one size is taken of a shape, the other sizes do not count.
             is_whole = node.target is operator.getitem and isinstance(example, int)
             if not is_whole and _is_of_numbers(facts(read).example):
                 ahead.append(read)

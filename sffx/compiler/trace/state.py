@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from sffx.compiler.trace.code_names import names_in
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
@@ -252,14 +254,6 @@ def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
                 ahead.append(value)
             elif type(value) in _PLAIN or isinstance(value, _CONTAINERS):
                 yield f"the global {name!r}", value
-
-
-def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names in the code of a function, and in that of the functions inside."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
 
 
 def _as_attribute(name: str) -> str:

@@ -75,9 +75,10 @@ class GuidedTracer(fx.Tracer):
         constants: that the forward makes.
         regions: that it enters.
         writes: on the model's tensors.
-        opened: modules that can be no leaves, since an attribute is set while they do not run.
+        opened: modules that can be no leaves: one of their attributes, named here, is set while
+            they do not run.
         views: qualnames of the plain attributes that are views of parameters or buffers.
-        patches: of torch's functions, for the time of the trace.
+        patches: what stands in for torch's functions during the trace.
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
@@ -85,7 +86,7 @@ class GuidedTracer(fx.Tracer):
         wanted: what the caller says of the output.
         place_of_logits: in what the forward returned.
         task: what the model predicts, once it was traced.
-        notes_on_task: whether it was inferred, and which output it is of.
+        notes_on_task: whether the task was inferred, and of which output.
     """
 
     def __init__(
@@ -158,35 +159,42 @@ class GuidedTracer(fx.Tracer):
 
         return forward, []
 
-    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        if args[:2] == ("call_function", torch._assert):
-            self._settle_assertion(args[2][0])
-        if args[:2] in (("call_method", "item"), ("call_method", "tolist")):
-            return self._number(args[1], args[2][0].node)
-        if args[1] in _COMPUTE_GRADIENTS:
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], *more: Any, **options: Any
+    ) -> Any:
+        if kind == "call_function" and target is torch._assert:
+            self._settle_assertion(args[0])
+        if kind == "call_method" and target in ("item", "tolist"):
+            return self._number(target, args[0].node)
+        if target in _COMPUTE_GRADIENTS:
             raise RuntimeError("it computes gradients, which a graph cannot hold")
-        if args[0] == "call_function" and not self.place:
+        if kind == "call_function" and not self.place:
             # In a submodule it makes a leaf, which runs for real.
-            args = (args[0], data_shaped_target(args[1], args[2]), *args[2:])
-        args = self._without_data(*args)
+            target = data_shaped_target(target, args)
+        if kind == "call_method":
+            args = self._without_data(target, args)
+        create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():
-            proxy = self.regions.create(super().create_proxy, *args, **kwargs)
-        else:
-            proxy = super().create_proxy(*args, **kwargs)
-        if proxy.node.target is getattr and proxy.node.args[1] == "requires_grad":
+            create = functools.partial(self.regions.create, create)
+        return self._instead_of(create(kind, target, args, *more, **options))
+
+    def _instead_of(self, proxy: fx.Proxy) -> Any:
+        """Return what a forward gets in the place of a new proxy: its value where that is known."""
+        node = proxy.node
+        if node.target is getattr and node.args[1] == "requires_grad":
             self.regions.asked[".requires_grad"] = None
-        if _reads_no_data(proxy.node):
-            return self._description(proxy.node)
-        if self._is_known(proxy.node):
-            return facts(proxy.node).example
+        if _reads_no_data(node):
+            return self._description(node)
+        example = facts(node).example
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
-        return None if facts(proxy.node).example is None else proxy
+        return example if example is None or self._is_known(node) else proxy
 
     def _is_known(self, node: fx.Node) -> bool:
-        """Whether a truth value is the same in every call: `x.is_cuda is False` asks for a bool.
+        """Whether a value is a bool that is the same in every call.
 
-        That of a comparison of sizes is settled where the forward branches on it.
+        `x.is_cuda is False` needs the bool itself. A comparison of sizes does not count: it is
+        settled where the forward branches on it.
         """
         record = facts(node)
         if type(record.example) is not bool or record.of_batch or reads_a_size(node):
@@ -195,7 +203,7 @@ class GuidedTracer(fx.Tracer):
         return not depends and not owners_of_flags(node)
 
     def _number(self, method: str, node: fx.Node) -> Any:
-        """Return the number that a forward takes out of a tensor, where it was drawn or settled."""
+        """Return the number that a forward takes out of a tensor: drawn, or made of sizes."""
         if is_drawn(node):
             return Drawn(0.5)
         return getattr(self.value_of_sizes(node), method)()
@@ -220,19 +228,18 @@ class GuidedTracer(fx.Tracer):
         if is_node and reads_a_size(condition.node) and self._is_settled(condition.node):
             self.settle(condition.node, bool(facts(condition.node).example))
 
-    def _without_data(self, kind: str, target: Any, args: Any = (), *more: Any) -> tuple[Any, ...]:
-        """Return the arguments of `create_proxy`, parameters left out where only a dtype is read.
+    def _without_data(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a method, parameters left out where only a dtype is read.
 
         `weight.new_zeros(1)` and `x.to(weight)` do not use the weight, which may belong to a later
         block.
         """
-        if kind == "call_method" and (target in _DTYPE_METHODS or target.startswith("new_")):
-            # `weight.to(x)` does use the weight.
-            first = 1 if target in _DTYPE_METHODS else 0
-            others = args[first:]
-            like = [self._like(each) if _is_parameter(each) else each for each in others]
-            args = (*args[:first], *like)
-        return (kind, target, args, *more)
+        if method not in _DTYPE_METHODS and not method.startswith("new_"):
+            return args
+        # `weight.to(x)` does use the weight.
+        first = 1 if method in _DTYPE_METHODS else 0
+        like = [self._like(each) if _is_parameter(each) else each for each in args[first:]]
+        return (*args[:first], *like)
 
     def _like(self, parameter: fx.Proxy) -> fx.Proxy:
         """Return an empty tensor, a constant of the model, with a parameter's dtype and device."""
@@ -285,7 +292,7 @@ class GuidedTracer(fx.Tracer):
         return self.runner.resized
 
     def create_arg(self, a: Any) -> Any:
-        # fx asks whether it is a tensor before it asks whether it is a proxy. Ours says yes.
+        # fx asks whether `a` is a tensor before it asks whether it is a proxy. Ours is both.
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Drawn):
@@ -308,7 +315,8 @@ class GuidedTracer(fx.Tracer):
     def _require_no_views(self) -> None:
         """Raise a TraceError if a module keeps a view of a parameter or a buffer in an attribute.
 
-        What is computed from it is no proxy. Nor would a leaf and its copies share the memory.
+        The trace does not see what is computed from it. A leaf would not help: in a copy of the
+        leaf the view has memory of its own.
         """
         for name in self.views:
             raise self._reads_view(name)
@@ -345,8 +353,8 @@ class GuidedTracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         if self._entered and self._entered[-1] is m:
-            # A `__call__` of its own calls that of `nn.Module`. Hooks of the model itself are no
-            # part of what is traced.
+            # The `__call__` of its class now calls that of `nn.Module`. Hooks of the model itself
+            # are no part of what is traced.
             return m.forward(*args, **kwargs) if m is self.root else forward(*args, **kwargs)
         if m is self.root:
             return forward(*args, **kwargs)
@@ -462,7 +470,7 @@ class GuidedTracer(fx.Tracer):
             return attr_val
         if isinstance(attr_val, fx.Proxy):  # the forward has assigned it, in the place of a buffer
             return attr_val
-        if type(attr_val) is Tensor:  # the model's own are fake: its forward has registered it
+        if type(attr_val) is Tensor:  # registered by the forward; the model's own are fake
             return attr_val
         if isinstance(attr_val, PlantedFlag):
             return self.create_proxy("call_module", attr_val.target, (), {})
@@ -516,7 +524,7 @@ class GuidedTracer(fx.Tracer):
         return scopes[-1] if scopes else ""
 
     def settle(self, node: fx.Node, outcome: Any) -> None:
-        """Guard a number or a truth value that the graph will hold, if it is of a size."""
+        """Guard a number or a truth value that the graph will hold, if it is made of sizes."""
         self._require_no_data(node)
         self._require_no_function(node)
         self.branched |= owners_of_flags(node)

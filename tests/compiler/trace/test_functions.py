@@ -127,7 +127,7 @@ class _RarelyUsesALayer(nn.Module):
         return self.layer(x) if x.sum() < -1e9 else x
 
 
-def test_a_method_that_uses_a_layer_in_a_branch_is_no_function():
+def test_a_method_that_uses_a_layer_in_a_branch_is_not_called_as_a_function():
     with pytest.raises(TraceError, match=r"branch depends on the values of a tensor"):
         cut_without_norms(_RarelyUsesALayer())
 

@@ -150,6 +150,13 @@ def test_probabilities_beside_the_logits_are_not_the_logits(make):
     assert torch.equal(logits_of(model.eval()(x), net.plan.task), expected)
 
 
+@pytest.mark.parametrize("function", [Tensor.softmax, Tensor.log_softmax])
+def test_probabilities_of_tokens_beside_the_logits_are_not_the_logits(function):
+    logits = torch.randn(2, 5, 3)
+    task = sffx.tasks.TokenClassification()
+    assert logits_of((function(logits, -1), logits), task) is logits
+
+
 def test_a_head_that_returns_other_logits_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(lambda m, y: (y * 2, y)))
     net = cut_without_norms(model, "layer", torch.randn(2, 6))
@@ -290,7 +297,7 @@ def test_an_output_of_a_log_softmax_is_logits():
     assert not any("softmax" in note for note in sffx.plan(model, "layer", torch.randn(2, 6)).notes)
 
 
-def test_labels_are_no_sigmoids():
+def test_a_sigmoid_of_several_labels_is_refused():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.Sigmoid())
     task = sffx.tasks.MultiLabel()
     with pytest.raises(TraceError, match="return what the sigmoid is applied to"):

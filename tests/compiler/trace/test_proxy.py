@@ -137,7 +137,7 @@ def _matched(value: Any) -> str:
             return "other"
 
 
-def test_a_value_says_of_itself_in_a_trace_what_it_says_in_the_model():
+def test_a_proxy_answers_as_its_value_does_in_the_model():
     expected: dict[tuple[str, str], Any] = {}
     found: dict[tuple[str, str], Any] = {}
 
@@ -161,15 +161,20 @@ def test_a_value_says_of_itself_in_a_trace_what_it_says_in_the_model():
             assert isinstance(found[key], fx.Proxy) or found[key] == answer, key
 
 
+DTYPE = torch.float32
+
+
 @pytest.mark.parametrize(
     "code",
     [
         lambda m, x: x if x.dtype is torch.float32 else x * 2,
+        lambda m, x: x if torch.float32 is x.dtype else x * 2,
+        lambda m, x: x if x.dtype is DTYPE else x * 2,
         lambda m, x: x if m.training is True else x * 2,
         lambda m, x: x if (x.shape[1] == 6) is True else x * 2,
         lambda m, x: x * 2 if m.training is not True else x,
     ],
-    ids=["dtype", "training", "comparison", "not"],
+    ids=["dtype", "dtype last", "dtype by name", "training", "comparison", "not"],
 )
 def test_a_comparison_by_identity_makes_a_leaf(code):
     kind = type("ByIdentity", (Applies,), {"forward": code})

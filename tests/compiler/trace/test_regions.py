@@ -104,7 +104,7 @@ def test_autocast_switched_off_in_the_models_own_forward_is_noted():
     assert any("torch.autocast(enabled=False)" in note for note in notes)
 
 
-def test_a_region_that_no_graph_holds_says_so_where_the_model_itself_enters_it():
+def test_a_region_that_no_graph_holds_is_refused_where_the_model_itself_enters_it():
     with pytest.raises(TraceError, match=r"a region like torch\.autocast\(\).*Hint: move"):
         sffx.plan(Applies(_computed_in(KEPT["autocast"])), "layer", torch.zeros(2, 6))
 
@@ -125,7 +125,7 @@ def test_what_a_forward_asks_of_torch_is_noted(asked, code):
     assert sffx.check(model, net).difference is None
 
 
-def test_torch_itself_may_ask():
+def test_what_torch_itself_asks_is_not_noted():
     model = around(Applies(lambda m, x: torch.no_grad()(torch.relu)(x)))
     assert not cut_without_norms(model).plan.notes
 

@@ -298,7 +298,7 @@ def _first(m: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("code", [_sets_a_flag, _counts_to_two])
-def test_a_first_call_that_does_something_else_is_refused_until_it_was_made(code):
+def test_a_model_is_refused_before_a_first_call_that_differs_from_later_ones(code):
     module = Applies(code)
     module.done = False
     model = around(module).eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.zoo.entries import CLASSES, SAMPLES, Entry, Inputs
+from tools.zoo.entries import CLASSES, REQUESTS, SAMPLES, Entry, Inputs
 
 REQUIRES = (
     "braindecode",
@@ -33,10 +33,7 @@ REQUIRES = (
     "torchinfo",
     "torchaudio",
     "pooch",
-    "requests",
-    "urllib3",
-    "certifi",
-    "charset-normalizer",
+    *REQUESTS,
     "wfdb",
 )
 

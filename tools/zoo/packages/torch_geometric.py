@@ -1,7 +1,7 @@
 """Graph networks of torch_geometric, on small graphs of 12 nodes with the same edges.
 
-A batch of graphs is one graph whose parts are not connected, as `torch_geometric.data.Batch` makes
-it: the nodes of all graphs lie behind one another on the first axis.
+A batch is one large graph, as `torch_geometric.data.Batch` makes it: the nodes of all graphs lie
+behind one another on the first axis, and no edge connects two graphs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.zoo.entries import CLASSES, Model, random_inputs
+from tools.zoo.entries import CLASSES, REQUESTS, Model, random_inputs
 
-REQUIRES = ("torch_geometric", "xxhash", "requests", "urllib3", "certifi", "charset-normalizer")
+REQUIRES = ("torch_geometric", "xxhash", *REQUESTS)
 
 NODES = 12
 FEATURES = 8
@@ -32,12 +32,12 @@ def _edges() -> Tensor:
 
 
 class Batched(nn.Module):
-    """A network on the union of the graphs of a batch, and the scores of each graph or node.
+    """A network on the large graph of a batch. It returns the scores of each graph or each node.
 
     Args:
-        network: called with the features of all nodes (B * N, F), and the edges (2, B * E), and
-            with the graph of each node if it pools.
-        pools: whether the network returns a row for each graph by itself.
+        network: takes the features of all nodes, (B * N, F), and the edges, (2, B * E). If it
+            pools, it also takes the graph of each node, (B * N,), and the number of graphs.
+        pools: whether the network itself returns a row for each graph.
         nodes: whether each node is classified, and not each graph.
     """
 
@@ -66,7 +66,7 @@ class Batched(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers with an activation behind each, as the examples of the package write them."""
+    """Layers with an activation behind each, as in the examples of the package."""
 
     def __init__(self, make: Callable[[int, int], nn.Module]) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.zoo.entries import CLASSES, SAMPLES, Entry, Inputs
+from tools.zoo.entries import CLASSES, REQUESTS, SAMPLES, Entry, Inputs
 
 REQUIRES = (
     "tsai",
@@ -27,10 +27,7 @@ REQUIRES = (
     "sklearn-compat",
     "imbalanced-learn",
     "pandas",
-    "requests",
-    "urllib3",
-    "certifi",
-    "charset-normalizer",
+    *REQUESTS,
 )
 
 VARIABLES = 3

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from tools.zoo.entries import CLASSES, Model, random_inputs
+from tools.zoo.entries import CLASSES, REQUESTS, Model, random_inputs
 
 REQUIRES = (
     *("ultralytics", "ultralytics-thop", "opencv-python-headless", "matplotlib", "pyyaml"),
-    *(
-        "requests",
-        "urllib3",
-        "certifi",
-        "charset-normalizer",
-        "psutil",
-        "polars",
-        "polars-runtime-32",
-        "scipy",
-        "cycler",
-        "kiwisolver",
-    ),
+    *REQUESTS,
+    *("psutil", "polars", "polars-runtime-32", "scipy", "cycler", "kiwisolver"),
     *("contourpy", "fonttools", "pyparsing", "python-dateutil", "six"),
 )
 

@@ -134,11 +134,17 @@ def _reason(failure: Exception) -> str:
     first_line = _PROXY.sub("a traced value", first_line)
     if _OF_FUNCTORCH in message:
         first_line = "torch.func transforms a function here, which a graph cannot hold"
+    if _OF_FLAGS in message:
+        first_line = (
+            "it sets the mode of a module, which a graph cannot hold; override train() instead, "
+            "and set the mode there"
+        )
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
 _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
 _OF_FUNCTORCH = "dynamicLayerStack"
+_OF_FLAGS = "as buffer 'training'"  # where a planted flag lies
 
 
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:

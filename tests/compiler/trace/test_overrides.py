@@ -258,6 +258,10 @@ def _in_eval_mode(m: _ChangesALayer, x: Tensor) -> Tensor:
     return m.norm(x)
 
 
+def _itself_in_eval_mode(m: _ChangesALayer, x: Tensor) -> Tensor:
+    return m.eval().norm(x)
+
+
 def _hooked(m: _ChangesALayer, x: Tensor) -> Tensor:
     handle = m.norm.register_forward_hook(lambda module, inputs, output: output * 2)
     y = m.norm(x)
@@ -275,6 +279,7 @@ def _with_a_new_layer(m: _ChangesALayer, x: Tensor) -> Tensor:
     ("code", "message"),
     [
         (_in_eval_mode, r"sets the mode of 'norm' in its forward.*Hint: override train\(\)"),
+        (_itself_in_eval_mode, r"sets the mode of a module.*override train\(\)"),
         (_hooked, r"sets a hook on a layer that it calls, which is lost.*Hint: move"),
         (_with_a_new_layer, r"'new\.weight' is made in the first call.*Hint: run the model once"),
     ],

@@ -46,6 +46,20 @@ class CutModel(PickledGraph):
     origin: Origin
     readout: Readout
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the forward does.
+
+        Raises:
+            InputError: an argument is none of the model's, such as the labels of a trainer.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError as error:
+            others = set(kwargs).difference(each.name for each in self.plan.inputs)
+            if others and self.plan.nested is None:
+                raise _unknown_arguments(self.plan, others) from error
+            raise
+
     def settle(self) -> None:
         """Apply the updates that are pending in a replicated model, before somebody reads it."""
         replication = vars(self).get("replication")
@@ -101,6 +115,14 @@ class CutModel(PickledGraph):
     def __reduce__(self) -> Any:
         self.settle()
         return _restored, super().__reduce__()
+
+
+def _unknown_arguments(plan: BlockPlan, others: set[str]) -> InputError:
+    return InputError(
+        f"the model takes {', '.join(each.name for each in plan.inputs)}, and not "
+        f"{', '.join(sorted(others))}. Hint: a trainer that passes labels, as that of "
+        "transformers, trains sffx.KeywordLoss(net)"
+    )
 
 
 class NestedInputs(fx.graph.CodeGen):

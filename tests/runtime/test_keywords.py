@@ -95,3 +95,11 @@ def test_checkpointing_is_refused_in_words() -> None:
     module = sffx.KeywordLoss(sffx.transform(model, "layer", torch.zeros(1, 4)))
     with pytest.raises(sffx.InputError, match="Hint: gradient_checkpointing=False"):
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
+
+
+def test_a_net_that_is_given_labels_names_the_wrapper():
+    net = module().net
+    with pytest.raises(InputError, match=r"takes x, and not labels. Hint: .*KeywordLoss\(net\)"):
+        net(**batch())
+    with pytest.raises(TypeError, match="missing"):
+        net()

@@ -264,11 +264,11 @@ def test_two_sequences_of_one_length_have_their_own_masks():
     task = tasks.LanguageModel()
     plan = sffx.plan(Translation(), "layer", x, task=task)
     encoder, decoder = "attention_mask", "decoder_attention_mask"
-    assert [block.mask for block in plan] == [encoder] * 4 + [decoder] * (len(plan) - 4)
+    assert [block.mask for block in plan] == [encoder] * 5 + [decoder] * (len(plan) - 5)
     assert torch.equal(padding_mask(plan, x), x["decoder_attention_mask"])
     del x["decoder_attention_mask"]
     plan = sffx.plan(OneMask(), "layer", x, task=task)
-    assert [block.mask for block in plan] == [encoder] * 4 + [""] * (len(plan) - 4)
+    assert [block.mask for block in plan] == [encoder] * 5 + [""] * (len(plan) - 5)
     assert padding_mask(plan, x) is None
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from sffx.tensors import storage_key
+from sffx.compiler.qualnames import OF_EVERY_MODULE
+from sffx.tensors import storage_key, tensors_in
 
 # Where a tensor lies in memory: the key of its storage, and the numbers there, from start to stop.
 _Range = tuple[int, int, int]
@@ -35,9 +35,14 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
         own = _range(tensor)
         if own is not None:
             ranges.append((name, own))
+    # A large model has thousands of tensors, and hardly any two share a storage.
+    by_storage: dict[int, list[int]] = {}
+    for place, (_, own) in enumerate(ranges):
+        by_storage.setdefault(own[0], []).append(place)
     for i, (name, own) in enumerate(ranges[:parameters]):
-        for other, its in ranges[i + 1 :]:
-            if _overlap(own, its):
+        for place in by_storage[own[0]]:
+            other, its = ranges[place]
+            if place > i and _overlap(own, its):
                 yield (
                     f"{name} and {other} share memory, which a copy of a model does not keep: in "
                     "the cut model each has its own. Hint: to share a parameter, let both be one, "
@@ -69,12 +74,14 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     in each call, as that of a spectral norm does.
     """
     for qualname, module in model.named_modules():
+        if module._forward_pre_hooks:
+            continue
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules") or module._forward_pre_hooks:
+            if name in OF_EVERY_MODULE:
                 continue
-            for leaf in tree_leaves(value):
-                if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                    yield f"{qualname}.{name}".strip("."), leaf
+            for tensor in tensors_in(value):
+                if not isinstance(tensor, nn.Parameter):
+                    yield f"{qualname}.{name}".strip("."), tensor
 
 
 def _range(tensor: Tensor) -> _Range | None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import name_of_target
 from sffx.compiler.trace.flags import is_added
 
 # The batch sizes of a trace. Models that put samples in pairs, threes or fours run at both.
@@ -89,7 +90,7 @@ def is_reshape(node: fx.Node, root: nn.Module) -> bool:
         return False
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten))
-    return node.op in ("call_method", "call_function") and _name(node) in _RESHAPES
+    return node.op in ("call_method", "call_function") and name_of_target(node.target) in _RESHAPES
 
 
 def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
@@ -144,13 +145,13 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         return _slower_after_reshape(before, batch, value, axis, rows)
     # Along another axis than the batch, a repetition leaves the rows as they are.
     is_repeated = all(batch.rows < rows for _, batch in sources)
-    if _name(node) in _TILES and is_repeated:
+    if name_of_target(node.target) in _TILES and is_repeated:
         return rows if _all_plain(sources, axis) else None
-    if _name(node) == "repeat_interleave" and is_repeated:
+    if name_of_target(node.target) == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
     # A concatenation along another axis does as well.
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
-    if _name(node) in _CATS and is_longer:
+    if name_of_target(node.target) in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
@@ -220,9 +221,9 @@ def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
     A class token that is repeated for all samples is of this kind. So are zeros, to which the
     messages of a graph network are added.
     """
-    if batch.slower is None and _name(node) in _CONSTANTS:
+    if batch.slower is None and name_of_target(node.target) in _CONSTANTS:
         return True
-    if batch.slower is not None or _name(node) not in (*_TILES, "expand"):
+    if batch.slower is not None or name_of_target(node.target) not in (*_TILES, "expand"):
         return False
     row = facts(node.all_input_nodes[0]).example
     if not isinstance(row, Tensor):
@@ -234,7 +235,7 @@ def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
 
 def _picked(node: fx.Node) -> int | None:
     """Return the index of the part of a tuple that a node takes."""
-    is_item = _name(node) == "getitem" and isinstance(node.args[1], int)
+    is_item = name_of_target(node.target) == "getitem" and isinstance(node.args[1], int)
     return node.args[1] if is_item else None  # type: ignore[return-value]
 
 
@@ -244,8 +245,3 @@ def _all_plain(sources: list[tuple[Tensor, BatchAxis]], axis: int) -> bool:
 
 def _same_length(value: Any, other: Any) -> bool:
     return isinstance(other, (tuple, list)) and len(value) == len(other)
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", "")

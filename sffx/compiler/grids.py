@@ -15,6 +15,7 @@ from torch.fx import Node
 from sffx.compiler.batch_axis import is_reshape, starts_with_batch
 from sffx.compiler.dataflow import Dataflow
 from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import name_of_target
 from sffx.tensors import holds_tensor
 
 # The size of a map along its axes of space.
@@ -93,8 +94,7 @@ class Grids:
 
 def _token_sources(node: Node) -> Iterator[Node]:
     """Yield the tensors that a node reads and that may have the tokens of its value."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    is_of_first = node.op == "call_module" or name in _OF_FIRST
+    is_of_first = node.op == "call_module" or name_of_target(node.target) in _OF_FIRST
     for read in node.all_input_nodes:
         if holds_tensor(facts(read).example):
             yield read

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts, set_block_facts
+from sffx.compiler.qualnames import name_of_target
 from sffx.compiler.trace.effects import set_item, set_item_of_copy
 from sffx.compiler.trace.run_function import RunFunction
 from sffx.errors import CutError
@@ -224,7 +225,7 @@ def _call_with_inplace_false(node: Node) -> None:
 def _without_underscore(target: object) -> str | Callable[..., object] | None:
     """Return the method or torch function whose name lacks the trailing underscore, if any."""
     is_method = isinstance(target, str)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = name_of_target(target)
     if not name.endswith("_") or name.endswith("__"):
         return None
     plain = getattr(Tensor if is_method else torch, name[:-1], None)

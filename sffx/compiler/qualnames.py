@@ -1,4 +1,4 @@
-"""Qualified names of modules and parameters: what holds what, and what a name stands for."""
+"""Names: of modules and parameters, what holds what, and of what a node calls."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+
+# The attributes that every module has: its tensors and children, hooks and the like.
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def name_of_target(target: Any) -> str:
+    """Return the name of the method or function that a node calls, "" for what has none.
+
+    Args:
+        target: of the node. That of a module call is the module's qualname.
+    """
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
 
 
 def holders(qualname: str) -> Iterator[str]:

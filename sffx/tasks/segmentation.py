@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from sffx.errors import InputError
 from sffx.kernels.majority import majority_labels
 from sffx.tasks.grid import grid_of, on_grid
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Shape, Sums, Task
+from sffx.tasks.task import Maps, Shape, Sums, Task
 
 # By the number of axes of space: their names, and how scores are enlarged.
 _AXES = {1: "T", 2: "H, W", 3: "D, H, W"}
@@ -82,11 +82,7 @@ class Segmentation(Positions):
         return self.space == 2 and len(shape) == 3
 
     def why_not_scored(
-        self,
-        shape: Shape,
-        channel_axis: int,
-        output: Shape,
-        maps: Callable[[], Collection[Shape]] = tuple,
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
     ) -> str:
         if len(shape) == len(output):
             return ""

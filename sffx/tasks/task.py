@@ -24,6 +24,8 @@ Sums: TypeAlias = dict[str, Tensor]
 
 # The shape of a batch of values, (B, ...).
 Shape: TypeAlias = Sequence[int]
+# Returns the sizes of maps, which take a walk through the graph to find.
+Maps: TypeAlias = Callable[[], Collection[Shape]]
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,7 @@ class Task:
         return tuple(shape) == tuple(output)
 
     def why_not_scored(
-        self,
-        shape: Shape,
-        channel_axis: int,
-        output: Shape,
-        maps: Callable[[], Collection[Shape]] = tuple,
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
     ) -> str:
         """Return why a head cannot score a value, "" where it can.
 

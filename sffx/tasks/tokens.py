@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import exp
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Shape, Sums
+from sffx.tasks.task import Maps, Shape, Sums
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,7 @@ class TokenClassification(Positions):
         return len(shape) == 3 and num_outputs in (None, shape[2])
 
     def why_not_scored(
-        self,
-        shape: Shape,
-        channel_axis: int,
-        output: Shape,
-        maps: Callable[[], Collection[Shape]] = tuple,
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
     ) -> str:
         tokens = 3 - channel_axis  # the axis that is neither batch nor channels
         if len(shape) == 3 and shape[tokens] == output[1]:

@@ -15,6 +15,11 @@ FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sffx"})
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
+def package_of(namespace: Mapping[str, Any]) -> str:
+    """Return the package that a file belongs to, given its names."""
+    return str(namespace.get("__name__", "")).partition(".")[0]
+
+
 def names_in(code: CodeType) -> Iterator[str]:
     """Yield the names in the code of a function, and in that of the functions inside."""
     yield from code.co_names
@@ -60,6 +65,5 @@ def _named(function: FunctionType, kind: type) -> Iterator[FunctionType]:
 
 def _is_own(namespace: Mapping[str, Any]) -> bool:
     """Whether a file, given its names, is the user's own and not an installed library's."""
-    package = str(namespace.get("__name__", "")).partition(".")[0]
     places = Path(str(namespace.get("__file__", ""))).parts
-    return package not in FOREIGN and _INSTALLED.isdisjoint(places)
+    return package_of(namespace) not in FOREIGN and _INSTALLED.isdisjoint(places)

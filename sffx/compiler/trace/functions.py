@@ -19,7 +19,7 @@ import numpy as np
 from torch import Generator, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in
+from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in, package_of
 from sffx.compiler.trace.flags import numbers_behind
 from sffx.compiler.trace.randomness import OWN_GENERATOR
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
@@ -150,7 +150,7 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def _is_foreign(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in FOREIGN
+    return package_of(frame.f_globals) in FOREIGN
 
 
 def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:

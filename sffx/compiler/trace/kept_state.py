@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.trace.state import OWN, Attributes
+from sffx.compiler.qualnames import OF_EVERY_MODULE
+from sffx.compiler.trace.state import Attributes
 
 
 def set_outside(
@@ -87,7 +88,7 @@ def _held_in(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the attributes of a module hold, and what lies in dictionaries and buffers."""
     held: dict[str, Any] = dict(attributes["_buffers"])
     for name, value in attributes.items():
-        if name in OWN:
+        if name in OF_EVERY_MODULE:
             continue
         if isinstance(value, dict):
             held.update({f"{name}.{key}": part for key, part in value.items()})

@@ -43,6 +43,25 @@ def notes(
             f"the model computes {in_brief(kept, 4)} in its first call and keeps it: the cut model "
             "computes it in each call, and so follows the weights and inputs that it is made of"
         )
+    yield from _notes_on_hooks(root, graph)
+    idle = _idle(root, _used_parameters(root, graph))
+    if idle:
+        yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
+    if checkpointed:
+        yield "gradient checkpointing in the model is left out"
+    yield from _notes_on_regions(left_out, asked)
+    if _nests_padded(root, graph):
+        yield (
+            "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "
+            "nested tensors; the cut model does not. Hint: enable_nested_tensor=False makes the "
+            "encoder do what the cut model does"
+        )
+    if is_of_size:
+        yield SETTLED_BY_SIZE
+    yield from batch_guard_notes(graph)
+
+
+def _notes_on_hooks(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
     if root._forward_hooks or root._forward_pre_hooks:
         yield "the hooks of the model itself are no part of the cut model; those of its layers are"
     inlined = dict(_inlined(root, graph))
@@ -56,14 +75,13 @@ def notes(
     called = [name for name in backward if name not in inlined]
     if called:
         yield (
-            f"the first layer of a block computes no gradient of its input, as that of a model: a "
+            "the first layer of a block computes no gradient of its input, as that of a model: a "
             f"backward hook of {in_brief(called, 4)} is given None for it there"
         )
-    idle = _idle(root, _used_parameters(root, graph))
-    if idle:
-        yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
-    if checkpointed:
-        yield "gradient checkpointing in the model is left out"
+
+
+def _notes_on_regions(left_out: Collection[str], asked: Collection[str]) -> Iterator[str]:
+    """Yield the remarks on context managers and on questions about them, as in `notes`."""
     if left_out:
         yield (
             f"left out, since a graph has no regions: {', '.join(left_out)}. Where that matters, "
@@ -74,15 +92,6 @@ def notes(
             f"the forward asks for {', '.join(asked)}: the cut model always does what it does with "
             "gradients, and without autocast"
         )
-    if _nests_padded(root, graph):
-        yield (
-            "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "
-            "nested tensors; the cut model does not. Hint: enable_nested_tensor=False makes the "
-            "encoder do what the cut model does"
-        )
-    if is_of_size:
-        yield SETTLED_BY_SIZE
-    yield from batch_guard_notes(graph)
 
 
 def _inlined(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sffx.compiler.facts import change_facts, facts
+from sffx.compiler.qualnames import name_of_target
 from sffx.compiler.trace.data_shapes import is_recorded, require_data, where_in_model
 from sffx.errors import InputError
 
@@ -164,8 +165,7 @@ _READ_OFF_SIZES = ("size", "numel", "nelement", "stride", "storage_offset", "nby
 
 def _name_of_reading(node: fx.Node) -> str:
     """Return the name of the function, method or attribute that a node reads."""
-    target = node.args[1] if node.target is getattr else node.target
-    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    return name_of_target(node.args[1] if node.target is getattr else node.target)
 
 
 def is_complete(graph: fx.Graph, values: Values) -> bool:

@@ -16,13 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import names_in
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
-
-# What every module has: its tensors and children, hooks and the like.
-OWN = frozenset(vars(nn.Module()))
 
 
 class Attributes:
@@ -98,7 +96,7 @@ def set_once(probe: nn.Module, before: Attributes) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for module, attributes in before.of_modules():
         for name, value in vars(module).items():
-            if type(value) not in _PLAIN or name in OWN:
+            if type(value) not in _PLAIN or name in OF_EVERY_MODULE:
                 continue
             if name not in attributes or attributes[name] != value:
                 found[module] = name
@@ -161,7 +159,7 @@ def _made(probe: nn.Module, before: Attributes) -> _Made:
     made: _Made = {}
     for module, attributes in before._before:
         for name, value in vars(module).items():
-            if name in OWN:
+            if name in OF_EVERY_MODULE:
                 continue
             earlier = {id(leaf) for leaf in tree_leaves(attributes.get(name))}
             for leaf in _leaves(value):
@@ -211,7 +209,7 @@ def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
         # The model's own buffers are fake. A trace sees what is written on them.
         own = {}
         for name, value in {**module._buffers, **vars(module)}.items():
-            if name not in OWN and not name.startswith("__"):
+            if name not in OF_EVERY_MODULE and not name.startswith("__"):
                 own[_as_attribute(name)] = _counted(value, known)
         kind = type(module)
         if kind not in shared:

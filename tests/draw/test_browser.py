@@ -61,6 +61,16 @@ class Shown:
             )
         )
 
+    def wait_until(self, condition: str) -> None:
+        """Wait until a condition in JavaScript holds, for ten seconds at most.
+
+        Playwright's own `wait_for_function` evaluates a text again for each frame, which the
+        page's content policy forbids from the second frame on.
+        """
+        frame = "await new Promise(requestAnimationFrame)"
+        loop = f"for (const end = Date.now() + 1e4; !({condition}) && Date.now() < end; ) {frame}"
+        assert self.tab.evaluate(f"async () => {{ {loop}; return {condition} }}"), condition
+
     def scrolled(self) -> tuple[float, float]:
         return tuple(self.tab.evaluate("[view.scrollLeft, view.scrollTop]"))
 
@@ -154,12 +164,12 @@ def test_keys_and_buttons_zoom(shown: Shown) -> None:
 def test_the_wheel_zooms_about_the_pointer_only_with_control(shown: Shown) -> None:
     shown.tab.mouse.move(400, 300)
     shown.tab.mouse.wheel(0, 200)
-    shown.tab.wait_for_function("view.scrollTop > 0")
+    shown.wait_until("view.scrollTop > 0")
     assert shown.scale() == 1
     shown.tab.keyboard.down("Control")
     shown.tab.mouse.wheel(0, -100)
     shown.tab.keyboard.up("Control")
-    shown.tab.wait_for_function("graph.style.transform !== ''")
+    shown.wait_until("graph.style.transform !== ''")
     assert shown.scale() == pytest.approx(1.1)
 
 

@@ -219,6 +219,22 @@ class CrossStage(nn.Module):
         return self.out(torch.cat((left, self.blocks(right)), 1))
 
 
+class Dense(nn.Module):
+    """A dense block: a layer reads what all layers before it gave, and a transition ends it."""
+
+    def __init__(self, inputs: int, growth: int, width: int) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(inputs + i * growth, growth, 3, padding=1) for i in range(2))
+        self.layers = nn.ModuleList([first, second])
+        self.transition = nn.Conv2d(inputs + 2 * growth, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(torch.cat(found, 1)).relu())
+        return self.transition(torch.cat(found, 1))
+
+
 class Words(nn.Module):
     """A unit of a TNT: words of each sentence, (B * 5, 3, 8), and the sentences, (B, 5, 24)."""
 

@@ -2,9 +2,10 @@
 
 1. A span with most of the parameters in which no residual block lies is cut after each layer. Such
    a span is the stack of linear layers behind a flatten (VGG), or a stem of plain convolutions.
-2. A span with several residual blocks and more than a third is cut where single values cross
-   inside, until each part holds less. In a CSP stage these are its layers before and behind the
-   parallel paths.
+2. A span with more than a third is cut where single values cross inside, until each part holds
+   less, if it holds several residual blocks, or layers on both sides of a concatenation. In a CSP
+   stage these are its layers before and behind the parallel paths, and in a dense block the
+   transition.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.layers import scopes
-from sffx.compiler.spans import has_weight, layer_ends, legal
+from sffx.compiler.spans import Steps, has_weight, layer_ends, legal
 
 LARGE_BLOCK = 1 / 3  # share of the parameters
 
@@ -54,7 +55,9 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     ends_so_far = sorted({*kept, *added})
     places = layer_ends(analysis)
     for before, end in pairwise([-1, *ends_so_far]):
-        if len(_residual_modules(analysis, before + 1, end + 1)) > 1:
+        span = range(before + 1, end + 1)
+        several = len(_residual_modules(analysis, span.start, span.stop)) > 1
+        if several or _goes_on_behind_concatenation(steps, span):
             added += _most_even(analysis, sizes, places, before, end)
     return sorted({*kept, *added})
 
@@ -67,6 +70,14 @@ def _residual_modules(analysis: Analysis, start: int, stop: int) -> set[str]:
             if analysis.join(name) == "sum":
                 owners.update(scopes(analysis.nodes[name])[-1:])
     return owners
+
+
+def _goes_on_behind_concatenation(steps: Steps, span: range) -> bool:
+    """Return whether a span has layers up to a concatenation of paths, and others behind it."""
+    for i in span:
+        if steps[i].join == "cat" and has_weight(steps, i + 1, span.stop):
+            return has_weight(steps, span.start, i + 1)
+    return False
 
 
 def _most_even(

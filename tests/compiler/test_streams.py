@@ -14,6 +14,7 @@ from sffx.errors import CutError
 from sffx.learning.heads import StreamHeads
 from tests.stream_models import (
     CrossStage,
+    Dense,
     EncoderDecoder,
     HRNet,
     Nested,
@@ -158,6 +159,15 @@ def test_a_large_stage_of_residual_blocks_is_cut_inside():
     assert names(plan)[-1] == "1.out"
     largest = max(p.numel() for p in model[1].out.parameters())
     assert all(block.num_parameters <= max(total / 3, largest + 16) for block in plan.all_blocks)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_a_large_dense_block_is_cut_before_its_transition(width):
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    model = nn.Sequential(Dense(3, 2, 4), Dense(4, 16, width), *head)
+    plan = sffx.plan(model, example_input=IMAGE)
+    assert names(plan) == ["0", "1.layers.0 … 1.layers.1", "1.transition"]
+    assert sffx.check(model, sffx.transform(model, example_input=IMAGE, check=False), IMAGE)
 
 
 def test_a_stream_that_is_folded_into_the_batch_is_cut_as_well():

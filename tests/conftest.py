@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from functools import cache
 
 import pytest
 
-# They hold whole programs, some files a single one. With `--dist loadfile` a worker takes files.
+# They hold whole programs: single tests of 5 to 20 s.
 LONG_FOLDERS = ("examples", "tools")
 
 # A part of a skip's reason, and why such a skip is right.
@@ -31,6 +32,14 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_setup() -> None:
+    """Take back what an import has made slow for the tests after it."""
+    # Lightning sets it. Then torch loads the driver of a GPU anew for each operation on fake
+    # tensors, which takes a tenth of the time of a cut.
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    _list_operators_of_onnx_once()
+
+
+def _list_operators_of_onnx_once() -> None:
     """Let torch list the operators of ONNX once, if a test before this one has exported.
 
     For each export it parses the sources of 500 functions, which takes as long as a small model.

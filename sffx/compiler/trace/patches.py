@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -50,9 +51,14 @@ _CACHED = type(functools.lru_cache(len))
 # Packages whose functions are given no proxy by a forward, or know what to do with one.
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
 
-# Installed modules without such a function, by the `id` of their namespace: the module's name, and
-# how many names it held. Files of the user are not among them, since a notebook may add functions.
-_WITHOUT_CACHES: dict[int, tuple[str, int]] = {}
+# What was found in installed modules, by the `id` of their namespace: the module's name, how many
+# names it held, and the names of such functions. Files of the user are not among them, since a
+# notebook may add functions.
+_NAMES_OF_CACHES: dict[int, tuple[str, int, tuple[str, ...]]] = {}
+
+# All modules at the last trace, and those of them that `_files_of_models` returned.
+_modules: list[ModuleType] = []
+_files: list[ModuleType] = []
 
 # Functions that draw for code beside the graph.
 _DRAWS_OF_NUMPY = (
@@ -328,16 +334,25 @@ def _caches() -> Iterator[tuple[Any, str, Any]]:
     """
     for module in _files_of_models():
         names = vars(module)
-        # A program may have imported thousands of modules, and few of them keep results.
-        seen = (getattr(module, "__name__", ""), len(names))
-        if _WITHOUT_CACHES.get(id(names)) == seen:
-            continue
-        cached = [(name, value) for name, value in list(names.items()) if type(value) is _CACHED]
-        if not cached and "site-packages" in (getattr(module, "__file__", None) or ""):
-            _WITHOUT_CACHES[id(names)] = seen
-        for name, value in cached:
-            if _takes_arguments(value):
+        for name in _names_of_caches(module, names):
+            value = names.get(name)
+            if type(value) is _CACHED and _takes_arguments(value):
                 yield module, name, _keeping_no_proxy(value)
+
+
+def _names_of_caches(module: ModuleType, names: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a module's functions that keep their results.
+
+    A program may have imported thousands of modules, so a known one is not searched again.
+    """
+    own = getattr(module, "__name__", "")
+    known = _NAMES_OF_CACHES.get(id(names))
+    if known is not None and known[0] == own and known[1] == len(names):
+        return known[2]
+    found = tuple(name for name, value in list(names.items()) if type(value) is _CACHED)
+    if "site-packages" in (getattr(module, "__file__", None) or ""):
+        _NAMES_OF_CACHES[id(names)] = (own, len(names), found)
+    return found
 
 
 def _takes_arguments(cached: Any) -> bool:
@@ -368,12 +383,21 @@ def _kinds_of_proxies() -> Iterator[None]:
             del module.type
 
 
-def _files_of_models() -> Iterator[ModuleType]:
-    """Yield the modules, as Python has them, whose functions may be given a proxy."""
-    for module in list(sys.modules.values()):
-        package = getattr(module, "__name__", "").partition(".")[0]
-        if package not in _WITHOUT_PROXIES:
-            yield module
+def _files_of_models() -> list[ModuleType]:
+    """Return the modules, as Python has them, whose functions may be given a proxy.
+
+    There may be thousands. Unless one has come or gone since the last trace, they are the same.
+    """
+    global _modules, _files
+    modules = list(sys.modules.values())
+    if len(modules) != len(_modules) or not all(map(operator.is_, modules, _modules)):
+        _files = [module for module in modules if _package_of(module) not in _WITHOUT_PROXIES]
+        _modules = modules
+    return _files
+
+
+def _package_of(module: ModuleType) -> str:
+    return getattr(module, "__name__", "").partition(".")[0]
 
 
 def _keeping_no_proxy(cached: Any) -> Callable[..., Any]:

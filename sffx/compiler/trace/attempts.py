@@ -42,14 +42,14 @@ def trace_until_it_works(
         attributes.restore()
         tracer = make_tracer(True)
         graph = _attempt(probe, tracer, leaves)
-        if graph is None or _buffers_were_assigned(probe, leaves, attributes):
+        if graph is None or tracer.has_opened or _buffers_were_assigned(probe, leaves, attributes):
             continue
         if not tracer.branched:
             return tracer, graph
         attributes.restore()
         eval_tracer = make_tracer(False)
         eval_graph = _attempt(probe, eval_tracer, leaves)
-        if eval_graph is None:
+        if eval_graph is None or eval_tracer.has_opened:
             continue
         if merge_modes(graph, eval_graph, tracer.branched, probe):
             tracer.constants.names.update(eval_tracer.constants.names)
@@ -83,6 +83,8 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     except TraceError:
         raise
     except Exception as failure:
+        if tracer.has_opened:
+            return None
         if tracer.functions.add(failure, _reason(failure)):
             return None
         if not tracer.failed:
@@ -98,32 +100,25 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
     try:
         plant_flags(probe, tracer.is_leaf_module)
         before = versions(probe)
-        modes = _modes(probe)
         with tracer.patches.applied():
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
-        _require_modes(probe, modes)
+        _require_own_parameters(probe, tracer)
         return graph
     finally:
         tracer.constants.close()
         lift_flags(probe)
 
 
-def _modes(probe: nn.Module) -> dict[nn.Module, Any]:
-    """Return the own `training` of each module; None where a flag of the trace stands for it."""
-    return {module: vars(module).get("training") for module in probe.modules()}
-
-
-def _require_modes(probe: nn.Module, before: Mapping[nn.Module, Any]) -> None:
-    """Raise a TraceError if a forward has set the mode of a module."""
-    for module, mode in _modes(probe).items():
-        if mode != before.get(module):
-            names = {each: repr(name) for name, each in probe.named_modules() if name}
-            raise TraceError(
-                f"{type(probe).__name__} sets the mode of {names.get(module, 'itself')} in its "
-                "forward, which a graph cannot hold. Hint: override train() instead, and set the "
-                "mode there"
-            )
+def _require_own_parameters(probe: nn.Module, tracer: GuidedTracer) -> None:
+    """Raise a TraceError if a forward has put another tensor in the place of a parameter."""
+    name = tracer.own.assigned_parameter(probe)
+    if name:
+        raise TraceError(
+            f"{type(probe).__name__} assigns its parameter {name!r} in its forward, which a graph "
+            "cannot hold. Hint: torch.func.functional_call(layer, tensors, x) calls a layer with "
+            "other tensors, and leaves it as it is"
+        )
 
 
 def _reason(failure: Exception) -> str:
@@ -134,17 +129,11 @@ def _reason(failure: Exception) -> str:
     first_line = _PROXY.sub("a traced value", first_line)
     if _OF_FUNCTORCH in message:
         first_line = "torch.func transforms a function here, which a graph cannot hold"
-    if _OF_FLAGS in message:
-        first_line = (
-            "it sets the mode of a module, which a graph cannot hold; override train() instead, "
-            "and set the mode there"
-        )
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
 _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
 _OF_FUNCTORCH = "dynamicLayerStack"
-_OF_FLAGS = "as buffer 'training'"  # where a planted flag lies
 
 
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:

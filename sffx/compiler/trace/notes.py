@@ -19,6 +19,7 @@ def notes(
     constants: Mapping[str, Any],
     kept: Sequence[str],
     checkpointed: bool,
+    unvalidated: bool,
     left_out: Collection[str],
     asked: Collection[str],
     is_of_size: bool,
@@ -31,6 +32,7 @@ def notes(
         constants: the arguments that are no tensors.
         kept: qualnames of tensors that the model computes in its first call only.
         checkpointed: whether the trace met gradient checkpointing.
+        unvalidated: whether the forward makes distributions.
         left_out: the context managers in the forward that are no part of the graph.
         asked: the questions about torch's state that the forward asks.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
@@ -49,6 +51,8 @@ def notes(
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
         yield "gradient checkpointing in the model is left out"
+    if unvalidated:
+        yield "torch.distributions does not check the values of its arguments in the cut model"
     yield from _notes_on_regions(left_out, asked)
     if _nests_padded(root, graph):
         yield (

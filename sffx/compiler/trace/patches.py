@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Size, fx, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from sffx.compiler.trace.proxy import KindOf, has_proxy, has_size
+from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
+from sffx.compiler.trace.regions import is_of_torch
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.functions import Callee
@@ -35,6 +37,7 @@ _FUNCTIONS_OF_SIZES = (
     *("full", "randint", "randperm", "normal", "eye", "arange", "linspace", "logspace"),
     *("broadcast_to", "tile", "reshape", "roll", "narrow", "as_strided", "unflatten"),
     *("split", "chunk", "repeat_interleave", "multinomial", "tril_indices", "triu_indices"),
+    "broadcast_shapes",
 )
 _METHODS_OF_SIZES = (
     *("expand", "repeat", "tile", "broadcast_to", "view", "reshape", "roll", "narrow"),
@@ -81,12 +84,14 @@ class Patches:
         probe: the model that is traced.
         checkpointed: whether gradient checkpointing was met. It changes no value, and is left out
             of the graph.
+        unvalidated: whether a distribution was made, whose checks of values are left out.
     """
 
     def __init__(self, tracer: GuidedTracer, probe: nn.Module) -> None:
         self.tracer = tracer
         self.probe = probe
         self.checkpointed = False
+        self.unvalidated = False
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -111,12 +116,15 @@ class Patches:
         yield from self._of_compiled_code()
         yield from self._of_classes()
         yield from self._of_checkpoints()
+        yield Distribution, "_validate_args", self._unvalidated()
+        yield nn.Module, "__setattr__", self._setting(nn.Module.__setattr__)
         yield torch.Tensor, "data", self._data()
         detect = transformer._detect_is_causal_mask
         yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)
         yield torch, "_check_with", functools.partial(_check, torch._check_with)
 
     def _of_sizes(self) -> Iterator[tuple[Any, str, Any]]:
+        yield torch, "Size", ShapeOf
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
         for name in _FUNCTIONS_OF_SIZES:
@@ -223,6 +231,32 @@ class Patches:
 
         return property(read, write)
 
+    def _setting(self, set_attribute: Callable[..., None]) -> Callable[..., None]:
+        """Return what stands in for `__setattr__`, and refuses to set the mode of a module."""
+
+        def setting(module: nn.Module, name: str, value: Any) -> None:
+            if name == "training" and not self.tracer.is_running:
+                self.tracer.refuse_mode(module)
+            set_attribute(module, name, value)
+
+        return setting
+
+    def _unvalidated(self) -> property:
+        """Return a property by which distributions do not look at the values of their arguments.
+
+        What they raise for wrong ones is no part of a graph.
+        """
+
+        def read(_: Distribution) -> bool:
+            if not self.tracer.is_running:
+                self.unvalidated = True
+            return False
+
+        def write(distribution: Distribution, value: bool) -> None:
+            vars(distribution)["_validate_args"] = value
+
+        return property(read, write)
+
     def _around(self, enter: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
         """Return what stands in for the `__enter__` of a context manager that is to be noted."""
 
@@ -238,7 +272,9 @@ class Patches:
         self.tracer.regions.enter_autocast(context._enabled, self.tracer.place)
 
     def _enter_enable_grad(self, _: Any) -> None:
-        self.tracer.regions.enter_enable_grad(self.tracer.place)
+        # Distributions compute some of their attributes so, whose gradients they want anyway.
+        if not is_of_torch(sys._getframe(2)):
+            self.tracer.regions.enter_enable_grad(self.tracer.place)
 
     def _enter_hooks(self, context: Any) -> None:
         self.tracer.regions.enter_hooks(type(context))
@@ -368,19 +404,26 @@ def _takes_arguments(cached: Any) -> bool:
 def _kinds_of_proxies() -> Iterator[None]:
     """Let `type(x)` say of a proxy what it says of the value, in the files of all models.
 
-    There may be thousands of files. One loop over them is faster than a `_replaced` for each.
+    So `Size`, where it is torch's, takes proxies. There may be thousands of files. One loop over
+    them is faster than a `_replaced` for each.
     """
     modules: list[Any] = []
+    with_size: list[Any] = []
     try:
         for module in _files_of_models():
             # Not where it has its own `type`. A module may also be listed under two names.
             if "type" not in vars(module):
                 modules.append(module)
                 setattr(module, "type", KindOf)  # noqa: B010 - mypy knows no such attribute
+            if vars(module).get("Size") is Size:
+                with_size.append(module)
+                setattr(module, "Size", ShapeOf)  # noqa: B010
         yield
     finally:
         for module in modules:
             del module.type
+        for module in with_size:
+            module.Size = Size
 
 
 def _files_of_models() -> list[ModuleType]:

@@ -193,7 +193,7 @@ class TypeOfValues(type):
         if len(args) != 1:
             return type(*args, **kwargs)
         kind = args[0].kind if isinstance(args[0], GuidedProxy) else _kind(args[0])
-        return cls if kind is type else kind  # so `type(kind) is type` is true where `type` is cls
+        return _STAND_INS.get(kind, kind)
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, type)
@@ -212,6 +212,43 @@ class KindOf(metaclass=TypeOfValues):
 
     def __class_getitem__(cls, kind: Any) -> Any:
         return type[kind]
+
+
+class TypeOfShapes(type):
+    """The class of `ShapeOf`, which is used as `torch.Size` is."""
+
+    def __call__(cls, sizes: Any = ()) -> Any:
+        if not isinstance(sizes, (Sequence, fx.Proxy)):
+            sizes = tuple(sizes)
+        if not has_proxy(sizes):
+            return Size(sizes)
+        first = next(leaf for leaf in tree_leaves(sizes) if isinstance(leaf, fx.Proxy))
+        return first.tracer.create_proxy("call_function", Size, (sizes,), {})
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, Size)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return kind is cls or issubclass(kind, Size)
+
+    def __eq__(cls, other: Any) -> bool:
+        return other is cls or other is Size
+
+    def __hash__(cls) -> int:
+        return hash(Size)
+
+
+class ShapeOf(tuple, metaclass=TypeOfShapes):
+    """Stands in for `torch.Size` during a trace: its C code takes no proxy of a size."""
+
+
+# So `type(kind) is type` and `type(x.shape) is torch.Size` are true where these are the names.
+_STAND_INS: dict[type, type] = {
+    type: KindOf,
+    TypeOfValues: KindOf,
+    TypeOfShapes: KindOf,
+    Size: ShapeOf,
+}
 
 
 class TensorProxy(GuidedProxy, Tensor):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.backends import cuda, cudnn, mkldnn
 from torch.utils._pytree import tree_map_only
 
 from sffx.compiler.facts import facts
+from sffx.compiler.trace.code_names import package_of
 from sffx.compiler.trace.proxy import TensorProxy
 from sffx.tensors import tensors_in
 
@@ -99,8 +101,7 @@ class Regions:
 
     def answer(self, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Note that a forward asks for a state of torch, and answer as torch does."""
-        caller = str(sys._getframe(1).f_globals.get("__name__", ""))
-        if caller.partition(".")[0] not in ("torch", "sffx"):
+        if not is_of_torch(sys._getframe(1)):
             self.asked[f"torch.{ask.__name__}()"] = None
         return ask(*args, **kwargs)
 
@@ -144,6 +145,11 @@ _CANNOT_BE_HELD = (
     "a region like torch.autocast() or torch.inference_mode() begins in its forward, which a graph "
     "cannot hold"
 )
+
+
+def is_of_torch(frame: FrameType) -> bool:
+    """Whether the code of a frame is torch's, or that of sffx, and not a model's."""
+    return package_of(frame.f_globals) in ("torch", "sffx")
 
 
 def _switches() -> tuple[Any, ...]:

@@ -146,9 +146,9 @@ class NodeRunner:
         except Exception:
             return values
         finally:
-            self.is_running = False
             for module, training in modes.items():
                 module.training = training
+            self.is_running = False
         return values
 
     def takes(self, size: int) -> bool:
@@ -182,9 +182,9 @@ class NodeRunner:
             return  # in the other mode it needs values, or does not run
         finally:
             module.train(self.training)
-            self.is_running = False
             for each, training in modes.items():
                 each.training = training
+            self.is_running = False
         here, there = _form(value), _form(other)
         if here == there:
             return

@@ -126,7 +126,8 @@ class _Probed:
         leaves: the reasons why modules are leaves, by qualname; a trace adds to them.
         kept: what a call keeps for the next one.
         flags: the modules with a number that the first call sets, and what it is called.
-        opened: the modules whose state is set while they do not run, and the attribute's name.
+        opened: the modules whose state is set while they do not run, and the attribute's name; a
+            trace adds to them.
         views: the tensors in plain attributes that share memory with a parameter or a buffer.
     """
 
@@ -140,7 +141,7 @@ class _Probed:
     leaves: dict[str, str]
     kept: Kept
     flags: Mapping[nn.Module, str]
-    opened: Mapping[nn.Module, str]
+    opened: dict[nn.Module, str]
     views: Mapping[str, Tensor]
 
 
@@ -208,6 +209,7 @@ def _notes(
         constants=probed.form.constants,
         kept=probed.kept.once,
         checkpointed=tracer.patches.checkpointed,
+        unvalidated=tracer.patches.unvalidated,
         left_out=tracer.regions.left_out,
         asked=tracer.regions.asked,
         is_of_size=is_of_size,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 
 from sffx.arguments import is_writable
 from sffx.compiler.aliases import views_in_attributes
@@ -40,6 +41,7 @@ from sffx.compiler.trace.functions import (
 from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
+from sffx.compiler.trace.own_state import OwnState
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
@@ -77,6 +79,8 @@ class GuidedTracer(fx.Tracer):
         writes: on the model's tensors.
         opened: modules that can be no leaves: one of their attributes, named here, is set while
             they do not run.
+        has_opened: whether another one was found, which the graph has called as a leaf before.
+        own: what the modules hold themselves.
         views: qualnames of the plain attributes that are views of parameters or buffers.
         patches: what stands in for torch's functions during the trace.
         branched: qualnames of modules that branched on their `training`.
@@ -95,7 +99,7 @@ class GuidedTracer(fx.Tracer):
         leaves: Mapping[str, str],
         functions: Functions,
         wanted: Wanted,
-        opened: Mapping[nn.Module, str],
+        opened: dict[nn.Module, str],
         views: Collection[str] = (),
     ) -> None:
         super().__init__()
@@ -105,7 +109,9 @@ class GuidedTracer(fx.Tracer):
         self.leaves = leaves
         self.functions = functions
         self.opened = opened
+        self.has_opened = False
         self.views = views
+        self.own = OwnState(runner.probe)
         self._parted = _parted_views(runner, views)
         runner.uncopied = {key: tensor for key, (tensor, _) in self._parted.items()}
         self.patches = Patches(self, runner.probe)
@@ -310,7 +316,9 @@ class GuidedTracer(fx.Tracer):
             )
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
-        return super().create_arg(a)
+        # fx would look for the tensor in the model, where it may lie at another place now.
+        name = self.own.name(a) if isinstance(a, FakeTensor) else None
+        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
 
     def _require_no_views(self) -> None:
         """Raise a TraceError if a module keeps a view of a parameter or a buffer in an attribute.
@@ -336,8 +344,7 @@ class GuidedTracer(fx.Tracer):
 
     def _is_held(self, tensor: FakeTensor) -> bool:
         """Whether a tensor is a parameter or a buffer of the model."""
-        tensors = (*self.root.parameters(), *self.root.buffers())
-        return isinstance(tensor, nn.Parameter) or any(each is tensor for each in tensors)
+        return isinstance(tensor, nn.Parameter) or self.own.name(tensor) is not None
 
     def proxy(self, node: fx.Node) -> GuidedProxy:
         example = facts(node).example
@@ -363,6 +370,8 @@ class GuidedTracer(fx.Tracer):
         if self.runner.is_running or not is_part_of_model:
             return forward(*args, **kwargs)
         qualname = self.path_of_module(m)
+        if self.is_leaf_module(m, qualname):
+            self._open_if_replaced(m, (args, kwargs))
         is_leaf = self.is_leaf_module(m, qualname)
         call = functools.partial(super().call_module, m, forward, args, kwargs)
         if is_leaf and m in self.opened:
@@ -378,6 +387,18 @@ class GuidedTracer(fx.Tracer):
                 self.failed = qualname
             raise
 
+    def _open_if_replaced(self, m: nn.Module, given: Any) -> None:
+        """Open a module for the next attempt if a forward has set what it holds.
+
+        Args:
+            m: that would be called as a leaf.
+            given: its arguments. A state that is one of them as well does not count.
+        """
+        name = "" if m in self.opened else self.own.replaced(m, tree_leaves(given))
+        if name:
+            self.opened[m] = name
+            self.has_opened = True
+
     def _why_no_leaf(self, m: nn.Module, qualname: str) -> str:
         return (
             f"the attribute {self.opened[m]!r} of {qualname}, a {type(m).__name__}, is set while "
@@ -390,6 +411,7 @@ class GuidedTracer(fx.Tracer):
             self._require_hooks_of_model(m)
             value = self._called_leaf(call)
             self.writes.note_leaf(before)
+            self.own.note(m)
             return value
         require_no_identity(m)
         value = call_without_draws(call)
@@ -433,6 +455,15 @@ class GuidedTracer(fx.Tracer):
             return call(m, *args, **kwargs)
         return self.call_module(m, forward, args, kwargs)
 
+    def refuse_mode(self, m: nn.Module) -> None:
+        """Raise a RuntimeError if a forward sets the mode of a module of the model."""
+        paths = self.submodule_paths or {}
+        if m in paths:
+            raise RuntimeError(
+                f"it sets the mode of {repr(paths[m]) if paths[m] else 'the model'}, which a graph "
+                "cannot hold; override train() instead, and set the mode there"
+            )
+
     def run_function(
         self, code: CodeType, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -474,7 +505,12 @@ class GuidedTracer(fx.Tracer):
             return attr_val
         if isinstance(attr_val, PlantedFlag):
             return self.create_proxy("call_module", attr_val.target, (), {})
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self.own.name(attr_val)
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.branched |= owners_of_flags(obj.node)

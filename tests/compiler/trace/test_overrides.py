@@ -258,6 +258,17 @@ def _in_eval_mode(m: _ChangesALayer, x: Tensor) -> Tensor:
     return m.norm(x)
 
 
+def _as_it_is(m: _ChangesALayer, x: Tensor) -> Tensor:
+    """In train mode this changes nothing."""
+    m.norm.train()
+    return m.norm(x)
+
+
+def _by_attribute(m: _ChangesALayer, x: Tensor) -> Tensor:
+    m.norm.training = True
+    return m.norm(x)
+
+
 def _itself_in_eval_mode(m: _ChangesALayer, x: Tensor) -> Tensor:
     return m.eval().norm(x)
 
@@ -278,8 +289,10 @@ def _with_a_new_layer(m: _ChangesALayer, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (_in_eval_mode, r"sets the mode of 'norm' in its forward.*Hint: override train\(\)"),
-        (_itself_in_eval_mode, r"sets the mode of a module.*override train\(\)"),
+        (_in_eval_mode, r"sets the mode of 'norm'.*override train\(\)"),
+        (_as_it_is, r"sets the mode of 'norm'.*override train\(\)"),
+        (_by_attribute, r"sets the mode of 'norm'.*override train\(\)"),
+        (_itself_in_eval_mode, r"sets the mode of the model.*override train\(\)"),
         (_hooked, r"sets a hook on a layer that it calls, which is lost.*Hint: move"),
         (_with_a_new_layer, r"'new\.weight' is made in the first call.*Hint: run the model once"),
     ],
@@ -287,6 +300,24 @@ def _with_a_new_layer(m: _ChangesALayer, x: Tensor) -> Tensor:
 def test_a_forward_that_changes_its_layers_is_refused(code, message):
     with pytest.raises(SffxError, match=message):
         sffx.plan(_ChangesALayer(code), "layer", torch.zeros(4, 6))
+
+
+def test_a_part_that_sets_the_mode_of_its_layer_is_a_leaf():
+    """Monte Carlo dropout draws in eval mode as well."""
+
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.drop.train()
+            return self.drop(self.inner(x))
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Drops(), nn.Linear(6, 4))
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert [leaf.qualname for leaf in net.plan.leaves] == ["2"]
+    assert sffx.check(model, net).difference is None
 
 
 def test_layers_that_the_first_call_makes_are_cut_after_it():

@@ -1,0 +1,106 @@
+"""What the modules of a model hold themselves, and the modules that are called with other things.
+
+`torch.func.functional_call` puts other tensors into a module for one call. A forward may also set
+an attribute of a layer before it calls it, as `self.dropout.p = 0.1`. Such a layer cannot be a leaf
+of a graph, which would compute with what the layer holds itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sffx.compiler.qualnames import OF_EVERY_MODULE
+from sffx.compiler.trace.code_names import functions_reached, names_in
+
+
+class OwnState:
+    """The parameters, buffers and attributes of the modules of a model.
+
+    Args:
+        model: before its forward runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._names: dict[int, str] = {}
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+            self._names[id(tensor)] = name
+        self._held: dict[nn.Module, dict[str, Any]] = {}
+        self.note(model)
+
+    def name(self, tensor: Any) -> str | None:
+        """Return the qualname of a parameter or a buffer of the model, None for another tensor."""
+        return self._names.get(id(tensor))
+
+    def note(self, module: nn.Module) -> None:
+        """Take what the parts of a module hold now as their own, after a leaf has set it."""
+        for part in module.modules():
+            self._held[part] = _held_in(part)
+
+    def replaced(self, module: nn.Module, given: Sequence[Any] = ()) -> str:
+        """Return what a module or a part of it holds that something else stands for; "" if nothing.
+
+        Args:
+            module: to look into.
+            given: values that may stand anywhere.
+
+        Returns:
+            The name of a parameter, a buffer or an attribute.
+        """
+        allowed = {id(value) for value in given}
+        for part in module.modules():
+            own, now = self._held.get(part, {}), _held_in(part)
+            for name, value in own.items():
+                if id(now.get(name)) not in allowed and _is_other(value, now.get(name)):
+                    return name
+            # A new attribute may be for whoever looks at the model.
+            made = now.keys() - own.keys()
+            if made and (used := made.intersection(_words_of(type(part)))):
+                return min(used)
+        return ""
+
+    def assigned_parameter(self, model: nn.Module) -> str:
+        """Return the qualname of a parameter of which another tensor has the place; "" if none."""
+        now = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in self._parameters.items():
+            if name in now and now[name] is not parameter:
+                return name
+        return ""
+
+
+def _held_in(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    held = {**module._parameters, **module._buffers}
+    for name, value in vars(module).items():
+        if name not in OF_EVERY_MODULE:
+            held[name] = value
+    held.pop("training", None)  # a flag of the trace may stand for it
+    return held
+
+
+def _is_other(own: Any, now: Any) -> bool:
+    """Whether a value that a forward may have set is another one than that of the module."""
+    if own is None and not isinstance(now, (fx.Proxy, *_PLAIN)):
+        return False  # a table that the first call makes, and later calls only read
+    if isinstance(own, _PLAIN) and type(own) is type(now):
+        return bool(own != now)
+    return own is not now
+
+
+_PLAIN = (bool, int, float, str)
+
+
+def _words_of(kind: type[nn.Module]) -> set[str]:
+    """Return the names in the code that the forward of a class reaches."""
+    forward = inspect.unwrap(kind.forward)
+    if not isinstance(forward, FunctionType):
+        return set()
+    reached = functions_reached(forward, kind)
+    return {word for function in reached for word in names_in(function.__code__)}

@@ -44,8 +44,8 @@ def _may_be_cut_after(flow: Dataflow, name: str, is_on_spine: bool) -> bool:
     """Return whether a module returns a value, or paths join in it; of one stream, both."""
     is_join = flow.paths.in_degree(name) > 1
     if is_on_spine:
-        return is_join or _ends_a_module(flow.nodes[name])
-    return is_join and _ends_a_module(flow.nodes[name])
+        return is_join or _leaves_a_module(flow.nodes[name])
+    return is_join and _leaves_a_module(flow.nodes[name])
 
 
 def _viewed_axis(node: Node) -> BatchAxis | None:
@@ -59,9 +59,13 @@ def _viewed_axis(node: Node) -> BatchAxis | None:
     return batch if is_ordered and value.ndim > 1 else None
 
 
-def _ends_a_module(node: Node) -> bool:
-    """Return whether a module around a node is around none of the nodes that read its value."""
-    return not _scopes_of_readers(node).issuperset(scopes(node))
+def _leaves_a_module(node: Node) -> bool:
+    """Return whether a node that reads the value of another one lies outside a module around it.
+
+    The module may read the value as well, as the inner stream of a TNT does.
+    """
+    around = scopes(node)
+    return any(not set(scopes(reader)).issuperset(around) for reader in node.users)
 
 
 def _scopes_of_readers(node: Node) -> set[str]:

@@ -364,7 +364,7 @@ def _token_inputs(analysis: Analysis) -> Iterator[tuple[str, fx.Node]]:
 
 
 def _instance_notes(blocks: list[Block], task: Task) -> list[str]:
-    """Return a note on the feature blocks that read the instances of a sample one by one.
+    """Return a note on the feature blocks whose heads read the instances of a sample one by one.
 
     A task of positions needs none: there each instance is scored.
     """
@@ -372,7 +372,7 @@ def _instance_notes(blocks: list[Block], task: Task) -> list[str]:
         return []
     folded = []
     for block in blocks:
-        if any(output.is_folded for output in block.outputs):
+        if any(output.is_folded for output in block.scored):
             folded.append(block.target)
     if not folded:
         return []

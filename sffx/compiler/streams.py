@@ -262,7 +262,7 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     crossing = _Crossing(analysis, step)
     for i, name in enumerate(names):
         values = crossing.after(name)
-        if i in starts or _starts_classifier(analysis, name):
+        if i in starts or _starts_classifier(analysis, name) or sizes.layers([name]):
             is_open = False
         if i in ends and i not in covered:
             is_open = True

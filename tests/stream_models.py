@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,6 +151,44 @@ class Pairs(nn.Module):
         return self.out(torch.cat((x, y), -1).mean(1))
 
 
+class Towers(nn.Module):
+    """Three nets that meet at the logits alone, each with a last layer of its own.
+
+    Args:
+        inputs: how many inputs they read, 1 or 3.
+        meet: how their logits meet.
+    """
+
+    def __init__(self, inputs: int, meet: Callable[[list[Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.meet = meet
+        self.nets = nn.ModuleList(self._net() for _ in range(3))
+
+    @staticmethod
+    def _net() -> nn.Sequential:
+        tail = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1)
+        return nn.Sequential(twice(3, 4), twice(4, 4), *tail, nn.Linear(4, CLASSES))
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        images = [x, *others] if others else [x, x, x]
+        return self.meet([net(image) for net, image in zip(self.nets, images, strict=True)])
+
+
+class Fusion(nn.Module):
+    """A net for images and one for rows of a table, and several layers for what both see."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.image = nn.Sequential(twice(3, 4), twice(4, 8), *pool)
+        self.table = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 24))
+        self.fuse = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, classes))
+
+    def forward(self, image: Tensor, table: Tensor) -> Tensor:
+        return self.fuse(torch.cat([self.image(image), self.table(table)], 1))
+
+
 class Siamese(nn.Module):
     """Runs the same layers on two images, (B, 3, 16, 16), and compares what they see."""
 
@@ -236,15 +275,18 @@ class Dense(nn.Module):
 
 
 class Words(nn.Module):
-    """A unit of a TNT: words of each sentence, (B * 5, 3, 8), and the sentences, (B, 5, 24)."""
+    """A unit of a TNT: words of each sentence, (B * 5, 3, 8), and the sentences, (B, 5, 24).
+
+    The words are read in the unit and behind it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.sentences = Sum(nn.Linear(8, 8)), Sum(nn.Linear(24, 24))
+        self.words, self.sentences = nn.Linear(8, 8), Sum(nn.Linear(24, 24))
         self.read = nn.Linear(24, 24)
 
     def forward(self, words: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
-        words = self.words(words)
+        words = words + self.words(words)
         sentences = sentences + self.read(words.reshape(sentences.shape[0], 5, 24))
         return words, self.sentences(sentences)
 
@@ -275,6 +317,7 @@ class StreamProgram(nn.Module):
         count: the number of streams.
         inputs: the number of inputs, 1 or as many as streams.
         is_dense: whether pixels are classified, (B, J, 4, 4), and not samples.
+        meets_at_logits: whether each stream has a last layer of its own, and not all together.
     """
 
     def __init__(
@@ -285,6 +328,7 @@ class StreamProgram(nn.Module):
         inputs: int,
         *,
         is_dense: bool = False,
+        meets_at_logits: bool = False,
     ) -> None:
         super().__init__()
         self.code = code
@@ -292,7 +336,11 @@ class StreamProgram(nn.Module):
         self.inputs = inputs
         self.layers = nn.ModuleList(layers)
         self.is_dense = is_dense
-        self.out = nn.Conv2d(4 * count, CLASSES, 1) if is_dense else nn.Linear(4 * count, CLASSES)
+        widths = [4] * count if meets_at_logits else [4 * count]
+        self.outs = nn.ModuleList(
+            nn.Conv2d(width, CLASSES, 1) if is_dense else nn.Linear(width, CLASSES)
+            for width in widths
+        )
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         streams = [x if other is None or i == 0 else other for i in range(self.count)]
@@ -316,9 +364,12 @@ class StreamProgram(nn.Module):
                 kept.append(value)
             elif name == "skip" and kept:
                 streams[i] = value + kept.pop()
-        if self.is_dense:
-            return self.out(torch.cat(streams, 1))
-        return self.out(torch.cat([each.mean((2, 3)) for each in streams], 1))
+        if not self.is_dense:
+            streams = [each.mean((2, 3)) for each in streams]
+        if len(self.outs) == 1:
+            streams = [torch.cat(streams, 1)]
+        logits = [out(each) for out, each in zip(self.outs, streams, strict=True)]
+        return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
 
     def extra_repr(self) -> str:
         return f"{self.code}, inputs={self.inputs}, is_dense={self.is_dense}"
@@ -328,6 +379,7 @@ class StreamProgram(nn.Module):
 def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
     """Draw a model of two or three streams, and the number of its inputs."""
     is_dense = draw(st.booleans())
+    meets_at_logits = draw(st.booleans())
     count = draw(st.integers(2, 3))
     inputs = draw(st.integers(1, 2))
     layers: list[nn.Module] = []
@@ -346,13 +398,17 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
     for _ in range(draw(st.integers(5, 12))):
         kind = draw(st.sampled_from(kinds))
         i = draw(st.integers(0, count - 1))
-        if kind == "layer":
+        if kind == "layer" and len(layers) > count and draw(st.booleans()):
+            # A layer that was used before, perhaps by another stream, as in a Siamese net.
+            code.append((kind, i, draw(st.integers(count, len(layers) - 1))))
+        elif kind == "layer":
             code.append((kind, i, add(4, draw(st.booleans()))))
         elif kind == "read":
             code.append((kind, i, draw(st.integers(0, count - 1)), add(4, draw(st.booleans()))))
         else:
             code.append((kind, i))
-    return StreamProgram(code, layers, count, inputs, is_dense=is_dense), inputs
+    options = {"is_dense": is_dense, "meets_at_logits": meets_at_logits}
+    return StreamProgram(code, layers, count, inputs, **options), inputs
 
 
 class _Mixes(nn.Module):

@@ -70,8 +70,9 @@ class Step:
             value made from one that is not flat.
         drops: whether it is dropout.
         refusal: why no cut may lie after it, "" where one may.
-        parts_streams: whether `node` does not dominate the logits, so that other values cross the
-            cut, or streams from other inputs begin after it.
+        parts_streams: whether it ends in a cut set that was looked for where streams run side by
+            side. `node` may not dominate the logits, so that other values cross the cut, or streams
+            from other inputs begin after it.
     """
 
     node: str
@@ -126,6 +127,7 @@ class Analysis:
         self.trace = trace
         self._layers = Layers(trace.root)
         self._flow = Dataflow(trace, self._layers, cut_sets)
+        self._given = {frozenset(values) for values in cut_sets}
         self._with_cut_sets: dict[Sequence[frozenset[str]], Analysis] = {}
         self.nodes = self._flow.nodes
         self.logits = self._flow.logits
@@ -203,6 +205,10 @@ class Analysis:
     def is_adaptive_pool(self, node: Node) -> bool:
         """Return whether a node is a pool to a given size."""
         return self._layers.begins_with(node, _POOLS)
+
+    def is_dropout(self, node: Node) -> bool:
+        """Return whether a node is dropout."""
+        return self._layers.begins_with(node, _DROPOUT)
 
     def is_path(self, name: str) -> bool:
         """Return whether a block can learn from the value of a node."""
@@ -349,7 +355,7 @@ class Analysis:
             pools=self._layers.begins_with(end, _POOLS) or is_flattened,
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
-            parts_streams=not self._flow.dominates(end.name),
+            parts_streams=frozenset(values) in self._given or not self._flow.dominates(end.name),
         )
 
     def _join_of_step(self, name: str) -> str:

@@ -8,9 +8,11 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
    goes on behind the step, as the decoder of a U-Net, unless it is a unit: behind the step it is
    divided anyway. A single layer before a larger part belongs to that one, and those at the start
    of the model are its stem. Behind the last larger part, each single layer is a part.
-2. A cut set may lie after each part with a weight. Of the places before the next part, the one is
+2. A cut set may lie after each part with a weight. Of the places before the next layer, the one is
    chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
    a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
+3. Where streams meet at the logits alone, each has a last layer of its own. All last layers are the
+   classifier's, so they run behind all others.
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
 layers and holds more than half of the model. One that holds several residual blocks is none. A gate
@@ -22,10 +24,11 @@ step in time. All uses of a layer belong to one block, so the model is cut acros
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import Tensor, nn
@@ -64,7 +67,7 @@ def with_streams(analysis: Analysis) -> Analysis:
     for place in places:
         allowed = [cut_set for cut_set in place if cut_set not in refused]
         best = _smallest(analysis, allowed)
-        if best is not None and not _is_dominator(analysis, best):
+        if best is not None and _is_between_streams(analysis, best):
             chosen.append(best)
     return analysis.with_cut_sets(tuple(dict.fromkeys(chosen)))
 
@@ -73,8 +76,16 @@ def _refused(analysis: Analysis) -> set[CutSet]:
     return {frozenset(step.values) for step in analysis.steps if step.refusal}
 
 
-def _is_dominator(analysis: Analysis, cut_set: CutSet) -> bool:
-    return len(cut_set) == 1 and analysis.flow.dominates(next(iter(cut_set)))
+def _is_between_streams(analysis: Analysis, cut_set: CutSet) -> bool:
+    """Return whether policies are to cut across a cut set, since streams run side by side there.
+
+    A dominator of the logits is one where streams meet that began at several inputs. They never
+    parted, so that it is no join.
+    """
+    name, *others = cut_set
+    if others or not analysis.flow.dominates(name):
+        return True
+    return analysis.flow.paths.in_degree(name) > 1 and not analysis.join(name)
 
 
 def _smallest(analysis: Analysis, cut_sets: Sequence[CutSet]) -> CutSet | None:
@@ -106,14 +117,26 @@ class _Sizes:
         return max(shares)
 
     def layers(self, names: Iterable[str]) -> int:
-        """Return the number of weight matrices and kernels that some nodes apply."""
-        count = 0
+        """Return the number of weight matrices and kernels that some nodes apply.
+
+        One that is applied several times counts each time.
+        """
+        return sum(self._applied(names).values())
+
+    def distinct_layers(self, names: Iterable[str]) -> int:
+        """Return the number of weight matrices and kernels that some nodes apply, each once."""
+        return len(self._applied(names))
+
+    def _applied(self, names: Iterable[str]) -> Counter[Any]:
+        """Return how often each matrix is applied; a function that reads one counts itself."""
+        applied: Counter[Any] = Counter()
         for name in names:
             node = self._analysis.nodes[name]
             if self._analysis.is_weighted(node):
-                matrices = [p for p in self._analysis.parameters(node).values() if p.ndim > 1]
-                count += max(len(matrices), 1)
-        return count
+                parameters = self._analysis.parameters(node).values()
+                matrices: list[Any] = [id(p) for p in parameters if p.ndim > 1]
+                applied.update(matrices or [name])
+        return applied
 
     def is_too_large(self, names: Sequence[str], scope: str) -> bool:
         """Return whether some nodes, all of one module, are to be divided.
@@ -122,10 +145,10 @@ class _Sizes:
             names: of the nodes.
             scope: qualname of the module, "" for the model.
         """
-        is_unit = bool(scope) and _is_unit(self._analysis, names, scope)
-        fewest = FEWEST_LAYERS_OF_UNIT if is_unit else FEWEST_LAYERS
-        large = LARGE_UNIT if is_unit else LARGE
-        return self.share(names) > large and self.layers(names) >= fewest
+        if scope and _is_unit(self._analysis, names, scope):
+            is_long = self.distinct_layers(names) >= FEWEST_LAYERS_OF_UNIT
+            return is_long and self.share(names) > LARGE_UNIT
+        return self.layers(names) >= FEWEST_LAYERS and self.share(names) > LARGE
 
     def is_too_long(self, names: Sequence[str], scope: str) -> bool:
         """Return whether some nodes are those of a row of modules that is to be divided."""
@@ -197,7 +220,7 @@ def _parts(
     if len(found) == 1:  # what the module itself does, besides its only part, is no part
         (only,) = found.values()
         inside = _parts(analysis, only.nodes, only.scope, sizes, later)
-        if len(inside) > 1 and all(sizes.layers(part.nodes) > 1 for part in inside):
+        if len(inside) > 1 and all(sizes.distinct_layers(part.nodes) > 1 for part in inside):
             return inside
     parts: list[_Part] = []
     # The parts with several layers, and where the last of them ends in the list.
@@ -240,9 +263,13 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     if any(_is_used_again(analysis, part) for part in parts):
         return _places_across_uses(analysis, step, parts)
     early = _early(analysis, in_order)
-    names = _with_early(in_order, early)
-    if early:
-        parts = _parts(analysis, [n for n in in_order if n not in early], step.scope, sizes, later)
+    late = _of_classifier(analysis, in_order)
+    names = [*_with_early([name for name in in_order if name not in late], early), *late]
+    if early or late:
+        body = [name for name in in_order if name not in early and name not in late]
+        parts = _parts(analysis, body, step.scope, sizes, later)
+    if not parts:
+        return []
     position = {name: i for i, name in enumerate(names)}
     # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
@@ -264,6 +291,8 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
         values = crossing.after(name)
         if i in starts or _starts_classifier(analysis, name) or sizes.layers([name]):
             is_open = False
+        if name in late:
+            break
         if i in ends and i not in covered:
             is_open = True
             places.append([])
@@ -344,6 +373,47 @@ def _with_early(names: Sequence[str], early: Mapping[str, str]) -> list[str]:
             order.append(name)
             order += [each for each, first_use in early.items() if first_use == name]
     return order
+
+
+def _of_classifier(analysis: Analysis, names: Sequence[str]) -> list[str]:
+    """Return the nodes of the classifier, where several streams end in a last layer of their own.
+
+    A layer is a last one if no layer is on the way from it to the logits. The pools and the dropout
+    before it are the classifier's as well. All of them can run behind the other layers.
+
+    Args:
+        analysis: of the model.
+        names: of nodes on paths that lead to the logits, in order.
+    """
+    last_layers, ending = _ends_of_streams(analysis)
+    if len(last_layers) < 2:
+        return []
+    found: dict[str, None] = {}
+    for name in names:
+        begins = name in last_layers or _starts_classifier(analysis, name)
+        begins = begins or analysis.is_dropout(analysis.nodes[name])
+        goes_on = not found.keys().isdisjoint(analysis.flow.paths.predecessors(name))
+        if name in ending and (begins or goes_on):
+            found[name] = None
+    return list(found)
+
+
+def _ends_of_streams(analysis: Analysis) -> tuple[set[str], set[str]]:
+    """Return the last layers of all streams, and the nodes that lead to no other layers."""
+    flow = analysis.flow
+    last_layers: set[str] = set()
+    behind: set[str] = set()  # the nodes that no layer is behind
+    ending: set[str] = set()
+    for name in reversed(flow.nodes):
+        if not flow.leads_to_logits(name):
+            continue
+        readers = flow.readers(name)
+        is_layer = analysis.is_weighted(analysis.nodes[name])
+        if readers <= behind:
+            (last_layers if is_layer else behind).add(name)
+        if readers <= ending and (not is_layer or name in last_layers):
+            ending.add(name)
+    return last_layers, ending
 
 
 def _modules_behind(analysis: Analysis, step: Step) -> set[str]:

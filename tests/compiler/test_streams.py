@@ -16,11 +16,13 @@ from tests.stream_models import (
     CrossStage,
     Dense,
     EncoderDecoder,
+    Fusion,
     HRNet,
     Nested,
     Pairs,
     Siamese,
     Spiking,
+    Towers,
     TwoStreams,
     UNet,
     twice,
@@ -83,6 +85,38 @@ def test_each_of_two_branches_has_blocks_of_its_own():
     assert [output.name for output in third.scored] == ["flow_0_2"]
 
 
+MEETINGS = {
+    "a sum": sum,
+    "a mean": lambda logits: torch.stack(logits).mean(0),
+    "a product": lambda logits: logits[0] * logits[1].sigmoid() + logits[2],
+    "the largest": lambda logits: torch.stack(logits, 1).amax(1),
+}
+
+
+@pytest.mark.parametrize("meeting", MEETINGS)
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_nets_that_meet_at_the_logits_end_in_the_classifier(inputs, meeting):
+    example = (IMAGE,) * inputs
+    plan = sffx.plan(Towers(inputs, MEETINGS[meeting]), example_input=example)
+    assert names(plan) == [f"nets.{net}.0 … nets.{net}.1" for net in range(3)]
+    last = [name for name in plan.classifier.modules if name.endswith((".2", ".3", ".4", ".5"))]
+    assert last == [f"nets.{net}.{layer}" for net in range(3) for layer in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("policy", ["batchnorm", "layer", "stages(3)"])
+def test_each_policy_leaves_the_last_layer_of_each_stream_to_the_classifier(policy):
+    plan = sffx.plan(Towers(3, sum), policy, (IMAGE,) * 3)
+    last = {f"nets.{net}.5" for net in range(3)}
+    assert last.issubset(plan.classifier.modules)
+    assert all(block.num_parameters for block in plan)
+
+
+def test_streams_of_several_inputs_end_in_a_block_where_they_meet():
+    plan = sffx.plan(Fusion(), example_input=(IMAGE, torch.zeros(1, 5)))
+    assert cuts(plan)[-1] == "cat"
+    assert plan.classifier.modules == ("fuse.0", "fuse.1", "fuse.2")
+
+
 def token_ids(*lengths: int) -> tuple[Tensor, ...]:
     return tuple(torch.randint(0, 20, (3, length)) for length in lengths)
 
@@ -123,6 +157,35 @@ def test_a_siamese_net_is_cut_across_both_images():
     assert plan.blocks[0].modules == 2 * layers
     assert [len(block.scored) for block in plan] == [2, 2, 2, 1]
     assert any("other random numbers" in note for note in plan.notes)
+
+
+class _Twins(nn.Module):
+    """Residual blocks on two images, of which the last one holds most of the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(_Bottle(width)) for width in (3, 6)))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return self.head((self.blocks(one) - self.blocks(two)).mean((2, 3)))
+
+
+class _Bottle(nn.Module):
+    """A residual block of three layers that doubles the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 2 * width, 1)
+        self.shortcut = nn.Conv2d(width, 2 * width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.up(F.relu(self.down(x))) + self.shortcut(x))
+
+
+def test_a_residual_block_that_several_streams_share_stays_whole():
+    plan = sffx.plan(_Twins(), example_input=(IMAGE, IMAGE))
+    assert names(plan) == ["blocks.0.0", "blocks.1.0"]
 
 
 def test_a_spiking_net_is_cut_across_all_steps_in_time():
@@ -175,7 +238,11 @@ def test_a_stream_that_is_folded_into_the_batch_is_cut_as_well():
     model = Nested()
     net = sffx.transform(model, example_input=example, check=False)
     assert names(net.plan)[1:3] == ["first … units.0", "units.1"]
-    assert [output.is_folded for output in net.plan.blocks[2].outputs] == [False, True]
+    third = net.plan.blocks[2]
+    assert [output.is_folded for output in third.outputs] == [False, True]
+    # The head of the third block reads sentences, so only the first one reads instances.
+    assert [output.name for output in third.scored] == [third.output]
+    assert any(note.startswith("block_0 read instances") for note in net.plan.notes)
     assert sffx.check(model, net, example, raises=False).difference is None
 
 
@@ -317,6 +384,29 @@ class _Pyramid(nn.Module):
         smooth = F.relu(self.smooth(lateral + top))
         fused = F.relu(self.fuse(torch.cat([smooth, top], 1)))
         return self.head(fused.mean((2, 3)))
+
+
+class _Laterals(_Pyramid):
+    """An encoder with a residual block, and then single layers for each scale, as in an FPN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = twice(3, 8), twice(8, 8)
+        self.tops, self.lateral = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.smooth, self.fuse = twice(4, 8), twice(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.low(x)
+        high = self.high(low)
+        top = self.tops(high)
+        both = self.smooth(self.lateral(low) + top) + self.fuse(top)
+        return self.head(both.mean((2, 3)))
+
+
+def test_a_single_layer_goes_with_the_larger_part_behind_it():
+    # Across the laterals fewer bytes would go.
+    plan = sffx.plan(_Laterals(), example_input=IMAGE)
+    assert plan.blocks[1].name == "high"
 
 
 def test_single_layers_behind_the_last_row_of_layers_are_blocks():

@@ -16,7 +16,7 @@ import sffx
 from sffx.compiler.analyse import Analysis
 from sffx.errors import CutError
 from tests.random_models import models
-from tests.stream_models import CLASSES, HRNet, Pairs, TwoStreams, UNet, stream_programs
+from tests.stream_models import CLASSES, Fusion, HRNet, Pairs, TwoStreams, UNet, stream_programs
 from tests.toys import step_scores
 
 EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "20"))
@@ -35,6 +35,7 @@ NETS: dict[str, tuple[type[nn.Module], tuple[tuple[int, ...], ...]]] = {
     "hrnet": (HRNet, ((3, 16, 16),)),
     "two streams": (TwoStreams, ((3, 4, 6, 6), (2, 4, 6, 6))),
     "pairs": (Pairs, ((6, 3),)),
+    "fusion": (Fusion, ((3, 8, 8), (5,))),
 }
 
 

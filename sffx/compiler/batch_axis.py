@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.blocks import BatchAxis
@@ -136,7 +137,9 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     2. A repetition puts whole batches behind each other, or the rows of each sample.
     3. So does a concatenation of batches.
     4. Whatever else leaves the number of rows leaves their order.
-    5. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
+    5. A layer without tensors may be a reshape by another name, as those of einops. It is run on
+       the numbers of the samples.
+    6. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
        have the order of earlier values with as many rows.
     """
     sources = list(_sources(node))
@@ -155,6 +158,9 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
+    if not found and len(sources) == 1 and _may_rearrange(node, root):
+        before, batch = sources[0]
+        return _slower_after_layer(node, root, before, batch, BatchAxis(axis, rows))
     if any(_is_index(value) for value, _ in sources):
         # The index itself may have any order.
         found = found - {None} or _slower_of_earlier_rows(node, rows)
@@ -199,6 +205,55 @@ def _slower_after_reshape(
     if rest or not faster or rows % faster:
         return None
     return rows // faster
+
+
+def _may_rearrange(node: fx.Node, root: nn.Module) -> bool:
+    """Return whether a node calls a layer that has no tensors, so that it may be a reshape."""
+    if node.op != "call_module" or is_added(node):
+        return False
+    layer = root.get_submodule(str(node.target))
+    tensors = (*layer.parameters(), *layer.buffers())
+    return not tensors and not any(layer.children())
+
+
+def _slower_after_layer(
+    node: fx.Node, root: nn.Module, before: Tensor, batch: BatchAxis, after: BatchAxis
+) -> int | None:
+    """Return the `BatchAxis.slower` of what a layer returns, None if it mixes the samples.
+
+    Args:
+        node: calls the layer with one tensor.
+        root: the model.
+        before: the tensor.
+        batch: its batch axis.
+        after: the batch axis of the result, with its number of rows.
+    """
+    if batch.slower is None:
+        return None
+    layer = root.get_submodule(str(node.target))
+    with unset_fake_temporarily(), torch.no_grad():
+        sizes = [1] * before.ndim
+        sizes[batch.axis] = -1
+        numbers = _numbers_of_samples(before.shape[batch.axis], batch)
+        samples = numbers.view(sizes).expand(before.shape).contiguous()
+        try:
+            result = layer.forward(*fx.node.map_arg(node.args, lambda _: samples))
+            rows = result.movedim(after.axis, 0).flatten(1)
+        except Exception:
+            return None  # it does not run on such numbers, or returns no such tensor
+        for slower in range(1, after.rows + 1):
+            if after.rows % slower == 0:
+                order = BatchAxis(after.axis, after.rows, slower)
+                if bool((rows == _numbers_of_samples(len(rows), order)[:, None]).all()):
+                    return slower
+    return None
+
+
+def _numbers_of_samples(size: int, batch: BatchAxis) -> Tensor:
+    """Return the number of the sample that each row of a batch axis belongs to, as floats."""
+    faster = batch.rows // (batch.slower or 1)
+    samples = size // batch.rows
+    return (torch.arange(size) // faster % samples).float()
 
 
 def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:

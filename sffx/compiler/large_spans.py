@@ -1,7 +1,8 @@
 """Spans that hold much of a model are cut further.
 
-1. A span with most of the parameters in which no residual block lies is cut after each layer. Such
-   a span is the stack of linear layers behind a flatten (VGG), or a stem of plain convolutions.
+1. A span in which no residual block lies is cut after each layer, if it holds most of the
+   parameters, or several layers with more than a third. Such a span is the stack of linear layers
+   behind a flatten (VGG), or a stem of plain convolutions.
 2. A span with more than a third is cut where single values cross inside, until each part holds
    less, if it holds several residual blocks, or layers on both sides of a concatenation. In a CSP
    stage these are its layers before and behind the parallel paths, and in a dense block the
@@ -38,7 +39,7 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     added = []
     for before, end in pairwise([-1, *kept, len(steps) - 1]):
         # The last layer stays with the classifier, however large it is.
-        is_large = 2 * sum(sizes[before + 1 : min(end + 1, classifier)]) > sum(sizes)
+        is_large = _is_large(steps, sizes, range(before + 1, min(end + 1, classifier)))
         has_block = any(start <= end and last > before for start, last in blocks.items())
         if not is_large or has_block:
             continue
@@ -60,6 +61,13 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
         if several or _goes_on_behind_concatenation(steps, span):
             added += _most_even(analysis, sizes, places, before, end)
     return sorted({*kept, *added})
+
+
+def _is_large(steps: Steps, sizes: list[int], span: range) -> bool:
+    """Return whether a span has most of the parameters, or a third of them in several layers."""
+    share = sum(sizes[i] for i in span) / max(sum(sizes), 1)
+    several = sum(steps[i].weighted for i in span) > 1
+    return share > (LARGE_BLOCK if several else 1 / 2)
 
 
 def _residual_modules(analysis: Analysis, start: int, stop: int) -> set[str]:

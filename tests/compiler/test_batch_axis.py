@@ -69,6 +69,52 @@ def test_the_rows_of_a_sample(fold):
     assert (batch == expected) if expected else (batch is None or batch.slower is None)
 
 
+class Rearrange(nn.Module):
+    """A layer without tensors that is called by another name than what it does."""
+
+    def __init__(self, code) -> None:
+        super().__init__()
+        self.code = code
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.code(y)
+
+
+class Rearranged(nn.Module):
+    """Such a layer between two others."""
+
+    def __init__(self, layer: Rearrange) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(4, 8), layer, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(self.first(x)).float()
+        return self.last(y.reshape(x.shape[0], -1, 8).mean(1))
+
+
+REARRANGEMENTS = {
+    "folded": (lambda y: y.flatten(0, 1), BatchAxis(0, 5, 1)),
+    "transposed and folded": (lambda y: y.transpose(0, 1).reshape(-1, 1, 8), BatchAxis(0, 5, 5)),
+    "in the middle": (lambda y: y[None].flatten(1, 2), BatchAxis(1, 5, 1)),
+    "tiled": (lambda y: y[:, 0].repeat(3, 1), BatchAxis(0, 3, 3)),
+    "repeated": (lambda y: y[:, 0].repeat_interleave(3, 0), BatchAxis(0, 3, 1)),
+    "shuffled": (lambda y: y.flatten(0, 1).flip(0), None),
+    "mixed": (lambda y: y.flatten(0, 1).roll(1, 0), None),
+    "in another dtype": (lambda y: y.flatten(0, 1).double(), BatchAxis(0, 5, 1)),
+    "scaled": (lambda y: 2 * y.flatten(0, 1), None),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGEMENTS)
+def test_the_rows_that_a_layer_without_tensors_gives(name):
+    code, expected = REARRANGEMENTS[name]
+    model = Rearranged(Rearrange(code))
+    graph = trace(model, torch.zeros(2, 5, 4)).graph
+    (call,) = [node for node in graph.nodes if node.target == "layer"]
+    batch = facts(call).batch
+    assert (batch == expected) if expected else batch.slower is None
+
+
 def _index_add(messages: Tensor, index: Tensor, nodes: int) -> Tensor:
     return messages.new_zeros(nodes, 6).index_add(0, index, messages)
 

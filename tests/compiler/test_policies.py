@@ -19,6 +19,7 @@ from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts, select
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from sffx.policies import AnyPolicy, policy_named
+from tests.stream_models import residual
 from tests.toys import Chain, Residual, SharedWeight
 
 STEM = "conv1 … maxpool"
@@ -204,13 +205,31 @@ def test_a_model_without_residual_blocks_says_that_it_falls_back():
 
 @pytest.mark.parametrize(
     ("width", "blocks"),
-    [(4, ["0 … 1"]), (64, ["0 … 1", "2 … 4", "5 … 6"])],
+    # Their share of the parameters is 23, 38 and 97 %.
+    [(2, 1), (4, 3), (64, 3)],
 )
-def test_linear_layers_that_hold_most_of_a_model_are_cut_from_each_other(width, blocks):
+def test_linear_layers_that_hold_much_of_a_model_are_cut_from_each_other(width, blocks):
     convolution = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()]
     linear = [nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
     model = nn.Sequential(*convolution, *linear, nn.Linear(width, 4))
-    assert names(sffx.plan(model, example_input=torch.zeros(1, 3, 4, 4))) == blocks
+    expected = ["0 … 1", "2 … 4", "5 … 6"][:blocks]
+    assert names(sffx.plan(model, example_input=torch.zeros(1, 3, 4, 4))) == expected
+
+
+def test_one_linear_layer_with_a_third_of_a_model_stays_with_the_classifier():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5), nn.ReLU()]
+    plan = sffx.plan(nn.Sequential(*layers, nn.Linear(5, 4)), "residual", torch.zeros(1, 3, 4, 4))
+    assert names(plan) == ["0 … 1"]
+
+
+def test_a_stem_of_layers_with_a_third_of_a_model_is_cut_from_layer_to_layer():
+    stem = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model = nn.Sequential(
+        *(*stem, residual(8), residual(8)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    plan = sffx.plan(model, example_input=torch.zeros(1, 3, 8, 8))
+    assert names(plan) == ["0 … 1", "2 … 3", "4", "5"]
 
 
 def test_a_layer_is_not_cut_from_what_has_no_weight_matrix():

@@ -27,8 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect garbage more rarely: Python's own threshold takes 7 % of the time of a run."""
+    """Set what makes a run fast, before torch is imported."""
+    # Python's own threshold takes 7 % of the time of a run.
     gc.set_threshold(50_000, 10, 10)
+    # The processes of a run fill all cores. A second thread of each only waits for a core, which
+    # takes as much time as several tests. Processes that a test starts have the same setting.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup() -> None:

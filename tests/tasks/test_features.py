@@ -33,13 +33,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
-@every_task
-def test_compiled_blocks_make_the_same_step(name):
+@pytest.mark.parametrize("name", ["one number", "labels", "pixels", "next token"])
+def test_compiled_blocks_make_the_same_steps(name):
+    torch.compiler.reset()
     net = ALL[name].net()
     compiled = sffx.compile(copy.deepcopy(net), backend="aot_eager")
-    batch = ALL[name].batch()
-    torch.testing.assert_close(step(compiled, *batch), step(net, *batch))
+    x, y = ALL[name].batch()
+    for _ in range(2):  # the first step checks the blocks, the second one compiles them
+        torch.testing.assert_close(step(compiled, x, y), step(net, x, y))
+    assert set(sffx.compiled_blocks(compiled).values()) == {"compiled"}
     same_weights(compiled, net)
+    if name in IGNORING:
+        nothing = torch.full_like(y, IGNORED)
+        assert step(compiled, x, nothing) == step(net, x, nothing) == 0
+        same_weights(compiled, net)
 
 
 @every_task
@@ -77,6 +84,18 @@ def test_an_exported_program_takes_another_batch(name, tmp_path):
     program = torch.export.load(tmp_path / "net.pt2").module()
     x, _ = ALL[name].batch(6)
     torch.testing.assert_close(program(x), net(x))
+
+
+@every_task
+def test_an_onnx_file_gives_the_answer_of_torch(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = ALL[name].net().eval()
+    # The export compares them as well, at other batch sizes and other sizes of the image.
+    path = sffx.export_onnx(net, tmp_path / "net.onnx", dynamic_size=name == "pixels")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x, _ = ALL[name].batch(6)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-5)
 
 
 @every_task

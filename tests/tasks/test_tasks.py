@@ -169,15 +169,6 @@ def test_only_classes_of_a_sample_exit_early(name):
         sffx.EarlyExit(CASES[name].net())
 
 
-@pytest.mark.parametrize("name", ["regression", "labels", "pixels", "next token"])
-def test_an_onnx_file_gives_the_answer_of_torch(name, tmp_path):
-    pytest.importorskip("onnxruntime")
-    net = CASES[name].net()
-    # The export compares both at several batch sizes, and at other sizes of the image.
-    is_of_pixels = name == "pixels"
-    sffx.export_onnx(net, tmp_path / "net.onnx", dynamic_size=is_of_pixels)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_memory_of_a_step_is_predicted(name):
     net = CASES[name].net()

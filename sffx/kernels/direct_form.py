@@ -22,6 +22,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import joined, slices_within, small_slices
+from sffx.kernels.products import (
+    add_product,
+    add_products,
+    product,
+    product_added,
+    products,
+    sum_of_products,
+)
 
 # z is kept while it has no more than this many times the values of y.
 KEPT_TIMES = 4
@@ -168,7 +176,7 @@ def _of_z(positions: int) -> float:
 
 def _project_channels(y: Tensor, weight: Tensor, bias: Tensor, multiple: float) -> Tensor:
     weights = weight.expand(y.shape[0], -1, -1)
-    return torch.baddbmm(bias[:, None], weights, y, beta=multiple, alpha=multiple)
+    return add_products(bias[:, None], weights, y, beta=multiple, alpha=multiple)
 
 
 def _squares_of_channels(z: Tensor, factor: float) -> Tensor:
@@ -189,7 +197,7 @@ def _squares_by_norm(z: Tensor, factor: float) -> Tensor:
 def _channel_gradients(
     dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
 ) -> Gradients:
-    dy = torch.bmm(weight.t().expand(len(dz), -1, -1), dz) if wanted[0] else None
+    dy = products(weight.t().expand(len(dz), -1, -1), dz) if wanted[0] else None
     dw = _sum_of_products(total, dz, y, weight) if wanted[1] else None
     db = dz.sum((0, 2)) if wanted[2] else None
     return dy, dw, db
@@ -200,6 +208,9 @@ def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor)
 
     The weight has the shape of the result.
     """
+    found = sum_of_products(total, a, b.mT)
+    if found is not None:
+        return found
     if a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
         if total is not None:
             return total.addbmm_(a, b.mT)
@@ -218,7 +229,7 @@ def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor)
 
 
 def _project_rows(y: Tensor, weight: Tensor, bias: Tensor, multiple: float) -> Tensor:
-    rows = torch.addmm(bias, y.flatten(0, 1), weight.t(), beta=multiple, alpha=multiple)
+    rows = add_product(bias, y.flatten(0, 1), weight.t(), multiple)
     return rows.view(y.shape[0], y.shape[1], len(weight))
 
 
@@ -241,10 +252,8 @@ def _row_gradients(
 ) -> Gradients:
     rows = dz.flatten(0, 1)
     inputs = y.flatten(0, 1)
-    dy = (rows @ weight).view(y.shape) if wanted[0] else None
-    dw = None
-    if wanted[1]:
-        dw = rows.t() @ inputs if total is None else total.addmm_(rows.t(), inputs)
+    dy = product(rows, weight).view(y.shape) if wanted[0] else None
+    dw = product_added(total, rows.t(), inputs) if wanted[1] else None
     db = rows.sum(0) if wanted[2] else None
     return dy, dw, db
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from sffx.kernels.products import product
+
 _aten = torch.ops.aten
 
 # Is added to the mean square of a row before it is divided by its length. A row that is nearly zero
@@ -109,7 +111,7 @@ class _Hidden(Function):
         x, weight, units = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         dz = _aten.threshold_backward(d_units, units, 0)
-        dx = dz @ weight if wants_x else None
-        d_weight = dz.t() @ x if wants_weight else None
+        dx = product(dz, weight) if wants_x else None
+        d_weight = product(dz.t(), x) if wants_weight else None
         d_bias = dz.sum(0) if wants_bias else None
         return dx, d_weight, d_bias

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import slices_within
+from sffx.kernels.products import add_products, products
 
 
 class SecondMomentGoodness(Function):
@@ -73,11 +74,11 @@ class SecondMomentGoodness(Function):
 
 def _input_gradient(y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the gradient of y, given `dL/dg_j w_j`, (B, J, C)."""
-    quadratic = torch.bmm(scaled.mT, weight.expand(len(scaled), -1, -1))
+    quadratic = products(scaled.mT, weight.expand(len(scaled), -1, -1))
     # `matmul` would copy the large factor.
     linear = torch.bmm(bias.expand(len(scaled), 1, -1), scaled)  # (B, 1, C)
     factor = 2 / y.shape[2]
-    return torch.baddbmm(linear.mT, quadratic, y, beta=factor, alpha=factor)
+    return add_products(linear.mT, quadratic, y, beta=factor, alpha=factor)
 
 
 def _slices(y: Tensor, weight: Tensor) -> list[slice]:
@@ -93,10 +94,10 @@ def _covariances(y: Tensor, mean: Tensor) -> Tensor:
     # Centred first: where the mean is large, its square would swallow the variance.
     centred = y - mean[:, :, None]
     # With a beta of 0, values of the first argument do not count.
-    return torch.baddbmm(mean[:, :, None], centred, centred.mT, beta=0, alpha=1 / y.shape[2])
+    return add_products(mean[:, :, None], centred, centred.mT, beta=0, alpha=1 / y.shape[2])
 
 
 def _with_each(weight: Tensor, matrices: Tensor) -> Tensor:
     """Return the products of the weight, (J, C), with each of (B, C, C): (B, J, C)."""
     # `matmul` would fold the batch into an axis, and copy its result.
-    return torch.bmm(weight.expand(len(matrices), -1, -1), matrices)
+    return products(weight.expand(len(matrices), -1, -1), matrices)

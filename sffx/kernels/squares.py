@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import small_slices
 from sffx.kernels.entropy import MANY_CLASSES
+from sffx.kernels.products import add_product, product, product_added
 
 
 def squared_linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class _SquaredLinear(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, bias)
-        return torch.addmm(bias, rows, weight.t()).square_()
+        return add_product(bias, rows, weight.t()).square_()
 
     @staticmethod
     @once_differentiable
@@ -40,15 +41,15 @@ class _SquaredLinear(Function):
         rows, weight, bias = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad
         d_rows = torch.empty_like(rows) if wants_rows else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
+        d_weight = None
         d_bias = torch.zeros_like(bias) if wants_bias else None
         for part in small_slices(rows, len(weight)):
             # dg/dz = 2 z
-            dz = torch.addmm(bias, rows[part], weight.t()).mul_(dg[part]).mul_(2)
+            dz = add_product(bias, rows[part], weight.t()).mul_(dg[part]).mul_(2)
             if d_rows is not None:
-                d_rows[part] = dz @ weight
-            if d_weight is not None:
-                d_weight.addmm_(dz.t(), rows[part])
+                d_rows[part] = product(dz, weight)
+            if wants_weight:
+                d_weight = product_added(d_weight, dz.t(), rows[part])
             if d_bias is not None:
                 d_bias += dz.sum(0)
         return d_rows, d_weight, d_bias

@@ -1,0 +1,138 @@
+"""Products of matrices on a CPU, by the fastest library that torch has for them.
+
+torch multiplies float32 matrices by MKL. On AMD's processors MKL uses half of what a core can do.
+oneDNN, by which torch computes convolutions, uses all of it. On two cores of such a processor
+products of the heads take half the time by oneDNN. torch has it as an operation that its compiler
+uses for linear layers.
+
+Small products, other devices, other types and graphs that are made take torch's own way.
+`torch.backends.mkldnn.flags(enabled=False)` switches oneDNN off, here as in torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sffx.kernels.batch_slices import small_slices
+
+# With fewer multiply-adds than this, a call of oneDNN takes longer than MKL's product.
+_LEAST_MACS = 2**22
+
+# A product that has so few rows or columns is no faster by oneDNN.
+_FEW = 8
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b, (M, N), for a (M, K) and b (K, N)."""
+    return _by_onednn(a, b) if _is_faster(a, b) else a @ b
+
+
+def add_product(bias: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """Return factor (a b + bias), (M, N), for a bias that broadcasts."""
+    if _is_faster(a, b):
+        total = _by_onednn(a, b).add_(bias)
+        return total if factor == 1 else total.mul_(factor)
+    return torch.addmm(bias, a, b, beta=factor, alpha=factor)
+
+
+def product_added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return a b, added to a total in place where there is one."""
+    if total is None:
+        return product(a, b)
+    if not _is_faster(a, b):
+        return total.addmm_(a, b)
+    _write(total, total, a, b, 1.0)
+    return total
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the products of each sample, (B, M, N), for a (B, M, K) and b (B, K, N)."""
+    return _each(None, a, b, 1.0) if _is_faster(a, b) else torch.bmm(a, b)
+
+
+def add_products(
+    bias: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Return alpha a b + beta bias of each sample, (B, M, N), for a bias that broadcasts.
+
+    A beta of 0 leaves the bias out, whatever its values are.
+    """
+    if not _is_faster(a, b):
+        return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
+    return _each(beta * bias if beta else None, a, b, alpha)
+
+
+def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
+    """Return the sum over samples of a b, (M, N), for a (B, M, K) and b (B, K, N).
+
+    It is added to a total in place where there is one. The result is None where torch's own
+    operations are faster.
+    """
+    if not _is_faster(a, b):
+        return None
+    for i in range(len(a)):
+        total = product_added(total, a[i], b[i])
+    return total
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    if not _is_swapped(a, b):
+        return _linear(a, b.t())
+    # Rows must lie in memory as torch's own product has them.
+    out = a.new_empty(len(a), b.shape[1])
+    _write(out, None, a, b, 1.0)
+    return out
+
+
+def _each(bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    biases = bias.expand_as(out) if bias is not None else None
+    for i in range(len(a)):
+        _write(out[i], biases[i] if biases is not None else None, a[i], b[i], alpha)
+    return out
+
+
+def _write(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> None:
+    """Write alpha a b + bias, part by part of the rows: nothing large lies beside the result."""
+    is_swapped = _is_swapped(a, b)
+    for part in small_slices(a, b.shape[1]):
+        found = _linear(b.t(), a[part]).t() if is_swapped else _linear(a[part], b.t())
+        if bias is not None:
+            torch.add(bias[part], found, alpha=alpha, out=out[part])
+        else:
+            torch.mul(found, alpha, out=out[part])
+
+
+def _is_swapped(a: Tensor, b: Tensor) -> bool:
+    # Of two transposed matrices, oneDNN takes up to four times as long if the larger one is first.
+    return a.stride(0) == 1 and a.shape[0] > b.shape[1]
+
+
+def _linear(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+
+
+def _is_faster(a: Tensor, b: Tensor) -> bool:
+    """Return whether oneDNN computes the product of (..., M, K) and (..., K, N), and faster."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
+        return False
+    rows, inner = a.shape[-2:]
+    columns = b.shape[-1]
+    if rows * inner * columns < _LEAST_MACS or min(rows, inner, columns) < _FEW:
+        return False
+    # Counters of memory and of multiply-adds know torch's own operations.
+    if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
+        return False
+    return _has_onednn() and bool(torch.backends.mkldnn.enabled)
+
+
+@cache
+def _has_onednn() -> bool:
+    """Return whether torch has oneDNN's product, and the processor units that it uses better."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

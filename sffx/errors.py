@@ -87,7 +87,16 @@ def _is_foreign(filename: str) -> bool:
     if "/torch/" in filename or filename.startswith(_PACKAGE):
         return True
     # Packages may be installed inside the folder of Python's own files.
-    return filename.startswith(_OF_PYTHON) and "site-packages" not in filename
+    return filename.startswith(_OF_PYTHON) and not is_installed(filename)
+
+
+def is_installed(filename: str) -> bool:
+    """Return whether a file belongs to an installed package, and so is not written by the user."""
+    return not _INSTALLED.isdisjoint(Path(filename).parts)
+
+
+# Folders of installed packages.
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def in_brief(names: Sequence[str], most: int) -> str:

@@ -344,8 +344,9 @@ def _sequence_notes(analysis: Analysis, blocks: list[Block]) -> list[str]:
             if tokens.name not in nx.ancestors(analysis.flow.graph, block.output):
                 apart.append(block.target)
         if apart:
+            do, are = ("does", "is") if len(apart) == 1 else ("do", "are")
             notes.append(
-                f"{in_brief(apart, 3)} do not depend on {name}, but are scored by the same "
+                f"{in_brief(apart, 3)} {do} not depend on {name}, but {are} scored by the same "
                 "targets. Hint: if these are two sequences, an example_input with two lengths "
                 "keeps cuts out of the one without targets"
             )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from sffx.errors import is_installed
+
 # A trace looks into none of their functions, and their errors are not the model's.
 FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "sffx"})
-# Folders of installed libraries.
-_INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def package_of(namespace: Mapping[str, Any]) -> str:
@@ -28,42 +27,49 @@ def names_in(code: CodeType) -> Iterator[str]:
             yield from names_in(constant)
 
 
-def functions_reached(function: FunctionType, kind: type) -> Iterator[FunctionType]:
-    """Yield a function, and the methods and functions that it reaches, directly or through others.
+def functions_reached(functions: Iterable[FunctionType], kind: type) -> Iterator[FunctionType]:
+    """Yield functions, and the methods and functions that they reach, directly or through others.
 
     Args:
-        function: where the search begins. It stays out of installed libraries, except of the
-            function's own file.
+        functions: where the search begins. It stays out of installed libraries, except of the file
+            of each of these.
         kind: a class, whose methods are reached by their names.
     """
-    ahead = [function]
-    seen: dict[FunctionType, None] = {}
+    ahead = [(each, each.__globals__) for each in functions]
+    seen: set[FunctionType] = set()
     while ahead:
-        each = ahead.pop()
-        is_of_file = each.__globals__ is function.__globals__
-        if each in seen or not (is_of_file or _is_own(each.__globals__)):
+        function, file = ahead.pop()
+        if function in seen or not (function.__globals__ is file or _is_own(function.__globals__)):
             continue
-        seen[each] = None
-        ahead += _named(each, kind)
-    yield from seen
+        seen.add(function)
+        yield function
+        for value in [getattr(kind, name, None) for name in names_in(function.__code__)]:
+            ahead += [(each, file) for each in _plain(value)]
+        for _, value in values_named(function):
+            ahead += [(each, file) for each in _plain(value)]
 
 
-def _named(function: FunctionType, kind: type) -> Iterator[FunctionType]:
-    """Yield the methods, and the functions of its file or of another one, that a function names."""
+def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield what a function names of its file and of others of the user, with the names."""
     files: list[ModuleType] = []
     for name in names_in(function.__code__):
         # `helpers.scaled` names the file first, and then what is in it.
-        values = [getattr(kind, name, None), function.__globals__.get(name)]
-        values += [vars(file).get(name) for file in files]
-        for value in values:
-            if isinstance(value, FunctionType):
-                inner = inspect.unwrap(value)
-                yield inner if isinstance(inner, FunctionType) else value
-            elif isinstance(value, ModuleType) and _is_own(vars(value)):
+        for names in (function.__globals__, *map(vars, files)):
+            value = names.get(name)
+            if isinstance(value, ModuleType) and _is_own(vars(value)):
                 files.append(value)
+            elif value is not None:
+                yield name, value
+
+
+def _plain(value: Any) -> Iterator[FunctionType]:
+    """Yield a function without its decorators, where a value is one."""
+    if isinstance(value, FunctionType):
+        inner = inspect.unwrap(value)
+        yield inner if isinstance(inner, FunctionType) else value
 
 
 def _is_own(namespace: Mapping[str, Any]) -> bool:
     """Whether a file, given its names, is the user's own and not an installed library's."""
-    places = Path(str(namespace.get("__file__", ""))).parts
-    return package_of(namespace) not in FOREIGN and _INSTALLED.isdisjoint(places)
+    file = str(namespace.get("__file__", ""))
+    return package_of(namespace) not in FOREIGN and not is_installed(file)

@@ -216,7 +216,7 @@ def _words_of(method: Callable[..., Any], kind: type) -> Iterator[str]:
     function = inspect.unwrap(method)
     if not isinstance(function, FunctionType):
         return
-    for each in functions_reached(function, kind):
+    for each in functions_reached([function], kind):
         yield from names_in(each.__code__)
         for constant in each.__code__.co_consts:
             if isinstance(constant, str):  # as in `getattr(self, "layer")`

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
+from sffx.compiler.trace.surroundings import readers_of_surroundings
 from sffx.errors import in_brief
 
 
@@ -54,6 +55,12 @@ def notes(
     if unvalidated:
         yield "torch.distributions does not check the values of its arguments in the cut model"
     yield from _notes_on_regions(left_out, asked)
+    readers = readers_of_surroundings(module for _, module in _inlined(root, graph))
+    if readers:
+        yield (
+            f"the forward names {in_brief(readers, 4)}: what the cut model computes with stays as "
+            "it was when the model was cut"
+        )
     if _nests_padded(root, graph):
         yield (
             "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "

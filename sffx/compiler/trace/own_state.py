@@ -102,5 +102,5 @@ def _words_of(kind: type[nn.Module]) -> set[str]:
     forward = inspect.unwrap(kind.forward)
     if not isinstance(forward, FunctionType):
         return set()
-    reached = functions_reached(forward, kind)
+    reached = functions_reached([forward], kind)
     return {word for function in reached for word in names_in(function.__code__)}

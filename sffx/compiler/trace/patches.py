@@ -24,6 +24,7 @@ from torch.utils import checkpoint
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 from sffx.compiler.trace.regions import is_of_torch
+from sffx.errors import is_installed
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.functions import Callee
@@ -386,7 +387,7 @@ def _names_of_caches(module: ModuleType, names: dict[str, Any]) -> tuple[str, ..
     if known is not None and known[0] == own and known[1] == len(names):
         return known[2]
     found = tuple(name for name, value in list(names.items()) if type(value) is _CACHED)
-    if "site-packages" in (getattr(module, "__file__", None) or ""):
+    if is_installed(getattr(module, "__file__", None) or ""):
         _NAMES_OF_CACHES[id(names)] = (own, len(names), found)
     return found
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.qualnames import OF_EVERY_MODULE
-from sffx.compiler.trace.code_names import names_in
+from sffx.compiler.trace.code_names import functions_reached, values_named
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
@@ -221,6 +221,7 @@ def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
 def _numbers_of_class(kind: type, known: dict[int, Any]) -> dict[str, Any]:
     """Return the numbers in attributes of a class, and in the globals that its methods name."""
     numbers: dict[str, Any] = {}
+    methods = []
     for base in reversed(kind.__mro__):  # a class overrides what its bases have
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
@@ -229,29 +230,12 @@ def _numbers_of_class(kind: type, known: dict[int, Any]) -> dict[str, Any]:
                 continue
             numbers[_as_attribute(name)] = _counted(value, known)
             if isinstance(value, FunctionType):
-                for label, number in _globals_of(value):
-                    numbers[label] = _counted(number, known)
+                methods.append(value)
+    for function in functions_reached(methods, kind):
+        for name, value in values_named(function):
+            if type(value) in _PLAIN or isinstance(value, _CONTAINERS):
+                numbers[f"the global {name!r}"] = _counted(value, known)
     return numbers
-
-
-def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield the numbers and containers of its file that a function names, and their values.
-
-    It may name them by other functions of that file.
-    """
-    seen: set[FunctionType] = set()
-    ahead = [function]
-    while ahead:
-        each = ahead.pop()
-        if each in seen or each.__globals__ is not function.__globals__:
-            continue
-        seen.add(each)
-        for name in names_in(each.__code__):
-            value = each.__globals__.get(name)
-            if isinstance(value, FunctionType):
-                ahead.append(value)
-            elif type(value) in _PLAIN or isinstance(value, _CONTAINERS):
-                yield f"the global {name!r}", value
 
 
 def _as_attribute(name: str) -> str:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import datetime as dt
+import os
+from time import perf_counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,55 @@ def test_only_the_outermost_unused_modules_are_named():
     model.block1.spare = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     (note,) = trace(model).notes
     assert note == "left out, since the logits do not depend on them: block1.spare"
+
+
+def _now(m: nn.Module) -> float:
+    return dt.datetime.now().timestamp()
+
+
+def _of_a_file(m: nn.Module) -> float:
+    with open(os.devnull) as file:
+        return float(file.read() or 2)
+
+
+def _imported_inside(m: nn.Module) -> float:
+    import time
+
+    return time.monotonic()
+
+
+def _with_names_alone(m: nn.Module) -> float:
+    """The words are here, and what they stand for is not read."""
+    time = m.inner
+    return float(time.in_features + len(os.path.join("now", "environ")))
+
+
+@pytest.mark.parametrize(
+    ("read", "named"),
+    [
+        (lambda m: perf_counter(), "time.perf_counter"),
+        (lambda m: float(os.environ.get("SCALE", 2)), "os.environ"),
+        (lambda m: float(os.getenv("SCALE", 2)), "os.getenv"),
+        (_now, "datetime.now"),
+        (_of_a_file, "open"),
+        (_imported_inside, "time.monotonic"),
+        (_with_names_alone, ""),
+    ],
+)
+def test_what_the_forward_reads_of_its_surroundings_is_named(read, named):
+    class Reads(nn.Module):
+        read_number = read
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.inner(x) * self.read_number())
+
+    notes = trace(Reads(), torch.zeros(2, 6)).notes
+    assert len(notes) == bool(named)
+    assert all(note.startswith("the forward names") and named in note for note in notes)
 
 
 class _Padded(nn.Module):

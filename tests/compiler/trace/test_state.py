@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -202,6 +203,16 @@ def _count_in_a_dictionary(m: nn.Module) -> int:
     return _SEEN["calls"]
 
 
+def _count_in_another_file(m: nn.Module) -> int:
+    return _OTHER_FILE.step()
+
+
+_OTHER_FILE = types.ModuleType("counts_steps")
+exec(
+    "STEPS = 0\ndef step():\n    global STEPS\n    STEPS += 1\n    return STEPS", vars(_OTHER_FILE)
+)
+
+
 def _count_in_a_default(m: nn.Module, calls: list[int] = [0]) -> int:  # noqa: B006
     calls[0] += 1
     return calls[0]
@@ -234,6 +245,7 @@ def _counting(count: Any) -> type[nn.Module]:
         (_count_in_a_global, "changes the global '_CALLS' at each call"),
         (_count_by_another_function, "changes the global '_CALLS' at each call"),
         (_count_in_a_dictionary, "changes the global '_SEEN' at each call"),
+        (_count_in_another_file, "changes the global 'STEPS' at each call"),
         (_count_in_a_default, "changes its attribute 'count_calls' at each call"),
         (_count_nothing, ""),
     ],

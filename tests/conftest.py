@@ -40,19 +40,22 @@ def pytest_runtest_setup() -> None:
     # Lightning sets it. Then torch loads the driver of a GPU anew for each operation on fake
     # tensors, which takes a tenth of the time of a cut.
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-    _list_operators_of_onnx_once()
-
-
-def _list_operators_of_onnx_once() -> None:
-    """Let torch list the operators of ONNX once, if a test before this one has exported.
-
-    For each export it parses the sources of 500 functions, which takes as long as a small model.
-    """
-    exporter = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry = getattr(exporter, "ONNXRegistry", None)
+    # For each export, torch parses the sources of 500 functions, and asks for all its operators
+    # several times. The first takes as long as a small model, the second a tenth of an export.
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(registration, "ONNXRegistry", None)
     listed = getattr(registry, "from_torchlib", None)
     if listed is not None and not hasattr(listed, "cache_info"):
         registry.from_torchlib = staticmethod(cache(listed))
+    export = sys.modules.get("torch._export.utils")
+    found = getattr(export, "_materialize_cpp_cia_ops", None)
+    if found is not None and not hasattr(found, "cache_info"):
+        export._materialize_cpp_cia_ops = cache(found)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all imports have made out of further collections, each of which takes 0.3 s."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -281,8 +281,9 @@ def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
 def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
     graph = nx.DiGraph()
     dependences: dict[str, Dependence] = {}
+    writers = _writers_of_state(nodes, layers)
     for name, node in nodes.items():
-        before = (*node.all_input_nodes, *facts(node).after)
+        before = (*node.all_input_nodes, *facts(node).after, *writers.get(name, ()))
         sources = [source.name for source in before]
         own = _dependence(node, layers, [dependences[source] for source in sources])
         dependences[name] = own
@@ -297,6 +298,29 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         for source in sources:
             graph.add_edge(source, name)
     return graph
+
+
+def _writers_of_state(nodes: dict[str, Node], layers: Layers) -> dict[str, list[Node]]:
+    """Return for each node that takes parameters of the model the earlier nodes that write on them.
+
+    `self.layer.weight.data.clamp_(-1, 1); y = self.layer(x)` is the case: no argument of the call
+    says that it comes after the write.
+    """
+    states: dict[int, int] = {}  # the key of the model's tensor, by that of its example
+    written: dict[int, list[Node]] = {}
+    found: dict[str, list[Node]] = {}
+    for name, node in nodes.items():
+        if node.op == "get_attr":
+            for tensor in layers.state(node).values():
+                states.update({storage_key(each): storage_key(tensor) for each in _values_of(node)})
+        if written:
+            for tensor in layers.state(node).values():
+                found.setdefault(name, []).extend(written.get(storage_key(tensor), []))
+        for each in facts(node).writes:
+            key = states.get(storage_key(facts(each).example))
+            if key is not None and node.op != "call_module":
+                written.setdefault(key, []).append(node)
+    return found
 
 
 def _values_of(node: Node) -> Iterator[Tensor]:

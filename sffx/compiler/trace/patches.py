@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
+from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 from sffx.compiler.trace.regions import is_of_torch
@@ -227,8 +228,9 @@ class Patches:
 
         def write(tensor: torch.Tensor, value: Any) -> None:
             if self.tracer.is_untraced(tensor):
-                raise RuntimeError("it assigns the .data of a tensor, which a graph cannot hold")
-            original.__set__(tensor, value)
+                assign_data(self.tracer.proxy(self.tracer.create_arg(tensor)), value)
+            else:
+                original.__set__(tensor, value)
 
         return property(read, write)
 

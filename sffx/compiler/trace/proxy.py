@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.facts import facts
+from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.batch import FROZEN_BATCH
 from sffx.compiler.trace.effects import set_item
 
@@ -66,7 +67,8 @@ class GuidedProxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise RuntimeError("it assigns the .data of a tensor, which a graph cannot hold")
+            assign_data(self, value)
+            return
         fx.Proxy.__setattr__(self, name, value)
 
     def __len__(self) -> int:

@@ -142,19 +142,74 @@ def _written(m: nn.Module, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, m.inner.weight)
 
 
-def _assigned(m: nn.Module, x: Tensor) -> Tensor:
-    for parameter in m.parameters():
-        parameter.data = parameter.data.clamp(-0.1, 0.1)
-    return torch.nn.functional.linear(x, m.inner.weight)
-
-
-@pytest.mark.parametrize("code", [_written, _assigned])
-def test_a_write_on_parameters_that_no_node_does_makes_a_leaf(code):
-    model = around(Applies(code))
+def test_a_write_on_parameters_that_no_node_does_makes_a_leaf():
+    model = around(Applies(_written))
     net = cut_without_norms(copy.deepcopy(model)).train()
     assert leaf_names(net) == ["2"]
     assert_same_logits(net, model)
     assert torch.equal(sffx.extract(net)[2].inner.weight, model[2].inner.weight)
+
+
+def _assigned(m: nn.Module, x: Tensor) -> Tensor:
+    for parameter in m.parameters():
+        parameter.data = parameter.data.clamp(-0.1, 0.1)
+    return torch.nn.functional.linear(x, m.inner.weight, m.inner.bias)
+
+
+def _assigned_before_a_call(m: nn.Module, x: Tensor) -> Tensor:
+    m.inner.weight.data = torch.renorm(m.inner.weight.data, 2, 0, 0.1)
+    return m.inner(x) + x
+
+
+class AppliesFirst(nn.Module):
+    """Applies `code` to its layer, which has not run before."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.inner, self.code = nn.Linear(6, 6), code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x)
+
+
+def _assigned_by_the_input(m: nn.Module, x: Tensor) -> Tensor:
+    m.inner.bias.data = 0.5 * m.inner.bias.data + x.detach().mean(0)
+    return m.inner(x)
+
+
+@pytest.mark.parametrize("code", [_assigned, _assigned_before_a_call, _assigned_by_the_input])
+def test_the_data_of_a_parameter_is_assigned_in_the_block_that_reads_it(code):
+    layers = [AppliesFirst(code), nn.ReLU(), AppliesFirst(code), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(6, 4))
+    net = cut_without_norms(copy.deepcopy(model)).train()
+    assert not leaf_names(net)
+    assert [block.num_parameters for block in net.plan] == [42, 42]
+    assert_same_logits(net, model)
+    assert torch.equal(sffx.extract(net)[2].inner.weight, model[2].inner.weight)
+    assert torch.equal(sffx.extract(net)[2].inner.bias, model[2].inner.bias)
+
+
+def _assigned_to_a_value(m: nn.Module, x: Tensor) -> Tensor:
+    """A view of the value keeps its numbers."""
+    y = m.inner(x)
+    view = y[:, :3]
+    y.data = torch.zeros_like(y)
+    return torch.cat([y[:, :3], view], 1)
+
+
+def _assigned_after_a_use(m: nn.Module, x: Tensor) -> Tensor:
+    """Autograd keeps the weights of the first call."""
+    y = m.inner(x)
+    m.inner.weight.data = 0.5 * m.inner.weight.data
+    return m.inner(y)
+
+
+@pytest.mark.parametrize("code", [_assigned_to_a_value, _assigned_after_a_use])
+def test_data_is_assigned_in_a_leaf_where_the_old_numbers_are_kept(code):
+    model = around(AppliesFirst(code))
+    net = cut_without_norms(copy.deepcopy(model)).train()
+    assert leaf_names(net) == ["2"]
+    assert_same_logits(net, model)
 
 
 def test_a_module_that_a_forward_makes_is_part_of_its_code():

@@ -15,7 +15,7 @@ from sffx.net import cut_model
 from sffx.progress import Progress, running
 from sffx.tables import byte_size, read_byte_size
 
-# By this factor the batch grows until a step exceeds the budget.
+# By this factor the batch grows where no line says how far to go.
 GROWTH = 8
 
 # The smallest batch that every model takes.
@@ -87,8 +87,8 @@ def largest_batch(net: nn.Module, budget: str | int, *, offloaded: bool = False)
 def largest_within(peak: Callable[[int], int], budget: int) -> int:
     """Return the largest batch size whose peak is within a budget.
 
-    The peak grows about in proportion to the batch. So a line between two batch sizes says where to
-    look, and every second time the middle does, in case the line misleads.
+    The peak grows about in proportion to the batch. So a line through two batch sizes says where to
+    look, and every third time the middle does, in case the line misleads.
 
     Args:
         peak: of a batch size, in bytes. It may raise an InputError for a single sample, which
@@ -104,21 +104,37 @@ def largest_within(peak: Callable[[int], int], budget: int) -> int:
     fits = SMALLEST
     exceeds = GROWTH * SMALLEST
     while peak(exceeds) <= budget:
-        fits = exceeds
-        exceeds *= GROWTH
-    by_line = True
+        fits, exceeds = exceeds, _beyond(peak, budget, fits, exceeds)
+    tries = 0
     while exceeds - fits > 1:
+        tries += 1
         between = (fits + exceeds) // 2
-        if by_line:
+        if tries % 3:
             share = (budget - peak(fits)) / (peak(exceeds) - peak(fits))
             # At least one away from both ends, so that each try brings them closer together.
             between = min(max(fits + int(share * (exceeds - fits)), fits + 1), exceeds - 1)
-        by_line = not by_line
         if peak(between) <= budget:
             fits = between
         else:
             exceeds = between
     return fits
+
+
+def _beyond(peak: Callable[[int], int], budget: int, smaller: int, larger: int) -> int:
+    """Return a batch size that exceeds the budget if the peak goes on along a line.
+
+    Args:
+        peak: of a batch size.
+        budget: bytes.
+        smaller: a batch size within the budget.
+        larger: another one, through which the line goes as well.
+    """
+    rise = (peak(larger) - peak(smaller)) / (larger - smaller)
+    if rise <= 0:
+        return GROWTH * larger
+    ahead = larger + int((budget - peak(larger)) / rise) + 1
+    # A line that hardly rises says nothing of far larger batches.
+    return min(ahead, GROWTH**2 * larger)
 
 
 def _single(peak: Callable[[int], int], budget: int) -> int:

@@ -151,3 +151,15 @@ def test_the_search_is_right_for_any_rising_peak_and_short(held, pieces, budget)
     assert found == 0 or peak(found) <= budget
     assert peak(found + 1) > budget
     assert probes < 64
+
+
+@pytest.mark.parametrize("fitting", [2, 3, 15, 16, 17, 100, 1000])
+def test_a_peak_along_a_line_takes_few_tries(fitting):
+    tried = set()
+
+    def peak(batch_size):
+        tried.add(batch_size)
+        return 5000 + 7 * batch_size
+
+    assert largest_within(peak, 5000 + 7 * fitting + 3) == fitting
+    assert len(tried) <= 5

@@ -14,6 +14,7 @@ from sffx.compiler.trace.flags import lift_flags, plant_flags
 from sffx.compiler.trace.leaves import add_leaves
 from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
+from sffx.compiler.trace.own_state import tensors_left
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
@@ -104,6 +105,7 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
         _require_own_parameters(probe, tracer)
+        tracer.tensors_left = tensors_left(probe)
         return graph
     finally:
         tracer.constants.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -25,6 +26,11 @@ def names_in(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_in(constant)
+
+
+def forward_of(kind: type) -> list[FunctionType]:
+    """Return the forward of a class without its decorators, in a list that may be empty."""
+    return list(_plain(inspect.getattr_static(kind, "forward", None)))
 
 
 def functions_reached(functions: Iterable[FunctionType], kind: type) -> Iterator[FunctionType]:
@@ -50,7 +56,13 @@ def functions_reached(functions: Iterable[FunctionType], kind: type) -> Iterator
 
 
 def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function names of its file and of others of the user, with the names."""
+    """Yield what a function names of what is around it, with the names.
+
+    That is what lies in its file, in others of the user, and in the function that has made it.
+    """
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # the cell of a name that has not been set is empty
+            yield name, cell.cell_contents
     files: list[ModuleType] = []
     for name in names_in(function.__code__):
         # `helpers.scaled` names the file first, and then what is in it.

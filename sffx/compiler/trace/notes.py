@@ -19,6 +19,7 @@ def notes(
     *,
     constants: Mapping[str, Any],
     kept: Sequence[str],
+    left_behind: Sequence[str],
     checkpointed: bool,
     unvalidated: bool,
     left_out: Collection[str],
@@ -32,6 +33,7 @@ def notes(
         graph: of it.
         constants: the arguments that are no tensors.
         kept: qualnames of tensors that the model computes in its first call only.
+        left_behind: qualnames of the attributes in which the forward leaves tensors.
         checkpointed: whether the trace met gradient checkpointing.
         unvalidated: whether the forward makes distributions.
         left_out: the context managers in the forward that are no part of the graph.
@@ -46,6 +48,9 @@ def notes(
             f"the model computes {in_brief(kept, 4)} in its first call and keeps it: the cut model "
             "computes it in each call, and so follows the weights and inputs that it is made of"
         )
+    set_anew = [name for name in left_behind if name not in kept]
+    if set_anew:
+        yield f"the forward sets {in_brief(set_anew, 4)} in each call, which the cut model does not"
     yield from _notes_on_hooks(root, graph)
     idle = _idle(root, _used_parameters(root, graph))
     if idle:

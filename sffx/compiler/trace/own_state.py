@@ -7,16 +7,16 @@ of a graph, which would compute with what the layer holds itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.qualnames import OF_EVERY_MODULE
-from sffx.compiler.trace.code_names import functions_reached, names_in
+from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
+from sffx.compiler.trace.proxy import TensorProxy
 
 
 class OwnState:
@@ -74,6 +74,17 @@ class OwnState:
         return ""
 
 
+def tensors_left(model: nn.Module) -> list[str]:
+    """Return the qualnames of the attributes in which a traced forward has left tensors."""
+    found = []
+    for qualname, module in model.named_modules():
+        for name, value in vars(module).items():
+            is_of_call = any(isinstance(leaf, TensorProxy) for leaf in tree_leaves(value))
+            if name not in OF_EVERY_MODULE and is_of_call:
+                found.append(f"{qualname}.{name}".strip("."))
+    return found
+
+
 def _held_in(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, torch.jit.ScriptModule):
         return {}
@@ -99,8 +110,5 @@ _PLAIN = (bool, int, float, str)
 
 def _words_of(kind: type[nn.Module]) -> set[str]:
     """Return the names in the code that the forward of a class reaches."""
-    forward = inspect.unwrap(kind.forward)
-    if not isinstance(forward, FunctionType):
-        return set()
-    reached = functions_reached([forward], kind)
+    reached = functions_reached(forward_of(kind), kind)
     return {word for function in reached for word in names_in(function.__code__)}

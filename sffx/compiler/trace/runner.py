@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from sffx.compiler.trace.flags import is_added, is_flag
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.run_function import FunctionTarget
 from sffx.compiler.trace.sizes import is_guard
+from sffx.compiler.trace.state import in_mode
 from sffx.tensors import can_learn
 
 
@@ -133,22 +134,14 @@ class NodeRunner:
         by_name = iter(inputs.values())
         values: dict[fx.Node, Any] = {}
         self.is_running = True
-        modes = {module: module.training for module in self.probe.modules()}
-        for module in modes:  # not by `train`, which may be overridden
-            module.training = self.training
-        try:
+        with suppress(Exception), in_mode(self.probe, self.training):
             for node in graph.nodes:
                 if node.op == "placeholder":
                     values[node] = next(by_name)
                 elif node.op != "output" and not is_guard(node):
                     with self._mode(node), torch.no_grad():
                         values[node] = self._value(node, values.__getitem__)
-        except Exception:
-            return values
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            self.is_running = False
+        self.is_running = False
         return values
 
     def takes(self, size: int) -> bool:

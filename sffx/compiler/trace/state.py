@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import dis
+import functools
+import random
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from types import FunctionType
+from numbers import Number
+from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.qualnames import OF_EVERY_MODULE
-from sffx.compiler.trace.code_names import functions_reached, values_named
+from sffx.compiler.trace.code_names import forward_of, functions_reached, values_named
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)
@@ -71,19 +77,64 @@ def counters(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> di
         before: its attributes before it ran.
     """
     once = _numbers(probe)
-    if once == before.numbers:
-        return {}
+    found = {} if once == before.numbers else _changed(probe, run, once)
+    if any(_may_count_by_mode(kind) for kind in {type(module) for module in probe.modules()}):
+        with suppress(Exception), in_mode(probe, False):  # what eval mode lacks, a trace will tell
+            run()
+            found |= _changed(probe, run, _numbers(probe))
+    return found
+
+
+def _changed(
+    probe: nn.Module, run: Callable[[], Any], before: Mapping[nn.Module, dict[str, Any]]
+) -> dict[nn.Module, str]:
+    """Return the modules with a number that a call changes, and what it is called.
+
+    Args:
+        probe: the model.
+        run: runs it.
+        before: the numbers of each module.
+    """
     try:
         run()
     except Exception:
         return {}  # it has run before: what it lacks now, a trace will tell
-    twice = _numbers(probe)
+    after = _numbers(probe)
     found: dict[nn.Module, str] = {}
-    for module, numbers in once.items():
+    for module, numbers in before.items():
         for name, value in numbers.items():
-            if twice[module].get(name) != value:
+            if after[module].get(name) != value:
                 found[module] = name
     return found
+
+
+@contextmanager
+def in_mode(probe: nn.Module, training: bool) -> Iterator[None]:
+    """Put all modules into a mode for a while, not by `train`, which may be overridden."""
+    modes = {module: module.training for module in probe.modules()}
+    for module in modes:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _may_count_by_mode(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class reads its mode, and sets something."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return False
+    codes = [function.__code__ for function in functions_reached(forward_of(kind), kind)]
+    return any("training" in code.co_names for code in codes) and any(map(_sets, codes))
+
+
+@functools.lru_cache(maxsize=1000)
+def _sets(code: CodeType) -> bool:
+    return any(step.opname in _SETTING for step in dis.get_instructions(code))
+
+
+_SETTING = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL")
 
 
 def set_once(probe: nn.Module, before: Attributes) -> dict[nn.Module, str]:
@@ -120,7 +171,8 @@ class Kept:
 def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -> Kept:
     """Return what a call keeps for the next one, in attributes and the containers there.
 
-    Tables, which are computed from nothing that is fake, have values and do not count.
+    Tables, which are computed from nothing that is fake, have values. They do not count, unless
+    each call replaces them by other values.
 
     Args:
         probe: the model on fake tensors, whose forward has run.
@@ -136,25 +188,47 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
             run()
     except Exception:
         return Kept()
-    again = {place: id(tensor) for tensor, place in _made(probe, before).values()}
+    earlier, later = _by_place(made), _by_place(_made(probe, before))
     names = {module: name for name, module in probe.named_modules()}
     once = []
     carried = {}
     for key in reads.found:
-        module, name = made[key][1]
-        if again.get((module, name)) == key:
-            once.append(f"{names[module]}.{name}".strip("."))
-        else:
+        tensor, (module, name) = made[key]
+        if not _are_same(earlier[module, name], later.get((module, name), [])):
             carried[module] = _as_attribute(name)
+        elif isinstance(tensor, FakeTensor):
+            once.append(f"{names[module]}.{name}".strip("."))
     return Kept(tuple(dict.fromkeys(once)), carried)
 
 
-# By the `id` of a fake tensor: the tensor, and the module and the attribute that hold it.
-_Made = dict[int, tuple[FakeTensor, tuple[nn.Module, str]]]
+def _are_same(earlier: list[Tensor], later: list[Tensor]) -> bool:
+    """Return whether tensors are the same, or have the same values; fake ones have none."""
+    if len(earlier) != len(later):
+        return False
+    for one, other in zip(earlier, later, strict=True):
+        if one is other:
+            continue
+        is_fake = isinstance(one, FakeTensor) or isinstance(other, FakeTensor)
+        if is_fake or one.shape != other.shape or not torch.equal(one, other):
+            return False
+    return True
+
+
+# The module and the attribute that hold a tensor.
+_Place = tuple[nn.Module, str]
+# By the `id` of a tensor: the tensor, and where it lies.
+_Made = dict[int, tuple[Tensor, _Place]]
+
+
+def _by_place(made: _Made) -> dict[_Place, list[Tensor]]:
+    found: dict[_Place, list[Tensor]] = {}
+    for tensor, place in made.values():
+        found.setdefault(place, []).append(tensor)
+    return found
 
 
 def _made(probe: nn.Module, before: Attributes) -> _Made:
-    """Return the fake tensors that a forward has put into attributes."""
+    """Return the tensors that a forward has put into attributes."""
     known = {id(tensor) for tensor in (*probe.parameters(), *probe.buffers())}
     made: _Made = {}
     for module, attributes in before._before:
@@ -164,7 +238,7 @@ def _made(probe: nn.Module, before: Attributes) -> _Made:
             earlier = {id(leaf) for leaf in tree_leaves(attributes.get(name))}
             for leaf in _leaves(value):
                 is_new = id(leaf) not in known and id(leaf) not in earlier
-                if isinstance(leaf, FakeTensor) and is_new:
+                if isinstance(leaf, Tensor) and is_new:
                     made[id(leaf)] = (leaf, (module, name))
     return made
 
@@ -233,7 +307,7 @@ def _numbers_of_class(kind: type, known: dict[int, Any]) -> dict[str, Any]:
                 methods.append(value)
     for function in functions_reached(methods, kind):
         for name, value in values_named(function):
-            if type(value) in _PLAIN or isinstance(value, _CONTAINERS):
+            if isinstance(value, (*_ATOMS, *_CONTAINERS, *_BYTES, *_STATES, Tensor)):
                 numbers[f"the global {name!r}"] = _counted(value, known)
     return numbers
 
@@ -250,7 +324,7 @@ def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
         known: results by the `id` of objects, since many modules share one configuration.
         depth: of the value in the attribute.
     """
-    if type(value) in _PLAIN:
+    if isinstance(value, _ATOMS):
         return value
     if type(value) is Tensor:
         return value._version  # which counts the writes in place
@@ -263,6 +337,11 @@ def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
 
 
 def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
+    if isinstance(value, _BYTES):
+        return value.tobytes() if isinstance(value, np.ndarray) else bytes(value)
+    if isinstance(value, tuple(_STATES)):
+        kind = next(kind for kind in _STATES if isinstance(value, kind))
+        return repr(_STATES[kind](value))
     if isinstance(value, Iterator):
         with suppress(Exception):  # a generator does not say how far it is
             return repr(value.__reduce__())
@@ -278,8 +357,23 @@ def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
         return None
     else:
         parts = list(getattr(value, "__dict__", {}).values())
+        for name in getattr(type(value), "__slots__", ()):
+            parts.append(getattr(value, name, None))
     return len(parts), [_counted(part, known, depth + 1) for part in parts[:_MOST_PARTS]]
 
+
+# What is a number or a text as a whole.
+_ATOMS = (Number, str, bytes, np.generic)
+
+# What holds numbers in memory of its own.
+_BYTES = (bytearray, array.array, np.ndarray)
+
+# How far a generator of random numbers is.
+_STATES: dict[type, Callable[[Any], Any]] = {
+    random.Random: lambda generator: generator.getstate(),
+    np.random.Generator: lambda generator: generator.bit_generator.state,
+    np.random.RandomState: lambda generator: generator.get_state(),
+}
 
 _DEEPEST = 3
 _MOST_PARTS = 100

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import datetime
-import inspect
 import os
 import pathlib
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in
+from sffx.compiler.trace.code_names import FOREIGN, forward_of, functions_reached, names_in
 
 # What reads them, by the module or the class that holds it.
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
@@ -43,10 +42,10 @@ def readers_of_surroundings(modules: Iterable[nn.Module]) -> list[str]:
     """Return the names of what the forwards of modules, and the functions there, read it by."""
     found: dict[str, None] = {}
     for kind in {type(module): None for module in modules}:
-        forward = inspect.unwrap(kind.forward)
-        if isinstance(forward, FunctionType) and kind.__module__.partition(".")[0] not in FOREIGN:
-            for function in functions_reached([forward], kind):
-                found.update(dict.fromkeys(_readers_in(function)))
+        if kind.__module__.partition(".")[0] in FOREIGN:
+            continue
+        for function in functions_reached(forward_of(kind), kind):
+            found.update(dict.fromkeys(_readers_in(function)))
     return list(found)
 
 

@@ -208,6 +208,7 @@ def _notes(
         graph,
         constants=probed.form.constants,
         kept=probed.kept.once,
+        left_behind=tracer.tensors_left,
         checkpointed=tracer.patches.checkpointed,
         unvalidated=tracer.patches.unvalidated,
         left_out=tracer.regions.left_out,

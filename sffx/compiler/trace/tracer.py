@@ -81,6 +81,7 @@ class GuidedTracer(fx.Tracer):
             they do not run.
         has_opened: whether another one was found, which the graph has called as a leaf before.
         own: what the modules hold themselves.
+        tensors_left: qualnames of the attributes in which the forward has left tensors.
         views: qualnames of the plain attributes that are views of parameters or buffers.
         patches: what stands in for torch's functions during the trace.
         branched: qualnames of modules that branched on their `training`.
@@ -112,6 +113,7 @@ class GuidedTracer(fx.Tracer):
         self.has_opened = False
         self.views = views
         self.own = OwnState(runner.probe)
+        self.tensors_left: list[str] = []
         self._parted = _parted_views(runner, views)
         runner.uncopied = {key: tensor for key, (tensor, _) in self._parted.items()}
         self.patches = Patches(self, runner.probe)
@@ -316,6 +318,11 @@ class GuidedTracer(fx.Tracer):
             )
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
+        if isinstance(a, nn.Parameter) and self.own.name(a) is None:
+            raise RuntimeError(
+                "it uses a parameter that the model does not own, of a layer in a plain list or "
+                "one that the forward makes; register it, as by nn.ModuleList or nn.ParameterList"
+            )
         # fx would look for the tensor in the model, where it may lie at another place now.
         name = self.own.name(a) if isinstance(a, FakeTensor) else None
         return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})

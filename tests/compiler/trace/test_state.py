@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import functools
+import random
 import types
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -258,6 +262,90 @@ def test_a_counter_outside_of_the_model_makes_a_leaf(count, reason):
     if reason:
         with pytest.raises(TraceError, match=reason):
             sffx.plan(kind(), example_input=torch.randn(2, 6))
+
+
+class _Slots:
+    __slots__ = ("steps",)
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+def _step_of(m: nn.Module) -> float:
+    m.state.steps += 1
+    return m.state.steps
+
+
+def _first(m: nn.Module) -> float:
+    m.state[0] += 1
+    return float(m.state[0])
+
+
+def _replaced(m: nn.Module) -> Any:
+    m.state = m.state + 1
+    return m.state
+
+
+def _in_eval_mode(m: nn.Module) -> float:
+    if not m.training:
+        m.state += 1
+    return 1.0 + m.state
+
+
+def _anew(m: nn.Module) -> Any:
+    m.state = torch.ones(6) * 2
+    return m.state
+
+
+def _by_mode(m: nn.Module) -> float:
+    m.state = 1 if m.training else 3
+    return float(m.state)
+
+
+@pytest.mark.parametrize(
+    ("state", "read", "is_leaf"),
+    [
+        (np.zeros(1), _first, True),
+        (bytearray(1), _first, True),
+        (array.array("i", [0]), _first, True),
+        (_Slots(), _step_of, True),
+        (np.int64(0), _replaced, True),
+        (Fraction(0), lambda m: float(_replaced(m)), True),
+        (torch.zeros(1), _replaced, True),
+        (random.Random(0), lambda m: m.state.random(), True),
+        (np.random.default_rng(0), lambda m: float(m.state.random()), True),
+        (0, _in_eval_mode, True),
+        (torch.zeros(1), _anew, False),
+        (0, _by_mode, False),
+    ],
+)
+def test_whatever_a_module_counts_in_makes_a_leaf(state, read, is_leaf):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.state = nn.Linear(6, 6), copy.deepcopy(state)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * read(self)
+
+    model = around(Counting())
+    net = sffx.transform(model, "layer", torch.randn(2, 6), check=False)
+    assert len(net.plan.leaves) == is_leaf
+    assert sffx.check(model, net).difference is None
+
+
+def test_a_note_names_what_the_forward_leaves_on_the_model():
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.penalty = nn.Linear(6, 6), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.penalty = x.square().mean()
+            return self.inner(x)
+
+    (note,) = sffx.plan(around(Leaves()), "layer", torch.randn(2, 6)).notes
+    assert note == "the forward sets 2.penalty in each call, which the cut model does not"
 
 
 class _Sorter(nn.Module):

@@ -55,6 +55,37 @@ class UNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Gate(nn.Module):
+    """Gates a skip connection by attention: by itself, and by what comes from below."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own, self.other, self.weigh = (nn.Conv2d(width, width, 1) for _ in range(3))
+
+    def forward(self, skip: Tensor, x: Tensor) -> Tensor:
+        return skip * self.weigh(F.relu(self.own(skip) + self.other(x))).sigmoid()
+
+
+class AttentionUNet(nn.Module):
+    """A U-Net whose decoder gates the skip connections: on (B, 3, 16, 16), for each pixel."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.enc1, self.enc2, self.mid = twice(3, 4), twice(4, 8), twice(8, 16)
+        self.up2, self.up1 = (nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in (8, 4))
+        self.gate2, self.gate1 = Gate(8), Gate(4)
+        self.dec2, self.dec1 = twice(16, 8), twice(8, 4)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Conv2d(4, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e1 = self.enc1(x)
+        e2 = self.enc2(self.pool(e1))
+        x = self.up2(self.mid(self.pool(e2)))
+        x = self.up1(self.dec2(torch.cat([self.gate2(e2, x), x], 1)))
+        return self.head(self.dec1(torch.cat([self.gate1(e1, x), x], 1)))
+
+
 class Exchange(nn.Module):
     """A unit of an HRNet: each stream has layers of its own, and then each reads all others."""
 
@@ -351,6 +382,8 @@ class StreamProgram(nn.Module):
                 streams[i] = self.layers[rest[0]](value)
             elif name == "read":
                 streams[i] = value + self.layers[rest[1]](streams[rest[0]])
+            elif name == "gate":
+                streams[i] = value * self.layers[rest[1]](streams[rest[0]]).sigmoid()
             elif name == "relu":
                 streams[i] = F.relu(value)
             elif name == "relu_":
@@ -394,7 +427,19 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
     for i in range(count):
         code.append(("layer", i, add(3, False)))
         channels[i] = 4
-    kinds = ["layer", "layer", "read", "read", "relu", "relu_", "scale", "mask", "keep", "skip"]
+    kinds = [
+        "layer",
+        "layer",
+        "read",
+        "read",
+        "gate",
+        "relu",
+        "relu_",
+        "scale",
+        "mask",
+        "keep",
+        "skip",
+    ]
     for _ in range(draw(st.integers(5, 12))):
         kind = draw(st.sampled_from(kinds))
         i = draw(st.integers(0, count - 1))
@@ -403,7 +448,7 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
             code.append((kind, i, draw(st.integers(count, len(layers) - 1))))
         elif kind == "layer":
             code.append((kind, i, add(4, draw(st.booleans()))))
-        elif kind == "read":
+        elif kind in ("read", "gate"):
             code.append((kind, i, draw(st.integers(0, count - 1)), add(4, draw(st.booleans()))))
         else:
             code.append((kind, i))

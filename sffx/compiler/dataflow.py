@@ -135,6 +135,19 @@ class Dataflow:
                     ahead.append(reader)
         return passed
 
+    def passes_by(self, name: str, starts: Iterable[str]) -> bool:
+        """Return whether a path leads from one of some nodes to the logits without a node."""
+        if name == self.logits:
+            return False
+        passed = {name}
+        ahead = list(starts)
+        while ahead:
+            node = ahead.pop()
+            if node not in passed:
+                passed.add(node)
+                ahead += self.readers(node)
+        return self.logits in passed
+
     def crossing(self, inside: set[str]) -> list[str]:
         """Return the nodes of a set whose values lead from the set to the logits, in order."""
         leaving = []

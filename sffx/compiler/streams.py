@@ -16,7 +16,7 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
 layers and holds more than half of the model. One that holds several residual blocks is none. A gate
-stays with what it gates.
+stays with what it gates, unless that goes on elsewhere as well.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -47,6 +47,7 @@ LARGE = 1 / 3  # share of the parameters or of the kept activations
 LARGE_UNIT = 1 / 2
 FEWEST_LAYERS = 5
 FEWEST_LAYERS_OF_UNIT = 8
+FEWEST_LAYERS_OF_STREAM = 3  # with parameters; a product with fewer on one of its paths is a gate
 MOST_VALUES = 12  # that may cross one cut
 
 CutSet = frozenset[str]
@@ -502,19 +503,28 @@ class _Crossing:
         return isinstance(facts(self._analysis.nodes[name]).example, Tensor)
 
     def _is_gate_or_gated(self, value: str) -> bool:
-        """Return whether a product of paths is still to read a value: the two belong together.
+        """Return whether a gate, a product of paths, is still to read a value that belongs to it.
 
-        An activation between the value and the product does not count.
+        An activation between the value and the gate does not count. A value does not belong to the
+        gate if it goes on to the logits beside it. So it is with a skip connection that the decoder
+        of a U-Net gates by attention.
         """
         readers = self._unread[value]
-        while len(readers) == 1:
+        while True:
+            gates = [reader for reader in readers if self._is_gate(reader)]
+            if gates or len(readers) != 1:
+                break
             (reader,) = readers
-            if self._analysis.join(reader) == "product":
-                return True
             if self._flow.paths.in_degree(reader) > 1 or self._is_layer(reader):
                 return False
             readers = self._flow.readers(reader)
-        return any(self._analysis.join(reader) == "product" for reader in readers)
+        every = self._flow.readers(value)
+        return any(not self._flow.passes_by(gate, every) for gate in gates)
+
+    def _is_gate(self, name: str) -> bool:
+        if self._analysis.join(name) != "product":
+            return False
+        return min(self._analysis.layers_on_paths(name)) < FEWEST_LAYERS_OF_STREAM
 
     def _is_layer(self, name: str) -> bool:
         return bool(self._flow.graph.nodes[name]["learned"])

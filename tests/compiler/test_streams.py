@@ -13,6 +13,7 @@ import sffx
 from sffx.errors import CutError
 from sffx.learning.heads import StreamHeads
 from tests.stream_models import (
+    AttentionUNet,
     CrossStage,
     Dense,
     EncoderDecoder,
@@ -51,6 +52,30 @@ def test_a_unet_has_a_block_for_each_stage():
     # Each skip connection is the output of its stage, and is normed once, there.
     assert all(not block.sides for block in plan)
     assert "enc1_5" in plan.blocks[-1].inputs
+
+
+def test_a_skip_connection_that_is_gated_later_crosses_cuts():
+    task = sffx.tasks.Segmentation()
+    plan = sffx.plan(AttentionUNet(), example_input=IMAGE, task=task)
+    mid = ["mid.0 … mid.2", "mid.3 … mid.5"]
+    assert names(plan) == ["enc1", "enc2", *mid, "up2 … gate2", "dec2", "up1 … gate1", "dec1"]
+
+
+class _Product(nn.Module):
+    """Two nets for one image, and the product of what they see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Sequential(twice(3, 4), twice(4, 4)) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.one(x) * self.two(x)).mean((2, 3)))
+
+
+def test_a_product_of_streams_with_several_layers_is_no_gate():
+    plan = sffx.plan(_Product(), example_input=IMAGE)
+    assert names(plan) == ["one.0", "one.1", "two.0", "two.1"]
 
 
 @pytest.mark.parametrize("policy", ["residual", "batchnorm", "layer", "module", "stages(4)"])

@@ -58,6 +58,7 @@ def example_arguments(
         fakes[name] = _fake(model, value.shape[1:], value.dtype, mode)
     failure = _failure(model, form, fakes)
     if failure is not None:
+        _require_batch_first(model, form, tensors, mode)
         # A model may take some batch sizes only, such as multiples of 16.
         as_given = at_batch_size(fakes, batch_sizes(tensors)[0])
         if runs(model, form, as_given):
@@ -70,6 +71,29 @@ def example_arguments(
             f"{_description(failure)}. Hint: {_what_to_do(model, failure)}"
         ) from failure
     return form, fakes
+
+
+def _require_batch_first(
+    model: nn.Module, form: Arguments, tensors: Mapping[str, Tensor], mode: FakeTensorMode
+) -> None:
+    """Raise an InputError if a model runs as long as the first axes of its inputs differ.
+
+    Args:
+        model: on fake parameters; it does not run on inputs with equal first axes.
+        form: of the call.
+        tensors: what the caller gave.
+        mode: in which fake tensors live.
+    """
+    if len({len(value) for value in tensors.values()}) == 1:
+        return
+    with mode:
+        as_given = {name: torch.empty_like(value) for name, value in tensors.items()}
+    if runs(model, form, as_given):
+        raise InputError(
+            f"the inputs of {type(model).__name__} differ in their first axis "
+            f"({_shapes(tensors)}), and it does not run where they are equal. Hint: the first axis "
+            "of every input is the batch; a forward may begin with sequence.transpose(0, 1)"
+        )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

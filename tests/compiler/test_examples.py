@@ -116,6 +116,27 @@ def test_inputs_that_cannot_be_used(model, example, message):
         trace(model, example)
 
 
+class _Layouts(nn.Module):
+    """Takes a row (B, 5) and a sequence (T, B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.layer, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, row: Tensor, sequence: Tensor) -> Tensor:
+        last = self.layer(sequence)[-1]
+        return self.head(torch.cat([self.row(row), last], 1))
+
+
+def test_inputs_with_the_batch_on_different_axes_are_refused():
+    example = (torch.zeros(2, 5), torch.zeros(7, 2, 4))
+    message = (
+        r"differ in their first axis \(row \(2, 5\), sequence \(7, 2, 4\)\).*transpose\(0, 1\)"
+    )
+    with pytest.raises(InputError, match=message):
+        trace(_Layouts(), example)
+
+
 class _Detector(nn.Module):
     """Asks for targets in train mode, as torchvision's detectors do."""
 

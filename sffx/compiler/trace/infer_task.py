@@ -144,5 +144,7 @@ def described(value: object) -> str:
     """Return what a model returned, in words."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
+    if value.ndim == 0:
+        return "a tensor without axes"
     sizes = ", ".join(["B", *map(str, value.shape[1:])])
     return f"a tensor of shape ({sizes})"

@@ -202,6 +202,8 @@ def keep_logits(
     output = next(iter(reversed(graph.nodes)))
     logits = output.args[0]
     value = facts(logits).example if isinstance(logits, fx.Node) else logits
+    if isinstance(value, Tensor) and value.ndim and value.is_floating_point():
+        _require_batch_first(root, logits)
     if not isinstance(logits, fx.Node) or not _is_batch_of_floats(logits):
         raise unclear(root, value)
     inputs = [facts(node).example for node in graph.nodes if node.op == "placeholder"]
@@ -218,6 +220,23 @@ def keep_logits(
     if wanted.task is None and task != CLASSIFICATION:
         notes.insert(0, note_on(task, value))
     return task, notes
+
+
+def _require_batch_first(root: nn.Module, logits: fx.Node) -> None:
+    """Raise a TraceError if the first axis of a model's output is not the batch."""
+    batch = facts(logits).batch
+    if starts_with_batch(batch):
+        return
+    where = "no axis is"
+    if batch is not None:
+        rows = f"{batch.rows} rows of each sample lie in" if batch.rows > 1 else "the batch is"
+        where = f"{rows} axis {batch.axis}"
+    shape = tuple(facts(logits).example.shape)
+    raise TraceError(
+        f"the first axis of what {type(root).__name__} returns, of shape {shape}, is not the "
+        f"batch: {where}. Hint: the first axis of each input and of the output is the batch; a "
+        f"forward may begin with sequence.transpose(0, 1), or end with it; {backbone_hint(root)}"
+    )
 
 
 def _notes_on_probabilities(logits: fx.Node, root: nn.Module, task: Task) -> list[str]:

@@ -334,3 +334,33 @@ def test_the_first_of_several_outputs_is_noted(make, is_noted):
     plan = sffx.plan(_Heads(make), "layer", torch.randn(2, 6))
     assert is_noted == any("returns 2 values like" in note for note in plan.notes)
     assert plan.num_classes == 3
+
+
+class _OtherLayout(nn.Module):
+    """Layers on each step of (B, T, 4), and then another layout."""
+
+    def __init__(self, lay_out: Any) -> None:
+        super().__init__()
+        self.lay_out = lay_out
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lay_out(self.layers(x))
+
+
+@pytest.mark.parametrize(
+    ("lay_out", "message"),
+    [
+        (lambda x: x.transpose(0, 1), "the batch is axis 1"),
+        (lambda x: x.mean(0), "no axis is"),
+        (lambda x: x.flatten(0, 1), "5 rows of each sample lie in axis 0"),
+    ],
+)
+def test_an_output_whose_first_axis_is_not_the_batch_is_refused(lay_out, message):
+    with pytest.raises(TraceError, match=f"{message}.*Hint: the first axis of each input"):
+        trace(_OtherLayout(lay_out), torch.zeros(2, 5, 4))
+
+
+def test_an_output_without_axes_is_described_so():
+    with pytest.raises(TraceError, match="returns a tensor without axes"):
+        trace(_OtherLayout(torch.mean), torch.zeros(2, 5, 4))

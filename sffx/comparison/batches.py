@@ -102,7 +102,7 @@ def _resized(each: Input, sizes: Sizes) -> Input:
 
 def _ones_first(tensor: Tensor, each: Input) -> Tensor:
     is_mask = each.high == 2 or tensor.dtype == torch.bool
-    if not is_mask or tensor.ndim < 2:
+    if not is_mask or tensor.ndim < 2 or tensor.is_complex():
         return tensor
     ordered = tensor.sort(dim=-1, descending=True).values
     ordered[..., 0] = 1  # a sample without a real token has no mean

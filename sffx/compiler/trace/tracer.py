@@ -325,7 +325,12 @@ class GuidedTracer(fx.Tracer):
             )
         # fx would look for the tensor in the model, where it may lie at another place now.
         name = self.own.name(a) if isinstance(a, FakeTensor) else None
-        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+        if name is not None:
+            return self.create_node("get_attr", name, (), {})
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            raise RuntimeError(_cannot_be_passed(a)) from None
 
     def _require_no_views(self) -> None:
         """Raise a TraceError if a module keeps a view of a parameter or a buffer in an attribute.
@@ -649,6 +654,14 @@ _COMPUTE_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, "backward")
 
 # Methods that read but the dtype and the device of a tensor that is another argument.
 _DTYPE_METHODS = ("to", "type_as")
+
+
+def _cannot_be_passed(value: Any) -> str:
+    kind = type(value).__name__
+    reason = f"it passes on a {kind}, which a graph cannot hold"
+    if "cache" in kind.lower():
+        reason += "; use_cache=False, an argument of the call or of model.config, leaves it out"
+    return reason
 
 
 def _is_parameter(value: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.compiler.trace.trace import trace
+from sffx.errors import TraceError
 from tests.compiler.trace.oracle import (
     Applies,
     assert_same_logits,
@@ -312,3 +313,26 @@ def test_an_operation_that_fails_in_a_try_is_no_part_of_the_graph():
     net = cut_without_norms(model)
     assert not net.plan.leaves
     assert_same_logits(net, model)
+
+
+class _DynamicCache:
+    """Keys and values of earlier tokens, as in transformers."""
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (_DynamicCache(), "passes on a _DynamicCache, .*; use_cache=False"),
+        (object(), "passes on a object, which a graph cannot hold"),
+        (nn.Parameter(torch.ones(6)), "uses a parameter that the model does not own"),
+    ],
+)
+def test_what_a_graph_cannot_hand_to_a_leaf_is_named(value, reason):
+    class Takes(nn.Linear):
+        def forward(self, x: Tensor, given: Any) -> Tensor:
+            return super().forward(x)
+
+    model = type("Root", (nn.Module,), {"forward": lambda m, x: m.last(m.takes(x, value))})()
+    model.takes, model.last = Takes(6, 6), nn.Linear(6, 3)
+    with pytest.raises(TraceError, match=reason):
+        sffx.plan(model, "layer", torch.zeros(2, 6))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,12 +77,24 @@ def build(entry: Entry) -> nn.Module:
     """Build a model for the first kind of recording that it accepts."""
     import braindecode.models
 
-    kind = getattr(braindecode.models, entry.name)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_positions(folder)
+        return _build(getattr(braindecode.models, entry.name), entry.name)
+
+
+def _write_positions(folder: str) -> None:
+    """Write a file of places of sensors, which REVE fetches where there is none."""
+    places = {name: [i / 10, 1.0, -1.0] for i, name in enumerate(_SENSORS.split())}
+    (Path(folder) / "reve_positions.json").write_text(json.dumps(places))
+    os.environ["REVE_POSITIONS_PATH"] = folder
+
+
+def _build(kind: Any, name: str) -> nn.Module:
     accepted = inspect.signature(kind.__init__).parameters
     failure: Exception | None = None
-    for recording in _recordings(entry.name):
+    for recording in _recordings(name):
         options = {name: value for name, value in recording.items() if name in accepted}
-        options.update(_SMALL.get(entry.name, {}))
+        options.update(_SMALL.get(name, {}))
         try:
             model: nn.Module = kind(n_outputs=CLASSES, **options)
             model.eval()(torch.randn(SAMPLES, recording["n_chans"], recording["n_times"]))

@@ -94,7 +94,8 @@ MODELS = {
     "spiking_resnet18_lif": _listed("spiking_resnet", "spiking_resnet18", node="LIFNode"),
     "sew_resnet18_add": _listed("sew_resnet", "sew_resnet18", cnf="ADD"),
     "sew_resnet18_multistep": _listed("sew_resnet", "sew_resnet18", "m", cnf="ADD"),
-    "spiking_vgg11": _listed("spiking_vgg", "spiking_vgg11"),
+    # Without BN, no spike of random weights passes all layers at the ordinary threshold.
+    "spiking_vgg11": _listed("spiking_vgg", "spiking_vgg11", v_threshold=0.2),
     "spiking_vgg11_bn": _listed("spiking_vgg", "spiking_vgg11_bn"),
     "layers": _layers("conv", "pool", "conv", "pool", "conv", "pool"),
     "layers_multistep": _layers("conv", "pool", "conv", "pool", "conv", "pool", mode="m"),

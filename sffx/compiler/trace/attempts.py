@@ -129,13 +129,10 @@ def _reason(failure: Exception) -> str:
     first_line = message.splitlines()[0] if message else ""
     # C code names the class of what it was given.
     first_line = _PROXY.sub("a traced value", first_line)
-    if _OF_FUNCTORCH in message:
-        first_line = "torch.func transforms a function here, which a graph cannot hold"
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
 _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
-_OF_FUNCTORCH = "dynamicLayerStack"
 
 
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:

@@ -205,13 +205,13 @@ def own_method(callee: Callee, module: nn.Module) -> OwnMethod:
         raise RuntimeError(OWN_GENERATOR)
     name = callee.places[0][1]
     held = {*module._parameters, *module._buffers, *module._modules}
-    used = held.intersection(_words_of(callee.function, type(module)))
+    used = held.intersection(words_of(callee.function, type(module)))
     if used:
         raise RuntimeError(f"the method {name} uses {min(used)!r} of its module")
     return OwnMethod(module, name)
 
 
-def _words_of(method: Callable[..., Any], kind: type) -> Iterator[str]:
+def words_of(method: Callable[..., Any], kind: type) -> Iterator[str]:
     """Yield the names and the texts in the code that a method of a class reaches."""
     function = inspect.unwrap(method)
     if not isinstance(function, FunctionType):

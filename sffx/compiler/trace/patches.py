@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Size, fx, nn
+from torch._functorch import apis
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Distribution
@@ -119,6 +120,7 @@ class Patches:
         yield from self._of_classes()
         yield from self._of_checkpoints()
         yield Distribution, "_validate_args", self._unvalidated()
+        yield apis, "vmap_impl", functools.partial(self._map, apis.vmap_impl)
         yield nn.Module, "__setattr__", self._setting(nn.Module.__setattr__)
         yield torch.Tensor, "data", self._data()
         detect = transformer._detect_is_causal_mask
@@ -243,6 +245,12 @@ class Patches:
             set_attribute(module, name, value)
 
         return setting
+
+    def _map(self, vmap: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `torch.vmap`."""
+        if self.tracer.is_running:
+            return vmap(function, *args, **kwargs)
+        return self.tracer.run_mapped(vmap, function, args, kwargs)
 
     def _unvalidated(self) -> property:
         """Return a property by which distributions do not look at the values of their arguments.

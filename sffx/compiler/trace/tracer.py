@@ -40,10 +40,11 @@ from sffx.compiler.trace.functions import (
 )
 from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_no_code, is_layer
+from sffx.compiler.trace.mapped import MappedCall, TakesApart
 from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
 from sffx.compiler.trace.own_state import OwnState
 from sffx.compiler.trace.patches import Patches
-from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
+from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy, has_proxy
 from sffx.compiler.trace.randomness import (
     OWN_GENERATOR,
     SEEDED,
@@ -508,9 +509,39 @@ class GuidedTracer(fx.Tracer):
             require_plain_values(facts(proxy.node).example)
         return proxy
 
+    def run_mapped(
+        self,
+        vmap: Callable[..., Any],
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Let the graph map a function over the samples, or whatever `torch.vmap` is told.
+
+        Args:
+            vmap: maps it.
+            function: that is mapped.
+            args: of the call, as `vmap` takes them.
+            kwargs: of the call.
+        """
+        place = self.place
+        paths = self.submodule_paths or {}
+
+        def is_traced(module: nn.Module) -> bool:
+            return (
+                paths[module] == place or place.startswith(f"{paths[module]}.") or not paths[module]
+            )
+
+        takes_apart = TakesApart(is_traced, paths.__contains__)
+        mapped = MappedCall(vmap, takes_apart.apart(function))
+        if not takes_apart.held and not has_proxy(args, kwargs):
+            return vmap(function, *args, **kwargs)
+        target = function_target(self.graph, self.runner.probe, place, mapped)
+        return self.create_proxy("call_module", target, (takes_apart.held, *args), kwargs)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
-            return attr_val
+            return self.runner.training if isinstance(attr_val, PlantedFlag) else attr_val
         if isinstance(attr_val, fx.Proxy):  # the forward has assigned it, in the place of a buffer
             return attr_val
         if type(attr_val) is Tensor:  # registered by the forward; the model's own are fake

@@ -1,0 +1,86 @@
+"""Calls of torch.vmap in the forward of the model itself."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sffx
+
+
+class _Maps(nn.Module):
+    """A row of layers, with a mapped function between."""
+
+    def __init__(self, code) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second = nn.Linear(8, 8)
+        self.scale, self.factor = nn.Parameter(torch.randn(8)), 3.0
+        self.members = nn.Parameter(torch.randn(3, 8, 8))
+        self.register_buffer("shift", torch.randn(8))
+        self.norm = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+        self.code = code
+
+    def part(self, row: Tensor) -> Tensor:
+        return self.layer(row) * self.scale * self.factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.code(self, self.first(x).relu())
+        return self.last(self.second(x).relu())
+
+
+def _holding_a_traced_value(m: _Maps, x: Tensor) -> Tensor:
+    mean, size = x.mean(0), x.shape[1]
+    return torch.vmap(lambda row: (row - mean) / size)(x)
+
+
+def _with_a_default(m: _Maps, x: Tensor) -> Tensor:
+    def scaled(row: Tensor, by: Tensor = m.scale, *, shift: Tensor = m.shift) -> Tensor:
+        return row * by + shift
+
+    return torch.vmap(scaled)(x)
+
+
+_CODES = {
+    "function of torch": lambda m, x: torch.vmap(torch.softmax, (0, None))(x, 0),
+    "pairs": lambda m, x: x * torch.vmap(torch.dot)(x, x)[:, None],
+    "layer": lambda m, x: torch.vmap(m.layer)(x),
+    "method": lambda m, x: torch.vmap(m.part)(x),
+    "parameter and buffer": lambda m, x: torch.vmap(lambda row: row * m.scale + m.shift)(x),
+    "traced value": _holding_a_traced_value,
+    "defaults": _with_a_default,
+    "partial": lambda m, x: torch.vmap(functools.partial(torch.mul, m.scale))(x),
+    "another axis": lambda m, x: torch.vmap(lambda column: column - column.mean(), 1, 1)(x),
+    "ensemble": lambda m, x: torch.vmap(lambda weight: x @ weight)(m.members).mean(0),
+    "mode": lambda m, x: torch.vmap(lambda row: row * (2 if m.training else 3))(x),
+    "dropout": lambda m, x: torch.vmap(
+        lambda row: F.dropout(row, 0.5, m.training), randomness="different"
+    )(x),
+    "row of layers": lambda m, x: torch.vmap(m.norm, randomness="different")(x),
+}
+
+
+@pytest.mark.parametrize("code", _CODES.values(), ids=_CODES)
+def test_a_mapped_function_runs_as_in_the_model(code):
+    model = _Maps(code)
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not net.plan.leaves
+    assert len(net.plan) >= 2
+    assert sffx.check(model, net, torch.randn(5, 6)).difference is None
+    assert sffx.check(model, copy.deepcopy(net), torch.randn(5, 6)).difference is None
+
+
+def test_a_net_with_a_mapped_method_is_pickled():
+    net = sffx.transform(_Maps(_by_method), "layer", torch.zeros(2, 6)).eval()
+    x = torch.randn(3, 6)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def _by_method(m: _Maps, x: Tensor) -> Tensor:
+    return torch.vmap(m.part)(x)

@@ -23,7 +23,8 @@ The head is moved to the device and the dtype of the model. Then
 
 Where several streams cross the cut after a block, each has a head of its own, and the goodness of
 the block is the mean of theirs (`StreamHeads`). The callable is then called for each stream, with
-a block that has the value of this stream as its output.
+a block that has the value of this stream as its output. Streams that share their layers have one
+head of the names "sff", "cosine" and "mlp", which compares them (`SideBySide`).
 
 The contract of `norm=` is in `sffx.learning.norms`.
 """
@@ -31,14 +32,12 @@ The contract of `norm=` is in `sffx.learning.norms`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
 from sffx.checks import require_callable
@@ -52,12 +51,12 @@ from sffx.learning.masks import require_mask_argument
 from sffx.learning.numbers import NumberReadout
 from sffx.learning.positions import AtEachPosition, PositionGoodness
 from sffx.learning.shared_output import SharedOutput, connect
+from sffx.learning.stream_heads import SideBySide, StreamHeads, share_layers, side_by_side
 from sffx.learning.threshold import Threshold
 from sffx.tasks import CLASSIFICATION, Task
-from sffx.tasks.grid import on_grid
-from sffx.tasks.segmentation import INTERPOLATION
 
 HIDDEN = 128  # units of "mlp"
+_MIXING = ("sff", "cosine", "mlp")  # "cwc" gives each class channels of its own
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
 
 # Makes a head from a block, the number of outputs, and the numbers that its name has in brackets;
@@ -361,62 +360,6 @@ def _named(goodness: str, task: Task | None) -> GoodnessMaker:
     return make
 
 
-class StreamHeads(nn.ModuleList):
-    """The heads of a block that several streams leave. Its goodness is the mean of theirs.
-
-    So each stream learns, and the block answers with what all of them know. A mean, and not a sum,
-    keeps the scores as large as those of other blocks, with which the ensemble takes their mean.
-    Scores of pixels are brought to the size of the largest stream before that.
-
-    Args:
-        heads: one for each stream.
-        masked: for each stream, whether its head takes a mask.
-    """
-
-    def __init__(self, heads: Sequence[nn.Module], masked: Sequence[bool]) -> None:
-        super().__init__(heads)
-        self.masked = tuple(masked)
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        """Return the goodness, (B, J), or the scores of another task.
-
-        Args:
-            arguments: the value of each stream, each followed by its mask if it has one.
-        """
-        ahead = list(arguments)
-        scores = []
-        for head, is_masked in zip(self, self.masked, strict=True):
-            own = [ahead.pop(0)]
-            if is_masked:
-                own.append(ahead.pop(0))
-            scores.append(head(*own))
-        if any(each.shape != scores[0].shape for each in scores):
-            scores = _of_one_size(scores)
-        return torch.stack(scores).mean(0)
-
-
-def _of_one_size(scores: list[Tensor]) -> list[Tensor]:
-    """Return scores of positions, (B, J, ...), all of the size of the largest map.
-
-    Scores of the tokens of a grid, (B, J, N), become maps where others are.
-    """
-    axes = max(each.ndim for each in scores) - 2
-    largest = max((each for each in scores if each.ndim == axes + 2), key=_positions)
-    size = largest.shape[2:]
-    brought = []
-    for each in scores:
-        if axes == 2:
-            each = on_grid(each, size)
-        if each.shape[2:] != size:
-            each = F.interpolate(each, size, mode=INTERPOLATION[axes], align_corners=False)
-        brought.append(each)
-    return brought
-
-
-def _positions(scores: Tensor) -> int:
-    return scores.shape[2:].numel()
-
-
 def make_head(
     options: Options, block: Block, num_classes: int, task: Task = CLASSIFICATION
 ) -> nn.Module:
@@ -426,12 +369,22 @@ def make_head(
         InputError: there is no such goodness, it cannot be computed for this block, or a callable
             returned no module; names the block.
     """
+    if len(block.scored) > 1 and _mixes_channels(options) and share_layers(block):
+        head = _make_one(options, side_by_side(block), num_classes, task)
+        return SideBySide(head, block.channel_axis)
     heads = []
     for output in block.scored:
         heads.append(_make_one(options, block.seen_from(output), num_classes, task))
     if len(heads) == 1:
         return heads[0]
     return StreamHeads(heads, [bool(output.mask) for output in block.scored])
+
+
+def _mixes_channels(options: Options) -> bool:
+    """Return whether a goodness of this name is computed from all channels of a value."""
+    goodness = options.goodness
+    is_named = options.objective.goodness is not None and isinstance(goodness, str)
+    return is_named and str(goodness).partition("(")[0] in _MIXING
 
 
 def _make_one(options: Options, block: Block, num_classes: int, task: Task) -> nn.Module:

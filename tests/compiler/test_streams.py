@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.errors import CutError
-from sffx.learning.heads import StreamHeads
+from sffx.learning.stream_heads import SideBySide, StreamHeads
 from tests.stream_models import (
     AttentionUNet,
     CrossStage,
@@ -184,6 +184,50 @@ def test_a_siamese_net_is_cut_across_both_images():
     assert plan.blocks[0].modules == 2 * layers
     assert [len(block.scored) for block in plan] == [2, 2, 2, 1]
     assert any("other random numbers" in note for note in plan.notes)
+
+
+class _Compared(nn.Module):
+    """Runs four layers on each of two rows, and compares the results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(1, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+        self.net = nn.Sequential(*layers)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return self.head((self.net(one) - self.net(two)).abs())
+
+
+def test_streams_that_share_layers_are_compared_by_one_head():
+    torch.manual_seed(0)
+    rows = (
+        torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]),
+        torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]),
+    )
+    x = {"one": rows[0], "two": rows[1]}
+    y = (rows[0] == rows[1]).long()[:, 0]  # no row tells it alone
+    net = sffx.transform(_Compared(), example_input=x, check=False)
+    assert len(net.plan.blocks[0].scored) == 2
+    optimizer = torch.optim.Adam(sffx.parameter_groups(net.train(), 0.02))
+    for _ in range(100):
+        sffx.local_step(net, x, y, optimizer)
+    assert sffx.evaluate(net, [(x, y)]).accuracy["block_0"] == 1
+
+
+def test_a_goodness_that_parts_channels_has_a_head_for_each_stream():
+    images = {"one": torch.zeros(3, 3, 16, 16), "two": torch.zeros(3, 3, 16, 16)}
+    for goodness, kind in (("mlp(4)", SideBySide), ("cwc", StreamHeads)):
+        net = sffx.transform(Siamese(), example_input=images, goodness=goodness, check=False)
+        assert isinstance(net.head_1, kind)
+
+
+def test_streams_of_several_lengths_are_compared_at_the_largest():
+    head = SideBySide(nn.Identity(), channel_axis=2)
+    short, long = torch.tensor([[[0.0], [2.0]]]), torch.zeros(1, 4, 1)
+    joined = head(short, long)
+    assert torch.equal(joined[..., 0], torch.tensor([[0.0, 0.5, 1.5, 2.0]]))
+    assert torch.equal(joined[..., 1:], long)
 
 
 class _Twins(nn.Module):

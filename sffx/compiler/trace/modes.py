@@ -160,7 +160,7 @@ class _Merge:
             if self._are_same(our, their):
                 continue
             owner = self._owner_of_choice(in_train, our, their)
-            if owner is None:
+            if owner is None or not (_are_of_one_kind(our, their) or _are_alike(in_train, in_eval)):
                 return None
             choices.append(_Choice(place, owner, (their, our)))
         return choices
@@ -178,7 +178,9 @@ class _Merge:
         if _is_number(our) and _is_number(their):
             # The innermost, since a module around it may branch on its own mode without effect.
             return self._owner([reader])
-        if not _are_alike(our, their):
+        # A factor may be a tensor in one mode, and 1.0 in the other.
+        is_factor = _is_number(our) or _is_number(their)
+        if not is_factor and not _are_alike(our, their):
             return None
         for node in (our, their):
             if node in self._owners:
@@ -232,20 +234,20 @@ class _Merge:
         All readers of a value read the same choice.
         """
         in_eval, in_train = choice.values
-        is_value = isinstance(in_train, fx.Node)
         key = (in_eval, in_train, choice.owner)
-        if is_value and key in self._chosen:
+        nodes = [value for value in (in_train, in_eval) if isinstance(value, fx.Node)]
+        if nodes and key in self._chosen:
             return self._chosen[key]
         flag = _insert_flag(choice.owner, reader, self._probe)
-        if is_value:
+        if isinstance(in_eval, fx.Node):
             in_eval = self._partners[in_eval]
         with reader.graph.inserting_before(reader):
             picked = reader.graph.call_function(pick, (flag, in_eval, in_train))
-        if not is_value:
+        if not nodes:
             _note(picked, reader, in_train)
             return picked
         picked.meta = {"nn_module_stack": _stack(reader)}
-        record = replace(facts(in_train), cost=Cost(), writes=(), buffers=frozenset(), after=())
+        record = replace(facts(nodes[0]), cost=Cost(), writes=(), buffers=frozenset(), after=())
         set_facts(picked, record)
         self._chosen[key] = picked
         return picked
@@ -260,6 +262,10 @@ def _can_run_in_mode(region: Region) -> bool:
     if any(facts(node).writes for node in region.in_eval):
         return False
     return not any(is_guard(node) for node in region.nodes)
+
+
+def _are_of_one_kind(our: Any, their: Any) -> bool:
+    return isinstance(our, fx.Node) == isinstance(their, fx.Node)
 
 
 def _are_alike(our: Any, their: Any) -> bool:

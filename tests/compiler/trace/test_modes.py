@@ -157,3 +157,27 @@ def test_a_branch_beside_a_number_is_kept():
     net = cut_without_norms(model)
     assert not leaf_names(net)
     assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+
+
+class _Scaled(nn.Module):
+    """Scales by a tensor in one mode, and by a number in the other."""
+
+    def __init__(self, *, draws_in_eval: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.draws_in_eval = draws_in_eval
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep: Tensor | float = 1.0
+        if self.training != self.draws_in_eval:
+            keep = (torch.rand(x.shape[0], 1) > 0.5).float()
+        x = self.first(x).relu() * keep
+        return self.last(self.second(x).relu())
+
+
+@pytest.mark.parametrize("draws_in_eval", [False, True])
+def test_a_factor_may_be_a_number_in_one_mode(draws_in_eval):
+    model = _Scaled(draws_in_eval=draws_in_eval)
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not net.plan.leaves
+    assert sffx.check(model, net).difference is None

@@ -98,9 +98,10 @@ def _each(bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 def _write(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> None:
     """Write alpha a b + bias, part by part of the rows: nothing large lies beside the result."""
-    is_swapped = _is_swapped(a, b)
-    for part in small_slices(a, b.shape[1]):
-        found = _linear(b.t(), a[part]).t() if is_swapped else _linear(a[part], b.t())
+    parts = small_slices(a, b.shape[1])
+    is_swapped = len(parts) == 1 and _is_swapped(a, b)
+    for part in parts:
+        found = _linear(b.t(), a).t() if is_swapped else _linear(a[part], b.t())
         if bias is not None:
             torch.add(bias[part], found, alpha=alpha, out=out[part])
         else:
@@ -113,6 +114,9 @@ def _is_swapped(a: Tensor, b: Tensor) -> bool:
 
 
 def _linear(rows: Tensor, weight: Tensor) -> Tensor:
+    # oneDNN takes a thousand times as long with a weight that has gaps in memory.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
 

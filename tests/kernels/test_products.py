@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,30 @@ def test_products_by_onednn(
     assert taken
     exact = oracle(a.double(), b.double(), c.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_onednn_reads_no_weight_with_gaps(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch, taken: list[tuple[int, ...]]
+) -> None:
+    weights = []
+    pointwise = torch.ops.mkldnn._linear_pointwise
+
+    def recorded(rows: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        weights.append(weight)
+        return pointwise(rows, weight, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", recorded)
+    a = matrices(2 * M, 2 * K, transposed=transposed)[:M, :K]
+    b = matrices(2 * K, 2 * N, transposed=transposed)[:K, :N]
+    torch.testing.assert_close(products.product(a, b), a @ b, rtol=1e-4, atol=1e-4)
+    # The result has so many rows that it is written in parts.
+    a = matrices(2**10, 64, transposed=transposed)
+    b = matrices(64, 2**10 - 1, transposed=transposed)
+    torch.testing.assert_close(products.product(a, b), a @ b, rtol=1e-4, atol=1e-4)
+    assert all(each.is_contiguous() or each.t().is_contiguous() for each in weights)
+    assert weights
 
 
 @needs_onednn

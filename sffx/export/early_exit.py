@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from sffx.blocks import BatchAxis
 from sffx.checks import is_number
 from sffx.errors import InputError
 from sffx.export.exit_files import load
-from sffx.export.exit_stage import exit_stages
+from sffx.export.exit_stage import exit_stages, kept
 from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.readouts import mean_goodness
@@ -116,7 +116,7 @@ class EarlyExit:
         inputs: of the model.
         nested: the arguments in which they lie, None where each is one.
         stages: the feature blocks, in order. The classifier is not among them.
-        batched: names of the values that have a batch axis.
+        batched: the batch axes of the values that have one, by name.
         skips: how many of the first blocks have no answer, since the ensemble leaves them out.
         class_names: one for each class, as `export_early_exit` was given them; None without a file.
         mean: with which each channel was normalised in training, likewise. x must be normalised.
@@ -161,7 +161,7 @@ class EarlyExit:
         runner.inputs = manifest.inputs
         runner.nested = manifest.nested
         runner.stages = stages
-        runner.batched = frozenset(manifest.batched)
+        runner.batched = dict.fromkeys(manifest.batched, BatchAxis(0))
         runner.skips = manifest.skips
         runner.class_names = manifest.class_names
         runner.mean = manifest.mean
@@ -318,11 +318,9 @@ class EarlyExit:
     def _keep_rows(self, stays: Tensor, values: dict[str, Any]) -> None:
         """Remove samples from the values, given for each sample whether it stays, (B,)."""
 
-        def kept_rows(tensor: Tensor) -> Tensor:
-            return tensor[stays.to(tensor.device)]
-
-        for name in self.batched & values.keys():
-            values[name] = tree_map_only(Tensor, kept_rows, values[name])
+        for name, axis in self.batched.items():
+            if name in values:
+                values[name] = kept(values[name], stays, axis)
 
     def _mean_macs(self, blocks: Tensor) -> float:
         """Return the mean multiply-adds, given how many blocks each sample went through, (B,)."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from sffx.blocks import BatchAxis
 from sffx.errors import InputError
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
@@ -49,13 +51,14 @@ class ExitStage:
         """Do nothing: the next stage begins with this one's norm."""
 
 
-def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[str]]:
-    """Return the stages of a net in eval mode, and the names of the values with a batch axis.
+def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, BatchAxis]]:
+    """Return the stages of a net in eval mode, and the batch axes of the values that have one.
 
-    The classifier is no stage of an early exit.
+    A number that is a multiple of the batch size counts as such a value. The classifier is no stage
+    of an early exit.
 
     Raises:
-        InputError: a value that crosses a cut depends on the batch, but not by its first axis.
+        InputError: a value that crosses a cut depends on the batch, but not by one axis.
     """
     node_lists = _nodes_of_exits(net)
     # A value has a batch axis if it has as many rows as there are samples. With one number of
@@ -78,18 +81,64 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], frozenset[s
         macs_of_two = counter.get_total_flops() // 2
         macs = macs_of_two // 2
         stages.append(ExitStage(block.target, input_names, output_names, macs, module))
-    batched = set()
+    axes = {value.name: value.batch for block in plan_of(net) for value in block.gives}
+    batched = {}
     for name, value in of_two.values.items():
         other = of_three.values[name]
-        if _rows(value) == 2 and _rows(other) == 3:
-            batched.add(name)
+        axis = axes.get(name)
+        if _has_samples(value, other, _FIRST):
+            batched[name] = _FIRST
+        elif axis is not None and axis.slower is not None and _has_samples(value, other, axis):
+            batched[name] = axis
         elif _form(value) != _form(other):
             raise InputError(
-                f"the value {name!r} crosses a cut and depends on the number of samples, but its "
-                "first axis is not the batch, so samples cannot leave it. Hint: cut elsewhere, "
+                f"the value {name!r} crosses a cut and depends on the number of samples, but not "
+                "by one axis that is the batch, so samples cannot leave it. Hint: cut elsewhere, "
                 "policy=[...] takes the names of nodes"
             )
-    return tuple(stages), frozenset(batched)
+    return tuple(stages), batched
+
+
+_FIRST = BatchAxis(0)
+
+
+def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:
+    """Whether values of two and of three samples differ by an axis and nothing else.
+
+    Args:
+        value: of two samples: a tensor, some in a tuple, or a number.
+        other: of three samples.
+        axis: that holds the samples. Of a number it says nothing.
+    """
+    if type(value) is int and type(other) is int:
+        return value != other and value * 3 == other * 2
+    parts = [value, other]
+    if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
+        return bool(value) and all(map(_has_samples, value, other, [axis] * len(value)))
+    if not all(isinstance(part, Tensor) and part.ndim > axis.axis for part in parts):
+        return False
+    expected = list(value.shape)
+    expected[axis.axis] = 3 * axis.rows
+    return value.shape[axis.axis] == 2 * axis.rows and expected == list(other.shape)
+
+
+def kept(value: Any, stays: Tensor, axis: BatchAxis) -> Any:
+    """Return a value without the samples that leave.
+
+    Args:
+        value: as in `_has_samples`.
+        stays: for each sample whether it stays, (B,).
+        axis: that holds the samples.
+    """
+    if isinstance(value, int):
+        return value // len(stays) * int(stays.sum())
+    slower = axis.slower or 1
+    rows = stays.repeat_interleave(axis.rows // slower).repeat(slower).nonzero().flatten()
+
+    def kept_rows(tensor: Tensor) -> Tensor:
+        return tensor.index_select(axis.axis, rows.to(tensor.device))
+
+    return tree_map_only(Tensor, kept_rows, value)
 
 
 class _ExampleRun:
@@ -165,13 +214,3 @@ def _form(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_form(part) for part in value]
     return value if isinstance(value, (int, float)) else None
-
-
-def _rows(value: Any) -> int | None:
-    """Return the length of the first axis that a tensor, or all tensors of a tuple, have."""
-    tensors = list(value) if isinstance(value, (tuple, list)) else [value]
-    lengths: set[int | None] = set()
-    for tensor in tensors:
-        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
-        lengths.add(len(tensor) if has_rows else None)
-    return lengths.pop() if len(lengths) == 1 else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sffx.blocks import BatchAxis
 from sffx.errors import ExportError
 from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
@@ -97,6 +98,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         arguments = tuple(values[name] for name in stage.inputs)
         stage.score(values)
         _require_tensors(stage, values)
+        _require_first_axes(stage, runner.batched)
         _write_stage(stage, goodness, arguments, runner.batched, folder / file, opset)
         described = StageFile(
             name=stage.name,
@@ -127,7 +129,7 @@ def _write_stage(
     stage: ExitStage,
     goodness: str,
     arguments: tuple[Tensor, ...],
-    batched: frozenset[str],
+    batched: Mapping[str, BatchAxis],
     file: Path,
     opset: int | None,
 ) -> None:
@@ -146,6 +148,16 @@ def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
             raise ExportError(
                 f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, "
                 "and ONNX hands on tensors. Hint: cut elsewhere"
+            )
+
+
+def _require_first_axes(stage: ExitStage, batched: Mapping[str, BatchAxis]) -> None:
+    """Raise an ExportError if a stage gives a tensor whose first axis is not the batch."""
+    for name in stage.outputs:
+        if batched.get(name, BatchAxis(0)) != BatchAxis(0):
+            raise ExportError(
+                f"the value {name!r} crosses the cut after {stage.name}, and the batch is not its "
+                "first axis, as the files of an early exit want it. Hint: cut elsewhere"
             )
 
 

@@ -121,7 +121,7 @@ def test_a_value_without_a_batch_axis_is_not_thinned_out() -> None:
     net = sffx.transform(SharedRows(), "layer", torch.zeros(1, 6)).eval()
     x = torch.randn(12, 6)
     runner = sffx.EarlyExit(net, middle_threshold(net, x))
-    shared = set(runner.stages[1].inputs) - runner.batched
+    shared = set(runner.stages[1].inputs) - runner.batched.keys()
     assert len(shared) == 1
     result = runner(x)
     assert set(result.blocks.tolist()) == {1, 2}

@@ -24,9 +24,68 @@ class Order(nn.Module):
         return self.head(y)
 
 
-def test_samples_cannot_leave_a_value_whose_first_axis_is_not_the_batch():
+class Sides(nn.Module):
+    """Two blocks that read a value, of which the second reads it after samples have left."""
+
+    def __init__(self, make, use) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.make, self.use = make, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.make(x)
+        y = self.use(self.a(x), side).relu()
+        y = self.use(self.b(y), side).relu()
+        return self.head(y)
+
+
+def _of_rows(y: Tensor, side: Tensor) -> Tensor:
+    return y * side.view(-1, 3, 2).sum((1, 2))[:, None]
+
+
+def _of_halves(y: Tensor, side: Tensor) -> Tensor:
+    first, second = side.chunk(2)
+    return y * (first + second).sum(1)[:, None]
+
+
+_SIDES = {
+    "features first": (lambda x: x.t(), lambda y, s: y * s.sum(0)[:, None]),
+    "stacked": (lambda x: torch.stack([x, 2 * x]), lambda y, s: y * s.sum((0, 2))[:, None]),
+    "folded": (lambda x: x.view(-1, 3, 2).flatten(0, 1), _of_rows),
+    "behind one another": (lambda x: torch.cat([x, -2 * x]), _of_halves),
+    "count": (lambda x: x.shape[0], lambda y, s: y.view(s, 2, 4).flatten(1)),
+    "multiple": (lambda x: x.shape[0] * 4, lambda y, s: y.view(s, 2).view(-1, 8)),
+}
+
+
+@pytest.mark.parametrize(("make", "use"), _SIDES.values(), ids=_SIDES)
+def test_samples_leave_a_value_on_whatever_axis_they_are(make, use):
+    model = Sides(make, use)
+    net = sffx.transform(model, ["relu", "relu_1"], torch.zeros(1, 6), check=False)
+    runner = sffx.EarlyExit(net)
+    x = 3 * torch.randn(12, 6)
+    assert len(runner.batched.keys() - {"x", "block_0_output"}) == 1
+    confidences = runner.cumulative(x)[0].softmax(1).amax(1).sort().values
+    runner.threshold = float(confidences[5:7].mean())
+    whole = runner(x)
+    assert len(whole.blocks.unique()) > 1
+    for i in range(len(x)):
+        alone = runner(x[i : i + 1])
+        assert whole.blocks[i] == alone.blocks[0]
+        torch.testing.assert_close(whole.scores[i], alone.scores[0])
+
+
+def test_samples_cannot_leave_a_value_that_has_them_on_two_axes():
+    pairs = Sides(lambda x: x @ x.t(), lambda y, s: s.softmax(1) @ y)
+    net = sffx.transform(pairs, ["relu", "relu_1"], torch.zeros(1, 6), check=False)
+    with pytest.raises(sffx.InputError, match="crosses a cut and depends on the number"):
+        sffx.EarlyExit(net)
+
+
+def test_the_files_of_an_early_exit_want_the_batch_first(tmp_path):
     net = sffx.transform(Order(), ["mul", "mul_1"], torch.zeros(1, 6))
     sides = {value.name: value.batch for value in net.plan.blocks[0].gives}
     assert sides["argsort"] == BatchAxis(1)
-    with pytest.raises(sffx.InputError, match="'argsort' crosses a cut and depends on the number"):
-        sffx.EarlyExit(net)
+    sffx.EarlyExit(net)
+    with pytest.raises(sffx.ExportError, match=r"'argsort' crosses the cut .* not its first"):
+        sffx.export_early_exit(net, tmp_path / "exit")

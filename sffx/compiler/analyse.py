@@ -64,6 +64,7 @@ class Step:
         trainable: whether it has parameters.
         weighted: whether one of them is the weight matrix or kernel of a layer.
         batchnorm: whether a BN layer is in it.
+        norm: whether a norm is in it, of any kind.
         keeps_shape: whether it has no layer with parameters and its value has the shape of its
             input, as an activation or a bias; dropout does not count.
         pools: whether it starts the way to the classifier. That is an adaptive pool, or a flat
@@ -85,6 +86,7 @@ class Step:
     trainable: bool
     weighted: bool
     batchnorm: bool
+    norm: bool
     keeps_shape: bool
     pools: bool
     drops: bool
@@ -351,6 +353,7 @@ class Analysis:
             trainable=any(self.parameters(node) for node in nodes),
             weighted=any(self._layers.is_weighted(node) for node in nodes),
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
+            norm=any(self._layers.is_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
             pools=self._layers.begins_with(end, _POOLS) or is_flattened,
             drops=self._layers.begins_with(end, _DROPOUT),

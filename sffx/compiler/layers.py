@@ -106,6 +106,16 @@ class Layers:
         kinds = type(module).__mro__ if module is not None else ()
         return any("BatchNorm" in kind.__name__ for kind in kinds)
 
+    def is_norm(self, node: Node) -> bool:
+        """Return whether a node is a norm of any kind, one of torch's or another one of that name.
+
+        It may be a function, such as `F.group_norm`.
+        """
+        module = self.module(node)
+        if module is None:
+            return str(getattr(node.target, "__name__", node.target)).endswith("_norm")
+        return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
+
     def begins_with(self, node: Node, prefixes: tuple[str, ...]) -> bool:
         """Return whether the name of a node's class or function begins with one of these."""
         module = self.module(node)

@@ -4,7 +4,7 @@ A place in the model is the index of a step, and a cut is made after a step. A s
 block. All policies share three rules:
 
 - An activation after a block belongs to the block: it has no layer of its own and keeps the shape.
-  So does a BN layer.
+  So does a BN layer, and another norm right behind a layer.
 - A gate (squeeze-and-excitation, a product of paths) belongs to the layer that it gates.
 - The last layer with a weight is the classifier's, with the pool, the flatten and the dropout
   before it.
@@ -70,9 +70,11 @@ def settled(steps: Steps, end: int) -> int:
 def _follows(step: Step, before: Step) -> bool:
     """Return whether a step belongs to the block that the step before it is in."""
     is_gate = step.join == "product" and step.shape == before.shape
-    is_batch_norm = step.batchnorm and not step.weighted
+    # Behind a sum, another norm than BN begins the next block, as in a transformer.
+    reads_layer = before.weighted and not before.join
+    is_its_norm = not step.weighted and (step.batchnorm or (step.norm and reads_layer))
     is_needed = bool(before.refusal) and not step.trainable
-    return step.keeps_shape or is_gate or is_batch_norm or is_needed
+    return step.keeps_shape or is_gate or is_its_norm or is_needed
 
 
 def legal_before(steps: Steps, end: int, floor: int) -> int:

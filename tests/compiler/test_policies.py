@@ -19,7 +19,7 @@ from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts, select
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from sffx.policies import AnyPolicy, policy_named
-from tests.stream_models import residual
+from tests.stream_models import Sum, residual
 from tests.toys import Chain, Residual, SharedWeight
 
 STEM = "conv1 … maxpool"
@@ -633,3 +633,25 @@ def test_a_model_without_groups_is_cut_before_its_classifier():
     plan = sffx.plan(_Gains(), example_input=torch.zeros(3, 3, 4))
     assert [block.output for block in plan] == ["norm"]
     assert NO_RESIDUAL_BLOCK in plan.notes
+
+
+NORMS = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(2, channels),
+    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+}
+
+
+@pytest.mark.parametrize("policy", ["residual", "batchnorm", "layer"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_a_norm_right_behind_a_layer_belongs_to_it(kind, policy):
+    norm = NORMS[kind]
+    stages = [
+        nn.Sequential(nn.Conv2d(inputs, 4, 3, padding=1), norm(4), nn.LeakyReLU())
+        for inputs in (3, 4, 4)
+    ]
+    middle = Sum(stages[1])  # a residual block, behind which the last stage is the tail
+    tail = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    model = nn.Sequential(stages[0], middle, stages[2], *tail)
+    plan = sffx.plan(model, policy, torch.zeros(1, 3, 8, 8))
+    assert [block.name for block in plan] == ["0", "1", "2"]

@@ -146,5 +146,10 @@ def described(value: object) -> str:
         return f"a {type(value).__name__}"
     if value.ndim == 0:
         return "a tensor without axes"
+    return f"a tensor of shape {shape_in_words(value)}"
+
+
+def shape_in_words(value: Tensor) -> str:
+    """Write the shape of a value whose first axis is the batch, such as "(B, 10)"."""
     sizes = ", ".join(["B", *map(str, value.shape[1:])])
-    return f"a tensor of shape ({sizes})"
+    return f"({sizes})"

@@ -15,7 +15,7 @@ from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.flags import is_added
-from sffx.compiler.trace.infer_task import described, infer_task, note_on, unclear
+from sffx.compiler.trace.infer_task import described, infer_task, note_on, shape_in_words, unclear
 from sffx.errors import TraceError, backbone_hint
 from sffx.plain import fields_of, name_of_logits
 from sffx.tasks import CLASSIFICATION, Task
@@ -141,7 +141,7 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
         return _first_of(values, candidates, wanted)
     if num_classes in widths:
         return candidates[widths.index(num_classes)]
-    shapes = ", ".join(f"(B, {width})" for width in widths)
+    shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
     raise TraceError(
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "

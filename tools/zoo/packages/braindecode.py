@@ -66,6 +66,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "REVE": {"embed_dim": 64, "depth": 3, "heads": 4, "head_dim": 16},
     "InterpolatedLaBraM": {"num_layers": 3},
     "EEGPT": {"embed_dim": 64, "depth": 3, "num_heads": 4},
+    "STEEGFormer": {"embed_dim": 64, "depth": 3, "num_heads": 4},
 }
 
 

@@ -79,9 +79,9 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     place. A stack is none: in a stack the same parts follow one another. A class of modules that is
     a residual block in one place is one everywhere in the model. A model without residual blocks
     is cut into BN groups, and one without such groups once, before its classifier. Where no
-    residual block lies, layers that hold most of the parameters together are cut from each other.
-    Such a block that holds residual blocks itself, and more than a third of the parameters, is cut
-    where single values cross inside.
+    residual block lies, several layers that hold more than a third of the parameters together are
+    cut from each other. A residual block with more than a third that holds residual blocks itself,
+    or goes on behind a concatenation, is cut where single values cross inside.
 
     Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
     across all values that cross there (see `streams`).

@@ -100,9 +100,10 @@ def _is_other(own: Any, now: Any) -> bool:
     """Whether a value that a forward may have set is another one than that of the module."""
     if own is None and not isinstance(now, (fx.Proxy, *_PLAIN)):
         return False  # a table that the first call makes, and later calls only read
-    if isinstance(own, _PLAIN) and type(own) is type(now):
-        return bool(own != now)
-    return own is not now
+    if own is now:
+        return False
+    are_plain = all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((own, now)))
+    return not are_plain or bool(own != now)
 
 
 _PLAIN = (bool, int, float, str)

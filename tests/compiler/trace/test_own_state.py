@@ -93,6 +93,17 @@ def test_a_forward_that_assigns_a_parameter_is_refused():
         sffx.plan(_Calls(tie), "layer", torch.zeros(2, 6))
 
 
+def test_an_attribute_that_is_set_to_what_it_is_changes_nothing():
+    def set_again(m: _Calls, x: Tensor) -> Tensor:
+        m.norm.sizes, m.drop.p = [2, 2], 0.5
+        return m.drop(m.norm(x))
+
+    model = _Calls(set_again)
+    model.norm.sizes = [2, 2]
+    net = sffx.transform(model, "batchnorm", torch.zeros(2, 6))
+    assert {"block_0.norm", "classifier.drop"} & dict(net.named_modules()).keys()
+
+
 def test_an_attribute_for_those_who_look_at_the_model_changes_nothing():
     def note(m: _Calls, x: Tensor) -> Tensor:
         m.norm.latest = x

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import slices_within
-from sffx.kernels.products import add_products, products
+from sffx.kernels.products import add_products, product, product_added
 
 
 class SecondMomentGoodness(Function):
@@ -24,7 +24,10 @@ class SecondMomentGoodness(Function):
 
     M is split into the covariance around the mean, (B, C, C), and the mean, (B, C):
     `g_j = w_j^T Cov w_j + (w_j . mean + b_j)^2`. For the backward pass it keeps the product W Cov,
-    (B, J, C), or the covariance where there are more classes than channels.
+    (J, B, C), or the covariance where there are more classes than channels.
+
+    What has classes, samples and channels lies in memory as (J, B, C). So the products with the
+    weight are one product of matrices each, over all samples.
     """
 
     @staticmethod
@@ -34,37 +37,39 @@ class SecondMomentGoodness(Function):
         # Twice the mean of z: the backward pass needs it, and a factor of 2 loses no digit.
         twice = torch.addmm(bias, mean, weight.t(), beta=2, alpha=2)
         if weight.shape[0] <= weight.shape[1]:
-            product = _with_each(weight, covariance)
-            ctx.save_for_backward(y, weight, bias, mean, twice, None, product)
-            spread = (product * weight).sum(2)
+            product_kept = _with_each(weight, covariance)
+            ctx.save_for_backward(y, weight, bias, mean, twice, None, product_kept)
+            spread = (product_kept * weight[:, None]).sum(2).t()
         else:
             ctx.save_for_backward(y, weight, bias, mean, twice, covariance, None)
             spreads = []
             for part in _slices(y, weight):
                 # No product has a name here: it would live on while the next one is computed.
-                spreads.append(_with_each(weight, covariance[part]).mul_(weight).sum(2))
+                found = _with_each(weight, covariance[part]).mul_(weight[:, None]).sum(2)
+                spreads.append(found.t())
             spread = spreads[0] if len(spreads) == 1 else torch.cat(spreads)
         return torch.addcmul(spread, twice, twice, value=0.25)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, twice, covariance, product = ctx.saved_tensors
+        y, weight, bias, mean, twice, covariance, product_kept = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         d_mean_z = dg * twice
         dw = d_mean_z.t() @ mean if wants_weight else None
-        if dw is not None and product is not None:
-            dw = dw.add_((product * dg[:, :, None]).sum(0), alpha=2)
+        if dw is not None and product_kept is not None:
+            dw = dw.add_((product_kept * _of_classes(dg)).sum(1), alpha=2)
         db = d_mean_z.sum(0) if wants_bias else None
-        needs_products = wants_y or (wants_weight and product is None)
+        needs_products = wants_y or (wants_weight and product_kept is None)
         if not needs_products:
             return None, dw, db
         slices = _slices(y, weight)
         dy = torch.empty_like(y) if wants_y and len(slices) > 1 else None
         for part in slices:
-            scaled = weight * dg[part, :, None]  # (B, J, C)
-            if dw is not None and product is None:
-                dw.addbmm_(scaled, covariance[part], alpha=2)
+            # Twice dL/dg_j w_j; a factor of 2 loses no digit.
+            scaled = weight[:, None] * _of_classes(2 * dg[part])  # (J, B, C)
+            if dw is not None and product_kept is None:
+                dw = product_added(dw, scaled.flatten(1), covariance[part].flatten(0, 1))
             if dy is not None:
                 dy[part] = _input_gradient(y[part], scaled, weight, bias)
             elif wants_y:
@@ -72,17 +77,23 @@ class SecondMomentGoodness(Function):
         return dy, dw, db
 
 
+def _of_classes(values: Tensor) -> Tensor:
+    """View (B, J) so that it broadcasts against (J, B, C)."""
+    return values.t()[:, :, None]
+
+
 def _input_gradient(y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the gradient of y, given `dL/dg_j w_j`, (B, J, C)."""
-    quadratic = products(scaled.mT, weight.expand(len(scaled), -1, -1))
-    # `matmul` would copy the large factor.
-    linear = torch.bmm(bias.expand(len(scaled), 1, -1), scaled)  # (B, 1, C)
-    factor = 2 / y.shape[2]
-    return add_products(linear.mT, quadratic, y, beta=factor, alpha=factor)
+    """Return the gradient of y, given `2 dL/dg_j w_j`, (J, B, C)."""
+    samples, channels = y.shape[:2]
+    scaled = scaled.flatten(1)
+    quadratic = product(scaled.t(), weight).view(samples, channels, channels)
+    linear = (bias @ scaled).view(samples, channels, 1)
+    factor = 1 / y.shape[2]
+    return add_products(linear, quadratic, y, beta=factor, alpha=factor)
 
 
 def _slices(y: Tensor, weight: Tensor) -> list[slice]:
-    """Split a batch so that (B, J, C) is, slice by slice, at most about twice as large as y."""
+    """Split a batch so that (J, B, C) is, slice by slice, at most about twice as large as y."""
     return slices_within(y, (weight.numel() + 1) // 2, beside=weight)
 
 
@@ -97,7 +108,8 @@ def _covariances(y: Tensor, mean: Tensor) -> Tensor:
     return add_products(mean[:, :, None], centred, centred.mT, beta=0, alpha=1 / y.shape[2])
 
 
-def _with_each(weight: Tensor, matrices: Tensor) -> Tensor:
-    """Return the products of the weight, (J, C), with each of (B, C, C): (B, J, C)."""
-    # `matmul` would fold the batch into an axis, and copy its result.
-    return products(weight.expand(len(matrices), -1, -1), matrices)
+def _with_each(weight: Tensor, covariances: Tensor) -> Tensor:
+    """Return the products of the weight, (J, C), with each of (B, C, C), as (J, B, C)."""
+    # A covariance is its own transpose.
+    rows = covariances.flatten(0, 1)
+    return product(weight, rows.t()).view(len(weight), *covariances.shape[:2])

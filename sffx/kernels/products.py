@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sffx.kernels.batch_slices import small_slices
-
 # With fewer multiply-adds than this, a call of oneDNN takes longer than MKL's product.
 _LEAST_MACS = 2**22
+
+# A result is written in so many parts at most, each of so many values at least.
+_PARTS = 4
+_PART = 2**18
 
 # A product that has so few rows or columns is no faster by oneDNN.
 _FEW = 8
@@ -97,11 +99,20 @@ def _each(bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 
 def _write(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> None:
-    """Write alpha a b + bias, part by part of the rows: nothing large lies beside the result."""
-    parts = small_slices(a, b.shape[1])
-    is_swapped = len(parts) == 1 and _is_swapped(a, b)
-    for part in parts:
-        found = _linear(b.t(), a).t() if is_swapped else _linear(a[part], b.t())
+    """Write alpha a b + bias, part by part: nothing large lies beside the result."""
+    if _is_swapped(a, b):
+        # Of the parts of a transposed matrix, oneDNN would make copies.
+        bias_t = bias.t() if bias is not None else None
+        _write_rows(out.t(), bias_t, b.t(), a.t(), alpha)
+    else:
+        _write_rows(out, bias, a, b, alpha)
+
+
+def _write_rows(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> None:
+    size = max(_PART // b.shape[1], -(-len(a) // _PARTS))
+    for start in range(0, len(a), size):
+        part = slice(start, start + size)
+        found = _linear(a[part], b.t())
         if bias is not None:
             torch.add(bias[part], found, alpha=alpha, out=out[part])
         else:

@@ -65,11 +65,12 @@ class SecondMomentGoodness(Function):
             return None, dw, db
         slices = _slices(y, weight)
         dy = torch.empty_like(y) if wants_y and len(slices) > 1 else None
+        # Copied, so that its products with the weight lie in memory as (J, B, C).
+        by_class = dg.t().contiguous()[:, :, None]
         for part in slices:
-            # Twice dL/dg_j w_j; a factor of 2 loses no digit.
-            scaled = weight[:, None] * _of_classes(2 * dg[part])  # (J, B, C)
+            scaled = weight[:, None] * by_class[:, part]  # (J, B, C)
             if dw is not None and product_kept is None:
-                dw = product_added(dw, scaled.flatten(1), covariance[part].flatten(0, 1))
+                dw = product_added(dw, scaled.flatten(1), covariance[part].flatten(0, 1), 2)
             if dy is not None:
                 dy[part] = _input_gradient(y[part], scaled, weight, bias)
             elif wants_y:
@@ -83,12 +84,12 @@ def _of_classes(values: Tensor) -> Tensor:
 
 
 def _input_gradient(y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the gradient of y, given `2 dL/dg_j w_j`, (J, B, C)."""
+    """Return the gradient of y, given `dL/dg_j w_j`, (J, B, C)."""
     samples, channels = y.shape[:2]
     scaled = scaled.flatten(1)
     quadratic = product(scaled.t(), weight).view(samples, channels, channels)
-    linear = (bias @ scaled).view(samples, channels, 1)
-    factor = 1 / y.shape[2]
+    linear = (bias[None] @ scaled).view(samples, channels, 1)
+    factor = 2 / y.shape[2]
     return add_products(linear, quadratic, y, beta=factor, alpha=factor)
 
 

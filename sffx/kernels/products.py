@@ -41,13 +41,14 @@ def add_product(bias: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tens
     return torch.addmm(bias, a, b, beta=factor, alpha=factor)
 
 
-def product_added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return a b, added to a total in place where there is one."""
+def product_added(total: Tensor | None, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """Return alpha a b, added to a total in place where there is one."""
     if total is None:
-        return product(a, b)
+        found = product(a, b)
+        return found if alpha == 1 else found.mul_(alpha)
     if not _is_faster(a, b):
-        return total.addmm_(a, b)
-    _write(total, total, a, b, 1.0)
+        return total.addmm_(a, b, alpha=alpha)
+    _write(total, total, a, b, alpha)
     return total
 
 

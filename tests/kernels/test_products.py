@@ -47,8 +47,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor]]]
         lambda a, b, c: 3 * (a[0] @ b[0] + c[0, 0]),
     ),
     "product_added": (
-        lambda a, b, c: products.product_added(c[0].clone(), a[0], b[0]),
-        lambda a, b, c: a[0] @ b[0] + c[0],
+        lambda a, b, c: products.product_added(c[0].clone(), a[0], b[0], 2.0),
+        lambda a, b, c: 2 * a[0] @ b[0] + c[0],
     ),
     "products": (lambda a, b, c: products.products(a, b), lambda a, b, c: a @ b),
     "add_products": (

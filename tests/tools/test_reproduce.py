@@ -174,6 +174,7 @@ def test_blocks_learn_in_the_epochs_of_a_method(monkeypatch):
     ]
     run.train(9)
     assert len(run.curve) == 4
+    assert run.result()["best_epoch"] == 4
 
 
 def test_split_parts_by_seed_without_overlap():

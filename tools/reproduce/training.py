@@ -140,7 +140,8 @@ class Run:
         if self.recipe is None:
             self.plateau.step(self._loss_of_groups(losses))
         validation = accuracy(judged(scores, self.method.readout, self.skips), labels)
-        if validation > self.best["accuracy"]:
+        # By a schedule, later blocks are not trained in earlier epochs: the last epoch counts.
+        if self.schedule is not None or validation > self.best["accuracy"]:
             state = copy.deepcopy(self.net.state_dict())
             self.best = {"accuracy": validation, "epoch": epoch, "state": state}
         self.curve.append(
@@ -203,7 +204,7 @@ class Run:
             return self.method.scores(self.net, batches).float()
 
     def result(self) -> dict[str, Any]:
-        """Test the weights of the epoch with the best validation accuracy.
+        """Test the weights of the epoch with the best validation accuracy; by a schedule, the last.
 
         The network is left with these weights.
         """

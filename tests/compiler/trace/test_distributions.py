@@ -68,7 +68,9 @@ def test_code_in_the_forward_of_the_model_is_traced(code):
     assert sffx.check(model, net).difference is None
 
 
-def test_a_note_says_that_the_values_of_arguments_are_not_checked():
+def test_a_note_says_that_the_values_of_arguments_are_not_checked(monkeypatch):
+    # torch.compile switches the checks off for the rest of the process.
+    monkeypatch.setattr(D.Distribution, "_validate_args", True)
     plan = sffx.plan(_Calls(lambda x: D.Normal(x, 1.0).mean), "layer", torch.zeros(2, 6))
     assert plan.notes == (
         "torch.distributions does not check the values of its arguments in the cut model",

@@ -23,6 +23,7 @@ from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.assigned_data import assign_data
+from sffx.compiler.trace.mapped import run_mapped
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 from sffx.compiler.trace.regions import is_of_torch
@@ -250,7 +251,7 @@ class Patches:
         """Stand in for `torch.vmap`."""
         if self.tracer.is_running:
             return vmap(function, *args, **kwargs)
-        return self.tracer.run_mapped(vmap, function, args, kwargs)
+        return run_mapped(self.tracer, vmap, function, args, kwargs)
 
     def _unvalidated(self) -> property:
         """Return a property by which distributions do not look at the values of their arguments.
@@ -415,8 +416,8 @@ def _takes_arguments(cached: Any) -> bool:
 def _kinds_of_proxies() -> Iterator[None]:
     """Let `type(x)` say of a proxy what it says of the value, in the files of all models.
 
-    So `Size`, where it is torch's, takes proxies. There may be thousands of files. One loop over
-    them is faster than a `_replaced` for each.
+    Likewise `Size` takes proxies, in the files where this name is torch's. There may be thousands
+    of files. One loop over them is faster than a `_replaced` for each.
     """
     modules: list[Any] = []
     with_size: list[Any] = []

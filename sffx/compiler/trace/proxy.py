@@ -73,7 +73,7 @@ class GuidedProxy(fx.Proxy):
 
     def __len__(self) -> int:
         tracer: Any = self.tracer
-        return tracer.settled_length(self)
+        return tracer.settled.length(self)
 
     def __index__(self) -> int:
         return self._number(int)
@@ -102,7 +102,7 @@ class GuidedProxy(fx.Proxy):
             raise TypeError(f"unhashable: {FROZEN_BATCH}")
         if isinstance(self.example, int):
             tracer: Any = self.tracer
-            tracer.settle(self.node, self.example)
+            tracer.settled.settle(self.node, self.example)
         return hash(self.example)
 
     def __str__(self) -> str:
@@ -131,13 +131,13 @@ class GuidedProxy(fx.Proxy):
         """Return the example as a plain number, which the graph will hold."""
         tracer: Any = self.tracer
         if isinstance(self.example, Tensor):
-            return kind(tracer.value_of_sizes(self.node))
+            return kind(tracer.settled.value_of_sizes(self.node))
         if isinstance(self.example, bool):  # int(x.shape[0] == 1), settled as a branch on it is
             return kind(bool(self))
         if facts(self.node).of_batch:
             raise RuntimeError(FROZEN_BATCH)
         number = kind(self.example)
-        tracer.settle(self.node, number)
+        tracer.settled.settle(self.node, number)
         return number
 
 

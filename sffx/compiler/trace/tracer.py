@@ -6,7 +6,6 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
@@ -17,53 +16,41 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from sffx.arguments import is_writable
-from sffx.compiler.aliases import views_in_attributes
 from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
-from sffx.compiler.qualnames import attribute
-from sffx.compiler.trace.batch import differs_at_one, is_settled, length
+from sffx.compiler.trace.attribute_views import AttributeViews
 from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.data_shapes import (
     data_shaped_target,
-    depends_on_data,
-    is_data_shaped,
-    require_data,
 )
-from sffx.compiler.trace.flags import PlantedFlag, owners_of_flags
+from sffx.compiler.trace.flags import PlantedFlag
 from sffx.compiler.trace.functions import (
     Callee,
     Functions,
     bound,
-    depends_on_function,
     own_method,
     require_plain_values,
 )
 from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_no_code, is_layer
-from sffx.compiler.trace.mapped import MappedCall, TakesApart
 from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
 from sffx.compiler.trace.own_state import OwnState
+from sffx.compiler.trace.parameter_forms import ParameterForms, reads_form_alone
 from sffx.compiler.trace.patches import Patches
-from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy, has_proxy
+from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
     OWN_GENERATOR,
     SEEDED,
     Drawn,
     call_without_draws,
-    is_drawn,
-    outcome_of_draw,
     state_of_torch,
 )
 from sffx.compiler.trace.regions import Regions
 from sffx.compiler.trace.run_function import function_target
 from sffx.compiler.trace.runner import NodeRunner
-from sffx.compiler.trace.size_tensors import value_of_sizes
-from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
-from sffx.compiler.trace.state import Reads
+from sffx.compiler.trace.settled import Settled
 from sffx.compiler.trace.writes import Writes, versions
-from sffx.errors import TraceError
 from sffx.tasks import CLASSIFICATION, Task
-from sffx.tensors import tensors_in
 
 
 class GuidedTracer(fx.Tracer):
@@ -83,8 +70,10 @@ class GuidedTracer(fx.Tracer):
         has_opened: whether another one was found, which the graph has called as a leaf before.
         own: what the modules hold themselves.
         tensors_left: qualnames of the attributes in which the forward has left tensors.
-        views: qualnames of the plain attributes that are views of parameters or buffers.
+        views: the plain attributes that are views of parameters or buffers.
+        forms: what the forward reads of parameters beside their values.
         patches: what stands in for torch's functions during the trace.
+        settled: the branches and numbers that the graph will hold.
         branched: qualnames of modules that branched on their `training`.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
@@ -112,26 +101,23 @@ class GuidedTracer(fx.Tracer):
         self.functions = functions
         self.opened = opened
         self.has_opened = False
-        self.views = views
+        self.views = AttributeViews(runner, views)
+        self.forms = ParameterForms(self)
         self.own = OwnState(runner.probe)
         self.tensors_left: list[str] = []
-        self._parted = _parted_views(runner, views)
-        runner.uncopied = {key: tensor for key, (tensor, _) in self._parted.items()}
         self.patches = Patches(self, runner.probe)
         self.constants = Constants(self)
         self.regions = Regions()
         self.writes = Writes()
         self.branched: set[str] = set()
-        self._settled: set[tuple[fx.Node, Any]] = set()
+        self.settled = Settled(self)
         self.failed: str | None = None
-        self._has_data_shapes = False
         self.original = runner.original
         self.runner = runner
         self.wanted = wanted
         self.place_of_logits = ""
         self.task: Task = CLASSIFICATION
         self.notes_on_task: list[str] = []
-        self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
         self._generator = state_of_torch()
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
@@ -172,16 +158,16 @@ class GuidedTracer(fx.Tracer):
         self, kind: str, target: Any, args: tuple[Any, ...], *more: Any, **options: Any
     ) -> Any:
         if kind == "call_function" and target is torch._assert:
-            self._settle_assertion(args[0])
+            self.settled.settle_assertion(args[0])
         if kind == "call_method" and target in ("item", "tolist"):
-            return self._number(target, args[0].node)
+            return self.settled.number(target, args[0].node)
         if target in _COMPUTE_GRADIENTS:
             raise RuntimeError("it computes gradients, which a graph cannot hold")
         if kind == "call_function" and not self.place:
             # In a submodule it makes a leaf, which runs for real.
             target = data_shaped_target(target, args)
         if kind == "call_method":
-            args = self._without_data(target, args)
+            args = self.forms.arguments(target, args)
         create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():
             create = functools.partial(self.regions.create, create)
@@ -192,87 +178,12 @@ class GuidedTracer(fx.Tracer):
         node = proxy.node
         if node.target is getattr and node.args[1] == "requires_grad":
             self.regions.asked[".requires_grad"] = None
-        if _reads_no_data(node):
-            return self._description(node)
+        if reads_form_alone(node):
+            return self.forms.value(node)
         example = facts(node).example
         # A proxy is never None. `if mask is None` must see None itself, also where a leaf returns
         # it among other values.
-        return example if example is None or self._is_known(node) else proxy
-
-    def _is_known(self, node: fx.Node) -> bool:
-        """Whether a value is a bool that is the same in every call.
-
-        `x.is_cuda is False` needs the bool itself. A comparison of sizes does not count: it is
-        settled where the forward branches on it.
-        """
-        record = facts(node)
-        if type(record.example) is not bool or record.of_batch or reads_a_size(node):
-            return False
-        depends = self._depends_on_data(node) or self._depends_on_function(node)
-        return not depends and not owners_of_flags(node)
-
-    def _number(self, method: str, node: fx.Node) -> Any:
-        """Return the number that a forward takes out of a tensor: drawn, or made of sizes."""
-        if is_drawn(node):
-            return Drawn(0.5)
-        return getattr(self.value_of_sizes(node), method)()
-
-    def value_of_sizes(self, node: fx.Node) -> Tensor:
-        """Return the value of a tensor that is made of sizes alone, and settle these.
-
-        Raises:
-            RuntimeError: it is made of anything else.
-        """
-        made = value_of_sizes(node, self.runner.probe, self.constants.names)
-        if made is None:
-            raise RuntimeError("a number is read from a tensor, which depends on the data")
-        value, sizes = made
-        for size in sizes:
-            self.settle(size, facts(size).example)
-        return value
-
-    def _settle_assertion(self, condition: Any) -> None:
-        """Guard what the model asserts about sizes, since the graph will not assert it."""
-        is_node = isinstance(condition, fx.Proxy)
-        if is_node and reads_a_size(condition.node) and self._is_settled(condition.node):
-            self.settle(condition.node, bool(facts(condition.node).example))
-
-    def _without_data(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of a method, parameters left out where only a dtype is read.
-
-        `weight.new_zeros(1)` and `x.to(weight)` do not use the weight, which may belong to a later
-        block.
-        """
-        if method not in _DTYPE_METHODS and not method.startswith("new_"):
-            return args
-        # `weight.to(x)` does use the weight.
-        first = 1 if method in _DTYPE_METHODS else 0
-        like = [self._like(each) if _is_parameter(each) else each for each in args[first:]]
-        return (*args[:first], *like)
-
-    def _like(self, parameter: fx.Proxy) -> fx.Proxy:
-        """Return an empty tensor, a constant of the model, with a parameter's dtype and device."""
-        key = str(parameter.node.target)
-        if key not in self._empty:
-            example = facts(parameter.node).example
-            self._empty[key] = torch.empty(0, dtype=example.dtype, device=example.device)
-        return self.proxy(self.create_arg(self._empty[key]))
-
-    def _description(self, node: fx.Node) -> Any:
-        """Return, in the place of a node that reads no data of a parameter, what it reads.
-
-        Sizes are constants. A dtype or a device changes with the model, so it is read off an empty
-        tensor that changes as well.
-        """
-        value = facts(node).example
-        name = node.args[1] if node.target is getattr else None
-        parameter = node.all_input_nodes[0]
-        node.graph.erase_node(node)
-        if not isinstance(value, (torch.dtype, torch.device)):
-            return value
-        return self.create_proxy(
-            "call_function", getattr, (self._like(self.proxy(parameter)), name), {}
-        )
+        return example if example is None or self.settled.is_known(node) else proxy
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node and its facts; fx calls this for constants of a forward as well."""
@@ -287,7 +198,7 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError(SEEDED)
         self.constants.note_writes(node)
         self.writes.note(node)
-        self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
+        self.settled.note(node)
         return node
 
     @property
@@ -310,43 +221,33 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError(OWN_GENERATOR)
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
-        if isinstance(a, FakeTensor) and not self._is_held(a):
-            self._require_no_views()
-            raise RuntimeError(
-                "it uses a tensor that an earlier call has computed and kept, outside of the model "
-                "or in a container, or one computed from what parameters() or state_dict() return, "
-                "which a graph cannot hold"
-            )
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
-        if isinstance(a, nn.Parameter) and self.own.name(a) is None:
-            raise RuntimeError(
-                "it uses a parameter that the model does not own, of a layer in a plain list or "
-                "one that the forward makes; register it, as by nn.ModuleList or nn.ParameterList"
-            )
-        # fx would look for the tensor in the model, where it may lie at another place now.
-        name = self.own.name(a) if isinstance(a, FakeTensor) else None
-        if name is not None:
-            return self.create_node("get_attr", name, (), {})
+        if isinstance(a, (FakeTensor, nn.Parameter)):
+            return self._node_of_held(a)
         try:
             return super().create_arg(a)
         except NotImplementedError:
             raise RuntimeError(_cannot_be_passed(a)) from None
 
-    def _require_no_views(self) -> None:
-        """Raise a TraceError if a module keeps a view of a parameter or a buffer in an attribute.
+    def _node_of_held(self, tensor: Tensor) -> fx.Node:
+        """Create a node that reads a parameter or a buffer of the model.
 
-        The trace does not see what is computed from it. A leaf would not help: in a copy of the
-        leaf the view has memory of its own.
+        fx would look for the tensor in the model, where it may lie at another place now.
         """
-        for name in self.views:
-            raise self._reads_view(name)
-
-    def _reads_view(self, name: str) -> TraceError:
-        return TraceError(
-            f"{type(self.root).__name__} reads its attribute {name!r}, a view of a parameter "
-            "or a buffer, which a graph would freeze. Hint: register it as a buffer, "
-            "self.register_buffer(...), or take the view in the forward"
+        name = self.own.name(tensor)
+        if name is not None:
+            return self.create_node("get_attr", name, (), {})
+        if isinstance(tensor, nn.Parameter):
+            raise RuntimeError(
+                "it uses a parameter that the model does not own, of a layer in a plain list or "
+                "one that the forward makes; register it, as by nn.ModuleList or nn.ParameterList"
+            )
+        self.views.require_none()
+        raise RuntimeError(
+            "it uses a tensor that an earlier call has computed and kept, outside of the model "
+            "or in a container, or one computed from what parameters() or state_dict() return, "
+            "which a graph cannot hold"
         )
 
     def is_untraced(self, tensor: Any) -> bool:
@@ -405,7 +306,7 @@ class GuidedTracer(fx.Tracer):
 
         Args:
             m: that would be called as a leaf.
-            given: its arguments. A state that is one of them as well does not count.
+            given: its arguments. A module may have one of them as its state.
         """
         name = "" if m in self.opened else self.own.replaced(m, tree_leaves(given))
         if name:
@@ -422,25 +323,13 @@ class GuidedTracer(fx.Tracer):
         before = versions(m)
         if is_leaf:
             self._require_hooks_of_model(m)
-            value = self._called_leaf(call)
+            value = self.views.call_without_reads(call)
             self.writes.note_leaf(before)
             self.own.note(m)
             return value
         require_no_identity(m)
         value = call_without_draws(call)
         self.writes.require_seen(before)
-        return value
-
-    def _called_leaf(self, call: Callable[[], Any]) -> Any:
-        """Call a leaf, and require that it reads no view which a copy of the model has parted.
-
-        It would read the numbers of before the training. A view of a buffer stays one.
-        """
-        reads = Reads(self._parted)
-        with reads if self._parted else nullcontext():
-            value = call()
-        for key in reads.found:
-            raise self._reads_view(self._parted[key][1])
         return value
 
     def _require_hooks_of_model(self, m: nn.Module) -> None:
@@ -509,36 +398,6 @@ class GuidedTracer(fx.Tracer):
             require_plain_values(facts(proxy.node).example)
         return proxy
 
-    def run_mapped(
-        self,
-        vmap: Callable[..., Any],
-        function: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Let the graph map a function over the samples, or whatever `torch.vmap` is told.
-
-        Args:
-            vmap: maps it.
-            function: that is mapped.
-            args: of the call, as `vmap` takes them.
-            kwargs: of the call.
-        """
-        place = self.place
-        paths = self.submodule_paths or {}
-
-        def is_traced(module: nn.Module) -> bool:
-            return (
-                paths[module] == place or place.startswith(f"{paths[module]}.") or not paths[module]
-            )
-
-        takes_apart = TakesApart(is_traced, paths.__contains__)
-        mapped = MappedCall(vmap, takes_apart.apart(function))
-        if not takes_apart.held and not has_proxy(args, kwargs):
-            return vmap(function, *args, **kwargs)
-        target = function_target(self.graph, self.runner.probe, place, mapped)
-        return self.create_proxy("call_module", target, (takes_apart.held, *args), kwargs)
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
             return self.runner.training if isinstance(attr_val, PlantedFlag) else attr_val
@@ -555,120 +414,18 @@ class GuidedTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        self.branched |= owners_of_flags(obj.node)
-        value = facts(obj.node).example
-        self._require_no_function(obj.node)
-        if isinstance(value, Tensor):
-            return self._outcome_of_tensor(obj.node)
-        if self._depends_on_data(obj.node):
-            self._guard(obj.node, bool(value), require_data)
-            return bool(value)
-        if not self._is_settled(obj.node):
-            if self._is_settled_but_for_one(obj.node):
-                self._guard(obj.node, bool(value), require_several)
-                return bool(value)
-            raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
-        self.settle(obj.node, bool(value))
-        return bool(value)
-
-    def _outcome_of_tensor(self, condition: fx.Node) -> bool:
-        """Return the outcome of a branch on a tensor, where it has one for all data."""
-        outcome = outcome_of_draw(condition)
-        if outcome is not None:
-            return outcome
-        if any(is_drawn(side) for side in condition.all_input_nodes):
-            raise RuntimeError("a branch depends on random numbers")
-        try:
-            return bool(self.value_of_sizes(condition))
-        except RuntimeError:
-            raise RuntimeError("a branch depends on the values of a tensor") from None
-
-    def _is_settled(self, condition: fx.Node) -> bool:
-        return is_settled(condition, self.runner.sizes, self.runner.takes)
-
-    def _is_settled_but_for_one(self, condition: fx.Node) -> bool:
-        """Whether a batch of one sample is to be refused, for which a branch goes the other way.
-
-        A submodule that branches on the batch alone is better a leaf, which takes any batch.
-        """
-        place = self.place
-        is_allowed = not place or place in self.branched
-        return is_allowed and differs_at_one(condition, self.runner.sizes)
-
     @property
     def place(self) -> str:
         """The qualname of the module whose forward runs, "" for the model itself."""
         scopes = [str(path) for path, _ in self.module_stack.values()]
         return scopes[-1] if scopes else ""
 
-    def settle(self, node: fx.Node, outcome: Any) -> None:
-        """Guard a number or a truth value that the graph will hold, if it is made of sizes."""
-        self._require_no_data(node)
-        self._require_no_function(node)
-        self.branched |= owners_of_flags(node)
-        if reads_a_size(node):
-            self._guard(node, outcome)
-
-    def _depends_on_data(self, node: fx.Node) -> bool:
-        # Few models have such shapes, and to look for them takes a walk through the graph.
-        return self._has_data_shapes and depends_on_data(node)
-
-    def _depends_on_function(self, node: fx.Node) -> bool:
-        return bool(self.functions.found) and depends_on_function(node)
-
-    def _require_no_data(self, node: fx.Node) -> None:
-        """Raise a RuntimeError if a number which the graph will hold depends on data."""
-        if self._depends_on_data(node):
-            raise RuntimeError("a number depends on the values of a tensor, by a shape")
-
-    def _require_no_function(self, node: fx.Node) -> None:
-        """Raise a RuntimeError if a graph would freeze what a function returns."""
-        if self._depends_on_function(node):
-            raise RuntimeError("a branch or a plain number depends on what a function returns")
-
-    def _guard(
-        self, node: fx.Node, outcome: Any, require: Callable[..., None] = require_settled
-    ) -> None:
-        if (node, outcome) not in self._settled:
-            self._settled.add((node, outcome))
-            self.create_node("call_function", require, (node, outcome, self.place), {})
-
-    def settled_length(self, obj: fx.Proxy) -> int:
-        """Return the length of a tensor, or the number of the parts that it was split into."""
-        value = facts(obj.node).example
-        self._require_no_function(obj.node)
-        number = length(obj.node)
-        if isinstance(value, Tensor):
-            self._require_no_data(obj.node)
-            size = obj.size(0)
-            if isinstance(size, fx.Proxy):  # that of a parameter is a constant
-                self.settle(size.node, number)
-        elif any(isinstance(part, Tensor) for part in value):
-            self._guard(obj.node, number)
-        return number
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.settled.outcome(obj.node)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        number = self.settled_length(obj)
+        number = self.settled.length(obj)
         return iter([operator.getitem(obj, i) for i in range(number)])
-
-
-def _parted_views(runner: NodeRunner, views: Collection[str]) -> dict[int, tuple[Tensor, str]]:
-    """Return the views whose memory a copy of the model has parted from that of their parameter.
-
-    Args:
-        runner: of the model and its copy.
-        views: qualnames of the attributes that hold views.
-
-    Returns:
-        By `id` each tensor that stands for one, fake or with values, and its attribute.
-    """
-    parted = {}
-    for name in set(views).difference(views_in_attributes(runner.original) if views else ()):
-        for model in (runner.probe, runner.original):
-            for leaf in tensors_in(attribute(model, name)):
-                parted[id(leaf)] = (leaf, name)
-    return parted
 
 
 def _placeholder_target(name: str, taken: set[str]) -> str:
@@ -683,34 +440,10 @@ def _placeholder_target(name: str, taken: set[str]) -> str:
 
 _COMPUTE_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, "backward")
 
-# Methods that read but the dtype and the device of a tensor that is another argument.
-_DTYPE_METHODS = ("to", "type_as")
-
 
 def _cannot_be_passed(value: Any) -> str:
     kind = type(value).__name__
-    reason = f"it passes on a {kind}, which a graph cannot hold"
+    reason = f"it passes on an object of the class {kind}, which a graph cannot hold"
     if "cache" in kind.lower():
         reason += "; use_cache=False, an argument of the call or of model.config, leaves it out"
     return reason
-
-
-def _is_parameter(value: Any) -> bool:
-    if not isinstance(value, fx.Proxy) or value.node.op != "get_attr":
-        return False
-    return isinstance(facts(value.node).example, nn.Parameter)
-
-
-def _reads_no_data(node: fx.Node) -> bool:
-    """Whether a node reads a size, a dtype or the like of a parameter."""
-    reads = node.all_input_nodes
-    if len(reads) != 1 or reads[0].op != "get_attr":
-        return False
-    if not isinstance(facts(reads[0]).example, nn.Parameter):
-        return False
-    value = facts(node).example
-    parts = value if isinstance(value, tuple) else (value,)  # a shape, or strides
-    return all(isinstance(part, _DESCRIPTIONS) for part in parts)
-
-
-_DESCRIPTIONS = (bool, int, str, torch.dtype, torch.device)

@@ -322,8 +322,8 @@ class _DynamicCache:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (_DynamicCache(), "passes on a _DynamicCache, .*; use_cache=False"),
-        (object(), "passes on a object, which a graph cannot hold"),
+        (_DynamicCache(), "passes on an object of the class _DynamicCache, .*; use_cache=False"),
+        (object(), "passes on an object of the class object, which a graph cannot hold"),
         (nn.Parameter(torch.ones(6)), "uses a parameter that the model does not own"),
     ],
 )

@@ -1,0 +1,172 @@
+"""What a trace settles: the branches and the plain numbers of a forward, which a graph holds.
+
+They must be the same in every call. Those that are made of sizes are guarded: the graph checks
+them for each input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from sffx.compiler.facts import facts
+from sffx.compiler.trace import batch
+from sffx.compiler.trace.data_shapes import depends_on_data, is_data_shaped, require_data
+from sffx.compiler.trace.flags import owners_of_flags
+from sffx.compiler.trace.functions import depends_on_function
+from sffx.compiler.trace.randomness import Drawn, is_drawn, outcome_of_draw
+from sffx.compiler.trace.size_tensors import value_of_sizes
+from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
+
+if TYPE_CHECKING:
+    from sffx.compiler.trace.tracer import GuidedTracer
+
+
+class Settled:
+    """Settles branches and numbers, and guards them.
+
+    Args:
+        tracer: makes the graph.
+    """
+
+    def __init__(self, tracer: GuidedTracer) -> None:
+        self._tracer = tracer
+        self._guarded: set[tuple[fx.Node, Any]] = set()
+        self._has_data_shapes = False
+
+    def note(self, node: fx.Node) -> None:
+        """Note a new node, whose shape may depend on data."""
+        self._has_data_shapes = self._has_data_shapes or is_data_shaped(node)
+
+    def outcome(self, condition: fx.Node) -> bool:
+        """Return the outcome of a branch, the same in every call.
+
+        Raises:
+            RuntimeError: the outcome depends on the batch, on data or on chance.
+        """
+        self._tracer.branched |= owners_of_flags(condition)
+        value = facts(condition).example
+        self._require_no_function(condition)
+        if isinstance(value, Tensor):
+            return self._outcome_of_tensor(condition)
+        if self._depends_on_data(condition):
+            self._guard(condition, bool(value), require_data)
+            return bool(value)
+        if not self._is_settled(condition):
+            if self._is_settled_but_for_one(condition):
+                self._guard(condition, bool(value), require_several)
+                return bool(value)
+            raise RuntimeError("a branch depends on the batch size, which a graph would freeze")
+        self.settle(condition, bool(value))
+        return bool(value)
+
+    def _outcome_of_tensor(self, condition: fx.Node) -> bool:
+        """Return the outcome of a branch on a tensor, where it has one for all data."""
+        outcome = outcome_of_draw(condition)
+        if outcome is not None:
+            return outcome
+        if any(is_drawn(side) for side in condition.all_input_nodes):
+            raise RuntimeError("a branch depends on random numbers")
+        try:
+            return bool(self.value_of_sizes(condition))
+        except RuntimeError:
+            raise RuntimeError("a branch depends on the values of a tensor") from None
+
+    def _is_settled(self, condition: fx.Node) -> bool:
+        return batch.is_settled(condition, self._tracer.runner.sizes, self._tracer.runner.takes)
+
+    def _is_settled_but_for_one(self, condition: fx.Node) -> bool:
+        """Return whether to refuse a batch of one sample, for which a branch goes the other way.
+
+        A submodule that branches on the batch alone is better a leaf, which takes any batch.
+        """
+        place = self._tracer.place
+        is_allowed = not place or place in self._tracer.branched
+        return is_allowed and batch.differs_at_one(condition, self._tracer.runner.sizes)
+
+    def is_known(self, node: fx.Node) -> bool:
+        """Return whether a value is a bool that is the same in every call.
+
+        `x.is_cuda is False` needs the bool itself. A comparison of sizes does not count: it is
+        settled where the forward branches on it.
+        """
+        record = facts(node)
+        if type(record.example) is not bool or record.of_batch or reads_a_size(node):
+            return False
+        depends = self._depends_on_data(node) or self._depends_on_function(node)
+        return not depends and not owners_of_flags(node)
+
+    def number(self, method: str, node: fx.Node) -> Any:
+        """Return the number that a forward takes out of a tensor: drawn, or made of sizes."""
+        if is_drawn(node):
+            return Drawn(0.5)
+        return getattr(self.value_of_sizes(node), method)()
+
+    def value_of_sizes(self, node: fx.Node) -> Tensor:
+        """Return the value of a tensor that is made of sizes alone, and settle these.
+
+        Raises:
+            RuntimeError: it is made of anything else.
+        """
+        made = value_of_sizes(node, self._tracer.runner.probe, self._tracer.constants.names)
+        if made is None:
+            raise RuntimeError("a number is read from a tensor, which depends on the data")
+        value, sizes = made
+        for size in sizes:
+            self.settle(size, facts(size).example)
+        return value
+
+    def settle_assertion(self, condition: Any) -> None:
+        """Guard what the model asserts about sizes, since the graph will not assert it."""
+        is_node = isinstance(condition, fx.Proxy)
+        if is_node and reads_a_size(condition.node) and self._is_settled(condition.node):
+            self.settle(condition.node, bool(facts(condition.node).example))
+
+    def settle(self, node: fx.Node, outcome: Any) -> None:
+        """Guard a number or a truth value that the graph will hold, if it is made of sizes."""
+        self._require_no_data(node)
+        self._require_no_function(node)
+        self._tracer.branched |= owners_of_flags(node)
+        if reads_a_size(node):
+            self._guard(node, outcome)
+
+    def _depends_on_data(self, node: fx.Node) -> bool:
+        # Few models have such shapes, and to look for them takes a walk through the graph.
+        return self._has_data_shapes and depends_on_data(node)
+
+    def _depends_on_function(self, node: fx.Node) -> bool:
+        return bool(self._tracer.functions.found) and depends_on_function(node)
+
+    def _require_no_data(self, node: fx.Node) -> None:
+        """Raise a RuntimeError if a number which the graph will hold depends on data."""
+        if self._depends_on_data(node):
+            raise RuntimeError("a number depends on the values of a tensor, by a shape")
+
+    def _require_no_function(self, node: fx.Node) -> None:
+        """Raise a RuntimeError if a graph would freeze what a function returns."""
+        if self._depends_on_function(node):
+            raise RuntimeError("a branch or a plain number depends on what a function returns")
+
+    def _guard(
+        self, node: fx.Node, outcome: Any, require: Callable[..., None] = require_settled
+    ) -> None:
+        if (node, outcome) not in self._guarded:
+            self._guarded.add((node, outcome))
+            args = (node, outcome, self._tracer.place)
+            self._tracer.create_node("call_function", require, args, {})
+
+    def length(self, obj: fx.Proxy) -> int:
+        """Return the length of a tensor, or the number of the parts that it was split into."""
+        value = facts(obj.node).example
+        self._require_no_function(obj.node)
+        number = batch.length(obj.node)
+        if isinstance(value, Tensor):
+            self._require_no_data(obj.node)
+            size = obj.size(0)
+            if isinstance(size, fx.Proxy):  # that of a parameter is a constant
+                self.settle(size.node, number)
+        elif any(isinstance(part, Tensor) for part in value):
+            self._guard(obj.node, number)
+        return number

@@ -6,7 +6,7 @@ with its own norm. So the norm is not computed for samples that have left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from sffx.errors import InputError
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
 from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
+
+# Of most values, and of all in the files of an early exit.
+FIRST_AXIS = BatchAxis(0)
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, B
         InputError: a value that crosses a cut depends on the batch, but not by one axis.
     """
     node_lists = _nodes_of_exits(net)
-    # A value has a batch axis if it has as many rows as there are samples. With one number of
-    # samples, another axis could have that length by chance.
+    # With one number of samples, an axis could have that length by chance.
     of_two = _ExampleRun(net, samples=2)
     of_three = _ExampleRun(net, samples=3)
     stages = []
@@ -81,41 +83,53 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, B
         macs_of_two = counter.get_total_flops() // 2
         macs = macs_of_two // 2
         stages.append(ExitStage(block.target, input_names, output_names, macs, module))
-    axes = {value.name: value.batch for block in plan_of(net) for value in block.gives}
-    batched = {}
-    for name, value in of_two.values.items():
-        other = of_three.values[name]
-        axis = axes.get(name)
-        if _has_samples(value, other, _FIRST):
-            batched[name] = _FIRST
+    return tuple(stages), _batch_axes(net, of_two.values, of_three.values)
+
+
+def _batch_axes(
+    net: fx.GraphModule, of_two: Mapping[str, Any], of_three: Mapping[str, Any]
+) -> dict[str, BatchAxis]:
+    """Return the batch axes of the values that have one.
+
+    Args:
+        net: the net.
+        of_two: the values of two samples, by name.
+        of_three: those of three samples.
+    """
+    planned = {value.name: value.batch for block in plan_of(net) for value in block.gives}
+    axes: dict[str, BatchAxis] = {}
+    for name, value in of_two.items():
+        other = of_three[name]
+        axis = planned.get(name)
+        if _has_samples(value, other, FIRST_AXIS):
+            axes[name] = FIRST_AXIS
         elif axis is not None and axis.slower is not None and _has_samples(value, other, axis):
-            batched[name] = axis
+            axes[name] = axis
         elif _form(value) != _form(other):
             raise InputError(
                 f"the value {name!r} crosses a cut and depends on the number of samples, but not "
                 "by one axis that is the batch, so samples cannot leave it. Hint: cut elsewhere, "
                 "policy=[...] takes the names of nodes"
             )
-    return tuple(stages), batched
-
-
-_FIRST = BatchAxis(0)
+    return axes
 
 
 def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:
-    """Whether values of two and of three samples differ by an axis and nothing else.
+    """Return whether values of two and of three samples differ by an axis and nothing else.
+
+    A number has samples if it is in proportion to how many there are. A tuple has them if all its
+    parts do.
 
     Args:
-        value: of two samples: a tensor, some in a tuple, or a number.
+        value: of two samples.
         other: of three samples.
-        axis: that holds the samples. Of a number it says nothing.
+        axis: that holds the samples of a tensor.
     """
     if type(value) is int and type(other) is int:
         return value != other and value * 3 == other * 2
-    parts = [value, other]
     if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
         return bool(value) and all(map(_has_samples, value, other, [axis] * len(value)))
-    if not all(isinstance(part, Tensor) and part.ndim > axis.axis for part in parts):
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.ndim <= axis.axis:
         return False
     expected = list(value.shape)
     expected[axis.axis] = 3 * axis.rows
@@ -126,19 +140,19 @@ def kept(value: Any, stays: Tensor, axis: BatchAxis) -> Any:
     """Return a value without the samples that leave.
 
     Args:
-        value: as in `_has_samples`.
+        value: a tensor, a number or a tuple of them that has samples; see `_has_samples`.
         stays: for each sample whether it stays, (B,).
-        axis: that holds the samples.
+        axis: that holds the samples of a tensor.
     """
-    if isinstance(value, int):
-        return value // len(stays) * int(stays.sum())
     slower = axis.slower or 1
     rows = stays.repeat_interleave(axis.rows // slower).repeat(slower).nonzero().flatten()
 
-    def kept_rows(tensor: Tensor) -> Tensor:
-        return tensor.index_select(axis.axis, rows.to(tensor.device))
+    def kept_part(part: Tensor | int) -> Tensor | int:
+        if isinstance(part, Tensor):
+            return part.index_select(axis.axis, rows.to(part.device))
+        return part // len(stays) * int(stays.sum())
 
-    return tree_map_only(Tensor, kept_rows, value)
+    return tree_map_only((Tensor, int), kept_part, value)
 
 
 class _ExampleRun:

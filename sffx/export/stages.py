@@ -14,7 +14,7 @@ from sffx.blocks import BatchAxis
 from sffx.errors import ExportError
 from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
-from sffx.export.exit_stage import ExitStage
+from sffx.export.exit_stage import FIRST_AXIS, ExitStage
 from sffx.export.metadata import names_and_normalisation
 from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
@@ -154,10 +154,10 @@ def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
 def _require_first_axes(stage: ExitStage, batched: Mapping[str, BatchAxis]) -> None:
     """Raise an ExportError if a stage gives a tensor whose first axis is not the batch."""
     for name in stage.outputs:
-        if batched.get(name, BatchAxis(0)) != BatchAxis(0):
+        if batched.get(name, FIRST_AXIS) != FIRST_AXIS:
             raise ExportError(
                 f"the value {name!r} crosses the cut after {stage.name}, and the batch is not its "
-                "first axis, as the files of an early exit want it. Hint: cut elsewhere"
+                "first axis. The files of an early exit need it there. Hint: cut elsewhere"
             )
 
 

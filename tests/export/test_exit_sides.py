@@ -54,6 +54,7 @@ _SIDES = {
     "folded": (lambda x: x.view(-1, 3, 2).flatten(0, 1), _of_rows),
     "behind one another": (lambda x: torch.cat([x, -2 * x]), _of_halves),
     "count": (lambda x: x.shape[0], lambda y, s: y.view(s, 2, 4).flatten(1)),
+    "sizes": (lambda x: x.shape[:1], lambda y, s: y.view(*s, 2, 4).flatten(1)),
     "multiple": (lambda x: x.shape[0] * 4, lambda y, s: y.view(s, 2).view(-1, 8)),
 }
 

@@ -24,7 +24,7 @@ LARGE_BLOCK = 1 / 3  # share of the parameters
 
 
 def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) -> list[int]:
-    """Return the cuts, and those after each layer of a span with most of the parameters.
+    """Return the cuts, and further ones inside the spans that hold much of the model.
 
     Args:
         analysis: of the model.
@@ -36,26 +36,15 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     kept = legal(steps, ends)
     sizes = _numbers_of_parameters(analysis)
     classifier = max((i for i, step in enumerate(steps) if step.weighted), default=-1)
+    places = layer_ends(analysis)
     added = []
     for before, end in pairwise([-1, *kept, len(steps) - 1]):
         # The last layer stays with the classifier, however large it is.
         is_large = _is_large(steps, sizes, range(before + 1, min(end + 1, classifier)))
         has_block = any(start <= end and last > before for start, last in blocks.items())
-        if not is_large or has_block:
-            continue
-        for place in layer_ends(analysis):
-            is_inside = before < place < end
-            # What is added to an embedding, such as positions, belongs to it.
-            only_embeds = _only_embeds(analysis, before + 1, place + 1)
-            # A cut behind the only layer would leave a block of positions or of a norm.
-            parts_layers = has_weight(steps, before + 1, place + 1) and has_weight(
-                steps, place + 1, end + 1
-            )
-            if is_inside and parts_layers and not only_embeds:
-                added.append(place)
-    ends_so_far = sorted({*kept, *added})
-    places = layer_ends(analysis)
-    for before, end in pairwise([-1, *ends_so_far]):
+        if is_large and not has_block:
+            added += _between_layers(analysis, places, before, end)
+    for before, end in pairwise([-1, *sorted({*kept, *added})]):
         span = range(before + 1, end + 1)
         several = len(_residual_modules(analysis, span.start, span.stop)) > 1
         if several or _goes_on_behind_concatenation(steps, span):
@@ -63,8 +52,25 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     return sorted({*kept, *added})
 
 
+def _between_layers(analysis: Analysis, places: Iterable[int], before: int, end: int) -> list[int]:
+    """Return the places between two cuts that part the layers there from each other."""
+    steps = analysis.steps
+    found = []
+    for place in places:
+        if not before < place < end:
+            continue
+        # A cut behind the only layer would leave a block of positions or of a norm.
+        is_behind_layer = has_weight(steps, before + 1, place + 1)
+        is_before_layer = has_weight(steps, place + 1, end + 1)
+        # What is added to an embedding, such as positions, belongs to it.
+        only_embeds = _only_embeds(analysis, before + 1, place + 1)
+        if is_behind_layer and is_before_layer and not only_embeds:
+            found.append(place)
+    return found
+
+
 def _is_large(steps: Steps, sizes: list[int], span: range) -> bool:
-    """Return whether a span has most of the parameters, or a third of them in several layers."""
+    """Return whether a span has most of the parameters, or several layers with a third."""
     share = sum(sizes[i] for i in span) / max(sum(sizes), 1)
     several = sum(steps[i].weighted for i in span) > 1
     return share > (LARGE_BLOCK if several else 1 / 2)

@@ -16,7 +16,7 @@ looks for steps that hold more than a third of the model, and adds cut sets insi
 
 A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
 layers and holds more than half of the model. One that holds several residual blocks is none. A gate
-stays with what it gates, unless that goes on elsewhere as well.
+stays with what it gates, unless that leads to the logits beside the gate as well.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -34,10 +34,10 @@ import networkx as nx
 from torch import Tensor, nn
 from torch.fx import Node
 
+from sffx.compiler.crossing import Crossing, CutSet
 from sffx.compiler.dataflow import SOURCE
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import scopes
-from sffx.tensors import storage_key
 
 if TYPE_CHECKING:
     from sffx.compiler.analyse import Analysis, Step
@@ -47,10 +47,6 @@ LARGE = 1 / 3  # share of the parameters or of the kept activations
 LARGE_UNIT = 1 / 2
 FEWEST_LAYERS = 5
 FEWEST_LAYERS_OF_UNIT = 8
-FEWEST_LAYERS_OF_STREAM = 3  # with parameters; a product with fewer on one of its paths is a gate
-MOST_VALUES = 12  # that may cross one cut
-
-CutSet = frozenset[str]
 
 
 def with_streams(analysis: Analysis) -> Analysis:
@@ -80,8 +76,8 @@ def _refused(analysis: Analysis) -> set[CutSet]:
 def _is_between_streams(analysis: Analysis, cut_set: CutSet) -> bool:
     """Return whether policies are to cut across a cut set, since streams run side by side there.
 
-    A dominator of the logits is one where streams meet that began at several inputs. They never
-    parted, so that it is no join.
+    A single value that dominates the logits is one if streams from several inputs meet there. Such
+    streams never parted, so their meeting is no join.
     """
     name, *others = cut_set
     if others or not analysis.flow.dominates(name):
@@ -265,19 +261,45 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
         return _places_across_uses(analysis, step, parts)
     early = _early(analysis, in_order)
     late = _of_classifier(analysis, in_order)
-    names = [*_with_early([name for name in in_order if name not in late], early), *late]
     if early or late:
         body = [name for name in in_order if name not in early and name not in late]
         parts = _parts(analysis, body, step.scope, sizes, later)
     if not parts:
         return []
+    names = _with_early([name for name in in_order if name not in late], early)
+    spans = _spans(analysis, step, sizes, names, parts)
+    return _places_behind(analysis, step, sizes, names, spans)
+
+
+def _spans(
+    analysis: Analysis, step: Step, sizes: _Sizes, names: Sequence[str], parts: Sequence[_Part]
+) -> list[tuple[int, int]]:
+    """Return the indices of the first and the last node of each part, and of a stem before them."""
     position = {name: i for i, name in enumerate(names)}
-    # The places of the first and the last node of each part.
     spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
     before_parts = names[: spans[0][0]]
     stem = [i for i, name in enumerate(before_parts) if sizes.layers([name])]
     if stem and not _has_weight_before(analysis, step):
         spans.insert(0, (stem[0], stem[-1]))
+    return spans
+
+
+def _places_behind(
+    analysis: Analysis,
+    step: Step,
+    sizes: _Sizes,
+    names: Sequence[str],
+    spans: Sequence[tuple[int, int]],
+) -> list[list[CutSet]]:
+    """Return for each part the cut sets that may lie after it, in order.
+
+    Args:
+        analysis: of the model.
+        step: that is divided.
+        sizes: of the model.
+        names: of the nodes of the step before the classifier, in order.
+        spans: the indices of the first and the last node of each part.
+    """
     starts = {start for start, _ in spans}
     ends = {end for _, end in spans}
     # Parts may overlap, where streams run side by side. Inside of one, no cut may lie.
@@ -287,13 +309,11 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     places: list[list[CutSet]] = []
     # Whether a part has ended and neither the next one nor the classifier has begun.
     is_open = False
-    crossing = _Crossing(analysis, step)
+    crossing = Crossing(analysis, step)
     for i, name in enumerate(names):
         values = crossing.after(name)
         if i in starts or _starts_classifier(analysis, name) or sizes.layers([name]):
             is_open = False
-        if name in late:
-            break
         if i in ends and i not in covered:
             is_open = True
             places.append([])
@@ -319,7 +339,7 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[_Part]) -> l
     net: each cut set would have a use of the next part before it.
     """
     flow = analysis.flow
-    crossing = _Crossing(analysis, step)
+    crossing = Crossing(analysis, step)
     places: list[list[CutSet]] = []
     inside: set[str] = set()
     for part, following in pairwise(parts):
@@ -441,109 +461,3 @@ def _starts_classifier(analysis: Analysis, name: str) -> bool:
     sources = [facts(source).example for source in node.all_input_nodes]
     axes = [source.ndim for source in sources if isinstance(source, Tensor)]
     return isinstance(value, Tensor) and value.ndim < 3 <= max(axes, default=0)
-
-
-class _Crossing:
-    """The values that cross a cut after each node of a step, one node after the other."""
-
-    def __init__(self, analysis: Analysis, step: Step) -> None:
-        self._analysis = analysis
-        self._flow = analysis.flow
-        # What the nodes before the step leave to be read.
-        before = analysis.step_of[step.node] - 1
-        entering = self._flow.cut_sets[before] if before >= 0 else ()
-        # For each value that crosses, the nodes that are still to read it.
-        self._unread: dict[str, set[str]] = {}
-        for name in entering:
-            self._unread[name] = self._flow.readers(name)
-        self._late_writes = _late_writes(analysis)
-
-    def after(self, name: str) -> CutSet | None:
-        """Return the values that cross a cut after a node; None if no cut set may lie there."""
-        self._pass(name)
-        later = self._flow.in_order([name, *self._late_writes])
-        return self._cut_set(later[later.index(name) + 1 :])
-
-    def behind(self, inside: set[str]) -> CutSet | None:
-        """Return the values that cross a cut behind a set of nodes; None if none may lie there.
-
-        Args:
-            inside: nodes on paths, with all nodes on paths that lead to them.
-        """
-        self._unread = {}
-        for name in self._flow.crossing(inside):
-            self._unread[name] = self._flow.readers(name) - inside
-        return self._cut_set([writer for writer in self._late_writes if writer not in inside])
-
-    def _cut_set(self, later_writers: list[str]) -> CutSet | None:
-        values = list(self._unread)
-        if not 0 < len(values) <= MOST_VALUES:
-            return None
-        if not all(self._is_tensor(each) for each in values):
-            return None
-        if any(self._is_gate_or_gated(each) for each in values):
-            return None
-        if self._is_written_later(values, later_writers):
-            return None
-        return frozenset(values)
-
-    def _pass(self, name: str) -> None:
-        """Pass a node: what it reads may be read for the last time, and its value is new."""
-        for source in self._flow.paths.predecessors(name):
-            if source not in self._unread:
-                continue
-            self._unread[source].discard(name)
-            if not self._unread[source]:
-                del self._unread[source]
-        readers = self._flow.readers(name)
-        if readers:
-            self._unread[name] = readers
-
-    def _is_tensor(self, name: str) -> bool:
-        return isinstance(facts(self._analysis.nodes[name]).example, Tensor)
-
-    def _is_gate_or_gated(self, value: str) -> bool:
-        """Return whether a gate, a product of paths, is still to read a value that belongs to it.
-
-        An activation between the value and the gate does not count. A value does not belong to the
-        gate if it goes on to the logits beside it. So it is with a skip connection that the decoder
-        of a U-Net gates by attention.
-        """
-        readers = self._unread[value]
-        while True:
-            gates = [reader for reader in readers if self._is_gate(reader)]
-            if gates or len(readers) != 1:
-                break
-            (reader,) = readers
-            if self._flow.paths.in_degree(reader) > 1 or self._is_layer(reader):
-                return False
-            readers = self._flow.readers(reader)
-        every = self._flow.readers(value)
-        return any(not self._flow.passes_by(gate, every) for gate in gates)
-
-    def _is_gate(self, name: str) -> bool:
-        if self._analysis.join(name) != "product":
-            return False
-        return min(self._analysis.layers_on_paths(name)) < FEWEST_LAYERS_OF_STREAM
-
-    def _is_layer(self, name: str) -> bool:
-        return bool(self._flow.graph.nodes[name]["learned"])
-
-    def _is_written_later(self, values: list[str], later_writers: list[str]) -> bool:
-        """Return whether a value is written in place later, and then read by another name.
-
-        Such a write cannot be kept from a value that crosses a cut.
-        """
-        memories = {storage_key(facts(self._analysis.nodes[each]).example) for each in values}
-        written = [self._late_writes.get(writer, set()) for writer in later_writers]
-        return any(memories & each for each in written)
-
-
-def _late_writes(analysis: Analysis) -> dict[str, set[int]]:
-    """Return the memory that is written in place, and then read by another name, by the writer."""
-    writes: dict[str, set[int]] = {}
-    for name, node in analysis.nodes.items():
-        record = facts(node)
-        if record.read_behind:
-            writes[name] = {storage_key(facts(written).example) for written in record.writes}
-    return writes

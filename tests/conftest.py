@@ -6,8 +6,9 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -43,14 +44,15 @@ def pytest_runtest_setup() -> None:
     # For each export, torch parses the sources of 500 functions, and asks for all its operators
     # several times. The first takes as long as a small model, the second a tenth of an export.
     registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry = getattr(registration, "ONNXRegistry", None)
-    listed = getattr(registry, "from_torchlib", None)
-    if listed is not None and not hasattr(listed, "cache_info"):
-        registry.from_torchlib = staticmethod(cache(listed))
-    export = sys.modules.get("torch._export.utils")
-    found = getattr(export, "_materialize_cpp_cia_ops", None)
+    _keep_result(getattr(registration, "ONNXRegistry", None), "from_torchlib", staticmethod)
+    _keep_result(sys.modules.get("torch._export.utils"), "_materialize_cpp_cia_ops")
+
+
+def _keep_result(owner: Any, name: str, kind: Callable[..., Any] = lambda found: found) -> None:
+    """Let a function of a module or a class keep its results, if torch has it and it does not."""
+    found = getattr(owner, name, None)
     if found is not None and not hasattr(found, "cache_info"):
-        export._materialize_cpp_cia_ops = cache(found)
+        setattr(owner, name, kind(cache(found)))
 
 
 def pytest_collection_finish() -> None:

@@ -427,19 +427,8 @@ def stream_programs(draw: Any) -> tuple[StreamProgram, int]:
     for i in range(count):
         code.append(("layer", i, add(3, False)))
         channels[i] = 4
-    kinds = [
-        "layer",
-        "layer",
-        "read",
-        "read",
-        "gate",
-        "relu",
-        "relu_",
-        "scale",
-        "mask",
-        "keep",
-        "skip",
-    ]
+    rare = ["gate", "relu", "relu_", "scale", "mask", "keep", "skip"]
+    kinds = ["layer", "layer", "read", "read", *rare]
     for _ in range(draw(st.integers(5, 12))):
         kind = draw(st.sampled_from(kinds))
         i = draw(st.integers(0, count - 1))

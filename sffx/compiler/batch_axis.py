@@ -241,11 +241,21 @@ def _slower_after_layer(
             rows = result.movedim(after.axis, 0).flatten(1)
         except Exception:
             return None  # it does not run on such numbers, or returns no such tensor
-        for slower in range(1, after.rows + 1):
-            if after.rows % slower == 0:
-                order = BatchAxis(after.axis, after.rows, slower)
-                if bool((rows == _numbers_of_samples(len(rows), order)[:, None]).all()):
-                    return slower
+        return _slower_of_numbers(rows, after)
+
+
+def _slower_of_numbers(numbers: Tensor, batch: BatchAxis) -> int | None:
+    """Return the `BatchAxis.slower` of rows that hold the numbers of their samples, None if mixed.
+
+    Args:
+        numbers: (rows, values of a row).
+        batch: the axis of the rows, with their number for each sample.
+    """
+    for slower in range(1, batch.rows + 1):
+        if batch.rows % slower == 0:
+            order = BatchAxis(batch.axis, batch.rows, slower)
+            if bool((numbers == _numbers_of_samples(len(numbers), order)[:, None]).all()):
+                return slower
     return None
 
 

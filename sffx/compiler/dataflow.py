@@ -136,7 +136,7 @@ class Dataflow:
         return passed
 
     def passes_by(self, name: str, starts: Iterable[str]) -> bool:
-        """Return whether a path leads from one of some nodes to the logits without a node."""
+        """Return whether a path from one of the start nodes to the logits avoids a node."""
         if name == self.logits:
             return False
         passed = {name}
@@ -314,25 +314,28 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
 
 
 def _writers_of_state(nodes: dict[str, Node], layers: Layers) -> dict[str, list[Node]]:
-    """Return for each node that takes parameters of the model the earlier nodes that write on them.
+    """Return the nodes that write on parameters which a later node reads, by its name.
 
-    `self.layer.weight.data.clamp_(-1, 1); y = self.layer(x)` is the case: no argument of the call
-    says that it comes after the write.
+    In `self.layer.weight.data.clamp_(-1, 1); y = self.layer(x)` no argument of the call tells that
+    it comes after the write.
     """
-    states: dict[int, int] = {}  # the key of the model's tensor, by that of its example
-    written: dict[int, list[Node]] = {}
+    key_of_parameter: dict[int, int] = {}  # by the key of its example
+    writers: dict[int, list[Node]] = {}  # by the key of the parameter
     found: dict[str, list[Node]] = {}
     for name, node in nodes.items():
         if node.op == "get_attr":
+            for parameter in layers.parameters(node).values():
+                for example in _values_of(node):
+                    key_of_parameter[storage_key(example)] = storage_key(parameter)
+        if writers:  # of few models
             for tensor in layers.state(node).values():
-                states.update({storage_key(each): storage_key(tensor) for each in _values_of(node)})
-        if written:
-            for tensor in layers.state(node).values():
-                found.setdefault(name, []).extend(written.get(storage_key(tensor), []))
-        for each in facts(node).writes:
-            key = states.get(storage_key(facts(each).example))
-            if key is not None and node.op != "call_module":
-                written.setdefault(key, []).append(node)
+                found.setdefault(name, []).extend(writers.get(storage_key(tensor), []))
+        if node.op == "call_module":
+            continue
+        for written in facts(node).writes:
+            key = key_of_parameter.get(storage_key(facts(written).example))
+            if key is not None:
+                writers.setdefault(key, []).append(node)
     return found
 
 

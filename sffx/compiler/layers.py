@@ -107,10 +107,7 @@ class Layers:
         return any("BatchNorm" in kind.__name__ for kind in kinds)
 
     def is_norm(self, node: Node) -> bool:
-        """Return whether a node is a norm of any kind, one of torch's or another one of that name.
-
-        It may be a function, such as `F.group_norm`.
-        """
+        """Return whether a node is a norm of any kind, by the name of its class or function."""
         module = self.module(node)
         if module is None:
             return str(getattr(node.target, "__name__", node.target)).endswith("_norm")

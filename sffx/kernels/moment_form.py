@@ -66,7 +66,7 @@ class SecondMomentGoodness(Function):
         slices = _slices(y, weight)
         dy = torch.empty_like(y) if wants_y and len(slices) > 1 else None
         # Copied, so that its products with the weight lie in memory as (J, B, C).
-        by_class = dg.t().contiguous()[:, :, None]
+        by_class = _of_classes(dg).contiguous()
         for part in slices:
             scaled = weight[:, None] * by_class[:, part]  # (J, B, C)
             if dw is not None and product_kept is None:

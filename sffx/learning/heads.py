@@ -23,8 +23,8 @@ The head is moved to the device and the dtype of the model. Then
 
 Where several streams cross the cut after a block, each has a head of its own, and the goodness of
 the block is the mean of theirs (`StreamHeads`). The callable is then called for each stream, with
-a block that has the value of this stream as its output. Streams that share their layers have one
-head of the names "sff", "cosine" and "mlp", which compares them (`SideBySide`).
+a block that has the value of this stream as its output. If the streams share their layers and the
+goodness is "sff", "cosine" or "mlp", they have one head, which compares them (`SideBySide`).
 
 The contract of `norm=` is in `sffx.learning.norms`.
 """
@@ -56,7 +56,9 @@ from sffx.learning.threshold import Threshold
 from sffx.tasks import CLASSIFICATION, Task
 
 HIDDEN = 128  # units of "mlp"
-_MIXING = ("sff", "cosine", "mlp")  # "cwc" gives each class channels of its own
+# Each score is computed from all channels, of any number. "cwc" gives each class channels of its
+# own, and "shared" applies the output layer, which takes the channels of one stream.
+_MIXING = ("sff", "cosine", "mlp")
 REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
 
 # Makes a head from a block, the number of outputs, and the numbers that its name has in brackets;
@@ -383,8 +385,9 @@ def make_head(
 def _mixes_channels(options: Options) -> bool:
     """Return whether a goodness of this name is computed from all channels of a value."""
     goodness = options.goodness
-    is_named = options.objective.goodness is not None and isinstance(goodness, str)
-    return is_named and str(goodness).partition("(")[0] in _MIXING
+    if options.objective.goodness is None or not isinstance(goodness, str):
+        return False
+    return goodness.partition("(")[0] in _MIXING
 
 
 def _make_one(options: Options, block: Block, num_classes: int, task: Task) -> nn.Module:

@@ -48,16 +48,16 @@ class StreamHeads(nn.ModuleList):
         return torch.stack(scores).mean(0)
 
 
-def _of_one_size(scores: list[Tensor]) -> list[Tensor]:
-    """Return scores of positions, (B, J, ...), all of the size of the largest map.
+def _of_one_size(values: list[Tensor]) -> list[Tensor]:
+    """Return values of positions, (B, C, ...), all of the size of the largest map.
 
-    Scores of the tokens of a grid, (B, J, N), become maps where others are.
+    Values of the tokens of a grid, (B, C, N), become maps where others are.
     """
-    axes = max(each.ndim for each in scores) - 2
-    largest = max((each for each in scores if each.ndim == axes + 2), key=_positions)
+    axes = max(each.ndim for each in values) - 2
+    largest = max((each for each in values if each.ndim == axes + 2), key=_positions)
     size = largest.shape[2:]
     brought = []
-    for each in scores:
+    for each in values:
         if axes == 2:
             each = on_grid(each, size)
         if each.shape[2:] != size:
@@ -66,16 +66,16 @@ def _of_one_size(scores: list[Tensor]) -> list[Tensor]:
     return brought
 
 
-def _positions(scores: Tensor) -> int:
-    return scores.shape[2:].numel()
+def _positions(value: Tensor) -> int:
+    return value.shape[2:].numel()
 
 
 class SideBySide(nn.Module):
     """One head for streams that share their layers, such as the two images of a Siamese net.
 
-    It reads their channels behind one another, so it can compare them. Whether two images show the
-    same thing cannot be told from one of them, so heads of their own would learn nothing. A stream
-    with fewer positions is brought to the size of the largest.
+    It reads the channels of all streams, so it can compare them. A head for each stream would learn
+    nothing: one image alone does not tell whether both show the same. A stream with fewer positions
+    is brought to the size of the largest.
 
     Args:
         head: for a value with the channels of all streams.
@@ -93,10 +93,11 @@ class SideBySide(nn.Module):
         Args:
             streams: the value of each stream.
         """
-        firsts = [stream.movedim(self.channel_axis, 1) for stream in streams]
-        if any(first.shape[2:] != firsts[0].shape[2:] for first in firsts):
-            firsts = _of_one_size(firsts)
-        scores: Tensor = self.head(torch.cat(firsts, 1).movedim(1, self.channel_axis))
+        values = [stream.movedim(self.channel_axis, 1) for stream in streams]
+        if any(each.shape[2:] != values[0].shape[2:] for each in values):
+            values = _of_one_size(values)
+        joined = torch.cat(values, 1).movedim(1, self.channel_axis)
+        scores: Tensor = self.head(joined)
         return scores
 
 
@@ -105,11 +106,12 @@ def share_layers(block: Block) -> bool:
     layouts = set()
     layers = set()
     for output in block.scored:
-        is_plain = not output.mask and not output.is_folded
+        if output.mask or output.is_folded:
+            return False
         channels = output.shape[output.channel_axis - 1]
-        layouts.add((is_plain, len(output.shape), output.channel_axis, channels))
+        layouts.add((len(output.shape), output.channel_axis, channels))
         layers.add(_layers_before(block, output.name))
-    return len(layouts) == len(layers) == 1 and next(iter(layouts))[0]
+    return len(layouts) == len(layers) == 1
 
 
 def side_by_side(block: Block) -> Block:

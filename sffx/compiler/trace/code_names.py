@@ -49,16 +49,16 @@ def functions_reached(functions: Iterable[FunctionType], kind: type) -> Iterator
             continue
         seen.add(function)
         yield function
-        for value in [getattr(kind, name, None) for name in names_in(function.__code__)]:
-            ahead += [(each, file) for each in _plain(value)]
+        for name in names_in(function.__code__):
+            ahead += [(each, file) for each in _plain(getattr(kind, name, None))]
         for _, value in values_named(function):
             ahead += [(each, file) for each in _plain(value)]
 
 
 def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what a function names of what is around it, with the names.
+    """Yield the globals and the free variables that a function names, with their names.
 
-    That is what lies in its file, in others of the user, and in the function that has made it.
+    The globals may be those of its file or of the user's other files.
     """
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # the cell of a name that has not been set is empty
@@ -66,8 +66,8 @@ def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
     files: list[ModuleType] = []
     for name in names_in(function.__code__):
         # `helpers.scaled` names the file first, and then what is in it.
-        for names in (function.__globals__, *map(vars, files)):
-            value = names.get(name)
+        for namespace in (function.__globals__, *map(vars, files)):
+            value = namespace.get(name)
             if isinstance(value, ModuleType) and _is_own(vars(value)):
                 files.append(value)
             elif value is not None:

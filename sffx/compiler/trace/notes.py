@@ -43,14 +43,7 @@ def notes(
     if constants:
         settled = [f"{path} is {value!r}" for path, value in constants.items()]
         yield f"settled as in the example: {in_brief(settled, 4)}"
-    if kept:
-        yield (
-            f"the model computes {in_brief(kept, 4)} in its first call and keeps it: the cut model "
-            "computes it in each call, and so follows the weights and inputs that it is made of"
-        )
-    set_anew = [name for name in left_behind if name not in kept]
-    if set_anew:
-        yield f"the forward sets {in_brief(set_anew, 4)} in each call, which the cut model does not"
+    yield from _notes_on_attributes(kept, left_behind)
     yield from _notes_on_hooks(root, graph)
     idle = _idle(root, _used_parameters(root, graph))
     if idle:
@@ -63,8 +56,8 @@ def notes(
     readers = readers_of_surroundings(module for _, module in _inlined(root, graph))
     if readers:
         yield (
-            f"the forward names {in_brief(readers, 4)}: what the cut model computes with stays as "
-            "it was when the model was cut"
+            f"the forward names {in_brief(readers, 4)}: the cut model keeps what these gave when "
+            "the model was cut"
         )
     if _nests_padded(root, graph):
         yield (
@@ -75,6 +68,18 @@ def notes(
     if is_of_size:
         yield SETTLED_BY_SIZE
     yield from batch_guard_notes(graph)
+
+
+def _notes_on_attributes(kept: Sequence[str], left_behind: Sequence[str]) -> Iterator[str]:
+    """Yield the remarks on attributes that the forward sets, as in `notes`."""
+    if kept:
+        yield (
+            f"the model computes {in_brief(kept, 4)} in its first call and keeps it: the cut model "
+            "computes it in each call, and so follows the weights and inputs that it is made of"
+        )
+    set_anew = [name for name in left_behind if name not in kept]
+    if set_anew:
+        yield f"the forward sets {in_brief(set_anew, 4)} in each call, which the cut model does not"
 
 
 def _notes_on_hooks(root: nn.Module, graph: fx.Graph) -> Iterator[str]:

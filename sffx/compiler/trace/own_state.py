@@ -1,4 +1,4 @@
-"""What the modules of a model hold themselves, and the modules that are called with other things.
+"""What the modules of a model hold, and which modules a forward calls with something else.
 
 `torch.func.functional_call` puts other tensors into a module for one call. A forward may also set
 an attribute of a layer before it calls it, as `self.dropout.p = 0.1`. Such a layer cannot be a leaf
@@ -44,11 +44,11 @@ class OwnState:
             self._held[part] = _held_in(part)
 
     def replaced(self, module: nn.Module, given: Sequence[Any] = ()) -> str:
-        """Return what a module or a part of it holds that something else stands for; "" if nothing.
+        """Return the name of something that a forward has replaced in a module; "" if nothing.
 
         Args:
-            module: to look into.
-            given: values that may stand anywhere.
+            module: with its parts.
+            given: values that do not count as replacements.
 
         Returns:
             The name of a parameter, a buffer or an attribute.
@@ -59,14 +59,15 @@ class OwnState:
             for name, value in own.items():
                 if id(now.get(name)) not in allowed and _is_other(value, now.get(name)):
                     return name
-            # A new attribute may be for whoever looks at the model.
             made = now.keys() - own.keys()
-            if made and (used := made.intersection(_words_of(type(part)))):
+            # A new attribute that the part does not use is for whoever looks at the model.
+            used = made.intersection(_words_of(type(part))) if made else ()
+            if used:
                 return min(used)
         return ""
 
     def assigned_parameter(self, model: nn.Module) -> str:
-        """Return the qualname of a parameter of which another tensor has the place; "" if none."""
+        """Return the qualname of a parameter that another tensor has replaced; "" if none."""
         now = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in self._parameters.items():
             if name in now and now[name] is not parameter:
@@ -97,11 +98,11 @@ def _held_in(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_other(own: Any, now: Any) -> bool:
-    """Whether a value that a forward may have set is another one than that of the module."""
-    if own is None and not isinstance(now, (fx.Proxy, *_PLAIN)):
-        return False  # a table that the first call makes, and later calls only read
+    """Return whether a value that a forward may have set is another one than that of the module."""
     if own is now:
         return False
+    if own is None and not isinstance(now, (fx.Proxy, *_PLAIN)):
+        return False  # a table that the first call makes, and later calls only read
     are_plain = all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((own, now)))
     return not are_plain or bool(own != now)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from sffx.compiler.trace.code_names import FOREIGN, forward_of, functions_reached, names_in
 
-# What reads them, by the module or the class that holds it.
+# The names that read such values, by the module or the class that has them.
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (
         time,
@@ -39,7 +39,7 @@ _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 
 def readers_of_surroundings(modules: Iterable[nn.Module]) -> list[str]:
-    """Return the names of what the forwards of modules, and the functions there, read it by."""
+    """Return the names by which the forwards of modules, and functions there, read such values."""
     found: dict[str, None] = {}
     for kind in {type(module): None for module in modules}:
         if kind.__module__.partition(".")[0] in FOREIGN:
@@ -62,7 +62,7 @@ def _readers_in(function: FunctionType) -> Iterator[str]:
 
 
 def _value_of(name: str, function: FunctionType) -> Any:
-    """Return what a name stands for in a function, None where it is an attribute's alone."""
+    """Return what a name stands for in a function, None where it only names an attribute."""
     if name in function.__globals__:
         return function.__globals__[name]
     if name in sys.stdlib_module_names:  # imported in the function
@@ -71,6 +71,6 @@ def _value_of(name: str, function: FunctionType) -> Any:
 
 
 def _holds(value: Any, owner: Any) -> bool:
-    """Whether a value is the file of a class, as `datetime` in `datetime.datetime.now`."""
+    """Return whether a value is the file of a class, as `datetime` in `datetime.datetime.now`."""
     is_file = isinstance(value, ModuleType) and value is not builtins
     return is_file and isinstance(owner, type) and getattr(value, owner.__name__, None) is owner

@@ -26,8 +26,8 @@ class SecondMomentGoodness(Function):
     `g_j = w_j^T Cov w_j + (w_j . mean + b_j)^2`. For the backward pass it keeps the product W Cov,
     (J, B, C), or the covariance where there are more classes than channels.
 
-    What has classes, samples and channels lies in memory as (J, B, C). So the products with the
-    weight are one product of matrices each, over all samples.
+    Values of classes, samples and channels lie in memory as (J, B, C). So each product with the
+    weight is one product of matrices over all samples.
     """
 
     @staticmethod
@@ -37,9 +37,9 @@ class SecondMomentGoodness(Function):
         # Twice the mean of z: the backward pass needs it, and a factor of 2 loses no digit.
         twice = torch.addmm(bias, mean, weight.t(), beta=2, alpha=2)
         if weight.shape[0] <= weight.shape[1]:
-            product_kept = _with_each(weight, covariance)
-            ctx.save_for_backward(y, weight, bias, mean, twice, None, product_kept)
-            spread = (product_kept * weight[:, None]).sum(2).t()
+            w_cov = _with_each(weight, covariance)
+            ctx.save_for_backward(y, weight, bias, mean, twice, None, w_cov)
+            spread = (w_cov * weight[:, None]).sum(2).t()
         else:
             ctx.save_for_backward(y, weight, bias, mean, twice, covariance, None)
             spreads = []
@@ -53,14 +53,14 @@ class SecondMomentGoodness(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, mean, twice, covariance, product_kept = ctx.saved_tensors
+        y, weight, bias, mean, twice, covariance, w_cov = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
         d_mean_z = dg * twice
         dw = d_mean_z.t() @ mean if wants_weight else None
-        if dw is not None and product_kept is not None:
-            dw = dw.add_((product_kept * _of_classes(dg)).sum(1), alpha=2)
+        if dw is not None and w_cov is not None:
+            dw = dw.add_((w_cov * _of_classes(dg)).sum(1), alpha=2)
         db = d_mean_z.sum(0) if wants_bias else None
-        needs_products = wants_y or (wants_weight and product_kept is None)
+        needs_products = wants_y or (wants_weight and w_cov is None)
         if not needs_products:
             return None, dw, db
         slices = _slices(y, weight)
@@ -69,7 +69,7 @@ class SecondMomentGoodness(Function):
         by_class = _of_classes(dg).contiguous()
         for part in slices:
             scaled = weight[:, None] * by_class[:, part]  # (J, B, C)
-            if dw is not None and product_kept is None:
+            if dw is not None and w_cov is None:
                 dw = product_added(dw, scaled.flatten(1), covariance[part].flatten(0, 1), 2)
             if dy is not None:
                 dy[part] = _input_gradient(y[part], scaled, weight, bias)

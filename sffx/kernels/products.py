@@ -5,7 +5,7 @@ oneDNN, by which torch computes convolutions, uses all of it. On two cores of su
 products of the heads take half the time by oneDNN. torch has it as an operation that its compiler
 uses for linear layers.
 
-Small products, other devices, other types and graphs that are made take torch's own way.
+Small products, other devices, other dtypes and graphs in the making use torch's own operations.
 `torch.backends.mkldnn.flags(enabled=False)` switches oneDNN off, here as in torch.
 """
 

@@ -284,7 +284,7 @@ class Patches:
         self.tracer.regions.enter_autocast(context._enabled, self.tracer.place)
 
     def _enter_enable_grad(self, _: Any) -> None:
-        # Distributions enter it for some of their attributes. The graph has these gradients as well.
+        # Distributions enter it for some attributes, whose gradients the graph has as well.
         if not is_of_torch(sys._getframe(2)):
             self.tracer.regions.enter_enable_grad(self.tracer.place)
 

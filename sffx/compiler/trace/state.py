@@ -325,7 +325,7 @@ def _counted(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
         depth: of the value in the attribute.
     """
     if isinstance(value, _ATOMS):
-        return value
+        return value if value == value else repr(value)  # nan differs from itself
     if type(value) is Tensor:
         return value._version  # which counts the writes in place
     if depth == _DEEPEST or isinstance(value, (nn.Module, type)):
@@ -346,20 +346,27 @@ def _counted_inside(value: Any, known: dict[int, Any], depth: int) -> Any:
         with suppress(Exception):  # a generator does not say how far it is
             return repr(value.__reduce__())
         return None
-    if isinstance(value, (*_CONTAINERS, tuple)):
-        parts = list(value.values()) if isinstance(value, dict) else list(value)
+    parts = list(_parts_of(value))
+    return len(parts), [_counted(part, known, depth + 1) for part in parts[:_MOST_PARTS]]
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """Yield what a container, a function or another object holds."""
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (*_CONTAINERS, tuple)):
+        yield from value
     elif isinstance(value, FunctionType):  # `def forward(self, x, calls=[0])`
-        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # the cell of a name that has not been set is empty
-                parts.append(cell.cell_contents)
-    elif type(value).__module__.partition(".")[0] == "torch":
-        return None
-    else:
-        parts = list(getattr(value, "__dict__", {}).values())
-        for name in getattr(type(value), "__slots__", ()):
-            parts.append(getattr(value, name, None))
-    return len(parts), [_counted(part, known, depth + 1) for part in parts[:_MOST_PARTS]]
+                yield cell.cell_contents
+    elif type(value).__module__.partition(".")[0] != "torch":
+        yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                yield getattr(value, name, None)
 
 
 # What is a number or a text as a whole.

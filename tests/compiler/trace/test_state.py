@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import copy
 import functools
+import math
 import random
 import types
 from fractions import Fraction
@@ -264,11 +265,15 @@ def test_a_counter_outside_of_the_model_makes_a_leaf(count, reason):
             sffx.plan(kind(), example_input=torch.randn(2, 6))
 
 
-class _Slots:
-    __slots__ = ("steps",)
+class _Slot:
+    __slots__ = "steps"
 
     def __init__(self) -> None:
         self.steps = 0
+
+
+class _Slots(_Slot):
+    __slots__ = ("other",)
 
 
 def _step_of(m: nn.Module) -> float:
@@ -297,6 +302,12 @@ def _anew(m: nn.Module) -> Any:
     return m.state
 
 
+def _beside(m: nn.Module) -> float:
+    """The state is neither read nor set."""
+    m.other = 1 if m.training else 3
+    return float(m.other)
+
+
 def _by_mode(m: nn.Module) -> float:
     m.state = 1 if m.training else 3
     return float(m.state)
@@ -308,6 +319,7 @@ def _by_mode(m: nn.Module) -> float:
         (np.zeros(1), _first, True),
         (bytearray(1), _first, True),
         (array.array("i", [0]), _first, True),
+        (_Slot(), _step_of, True),
         (_Slots(), _step_of, True),
         (np.int64(0), _replaced, True),
         (Fraction(0), lambda m: float(_replaced(m)), True),
@@ -317,6 +329,7 @@ def _by_mode(m: nn.Module) -> float:
         (0, _in_eval_mode, True),
         (torch.zeros(1), _anew, False),
         (0, _by_mode, False),
+        (math.nan, _beside, False),
     ],
 )
 def test_whatever_a_module_counts_in_makes_a_leaf(state, read, is_leaf):

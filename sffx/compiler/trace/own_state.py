@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.qualnames import OF_EVERY_MODULE
@@ -28,15 +28,17 @@ class OwnState:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._names: dict[int, str] = {}
+        # With the tensors: the `id` of one that was freed could be that of another.
+        self._names: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in (*model.named_buffers(), *model.named_parameters()):
-            self._names[id(tensor)] = name
+            self._names[id(tensor)] = (name, tensor)
         self._held: dict[nn.Module, dict[str, Any]] = {}
         self.note(model)
 
     def name(self, tensor: Any) -> str | None:
         """Return the qualname of a parameter or a buffer of the model, None for another tensor."""
-        return self._names.get(id(tensor))
+        name, _ = self._names.get(id(tensor), (None, None))
+        return name
 
     def note(self, module: nn.Module) -> None:
         """Take what the parts of a module hold now as their own, after a leaf has set it."""

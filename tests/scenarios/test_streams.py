@@ -16,7 +16,8 @@ import sffx
 from sffx.compiler.analyse import Analysis
 from sffx.errors import CutError
 from tests.random_models import models
-from tests.stream_models import CLASSES, Fusion, HRNet, Pairs, TwoStreams, UNet, stream_programs
+from tests.stream_models import CLASSES, Fusion, HRNet, Pairs, TwoStreams, UNet
+from tests.stream_programs import stream_programs
 from tests.toys import step_scores
 
 EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "20"))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
-from sffx.compiler.qualnames import name_of_target
+from sffx.compiler.qualnames import has_tensors, name_of_target
 from sffx.compiler.trace.flags import is_added
 
 # The batch sizes of a trace. Models that put samples in pairs, threes or fours run at both.
@@ -212,8 +212,7 @@ def _may_rearrange(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module" or is_added(node):
         return False
     layer = root.get_submodule(str(node.target))
-    tensors = (*layer.parameters(), *layer.buffers())
-    return not tensors and not any(layer.children())
+    return not has_tensors(layer) and not any(layer.children())
 
 
 def _slower_after_layer(

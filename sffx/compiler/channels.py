@@ -22,6 +22,7 @@ from torch.fx import Node
 from sffx.blocks import BatchAxis
 from sffx.compiler.batch_axis import axis_after_reshape, is_reshape
 from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import has_tensors
 from sffx.compiler.trace.trace import Trace
 from sffx.tensors import storage_key
 
@@ -175,7 +176,7 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
 
 def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
     if isinstance(module, _FIRST_CLASSES):
-        return None if _is_weightless(module) else _axis_before_space(module, value)
+        return _axis_before_space(module, value) if has_tensors(module) else None
     if isinstance(module, nn.LayerNorm):
         return _declared_by_layer_norm(module, value)
     return value.ndim - 1 if isinstance(module, _LAST_CLASSES) else None
@@ -187,11 +188,6 @@ def _axis_of_weightless(node: Node, value: Tensor, root: nn.Module) -> int | Non
         return None
     module = root.get_submodule(str(node.target))
     return _axis_before_space(module, value) if isinstance(module, _FIRST_CLASSES) else None
-
-
-def _is_weightless(module: nn.Module) -> bool:
-    """Return whether a layer takes any number of channels, as a pool does."""
-    return not any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers()))
 
 
 def _axis_before_space(module: nn.Module, value: Tensor) -> int:

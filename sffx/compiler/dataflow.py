@@ -16,7 +16,7 @@ everything that is computed between one cut set of the spine and the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import networkx as nx
@@ -101,14 +101,7 @@ class Dataflow:
 
     def before(self, names: Iterable[str]) -> set[str]:
         """Return some nodes on paths, and all nodes on paths that lead to them."""
-        passed: set[str] = {SOURCE}
-        ahead = list(names)
-        while ahead:
-            name = ahead.pop()
-            if name not in passed:
-                passed.add(name)
-                ahead += self.paths.predecessors(name)
-        return passed - {SOURCE}
+        return _reached(names, self.paths.predecessors, {SOURCE})
 
     def is_learned(self, name: str, inside: set[str]) -> bool:
         """Return whether a parameter leads to the value of a node, all within a set of nodes."""
@@ -126,27 +119,15 @@ class Dataflow:
 
     def behind(self, name: str, inside: set[str]) -> set[str]:
         """Return the nodes of a set that the value of a node leads to, without the node."""
-        passed: set[str] = set()
-        ahead = [name]
-        while ahead:
-            for reader in self.readers(ahead.pop()):
-                if reader in inside and reader not in passed:
-                    passed.add(reader)
-                    ahead.append(reader)
-        return passed
+
+        def readers(name: str) -> set[str]:
+            return self.readers(name) & inside
+
+        return _reached(readers(name), readers, set())
 
     def passes_by(self, name: str, starts: Iterable[str]) -> bool:
         """Return whether a path from one of the start nodes to the logits avoids a node."""
-        if name == self.logits:
-            return False
-        passed = {name}
-        ahead = list(starts)
-        while ahead:
-            node = ahead.pop()
-            if node not in passed:
-                passed.add(node)
-                ahead += self.readers(node)
-        return self.logits in passed
+        return self.logits in _reached(starts, self.readers, {name})
 
     def crossing(self, inside: set[str]) -> list[str]:
         """Return the nodes of a set whose values lead from the set to the logits, in order."""
@@ -289,6 +270,20 @@ class Dataflow:
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
     """Return the steps of those of the nodes that have one so far."""
     return [step_of[name] for name in names if name in step_of]
+
+
+def _reached(
+    starts: Iterable[str], neighbours: Callable[[str], Iterable[str]], without: set[str]
+) -> set[str]:
+    """Return the start nodes and all that they lead to, by paths that avoid some nodes."""
+    passed = set(without)
+    ahead = list(starts)
+    while ahead:
+        name = ahead.pop()
+        if name not in passed:
+            passed.add(name)
+            ahead += neighbours(name)
+    return passed - without
 
 
 def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # The attributes that every module has: its tensors and children, hooks and the like.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -51,6 +51,11 @@ def in_common(qualnames: Iterable[str]) -> list[str]:
     for name in qualnames:
         groups.setdefault(without_numbers(name), []).append(name)
     return [common if len(names) > 1 else names[0] for common, names in groups.items()]
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Return whether a module or a part of it has a parameter or a buffer."""
+    return any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers()))
 
 
 def attribute(root: nn.Module, target: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from sffx.kernels.batch_slices import joined, slices_within, small_slices
+from sffx.kernels.batch_slices import joined, slices_within
 from sffx.kernels.products import (
     add_product,
     add_products,
@@ -157,11 +157,6 @@ def _against(values: Tensor, class_axis: int, ndim: int) -> Tensor:
     return values.view(shape)
 
 
-def has_many_classes(weight: Tensor, positions: int) -> bool:
-    """Return whether the weight, (J, C), is large beside what one sample adds to its gradient."""
-    return weight.shape[0] > 2 * positions
-
-
 def _of_the_gradient(positions: int) -> float:
     """Return the multiple of z that needs no factor in the gradient: dz = dg * multiple * z."""
     return 2 / positions
@@ -198,30 +193,9 @@ def _channel_gradients(
     dz: Tensor, y: Tensor, weight: Tensor, wanted: Wanted, total: Tensor | None
 ) -> Gradients:
     dy = products(weight.t().expand(len(dz), -1, -1), dz) if wanted[0] else None
-    dw = _sum_of_products(total, dz, y, weight) if wanted[1] else None
+    dw = sum_of_products(total, dz, y.mT, weight) if wanted[1] else None
     db = dz.sum((0, 2)) if wanted[2] else None
     return dy, dw, db
-
-
-def _sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Return the sum over samples of a b^T, for a (B, J, P) and b (B, C, P), added to a total.
-
-    The weight has the shape of the result.
-    """
-    found = sum_of_products(total, a, b.mT)
-    if found is not None:
-        return found
-    if a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
-        if total is not None:
-            return total.addbmm_(a, b.mT)
-        # With a beta of 0, the values of the first argument do not count.
-        return torch.addbmm(weight, a, b.mT, beta=0)
-    # On a CPU, `addbmm` computes one small product after the other.
-    for part in small_slices(a, weight.numel()):
-        products = torch.bmm(a[part], b[part].mT).sum(0)
-        total = products if total is None else total.add_(products)
-    assert total is not None  # there is always a slice
-    return total
 
 
 # Form ROWS: y is (B, P, C), as tokens lie in memory, z is (B, P, J). All positions of all samples

@@ -27,10 +27,10 @@ from sffx.kernels.direct_form import (
     ROWS,
     DirectGoodness,
     convolve,
-    has_many_classes,
 )
 from sffx.kernels.moment_form import SecondMomentGoodness
 from sffx.kernels.padding import per_real_token, zero_padded
+from sffx.kernels.products import has_many_classes
 
 # A value moved through memory takes the time of about so many multiply-adds, on CPUs and GPUs.
 _MACS_PER_VALUE = 8

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sffx.kernels.batch_slices import small_slices
+
 # With fewer multiply-adds than this, a call of oneDNN takes longer than MKL's product.
 _LEAST_MACS = 2**22
 
@@ -69,17 +71,35 @@ def add_products(
     return _each(beta * bias if beta else None, a, b, alpha)
 
 
-def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
-    """Return the sum over samples of a b, (M, N), for a (B, M, K) and b (B, K, N).
+def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Return the sum over samples of a b, (J, C), for a (B, J, P) and b (B, P, C).
 
-    It is added to a total in place where there is one. The result is None where torch's own
-    operations are faster.
+    Args:
+        total: the sum is added to it in place, where there is one.
+        a: the gradient of z.
+        b: the values that z was made from.
+        weight: whose gradient the sum is, (J, C).
     """
-    if not _is_faster(a, b):
-        return None
-    for i in range(len(a)):
-        total = product_added(total, a[i], b[i])
+    if len(a) and _is_faster(a, b):
+        for i in range(len(a)):
+            total = product_added(total, a[i], b[i])
+    elif a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
+        if total is not None:
+            return total.addbmm_(a, b)
+        # With a beta of 0, the values of the first argument do not count.
+        return torch.addbmm(weight, a, b, beta=0)
+    else:
+        # On a CPU, `addbmm` computes one small product after the other.
+        for part in small_slices(a, weight.numel()):
+            found = torch.bmm(a[part], b[part]).sum(0)
+            total = found if total is None else total.add_(found)
+    assert total is not None  # there is always a sample, or a slice
     return total
+
+
+def has_many_classes(weight: Tensor, positions: int) -> bool:
+    """Return whether the weight, (J, C), is large beside what one sample adds to its gradient."""
+    return weight.shape[0] > 2 * positions
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:

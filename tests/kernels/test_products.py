@@ -60,11 +60,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor]]]
         lambda a, b, c: 2 * a @ b,
     ),
     "sum_of_products": (
-        lambda a, b, c: products.sum_of_products(None, a, b),
+        lambda a, b, c: products.sum_of_products(None, a, b, c[0]),
         lambda a, b, c: (a @ b).sum(0),
     ),
     "sum_of_products with a total": (
-        lambda a, b, c: products.sum_of_products(c[0].clone(), a, b),
+        lambda a, b, c: products.sum_of_products(c[0].clone(), a, b, c[0]),
         lambda a, b, c: (a @ b).sum(0) + c[0],
     ),
 }

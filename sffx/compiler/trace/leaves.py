@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sffx.blocks import Leaf
 from sffx.compiler.calls import signature
-from sffx.compiler.qualnames import outermost
+from sffx.compiler.qualnames import has_tensors, outermost
 
 # torch's classes whose forward only calls their children, and so is traced.
 _CONTAINERS = (
@@ -41,7 +41,7 @@ def _joins(module: nn.Module) -> bool:
     """Whether a module that is not torch's has no tensors, and takes two arguments or more."""
     if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
         return False
-    if any(isinstance(each, Tensor) for each in (*module.parameters(), *module.buffers())):
+    if has_tensors(module):
         return False
     required = 0
     for parameter in signature(module).parameters.values():

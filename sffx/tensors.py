@@ -11,23 +11,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sffx.errors import InputError
+
 M = TypeVar("M", bound=nn.Module)
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return what `module.modules()` yields, in a fifth of the time: training steps ask for it."""
-    found: dict[nn.Module, None] = {}
+    # By identity: the class of a module may compare by content, or have no hash at all.
+    found: dict[int, nn.Module] = {}
     waiting: list[nn.Module | None] = [module]
     while waiting:
         part = waiting.pop()
-        if part is None or part in found:
+        if part is None or id(part) in found:
             continue
-        found[part] = None
+        found[id(part)] = part
         children = part._modules
         if children:
             # The first child is looked at next.
             waiting.extend(reversed(children.values()))
-    return list(found)
+    return list(found.values())
+
+
+def require_identity(module: nn.Module) -> None:
+    """Raise an InputError if a module, or one of its parts, is not hashed by its identity.
+
+    torch itself keeps modules in sets. So `parameters()`, `train()` and `to()` fail for a module
+    that has no hash, and leave out all but one of several that are equal.
+    """
+    for part in modules_in(module):
+        kind = type(part).__name__
+        if type(part).__hash__ is None:
+            what = "has no hash, since its class defines __eq__ alone or sets __hash__ to None"
+        elif _is_hashed_by_identity(part):
+            continue
+        else:
+            what = "is hashed by its content, so that torch takes two equal modules for one"
+        raise InputError(
+            f"the module {kind} {what}. Hint: write __hash__ = torch.nn.Module.__hash__ into the "
+            f"class {kind}, or eq=False where it is a dataclass"
+        )
+
+
+def _is_hashed_by_identity(module: nn.Module) -> bool:
+    try:
+        return hash(module) in (object.__hash__(module), hash(id(module)))
+    except Exception:
+        return False  # it hashes an attribute that has no hash, such as a list
 
 
 def storage_key(tensor: Tensor) -> int:

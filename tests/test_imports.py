@@ -50,6 +50,7 @@ NEIGHBOURS = {
     ("files", "errors"),
     ("tables", "errors"),
     ("fsdp", "tensors"),
+    ("tensors", "errors"),
     ("kernels", "errors"),
     ("blocks", "parts"),
     ("blocks", "arguments"),

@@ -54,6 +54,7 @@ from sffx.learning.shared_output import SharedOutput, connect
 from sffx.learning.stream_heads import SideBySide, StreamHeads, share_layers, side_by_side
 from sffx.learning.threshold import Threshold
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tensors import require_identity
 
 HIDDEN = 128  # units of "mlp"
 # Each score is computed from all channels, of any number. "cwc" gives each class channels of its
@@ -409,6 +410,7 @@ def _make_one(options: Options, block: Block, num_classes: int, task: Task) -> n
             f"{place}: goodness {option_name(options.goodness)} returned a {type(head).__name__}, "
             "not a torch.nn.Module. Hint: return the head, which is called as head(y)"
         )
+    require_identity(head)
     require_mask_argument(head, block, f"{place}: goodness {option_name(options.goodness)}")
     return InstanceMean(head) if is_folded else head
 

@@ -27,6 +27,7 @@ from sffx.checks import require_callable
 from sffx.errors import InputError
 from sffx.kernels.precision import widened
 from sffx.learning.masks import require_mask_argument
+from sffx.tensors import require_identity
 
 
 class SampleNorm(nn.Module):
@@ -258,6 +259,7 @@ def _require_norm(norm: object, block: Block, options: Options) -> None:
             f"{place} returned a {type(norm).__name__}, not a torch.nn.Module. "
             "Hint: return the norm, which is called as norm(y), or None"
         )
+    require_identity(norm)
     if any(p.requires_grad for p in norm.parameters()):
         raise InputError(
             f"{place} returned a {type(norm).__name__} with trainable parameters, which are "

@@ -11,6 +11,7 @@ from sffx.compiler.trace.closures import closure_over_the_model
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
 from sffx.net import is_cut
+from sffx.tensors import require_identity
 
 
 def require_plain(model: Any) -> None:
@@ -25,6 +26,7 @@ def require_plain(model: Any) -> None:
             f"model is a {kind}, not a torch.nn.Module. "
             "Hint: pass an instance, not a class or a function"
         )
+    require_identity(model)
     # By its attribute: to import the class of torch.compile takes seconds.
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise InputError(

@@ -7,7 +7,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sffx.blocks import BlockPlan
 from sffx.comparison.trunk import Trunk
 from sffx.compiler.partition import DRAWS_IN_ANOTHER_ORDER
+from sffx.compiler.trace.checkpointing import LEFT_OUT as CHECKPOINTING_LEFT_OUT
+from sffx.compiler.trace.checkpointing import left_out
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.plain import logits_of
 from sffx.tensors import as_dense
@@ -79,7 +81,7 @@ def run_model(model: nn.Module, run: Run, plan: BlockPlan) -> Outcome:
         return logits_of(model(*args, **kwargs), plan.task, plan.num_classes)
 
     named = dict(model.named_parameters(remove_duplicate=False))
-    with _draws_compared(plan):
+    with _compared(plan):
         return _outcome(model, run, call, named)
 
 
@@ -91,13 +93,22 @@ def run_trunk(trunk: Trunk, run: Run) -> Outcome:
         # Not by the class: the parameters of a copied script are plain tensors.
         if tensors[0].requires_grad:
             named[name] = tensors[0]
-    with _draws_compared(trunk.plan):
+    with _compared(trunk.plan):
         return _outcome(trunk, run, lambda: trunk(values), named)
 
 
-def _draws_compared(plan: BlockPlan) -> AbstractContextManager[Any]:
-    """Return a context in which the order of draws does not matter, where the blocks change it."""
-    return _EqualDraws() if DRAWS_IN_ANOTHER_ORDER in plan.notes else nullcontext()
+@contextmanager
+def _compared(plan: BlockPlan) -> Iterator[None]:
+    """Set aside what the notes of a plan say that the blocks do otherwise than the model.
+
+    These are the order of draws and gradient checkpointing.
+    """
+    with ExitStack() as stack:
+        if DRAWS_IN_ANOTHER_ORDER in plan.notes:
+            stack.enter_context(_EqualDraws())
+        if CHECKPOINTING_LEFT_OUT in plan.notes:
+            stack.enter_context(left_out())
+        yield
 
 
 class _EqualDraws(TorchDispatchMode):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
+from sffx.compiler.trace.checkpointing import LEFT_OUT
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
 from sffx.compiler.trace.surroundings import readers_of_surroundings
 from sffx.errors import in_brief
@@ -49,7 +50,7 @@ def notes(
     if idle:
         yield f"left out, since the logits do not depend on them: {in_brief(idle, 4)}"
     if checkpointed:
-        yield "gradient checkpointing in the model is left out"
+        yield LEFT_OUT
     if unvalidated:
         yield "torch.distributions does not check the values of its arguments in the cut model"
     yield from _notes_on_regions(left_out, asked)

@@ -23,10 +23,12 @@ from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
 from sffx.compiler.trace.assigned_data import assign_data
+from sffx.compiler.trace.checkpointing import generators
 from sffx.compiler.trace.mapped import run_mapped
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 from sffx.compiler.trace.regions import is_of_torch
+from sffx.compiler.trace.replaced import replaced
 from sffx.errors import is_installed
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class Patches:
         with ExitStack() as stack:
             stack.enter_context(_removed(fx.Proxy, "__call__"))
             for owner, name, stand_in in self._stand_ins():
-                stack.enter_context(_replaced(owner, name, stand_in))
+                stack.enter_context(replaced(owner, name, stand_in))
             stack.enter_context(_kinds_of_proxies())
             yield
 
@@ -182,10 +184,8 @@ class Patches:
                     yield base, "__call__", self._caller(vars(base)["__call__"])
 
     def _of_checkpoints(self) -> Iterator[tuple[Any, str, Any]]:
-        # A private function: other versions of torch may have several of this name, or none.
-        for name in list(vars(checkpoint)):
-            if name.startswith("_checkpoint_without_reentrant_generator"):
-                yield checkpoint, name, self._without_checkpoint
+        for name in generators():
+            yield checkpoint, name, self._without_checkpoint
 
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.zeros(b, t)` and its like where a size or a dtype is a proxy."""
@@ -417,7 +417,7 @@ def _kinds_of_proxies() -> Iterator[None]:
     """Let `type(x)` say of a proxy what it says of the value, in the files of all models.
 
     Likewise `Size` takes proxies, in the files where this name is torch's. There may be thousands
-    of files. One loop over them is faster than a `_replaced` for each.
+    of files. One loop over them is faster than a `replaced` for each.
     """
     modules: list[Any] = []
     with_size: list[Any] = []
@@ -474,17 +474,3 @@ def _removed(owner: type, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    is_own = name in vars(owner)  # a tensor has most of its methods from a class of C++
-    original = vars(owner).get(name)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        if is_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import sffx
+from sffx.compiler.trace.checkpointing import LEFT_OUT
 from sffx.compiler.trace.patches import _caches
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
@@ -191,6 +193,37 @@ class _Rounded(torch.autograd.Function):
         return gradient
 
 
+class _Recomputed(nn.Module):
+    """Runs its layers under checkpointing: on (B, 6)."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.b = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
+        self.head = nn.Linear(8, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.a, self.b):
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_batch_norms_under_checkpointing_count_a_batch_once(reentrant):
+    torch.manual_seed(0)
+    model = _Recomputed(reentrant)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    net = sffx.transform(model, "layer", x, check=True)
+    sffx.local_loss(net, x, y).backward()
+    plain = nn.Sequential(model.a, model.b, model.head)
+    plain(x)
+    norm = sffx.extract(net).a[1]
+    assert torch.equal(norm.num_batches_tracked, model.a[1].num_batches_tracked)
+    assert torch.equal(norm.running_mean, model.a[1].running_mean)
+
+
 class _ByFunction(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +276,7 @@ def test_what_would_take_a_proxy_for_a_tensor_ends_in_a_leaf_or_is_left_out(kind
     assert_same_logits(net, model, x)
     assert leaf_names(net) == (["2"] if reason else [])
     assert all(reason in leaf.reason for leaf in net.plan.leaves)
-    assert ("gradient checkpointing in the model is left out" in net.plan.notes) == (not reason)
+    assert (LEFT_OUT in net.plan.notes) == (not reason)
     assert torch.equal(_Rounded.apply(torch.tensor(0.6)), torch.tensor(1.0))  # torch's own is back
 
 

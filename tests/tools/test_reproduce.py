@@ -242,7 +242,7 @@ def test_interrupted_search_makes_the_same_trials(tmp_path, monkeypatch):
     train = Run.train
 
     def broken(run, *args, **options):
-        tried.append(vars(run.setting))
+        tried.append(run.setting)
         if len(tried) == 2:
             raise KeyboardInterrupt
         train(run, *args, **options)
@@ -251,7 +251,8 @@ def test_interrupted_search_makes_the_same_trials(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         search("toys", experiment, "SFF", parted, tmp_path)
     search("toys", experiment, "SFF", parted, tmp_path)
-    assert tried == [candidates(3)[0], candidates(3)[1], candidates(3)[1], candidates(3)[2]]
+    first, second, third = (Setting(**each) for each in candidates(3))
+    assert tried == [first, second, second, third]
     search("toys", experiment, "SFF", parted, tmp_path)
     assert len(tried) == 4
 

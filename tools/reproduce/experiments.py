@@ -224,6 +224,25 @@ OTHER_HEADS = {
     "heads-digits-resnet18": DIGITS,
 }
 
+# What the field adds to local learning, each beside `mlp` alone: the schedule, the trials and the
+# seeds of the experiments on heads. Every block of CNNB changes the shape of its input, so nothing
+# there is a transport.
+ADDITIONS = (
+    "mlp, alternating cuts",
+    "mlp, coarse to fine",
+    "mlp, momentum auxiliary",
+    "mlp, copied layers",
+    "mlp, contrast",
+    "mlp, distillation",
+)
+BESIDE = ("SFF", "mlp", "deep supervision, mlp")
+RECIPES = {
+    "recipes-cifar10-cnnb": replace(
+        OTHER_HEADS["heads-cifar10-cnnb"], methods=(*BESIDE, *ADDITIONS)
+    ),
+    "recipes-digits-resnet18": replace(DIGITS, methods=(*BESIDE, "mlp, transport", *ADDITIONS)),
+}
+
 # Accuracy against the number of blocks: the same network in 2, 4 and 9 blocks, and uncut.
 BLOCKS = {
     "depth-2": replace(DEPTH, policy="stages(2)"),
@@ -319,4 +338,13 @@ PUBLISHED = {
     ("family-cifar10-cnnb", "CwC, ILT fast"): "78.11, with CFSE",
 }
 
-EXPERIMENTS = {**TABLE2, **TABLE3, **MOMENTUM, **TABLE4, **OTHER_HEADS, **BLOCKS, **FAMILY}
+EXPERIMENTS = {
+    **TABLE2,
+    **TABLE3,
+    **MOMENTUM,
+    **TABLE4,
+    **OTHER_HEADS,
+    **RECIPES,
+    **BLOCKS,
+    **FAMILY,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ import sffx
 from sffx.objectives import SCFF, ForwardForward
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
+from tools.reproduce import recipes
+from tools.reproduce.data import Split
 from tools.reproduce.networks import classifier_of
 
 
@@ -30,6 +32,8 @@ class Method:
         spans: the epochs of each block, (first, end), the classifier's last; None lets all blocks
             learn in all epochs.
         probes: whether a linear probe on all blocks that predict is one more readout.
+        addition: a recipe of the field, which then gives the options; None for none.
+        strengths: of the recipe, among which the search chooses.
     """
 
     heads: bool = True
@@ -38,6 +42,14 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] | None = None
     probes: bool = False
+    addition: recipes.Addition | None = None
+    strengths: tuple[float, ...] = ()
+
+    def at(self, strength: float | None) -> Method:
+        """Return the method with its recipe at a strength, itself where that is None."""
+        if strength is None or self.addition is None:
+            return self
+        return replace(self, addition=replace(self.addition, strength=strength))
 
     def schedule(self, net: Any) -> sffx.BlockSchedule | None:
         """Return who learns when, None where all blocks always learn."""
@@ -47,8 +59,18 @@ class Method:
         """Return the network that is trained, cut or not."""
         if not self.heads:
             return model
-        net = sffx.transform(model, policy=policy, example_input=example, **self.options)
+        options = self.options
+        if self.addition is not None:
+            options = self.addition.options(model, policy, example)
+        net = sffx.transform(model, policy=policy, example_input=example, **options)
+        if self.addition is not None:
+            self.addition.attach(net)
         return net if self.local else joined(net)
+
+    def begin_epoch(self, net: Any, epoch: int, epochs: int, split: Split) -> None:
+        """Change what depends on the epoch, 0 for the first one of so many."""
+        if self.addition is not None:
+            self.addition.begin_epoch(net, epoch, epochs, split)
 
     def groups(self, net: nn.Module, lr: float, classifier_lr: float) -> list[dict[str, Any]]:
         """Return named parameter groups: one for each block, or features and classifier."""
@@ -62,14 +84,14 @@ class Method:
             {"params": classifier, "lr": classifier_lr, "name": "classifier"},
         ]
 
-    def loss(
-        self, net: nn.Module, x: Tensor, y: Tensor, blocks: Sequence[str] | None = None
-    ) -> Tensor:
+    def loss(self, net: Any, x: Tensor, y: Tensor, blocks: Sequence[str] | None = None) -> Tensor:
         """Return the loss of a batch; of some blocks, where no gradient crosses a cut."""
         if not self.heads:
             return F.cross_entropy(net(x), y)
         if not self.local:
             return sffx.sff_loss(net(x), y)
+        if self.addition is not None:
+            return self.addition.loss(net, x, y)
         return sffx.local_loss(net, x, y, blocks=blocks)
 
     @torch.no_grad()
@@ -108,6 +130,11 @@ def _supervised(goodness: str) -> Method:
     return Method(local=False, options={"goodness": goodness})
 
 
+def _with(addition: type[recipes.Addition], *strengths: float) -> Method:
+    """Return the heads of `mlp` with a recipe, whose strengths are tried."""
+    return Method(addition=addition(strengths[0]), strengths=strengths)
+
+
 def _interleaved(spans: tuple[tuple[int, int], ...]) -> Method:
     """Return CwC as published: each layer ends with its BN, and learns in some epochs."""
     options = {"objective": "cwc", "norm": "none"}
@@ -137,6 +164,13 @@ METHODS = {
     "mlp(256, 4)": _with_head("mlp(256, 4)"),
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
+    "mlp, transport": _with(recipes.Transport, 0.3, 3.0),
+    "mlp, alternating cuts": _with(recipes.Alternating, 1.0, 0.0),
+    "mlp, coarse to fine": _with(recipes.CoarseToFine, 0.5, 1.0),
+    "mlp, momentum auxiliary": _with(recipes.MomentumAuxiliary, 0.995, 0.9),
+    "mlp, copied layers": _with(recipes.CopiedLayers, 1, 2),
+    "mlp, contrast": _with(recipes.Contrast, 0.3, 1.0),
+    "mlp, distillation": _with(recipes.Distillation, 0.3, 1.0),
     "FF": _family("ff"),
     "FF, peers": _family(ForwardForward(peer=0.03)),
     "FF, small": _family(ForwardForward(reduction="mean", threshold=2.0)),

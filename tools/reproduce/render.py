@@ -115,7 +115,9 @@ def _settings(methods: Methods) -> str:
     for method, runs in methods.items():
         setting = runs[0]["setting"]
         rates = f"{setting['lr']:g}, {setting['classifier_lr']:g}"
-        shown.append(f"{method}: {rates}, {setting['weight_decay']:g}")
+        strength = setting.get("strength")
+        with_strength = "" if strength is None else f", strength {strength:g}"
+        shown.append(f"{method}: {rates}, {setting['weight_decay']:g}{with_strength}")
     return "; ".join(shown)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tools.reproduce.data import Split
 from tools.reproduce.experiments import Experiment
+from tools.reproduce.methods import METHODS
 from tools.reproduce.training import Run, Setting
 
 GRID = {
@@ -29,11 +30,12 @@ GRID = {
 }
 
 
-def candidates(trials: int) -> list[dict[str, float]]:
+def candidates(trials: int, strengths: Sequence[float] = ()) -> list[dict[str, float]]:
     """Return the settings that are tried.
 
     Each learning rate of the features comes first, in the middle of the other values. Then come
-    others at random.
+    others at random. A method with strengths tries each setting with each of them, and so fewer
+    settings.
     """
     first = []
     for lr in (1e-3, 3e-3, 1e-2, 3e-4):
@@ -44,7 +46,10 @@ def candidates(trials: int) -> list[dict[str, float]]:
         if setting not in first:
             rest.append(setting)
     random.Random(0).shuffle(rest)
-    return [*first, *rest][:trials]
+    settings = [*first, *rest]
+    if strengths:
+        settings = [{**setting, "strength": each} for setting in settings for each in strengths]
+    return settings[:trials]
 
 
 def search(
@@ -57,9 +62,10 @@ def search(
 ) -> Setting:
     """Return the setting with the best validation accuracy among the experiment's trials.
 
-    The settings are the same for every method (`candidates`). Trials that were made before are not
-    made again, and one that was interrupted is. Where a method is judged by its ensemble, the
-    classifier's learning rate makes no difference to it. Then the first of equal settings is taken.
+    The settings are the same for every method without a recipe (`candidates`). Trials that were
+    made before are not made again, and one that was interrupted is. Where a method is judged by its
+    ensemble, the classifier's learning rate makes no difference to it. Then the first of equal
+    settings is taken.
 
     Args:
         name: of the experiment.
@@ -76,9 +82,11 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(f"{name}, {method}", experiment.trial_epochs, folder)
     require_same_length(study, experiment.trial_epochs, folder)
+    strengths = METHODS[method].strengths
+    grids = {**GRID, "strength": strengths} if strengths else GRID
 
     def objective(trial: Trial) -> float:
-        values = {key: trial.suggest_categorical(key, grid) for key, grid in GRID.items()}
+        values = {key: trial.suggest_categorical(key, grid) for key, grid in grids.items()}
         setting = Setting(**values)
         run = Run(experiment, method, setting, 0, split, weights)
 
@@ -94,7 +102,7 @@ def search(
         print(f"  {name}, {method}, trial {trial.number}: {setting}, {best:.2%}", flush=True)
         return best
 
-    wanted = candidates(experiment.trials)
+    wanted = candidates(experiment.trials, strengths)
     done = [trial.params for trial in _trials(study, TrialState.COMPLETE, TrialState.PRUNED)]
     for setting in wanted:
         if setting not in done:

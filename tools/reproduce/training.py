@@ -27,11 +27,19 @@ SAVE_EVERY = 30  # seconds
 
 @dataclass(frozen=True)
 class Setting:
-    """The values of a search: learning rates of features and classifier, AdamW's weight decay."""
+    """The values of a search.
+
+    Attributes:
+        lr: learning rate of the features.
+        classifier_lr: of the classifier.
+        weight_decay: AdamW's.
+        strength: of the method's recipe; None where it has none.
+    """
 
     lr: float
     classifier_lr: float
     weight_decay: float
+    strength: float | None = None
 
 
 def _do_nothing(epoch: int, accuracy: float) -> None:
@@ -52,7 +60,7 @@ class Run:
     ) -> None:
         torch.manual_seed(seed)
         self.experiment = experiment
-        self.method = METHODS[name]
+        self.method = METHODS[name].at(setting.strength)
         self.setting = setting
         self.seed = seed
         self.split = split
@@ -131,6 +139,7 @@ class Run:
         """Train and validate for one epoch, and return the validation accuracy."""
         epoch = len(self.curve)
         self._cool_down(epoch)
+        self.method.begin_epoch(self.net, epoch, self.experiment.epochs, self.split)
         start = time.perf_counter()
         train_loss = self._train_epoch(epoch)
         seconds = time.perf_counter() - start

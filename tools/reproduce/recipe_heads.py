@@ -1,0 +1,164 @@
+"""The heads of the recipes: the head of `mlp`, with what a recipe puts before or beside it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sffx
+from sffx.learning.cosine import CosineGoodness
+from sffx.learning.norms import SampleNorm
+
+HIDDEN = 128  # units of "mlp"
+
+
+def mlp(block: sffx.Block, num_classes: int, channels: int | None = None) -> CosineGoodness:
+    """Return a head as `goodness="mlp"` makes it, for another number of channels where given."""
+    width = block.channels if channels is None else channels
+    spatial = len(block.shape) - 1
+    return CosineGoodness(width, num_classes, block.channel_axis, spatial, hidden=HIDDEN)
+
+
+class TransportHead(nn.Module):
+    """A head with one more column in train mode: how far its block moves its input.
+
+    The column is `mean (T(x) - x)^2`, over the values of a sample. It is 0 where a block changes
+    the shape. A head does not see the input of its block, so a hook on the block remembers it.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.read: Tensor | None = None
+
+    def remember(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Keep what a block reads, x; a forward pre-hook."""
+        self.read = inputs[0]
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), in train mode with the column, (B, J + 1)."""
+        read, self.read = self.read, None
+        goodness: Tensor = self.head(y)
+        if not self.training:
+            return goodness
+        moved = goodness.new_zeros(len(y))
+        if read is not None and read.shape == y.shape:
+            moved = (y - read).square().flatten(1).mean(1)
+        return torch.cat([goodness, moved[:, None]], dim=1)
+
+
+class GroupedHead(nn.Module):
+    """A head that tells groups of classes apart.
+
+    The score of a class is the log of its group's mean probability. So cross-entropy of the scores
+    is that of the summed probability of the label's group, but for a constant. In the ensemble, the
+    block does not choose between the classes of a group.
+
+    Attributes:
+        group_of: the group of each class, (J,). At first each class is its own.
+    """
+
+    group_of: Tensor
+
+    def __init__(self, head: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("group_of", torch.arange(num_classes))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the score of each class, (B, J)."""
+        is_same = self.group_of[:, None] == self.group_of
+        logits = self.head(y)[:, None].masked_fill(~is_same, -math.inf)  # (B, J, J)
+        return logits.logsumexp(2) - is_same.sum(1).log()
+
+
+class MomentumHead(nn.Module):
+    """A head behind a slow copy of the first layer of the next block, and a bias that learns."""
+
+    def __init__(self, layer: nn.Module, block: sffx.Block, num_classes: int) -> None:
+        super().__init__()
+        self.norm = SampleNorm()  # as the next block reads its input
+        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        channels: Any = layer.out_channels
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.head = mlp(block, num_classes, channels)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), of a block's output, (B, C, H, W)."""
+        hidden = self.layer(self.norm(y)) + self.bias[:, None, None]
+        goodness: Tensor = self.head(F.relu(hidden))
+        return goodness
+
+    @torch.no_grad()
+    def follow(self, layer: nn.Module, momentum: float) -> None:
+        """Move the copy: `w <- m w + (1 - m) w_next`."""
+        for own, other in zip(self.layer.parameters(), layer.parameters(), strict=True):
+            own.lerp_(other, 1 - momentum)
+
+
+class DeepHead(nn.Module):
+    """A head behind copies of later blocks, which learn with it."""
+
+    def __init__(self, layers: Sequence[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+        self.norm = SampleNorm()  # as between blocks
+        self.head = head
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), of a block's output, (B, C, H, W)."""
+        for layer in self.layers:
+            y = layer(self.norm(y))
+        goodness: Tensor = self.head(y)
+        return goodness
+
+
+class ContrastHead(nn.Module):
+    """A head with 128 more columns in train mode: projected features of unit length.
+
+    The features are averaged over space. They are divided by the root of the temperature, so that
+    their products are similarities over the temperature.
+    """
+
+    SIZE = 128
+    temperature: Tensor
+
+    def __init__(self, block: sffx.Block, num_classes: int) -> None:
+        super().__init__()
+        self.head = mlp(block, num_classes)
+        self.projection = nn.Linear(block.channels, self.SIZE)
+        self.norm = nn.BatchNorm1d(self.SIZE)
+        self.register_buffer("temperature", torch.tensor(0.8))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), in train mode with the features, (B, J + 128)."""
+        goodness: Tensor = self.head(y)
+        if not self.training:
+            return goodness
+        features = self.norm(self.projection(y.flatten(2).mean(2)))
+        unit = F.normalize(features) * self.temperature.rsqrt()
+        return torch.cat([goodness, unit], dim=1)
+
+
+def supervised_contrast(z: Tensor, y: Tensor) -> Tensor:
+    """Return the mean over samples of `-mean_p log( exp(z_n z_p) / sum_{a != n} exp(z_n z_a) )`.
+
+    The p are the other samples of the same class. Samples without any are left out.
+
+    Args:
+        z: features over the root of the temperature, (B, D).
+        y: class indices, (B,).
+    """
+    itself = torch.eye(len(y), dtype=torch.bool)
+    log_shares = (z @ z.T).masked_fill(itself, -math.inf).log_softmax(1)
+    positive = (y[:, None] == y) & ~itself
+    counts = positive.sum(1)
+    sums = log_shares.masked_fill(~positive, 0).sum(1)
+    means = sums / counts.clamp(min=1)
+    return -means.sum() / (counts > 0).sum().clamp(min=1)

@@ -30,6 +30,28 @@ def test_costs_are_ratios_of_counted_bytes_and_one_for_the_method_itself():
     assert found["large"]["time"] > 0
 
 
+def test_memory_is_that_of_the_larger_of_two_steps():
+    odd = iter([False, True] * 10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def loss():
+        return model(torch.ones(400 if next(odd) else 8, 4)).square().mean()
+
+    def large():
+        return model(torch.ones(400, 4)).square().mean()
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainings = {
+        "large": Training(model, optimizer, large),
+        "every second": Training(model, optimizer, loss),
+    }
+    found = relative_costs(trainings, "large", rounds=2)
+    assert found["every second"]["peak"] == 1
+    odd = iter([True, False] * 10)
+    assert relative_costs(trainings, "large", rounds=2)["every second"]["peak"] == 1
+
+
 def test_a_step_uses_the_gradients_of_its_own_loss_alone():
     each = training(4)
     twin = training(4)

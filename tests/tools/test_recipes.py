@@ -13,6 +13,7 @@ from tools.reproduce.experiments import EXPERIMENTS
 from tools.reproduce.methods import METHODS
 from tools.reproduce.recipe_heads import GroupedHead, supervised_contrast
 from tools.reproduce.recipes import clustered, group_counts, heads_of
+from tools.reproduce.render import gains
 from tools.reproduce.search import candidates
 
 CLASSES = 3
@@ -229,3 +230,14 @@ def test_recipes_are_run_as_the_heads_are():
         recipes = [METHODS[each] for each in own.methods if METHODS[each].addition is not None]
         assert len(recipes) == (6 if name == "cifar10-cnnb" else 7)
         assert all(recipe.strengths[0] == recipe.addition.strength for recipe in recipes)
+
+
+def test_gains_are_differences_of_equal_seeds_and_ratios_of_costs():
+    def runs(*accuracies):
+        return [{"seed": i, "test": {"ensemble": each}} for i, each in enumerate(accuracies)]
+
+    methods = {"mlp": runs(0.5, 0.6), "better": runs(0.53, 0.61, 0.9), "unknown": runs(0.4)}
+    costs = {"mlp": {"peak": 0.5, "time": 2.0}, "better": {"peak": 1.0, "time": 3.0}}
+    *_, better, unknown = gains(methods, costs).splitlines()
+    assert better == "| better | 2.00 ± 1.41 | 2 | 2.00 | 1.50 |"
+    assert unknown == "| unknown | -10.00 | 1 | – | – |"

@@ -185,7 +185,12 @@ def _config(experiment: Experiment, method: str) -> dict[str, Any]:
 def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:
     record = folders.out / name / "costs.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    measured: dict[str, Any] = {**costs(experiment), "versions": versions()}
+    strengths = {}
+    for method in experiment.methods:
+        searched = folders.record(name, method, 0)
+        if searched.exists():
+            strengths[method] = json.loads(searched.read_text())["setting"].get("strength")
+    measured: dict[str, Any] = {**costs(experiment, strengths), "versions": versions()}
     write(record, json.dumps(measured).encode())
 
 

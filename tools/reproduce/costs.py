@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -14,11 +15,20 @@ from tools.reproduce.networks import build, example
 
 
 def costs(
-    experiment: Experiment, classes: int = 10, rounds: int = 20
+    experiment: Experiment,
+    strengths: Mapping[str, float | None],
+    classes: int = 10,
+    rounds: int = 20,
 ) -> dict[str, dict[str, float]]:
     """Return by method the peak memory of a step with AdamW, its activations and its time.
 
     All are relative to BP.
+
+    Args:
+        experiment: whose methods are measured.
+        strengths: that the search chose for methods with a recipe, by the method's name.
+        classes: J.
+        rounds: of the time measurement.
     """
     x = torch.randn(experiment.batch, experiment.channels, experiment.size, experiment.size)
     x = x.contiguous(memory_format=torch.channels_last)  # as in training
@@ -26,7 +36,7 @@ def costs(
     y = torch.randint(0, classes, (experiment.batch,))
     trainings = {}
     for name in dict.fromkeys(("BP", *experiment.methods)):
-        method = METHODS[name]
+        method = METHODS[name].at(strengths.get(name))
         model = build(experiment.network, classes, experiment.size)
         net = method.prepare(model, experiment.policy, shape).train()
         net = net.to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sffx.files import write
 from sffx.plots.figure import blank, save
-from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED
+from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
 
 READOUTS = (
     "ensemble",
@@ -76,6 +76,28 @@ def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None)
     epochs = [run["epochs"] for run in runs]
     cells += [str(len(runs)), f"{min(epochs)} to {max(epochs)}"]
     return f"| {' | '.join(cells)} |"
+
+
+def gains(methods: Methods, costs: dict[str, Any], base: str = "mlp") -> str:
+    """Return a table of what each method adds to the base.
+
+    It has the gain of the ensemble in percentage points, the mean and standard deviation of the
+    differences of equal seeds, and the cost of a step over that of the base.
+    """
+    titles = ["method", f"gain over {base}", "seeds", f"peak / {base}", f"time / {base}"]
+    rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    of_base = {run["seed"]: run["test"]["ensemble"] for run in methods[base]}
+    for method, runs in methods.items():
+        pairs = [run for run in runs if run["seed"] in of_base]
+        if method == base or not pairs:
+            continue
+        differences = spread(run["test"]["ensemble"] - of_base[run["seed"]] for run in pairs)
+        cells = [method, differences, str(len(pairs))]
+        for key in ("peak", "time"):
+            known = method in costs and base in costs
+            cells.append(f"{costs[method][key] / costs[base][key]:.2f}" if known else "–")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def description(name: str, methods: Methods) -> str:
@@ -173,6 +195,8 @@ def render(out: Path) -> None:
         costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, costs)]
+        if name in RECIPES and "mlp" in methods:
+            parts += ["", gains(methods, costs)]
         published = _published(name, methods)
         if published:
             parts += ["", published]

@@ -73,6 +73,30 @@ def add_leaves(
             reasons[name] = reason
 
 
+def leaves_by_hooks(model: nn.Module) -> dict[str, str]:
+    """Return why modules with backward hooks are leaves, by qualname.
+
+    Such a hook is given the gradients of the whole module. It has no place in a graph of the
+    module's parts.
+    """
+    reasons = {}
+    for name, module in model.named_modules():
+        if name and not is_layer(module) and has_backward_hooks(module):
+            reasons[name] = "has a backward hook"
+    return reasons
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a hook is given gradients of a module."""
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module).get(name) for name in names)  # a scripted module has none
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a hook is given what a module returns."""
+    return bool(vars(module).get("_forward_hooks"))
+
+
 def leaf_records(root: nn.Module, reasons: Mapping[str, str]) -> tuple[Leaf, ...]:
     """Return the records of the outermost leaves."""
     total = max(_number_of_parameters(root), 1)

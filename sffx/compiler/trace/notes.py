@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
 from sffx.compiler.trace.checkpointing import LEFT_OUT
+from sffx.compiler.trace.leaves import has_backward_hooks
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
 from sffx.compiler.trace.surroundings import readers_of_surroundings
 from sffx.errors import in_brief
@@ -93,7 +94,7 @@ def _notes_on_hooks(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
             f"hooks of {', '.join(in_common(hooked))} ran during the trace alone: their operations "
             "on tensors are part of the cut model, and what else they do is not"
         )
-    backward = [name for name, module in root.named_modules() if _has_backward_hooks(module)]
+    backward = [name for name, module in root.named_modules() if has_backward_hooks(module)]
     called = [name for name in backward if name not in inlined]
     if called:
         yield (
@@ -136,10 +137,6 @@ def _nests_padded(root: nn.Module, graph: fx.Graph) -> bool:
 def _has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return any(hooks) or bool(module._backward_pre_hooks)
-
-
-def _has_backward_hooks(module: nn.Module) -> bool:
-    return bool(vars(module).get("_backward_hooks"))  # a scripted module has none
 
 
 def _used_parameters(root: nn.Module, graph: fx.Graph) -> set[int]:

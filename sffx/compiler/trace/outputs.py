@@ -6,7 +6,7 @@ For another task than classification, the logits are what the model predicts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -40,7 +40,8 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
     1. The one value that it returns.
     2. In a mapping or a record, what is called "logits"; or "out", scores of pixels.
     3. Probabilities do not count where the scores that they are made of are returned as well.
-    4. Where several could be logits and differ in width, the one with `num_classes` columns.
+    4. Where several could be logits and differ in width, the one with `num_classes` columns. If
+       none of them has as many, one that lies deeper, in a tuple or a mapping among them.
     5. Else the first that could be logits, or the first of all.
 
     Raises:
@@ -102,23 +103,49 @@ def place_of_logits(value: Any) -> str:
     return "" if fields is None else name_of_logits(fields, _axes)
 
 
-def notes_on_outputs(value: Any, logits: Any) -> list[str]:
-    """Return a note if a model returns several values like its logits, and nothing names one.
+def notes_on_outputs(value: Any, logits: Any, wanted: Wanted) -> list[str]:
+    """Return notes if other values that a model returns could be its logits, and none is named.
 
     Args:
         value: what the forward returned, during a trace.
         logits: what `find_logits` found in it.
+        wanted: what the caller says of the output.
     """
     if place_of_logits(value) or not isinstance(logits, fx.Proxy):
         return []
-    shapes = [_shape(each) for each in _without_probabilities(_values_in(value) or ())]
-    count = shapes.count(_shape(logits))
-    if count < 2:
-        return []
-    return [
-        f"the model returns {count} values like {described(facts(logits.node).example)}, and "
-        "the first is its output here. Hint: if another one is meant, return that alone"
-    ]
+    values = _without_probabilities(tuple(_proxies_in(value)))
+    count = [_shape(each) for each in values].count(_shape(logits))
+    notes = []
+    if count > 1:
+        notes.append(
+            f"the model returns {count} values like {described(facts(logits.node).example)}, and "
+            "the first is its output here. Hint: if another one is meant, return that alone"
+        )
+    widths = {_width(each, wanted) for each in values} - {0, _width(logits, wanted)}
+    if widths and wanted.num_classes is None:
+        notes.append(
+            f"the model returns values of other widths as well, of {_in_words(widths)} columns. "
+            f"Its output here has {_width(logits, wanted)}. Hint: num_classes tells which is meant"
+        )
+    return notes
+
+
+def _in_words(widths: Collection[int]) -> str:
+    return " and ".join(map(str, sorted(widths)))
+
+
+def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
+    """Yield the traced values in what a forward returned; of a named output its logits alone."""
+    if isinstance(value, fx.Proxy):
+        yield value
+        return
+    fields = fields_of(value)
+    named = "" if fields is None else name_of_logits(fields, _axes)
+    parts = (fields[named],) if fields is not None and named else _values_in(value)
+    for part in parts or ():
+        # Not other objects, which may hold themselves.
+        if isinstance(part, (fx.Proxy, Mapping, tuple, list)):
+            yield from _proxies_in(part)
 
 
 def _shape(value: Any) -> Any:
@@ -137,10 +164,13 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     candidates = [each for each in values if _width(each, wanted)]
     widths = [_width(each, wanted) for each in candidates]
     num_classes = wanted.num_classes
-    if len(set(widths)) < 2:
-        return _first_of(values, candidates, wanted)
     if num_classes in widths:
         return candidates[widths.index(num_classes)]
+    for each in _without_probabilities(tuple(_proxies_in(tuple(values)))):
+        if num_classes is not None and _width(each, wanted) == num_classes:
+            return each
+    if len(set(widths)) < 2:
+        return _first_of(values, candidates, wanted)
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
     raise TraceError(

@@ -32,7 +32,7 @@ from sffx.compiler.trace.functions import (
     require_plain_values,
 )
 from sffx.compiler.trace.identity import require_no_identity
-from sffx.compiler.trace.leaves import has_no_code, is_layer
+from sffx.compiler.trace.leaves import has_forward_hooks, has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
 from sffx.compiler.trace.own_state import OwnState
 from sffx.compiler.trace.parameter_forms import ParameterForms, reads_form_alone
@@ -66,7 +66,7 @@ class GuidedTracer(fx.Tracer):
         regions: that it enters.
         writes: on the model's tensors.
         opened: modules that can be no leaves: one of their attributes, named here, is set while
-            they do not run.
+            they do not run; or, where the name is "", a hook keeps what the forward reads.
         has_opened: whether another one was found, which the graph has called as a leaf before.
         own: what the modules hold themselves.
         tensors_left: qualnames of the attributes in which the forward has left tensors.
@@ -149,7 +149,7 @@ class GuidedTracer(fx.Tracer):
             returned = call(self.root, example.form, inputs)
             self.place_of_logits = place_of_logits(returned)
             logits = find_logits(returned, self.wanted)
-            self.notes_on_task = notes_on_outputs(returned, logits)
+            self.notes_on_task = notes_on_outputs(returned, logits, self.wanted)
             return logits
 
         return forward, []
@@ -244,11 +244,22 @@ class GuidedTracer(fx.Tracer):
                 "one that the forward makes; register it, as by nn.ModuleList or nn.ParameterList"
             )
         self.views.require_none()
+        self._open_hooked()
         raise RuntimeError(
             "it uses a tensor that an earlier call has computed and kept, outside of the model "
             "or in a container, or one computed from what parameters() or state_dict() return, "
             "which a graph cannot hold"
         )
+
+    def _open_hooked(self) -> None:
+        """Open the layers with hooks for the next attempt: one may have kept what is read.
+
+        The hook of a leaf is given no traced values.
+        """
+        for module in self.submodule_paths or ():
+            if is_layer(module) and has_forward_hooks(module) and module not in self.opened:
+                self.opened[module] = ""
+                self.has_opened = True
 
     def is_untraced(self, tensor: Any) -> bool:
         """Whether the forward has a parameter or a buffer itself, and no proxy of it."""
@@ -314,10 +325,11 @@ class GuidedTracer(fx.Tracer):
             self.has_opened = True
 
     def _why_no_leaf(self, m: nn.Module, qualname: str) -> str:
-        return (
-            f"the attribute {self.opened[m]!r} of {qualname}, a {type(m).__name__}, is set while "
-            f"it does not run, and it cannot be traced: {self.leaves[qualname]}"
-        )
+        layer, attribute = f"{qualname}, a {type(m).__name__}", self.opened[m]
+        reason = f"the attribute {attribute!r} of {layer}, is set while it does not run"
+        if not attribute:
+            reason = f"the forward reads what a hook of {layer}, may have kept"
+        return f"{reason}, and it cannot be traced: {self.leaves[qualname]}"
 
     def _called(self, m: nn.Module, call: Callable[[], Any], *, is_leaf: bool) -> Any:
         before = versions(m)

@@ -336,6 +336,38 @@ def test_the_first_of_several_outputs_is_noted(make, is_noted):
     assert plan.num_classes == 3
 
 
+class _Nested(nn.Module):
+    """Returns features, (B, 6), and in a part of its own the scores, (B, 3)."""
+
+    def __init__(self, nest: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.nest = nest
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.b(self.a(x).relu())
+        return self.nest(features, self.c(features.relu()))
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda features, scores: {"features": features, "out": {"classes": scores}},
+        lambda features, scores: (features, [scores, features.softmax(1)]),
+        lambda features, scores: (features, ({"logits": scores, "aux": features}, None)),
+    ],
+)
+def test_the_number_of_classes_tells_logits_that_lie_deeper(nest):
+    model, x = _Nested(nest).eval(), torch.randn(4, 6)
+    net = sffx.transform(model, "layer", x, num_classes=3, norm="none", check=True)
+    net.readout.mode = "classifier"
+    features = model.b(model.a(x).relu())
+    assert torch.equal(net(x), model.c(features.relu()))
+    note = "values of other widths as well, of 3 columns. Its output here has 6. Hint: num_classes"
+    assert any(note in each for each in sffx.plan(model, "layer", x).notes)
+    assert not any("other widths" in each for each in net.plan.notes)
+
+
 class _OtherLayout(nn.Module):
     """Layers on each step of (B, T, 4), and then another layout."""
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
+import torch
 from torch import fx, nn
 
 from sffx.parts import name_in_model
@@ -19,6 +20,7 @@ ASSIGNMENT = re.compile(r"\s*(\w+)(?: *:[^=]*)? = ")
 GENERATED_LINE = re.compile(rf'File "{GENERATED}[^"]*", line \d+, in forward\n{ASSIGNMENT.pattern}')
 
 NO_ONNX_FORM = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+SIZE_AS_NUMBER = "Unsupported attribute type"
 TRANSLATING = re.compile(r"Error when translating node %(\w+)")
 EXECUTING = re.compile(r"While executing %(\w+)")
 
@@ -45,6 +47,12 @@ def explanation(error: Exception, model: nn.Module) -> str:
     operator = NO_ONNX_FORM.search(text)
     if operator:
         return f"the operator {operator[1]!r}{where} has no ONNX form. {OPERATOR_HINT}"
+    argument = _open_argument(chain, text)
+    if argument:
+        return (
+            f"{argument}{where} from a size that stays open, as that of the batch, and ONNX holds "
+            f"it as a fixed number. {OPERATOR_HINT}"
+        )
     return f"the model cannot be exported{where}: {first_line(chain[-1])}. {MODEL_HINT}"
 
 
@@ -100,6 +108,22 @@ def _place_of_exported(node: fx.Node | None, name: str, model: nn.Module) -> str
     return f"node {name!r} in module {modules[-1]!r}" if modules else f"node {name!r}"
 
 
+def _open_argument(chain: list[BaseException], text: str) -> str:
+    """Return which argument of an operator is a size, where ONNX has a number; "" where none is.
+
+    A convolution with weights for each sample is one with as many groups as samples.
+    """
+    translated = TRANSLATING.search(text)
+    node = _exported_node(chain, translated[1]) if translated and SIZE_AS_NUMBER in text else None
+    schema = getattr(getattr(node, "target", None), "_schema", None)
+    if node is None or schema is None:
+        return ""
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.SymInt):
+            return f"{schema.name!r} takes its argument {argument.name!r}"
+    return ""
+
+
 def _exported_node(chain: list[BaseException], name: str) -> fx.Node | None:
     """Return the node of the exporter's graph that its message names.
 
@@ -143,6 +167,17 @@ def _owner(model: nn.Module, name: str) -> str:
             if node.name == name and node.op != "placeholder":
                 return _module_of(node, path)
     return ""
+
+
+def place_of_node(node: fx.Node, graph: str) -> str:
+    """Return a node and the module of the original model that it lies in, in words.
+
+    Args:
+        node: of a graph.
+        graph: the qualname of the graph's module.
+    """
+    module = _module_of(node, graph)
+    return f"node {node.name!r} in module {module!r}" if module else f"node {node.name!r}"
 
 
 def _module_of(node: fx.Node, graph: str) -> str:

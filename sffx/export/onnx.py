@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.export.any_batch import require_any_batch
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity, require_tolerance
@@ -117,6 +118,7 @@ def export_onnx(
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
+    require_any_batch(cut, chosen)
     with writing(path) as draft, torch.no_grad():
         require_packages()
         model = inference_copy(cut)

@@ -8,7 +8,10 @@ from torch import Tensor
 from sffx.checks import is_number
 from sffx.errors import ExportError, InputError
 
-TOLERANCE_HINT = "Hint: pass a larger tolerance if this much is acceptable"
+TOLERANCE_HINT = (
+    "Hint: pass a larger tolerance if this much is acceptable; where it is large, a module that is "
+    "not traced may do something else for a batch of this size"
+)
 # An exporter keeps the height and width that it traced where a model computes with them in Python,
 # as it does for windows and padding.
 OPEN_SIZE_HINT = (

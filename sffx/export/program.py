@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from sffx.blocks import Input
 from sffx.errors import ExportError
+from sffx.export.any_batch import require_any_batch
 from sffx.export.explain import explanation, first_line
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
@@ -87,6 +88,7 @@ def export_program(
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
+    require_any_batch(cut, chosen)
     with writing(path) as draft, torch.no_grad():
         model = inference_copy(cut)
         reduce_to_readout(model, chosen)

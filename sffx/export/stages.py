@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sffx.blocks import BatchAxis
 from sffx.errors import ExportError
+from sffx.export.any_batch import require_any_batch
 from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
 from sffx.export.exit_stage import FIRST_AXIS, ExitStage
 from sffx.export.metadata import names_and_normalisation
 from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
-from sffx.export.prepare import inference_copy
+from sffx.export.prepare import CUMULATIVE, inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
 from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
@@ -74,6 +75,7 @@ def export_early_exit(
     described = names_and_normalisation(cut.plan, class_names, mean, std)
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
+        require_any_batch(cut, CUMULATIVE)
         runner = EarlyExit(inference_copy(cut), threshold)
         for name, values in described.items():
             setattr(runner, name, None if values is None else tuple(values))

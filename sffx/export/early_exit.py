@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sffx.checks import is_number
 from sffx.errors import InputError
 from sffx.export.exit_files import load
-from sffx.export.exit_stage import FIRST_AXIS, exit_stages, kept
+from sffx.export.exit_stage import exit_stages, kept
 from sffx.files import as_path
 from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, split_batch
 from sffx.learning.readouts import mean_goodness
@@ -160,7 +160,7 @@ class EarlyExit:
         runner.inputs = manifest.inputs
         runner.nested = manifest.nested
         runner.stages = stages
-        runner.batched = dict.fromkeys(manifest.batched, FIRST_AXIS)
+        runner.batched = dict(manifest.batched)
         runner.skips = manifest.skips
         runner.class_names = manifest.class_names
         runner.mean = manifest.mean

@@ -21,7 +21,7 @@ from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
 from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
 
-# Of most values, and of all in the files of an early exit.
+# Of most values.
 FIRST_AXIS = BatchAxis(0)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,15 +168,18 @@ def onnx_program(
             warnings.filterwarnings(
                 "ignore", message=r"# The axis name: batch will not be used", category=UserWarning
             )
-            program = torch.onnx.export(
-                model,
-                arguments,
-                dynamo=True,
-                verbose=False,
-                input_names=list(input_names),
-                output_names=list(output_names),
-                dynamic_shapes=axes,
-                opset_version=opset,
+            program = _optimized_or_not(
+                partial(
+                    torch.onnx.export,
+                    model,
+                    arguments,
+                    dynamo=True,
+                    verbose=False,
+                    input_names=list(input_names),
+                    output_names=list(output_names),
+                    dynamic_shapes=axes,
+                    opset_version=opset,
+                )
             )
     except Exception as error:
         raise ExportError(explanation(error, model)) from error
@@ -189,6 +193,19 @@ def onnx_program(
             f"Hint: leave opset out, or pass {written}"
         )
     return program
+
+
+def _optimized_or_not(export: Callable[..., ONNXProgram | None]) -> ONNXProgram | None:
+    """Return what an exporter returns; without its optimizer where that fails.
+
+    The optimizer fails at a split of an axis that stays open, as `x.chunk(2)` of the batch.
+    """
+    from onnxscript import ir
+
+    try:
+        return export()
+    except ir.passes.PassError:
+        return export(optimize=False)
 
 
 def _separate_names(program: ONNXProgram) -> None:

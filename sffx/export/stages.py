@@ -14,13 +14,14 @@ from sffx.blocks import BatchAxis
 from sffx.errors import ExportError
 from sffx.export.any_batch import require_any_batch
 from sffx.export.early_exit import EarlyExit
-from sffx.export.exit_files import Manifest, StageFile, digest, require_replaceable, write_manifest
-from sffx.export.exit_stage import FIRST_AXIS, ExitStage
+from sffx.export.exit_files import digest, require_replaceable
+from sffx.export.exit_stage import ExitStage
+from sffx.export.manifest import Manifest, StageFile, write_manifest
 from sffx.export.metadata import names_and_normalisation
 from sffx.export.onnx import onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import CUMULATIVE, inference_copy
-from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES
+from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes
 from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
 from sffx.net import cut_model
@@ -59,7 +60,7 @@ def export_early_exit(
 
     Returns:
         `folder`. The files are block_0.onnx and so on. Their first output is the goodness, (B, J);
-        the others are the values that later blocks read. `sffx.export.exit_files` describes the
+        the others are the values that later blocks read. `sffx.export.manifest` describes the
         manifest.
 
     Raises:
@@ -100,7 +101,6 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         arguments = tuple(values[name] for name in stage.inputs)
         stage.score(values)
         _require_tensors(stage, values)
-        _require_first_axes(stage, runner.batched)
         _write_stage(stage, goodness, arguments, runner.batched, folder / file, opset)
         described = StageFile(
             name=stage.name,
@@ -112,11 +112,10 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
             macs=stage.macs,
         )
         stages.append(described)
-    batched = tuple(sorted(runner.batched))
     manifest = Manifest(
         runner.threshold,
         runner.inputs,
-        batched,
+        runner.batched,
         tuple(stages),
         runner.nested,
         runner.skips,
@@ -135,11 +134,16 @@ def _write_stage(
     file: Path,
     opset: int | None,
 ) -> None:
-    axes = tuple({0: "batch"} if name in batched else None for name in stage.inputs)
+    axes = tuple(_open_axis(batched[name]) if name in batched else None for name in stage.inputs)
     outputs = (goodness, *stage.outputs)
     module: Any = stage.run  # on torch it is a module
     program = onnx_program(module, arguments, stage.inputs, outputs, axes, opset)
     save_program(program, file)
+
+
+def _open_axis(batch: BatchAxis) -> Axes:
+    """Return the axis of a value that stays open, with its name in a file."""
+    return {batch.axis: "batch" if batch.rows == 1 else f"batch_times_{batch.rows}"}
 
 
 def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
@@ -150,16 +154,6 @@ def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
             raise ExportError(
                 f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, "
                 "and ONNX hands on tensors. Hint: cut elsewhere"
-            )
-
-
-def _require_first_axes(stage: ExitStage, batched: Mapping[str, BatchAxis]) -> None:
-    """Raise an ExportError if a stage gives a tensor whose first axis is not the batch."""
-    for name in stage.outputs:
-        if batched.get(name, FIRST_AXIS) != FIRST_AXIS:
-            raise ExportError(
-                f"the value {name!r} crosses the cut after {stage.name}, and the batch is not its "
-                "first axis. The files of an early exit need it there. Hint: cut elsewhere"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,14 +15,15 @@ import torch
 from torch import nn
 
 import sffx
-from sffx.blocks import Input
+from sffx.blocks import BatchAxis, Input
 from sffx.export import exit_files
-from sffx.export.exit_files import Manifest, StageFile, digest, read_manifest, write_manifest
+from sffx.export.exit_files import digest
+from sffx.export.manifest import Manifest, StageFile, read_manifest, write_manifest
 
 MANIFEST = Manifest(
     threshold=0.5,
     inputs=(Input("x", (6,), "float32"),),
-    batched=("block_0", "x"),
+    batched={"block_0": BatchAxis(0), "x": BatchAxis(0)},
     stages=(
         StageFile("block_0", "block_0.onnx", "00", ("x",), "goodness_0", ("block_0",), 30),
         StageFile("block_1", "block_1.onnx", "11", ("block_0",), "goodness_1", (), 15),
@@ -66,8 +68,10 @@ def changed(content: Any, place: tuple[str | int, ...], value: Any) -> Any:
 
 
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    write_manifest(tmp_path, MANIFEST)
-    assert read_manifest(tmp_path) == MANIFEST
+    folded = {**MANIFEST.batched, "side": BatchAxis(1, rows=6, slower=2)}
+    for manifest in (MANIFEST, dataclasses.replace(MANIFEST, batched=folded)):
+        write_manifest(tmp_path, manifest)
+        assert read_manifest(tmp_path) == manifest
 
 
 def test_the_threshold_that_was_written_is_the_default(exported: Path) -> None:
@@ -131,7 +135,7 @@ def test_an_array_of_strings_is_refused(exported: Path) -> None:
         (("class_names",), [1], r"'class_names' of it is \[1\]"),
         (("mean",), ["x"], r"'mean' of it is \['x'\]"),
         (("version",), None, r"it has no 'version'"),
-        (("version",), 3, r"its version is 3, and this version of sffx reads 2"),
+        (("version",), 4, r"its version is 4, and this version of sffx reads 2 and 3"),
         (("version",), True, r"'version' of it is True"),
         (("threshold",), "high", r"'threshold' of it is 'high'"),
         (("threshold",), -0.5, r"its threshold is -0\.5, not a number above 0"),
@@ -145,6 +149,9 @@ def test_an_array_of_strings_is_refused(exported: Path) -> None:
         (("inputs", 0, "dtype"), "load", r"'dtype' of input 0 is 'load'"),
         (("inputs", 0, "high"), 1.5, r"'high' of input 0 is 1\.5"),
         (("batched",), [1], r"'batched' holds 1, not a name"),
+        (("axes",), [1], r"'axes' of it is \[1\]"),
+        (("axes",), {"x": {"axis": 1, "rows": 1}}, r"the axis of 'x' has no 'slower'"),
+        (("axes",), {"x": {"axis": 1, "rows": 3, "slower": 2}}, r"the axis of 'x' is "),
         (("stages", 1, "goodness"), None, r"stage 1 has no 'goodness'"),
         (("stages", 1, "sha256"), None, r"stage 1 has no 'sha256'"),
         (("stages", 1, "macs"), "15", r"'macs' of stage 1 is '15'"),

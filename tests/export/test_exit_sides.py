@@ -83,10 +83,28 @@ def test_samples_cannot_leave_a_value_that_has_them_on_two_axes():
         sffx.EarlyExit(net)
 
 
-def test_the_files_of_an_early_exit_want_the_batch_first(tmp_path):
+@pytest.mark.parametrize("side", ["features first", "stacked", "folded", "behind one another"])
+def test_samples_leave_the_files_of_an_early_exit_on_whatever_axis_they_are(tmp_path, side):
+    torch.manual_seed(0)
+    net = sffx.transform(Sides(*_SIDES[side]), ["relu", "relu_1"], torch.zeros(1, 6), check=False)
+    runner = sffx.EarlyExit(net)
+    x = 3 * torch.randn(12, 6)
+    confidences = runner.cumulative(x)[0].softmax(1).amax(1).sort().values
+    runner.threshold = float(confidences[5:7].mean())  # between two samples
+    folder = sffx.export_early_exit(net, tmp_path / "exit", runner.threshold)
+    written = sffx.EarlyExit.load(folder)
+    assert written.batched == runner.batched
+    expected, actual = runner(x), written(x)
+    assert len(expected.blocks.unique()) > 1
+    assert actual.blocks.tolist() == expected.blocks.tolist()
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_features_crosses_a_cut_into_a_file(tmp_path):
     net = sffx.transform(Order(), ["mul", "mul_1"], torch.zeros(1, 6))
     sides = {value.name: value.batch for value in net.plan.blocks[0].gives}
     assert sides["argsort"] == BatchAxis(1)
-    sffx.EarlyExit(net)
-    with pytest.raises(sffx.ExportError, match=r"'argsort' crosses the cut .* not its first"):
-        sffx.export_early_exit(net, tmp_path / "exit")
+    x = torch.randn(5, 6)
+    written = sffx.EarlyExit.load(sffx.export_early_exit(net, tmp_path / "exit"))
+    expected = sffx.EarlyExit(net).cumulative(x)
+    torch.testing.assert_close(written.cumulative(x), expected, rtol=1e-4, atol=1e-5)

@@ -118,6 +118,23 @@ def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
     return None
 
 
+def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
+    """Return the targets of a batch, without its padding.
+
+    Args:
+        plan: of the cut model.
+        x: its input, as `bind` takes it.
+        y: the targets.
+
+    Raises:
+        InputError: the targets have positions, and their size is that of no input and no output.
+    """
+    values = [value for value in bind(plan, x).values() if isinstance(value, Tensor)]
+    shapes = [value.shape for value in values if value.is_floating_point()]
+    plan.task.require_size(y, False, shapes)
+    return plan.task.without_padding(y, padding_mask(plan, x))
+
+
 def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:
     """Return the value of the input that marks real tokens, None where there is none."""
     for each, value in zip(inputs, values, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from sffx.checkpoint.entries import own_entries
 from sffx.errors import InputError, MissingExtra
-from sffx.inputs import padding_mask
+from sffx.inputs import targets_of
 from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.plain import logits_of
@@ -330,7 +330,7 @@ class SFFModule(_Predictor):
 
     def without_padding(self, x: Any, y: Tensor) -> Tensor:
         """Return targets that leave out the tokens that the net's attention mask marks."""
-        return self.task.without_padding(y, padding_mask(plan_of(self.net), x))
+        return targets_of(plan_of(self.net), x, y)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the scores of each block and of each readout, (B, J)."""
@@ -395,6 +395,7 @@ class BPModule(_Predictor):
         logits = self._logits(x)
         task = self.task.settled(logits.shape)
         task.check_targets(y, len(logits), task.num_outputs(logits.shape))
+        task.require_size(y, True, [logits.shape])
         return task.loss(logits, y)
 
     def scores(self, x: Any) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ def sff_loss(
     output = goodness[-1].shape
     task = task.settled(output)
     check_targets(y, output[0], task.num_outputs(output), functions, task)
+    if None in functions:
+        task.require_size(y, True, [output])
     pairs = zip(goodness, functions, strict=True)
     return total([block_loss(own, y, function, task) for own, function in pairs])
 

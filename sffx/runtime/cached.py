@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from sffx.checks import positive_integer, require_flag
 from sffx.errors import InputError
 from sffx.files import writing
-from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
+from sffx.inputs import batch_size, batches, bind, split_batch, targets_of
 from sffx.net import plan_of
 from sffx.runtime.cut_values import (
     CutValues,
@@ -199,7 +199,7 @@ def _checked(net: fx.GraphModule, x: Any, y: Tensor) -> tuple[int, Tensor]:
     samples = batch_size(bind(plan, x))
     plan.task.check_targets(y, samples, plan.num_classes)
     plan.objective.check_targets(y, samples, plan.num_classes)
-    return samples, plan.task.without_padding(y, padding_mask(plan, x))
+    return samples, targets_of(plan, x, y)
 
 
 def _by_sample(net: fx.GraphModule, value: Any, samples: int, name: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError, ProcessError
-from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
+from sffx.inputs import batch_size, batches, bind, split_batch, targets_of
 from sffx.kernels.precision import widened
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import cut_model, plan_of
@@ -205,7 +205,7 @@ def scored(
         # After the scores, which tell the number of samples.
         plan.task.check_labels(y, len(scores[-1]), plan.num_classes)
         samples += len(y)
-        yield scores, plan.task.without_padding(y, padding_mask(plan, x))
+        yield scores, targets_of(plan, x, y)
     if not samples and not may_be_empty:
         raise InputError("the loader yielded no samples. Hint: pass data to evaluate on")
 

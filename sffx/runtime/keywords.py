@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
-from sffx.inputs import padding_mask
+from sffx.inputs import targets_of
 from sffx.learning.losses import LossFunctions, loss_functions
 from sffx.learning.readouts import readout_of
 from sffx.net import plan_of, require_uncompiled
@@ -82,7 +82,7 @@ class KeywordLoss(nn.Module):
             return {"logits": logits}
         plan = plan_of(self.net)
         plan.task.check_targets(labels, len(logits), plan.num_classes)
-        targets = plan.task.without_padding(labels, padding_mask(plan, inputs))
+        targets = targets_of(plan, inputs, labels)
         return {"loss": plan.task.loss(logits, targets), "logits": logits}
 
     def _train(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:

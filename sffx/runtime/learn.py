@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from sffx.blocks import BlockPlan
 from sffx.checks import require_callable
 from sffx.errors import InputError
-from sffx.inputs import batch_size, bind, padding_mask
+from sffx.inputs import batch_size, bind, targets_of
 from sffx.kernels.entropy import SharedCrossEntropy, private_scores
 from sffx.kernels.precision import widened
 from sffx.learning.losses import (
@@ -91,7 +91,7 @@ def learn(
     plan.objective.check_targets(y, samples, plan.num_classes)
     if not isinstance(x, CutValues):
         # Cached targets have no padding any more.
-        y = plan.task.without_padding(y, padding_mask(plan, x))
+        y = targets_of(plan, x, y)
     functions = losses_of(plan, functions)
     x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.

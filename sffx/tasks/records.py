@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from sffx.errors import InputError
@@ -26,7 +26,10 @@ TASKS: dict[str, type[Task]] = {
 
 def task_record(task: Task) -> dict[str, Any]:
     """Return a task as its name and its options: {"name": "segmentation", "ignore_index": 11}."""
-    return {"name": task.name, **asdict(task)}
+    options = asdict(task)
+    # What `transform` has read off the model is no option.
+    asked = {each.name: options[each.name] for each in fields(task) if each.compare}
+    return {"name": task.name, **asked}
 
 
 def task_of_record(record: Any) -> Task:

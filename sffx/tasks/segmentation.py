@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +53,12 @@ class Segmentation(Positions):
         ignore_index: the label of pixels that are left out.
         space: the number of axes of space: 2 of images, 3 of volumes, 1 of signals. `transform`
             sets it.
+        example_sizes: of the image and of the answer in the example; () where they are not known.
+            `transform` sets it.
     """
 
     space: int = 2
+    example_sizes: tuple[tuple[int, ...], ...] = field(default=(), compare=False, repr=False)
 
     name: ClassVar[str] = "segmentation"
     form: ClassVar[str] = "pixel"
@@ -66,8 +69,12 @@ class Segmentation(Positions):
     def shapes(self) -> str:  # type: ignore[override]
         return f"(B, J, {_AXES[self.space]})"
 
-    def settled(self, shape: Shape) -> Task:
-        return replace(self, space=len(shape) - 2)
+    def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
+        space = len(shape) - 2
+        sizes = _sizes_of_images(inputs, space)
+        if len(sizes) != 1:
+            return replace(self, space=space)
+        return replace(self, space=space, example_sizes=(sizes.pop(), tuple(shape[2:])))
 
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
         return len(shape) - 2 in _AXES and num_outputs in (None, shape[1])
@@ -97,6 +104,21 @@ class Segmentation(Positions):
     def _target_shapes(self, batch: int) -> str:
         return f"({batch}, {_AXES[self.space]})"
 
+    def require_size(self, y: Any, of_answer: bool, shapes: Sequence[Shape]) -> None:
+        if not isinstance(y, Tensor) or y.ndim != self.space + 1 or self.space == 1:
+            return  # a signal has a length alone
+        # Labels are those of the image, or of the answer, which may be smaller.
+        sizes = _sizes_of_images(shapes, self.space)
+        if self.example_sizes:
+            image, answer = self.example_sizes
+            before, after = (answer, image) if of_answer else (image, answer)
+            for size in list(sizes):
+                sizes |= _counterparts(size, before, after)
+        size_of_labels = tuple(y.shape[1:])
+        if size_of_labels not in sizes:
+            for size in sorted(sizes):
+                _require_fitting(size, size_of_labels, "scores" if of_answer else "input")
+
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         shape = (output[0], *output[2:])
         return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -122,10 +144,7 @@ class Segmentation(Positions):
 
     def _on_map(self, scores: Tensor, y: Tensor) -> Tensor:
         """Return scores of a map, (B, J, ...), which the labels fit."""
-        if self.space == 2:
-            scores = on_grid(scores, y.shape[1:])
-        _require_fitting(scores, y)
-        return scores
+        return on_grid(scores, y.shape[1:]) if self.space == 2 else scores
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         scores = self._on_map(scores, y)
@@ -152,29 +171,43 @@ class Segmentation(Positions):
         return tuple(_iou(sums["confusion"]).tolist())
 
 
-def _require_fitting(scores: Tensor, y: Tensor) -> None:
+def _sizes_of_images(shapes: Sequence[Shape], space: int) -> set[tuple[int, ...]]:
+    """Return the sizes of the values among some, (B, C, ...), that have axes of space."""
+    return {tuple(shape[2:]) for shape in shapes if len(shape) == space + 2}
+
+
+def _counterparts(size: Shape, before: Shape, after: Shape) -> set[tuple[int, ...]]:
+    """Return the sizes that may belong to a size, given a pair of sizes that belong together.
+
+    A model without padding takes away as many pixels from each image, one with strides a share.
+    """
+    triples = list(zip(size, before, after, strict=True))
+    moved = tuple(length + new - old for length, old, new in triples)
+    scaled = tuple(length * new // old for length, old, new in triples)
+    return {moved, scaled}
+
+
+def _require_fitting(size: Shape, size_of_labels: Shape, whose: str) -> None:
     """Raise an InputError if labels are off by a pixel along one axis, or turned.
 
-    Turned labels fit the scores only with height and width exchanged. Without this, both would be
-    brought to the size of the scores, as any others are.
+    Turned labels fit only with height and width exchanged. Without this, both would be brought to
+    the size of the scores, as any others are.
+
+    Args:
+        size: of the image or of the answer.
+        size_of_labels: which is another one.
+        whose: size it is, for the message.
     """
-    if y.ndim < 3:  # a signal has a length alone
-        return
-    size, size_of_labels = scores.shape[2:], y.shape[1:]
+    difference = f"y has {_in_words(size_of_labels)} pixels, but the {whose} {_in_words(size)}"
     differences = [abs(a - b) for a, b in zip(size, size_of_labels, strict=True) if a != b]
     if differences == [1]:
-        raise InputError(
-            f"y has {_in_words(size_of_labels)} pixels, but the scores {_in_words(size)}. "
-            "Hint: labels of the size of the image"
-        )
+        raise InputError(f"{difference}. Hint: labels of the size of the image")
     *_, height, width = size
     *_, rows, columns = size_of_labels
+    fits = rows % height == 0 and columns % width == 0 and rows // height == columns // width
     fits_turned = rows % width == 0 and columns % height == 0 and rows // width == columns // height
-    if fits_turned and height != width:
-        raise InputError(
-            f"y has {_in_words(size_of_labels)} pixels, but the scores {_in_words(size)}. "
-            "Hint: the height comes first, y.mT"
-        )
+    if fits_turned and not fits and height != width:
+        raise InputError(f"{difference}. Hint: the height comes first, y.mT")
 
 
 def _in_words(size: Shape) -> str:

@@ -67,8 +67,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def settled(self, shape: Shape) -> Task:
-        """Return the task for a model's output of this shape, where options depend on it."""
+    def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
+        """Return the task for a model's output of this shape, where options depend on it.
+
+        Args:
+            shape: of the output.
+            inputs: the shapes of the inputs that hold floats, where they are known.
+        """
         return self
 
     def num_outputs(self, shape: Shape) -> int:
@@ -118,6 +123,16 @@ class Task:
     def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
         """Raise an InputError if y is no target to evaluate with."""
         self.check_targets(y, batch, num_outputs)
+
+    def require_size(self, y: Any, of_answer: bool, shapes: Sequence[Shape]) -> None:
+        """Raise an InputError if the positions of targets are those of something else.
+
+        Args:
+            y: what was passed; nothing is said of what are no targets of the task.
+            of_answer: whether the shapes are that of the model's output, or those of its inputs
+                that hold floats.
+            shapes: with the batch.
+        """
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         """Return valid targets for a model's output of a shape, (B, ...)."""

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import sffx
 from sffx import tasks
 from sffx.kernels import batch_slices, entropy, squares
 from sffx.kernels.majority import majority_labels
@@ -128,28 +127,6 @@ def test_a_pixel_covers_those_of_an_adaptive_pool(seed, sides, ignored, small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_slices, "_SMALL", small)
         assert torch.equal(majority_labels(y, new, 4, ignored), expected)
-
-
-@pytest.mark.parametrize("size", [(8, 7), (9, 8), (7, 8)])
-def test_labels_off_by_a_pixel_along_one_axis_are_refused(size):
-    task = tasks.Segmentation()
-    y = torch.randint(0, 3, (2, *size))
-    for refuses in (task.loss, task.sums, task.log_likelihoods):
-        with pytest.raises(sffx.InputError, match=r"but the scores 8 x 8.*size of the image"):
-            refuses(torch.randn(2, 3, 8, 8), y)
-    # Half the size, rounded up.
-    assert task.loss(torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 8, 7))) > 0
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_labels_with_height_and_width_exchanged_are_refused(scale):
-    task = tasks.Segmentation()
-    scores = torch.randn(2, 3, 4, 6)
-    y = torch.randint(0, 3, (2, 4 * scale, 6 * scale))
-    task.loss(scores, y)
-    for refuses in (task.loss, task.sums):
-        with pytest.raises(sffx.InputError, match=r"the height comes first"):
-            refuses(scores, y.mT)
 
 
 def test_voxels_are_as_pixels():

@@ -244,7 +244,8 @@ def keep_logits(
             f"output is of shape {task.shapes}. Hint: {task.way_to_output(value.shape)}; "
             f"{backbone_hint(root)}"
         )
-    task = task.settled(value.shape)
+    floats = [each for each in inputs if isinstance(each, Tensor) and each.is_floating_point()]
+    task = task.settled(value.shape, [each.shape for each in floats])
     drop_dead_code(graph)
     notes = _notes_on_probabilities(logits, root, task)
     if wanted.task is None and task != CLASSIFICATION:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from sffx.errors import InputError
-from sffx.inputs import batch_size, batches, bind, padding_mask, split_batch
+from sffx.inputs import batch_size, batches, bind, split_batch, targets_of
 from sffx.net import plan_of
 from sffx.runtime.pipeline.link import Incoming, Outgoing, Word
 from sffx.runtime.pipeline.message import packed
@@ -90,7 +90,7 @@ class FromLoader:
         inputs = bind(plan, x)
         samples = batch_size(inputs)
         self._check(y, samples)
-        targets = plan.task.without_padding(y, padding_mask(plan, x))
+        targets = targets_of(plan, x, y)
         return Batch(input_values(self._net, inputs), targets, samples, [], following)
 
     @staticmethod

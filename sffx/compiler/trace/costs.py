@@ -50,12 +50,18 @@ def noting_saved(
     """
 
     def note(tensor: Tensor) -> Tensor:
-        # A sparse tensor, as the edges of a graph, has no one storage.
-        if tensor.layout is torch.strided and not is_given(tensor):
-            storage = tensor.untyped_storage()
-            alive.append(storage)
-            saved[storage_key(tensor)] = storage.nbytes()
+        if not is_given(tensor):
+            note_kept(tensor, saved, alive)
         # Detached: an operation that keeps its own result would be in a cycle, and never freed.
         return tensor.detach()
 
     return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+
+
+def note_kept(tensor: Tensor, saved: dict[int, int], alive: list[UntypedStorage]) -> None:
+    """Note the storage of a tensor, as `noting_saved` does."""
+    # A sparse tensor, as the edges of a graph, has no one storage.
+    if tensor.layout is torch.strided:
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        saved[storage_key(tensor)] = storage.nbytes()

@@ -1,6 +1,7 @@
-"""Calls of `torch.vmap` in a forward, which a graph makes as a whole.
+"""Calls of `torch.vmap`, `torch.func.grad` and their like, which a graph makes as a whole.
 
-The function that is mapped is often made in the forward, and holds traced values or the module:
+The function that they transform is often made in the forward, and holds traced values or the
+module:
 
     torch.vmap(lambda row: self.layer(row) * scale)(x)
 
@@ -11,12 +12,14 @@ closure: what the function holds becomes an argument of the node. Each call fill
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
+from torch._functorch import apis, eager_transforms
 from torch.utils._pytree import tree_map
 
 from sffx.compiler.trace.functions import words_of
@@ -27,20 +30,51 @@ if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
 
 
-def run_mapped(
+def transforms_replaced(tracer: GuidedTracer) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what torch's transforms call in the end, with its name, and what stands in for it.
+
+    A forward may have imported `torch.func.grad` itself under any name.
+    """
+    places = (
+        (apis, "vmap_impl", run_transformed),
+        (eager_transforms, "grad_impl", run_transformed),
+        (eager_transforms, "grad_and_value_impl", run_transformed),
+        (eager_transforms, "_jvp_with_argnums", run_transformed),
+        (eager_transforms, "_vjp_with_argnums", run_vjp),
+    )
+    for place, name, run in places:
+        transform = getattr(place, name)
+        yield place, name, functools.partial(_run_or_record, tracer, transform, run)
+
+
+def _run_or_record(
     tracer: GuidedTracer,
-    vmap: Callable[..., Any],
+    transform: Callable[..., Any],
+    record: Callable[..., Any],
+    function: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a transform for real inside a node that runs, and record it in a forward."""
+    if tracer.is_running:
+        return transform(function, *args, **kwargs)
+    return record(tracer, transform, function, args, kwargs)
+
+
+def run_transformed(
+    tracer: GuidedTracer,
+    transform: Callable[..., Any],
     function: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Let the graph map a function over the samples, or over another axis that `vmap` is given.
+    """Let the graph call a function that is mapped over samples, or differentiated.
 
     Args:
         tracer: makes the graph.
-        vmap: maps the function.
-        function: is mapped.
-        args: of the call, as `vmap` takes them.
+        transform: of torch, calls the transformed function.
+        function: is transformed.
+        args: of the call, as `transform` takes them behind the function.
         kwargs: of the call.
     """
     place = tracer.place
@@ -51,29 +85,55 @@ def run_mapped(
         return not path or path == place or place.startswith(f"{path}.")
 
     templates = _Templates(is_running, paths.__contains__)
-    mapped = _Mapped(vmap, templates.of(function))
+    transformed = _Transformed(transform, templates.of(function))
     if not templates.held and not has_proxy(args, kwargs):
-        return vmap(function, *args, **kwargs)
-    target = function_target(tracer.graph, tracer.runner.probe, place, mapped)
+        return transform(function, *args, **kwargs)
+    target = function_target(tracer.graph, tracer.runner.probe, place, transformed)
     return tracer.create_proxy("call_module", target, (templates.held, *args), kwargs)
 
 
-class _Mapped:
-    """Fills the template of a function, and maps the function.
+def run_vjp(
+    tracer: GuidedTracer,
+    vjp: Callable[..., Any],
+    function: Any,
+    primals: tuple[Any, ...],
+    options: dict[str, Any],
+) -> tuple[Any, ...]:
+    """Let the graph do what `torch.func.vjp` does, whose second result is a function.
+
+    No graph can hold such a function. So the function that is differentiated is traced, and what
+    the second result returns is computed by a node, which computes the function again.
+    """
+    returned = function(*primals)
+    output, *aux = returned if options.get("has_aux") else (returned,)
+
+    def pull_back(cotangents: Any, **_: Any) -> Any:
+        return run_transformed(tracer, _vjp, function, (primals, options, cotangents), {})
+
+    return (output, pull_back, *aux)
+
+
+def _vjp(function: Any, primals: Any, options: dict[str, Any], cotangents: Any) -> Any:
+    _, pull_back, *_ = eager_transforms._vjp_with_argnums(function, *primals, **options)
+    return pull_back(cotangents)
+
+
+class _Transformed:
+    """Fills the template of a function, transforms the function and calls it.
 
     Args:
-        vmap: of torch.
+        transform: of torch.
         template: of the function.
     """
 
-    __name__ = "vmap"
-
-    def __init__(self, vmap: Callable[..., Any], template: Any) -> None:
-        self.vmap = vmap
+    def __init__(self, transform: Callable[..., Any], template: Any) -> None:
+        self.transform = transform
         self.template = template
+        name = transform.__name__.strip("_")
+        self.__name__ = name.removesuffix("_impl").removesuffix("_with_argnums")
 
     def __call__(self, held: list[Any], *args: Any, **kwargs: Any) -> Any:
-        return self.vmap(_filled(self.template, held), *args, **kwargs)
+        return self.transform(_filled(self.template, held), *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -123,6 +183,8 @@ class _Templates:
             return self._slot(value)
         if isinstance(value, nn.Module) and self._is_of_model(value):
             return self._of_module(value) if self._is_running(value) else self._slot(value)
+        if isinstance(value, ModuleType):  # of Python, which cannot be copied
+            return _Rebuilt(importlib.import_module, (value.__name__,))
         if type(value) is functools.partial:
             parts = (value.func, value.args, value.keywords)
             return _Rebuilt(_made_partial, self.of(parts))
@@ -137,7 +199,7 @@ class _Templates:
     def _of_function(self, function: FunctionType, owner: Any = None) -> _Rebuilt:
         """Return the template of a function, or of the method of an owner."""
         if function in self._around:
-            raise RuntimeError(f"{function.__name__}, which is mapped, holds itself")
+            raise RuntimeError(f"{function.__name__}, which torch transforms, holds itself")
         self._around.append(function)
         contents = [cell.cell_contents for cell in function.__closure__ or ()]
         defaults = (function.__defaults__, function.__kwdefaults__)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Size, fx, nn
-from torch._functorch import apis
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Distribution
@@ -24,7 +23,7 @@ from torch.utils import checkpoint
 
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.checkpointing import generators
-from sffx.compiler.trace.mapped import run_mapped
+from sffx.compiler.trace.mapped import transforms_replaced
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
 from sffx.compiler.trace.regions import is_of_torch
@@ -123,7 +122,7 @@ class Patches:
         yield from self._of_classes()
         yield from self._of_checkpoints()
         yield Distribution, "_validate_args", self._unvalidated()
-        yield apis, "vmap_impl", functools.partial(self._map, apis.vmap_impl)
+        yield from transforms_replaced(self.tracer)
         yield nn.Module, "__setattr__", self._setting(nn.Module.__setattr__)
         yield torch.Tensor, "data", self._data()
         detect = transformer._detect_is_causal_mask
@@ -246,12 +245,6 @@ class Patches:
             set_attribute(module, name, value)
 
         return setting
-
-    def _map(self, vmap: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for `torch.vmap`."""
-        if self.tracer.is_running:
-            return vmap(function, *args, **kwargs)
-        return run_mapped(self.tracer, vmap, function, args, kwargs)
 
     def _unvalidated(self) -> property:
         """Return a property by which distributions do not look at the values of their arguments.

@@ -23,13 +23,13 @@ from sffx.compiler.facts import Cost, Facts, facts
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import depends_on_batch
-from sffx.compiler.trace.costs import CountMacs, noting_saved
+from sffx.compiler.trace.costs import CountMacs, note_kept, noting_saved
 from sffx.compiler.trace.flags import is_added, is_flag
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.run_function import FunctionTarget
 from sffx.compiler.trace.sizes import is_guard
 from sffx.compiler.trace.state import in_mode
-from sffx.tensors import can_learn
+from sffx.tensors import can_learn, tensors_in
 
 
 def example_of(node: fx.Node) -> Any:
@@ -198,15 +198,33 @@ class NodeRunner:
 
     def _counted(self, node: fx.Node, cost: Cost) -> Any:
         """Return a node's value, and add to `cost` what it costs."""
-        count_macs = CountMacs(cost)
         note_saved = noting_saved(cost.saved, self._saved_storages, _is_parameter)
         self.is_running = True
         try:
             # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
-            with self._mode(node), count_macs, note_saved, torch.enable_grad():
+            with self._mode(node), CountMacs(cost), note_saved, torch.enable_grad():
                 return self._value(node)
+        except RuntimeError as failure:
+            if _NO_HOOKS not in str(failure):
+                raise
+            return self._counted_without_hooks(node, cost)
         finally:
             self.is_running = False
+
+    def _counted_without_hooks(self, node: fx.Node, cost: Cost) -> Any:
+        """Return the value of a node in which `torch.func` differentiates, and count its cost.
+
+        What is kept there cannot be noted. Its arguments and results stand for it.
+        """
+        cost.macs = 0
+        cost.saved.clear()
+        with self._mode(node), CountMacs(cost), torch.enable_grad():
+            value = self._value(node)
+        read = [example_of(arg) for arg in node.all_input_nodes]
+        for tensor in tensors_in([*read, value]):
+            if not _is_parameter(tensor):
+                note_kept(tensor, cost.saved, self._saved_storages)
+        return value
 
     def _at_other_size(self, node: fx.Node) -> Any:
         """Return a node's value at the second batch size."""
@@ -315,6 +333,10 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+# Of the error that `torch.func.grad` raises where what autograd keeps is noted.
+_NO_HOOKS = "support saved tensor hooks"
 
 
 def _statistics(node: fx.Node) -> list[Any]:

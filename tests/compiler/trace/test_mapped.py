@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, func, nn
 
 import sffx
 
@@ -47,6 +47,12 @@ def _with_a_default(m: _Maps, x: Tensor) -> Tensor:
     return torch.vmap(scaled)(x)
 
 
+def _of_vjp(m: _Maps, x: Tensor) -> Tensor:
+    y, pull_back, squares = func.vjp(lambda h, w: (m.layer(h) * w, h**2), x, m.scale, has_aux=True)
+    of_x, of_scale = pull_back(y)
+    return y + of_x * of_scale + squares
+
+
 _CODES = {
     "function of torch": lambda m, x: torch.vmap(torch.softmax, (0, None))(x, 0),
     "pairs": lambda m, x: x * torch.vmap(torch.dot)(x, x)[:, None],
@@ -63,7 +69,49 @@ _CODES = {
         lambda row: F.dropout(row, 0.5, m.training), randomness="different"
     )(x),
     "row of layers": lambda m, x: torch.vmap(m.norm, randomness="different")(x),
+    "grad": lambda m, x: x - func.grad(lambda h: (m.layer(h) * m.scale).square().sum())(x),
+    "grad of a method": lambda m, x: x - func.grad(lambda h: m.part(h).square().sum())(x),
+    "grad and value": lambda m, x: x * func.grad_and_value(lambda h: h.sin().sum())(x)[0],
+    "grad of each sample": lambda m, x: torch.vmap(func.grad(lambda row: (row * x[0]).sum()))(x),
+    "vjp": lambda m, x: x + func.vjp(lambda h: m.layer(h).tanh(), x)[1](x)[0],
+    "vjp, both": _of_vjp,
+    "jvp": lambda m, x: sum(func.jvp(lambda h: m.layer(h).tanh(), (x,), (x * 2,))),
+    "jacobian": lambda m, x: torch.vmap(func.jacrev(m.part))(x).sum(1),
+    "jacobian, forward": lambda m, x: torch.vmap(func.jacfwd(m.part))(x).sum(1),
+    "hessian": lambda m, x: torch.vmap(func.hessian(lambda row: m.part(row).sin().sum()))(x).sum(1),
 }
+
+
+class _Submodule(_Maps):
+    """The same code in the forward of a submodule."""
+
+    class Inner(nn.Module):
+        def __init__(self, maps: _Maps) -> None:
+            super().__init__()
+            self.layer, self.norm, self.scale = maps.layer, maps.norm, maps.scale
+            self.members, self.factor, self.code = maps.members, maps.factor, maps.code
+            self.register_buffer("shift", maps.shift)
+
+        part = _Maps.part
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.code(self, x)
+
+    def __init__(self, code) -> None:
+        super().__init__(code)
+        self.inner = self.Inner(self)
+        self.code = lambda m, x: m.inner(x)
+
+
+_DIFFERENTIATED = list(_CODES)[list(_CODES).index("grad") :]
+
+
+@pytest.mark.parametrize("code", _DIFFERENTIATED)
+def test_a_function_that_a_submodule_differentiates_runs_as_in_the_model(code):
+    model = _Submodule(_CODES[code])
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not net.plan.leaves
+    assert sffx.check(model, net, torch.randn(5, 6)).difference is None
 
 
 @pytest.mark.parametrize("code", _CODES.values(), ids=_CODES)

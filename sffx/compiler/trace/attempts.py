@@ -11,6 +11,7 @@ from torch import fx, nn
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.constants import place_constants
 from sffx.compiler.trace.flags import lift_flags, plant_flags
+from sffx.compiler.trace.held_tensors import HeldTensors
 from sffx.compiler.trace.leaves import add_leaves
 from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
@@ -101,7 +102,7 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
     try:
         plant_flags(probe, tracer.is_leaf_module)
         before = versions(probe)
-        with tracer.patches.applied():
+        with tracer.patches.applied(), HeldTensors(tracer):
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
         _require_own_parameters(probe, tracer)

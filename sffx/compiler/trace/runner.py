@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import Arguments
@@ -257,7 +258,7 @@ class NodeRunner:
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         if isinstance(target, FunctionTarget):
-            return self._run_function(target, args, kwargs)
+            return self._run_function(target, *_plain((args, kwargs)))
         if is_flag(node):
             return self.training
         return self._call_module(target, args, kwargs)
@@ -333,6 +334,15 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+def _plain(value: Any) -> Any:
+    """Return lists and dictionaries of Python in the place of those of fx, which none may write."""
+    if isinstance(value, immutable_dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    return list(map(_plain, value)) if isinstance(value, immutable_list) else value
 
 
 # Of the error that `torch.func.grad` raises where what autograd keeps is noted.

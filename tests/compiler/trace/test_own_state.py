@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 import sffx
 from sffx.errors import TraceError
@@ -39,6 +39,21 @@ def _tensors(m: nn.Module) -> dict[str, Tensor]:
     return {**dict(m.named_parameters()), **dict(m.named_buffers())}
 
 
+def _shrunk(m: nn.Module, of: str = "parameters") -> dict[str, Tensor]:
+    held = dict(m.named_parameters()) if of == "parameters" else m.state_dict()
+    return {name: 0.9 * value for name, value in held.items() if value.is_floating_point()}
+
+
+def _after_a_step(m: _Calls, x: Tensor) -> Tensor:
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return functional_call(m.layer, tensors, (x,)).square().mean()
+
+    tensors = dict(m.layer.named_parameters())
+    steps = grad(loss)(tensors)
+    moved = {name: value - 0.1 * steps[name] for name, value in tensors.items()}
+    return functional_call(m.layer, moved, (x,))
+
+
 def _assigned(m: _Calls, x: Tensor) -> Tensor:
     m.bare.weight = _generated(m, x)
     return m.bare(x)
@@ -69,6 +84,11 @@ _CODES = {
     "of another norm": lambda m, x: functional_call(m.norm, _tensors(m.other_norm), (x,)),
     "in a row": lambda m, x: functional_call(m.row, {"0.weight": m.layer.weight}, (x,)),
     "both ways": lambda m, x: m.layer(functional_call(m.layer, {"bias": m.other.bias}, (x,))),
+    "shrunk": lambda m, x: functional_call(m.layer, _shrunk(m.layer), (x,)),
+    "shrunk, of the state": lambda m, x: functional_call(m.norm, _shrunk(m.norm, "state"), (x,)),
+    "transposed": lambda m, x: x @ next(iter(m.layer.parameters())).T,
+    "divided by the norms": lambda m, x: x / sum(p.norm() for p in m.layer.parameters()),
+    "after a step": _after_a_step,
     "assigned": _assigned,
     "assigned twice": _assigned_twice,
     "rate": _other_rate,

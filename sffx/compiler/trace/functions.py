@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from types import CodeType, FrameType, FunctionType, TracebackType
+from types import FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -48,18 +48,18 @@ class Functions:
     """The functions that the graph of a model calls.
 
     Attributes:
-        found: by their code.
+        found: by the functions themselves.
     """
 
     def __init__(self) -> None:
-        self.found: dict[CodeType, Callee] = {}
-        self._given_up: set[CodeType] = set()
+        self.found: dict[Callable[..., Any], Callee] = {}
+        self._given_up: set[Callable[..., Any]] = set()
         self._has_given_up = False  # since the last trace
 
-    def give_up(self, code: CodeType) -> None:
+    def give_up(self, callee: Callee) -> None:
         """Let a function be traced again, or the module that calls it be a leaf."""
-        self.found.pop(code, None)
-        self._given_up.add(code)
+        self.found.pop(callee.function, None)
+        self._given_up.add(callee.function)
         self._has_given_up = True
 
     def add(self, failure: Exception, reason: str) -> bool:
@@ -78,13 +78,11 @@ class Functions:
             return True
         frames = _frames_of_forward(failure.__traceback__)
         for caller, frame in reversed(list(pairwise(frames))):
-            code = frame.f_code
-            if code in self._given_up or code in self.found:
-                continue
             callee = _callee(caller, frame, reason)
-            if callee is not None:
-                self.found[code] = callee
-                return True
+            if callee is None or callee.function in self._given_up | self.found.keys():
+                continue
+            self.found[callee.function] = callee
+            return True
         return False
 
     def notes(self, graph: fx.Graph) -> Iterator[str]:
@@ -158,11 +156,32 @@ def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:
     method = _method(frame)
     if method is not None:
         return Callee(vars(method[0])[method[1]], (method,), True, reason)
-    for namespace in (caller.f_globals, frame.f_globals):
+    for namespace in (caller.f_globals, *_modules_named(caller), frame.f_globals):
         for value in list(namespace.values()):
-            if isinstance(value, FunctionType) and inspect.unwrap(value).__code__ is frame.f_code:
+            if isinstance(value, FunctionType) and _is_run_by(value, frame):
                 return Callee(value, tuple(_places(value, caller, frame)), False, reason)
     return None
+
+
+def _modules_named(caller: FrameType) -> Iterator[dict[str, Any]]:
+    """Yield the contents of the modules that the code of a frame names, as `einx` in `einx.add`."""
+    for name in caller.f_code.co_names:
+        value = caller.f_globals.get(name)
+        if isinstance(value, ModuleType) and package_of(vars(value)) not in FOREIGN:
+            yield vars(value)
+
+
+def _is_run_by(function: FunctionType, frame: FrameType) -> bool:
+    """Return whether a frame runs a function, or what the function wraps.
+
+    A decorator makes functions of one code, which hold different things.
+    """
+    if inspect.unwrap(function).__code__ is frame.f_code:
+        return True
+    if function.__code__ is not frame.f_code:
+        return False
+    held = inspect.getclosurevars(function).nonlocals
+    return all(frame.f_locals.get(name) is value for name, value in held.items())
 
 
 def _method(frame: FrameType) -> tuple[type, str] | None:
@@ -182,7 +201,8 @@ def _method(frame: FrameType) -> tuple[type, str] | None:
 def _places(
     function: FunctionType, caller: FrameType, frame: FrameType
 ) -> Iterator[tuple[Any, str]]:
-    names = {str(each.f_globals.get("__name__")): None for each in (caller, frame)}
+    namespaces = (caller.f_globals, *_modules_named(caller), frame.f_globals)
+    names = {str(each.get("__name__")): None for each in namespaces}
     for module in [sys.modules[name] for name in names if name in sys.modules]:
         for name, value in list(vars(module).items()):
             if value is function:

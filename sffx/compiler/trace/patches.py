@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,9 +164,9 @@ class Patches:
                 yield owner, name, functools.partial(self._refuse, getattr(owner, name))
 
     def _of_found_functions(self) -> Iterator[tuple[Any, str, Any]]:
-        for code, callee in self.tracer.functions.found.items():
+        for callee in self.tracer.functions.found.values():
             for place, name in callee.places:
-                yield place, name, self._runner(code, callee)
+                yield place, name, self._runner(callee)
 
     def _of_compiled_code(self) -> Iterator[tuple[Any, str, Any]]:
         # C++ code would take a proxy, which says that it is a tensor, for one in memory, and end
@@ -298,12 +298,12 @@ class Patches:
             return draw(*args, **kwargs)
         raise RuntimeError(DRAWS)
 
-    def _runner(self, code: CodeType, callee: Callee) -> Callable[..., Any]:
+    def _runner(self, callee: Callee) -> Callable[..., Any]:
         """Return what stands in for a function that the graph is to call."""
 
         @functools.wraps(callee.function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            return self.tracer.run_function(code, callee, args, kwargs)
+            return self.tracer.run_function(callee, args, kwargs)
 
         return run
 

@@ -6,7 +6,6 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -378,13 +377,10 @@ class GuidedTracer(fx.Tracer):
                 "cannot hold; override train() instead, and set the mode there"
             )
 
-    def run_function(
-        self, code: CodeType, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run_function(self, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the graph call a function that could not be traced.
 
         Args:
-            code: of the function.
             callee: the function.
             args: of the call; of a method, with its module.
             kwargs: of the call.
@@ -394,7 +390,7 @@ class GuidedTracer(fx.Tracer):
         try:
             return self._run_function(callee, args, kwargs)
         except Exception:
-            self.functions.give_up(code)
+            self.functions.give_up(callee)
             raise
 
     def _run_function(self, callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.errors import TraceError
+from tests.compiler.trace import wrapped_functions
 from tests.compiler.trace.oracle import cut_without_norms, leaf_names
 
 
@@ -85,6 +86,29 @@ def test_a_method_that_cannot_be_traced_runs_for_real():
     net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
     assert not leaf_names(net)
     assert sffx.check(model, net, torch.randn(5, 6), raises=False).difference is None
+
+
+class _CallsWrapped(nn.Module):
+    """Calls functions of a module by their names there, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.shift, self.scale = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = wrapped_functions.shifted(self.first(x), self.shift).relu()
+        x = wrapped_functions.scaled(self.second(x), self.scale).relu()
+        return self.last(wrapped_functions.scaled(x, self.scale))
+
+
+def test_functions_of_one_decorator_run_for_real_each_by_itself():
+    model = _CallsWrapped()
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    assert not leaf_names(net)
+    notes = [note.partition(" runs as a whole")[0] for note in net.plan.notes]
+    assert notes[:2] == ["shifted", "scaled"]
+    assert sffx.check(model, net, torch.randn(5, 6)).difference is None
 
 
 def test_draws_are_new_in_each_call():

@@ -43,7 +43,7 @@ def require_any_batch(net: fx.GraphModule, readout: str) -> None:
     use_codegen(probe, fx.graph.CodeGen())  # takes the inputs one by one
     reduce_to_readout(probe, readout)
     inputs = plan_of(net).inputs
-    device = next(net.parameters()).device
+    device = next((each.device for each in net.parameters()), torch.device("cpu"))
     with mode, torch.no_grad():
         if _failure(probe, inputs, BATCH_SIZES[0], device):
             return  # it does not run on fake tensors

@@ -119,10 +119,10 @@ def export_onnx(
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
-    require_any_batch(cut, chosen)
     with writing(path) as draft, torch.no_grad():
         require_packages()
         model = inference_copy(cut)
+        require_any_batch(cut, chosen)
         reduce_to_readout(model, chosen)
         program = _export(model, plan.inputs, outputs, opset, dynamic_size=dynamic_size)
         program.model.metadata_props[KEY] = properties

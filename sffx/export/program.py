@@ -88,9 +88,9 @@ def export_program(
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
-    require_any_batch(cut, chosen)
     with writing(path) as draft, torch.no_grad():
         model = inference_copy(cut)
+        require_any_batch(cut, chosen)
         reduce_to_readout(model, chosen)
         program = _export(model, plan.inputs, dynamic_size=dynamic_size)
         _save(program, properties, draft)

@@ -76,8 +76,9 @@ def export_early_exit(
     described = names_and_normalisation(cut.plan, class_names, mean, std)
     with writing_folder(folder) as new, torch.no_grad():
         require_packages()
+        model = inference_copy(cut)
         require_any_batch(cut, CUMULATIVE)
-        runner = EarlyExit(inference_copy(cut), threshold)
+        runner = EarlyExit(model, threshold)
         for name, values in described.items():
             setattr(runner, name, None if values is None else tuple(values))
         _write(runner, new, opset)

@@ -73,7 +73,7 @@ def test_samples_leave_a_value_on_whatever_axis_they_are(make, use):
     for i in range(len(x)):
         alone = runner(x[i : i + 1])
         assert whole.blocks[i] == alone.blocks[0]
-        torch.testing.assert_close(whole.scores[i], alone.scores[0])
+        torch.testing.assert_close(whole.scores[i], alone.scores[0], rtol=1e-5, atol=1e-5)
 
 
 def test_samples_cannot_leave_a_value_that_has_them_on_two_axes():

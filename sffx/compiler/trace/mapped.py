@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -41,6 +42,7 @@ def transforms_replaced(tracer: GuidedTracer) -> Iterator[tuple[Any, str, Any]]:
         (eager_transforms, "grad_and_value_impl", run_transformed),
         (eager_transforms, "_jvp_with_argnums", run_transformed),
         (eager_transforms, "_vjp_with_argnums", run_vjp),
+        (sys.modules[__name__], "_vjp_impl", run_transformed),
     )
     for place, name, run in places:
         transform = getattr(place, name)
@@ -107,13 +109,18 @@ def run_vjp(
     returned = function(*primals)
     output, *aux = returned if options.get("has_aux") else (returned,)
 
-    def pull_back(cotangents: Any, **_: Any) -> Any:
-        return run_transformed(tracer, _vjp, function, (primals, options, cotangents), {})
-
-    return (output, pull_back, *aux)
+    # No function of this call, which would hold the tracer: it may be mapped, and run in the net.
+    return (output, functools.partial(_pull_back, function, primals, options), *aux)
 
 
-def _vjp(function: Any, primals: Any, options: dict[str, Any], cotangents: Any) -> Any:
+def _pull_back(
+    function: Any, primals: Any, options: dict[str, Any], cotangents: Any, **_: Any
+) -> Any:
+    # During a trace another function has this name, which records the call.
+    return _vjp_impl(function, primals, options, cotangents)
+
+
+def _vjp_impl(function: Any, primals: Any, options: dict[str, Any], cotangents: Any) -> Any:
     _, pull_back, *_ = eager_transforms._vjp_with_argnums(function, *primals, **options)
     return pull_back(cotangents)
 

@@ -77,6 +77,7 @@ _CODES = {
     "vjp, both": _of_vjp,
     "jvp": lambda m, x: sum(func.jvp(lambda h: m.layer(h).tanh(), (x,), (x * 2,))),
     "jacobian": lambda m, x: torch.vmap(func.jacrev(m.part))(x).sum(1),
+    "jacobian of all": lambda m, x: x + func.jacrev(lambda h: m.part(h).sum(0))(x).sum((0, 1)),
     "jacobian, forward": lambda m, x: torch.vmap(func.jacfwd(m.part))(x).sum(1),
     "hessian": lambda m, x: torch.vmap(func.hessian(lambda row: m.part(row).sin().sum()))(x).sum(1),
 }

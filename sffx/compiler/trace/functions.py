@@ -163,12 +163,18 @@ def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:
     return None
 
 
-def _modules_named(caller: FrameType) -> Iterator[dict[str, Any]]:
-    """Yield the contents of the modules that the code of a frame names, as `einx` in `einx.add`."""
+def _modules_named(caller: FrameType) -> list[dict[str, Any]]:
+    """Return the contents of the modules that the code of a frame names, as `a` and `b` in `a.b.f`.
+
+    Those of torch, of Python and the like do not count.
+    """
+    around = [caller.f_globals]
     for name in caller.f_code.co_names:
-        value = caller.f_globals.get(name)
-        if isinstance(value, ModuleType) and package_of(vars(value)) not in FOREIGN:
-            yield vars(value)
+        for namespace in tuple(around):
+            value = namespace.get(name)
+            if isinstance(value, ModuleType) and package_of(vars(value)) not in FOREIGN:
+                around.append(vars(value))
+    return around[1:]
 
 
 def _is_run_by(function: FunctionType, frame: FrameType) -> bool:

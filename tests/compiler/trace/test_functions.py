@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
+import tests.compiler.trace
 from sffx.errors import TraceError
 from tests.compiler.trace import wrapped_functions
 from tests.compiler.trace.oracle import cut_without_norms, leaf_names
@@ -98,7 +99,7 @@ class _CallsWrapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = wrapped_functions.shifted(self.first(x), self.shift).relu()
-        x = wrapped_functions.scaled(self.second(x), self.scale).relu()
+        x = tests.compiler.trace.wrapped_functions.scaled(self.second(x), self.scale).relu()
         return self.last(wrapped_functions.scaled(x, self.scale))
 
 

@@ -143,10 +143,18 @@ def _written(m: nn.Module, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, m.inner.weight)
 
 
-def test_a_write_on_parameters_that_no_node_does_makes_a_leaf():
-    model = around(Applies(_written))
+def _written_beside(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        for parameter in m.parameters():
+            parameter.clamp_(-0.1, 0.1)
+    return torch.nn.functional.linear(x, m.inner.weight)
+
+
+@pytest.mark.parametrize(("code", "leaves"), [(_written, []), (_written_beside, ["2"])])
+def test_a_write_on_parameters_is_traced_or_makes_a_leaf(code, leaves):
+    model = around(Applies(code))
     net = cut_without_norms(copy.deepcopy(model)).train()
-    assert leaf_names(net) == ["2"]
+    assert leaf_names(net) == leaves
     assert_same_logits(net, model)
     assert torch.equal(sffx.extract(net)[2].inner.weight, model[2].inner.weight)
 

@@ -297,9 +297,8 @@ FAMILY = {
     ),
     "family-mnist-spatial": replace(
         MNIST,
-        network="CNN, grey",
-        size=32,
-        epochs=20,
+        network="CNN 7 x 7, grey",
+        epochs=15,
         methods=("FF, spatial labels", *RIVALS),
         recipes=(("FF, spatial labels", Recipe("Adam", lr=1e-3)),),
     ),

@@ -174,7 +174,10 @@ METHODS = {
     "FF": _family("ff"),
     "FF, peers": _family(ForwardForward(peer=0.03)),
     "FF, small": _family(ForwardForward(reduction="mean", threshold=2.0)),
-    "FF, spatial labels": _family(ForwardForward(labels="waves")),
+    # The sum of squares over an image is in the thousands, and so are the losses of wrong signs.
+    "FF, spatial labels": _family(
+        ForwardForward(labels="waves", reduction="mean", loss_form="symba")
+    ),
     "FF, unsupervised": _family("ff-unsupervised"),
     "SCFF": _family(
         SCFF(positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0)),

@@ -22,13 +22,13 @@ SMALL = 64
 class ConvNet(nn.Sequential):
     """CNNB and CNN of section 3: four 3 x 3 convolutions and a linear classifier.
 
-    Each convolution has a ReLU and a pool, with BN or without. Takes (B, C, H, W), H and W
+    Each convolution has a ReLU and a pool, with BN or without. Takes (B, 3, H, W), H and W
     multiples of 16, and returns (B, J).
     """
 
-    def __init__(self, num_classes: int, size: int, batchnorm: bool, channels: int = 3) -> None:
+    def __init__(self, num_classes: int, size: int, batchnorm: bool) -> None:
         super().__init__()
-        for i, (before, after) in enumerate(pairwise((channels, *WIDTHS))):
+        for i, (before, after) in enumerate(pairwise((3, *WIDTHS))):
             layers: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
             if batchnorm:
                 layers.append(nn.BatchNorm2d(after))
@@ -42,8 +42,13 @@ def _cnn(num_classes: int, size: int) -> nn.Module:
     return ConvNet(num_classes, size, batchnorm=False)
 
 
-def _grey_cnn(num_classes: int, size: int) -> nn.Module:
-    return ConvNet(num_classes, size, batchnorm=False, channels=1)
+def _wide_kernels(num_classes: int, size: int) -> nn.Module:
+    """Return three convolutions for grey images, whose kernels see a good part of a wave."""
+    layers: list[nn.Module] = []
+    for before, after, kernel in ((1, 16, 7), (16, 32, 5), (32, 32, 5)):
+        convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2)
+        layers.append(nn.Sequential(convolution, nn.ReLU(inplace=True), nn.MaxPool2d(2)))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * (size // 8) ** 2, num_classes))
 
 
 def _cnnb(num_classes: int, size: int) -> nn.Module:
@@ -180,7 +185,7 @@ def _mobilenet_small(num_classes: int, size: int) -> nn.Module:
 # Each makes a network from the number of classes and the size of the images.
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "CNN": _cnn,
-    "CNN, grey": _grey_cnn,
+    "CNN 7 x 7, grey": _wide_kernels,
     "CNNB": _cnnb,
     "ResNet18": _resnet18,
     "ResNet18/4": narrow_resnet18,

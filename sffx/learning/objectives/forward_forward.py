@@ -44,7 +44,8 @@ class ForwardForward(LabelledInput):
             gives them, which costs a prediction in each step.
         neutral: whether a third view, with a neutral label, trains the model's own classifier.
             Otherwise the classifier stays as it is, and does not run in a step.
-        reduction: whether G is the "sum" or the "mean" of the squares.
+        reduction: whether G is the "sum" or the "mean" of the squares. Take the mean for images:
+            their sum is in the thousands, and the loss of a wrong view as well.
         threshold: theta; None takes the number of values for a sum, and 1 for a mean.
         loss_form: "logistic", as above; or "symba", `softplus(-alpha (G+ - G-))` of each pair,
             which needs no threshold (arXiv 2303.08418, equation 4).

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import parameters_of
+from sffx.compiler.trace.run_function import RunFunction
 
 # Functions that are a layer if one of their arguments is a parameter. A string is a method.
 _WEIGHTED_FUNCTIONS = (
@@ -22,12 +23,15 @@ _WEIGHTED_FUNCTIONS = (
     F.embedding,
     F.bilinear,
     torch.matmul,
+    torch.mm,
     torch.bmm,
     torch.baddbmm,
     torch.addmm,
     torch.einsum,
+    torch.cdist,
     operator.matmul,
     "matmul",
+    "mm",
 )
 
 
@@ -82,14 +86,17 @@ class Layers:
     def is_weighted(self, node: Node) -> bool:
         """Return whether a node is a layer with a weight matrix or a kernel.
 
-        It is a module with one, or a function such as `F.linear` that reads one.
+        It is a module with one, or a function such as `F.linear` that reads one or what is made of
+        weights alone.
         """
-        if node.op == "call_module":
-            # Norms and activations with parameters hold vectors only.
-            return self._holds_matrix(node)
-        if node.target not in _WEIGHTED_FUNCTIONS:
+        # Norms and activations with parameters hold vectors only.
+        if node.op == "call_module" and self._holds_matrix(node):
+            return True
+        # A function of the user, or one that is mapped, may do anything with a weight.
+        is_users = isinstance(self.module(node), RunFunction)
+        if not is_users and node.target not in _WEIGHTED_FUNCTIONS:
             return False
-        return any(self._holds_matrix(arg) for arg in node.all_input_nodes)
+        return any(self._is_matrix(arg) for arg in node.all_input_nodes)
 
     def is_single_layer(self, node: Node) -> bool:
         """Return whether a node is one layer with a weight, and no leaf that holds several."""
@@ -121,6 +128,22 @@ class Layers:
         else:
             name = getattr(node.target, "__name__", str(node.target))
         return name.lower().startswith(prefixes)
+
+    def _is_matrix(self, node: Node) -> bool:
+        """Whether a value is a weight matrix, or made of one alone, as by `weight.T`."""
+        ahead, passed = [node], {node}
+        found = False
+        while ahead:
+            each = ahead.pop()
+            if each.op == "placeholder":
+                return False
+            found = found or self._holds_matrix(each)
+            for source in each.all_input_nodes:
+                # Sizes of an input may be among the arguments.
+                if source not in passed and isinstance(facts(source).example, Tensor):
+                    passed.add(source)
+                    ahead.append(source)
+        return found
 
     def _holds_matrix(self, node: Node) -> bool:
         return any(p.ndim > 1 for p in self.parameters(node).values())

@@ -254,9 +254,9 @@ class NodeRunner:
         if node.op == "get_attr":
             return self._attribute(target)
         if node.op == "call_function":
-            return target(*args, **kwargs)
+            return target(*_changeable(args), **_changeable(kwargs))
         if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
+            return getattr(args[0], target)(*_changeable(args[1:]), **_changeable(kwargs))
         if isinstance(target, FunctionTarget):
             return self._run_function(target, *_plain((args, kwargs)))
         if is_flag(node):
@@ -273,7 +273,7 @@ class NodeRunner:
         # A leaf may draw by itself, for it draws again whenever the graph calls it.
         with generators_restored():
             try:
-                return self.probe.get_submodule(target)(*args, **kwargs)
+                return self.probe.get_submodule(target)(*_changeable(args), **_changeable(kwargs))
             except DATA_DEPENDENT:
                 return self._computed(target, args, kwargs)
             except Exception as failure:
@@ -289,7 +289,7 @@ class NodeRunner:
         call = partial(target.value, self.training)
         with generators_restored():
             try:
-                return call(args, kwargs)
+                return call(_changeable(args), _changeable(kwargs))
             except Exception as failure:
                 try:
                     return self._with_values(call, (), args, kwargs)
@@ -322,7 +322,7 @@ class NodeRunner:
         """
         with unset_fake_temporarily(), torch.no_grad():
             real_args, real_kwargs = tree_map_only(Tensor, _ones_like, (args, kwargs))
-            result = call(real_args, real_kwargs)
+            result = call(_changeable(real_args), _changeable(real_kwargs))
         for value in tree_leaves((real_args, real_kwargs)):
             if isinstance(value, Tensor) and value._version and not parameters:
                 raise RuntimeError("a function writes in place on what it is given")
@@ -374,6 +374,20 @@ def _form(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of ({', '.join(_form(each) for each in value)})"
     return f"a {type(value).__name__}"
+
+
+def _changeable(value: Any) -> Any:
+    """Return arguments of a node as the code of the graph passes them.
+
+    fx keeps lists and mappings that refuse changes, and what is called may change its own.
+    """
+    if isinstance(value, dict):
+        return {key: _changeable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_changeable(each) for each in value]
+    if type(value) is tuple:
+        return tuple(map(_changeable, value))
+    return value
 
 
 def _ones_like(tensor: Tensor) -> Tensor:

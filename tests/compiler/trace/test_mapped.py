@@ -68,6 +68,9 @@ _CODES = {
     "dropout": lambda m, x: torch.vmap(
         lambda row: F.dropout(row, 0.5, m.training), randomness="different"
     )(x),
+    "stacked layers": lambda m, x: torch.vmap(
+        lambda tensors: func.functional_call(m.layer, tensors, (x,))
+    )({"weight": m.members, "bias": m.scale * m.members[:, 0]}).mean(0),
     "row of layers": lambda m, x: torch.vmap(m.norm, randomness="different")(x),
     "grad": lambda m, x: x - func.grad(lambda h: (m.layer(h) * m.scale).square().sum())(x),
     "grad of a method": lambda m, x: x - func.grad(lambda h: m.part(h).square().sum())(x),

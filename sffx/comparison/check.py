@@ -273,11 +273,12 @@ class _Check:
         run = self._training_run(batch, "")
 
         def logits(twin: nn.Module) -> Tensor:
-            plain = Run("", twin.training, run.values, grad=False)
+            # A forward may compute gradients itself.
+            plain = Run("", twin.training, run.values)
             outcome = run_model(twin, plain, self._plan)
             if outcome.failure is not None:
                 raise outcome.failure
-            return outcome.logits
+            return outcome.logits.detach()
 
         self._weights = telling_weights(self._model, logits)
 

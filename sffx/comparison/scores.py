@@ -21,8 +21,9 @@ def scores_of_blocks(net: fx.GraphModule, values: dict[str, Any]) -> list[Tensor
     probe = twin(net, computed_tensors(net)).eval()
     # A model may draw random numbers in eval mode, too: the same ones each time.
     seed()
-    with torch.no_grad():
-        return [scores for _, scores in walk(probe, copied(values))]
+    # With gradients, since a forward may compute some.
+    with torch.enable_grad():
+        return [scores.detach() for _, scores in walk(probe, copied(values))]
 
 
 def in_reversed_order(values: Any) -> Any:

@@ -286,10 +286,10 @@ def _failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Ex
     """Return the error that a model raises on an input, None if it runs or might run."""
     try:
         # Outside of the mode: a table that the forward makes, and may keep in a cache, has values.
-        with _quiet_fakes(), torch.no_grad(), warnings.catch_warnings():
+        with _quiet_fakes(), warnings.catch_warnings():
             # Gradient checkpointing warns when it runs without gradients.
             warnings.simplefilter("ignore")
-            call(model, form, values)
+            try_call(model, form, values)
     except DATA_DEPENDENT:
         return None
     except Exception as failure:
@@ -302,12 +302,27 @@ def _runs_for_real(model: nn.Module, form: Arguments, values: Mapping[str, Any])
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return False
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call(copy.deepcopy(model), form, values)
+            try_call(copy.deepcopy(model), form, values)
     except Exception:
         return False
     return True
+
+
+def try_call(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Any:
+    """Return what a model returns, without gradients if it runs without them.
+
+    A forward may compute gradients itself, or hang a hook on a value.
+    """
+    try:
+        with torch.no_grad():
+            return call(model, form, values)
+    except DATA_DEPENDENT:
+        raise
+    except Exception:
+        with torch.enable_grad():
+            return call(model, form, values)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from sffx.blocks import BlockPlan
 from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.fake import fake_tensors
-from sffx.errors import VerifyError
+from sffx.errors import VerifyError, location
 from sffx.inputs import bind, constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.net import Origin, overrides_mode, plan_of
@@ -59,8 +59,29 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
         raise
     # A part needs values, as a generator of random numbers does, or is stricter on fake tensors.
     except Exception:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _explaining_gradients():
             _verify_run(twin(net, {}).train(), batch, nullcontext())
+
+
+@contextmanager
+def _explaining_gradients() -> Iterator[None]:
+    """Explain the error of a forward that asks for gradients of a value behind a cut.
+
+    Raises:
+        VerifyError: it does.
+    """
+    try:
+        yield
+    except RuntimeError as failure:
+        # torch says it in several ways.
+        if "require grad" not in str(failure):
+            raise
+        raise VerifyError(
+            f"a block does not run in train mode: {failure} ({location(failure)}). A value behind "
+            "a cut carries no gradient. Hint: a forward that computes gradients of its input may "
+            "begin with x = x if x.requires_grad else x.detach().requires_grad_(); or cut "
+            "elsewhere, by a list of node names"
+        ) from failure
 
 
 def twin(net: fx.GraphModule, twins: dict[int, Any]) -> fx.GraphModule:

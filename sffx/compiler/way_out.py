@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from sffx.compiler.trace.trace import Trace
 
 
@@ -22,6 +24,14 @@ def way_out(trace: Trace, refusals: Sequence[str]) -> str:
             "Hint: change that line, so that cuts can lie inside the module; or move what it does "
             "into a smaller module"
         )
+    embedding = _tied_by_function(trace)
+    if embedding:
+        return (
+            f"the forward calls {embedding} and computes with its weight elsewhere, too. Hint: "
+            "what learns belongs to one block. For an output layer, register head = "
+            f"nn.Linear(..., bias=False) and set head.weight = {embedding}.weight; the cut model "
+            "then trains one weight for each"
+        )
     repeated = _repeated_layer(trace)
     if repeated:
         return (
@@ -38,6 +48,18 @@ def way_out(trace: Trace, refusals: Sequence[str]) -> str:
         "Hint: give the model a value that everything after it is computed from, a float tensor "
         "with the batch axis first and a layer with parameters behind it"
     )
+
+
+def _tied_by_function(trace: Trace) -> str:
+    """Return the qualname of an embedding whose weight is read besides; "" for none."""
+    called = {str(node.target) for node in trace.graph.nodes if node.op == "call_module"}
+    for node in trace.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or name != "weight" or owner not in called:
+            continue
+        if isinstance(trace.root.get_submodule(owner), nn.Embedding):
+            return owner
+    return ""
 
 
 def _repeated_layer(trace: Trace) -> str:

@@ -46,6 +46,31 @@ class _Product(nn.Module):
         return torch.einsum(self.pattern, x, self.weight)
 
 
+class _Tied(nn.Module):
+    """Scores words by the weight of their embedding: on (B, 5) of 9 words."""
+
+    def __init__(self, by_layer: bool) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(9, 8), nn.Linear(8, 8)
+        if by_layer:
+            self.head = nn.Linear(8, 9, bias=False)
+            self.head.weight = self.embed.weight
+        self.by_layer = by_layer
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.layer(self.embed(words)).relu()
+        return self.head(x) if self.by_layer else x @ self.embed.weight.T
+
+
+def test_a_weight_that_is_tied_by_a_product_is_to_be_tied_by_a_layer():
+    words = torch.zeros(2, 5, dtype=torch.int64)
+    task = sffx.tasks.LanguageModel()
+    said = r"calls embed and computes with its weight.*head\.weight = embed\.weight"
+    with pytest.raises(CutError, match=said):
+        sffx.plan(_Tied(by_layer=False), "layer", words, task=task)
+    assert len(sffx.plan(_Tied(by_layer=True), "layer", words, task=task)) == 2
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [

@@ -184,7 +184,7 @@ def kept_tensors(probe: nn.Module, run: Callable[[], Any], before: Attributes) -
         return Kept()
     reads = Reads(made)
     try:
-        with torch.no_grad(), reads:
+        with reads:
             run()
     except Exception:
         return Kept()

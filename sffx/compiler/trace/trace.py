@@ -24,8 +24,7 @@ from sffx.blocks import Input, Leaf
 from sffx.compiler.aliases import views_in_attributes
 from sffx.compiler.batch_axis import BATCH_SIZES, batch_sizes
 from sffx.compiler.caches import caches_restored
-from sffx.compiler.calls import call
-from sffx.compiler.examples import example_arguments, runs
+from sffx.compiler.examples import example_arguments, runs, try_call
 from sffx.compiler.fake import fake_copy_but_constants
 from sffx.compiler.trace.attempts import trace_until_it_works, traced_once
 from sffx.compiler.trace.constants import ADDED_CONSTANT
@@ -153,7 +152,7 @@ def _probed(model: nn.Module, example_input: Any) -> _Probed:
     before = Attributes(probe)
     form, values = example_arguments(probe, example_input, mode, root)
     _require_all_parameters(model, probe)
-    run = torch.no_grad()(partial(call, probe, form, values))
+    run = partial(try_call, probe, form, values)
     kept = kept_tensors(probe, run, before)
     flags = set_once(probe, before)
     leaves: dict[str, str] = {}

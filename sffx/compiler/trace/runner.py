@@ -379,11 +379,12 @@ def _form(value: Any) -> str:
 def _changeable(value: Any) -> Any:
     """Return arguments of a node as the code of the graph passes them.
 
-    fx keeps lists and mappings that refuse changes, and what is called may change its own.
+    fx keeps lists and mappings that refuse changes, and what is called may change its own. What a
+    node has computed stays as it is.
     """
-    if isinstance(value, dict):
+    if type(value) is fx.immutable_collections.immutable_dict:
         return {key: _changeable(each) for key, each in value.items()}
-    if isinstance(value, list):
+    if type(value) is fx.immutable_collections.immutable_list:
         return [_changeable(each) for each in value]
     if type(value) is tuple:
         return tuple(map(_changeable, value))

@@ -59,7 +59,7 @@ class _TakesOut(nn.Module):
     def forward(self, values: list[Tensor], options: dict[str, Tensor]) -> Tensor:
         x = values.pop()
         values.append(options.pop("shift"))
-        return self.inner(x * 2 if x.sum() > 0 else x) + sum(values)
+        return self.inner(x * 2 if x.abs().sum() > 0 else x) + sum(values)
 
 
 class _Gives(nn.Module):

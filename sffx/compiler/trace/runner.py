@@ -254,11 +254,11 @@ class NodeRunner:
         if node.op == "get_attr":
             return self._attribute(target)
         if node.op == "call_function":
-            return target(*_changeable(args), **_changeable(kwargs))
+            return target(*_plain(args), **_plain(kwargs))
         if node.op == "call_method":
-            return getattr(args[0], target)(*_changeable(args[1:]), **_changeable(kwargs))
+            return getattr(args[0], target)(*_plain(args[1:]), **_plain(kwargs))
         if isinstance(target, FunctionTarget):
-            return self._run_function(target, *_plain((args, kwargs)))
+            return self._run_function(target, args, kwargs)
         if is_flag(node):
             return self.training
         return self._call_module(target, args, kwargs)
@@ -273,7 +273,7 @@ class NodeRunner:
         # A leaf may draw by itself, for it draws again whenever the graph calls it.
         with generators_restored():
             try:
-                return self.probe.get_submodule(target)(*_changeable(args), **_changeable(kwargs))
+                return self.probe.get_submodule(target)(*_plain(args), **_plain(kwargs))
             except DATA_DEPENDENT:
                 return self._computed(target, args, kwargs)
             except Exception as failure:
@@ -289,7 +289,7 @@ class NodeRunner:
         call = partial(target.value, self.training)
         with generators_restored():
             try:
-                return call(_changeable(args), _changeable(kwargs))
+                return call(_plain(args), _plain(kwargs))
             except Exception as failure:
                 try:
                     return self._with_values(call, (), args, kwargs)
@@ -322,7 +322,7 @@ class NodeRunner:
         """
         with unset_fake_temporarily(), torch.no_grad():
             real_args, real_kwargs = tree_map_only(Tensor, _ones_like, (args, kwargs))
-            result = call(_changeable(real_args), _changeable(real_kwargs))
+            result = call(_plain(real_args), _plain(real_kwargs))
         for value in tree_leaves((real_args, real_kwargs)):
             if isinstance(value, Tensor) and value._version and not parameters:
                 raise RuntimeError("a function writes in place on what it is given")
@@ -337,7 +337,10 @@ class NodeRunner:
 
 
 def _plain(value: Any) -> Any:
-    """Return lists and dictionaries of Python in the place of those of fx, which none may write."""
+    """Return lists and dictionaries of Python in the place of those of fx, which none may write.
+
+    Each call has its own, since what is called may write on them.
+    """
     if isinstance(value, immutable_dict):
         return {key: _plain(each) for key, each in value.items()}
     if type(value) is tuple:
@@ -374,21 +377,6 @@ def _form(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of ({', '.join(_form(each) for each in value)})"
     return f"a {type(value).__name__}"
-
-
-def _changeable(value: Any) -> Any:
-    """Return arguments of a node as the code of the graph passes them.
-
-    fx keeps lists and mappings that refuse changes, and what is called may change its own. What a
-    node has computed stays as it is.
-    """
-    if type(value) is fx.immutable_collections.immutable_dict:
-        return {key: _changeable(each) for key, each in value.items()}
-    if type(value) is fx.immutable_collections.immutable_list:
-        return [_changeable(each) for each in value]
-    if type(value) is tuple:
-        return tuple(map(_changeable, value))
-    return value
 
 
 def _ones_like(tensor: Tensor) -> Tensor:

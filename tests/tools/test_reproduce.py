@@ -367,6 +367,16 @@ def test_trials_of_other_lengths_are_not_mixed(tmp_path):
         search("toys", replace(SMALL, trial_epochs=2), "SFF", parted, tmp_path)
 
 
+def test_a_method_with_probes_reads_all_blocks_and_the_last_one(monkeypatch):
+    monkeypatch.setitem(METHODS, "SFF", replace(METHODS["SFF"], probes=True))
+    run = new_run()
+    run.train(1)
+    result = run.result()
+    assert set(result["test"]) == set(READOUTS)
+    chance = 1 / 3
+    assert result["validation"]["linear probe"] > chance
+
+
 def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     folder, monkeypatch, capsys
 ):
@@ -377,7 +387,7 @@ def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     facts = json.loads(record.read_text())
     assert facts["config"]["network"] == "CNNB"
     assert facts["method"] == "SFF"
-    assert set(facts["test"]) == set(READOUTS) - {"linear probe"}
+    assert set(facts["test"]) == set(READOUTS) - {"linear probe", "probe of the last"}
     assert len(facts["curve"]) == 3
     table = (folder / "out" / "tables.md").read_text()
     assert "## toys" in table

@@ -31,7 +31,8 @@ class Method:
         options: of `sffx.transform`.
         spans: the epochs of each block, (first, end), the classifier's last; None lets all blocks
             learn in all epochs.
-        probes: whether a linear probe on all blocks that predict is one more readout.
+        probes: whether linear probes, trained afterwards, are more readouts: on all blocks that
+            predict, and on the last one.
         addition: a recipe of the field, which then gives the options; None for none.
         strengths: of the recipe, among which the search chooses.
     """

@@ -56,10 +56,21 @@ def judged(scores: Tensor, readout: str, skips: int = 0) -> Tensor:
     return READOUTS[readout](scores, skips=skips)
 
 
-def probed(net: nn.Module, data: Split, seed: int) -> Callable[[Images], Tensor]:
-    """Train a linear probe on all blocks of a net, and return what gives its logits, (N, J)."""
+def probed(
+    net: nn.Module, data: Split, seed: int, *, last: bool = False
+) -> Callable[[Images], Tensor]:
+    """Train a linear probe on trained blocks, and return what gives its logits, (N, J).
+
+    Args:
+        net: the trained net.
+        data: the probe learns from the training images.
+        seed: of the probe.
+        last: whether it reads the last block only, and not all that predict.
+    """
     torch.manual_seed(seed)
     probe = sffx.LinearProbe(net)
+    if last:
+        probe = sffx.LinearProbe(net, probe.blocks[-1:])
 
     def features(images: Images) -> Tensor:
         parts = [probe.features(data.scaled(x)) for x, _ in in_order(images, PROBE_BATCH)]

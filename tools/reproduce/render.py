@@ -20,6 +20,7 @@ READOUTS = (
     "classifier",
     "all and classifier",
     "linear probe",
+    "probe of the last",
 )
 
 # The records of one experiment, by method.

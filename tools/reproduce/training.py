@@ -225,9 +225,10 @@ class Run:
         on_validation = readouts(validation, validation, validation_labels, self.skips)
         on_test = readouts(test, validation, validation_labels, self.skips)
         if self.method.probes:
-            probe = probed(self.net, self.split, self.seed)
-            on_validation["linear probe"] = probe(self.split.validation)
-            on_test["linear probe"] = probe(self.split.test)
+            for readout, last in (("linear probe", False), ("probe of the last", True)):
+                probe = probed(self.net, self.split, self.seed, last=last)
+                on_validation[readout] = probe(self.split.validation)
+                on_test[readout] = probe(self.split.test)
         return {
             "setting": asdict(self.setting),
             "seed": self.seed,

@@ -163,10 +163,9 @@ def plot(name: str, methods: Methods, path: Path) -> None:
             validation.append(100 * fmean(run["curve"][epoch]["validation"] for run in runs))
         curves.plot(range(1, length + 1), validation, color=f"C{i}", label=method)
     blocks.xaxis.get_major_locator().set_params(integer=True)
-    blocks.set(xlabel="block", ylabel="test accuracy, per cent", title=name)
+    blocks.set(xlabel="block, squares: classifier", ylabel="test accuracy, per cent", title=name)
     curves.set(xlabel="epoch", ylabel="validation accuracy, per cent")
-    blocks.legend(fontsize=7)
-    curves.legend(fontsize=7)
+    curves.legend(fontsize=7)  # for both, which share their colours
     save(figure, path)
 
 
@@ -179,8 +178,7 @@ def _plot_blocks(axes: Any, method: str, runs: list[dict[str, Any]], color: str)
         return
     count = len(features)
     axes.plot(range(1, count + 1), features, marker="o", color=color, label=method)
-    label = f"{method}, classifier"
-    axes.plot(count + 1, classifier, marker="s", color=color, label=label, linestyle="")
+    axes.plot(count + 1, classifier, marker="s", color=color, linestyle="")
 
 
 def render(out: Path) -> None:

@@ -101,7 +101,7 @@ def batch_size(values: Mapping[str, Any]) -> int:
     )
 
 
-def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
+def padding_mask(plan: BlockPlan, values: Mapping[str, Any]) -> Tensor | None:
     """Return the input that marks the real tokens of the model's output; None if there is none.
 
     It is (B, T), zero at padding. Where an encoder and a decoder have a mask each, it is that of
@@ -109,11 +109,11 @@ def padding_mask(plan: BlockPlan, x: Any) -> Tensor | None:
 
     Args:
         plan: of the cut model.
-        x: its input, as `bind` takes it.
+        values: of its inputs by name, as `bind` returns them.
     """
     for each in plan.inputs:
         if plan.classifier.mask and plan.classifier.mask == (each.value or each.name):
-            mask: Tensor = bind(plan, x)[each.name]
+            mask: Tensor = values[each.name]
             return mask
     return None
 
@@ -129,10 +129,11 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
     Raises:
         InputError: the targets have positions, and their size is that of no input and no output.
     """
-    values = [value for value in bind(plan, x).values() if isinstance(value, Tensor)]
-    shapes = [value.shape for value in values if value.is_floating_point()]
+    values = bind(plan, x)
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    shapes = [tensor.shape for tensor in tensors if tensor.is_floating_point()]
     plan.task.require_size(y, False, shapes)
-    return plan.task.without_padding(y, padding_mask(plan, x))
+    return plan.task.without_padding(y, padding_mask(plan, values))
 
 
 def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType, FunctionType, ModuleType, TracebackType
@@ -79,10 +79,11 @@ class Functions:
         frames = _frames_of_forward(failure.__traceback__)
         for caller, frame in reversed(list(pairwise(frames))):
             callee = _callee(caller, frame, reason)
-            if callee is None or callee.function in self._given_up | self.found.keys():
+            if callee is None:
                 continue
-            self.found[callee.function] = callee
-            return True
+            if callee.function not in self._given_up and callee.function not in self.found:
+                self.found[callee.function] = callee
+                return True
         return False
 
     def notes(self, graph: fx.Graph) -> Iterator[str]:
@@ -156,10 +157,11 @@ def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:
     method = _method(frame)
     if method is not None:
         return Callee(vars(method[0])[method[1]], (method,), True, reason)
-    for namespace in (caller.f_globals, *_modules_named(caller), frame.f_globals):
+    namespaces = (caller.f_globals, *_modules_named(caller), frame.f_globals)
+    for namespace in namespaces:
         for value in list(namespace.values()):
             if isinstance(value, FunctionType) and _is_run_by(value, frame):
-                return Callee(value, tuple(_places(value, caller, frame)), False, reason)
+                return Callee(value, tuple(_places(value, namespaces)), False, reason)
     return None
 
 
@@ -205,9 +207,9 @@ def _method(frame: FrameType) -> tuple[type, str] | None:
 
 
 def _places(
-    function: FunctionType, caller: FrameType, frame: FrameType
+    function: FunctionType, namespaces: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[Any, str]]:
-    namespaces = (caller.f_globals, *_modules_named(caller), frame.f_globals)
+    """Yield each module, of those with the given contents, and the name of a function in it."""
     names = {str(each.get("__name__")): None for each in namespaces}
     for module in [sys.modules[name] for name in names if name in sys.modules]:
         for name, value in list(vars(module).items()):

@@ -21,8 +21,7 @@ file. The manifest says how the files are connected:
                  "macs": 15872},                  multiply-adds for one sample
                 ...]}
 
-The digests tie the files to their manifest. Whoever loads a folder while it is replaced finds all
-of the one export or all of the other, never a mixture.
+The digests tie the files to their manifest.
 """
 
 from __future__ import annotations

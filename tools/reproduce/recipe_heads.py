@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.learning.cosine import CosineGoodness
+from sffx.learning.heads import HIDDEN
 from sffx.learning.norms import SampleNorm
-
-HIDDEN = 128  # units of "mlp"
 
 
 def mlp(block: sffx.Block, num_classes: int, channels: int | None = None) -> CosineGoodness:

@@ -155,7 +155,7 @@ def plot(name: str, methods: Methods, path: Path) -> None:
     figure = blank(10, 3.6, "plotting experiments")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
-        _plot_blocks(blocks, method, runs, f"C{i}")
+        _plot_blocks(blocks, runs, f"C{i}")
         # As far as all seeds go: a mean over fewer would jump where a seed ends.
         length = min(len(run["curve"]) for run in runs)
         validation = []
@@ -169,15 +169,15 @@ def plot(name: str, methods: Methods, path: Path) -> None:
     save(figure, path)
 
 
-def _plot_blocks(axes: Any, method: str, runs: list[dict[str, Any]], color: str) -> None:
+def _plot_blocks(axes: Any, runs: list[dict[str, Any]], color: str) -> None:
     """Plot the blocks as a line and the classifier as a square, or as a line without blocks."""
     by_block = zip(*(run["blocks"] for run in runs), strict=True)
     *features, classifier = [100 * fmean(values) for values in by_block]
     if not features:
-        axes.axhline(classifier, color=color, linestyle="--", label=method)
+        axes.axhline(classifier, color=color, linestyle="--")
         return
     count = len(features)
-    axes.plot(range(1, count + 1), features, marker="o", color=color, label=method)
+    axes.plot(range(1, count + 1), features, marker="o", color=color)
     axes.plot(count + 1, classifier, marker="s", color=color, linestyle="")
 
 

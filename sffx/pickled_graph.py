@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 
+from sffx.picklable import require_picklable
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -48,6 +50,7 @@ class PickledGraph(fx.GraphModule):
     """A `GraphModule` whose pickle holds its nodes, without what passes have noted in `meta`."""
 
     def __reduce__(self) -> Any:
+        require_picklable(self)
         state = dict(self.__dict__)
         graph = state.pop("_graph")
         # Code is written anew for the nodes.

@@ -24,6 +24,7 @@ FLOORS = (
         "fsdp",
         "kernels",
         "keys",
+        "picklable",
         "pickled_graph",
         "progress",
     ),
@@ -52,6 +53,8 @@ NEIGHBOURS = {
     ("fsdp", "tensors"),
     ("tensors", "errors"),
     ("kernels", "errors"),
+    ("picklable", "errors"),
+    ("pickled_graph", "picklable"),
     ("blocks", "parts"),
     ("blocks", "arguments"),
 }

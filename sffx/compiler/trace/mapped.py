@@ -16,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -24,6 +24,7 @@ from torch._functorch import apis, eager_transforms
 from torch.utils._pytree import tree_map
 
 from sffx.compiler.trace.functions import words_of
+from sffx.compiler.trace.local_code import LocalCode
 from sffx.compiler.trace.proxy import has_proxy
 from sffx.compiler.trace.run_function import function_target
 
@@ -212,7 +213,7 @@ class _Templates:
         defaults = (function.__defaults__, function.__kwdefaults__)
         parts = self.of((contents, defaults, owner))
         self._around.pop()
-        return _Rebuilt(functools.partial(_made_function, function), parts)
+        return _Rebuilt(LocalCode(function), parts)
 
     def _of_module(self, module: nn.Module) -> _Rebuilt:
         """Return the template of a module, with what the functions around name of it."""
@@ -244,18 +245,6 @@ def _filled(template: Any, held: list[Any]) -> Any:
 
 def _made_partial(function: Any, args: Any, keywords: Any) -> Any:
     return functools.partial(function, *args, **keywords)
-
-
-def _made_function(
-    function: FunctionType, contents: list[Any], defaults: Any, owner: Any
-) -> FunctionType | MethodType:
-    """Return a function with other contents and defaults, as a method where there is an owner."""
-    cells = tuple(map(CellType, contents))
-    made = FunctionType(
-        function.__code__, function.__globals__, function.__name__, defaults[0], cells
-    )
-    made.__kwdefaults__ = defaults[1]
-    return made if owner is None else MethodType(made, owner)
 
 
 def _made_module(

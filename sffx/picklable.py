@@ -1,0 +1,90 @@
+"""What pickle cannot hold: functions and classes that are made inside functions, and lambdas.
+
+Pickle writes the name under which a function can be imported. Such a function has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from sffx.errors import InputError
+
+# Classes without a name that pickle writes all the same.
+_KNOWN_TO_PICKLE = (type(None), type(...), type(NotImplemented))
+
+
+def require_picklable(module: nn.Module) -> None:
+    """Raise an InputError if a module holds something that has no name to import it by."""
+    for qualname, part in _modules(module):
+        place = f"the module {qualname!r}" if qualname else f"the model {type(part).__name__}"
+        # fx makes a class for each graph, and pickles it in its own way.
+        is_graph = isinstance(part, fx.GraphModule)
+        if not is_graph and _pickles_itself(type(part)):
+            continue
+        if not is_graph and not _has_name(type(part)):
+            raise InputError(_message(f"{place} is of the class", type(part)))
+        for name, value in vars(part).items():
+            for nameless in _nameless(value, set()):
+                raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
+
+
+def _message(what: str, nameless: Any) -> str:
+    kind = "class" if isinstance(nameless, type) else "function"
+    return (
+        f"the net cannot be pickled: {what} {nameless.__qualname__}, and pickle holds only what "
+        f"can be imported by its name. Hint: define the {kind} at the top of a file, or keep the "
+        "weights alone by sffx.save_checkpoint, and cut the model again"
+    )
+
+
+def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a net, and those of the model that it was cut from, by their names."""
+    for qualname, part in module.named_modules():
+        yield qualname, part
+        origin = vars(part).get("origin")
+        if isinstance(getattr(origin, "model", None), nn.Module):
+            yield from origin.model.named_modules()
+
+
+def _pickles_itself(kind: type) -> bool:
+    """Whether a class of modules has its own way of being pickled, which may leave things out."""
+    names = ("__getstate__", "__reduce__", "__reduce_ex__")
+    return any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in names)
+
+
+def _nameless(value: Any, passed: set[int]) -> Iterator[Any]:
+    """Yield the functions and classes without a name in a value, also those in containers."""
+    if id(value) in passed or isinstance(value, (Tensor, nn.Module, str)):
+        return
+    passed.add(id(value))
+    if isinstance(value, (FunctionType, type)):
+        if value not in _KNOWN_TO_PICKLE and not _has_name(value):
+            yield value
+        return
+    for part in _parts(value):
+        yield from _nameless(part, passed)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from value
+
+
+def _has_name(value: Any) -> bool:
+    """Whether a function or a class can be imported by its name."""
+    found: Any = sys.modules.get(value.__module__)
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value

@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
+from sffx.compiler.picked_weights import picked_weights
 from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
 from sffx.tensors import can_learn, holds_tensor, storage_key, tensors_in
@@ -305,6 +306,8 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         graph.add_node(name, path=is_path, learned=is_learned)
         for source in sources:
             graph.add_edge(source, name)
+    for name in picked_weights(graph, nodes, layers):
+        graph.nodes[name]["path"] = False
     return graph
 
 

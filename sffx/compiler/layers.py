@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sffx.compiler.facts import facts
-from sffx.compiler.qualnames import parameters_of
+from sffx.compiler.qualnames import name_of_target, parameters_of
 from sffx.compiler.trace.run_function import RunFunction
 
 # Functions that are a layer if one of their arguments is a parameter. A string is a method.
@@ -130,23 +130,41 @@ class Layers:
         return name.lower().startswith(prefixes)
 
     def _is_matrix(self, node: Node) -> bool:
-        """Whether a value is a weight matrix, or made of one alone, as by `weight.T`."""
+        """Whether a value is a weight matrix, or made of one alone, as by `weight.T`.
+
+        Integers may pick some of it for each sample, as in `weight[task]`. But what is computed of
+        picked rows, as of words, is no weight.
+        """
         ahead, passed = [node], {node}
-        found = False
+        found = is_picked = is_computed = False
         while ahead:
             each = ahead.pop()
             if each.op == "placeholder":
                 return False
             found = found or self._holds_matrix(each)
+            is_computed = is_computed or _computes(each)
             for source in each.all_input_nodes:
                 # Sizes of an input may be among the arguments.
-                if source not in passed and isinstance(facts(source).example, Tensor):
-                    passed.add(source)
-                    ahead.append(source)
-        return found
+                value = facts(source).example
+                if source in passed or not isinstance(value, Tensor):
+                    continue
+                if _picks(each) and not value.is_floating_point():
+                    is_picked = True
+                    continue
+                passed.add(source)
+                ahead.append(source)
+        return found and not (is_picked and is_computed)
 
     def _holds_matrix(self, node: Node) -> bool:
         return any(p.ndim > 1 for p in self.parameters(node).values())
+
+
+def _picks(node: Node) -> bool:
+    return name_of_target(node.target) in ("gather", "getitem", "index_select")
+
+
+def _computes(node: Node) -> bool:
+    return node.op == "call_module" or node.target in _WEIGHTED_FUNCTIONS
 
 
 def holds_several_layers(module: nn.Module) -> bool:

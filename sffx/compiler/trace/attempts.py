@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.constants import place_constants
@@ -126,6 +127,8 @@ def _require_own_parameters(probe: nn.Module, tracer: GuidedTracer) -> None:
 
 def _reason(failure: Exception) -> str:
     """Return what failed, in words of the model, and where."""
+    if isinstance(failure, DataDependentOutputException):  # as of `weights[task[0]]`
+        return f"a number is read from a tensor, which depends on the data ({location(failure)})"
     message = str(failure)
     first_line = message.splitlines()[0] if message else ""
     # C code names the class of what it was given.

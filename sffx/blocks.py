@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from html import escape
 from typing import Any, Literal, TypeAlias
@@ -39,6 +39,7 @@ class Input:
         dtype: of the tensor, as torch names it ("float32", "int64").
         high: for integers, one more than the largest valid value (an embedding's rows); else 0.
         marks_tokens: whether it is an attention mask (B, T), with zeros for padding.
+        low: for integers, the smallest valid value: 1 for lengths of packed sequences.
         value: its name among the values that blocks read; "" where it is the same.
     """
 
@@ -47,6 +48,7 @@ class Input:
     dtype: str
     high: int = 0
     marks_tokens: bool = False
+    low: int = 0
     value: str = ""
 
     @property
@@ -66,11 +68,14 @@ class BatchAxis:
         slower: how many of them lie whole batches apart. It is 1 where the rows of a sample are
             neighbours, as of (B, N) flattened, and `rows` where they are not, as of (N, B)
             flattened; None where it cannot be told.
+        permuted: whether the samples lie in another order than those of the inputs, as after a sort
+            by length.
     """
 
     axis: int
     rows: int = 1
     slower: int | None = 1
+    permuted: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

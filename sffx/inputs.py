@@ -298,7 +298,7 @@ def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
         real = torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")
         return (torch.arange(shape[1]) < real).to(dtype)
     high = 2 if dtype == torch.bool else max(each.high, 1)
-    return torch.randint(0, high, shape, generator=generator, device="cpu").to(dtype)
+    return torch.randint(each.low, high, shape, generator=generator, device="cpu").to(dtype)
 
 
 def _require_device(parameters: Sequence[Tensor], values: Mapping[str, Any]) -> None:

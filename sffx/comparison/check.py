@@ -45,7 +45,7 @@ from sffx.comparison.runs import (
     run_trunk,
     tolerance,
 )
-from sffx.comparison.scores import in_reversed_order, mixes_samples, scores_of_blocks
+from sffx.comparison.scores import in_another_order, mixes_samples, scores_of_blocks
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.weights import other_names, same, state_of, telling_weights
 from sffx.compiler.qualnames import without_numbers
@@ -67,6 +67,8 @@ _GRADIENT_FACTOR = 1000
 
 # A model takes few other sizes or many: this many are compared.
 _MOST_SIZES = 2
+
+_MODEL_RAISES = "the model raises"
 
 OUTPUTS_ARE_NAN = (
     "values of the model's output are nan on random inputs, so nothing could be compared there"
@@ -178,21 +180,33 @@ class _Check:
 
     def quick(self) -> CheckReport:
         """Compare two calls in train mode and one in eval mode."""
+        first, second = _BATCHES[:2]
         with quiet(self._model):
-            first, second = _BATCHES[:2]
-            again = self._training_run(second, f"train mode, {second} samples")
-            runs = [
-                self._training_run(first, f"train mode, {first} samples"),
-                replace(again, backward=False),
-                self._eval_run(second, grad=False),
-            ]
-            self._compare_calls(runs)
+            for source in self._batches.sources:
+                self._batches.source = source
+                self._skipped.clear()
+                self._compare_calls(self._quick_runs(first, second))
+                if not self._model_raises():
+                    break
             if self._differences and not self._is_wrong():
                 # It may differ with gradients, too.
                 self._compare_calls([self._eval_run(second, grad=True)])
             if any(block.is_folded for block in self._plan) and not self._is_wrong():
                 self._compare_scores(first)
         return self._report()
+
+    def _quick_runs(self, first: int, second: int) -> list[Run]:
+        again = self._training_run(second, f"train mode, {second} samples")
+        return [
+            self._training_run(first, f"train mode, {first} samples"),
+            replace(again, backward=False),
+            self._eval_run(second, grad=False),
+        ]
+
+    def _model_raises(self) -> bool:
+        """Whether the model took none of the inputs so far."""
+        raised = [reason.startswith(_MODEL_RAISES) for reason in self._skipped.values()]
+        return not self._differences and len(raised) > 1 and all(raised)
 
     def _report(self) -> CheckReport:
         return CheckReport(self._errors, self._skipped, tuple(self._differences))
@@ -365,10 +379,12 @@ class _Check:
         run = self._eval_run(batch, grad=True)
         values = {each.name: run.values[each.name] for each in self._plan.inputs}
         scores = scores_of_blocks(self._net, values)
-        scores_of_reversed = scores_of_blocks(self._net, in_reversed_order(values))
+        scores_of_others = scores
+        is_mixed = mixes_samples(self._model, self._net, run)
+        if not is_mixed:
+            scores_of_others = scores_of_blocks(self._net, in_another_order(values))
         task = self._plan.task
         expected = (batch, *self._plan.classifier.shape)
-        is_mixed = mixes_samples(self._model, self._net, run)
         self._errors[where] = 0.0
         for i, block in enumerate(self._plan.all_blocks):
             place = Place(block.target, block.output, block.name)
@@ -376,7 +392,7 @@ class _Check:
                 problem = f"the scores of {block.target} have shape {tuple(scores[i].shape)}"
                 self._differ(where, f"{problem}, not {task.shapes} = {expected}", place=place)
                 return
-            error = relative_error(in_reversed_order(scores_of_reversed[i]), scores[i])
+            error = relative_error(scores_of_others[i], in_another_order(scores[i]))
             if is_mixed or error <= tolerance(scores[i].dtype):
                 continue
             problem = f"the scores that {block.target} gives a sample depend on the others"
@@ -439,7 +455,7 @@ class _Check:
     def _same(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
         """Note the errors of one call; return whether the calls behind it can be compared."""
         if expected.failure is not None:
-            self._skipped[run.name] = f"the model raises {error_in_words(expected.failure)}"
+            self._skipped[run.name] = f"{_MODEL_RAISES} {error_in_words(expected.failure)}"
             return True
         if not isinstance(expected.logits, Tensor):
             kind = type(expected.logits).__name__

@@ -26,6 +26,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers, common_scope, scopes
 from sffx.compiler.masks import Masks
 from sffx.compiler.refusals import refusals, shared_state
+from sffx.compiler.sample_order import is_out_of_order
 from sffx.compiler.streams import with_streams
 from sffx.compiler.trace.trace import Trace
 from sffx.compiler.way_out import way_out
@@ -385,6 +386,8 @@ class Analysis:
 
     def _keeps_shape(self, nodes: list[Node], end: Node, before: Any) -> bool:
         if self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
+            return False
+        if is_out_of_order(facts(end).batch):
             return False
         value = facts(end).example
         if not isinstance(before, Tensor) or not isinstance(value, Tensor):

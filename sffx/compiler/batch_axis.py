@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import has_tensors, name_of_target
+from sffx.compiler.sample_order import is_permuted
 from sffx.compiler.trace.flags import is_added
 
 # The batch sizes of a trace. Models that put samples in pairs, threes or fours run at both.
@@ -81,8 +82,8 @@ def find_batch(
 
 
 def starts_with_batch(value: Any) -> bool:
-    """Return whether the record of a batch axis says: (B, ...), one row for each sample."""
-    return value == BatchAxis(0)
+    """Return whether the record of a batch axis says: (B, ...), a row for each sample in order."""
+    return value == BatchAxis(0) and not value.permuted
 
 
 def is_reshape(node: fx.Node, root: nn.Module) -> bool:
@@ -124,10 +125,8 @@ def _axis_of_tensor(
     if multiple != Fraction(other.shape[axis], sizes[1]) or multiple.denominator != 1:
         return None
     rows = int(multiple)
-    if rows == 1:
-        return BatchAxis(axis)
-    slower = _slower_rows(node, root, value, axis, rows)
-    return BatchAxis(axis, rows, slower)
+    slower = _slower_rows(node, root, value, axis, rows) if rows > 1 else 1
+    return BatchAxis(axis, rows, slower, is_permuted(node, axis))
 
 
 def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows: int) -> int | None:

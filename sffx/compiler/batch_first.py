@@ -53,6 +53,8 @@ def _viewed_axis(node: Node) -> BatchAxis | None:
     value, batch = facts(node).example, facts(node).batch
     if not isinstance(value, Tensor) or not value.is_floating_point() or batch is None:
         return None
+    if batch.permuted:
+        return None
     if batch.rows == 1:
         return batch if batch.axis > 0 and value.ndim > 2 else None
     is_ordered = batch.slower in (1, batch.rows)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 
 from sffx.compiler.aliases import views_in_attributes
 from sffx.tensors import find_computed, storage_key
@@ -51,7 +57,20 @@ def failures_unlogged() -> Iterator[None]:
 def fake_copy(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its tensors."""
     with FakeCopyMode(mode):
-        return copy.deepcopy(module, fake_tensors(module, mode))
+        twin = copy.deepcopy(module, fake_tensors(module, mode))
+    for layer in twin.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer.forward = partial(_run_outside, layer.forward)
+    return twin
+
+
+def _run_outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a recurrent layer outside of the mode of its fake tensors.
+
+    Inside, the batch sizes of a packed sequence, which torch reads, would lose their values.
+    """
+    with unset_fake_temporarily():
+        return forward(*args, **kwargs)
 
 
 def fake_copy_but_constants(module: M, mode: FakeTensorMode) -> M:

@@ -20,6 +20,7 @@ from sffx.compiler.dataflow import Dataflow
 from sffx.compiler.facts import facts
 from sffx.compiler.grids import Grids
 from sffx.compiler.layers import Layers
+from sffx.compiler.sample_order import is_out_of_order
 from sffx.tasks import Task
 from sffx.tensors import storage_key
 
@@ -125,6 +126,8 @@ def _reason_of_value(node: Node) -> str:
     value = facts(node).example
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return "its value is no float tensor"
+    if is_out_of_order(facts(node).batch):
+        return "its samples lie in another order than those of the inputs"
     if value.ndim < 2 or not starts_with_batch(facts(node).batch):
         return f"the first axis of its value is not the batch, shape {_shape_in_words(node)}"
     return ""

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from sffx.blocks import BatchAxis
+from sffx.blocks import BatchAxis, Value
+from sffx.compiler.sample_order import is_out_of_order
 from sffx.errors import InputError
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
@@ -96,7 +97,11 @@ def _batch_axes(
         of_two: the values of two samples, by name.
         of_three: those of three samples.
     """
-    planned = {value.name: value.batch for block in plan_of(net) for value in block.gives}
+    planned: dict[str, BatchAxis | None] = {}
+    for block in plan_of(net):
+        for value in block.gives:
+            _require_in_order(value)
+            planned[value.name] = value.batch
     axes: dict[str, BatchAxis] = {}
     for name, value in of_two.items():
         other = of_three[name]
@@ -112,6 +117,17 @@ def _batch_axes(
                 "policy=[...] takes the names of nodes"
             )
     return axes
+
+
+def _require_in_order(value: Value) -> None:
+    """Raise an InputError if a value has its samples in another order, or holds such an order."""
+    for each in (value, *value.parts):
+        if is_out_of_order(each.batch):
+            raise InputError(
+                f"the value {value.name!r} crosses a cut and has the samples in another order, as "
+                "after a sort, so samples cannot leave it. Hint: cut elsewhere, policy=[...] takes "
+                "the names of nodes; or sort in the forward where the sorted samples are read"
+            )
 
 
 def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from torch import fx, nn
 
+from sffx.errors import ExportError
 from sffx.parts import name_in_model
 
 # The file name of a graph module's generated forward. A line in it is `name = ...`, where `name`
@@ -44,6 +45,8 @@ def explanation(error: Exception, model: nn.Module) -> str:
     text = "\n".join(map(str, chain))
     place = _place(chain, text, model)
     where = f" ({place})" if place else ""
+    if isinstance(chain[-1], ExportError):  # of a function of sffx that has no form in a file
+        return f"the model cannot be exported{where}: {first_line(chain[-1])}"
     operator = NO_ONNX_FORM.search(text)
     if operator:
         return f"the operator {operator[1]!r}{where} has no ONNX form. {OPERATOR_HINT}"

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from sffx.blocks import Input
 from sffx.compiler.facts import facts
+from sffx.compiler.trace.packed import longest_packed
 
 
 def input_records(graph: fx.Graph, root: nn.Module, names: tuple[str, ...]) -> tuple[Input, ...]:
@@ -25,12 +26,14 @@ def input_records(graph: fx.Graph, root: nn.Module, names: tuple[str, ...]) -> t
 
 def _record(node: fx.Node, root: nn.Module, name: str) -> Input:
     value = facts(node).example
+    longest = longest_packed(node)
     return Input(
         name=name,
         shape=tuple(value.shape[1:]),
         dtype=str(value.dtype).removeprefix("torch."),
-        high=_high(node, value, root),
+        high=longest + 1 if longest else _high(node, value, root),
         marks_tokens=_marks_tokens(name, value),
+        low=1 if longest else 0,
         value="" if node.name == name else node.name,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.facts import facts
+from sffx.compiler.sample_order import is_out_of_order
 from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, shape_in_words, unclear
@@ -258,6 +259,12 @@ def _require_batch_first(root: nn.Module, logits: fx.Node) -> None:
     batch = facts(logits).batch
     if starts_with_batch(batch):
         return
+    if is_out_of_order(batch):
+        raise TraceError(
+            f"the samples of what {type(root).__name__} returns lie in another order than those of "
+            "its inputs, as after a sort. Hint: bring them back, as by scores[order.argsort()] "
+            "after x[order]"
+        )
     where = "no axis is"
     if batch is not None:
         rows = f"{batch.rows} rows of each sample lie in" if batch.rows > 1 else "the batch is"

@@ -34,6 +34,7 @@ from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_forward_hooks, has_no_code, is_layer
 from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
 from sffx.compiler.trace.own_state import OwnState
+from sffx.compiler.trace.packed import packing_target
 from sffx.compiler.trace.parameter_forms import ParameterForms, reads_form_alone
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
@@ -165,6 +166,8 @@ class GuidedTracer(fx.Tracer):
         if kind == "call_function" and not self.place:
             # In a submodule it makes a leaf, which runs for real.
             target = data_shaped_target(target, args)
+        if kind == "call_function":
+            target = packing_target(target)
         if kind == "call_method":
             args = self.forms.arguments(target, args)
         create: Callable[..., fx.Proxy] = super().create_proxy

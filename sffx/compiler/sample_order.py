@@ -1,0 +1,208 @@
+"""The order of the samples along the batch axis: that of the inputs, or another one.
+
+A forward may sort its batch, as by the lengths of sequences, and bring it back later:
+
+    lengths, order = lengths.sort(descending=True)
+    states = self.rnn(x[order])
+    return self.head(states[order.argsort()])
+
+Between the two no cut may lie: a head would be given the scores of one sample and the target of
+another one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from sffx.blocks import BatchAxis
+from sffx.compiler.facts import facts
+from sffx.compiler.qualnames import name_of_target
+from sffx.tensors import holds_tensor
+
+# They return an order of samples, or samples in a new order.
+_SORTS = ("argsort", "msort", "randperm", "sort", "topk")
+
+# They read samples by an index along one axis.
+_SELECTS = ("gather", "index_select", "take_along_dim")
+
+# They write samples by an index, which brings back what was read by it.
+_PLACES = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "set_item")
+
+
+def is_out_of_order(batch: Any) -> bool:
+    """Return whether the record of a batch axis says that samples lie in another order."""
+    return isinstance(batch, BatchAxis) and batch.permuted
+
+
+def is_permuted(node: fx.Node, axis: int) -> bool:
+    """Return whether the samples of a new value lie in another order than those of the inputs.
+
+    1. What reads samples by an order, turns them round or rolls them changes their order. What does
+       so once more is taken to bring them back.
+    2. What writes samples by an index brings them back. New zeros have no order.
+    3. Whatever else leaves them in the order of what it reads. Where one value has the order of
+       the inputs, as in a mixture of samples with others, so has the result.
+
+    Args:
+        node: computes the value. Its arguments have their facts.
+        axis: of the batch.
+    """
+    name = name_of_target(node.target).rstrip("_")
+    if name in _SORTS:
+        return name == "randperm" or _axis_of_call(node, axis) == axis
+    if name in _PLACES or _makes_values(name) or _restores_order(node):
+        return False
+    if _changes_order(node, name):
+        return not is_out_of_order(facts(node.all_input_nodes[0]).batch)
+    sources = list(_samples_read(node))
+    if not any(batch.permuted for _, batch in sources):
+        return False
+    return all(batch.permuted or _is_made_of_sizes(arg) for arg, batch in sources)
+
+
+def _makes_values(name: str) -> bool:
+    """Whether an operation reads only the shape of its argument."""
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def _restores_order(node: fx.Node) -> bool:
+    """Whether a recurrent layer reads sequences that were sorted by their length.
+
+    It brings its last states back. What it returns of each step stays as it is, in a pack.
+    """
+    for arg in node.all_input_nodes:
+        value = facts(arg).example
+        if isinstance(value, PackedSequence) and value.unsorted_indices is not None:
+            return node.op == "call_module"
+    return False
+
+
+def _changes_order(node: fx.Node, name: str) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    batch = facts(node.args[0]).batch
+    if not isinstance(batch, BatchAxis) or batch.rows > 1:
+        return False
+    if name in _SELECTS:
+        return _axis_of_call(node, batch.axis) == batch.axis and any(
+            map(_is_order, node.all_input_nodes[1:])
+        )
+    if name in ("flip", "roll"):
+        return batch.axis in _axes_of_call(node, name)
+    if node.target is operator.getitem:
+        index = _index_along(node.args[1], batch.axis)
+        return isinstance(index, fx.Node) and _is_order(index)
+    return False
+
+
+def _index_along(index: Any, axis: int) -> Any:
+    """Return the part of an index that is for an axis; None where others are no slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if len(parts) <= axis:
+        return None
+    others = [*parts[:axis], *parts[axis + 1 :]]
+    is_alone = all(isinstance(part, slice) or part is Ellipsis for part in others)
+    return parts[axis] if is_alone else None
+
+
+def _is_order(node: fx.Node) -> bool:
+    """Whether a value is an index that comes from a sort, from chance or from an input.
+
+    One that counts the samples, as `torch.arange`, leaves their order.
+    """
+    passed = {node}
+    ahead = [node]
+    while ahead:
+        each = ahead.pop()
+        if not _holds_indices(facts(each).example):
+            continue
+        if each.op == "placeholder" or name_of_target(each.target) in _SORTS:
+            return True
+        ahead += set(each.all_input_nodes) - passed
+        passed.update(each.all_input_nodes)
+    return False
+
+
+def _holds_indices(value: Any) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(part, Tensor) and _is_integer(part) for part in parts)
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and value.dtype.itemsize > 1
+
+
+def _axis_of_call(node: fx.Node, default: int) -> int:
+    """Return the axis that an operation is given, its last one where a sort is given none."""
+    axes = _axes_of_call(node, name_of_target(node.target))
+    return axes[0] if axes else default
+
+
+def _axes_of_call(node: fx.Node, name: str) -> list[int]:
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return []
+    given = node.kwargs.get("dim", node.kwargs.get("dims"))
+    rest = node.args[1:]
+    if given is None and name == "flip":
+        given = rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest
+    if given is None:
+        place = _PLACES_OF_AXIS.get(name, 0)
+        given = rest[place] if len(rest) > place else _DEFAULT_AXIS.get(name, ())
+    axes = given if isinstance(given, (tuple, list)) else (given,)
+    ndim = facts(first).example.ndim
+    return [each % ndim for each in axes if type(each) is int]
+
+
+# Among the arguments behind the tensor, where it is not the first one.
+_PLACES_OF_AXIS = {"roll": 1, "take_along_dim": 1, "topk": 1}
+_DEFAULT_AXIS: dict[str, Any] = {"sort": -1, "argsort": -1, "topk": -1, "msort": 0}
+
+
+def _samples_read(node: fx.Node) -> Iterator[tuple[fx.Node, BatchAxis]]:
+    """Yield the batch axis of each tensor that a node reads, beside the node of the tensor.
+
+    Where it reads samples of floats, indices and masks beside them do not count.
+    """
+    found: list[tuple[fx.Node, BatchAxis, bool]] = []
+    for arg in node.all_input_nodes:
+        for value, batch in _parts(node, arg):
+            if isinstance(batch, BatchAxis):
+                found.append((arg, batch, value.is_floating_point()))
+    has_floats = any(is_float for *_, is_float in found)
+    for arg, batch, is_float in found:
+        if is_float or not has_floats:
+            yield arg, batch
+
+
+def _parts(node: fx.Node, arg: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """Yield the values that a node reads of an argument, each with its batch axis."""
+    value, batch = facts(arg).example, facts(arg).batch
+    if not isinstance(batch, tuple):
+        yield value, batch
+        return
+    if node.target is operator.getitem and batch:
+        picked: Any = node.args[1]
+        value, batch = value[picked], batch[picked]
+    yield from zip(tree_leaves(value), tree_leaves(batch), strict=False)
+
+
+def _is_made_of_sizes(node: fx.Node) -> bool:
+    """Whether a value holds no sample, as zeros or random numbers for each do."""
+    passed = {node}
+    ahead = [node]
+    while ahead:
+        each = ahead.pop()
+        if each.op == "placeholder":
+            return False
+        if _makes_values(name_of_target(each.target)) or not holds_tensor(facts(each).example):
+            continue
+        ahead += set(each.all_input_nodes) - passed
+        passed.update(each.all_input_nodes)
+    return True

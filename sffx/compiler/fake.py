@@ -58,10 +58,20 @@ def fake_copy(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its tensors."""
     with FakeCopyMode(mode):
         twin = copy.deepcopy(module, fake_tensors(module, mode))
-    for layer in twin.modules():
+    need_no_values(twin)
+    return twin
+
+
+def need_no_values(module: nn.Module) -> None:
+    """Let the layers of torch in a module on fake tensors run, which read values of some tensors.
+
+    What they compute has the same shape, and takes the same memory.
+    """
+    for layer in module.modules():
         if isinstance(layer, nn.RNNBase):
             layer.forward = partial(_run_outside, layer.forward)
-    return twin
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum is None:
+            layer.momentum = 0.1  # else it reads the number of batches
 
 
 def _run_outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from sffx.compiler.fake import fake_copy
+from sffx.compiler.fake import fake_copy, need_no_values
 from sffx.extraction import fill
 from sffx.inputs import constant_batch
 from sffx.learning.losses import block_loss
@@ -33,6 +33,7 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
     model: nn.Module = probe.origin.model
     with FakeCopyMode(mode):
         fill(model, probe)
+    need_no_values(model)
     model.train()
     with mode:
         device = next(model.parameters()).device

@@ -6,7 +6,6 @@ place is the logits. A *span* is a block: the place before it, and the place whe
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +18,6 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from sffx.blocks import Block, BlockPlan, Options
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.facts import block_facts, facts
 from sffx.compiler.fake import fake_copy
 from sffx.compiler.inplace import keep_foreign_values
@@ -33,6 +31,7 @@ from sffx.kernels.batch_slices import counting
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms
 from sffx.memory.footprint import COUNTER, STATES, fake_footprint
+from sffx.memory.values import why_values_are_needed
 from sffx.progress import Progress
 from sffx.tensors import storage_key
 
@@ -185,9 +184,12 @@ class BlockCosts:
                 x.append(example.new_empty(shape))
             given = [*x, *block.parameters(), *block.buffers()]
             run = _SavedBytes(block, given)
-            # Where shapes depend on data there are no bounds; the count will report it.
-            with contextlib.suppress(*DATA_DEPENDENT):
+            try:
                 run.run(*x)
+            except (RuntimeError, NotImplementedError) as cause:
+                # Where the model needs values there are no bounds; the count will report it.
+                if not why_values_are_needed(cause):
+                    raise
         return run.saved
 
     def _whole_model(self) -> GraphModule:

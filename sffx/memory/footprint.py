@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from sffx.blocks import Block, BlockPlan
 from sffx.checks import positive_integer, require_flag
 from sffx.compiler.caches import caches_restored
-from sffx.compiler.examples import DATA_DEPENDENT
 from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.errors import InputError
 from sffx.inputs import constant_batch
@@ -33,6 +32,7 @@ from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import shared_entropy
 from sffx.memory.backpropagation import backpropagation_peak
 from sffx.memory.count import count_memory
+from sffx.memory.values import why_values_are_needed
 from sffx.net import cut_model, plan_of
 from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
@@ -184,7 +184,7 @@ def footprint(
 
     Raises:
         InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
-            shapes depend on data.
+            model needs values.
     """
     cut = cut_model(net)
     make_whole(cut)
@@ -232,7 +232,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         skip: indices of stages that run but are not counted.
 
     Raises:
-        InputError: shapes depend on data.
+        InputError: the model needs values, as for a branch on them.
     """
     plan = plan_of(net)
     device = next(net.parameters()).device
@@ -247,9 +247,12 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
                     counter.skip()
                 else:
                     counter.count(stage)
-    except DATA_DEPENDENT as cause:
+    except (RuntimeError, NotImplementedError) as cause:
+        reason = why_values_are_needed(cause)
+        if not reason:
+            raise
         raise InputError(
-            f"the memory of {plan.model} cannot be predicted, since shapes in it depend on data. "
+            f"the memory of {plan.model} cannot be predicted without values: {reason}. "
             "Hint: count a real step with sffx.memory.count.count_memory"
         ) from cause
     except ValueError as cause:

@@ -57,8 +57,8 @@ def largest_batch(net: nn.Module, budget: str | int, *, offloaded: bool = False)
         offloaded: predict for a `local_step` once the model is offloaded (`offload`).
 
     Raises:
-        InputError: `net` is no cut model or is sharded, the budget cannot be read, or the shapes
-            depend on data.
+        InputError: `net` is no cut model or is sharded, the budget cannot be read, or the model
+            needs values.
     """
     allowed = read_byte_size(budget)
     cut = cut_model(net)

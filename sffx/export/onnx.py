@@ -33,6 +33,7 @@ from sffx.export.prepare import (
     reduce_to_readout,
 )
 from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
+from sffx.export.small_numbers import keep_small_numbers
 from sffx.files import writing
 from sffx.inputs import mask_among, random_batch
 from sffx.learning.readouts import ReadoutName
@@ -183,7 +184,6 @@ def onnx_program(
             )
     except Exception as error:
         raise ExportError(explanation(error, model)) from error
-    assert program is not None  # only the TorchScript exporter returns None
     _separate_names(program)
     written = program.model.opset_imports[""]
     if opset not in (None, written):
@@ -195,17 +195,28 @@ def onnx_program(
     return program
 
 
-def _optimized_or_not(export: Callable[..., ONNXProgram | None]) -> ONNXProgram | None:
-    """Return what an exporter returns; without its optimizer where that fails.
+def _optimized_or_not(export: Callable[..., ONNXProgram | None]) -> ONNXProgram:
+    """Return what an exporter returns, optimized; as it is where the optimizer fails.
 
     The optimizer fails at a split of an axis that stays open, as `x.chunk(2)` of the batch.
     """
     from onnxscript import ir
 
+    program = _exported(export)
+    keep_small_numbers(program.model)
     try:
-        return export()
+        program.optimize()
     except ir.passes.PassError:
-        return export(optimize=False)
+        # The optimizer works in place, so it leaves a program that is half done.
+        return _exported(export)
+    return program
+
+
+def _exported(export: Callable[..., ONNXProgram | None]) -> ONNXProgram:
+    """Return what an exporter returns, as it is."""
+    program = export(optimize=False)
+    assert program is not None  # only the TorchScript exporter returns None
+    return program
 
 
 def _separate_names(program: ONNXProgram) -> None:

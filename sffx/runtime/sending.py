@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
 from sffx.runtime.gradients import Gradients, mark_gradients
+from sffx.runtime.options import Options
 from sffx.runtime.stage import Stage
-from sffx.runtime.update import Options, Updates
+from sffx.runtime.update import Updates
 
 
 class Sending:

@@ -106,9 +106,21 @@ def _place_of_exported(node: fx.Node | None, name: str, model: nn.Module) -> str
         module = _owner(model, line)
         if module:
             return f"node {line!r} in module {module!r}"
-    # The node lies in a module that the trace of sffx did not look into.
-    modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
-    return f"node {name!r} in module {modules[-1]!r}" if modules else f"node {name!r}"
+    # The node lies in a module that the trace of sffx did not look into. Exporters put modules of
+    # their own in its place.
+    known = {path for path, _ in model.named_modules() if path}
+    paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    modules = [path for path in paths if path in known]
+    if not modules:
+        return f"node {name!r}"
+    return f"node {name!r} in module {_without_block(modules[-1], model)!r}"
+
+
+def _without_block(path: str, model: nn.Module) -> str:
+    """Return the qualname that a module of a cut model has in the original model."""
+    first, _, rest = path.partition(".")
+    is_block = isinstance(getattr(model, first, None), fx.GraphModule)
+    return name_in_model(rest) if is_block and rest else path
 
 
 def _open_argument(chain: list[BaseException], text: str) -> str:

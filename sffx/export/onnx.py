@@ -160,8 +160,16 @@ def onnx_program(
         opset: version of the operator set; torch's default if None.
 
     Raises:
-        ExportError: torch cannot export it. The error names the node and the module.
+        ExportError: torch cannot export it. The error names the node and the module. Or an input is
+            complex.
     """
+    for name, argument in zip(input_names, arguments, strict=True):
+        if argument.is_complex():
+            raise ExportError(
+                f"{no_complex(name, argument)}. Hint: a forward may take real and imaginary parts "
+                f"in a last axis, and begin with torch.view_as_complex({name}); "
+                "sffx.export_program keeps complex numbers"
+            )
     try:
         with warnings.catch_warnings():
             # All inputs share the batch axis. Torch warns of each input after the first that the
@@ -193,6 +201,12 @@ def onnx_program(
             f"Hint: leave opset out, or pass {written}"
         )
     return program
+
+
+def no_complex(name: str, value: Tensor) -> str:
+    """Return what is wrong with a complex value that a file would take or give."""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{name!r} is {dtype}, and an ONNX file takes and gives real numbers"
 
 
 def _optimized_or_not(export: Callable[..., ONNXProgram | None]) -> ONNXProgram:

@@ -18,7 +18,7 @@ from sffx.export.exit_files import digest, require_replaceable
 from sffx.export.exit_stage import ExitStage
 from sffx.export.manifest import Manifest, StageFile, write_manifest
 from sffx.export.metadata import names_and_normalisation
-from sffx.export.onnx import onnx_program, require_packages, save_program
+from sffx.export.onnx import no_complex, onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import CUMULATIVE, inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes
@@ -148,13 +148,18 @@ def _open_axis(batch: BatchAxis) -> Axes:
 
 
 def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
-    """Raise an ExportError if a stage gives a tuple, a list or a number to later stages."""
+    """Raise an ExportError if a stage gives later stages what is no tensor, or is complex."""
     for name in stage.outputs:
         if not isinstance(values[name], Tensor):
             kind = type(values[name]).__name__
             raise ExportError(
                 f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, "
                 "and ONNX hands on tensors. Hint: cut elsewhere"
+            )
+        if values[name].is_complex():
+            raise ExportError(
+                f"{no_complex(name, values[name])}, but it crosses the cut after {stage.name}. "
+                "Hint: cut elsewhere, policy=[...] takes the names of nodes"
             )
 
 

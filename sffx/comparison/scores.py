@@ -15,15 +15,61 @@ from sffx.net import plan_of
 from sffx.runtime.walk import walk
 from sffx.tensors import computed_tensors
 
+# So often are weights changed in the size of rounding. One time in two changes the sign of a sum of
+# rounding errors.
+_TRIALS = 8
 
-def scores_of_blocks(net: fx.GraphModule, values: dict[str, Any]) -> list[Tensor]:
-    """Return the scores of each block of a net in eval mode; the net is left as it is."""
+
+def scores_of_blocks(
+    net: fx.GraphModule, values: dict[str, Any], shaken: int | None = None
+) -> list[Tensor]:
+    """Return the scores of each block of a net in eval mode; the net is left as it is.
+
+    Args:
+        net: the net.
+        values: of its inputs, by name.
+        shaken: None, or the seed of changes to its weights, in the size of rounding.
+    """
     probe = twin(net, computed_tensors(net)).eval()
+    if shaken is not None:
+        _shake(probe, shaken)
     # A model may draw random numbers in eval mode, too: the same ones each time.
     seed()
     # With gradients, since a forward may compute some.
     with torch.enable_grad():
         return [scores.detach() for _, scores in walk(probe, copied(values))]
+
+
+def _shake(net: torch.nn.Module, number: int) -> None:
+    """Change the weights of a net in the size of rounding."""
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.is_floating_point():
+                size = 64 * torch.finfo(parameter.dtype).eps
+                change = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.mul_(1 + size * change)
+
+
+def rounding_decides(net: fx.GraphModule, values: dict[str, Any], index: int, error: float) -> bool:
+    """Return whether rounding alone changes the scores of a block as much as an error.
+
+    So it does where a forward branches on a sum that is zero but for rounding, as the sum of a
+    layer-normed value is. Samples in another order are rounded otherwise.
+
+    Args:
+        net: the net.
+        values: of its inputs, by name.
+        index: of the block.
+        error: relative to the largest score.
+    """
+    for ordered in (values, in_another_order(values)):
+        scores = scores_of_blocks(net, ordered)[index]
+        for number in range(_TRIALS):
+            shaken = scores_of_blocks(net, ordered, number)[index]
+            if relative_error(shaken, scores) > error / 10:
+                return True
+    return False
 
 
 def in_another_order(values: Any) -> Any:

@@ -523,3 +523,34 @@ def test_a_model_may_write_on_its_input():
     model = Writes(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     net = sffx.transform(model, "layer", torch.zeros(2, 6))
     assert sffx.check(model, net).difference is None
+
+
+class _BranchesOnSum(nn.Module):
+    """A leaf, whose branch hangs on rounding where its input is layer-normed."""
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.threshold = nn.Linear(8, 8), threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.sum(1, keepdim=True) > self.threshold, self.layer(x), -self.layer(x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_that_hang_on_rounding_are_no_difference(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), _BranchesOnSum(), nn.ReLU(), nn.Linear(8, 4))
+    net = cut(model, torch.zeros(1, 6))
+    assert sffx.check(model, net).difference is None
+
+
+def test_scores_that_hang_on_other_samples_are_a_difference():
+    torch.manual_seed(0)
+    model = Layers()
+    net = cut(model, torch.zeros(1, 6))
+    head = net.head_0.forward
+    # As a branch does, but the first sample decides for all.
+    net.head_0.forward = lambda x: head(torch.where(x[:1, :1] > 0, x, -x * 2))
+    found = difference(model, net)
+    assert found.where == "the scores of 4 samples"
+    assert "depend on the others" in found.problem

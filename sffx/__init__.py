@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sffx.export.quantize import Quantization, quantize_onnx
     from sffx.export.stages import export_early_exit
     from sffx.extraction import extract
+    from sffx.learning.heads import named_head
     from sffx.learning.losses import sff_loss
     from sffx.memory.footprint import Footprint, footprint
     from sffx.memory.largest import LargestBatch, largest_batch
@@ -97,6 +98,7 @@ __all__ = [
     "load_checkpoint",
     "local_loss",
     "local_step",
+    "named_head",
     "objectives",
     "offload",
     "onload",
@@ -162,6 +164,7 @@ _MODULE_OF = {
     "load_checkpoint": "sffx.checkpoint",
     "local_loss": "sffx.runtime.step",
     "local_step": "sffx.runtime.step",
+    "named_head": "sffx.learning.heads",
     "objectives": "sffx.objectives",
     "offload": "sffx.runtime.offload",
     "onload": "sffx.runtime.offload",

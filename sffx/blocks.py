@@ -265,7 +265,7 @@ GoodnessMaker: TypeAlias = Callable[[Block, int], nn.Module]
 NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
 
 # The names that type checkers and editors know. Some take numbers as well: "mlp(256, 4)".
-GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp"]
+GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp", "auto"]
 NormName: TypeAlias = Literal["layer", "length", "none"]
 
 
@@ -304,8 +304,8 @@ class Options:
 
     Attributes:
         goodness: "sff", an auxiliary convolution; "cwc", groups of channels; "cosine", a direction
-            for each class; "mlp", a hidden layer before it; or a callable that makes the heads
-            (`sffx.learning.heads`).
+            for each class; "mlp", a hidden layer before it; "auto", the same of a size that fits
+            the block; or a callable that makes the heads (`sffx.learning.heads`).
         kernel_size: of the auxiliary convolution.
         norm: after the detach: "layer", "none", or a callable that makes the norms
             (`sffx.learning.norms`).

@@ -184,7 +184,7 @@ def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
         return ["CwC, no parameters"]
     if kind == "cosine":
         return ["cosine"]
-    if kind == "mlp":
+    if kind in ("mlp", "auto"):
         return ["hidden layer", "cosine"]
     axes = len(block.shape) - 1
     if kind == "sff" and options.kernel_size > 1 and axes:

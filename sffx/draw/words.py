@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sffx.blocks import Block, BlockPlan, Leaf, Options, option_name
 from sffx.draw.style import NAME_WIDTH
-from sffx.learning.heads import REGIONS, parse_goodness
+from sffx.learning.named_heads import REGIONS, parse_goodness
 from sffx.tables import short_byte_size, short_number
 
 # Stands in the name of several modules or blocks, between the first and the last.
@@ -33,6 +33,8 @@ def heads_in_words(options: Options) -> str:
     if name == "mlp":
         layer = f"a hidden layer of {numbers[0]} units"
         return f"cosine after {layer}{_regions_in_words(numbers[-1])}"
+    if name == "auto":
+        return "cosine after a hidden layer, sized by block"
     if options.kernel_size > 1:
         return f"SFF, kernels of {options.kernel_size}"
     return "SFF"

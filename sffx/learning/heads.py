@@ -24,282 +24,83 @@ The head is moved to the device and the dtype of the model. Then
 Where several streams cross the cut after a block, each has a head of its own, and the goodness of
 the block is the mean of theirs (`StreamHeads`). The callable is then called for each stream, with
 a block that has the value of this stream as its output. If the streams share their layers and the
-goodness is "sff", "cosine" or "mlp", they have one head, which compares them (`SideBySide`).
+goodness is one of "sff", "cosine", "mlp" and "auto", one head compares them (`SideBySide`).
 
 The contract of `norm=` is in `sffx.learning.norms`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
 
 from torch import nn
 
-from sffx.blocks import Block, BlockPlan, GoodnessMaker, Options, option_name
-from sffx.checks import require_callable
+from sffx.blocks import Block, BlockPlan, GoodnessMaker, GoodnessName, Options, option_name
+from sffx.checks import positive_integer, require_callable
 from sffx.errors import InputError
-from sffx.kernels.entropy import MANY_CLASSES
-from sffx.learning.channelwise import CwCGoodness
-from sffx.learning.convolution import SFFGoodness, check_kernel_size
-from sffx.learning.cosine import CosineGoodness
+from sffx.learning.convolution import check_kernel_size
 from sffx.learning.instances import InstanceMean
 from sffx.learning.masks import require_mask_argument
-from sffx.learning.numbers import NumberReadout
-from sffx.learning.positions import AtEachPosition, PositionGoodness
-from sffx.learning.shared_output import SharedOutput, connect
+from sffx.learning.named_heads import FORMS, Maker, parse_goodness
+from sffx.learning.shared_output import connect
 from sffx.learning.stream_heads import SideBySide, StreamHeads, share_layers, side_by_side
-from sffx.learning.threshold import Threshold
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks.records import require_task
 from sffx.tensors import require_identity
 
-HIDDEN = 128  # units of "mlp"
 # Each score is computed from all channels, of any number. "cwc" gives each class channels of its
 # own, and "shared" applies the output layer, which takes the channels of one stream.
-_MIXING = ("sff", "cosine", "mlp")
-REGIONS = 2  # along each axis of space, of "cosine" and "mlp"
-
-# Makes a head from a block, the number of outputs, and the numbers that its name has in brackets;
-# "sff" takes `kernel_size` as well.
-Maker: TypeAlias = Callable[..., nn.Module]
-
-
-def _convolution(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
-    return SFFGoodness(
-        block.channels, num_classes, block.channel_axis, _spatial(block), kernel_size
-    )
-
-
-def _channelwise(block: Block, num_classes: int) -> nn.Module:
-    return CwCGoodness(block.channels, num_classes, block.channel_axis)
-
-
-def _cosine(block: Block, num_classes: int, regions: int) -> nn.Module:
-    return CosineGoodness(block.channels, num_classes, block.channel_axis, _spatial(block), regions)
-
-
-def _hidden_layer(block: Block, num_classes: int, hidden: int, regions: int) -> nn.Module:
-    return CosineGoodness(
-        block.channels, num_classes, block.channel_axis, _spatial(block), regions, hidden=hidden
-    )
-
-
-def _spatial(block: Block) -> int:
-    """Return the number of axes of a block's output besides batch and channels."""
-    return len(block.shape) - 1
-
-
-def _with_threshold(maker: Maker, start: float) -> Maker:
-    """Return a maker of heads whose scores are goodness minus a threshold for each label."""
-
-    def make(block: Block, num_labels: int, *numbers: int, **options: int) -> nn.Module:
-        return Threshold(maker(block, num_labels, *numbers, **options), num_labels, start)
-
-    return make
-
-
-def _readout(block: Block, num_outputs: int, kernel_size: int = 1) -> nn.Module:
-    if kernel_size != 1:
-        raise InputError(
-            f"kernel_size is {kernel_size!r}, but the readout of numbers has no convolution. "
-            "Hint: leave it out"
-        )
-    return NumberReadout(block.channels, num_outputs, block.channel_axis, _spatial(block))
-
-
-def _readout_of_hidden(block: Block, num_outputs: int, hidden: int, regions: int) -> nn.Module:
-    return NumberReadout(
-        block.channels, num_outputs, block.channel_axis, _spatial(block), regions, hidden
-    )
-
-
-def _of_pixels(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
-    _require_map(block)
-    return PositionGoodness(
-        block.channels,
-        num_classes,
-        block.channel_axis,
-        _spatial(block),
-        _checked(kernel_size, block),
-        classes_last=False,
-    )
-
-
-def _of_tokens(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
-    _require_tokens(block)
-    return PositionGoodness(
-        block.channels,
-        num_classes,
-        block.channel_axis,
-        1,
-        _checked(kernel_size, block),
-        classes_last=True,
-    )
-
-
-def _checked(kernel_size: int, block: Block) -> int:
-    check_kernel_size(kernel_size, _spatial(block))
-    return kernel_size
-
-
-def _at_each_pixel(make: Callable[..., nn.Module]) -> Maker:
-    """Return a maker that puts a head of flat values at each pixel."""
-
-    def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
-        _require_map(block)
-        head = make(block.channels, num_classes, *numbers)
-        hidden = _hidden_in_parts(head, num_classes)
-        return AtEachPosition(head, block.channel_axis, classes_last=False, hidden=hidden)
-
-    return maker
-
-
-def _at_each_token(make: Callable[..., nn.Module]) -> Maker:
-    """Return a maker that puts a head of flat values at each token."""
-
-    def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
-        _require_tokens(block)
-        head = make(block.channels, num_classes, *numbers)
-        hidden = _hidden_in_parts(head, num_classes)
-        return AtEachPosition(head, block.channel_axis, classes_last=True, hidden=hidden)
-
-    return maker
-
-
-def _hidden_in_parts(head: nn.Module, num_classes: int) -> int:
-    """Return the hidden units of a head whose positions are to go through it part by part, or 0.
-
-    With many classes the scores are larger than the hidden layer, and slow to compute twice.
-    """
-    hidden = getattr(head, "hidden", None)
-    return hidden.out_features if hidden is not None and num_classes < MANY_CLASSES else 0
-
-
-def _flat_channelwise(channels: int, num_classes: int) -> nn.Module:
-    return CwCGoodness(channels, num_classes)
-
-
-def _flat_cosine(channels: int, num_classes: int, regions: int) -> nn.Module:
-    _require_no_regions(regions)
-    return CosineGoodness(channels, num_classes, spatial=0)
-
-
-def _flat_hidden_layer(channels: int, num_classes: int, hidden: int, regions: int) -> nn.Module:
-    _require_no_regions(regions)
-    return CosineGoodness(channels, num_classes, spatial=0, hidden=hidden)
-
-
-def _shared_output(block: Block, num_outputs: int) -> nn.Module:
-    _require_tokens(block)
-    return SharedOutput(block.channels, block.channel_axis)
-
-
-def _require_no_regions(regions: int) -> None:
-    if regions != REGIONS:
-        raise InputError(
-            f"{regions} regions are of a whole sample, and here each position has a goodness. "
-            "Hint: leave the number out, as in 'mlp(256)'"
-        )
-
-
-def _require_map(block: Block) -> None:
-    if len(block.shape) < 2:
-        raise InputError(
-            "its output has no axes of space, which the goodness of pixels needs. "
-            "Hint: cut elsewhere, policy=[...] takes the names of nodes, or pass a goodness of "
-            "your own"
-        )
-
-
-def _require_tokens(block: Block) -> None:
-    if len(block.shape) != 2:
-        raise InputError(
-            "its output is not of tokens, (B, T, C), which the goodness of tokens needs. "
-            "Hint: cut elsewhere, policy=[...] takes the names of nodes, or pass a goodness of "
-            "your own"
-        )
-
-
-# The heads of classes of a sample, by name.
-GOODNESSES: dict[str, Maker] = {
-    "sff": _convolution,
-    "cwc": _channelwise,
-    "cosine": _cosine,
-    "mlp": _hidden_layer,
-}
-
-# The heads of each form, by name. A task names its form (`Task.form`).
-FORMS: dict[str, Mapping[str, Maker]] = {
-    "sample": GOODNESSES,
-    # A mean of squares begins near 1 where features are normed. A cosine has a sign.
-    "labels": {
-        "sff": _with_threshold(_convolution, 1.0),
-        "cwc": _with_threshold(_channelwise, 1.0),
-        "cosine": _with_threshold(_cosine, 0.0),
-        "mlp": _with_threshold(_hidden_layer, 0.0),
-    },
-    "number": {"sff": _readout, "mlp": _readout_of_hidden},
-    "pixel": {
-        "sff": _of_pixels,
-        "cwc": _at_each_pixel(_flat_channelwise),
-        "cosine": _at_each_pixel(_flat_cosine),
-        "mlp": _at_each_pixel(_flat_hidden_layer),
-    },
-    "token": {
-        "sff": _of_tokens,
-        "cwc": _at_each_token(_flat_channelwise),
-        "cosine": _at_each_token(_flat_cosine),
-        "mlp": _at_each_token(_flat_hidden_layer),
-        "shared": _shared_output,
-    },
-}
-
+_MIXING = ("sff", "cosine", "mlp", "auto")
 _FORMS_OF_SAMPLES = ("sample", "labels", "number")
 
-# The numbers that a name may have in brackets, as "mlp(128, 2)" has, and their defaults.
-NUMBERS: dict[str, tuple[int, ...]] = {
-    "sff": (),
-    "cwc": (),
-    "cosine": (REGIONS,),
-    "mlp": (HIDDEN, REGIONS),
-    "shared": (),
-}
 
-EXAMPLES = ("sff", "cwc", "cosine", "cosine(4)", "mlp", "mlp(256)", "mlp(256, 4)", "shared")
+def named_head(
+    goodness: GoodnessName | str,
+    block: Block,
+    num_outputs: int,
+    *,
+    channels: int | None = None,
+    task: Task = CLASSIFICATION,
+) -> nn.Module:
+    """Return a new head by name, to be a part of your own.
 
-# A word, and in brackets positive numbers with commas between them: "mlp(256, 4)".
-_NAME = re.compile(r"(\w+)(?:\(([1-9]\d*(?:, *[1-9]\d*)*)\))?")
+        def behind_a_convolution(block, num_classes):
+            layer = nn.Conv2d(block.channels, 32, 1)
+            return nn.Sequential(layer, sffx.named_head("mlp", block, num_classes, channels=32))
 
+        net = sffx.transform(model, goodness=behind_a_convolution)
 
-def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
-    """Return the key in `FORMS` that a name such as "mlp(256)" has, and its numbers.
-
-    Numbers that are left out have their default: "mlp(256)" gives ("mlp", (256, 2)).
+    Args:
+        goodness: a name that `transform` takes, but "shared".
+        block: whose output the head reads.
+        num_outputs: J, the number of classes, labels or numbers.
+        channels: of what the head reads, where that is not what the block gives.
+        task: of the model.
 
     Raises:
-        InputError: there is no such goodness.
+        InputError: there is no such head, it has no form for the task, or cannot read the output.
     """
-    match = _NAME.fullmatch(str(goodness))
-    if match is None or match[1] not in NUMBERS:
-        raise _unknown(goodness)
-    name, brackets = match.groups()
-    defaults = NUMBERS[name]
-    given = [int(number) for number in brackets.split(",")] if brackets else []
-    if len(given) > len(defaults):
-        raise _unknown(goodness)
-    left_out = defaults[len(given) :]
-    return name, (*given, *left_out)
+    if goodness == "shared":
+        raise InputError(
+            "the head 'shared' reads the output layer of the model, which only transform can hand "
+            "to it. Hint: transform(..., goodness='shared'), or another head"
+        )
+    positive_integer("num_outputs", num_outputs, "pass the number of classes")
+    require_task(task)
+    maker = _named(goodness, task)
+    if channels is not None:
+        positive_integer("channels", channels, "pass a positive integer, or leave it out")
+        block = _with_channels(block, channels)
+    return maker(block, num_outputs)
 
 
-def _unknown(goodness: object) -> InputError:
-    names = ", ".join(map(repr, EXAMPLES))
-    return InputError(
-        f"there is no goodness {goodness!r}. Hint: choose one of {names}, "
-        "or pass a callable (block, num_classes) -> nn.Module"
-    )
+def _with_channels(block: Block, channels: int) -> Block:
+    """Return a block whose output has another number of channels."""
+    shape = list(block.shape)
+    shape[block.channel_axis - 1] = channels
+    return replace(block, shape=tuple(shape))
 
 
 def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> GoodnessMaker:

@@ -96,6 +96,7 @@ HEADS = (
     "cosine(4)",
     "mlp",
     "mlp(256, 4)",
+    "auto",
     "deep supervision, mlp",
     "deep supervision, mlp(256, 4)",
 )
@@ -251,6 +252,23 @@ BLOCKS = {
     "depth-1": replace(DEPTH, methods=("BP",), settings=None),
 }
 
+# The same on all training images, with a short schedule. Four blocks are searched for, for all.
+FULL_DEPTH = replace(
+    SHORT_CIFAR,
+    network="ResNet18/4",
+    policy="stages(4)",
+    epochs=8,
+    trial_epochs=1,
+    settings="depth-full-4",
+    methods=("SFF", "mlp", "mlp(256, 4)", "deep supervision, mlp(256, 4)"),
+)
+FULL_BLOCKS = {
+    "depth-full-1": replace(FULL_DEPTH, policy="residual", methods=("BP",), settings=None),
+    "depth-full-2": replace(FULL_DEPTH, policy="stages(2)"),
+    "depth-full-4": FULL_DEPTH,
+    "depth-full-9": replace(FULL_DEPTH, policy="stages(9)"),
+}
+
 # The Forward-Forward family, beside SFF and backpropagation on the same network. The recipes are
 # those of the authors, or of a known reimplementation. A CPU with bfloat16 is two to three times as
 # fast with it.
@@ -345,5 +363,6 @@ EXPERIMENTS = {
     **OTHER_HEADS,
     **RECIPES,
     **BLOCKS,
+    **FULL_BLOCKS,
     **FAMILY,
 }

@@ -163,6 +163,7 @@ METHODS = {
     "cosine(4)": _with_head("cosine(4)"),
     "mlp": _with_head("mlp"),
     "mlp(256, 4)": _with_head("mlp(256, 4)"),
+    "auto": _with_head("auto"),
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
     "mlp, transport": _with(recipes.Transport, 0.3, 3.0),

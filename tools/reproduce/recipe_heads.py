@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
-from sffx.learning.cosine import CosineGoodness
-from sffx.learning.heads import HIDDEN
 from sffx.learning.norms import SampleNorm
 
-
-def mlp(block: sffx.Block, num_classes: int, channels: int | None = None) -> CosineGoodness:
-    """Return a head as `goodness="mlp"` makes it, for another number of channels where given."""
-    width = block.channels if channels is None else channels
-    spatial = len(block.shape) - 1
-    return CosineGoodness(width, num_classes, block.channel_axis, spatial, hidden=HIDDEN)
+mlp = partial(sffx.named_head, "mlp")
 
 
 class TransportHead(nn.Module):
@@ -86,7 +80,7 @@ class MomentumHead(nn.Module):
         self.layer = copy.deepcopy(layer).requires_grad_(False)
         channels: Any = layer.out_channels
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.head = mlp(block, num_classes, channels)
+        self.head = mlp(block, num_classes, channels=channels)
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the goodness, (B, J), of a block's output, (B, C, H, W)."""

@@ -77,8 +77,8 @@ def transform(
             units over the features of 2 x 2 regions and then a direction for each class;
             "mlp(256, 4)", with 256 units and 4 x 4 regions; "auto", the second where it takes at
             most a tenth of the block's multiply-adds, else the first; "cosine" and "cosine(4)",
-            without the hidden layer. Or a callable `(block, num_classes) -> nn.Module`, by the contract in
-            `sffx.learning.heads`.
+            without the hidden layer. Or a callable `(block, num_classes) -> nn.Module`, by the
+            contract in `sffx.learning.heads`.
         kernel_size: of the auxiliary convolution, odd; with "sff" alone.
         norm: between blocks. None takes the objective's own, by default "layer". "layer", a layer
             norm without parameters; "length", which keeps the direction of a sample's output; or

@@ -47,7 +47,8 @@ class Argument:
 
     Attributes:
         name: of the parameter; of one that `*args` or `**kwargs` collects, its own.
-        kind: "rest" for what `*args` collects.
+        kind: "rest" for what can be passed by position alone: what `*args` collects, and what
+            stands before a slash.
         value: a slot, a constant, or a list, a tuple, a mapping or a dataclass of such.
     """
 
@@ -156,9 +157,10 @@ class Arguments:
     def record(self) -> list[Any] | None:
         """Return the arguments in lists, numbers and strings; None where they hold anything else.
 
-        None as well where they are flat, since the inputs say it all.
+        None as well where they are flat and have names, since the inputs say it all.
         """
-        if self.is_flat:
+        has_names = all(entry.kind != "rest" for entry in self.entries)
+        if self.is_flat and has_names:
             return None
         try:
             return [[each.name, each.kind, _recorded(each.value)] for each in self.entries]
@@ -278,6 +280,8 @@ def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
         elif parameter.kind is parameter.VAR_KEYWORD:
             for own_name, each in value.items():
                 yield own_name, "keyword", each
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            yield name, "rest", value
         elif parameter.kind is parameter.KEYWORD_ONLY or has_gap:
             yield name, "keyword", value
         else:

@@ -438,14 +438,14 @@ class BlockPlan:
         inputs = {}
         for value in self.inputs:
             inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
-        nested = None if self.nested is None else self.nested.record()
+        arguments = None if self.arguments is None else self.arguments.record()
         record: dict[str, Any] = {
             "policy": self.policy,
             "after": [_as_json(block.cut) for block in self],
             "inputs": inputs,
             "num_classes": self.num_classes,
             **self.options.record(),
-            **({} if nested is None else {"arguments": nested}),
+            **({} if arguments is None else {"arguments": arguments}),
         }
         # A record without a task is one of classification, as all were once.
         if self.task != CLASSIFICATION:

@@ -38,6 +38,7 @@ from sffx.compiler.trace.outputs import Wanted
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.compiler.trace.requirements import require_plain
 from sffx.compiler.trace.runner import Example, NodeRunner
+from sffx.compiler.trace.single_samples import KEPT, keep_batch_axes
 from sffx.compiler.trace.sizes import (
     Values,
     drop_idle_guards,
@@ -184,6 +185,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
     note_resized(graph, others)
     is_of_size = drop_idle_guards(graph, others)
     _add_constants_and_flags(probed.root, probed.probe, graph, list(tracer.constants.names))
+    keeps_batch = keep_batch_axes(graph)
     return Trace(
         root=probed.root,
         graph=graph,
@@ -194,6 +196,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
             *tracer.notes_on_task,
             *functions.notes(graph),
             *_notes(probed, tracer, graph, is_of_size),
+            *([KEPT] if keeps_batch else []),
         ),
         task=tracer.task,
         batch_size=batch_sizes(probed.values)[0],

@@ -123,6 +123,15 @@ def backbone_hint(model: nn.Module) -> str:
     )
 
 
+def has_parts(model: nn.Module) -> bool:
+    """Return whether a child has several layers with weights, as that of a detector has."""
+    for child in model.children():
+        layers = [each for each in child.modules() if each._parameters]
+        if len(layers) > 1:
+            return True
+    return False
+
+
 def _backbone(model: nn.Module) -> str:
     """Return the name of the child that most likely sees the input; "" if none has weights."""
     names = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import errors
-from sffx.errors import MissingExtra, SffxError, backbone_hint, in_brief, location
+from sffx.errors import MissingExtra, SffxError, backbone_hint, has_parts, in_brief, location
 
 KINDS = ("InputError", "TraceError", "CutError", "VerifyError", "ExportError", "MissingExtra")
 
@@ -101,3 +101,17 @@ def test_the_hint_names_the_part_that_sees_the_input(
 
 def test_the_hint_names_no_part_where_none_has_weights() -> None:
     assert "transform the backbone with a pool" in backbone_hint(nn.Sequential(nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    ("children", "expected"),
+    [
+        ([nn.Linear(1, 1), nn.Linear(1, 1)], False),
+        ([nn.ModuleList([nn.ReLU(), nn.Linear(1, 1)])], False),
+        ([nn.ReLU(), nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))], True),
+    ],
+)
+def test_a_model_of_single_layers_has_no_backbone(
+    children: list[nn.Module], expected: bool
+) -> None:
+    assert has_parts(nn.Sequential(*children)) == expected

@@ -21,7 +21,7 @@ from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.compiler.trace.writes import versions
-from sffx.errors import TraceError, backbone_hint, location
+from sffx.errors import TraceError, backbone_hint, has_parts, location
 
 # Makes a tracer for train mode, if given True, or for eval mode.
 MakeTracer = Callable[[bool], GuidedTracer]
@@ -144,10 +144,11 @@ def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
     hint = ""
     if _PROXY.search(str(failure)):
         hint = "torch.zeros and x.new_zeros take traced sizes, and a tuple of them is a shape; or "
+    of_backbone = f"; {backbone_hint(probe)}" if has_parts(probe) else ""
     return TraceError(
         f"{type(probe).__name__} cannot be traced: {_reason(failure)}. Hint: {hint}move this code "
         "into a submodule, which then becomes a leaf, or into a function of the file, which the "
-        f"graph then calls; {backbone_hint(probe)}"
+        f"graph then calls{of_backbone}"
     )
 
 

@@ -127,12 +127,14 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
         y: the targets.
 
     Raises:
-        InputError: the targets have positions, and their size is that of no input and no output.
+        InputError: the targets have positions, and their size is that of no input and no output;
+            or they are the next tokens, which the task finds by itself.
     """
     values = bind(plan, x)
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     shapes = [tensor.shape for tensor in tensors if tensor.is_floating_point()]
     plan.task.require_size(y, False, shapes)
+    plan.task.require_inputs(y, tensors)
     return plan.task.without_padding(y, padding_mask(plan, values))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.checks import require_callable
@@ -19,6 +20,10 @@ from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
 from sffx.tasks import CLASSIFICATION, Task
 from sffx.tasks.records import require_task
+
+# Losses of torch that take classes to lie along axis 1.
+_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -156,12 +161,13 @@ def block_loss(
         task: of the model.
 
     Raises:
-        InputError: `loss_fn` returns no scalar.
+        InputError: `loss_fn` returns no scalar, or looks for classes where the tokens are.
     """
     logits = widened(goodness)
     require_device_of(goodness, y)
     if loss_fn is None:
         return task.loss(logits, y)
+    _require_class_axis(loss_fn, logits, y, task)
     loss = loss_fn(logits, y)
     if not isinstance(loss, Tensor):
         raise InputError(
@@ -174,6 +180,19 @@ def block_loss(
             "Hint: the mean over the samples"
         )
     return loss
+
+
+def _require_class_axis(loss_fn: LossFunction, goodness: Tensor, y: Any, task: Task) -> None:
+    """Raise an InputError if a loss of torch would take the tokens of a sample for its classes."""
+    function = getattr(loss_fn, "func", loss_fn)  # of a functools.partial
+    is_of_torch = isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS
+    has_tokens = getattr(task, "class_axis", 1) == 2
+    if is_of_torch and has_tokens and isinstance(y, Tensor) and y.ndim == 2:
+        raise InputError(
+            f"loss_fn looks for the classes along axis 1, where scores of tokens, "
+            f"{tuple(goodness.shape)}, have the tokens. "
+            "Hint: lambda scores, y: loss_fn(scores.flatten(0, 1), y.flatten())"
+        )
 
 
 def require_device_of(goodness: Tensor, y: Any) -> None:

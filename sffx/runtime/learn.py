@@ -215,11 +215,22 @@ def _differentiated(stage: Stage, scores: Tensor, y: Tensor, lesson: Lesson) -> 
         is_seen = lesson.on_block is not None or lesson.loss_fn is not None
         with private_scores(not is_seen and not stage.scores_are_seen):
             loss = block_loss(scores, y, lesson.loss_fn, stage.task)
+        _require_gradient(loss, scores, stage)
         return _Differentiated(loss, loss)
     require_device_of(scores, y)
     logits = widened(scores)
     loss, gradient = lesson.entropy(logits.detach())
     return _Differentiated(loss, logits, gradient)
+
+
+def _require_gradient(loss: Tensor, scores: Tensor, stage: Stage) -> None:
+    """Raise an InputError if a loss does not depend on the scores, so that nothing is learnt."""
+    if scores.requires_grad and not loss.requires_grad:
+        raise InputError(
+            f"the loss that loss_fn returned for {stage.name} carries no gradient. Hint: compute "
+            "it from the goodness, without detach(), argmax() or torch.no_grad(); or leave the "
+            "block out, by blocks=[...]"
+        )
 
 
 def _stage_gradients(

@@ -138,6 +138,9 @@ class Task:
         """Return valid targets for a model's output of a shape, (B, ...)."""
         raise NotImplementedError
 
+    def require_inputs(self, y: Any, inputs: Sequence[Tensor]) -> None:
+        """Raise an InputError if targets do not go with the model's inputs."""
+
     def without_padding(self, y: Any, mask: Tensor | None) -> Any:
         """Return targets that leave out padding.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Maps, Shape, Sums
+from sffx.tasks.task import Maps, Shape, Sums, has_values
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,25 @@ class LanguageModel(TokenClassification):
 
     name: ClassVar[str] = "language"
     outputs: ClassVar[str] = "tokens to choose from"
+
+    def require_inputs(self, y: Any, inputs: Sequence[Tensor]) -> None:
+        for tokens in inputs:
+            if self._are_next(y, tokens):
+                raise InputError(
+                    "y is the input shifted by one token, y[:, :-1] == x[:, 1:], but the task "
+                    "LanguageModel shifts y by itself: it would learn the token after the next. "
+                    "Hint: pass the input as y, local_loss(net, tokens, tokens)"
+                )
+
+    def _are_next(self, y: Any, tokens: Tensor) -> bool:
+        """Whether targets are the tokens after those of an input, and not the input itself."""
+        if not isinstance(y, Tensor) or y.shape != tokens.shape or not has_values(y):
+            return False
+        is_counted = y != self.ignore_index
+        if bool(((y == tokens) | ~is_counted).all()):
+            return False
+        early = is_counted[:, :-1]
+        return bool(early.any() and ((y[:, :-1] == tokens[:, 1:]) | ~early).all())
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         return super().loss(scores, self._shifted(y))

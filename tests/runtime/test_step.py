@@ -541,6 +541,20 @@ def test_a_loss_that_learns_is_refused_where_the_first_block_is_frozen():
     assert scale.grad is None
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda scores, y: F.cross_entropy(scores.detach(), y),
+        lambda scores, y: (scores.argmax(1) == y).float().mean(),
+    ],
+)
+def test_a_loss_without_gradient_is_refused_by_the_name_of_its_block(loss_fn):
+    net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4) % 4
+    with pytest.raises(InputError, match="returned for block_1 carries no gradient"):
+        sffx.local_loss(net, x, y, {"block_1": loss_fn})
+
+
 def test_an_interrupt_at_any_line_of_the_update_leaves_the_optimizer_whole():
     net = sffx.transform(Chain(), "layer", torch.zeros(1, 3, 8, 8)).train()
     optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import tasks
+from sffx.errors import InputError
 from sffx.inputs import padding_mask
 from sffx.kernels import entropy, squares
 from sffx.learning.shared_output import EVERY, OutputCopy
@@ -281,3 +283,42 @@ def test_padding_is_that_of_the_sequence_that_is_predicted(length):
     assert torch.equal(net.plan.task.without_padding(y, padding_mask(net.plan, x)), own)
     assert sffx.local_loss(net.train(), x, y) == sffx.local_loss(net, x, own)
     assert sffx.evaluate(net, [(x, y)]) == sffx.evaluate(net, [(x, own)])
+
+
+def small_net() -> Any:
+    """Return a language model of ten tokens."""
+    layers = [nn.Embedding(10, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10)]
+    ids = torch.ones(2, 4, dtype=torch.long)
+    return sffx.transform(nn.Sequential(*layers), "layer", ids, task=tasks.LanguageModel()).train()
+
+
+def next_tokens(ids: Tensor, ignore: bool) -> Tensor:
+    """Return the tokens after those of an input; the last is the first of the sequence, or none."""
+    y = ids.roll(-1, dims=1)
+    if ignore:
+        y[:, -1] = -100
+    return y
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_targets_that_are_shifted_already_are_refused(ignore: bool) -> None:
+    net = small_net()
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    y = next_tokens(ids, ignore)
+    with pytest.raises(InputError, match="shifted by one token"):
+        sffx.local_loss(net, ids, y)
+    with pytest.raises(InputError, match="shifted by one token"):
+        sffx.evaluate(net, [(ids, y)])
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.tensor([[1, 2, 3, 4], [7, 7, 7, 7]]),  # the input itself
+        torch.tensor([[-100, 2, 3, 4], [-100, -100, 7, 7]]),  # without a prompt
+        torch.tensor([[1, 2, 3, 9], [7, 7, 7, 7]]),  # other targets, for a noisy input
+    ],
+)
+def test_other_targets_of_a_language_model_are_not_taken_for_shifted_ones(y: Tensor) -> None:
+    ids = torch.tensor([[1, 2, 3, 4], [7, 7, 7, 7]])
+    assert torch.isfinite(sffx.local_loss(small_net(), ids, y))

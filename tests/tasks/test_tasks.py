@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -440,3 +441,28 @@ def test_a_task_is_no_other_for_its_options():
     assert task_of_record(task_record(replace(segmentation, space=3))).space == 3
     with pytest.raises(sffx.InputError, match="record of no task"):
         task_of_record({"name": "segmentation", "colour": 1})
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        F.cross_entropy,
+        partial(F.cross_entropy, ignore_index=0),
+    ],
+)
+def test_a_loss_of_torch_that_would_take_tokens_for_classes_is_refused(loss_fn):
+    scores, y = torch.randn(2, 4, 4), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(sffx.InputError, match="looks for the classes along axis 1"):
+        sffx.sff_loss((scores,), y, loss_fn, task=tasks.TokenClassification())
+
+
+def test_a_loss_of_flattened_tokens_is_taken():
+    scores, y = torch.randn(2, 4, 4), torch.arange(8).view(2, 4) % 4
+    loss = sffx.sff_loss(
+        (scores,),
+        y,
+        lambda scores, y: F.cross_entropy(scores.flatten(0, 1), y.flatten()),
+        task=tasks.TokenClassification(),
+    )
+    assert torch.equal(loss, F.cross_entropy(scores.flatten(0, 1), y.flatten()))

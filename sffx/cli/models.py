@@ -260,7 +260,17 @@ def _imported(source: str) -> ModuleType:
             "Hint: model.py, torchvision.models:resnet18, timm:resnet18"
         )
     with as_script(None), _own_errors(module_name):
-        return importlib.import_module(module_name)
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            # A module that exists may import one that does not, which is an error of its own.
+            is_asked_for = f"{module_name}.".startswith(f"{error.name}.")
+            if not is_asked_for:
+                raise
+            raise InputError(
+                f"there is no module {error.name!r}. Hint: install it, or run the command where it "
+                "lies; a Python file is named with its suffix, model.py:make_net"
+            ) from error
 
 
 def called(name: str) -> str:

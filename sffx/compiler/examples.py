@@ -59,16 +59,20 @@ def example_arguments(
     failure = _failure(model, form, fakes)
     if failure is not None:
         _require_batch_first(model, form, tensors, mode)
+        if all(value.ndim == 1 for value in tensors.values()):
+            # A linear layer takes a row of features as well, whose length is no batch size.
+            _require_batch(model, form, tensors, mode)
         # A model may take some batch sizes only, such as multiples of 16.
         as_given = at_batch_size(fakes, batch_sizes(tensors)[0])
         if runs(model, form, as_given):
             return form, as_given
+        _require_batch(model, form, tensors, mode)
     # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
     if failure is not None and not _runs_for_real(original, form, tensors):
         _require_fit(model, example_input)
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(tensors)}): "
-            f"{_description(failure)}. Hint: {_what_to_do(model, failure)}"
+            f"{_description(failure)}. Hint: {_what_to_do(model, failure, example_input)}"
         ) from failure
     return form, fakes
 
@@ -93,6 +97,24 @@ def _require_batch_first(
             f"the inputs of {type(model).__name__} differ in their first axis "
             f"({_shapes(tensors)}), and it does not run where they are equal. Hint: the first axis "
             "of every input is the batch; a forward may begin with sequence.transpose(0, 1)"
+        )
+
+
+def _require_batch(
+    model: nn.Module, form: Arguments, tensors: Mapping[str, Tensor], mode: FakeTensorMode
+) -> None:
+    """Raise an InputError if a model runs on what the caller gave as on one sample of a batch.
+
+    The arguments are those of `_require_batch_first`.
+    """
+    samples = {}
+    for name, value in tensors.items():
+        samples[name] = _fake(model, value.shape, value.dtype, mode)
+    if runs(model, form, samples):
+        shapes = [f"{name} {(1, *value.shape)}" for name, value in tensors.items()]
+        raise InputError(
+            f"example_input ({_shapes(tensors)}) has no axis for the batch, and "
+            f"{type(model).__name__} takes one. Hint: the first axis is the batch, {shapes[0]}"
         )
 
 
@@ -182,7 +204,7 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str,
         reason = f"the last shape tried failed with: {_description(failure)}"
     raise InputError(
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
-        f"Hint: pass example_input=torch.randn(1, ...); {_what_to_do(model, failure)}"
+        f"Hint: pass example_input=torch.randn(1, ...); {_what_to_do(model, failure, None)}"
     ) from failure
 
 
@@ -344,11 +366,16 @@ def _description(failure: Exception) -> str:
     return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
-def _what_to_do(model: nn.Module, failure: Exception | None) -> str:
+def _what_to_do(model: nn.Module, failure: Exception | None, example_input: Any) -> str:
     """Return what to do where the shape is not why a model refuses its input.
 
     A detector without targets is such a model.
     """
+    if isinstance(example_input, list):
+        return (
+            "a list is one argument of the model; of a batch [x, y] of a DataLoader pass x alone, "
+            "example_input=batch[0], and of a model with several inputs a tuple"
+        )
     if isinstance(failure, (AssertionError, TypeError, AttributeError, KeyError)):
         return backbone_hint(model)
     return "pass inputs like those that the model is trained on"

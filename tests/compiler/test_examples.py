@@ -101,6 +101,21 @@ def test_an_image_size_that_the_model_keeps_is_tried_first(name, value):
             torch.zeros(1, 5, 8, 8),
             r"does not run on example_input \(input \(1, 5, 8, 8\)\)",
         ),
+        (
+            Chain(),
+            torch.zeros(3, 8, 8),
+            r"\(input \(3, 8, 8\)\) has no axis for the batch.*the batch, input \(1, 3, 8, 8\)",
+        ),
+        (
+            nn.Linear(5, 3),
+            torch.zeros(5),
+            r"\(input \(5,\)\) has no axis for the batch.*the batch, input \(1, 5\)",
+        ),
+        (
+            Chain(),
+            [torch.zeros(2, 3, 8, 8), torch.zeros(2)],
+            r"does not run on.*Hint: a list is one argument.*example_input=batch\[0\]",
+        ),
         (Chain(), {"y": torch.zeros(1)}, r"example_input does not fit Chain\.forward"),
         (Chain(), "no tensor", r"example_input holds no tensor, got str"),
         (Chain(), torch.zeros(()), r"a tensor without axes"),

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import sffx
 from sffx.checkpoint.load import FIRST_BLOCK
+from sffx.errors import InputError
 from tests import toys
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -357,3 +358,23 @@ def test_tensors_are_on_the_cpu(path: Path) -> None:
     checkpoint = sffx.load_checkpoint(path)
     tensors: list[Tensor] = [*checkpoint.state.values(), checkpoint.more["scale"]]
     assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+def test_a_checkpoint_in_which_one_bit_has_flipped_is_refused_or_the_same(tmp_path: Path) -> None:
+    sffx.save_checkpoint(tmp_path / "net.pt", trained())
+    whole = (tmp_path / "net.pt").read_bytes()
+    expected = sffx.load_checkpoint(tmp_path / "net.pt")
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 60):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        (tmp_path / "net.pt").write_bytes(changed)
+        try:
+            found = sffx.load_checkpoint(tmp_path / "net.pt")
+        except InputError:
+            refused += 1
+            continue
+        # Some bytes are padding.
+        assert found.cut == expected.cut
+        torch.testing.assert_close(found.state, expected.state, rtol=0, atol=0)
+    assert refused > 20

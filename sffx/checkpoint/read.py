@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ def read(path: Path, trust: bool) -> Any:
     """Return what a file of `torch.save` holds, on the CPU.
 
     Raises:
-        InputError: there is no such file, it is no checkpoint, or it holds Python objects and is
-            not trusted.
+        InputError: there is no such file, it is no checkpoint or damaged, or it holds Python
+            objects and is not trusted.
     """
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder. Hint: name the file in it")
@@ -33,10 +34,31 @@ def read(path: Path, trust: bool) -> Any:
         raise InputError(
             f"there is no file {str(path)!r}. Hint: write it with sffx.save_checkpoint"
         )
+    require_undamaged(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:
         raise InputError(f"{str(path)!r} {_why_unreadable(error, trust)}") from error
+
+
+def require_undamaged(path: Path) -> None:
+    """Raise an InputError if a part of a file does not have the checksum that torch wrote for it.
+
+    `torch.load` does not look at checksums. So a weight in which a bit has flipped would be loaded.
+    """
+    # Older formats have no checksums, and torch can be told to write none.
+    if not zipfile.is_zipfile(path) or not torch.serialization.get_crc32_options():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # which one depends on the bit: names and flags may be wrong
+        damaged = first_line(error)
+    if damaged is not None:
+        raise InputError(
+            f"{str(path)!r} is damaged, its checksums do not fit: {damaged}. "
+            "Hint: copy the file again, or take an older one"
+        )
 
 
 def _why_unreadable(error: Exception, trust: bool) -> str:

@@ -378,3 +378,24 @@ def test_a_checkpoint_in_which_one_bit_has_flipped_is_refused_or_the_same(tmp_pa
         assert found.cut == expected.cut
         torch.testing.assert_close(found.state, expected.state, rtol=0, atol=0)
     assert refused > 20
+
+
+def layers(second: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), second, nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("second", "note"),
+    [
+        (nn.ReLU(), ""),
+        (nn.Tanh(), "1 was ReLU() and is Tanh()"),
+    ],
+)
+def test_weights_of_a_model_with_another_layer_are_noted(
+    second: nn.Module, note: str, tmp_path: Path
+) -> None:
+    x = torch.zeros(1, 5)
+    sffx.save_checkpoint(tmp_path / "net.pt", sffx.transform(layers(nn.ReLU()), "layer", x))
+    net = sffx.load_checkpoint(tmp_path / "net.pt").net(layers(second))
+    of_layers = [each for each in net.plan.notes if "other layers" in each]
+    assert [note in each for each in of_layers] == ([True] if note else [])

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sffx.errors import InputError
-from sffx.net import is_cut, plan_of
+from sffx.errors import InputError, in_brief
+from sffx.net import cut_model, is_cut, plan_of
 
 STATE_KEY = "net"
 OPTIMIZER_KEY = "optimizer"
 ACCURACY_KEY = "sffx_accuracy"
 CUT_KEY = "sffx_cut"
 VERSIONS_KEY = "sffx_versions"
-KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY)
+LAYERS_KEY = "sffx_layers"
+KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY, LAYERS_KEY)
 
 
 def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -33,7 +34,39 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
         entries[ACCURACY_KEY] = {name: float(value) for name, value in accuracy.items()}
     if is_cut(net):
         entries[CUT_KEY] = plan_of(net).record()
+        entries[LAYERS_KEY] = layers_of(cut_model(net).origin.model)
     return entries
+
+
+def layers_of(model: nn.Module) -> dict[str, str]:
+    """Return the kind and the options of each layer by its name, as torch prints them."""
+    layers = {}
+    for name, module in model.named_modules():
+        text = f"{type(module).__name__}({module.extra_repr()})"
+        # The address of a function is another one in each run.
+        if not any(module.children()) and " at 0x" not in text:
+            layers[name] = text
+    return layers
+
+
+def note_on_layers(saved: Any, model: nn.Module) -> str:
+    """Return a note on layers that were others when a checkpoint was written, "" for none.
+
+    Weights fit a model with another activation, stride or dropout just as well.
+
+    Args:
+        saved: the layers in the checkpoint, None where it has no such entry.
+        model: that gets the weights.
+    """
+    if not isinstance(saved, Mapping):
+        return ""
+    changes = []
+    for name, text in layers_of(model).items():
+        if saved.get(name, text) != text:
+            changes.append(f"{name} was {saved[name]} and is {text}")
+    if not changes:
+        return ""
+    return f"the checkpoint is of a model with other layers: {in_brief(changes, 3)}"
 
 
 def check_accuracy(accuracy: Any) -> None:

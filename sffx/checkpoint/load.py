@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ from sffx.checkpoint.cut import check_cut, recorded_options
 from sffx.checkpoint.entries import (
     ACCURACY_KEY,
     CUT_KEY,
+    LAYERS_KEY,
     OPTIMIZER_KEY,
     STATE_KEY,
     VERSIONS_KEY,
     check_accuracy,
+    note_on_layers,
 )
 from sffx.checkpoint.read import read
 from sffx.checks import require_flag
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
-from sffx.net import CutModel, cut_model, plan_of
+from sffx.net import CutModel, cut_model, plan_of, set_plan
 from sffx.parts import block_name
 
 # The entries in which other training scripts keep the state dict; the first is Lightning's.
@@ -50,6 +52,7 @@ class Checkpoint:
         versions: of the packages that wrote the file; empty if the file has none.
         more: all other entries.
         whole: the model itself, where it was saved as a whole and the file was trusted.
+        layers: of the model that was cut, by name; None if the file does not have them.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class Checkpoint:
     versions: Mapping[str, str] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
     whole: nn.Module | None = None
+    layers: Mapping[str, str] | None = None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -184,6 +188,9 @@ class Checkpoint:
                 f"{_first_mismatches(error)}. "
                 "Hint: model, policy, goodness, input and classes must be those of the training"
             ) from error
+        note = note_on_layers(self.layers, net.origin.model)
+        if note:
+            set_plan(net, replace(net.plan, notes=(*net.plan.notes, note)))
 
     @property
     def _name(self) -> str:
@@ -236,7 +243,8 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if cut is not None:
         check_cut(cut)
     versions = more.pop(VERSIONS_KEY, {})
-    return Checkpoint(path, state, optimizer, accuracy, cut, versions, more)
+    layers = more.pop(LAYERS_KEY, None)
+    return Checkpoint(path, state, optimizer, accuracy, cut, versions, more, layers=layers)
 
 
 def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:

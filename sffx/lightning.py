@@ -142,6 +142,9 @@ class _Predictor(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the scores, (B, J), for a batch (x, y) or for x alone."""
+        if isinstance(batch, (list, tuple)) and len(batch) == 1:
+            # A TensorDataset of inputs alone.
+            return self(batch[0])
         if isinstance(batch, (list, tuple)):
             x, _ = _pair(batch)
             return self(x)

@@ -282,11 +282,14 @@ def test_predictions_are_the_scores_of_the_ensemble(
     run = trainer(tmp_path)
     pairs = torch.cat(run.predict(SFFModule(net), batches(digits, 100)))
     alone = torch.cat(run.predict(SFFModule(net), DataLoader(digits[0], batch_size=100)))
+    inputs = DataLoader(TensorDataset(digits[0]), batch_size=100)
+    in_lists = torch.cat(run.predict(SFFModule(net), inputs))
     with torch.no_grad():
         expected = net.eval()(digits[0])
     assert pairs.shape == (240, 10)
     torch.testing.assert_close(pairs, expected)
     torch.testing.assert_close(alone, expected)
+    torch.testing.assert_close(in_lists, expected)
 
 
 def test_a_checkpoint_brings_weights_and_options_back(

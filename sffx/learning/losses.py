@@ -88,7 +88,8 @@ def _require_all_blocks(goodness: Any, task: Task) -> None:
     if not is_tensor:
         raise InputError(
             f"goodness is a {type(goodness).__name__}, not a tensor (K, B, J). Hint: a net whose "
-            "task is not classification needs sff_loss(net(x), y, task=net.plan.task)"
+            "task is not classification needs sff_loss(net(x), y, task=net.plan.task), and one "
+            "with another objective than 'sff' local_loss(net, x, y)"
         )
     if goodness.ndim != 3:
         raise InputError(

@@ -53,6 +53,11 @@ def require_plain(model: Any) -> None:
                 f"{name!r} is compiled. Hint: put the plain module there, {name}._orig_mod, and "
                 "compile the blocks of what transform returns"
             )
+        if module._compiled_call_impl is not None:
+            raise InputError(
+                f"{repr(name) if name else 'model'} is compiled in place, by its method compile. "
+                "Hint: cut the model before that, and compile the blocks by sffx.compile(net)"
+            )
     _require_values(model)
     _require_copyable(model)
     if is_cut(model):

@@ -20,6 +20,12 @@ def test_a_cut_model_is_not_cut_again():
         trace(sffx.transform(Chain(), "layer"))
 
 
+def in_place(model: nn.Module) -> nn.Module:
+    """Return a model that holds one which is compiled in place."""
+    model.compile(backend="eager")
+    return nn.Sequential(model)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("wrap", "message"),
@@ -27,6 +33,14 @@ def test_a_cut_model_is_not_cut_again():
         (
             lambda model: torch.compile(model, backend="eager"),
             r"model is compiled\. Hint: pass the plain one, model\._orig_mod",
+        ),
+        (
+            lambda model: model.compile(backend="eager") or model,
+            r"model is compiled in place.*Hint: cut the model before that",
+        ),
+        (
+            in_place,
+            r"'0' is compiled in place",
         ),
         (nn.DataParallel, r"wrapped in DataParallel\. Hint: pass model\.module"),
         (

@@ -8,6 +8,7 @@ is batch first, where a cut may lie, and one back, which all readers of the valu
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +67,11 @@ def _leaves_a_module(node: Node) -> bool:
 
     The module may read the value as well, as the inner stream of a TNT does.
     """
-    around = scopes(node)
+    around = set(scopes(node))
+    source = node.all_input_nodes[0] if node.target is operator.getitem else None
+    if source is not None and source.op == "call_module":
+        # Of what a layer returns, as an LSTM its states, one is picked outside.
+        around = set(scopes(source))
     return any(not set(scopes(reader)).issuperset(around) for reader in node.users)
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from sffx.blocks import BatchAxis, Value
+from sffx.compiler.facts import Cost
 from sffx.compiler.sample_order import is_out_of_order
+from sffx.compiler.trace.costs import CountMacs
 from sffx.errors import InputError
 from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
@@ -77,12 +78,12 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, B
         module = _module(net, nodes, inputs, outputs)
         input_names = tuple(_name(node, net) for node in inputs)
         output_names = tuple(_name(node, net) for node in outputs)
-        with FlopCounterMode(display=False) as counter:
+        # Not by torch's FlopCounterMode, whose hooks on modules take no parameter as an argument.
+        cost_of_two = Cost()
+        with CountMacs(cost_of_two):
             of_two.run(module, input_names, output_names)
         of_three.run(module, input_names, output_names)
-        # A multiply-add is two operations.
-        macs_of_two = counter.get_total_flops() // 2
-        macs = macs_of_two // 2
+        macs = cost_of_two.macs // 2
         stages.append(ExitStage(block.target, input_names, output_names, macs, module))
     return tuple(stages), _batch_axes(net, of_two.values, of_three.values)
 

@@ -11,6 +11,7 @@ from sffx.compiler.qualnames import holders, in_common, outermost, parameters_of
 from sffx.compiler.trace.checkpointing import LEFT_OUT
 from sffx.compiler.trace.leaves import has_backward_hooks
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE, batch_guard_notes
+from sffx.compiler.trace.steps_first import batch_read_as_steps
 from sffx.compiler.trace.surroundings import readers_of_surroundings
 from sffx.errors import in_brief
 
@@ -66,6 +67,12 @@ def notes(
             "torch.nn.TransformerEncoder sets padding to zero in eval mode under no_grad, by "
             "nested tensors; the cut model does not. Hint: enable_nested_tensor=False makes the "
             "encoder do what the cut model does"
+        )
+    reads = batch_read_as_steps(graph, root)
+    if reads:
+        yield (
+            f"{reads} the batch as the steps of a sequence, so the samples of a batch change each "
+            "other's scores. Hint: batch_first=True, or x.transpose(0, 1) before it"
         )
     if is_of_size:
         yield SETTLED_BY_SIZE

@@ -17,6 +17,7 @@ from sffx.compiler.sample_order import is_out_of_order
 from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, shape_in_words, unclear
+from sffx.compiler.trace.steps_first import batch_read_as_steps
 from sffx.errors import TraceError, backbone_hint
 from sffx.plain import fields_of, name_of_logits
 from sffx.tasks import CLASSIFICATION, Task
@@ -234,7 +235,7 @@ def keep_logits(
     logits = output.args[0]
     value = facts(logits).example if isinstance(logits, fx.Node) else logits
     if isinstance(value, Tensor) and value.ndim and value.is_floating_point():
-        _require_batch_first(root, logits)
+        _require_batch_first(root, graph, logits)
     if not isinstance(logits, fx.Node) or not _is_batch_of_floats(logits):
         raise unclear(root, value)
     inputs = [facts(node).example for node in graph.nodes if node.op == "placeholder"]
@@ -254,7 +255,7 @@ def keep_logits(
     return task, notes
 
 
-def _require_batch_first(root: nn.Module, logits: fx.Node) -> None:
+def _require_batch_first(root: nn.Module, graph: fx.Graph, logits: fx.Node) -> None:
     """Raise a TraceError if the first axis of a model's output is not the batch."""
     batch = facts(logits).batch
     if starts_with_batch(batch):
@@ -270,9 +271,19 @@ def _require_batch_first(root: nn.Module, logits: fx.Node) -> None:
         rows = f"{batch.rows} rows of each sample lie in" if batch.rows > 1 else "the batch is"
         where = f"{rows} axis {batch.axis}"
     shape = tuple(facts(logits).example.shape)
-    raise TraceError(
+    problem = (
         f"the first axis of what {type(root).__name__} returns, of shape {shape}, is not the "
-        f"batch: {where}. Hint: the first axis of each input and of the output is the batch; a "
+        f"batch: {where}"
+    )
+    reads = batch_read_as_steps(graph, root)
+    if reads:
+        raise TraceError(
+            f"{problem}, since {reads} the first axis as steps. Hint: the first axis of each input "
+            "is the batch; pass batch_first=True to the layer; or wrap a model whose inputs have "
+            "the steps first, def forward(self, x): return self.model(x.transpose(0, 1))"
+        )
+    raise TraceError(
+        f"{problem}. Hint: the first axis of each input and of the output is the batch; a "
         f"forward may begin with sequence.transpose(0, 1), or end with it; {backbone_hint(root)}"
     )
 

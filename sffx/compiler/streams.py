@@ -1,7 +1,8 @@
 """Cut sets of several values, where streams run side by side.
 
 The dominators of the logits leave two branches, a U-Net or an HRNet whole, as one step. This pass
-looks for steps that hold more than a third of the model, and adds cut sets inside them:
+looks for steps that hold more than a third of the model and at least five layers, or are a dense
+stack, and adds cut sets inside them:
 
 1. The *parts* of a step are the modules that its module calls one after the other. A part that
    holds more than a third of the model is divided into its own parts. So is a part whose module
@@ -36,6 +37,7 @@ from torch.fx import Node
 
 from sffx.compiler.crossing import Crossing, CutSet
 from sffx.compiler.dataflow import SOURCE
+from sffx.compiler.dense_stacks import is_dense_stack
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import scopes
 
@@ -54,7 +56,8 @@ def with_streams(analysis: Analysis) -> Analysis:
     places: list[list[CutSet]] = []
     sizes = _Sizes(analysis)
     for step in analysis.steps:
-        if sizes.is_too_large(step.nodes, step.scope):
+        is_dense = sizes.share(step.nodes) > LARGE and _is_dense(analysis, step)
+        if is_dense or sizes.is_too_large(step.nodes, step.scope):
             places += _places(analysis, step, sizes)
     if not places:
         return analysis
@@ -67,6 +70,13 @@ def with_streams(analysis: Analysis) -> Analysis:
         if best is not None and _is_between_streams(analysis, best):
             chosen.append(best)
     return analysis.with_cut_sets(tuple(dict.fromkeys(chosen)))
+
+
+def _is_dense(analysis: Analysis, step: Step) -> bool:
+    """Return whether a step is a dense stack, which may be short, and no unit."""
+    if step.scope and _is_unit(analysis, step.nodes, step.scope):
+        return False
+    return is_dense_stack(analysis, step.nodes, step.node)
 
 
 def _refused(analysis: Analysis) -> set[CutSet]:

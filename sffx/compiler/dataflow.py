@@ -1,8 +1,8 @@
 """The dataflow of a traced model: its paths, its spine of dominators, and the steps between them.
 
 A node is on a *path* if a block can learn from its value: float or complex tensors that depend,
-through tensor edges, on an input and on a parameter. Sizes, masks, positions and values computed
-from parameters alone are no paths. They cross a cut as side values.
+through tensor edges, on an input and on a parameter. Sizes, masks, positions, zeros of the shape of
+a value, and values computed from parameters alone are no paths. They cross a cut as side values.
 
 One node *dominates* another if every path from the inputs to the other passes through it. A *cut
 set* is a set of values such that every path to the logits passes through one of them. A node that
@@ -26,6 +26,7 @@ from torch.fx import Node
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import Layers
 from sffx.compiler.picked_weights import picked_weights
+from sffx.compiler.qualnames import makes_values
 from sffx.compiler.trace.trace import Trace
 from sffx.errors import CutError
 from sffx.tensors import can_learn, holds_tensor, storage_key, tensors_in
@@ -249,7 +250,8 @@ class Dataflow:
         """Return the step of a node that is no path.
 
         A tensor stays in the step of the path that it reads, since behind a cut the value is
-        normalised. A size may be read in the step after as well, where the value is at hand.
+        normalised. A size, and zeros of that size, may be read in the step after as well, where the
+        value is at hand.
 
         Args:
             name: of the node.
@@ -257,7 +259,8 @@ class Dataflow:
         """
         sources = list(self.graph.predecessors(name))
         paths = [step_of[source] for source in sources if self.is_path(source)]
-        if paths and holds_tensor(facts(self.nodes[name]).example):
+        node = self.nodes[name]
+        if paths and holds_tensor(facts(node).example) and not makes_values(node.target):
             return max(paths)
         last = len(self.spine) - 1
         earliest = max(_steps(sources, step_of), default=0)
@@ -363,6 +366,9 @@ def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Depend
     has_parameters = bool(layers.parameters(node))
     if _stops_gradient(node) and not has_parameters:
         return Dependence()
+    read = [each for each in node.all_input_nodes if holds_tensor(facts(each).example)]
+    if makes_values(node.target) and len(read) == 1:
+        return Dependence()  # as of zeros, into which the values of a stream are placed
     on_input = any(source.on_input for source in sources)
     on_parameter = any(source.on_parameter for source in sources)
     return Dependence(on_input, on_parameter or has_parameters)

@@ -21,6 +21,20 @@ def name_of_target(target: Any) -> str:
     return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
 
 
+# They read the shape of a tensor, and not its values.
+_MAKE_VALUES = frozenset(
+    (
+        *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like"),
+        *("zeros_like", "new_empty", "new_full", "new_ones", "new_zeros"),
+    )
+)
+
+
+def makes_values(target: Any) -> bool:
+    """Return whether a node with a target makes new values, and reads a shape alone for them."""
+    return name_of_target(target) in _MAKE_VALUES
+
+
 def holders(qualname: str) -> Iterator[str]:
     """Yield the qualnames of the modules that hold one, innermost first, without the model."""
     parent = qualname.rpartition(".")[0]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
-from sffx.compiler.qualnames import name_of_target
+from sffx.compiler.qualnames import makes_values, name_of_target
 from sffx.tensors import holds_tensor
 
 # They return an order of samples, or samples in a new order.
@@ -56,7 +56,7 @@ def is_permuted(node: fx.Node, axis: int) -> bool:
     name = name_of_target(node.target).rstrip("_")
     if name in _SORTS:
         return name == "randperm" or _axis_of_call(node, axis) == axis
-    if name in _PLACES or _makes_values(name) or _restores_order(node):
+    if name in _PLACES or makes_values(node.target) or _restores_order(node):
         return False
     if _changes_order(node, name):
         return not is_out_of_order(facts(node.all_input_nodes[0]).batch)
@@ -64,11 +64,6 @@ def is_permuted(node: fx.Node, axis: int) -> bool:
     if not any(batch.permuted for _, batch in sources):
         return False
     return all(batch.permuted or _is_made_of_sizes(arg) for arg, batch in sources)
-
-
-def _makes_values(name: str) -> bool:
-    """Whether an operation reads only the shape of its argument."""
-    return name.endswith("_like") or name.startswith("new_")
 
 
 def _restores_order(node: fx.Node) -> bool:
@@ -201,7 +196,7 @@ def _is_made_of_sizes(node: fx.Node) -> bool:
         each = ahead.pop()
         if each.op == "placeholder":
             return False
-        if _makes_values(name_of_target(each.target)) or not holds_tensor(facts(each).example):
+        if makes_values(each.target) or not holds_tensor(facts(each).example):
             continue
         ahead += set(each.all_input_nodes) - passed
         passed.update(each.all_input_nodes)

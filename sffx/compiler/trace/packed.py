@@ -6,6 +6,7 @@ each sequence has the full length.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ _PAD = torch._VF._pad_packed_sequence
 def pack_padded(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     """Return the steps of sequences, (N, ...), and how many sequences have each step, (T,)."""
     if not isinstance(x, FakeTensor):
-        packed: tuple[Tensor, Tensor] = _PACK(x, lengths, batch_first)
+        packed: tuple[Tensor, Tensor] = _eagerly(_PACK, x, lengths, batch_first)
         return packed
     _require_no_export()
     by_step = x.transpose(0, 1) if batch_first else x
@@ -41,7 +42,7 @@ def pad_packed(
 ) -> tuple[Tensor, Tensor]:
     """Return the sequences of a pack, padded to the longest one, and their lengths."""
     if not isinstance(steps, FakeTensor):
-        padded: tuple[Tensor, Tensor] = _PAD(steps, sizes, batch_first, padding, length)
+        padded: tuple[Tensor, Tensor] = _eagerly(_PAD, steps, sizes, batch_first, padding, length)
         return padded
     _require_no_export()
     by_step = steps.unflatten(0, (len(sizes), -1))
@@ -80,6 +81,14 @@ def longest_packed(lengths: fx.Node) -> int:
 def _holds_integers(value: Any) -> bool:
     tensors = list(tensors_in(value))
     return bool(tensors) and not any(each.is_floating_point() for each in tensors)
+
+
+def _eagerly(call: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that `torch.compile` would run on fake tensors of its own, and so fail."""
+    # Unless something is compiled nobody has imported dynamo, which takes a second.
+    if "torch._dynamo" in sys.modules:
+        call = torch.compiler.disable(call)
+    return call(*args)
 
 
 def _require_no_export() -> None:

@@ -167,3 +167,10 @@ def test_lengths_as_plain_numbers_are_refused():
 
     with pytest.raises(TraceError, match="a number is read from a tensor"):
         sffx.plan(Classifier(read), example_input=(IDS, LENGTHS))
+
+
+def test_such_a_net_is_compiled():
+    net = sffx.transform(Classifier(by_mean), example_input=(IDS, LENGTHS), check=False).eval()
+    compiled = torch.compile(net, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(IDS, LENGTHS), net(IDS, LENGTHS), atol=1e-6)

@@ -17,6 +17,7 @@ from sffx.compiler.fake import fake_copy
 from sffx.errors import InputError
 from sffx.kernels.batch_slices import counting, joined, small_slices
 from sffx.memory.footprint import fake_footprint
+from tests.examples import shorter
 from tests.memory.steps import counted
 from tests.stream_models import HRNet
 from tests.toys import Chain, Residual, SharedBias, TwoInputs
@@ -43,8 +44,8 @@ class LongSkip(nn.Module):
 
 
 ARCHITECTURES = {
-    "resnet18": (torchvision.models.resnet18, (3, 32, 32), 1000, 128),
-    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, (3, 64, 64), 10, 64),
+    "resnet18": (shorter.resnet18, (3, 32, 32), 1000, 128),
+    "mobilenet_v3_small": (shorter.mobilenet_v3_small, (3, 64, 64), 10, 64),
     "vision_transformer": (vision_transformer, (3, 64, 64), 100, 16),
 }
 
@@ -122,7 +123,7 @@ def tokens() -> nn.Module:
     return torchvision.models.VisionTransformer(64, 8, 2, 4, 128, 512, num_classes=2000)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 9, 16])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
 def test_slices_that_are_passed_over_change_no_byte(batch_size):
     net = sffx.transform(tokens(), "residual", torch.zeros(1, 3, 64, 64))
     mode = FakeTensorMode(allow_non_fake_inputs=True)

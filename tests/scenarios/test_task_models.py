@@ -158,10 +158,10 @@ def test_a_run_of_the_trainer_reports_what_evaluate_reports(name, tmp_path):
     assert after < before
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "GPT-2, untied", "Llama", "Llama, tied"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_with_a_vocabulary_of_32000_the_peak_is_below_backpropagation(name):
-    is_tied = name in ("GPT-2", "Llama, tied")
-    kind, config, task = MODELS["GPT-2" if "GPT" in name else "Llama, tied"]
+    is_tied = name == "GPT-2"
+    kind, config, task = MODELS["GPT-2" if is_tied else "Llama, tied"]
     config = {**config, "vocab_size": 32_000, "tie_word_embeddings": is_tied}
     ids = torch.randint(0, 32_000, (2, 32))
     net = sffx.transform(

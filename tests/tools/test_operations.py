@@ -16,7 +16,6 @@ from tools.operations import Case, Operations, bytes_moved, counted_operations
 BARS = [
     (Case("resnet18", 32, 10, 128), 1.42),
     (Case("resnet18", 32, 10, 128, "mlp"), 1.88),
-    (Case("resnet18", 32, 10, 128, "mlp(256, 4)"), 1.88),
     (Case("resnet50", 224, 1000, 64), 1.55),
     (Case("mobilenet_v3_large", 224, 10, 64), 1.29),
 ]

@@ -288,7 +288,7 @@ class _Compiled:
         names = {tensor: name for name, tensor in tensors.items()}
         learning = tuple(names[parameter] for parameter in parameters)
         scores, loss, found, kept = self._learn(
-            tensors, skeleton.inputs(values), y, learning, loss_fn
+            _aliases(tensors), skeleton.inputs(values), y, learning, loss_fn
         )
         skeleton.keep(values, kept)
         gradients: Gradients = {}
@@ -299,9 +299,21 @@ class _Compiled:
 
     def score(self, skeleton: Skeleton, values: Values) -> Tensor:
         """Return the scores of a stage that has this structure."""
-        scores, kept = self._score(skeleton.tensors(), skeleton.inputs(values))
+        scores, kept = self._score(_aliases(skeleton.tensors()), skeleton.inputs(values))
         skeleton.keep(values, kept)
         return scores
+
+
+def _aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share the memory of others, and learn where these do.
+
+    Dynamo remembers whether a tensor is the very one that the module holds. This is so for the
+    first block of a structure alone, and the next one would be compiled anew.
+    """
+    aliases = {}
+    for name, tensor in tensors.items():
+        aliases[name] = tensor.detach().requires_grad_(tensor.requires_grad)
+    return aliases
 
 
 def _with_own_code(function: Any) -> Callable[..., Any]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import sffx
 from sffx import InputError
 from sffx.objectives import ForwardForward
-from sffx.runtime.compiled import compilation_of, compile, compiled_blocks
+from sffx.runtime.compiled import compile, compiled_blocks
 from sffx.runtime.optimizers import parameter_groups
 
 BACKEND = "aot_eager"
@@ -106,12 +107,18 @@ def test_losses_hand_on_the_same_gradients_and_name_the_blocks():
 
 
 def test_equal_blocks_are_compiled_once():
-    compiled = pair(nn.Sequential(Residual(4), Residual(4)))[1]
-    for _ in range(2):
+    plain = pair(nn.Sequential(Residual(4), Residual(4)))[0]
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = compile(plain, backend=counter)
+    for _ in range(3):
         sffx.local_loss(compiled, *batch())
     # The stem, four residual blocks that are alike, and the classifier.
+    assert set(compiled_blocks(compiled).values()) == {"compiled"}
     assert len(compiled_blocks(compiled)) == 6
-    assert len(compilation_of(compiled)._compiled) == 3
+    assert counter.frame_count == 3
+    for _ in range(3):
+        sffx.evaluate(compiled, [batch()])
+    assert counter.frame_count == 6
 
 
 def test_a_loss_of_ones_own_and_smaller_batches():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sffx.compiler.facts import Cost
@@ -30,11 +31,31 @@ class CountMacs(TorchDispatchMode):
         result = func(*args, **named)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.cost.draws = True
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        packet = func._overloadpacket
+        if packet in _RECURRENT:
+            self.cost.macs += _macs_of_recurrent(args[0], args[1:3])
+        elif packet in flop_registry:
             # torch counts a multiply-add as two operations.
-            self.cost.macs += formula(*args, **named, out_val=result) // 2
+            self.cost.macs += flop_registry[packet](*args, **named, out_val=result) // 2
         return result
+
+
+# A recurrent layer as one operation, for which torch has no formula. Others are made of products.
+_RECURRENT = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
+
+
+def _macs_of_recurrent(x: Tensor, arguments: Sequence[Any]) -> int:
+    """Return the multiply-adds of a recurrent layer: each step is multiplied by each weight.
+
+    Args:
+        x: of any shape, (..., C).
+        arguments: those that hold the weights, two of them or a list of all with their biases.
+    """
+    weights = 0
+    for value in tree_leaves(arguments):
+        if isinstance(value, Tensor) and value.ndim == 2:  # a bias has one axis
+            weights += value.numel()
+    return x.numel() // x.shape[-1] * weights
 
 
 def noting_saved(

@@ -34,3 +34,6 @@ def test_a_local_step_has_a_graph_for_each_distinct_block():
     # The four layers are alike, the last one is the classifier.
     assert len(sffx.plan(model, example_input=x)) == 4
     assert found.graphs == 2
+    # Each of the four has at least the product of its layer and two of its head's, and the
+    # gradients of the weights.
+    assert found.operators >= 4 * 4

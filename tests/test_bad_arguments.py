@@ -134,6 +134,16 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         "extract": (sffx.extract, {"net": net}),
         "compile": (sffx.compile, {"net": None}),
         "compiled_blocks": (sffx.compiled_blocks, {"net": net}),
+        "named_head": (
+            sffx.named_head,
+            {
+                "goodness": "mlp",
+                "block": next(iter(net.plan)),
+                "num_outputs": 3,
+                "channels": None,
+                "task": net.plan.task,
+            },
+        ),
         "footprint": (
             sffx.footprint,
             {"net": net, "batch_size": 4, "offloaded": False, "backpropagation": False},

@@ -82,10 +82,15 @@ def named_head(
     Raises:
         InputError: there is no such head, it has no form for the task, or cannot read the output.
     """
-    if goodness == "shared":
+    if isinstance(goodness, str) and goodness == "shared":
         raise InputError(
             "the head 'shared' reads the output layer of the model, which only transform can hand "
             "to it. Hint: transform(..., goodness='shared'), or another head"
+        )
+    if not isinstance(block, Block):
+        raise InputError(
+            f"block is a {type(block).__name__}, not a block. Hint: pass the one that your "
+            "goodness is called with, or one of sffx.plan(model)"
         )
     positive_integer("num_outputs", num_outputs, "pass the number of classes")
     require_task(task)
@@ -93,7 +98,17 @@ def named_head(
     if channels is not None:
         positive_integer("channels", channels, "pass a positive integer, or leave it out")
         block = _with_channels(block, channels)
-    return maker(block, num_outputs)
+    try:
+        return maker(block, num_outputs)
+    except (TypeError, RuntimeError) as cause:  # of torch, which cannot hold such a weight
+        raise InputError(
+            f"there is no room for a head of {num_outputs} outputs that reads {block.channels} "
+            f"channels: {_first_line(cause)}. Hint: pass smaller numbers"
+        ) from cause
+
+
+def _first_line(failure: Exception) -> str:
+    return str(failure).partition("\n")[0]
 
 
 def _with_channels(block: Block, channels: int) -> Block:

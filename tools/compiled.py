@@ -72,10 +72,12 @@ class Compiled:
         kernels, _, caller = code.partition(_CALLER)
         self.sources.update(_SOURCE.findall(kernels))
         run = graph.orig_gm
+        calls_of_kernels = len(_KERNEL.findall(caller))
+        calls_of_operators = len(_OPERATOR.findall(caller))
 
         def call(inputs: Any) -> Any:
-            self.kernels += len(_KERNEL.findall(caller))
-            self.operators += len(_OPERATOR.findall(caller))
+            self.kernels += calls_of_kernels
+            self.operators += calls_of_operators
             return list(run(*inputs))
 
         return call

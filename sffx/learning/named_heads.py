@@ -150,24 +150,22 @@ def _checked(kernel_size: int, block: Block) -> int:
 
 def _at_each_pixel(make: Callable[..., nn.Module]) -> Maker:
     """Return a maker that puts a head of flat values at each pixel."""
-
-    def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
-        _require_map(block)
-        head = make(block.channels, num_classes, *numbers)
-        hidden = _hidden_in_parts(head, num_classes)
-        return AtEachPosition(head, block.channel_axis, classes_last=False, hidden=hidden)
-
-    return maker
+    return _at_each_position(make, _require_map, classes_last=False)
 
 
 def _at_each_token(make: Callable[..., nn.Module]) -> Maker:
     """Return a maker that puts a head of flat values at each token."""
+    return _at_each_position(make, _require_tokens, classes_last=True)
 
+
+def _at_each_position(
+    make: Callable[..., nn.Module], require: Callable[[Block], None], *, classes_last: bool
+) -> Maker:
     def maker(block: Block, num_classes: int, *numbers: int) -> nn.Module:
-        _require_tokens(block)
+        require(block)
         head = make(block.channels, num_classes, *numbers)
         hidden = _hidden_in_parts(head, num_classes)
-        return AtEachPosition(head, block.channel_axis, classes_last=True, hidden=hidden)
+        return AtEachPosition(head, block.channel_axis, classes_last=classes_last, hidden=hidden)
 
     return maker
 

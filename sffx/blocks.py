@@ -149,6 +149,7 @@ class Node:
         join: how paths meet in it, "sum", "cat", "product" or "other"; "" where no paths meet.
         paths: for each path that meets there, the number of layers with parameters on it since the
             paths parted.
+        arguments: of the call, with "%0" for the first of the values that it reads.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Node:
     is_path: bool = True
     join: str = ""
     paths: tuple[int, ...] = ()
+    arguments: str = ""
 
 
 @dataclass(frozen=True)

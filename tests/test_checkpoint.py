@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
@@ -399,3 +403,62 @@ def test_weights_of_a_model_with_another_layer_are_noted(
     net = sffx.load_checkpoint(tmp_path / "net.pt").net(layers(second))
     of_layers = [each for each in net.plan.notes if "other layers" in each]
     assert [note in each for each in of_layers] == ([True] if note else [])
+
+
+class Calls(nn.Module):
+    """A model of functions, which weights of another one fit."""
+
+    def __init__(self, inside: Callable[[Tensor], Tensor], join: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)])
+        self.inside = inside
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = self.join(x, self.inside(self.layers[1](x)))
+        return self.layers[2](x)
+
+
+def halves(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a[:, :3], b[:, 3:]], dim=1)
+
+
+def twice(x: Tensor) -> Tensor:
+    return F.relu(F.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("inside", "join", "note"),
+    [
+        (F.relu, torch.add, ""),
+        (F.gelu, torch.add, "relu(-1, inplace=False) is gelu(-1) now"),
+        (partial(F.leaky_relu, negative_slope=0.1), torch.add, "is leaky_relu(-1, "),
+        (F.relu, torch.sub, "add(-3, -1) is sub(-3, -1) now"),
+        (F.relu, lambda a, b: torch.add(b, a), "add(-3, -1) is add(-1, -3) now"),
+        (F.relu, partial(torch.add, alpha=2), "add(-3, -1) is add(-3, -1, alpha=2) now"),
+        (twice, torch.add, "relu was called 1x and is called 2x now"),
+        (F.relu, halves, "cat was called 0x and is called 1x now"),
+    ],
+)
+def test_weights_of_a_model_that_calls_other_functions_are_noted(
+    inside: Any, join: Any, note: str, path: Path
+) -> None:
+    x = torch.zeros(1, 5)
+    sffx.save_checkpoint(path, sffx.transform(Calls(F.relu, torch.add), ["layers_0"], x))
+    checkpoint = sffx.load_checkpoint(path)
+    notes = [each for each in checkpoint.net(Calls(inside, join)).plan.notes if "calls" in each]
+    assert [note in each for each in notes] == ([True] if note else [])
+    # An older file has no such entry.
+    assert not replace(checkpoint, calls=None).net(Calls(inside, join)).plan.notes
+
+
+def test_calls_that_another_torch_writes_with_other_arguments_are_the_same(path: Path) -> None:
+    x = torch.zeros(1, 5)
+    sffx.save_checkpoint(path, sffx.transform(Calls(F.relu, torch.add), ["layers_0"], x))
+    content = torch.load(path)
+    content["sffx_versions"]["torch"] = "2.0"
+    content["sffx_calls"] = [each.replace("inplace=False", "") for each in content["sffx_calls"]]
+    checkpoint = sffx.load_checkpoint(saved(path, content))
+    assert not checkpoint.net(Calls(F.relu, torch.add)).plan.notes
+    assert "gelu" in str(checkpoint.net(Calls(F.gelu, torch.add)).plan.notes)

@@ -8,6 +8,7 @@ A checkpoint is a mapping in a file of `torch.save`. Its entries are
 - "sffx_cut": how the model was cut, as `net.plan.record()`; plain models have none;
 - "sffx_versions": the versions of sffx and of torch that wrote the file;
 - "sffx_layers": the kind and the options of each layer of the model that was cut;
+- "sffx_calls": what the forward of that model calls, in order;
 - any other entry that the user wants to keep.
 
 The reader also accepts checkpoints of Lightning and files with nothing but a state dict.

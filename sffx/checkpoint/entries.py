@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
 
+from sffx.blocks import BlockPlan
 from sffx.errors import InputError, in_brief
 from sffx.net import cut_model, is_cut, plan_of
 
@@ -18,7 +21,11 @@ ACCURACY_KEY = "sffx_accuracy"
 CUT_KEY = "sffx_cut"
 VERSIONS_KEY = "sffx_versions"
 LAYERS_KEY = "sffx_layers"
-KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY, LAYERS_KEY)
+CALLS_KEY = "sffx_calls"
+KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY, LAYERS_KEY, CALLS_KEY)
+
+# Characters of the arguments of a call that are recorded.
+_MOST_RECORDED = 200
 
 
 def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -27,7 +34,7 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
     Raises:
         InputError: an accuracy is no number between 0 and 1.
     """
-    entries: dict[str, Any] = {VERSIONS_KEY: _versions()}
+    entries: dict[str, Any] = {VERSIONS_KEY: versions()}
     if accuracy is not None:
         check_accuracy(accuracy)
         # A number of numpy would be a Python object in the file, which the loader refuses.
@@ -35,6 +42,7 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
     if is_cut(net):
         entries[CUT_KEY] = plan_of(net).record()
         entries[LAYERS_KEY] = layers_of(cut_model(net).origin.model)
+        entries[CALLS_KEY] = calls_of(plan_of(net))
     return entries
 
 
@@ -69,6 +77,66 @@ def note_on_layers(saved: Any, model: nn.Module) -> str:
     return f"the checkpoint is of a model with other layers: {in_brief(changes, 3)}"
 
 
+def calls_of(plan: BlockPlan) -> list[str]:
+    """Return what the forward of a model calls, in order, each with its arguments.
+
+    "-1" stands for the value of the call before, "-2" for that of the one before it.
+    """
+    nodes = [node for block in plan.all_blocks for node in block.graph]
+    index = {node.name: i for i, node in enumerate(nodes)}
+    calls = []
+    for i, node in enumerate(nodes):
+        # Distances, since the calls behind one that is put between are the same as before.
+        reads = [str(index[name] - i) if name in index else name for name in node.reads]
+        arguments = _with_values(node.arguments, reads)
+        calls.append(f"{node.call}({arguments[:_MOST_RECORDED]})")
+    return calls
+
+
+def _with_values(arguments: str, reads: list[str]) -> str:
+    """Return the text of arguments with what a call reads in the places of "%0", "%1"."""
+    return re.sub(r"%(\d+)", lambda found: reads[int(found[1])], arguments)
+
+
+def note_on_calls(saved: Any, plan: BlockPlan, *, same_versions: bool) -> str:
+    """Return a note on calls that were others when a checkpoint was written, "" for none.
+
+    Weights fit a model that calls `F.gelu` where it called `F.relu` just as well.
+
+    Args:
+        saved: the calls in the checkpoint, None where it has no such entry.
+        plan: of the model that gets the weights, cut in the same places for the same inputs.
+        same_versions: whether the packages that traced it are those that wrote the checkpoint.
+            Others may write the arguments of a call in another way.
+    """
+    if not isinstance(saved, (list, tuple)):
+        return ""
+    before = [str(call) for call in saved]
+    now = calls_of(plan)
+    if not same_versions:
+        before = [call.partition("(")[0] for call in before]
+        now = [call.partition("(")[0] for call in now]
+    if before == now:
+        return ""
+    changes = list(dict.fromkeys(_changes(before, now)))
+    return f"the checkpoint is of a model whose forward calls others: {in_brief(changes, 3)}"
+
+
+def _changes(before: list[str], now: list[str]) -> Iterator[str]:
+    """Yield how the calls of a forward differ from those before."""
+    if len(before) == len(now):
+        for old, new in zip(before, now, strict=True):
+            if old != new:
+                yield f"{old} is {new} now"
+        return
+    # The calls have moved, so they are counted.
+    old_counts = Counter(call.partition("(")[0] for call in before)
+    new_counts = Counter(call.partition("(")[0] for call in now)
+    for name in dict.fromkeys([*old_counts, *new_counts]):
+        if old_counts[name] != new_counts[name]:
+            yield f"{name} was called {old_counts[name]}x and is called {new_counts[name]}x now"
+
+
 def check_accuracy(accuracy: Any) -> None:
     """Raise an InputError if these are not accuracies by name."""
     if not isinstance(accuracy, Mapping):
@@ -85,7 +153,8 @@ def check_accuracy(accuracy: Any) -> None:
             )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of sffx and of torch."""
     try:
         own = metadata.version("sffx")
     except metadata.PackageNotFoundError:  # a source tree that was not installed

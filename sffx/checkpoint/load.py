@@ -14,13 +14,16 @@ from sffx.api import transform
 from sffx.checkpoint.cut import check_cut, recorded_options
 from sffx.checkpoint.entries import (
     ACCURACY_KEY,
+    CALLS_KEY,
     CUT_KEY,
     LAYERS_KEY,
     OPTIMIZER_KEY,
     STATE_KEY,
     VERSIONS_KEY,
     check_accuracy,
+    note_on_calls,
     note_on_layers,
+    versions,
 )
 from sffx.checkpoint.read import read
 from sffx.checks import require_flag
@@ -53,6 +56,7 @@ class Checkpoint:
         more: all other entries.
         whole: the model itself, where it was saved as a whole and the file was trusted.
         layers: of the model that was cut, by name; None if the file does not have them.
+        calls: what the forward of that model calls; None if the file does not have them.
     """
 
     path: Path
@@ -64,6 +68,7 @@ class Checkpoint:
     more: Mapping[str, Any] = field(default_factory=dict)
     whole: nn.Module | None = None
     layers: Mapping[str, str] | None = None
+    calls: Sequence[str] | None = None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -188,9 +193,20 @@ class Checkpoint:
                 f"{_first_mismatches(error)}. "
                 "Hint: model, policy, goodness, input and classes must be those of the training"
             ) from error
-        note = note_on_layers(self.layers, net.origin.model)
-        if note:
-            set_plan(net, replace(net.plan, notes=(*net.plan.notes, note)))
+        notes = [note_on_layers(self.layers, net.origin.model), self._note_on_calls(net)]
+        notes = [note for note in notes if note]
+        if notes:
+            set_plan(net, replace(net.plan, notes=(*net.plan.notes, *notes)))
+
+    def _note_on_calls(self, net: CutModel) -> str:
+        """Return a note on what the forward of another model calls, "" where nothing differs."""
+        record = net.plan.record()
+        for entry in ("inputs", "after"):
+            # A trace for other inputs, or with other cuts, may list other calls.
+            if self.cut is None or record[entry] != self.cut[entry]:
+                return ""
+        same_versions = dict(self.versions) == versions()
+        return note_on_calls(self.calls, net.plan, same_versions=same_versions)
 
     @property
     def _name(self) -> str:
@@ -242,9 +258,12 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     cut = more.pop(CUT_KEY, None)
     if cut is not None:
         check_cut(cut)
-    versions = more.pop(VERSIONS_KEY, {})
+    written_by = more.pop(VERSIONS_KEY, {})
     layers = more.pop(LAYERS_KEY, None)
-    return Checkpoint(path, state, optimizer, accuracy, cut, versions, more, layers=layers)
+    calls = more.pop(CALLS_KEY, None)
+    return Checkpoint(
+        path, state, optimizer, accuracy, cut, written_by, more, layers=layers, calls=calls
+    )
 
 
 def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:

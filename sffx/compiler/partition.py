@@ -270,7 +270,26 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
         is_path=analysis.is_path(node.name),
         join=join,
         paths=analysis.layers_on_paths(node.name) if join else (),
+        arguments=_arguments(node),
     )
+
+
+def _arguments(node: fx.Node) -> str:
+    """Return the arguments of a call as text, with "%0" for the first value that it reads."""
+    index = {each: i for i, each in enumerate(node.all_input_nodes)}
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda each: _Written(f"%{index[each]}")
+    )
+    written = [repr(value) for value in args]
+    written += [f"{name}={value!r}" for name, value in kwargs.items()]
+    return ", ".join(written)
+
+
+class _Written(str):
+    """A text that stands without quotes in the text of what holds it."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _calls_module(node: fx.Node) -> bool:

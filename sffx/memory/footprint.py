@@ -26,7 +26,7 @@ from sffx.blocks import Block, BlockPlan
 from sffx.checks import positive_integer, require_flag
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.fake import failures_unlogged, fake_copy
-from sffx.errors import InputError
+from sffx.errors import InputError, SffxError, location
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import shared_entropy
@@ -51,6 +51,9 @@ COUNTER = 4
 # Temporaries of AdamW while it updates a parameter, in sizes of the parameter: the root of the
 # second moment, and the quotient.
 UPDATE = 2
+
+# How the error of a norm begins that has one value for each channel, of which it has no variance.
+_SINGLE_VALUE = "Expected more than 1"
 
 
 @dataclass(frozen=True)
@@ -258,12 +261,10 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
             f"the memory of {plan.model} cannot be predicted without values: {reason}. "
             "Hint: count a real step with sffx.memory.count.count_memory"
         ) from cause
+    except SffxError:
+        raise
     except ValueError as cause:
-        # Batch norm refuses a single value per channel.
-        raise InputError(
-            f"{plan.model} cannot be trained with batch size {batch_size}: {cause}. "
-            "Hint: pass a larger batch size"
-        ) from cause
+        raise _refused(plan, batch_size, cause) from cause
     of_each_stage = [stage.trainable for stage in stages_of(net)]
     trainable = list(itertools.chain.from_iterable(of_each_stage))
     return Footprint(
@@ -276,6 +277,17 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         running=tuple(counter.running),
         updates=tuple(UPDATE * _largest(own) for own in of_each_stage),
         passed=tuple(counter.passed),
+    )
+
+
+def _refused(plan: BlockPlan, batch_size: int, cause: ValueError) -> InputError:
+    """Return the error for a batch that a layer, or code of the user's own, refuses."""
+    heading = f"{plan.model} cannot be trained with batch size {batch_size}"
+    if str(cause).startswith(_SINGLE_VALUE):
+        return InputError(f"{heading}: {cause}. Hint: pass a larger batch size")
+    return InputError(
+        f"{heading}: ValueError: {cause} ({location(cause)}). "
+        "Hint: a batch that this line takes; in train mode, it sees fake tensors of that size"
     )
 
 

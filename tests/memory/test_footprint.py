@@ -162,3 +162,53 @@ def test_while_one_thread_counts_real_numbers_are_whole():
         slices = small_slices(y, 2**18)
         assert len(slices) == 9
         assert torch.equal(joined(y, slices, torch.exp), y.exp())
+
+
+class PairsOnly(nn.Module):
+    """A head that takes an even batch only."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) % 2:
+            raise ValueError(f"{len(x)} samples make no pairs")
+        return self.linear(x)
+
+
+def own_head(block: sffx.Block, classes: int) -> nn.Module:
+    return PairsOnly(block.channels, classes)
+
+
+def test_a_value_error_of_the_users_own_code_is_told_with_its_place():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = sffx.transform(model, "layer", torch.zeros(1, 6), goodness=own_head)
+    assert sffx.footprint(net, 4).peak
+    with pytest.raises(
+        InputError, match=r"7 samples make no pairs \(.*in forward\). Hint"
+    ) as caught:
+        sffx.footprint(net, 7)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert "larger" not in str(caught.value)
+
+
+def test_a_batch_that_a_norm_refuses_is_told_to_be_larger():
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)]
+    net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(1, 6))
+    with pytest.raises(InputError, match=r"batch size 1: Expected more.*larger batch"):
+        sffx.footprint(net, 1)
+
+
+@pytest.mark.parametrize("raised", [InputError("wrong"), sffx.errors.CutError("wrong")])
+def test_an_error_of_sffx_inside_a_prediction_stays_as_it_is(raised, monkeypatch):
+    net = sffx.transform(
+        nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), "layer", torch.zeros(1, 6)
+    )
+
+    def fail(*args):
+        raise raised
+
+    monkeypatch.setattr(net.head_0, "forward", fail)
+    with pytest.raises(type(raised), match=r"^wrong$"):
+        sffx.footprint(net, 4)

@@ -72,6 +72,29 @@ class MissingExtra(SffxError, ImportError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop.
+
+    Where that line only announces the second one, return both, or the second alone.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    line = lines[0]
+    second = lines[1].strip(" -") if len(lines) > 1 else ""
+    if second and line.startswith("Constraints violated"):
+        line = second
+    if second and line.endswith(":"):
+        line = f"{line} {second}"
+    return line.rstrip(".:")
+
+
+def failure_in_words(failure: BaseException) -> str:
+    """Return the kind of an error, the first line of its message and the place in the model."""
+    kind, line = type(failure).__name__, first_line(failure)
+    return f"{kind if line == kind else f'{kind}: {line}'} ({location(failure)})"
+
+
 def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"

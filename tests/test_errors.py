@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import errors
-from sffx.errors import MissingExtra, SffxError, backbone_hint, has_parts, in_brief, location
+from sffx.errors import (
+    MissingExtra,
+    SffxError,
+    backbone_hint,
+    failure_in_words,
+    first_line,
+    has_parts,
+    in_brief,
+    location,
+)
 
 KINDS = ("InputError", "TraceError", "CutError", "VerifyError", "ExportError", "MissingExtra")
 
@@ -53,6 +62,24 @@ def failure_of(model: nn.Module, x: Tensor) -> BaseException:
     with pytest.raises(RuntimeError) as raised:
         model(x)
     return raised.value
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("\n  no room.\nMore of it"), "no room"),
+        (RuntimeError("Constraints violated (batch)!\n  - two sizes are one"), "two sizes are one"),
+        (RuntimeError("It failed:\n  no room."), "It failed: no room"),
+    ],
+)
+def test_the_first_line_of_a_message_is_what_tells(failure: Exception, line: str) -> None:
+    assert first_line(failure) == line
+
+
+def test_an_error_without_a_message_is_told_by_its_kind() -> None:
+    assert failure_in_words(AssertionError()) == "AssertionError (in torch)"
+    assert failure_in_words(KeyError("x")) == "KeyError: 'x' (in torch)"
 
 
 def test_the_location_is_the_innermost_line_of_the_models_own_code() -> None:

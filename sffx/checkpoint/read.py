@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from sffx.errors import InputError
-from sffx.export.explain import first_line
+from sffx.errors import InputError, first_line
 
 # Parts of torch's messages about a file that torch did not write.
 NOT_OF_TORCH = ("Unsupported operand", "invalid load key")

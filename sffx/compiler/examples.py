@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from sffx.arguments import Arguments, arguments_of
 from sffx.compiler.batch_axis import BATCH_SIZES, at_batch_size, batch_sizes
 from sffx.compiler.calls import call, signature
-from sffx.errors import InputError, backbone_hint, location
+from sffx.errors import InputError, backbone_hint, failure_in_words
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
@@ -72,7 +72,7 @@ def example_arguments(
         _require_fit(model, example_input)
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(tensors)}): "
-            f"{_description(failure)}. Hint: {_what_to_do(model, failure, example_input)}"
+            f"{failure_in_words(failure)}. Hint: {_what_to_do(model, failure, example_input)}"
         ) from failure
     return form, fakes
 
@@ -201,7 +201,7 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str,
         failure = _failure(model, form, values)
         if failure is None:
             return form, values
-        reason = f"the last shape tried failed with: {_description(failure)}"
+        reason = f"the last shape tried failed with: {failure_in_words(failure)}"
     raise InputError(
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
         f"Hint: pass example_input=torch.randn(1, ...); {_what_to_do(model, failure, None)}"
@@ -357,13 +357,6 @@ def _quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
-
-
-def _description(failure: Exception) -> str:
-    """Write the kind of an error, the first line of its message and the place in the model."""
-    message = str(failure).strip()
-    first_line = message.splitlines()[0] if message else ""
-    return f"{type(failure).__name__}: {first_line} ({location(failure)})"
 
 
 def _what_to_do(model: nn.Module, failure: Exception | None, example_input: Any) -> str:

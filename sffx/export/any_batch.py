@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sffx.blocks import Input
 from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.fake import failures_unlogged, fake_copy
-from sffx.errors import ExportError, InputError
-from sffx.export.explain import first_line, place_of_node
+from sffx.errors import ExportError, InputError, first_line
+from sffx.export.explain import place_of_node
 from sffx.export.prepare import reduce_to_readout
 from sffx.export.sizes import VERIFIED_BATCHES
 from sffx.inputs import constant_batch

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.errors import ExportError, InputError, MissingExtra, first_line
 from sffx.export.exit_stage import ExitStage
-from sffx.export.explain import first_line
 from sffx.export.manifest import MANIFEST, Manifest, listed_files, read_manifest
 from sffx.export.onnx import described_inputs, open_session
 from sffx.files import present_folder

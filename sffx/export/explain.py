@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 from torch import fx, nn
 
-from sffx.errors import ExportError
+from sffx.errors import ExportError, first_line
 from sffx.parts import name_in_model
 
 # The file name of a graph module's generated forward. A line in it is `name = ...`, where `name`
@@ -57,23 +57,6 @@ def explanation(error: Exception, model: nn.Module) -> str:
             f"it as a fixed number. {OPERATOR_HINT}"
         )
     return f"the model cannot be exported{where}: {first_line(chain[-1])}. {MODEL_HINT}"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop.
-
-    Where that line only announces the second one, return both, or the second alone.
-    """
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    line = lines[0]
-    second = lines[1].strip(" -") if len(lines) > 1 else ""
-    if second and line.startswith("Constraints violated"):
-        line = second
-    if second and line.endswith(":"):
-        line = f"{line} {second}"
-    return line.rstrip(".:")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -36,9 +36,8 @@ import torch
 
 from sffx.arguments import Arguments, recorded_arguments
 from sffx.blocks import BatchAxis, Input
-from sffx.errors import InputError
+from sffx.errors import InputError, first_line
 from sffx.export.exit_stage import FIRST_AXIS
-from sffx.export.explain import first_line
 
 MANIFEST = "manifest.json"
 CLASS_NAMES = "class_names"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sffx.blocks import BlockPlan, Input
-from sffx.errors import ExportError, InputError, MissingExtra
+from sffx.errors import ExportError, InputError, MissingExtra, first_line
 from sffx.export.any_batch import require_any_batch
-from sffx.export.explain import explanation, first_line
+from sffx.export.explain import explanation
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity, require_tolerance
 from sffx.export.prepare import (

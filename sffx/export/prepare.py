@@ -7,8 +7,7 @@ from typing import Any, cast
 from torch import fx
 
 from sffx.compiler.trace.sizes import remove_guards
-from sffx.errors import ExportError, InputError
-from sffx.export.explain import first_line
+from sffx.errors import ExportError, InputError, first_line
 from sffx.learning.readouts import (
     READOUTS,
     WEIGHTED,

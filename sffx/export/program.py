@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sffx.blocks import Input
-from sffx.errors import ExportError
+from sffx.errors import ExportError, first_line
 from sffx.export.any_batch import require_any_batch
-from sffx.export.explain import explanation, first_line
+from sffx.export.explain import explanation
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from sffx.checks import require_flag
-from sffx.errors import ExportError, InputError
-from sffx.export.explain import first_line
+from sffx.errors import ExportError, InputError, first_line
 from sffx.export.onnx import described_inputs, open_session, require_packages
 from sffx.files import as_path, writing
 from sffx.inputs import batches as each_batch

@@ -17,8 +17,7 @@ from sffx.blocks import Input
 from sffx.checks import require_flag
 from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.compiler.trace.sizes import is_guard
-from sffx.errors import ExportError, InputError
-from sffx.export.explain import first_line
+from sffx.errors import ExportError, InputError, first_line
 from sffx.inputs import constant_batch, random_batch
 from sffx.net import plan_of
 

@@ -39,7 +39,7 @@ from torch import nn
 
 from sffx.blocks import Block, BlockPlan, GoodnessMaker, GoodnessName, Options, option_name
 from sffx.checks import positive_integer, require_callable
-from sffx.errors import InputError
+from sffx.errors import InputError, first_line
 from sffx.learning.convolution import check_kernel_size
 from sffx.learning.instances import InstanceMean
 from sffx.learning.masks import require_mask_argument
@@ -103,12 +103,8 @@ def named_head(
     except (TypeError, RuntimeError) as cause:  # of torch, which cannot hold such a weight
         raise InputError(
             f"there is no room for a head of {num_outputs} outputs that reads {block.channels} "
-            f"channels: {_first_line(cause)}. Hint: pass smaller numbers"
+            f"channels: {first_line(cause)}. Hint: pass smaller numbers"
         ) from cause
-
-
-def _first_line(failure: Exception) -> str:
-    return str(failure).partition("\n")[0]
 
 
 def _with_channels(block: Block, channels: int) -> Block:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sffx.errors import InputError, ProcessError
+from sffx.errors import InputError, ProcessError, first_line
 from sffx.runtime.groups import new_group
 
 # What a process is about to do. Its number is sent, so the order must be the same everywhere.
@@ -128,7 +128,7 @@ class Agreement:
                 if work.is_completed():
                     raise ProcessError(
                         "another process has ended, or took longer than the timeout: "
-                        f"{str(error).splitlines()[0]} Hint: the messages of the other processes "
+                        f"{first_line(error)}. Hint: the messages of the other processes "
                         "say why"
                     ) from error
 

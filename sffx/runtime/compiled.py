@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from sffx.errors import InputError, SffxError
+from sffx.errors import InputError, SffxError, first_line
 from sffx.learning.losses import LossFunction, block_loss
 from sffx.net import COMPILATION, CutModel, cut_model, require_uncompiled
 from sffx.runtime.find_residency import residency_of
@@ -223,8 +223,7 @@ class Compilation:
         except SffxError:
             raise
         except _failures() as failure:
-            first_line = str(failure).strip().partition("\n")[0]
-            self._note(stage, f"it cannot be compiled: {first_line}")
+            self._note(stage, f"it cannot be compiled: {first_line(failure)}")
             return None
         self._in_use.add(stage.name)
         return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sffx.errors import InputError
+from sffx.errors import InputError, first_line
 from sffx.runtime.stage import stages_of
 from sffx.tensors import storage_key
 
@@ -37,9 +37,8 @@ def compute_device(net: fx.GraphModule, device: torch.device | str | None) -> to
     try:
         wanted = torch.empty(0, device=present if device is None else device).device
     except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"device is {device!r}, which cannot be used: {reason}. "
+            f"device is {device!r}, which cannot be used: {first_line(error)}. "
             "Hint: name one that torch has, such as 'cuda' or 'cpu'"
         ) from error
     if present not in ("cpu", str(wanted)):

@@ -21,7 +21,7 @@ from sffx.compiler.trace.randomness import call_without_draws
 from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.compiler.trace.writes import versions
-from sffx.errors import TraceError, backbone_hint, has_parts, location
+from sffx.errors import TraceError, backbone_hint, failure_in_words, has_parts, location
 
 # Makes a tracer for train mode, if given True, or for eval mode.
 MakeTracer = Callable[[bool], GuidedTracer]
@@ -129,11 +129,8 @@ def _reason(failure: Exception) -> str:
     """Return what failed, in words of the model, and where."""
     if isinstance(failure, DataDependentOutputException):  # as of `weights[task[0]]`
         return f"a number is read from a tensor, which depends on the data ({location(failure)})"
-    message = str(failure)
-    first_line = message.splitlines()[0] if message else ""
     # C code names the class of what it was given.
-    first_line = _PROXY.sub("a traced value", first_line)
-    return f"{type(failure).__name__}: {first_line} ({location(failure)})"
+    return _PROXY.sub("a traced value", failure_in_words(failure))
 
 
 _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 from sffx.arguments import Arguments, arguments_of
 from sffx.compiler.batch_axis import BATCH_SIZES, at_batch_size, batch_sizes
 from sffx.compiler.calls import call, signature
+from sffx.compiler.example_dtypes import DtypeWatch, have_own_dtype, other_dtypes
 from sffx.errors import InputError, backbone_hint, failure_in_words
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
@@ -57,7 +58,12 @@ def example_arguments(
     for name, value in tensors.items():
         fakes[name] = _fake(model, value.shape[1:], value.dtype, mode)
     failure = _failure(model, form, fakes)
-    if failure is not None:
+    if failure is None:
+        failure = _failure_of_dtypes(model, form, fakes, original, tensors)
+    if failure is None:
+        return form, fakes
+    hint = _cast_hint(model, form, fakes)
+    if not hint:
         _require_batch_first(model, form, tensors, mode)
         if all(value.ndim == 1 for value in tensors.values()):
             # A linear layer takes a row of features as well, whose length is no batch size.
@@ -68,13 +74,59 @@ def example_arguments(
             return form, as_given
         _require_batch(model, form, tensors, mode)
     # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
-    if failure is not None and not _runs_for_real(original, form, tensors):
+    if not _runs_for_real(original, form, tensors):
         _require_fit(model, example_input)
+        hint = hint or _what_to_do(model, failure, example_input)
         raise InputError(
             f"{type(model).__name__} does not run on example_input ({_shapes(tensors)}): "
-            f"{failure_in_words(failure)}. Hint: {_what_to_do(model, failure, example_input)}"
+            f"{failure_in_words(failure)}. Hint: {hint}"
         ) from failure
     return form, fakes
+
+
+def _failure_of_dtypes(
+    model: nn.Module,
+    form: Arguments,
+    fakes: Mapping[str, Any],
+    original: nn.Module,
+    tensors: Mapping[str, Tensor],
+) -> Exception | None:
+    """Return the error of a model that takes inputs of other dtypes, None where it has none.
+
+    Args:
+        model: on fake parameters; it runs on these inputs.
+        form: of the call.
+        fakes: the inputs on fake tensors.
+        original: the model with values.
+        tensors: what the caller gave.
+    """
+    # Most inputs are floats of the dtype of the parameters, and cost no second run.
+    if have_own_dtype(model, fakes) or not _is_suspicious(model, form, fakes):
+        return None
+    failure = _real_failure(original, form, tensors)
+    # Values may be why it fails, or a single sample. Then another dtype helps nothing.
+    return failure if failure is not None and _cast_hint(model, form, fakes) else None
+
+
+def _is_suspicious(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:
+    """Whether a model on fakes does what torch may refuse for the dtypes of its inputs."""
+    with DtypeWatch() as watch:
+        _failure(model, form, values)
+    return watch.is_suspicious
+
+
+def _cast_hint(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> str:
+    """Return which dtype a model takes, "" where its inputs have the right one.
+
+    Args:
+        model: on fake parameters.
+        form: of the call.
+        values: its inputs on fake tensors.
+    """
+    for text, changed in other_dtypes(model, values):
+        if runs(model, form, changed) and not _is_suspicious(model, form, changed):
+            return f"the layers take another dtype, pass {text}"
+    return ""
 
 
 def _require_batch_first(
@@ -323,13 +375,23 @@ def _runs_for_real(model: nn.Module, form: Arguments, values: Mapping[str, Any])
     """Whether a copy of the model runs on the caller's own values."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return False
+    return _real_failure(model, form, values) is None
+
+
+def _real_failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Exception | None:
+    """Return the error that a copy of a model raises on the caller's own values, None if it runs.
+
+    A model without values is taken to run.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try_call(copy.deepcopy(model), form, values)
-    except Exception:
-        return False
-    return True
+    except Exception as failure:
+        return failure
+    return None
 
 
 def try_call(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Any:

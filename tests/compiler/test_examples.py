@@ -214,3 +214,61 @@ def test_arguments_without_names_are_inputs(make, inputs, names):
 def test_an_input_whose_numbers_would_be_frozen_is_refused(held):
     with pytest.raises(InputError, match=r"the input x.* is a \w+, whose numbers a cut model"):
         sffx.plan(_Star(), example_input=(torch.zeros(2, 6), held))
+
+
+class _Tokens(nn.Module):
+    """A model that takes tokens, and a weight for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        x = self.embedding(tokens).mean(1) * weight
+        return self.head(self.inner(x).relu())
+
+
+class _Casts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.float() / 255).relu())
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4))
+
+
+_OTHERS = [torch.int64, torch.uint8, torch.bool, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        *((_perceptron(), torch.ones(2, 6).to(dtype)) for dtype in [*_OTHERS, torch.cfloat]),
+        *((_Casts(), torch.ones(2, 6).to(dtype)) for dtype in _OTHERS),
+        *((Chain(), torch.ones(2, 3, 8, 8).to(dtype)) for dtype in _OTHERS),
+        *(
+            (nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)), torch.ones(2, 6).to(d))
+            for d in _OTHERS
+        ),
+        *((_Tokens(), (torch.ones(2, 5).to(dtype), torch.ones(2, 1))) for dtype in _OTHERS),
+        (_Tokens(), (torch.ones(2, 5).int(), torch.ones(2, 1))),
+        (_Tokens(), (torch.ones(2, 5).long(), torch.ones(2, 1).double())),
+        (_Tokens(), (torch.ones(2, 5).long(), torch.ones(2, 1).long())),
+        (_perceptron().double(), torch.ones(2, 6)),
+        (_perceptron().bfloat16(), torch.ones(2, 6)),
+    ],
+)
+def test_an_input_is_refused_for_its_dtype_where_the_model_itself_refuses_it(model, example):
+    args = example if isinstance(example, tuple) else (example,)
+    try:
+        model(*args)
+    except RuntimeError:
+        with pytest.raises(InputError, match=r"dtype, pass (input|x|tokens|weight)\.to\(torch\."):
+            trace(model, example)
+        return
+    trace(model, example)

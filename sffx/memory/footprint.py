@@ -26,7 +26,7 @@ from sffx.blocks import Block, BlockPlan
 from sffx.checks import positive_integer, require_flag
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.fake import failures_unlogged, fake_copy
-from sffx.errors import InputError, SffxError, location
+from sffx.errors import InputError, SffxError, failure_in_words
 from sffx.inputs import constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import shared_entropy
@@ -286,7 +286,7 @@ def _refused(plan: BlockPlan, batch_size: int, cause: ValueError) -> InputError:
     if str(cause).startswith(_SINGLE_VALUE):
         return InputError(f"{heading}: {cause}. Hint: pass a larger batch size")
     return InputError(
-        f"{heading}: ValueError: {cause} ({location(cause)}). "
+        f"{heading}: {failure_in_words(cause)}. "
         "Hint: a batch that this line takes; in train mode, it sees fake tensors of that size"
     )
 

@@ -6,7 +6,8 @@ the task says (`sffx.tasks`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.checks import require_callable
-from sffx.errors import InputError
+from sffx.errors import InputError, failure_in_words
 from sffx.kernels.entropy import SharedCrossEntropy
 from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
 from sffx.tasks import CLASSIFICATION, Task
 from sffx.tasks.records import require_task
+from sffx.tasks.task import has_values
 
 # Losses of torch that take classes to lie along axis 1.
 _CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -70,8 +72,12 @@ def sff_loss(
     check_targets(y, output[0], task.num_outputs(output), functions, task)
     if None in functions:
         task.require_size(y, True, [output])
-    pairs = zip(goodness, functions, strict=True)
-    return total([block_loss(own, y, function, task) for own, function in pairs])
+    losses = []
+    for index, (own, function) in enumerate(zip(goodness, functions, strict=True)):
+        name = block_name(index) if index < len(goodness) - 1 else CLASSIFIER
+        with explaining_loss(name, own, y):
+            losses.append(block_loss(own, y, function, task))
+    return total(losses)
 
 
 def _require_all_blocks(goodness: Any, task: Task) -> None:
@@ -181,6 +187,50 @@ def block_loss(
             "Hint: the mean over the samples"
         )
     return loss
+
+
+# What torch and losses raise for scores and targets that do not go together. Kinds of these errors,
+# as where the memory is full, have other reasons.
+_OF_LOSSES = (
+    *(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError),
+    *(KeyError, AssertionError),
+)
+
+
+@contextmanager
+def explaining_loss(name: str, scores: Tensor, y: Any) -> Iterator[None]:
+    """Say on which scores and targets a loss failed.
+
+    Args:
+        name: of the block.
+        scores: of the block.
+        y: targets.
+
+    Raises:
+        InputError: instead of torch's error.
+    """
+    try:
+        yield
+    except _OF_LOSSES as error:
+        if type(error) not in _OF_LOSSES:
+            raise
+        raise InputError(
+            f"the loss of {name} failed on scores {_described(scores)} and y {_described(y)}: "
+            f"{failure_in_words(error)}. Hint: a loss gets the scores of one block, and y as it "
+            "was passed; pass y in the shape, dtype and range that the loss takes, or convert it "
+            "in a loss_fn of your own, lambda scores, y: loss(scores, y.long())"
+        ) from error
+
+
+def _described(value: Any) -> str:
+    """Write the shape and dtype of a tensor, with its range where it holds integers."""
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    text = f"{tuple(value.shape)} of {value.dtype}"
+    is_of_floats = value.is_floating_point() or value.is_complex()
+    if is_of_floats or not value.numel() or not has_values(value):
+        return text
+    return f"{text} from {value.min().item()} to {value.max().item()}"
 
 
 def _require_class_axis(loss_fn: LossFunction, goodness: Tensor, y: Any, task: Task) -> None:

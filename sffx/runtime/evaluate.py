@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sffx.errors import InputError, ProcessError
 from sffx.inputs import batch_size, batches, bind, split_batch, targets_of
 from sffx.kernels.precision import widened
+from sffx.learning.losses import explaining_loss
 from sffx.learning.readouts import every_mode, readout_of
 from sffx.net import cut_model, plan_of
 from sffx.parts import CLASSIFIER
@@ -282,7 +283,10 @@ class Totals:
     def add(self, scores: dict[str, Tensor], y: Tensor) -> None:
         """Count one batch."""
         self.samples += len(y)
-        of_batch = {name: self.task.sums(own, y) for name, own in scores.items()}
+        of_batch = {}
+        for name, own in scores.items():
+            with explaining_loss(name, own, y):
+                of_batch[name] = self.task.sums(own, y)
         # One transfer for all names, because on a GPU each transfer waits for the device.
         self._add_sums(_unflattened(_flat(of_batch).cpu(), of_batch))
 

@@ -26,6 +26,7 @@ from sffx.learning.losses import (
     LossFunctions,
     block_loss,
     check_targets,
+    explaining_loss,
     loss_functions,
     require_device_of,
     shared_entropy,
@@ -213,7 +214,8 @@ def _differentiated(stage: Stage, scores: Tensor, y: Tensor, lesson: Lesson) -> 
     """Return the loss of a stage, and where its backward pass starts."""
     if lesson.loss_fn is not None or lesson.entropy is None:
         is_seen = lesson.on_block is not None or lesson.loss_fn is not None
-        with private_scores(not is_seen and not stage.scores_are_seen):
+        is_private = not is_seen and not stage.scores_are_seen
+        with private_scores(is_private), explaining_loss(stage.name, scores, y):
             loss = block_loss(scores, y, lesson.loss_fn, stage.task)
         _require_gradient(loss, scores, stage)
         return _Differentiated(loss, loss)

@@ -114,10 +114,12 @@ def _check_probabilities(y: Tensor) -> None:
 def _check_range(lowest: int, highest: int, num_classes: int) -> None:
     if lowest >= 0 and highest < num_classes:
         return
-    hint = ""
+    hint = "the model needs a logit for each class"
     if lowest == -100:
-        hint = ". Hint: loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100"
+        hint = "loss_fn=torch.nn.CrossEntropyLoss() leaves out labels of -100"
+    elif lowest == 1 and highest == num_classes:
+        hint = "the first class is 0, pass y - 1"
     raise InputError(
         f"labels run from {lowest} to {highest}, but there are {num_classes} classes, "
-        f"0 to {num_classes - 1}{hint}"
+        f"0 to {num_classes - 1}. Hint: {hint}"
     )

@@ -113,3 +113,13 @@ def test_several_threads_may_evaluate_one_model(net):
     with ThreadPoolExecutor(3) as pool:
         for found in pool.map(lambda _: block_scores(net, x), range(60)):
             assert torch.equal(found, expected)
+
+
+def test_metrics_that_fail_are_told_with_the_block_its_scores_and_targets(net, monkeypatch):
+    x, y = next(iter(batches(1)))
+    # Labels that an own task would have passed.
+    monkeypatch.setattr(type(net.plan.task), "check_labels", lambda *given: None)
+    message = r"the loss of block_0 failed on scores .* and y \(\d+,\) of torch.float32: .*Hint: "
+    with pytest.raises(InputError, match=message) as caught:
+        sffx.evaluate(net, [(x, y.float())])
+    assert type(caught.value.__cause__) is RuntimeError

@@ -91,7 +91,7 @@ def test_resnet18_same_to_the_bit():
     torch.manual_seed(0)
     net = sffx.transform(
         torchvision.models.resnet18(num_classes=10).double(),
-        example_input=torch.zeros(1, 3, 32, 32),
+        example_input=torch.zeros(1, 3, 32, 32, dtype=torch.float64),
     ).train()
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (4,))
     twin = copy.deepcopy(net)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
+from sffx.tasks.task import can_be_read, has_values
 
 _MODEL = "the model"
 
@@ -134,8 +136,28 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     shapes = [tensor.shape for tensor in tensors if tensor.is_floating_point()]
     plan.task.require_size(y, False, shapes)
-    plan.task.require_inputs(y, tensors)
+    if _may_look_at(y, plan):
+        plan.task.require_inputs(y, [each for each in tensors if each.device == y.device])
     return plan.task.without_padding(y, padding_mask(plan, values))
+
+
+# The plans whose targets on an accelerator were looked at, by their id.
+_LOOKED_AT: WeakValueDictionary[int, BlockPlan] = WeakValueDictionary()
+
+
+def _may_look_at(y: Any, plan: BlockPlan) -> bool:
+    """Return whether the values of a batch of targets may be compared with its inputs.
+
+    To look at them on an accelerator waits for it. So there only the first batch of a plan is
+    looked at: who passes wrong targets does so in every batch.
+    """
+    if not isinstance(y, Tensor) or not can_be_read(y):
+        return False
+    if has_values(y):
+        return True
+    is_first = _LOOKED_AT.get(id(plan)) is not plan
+    _LOOKED_AT[id(plan)] = plan
+    return is_first
 
 
 def mask_among(inputs: Sequence[Input], values: Sequence[Any]) -> Tensor | None:

@@ -138,8 +138,15 @@ class Task:
         """Return valid targets for a model's output of a shape, (B, ...)."""
         raise NotImplementedError
 
-    def require_inputs(self, y: Any, inputs: Sequence[Tensor]) -> None:
-        """Raise an InputError if targets do not go with the model's inputs."""
+    def require_inputs(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Raise an InputError if targets do not go with the model's inputs.
+
+        It is called where their values can be looked at; on a GPU for the first batch alone.
+
+        Args:
+            y: targets.
+            inputs: of the model, those on the device of the targets.
+        """
 
     def without_padding(self, y: Any, mask: Tensor | None) -> Any:
         """Return targets that leave out padding.
@@ -232,9 +239,20 @@ def require_tensor(y: Any, hint: str) -> None:
         raise InputError(f"y is a tensor of layout {y.layout}. Hint: pass y.to_dense()")
 
 
+def can_be_read(y: Tensor) -> bool:
+    """Return whether targets have values that can be looked at, on any device.
+
+    Fake tensors and those on "meta" have none, and a graph of CUDA that is being captured has none
+    yet.
+    """
+    if type(y) is not Tensor or y.is_meta or not y.numel():
+        return False
+    return not (y.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def has_values(y: Tensor) -> bool:
     """Return whether the values of targets can be looked at without waiting for a device.
 
-    Fake tensors have no values, and a check on a GPU would wait for it.
+    A check on a GPU would wait for it.
     """
-    return type(y) is Tensor and y.device.type == "cpu" and y.numel() > 0
+    return can_be_read(y) and y.device.type == "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Maps, Shape, Sums, has_values
+from sffx.tasks.task import Maps, Shape, Sums
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LanguageModel(TokenClassification):
     name: ClassVar[str] = "language"
     outputs: ClassVar[str] = "tokens to choose from"
 
-    def require_inputs(self, y: Any, inputs: Sequence[Tensor]) -> None:
+    def require_inputs(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
         for tokens in inputs:
             if self._are_next(y, tokens):
                 raise InputError(
@@ -108,9 +108,9 @@ class LanguageModel(TokenClassification):
                     "Hint: pass the input as y, local_loss(net, tokens, tokens)"
                 )
 
-    def _are_next(self, y: Any, tokens: Tensor) -> bool:
+    def _are_next(self, y: Tensor, tokens: Tensor) -> bool:
         """Whether targets are the tokens after those of an input, and not the input itself."""
-        if not isinstance(y, Tensor) or y.shape != tokens.shape or not has_values(y):
+        if y.shape != tokens.shape:
             return False
         is_counted = y != self.ignore_index
         if bool(((y == tokens) | ~is_counted).all()):

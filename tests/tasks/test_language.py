@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -309,6 +310,37 @@ def test_targets_that_are_shifted_already_are_refused(ignore: bool) -> None:
         sffx.local_loss(net, ids, y)
     with pytest.raises(InputError, match="shifted by one token"):
         sffx.evaluate(net, [(ids, y)])
+
+
+def test_the_first_targets_of_each_net_on_an_accelerator_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A look at values there waits for the device, and this machine has none.
+    monkeypatch.setattr("sffx.inputs.has_values", lambda y: False)
+    looks = []
+    require = tasks.LanguageModel.require_inputs
+
+    def counted(task: tasks.LanguageModel, y: Tensor, inputs: Sequence[Tensor]) -> None:
+        looks.append(len(inputs))
+        require(task, y, inputs)
+
+    monkeypatch.setattr(tasks.LanguageModel, "require_inputs", counted)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    for _ in range(2):
+        net = small_net()
+        with pytest.raises(InputError, match="shifted by one token"):
+            sffx.local_loss(net, ids, next_tokens(ids, True))
+        for _ in range(3):
+            sffx.local_loss(net, ids, ids)
+    assert looks == [1, 1]
+
+
+def test_targets_without_values_or_elsewhere_are_not_compared() -> None:
+    net = small_net()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    # Not shifted targets, but those of another device are what is wrong.
+    with pytest.raises(InputError, match="y is on meta, but the scores of the model are on cpu"):
+        sffx.local_loss(net, ids, next_tokens(ids, True).to("meta"))
 
 
 @pytest.mark.parametrize(

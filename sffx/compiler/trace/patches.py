@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.checkpointing import generators
+from sffx.compiler.trace.listed import is_listed, tensor_of
 from sffx.compiler.trace.mapped import transforms_replaced
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
@@ -189,6 +190,8 @@ class Patches:
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.zeros(b, t)` and its like where a size or a dtype is a proxy."""
         self._require_no_generator(kwargs)
+        if args and is_listed(args[0]):
+            return tensor_of(*args, **kwargs)
         if has_proxy(args, kwargs):
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)

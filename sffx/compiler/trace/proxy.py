@@ -16,6 +16,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.batch import FROZEN_BATCH
 from sffx.compiler.trace.effects import set_item
+from sffx.compiler.trace.listed import is_listed
 
 
 def has_proxy(*values: Any) -> bool:
@@ -36,6 +37,8 @@ def has_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _kind(value: Any) -> type:
     """Return the class of a value in the model, where nothing is fake."""
+    if is_listed(value):
+        return list
     if not isinstance(value, FakeTensor):
         return type(value)
     return nn.Parameter if isinstance(value, nn.Parameter) else Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from sffx.compiler.facts import facts
@@ -16,12 +17,15 @@ from sffx.compiler.trace import batch
 from sffx.compiler.trace.data_shapes import depends_on_data, is_data_shaped, require_data
 from sffx.compiler.trace.flags import owners_of_flags
 from sffx.compiler.trace.functions import depends_on_function
+from sffx.compiler.trace.listed import READS_A_NUMBER, Listed
 from sffx.compiler.trace.randomness import Drawn, is_drawn, outcome_of_draw
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Settled:
@@ -102,7 +106,15 @@ class Settled:
         """Return the number that a forward takes out of a tensor: drawn, or made of sizes."""
         if is_drawn(node):
             return Drawn(0.5)
+        if method == "tolist" and self._made_of_sizes(node) is None:
+            example = facts(node).example
+            if example.ndim == 1 and example.dtype in _INTEGERS:
+                return Listed(self._tracer.proxy(node))
         return getattr(self.value_of_sizes(node), method)()
+
+    def _made_of_sizes(self, node: fx.Node) -> tuple[Tensor, list[fx.Node]] | None:
+        """Return the value of a tensor and the sizes that it is made of, None for other tensors."""
+        return value_of_sizes(node, self._tracer.runner.probe, self._tracer.constants.names)
 
     def value_of_sizes(self, node: fx.Node) -> Tensor:
         """Return the value of a tensor that is made of sizes alone, and settle these.
@@ -110,9 +122,9 @@ class Settled:
         Raises:
             RuntimeError: it is made of anything else.
         """
-        made = value_of_sizes(node, self._tracer.runner.probe, self._tracer.constants.names)
+        made = self._made_of_sizes(node)
         if made is None:
-            raise RuntimeError("a number is read from a tensor, which depends on the data")
+            raise RuntimeError(READS_A_NUMBER)
         value, sizes = made
         for size in sizes:
             self.settle(size, facts(size).example)

@@ -85,6 +85,24 @@ def sorted_by_hand(model, ids, lengths):
     return last(model.rnn(packed)[1])[order.argsort()]
 
 
+def by_list(model, ids, lengths):
+    packed = rnn.pack_padded_sequence(model.embed(ids), lengths.tolist(), True, False)
+    return last(model.rnn(packed)[1])
+
+
+def by_counted_list(model, ids, lengths):
+    counts = (ids.cumsum(1) > 0).sum(1).minimum(lengths).int().tolist()
+    assert isinstance(counts, list)
+    assert type(counts) is list
+    return by_state(model, ids, torch.as_tensor(counts))
+
+
+def by_changed_list(model, ids, lengths):
+    counts = torch.tensor(lengths.tolist())
+    counts += 1
+    return by_state(model, ids, counts.clamp(max=7)) + lengths[:, None] / 100
+
+
 READS = {
     "state": (by_state, {}),
     "GRU": (by_state, {"kind": nn.GRU}),
@@ -96,6 +114,9 @@ READS = {
     "embedded steps": (by_embedded_steps, {}),
     "given state": (by_given_state, {}),
     "sorted by hand": (sorted_by_hand, {}),
+    "list": (by_list, {}),
+    "counted list": (by_counted_list, {}),
+    "changed list": (by_changed_list, {}),
 }
 
 
@@ -159,13 +180,26 @@ def test_an_export_names_what_has_no_form_in_a_file(tmp_path):
         sffx.export_program(net, tmp_path / "net.pt2")
 
 
-def test_lengths_as_plain_numbers_are_refused():
-    def read(model, ids, lengths):
-        return last(
-            model.rnn(rnn.pack_padded_sequence(model.embed(ids), lengths.tolist(), True))[1]
-        )
+def ending(model, ids, lengths):
+    numbers = lengths.tolist()
+    return model.rnn(model.embed(ids)[:, : max(numbers)])[0].mean(1)
 
-    with pytest.raises(TraceError, match="a number is read from a tensor"):
+
+def repeated(model, ids, lengths):
+    return by_state(model, ids, torch.tensor(lengths.tolist() * 1))
+
+
+def number_by_number(model, ids, lengths):
+    return by_state(model, ids, torch.tensor([int(each) for each in lengths.tolist()]))
+
+
+def split_by_numbers(model, ids, lengths):
+    return torch.stack([each.mean(0) for each in model.embed(ids).split(lengths.tolist())])
+
+
+@pytest.mark.parametrize("read", [ending, repeated, number_by_number, split_by_numbers])
+def test_lengths_as_plain_numbers_are_refused(read):
+    with pytest.raises(TraceError, match=r"a number is read from a tensor.*Hint: "):
         sffx.plan(Classifier(read), example_input=(IDS, LENGTHS))
 
 

@@ -9,9 +9,10 @@ that leaves its input alone:
 3. an in-place operator (`+=`) becomes the plain one (`+`),
 4. a method or a torch function `name_` becomes `name`.
 
-A value that is written in some modes only, and read afterwards, is copied where the block begins.
-An operation with no such twin is refused. So is one whose written value the model then reads by
-another name, since that name would keep the old value.
+A value is copied where the block begins if it is written in some modes only, and read afterwards,
+or if the model reads by another name what was written, as through a view. An operation with no such
+twin is refused. So is one whose written value a later block reads by a name from before, since that
+name would keep the old value.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -68,16 +69,28 @@ def keep_foreign_values(net: GraphModule) -> None:
     Raises:
         CutError: an operation writes on such a value, and cannot be replaced; names the node.
     """
-    for block in plan_of(net).all_blocks:
+    # What later blocks read of other blocks: the memory of each value by its name.
+    later: dict[str, int | None] = {}
+    for block in reversed(plan_of(net).all_blocks):
         module = net.get_submodule(block.target)
         assert isinstance(module, GraphModule)
-        keep_foreign_values_in(module)
+        before = {memory for name, memory in later.items() if name not in block.nodes}
+        foreign = [block_facts(node) for node in module.graph.nodes if _is_foreign(node)]
+        keep_foreign_values_in(module, before)
+        later.update({record.origin: record.memory for record in foreign})
 
 
-def keep_foreign_values_in(block: GraphModule) -> None:
-    """Rewrite one block, in place; its graph must be valid and stays so."""
-    foreign = {node for node in block.graph.nodes if block_facts(node).is_foreign}
-    for node in _written_in_some_mode(block, foreign):
+def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None] = ()) -> None:
+    """Rewrite one block, in place; its graph must be valid and stays so.
+
+    Args:
+        block: to rewrite.
+        read_later: keys of the memory that later blocks read by names from before this block.
+    """
+    foreign = {node for node in block.graph.nodes if _is_foreign(node)}
+    copied = _written_in_some_mode(block, foreign)
+    copied += _read_by_other_names(block, foreign, read_later)
+    for node in dict.fromkeys(copied):
         _copy_at_entrance(node)
         foreign.remove(node)
     memories = {block_facts(node).memory for node in foreign}
@@ -114,6 +127,35 @@ def _written_in_some_mode(block: GraphModule, foreign: set[Node]) -> list[Node]:
                 is_read_later = any(order[user] > order[node] for user in source.users)
                 if source in foreign and is_read_later:
                     found[source] = None
+    return list(found)
+
+
+def _is_foreign(node: Node) -> bool:
+    return block_facts(node).is_foreign
+
+
+def _read_by_other_names(
+    block: GraphModule, foreign: set[Node], read_later: Collection[int | None]
+) -> list[Node]:
+    """Return foreign values that are written in place, and then read by another name.
+
+    A copy of such a value is written, and read by all its names, if these begin with one value of
+    the block, and no later block has another one.
+
+    Args:
+        block: to look at.
+        foreign: its values that other blocks computed.
+        read_later: as for `keep_foreign_values_in`.
+    """
+    found: dict[Node, None] = {}
+    for node in block.graph.nodes:
+        record = block_facts(node)
+        if not record.read_behind or not record.writes.isdisjoint(read_later):
+            continue
+        for memory in record.writes:
+            sources = [each for each in foreign if block_facts(each).memory == memory]
+            if len(sources) == 1:
+                found[sources[0]] = None
     return list(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,19 @@ def names_in(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_in(constant)
+
+
+def globals_in(code: CodeType) -> Iterator[str]:
+    """Yield the globals, the builtins and the modules that the code of a function names.
+
+    Names of attributes, as `input` in `self.input`, are not among them.
+    """
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"):
+            yield str(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from globals_in(constant)
 
 
 def forward_of(kind: type) -> list[FunctionType]:

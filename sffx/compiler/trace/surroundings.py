@@ -18,7 +18,13 @@ from typing import Any
 
 from torch import nn
 
-from sffx.compiler.trace.code_names import FOREIGN, forward_of, functions_reached, names_in
+from sffx.compiler.trace.code_names import (
+    FOREIGN,
+    forward_of,
+    functions_reached,
+    globals_in,
+    names_in,
+)
 
 # The names that read such values, by the module or the class that has them.
 _READERS: tuple[tuple[Any, tuple[str, ...]], ...] = (
@@ -50,8 +56,8 @@ def readers_of_surroundings(modules: Iterable[nn.Module]) -> list[str]:
 
 
 def _readers_in(function: FunctionType) -> Iterator[str]:
-    names = list(names_in(function.__code__))
-    for name in names:
+    names = set(names_in(function.__code__))
+    for name in dict.fromkeys(globals_in(function.__code__)):
         value = _value_of(name, function)
         for owner, readers in _READERS:
             title = owner.__name__
@@ -62,7 +68,7 @@ def _readers_in(function: FunctionType) -> Iterator[str]:
 
 
 def _value_of(name: str, function: FunctionType) -> Any:
-    """Return what a name stands for in a function, None where it only names an attribute."""
+    """Return what a global name stands for in a function, None where it is not known."""
     if name in function.__globals__:
         return function.__globals__[name]
     if name in sys.stdlib_module_names:  # imported in the function

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,11 @@ def _with_names_alone(m: nn.Module) -> float:
     return float(time.in_features + len(os.path.join("now", "environ")))
 
 
+def _with_attributes(m: nn.Module) -> float:
+    """The words are names of attributes, and others than those of the clock and of files."""
+    return float(m.time.time + m.input.open + m.environ.getenv)
+
+
 @pytest.mark.parametrize(
     ("read", "named"),
     [
@@ -68,6 +74,7 @@ def _with_names_alone(m: nn.Module) -> float:
         (_of_a_file, "open"),
         (_imported_inside, "time.monotonic"),
         (_with_names_alone, ""),
+        (_with_attributes, ""),
     ],
 )
 def test_what_the_forward_reads_of_its_surroundings_is_named(read, named):
@@ -77,6 +84,7 @@ def test_what_the_forward_reads_of_its_surroundings_is_named(read, named):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.time = self.input = self.environ = SimpleNamespace(time=1, open=1, getenv=1)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.inner(x) * self.read_number())

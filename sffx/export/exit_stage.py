@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,9 @@ from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
 
 # Of most values.
 FIRST_AXIS = BatchAxis(0)
+
+# Of a value, or of each part of a tuple, None for a part that no sample changes.
+BatchAxes: TypeAlias = BatchAxis | tuple["BatchAxes | None", ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ExitStage:
         """Do nothing: the next stage begins with this one's norm."""
 
 
-def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, BatchAxis]]:
+def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, BatchAxes]]:
     """Return the stages of a net in eval mode, and the batch axes of the values that have one.
 
     A number that is a multiple of the batch size counts as such a value. The classifier is no stage
@@ -90,7 +93,7 @@ def exit_stages(net: fx.GraphModule) -> tuple[tuple[ExitStage, ...], dict[str, B
 
 def _batch_axes(
     net: fx.GraphModule, of_two: Mapping[str, Any], of_three: Mapping[str, Any]
-) -> dict[str, BatchAxis]:
+) -> dict[str, BatchAxes]:
     """Return the batch axes of the values that have one.
 
     Args:
@@ -103,21 +106,43 @@ def _batch_axes(
         for value in block.gives:
             _require_in_order(value)
             planned[value.name] = value.batch
-    axes: dict[str, BatchAxis] = {}
+    axes: dict[str, BatchAxes] = {}
     for name, value in of_two.items():
-        other = of_three[name]
-        axis = planned.get(name)
-        if _has_samples(value, other, FIRST_AXIS):
-            axes[name] = FIRST_AXIS
-        elif axis is not None and axis.slower is not None and _has_samples(value, other, axis):
+        own = planned.get(name)
+        axis = _axes_of(value, of_three[name], own)
+        if axis is not None:
             axes[name] = axis
-        elif _form(value) != _form(other):
+        elif _form(value) != _form(of_three[name]):
             raise InputError(
                 f"the value {name!r} crosses a cut and depends on the number of samples, but not "
                 "by one axis that is the batch, so samples cannot leave it. Hint: cut elsewhere, "
                 "policy=[...] takes the names of nodes"
             )
     return axes
+
+
+def _axes_of(value: Any, other: Any, planned: BatchAxis | None) -> BatchAxes | None:
+    """Return the batch axis of a value, or those of the parts of a tuple; None where it has none.
+
+    Args:
+        value: of two samples.
+        other: of three samples.
+        planned: its axis by the plan.
+    """
+    if _has_samples(value, other, FIRST_AXIS):
+        return FIRST_AXIS
+    if planned is not None and planned.slower is not None and _has_samples(value, other, planned):
+        return planned
+    is_shape = isinstance(value, (tuple, list)) and all(type(part) is int for part in value)
+    if not is_shape or not isinstance(other, (tuple, list)) or len(value) != len(other):
+        return None
+    parts: list[BatchAxes | None] = []
+    for one, two in zip(value, other, strict=True):
+        axis = _axes_of(one, two, None)
+        if axis is None and one != two:
+            return None
+        parts.append(axis)
+    return tuple(parts) if any(parts) else None
 
 
 def _require_in_order(value: Value) -> None:
@@ -153,14 +178,19 @@ def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:
     return value.shape[axis.axis] == 2 * axis.rows and expected == list(other.shape)
 
 
-def kept(value: Any, stays: Tensor, axis: BatchAxis) -> Any:
+def kept(value: Any, stays: Tensor, axis: BatchAxes) -> Any:
     """Return a value without the samples that leave.
 
     Args:
         value: a tensor, a number or a tuple of them that has samples; see `_has_samples`.
         stays: for each sample whether it stays, (B,).
-        axis: that holds the samples of a tensor.
+        axis: that holds the samples of a tensor; or those of each part of a shape.
     """
+    if isinstance(axis, tuple):
+        parts = []
+        for part, own in zip(value, axis, strict=True):
+            parts.append(part if own is None else kept(part, stays, own))
+        return type(value)(parts)
     slower = axis.slower or 1
     rows = stays.repeat_interleave(axis.rows // slower).repeat(slower).nonzero().flatten()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from sffx.errors import ExportError
 from sffx.export.any_batch import require_any_batch
 from sffx.export.early_exit import EarlyExit
 from sffx.export.exit_files import digest, require_replaceable
-from sffx.export.exit_stage import ExitStage
+from sffx.export.exit_stage import BatchAxes, ExitStage
 from sffx.export.manifest import Manifest, StageFile, write_manifest
 from sffx.export.metadata import names_and_normalisation
 from sffx.export.onnx import no_complex, onnx_program, require_packages, save_program
 from sffx.export.parity import require_parity, require_tolerance
+from sffx.export.plain_values import on_tensors
 from sffx.export.prepare import CUMULATIVE, inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes
 from sffx.files import as_path, writing_folder
@@ -96,13 +97,16 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
     for each, example in zip(runner.inputs, examples, strict=True):
         values[each.name] = example
     stages = []
+    batched: dict[str, BatchAxis] = {}
     for i, stage in enumerate(reported(runner.stages, "blocks exported", len(runner.stages))):
         file = f"{stage.name}.onnx"
         goodness = goodness_name(i)
-        arguments = tuple(values[name] for name in stage.inputs)
         stage.score(values)
-        _require_tensors(stage, values)
-        _write_stage(stage, goodness, arguments, runner.batched, folder / file, opset)
+        stage = on_tensors(stage, values, runner.batched, TRACED_BATCH)
+        _require_real(stage, values)
+        batched.update(_axes_of_tensors(stage, runner.batched))
+        arguments = tuple(values[name] for name in stage.inputs)
+        _write_stage(stage, goodness, arguments, batched, folder / file, opset)
         described = StageFile(
             name=stage.name,
             file=file,
@@ -116,7 +120,7 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
     manifest = Manifest(
         runner.threshold,
         runner.inputs,
-        runner.batched,
+        batched,
         tuple(stages),
         runner.nested,
         runner.skips,
@@ -125,6 +129,16 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         runner.std,
     )
     write_manifest(folder, manifest)
+
+
+def _axes_of_tensors(
+    stage: ExitStage, batched: Mapping[str, BatchAxes]
+) -> Iterator[tuple[str, BatchAxis]]:
+    """Yield the batch axes of what a stage takes and gives, which are tensors."""
+    for name in (*stage.inputs, *stage.outputs):
+        axis = batched.get(name)
+        if isinstance(axis, BatchAxis):
+            yield name, axis
 
 
 def _write_stage(
@@ -147,15 +161,9 @@ def _open_axis(batch: BatchAxis) -> Axes:
     return {batch.axis: "batch" if batch.rows == 1 else f"batch_times_{batch.rows}"}
 
 
-def _require_tensors(stage: ExitStage, values: dict[str, Any]) -> None:
-    """Raise an ExportError if a stage gives later stages what is no tensor, or is complex."""
+def _require_real(stage: ExitStage, values: dict[str, Any]) -> None:
+    """Raise an ExportError if a stage gives later stages a complex value."""
     for name in stage.outputs:
-        if not isinstance(values[name], Tensor):
-            kind = type(values[name]).__name__
-            raise ExportError(
-                f"the value {name!r}, a {kind}, crosses the cut after {stage.name}, "
-                "and ONNX hands on tensors. Hint: cut elsewhere"
-            )
         if values[name].is_complex():
             raise ExportError(
                 f"{no_complex(name, values[name])}, but it crosses the cut after {stage.name}. "

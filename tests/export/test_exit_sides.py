@@ -108,3 +108,37 @@ def test_the_order_of_the_features_crosses_a_cut_into_a_file(tmp_path):
     written = sffx.EarlyExit.load(sffx.export_early_exit(net, tmp_path / "exit"))
     expected = sffx.EarlyExit(net).cumulative(x)
     torch.testing.assert_close(written.cumulative(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Each block reads plain values that are found before the first: sizes, or nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        rows, rest = batch * height, x.shape[1:3]
+        y = self.a(x.reshape(batch, height * width, channels)).relu()
+        whole = y.shape
+        y = self.b(y.view(rows, width, 8)).relu()
+        y = self.c(y.view(batch, *rest, 8)).relu() * (height / width)
+        return self.head(y.view(rows, width, 8).view(whole).mean(1))
+
+
+def test_numbers_that_cross_a_cut_are_part_of_the_files(tmp_path):
+    net = sffx.transform(Scaled(), "layer", torch.zeros(1, 2, 3, 6), check=False).eval()
+    crossing = [value for block in net.plan for value in block.gives]
+    assert len({value.name for value in crossing if value.dtype == "int"}) >= 3
+    assert len([value for value in crossing if value.dtype == "Size"]) >= 1
+    runner = sffx.EarlyExit(net)
+    written = sffx.EarlyExit.load(sffx.export_early_exit(net, tmp_path / "net"))
+    x = 3 * torch.randn(12, 2, 3, 6)
+    confidences = runner.cumulative(x)[0].softmax(1).amax(1).sort().values
+    runner.threshold = written.threshold = float(confidences[5:7].mean())
+    expected, found = runner(x), written(x)
+    assert len(expected.blocks.unique()) > 1
+    assert torch.equal(found.blocks, expected.blocks)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import ExportError, InputError, MissingExtra, first_line
 from sffx.export.any_batch import require_any_batch
+from sffx.export.attention_axes import FourAxes
 from sffx.export.explain import explanation
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity, require_tolerance
@@ -171,7 +172,7 @@ def onnx_program(
                 "sffx.export_program keeps complex numbers"
             )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), FourAxes():
             # All inputs share the batch axis. Torch warns of each input after the first that the
             # name of the axis will not be used, and then uses it.
             warnings.filterwarnings(

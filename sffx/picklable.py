@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from sffx.errors import InputError
+from sffx.errors import InputError, first_line
 
 # Classes without a name that pickle writes all the same.
 _KNOWN_TO_PICKLE = (type(None), type(...), type(NotImplemented))
@@ -26,6 +27,7 @@ def require_picklable(module: nn.Module) -> None:
         # fx makes a class for each graph, and pickles it in its own way.
         is_graph = isinstance(part, fx.GraphModule)
         if not is_graph and _pickles_itself(type(part)):
+            _require_own_way(part, place)
             continue
         if not is_graph and not _has_name(type(part)):
             raise InputError(_message(f"{place} is of the class", type(part)))
@@ -34,12 +36,42 @@ def require_picklable(module: nn.Module) -> None:
                 raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
 
 
+def _require_own_way(part: nn.Module, place: str) -> None:
+    """Raise an InputError if a module that has its own way of being pickled refuses it.
+
+    Parametrized modules and scripts do.
+    """
+    reason = ""
+    if isinstance(part, torch.jit.ScriptModule):
+        reason = "it is a script, which torch.jit.save writes"
+    state: Any = getattr(part, "__getstate__", None)  # not every object of Python 3.10 has it
+    try:
+        if state is not None:
+            state()
+    except Exception as error:
+        reason = reason or first_line(error)
+    if reason:
+        raise InputError(
+            f"the net cannot be pickled, because of {place}: {reason}. Hint: {_OTHERWISE}"
+        )
+
+
+# What to do with a net that pickle does not take.
+_OTHERWISE = "keep the weights alone by sffx.save_checkpoint, and cut the model again"
+
+
 def _message(what: str, nameless: Any) -> str:
+    if isinstance(nameless, MethodType):
+        return (
+            f"the net cannot be pickled: {what} {nameless.__qualname__} as a method of a "
+            f"{type(nameless.__self__).__name__}, whose class does not have it. Hint: make it a "
+            f"method of a class of your own, or {_OTHERWISE}"
+        )
     kind = "class" if isinstance(nameless, type) else "function"
     return (
         f"the net cannot be pickled: {what} {nameless.__qualname__}, and pickle holds only what "
-        f"can be imported by its name. Hint: define the {kind} at the top of a file, or keep the "
-        "weights alone by sffx.save_checkpoint, and cut the model again"
+        f"can be imported by its name. Hint: define the {kind} at the top of a file, or "
+        f"{_OTHERWISE}"
     )
 
 
@@ -59,7 +91,7 @@ def _pickles_itself(kind: type) -> bool:
 
 
 def _nameless(value: Any, passed: set[int]) -> Iterator[Any]:
-    """Yield the functions and classes without a name in a value, also those in containers."""
+    """Yield what has no name in a value, also in containers: functions, classes and methods."""
     if id(value) in passed or isinstance(value, (Tensor, nn.Module, str)):
         return
     passed.add(id(value))
@@ -67,6 +99,11 @@ def _nameless(value: Any, passed: set[int]) -> Iterator[Any]:
         if value not in _KNOWN_TO_PICKLE and not _has_name(value):
             yield value
         return
+    if isinstance(value, MethodType):
+        # Pickle writes the object and the name of the method, and looks for it when it loads.
+        method = getattr(type(value.__self__), value.__name__, None)
+        if method is not value.__func__ and not isinstance(value.__self__, type):
+            yield value
     for part in _parts(value):
         yield from _nameless(part, passed)
 

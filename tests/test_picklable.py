@@ -6,9 +6,11 @@ import copy
 import functools
 import io
 import pickle
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -127,6 +129,39 @@ def test_what_has_no_name_is_named(case):
     net = sffx.transform(make(), "layer", X, check=False)
     for write in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
         with pytest.raises(InputError, match=rf"{place} .*<locals>.* Hint: define .* at the top"):
+            write(net)
+    copy.deepcopy(net)
+
+
+def doubled(layer: nn.Linear, x: Tensor) -> Tensor:
+    return 2 * F.linear(x, layer.weight, layer.bias)
+
+
+def _bound() -> nn.Module:
+    model = Net()
+    model.b.forward = types.MethodType(doubled, model.b)
+    return model
+
+
+def _parametrized() -> nn.Module:
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.b)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_bound, "'forward' of the module 'b' holds .*doubled as a method of a Linear, whose"),
+        (_parametrized, "because of the module 'b'.*: Serialization of parametrized modules"),
+        (lambda: _with("b", torch.jit.script(nn.Linear(8, 8))), "the module 'b'.* is a script"),
+    ],
+)
+def test_what_torch_or_pickle_would_refuse_itself_is_named(make, reason):
+    net = sffx.transform(make(), "layer", X, check=False)
+    for write in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
+        with pytest.raises(InputError, match=rf"{reason}.*Hint: .*sffx\.save_checkpoint"):
             write(net)
     copy.deepcopy(net)
 

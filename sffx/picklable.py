@@ -26,7 +26,8 @@ def require_picklable(module: nn.Module) -> None:
         place = f"the module {qualname!r}" if qualname else f"the model {type(part).__name__}"
         # fx makes a class for each graph, and pickles it in its own way.
         is_graph = isinstance(part, fx.GraphModule)
-        if not is_graph and _pickles_itself(type(part)):
+        is_script = isinstance(part, torch.jit.ScriptModule)
+        if is_script or (not is_graph and _pickles_itself(type(part))):
             _require_own_way(part, place)
             continue
         if not is_graph and not _has_name(type(part)):

@@ -149,7 +149,7 @@ def _parametrized() -> nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -18,6 +18,9 @@ from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.run_function import FunctionTarget, name_of
 
+# Stands for the name of a constant.
+_CONSTANT = "constant"
+
 
 @dataclass(frozen=True)
 class Region:
@@ -45,14 +48,20 @@ class Alignment:
     Attributes:
         pairs: nodes that both graphs have, each in train and in eval mode, in order.
         regions: that only one of them has, in order.
+        read: pairs of nodes that read a parameter or a buffer, which may stand anywhere.
     """
 
     pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    read: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
 
 def align(
-    in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node], probe: nn.Module
+    in_train: Sequence[fx.Node],
+    in_eval: Sequence[fx.Node],
+    probe: nn.Module,
+    *,
+    from_behind: bool = False,
 ) -> Alignment | None:
     """Return which nodes are the same, None if inputs or the output have no partner.
 
@@ -60,11 +69,19 @@ def align(
         in_train: the nodes of the graph of train mode.
         in_eval: the nodes of the graph of eval mode.
         probe: the model, which owns the constants of both graphs.
+        from_behind: whether a node whose like comes twice in the other graph is the last of them,
+            not the first. What one mode computes before, as for the update of a mean, may look
+            like what both compute behind it.
     """
     alignment = Alignment()
+    if from_behind:
+        alignment.read = _read_in_both(in_train, in_eval)
+        read = {node for pair in alignment.read for node in pair}
+        in_train = [node for node in in_train if node not in read]
+        in_eval = [node for node in in_eval if node not in read]
     ours: list[fx.Node] = []
     theirs: list[fx.Node] = []
-    for in_train_node, in_eval_node in _side_by_side(in_train, in_eval):
+    for in_train_node, in_eval_node in _rows(in_train, in_eval, from_behind):
         if in_train_node is None or in_eval_node is None:
             ours += [in_train_node] if in_train_node is not None else []
             theirs += [in_eval_node] if in_eval_node is not None else []
@@ -87,6 +104,32 @@ def _are_inside(regions: Sequence[Region]) -> bool:
         if any(node.op in ("placeholder", "output") for node in region.nodes):
             return False
     return True
+
+
+def _read_in_both(
+    in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Return the nodes that read a parameter or a buffer, each with the first of its like."""
+    first: dict[str, fx.Node] = {}
+    for node in in_train:
+        if node.op == "get_attr" and _key(node)[1] != _CONSTANT:
+            first.setdefault(str(node.target), node)
+    pairs = []
+    for node in in_eval:
+        if node.op == "get_attr" and _key(node)[1] != _CONSTANT and str(node.target) in first:
+            pairs.append((first[str(node.target)], node))
+    return pairs
+
+
+def _rows(
+    in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node], from_behind: bool
+) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
+    """Yield the rows of `_side_by_side`, which may have looked for them from behind."""
+    if not from_behind:
+        yield from _side_by_side(in_train, in_eval)
+        return
+    rows = list(_side_by_side(in_train[::-1], in_eval[::-1]))
+    yield from reversed(rows)
 
 
 def _side_by_side(
@@ -115,7 +158,7 @@ def _key(node: fx.Node) -> tuple[str, ...]:
     place = str(scopes[-1]) if scopes else ""
     value = facts(node).example
     if node.op == "get_attr" and type(value) is Tensor:  # a constant, which each trace names anew
-        return (node.op, "constant", place)
+        return (node.op, _CONSTANT, place)
     if isinstance(node.target, FunctionTarget):  # numbered in each trace
         return (node.op, f"function {name_of(node.target.function)}", place)
     return (node.op, "" if node.op == "placeholder" else str(node.target), place)

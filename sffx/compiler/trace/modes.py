@@ -67,11 +67,8 @@ def merge_modes(
     draws, draws_in_eval = settled_draws(graph), settled_draws(eval_graph)
     draws_in_training = draws if draws and not draws_in_eval else []
     compared = [node for node in compared if node not in draws_in_training]
-    alignment = align(compared, compared_in_eval, probe)
-    if alignment is None:
-        return False
-    merge = _Merge(alignment, branched, probe)
-    if not merge.is_possible():
+    merge = _possible_merge(compared, compared_in_eval, branched, probe)
+    if merge is None:
         return False
     merge.run()
     for key in guards.keys() - guards_in_eval.keys():
@@ -82,6 +79,20 @@ def merge_modes(
         _draw_in_training(node, branched, probe)
     order_writes(graph, merge.chosen)
     return True
+
+
+def _possible_merge(
+    in_train: list[fx.Node], in_eval: list[fx.Node], branched: set[str], probe: nn.Module
+) -> _Merge | None:
+    """Return how two graphs can be merged, None if they cannot."""
+    for from_behind in (False, True):
+        alignment = align(in_train, in_eval, probe, from_behind=from_behind)
+        if alignment is None:
+            continue
+        merge = _Merge(alignment, branched, probe)
+        if merge.is_possible():
+            return merge
+    return None
 
 
 class _Merge:
@@ -98,7 +109,8 @@ class _Merge:
         self._branched = branched
         self._probe = probe
         # The node of the graph of train mode that a node of the other graph is.
-        self._partners = {in_eval: in_train for in_train, in_eval in alignment.pairs}
+        pairs = [*alignment.pairs, *alignment.read]
+        self._partners = {in_eval: in_train for in_train, in_eval in pairs}
         self._owners: dict[fx.Node, str] = {}  # of the nodes of regions, in both graphs
         self._choices: dict[fx.Node, list[_Choice]] = {}
         self._chosen: dict[tuple[Any, ...], fx.Node] = {}
@@ -124,6 +136,7 @@ class _Merge:
 
     def run(self) -> None:
         """Change the graph of train mode."""
+        self._move_to_front([in_train for in_train, _ in self._alignment.read])
         for region in self._alignment.regions:
             for node in region.in_eval:
                 self._copy(node, region)
@@ -134,6 +147,13 @@ class _Merge:
                 self._run_in_mode(node, self._owners[node], True)
             for node in region.in_eval:
                 self._run_in_mode(self._partners[node], self._owners[node], False)
+
+    def _move_to_front(self, nodes: list[fx.Node]) -> None:
+        """Put nodes that read parameters and buffers before all others that read them."""
+        for node in dict.fromkeys(nodes):
+            first = next(each for each in node.graph.nodes if each.op != "placeholder")
+            if first is not node:
+                first.prepend(node)
 
     def _owner(self, nodes: list[fx.Node]) -> str | None:
         """Return the innermost module around nodes that branches on its mode, None without one."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -181,3 +182,83 @@ def test_a_factor_may_be_a_number_in_one_mode(draws_in_eval):
     net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
     assert not net.plan.leaves
     assert sffx.check(model, net).difference is None
+
+
+def _added(m: nn.Module, x: Tensor) -> None:
+    m.mean += 0.1 * (x.detach().mean(0) - m.mean)
+
+
+def _copied(m: nn.Module, x: Tensor) -> None:
+    m.mean.copy_(0.9 * m.mean + 0.1 * x.detach().mean(0))
+
+
+def _blended(m: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        m.mean.lerp_(x.mean(0), 0.1)
+
+
+def _chained(m: nn.Module, x: Tensor) -> None:
+    m.spread.mul_(0.9).add_(x.detach().var(0) + 1, alpha=0.1)
+
+
+def _subtracted(m: nn.Module, x: Tensor) -> None:
+    m.spread -= 0.1 * (m.spread - (x.detach() - m.mean).square().mean(0))
+
+
+def _counted(m: nn.Module, x: Tensor) -> None:
+    m.calls += 1
+
+
+class _Normaliser(nn.Module):
+    """Normalises by numbers that it updates in train mode, before or after it uses them."""
+
+    def __init__(self, updates, before: bool, noise: bool) -> None:
+        super().__init__()
+        self.updates, self.before, self.noise = updates, before, noise
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("spread", torch.ones(8))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def update(self, x: Tensor) -> None:
+        if self.training:
+            for each in self.updates:
+                each(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.before:
+            self.update(x)
+        y = (x - self.mean) / self.spread.sqrt()
+        if self.training and self.noise:
+            y = y + torch.randn_like(y) - self.mean
+        y = self.second(y)
+        if not self.before:
+            self.update(x)
+        return self.last(y.relu())
+
+
+_UPDATES = [
+    (_added, _chained, _counted),
+    (_added, _subtracted),
+    (_copied, _chained),
+    (_blended, _counted),
+]
+
+
+@pytest.mark.parametrize("updates", _UPDATES, ids=lambda each: "-".join(f.__name__ for f in each))
+def test_numbers_that_are_updated_in_train_mode_are_used_in_both(updates):
+    for before, noise in ((True, False), (True, True), (False, False)):
+        torch.manual_seed(0)
+        model = _Normaliser(updates, before, noise)
+        net = cut_without_norms(model, example=torch.zeros(1, 6))
+        assert not net.plan.leaves
+        twin = copy.deepcopy(model)
+        for mode in (True, False, True, True, False):
+            x = torch.randn(5, 6)
+            torch.manual_seed(1)
+            expected = twin.train(mode)(x)
+            torch.manual_seed(1)
+            assert torch.equal(logits(net.train(mode), x), expected)
+        for name, buffer in sffx.extract(net).named_buffers():
+            assert torch.equal(buffer, twin.get_buffer(name))

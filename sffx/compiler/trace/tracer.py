@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import is_writable
 from sffx.compiler.calls import call
@@ -173,7 +173,13 @@ class GuidedTracer(fx.Tracer):
         create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():
             create = functools.partial(self.regions.create, create)
+            # Parameters that the forward found by `parameters()` are detached there as others are.
+            args, more = tree_map_only(Tensor, self._as_proxy, (args, more))
         return self._instead_of(create(kind, target, args, *more, **options))
+
+    def _as_proxy(self, tensor: Tensor) -> Any:
+        """Return a proxy of a parameter that a forward has come to without one."""
+        return self.proxy(self.create_arg(tensor)) if self.is_untraced(tensor) else tensor
 
     def _instead_of(self, proxy: fx.Proxy) -> Any:
         """Return what a forward gets in the place of a new proxy: its value where that is known."""

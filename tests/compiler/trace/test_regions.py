@@ -154,3 +154,68 @@ def test_gradients_that_a_forward_computes_are_computed_by_a_leaf():
     net = cut_without_norms(model)
     assert leaf_names(net) == ["2"]
     assert sffx.check(model, net).difference is None
+
+
+@torch.no_grad()
+def _by_multiplication(model: nn.Module) -> None:
+    for slow, fast in zip(model.slow.parameters(), model.fast.parameters(), strict=True):
+        slow.mul_(0.9).add_(fast, alpha=0.1)
+
+
+def _by_copy(model: nn.Module) -> None:
+    with torch.no_grad():
+        for slow, fast in zip(model.slow.parameters(), model.fast.parameters(), strict=True):
+            slow.copy_(0.9 * slow + fast * 0.1)
+
+
+def _by_name(model: nn.Module) -> None:
+    with torch.no_grad():
+        fast = dict(model.fast.named_parameters())
+        for name, slow in model.slow.named_parameters():
+            slow.lerp_(fast[name], 0.1)
+
+
+def _by_data(model: nn.Module) -> None:
+    for slow, fast in zip(model.slow.parameters(), model.fast.parameters(), strict=True):
+        slow.data.mul_(0.9).add_(fast.data, alpha=0.1)
+
+
+def _by_attribute(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.slow.weight.mul_(0.9).add_(model.fast.weight, alpha=0.1)
+
+
+class _Averaged(nn.Module):
+    """Has a frozen layer whose weights follow those of another one in train mode."""
+
+    def __init__(self, follow: Callable[[nn.Module], None]) -> None:
+        super().__init__()
+        self.follow = follow
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.fast, self.slow = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if self.training:
+            self.follow(self)
+        return self.head(self.fast(x).relu() + self.slow(x).detach())
+
+
+@pytest.mark.parametrize(
+    "follow", [_by_multiplication, _by_copy, _by_name, _by_data, _by_attribute]
+)
+def test_weights_that_follow_others_without_gradients_stay_without_them(follow):
+    model = _Averaged(follow)
+    x = torch.randn(5, 6)
+    net = cut_without_norms(model, example=x)
+    for _ in range(3):
+        assert torch.equal(net.train()(x)[-1], model.train()(x))
+    slow = [each for name, each in net.named_parameters() if ".slow." in name]
+    assert len(slow) == 2
+    for own, expected in zip(slow, model.slow.parameters(), strict=True):
+        assert own.is_leaf
+        assert not own.requires_grad
+        assert torch.equal(own, expected)
+    sffx.local_loss(net, x, torch.arange(5) % 4).backward()
+    idle = [name for name, each in net.named_parameters() if each.grad is None]
+    assert all(".slow." in name for name in idle)

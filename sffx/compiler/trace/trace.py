@@ -33,6 +33,7 @@ from sffx.compiler.trace.functions import Functions
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.kept_state import set_outside
 from sffx.compiler.trace.leaves import add_leaves, leaf_records, leaves_by_hooks
+from sffx.compiler.trace.mode_attributes import make_leaves_by_mode
 from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.outputs import Wanted
 from sffx.compiler.trace.randomness import generators_restored
@@ -159,6 +160,7 @@ def _probed(model: nn.Module, example_input: Any) -> _Probed:
     leaves: dict[str, str] = {}
     _make_leaves_of_counters(probe, run, before, leaves, kept.carried)
     leaves.update(leaves_by_hooks(probe))
+    make_leaves_by_mode(probe, leaves)
     opened = set_outside(probe, run, before)
     views = views_in_attributes(model)
     return _Probed(root, probe, mode, form, values, run, before, leaves, kept, flags, opened, views)

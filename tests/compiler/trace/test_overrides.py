@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
-from sffx.errors import InputError, SffxError
+from sffx.errors import InputError, SffxError, TraceError
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms, logits
 
 
@@ -325,3 +325,52 @@ def test_layers_that_the_first_call_makes_are_cut_after_it():
     model(torch.zeros(4, 6))
     net = sffx.transform(model, "layer", torch.zeros(4, 6))
     assert sffx.check(model, net).difference is None
+
+
+class _Merged(nn.Module):
+    """A layer with a correction, which is a part of its weights in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.down, self.up = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(6, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> _Merged:
+        super().train(mode)
+        if mode == self.merged:
+            sign = -1 if mode else 1
+            self.layer.weight.data += sign * (self.up @ self.down)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y if self.merged else y + x @ self.down.t() @ self.up.t()
+
+
+class _MergedRoot(_Merged):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :4]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_layer_whose_mode_sets_what_its_forward_reads_is_a_leaf(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Merged(), nn.Linear(6, 4)).train(mode)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
+    net = sffx.transform(model, "layer", x, norm="none", check=False)
+    assert [leaf.reason for leaf in net.plan.leaves] == ["sets its attribute 'merged' by its mode"]
+    twin = copy.deepcopy(model)
+    net.readout.mode = "classifier"
+    for each in (True, False, False, True):
+        found = net.train(each)(x)
+        torch.testing.assert_close(found[-1] if each else found, twin.train(each)(x))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    sffx.local_step(net.train(), x, y, optimizer)
+    torch.testing.assert_close(sffx.extract(net).eval()(x), net.eval()(x))
+
+
+def test_a_model_whose_mode_sets_what_its_own_forward_reads_is_refused():
+    with pytest.raises(TraceError, match=r"'merged' by its mode.*Hint: move this into a submodule"):
+        sffx.transform(_MergedRoot(), "layer", torch.zeros(2, 6))

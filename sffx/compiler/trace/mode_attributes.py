@@ -1,0 +1,70 @@
+"""Attributes that a model sets when its mode is set, as `merged` of a layer with merged weights.
+
+A graph would hold what they are in train mode. The modules that read them become leaves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sffx.compiler.qualnames import OF_EVERY_MODULE
+from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
+from sffx.compiler.trace.leaves import add_leaves
+from sffx.errors import TraceError
+from sffx.net import overrides_mode
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
+    """Make leaves of the modules whose forward reads an attribute that their mode sets.
+
+    Args:
+        probe: the model on fake tensors, in train mode; it is in train mode afterwards.
+        leaves: the reasons why modules are leaves, by qualname; to write to.
+
+    Raises:
+        TraceError: the model itself is such a module.
+    """
+    if not any(overrides_mode(module) for module in probe.modules()):
+        return
+    for module, name in _set_by_mode(probe).items():
+        reason = f"sets its attribute {name!r} by its mode"
+        if module is probe:
+            raise TraceError(
+                f"{type(probe).__name__} {reason}, and its forward reads it, which a graph cannot "
+                "hold. Hint: move this into a submodule, which then becomes a leaf"
+            )
+        add_leaves(leaves, probe, type(module), reason)
+
+
+def _set_by_mode(probe: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that read an attribute which differs by the mode, and its name."""
+    in_training = {module: _plain_attributes(module) for module in probe.modules()}
+    probe.eval()
+    in_eval = {module: _plain_attributes(module) for module in probe.modules()}
+    probe.train()
+    found = {}
+    for module, before in in_training.items():
+        after = in_eval.get(module, before)
+        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        read = [name for name in changed if name in _names_read(type(module))]
+        if read:
+            found[module] = read[0]
+    return found
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    attributes = {}
+    for name, value in vars(module).items():
+        if name not in OF_EVERY_MODULE and type(value) in _PLAIN:
+            attributes[name] = value
+    return attributes
+
+
+def _names_read(kind: type) -> set[str]:
+    """Return the names in the forward of a class, and in what it calls."""
+    reached = functions_reached(forward_of(kind), kind)
+    return {name for function in reached for name in names_in(function.__code__)}

@@ -65,6 +65,12 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _names_read(kind: type) -> set[str]:
-    """Return the names in the forward of a class, and in what it calls."""
-    reached = functions_reached(forward_of(kind), kind)
-    return {name for function in reached for name in names_in(function.__code__)}
+    """Return the names in the forward of a class and of those it inherits, and in what they call.
+
+    A forward may call that of a base class by `super()`, which no name tells.
+    """
+    names: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for function in functions_reached(forward_of(base), kind):
+            names.update(names_in(function.__code__))
+    return names

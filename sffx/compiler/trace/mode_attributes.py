@@ -31,7 +31,7 @@ def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
     if not any(overrides_mode(module) for module in probe.modules()):
         return
     for module, name in _set_by_mode(probe).items():
-        reason = f"sets its attribute {name!r} by its mode"
+        reason = f"sets the attribute {name!r} by its mode"
         if module is probe:
             raise TraceError(
                 f"{type(probe).__name__} {reason}, and its forward reads it, which a graph cannot "
@@ -41,18 +41,26 @@ def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
 
 
 def _set_by_mode(probe: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules that read an attribute which differs by the mode, and its name."""
+    """Return the modules that read an attribute which differs by the mode, and its name.
+
+    The attribute is one of the module, or of a module inside.
+    """
     in_training = {module: _plain_attributes(module) for module in probe.modules()}
     probe.eval()
     in_eval = {module: _plain_attributes(module) for module in probe.modules()}
     probe.train()
-    found = {}
+    changed = {}
     for module, before in in_training.items():
         after = in_eval.get(module, before)
-        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-        read = [name for name in changed if name in _names_read(type(module))]
+        names = {name for name in {**before, **after} if before.get(name) != after.get(name)}
+        if names:
+            changed[module] = names
+    found = {}
+    for holder in probe.modules() if changed else ():
+        inside = [changed[module] for module in holder.modules() if module in changed]
+        read = set().union(*inside) & _names_read(type(holder)) if inside else set()
         if read:
-            found[module] = read[0]
+            found[holder] = min(read)
     return found
 
 

@@ -349,18 +349,32 @@ class _Merged(nn.Module):
         return y if self.merged else y + x @ self.down.t() @ self.up.t()
 
 
+class _AsksMerged(nn.Module):
+    """Asks the layer inside whether it is merged, and does the rest itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Merged()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner.layer(x)
+        merged = self.inner.merged
+        return y if merged else y + x @ self.inner.down.t() @ self.inner.up.t()
+
+
 class _MergedRoot(_Merged):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:, :4]
 
 
+@pytest.mark.parametrize("kind", [_Merged, _AsksMerged])
 @pytest.mark.parametrize("mode", [True, False])
-def test_a_layer_whose_mode_sets_what_its_forward_reads_is_a_leaf(mode):
+def test_a_layer_whose_mode_sets_what_its_forward_reads_is_a_leaf(kind, mode):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Merged(), nn.Linear(6, 4)).train(mode)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), kind(), nn.Linear(6, 4)).train(mode)
     x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
     net = sffx.transform(model, "layer", x, norm="none", check=False)
-    assert [leaf.reason for leaf in net.plan.leaves] == ["sets its attribute 'merged' by its mode"]
+    assert [leaf.reason for leaf in net.plan.leaves] == ["sets the attribute 'merged' by its mode"]
     twin = copy.deepcopy(model)
     net.readout.mode = "classifier"
     for each in (True, False, False, True):

@@ -17,7 +17,7 @@ from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
 from tools.reproduce.readouts import readouts
-from tools.reproduce.render import READOUTS
+from tools.reproduce.render import READOUTS, reduced_precision
 from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
 
@@ -378,6 +378,17 @@ def test_a_method_with_probes_reads_all_blocks_and_the_last_one(monkeypatch):
     assert result["validation"]["linear probe"] > chance
 
 
+@pytest.mark.parametrize(
+    ("reduced", "text"),
+    [((), ""), (("BP",), ", bfloat16 (BP)"), (("BP", "SFF"), ", bfloat16")],
+)
+def test_the_caption_names_the_methods_that_trained_in_bfloat16(reduced, text):
+    methods = {}
+    for name in ("BP", "SFF"):
+        methods[name] = [{"config": {"precision": "bfloat16"} if name in reduced else {}}]
+    assert reduced_precision(methods) == text
+
+
 def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     folder, monkeypatch, capsys
 ):
@@ -399,6 +410,8 @@ def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     assert record.read_bytes() == before
     with pytest.raises(SystemExit, match="epochs 3 instead of 1"):
         command.main([*arguments, "--epochs", "1"])
+    with pytest.raises(SystemExit, match="precision 'float32' instead of 'bfloat16'"):
+        command.main([*arguments, "--precision", "bfloat16"])
     with pytest.raises(SystemExit):
         command.main(["no-such-table"])
     assert "table3-cifar10-cnnb" in capsys.readouterr().err

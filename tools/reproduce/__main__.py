@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from sffx.files import write
+from tools.precision import PRECISIONS
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {', '.join(experiment.methods)}; {experiment}")
         return 0
     for name in args.experiments:
-        experiment = shortened(EXPERIMENTS[name], args)
+        experiment = changed(EXPERIMENTS[name], args)
         methods = tuple(args.methods or experiment.methods)
         for method in methods:
             if method not in experiment.methods:
@@ -224,9 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def shortened(experiment: Experiment, args: argparse.Namespace) -> Experiment:
-    """Return the experiment with the options that shorten it."""
-    given = {key: getattr(args, key) for key in SHORTENING}
+def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+    """Return the experiment with the options that shorten it, and with another precision."""
+    given = {key: getattr(args, key) for key in (*SHORTENING, "precision")}
     return replace(experiment, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -258,6 +259,12 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             help=f"{meaning}, instead of the experiment's own; the record says so",
         )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="instead of the experiment's own; a CPU without instructions for bfloat16 takes ten "
+        "times as long with it as with float32",
+    )
     parser.add_argument(
         "--costs",
         action="store_true",

@@ -120,16 +120,26 @@ def description(name: str, methods: Methods) -> str:
         searched_elsewhere = f" in {config['settings']}"
     trials = f"{config['trials']} tried for {config['trial_epochs']} epochs"
     held_out = config.get("held_out", 0.2)
-    precision = ", bfloat16" if config.get("precision") == "bfloat16" else ""
     return (
         f"{config['network']}, {config['data']}, {samples} ({held_out:.0%} of them validate), "
-        f"{size}, policy `{config['policy']}`, batch {config['batch']}{precision}, "
+        f"{size}, policy `{config['policy']}`, batch {config['batch']}{reduced_precision(methods)}, "
         f"at most {config['epochs']} epochs ({patience}){momentum}{pretrained}. "
         "Learning rates of features and classifier, and weight decay, of "
         f"{trials}{searched_elsewhere}: {_settings(methods)}. "
         f"{versions['date']}, {versions['hardware']}, torch {versions['torch']}. "
         f"`python -m tools.reproduce {name}`"
     )
+
+
+def reduced_precision(methods: Methods) -> str:
+    """Return the methods that trained in bfloat16, "" where none did."""
+    reduced = []
+    for method, runs in methods.items():
+        if any(run["config"].get("precision") == "bfloat16" for run in runs):
+            reduced.append(method)
+    if not reduced:
+        return ""
+    return ", bfloat16" if len(reduced) == len(methods) else f", bfloat16 ({', '.join(reduced)})"
 
 
 def _settings(methods: Methods) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 PRECISIONS = ("float32", "bfloat16")
 
 

@@ -122,7 +122,8 @@ def description(name: str, methods: Methods) -> str:
     held_out = config.get("held_out", 0.2)
     return (
         f"{config['network']}, {config['data']}, {samples} ({held_out:.0%} of them validate), "
-        f"{size}, policy `{config['policy']}`, batch {config['batch']}{reduced_precision(methods)}, "
+        f"{size}, policy `{config['policy']}`, batch {config['batch']}"
+        f"{reduced_precision(methods)}, "
         f"at most {config['epochs']} epochs ({patience}){momentum}{pretrained}. "
         "Learning rates of features and classifier, and weight decay, of "
         f"{trials}{searched_elsewhere}: {_settings(methods)}. "

@@ -26,23 +26,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.checks import require_flag
-from sffx.comparison.batches import Batches, Sizes
+from sffx.comparison.batches import Batches
+from sffx.comparison.calls import Calls
 from sffx.comparison.differences import (
     difference_in_words,
     error_in_words,
-    gradient_error,
-    tolerance_of,
 )
-from sffx.comparison.locate import Place, first_broken_block, first_wrong_node
+from sffx.comparison.findings import Findings
+from sffx.comparison.locate import Place
+from sffx.comparison.one_call import MODEL_RAISES, OneCall
 from sffx.comparison.pair import Pair, copied_model, watch_hooks
-from sffx.comparison.report import CheckReport, Difference
+from sffx.comparison.report import CheckReport
 from sffx.comparison.runs import (
     Outcome,
     Run,
     quiet,
     relative_error,
     run_model,
-    run_trunk,
     tolerance,
 )
 from sffx.comparison.scores import (
@@ -52,7 +52,7 @@ from sffx.comparison.scores import (
     scores_of_blocks,
 )
 from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
-from sffx.comparison.weights import other_names, same, state_of, telling_weights
+from sffx.comparison.weights import same, state_of, telling_weights
 from sffx.compiler.qualnames import without_numbers
 from sffx.compiler.untie import untied
 from sffx.errors import CheckError, InputError
@@ -67,32 +67,11 @@ from sffx.runtime.replicate import replication_of
 # Two batch sizes; others where the model does not take one of them.
 _BATCHES = (4, 3, 6, 2, 8, 12, 16, 32)
 
-# Gradients of single parameters are sums of many terms that may cancel.
-_GRADIENT_FACTOR = 1000
-
 # A model takes few other sizes or many: this many are compared.
 _MOST_SIZES = 2
 
 _ROUNDING_DECIDES = (
     "rounding alone changes them, as where a forward branches on the sum of a layer-normed value"
-)
-
-_MODEL_RAISES = "the model raises"
-
-OUTPUTS_ARE_NAN = (
-    "values of the model's output are nan on random inputs, so nothing could be compared there"
-)
-
-_HINT = (
-    "look at what its forward does there that a graph cannot hold: state that it changes, a branch "
-    "on sizes, a write in place, a method that the class or the instance overrides. Rewrite that, "
-    "or report it to sffx with the model"
-)
-
-_NO_GRAD_HINT = (
-    "without gradients torch runs other code for some layers in eval mode. nn.TransformerEncoder "
-    "makes nested tensors there, and sets padded tokens to zero: enable_nested_tensor=False keeps "
-    "it from that"
 )
 
 
@@ -169,9 +148,9 @@ class _Check:
         self._batches = Batches(model, net, example)
         self._weights: dict[str, Tensor] = {}
         self._drops = True
-        self._errors: dict[str, float] = {}
-        self._skipped: dict[str, str] = {}
-        self._differences: list[Difference] = []
+        self._findings = Findings(self._plan.notes)
+        self._calls = Calls(self._batches)
+        self._one_call = OneCall(self._model, self._plan, self._pair, self._findings)
 
     def complete(self) -> CheckReport:
         """Compare everything."""
@@ -179,13 +158,15 @@ class _Check:
             back = self._compare_weights()
             batches = self._find_batches()
             self._draw_weights(batches[0])
-            self._compare_calls([*self._training_runs(batches), *self._eval_runs(batches)])
-            if not self._is_wrong():
+            self._compare_calls(
+                [*self._calls.in_train_mode(batches), *self._calls.in_eval_mode(batches)]
+            )
+            if not self._findings.is_wrong:
                 self._compare_scores(batches[0])
                 self._compare_other_sizes(batches[0])
                 if back is not None:
                     self._compare_values_of(back)
-        return self._report()
+        return self._findings.report()
 
     def quick(self) -> CheckReport:
         """Compare two calls in train mode and one in eval mode."""
@@ -193,32 +174,21 @@ class _Check:
         with quiet(self._model):
             for source in self._batches.sources:
                 self._batches.source = source
-                self._skipped.clear()
-                self._compare_calls(self._quick_runs(first, second))
+                self._findings.skipped.clear()
+                self._compare_calls(self._calls.quick(first, second))
                 if not self._model_raises():
                     break
-            if self._differences and not self._is_wrong():
+            if self._findings.differences and not self._findings.is_wrong:
                 # It may differ with gradients, too.
-                self._compare_calls([self._eval_run(second, grad=True)])
-            if any(block.is_folded for block in self._plan) and not self._is_wrong():
+                self._compare_calls([self._calls.evaluate(second, grad=True)])
+            if any(block.is_folded for block in self._plan) and not self._findings.is_wrong:
                 self._compare_scores(first)
-        return self._report()
-
-    def _quick_runs(self, first: int, second: int) -> list[Run]:
-        again = self._training_run(second, f"train mode, {second} samples")
-        return [
-            self._training_run(first, f"train mode, {first} samples"),
-            replace(again, backward=False),
-            self._eval_run(second, grad=False),
-        ]
+        return self._findings.report()
 
     def _model_raises(self) -> bool:
         """Whether the model took none of the inputs so far."""
-        raised = [reason.startswith(_MODEL_RAISES) for reason in self._skipped.values()]
-        return not self._differences and len(raised) > 1 and all(raised)
-
-    def _report(self) -> CheckReport:
-        return CheckReport(self._errors, self._skipped, tuple(self._differences))
+        raised = [reason.startswith(MODEL_RAISES) for reason in self._findings.skipped.values()]
+        return not self._findings.differences and len(raised) > 1 and all(raised)
 
     # What is compared.
 
@@ -228,30 +198,30 @@ class _Check:
         try:
             back = extract_as_cut(cut_model(self._net))
         except Exception as failure:
-            self._differ(where, f"it raises {error_in_words(failure)}")
+            self._findings.differ(where, f"it raises {error_in_words(failure)}")
             return None
         if type(back) is not type(self._model):
-            self._differ(
+            self._findings.differ(
                 where, f"it is a {type(back).__name__}, not a {type(self._model).__name__}"
             )
         found, expected = back.state_dict(), self._model.state_dict()
         for name in expected.keys() ^ found.keys():
             place = Place(module=name.rpartition(".")[0])
-            self._differ(where, f"only one of them has {name!r}", place=place)
+            self._findings.differ(where, f"only one of them has {name!r}", place=place)
             return None
         for name, value in expected.items():
             if isinstance(value, Tensor) and not same(found[name].to(value.device), value):
                 error = relative_error(found[name].to(value.device), value)
                 place = Place(module=name.rpartition(".")[0])
                 hint = "where net was trained since it was cut, check(sffx.extract(net), net)"
-                self._differ(where, f"{name!r} is another one", error, place, hint)
+                self._findings.differ(where, f"{name!r} is another one", error, place, hint)
                 return None
-        self._errors["weights of extract(net)"] = 0.0
+        self._findings.errors["weights of extract(net)"] = 0.0
         return back
 
     def _compare_values_of(self, back: nn.Module) -> None:
         """Run the extracted model beside the model itself, in eval mode."""
-        run = self._eval_run(_BATCHES[0], grad=True)
+        run = self._calls.evaluate(_BATCHES[0], grad=True)
         expected = run_model(copied_model(self._model), run, self._plan)
         if not isinstance(expected.logits, Tensor):
             return
@@ -259,12 +229,12 @@ class _Check:
         where = "values of extract(net)"
         if not isinstance(found.logits, Tensor):
             reason = error_in_words(found.failure) if found.failure else "no logits"
-            self._differ(where, f"where the model gives logits, it gives {reason}")
+            self._findings.differ(where, f"where the model gives logits, it gives {reason}")
             return
-        self._errors[where] = relative_error(found.logits, expected.logits)
-        if self._errors[where] > tolerance(expected.logits.dtype):
+        self._findings.errors[where] = relative_error(found.logits, expected.logits)
+        if self._findings.errors[where] > tolerance(expected.logits.dtype):
             problem = difference_in_words(found.logits, expected.logits)
-            self._differ(where, problem, self._errors[where])
+            self._findings.differ(where, problem, self._findings.errors[where])
 
     def _find_batches(self) -> list[int]:
         """Return two batch sizes that the model takes.
@@ -288,12 +258,12 @@ class _Check:
 
     def _failure(self, batch: int) -> str | None:
         """Return the error that the model raises on a batch; None if it runs."""
-        run = replace(self._training_run(batch, ""), backward=False)
+        run = replace(self._calls.train(batch, ""), backward=False)
         failure = run_model(copied_model(self._model), run, self._plan).failure
         return None if failure is None else error_in_words(failure)
 
     def _draw_weights(self, batch: int) -> None:
-        run = self._training_run(batch, "")
+        run = self._calls.train(batch, "")
 
         def logits(twin: nn.Module) -> Tensor:
             # A forward may compute gradients itself.
@@ -304,33 +274,6 @@ class _Check:
             return outcome.logits.detach()
 
         self._weights = telling_weights(self._model, logits)
-
-    def _training_runs(self, batches: list[int]) -> list[Run]:
-        runs = [
-            self._training_run(batches[0], f"train mode, {batches[0]} samples"),
-            self._training_run(batches[0], "train mode, the same once more"),
-        ]
-        for batch in batches[1:]:
-            runs.append(self._training_run(batch, f"train mode, {batch} samples"))
-        return runs
-
-    def _eval_runs(self, batches: list[int]) -> list[Run]:
-        runs = []
-        for batch in batches:
-            runs.append(self._eval_run(batch, grad=True))
-            runs.append(self._eval_run(batch, grad=False))
-        return [*runs, self._eval_run(1, grad=True)]
-
-    def _training_run(self, batch: int, name: str) -> Run:
-        return Run(name, True, self._batches.draw(batch), backward=True)
-
-    def _eval_run(self, batch: int, *, grad: bool) -> Run:
-        name = f"eval mode, {batch} samples"
-        if not grad:
-            name += ", no_grad"
-        # Without gradients torch skips padding, as long as it lies behind the real tokens.
-        values = self._batches.draw(batch, padded=not grad)
-        return Run(name, False, values, grad=grad, only_elsewhere=not grad)
 
     def _compare_calls(self, runs: list[Run]) -> None:
         pair = self._pair()
@@ -344,11 +287,12 @@ class _Check:
             if self._drops and self._draws_less(pair, expected, found):
                 # Parts that the trunk leaves out drew numbers. Without dropout both draw none.
                 self._drops = False
-                self._skipped["dropout"] = "parts that the net leaves out draw random numbers, too"
+                reason = "parts that the net leaves out draw random numbers, too"
+                self._findings.skip("dropout", reason)
                 self._compare_calls(runs)
                 return
             done.append(run)
-            if not self._same(run, expected, found, done):
+            if not self._one_call.same(run, expected, found, done):
                 return
         self._compare_state(pair, before)
         self._compare_hooks(in_model, in_net)
@@ -356,10 +300,10 @@ class _Check:
     def _compare_state(self, pair: Pair, before: dict[str, Tensor]) -> None:
         where = "the buffers after these calls"
         error, name = worst_state(pair.model, pair.trunk, before)
-        self._errors[where] = error
+        self._findings.errors[where] = error
         if name and error > tolerance(state_of(pair.model)[name].dtype):
             place = Place(module=name.rpartition(".")[0])
-            self._differ(where, f"{name!r} has other values", error, place)
+            self._findings.differ(where, f"{name!r} has other values", error, place)
 
     def _compare_hooks(self, in_model: HookCalls, in_net: HookCalls) -> None:
         for (name, number), count in in_model.counts.items():
@@ -368,7 +312,7 @@ class _Check:
                 continue
             problem = f"a hook of {name!r} was called {found} times, in the model {count} times"
             hint = "register the hook on a layer of the net after the cut, where it runs"
-            self._differ(
+            self._findings.differ(
                 "the calls of hooks", problem, float("inf"), Place(module=name), hint, True
             )
             return
@@ -385,7 +329,7 @@ class _Check:
         The scores of a sample do not depend on the others, unless the model itself mixes them.
         """
         where = f"the scores of {batch} samples"
-        run = self._eval_run(batch, grad=True)
+        run = self._calls.evaluate(batch, grad=True)
         values = {each.name: run.values[each.name] for each in self._plan.inputs}
         scores = scores_of_blocks(self._net, values)
         scores_of_others = scores
@@ -394,22 +338,24 @@ class _Check:
             scores_of_others = scores_of_blocks(self._net, in_another_order(values))
         task = self._plan.task
         expected = (batch, *self._plan.classifier.shape)
-        self._errors[where] = 0.0
+        self._findings.errors[where] = 0.0
         for i, block in enumerate(self._plan.all_blocks):
             place = Place(block.target, block.output, block.name)
             if not task.fits(scores[i].shape, expected):
                 problem = f"the scores of {block.target} have shape {tuple(scores[i].shape)}"
-                self._differ(where, f"{problem}, not {task.shapes} = {expected}", place=place)
+                self._findings.differ(
+                    where, f"{problem}, not {task.shapes} = {expected}", place=place
+                )
                 return
             error = relative_error(scores_of_others[i], in_another_order(scores[i]))
             if is_mixed or error <= tolerance(scores[i].dtype):
                 continue
             if rounding_decides(self._net, values, i, error):
                 # What later blocks read hangs on it as well.
-                self._skipped[f"the scores from {block.target} on"] = _ROUNDING_DECIDES
+                self._findings.skip(f"the scores from {block.target} on", _ROUNDING_DECIDES)
                 return
             problem = f"the scores that {block.target} gives a sample depend on the others"
-            self._differ(where, problem, error, place)
+            self._findings.differ(where, problem, error, place)
             return
 
     def _compare_other_sizes(self, batch: int) -> None:
@@ -417,7 +363,7 @@ class _Check:
         for sizes in self._batches.other_sizes():
             if compared == _MOST_SIZES:
                 return
-            run = self._sized_run(batch, sizes)
+            run = self._calls.at_sizes(batch, sizes)
             if run is None:
                 continue
             pair = self._pair()
@@ -425,23 +371,14 @@ class _Check:
             if expected.failure is not None or not isinstance(expected.logits, Tensor):
                 continue
             if found.failure is not None:
-                self._skipped[run.name] = f"the net refuses it: {error_in_words(found.failure)}"
+                refusal = f"the net refuses it: {error_in_words(found.failure)}"
+                self._findings.skip(run.name, refusal)
                 continue
             compared += 1
-            if not self._same(run, expected, found, [run]):
+            if not self._one_call.same(run, expected, found, [run]):
                 return
         if not compared:
-            self._skipped["other sizes"] = "the model or the net takes no other size"
-
-    def _sized_run(self, batch: int, sizes: Sizes) -> Run | None:
-        if min(sizes.values()) < 1:
-            return None
-        changed = []
-        for each in self._batches.inputs:
-            shape = [sizes.get((each.name, axis), size) for axis, size in enumerate(each.shape)]
-            changed.append(f"{each.name} {tuple(shape)}")
-        name = f"eval mode, {', '.join(changed)}"
-        return Run(name, False, self._batches.draw(batch, sizes), only_elsewhere=True)
+            self._findings.skip("other sizes", "the model or the net takes no other size")
 
     # Comparisons of one call.
 
@@ -454,7 +391,7 @@ class _Check:
             return True
         mode = "train()" if run.training else "eval()"
         problem = f"after {mode} the mode of {name!r} is another one"
-        self._differ(run.name, problem, place=Place(module=name))
+        self._findings.differ(run.name, problem, place=Place(module=name))
         return False
 
     def _draws_less(self, pair: Pair, expected: Outcome, found: Outcome) -> bool:
@@ -464,128 +401,3 @@ class _Check:
         names = [name for name, _ in pair.model.named_parameters()]
         leaves_out = any(name not in held and is_idle(pair.model, held, name) for name in names)
         return leaves_out and not torch.equal(expected.draws, found.draws)
-
-    def _same(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
-        """Note the errors of one call; return whether the calls behind it can be compared."""
-        if expected.failure is not None:
-            self._skipped[run.name] = f"{_MODEL_RAISES} {error_in_words(expected.failure)}"
-            return True
-        if not isinstance(expected.logits, Tensor):
-            kind = type(expected.logits).__name__
-            self._skipped[run.name] = f"the model returns a {kind} without logits"
-            return True
-        if isinstance(found.failure, InputError) and self._is_noted("with a batch of one sample"):
-            self._skipped[run.name] = "the net refuses it, as a note of the plan says"
-            return True
-        if found.failure is not None:
-            problem = f"the net raises {error_in_words(found.failure)}"
-            if isinstance(found.logits, Tensor):
-                place = self._locate_backward(run)
-                self._differ(f"the backward pass, {run.name}", problem, place=place)
-            else:
-                self._differ_at(run, problem, float("inf"), done)
-            return False
-        if not isinstance(found.logits, Tensor):
-            problem = f"the net returns a {type(found.logits).__name__}, not logits"
-            self._differ_at(run, problem, float("inf"), done)
-            return False
-        error = relative_error(found.logits, expected.logits)
-        self._errors[run.name] = error
-        self._note_if_vacuous(run, expected.logits)
-        if error > tolerance(expected.logits.dtype):
-            problem = difference_in_words(found.logits, expected.logits)
-            self._differ_at(run, problem, error, done)
-            return run.only_elsewhere
-        return not run.backward or self._same_gradients(run, expected, found)
-
-    def _same_gradients(self, run: Run, expected: Outcome, found: Outcome) -> bool:
-        largest = 0.0
-        for gradient in expected.gradients.values():
-            if gradient is not None and gradient.numel():
-                largest = max(largest, float(gradient.abs().max()))
-        worst = (0.0, "")
-        names = other_names(self._model)
-        for name, gradient in expected.gradients.items():
-            # A block knows a shared parameter by some of its names.
-            others = [found.gradients[each] for each in names[name] if each in found.gradients]
-            own = others[0] if others else None
-            worst = max(worst, (gradient_error(gradient, own, largest), name))
-        error, name = worst
-        where = f"gradients, {run.name}"
-        self._errors[where] = error
-        if name and error > _GRADIENT_FACTOR * tolerance_of(expected.gradients):
-            place = Place(module=name.rpartition(".")[0])
-            self._differ(where, f"the gradient of {name!r} is another one", error, place)
-            return False
-        return True
-
-    def _note_if_vacuous(self, run: Run, logits: Tensor) -> None:
-        if logits.isnan().any():
-            self._skipped[f"values in {run.name}"] = OUTPUTS_ARE_NAN
-            return
-        if len(logits) < 2:
-            return
-        spread = (logits - logits.mean(0)).abs().max() / logits.abs().max()
-        if not spread > 1e-4:  # true for NaN as well: all logits are zero
-            reason = f"says nothing, since outputs differ by {float(spread):.0e} between samples"
-            self._skipped[f"values in {run.name}"] = reason
-
-    # Differences.
-
-    def _differ(
-        self,
-        where: str,
-        problem: str,
-        error: float = float("inf"),
-        place: Place | None = None,
-        hint: str = _HINT,
-        only_elsewhere: bool = False,
-    ) -> None:
-        place = place or Place()
-        difference = Difference(
-            where=where,
-            error=error,
-            problem=problem,
-            block=place.block,
-            node=place.node,
-            module=place.module,
-            hint=hint,
-            only_elsewhere=only_elsewhere,
-        )
-        self._differences.append(difference)
-
-    def _differ_at(self, run: Run, problem: str, error: float, done: list[Run]) -> None:
-        """Note a difference in values, with the first node that has it."""
-        # Only other sizes and calls under no_grad are elsewhere.
-        known = ("at another size",) if run.grad else ("nested", "the forward asks for")
-        if run.only_elsewhere and any(map(self._is_noted, known)):
-            self._skipped[run.name] = "it differs, as a note of the plan says"
-            return
-        place = self._locate(run, done)
-        hint = _HINT if run.grad else _NO_GRAD_HINT
-        self._differ(run.name, problem, error, place, hint, run.only_elsewhere)
-
-    def _is_wrong(self) -> bool:
-        return any(not each.only_elsewhere for each in self._differences)
-
-    def _is_noted(self, word: str) -> bool:
-        return any(word in note for note in self._plan.notes)
-
-    def _locate(self, run: Run, done: list[Run]) -> Place:
-        """Repeat the calls up to this one on new copies, and look at the last one node by node."""
-        pair = self._pair()
-        earlier = [each for each in done if each is not run]
-        for each in earlier:
-            pair.run(each)
-        forward = replace(run, backward=False)
-        return first_wrong_node(
-            lambda: run_model(pair.model, forward, self._plan),
-            lambda: run_trunk(pair.trunk, forward),
-            pair.model,
-            pair.trunk,
-        )
-
-    def _locate_backward(self, run: Run) -> Place:
-        pair = self._pair()
-        forward = replace(run, backward=False)
-        return first_broken_block(lambda: run_trunk(pair.trunk, forward), pair.trunk)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import fx, nn
 
-from sffx.comparison.check import OUTPUTS_ARE_NAN, complete_check, quick_check
+from sffx.comparison.check import complete_check, quick_check
+from sffx.comparison.one_call import OUTPUTS_ARE_NAN
 from sffx.errors import CheckError, InputError
 from sffx.net import CutModel, plan_of, set_plan
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from sffx.compiler.aliases import views_in_attributes
+from sffx.compiler.workspace import WithWorkspaces
 from sffx.tensors import find_computed, storage_key
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,7 +80,7 @@ def _run_outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Inside, the batch sizes of a packed sequence, which torch reads, would lose their values.
     """
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), WithWorkspaces():
         return forward(*args, **kwargs)
 
 

@@ -120,10 +120,10 @@ def count_memory(
     the slice keeps all of it alive. Garbage collection is off during the step. So the count does
     not depend on when it would run, and storages in reference cycles stay until the end.
 
-    The count does not see: workspace inside one operator (oneDNN, cuDNN); the 0-d tensors of 8
-    bytes that torch makes of numbers, as in `x * 2`; `storage.resize_()` until an operator next
-    touches the storage; threads that the step starts in Python. It sees autograd's own threads
-    (CUDA), since the engine hands the caller's dispatch modes to them.
+    The count does not see: workspace that one operator makes and drops (oneDNN, cuDNN); the 0-d
+    tensors of 8 bytes that torch makes of numbers, as in `x * 2`; `storage.resize_()` until an
+    operator next touches the storage; threads that the step starts in Python. It sees autograd's
+    own threads (CUDA), since the engine hands the caller's dispatch modes to them.
 
     Args:
         step: forward, loss, backward and, if wanted, `optimizer.step()`.

@@ -178,8 +178,9 @@ def footprint(
     Backpropagation's peak stands beside it, for the plain model without heads. `largest_batch` goes
     the other way, from a budget to a batch size.
 
-    What a library keeps inside one operator is not known without running it, and is left out. For
-    an LSTM on a CPU oneDNN keeps 15 to 25 times the bytes of the layer's output.
+    What a library keeps inside one operator is not known without running it, and is left out. An
+    LSTM on a CPU is the exception: what oneDNN keeps there is found by running the layer on a few
+    samples, and is known to about a tenth.
 
     Args:
         net: what `transform` returned; it is not touched.

@@ -18,7 +18,7 @@ from sffx.comparison.findings import HINT, Findings
 from sffx.comparison.locate import Place, first_broken_block, first_wrong_node
 from sffx.comparison.pair import Pair
 from sffx.comparison.runs import Outcome, Run, relative_error, run_model, run_trunk, tolerance
-from sffx.comparison.weights import other_names
+from sffx.comparison.weights import TELLING, other_names, spread
 from sffx.errors import InputError
 
 # Gradients of single parameters are sums of many terms that may cancel.
@@ -136,9 +136,9 @@ class OneCall:
             return
         if len(logits) < 2:
             return
-        spread = (logits - logits.mean(0)).abs().max() / logits.abs().max()
-        if not spread > 1e-4:  # true for NaN as well: all logits are zero
-            reason = f"says nothing, since outputs differ by {float(spread):.0e} between samples"
+        difference = spread(logits)
+        if not difference > TELLING:  # true for NaN as well: all logits are zero
+            reason = f"says nothing, since outputs differ by {difference:.0e} between samples"
             self._findings.skip(f"values in {run.name}", reason)
 
     def _differ_at(self, run: Run, problem: str, error: float, done: list[Run]) -> None:

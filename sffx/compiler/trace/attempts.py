@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.constants import place_constants
-from sffx.compiler.trace.flags import lift_flags, plant_flags
 from sffx.compiler.trace.held_tensors import HeldTensors
 from sffx.compiler.trace.leaves import add_leaves
 from sffx.compiler.trace.modes import merge_modes
@@ -101,7 +100,6 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
 def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
     """Return the graph of one trace, which returns the logits and whatever else it computes."""
     try:
-        plant_flags(probe, tracer.is_leaf_module)
         before = versions(probe)
         with tracer.patches.applied(), HeldTensors(tracer):
             graph = call_without_draws(lambda: tracer.trace(probe))
@@ -111,7 +109,6 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
         return graph
     finally:
         tracer.constants.close()
-        lift_flags(probe)
 
 
 def _require_own_parameters(probe: nn.Module, tracer: GuidedTracer) -> None:

@@ -1,9 +1,11 @@
 """Training flags: `self.training` as a node of the graph, so that it follows train() and eval().
 
-A plain trace reads `self.training` once and freezes it. Here each module that is traced through
-has a `_PlantedFlag` in the place of the attribute while the trace runs. When the forward reads it,
-the tracer creates a call of a `TrainingFlag`, a child of that module, whose mode train() and eval()
-set as they set that of every module.
+A plain trace reads `self.training` once and freezes it. Here the attribute is a property of all
+modules while the trace runs. When a forward reads it, the tracer creates a call of a
+`TrainingFlag`, a child of that module, whose mode train() and eval() set as they set that of every
+module. A forward may ask for the mode of any module, that of a leaf as well:
+
+    x = F.dropout(x, self.drop.p, self.drop.training)
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from sffx.compiler.facts import facts
@@ -44,17 +45,6 @@ class FlagTarget(AddedTarget):
 
     def make_module(self) -> TrainingFlag:
         return TrainingFlag()
-
-
-class PlantedFlag:
-    """Stands, during a trace, in the place of the attribute `training` of a module.
-
-    Attributes:
-        target: of the flag's node.
-    """
-
-    def __init__(self, target: FlagTarget) -> None:
-        self.target = target
 
 
 def flag_target(owner: nn.Module, qualname: str) -> FlagTarget:
@@ -106,38 +96,20 @@ def is_added(node: fx.Node) -> bool:
     return isinstance(node.target, AddedTarget)
 
 
-def plant_flags(
-    module: nn.Module, is_leaf: Callable[[nn.Module, str], bool], qualname: str = ""
-) -> None:
-    """Replace the attribute `training` of every module that will be traced through.
+def mode_property(read: Callable[[nn.Module], Any]) -> property:
+    """Return a property that stands for the attribute `training` of every module.
 
     Args:
-        module: of the probe, and all that it holds.
-        is_leaf: whether the trace stops at a module, given the module and its qualname.
-        qualname: of the module.
+        read: returns what a forward gets to see of a module's mode.
     """
-    for name, child in module.named_children():
-        path = f"{qualname}.{name}" if qualname else name
-        if not is_leaf(child, path):
-            plant_flags(child, is_leaf, path)
-    if module.__dict__.pop("training", None) is None:
-        return
-    # fx intercepts only what `nn.Module.__getattr__` finds: parameters, buffers and modules.
-    # Among the modules, a Sequential would run the flag. So it lies among the buffers.
-    buffers: dict[str, Any] = module._buffers
-    buffers["training"] = PlantedFlag(flag_target(module, qualname))
-    module._non_persistent_buffers_set.add("training")  # a forward may call `state_dict()`
 
+    def write(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
 
-def lift_flags(probe: nn.Module) -> None:
-    """Undo `plant_flags`."""
-    for module in probe.modules():
-        # A scripted module has no dictionary there, and is a leaf.
-        is_scripted = isinstance(module, torch.jit.ScriptModule)
-        if not is_scripted and isinstance(module._buffers.get("training"), PlantedFlag):
-            del module._buffers["training"]
-            module._non_persistent_buffers_set.discard("training")
-            module.training = True
+    def delete(module: nn.Module) -> None:
+        del module.__dict__["training"]
+
+    return property(read, write, delete)
 
 
 def add_module(root: nn.Module, node: fx.Node) -> None:

@@ -10,7 +10,7 @@ modes, and the graphs are laid side by side.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,9 @@ from sffx.compiler.trace.randomness import draw_where, is_draw, settled_draws
 from sffx.compiler.trace.run_function import let_run_in_mode, pick
 from sffx.compiler.trace.sizes import is_guard, is_guard_of_batch, without_batch_guards
 from sffx.tensors import storage_key
+
+# By the qualname of a module whose forward branches on modes, the qualnames of their modules.
+Branched = Mapping[str, Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,14 @@ class _Choice:
 
 
 def merge_modes(
-    graph: fx.Graph, eval_graph: fx.Graph, branched: set[str], probe: nn.Module
+    graph: fx.Graph, eval_graph: fx.Graph, branched: Branched, probe: nn.Module
 ) -> bool:
     """Make a graph that was traced in train mode hold for eval mode as well, if that is possible.
 
     Args:
         graph: traced in train mode; to change.
         eval_graph: of the same model, traced in eval mode.
-        branched: qualnames of the modules that branch on their mode.
+        branched: which modules branch on whose modes.
         probe: the model, which owns the constants of both graphs.
 
     Returns:
@@ -73,7 +76,7 @@ def merge_modes(
     merge.run()
     for key in guards.keys() - guards_in_eval.keys():
         for guard in guards[key]:
-            flag = _insert_flag(str(guard.args[2]), guard, probe)
+            flag = _insert_flag(_decider(str(guard.args[2]), branched), guard, probe)
             guard.args = (*guard.args[:3], flag)
     for node in reversed(draws_in_training):
         _draw_in_training(node, branched, probe)
@@ -100,11 +103,11 @@ class _Merge:
 
     Args:
         alignment: of the graphs.
-        branched: qualnames of the modules that branch on their mode.
+        branched: which modules branch on whose modes.
         probe: the model.
     """
 
-    def __init__(self, alignment: Alignment, branched: set[str], probe: nn.Module) -> None:
+    def __init__(self, alignment: Alignment, branched: Branched, probe: nn.Module) -> None:
         self._alignment = alignment
         self._branched = branched
         self._probe = probe
@@ -156,13 +159,16 @@ class _Merge:
                 first.prepend(node)
 
     def _owner(self, nodes: list[fx.Node]) -> str | None:
-        """Return the innermost module around nodes that branches on its mode, None without one."""
+        """Return the module on whose mode the innermost module around nodes branches.
+
+        It is None where no module around them does, or one does on the modes of several.
+        """
         common: list[str] | None = None
         for node in nodes:
             scopes = ["", *(str(path) for path, _ in _stack(node).values())]
             common = [path for path in common or scopes if path in scopes]
         branching = [path for path in common or [] if path in self._branched]
-        return branching[-1] if branching else None
+        return _only_owner(self._branched[branching[-1]]) if branching else None
 
     def _differences(self, in_train: fx.Node, in_eval: fx.Node) -> list[_Choice] | None:
         """Compare a node in train and in eval mode.
@@ -273,6 +279,17 @@ class _Merge:
         return picked
 
 
+def _only_owner(owners: Collection[str]) -> str | None:
+    """Return the one module whose mode decides, None if there are several."""
+    return next(iter(owners)) if len(owners) == 1 else None
+
+
+def _decider(place: str, branched: Branched) -> str:
+    """Return the module on whose mode a module branches: itself, unless it is one other."""
+    owner = _only_owner(branched.get(place, ()))
+    return place if owner is None else owner
+
+
 def _can_run_in_mode(region: Region) -> bool:
     """Return whether the nodes of a region can be told to run in one mode only.
 
@@ -304,7 +321,7 @@ def _stack(node: fx.Node) -> dict[str, Any]:
     return stack
 
 
-def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> None:
+def _draw_in_training(node: fx.Node, branched: Branched, probe: nn.Module) -> None:
     """Let a node that draws for a settled comparison draw in train mode alone.
 
     The outcome is in the graph, so the comparison is erased. The draw itself moves the generator.
@@ -312,8 +329,9 @@ def _draw_in_training(node: fx.Node, branched: set[str], probe: nn.Module) -> No
     if not is_draw(node):
         node.graph.erase_node(node)
         return
-    owners = [path for path, _ in _stack(node).values() if path in branched]
-    flag = _insert_flag(owners[-1] if owners else "", node, probe)
+    places = [path for path, _ in _stack(node).values() if path in branched]
+    place = places[-1] if places else ""
+    flag = _insert_flag(_decider(place, branched), node, probe)
     node.args = (flag, _value_before(node), *node.args)
     node.target = draw_where
     set_facts(node, Facts())

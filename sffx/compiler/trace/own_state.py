@@ -95,7 +95,6 @@ def _held_in(module: nn.Module) -> dict[str, Any]:
     for name, value in vars(module).items():
         if name not in OF_EVERY_MODULE:
             held[name] = value
-    held.pop("training", None)  # a flag of the trace may stand for it
     return held
 
 

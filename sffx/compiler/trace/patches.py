@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.checkpointing import generators
+from sffx.compiler.trace.flags import mode_property
 from sffx.compiler.trace.listed import is_listed, tensor_of
 from sffx.compiler.trace.mapped import transforms_replaced
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
@@ -125,6 +126,7 @@ class Patches:
         yield Distribution, "_validate_args", self._unvalidated()
         yield from transforms_replaced(self.tracer)
         yield nn.Module, "__setattr__", self._setting(nn.Module.__setattr__)
+        yield nn.Module, "training", mode_property(self.tracer.mode_of)
         yield torch.Tensor, "data", self._data()
         detect = transformer._detect_is_causal_mask
         yield transformer, "_detect_is_causal_mask", functools.partial(_detect_causal, detect)

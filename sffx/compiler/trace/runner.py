@@ -166,8 +166,8 @@ class NodeRunner:
         module = self.probe.get_submodule(str(node.target))
         if all(type(each).__module__.startswith("torch.nn.") for each in module.modules()):
             return
-        modes = {each: each.training for each in module.modules()}
         self.is_running = True  # a `train` of its own may read weights
+        modes = {each: each.training for each in module.modules()}
         try:
             module.train(not self.training)
             with torch.no_grad():

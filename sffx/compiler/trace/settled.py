@@ -50,7 +50,7 @@ class Settled:
         Raises:
             RuntimeError: the outcome depends on the batch, on data or on chance.
         """
-        self._tracer.branched |= owners_of_flags(condition)
+        self._note_modes(condition)
         value = facts(condition).example
         self._require_no_function(condition)
         if isinstance(value, Tensor):
@@ -140,9 +140,15 @@ class Settled:
         """Guard a number or a truth value that the graph will hold, if it is made of sizes."""
         self._require_no_data(node)
         self._require_no_function(node)
-        self._tracer.branched |= owners_of_flags(node)
+        self._note_modes(node)
         if reads_a_size(node):
             self._guard(node, outcome)
+
+    def _note_modes(self, node: fx.Node) -> None:
+        """Note the modes on which the code that runs now has branched."""
+        owners = owners_of_flags(node)
+        if owners:
+            self._tracer.branched.setdefault(self._tracer.place, set()).update(owners)
 
     def _depends_on_data(self, node: fx.Node) -> bool:
         # Few models have such shapes, and to look for them takes a walk through the graph.

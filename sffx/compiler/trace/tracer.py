@@ -22,7 +22,7 @@ from sffx.compiler.trace.constants import Constants
 from sffx.compiler.trace.data_shapes import (
     data_shaped_target,
 )
-from sffx.compiler.trace.flags import PlantedFlag
+from sffx.compiler.trace.flags import flag_target
 from sffx.compiler.trace.functions import (
     Callee,
     Functions,
@@ -74,7 +74,8 @@ class GuidedTracer(fx.Tracer):
         forms: what the forward reads of parameters beside their values.
         patches: what stands in for torch's functions during the trace.
         settled: the branches and numbers that the graph will hold.
-        branched: qualnames of modules that branched on their `training`.
+        branched: qualnames of the modules whose forwards branched on a mode, and whose mode it was:
+            mostly their own.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
         runner: runs each node on its example.
@@ -109,7 +110,7 @@ class GuidedTracer(fx.Tracer):
         self.constants = Constants(self)
         self.regions = Regions()
         self.writes = Writes()
-        self.branched: set[str] = set()
+        self.branched: dict[str, set[str]] = {}
         self.settled = Settled(self)
         self.failed: str | None = None
         self.original = runner.original
@@ -377,6 +378,18 @@ class GuidedTracer(fx.Tracer):
             return call(m, *args, **kwargs)
         return self.call_module(m, forward, args, kwargs)
 
+    def mode_of(self, m: nn.Module) -> Any:
+        """Return what a forward gets to see of the mode of a module: a flag of the graph.
+
+        What runs on its own, as a leaf does, sees the mode itself.
+        """
+        if "training" not in vars(m):
+            raise AttributeError("training")  # Python then asks `__getattr__`, as of a script
+        qualname = (self.submodule_paths or {}).get(m)
+        if self.is_running or qualname is None:
+            return vars(m)["training"]
+        return self.create_proxy("call_module", flag_target(m, qualname), (), {})
+
     def refuse_mode(self, m: nn.Module) -> None:
         """Raise a RuntimeError if a forward sets the mode of a module of the model."""
         paths = self.submodule_paths or {}
@@ -417,13 +430,11 @@ class GuidedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.runner.is_running:
-            return self.runner.training if isinstance(attr_val, PlantedFlag) else attr_val
+            return attr_val
         if isinstance(attr_val, fx.Proxy):  # the forward has assigned it, in the place of a buffer
             return attr_val
         if type(attr_val) is Tensor:  # registered by the forward; the model's own are fake
             return attr_val
-        if isinstance(attr_val, PlantedFlag):
-            return self.create_proxy("call_module", attr_val.target, (), {})
         name = self.own.name(attr_val)
         if name is None:
             return attr_val

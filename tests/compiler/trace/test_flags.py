@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from sffx.compiler.trace.flags import PlantedFlag, TrainingFlag, lift_flags, plant_flags
+import sffx
+from sffx.compiler.trace.flags import TrainingFlag
+from sffx.errors import TraceError
 from tests.compiler.trace.oracle import cut_without_norms, logits
-from tests.toys import ModeDropout
+from tests.toys import ModeDropout, around
 
 
 def test_training_flags_follow_the_mode_of_their_owner():
@@ -22,12 +26,71 @@ def test_training_flags_follow_the_mode_of_their_owner():
     assert sum(isinstance(m, TrainingFlag) for m in net.modules()) == 1
 
 
-def test_flags_are_planted_where_the_trace_goes_through_and_lifted_again():
-    model = nn.Sequential(ModeDropout(), nn.ReLU()).train()
-    plant_flags(model, lambda module, qualname: not any(module.children()))
-    planted = {name: module.training for name, module in model.named_modules()}
-    targets = {name: flag.target for name, flag in planted.items() if type(flag) is PlantedFlag}
-    assert targets == {"": "training_flag", "0": "0.training_flag"}
-    lift_flags(model)
-    assert all(module.training is True for module in model.modules())
-    assert not any(module._buffers for module in model.modules())
+class _Positions(nn.Module):
+    """A layer that is not called. Its method reads its mode, as that of rotary embeddings does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(6))
+
+    def shifted(self, x: Tensor) -> Tensor:
+        table = self.table
+        if self.training:
+            table = table * 2 + x.mean()
+        return x + table
+
+
+class _ReadsALayersMode(nn.Module):
+    """Reads the mode of a layer from outside of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.drop, self.second = nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 6)
+        self.positions = _Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.how == "argument":
+            x = F.dropout(x, self.drop.p, self.drop.training)
+        elif self.how == "branch" and self.drop.training:
+            x = x * 2 + 1
+        elif self.how == "number":
+            x = x * (0.5 if self.first.training else 1.0)
+        elif self.how == "method":
+            x = self.positions.shifted(x)
+        return self.second(x.relu())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", ["argument", "branch", "number", "method"])
+def test_the_mode_of_a_layer_may_be_read_outside_of_it(how, inside):
+    model = around(_ReadsALayersMode(how)) if inside else _ReadsALayersMode(how)
+    net = sffx.transform(model, "layer", torch.randn(2, 6), check=False)
+    report = sffx.check(model, net, raises=False)
+    assert report.passed, report
+    assert not net.plan.leaves
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        outputs = {}
+        for training in (True, False):
+            model.train(training)
+            torch.manual_seed(0)
+            outputs[training] = model(x)
+    assert not torch.equal(outputs[True], outputs[False])
+
+
+class _ReadsTwoModes(_ReadsALayersMode):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.first.training and self.drop.training:
+            x = x * 2
+        return self.second(x.relu())
+
+
+def test_a_branch_on_the_modes_of_two_layers_makes_a_leaf():
+    model = around(_ReadsTwoModes(""))
+    net = sffx.transform(model, "layer", torch.randn(2, 6))
+    assert [leaf.reason for leaf in net.plan.leaves] == ["branches on self.training"]
+    with pytest.raises(TraceError, match=r"branch on self\.training"):
+        sffx.transform(_ReadsTwoModes(""), "layer", torch.randn(2, 6))

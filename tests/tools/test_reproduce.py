@@ -121,6 +121,8 @@ def test_networks_take_small_images_and_are_cut(name):
     policy = "layer" if is_perceptron or "CNN" in name else "residual"
     classes = 10 if "CFSE" in name else 7  # they divide the channels
     model = build(name, classes, 32, momentum=0.5)
+    *_, last = classifier_of(model).parameters()
+    assert last.shape == (classes,)  # the bias of the last layer
     assert model.eval()(shape).shape == (1, classes)
     assert all(m.momentum == 0.5 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     blocks = len(sffx.plan(model, policy, shape))

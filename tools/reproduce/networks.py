@@ -243,6 +243,8 @@ def build(network: str, num_classes: int, size: int, momentum: float | None = No
 
 def classifier_of(model: nn.Module) -> nn.Module:
     """Return the layers that are the classifier in the cut model too."""
+    if isinstance(model, nn.Sequential):
+        return model[-1]
     return model.fc if hasattr(model, "fc") else model.classifier
 
 

@@ -6,7 +6,8 @@ There are three lists:
 - a sample: the first 60 of the other names, sorted and shuffled by `random.Random(0)`, that have
   fewer than 30 million parameters,
 - of all 1,371 names, the smallest for each set of module classes that the other lists do not have.
-  Seven sets are left out, since their smallest model has more than 300 million parameters.
+  Seven sets are left out, since their smallest model has more than 300 million parameters, and
+  that of gemma4_vit_167m_enc, which returns features and no scores.
 
 Two names with the same set of classes differ in widths, depths and options.
 """

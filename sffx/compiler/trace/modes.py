@@ -85,7 +85,7 @@ def merge_modes(
 
 
 def _possible_merge(
-    in_train: list[fx.Node], in_eval: list[fx.Node], branched: set[str], probe: nn.Module
+    in_train: list[fx.Node], in_eval: list[fx.Node], branched: Branched, probe: nn.Module
 ) -> _Merge | None:
     """Return how two graphs can be merged, None if they cannot."""
     for from_behind in (False, True):

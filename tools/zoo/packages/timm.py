@@ -7,7 +7,7 @@ There are three lists:
   fewer than 30 million parameters,
 - of all 1,371 names, the smallest for each set of module classes that the other lists do not have.
   Seven sets are left out, since their smallest model has more than 300 million parameters, and
-  those of gemma4_vit_167m_enc and mobilenetv5_300m_enc, which return features and no scores.
+  those of three encoders (`..._enc`), which return features and no scores.
 
 Two names with the same set of classes differ in widths, depths and options.
 """

@@ -39,7 +39,7 @@ ONNX = {
 
 
 # A model that takes more is ended by the system, and with it only its own process.
-MEMORY = 12 * 2**30  # bytes of addresses
+MEMORY = 16 * 2**30  # bytes of addresses
 
 
 def measure(entry: Entry) -> None:

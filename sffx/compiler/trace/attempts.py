@@ -13,6 +13,7 @@ from sffx.compiler.facts import facts
 from sffx.compiler.trace.constants import place_constants
 from sffx.compiler.trace.held_tensors import HeldTensors
 from sffx.compiler.trace.leaves import add_leaves
+from sffx.compiler.trace.listed import READS_A_NUMBER
 from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
 from sffx.compiler.trace.own_state import tensors_left
@@ -124,13 +125,16 @@ def _require_own_parameters(probe: nn.Module, tracer: GuidedTracer) -> None:
 
 def _reason(failure: Exception) -> str:
     """Return what failed, in words of the model, and where."""
-    if isinstance(failure, DataDependentOutputException):  # as of `weights[task[0]]`
-        return f"a number is read from a tensor, which depends on the data ({location(failure)})"
     # C code names the class of what it was given.
+    is_of_list = isinstance(failure, TypeError) and _LISTED.search(str(failure))
+    # The other one is raised by `weights[task[0]]`.
+    if is_of_list or isinstance(failure, DataDependentOutputException):
+        return f"{READS_A_NUMBER} ({location(failure)})"
     return _PROXY.sub("a traced value", failure_in_words(failure))
 
 
 _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
+_LISTED = re.compile(r"\bListed\b")
 
 
 def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:

@@ -1,7 +1,7 @@
 """The list that `lengths.tolist()` gives, of which a trace knows no number.
 
-Functions that pack sequences make a tensor of it again. That is recorded; any other use of it would
-need the numbers.
+Functions that pack sequences make a tensor of it again, which is recorded. Any other use would need
+the numbers, and is refused.
 """
 
 from __future__ import annotations

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
 
 # These take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
-_FACTORIES = ("zeros", "ones", "empty", "randn", "tensor", "as_tensor", "finfo", "iinfo")
+_FACTORIES = ("zeros", "ones", "empty", "randn", "finfo", "iinfo")
+
+# Their first argument holds the values, while that of the others holds sizes.
+_FACTORIES_OF_VALUES = ("tensor", "as_tensor")
 
 # Here torch's parser would take the example's number from the proxy of a size, and freeze it.
 _FUNCTIONS_OF_SIZES = (
@@ -136,6 +139,8 @@ class Patches:
         yield torch, "Size", ShapeOf
         for name in _FACTORIES:
             yield torch, name, functools.partial(self._make, getattr(torch, name))
+        for name in _FACTORIES_OF_VALUES:
+            yield torch, name, functools.partial(self._make_of_values, getattr(torch, name))
         for name in _FUNCTIONS_OF_SIZES:
             yield torch, name, functools.partial(self._with_sizes, getattr(torch, name))
         for name in _METHODS_OF_SIZES:
@@ -192,11 +197,15 @@ class Patches:
     def _make(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record `torch.zeros(b, t)` and its like where a size or a dtype is a proxy."""
         self._require_no_generator(kwargs)
-        if args and is_listed(args[0]):
-            return tensor_of(*args, **kwargs)
         if has_proxy(args, kwargs):
             return self.tracer.create_proxy("call_function", factory, args, kwargs)
         return factory(*args, **kwargs)
+
+    def _make_of_values(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Record `torch.tensor(values)` where a value is a proxy, or where they are a tensor's."""
+        if args and is_listed(args[0]):
+            return tensor_of(*args, **kwargs)
+        return self._make(factory, *args, **kwargs)
 
     def _with_sizes(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record a function that is given a proxy of a size."""

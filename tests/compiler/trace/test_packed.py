@@ -197,7 +197,11 @@ def split_by_numbers(model, ids, lengths):
     return torch.stack([each.mean(0) for each in model.embed(ids).split(lengths.tolist())])
 
 
-@pytest.mark.parametrize("read", [ending, repeated, number_by_number, split_by_numbers])
+def as_sizes(model, ids, lengths):
+    return by_state(model, ids, lengths) + torch.zeros(lengths.tolist()).sum()
+
+
+@pytest.mark.parametrize("read", [ending, repeated, number_by_number, split_by_numbers, as_sizes])
 def test_lengths_as_plain_numbers_are_refused(read):
     with pytest.raises(TraceError, match=r"a number is read from a tensor.*Hint: "):
         sffx.plan(Classifier(read), example_input=(IDS, LENGTHS))

@@ -13,7 +13,7 @@ import sffx
 
 
 class Attentions(nn.Module):
-    """A residual layer for each number of axes, with a mask of its own."""
+    """Residual layers of attention over three axes, masked and causal, and over five."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,17 +24,12 @@ class Attentions(nn.Module):
         q, k, v = self.layers[index](x).chunk(3, dim=-1)
         below = torch.ones(x.shape[1], x.shape[1]).tril().bool()
         if index == 0:
-            return F.scaled_dot_product_attention(q, k, v)
-        if index == 1:
             mask = (q @ k.transpose(1, 2) > 0) | below
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        if index == 2:
+        if index == 1:
             return F.scaled_dot_product_attention(
                 query=q, key=k, value=v, is_causal=True, scale=0.3
             )
-        if index == 3:
-            q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, below).transpose(1, 2).flatten(2)
         q, k, v = (each.unflatten(-1, (2, 2, 2)).permute(0, 2, 3, 1, 4) for each in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, below).permute(0, 3, 1, 2, 4).flatten(2)
 

@@ -1,8 +1,8 @@
 """Inputs of a dtype that the layers do not take.
 
-Most operations on fake tensors do not look at dtypes: a product of integers and floats passes, and
-torch refuses it on real values. So a run on fakes is watched for operations whose tensors differ in
-dtype, and only where there is one does the model run on the caller's own values.
+Most operations on fake tensors do not look at dtypes: a matrix product of integers and floats
+passes, which torch refuses on real values. So a run on fakes is watched for operations whose
+tensors differ in dtype. If there is one, the model runs on the caller's own values.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Their first tensor is what is added, and not the input.
+# The first tensor of these is a summand, as the bias of a linear layer, and not the input.
 _ADDING = ("addmm", "addmv", "addbmm", "baddbmm")
 
 
 class DtypeWatch(TorchDispatchMode):
-    """Looks for operations that torch may refuse for the dtypes of their tensors.
+    """Watches for operations that torch may refuse for the dtypes of their tensors.
 
     Attributes:
-        is_suspicious: whether there was one.
+        is_suspicious: whether there was such an operation.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def _may_be_refused(name: str, dtypes: list[torch.dtype]) -> bool:
         return True
     if not floats or len(set(dtypes)) == 1:
         return False
-    # Tables and their like come before the integers that pick from them.
+    # A tensor of floats may come first and be picked from by integers, as in an embedding.
     return name in _ADDING or not _is_float(dtypes[0])
 
 
@@ -63,12 +63,12 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 def have_own_dtype(model: nn.Module, values: Mapping[str, Any]) -> bool:
     """Return whether all inputs have the dtype of the parameters."""
-    own = _own_dtype(model)
+    own = own_dtype(model)
     return all(value.dtype == own for value in values.values() if isinstance(value, Tensor))
 
 
-def _own_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the first parameter of floats."""
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first parameter of floats, torch.float32 where there is none."""
     dtypes = [each.dtype for each in model.parameters() if each.is_floating_point()]
     return dtypes[0] if dtypes else torch.float32
 
@@ -76,13 +76,13 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
 def other_dtypes(
     model: nn.Module, values: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield inputs in other dtypes that the model may take, and how to write them.
+    """Yield casts of inputs to dtypes that the model may take: as text, and the inputs after it.
 
     Args:
-        model: whose parameters tell the dtype of floats.
+        model: its parameters have the dtype that float inputs should have.
         values: the inputs by name.
     """
-    own = _own_dtype(model)
+    own = own_dtype(model)
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     floats = [name for name, value in tensors.items() if _is_float(value.dtype)]
     others = [name for name in tensors if name not in floats]

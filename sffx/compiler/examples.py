@@ -22,17 +22,12 @@ from sffx.arguments import Arguments, arguments_of
 from sffx.compiler.batch_axis import BATCH_SIZES, at_batch_size, batch_sizes
 from sffx.compiler.calls import call, signature
 from sffx.compiler.example_dtypes import DtypeWatch, have_own_dtype, other_dtypes
+from sffx.compiler.likely_inputs import likely_inputs, only_argument
 from sffx.errors import InputError, backbone_hint, failure_in_words
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
-
-# Sizes to try, the most likely first.
-_IMAGE_SIZES = (224, 32, 28, 64, 8, 16, 48, 96, 128, 256, 299, 384, 512)
-_SIGNAL_LENGTHS = (128, 1024, 4096, 16000, 64, 32, 16, 8)
-_CLIPS = ((16, 112, 112), (16, 224, 224), (8, 224, 224), (8, 64, 64), (4, 16, 16))
-_TOKENS = (16, 8, 32, 128)
 
 
 def example_arguments(
@@ -64,15 +59,9 @@ def example_arguments(
         return form, fakes
     hint = _cast_hint(model, form, fakes)
     if not hint:
-        _require_batch_first(model, form, tensors, mode)
-        if all(value.ndim == 1 for value in tensors.values()):
-            # A linear layer takes a row of features as well, whose length is no batch size.
-            _require_batch(model, form, tensors, mode)
-        # A model may take some batch sizes only, such as multiples of 16.
-        as_given = at_batch_size(fakes, batch_sizes(tensors)[0])
-        if runs(model, form, as_given):
+        as_given = _at_given_size(model, form, fakes, tensors, mode)
+        if as_given is not None:
             return form, as_given
-        _require_batch(model, form, tensors, mode)
     # A part that leaves torch, or that is stricter on fake tensors, may become a leaf.
     if not _runs_for_real(original, form, tensors):
         _require_fit(model, example_input)
@@ -84,6 +73,38 @@ def example_arguments(
     return form, fakes
 
 
+def _at_given_size(
+    model: nn.Module,
+    form: Arguments,
+    fakes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    mode: FakeTensorMode,
+) -> dict[str, Any] | None:
+    """Return inputs of the batch size that the caller gave, None if a model refuses these as well.
+
+    A model may take some batch sizes only, such as multiples of 16.
+
+    Args:
+        model: on fake parameters; it does not run on `fakes`.
+        form: of the call.
+        fakes: the inputs on fake tensors, with another batch size.
+        tensors: what the caller gave.
+        mode: in which fake tensors live.
+
+    Raises:
+        InputError: the first axes of the tensors are no batch.
+    """
+    _require_batch_first(model, form, tensors, mode)
+    if all(value.ndim == 1 for value in tensors.values()):
+        # A linear layer takes a row of features as well, whose length is no batch size.
+        _require_batch(model, form, tensors, mode)
+    as_given = at_batch_size(fakes, batch_sizes(tensors)[0])
+    if runs(model, form, as_given):
+        return as_given
+    _require_batch(model, form, tensors, mode)
+    return None
+
+
 def _failure_of_dtypes(
     model: nn.Module,
     form: Arguments,
@@ -91,7 +112,7 @@ def _failure_of_dtypes(
     original: nn.Module,
     tensors: Mapping[str, Tensor],
 ) -> Exception | None:
-    """Return the error of a model that takes inputs of other dtypes, None where it has none.
+    """Return the error that a model raises because it takes other dtypes, None if it raises none.
 
     Args:
         model: on fake parameters; it runs on these inputs.
@@ -103,20 +124,20 @@ def _failure_of_dtypes(
     # Most inputs are floats of the dtype of the parameters, and cost no second run.
     if have_own_dtype(model, fakes) or not _is_suspicious(model, form, fakes):
         return None
-    failure = _real_failure(original, form, tensors)
-    # Values may be why it fails, or a single sample. Then another dtype helps nothing.
+    failure = _real_failure(original, form, tensors) if _has_values(original) else None
+    # It may fail for other reasons, as on a single sample. Then no other dtype helps.
     return failure if failure is not None and _cast_hint(model, form, fakes) else None
 
 
 def _is_suspicious(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:
-    """Whether a model on fakes does what torch may refuse for the dtypes of its inputs."""
+    """Whether a model on fakes does something that torch may refuse for the dtypes of inputs."""
     with DtypeWatch() as watch:
         _failure(model, form, values)
     return watch.is_suspicious
 
 
 def _cast_hint(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> str:
-    """Return which dtype a model takes, "" where its inputs have the right one.
+    """Return how to cast inputs to dtypes that a model takes, "" where no cast makes it run.
 
     Args:
         model: on fake parameters.
@@ -245,10 +266,10 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str,
     Raises:
         InputError: it runs on none of them, or it takes several inputs.
     """
-    name = _only_argument(model)
+    name = only_argument(model)
     reason = "its first layer is of no known kind"
     failure: Exception | None = None
-    for shape, dtype in _likely_inputs(model):
+    for shape, dtype in likely_inputs(model):
         form, values = arguments_of(_bound(model, {name: _fake(model, shape, dtype, mode)}))
         failure = _failure(model, form, values)
         if failure is None:
@@ -258,84 +279,6 @@ def _infer(model: nn.Module, mode: FakeTensorMode) -> tuple[Arguments, dict[str,
         f"the input shape of {type(model).__name__} cannot be inferred: {reason}. "
         f"Hint: pass example_input=torch.randn(1, ...); {_what_to_do(model, failure, None)}"
     ) from failure
-
-
-def _only_argument(model: nn.Module) -> str:
-    """Return the name of the one argument that `forward` requires, or of its first one.
-
-    Raises:
-        InputError: it requires several, or takes none by name.
-    """
-    named: list[str] = []
-    required: list[str] = []
-    for parameter in signature(model).parameters.values():
-        # `**kwargs`, and `*args` behind other arguments, are none that an example is passed as.
-        is_rest = parameter.kind is parameter.VAR_POSITIONAL and bool(named)
-        if is_rest or parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        named.append(parameter.name)
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-    if len(required) == 1:
-        return required[0]
-    if not required and named:
-        return named[0]
-    raise InputError(
-        f"{type(model).__name__}.forward takes {len(required)} inputs ({', '.join(required)}), "
-        "which cannot be inferred. "
-        "Hint: pass example_input=(..., ...) or example_input={'name': ...}"
-    )
-
-
-def _likely_inputs(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Yield (shape of one sample, dtype) by the first layer of a known kind, the likeliest first.
-
-    Float inputs have the dtype of the parameters.
-    """
-    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    dtype = floats[0] if floats else torch.float32
-    for layer in model.modules():
-        if isinstance(layer, nn.Embedding):
-            for length in _TOKENS:
-                yield (length,), torch.int64
-            return
-        shapes = _likely_shapes(model, layer)
-        for shape in shapes:
-            yield shape, dtype
-        if shapes:
-            return
-
-
-def _likely_shapes(model: nn.Module, layer: nn.Module) -> list[tuple[int, ...]]:
-    """Return the likely shapes of one sample for a layer that takes floats; [] for others."""
-    if isinstance(layer, nn.Conv2d):
-        squares = [(size, size) for size in _IMAGE_SIZES]
-        sizes = dict.fromkeys([*_image_sizes_on_record(model), *squares])
-        return [(layer.in_channels, *size) for size in sizes]
-    if isinstance(layer, nn.Conv1d):
-        return [(layer.in_channels, length) for length in _SIGNAL_LENGTHS]
-    if isinstance(layer, nn.Conv3d):
-        return [(layer.in_channels, *clip) for clip in _CLIPS]
-    if isinstance(layer, nn.Linear):
-        return [(layer.in_features,)]
-    return []
-
-
-def _image_sizes_on_record(model: nn.Module) -> list[tuple[int, int]]:
-    """Return the image sizes (H, W) that a model keeps among its attributes."""
-    timm_config = getattr(model, "pretrained_cfg", None) or {}
-    records: list[Any] = []
-    if isinstance(timm_config, Mapping):
-        records.append(timm_config.get("input_size", (0,))[-2:])  # (C, H, W)
-    records.append(getattr(model, "image_size", None))  # torchvision
-    transformers_config = getattr(model, "config", None)
-    records.append(getattr(transformers_config, "image_size", None))
-    sizes = []
-    for record in records:
-        size = (record, record) if isinstance(record, int) else record
-        if isinstance(size, (tuple, list)) and len(size) == 2:
-            sizes.append((size[0], size[1]))
-    return sizes
 
 
 # Trying an input.
@@ -373,18 +316,22 @@ def _failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Ex
 
 def _runs_for_real(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> bool:
     """Whether a copy of the model runs on the caller's own values."""
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        return False
-    return _real_failure(model, form, values) is None
+    return _has_values(model) and _real_failure(model, form, values) is None
+
+
+def _has_values(model: nn.Module) -> bool:
+    """Whether a model may run on values; one on the device "meta" has none."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _real_failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Exception | None:
-    """Return the error that a copy of a model raises on the caller's own values, None if it runs.
+    """Return the error that a copy of the model raises on the caller's own values, None if it runs.
 
-    A model without values is taken to run.
+    Args:
+        model: with values.
+        form: of the call.
+        values: the caller's.
     """
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -18,9 +18,6 @@ from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.run_function import FunctionTarget, name_of
 
-# Stands for the name of a constant.
-_CONSTANT = "constant"
-
 
 @dataclass(frozen=True)
 class Region:
@@ -48,12 +45,13 @@ class Alignment:
     Attributes:
         pairs: nodes that both graphs have, each in train and in eval mode, in order.
         regions: that only one of them has, in order.
-        read: pairs of nodes that read a parameter or a buffer, which may stand anywhere.
+        reads: pairs of nodes that read the same parameter or buffer, found in any order. They are
+            not among `pairs`.
     """
 
     pairs: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
-    read: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    reads: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
 
 def align(
@@ -69,16 +67,16 @@ def align(
         in_train: the nodes of the graph of train mode.
         in_eval: the nodes of the graph of eval mode.
         probe: the model, which owns the constants of both graphs.
-        from_behind: whether a node whose like comes twice in the other graph is the last of them,
-            not the first. What one mode computes before, as for the update of a mean, may look
-            like what both compute behind it.
+        from_behind: whether to match nodes from the end of the graphs. Train mode may update a
+            mean by operations that look like those by which both modes use it afterwards. Matched
+            from the front, the update would be taken for the use.
     """
     alignment = Alignment()
     if from_behind:
-        alignment.read = _read_in_both(in_train, in_eval)
-        read = {node for pair in alignment.read for node in pair}
-        in_train = [node for node in in_train if node not in read]
-        in_eval = [node for node in in_eval if node not in read]
+        alignment.reads = _same_reads(in_train, in_eval)
+        paired = {node for pair in alignment.reads for node in pair}
+        in_train = [node for node in in_train if node not in paired]
+        in_eval = [node for node in in_eval if node not in paired]
     ours: list[fx.Node] = []
     theirs: list[fx.Node] = []
     for in_train_node, in_eval_node in _rows(in_train, in_eval, from_behind):
@@ -106,30 +104,42 @@ def _are_inside(regions: Sequence[Region]) -> bool:
     return True
 
 
-def _read_in_both(
+def _same_reads(
     in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node]
 ) -> list[tuple[fx.Node, fx.Node]]:
-    """Return the nodes that read a parameter or a buffer, each with the first of its like."""
+    """Return pairs of nodes that read the same parameter or buffer.
+
+    The one in train mode is the first that reads it.
+    """
     first: dict[str, fx.Node] = {}
-    for node in in_train:
-        if node.op == "get_attr" and _key(node)[1] != _CONSTANT:
-            first.setdefault(str(node.target), node)
+    for node in filter(_reads_state, in_train):
+        first.setdefault(str(node.target), node)
     pairs = []
-    for node in in_eval:
-        if node.op == "get_attr" and _key(node)[1] != _CONSTANT and str(node.target) in first:
+    for node in filter(_reads_state, in_eval):
+        if str(node.target) in first:
             pairs.append((first[str(node.target)], node))
     return pairs
+
+
+def _reads_state(node: fx.Node) -> bool:
+    """Return whether a node reads a parameter or a buffer."""
+    return node.op == "get_attr" and not _is_constant(node)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return whether a node reads a constant, which each trace names anew."""
+    return node.op == "get_attr" and type(facts(node).example) is Tensor
 
 
 def _rows(
     in_train: Sequence[fx.Node], in_eval: Sequence[fx.Node], from_behind: bool
 ) -> Iterator[tuple[fx.Node | None, fx.Node | None]]:
-    """Yield the rows of `_side_by_side`, which may have looked for them from behind."""
+    """Yield what `_side_by_side` yields, matched from the front or from the end of the graphs."""
     if not from_behind:
         yield from _side_by_side(in_train, in_eval)
         return
-    rows = list(_side_by_side(in_train[::-1], in_eval[::-1]))
-    yield from reversed(rows)
+    from_the_end = list(_side_by_side(in_train[::-1], in_eval[::-1]))
+    yield from reversed(from_the_end)
 
 
 def _side_by_side(
@@ -156,9 +166,8 @@ def _key(node: fx.Node) -> tuple[str, ...]:
     """Return what two nodes have in common that may be the same."""
     scopes = list(node.meta.get("nn_module_stack", {}))
     place = str(scopes[-1]) if scopes else ""
-    value = facts(node).example
-    if node.op == "get_attr" and type(value) is Tensor:  # a constant, which each trace names anew
-        return (node.op, _CONSTANT, place)
+    if _is_constant(node):
+        return (node.op, "constant", place)
     if isinstance(node.target, FunctionTarget):  # numbered in each trace
         return (node.op, f"function {name_of(node.target.function)}", place)
     return (node.op, "" if node.op == "placeholder" else str(node.target), place)

@@ -26,7 +26,8 @@ from sffx.compiler.trace.run_function import let_run_in_mode, pick
 from sffx.compiler.trace.sizes import is_guard, is_guard_of_batch, without_batch_guards
 from sffx.tensors import storage_key
 
-# By the qualname of a module whose forward branches on modes, the qualnames of their modules.
+# Which modules branch on whose modes: the qualnames of the modules whose modes decide, by the
+# qualname of the module whose forward branches.
 Branched = Mapping[str, Collection[str]]
 
 
@@ -112,7 +113,7 @@ class _Merge:
         self._branched = branched
         self._probe = probe
         # The node of the graph of train mode that a node of the other graph is.
-        pairs = [*alignment.pairs, *alignment.read]
+        pairs = [*alignment.pairs, *alignment.reads]
         self._partners = {in_eval: in_train for in_train, in_eval in pairs}
         self._owners: dict[fx.Node, str] = {}  # of the nodes of regions, in both graphs
         self._choices: dict[fx.Node, list[_Choice]] = {}
@@ -139,7 +140,7 @@ class _Merge:
 
     def run(self) -> None:
         """Change the graph of train mode."""
-        self._move_to_front([in_train for in_train, _ in self._alignment.read])
+        self._move_to_front([in_train for in_train, _ in self._alignment.reads])
         for region in self._alignment.regions:
             for node in region.in_eval:
                 self._copy(node, region)
@@ -159,9 +160,10 @@ class _Merge:
                 first.prepend(node)
 
     def _owner(self, nodes: list[fx.Node]) -> str | None:
-        """Return the module on whose mode the innermost module around nodes branches.
+        """Return the module whose mode decides whether nodes run.
 
-        It is None where no module around them does, or one does on the modes of several.
+        The innermost module around them that branches on a mode is asked. It is None where no
+        module around them branches, or where the modes of several modules decide.
         """
         common: list[str] | None = None
         for node in nodes:
@@ -285,7 +287,7 @@ def _only_owner(owners: Collection[str]) -> str | None:
 
 
 def _decider(place: str, branched: Branched) -> str:
-    """Return the module on whose mode a module branches: itself, unless it is one other."""
+    """Return the module on whose mode a module branches: itself if there is not exactly one."""
     owner = _only_owner(branched.get(place, ()))
     return place if owner is None else owner
 

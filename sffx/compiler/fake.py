@@ -78,7 +78,8 @@ def need_no_values(module: nn.Module) -> None:
 def _run_outside(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a recurrent layer outside of the mode of its fake tensors.
 
-    Inside, the batch sizes of a packed sequence, which torch reads, would lose their values.
+    Inside, the batch sizes of a packed sequence, which torch reads, would lose their values. An
+    LSTM also gets its workspace here, which it has on real tensors.
     """
     with unset_fake_temporarily(), WithWorkspaces():
         return forward(*args, **kwargs)

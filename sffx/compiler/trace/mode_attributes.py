@@ -1,6 +1,6 @@
-"""Attributes that a model sets when its mode is set, as `merged` of a layer with merged weights.
+"""Attributes that a module sets in its own `train()`, as `merged` of a layer with merged weights.
 
-A graph would hold what they are in train mode. The modules that read them become leaves.
+A graph would hold their values in train mode. So the modules whose forward reads them are leaves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
-    """Make leaves of the modules whose forward reads an attribute that their mode sets.
+    """Make leaves of the modules whose forward reads an attribute that a mode sets.
 
     Args:
         probe: the model on fake tensors, in train mode; it is in train mode afterwards.
@@ -30,7 +30,7 @@ def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
     """
     if not any(overrides_mode(module) for module in probe.modules()):
         return
-    for module, name in _set_by_mode(probe).items():
+    for module, name in _readers(probe).items():
         reason = f"sets the attribute {name!r} by its mode"
         if module is probe:
             raise TraceError(
@@ -40,11 +40,27 @@ def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
         add_leaves(leaves, probe, type(module), reason)
 
 
-def _set_by_mode(probe: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules that read an attribute which differs by the mode, and its name.
+def _readers(probe: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules whose forward reads an attribute that a mode sets, and its name.
 
     The attribute is one of the module, or of a module inside.
     """
+    changed = _set_by_mode(probe)
+    found: dict[nn.Module, str] = {}
+    if not changed:
+        return found
+    for holder in probe.modules():
+        of_parts: set[str] = set()
+        for part in holder.modules():
+            of_parts |= changed.get(part, set())
+        read = of_parts & _names_read(type(holder)) if of_parts else of_parts
+        if read:
+            found[holder] = min(read)
+    return found
+
+
+def _set_by_mode(probe: nn.Module) -> dict[nn.Module, set[str]]:
+    """Return the names of the attributes that differ between train and eval mode, by module."""
     in_training = {module: _plain_attributes(module) for module in probe.modules()}
     probe.eval()
     in_eval = {module: _plain_attributes(module) for module in probe.modules()}
@@ -55,16 +71,11 @@ def _set_by_mode(probe: nn.Module) -> dict[nn.Module, str]:
         names = {name for name in {**before, **after} if before.get(name) != after.get(name)}
         if names:
             changed[module] = names
-    found = {}
-    for holder in probe.modules() if changed else ():
-        inside = [changed[module] for module in holder.modules() if module in changed]
-        read = set().union(*inside) & _names_read(type(holder)) if inside else set()
-        if read:
-            found[holder] = min(read)
-    return found
+    return changed
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers, texts and flags among the attributes of a module's own, by name."""
     attributes = {}
     for name, value in vars(module).items():
         if name not in OF_EVERY_MODULE and type(value) in _PLAIN:
@@ -73,9 +84,9 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _names_read(kind: type) -> set[str]:
-    """Return the names in the forward of a class and of those it inherits, and in what they call.
+    """Return the names in the forward of a class, in those of its bases, and in what these call.
 
-    A forward may call that of a base class by `super()`, which no name tells.
+    A forward may call that of a base by `super()`, where no name shows which one it calls.
     """
     names: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:

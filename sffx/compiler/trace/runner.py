@@ -166,7 +166,9 @@ class NodeRunner:
         module = self.probe.get_submodule(str(node.target))
         if all(type(each).__module__.startswith("torch.nn.") for each in module.modules()):
             return
-        self.is_running = True  # a `train` of its own may read weights
+        # A `train` of its own may read weights. And while nothing runs, to read `training` would
+        # make a node of a flag.
+        self.is_running = True
         modes = {each: each.training for each in module.modules()}
         try:
             module.train(not self.training)

@@ -74,8 +74,8 @@ class GuidedTracer(fx.Tracer):
         forms: what the forward reads of parameters beside their values.
         patches: what stands in for torch's functions during the trace.
         settled: the branches and numbers that the graph will hold.
-        branched: qualnames of the modules whose forwards branched on a mode, and whose mode it was:
-            mostly their own.
+        branched: the qualnames of the modules on whose modes a forward branched, by that of the
+            module whose forward it is. Most forwards branch on the mode of their own module.
         failed: qualname of the innermost module in which the trace failed.
         original: the model with values.
         runner: runs each node on its example.
@@ -174,12 +174,12 @@ class GuidedTracer(fx.Tracer):
         create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():
             create = functools.partial(self.regions.create, create)
-            # Parameters that the forward found by `parameters()` are detached there as others are.
+            # Parameters that the forward found by `parameters()` are no proxies yet.
             args, more = tree_map_only(Tensor, self._as_proxy, (args, more))
         return self._instead_of(create(kind, target, args, *more, **options))
 
     def _as_proxy(self, tensor: Tensor) -> Any:
-        """Return a proxy of a parameter that a forward has come to without one."""
+        """Return the proxy of a parameter that a forward read untraced; else the tensor itself."""
         return self.proxy(self.create_arg(tensor)) if self.is_untraced(tensor) else tensor
 
     def _instead_of(self, proxy: fx.Proxy) -> Any:
@@ -379,12 +379,12 @@ class GuidedTracer(fx.Tracer):
         return self.call_module(m, forward, args, kwargs)
 
     def mode_of(self, m: nn.Module) -> Any:
-        """Return what a forward gets to see of the mode of a module: a flag of the graph.
+        """Return what a forward reads as the mode of a module: the proxy of a flag.
 
-        What runs on its own, as a leaf does, sees the mode itself.
+        It is the mode itself while a node runs on its example, and for modules of other models.
         """
         if "training" not in vars(m):
-            raise AttributeError("training")  # Python then asks `__getattr__`, as of a script
+            raise AttributeError("training")  # Python then asks `__getattr__`; scripts have one
         qualname = (self.submodule_paths or {}).get(m)
         if self.is_running or qualname is None:
             return vars(m)["training"]

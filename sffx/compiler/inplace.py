@@ -9,10 +9,14 @@ that leaves its input alone:
 3. an in-place operator (`+=`) becomes the plain one (`+`),
 4. a method or a torch function `name_` becomes `name`.
 
-A value is copied where the block begins if it is written in some modes only, and read afterwards,
-or if the model reads by another name what was written, as through a view. An operation with no such
-twin is refused. So is one whose written value a later block reads by a name from before, since that
-name would keep the old value.
+A twin does not help in two cases. There the value is copied where the block begins, and the
+operation writes on the copy:
+
+- it writes in some modes only, and the value is read afterwards,
+- the model reads by another name what was written, as `h` after a write on the view `h[:, 0]`.
+
+Two operations are refused: one that has no twin, and one that writes what a later block reads by a
+name from before this block. That name would keep the old value.
 """
 
 from __future__ import annotations
@@ -69,14 +73,15 @@ def keep_foreign_values(net: GraphModule) -> None:
     Raises:
         CutError: an operation writes on such a value, and cannot be replaced; names the node.
     """
-    # What later blocks read of other blocks: the memory of each value by its name.
+    # What the blocks behind read of other blocks: the memory of each value by its name.
     later: dict[str, int | None] = {}
     for block in reversed(plan_of(net).all_blocks):
         module = net.get_submodule(block.target)
         assert isinstance(module, GraphModule)
-        before = {memory for name, memory in later.items() if name not in block.nodes}
+        # Not what this block computes itself.
+        read_later = {memory for name, memory in later.items() if name not in block.nodes}
         foreign = [block_facts(node) for node in module.graph.nodes if _is_foreign(node)]
-        keep_foreign_values_in(module, before)
+        keep_foreign_values_in(module, read_later)
         later.update({record.origin: record.memory for record in foreign})
 
 
@@ -85,7 +90,7 @@ def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None
 
     Args:
         block: to rewrite.
-        read_later: keys of the memory that later blocks read by names from before this block.
+        read_later: the memory of the values that later blocks read from before this block.
     """
     foreign = {node for node in block.graph.nodes if _is_foreign(node)}
     copied = _written_in_some_mode(block, foreign)
@@ -131,6 +136,7 @@ def _written_in_some_mode(block: GraphModule, foreign: set[Node]) -> list[Node]:
 
 
 def _is_foreign(node: Node) -> bool:
+    """Return whether another block computed a value."""
     return block_facts(node).is_foreign
 
 
@@ -139,13 +145,13 @@ def _read_by_other_names(
 ) -> list[Node]:
     """Return foreign values that are written in place, and then read by another name.
 
-    A copy of such a value is written, and read by all its names, if these begin with one value of
-    the block, and no later block has another one.
+    Left out are those that no copy helps: two values of the block share the memory, or a later
+    block reads it from before this block. They would still see what was there before.
 
     Args:
         block: to look at.
         foreign: its values that other blocks computed.
-        read_later: as for `keep_foreign_values_in`.
+        read_later: see `keep_foreign_values_in`.
     """
     found: dict[Node, None] = {}
     for node in block.graph.nodes:

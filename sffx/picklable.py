@@ -38,23 +38,28 @@ def require_picklable(module: nn.Module) -> None:
 
 
 def _require_own_way(part: nn.Module, place: str) -> None:
-    """Raise an InputError if a module that has its own way of being pickled refuses it.
+    """Raise an InputError if a module with its own way of being pickled refuses to be.
 
     Parametrized modules and scripts do.
     """
-    reason = ""
+    reason = _refusal(part)
+    if reason:
+        raise InputError(
+            f"the net cannot be pickled, because of {place}: {reason}. Hint: {_OTHERWISE}"
+        )
+
+
+def _refusal(part: nn.Module) -> str:
+    """Return why a module refuses to be pickled, "" where it does not."""
     if isinstance(part, torch.jit.ScriptModule):
-        reason = "it is a script, which torch.jit.save writes"
+        return "it is a script, which torch.jit.save writes"
     state: Any = getattr(part, "__getstate__", None)  # not every object of Python 3.10 has it
     try:
         if state is not None:
             state()
     except Exception as error:
-        reason = reason or first_line(error)
-    if reason:
-        raise InputError(
-            f"the net cannot be pickled, because of {place}: {reason}. Hint: {_OTHERWISE}"
-        )
+        return first_line(error)
+    return ""
 
 
 # What to do with a net that pickle does not take.
@@ -92,7 +97,10 @@ def _pickles_itself(kind: type) -> bool:
 
 
 def _nameless(value: Any, passed: set[int]) -> Iterator[Any]:
-    """Yield what has no name in a value, also in containers: functions, classes and methods."""
+    """Yield the functions, classes and methods in a value that pickle cannot find by a name.
+
+    A container is looked through.
+    """
     if id(value) in passed or isinstance(value, (Tensor, nn.Module, str)):
         return
     passed.add(id(value))

@@ -141,15 +141,15 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
     return plan.task.without_padding(y, padding_mask(plan, values))
 
 
-# The plans whose targets on an accelerator were looked at, by their id.
+# The plans of which a batch of targets on an accelerator was looked at, by their id.
 _LOOKED_AT: WeakValueDictionary[int, BlockPlan] = WeakValueDictionary()
 
 
 def _may_look_at(y: Any, plan: BlockPlan) -> bool:
     """Return whether the values of a batch of targets may be compared with its inputs.
 
-    To look at them on an accelerator waits for it. So there only the first batch of a plan is
-    looked at: who passes wrong targets does so in every batch.
+    On an accelerator this is true for the first batch of a plan only, since a look at its values
+    waits for the device. Targets that are wrong are wrong in every batch.
     """
     if not isinstance(y, Tensor) or not can_be_read(y):
         return False

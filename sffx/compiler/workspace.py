@@ -7,20 +7,20 @@ and on the processor, so it is found by running the layer on a few samples.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# The run that finds the bytes has at most these. oneDNN rounds to whole pages of memory, so with
-# fewer they would be too many.
+# The run that finds the bytes has at most this many. oneDNN rounds to whole pages of memory, so a
+# smaller run would give too many bytes for each sample.
 _STEPS, _SAMPLES = 8, 16
 
 _LSTM = torch.ops.aten.mkldnn_rnn_layer.default
 
-# The places of its two states among its arguments: hidden and cell.
+# The places of its hidden and its cell state among its arguments.
 _STATES = (5, 6)
 
 
@@ -39,8 +39,18 @@ class WithWorkspaces(TorchDispatchMode):
         return (*outputs, torch.empty(size, dtype=workspace.dtype, device=workspace.device))
 
 
+class _Like(NamedTuple):
+    """Stands for a tensor of a shape and a dtype."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def _workspace_bytes(args: tuple[Any, ...]) -> int:
-    """Return the bytes for the operator's arguments. They grow with the steps and the samples."""
+    """Return the bytes of the workspace for arguments of the operator.
+
+    They are measured for fewer steps and samples, in proportion to which they grow.
+    """
     steps, samples, features = args[0].shape
     few_steps, few_samples = min(steps, _STEPS), min(samples, _SAMPLES)
     smaller: list[Any] = []
@@ -48,11 +58,11 @@ def _workspace_bytes(args: tuple[Any, ...]) -> int:
         if not isinstance(value, Tensor):
             smaller.append(tuple(value) if isinstance(value, list) else value)
         elif place == 0:
-            smaller.append((torch.Size([few_steps, few_samples, features]), value.dtype))
+            smaller.append(_Like(torch.Size([few_steps, few_samples, features]), value.dtype))
         elif place in _STATES:
-            smaller.append((torch.Size([few_samples, value.shape[-1]]), value.dtype))
+            smaller.append(_Like(torch.Size([few_samples, value.shape[-1]]), value.dtype))
         else:
-            smaller.append((value.shape, value.dtype))
+            smaller.append(_Like(value.shape, value.dtype))
     return _measured(tuple(smaller)) * (steps * samples) // (few_steps * few_samples)
 
 
@@ -61,15 +71,13 @@ def _measured(arguments: tuple[Any, ...]) -> int:
     """Return the bytes of the workspace where the operator runs on real tensors.
 
     Args:
-        arguments: of the operator, with a shape and a dtype in the place of each tensor.
+        arguments: of the operator, with `_Like` in the place of each tensor.
     """
     args = []
-    # Whoever counts memory counts the layer, not this.
+    # Without the modes of the caller: one that counts memory would count this run as well.
     with _disable_current_modes(), torch.enable_grad():
         for each in arguments:
-            if isinstance(each, tuple) and each and isinstance(each[0], torch.Size):
-                args.append(torch.zeros(each[0], dtype=each[1]))
-            else:
-                args.append(each)
+            is_tensor = isinstance(each, _Like)
+            args.append(torch.zeros(each.shape, dtype=each.dtype) if is_tensor else each)
         workspace = _LSTM(*args)[3]
     return 0 if workspace is None else workspace.nbytes

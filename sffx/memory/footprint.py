@@ -52,7 +52,7 @@ COUNTER = 4
 # second moment, and the quotient.
 UPDATE = 2
 
-# How the error of a norm begins that has one value for each channel, of which it has no variance.
+# How torch's error begins where a norm gets a single value of a channel, which has no variance.
 _SINGLE_VALUE = "Expected more than 1"
 
 
@@ -288,7 +288,7 @@ def _refused(plan: BlockPlan, batch_size: int, cause: ValueError) -> InputError:
         return InputError(f"{heading}: {cause}. Hint: pass a larger batch size")
     return InputError(
         f"{heading}: {failure_in_words(cause)}. "
-        "Hint: a batch that this line takes; in train mode, it sees fake tensors of that size"
+        "Hint: pass a batch size that this line takes; it runs in train mode, on fake tensors"
     )
 
 

@@ -288,6 +288,31 @@ def test_a_value_that_is_written_through_a_view_is_copied_behind_a_cut(write, cu
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+class WritesOnAView(nn.Module):
+    """Writes on a view that was made early, and reads the whole afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        half = h[:, :3]
+        y = self.second(x).relu()
+        half.mul_(2)
+        return self.head(self.third(y + h) * h)
+
+
+# The block that writes has two values of the memory; or a later one reads it by its first name.
+@pytest.mark.parametrize(
+    "cuts", [[("first", "getitem", "relu")], [("first", "second"), ("first", "mul_", "add")]]
+)
+def test_a_write_on_a_view_is_refused_where_a_copy_would_not_be_read(cuts):
+    with pytest.raises(CutError, match=r"the model reads what it wrote by another name.*Hint: "):
+        sffx.transform(WritesOnAView(), cuts, torch.randn(5, 6), norm="none")
+
+
 @pytest.mark.parametrize("cuts", [["first"], ["first", "second"], ["second"]])
 def test_a_later_block_reads_a_value_as_it_was_written_through_a_view(cuts):
     model = WritesOnViews(transposed, late=True)

@@ -292,7 +292,7 @@ class _Check:
                 self._compare_calls(runs)
                 return
             done.append(run)
-            if not self._one_call.same(run, expected, found, done):
+            if not self._one_call.compare(run, expected, found, done):
                 return
         self._compare_state(pair, before)
         self._compare_hooks(in_model, in_net)
@@ -375,7 +375,7 @@ class _Check:
                 self._findings.skip(run.name, refusal)
                 continue
             compared += 1
-            if not self._one_call.same(run, expected, found, [run]):
+            if not self._one_call.compare(run, expected, found, [run]):
                 return
         if not compared:
             self._findings.skip("other sizes", "the model or the net takes no other size")

@@ -19,7 +19,7 @@ class Findings:
     """Gathers what `CheckReport` reports.
 
     Attributes:
-        notes: of the plan, which say what the cut model does otherwise.
+        notes: of the plan. They say where the cut model is known to differ.
         errors: the largest relative error of each comparison, by its name.
         skipped: what was not compared, and why, by its name.
         differences: what differs.

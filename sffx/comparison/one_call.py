@@ -43,7 +43,7 @@ class OneCall:
     Args:
         model: that was cut.
         plan: of the cut model.
-        new_pair: returns the two side by side, as before their first call.
+        new_pair: returns a new copy of the model, and the trunk of the cut one.
         findings: takes what differs.
     """
 
@@ -56,17 +56,17 @@ class OneCall:
     ) -> None:
         self._model = model
         self._plan = plan
-        self._pair = new_pair
+        self._new_pair = new_pair
         self._findings = findings
 
-    def same(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
-        """Note the errors of one call; return whether the calls behind it can be compared.
+    def compare(self, run: Run, expected: Outcome, found: Outcome, done: list[Run]) -> bool:
+        """Note the errors of one call; return whether the next calls can be compared.
 
         Args:
             run: the call.
             expected: what it gave in the model.
             found: what it gave in the cut model.
-            done: the calls so far, which another attempt has to repeat.
+            done: the calls so far, with this one. They are repeated to find where it differs.
         """
         reason = self._why_not_compared(expected, found)
         if reason:
@@ -110,6 +110,7 @@ class OneCall:
         return f"the net returns a {type(found.logits).__name__}, not logits"
 
     def _same_gradients(self, run: Run, expected: Outcome, found: Outcome) -> bool:
+        """Note the largest error of a gradient; return whether it is small enough."""
         largest = 0.0
         for gradient in expected.gradients.values():
             if gradient is not None and gradient.numel():
@@ -131,13 +132,14 @@ class OneCall:
         return True
 
     def _note_if_vacuous(self, run: Run, logits: Tensor) -> None:
+        """Note a call whose logits tell nothing: they are NaN, or the same for each sample."""
         if logits.isnan().any():
             self._findings.skip(f"values in {run.name}", OUTPUTS_ARE_NAN)
             return
         if len(logits) < 2:
             return
         difference = spread(logits)
-        if not difference > TELLING:  # true for NaN as well: all logits are zero
+        if not difference > TELLING:  # so is NaN, where all logits are zero
             reason = f"says nothing, since outputs differ by {difference:.0e} between samples"
             self._findings.skip(f"values in {run.name}", reason)
 
@@ -154,7 +156,7 @@ class OneCall:
 
     def _locate(self, run: Run, done: list[Run]) -> Place:
         """Repeat the calls up to this one on new copies, and look at the last one node by node."""
-        pair = self._pair()
+        pair = self._new_pair()
         earlier = [each for each in done if each is not run]
         for each in earlier:
             pair.run(each)
@@ -167,6 +169,7 @@ class OneCall:
         )
 
     def _locate_backward(self, run: Run) -> Place:
-        pair = self._pair()
+        """Return the first block that has no backward pass of its own."""
+        pair = self._new_pair()
         forward = replace(run, backward=False)
         return first_broken_block(lambda: run_trunk(pair.trunk, forward), pair.trunk)

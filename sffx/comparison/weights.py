@@ -1,4 +1,7 @@
-"""Weights under which a comparison says something: no zeroed layers, calibrated batch norms."""
+"""Weights under which a comparison says something.
+
+No layer is zeroed, batch norms are calibrated, and outputs differ between samples.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from sffx.tensors import as_dense, copied
 
 _DROPPED_SHARES = ("p", "drop_prob")
 
-# By how much outputs differ between samples, relative to the largest, so that they tell something.
-# Where they differ by less, all weights are doubled, this often.
+# Outputs tell something where they differ by more than this between samples, relative to the
+# largest output.
 TELLING = 1e-4
-_DOUBLINGS = 4
+
+# Where they differ by less, all weights are doubled, at most this often.
+_MOST_DOUBLINGS = 4
 
 
 def draw_constants(model: nn.Module) -> None:
@@ -66,7 +71,7 @@ def telling_weights(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> dic
         run: runs a model on a batch, and returns its logits.
 
     Returns:
-        Nothing where the model does not run, or gives no finite numbers, with such values.
+        No values where the model does not run with them, or gives numbers that are not finite.
     """
     twin = copied(model)
     draw_constants(twin)
@@ -94,13 +99,13 @@ def spread(logits: Tensor) -> float:
 
 
 def _telling_outputs(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
-    """Return a model's outputs in eval mode, with larger weights if they hardly differ.
+    """Return a model's outputs in eval mode; double its weights while these hardly differ.
 
-    Attention over tokens gives the same for each sample where its weights are small, as they are at
-    the start of vision transformers.
+    The weights of a new vision transformer are small. With such weights, attention over tokens
+    gives nearly the same for each sample.
     """
     logits = run(model.eval())
-    for _ in range(_DOUBLINGS):
+    for _ in range(_MOST_DOUBLINGS):
         if len(logits) < 2 or spread(logits) > TELLING:
             break
         with torch.no_grad():

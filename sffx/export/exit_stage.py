@@ -26,7 +26,8 @@ from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
 # Of most values.
 FIRST_AXIS = BatchAxis(0)
 
-# Of a value, or of each part of a tuple, None for a part that no sample changes.
+# The batch axis of a value, or the axes of the parts of a tuple. A part that does not depend on the
+# batch has None.
 BatchAxes: TypeAlias = BatchAxis | tuple["BatchAxes | None", ...]
 
 
@@ -122,11 +123,11 @@ def _batch_axes(
 
 
 def _axes_of(value: Any, other: Any, planned: BatchAxis | None) -> BatchAxes | None:
-    """Return the batch axis of a value, or those of the parts of a tuple; None where it has none.
+    """Return the batch axis of a value, or those of the parts of a shape; None where it has none.
 
     Args:
-        value: of two samples.
-        other: of three samples.
+        value: for two samples.
+        other: the same value for three samples.
         planned: its axis by the plan.
     """
     if _has_samples(value, other, FIRST_AXIS):
@@ -184,7 +185,7 @@ def kept(value: Any, stays: Tensor, axis: BatchAxes) -> Any:
     Args:
         value: a tensor, a number or a tuple of them that has samples; see `_has_samples`.
         stays: for each sample whether it stays, (B,).
-        axis: that holds the samples of a tensor; or those of each part of a shape.
+        axis: that holds the samples of a tensor, or the axes of the parts of a shape.
     """
     if isinstance(axis, tuple):
         parts = []

@@ -1,7 +1,7 @@
-"""Numbers and other plain values that cross a cut, where files hand on tensors alone.
+"""Numbers and other plain values that cross a cut. Files of ONNX hand on tensors only.
 
-What no sample changes becomes part of the file. A number that grows with the batch is computed in
-the file, from the number of samples.
+A value that does not depend on the batch becomes a constant of the file. A number that grows with
+the batch is computed in the file, from the number of samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from sffx.errors import ExportError
 from sffx.export.exit_stage import BatchAxes, ExitStage
 from sffx.tensors import tensors_in
 
+_ELSEWHERE = "Hint: cut elsewhere, policy=[...] takes the names of nodes"
+
 
 def on_tensors(
     stage: ExitStage, values: Mapping[str, Any], batched: Mapping[str, BatchAxes], samples: int
@@ -31,37 +33,59 @@ def on_tensors(
         samples: in the example batch.
 
     Raises:
-        ExportError: a value holds tensors and is none, or no tensor tells the number of samples.
+        ExportError: a value is a container of tensors, or no tensor tells the number of samples.
     """
-    for name in (*stage.inputs, *stage.outputs):
-        if not isinstance(values[name], Tensor) and any(True for _ in tensors_in(values[name])):
-            kind = type(values[name]).__name__
-            raise ExportError(
-                f"the value {name!r}, a {kind} of tensors, crosses a cut at {stage.name}, and ONNX "
-                "hands on single tensors. Hint: cut elsewhere, policy=[...] takes names of nodes"
-            )
-    is_tensor = {name: isinstance(values[name], Tensor) for name in (*stage.inputs, *stage.outputs)}
-    if all(is_tensor.values()):
+    names = (*stage.inputs, *stage.outputs)
+    for name in names:
+        _require_no_container(name, values[name], stage)
+    plain = {name for name in names if not isinstance(values[name], Tensor)}
+    if not plain:
         return stage
-    inputs = tuple(name for name in stage.inputs if is_tensor[name])
-    outputs = tuple(name for name in stage.outputs if is_tensor[name])
-    counted = [name for name in inputs if isinstance(batched.get(name), BatchAxis)]
-    growing = [name for name in stage.inputs if name in batched and not is_tensor[name]]
-    if growing and not counted:
-        raise ExportError(
-            f"{stage.name} reads {growing[0]!r}, which depends on the number of samples, and no "
-            "tensor that tells it. Hint: cut elsewhere, policy=[...] takes the names of nodes"
-        )
-    plain = {name: values[name] for name in stage.inputs if not is_tensor[name]}
+    inputs = tuple(name for name in stage.inputs if name not in plain)
+    outputs = tuple(name for name in stage.outputs if name not in plain)
     writer = _Writer(stage, outputs)
     writer.add_tensors(inputs)
+    plain_inputs = [name for name in stage.inputs if name in plain]
+    growing = [name for name in plain_inputs if name in batched]
     if growing:
-        axis = batched[counted[0]]
-        assert isinstance(axis, BatchAxis)  # that of a tensor is
-        writer.count_samples(counted[0], axis)
-    for name, value in plain.items():
-        writer.add_plain(name, value, batched.get(name), samples)
+        writer.count_samples(*_counted(inputs, batched, stage, growing[0]))
+    for name in plain_inputs:
+        writer.add_plain(name, values[name], batched.get(name), samples)
     return replace(stage, inputs=inputs, outputs=outputs, run=writer.module())
+
+
+def _require_no_container(name: str, value: Any, stage: ExitStage) -> None:
+    """Raise an ExportError if a value is no tensor and holds tensors."""
+    if isinstance(value, Tensor) or next(iter(tensors_in(value)), None) is None:
+        return
+    raise ExportError(
+        f"the value {name!r}, a {type(value).__name__} of tensors, crosses a cut at {stage.name}, "
+        f"and ONNX hands on single tensors. {_ELSEWHERE}"
+    )
+
+
+def _counted(
+    inputs: tuple[str, ...], batched: Mapping[str, BatchAxes], stage: ExitStage, growing: str
+) -> tuple[str, BatchAxis]:
+    """Return the first input that tells the number of samples, and its batch axis.
+
+    Args:
+        inputs: names of the tensors that a stage takes.
+        batched: the batch axes of values that have one.
+        stage: that reads them.
+        growing: the name of a number that grows with the batch.
+
+    Raises:
+        ExportError: no input tells it.
+    """
+    for name in inputs:
+        axis = batched.get(name)
+        if isinstance(axis, BatchAxis):
+            return name, axis
+    raise ExportError(
+        f"{stage.name} reads {growing!r}, which depends on the number of samples, and no tensor "
+        f"that tells it. {_ELSEWHERE}"
+    )
 
 
 class _Writer:
@@ -84,7 +108,7 @@ class _Writer:
         self._batch: fx.Node | None = None
 
     def add_tensors(self, names: tuple[str, ...]) -> None:
-        """Add the inputs of the new graph."""
+        """Add the inputs of the new graph, which are tensors."""
         for name in names:
             old = self._inputs[name]
             new = self._graph.create_node("placeholder", str(old.target), name=old.name)

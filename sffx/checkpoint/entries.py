@@ -24,7 +24,7 @@ LAYERS_KEY = "sffx_layers"
 CALLS_KEY = "sffx_calls"
 KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY, LAYERS_KEY, CALLS_KEY)
 
-# Characters of the arguments of a call that are recorded.
+# At most this many characters of the arguments of a call are recorded.
 _MOST_RECORDED = 200
 
 
@@ -86,7 +86,7 @@ def calls_of(plan: BlockPlan) -> list[str]:
     index = {node.name: i for i, node in enumerate(nodes)}
     calls = []
     for i, node in enumerate(nodes):
-        # Distances, since the calls behind one that is put between are the same as before.
+        # Distances, so that a new call changes the texts of those around it alone.
         reads = [str(index[name] - i) if name in index else name for name in node.reads]
         arguments = _with_values(node.arguments, reads)
         calls.append(f"{node.call}({arguments[:_MOST_RECORDED]})")
@@ -99,27 +99,32 @@ def _with_values(arguments: str, reads: list[str]) -> str:
 
 
 def note_on_calls(saved: Any, plan: BlockPlan, *, same_versions: bool) -> str:
-    """Return a note on calls that were others when a checkpoint was written, "" for none.
+    """Return a note if the calls were others when a checkpoint was written, "" if not.
 
-    Weights fit a model that calls `F.gelu` where it called `F.relu` just as well.
+    Weights alone do not show it: they also fit a model that calls `F.gelu` instead of `F.relu`.
 
     Args:
         saved: the calls in the checkpoint, None where it has no such entry.
         plan: of the model that gets the weights, cut in the same places for the same inputs.
         same_versions: whether the packages that traced it are those that wrote the checkpoint.
-            Others may write the arguments of a call in another way.
+            Other versions may write the arguments of a call in another way, so only the names of
+            what is called are compared.
     """
     if not isinstance(saved, (list, tuple)):
         return ""
     before = [str(call) for call in saved]
     now = calls_of(plan)
     if not same_versions:
-        before = [call.partition("(")[0] for call in before]
-        now = [call.partition("(")[0] for call in now]
+        before, now = _called(before), _called(now)
     if before == now:
         return ""
     changes = list(dict.fromkeys(_changes(before, now)))
     return f"the checkpoint is of a model whose forward calls others: {in_brief(changes, 3)}"
+
+
+def _called(calls: list[str]) -> list[str]:
+    """Return the names of what is called, without the arguments."""
+    return [call.partition("(")[0] for call in calls]
 
 
 def _changes(before: list[str], now: list[str]) -> Iterator[str]:
@@ -129,9 +134,8 @@ def _changes(before: list[str], now: list[str]) -> Iterator[str]:
             if old != new:
                 yield f"{old} is {new} now"
         return
-    # The calls have moved, so they are counted.
-    old_counts = Counter(call.partition("(")[0] for call in before)
-    new_counts = Counter(call.partition("(")[0] for call in now)
+    # The calls have no partners, so they are counted.
+    old_counts, new_counts = Counter(_called(before)), Counter(_called(now))
     for name in dict.fromkeys([*old_counts, *new_counts]):
         if old_counts[name] != new_counts[name]:
             yield f"{name} was called {old_counts[name]}x and is called {new_counts[name]}x now"

@@ -189,17 +189,23 @@ def block_loss(
     return loss
 
 
-# What torch and losses raise for scores and targets that do not go together. Kinds of these errors,
-# as where the memory is full, have other reasons.
-_OF_LOSSES = (
-    *(RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError),
-    *(KeyError, AssertionError),
+# What torch and losses raise for scores and targets that do not go together. Their subclasses, such
+# as torch.OutOfMemoryError, have other reasons and are passed on.
+MISMATCHES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    KeyError,
+    AssertionError,
 )
 
 
 @contextmanager
 def explaining_loss(name: str, scores: Tensor, y: Any) -> Iterator[None]:
-    """Say on which scores and targets a loss failed.
+    """Let the error of a loss say for which block, scores and targets it failed.
 
     Args:
         name: of the block.
@@ -211,8 +217,8 @@ def explaining_loss(name: str, scores: Tensor, y: Any) -> Iterator[None]:
     """
     try:
         yield
-    except _OF_LOSSES as error:
-        if type(error) not in _OF_LOSSES:
+    except MISMATCHES as error:
+        if type(error) not in MISMATCHES:
             raise
         raise InputError(
             f"the loss of {name} failed on scores {_described(scores)} and y {_described(y)}: "

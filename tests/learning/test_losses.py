@@ -7,7 +7,7 @@ from torch import nn
 
 import sffx
 from sffx.errors import InputError
-from sffx.learning.losses import _OF_LOSSES
+from sffx.learning.losses import MISMATCHES
 
 
 def test_the_loss_is_the_sum_over_blocks_of_the_papers_formula():
@@ -112,7 +112,7 @@ def of_pairs(scores, y):
 def test_what_fails_in_a_loss_is_told_with_its_block_its_scores_and_targets(loss_fn, y):
     x = torch.randn(4, 6)
     layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(_OF_LOSSES) as of_model:
+    with pytest.raises(MISMATCHES) as of_model:
         loss_fn(layers(x), y)
     net = sffx.transform(layers, "layer", x, check=False)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)

@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {', '.join(experiment.methods)}; {experiment}")
         return 0
     for name in args.experiments:
-        experiment = changed(EXPERIMENTS[name], args)
+        experiment = with_options(EXPERIMENTS[name], args)
         methods = tuple(args.methods or experiment.methods)
         for method in methods:
             if method not in experiment.methods:
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def changed(experiment: Experiment, args: argparse.Namespace) -> Experiment:
+def with_options(experiment: Experiment, args: argparse.Namespace) -> Experiment:
     """Return the experiment with the options that shorten it, and with another precision."""
     given = {key: getattr(args, key) for key in (*SHORTENING, "precision")}
     return replace(experiment, **{key: value for key, value in given.items() if value is not None})

@@ -133,7 +133,7 @@ def description(name: str, methods: Methods) -> str:
 
 
 def reduced_precision(methods: Methods) -> str:
-    """Return the methods that trained in bfloat16, "" where none did."""
+    """Return words for a caption on the methods that trained in bfloat16, "" where none did."""
     reduced = []
     for method, runs in methods.items():
         if any(run["config"].get("precision") == "bfloat16" for run in runs):

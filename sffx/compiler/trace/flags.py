@@ -100,7 +100,7 @@ def mode_property(read: Callable[[nn.Module], Any]) -> property:
     """Return a property that stands for the attribute `training` of every module.
 
     Args:
-        read: returns what a forward gets to see of a module's mode.
+        read: returns what a forward reads as the mode of a module.
     """
 
     def write(module: nn.Module, value: bool) -> None:

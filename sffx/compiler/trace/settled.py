@@ -103,7 +103,10 @@ class Settled:
         return not depends and not owners_of_flags(node)
 
     def number(self, method: str, node: fx.Node) -> Any:
-        """Return the number that a forward takes out of a tensor: drawn, or made of sizes."""
+        """Return what a forward takes out of a tensor.
+
+        It is a number that is drawn or made of sizes, or the list of integers that depend on data.
+        """
         if is_drawn(node):
             return Drawn(0.5)
         if method == "tolist" and self._made_of_sizes(node) is None:
@@ -145,7 +148,7 @@ class Settled:
             self._guard(node, outcome)
 
     def _note_modes(self, node: fx.Node) -> None:
-        """Note the modes on which the code that runs now has branched."""
+        """Note the modes on which a number or a truth value depends, for the code that asks it."""
         owners = owners_of_flags(node)
         if owners:
             self._tracer.branched.setdefault(self._tracer.place, set()).update(owners)

@@ -13,8 +13,9 @@ from sffx.compiler.trace.trace import trace
 from tools.zoo import install
 from tools.zoo.entries import ZOOS, Entry, build, entries, fitting_input, package
 from tools.zoo.records import Record, new_record
+from tools.zoo.sweep import MEMORY, note_failure
 from tools.zoo.table import table
-from tools.zoo.verify import check_refusal, poor_parts, verify_model
+from tools.zoo.verify import Unverified, check_refusal, poor_parts, verify_model
 
 # One architecture of each family is compared in tests/test_api.py, transformers as well in
 # tests/compiler/test_structures.py.
@@ -136,3 +137,27 @@ def test_each_zoo_lists_its_models_without_its_package(zoo):
     listed = entries(zoo)
     assert len(listed) == len({entry.path for entry in listed}) > 0
     assert package(zoo).REQUIRES
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome", "reason"),
+    [
+        (Unverified("a leaf differs"), "wrong", "a leaf differs"),
+        (sffx.errors.CutError("no cut. Hint: one"), "refused", "CutError: no cut. Hint: one"),
+        (sffx.errors.CutError("no cut"), "wrong", "CutError: no cut"),
+        (KeyError("x"), "wrong", "KeyError: 'x'"),
+    ],
+)
+def test_a_failure_is_wrong_unless_a_hint_helps(failure, outcome, reason):
+    record = new_record(Entry("torchvision", "resnet18"))
+    note_failure(failure, record)
+    assert (record.outcome, record.reason) == (outcome, reason)
+
+
+def test_a_model_that_does_not_fit_has_not_been_tried():
+    record = new_record(Entry("torchvision", "resnet18"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    note_failure(caught.value, record)
+    assert record.outcome == "idle"
+    assert f"{MEMORY // 2**30} GiB" in record.reason

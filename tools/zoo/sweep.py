@@ -38,6 +38,9 @@ ONNX = {
 }
 
 
+# How torch says that there is no more.
+_NO_MEMORY = "[enforce fail at alloc_cpu.cpp"
+
 # A model that takes more is ended by the system, and with it only its own process.
 MEMORY = 16 * 2**30  # bytes of addresses
 
@@ -51,17 +54,25 @@ def measure(entry: Entry) -> None:
     start = time.monotonic()
     try:
         _measure(entry, record)
-    except Unverified as failure:
-        record.finish("wrong", str(failure))
-    except sffx.SffxError as failure:
-        helps = "Hint: " in str(failure)
-        record.finish("refused" if helps else "wrong", f"{type(failure).__name__}: {failure}")
     except Exception as failure:
-        record.finish("wrong", f"{type(failure).__name__}: {failure}")
-        if os.environ.get("ZOO_TRACEBACK"):
-            traceback.print_exc()
+        note_failure(failure, record)
     record.seconds = round(time.monotonic() - start, 1)
     record.write(entry.path)
+
+
+def note_failure(failure: Exception, record: Record) -> None:
+    """Note how a model has failed. One that needs too much memory has not been tried."""
+    reason = f"{type(failure).__name__}: {failure}"
+    if isinstance(failure, Unverified):
+        reason = str(failure)
+    if _NO_MEMORY in reason:
+        record.finish("idle", f"needs more than {MEMORY // 2**30} GiB")
+    elif isinstance(failure, sffx.SffxError) and "Hint: " in reason:
+        record.finish("refused", reason)
+    else:
+        record.finish("wrong", reason)
+    if os.environ.get("ZOO_TRACEBACK"):
+        traceback.print_exc()
 
 
 def _measure(entry: Entry, record: Record) -> None:

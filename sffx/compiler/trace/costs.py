@@ -73,8 +73,8 @@ def noting_saved(
     def note(tensor: Tensor) -> Tensor:
         if not is_given(tensor):
             note_kept(tensor, saved, alive)
-        # Detached: an operation that keeps its own result would be in a cycle, and never freed.
-        return tensor.detach()
+        # An operation that keeps its own result would be in a cycle, and never freed.
+        return tensor if tensor.is_leaf else tensor.detach()
 
     return torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
 

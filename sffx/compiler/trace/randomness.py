@@ -20,11 +20,22 @@ def generators_restored() -> Iterator[None]:
     python_state = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch_restored():
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def torch_restored() -> Iterator[None]:
+    """Leave torch's generator on the CPU as it was."""
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def call_without_draws(call: Callable[[], Any]) -> Any:

@@ -26,7 +26,8 @@ from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import depends_on_batch
 from sffx.compiler.trace.costs import CountMacs, note_kept, noting_saved
 from sffx.compiler.trace.flags import is_added, is_flag
-from sffx.compiler.trace.randomness import generators_restored
+from sffx.compiler.trace.leaves import has_forward_hooks
+from sffx.compiler.trace.randomness import generators_restored, torch_restored
 from sffx.compiler.trace.run_function import FunctionTarget
 from sffx.compiler.trace.sizes import is_guard
 from sffx.compiler.trace.state import in_mode
@@ -164,7 +165,7 @@ class NodeRunner:
             RuntimeError: says what is returned in each mode.
         """
         module = self.probe.get_submodule(str(node.target))
-        if all(type(each).__module__.startswith("torch.nn.") for each in module.modules()):
+        if _is_torchs_own(module):
             return
         # A `train` of its own may read weights. And while nothing runs, to read `training` would
         # make a node of a flag.
@@ -272,10 +273,13 @@ class NodeRunner:
         return self.mode.from_tensor(value) if type(value) is Tensor else value
 
     def _call_module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A leaf may draw by itself, for it draws again whenever the graph calls it.
-        with generators_restored():
+        module = self.probe.get_submodule(target)
+        # A leaf may draw by itself, for it draws again whenever the graph calls it. Layers of torch
+        # draw by torch alone, and the other generators take a tenth of the time of a trace.
+        restored = torch_restored if _is_torchs_own(module) else generators_restored
+        with restored():
             try:
-                return self.probe.get_submodule(target)(*_plain(args), **_plain(kwargs))
+                return module(*_plain(args), **_plain(kwargs))
             except DATA_DEPENDENT:
                 return self._computed(target, args, kwargs)
             except Exception as failure:
@@ -336,6 +340,16 @@ class NodeRunner:
             return fake.requires_grad_(has_gradient and can_learn(tensor))
 
         return tree_map_only(Tensor, faked, result)
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether nothing but code of torch runs when a module is called."""
+    for each in module.modules():
+        if not type(each).__module__.startswith("torch.nn."):
+            return False
+        if "forward" in vars(each) or has_forward_hooks(each) or each._forward_pre_hooks:
+            return False
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -56,6 +56,14 @@ def notes(
     if unvalidated:
         yield "torch.distributions does not check the values of its arguments in the cut model"
     yield from _notes_on_regions(left_out, asked)
+    yield from _notes_on_code(root, graph)
+    if is_of_size:
+        yield SETTLED_BY_SIZE
+    yield from batch_guard_notes(graph)
+
+
+def _notes_on_code(root: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Yield the remarks on what forwards read and do beside the graph."""
     readers = readers_of_surroundings(module for _, module in _inlined(root, graph))
     if readers:
         yield (
@@ -74,9 +82,6 @@ def notes(
             f"{reads} the batch as the steps of a sequence, so the samples of a batch change each "
             "other's scores. Hint: batch_first=True, or x.transpose(0, 1) before it"
         )
-    if is_of_size:
-        yield SETTLED_BY_SIZE
-    yield from batch_guard_notes(graph)
 
 
 def _notes_on_attributes(kept: Sequence[str], left_behind: Sequence[str]) -> Iterator[str]:

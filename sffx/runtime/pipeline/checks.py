@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,10 @@ from sffx.learning.shared_output import SharedOutput
 from sffx.net import CutModel, cut_model, require_blocks_uncompiled, require_uncompiled
 from sffx.objective import require_single_view
 from sffx.runtime.find_residency import residency_of
+from sffx.runtime.pipeline.ownership import Empty, tensors_of
+from sffx.runtime.pipeline.places import Place
 from sffx.runtime.residency import Residency
+from sffx.runtime.stage import stages_of
 
 
 def usable(net: nn.Module) -> CutModel:
@@ -107,3 +110,56 @@ def given_cuts(
                 "Hint: begin the stage with another block"
             )
     return begins
+
+
+def require_loader(place: Place, loader: Iterable[Any] | None) -> None:
+    """Raise an InputError unless the first stage has a loader, and it alone."""
+    if place.first and loader is None:
+        raise InputError(
+            "this process is in the first stage of the pipeline, but its loader is None. "
+            "Hint: train(loader if pipe.first else None, ...)"
+        )
+    if not place.first and loader is not None:
+        raise InputError(
+            f"this process is in stage {place.stage} of the pipeline, and only the first "
+            f"stage takes a loader, not a {type(loader).__name__}. "
+            "Hint: train(loader if pipe.first else None, ...)"
+        )
+
+
+def require_learning(net: CutModel) -> None:
+    """Raise an InputError if training would train nothing."""
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "train was called without gradients, so it would train nothing. "
+            "Hint: leave torch.no_grad() or torch.inference_mode(); pipe.evaluate returns "
+            "losses there"
+        )
+    # The parameters of other processes are meta tensors, and say whether they learn.
+    if not any(stage.trainable for stage in stages_of(net)):
+        raise InputError(
+            "no parameter of the blocks requires a gradient, so train would train nothing. "
+            "Hint: pipe.net.requires_grad_(True), or freeze some blocks only"
+        )
+
+
+def require_values(net: CutModel, parts: Sequence[str], empty: Mapping[str, Empty]) -> None:
+    """Raise an InputError if tensors of a model from the meta device have no values yet.
+
+    Args:
+        net: the cut model.
+        parts: of it that this process has.
+        empty: those that had no values when the pipeline was made, by name.
+    """
+    present = tensors_of(net, parts)
+    names = []
+    for name, each in empty.items():
+        if each.is_still_empty(present.get(name)):
+            names.append(name)
+    if names:
+        raise InputError(
+            f"{names[0]} and {len(names) - 1} other tensors have no values: the model was on "
+            "the meta device, and their layers have no reset_parameters(). "
+            "Hint: pipe.load_state_dict(...), or set those that are in no state dict yourself: "
+            "pipe.module.get_buffer(name).copy_(...)"
+        )

@@ -36,6 +36,9 @@ from sffx.runtime.pipeline.checks import (
     checked_timeout,
     device_of,
     given_cuts,
+    require_learning,
+    require_loader,
+    require_values,
     usable,
 )
 from sffx.runtime.pipeline.epoch import Batch, Epoch
@@ -53,7 +56,6 @@ from sffx.runtime.pipeline.ownership import (
     release,
     require_same_everywhere,
     summary,
-    tensors_of,
 )
 from sffx.runtime.pipeline.places import find_place
 from sffx.runtime.pipeline.ranks import Ranks
@@ -219,10 +221,10 @@ class Pipeline:
             ProcessError: another process failed.
         """
         with self._ranks.watch.reporting():
-            self._require_loader(loader)
-            self._require_values()
+            require_loader(self.place, loader)
+            require_values(self.net, self._parts, self._empty)
             require_train_mode(self.net)
-            self._require_learning()
+            require_learning(self.net)
             connections = self._ranks.connections
             watch = self._ranks.watch
             steps = Steps(self._stages, optimizer, accumulate, connections.replicas, watch)
@@ -276,8 +278,8 @@ class Pipeline:
             ProcessError: another process failed.
         """
         with self._ranks.watch.reporting(), evaluating(self.module):
-            self._require_loader(loader)
-            self._require_values()
+            require_loader(self.place, loader)
+            require_values(self.net, self._parts, self._empty)
             totals = Totals(self.net)
             epoch = self._epoch(loader, self._check_labels)
             for batch in epoch:
@@ -478,49 +480,6 @@ class Pipeline:
             first = replicas[0]
             name = self._ranks.name_of(first)
             LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share_of_rank[first])
-
-    def _require_loader(self, loader: Iterable[Any] | None) -> None:
-        if self.first and loader is None:
-            raise InputError(
-                "this process is in the first stage of the pipeline, but its loader is None. "
-                "Hint: train(loader if pipe.first else None, ...)"
-            )
-        if not self.first and loader is not None:
-            raise InputError(
-                f"this process is in stage {self.place.stage} of the pipeline, and only the first "
-                f"stage takes a loader, not a {type(loader).__name__}. "
-                "Hint: train(loader if pipe.first else None, ...)"
-            )
-
-    def _require_learning(self) -> None:
-        """Raise an InputError if training would train nothing."""
-        if not torch.is_grad_enabled():
-            raise InputError(
-                "train was called without gradients, so it would train nothing. "
-                "Hint: leave torch.no_grad() or torch.inference_mode(); pipe.evaluate returns "
-                "losses there"
-            )
-        # The parameters of other processes are meta tensors, and say whether they learn.
-        if not any(stage.trainable for stage in stages_of(self.net)):
-            raise InputError(
-                "no parameter of the blocks requires a gradient, so train would train nothing. "
-                "Hint: pipe.net.requires_grad_(True), or freeze some blocks only"
-            )
-
-    def _require_values(self) -> None:
-        """Raise an InputError if tensors of a model from the meta device have no values yet."""
-        present = tensors_of(self.net, self._parts)
-        names = []
-        for name, empty in self._empty.items():
-            if empty.is_still_empty(present.get(name)):
-                names.append(name)
-        if names:
-            raise InputError(
-                f"{names[0]} and {len(names) - 1} other tensors have no values: the model was on "
-                "the meta device, and their layers have no reset_parameters(). "
-                "Hint: pipe.load_state_dict(...), or set those that are in no state dict yourself: "
-                "pipe.module.get_buffer(name).copy_(...)"
-            )
 
 
 def _inputs_among(values: Values) -> dict[str, Any]:

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from tools.zoo.entries import CLASSES, Entry, Inputs
 from tools.zoo.images import IMAGES, first_fitting
 
 REQUIRES = ("timm",)
+
+# Image sizes at which models with a fixed size are built, the smallest first.
+_SMALL = (96, 128, 192)
 
 _LISTS = ("timm_families.txt", "timm_sample.txt", "timm_classes.txt")
 
@@ -37,9 +41,31 @@ def entries() -> list[Entry]:
 
 
 def build(entry: Entry) -> nn.Module:
+    """Return the model; if it is made for one image size, for the smallest that it can be made for.
+
+    At its own size, which may be 512, a model takes ten times the time and memory.
+    """
     import timm
 
+    if timm.models.get_pretrained_cfg(entry.name).fixed_input_size:
+        for side in _SMALL:
+            model = _small(entry.name, side)
+            if model is not None:
+                return model
     return timm.create_model(entry.name, pretrained=False, num_classes=CLASSES)
+
+
+def _small(name: str, side: int) -> nn.Module | None:
+    """Return a model for images of a size; None if it cannot be made for them."""
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=CLASSES, img_size=side)
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 3, side, side))
+    except Exception:  # each family has its own ways to refuse a size
+        return None
+    return model.train()
 
 
 def fitting_input(entry: Entry, model: nn.Module) -> Inputs:

@@ -165,7 +165,7 @@ class NodeRunner:
             RuntimeError: says what is returned in each mode.
         """
         module = self.probe.get_submodule(str(node.target))
-        if _is_torchs_own(module):
+        if _is_of_torch(module):
             return
         # A `train` of its own may read weights. And while nothing runs, to read `training` would
         # make a node of a flag.
@@ -276,7 +276,7 @@ class NodeRunner:
         module = self.probe.get_submodule(target)
         # A leaf may draw by itself, for it draws again whenever the graph calls it. Layers of torch
         # draw by torch alone, and the other generators take a tenth of the time of a trace.
-        restored = torch_restored if _is_torchs_own(module) else generators_restored
+        restored = torch_restored if _runs_torch_alone(module) else generators_restored
         with restored():
             try:
                 return module(*_plain(args), **_plain(kwargs))
@@ -342,11 +342,16 @@ class NodeRunner:
         return tree_map_only(Tensor, faked, result)
 
 
-def _is_torchs_own(module: nn.Module) -> bool:
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a module and all in it are torch's own layers."""
+    return all(type(each).__module__.startswith("torch.nn.") for each in module.modules())
+
+
+def _runs_torch_alone(module: nn.Module) -> bool:
     """Whether nothing but code of torch runs when a module is called."""
+    if not _is_of_torch(module):
+        return False
     for each in module.modules():
-        if not type(each).__module__.startswith("torch.nn."):
-            return False
         if "forward" in vars(each) or has_forward_hooks(each) or each._forward_pre_hooks:
             return False
     return True

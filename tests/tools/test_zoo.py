@@ -161,3 +161,9 @@ def test_a_model_that_does_not_fit_has_not_been_tried():
     note_failure(caught.value, record)
     assert record.outcome == "idle"
     assert f"{MEMORY // 2**30} GiB" in record.reason
+
+
+def test_a_model_of_one_image_size_is_built_for_a_small_one():
+    entry = Entry("timm", "levit_conv_128s", "levit")  # made for 224 x 224
+    x = fitting_input(entry, build(entry))["x"]
+    assert x.shape[1:] == (3, 96, 96)

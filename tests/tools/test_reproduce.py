@@ -1,6 +1,7 @@
 """The parts of the experiments against plain references, and one small experiment as a whole."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -154,6 +155,30 @@ def test_a_recipe_is_not_searched_for_and_cools_down(tmp_path):
     run.train(4)
     rates = [epoch["lr"][0] for epoch in run.curve]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+
+
+def test_a_recipe_lowers_the_rate_of_a_block_by_the_steps_that_it_learnt(monkeypatch):
+    spans = ((0, 2), (2, 4), (2, 4), (2, 4), (2, 4))
+    monkeypatch.setitem(METHODS, "SFF", replace(METHODS["SFF"], spans=spans))
+    steps = math.ceil(len(small_split().train) / SMALL.batch)
+    recipe = Recipe("AdamW", lr=1.0, lrs=(1.0, 0.5), decays=((0.1, steps), (0.1, steps + 1)))
+    experiment = replace(SMALL, recipes=(("SFF", recipe),))
+    run = Run(experiment, "SFF", Setting(1.0, 0.25, 0.0), 0, small_split())
+    used = []
+    step = run.optimizer.step
+
+    def noted() -> None:
+        used.append([group["lr"] for group in run.optimizer.param_groups])
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0  # the weights stay finite
+        step()
+
+    monkeypatch.setattr(run.optimizer, "step", noted)
+    run.train(4)
+    first, second, *_, classifier = zip(*used, strict=True)
+    assert first[: 2 * steps] == pytest.approx([1.0] * steps + [0.1] * steps)
+    assert second[2 * steps :] == pytest.approx([0.5] * (steps + 1) + [0.05] * (steps - 1))
+    assert set(classifier) == {0.25}
 
 
 def test_blocks_learn_in_the_epochs_of_a_method(monkeypatch):
@@ -339,6 +364,7 @@ def test_a_record_fits_whatever_other_methods_and_later_fields_there_are(tmp_pat
     made = replace(SMALL, recipes=(("SFF", Recipe("Adam", lr=1e-3)), ("CwC", Recipe("SGD", 1))))
     config = asdict(made)
     del config["precision"]  # an older record
+    del config["recipes"][0][1]["decays"]
     record = tmp_path / "SFF-0.json"
     record.write_text(json.dumps({"method": "SFF", "config": config}))
 

@@ -26,7 +26,7 @@ from sffx.files import write
 from tools.precision import PRECISIONS
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, split
-from tools.reproduce.experiments import EXPERIMENTS, Experiment
+from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.networks import torchvision_weights
 from tools.reproduce.render import render
 from tools.reproduce.search import search
@@ -179,7 +179,8 @@ def _config(experiment: Experiment, method: str) -> dict[str, Any]:
     """Return what the record of a method depends on, as JSON: all but the other methods."""
     config = asdict(experiment)
     del config["methods"]
-    config["recipes"] = dict(config["recipes"]).get(method)
+    recipe = dict(config["recipes"]).get(method)
+    config["recipes"] = None if recipe is None else asdict(Recipe(**recipe))
     return json.loads(json.dumps(config))
 
 

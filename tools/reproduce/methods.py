@@ -147,7 +147,8 @@ def _family(objective: Any, spans: tuple[tuple[int, int], ...] | None = None) ->
 
 
 # Interleaved layer training on MNIST, as published: where each layer's epochs end. All begin at 0.
-# The authors list six layers; this is their list for the first four and the last one.
+# The authors list six layers; this is their list for the first four and the last one. An experiment
+# may end before it.
 MNIST_SPANS = ((0, 2), (0, 3), (0, 4), (0, 5), (0, 20))
 # The fast list on CIFAR-10, a fifth as long, for four layers and the classifier.
 FAST_SPANS = ((0, 3), (0, 4), (1, 6), (1, 8), (2, 10))

@@ -159,6 +159,10 @@ def _grey_cfse(num_classes: int, size: int) -> nn.Module:
     return CFSE(num_classes, size, channels=1)
 
 
+def _narrow_grey_cfse(num_classes: int, size: int) -> nn.Module:
+    return CFSE(num_classes, size, channels=1, widths=(20, 40, 120, 240))
+
+
 def narrow_resnet18(num_classes: int, size: int) -> nn.Module:
     """Return a ResNet18 with a quarter of the channels, a stem of stride 1, and no pool.
 
@@ -193,6 +197,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "MobileNetV3-small": _mobilenet_small,
     "CFSE": _cfse,
     "CFSE, grey": _grey_cfse,
+    "CFSE/2, grey": _narrow_grey_cfse,
     "MLP 3 x 1000": _perceptron(1000, 1000, 1000),
     "MLP 2 x 2000": _perceptron(2000, 2000),
     "MLP 2 x 500": _perceptron(500, 500),

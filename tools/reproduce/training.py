@@ -69,8 +69,8 @@ class Run:
         self.schedule = self.method.schedule(self.net)
         self.recipe = experiment.recipe(name)
         self.optimizer = self._optimizer(groups)
-        self.first_rates = [group["lr"] for group in groups]
         self.names = [group["name"] for group in groups]
+        self.first_rates = self._first_rates(groups)
         self.plateau = sffx.BlockPlateau(self.optimizer, patience=experiment.patience)
         self.curve: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1, "state": None}
@@ -138,7 +138,6 @@ class Run:
     def _epoch(self) -> float:
         """Train and validate for one epoch, and return the validation accuracy."""
         epoch = len(self.curve)
-        self._cool_down(epoch)
         self.method.begin_epoch(self.net, epoch, self.experiment.epochs, self.split)
         start = time.perf_counter()
         train_loss = self._train_epoch(epoch)
@@ -165,13 +164,24 @@ class Run:
         )
         return validation
 
-    def _cool_down(self, epoch: int) -> None:
-        """Lower the learning rates of a recipe that says so, linearly in the second half."""
-        if self.recipe is None or not self.recipe.cooldown:
+    def _first_rates(self, groups: list[dict[str, Any]]) -> list[float]:
+        if self.recipe is None:
+            return [group["lr"] for group in groups]
+        return [self.recipe.first_rate(i, group["lr"]) for i, group in enumerate(groups)]
+
+    def _set_rates(self, epoch: int, step: int, steps: int) -> None:
+        """Set the learning rates of a recipe before a step, which is 0 for the first of an epoch.
+
+        Without a recipe the rates follow the losses, epoch by epoch.
+        """
+        if self.recipe is None:
             return
-        left = 2 * (self.experiment.epochs - epoch) / self.experiment.epochs
-        for group, first in zip(self.optimizer.param_groups, self.first_rates, strict=True):
-            group["lr"] = first * min(left, 1)
+        groups = zip(self.optimizer.param_groups, self.first_rates, strict=True)
+        for i, (group, first) in enumerate(groups):
+            begin = 0 if self.schedule is None else self.schedule.spans[group["name"]].start
+            learnt = max(epoch - begin, 0) * steps + step
+            factor = self.recipe.factor(i, epoch, self.experiment.epochs, learnt)
+            group["lr"] = first * factor
 
     def _train_epoch(self, epoch: int) -> float:
         """Train on all images once, and return the mean loss."""
@@ -187,7 +197,9 @@ class Run:
             flip=self.experiment.flip,
             shift=self.experiment.shift,
         )
-        for x, y in batches:
+        steps = math.ceil(len(self.split.train) / self.experiment.batch)
+        for step, (x, y) in enumerate(batches):
+            self._set_rates(epoch, step, steps)
             self.optimizer.zero_grad()
             with precision(self.experiment.precision):
                 loss = self.method.loss(self.net, self.split.scaled(x), y, blocks)

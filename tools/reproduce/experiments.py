@@ -339,9 +339,10 @@ CFSE_MNIST = replace(
     network="CFSE/2, grey",
     policy="batchnorm",
     batch=128,
-    epochs=10,
+    epochs=6,
     scale="normalised",
     methods=("CwC, ILT", *RIVALS),
+    trials=2,
     trial_epochs=1,
     recipes=(("CwC, ILT", Recipe("Adam", lr=0.01, classifier_lr=0.01)),),
 )

@@ -48,9 +48,10 @@ def compile(net: nn.Module, **options: Any) -> CutModel:
     graph. Training begins to compile in the second step, since the first one checks each block.
 
     Some blocks run as before: one that cannot be compiled, one with hooks or with a forward set on
-    an instance, one whose forward sets attributes of its layers, and every block inside
-    `block_seeds`. A warning of the logger "sffx.runtime.compiled" says why, and `compiled_blocks`
-    as well. Compiled and other blocks agree up to rounding, but dropout draws other numbers.
+    an instance, one where an attribute of a layer has changed since the first step, and every block
+    inside `block_seeds`. A warning of the logger "sffx.runtime.compiled" says why, and
+    `compiled_blocks` as well. Compiled and other blocks agree up to rounding, but dropout draws
+    other numbers.
 
     Args:
         net: what `transform` returned. It may be trained already.

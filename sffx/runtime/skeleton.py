@@ -54,8 +54,13 @@ class Skeleton:
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return "a parameter in it has hooks"
         for layer, before in zip(self._layers, self._attributes, strict=True):
-            if _attributes_of(layer) != before:
-                return f"the forward of a {type(layer).__name__} in it sets attributes"
+            now = _attributes_of(layer)
+            if now != before:
+                changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+                return (
+                    f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
+                    "first step. Hint: sffx.compile(net) once more, if its forward did not change it"
+                )
         return ""
 
     def structure(self) -> Any:

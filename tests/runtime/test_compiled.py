@@ -177,6 +177,26 @@ class Branching(nn.Module):
         return x if float(x.sum()) > 0 else -x
 
 
+def test_a_setting_that_changes_is_seen():
+    plain, compiled = pair(nn.Dropout(0.0))
+
+    def losses_agree(steps):
+        for step in steps:
+            losses = [sffx.local_loss(net, *batch(seed=step)) for net in (plain, compiled)]
+            torch.testing.assert_close(*losses)
+
+    losses_agree(range(3))
+    for net in (plain, compiled):
+        net.get_submodule("block_2").get_submodule("between").p = 1.0
+    losses_agree(range(3, 5))
+    (reason,) = set(compiled_blocks(compiled).values()) - {"compiled"}
+    assert reason.startswith("p of a Dropout in it changed after the first step")
+
+    compile(compiled, backend=BACKEND)
+    losses_agree(range(5, 8))
+    assert set(compiled_blocks(compiled).values()) == {"compiled"}
+
+
 @pytest.mark.parametrize("layer", [Counting, Branching])
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(layer, caplog):
     plain, compiled = pair(layer())

@@ -59,7 +59,7 @@ class Skeleton:
                 changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
                 return (
                     f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
-                    "first step. Hint: sffx.compile(net) once more, if its forward did not change it"
+                    "first step. Hint: if its forward did not change it, sffx.compile(net) again"
                 )
         return ""
 

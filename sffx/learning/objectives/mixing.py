@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
+from sffx.kernels.precision import full_precision
 
 # How often a mask is blurred, and the weights along each axis.
 BLURS = 6
@@ -46,10 +46,18 @@ def random_masks(samples: int, height: int, width: int, device: torch.device) ->
     Random bits are blurred with [1/4, 1/2, 1/4] in both directions, six times. The mask is where
     the result is above 0.5. At an edge its last value is repeated.
     """
-    blurred = torch.randint(0, 2, (samples, 1, height, width), device=device).float()
-    kernel = torch.tensor(BLUR, device=device)
-    for _ in range(BLURS):
-        padded = F.pad(blurred, (1, 1, 1, 1), mode="replicate")
-        rows = F.conv2d(padded, kernel.reshape(1, 1, 3, 1))
-        blurred = F.conv2d(rows, kernel.reshape(1, 1, 1, 3))
+    bits = torch.randint(0, 2, (samples, 1, height, width), device=device).float()
+    # In half precision a sum of bits would be rounded, and some would lie on the other side of 0.5.
+    with full_precision(bits):
+        blurred = _blur(height, device) @ bits @ _blur(width, device).T
     return blurred > 0.5
+
+
+def _blur(size: int, device: torch.device) -> Tensor:
+    """Return the matrix that blurs a column of a mask to its end, (size, size)."""
+    places = torch.arange(size, device=device)
+    once = torch.zeros(size, size, device=device)
+    for offset, weight in zip((-1, 0, 1), BLUR, strict=True):
+        neighbours = (places + offset).clamp(0, size - 1)
+        once[places, neighbours] += weight
+    return torch.linalg.matrix_power(once, BLURS)

@@ -145,6 +145,22 @@ def test_the_other_sample_is_never_the_same(samples, seed):
     assert sorted(others.tolist()) == x.tolist()
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (1, 5), (7, 2)])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_masks_are_bits_that_were_blurred_six_times(shape, is_autocast):
+    height, width = shape
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        masks = random_masks(40, height, width, torch.device("cpu"))
+    torch.manual_seed(0)
+    blurred = torch.randint(0, 2, (40, 1, height, width)).double()
+    for _ in range(6):
+        before = F.pad(blurred, (1, 1, 1, 1), mode="replicate")
+        rows = (before[:, :, :-2] + 2 * before[:, :, 1:-1] + before[:, :, 2:]) / 4
+        blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    assert torch.equal(masks, blurred > 0.5)
+
+
 def test_masks_have_large_regions():
     with seeded():
         masks = random_masks(50, 28, 28, torch.device("cpu"))

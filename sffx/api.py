@@ -5,6 +5,7 @@ Their bodies are the list of the compiler's passes, in order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from sffx.compiler.trace.trace import trace
 from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
 from sffx.errors import InputError
+from sffx.inputs import like_the_model, random_batch
 from sffx.learning.heads import goodness_maker, make_heads
 from sffx.learning.norms import make_norms, norm_maker
 from sffx.learning.objectives.records import ObjectiveName, objective_named
@@ -35,6 +37,9 @@ from sffx.policies import AnyPolicy, policy_named
 from sffx.progress import running
 from sffx.tasks import Task
 from sffx.tasks.records import require_task
+
+# The samples on which a model is tried that an objective has changed.
+_SAMPLES = 2
 
 
 @running("cutting the model")
@@ -116,7 +121,8 @@ def transform(
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
-    blocks = _fitting(partition(analysis, cuts, options, policy=name, num_classes=num_classes))
+    blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
+    blocks = _fitting(blocks, model)
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms)
@@ -158,11 +164,17 @@ def plan(
     add_batch_first_views(traced)
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
-    return _fitting(partition(analysis, cuts, options, policy=name, num_classes=num_classes))
+    blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
+    return _fitting(blocks, model)
 
 
-def _fitting(plan: BlockPlan) -> BlockPlan:
-    """Return a plan; raise an InputError if its model cannot learn by its objective."""
+def _fitting(plan: BlockPlan, model: nn.Module) -> BlockPlan:
+    """Return a plan; raise an InputError if its model cannot learn by its objective.
+
+    Args:
+        plan: of the model.
+        model: that is cut, as the objective has prepared it.
+    """
     objective = plan.objective
     if plan.nested is not None and (objective.views > 1 or objective.is_tried):
         raise InputError(
@@ -171,7 +183,21 @@ def _fitting(plan: BlockPlan) -> BlockPlan:
         )
     objective.require(plan.inputs, plan.task, plan.num_classes)
     objective.require_blocks(len(plan))
+    if objective.changes_model:
+        _require_prepared(plan, model)
     return plan
+
+
+def _require_prepared(plan: BlockPlan, model: nn.Module) -> None:
+    """Raise an InputError if the objective has made a model that is not what it should be."""
+    tensors = like_the_model(model, random_batch(plan.inputs, _SAMPLES))
+    names = [each.name for each in plan.inputs]
+
+    def call(changed: nn.Module, values: Mapping[str, Any]) -> Any:
+        args, kwargs = plan.call_arguments(values)
+        return changed(*args, **kwargs)
+
+    plan.objective.require_prepared(model, call, dict(zip(names, tensors, strict=True)))
 
 
 def _options(

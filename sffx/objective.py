@@ -157,6 +157,20 @@ class Objective:
         """
         return model
 
+    def require_prepared(
+        self,
+        model: nn.Module,
+        call: Callable[[nn.Module, Mapping[str, Any]], Any],
+        values: Mapping[str, Any],
+    ) -> None:
+        """Raise an InputError if a model that `prepared` changed is not what it should be.
+
+        Args:
+            model: that `prepared` returned. It stays as it is.
+            call: calls a model with its inputs, which are given by name.
+            values: random inputs by name, (B, ...).
+        """
+
     def finish(self, classifier: nn.Module) -> None:
         """Change the classifier of a cut model, where it is known which part of a model that is."""
 
@@ -239,9 +253,10 @@ class Objective:
         return None
 
     def feature_inputs(self, inputs: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
-        """Return the inputs by name with one row for each sample, of which features are read.
+        """Return the inputs by name of which features are read, (B, ...).
 
-        The modules of `trials` do not run then.
+        There may be further rows behind these, whose features are not read. The modules of `trials`
+        do not run.
 
         Args:
             inputs: of the model by name, (B, ...).

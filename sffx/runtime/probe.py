@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from sffx.blocks import Block, BlockPlan
 from sffx.checks import positive_integer
 from sffx.errors import InputError
-from sffx.inputs import bind
+from sffx.inputs import batch_size, bind
 from sffx.kernels.precision import widened
 from sffx.learning.norms import feature_norm
 from sffx.learning.pooling import features_of, num_features
@@ -103,7 +103,8 @@ class LinearProbe(nn.Module):
             for index, block in enumerate(plan):
                 if block.target in self.blocks:
                     last = index
-                    keep = self._keeping(features, block, _mask(plan, block, inputs))
+                    mask = _mask(plan, block, inputs)
+                    keep = self._keeping(features, block, mask, batch_size(inputs))
                     part = net.get_submodule(block.target)
                     handles.append(part.register_forward_hook(keep))
             with _without_trials(net):
@@ -114,7 +115,7 @@ class LinearProbe(nn.Module):
         return torch.cat([features[name] for name in self.blocks], dim=1)
 
     def _keeping(
-        self, features: dict[str, Tensor], block: Block, mask: Tensor | None
+        self, features: dict[str, Tensor], block: Block, mask: Tensor | None, samples: int
     ) -> Callable[..., None]:
         """Return a forward hook of a block that keeps its features.
 
@@ -122,12 +123,13 @@ class LinearProbe(nn.Module):
             features: by the name of the block; the hook adds the block's.
             block: its plan.
             mask: (B, T), nonzero at real tokens, if it has one.
+            samples: B. An objective may run further rows.
         """
 
         def keep(module: nn.Module, args: Any, returned: Any) -> None:
             # A block with side values returns a tuple.
             output = returned[0] if block.sides else returned
-            channels_first = widened(output).movedim(block.channel_axis, 1)
+            channels_first = widened(output[:samples]).movedim(block.channel_axis, 1)
             spatial = channels_first.ndim - 2
             pooled = features_of(channels_first, mask, spatial, self.regions)
             features[block.target] = self.norm(pooled)

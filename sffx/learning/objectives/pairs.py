@@ -15,8 +15,9 @@ from sffx.checks import positive_integer
 from sffx.kernels.precision import full_precision, widened
 from sffx.learning.norms import feature_norm
 from sffx.learning.objectives.choices import require_choice
-from sffx.learning.objectives.labels import OneTry, Repeated
+from sffx.learning.objectives.labels import OneTry, Repeated, repeated
 from sffx.learning.objectives.probe import BlockProbe, require_classes
+from sffx.learning.objectives.side_by_side import Call, require_two_nets
 from sffx.learning.objectives.twin_layers import answer_alone, remove_twins, with_twins
 from sffx.objective import Batch, Objective, Place
 from sffx.tasks import CLASSIFICATION, Task
@@ -73,7 +74,12 @@ class FFCL(Objective):
 
     The publication gives no settings but 784-64-64-10 on MNIST, and no code. That pairs are told by
     their labels is from its predecessor (arXiv 2305.02927); that all pairs of a batch are taken is
-    a choice of this package. `extract` returns the first net. Memory and time are those of two.
+    a choice of this package. `extract` returns the first net, and `sffx.LinearProbe` reads the
+    features of the first net. Memory and time are those of two.
+
+    Layers that do not learn are the same in both nets. A forward must call its layers, on values
+    with the batch first. A model that does otherwise is refused, such as one with an embedding of
+    positions, (T, C), that all samples share.
 
     Attributes:
         loss_form: "cosine" or "bce".
@@ -100,6 +106,9 @@ class FFCL(Objective):
 
     def prepared(self, model: nn.Module) -> nn.Module:
         return with_twins(model, self.name)
+
+    def require_prepared(self, model: nn.Module, call: Call, values: Mapping[str, Any]) -> None:
+        require_two_nets(model, call, values, self.name)
 
     def finish(self, classifier: nn.Module) -> None:
         answer_alone(classifier)
@@ -142,6 +151,10 @@ class FFCL(Objective):
     def choice(self, num_classes: int) -> nn.Module | None:
         # The rows of the first net.
         return OneTry(NETS, chosen=0)
+
+    def feature_inputs(self, inputs: Mapping[str, Any], num_classes: int) -> Mapping[str, Any]:
+        # The layers give the first rows to the first net.
+        return {name: repeated(value, NETS) for name, value in inputs.items()}
 
 
 def pair_loss(cosines: Tensor, y: Tensor) -> Tensor:

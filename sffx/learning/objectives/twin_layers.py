@@ -72,16 +72,18 @@ def with_twins(model: nn.Module, objective: str) -> nn.Module:
     """
     twins: nn.Module = copied(model)
     _require_known(twins, objective)
+    # A parameter that several layers share has one twin, which the twins of these layers share.
+    shared: dict[nn.Parameter, nn.Parameter] = {}
     for layer in list(twins.modules()):
         if type(layer) in _TWIN_CLASSES:
-            _add_twin(layer)
+            _add_twin(layer, shared)
     return twins
 
 
 def _require_known(model: nn.Module, objective: str) -> None:
     for name, module in model.named_modules():
-        own = [*module._parameters.values(), *module._buffers.values()]
-        if type(module) in _TWIN_CLASSES or not any(isinstance(each, Tensor) for each in own):
+        has_parameters = any(isinstance(each, Tensor) for each in module._parameters.values())
+        if _can_have_twin(module) or not has_parameters:
             continue
         raise InputError(
             f"the objective {objective!r} trains two nets, and {name or 'the model'!r}, a "
@@ -90,11 +92,28 @@ def _require_known(model: nn.Module, objective: str) -> None:
         )
 
 
-def _add_twin(layer: nn.Module) -> None:
+def _can_have_twin(module: nn.Module) -> bool:
+    # The older weight_norm and spectral_norm keep weights that `reset_parameters` does not know.
+    return type(module) in _TWIN_CLASSES and set(module._parameters) <= {"weight", "bias"}
+
+
+def _add_twin(layer: nn.Module, shared: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Give a layer a twin.
+
+    Args:
+        layer: of one net.
+        shared: the twin of each parameter so far. Those of this layer are added.
+    """
     twin = copy.deepcopy(layer)
     reset: Any = getattr(twin, "reset_parameters", None)
     if reset is not None:
         reset()
+    for name, own in layer.named_parameters():
+        other = twin.get_parameter(name)
+        if not own.requires_grad:
+            # What does not learn is given, such as a fixed filter. It is the same in both nets.
+            other.data.copy_(own.data)
+        setattr(twin, name, shared.setdefault(own, other))
     layer.__class__ = _TWIN_CLASSES[type(layer)]
     layer.add_module(TWIN, twin)
 

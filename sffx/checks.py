@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard
+
+from torch import Tensor
 
 from sffx.errors import InputError
 
@@ -78,3 +80,24 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(called)
     except (TypeError, ValueError):
         return None
+
+
+def require_block_names(given: Any, known: Sequence[str]) -> None:
+    """Raise an InputError if the argument `blocks` is no list of names that are known.
+
+    Args:
+        given: the argument.
+        known: the names of the blocks, in order.
+    """
+    if isinstance(given, str):
+        raise InputError(f"blocks is {given!r}, not a list. Hint: blocks=[{given!r}]")
+    # A tensor is a collection as well, and its elements are no names.
+    is_list = isinstance(given, Collection) and not isinstance(given, Tensor)
+    if not is_list or not all(isinstance(name, str) for name in given):
+        raise InputError(f"blocks is {given!r}, no list of names. Hint: blocks=[{known[-1]!r}]")
+    unknown = [name for name in given if name not in known]
+    if unknown or not given:
+        raise InputError(
+            f"blocks names {', '.join(map(repr, unknown)) or 'no block'}. "
+            f"Hint: the blocks are {', '.join(known)}"
+        )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.blocks import BlockPlan
-from sffx.checks import require_callable
+from sffx.checks import require_block_names, require_callable
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, targets_of
 from sffx.kernels.entropy import SharedCrossEntropy, private_scores
@@ -265,19 +265,7 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
         stages.pop()
     if only is None:
         return stages
-    names = [stage.name for stage in stages]
-    if isinstance(only, str):
-        raise InputError(f"blocks is {only!r}, not a list. Hint: blocks=[{only!r}]")
-    # A tensor is a collection as well, and its elements are no names.
-    is_list = isinstance(only, Collection) and not isinstance(only, Tensor)
-    if not is_list or not all(isinstance(name, str) for name in only):
-        raise InputError(f"blocks is {only!r}, no list of names. Hint: blocks=[{names[0]!r}]")
-    unknown = [name for name in only if name not in names]
-    if unknown or not only:
-        raise InputError(
-            f"blocks names {', '.join(map(repr, unknown)) or 'no block'}. "
-            f"Hint: the blocks are {', '.join(names)}"
-        )
+    require_block_names(only, [stage.name for stage in stages])
     return [stage for stage in stages if stage.name in only]
 
 

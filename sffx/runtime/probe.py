@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Block, BlockPlan
-from sffx.checks import positive_integer
+from sffx.checks import positive_integer, require_block_names
 from sffx.errors import InputError
 from sffx.inputs import batch_size, bind
 from sffx.kernels.precision import widened
@@ -150,15 +150,7 @@ def _chosen(plan: BlockPlan, names: Sequence[str] | None) -> list[Block]:
     skips = min(plan.objective.skips, len(plan) - 1)
     if names is None:
         names = [block.target for block in plan.blocks[skips:]]
-    known = [block.target for block in plan]
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InputError(f"blocks is {names!r}, not a list. Hint: blocks=[{known[-1]!r}]")
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise InputError(
-            f"blocks names {', '.join(map(repr, unknown)) or 'no block'}. "
-            f"Hint: the blocks are {', '.join(known)}"
-        )
+    require_block_names(names, [block.target for block in plan])
     chosen = [block for block in plan if block.target in names]
     for block in chosen:
         if block.is_folded:

@@ -10,6 +10,7 @@ from torch import nn
 from sffx.blocks import Leaf
 from sffx.compiler.calls import signature
 from sffx.compiler.qualnames import has_tensors, outermost
+from sffx.errors import TraceError
 
 # torch's classes whose forward only calls their children, and so is traced.
 _CONTAINERS = (
@@ -71,6 +72,29 @@ def add_leaves(
     for name, module in model.named_modules():
         if name and type(module) is kind:
             reasons[name] = reason
+
+
+def add_leaves_of_modules(
+    reasons: dict[str, str], model: nn.Module, found: Mapping[nn.Module, str]
+) -> None:
+    """Make leaves of some modules of a model, and of others of their class.
+
+    Args:
+        reasons: why each leaf is one, by its qualname; to write to.
+        model: that is traced.
+        found: why a graph cannot hold what the forward of a module does.
+
+    Raises:
+        TraceError: the model itself is among them.
+    """
+    for module, reason in found.items():
+        if module is model:
+            raise TraceError(
+                f"{type(model).__name__} {reason}, which a graph cannot hold. "
+                "Hint: move this into a submodule, which then becomes a leaf, or keep numbers in "
+                "a buffer"
+            )
+        add_leaves(reasons, model, type(module), reason)
 
 
 def leaves_by_hooks(model: nn.Module) -> dict[str, str]:

@@ -11,8 +11,7 @@ from torch import nn
 
 from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
-from sffx.compiler.trace.leaves import add_leaves
-from sffx.errors import TraceError
+from sffx.compiler.trace.leaves import add_leaves_of_modules
 from sffx.net import overrides_mode
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -30,14 +29,10 @@ def make_leaves_by_mode(probe: nn.Module, leaves: dict[str, str]) -> None:
     """
     if not any(overrides_mode(module) for module in probe.modules()):
         return
+    found = {}
     for module, name in _readers(probe).items():
-        reason = f"sets the attribute {name!r} by its mode"
-        if module is probe:
-            raise TraceError(
-                f"{type(probe).__name__} {reason}, and its forward reads it, which a graph cannot "
-                "hold. Hint: move this into a submodule, which then becomes a leaf"
-            )
-        add_leaves(leaves, probe, type(module), reason)
+        found[module] = f"reads the attribute {name!r}, which its mode sets"
+    add_leaves_of_modules(leaves, probe, found)
 
 
 def _readers(probe: nn.Module) -> dict[nn.Module, str]:

@@ -32,7 +32,7 @@ from sffx.compiler.trace.flags import add_module, is_added
 from sffx.compiler.trace.functions import Functions
 from sffx.compiler.trace.inputs import input_records
 from sffx.compiler.trace.kept_state import set_outside
-from sffx.compiler.trace.leaves import add_leaves, leaf_records, leaves_by_hooks
+from sffx.compiler.trace.leaves import add_leaves_of_modules, leaf_records, leaves_by_hooks
 from sffx.compiler.trace.mode_attributes import make_leaves_by_mode
 from sffx.compiler.trace.notes import notes
 from sffx.compiler.trace.outputs import Wanted
@@ -304,14 +304,10 @@ def _make_leaves_of_counters(
     Raises:
         TraceError: the model itself is one.
     """
+    found = {}
     for module, name in {**counters(probe, run, before), **carried}.items():
-        reason = f"changes {name} at each call"
-        if module is probe:
-            raise TraceError(
-                f"{type(probe).__name__} {reason}, which a graph cannot hold. "
-                "Hint: keep it in a buffer, or in a submodule, which then becomes a leaf"
-            )
-        add_leaves(leaves, probe, type(module), reason)
+        found[module] = f"changes {name} at each call"
+    add_leaves_of_modules(leaves, probe, found)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -374,7 +374,9 @@ def test_a_layer_whose_mode_sets_what_its_forward_reads_is_a_leaf(kind, mode):
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), kind(), nn.Linear(6, 4)).train(mode)
     x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
     net = sffx.transform(model, "layer", x, norm="none", check=False)
-    assert [leaf.reason for leaf in net.plan.leaves] == ["sets the attribute 'merged' by its mode"]
+    assert [leaf.reason for leaf in net.plan.leaves] == [
+        "reads the attribute 'merged', which its mode sets"
+    ]
     twin = copy.deepcopy(model)
     net.readout.mode = "classifier"
     for each in (True, False, False, True):
@@ -386,5 +388,7 @@ def test_a_layer_whose_mode_sets_what_its_forward_reads_is_a_leaf(kind, mode):
 
 
 def test_a_model_whose_mode_sets_what_its_own_forward_reads_is_refused():
-    with pytest.raises(TraceError, match=r"'merged' by its mode.*Hint: move this into a submodule"):
+    with pytest.raises(
+        TraceError, match=r"'merged', which its mode sets.*Hint: move this into a submodule"
+    ):
         sffx.transform(_MergedRoot(), "layer", torch.zeros(2, 6))

@@ -14,6 +14,7 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
 from sffx.learning.readouts import Readout
+from sffx.picklable import require_picklable_options
 from sffx.pickled_graph import PickledGraph
 from sffx.tensors import detach_scripts
 
@@ -114,6 +115,8 @@ class CutModel(PickledGraph):
 
     def __reduce__(self) -> Any:
         self.settle()
+        objective = self.plan.objective
+        require_picklable_options(objective, f"the objective {objective.name!r}")
         return _restored, super().__reduce__()
 
 

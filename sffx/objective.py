@@ -33,9 +33,11 @@ The methods of the base class are those of Scalable Forward-Forward: one view, t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,7 +92,7 @@ class Objective:
     """How the blocks of a cut model learn.
 
     Attributes:
-        name: in records, tables and messages.
+        name: in records, tables and messages. Each class has its own.
         goodness: the default of `goodness=`; None for an objective whose heads are its own.
         norm: the default of `norm=`.
         skips: how many of the first blocks the ensemble leaves out.
@@ -183,8 +185,13 @@ class Objective:
         return ()
 
     def record(self) -> dict[str, Any]:
-        """Return the objective as its name and its options, numbers and strings."""
-        return {"name": self.name, **asdict(self)}
+        """Return the objective as its name and its options, for a checkpoint.
+
+        Options are numbers and strings, and lists and mappings of these. A tensor becomes a list,
+        and of any other object there is the name: of a function its own, or that of its class.
+        """
+        options = {entry.name: _recorded(getattr(self, entry.name)) for entry in fields(self)}
+        return {"name": self.name, **options}
 
     # Training.
 
@@ -263,6 +270,26 @@ class Objective:
             num_classes: J.
         """
         return inputs
+
+
+def _recorded(option: Any) -> Any:
+    """Return an option as it stands in a record, which must be read without running code."""
+    if option is None or isinstance(option, (bool, str)):
+        return option
+    # A number of NumPy is no number to a loader that runs no code.
+    if isinstance(option, Integral):
+        return int(option)
+    if isinstance(option, Real):
+        return float(option)
+    if isinstance(option, (Tensor, np.ndarray)):
+        return option.tolist()
+    if isinstance(option, (list, tuple)):
+        entries = [_recorded(entry) for entry in option]
+        return tuple(entries) if isinstance(option, tuple) else entries
+    if isinstance(option, Mapping):
+        return {key: _recorded(value) for key, value in option.items()}
+    named = option if hasattr(option, "__qualname__") else type(option)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,20 @@ def require_picklable(module: nn.Module) -> None:
                 raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
 
 
+def require_picklable_options(value: Any, place: str) -> None:
+    """Raise an InputError if an object's class or attributes have no name to import them by.
+
+    Args:
+        value: an object that is no module.
+        place: what it is, for the message: "the objective 'mine'".
+    """
+    if not _has_name(type(value)):
+        raise InputError(_message(f"{place} is of the class", type(value)))
+    for name, attribute in vars(value).items():
+        for nameless in _nameless(attribute, set()):
+            raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
+
+
 def _require_own_way(part: nn.Module, place: str) -> None:
     """Raise an InputError if a module with its own way of being pickled refuses to be.
 

@@ -146,7 +146,8 @@ def _split_input(inputs: dict[str, Any], tries: int) -> Iterator[dict[str, Any]]
     """
     samples = batch_size(inputs)
     size = max(samples // tries, 1)
-    for start in range(0, samples, size):
+    # A batch without samples is one part, whose scores have no rows.
+    for start in range(0, max(samples, 1), size):
         yield {name: value[start : start + size] for name, value in inputs.items()}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
-from sffx.inputs import bind
+from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.learning.losses import LossFunction, LossFunctions
 from sffx.learning.readouts import readout_of
 from sffx.net import plan_of
@@ -19,6 +19,9 @@ from sffx.objective import DEFAULT, Batch, Objective, Place
 from sffx.runtime.cut_values import CutValues
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
+
+# The losses of blocks that are kept: of many nets, and not of all there ever were.
+_LOSSES = 4096
 
 
 def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
@@ -35,9 +38,48 @@ def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
         return x
     if isinstance(x, CutValues):
         return x.views_in_rows()
-    batch = Batch(bind(plan, x), y, plan.num_classes, partial(_present_scores, net, x))
-    with torch.no_grad():
-        return dict(objective.training_views(batch))
+    inputs = bind(plan, x)
+    batch = Batch(inputs, y, plan.num_classes, partial(_present_scores, net, x))
+    place = f"the views of the objective {objective.name!r}"
+    with torch.no_grad(), explaining_input_errors(net, inputs, place):
+        made = objective.training_views(batch)
+    _require_views(objective, made, inputs)
+    return dict(made)
+
+
+def _require_views(objective: Objective, made: Any, inputs: Mapping[str, Any]) -> None:
+    """Raise an InputError if an objective made something else than the views of a batch.
+
+    Args:
+        objective: of a cut model.
+        made: what its `training_views` returned.
+        inputs: of the model by name, (B, ...).
+    """
+    what = f"training_views of the objective {objective.name!r} returned"
+    if not isinstance(made, Mapping) or set(made) != set(inputs):
+        is_mapping = isinstance(made, Mapping)
+        found = f"a mapping of {list(made)}" if is_mapping else f"a {type(made).__name__}"
+        raise InputError(
+            f"{what} {found}. Hint: return a mapping with the inputs {', '.join(inputs)}, as "
+            "batch.repeated(self.views) does"
+        )
+    samples = batch_size(inputs)
+    rows = objective.views * samples
+    for name, value in inputs.items():
+        # A value without a batch axis may stay as it is.
+        if not _has_rows(value, samples) or _has_rows(made[name], rows):
+            continue
+        shape = getattr(made[name], "shape", None)
+        found = type(made[name]).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise InputError(
+            f"{what} {name!r} of {found}, but {objective.views} views of {samples} samples are "
+            f"{rows} rows. Hint: torch.cat of the views along axis 0; `views` of the class says "
+            "how many there are"
+        )
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
 
 
 @torch.no_grad()
@@ -64,13 +106,30 @@ def losses_of(
     losses: list[LossFunction | None] = []
     for index, given in enumerate(functions):
         place = Place(index, len(plan), plan.num_classes, plan.task)
-        losses.append(given or _own_loss(objective, place))
+        losses.append(given or _own_loss(_Same(objective), place))
     return losses
 
 
-@cache
-def _own_loss(objective: Objective, place: Place) -> LossFunction:
+class _Same:
+    """An objective as a key: equal to itself alone.
+
+    One of the user's own may have no hash, or compare by its class alone.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.objective is self.objective
+
+    def __hash__(self) -> int:
+        return id(self.objective)
+
+
+@lru_cache(maxsize=_LOSSES)
+def _own_loss(same: _Same, place: Place) -> LossFunction:
     """Return the loss of a block, the same function in each step: compiled code looks at that."""
+    objective = same.objective
     is_classifier = place.index == place.blocks
     own = objective.classifier_loss if is_classifier else objective.loss
     return partial(own, place=place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,12 +19,12 @@ def require_choice(option: str, value: Any, known: Iterable[str]) -> None:
 
 
 def require_positive(option: str, value: Any) -> None:
-    """Raise an InputError if an option is no number above 0."""
-    if not is_number(value) or not value > 0:
+    """Raise an InputError if an option is no finite number above 0."""
+    if not is_number(value) or not 0 < value < math.inf:
         raise InputError(f"{option} is {value!r}. Hint: pass a positive number")
 
 
 def require_not_negative(option: str, value: Any) -> None:
-    """Raise an InputError if an option is no number, or one below 0."""
-    if not is_number(value) or not value >= 0:
+    """Raise an InputError if an option is no finite number, or one below 0."""
+    if not is_number(value) or not 0 <= value < math.inf:
         raise InputError(f"{option} is {value!r}. Hint: pass a number, 0 or more")

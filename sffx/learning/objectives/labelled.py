@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sffx.blocks import Input
+from sffx.checks import require_flag
 from sffx.errors import InputError
 from sffx.learning.objectives.choices import require_choice
 from sffx.learning.objectives.labels import (
@@ -54,6 +55,7 @@ class LabelledInput(Objective):
     def __post_init__(self) -> None:
         require_choice("labels", self.labels, LABEL_CODES)
         require_choice("negatives", self.negatives, ("uniform", "hard"))
+        require_flag("neutral", self.neutral)
 
     @property
     def views(self) -> int:

@@ -33,6 +33,8 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
     model: nn.Module = probe.origin.model
     with FakeCopyMode(mode):
         fill(model, probe)
+    # Some objectives cut another model than the user's.
+    model = net.plan.objective.restored(model)
     need_no_values(model)
     model.train()
     with mode:

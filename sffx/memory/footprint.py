@@ -207,7 +207,7 @@ def footprint(
             peak = backpropagation_peak(cut, batch_size)
             predicted = replace(predicted, backpropagation=peak)
     if offloaded:
-        resident = tuple(_resident(stage) for stage in stages_of(cut))
+        resident = tuple(_resident(stage, cut.plan) for stage in stages_of(cut))
         predicted = replace(predicted, resident=resident)
     return predicted
 
@@ -249,8 +249,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     try:
         with counting():
             for stage in stages_of(net):
-                learns = stage.index < len(plan) or plan.objective.trains_classifier
-                if stage.index in skip or not learns:
+                if stage.index in skip or not _learns(stage, plan):
                     counter.skip()
                 else:
                     counter.count(stage)
@@ -266,7 +265,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         raise
     except ValueError as cause:
         raise _refused(plan, batch_size, cause) from cause
-    of_each_stage = [stage.trainable for stage in stages_of(net)]
+    of_each_stage = [_learning(stage, plan) for stage in stages_of(net)]
     trainable = list(itertools.chain.from_iterable(of_each_stage))
     return Footprint(
         batch_size=batch_size,
@@ -392,12 +391,22 @@ def _relayed(plan: BlockPlan, index: int) -> list[str]:
     return relayed
 
 
-def _resident(stage: Stage) -> int:
+def _learns(stage: Stage, plan: BlockPlan) -> bool:
+    """Return whether the objective trains a stage."""
+    return stage.index < len(plan) or plan.objective.trains_classifier
+
+
+def _learning(stage: Stage, plan: BlockPlan) -> list[nn.Parameter]:
+    """Return the parameters of a stage that learn. AdamW has no state for the others."""
+    return stage.trainable if _learns(stage, plan) else []
+
+
+def _resident(stage: Stage, plan: BlockPlan) -> int:
     """Return the bytes of a stage's parameters and buffers and of AdamW's state for them."""
     tensors: list[Tensor] = []
     for module in stage.modules:
         tensors += [*module.parameters(), *module.buffers()]
-    return _bytes(tensors) + STATES * _bytes(stage.trainable)
+    return _bytes(tensors) + STATES * _bytes(_learning(stage, plan))
 
 
 def _largest(parameters: list[nn.Parameter]) -> int:

@@ -94,7 +94,6 @@ def learn(
         # Cached targets have no padding any more.
         y = targets_of(plan, x, y)
     functions = losses_of(plan, functions)
-    x = training_input(net, x, y)
     # Before any stage runs: sharding puts gathered parameters in the place of the model's own.
     entropy = shared_entropy(y, plan.task)
     lessons = {}
@@ -102,7 +101,8 @@ def learn(
         function = functions[stage.index]
         lessons[stage] = Lesson(stage.trainable, function, on_block, hooks_wait, entropy)
     run = partial(_computed, compilation_of(net), lessons, y)
-    for stage, computed in walk(net, x, only, score=run):
+    # No name holds the views: their memory is free when no stage reads them any more.
+    for stage, computed in walk(net, training_input(net, x, y), only, score=run):
         if isinstance(computed, Computed):
             yield _learned(stage, computed, lessons[stage])
             continue

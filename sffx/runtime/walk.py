@@ -70,6 +70,10 @@ def walk(
     first, inputs, own_values = _beginning(net, x)
     values: Values = {} if held is None else held
     values.update(own_values)
+    if plan_of(net).objective.makes_views:
+        # Nobody else holds the views, which are freed when the last stage that reads them has run.
+        inputs = _without_memory(inputs)
+        del x, own_values
     stages = _until_the_last(stages_of(net), only)[first:]
     residency = residency_of(net)
     for stage, following in zip_longest(stages, stages[1:]):
@@ -147,6 +151,18 @@ def _beginning(net: fx.GraphModule, x: Any) -> tuple[int, Mapping[str, Any], Val
     inputs = bind(plan_of(net), x)
     batch_size(inputs)  # for its error: x holds no tensor
     return 0, inputs, input_values(net, inputs)
+
+
+def _without_memory(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs that have the shapes, dtypes and devices of others, for messages.
+
+    Only floats lose their values. Messages tell the range of integers.
+    """
+    described: dict[str, Any] = {}
+    for name, value in inputs.items():
+        is_of_floats = isinstance(value, Tensor) and value.is_floating_point()
+        described[name] = value.new_empty(()).expand(value.shape) if is_of_floats else value
+    return described
 
 
 def _require_on_device(net: fx.GraphModule) -> None:

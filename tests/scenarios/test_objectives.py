@@ -17,6 +17,7 @@ import sffx
 from sffx import InputError
 from sffx.export.prepare import inference_copy, reduce_to_readout
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
+from sffx.memory.count import count_memory
 from sffx.objectives import Objective
 from sffx.runtime.keywords import KeywordLoss
 from tests.toys import seeded
@@ -176,10 +177,50 @@ def test_records(name):
     assert objective_of_record(objective.record()) == objective
 
 
-def test_memory_is_predicted(name):
-    net = cut(name)
-    predicted = sffx.footprint(net, 16)
-    assert predicted.peak > sffx.footprint(net, 8).peak
+def perceptron():
+    layers = [nn.Flatten(), nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(50, CLASSES))
+
+
+@pytest.mark.parametrize("model", [convolutions, perceptron])
+def test_memory_is_predicted(name, model):
+    """The views of a batch are held until the last block that reads them has run."""
+    with seeded():
+        x = torch.zeros(1, 1, 8, 8)
+        net = sffx.transform(model(), "layer", x, objective=name).train()
+    predicted = sffx.footprint(net, 64)
+    assert predicted.peak > sffx.footprint(net, 32).peak
+    x, y = batch(64)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-2), foreach=False)
+
+    def step():
+        optimizer.zero_grad()
+        sffx.local_loss(net, x, y).backward()
+        optimizer.step()
+
+    step()
+    counted = count_memory(step, model=net, optimizer=optimizer)
+    assert predicted.peak == pytest.approx(counted.peak, rel=0.005)
+    assert predicted.optimizer_state == counted.optimizer_state
+    # The plain model is the same, whatever its blocks learn by.
+    plain = sffx.transform(model(), "layer", torch.zeros(1, 1, 8, 8))
+    assert predicted.backpropagation == sffx.footprint(plain, 64).backpropagation
+
+
+def test_the_default_dtype_does_not_matter(name):
+    """A user may work in float64 for a while; the net has the dtype that it was cut for."""
+    net, (x, y) = cut(name), batch()
+    with seeded():
+        expected = sffx.local_loss(net, x, y).detach()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with seeded():
+            assert torch.equal(sffx.local_loss(net, x, y).detach(), expected)
+        other = cut(name).float()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other.load_state_dict(net.state_dict())
+    torch.testing.assert_close(other.eval()(x), net.eval()(x))
 
 
 def test_what_cannot_run_a_sample_several_times_says_so(name):

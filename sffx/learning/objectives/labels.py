@@ -30,7 +30,7 @@ class LabelCodes:
         raise NotImplementedError
 
     def codes(self, shape: Sequence[int], num_classes: int) -> Tensor:
-        """Return the codes of all classes and the neutral one, (J + 1, ...).
+        """Return the codes of all classes and the neutral one, (J + 1, ...), in float32.
 
         Args:
             shape: of one sample.
@@ -65,8 +65,8 @@ class PixelCodes(LabelCodes):
             )
 
     def codes(self, shape: Sequence[int], num_classes: int) -> Tensor:
-        neutral = torch.full((1, num_classes), 1 / num_classes)
-        return torch.cat([torch.eye(num_classes), neutral])
+        neutral = torch.full((1, num_classes), 1 / num_classes, dtype=torch.float32)
+        return torch.cat([torch.eye(num_classes, dtype=torch.float32), neutral])
 
     def put(self, x: Tensor, codes: Tensor) -> Tensor:
         flat = x.flatten(1)
@@ -92,8 +92,8 @@ class WaveCodes(LabelCodes):
 
     def codes(self, shape: Sequence[int], num_classes: int) -> Tensor:
         height, width = shape[1:]
-        rows = torch.linspace(0, 1, height)[:, None]
-        columns = torch.linspace(0, 1, width)[None, :]
+        rows = torch.linspace(0, 1, height, dtype=torch.float32)[:, None]
+        columns = torch.linspace(0, 1, width, dtype=torch.float32)[None, :]
         waves = []
         for label in range(num_classes):
             angle = math.pi * label / num_classes
@@ -101,7 +101,7 @@ class WaveCodes(LabelCodes):
             phase = 2 * math.pi * label / num_classes
             distance = rows * math.sin(angle) + columns * math.cos(angle)
             waves.append(torch.cos(2 * math.pi * frequency * distance + phase))
-        waves.append(torch.zeros(height, width))
+        waves.append(torch.zeros(height, width, dtype=torch.float32))
         return torch.stack(waves)
 
     def put(self, x: Tensor, codes: Tensor) -> Tensor:
@@ -193,8 +193,10 @@ def likely_other_labels(y: Tensor, scores: Tensor) -> Tensor:
 
     Args:
         y: class indices, (B,).
-        scores: of the net, (B, J), taken as logits.
+        scores: of the net, (B, J), taken as logits. In a net that diverges some are not finite. The
+            loss tells of that, and any other label will do.
     """
     is_own = torch.nn.functional.one_hot(y, scores.shape[1]).bool()
-    others = scores.double().masked_fill(is_own, -math.inf).softmax(dim=1)
+    finite = scores.double().nan_to_num()
+    others = finite.masked_fill(is_own, -math.inf).softmax(dim=1)
     return torch.multinomial(others, 1)[:, 0]

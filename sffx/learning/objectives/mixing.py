@@ -56,7 +56,8 @@ def random_masks(samples: int, height: int, width: int, device: torch.device) ->
 def _blur(size: int, device: torch.device) -> Tensor:
     """Return the matrix that blurs a column of a mask to its end, (size, size)."""
     places = torch.arange(size, device=device)
-    once = torch.zeros(size, size, device=device)
+    # As the bits are, whatever the default dtype is.
+    once = torch.zeros(size, size, device=device, dtype=torch.float32)
     for offset, weight in zip((-1, 0, 1), BLUR, strict=True):
         neighbours = (places + offset).clamp(0, size - 1)
         once[places, neighbours] += weight

@@ -259,6 +259,15 @@ def test_options_that_cannot_be_used(options, message):
         ForwardForward(**options)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_hard_negatives_of_a_net_that_diverges_are_still_wrong_labels(number):
+    y = torch.arange(12) % 3
+    scores = torch.zeros(12, 3)
+    scores[::2] = number
+    scores[1::4, 0] = number
+    assert (likely_other_labels(y, scores) != y).all()
+
+
 def small(inputs, classes):
     return nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, classes))
 

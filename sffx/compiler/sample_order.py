@@ -13,7 +13,7 @@ another one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -111,20 +111,27 @@ def _is_order(node: fx.Node) -> bool:
 
     One that counts the samples, as `torch.arange`, leaves their order.
     """
+    for each in _behind(node, _holds_indices):
+        is_source = each.op == "placeholder" or name_of_target(each.target) in _SORTS
+        if is_source and _holds_indices(each):
+            return True
+    return False
+
+
+def _behind(node: fx.Node, leads_on: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """Yield a node and those that it was computed from, as far as each of them leads on."""
     passed = {node}
     ahead = [node]
     while ahead:
         each = ahead.pop()
-        if not _holds_indices(facts(each).example):
-            continue
-        if each.op == "placeholder" or name_of_target(each.target) in _SORTS:
-            return True
-        ahead += set(each.all_input_nodes) - passed
-        passed.update(each.all_input_nodes)
-    return False
+        yield each
+        if leads_on(each):
+            ahead += set(each.all_input_nodes) - passed
+            passed.update(each.all_input_nodes)
 
 
-def _holds_indices(value: Any) -> bool:
+def _holds_indices(node: fx.Node) -> bool:
+    value = facts(node).example
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(part, Tensor) and _is_integer(part) for part in parts)
 
@@ -190,14 +197,8 @@ def _parts(node: fx.Node, arg: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 def _is_made_of_sizes(node: fx.Node) -> bool:
     """Whether a value holds no sample, as zeros or random numbers for each do."""
-    passed = {node}
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        if each.op == "placeholder":
-            return False
-        if makes_values(each.target) or not holds_tensor(facts(each).example):
-            continue
-        ahead += set(each.all_input_nodes) - passed
-        passed.update(each.all_input_nodes)
-    return True
+    return not any(each.op == "placeholder" for each in _behind(node, _may_hold_samples))
+
+
+def _may_hold_samples(node: fx.Node) -> bool:
+    return not makes_values(node.target) and holds_tensor(facts(node).example)

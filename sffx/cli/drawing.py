@@ -155,12 +155,14 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
     """
     path = str(checkpoint.path)
     targets = [block.target for block in plan.all_blocks]
+    # A classifier that has not learned is not evaluated.
+    evaluated = targets if plan.objective.trains_classifier else targets[:-1]
     if not checkpoint.accuracy:
         raise InputError(
             f"{path!r} holds no accuracies of blocks. Hint: "
             "sffx.save_checkpoint(path, net, optimizer, sffx.evaluate(net, loader).accuracy)"
         )
-    missing = sorted(set(targets) - set(checkpoint.accuracy))
+    missing = sorted(set(evaluated) - set(checkpoint.accuracy))
     if missing:
         raise _other_blocks(path, plan, f"it lacks {', '.join(missing)}")
     others = sorted(name for name in checkpoint.accuracy if is_block(name) and name not in targets)

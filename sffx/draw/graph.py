@@ -147,8 +147,9 @@ def block_style(block: Block, plan: BlockPlan, progress: Progress | None) -> dic
         style = dict(BLOCK)
     if isinstance(block, Run):
         style["peripheries"] = "2"
-    if progress is not None:
-        style["fillcolor"] = progress.accuracy_colour(block.target)
+    colour = "" if progress is None else progress.accuracy_colour(block.target)
+    if colour:
+        style["fillcolor"] = colour
     style["tooltip"] = literal(block.name)
     return style
 

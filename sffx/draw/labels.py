@@ -160,7 +160,9 @@ def _name_row(block: Block) -> Element:
 
 
 def _progress_row(target: str, progress: Progress) -> Element:
-    accuracy = text(f"accuracy {percent(progress.accuracy[target])}", bold=True)
+    accuracy = text("no accuracy", FAINT)
+    if target in progress.accuracy:
+        accuracy = text(f"accuracy {percent(progress.accuracy[target])}", bold=True)
     accuracy_cell = left_cell(accuracy, WIDTH="150")
     if target in progress.rates:
         rate = text(f"learning rate {progress.rates[target]:.1e}")

@@ -336,8 +336,10 @@ def _kind(block: Block, plan: BlockPlan) -> str:
 
 def _badges(block: Block, progress: Progress) -> list[Colour]:
     target = block.target
-    accuracy = f"accuracy {percent(progress.accuracy[target])}"
-    badges = [Colour(accuracy, progress.accuracy_colour(target))]
+    badges = []
+    if target in progress.accuracy:
+        accuracy = f"accuracy {percent(progress.accuracy[target])}"
+        badges.append(Colour(accuracy, progress.accuracy_colour(target)))
     if target in progress.rates:
         rate = f"learning rate {progress.rates[target]:.1e}"
         badges.append(Colour(rate, progress.rate_colour(target)))

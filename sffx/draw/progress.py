@@ -19,6 +19,7 @@ class Progress:
 
     Attributes:
         accuracy: by the readout's name, "block_0", ..., "classifier", "ensemble"; between 0 and 1.
+            A classifier that the objective does not train has none.
         rates: learning rates by the block's name; a block without trainable parameters has none.
     """
 
@@ -35,8 +36,13 @@ class Progress:
         return own
 
     def accuracy_colour(self, name: str) -> str:
-        """Return the colour of a block's accuracy, from the lowest of all blocks to the highest."""
+        """Return the colour of a block's accuracy, from the lowest of all blocks to the highest.
+
+        A block without an accuracy has none, "".
+        """
         accuracies = self.of_blocks
+        if name not in accuracies:
+            return ""
         return _between(accuracies[name], accuracies.values(), ACCURACY_COLOURS)
 
     def rate_colour(self, name: str) -> str:

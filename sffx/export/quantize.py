@@ -234,7 +234,7 @@ def _quantize(
     reduce_range: bool,
 ) -> None:
     import onnx
-    from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     first = next(feeds, None)
     if first is None:
@@ -243,7 +243,7 @@ def _quantize(
         )
     prepared = draft.with_name("prepared.onnx")
     with _without_advice():
-        quant_pre_process(source, prepared)
+        _prepare(source, prepared)
         quantize_static(
             prepared,
             draft,
@@ -256,6 +256,17 @@ def _quantize(
             weight_type=QuantType.QInt8,
             nodes_to_exclude=_float_nodes(onnx.load(prepared, load_external_data=False)),
         )
+
+
+def _prepare(source: Path, prepared: Path) -> None:
+    """Write a file with the shapes of all values, and with batch norms folded away."""
+    from onnxruntime.quantization import quant_pre_process
+
+    try:
+        quant_pre_process(source, prepared)
+    except TypeError:
+        # Its search for symbolic shapes knows fewer operators than onnx does, which looks as well.
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
 
 
 def _float_nodes(model: Any) -> list[str]:

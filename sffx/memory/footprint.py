@@ -39,7 +39,7 @@ from sffx.runtime.find_residency import make_whole
 from sffx.runtime.gate import KeepsNothing
 from sffx.runtime.learn import Lesson, learn_stage
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.stage import Stage, Values, stages_of, stages_that_learn
 from sffx.runtime.views import losses_of, training_input
 from sffx.runtime.walk import walk
 from sffx.tables import MIB, Column, text_table
@@ -207,8 +207,7 @@ def footprint(
             peak = backpropagation_peak(cut, batch_size)
             predicted = replace(predicted, backpropagation=peak)
     if offloaded:
-        resident = tuple(_resident(stage, cut.plan) for stage in stages_of(cut))
-        predicted = replace(predicted, resident=resident)
+        predicted = replace(predicted, resident=_resident(cut))
     return predicted
 
 
@@ -246,10 +245,11 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
     x = constant_batch(plan.inputs, batch_size, device)
     y = plan.task.example_targets((batch_size, *plan.classifier.shape), device)
     counter = _StageCounter(net, x, y)
+    learning = stages_that_learn(net)
     try:
         with counting():
             for stage in stages_of(net):
-                if stage.index in skip or not _learns(stage, plan):
+                if stage.index in skip or stage not in learning:
                     counter.skip()
                 else:
                     counter.count(stage)
@@ -265,7 +265,7 @@ def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] =
         raise
     except ValueError as cause:
         raise _refused(plan, batch_size, cause) from cause
-    of_each_stage = [_learning(stage, plan) for stage in stages_of(net)]
+    of_each_stage = [stage.trainable if stage in learning else [] for stage in stages_of(net)]
     trainable = list(itertools.chain.from_iterable(of_each_stage))
     return Footprint(
         batch_size=batch_size,
@@ -391,22 +391,17 @@ def _relayed(plan: BlockPlan, index: int) -> list[str]:
     return relayed
 
 
-def _learns(stage: Stage, plan: BlockPlan) -> bool:
-    """Return whether the objective trains a stage."""
-    return stage.index < len(plan) or plan.objective.trains_classifier
-
-
-def _learning(stage: Stage, plan: BlockPlan) -> list[nn.Parameter]:
-    """Return the parameters of a stage that learn. AdamW has no state for the others."""
-    return stage.trainable if _learns(stage, plan) else []
-
-
-def _resident(stage: Stage, plan: BlockPlan) -> int:
-    """Return the bytes of a stage's parameters and buffers and of AdamW's state for them."""
-    tensors: list[Tensor] = []
-    for module in stage.modules:
-        tensors += [*module.parameters(), *module.buffers()]
-    return _bytes(tensors) + STATES * _bytes(_learning(stage, plan))
+def _resident(net: fx.GraphModule) -> tuple[int, ...]:
+    """Return the bytes of each stage's parameters and buffers and of AdamW's state for them."""
+    learning = stages_that_learn(net)
+    resident = []
+    for stage in stages_of(net):
+        tensors: list[Tensor] = []
+        for module in stage.modules:
+            tensors += [*module.parameters(), *module.buffers()]
+        state = STATES * _bytes(stage.trainable) if stage in learning else 0
+        resident.append(_bytes(tensors) + state)
+    return tuple(resident)
 
 
 def _largest(parameters: list[nn.Parameter]) -> int:

@@ -67,6 +67,11 @@ class CachedOutputs(Dataset[tuple[CutValues, Tensor]]):
         return self._samples
 
     def __getitem__(self, index: int) -> tuple[CutValues, Tensor]:
+        if not hasattr(index, "__index__"):
+            raise InputError(
+                f"the index is {index!r}, not that of a sample. "
+                "Hint: torch.utils.data.Subset for several samples"
+            )
         position = range(self._samples)[index]
         chunk = bisect_right(self._starts, position) - 1
         row = self._chunks[chunk][position - self._starts[chunk]]

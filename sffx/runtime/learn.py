@@ -36,7 +36,7 @@ from sffx.runtime.compiled import Compilation, Computed, compilation_of
 from sffx.runtime.cut_values import CutValues, last_frozen
 from sffx.runtime.gradients import Gradients, hooks_held_back, mark_gradients
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.stage import Stage, Values, stages_of, stages_that_learn
 from sffx.runtime.views import losses_of, require_no_loss, training_input
 from sffx.runtime.walk import score_detached, walk
 
@@ -260,9 +260,7 @@ def learning_stages(net: fx.GraphModule, only: Collection[str] | None) -> list[S
     Raises:
         InputError: a block is not there, or none is named.
     """
-    stages = list(stages_of(net))
-    if not plan_of(net).objective.trains_classifier:
-        stages.pop()
+    stages = stages_that_learn(net)
     if only is None:
         return stages
     require_block_names(only, [stage.name for stage in stages])

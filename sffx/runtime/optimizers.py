@@ -14,13 +14,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from sffx.checks import is_number
 from sffx.errors import InputError
 from sffx.parts import CLASSIFIER
-from sffx.runtime.stage import Stage, stages_of
+from sffx.runtime.stage import Stage, stages_that_learn
 
 
 def parameter_groups(
     net: fx.GraphModule, lr: float, classifier_lr: float | None = None
 ) -> list[dict[str, Any]]:
     """Return a parameter group for each block with trainable parameters, for any torch optimizer.
+
+    A classifier that the objective leaves as it is, as `objective="ff"` does, has none.
 
     Args:
         net: what `transform` returned.
@@ -34,7 +36,7 @@ def parameter_groups(
     Raises:
         InputError: `net` is no cut model, or a learning rate is negative.
     """
-    return groups_of_stages(stages_of(net), lr, classifier_lr)
+    return groups_of_stages(stages_that_learn(net), lr, classifier_lr)
 
 
 def require_rate(name: str, rate: Any) -> None:
@@ -117,14 +119,15 @@ class BlockPlateau:
                 f"losses is of type {type(losses).__name__}, not a mapping of names. "
                 "Hint: pass evaluate(...).loss"
             )
-        missing = [name for name in self.schedulers if name not in losses]
+        stepping = [name for name in self.schedulers if blocks is None or name in blocks]
+        missing = [name for name in stepping if name not in losses]
         if missing:
             raise InputError(
                 f"losses lack {', '.join(map(repr, missing))}, got {', '.join(map(repr, losses))}. "
                 "Hint: pass evaluate(...).loss"
             )
         for name, groups in _by_name(self.optimizer).items():
-            if blocks is not None and name not in blocks:
+            if name not in stepping:
                 continue
             scheduler = self.schedulers[name]
             # Loading a state dict into the optimizer replaces its groups.

@@ -233,6 +233,18 @@ def stages_of(net: fx.GraphModule) -> tuple[Stage, ...]:
     return memo.stages
 
 
+def stages_that_learn(net: fx.GraphModule) -> list[Stage]:
+    """Return the stages that the objective trains: all of them, or all but the classifier.
+
+    Raises:
+        InputError: `net` is no cut model.
+    """
+    stages = list(stages_of(net))
+    if not plan_of(net).objective.trains_classifier:
+        stages.pop()
+    return stages
+
+
 def placeholders_of(net: fx.GraphModule) -> dict[str, fx.Node]:
     """Return the nodes of the model's inputs by the inputs' names."""
     placeholders = [node for node in net.graph.nodes if node.op == "placeholder"]

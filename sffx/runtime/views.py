@@ -37,6 +37,7 @@ def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
     if not objective.makes_views:
         return x
     if isinstance(x, CutValues):
+        _require_cached_views(objective, x)
         return x.views_in_rows()
     inputs = bind(plan, x)
     batch = Batch(inputs, y, plan.num_classes, partial(_present_scores, net, x))
@@ -76,6 +77,17 @@ def _require_views(objective: Objective, made: Any, inputs: Mapping[str, Any]) -
             f"{rows} rows. Hint: torch.cat of the views along axis 0; `views` of the class says "
             "how many there are"
         )
+
+
+def _require_cached_views(objective: Objective, x: CutValues) -> None:
+    """Raise an InputError if cached values do not hold the views of an objective."""
+    for name, value in x.items():
+        if value.ndim < 2 or value.shape[1] != objective.views:
+            raise InputError(
+                f"the cached {name} is {tuple(value.shape)}, but the objective "
+                f"{objective.name!r} has {objective.views} views, (B, {objective.views}, ...). "
+                "Hint: cache the outputs of this net, cache_outputs(net, ..., fixed_views=True)"
+            )
 
 
 def _has_rows(value: Any, rows: int) -> bool:

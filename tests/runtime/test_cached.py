@@ -211,6 +211,8 @@ def test_samples_are_copies_and_travel_to_worker_processes(tmp_path):
     assert str(cached).startswith("CachedOutputs(10 samples after block_0, ")
     with pytest.raises(IndexError):
         cached[SAMPLES]
+    with pytest.raises(InputError, match=r"the index is slice\(0, 2, None\), .*Subset"):
+        cached[:2]
     assert isinstance(x.to("cpu"), CutValues)
 
 
@@ -239,6 +241,12 @@ def test_blocks_that_cannot_learn_from_a_cache_are_refused():
         sffx.local_loss(other.train(), CutValues(strange=torch.ones(2, 2)), y)
     with pytest.raises(InputError, match="Hint: "):
         sffx.evaluate(net, [(x, y)])
+
+
+def test_values_without_the_views_of_an_objective_are_refused():
+    x, y = cached_batch(cut())
+    with pytest.raises(InputError, match=r"cached norm_0 is .*'ff' has 2 views, \(B, 2, .*Hint: "):
+        sffx.local_loss(cut("ff"), x, y)
 
 
 def test_an_offloaded_net_has_no_cache():

@@ -139,3 +139,14 @@ def test_groups_of_one_name_follow_one_loss(net):
     for loss in (1.0, 0.8, 0.6, 0.6):
         plateau.step(losses(block_0=loss))
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_only_the_losses_of_the_blocks_that_learnt_are_needed(net):
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, lr=1.0))
+    plateau = sffx.BlockPlateau(optimizer, factor=0.5, patience=0)
+    for loss in (1.0, 1.0):
+        plateau.step({"block_1": loss}, ["block_1"])
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"block_0": 1.0, "block_1": 0.5, "block_2": 1.0, "classifier": 1.0}
+    with pytest.raises(InputError, match="losses lack 'block_2'"):
+        plateau.step({"block_1": 1.0}, ["block_1", "block_2"])

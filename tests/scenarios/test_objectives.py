@@ -261,6 +261,41 @@ def test_an_early_exit_at_the_end_is_the_ensemble(name, tmp_path):
     torch.testing.assert_close(loaded(x).scores, impatient(x).scores, rtol=1e-4, atol=1e-5)
 
 
+def test_rates_follow_the_losses_of_an_evaluation(name):
+    """A classifier that does not learn has neither a loss nor a learning rate."""
+    net = cut(name)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1.0))
+    plateau = sffx.BlockPlateau(optimizer, patience=0, factor=0.5)
+    losses = sffx.evaluate(net, [batch()]).loss
+    for _ in range(2):
+        plateau.step(losses)
+    learning = sffx.BlockSchedule.all_at_once(net, 1).learning(0)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == dict.fromkeys(learning, 0.5)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "html"])
+def test_a_training_is_drawn(name, suffix, tmp_path):
+    from sffx.cli.drawing import progress_of
+    from sffx.draw.render import draw
+
+    net = cut(name)
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, 1e-3))
+    accuracy = sffx.evaluate(net, [batch()]).accuracy
+    sffx.save_checkpoint(tmp_path / "net.pt", net, optimizer, accuracy)
+    progress = progress_of(sffx.load_checkpoint(tmp_path / "net.pt"), net.plan)
+    assert progress.accuracy == accuracy
+    path = draw(net.plan, tmp_path / f"plan.{suffix}", progress=progress)
+    is_told = "no accuracy" not in path.read_text()
+    assert is_told or not net.plan.objective.trains_classifier
+
+
+def test_an_exported_file_can_be_quantised(name, tmp_path):
+    sffx.export_onnx(cut(name), tmp_path / "net.onnx")
+    sffx.quantize_onnx(tmp_path / "net.onnx", tmp_path / "net.int8.onnx", [batch()])
+    assert (tmp_path / "net.int8.onnx").exists()
+
+
 def test_scores_in_train_mode(name):
     net = cut(name)
     x, _ = batch()

@@ -95,6 +95,7 @@ class LabelledInput(Objective):
 
     def training_views(self, batch: Batch) -> Mapping[str, Any]:
         name, x = next(iter(batch.inputs.items()))
+        self._codes.require(x.shape[1:], batch.num_classes)
         codes = self._codes.codes(x.shape[1:], batch.num_classes).to(x.device, x.dtype)
         of_views = [codes[batch.y], codes[self._wrong_labels(batch)]]
         if self.neutral:

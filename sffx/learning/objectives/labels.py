@@ -127,6 +127,7 @@ class LabelTrials(nn.Module):
     def __init__(self, labels: LabelCodes, shape: Sequence[int], num_classes: int) -> None:
         super().__init__()
         self.labels = labels
+        self.shape = tuple(shape)
         codes = labels.codes(shape, num_classes)
         self.register_buffer("codes", codes, persistent=False)
 
@@ -134,11 +135,24 @@ class LabelTrials(nn.Module):
         """Return (B, ...) in train mode, ((J + 1) * B, ...) in eval mode."""
         if self.training:
             return x
-        tries = len(self.codes)
+        codes = self._codes_for(x)
+        tries = len(codes)
         # Not len(x), which would fix the batch size of an exported program.
         samples = x.shape[0]
-        codes = self.codes.to(x.dtype)[:, None].expand(tries, samples, *self.codes.shape[1:])
-        return self.labels.put(repeated(x, tries), codes.flatten(0, 1))
+        each = codes.to(x.dtype)[:, None].expand(tries, samples, *codes.shape[1:])
+        return self.labels.put(repeated(x, tries), each.flatten(0, 1))
+
+    def _codes_for(self, x: Tensor) -> Tensor:
+        """Return the codes for samples of the size of x, which may be another than the example's.
+
+        An exported program has those of the example.
+        """
+        shape = x.shape[1:]
+        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or shape == self.shape:
+            return self.codes
+        num_classes = len(self.codes) - 1
+        self.labels.require(shape, num_classes)
+        return self.labels.codes(shape, num_classes).to(x.device)
 
 
 class Repeated(nn.Module):

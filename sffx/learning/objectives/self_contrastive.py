@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -154,6 +155,11 @@ class SCFF(Objective):
             raise InputError(
                 f"the objective {self.name!r} takes the mean of two samples, but the input "
                 f"{first.name!r} holds {first.dtype}, not floats. Hint: objective='sff'"
+            )
+        if self.standardize and math.prod(first.shape) < 2:
+            raise InputError(
+                f"the objective {self.name!r} standardises each sample, but one of {first.name!r} "
+                f"has {math.prod(first.shape)} value, {first.shape}. Hint: standardize=False"
             )
 
     def require_blocks(self, blocks: int) -> None:

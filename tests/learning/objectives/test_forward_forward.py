@@ -268,6 +268,27 @@ def test_hard_negatives_of_a_net_that_diverges_are_still_wrong_labels(number):
     assert (likely_other_labels(y, scores) != y).all()
 
 
+@pytest.mark.parametrize("labels", ["pixels", "waves"])
+def test_images_of_another_size_than_the_example(labels):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    objective = ForwardForward(labels=labels, reduction="mean")
+    net = sffx.transform(model, "layer", torch.zeros(1, 1, 8, 8), objective=objective).train()
+    x, y = torch.rand(3, 1, 12, 10), torch.arange(3)
+    sffx.local_loss(net, x, y).backward()
+    scores = net.eval()(x)
+    codes = LABEL_CODES[labels].codes((1, 12, 10), 3)
+    for label in range(3):
+        labelled = LABEL_CODES[labels].put(x, codes[label].expand(3, *codes.shape[1:]))
+        goodness = net.block_0(labelled).square().flatten(1).mean(1) - 1
+        torch.testing.assert_close(scores[:, label], goodness)
+    for mode in (True, False):
+        net.train(mode)
+        with pytest.raises(InputError, match=r"a sample has .*Hint: "):
+            sffx.local_loss(net, x[:, :, :1, :3], y) if mode else net(x[:, :, :1, :3])
+
+
 def small(inputs, classes):
     return nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, classes))
 

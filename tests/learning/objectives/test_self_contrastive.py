@@ -161,3 +161,10 @@ def test_inputs_that_have_no_mean():
     task = sffx.tasks.Regression()
     with pytest.raises(InputError, match=r"probes for classes of a sample, not for sffx\.tasks"):
         sffx.transform(model[2:], "layer", torch.zeros(1, 54), objective="scff", task=task)
+
+
+def test_a_single_value_has_no_deviation():
+    model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=r"has 1 value, \(1,\). Hint: standardize=False"):
+        sffx.plan(model, "layer", torch.zeros(1, 1), objective="scff")
+    assert sffx.plan(model, "layer", torch.zeros(1, 1), objective=SCFF(standardize=False))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sffx.api import transform
+from sffx.blocks import option_name
 from sffx.checkpoint.cut import check_cut, recorded_options
 from sffx.checkpoint.entries import (
     ACCURACY_KEY,
@@ -30,6 +31,7 @@ from sffx.checks import require_flag
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
 from sffx.net import CutModel, cut_model, plan_of, set_plan
+from sffx.objective import Objective
 from sffx.parts import block_name
 
 # The entries in which other training scripts keep the state dict; the first is Lightning's.
@@ -136,7 +138,7 @@ class Checkpoint:
         Returns:
             A text that says what to pass, by the option's name.
         """
-        available = {**self._recorded_options(), **given}
+        available = {**self._recorded_options(), **self._defaults(given), **given}
         names = [name for name in REQUIRED_OPTIONS if name not in available]
         has_objective = self.cut is not None and "objective" in self.cut
         if has_objective and "objective" not in available:
@@ -150,6 +152,18 @@ class Checkpoint:
         # A checked record lacks only callables and objectives of one's own, and has their names.
         own = self.cut[option]
         return str(own["name"] if option == "objective" else own)
+
+    def _defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the callables that the cut had from its objective, where that is given again."""
+        objective = given.get("objective")
+        if self.cut is None or not isinstance(objective, Objective):
+            return {}
+        defaults = {}
+        for name in self.cut["custom"]:
+            own = getattr(objective, name)
+            if callable(own) and option_name(own) == self.cut[name]:
+                defaults[name] = own
+        return defaults
 
     def _recorded_options(self) -> dict[str, Any]:
         if self.cut is None:

@@ -125,9 +125,10 @@ def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> Good
         InputError: there is no such goodness, it has no form for the task, or it has no use for an
             option.
     """
-    if options.objective.goodness is None:
-        return options.objective.make_head
     goodness = options.goodness
+    if options.objective.goodness is None:
+        _require_no_kernel(options)
+        return options.objective.make_head
     if isinstance(goodness, nn.Module):
         raise InputError(
             f"goodness is a module, {type(goodness).__name__}, but each block has a head of its "
@@ -141,12 +142,19 @@ def goodness_maker(options: Options, task: Task | None = CLASSIFICATION) -> Good
         maker = goodness
     else:
         maker = _named(goodness, task)
-    if options.kernel_size != 1:
-        raise InputError(
-            f"kernel_size is {options.kernel_size!r}, but heads of {option_name(goodness)!r} have "
-            "no convolution. Hint: leave it out, or goodness='sff'"
-        )
+    _require_no_kernel(options)
     return maker
+
+
+def _require_no_kernel(options: Options) -> None:
+    """Raise an InputError if there is a kernel size for heads without a convolution."""
+    if options.kernel_size == 1:
+        return
+    remedy = "or goodness='sff'" if options.objective.goodness is not None else "or objective='sff'"
+    raise InputError(
+        f"kernel_size is {options.kernel_size!r}, but heads of {option_name(options.goodness)!r} "
+        f"have no convolution. Hint: leave it out, {remedy}"
+    )
 
 
 def _makers(task: Task | None) -> Mapping[str, Maker]:

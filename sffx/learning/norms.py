@@ -190,13 +190,14 @@ _FEATURE_NORMS: dict[str, type[nn.Module]] = {
 }
 
 
-def feature_norm(name: str) -> nn.Module:
+def feature_norm(norm: str | NormMaker) -> nn.Module:
     """Return the norm that a linear probe applies to the features of a sample, (N, features).
 
     Args:
-        name: of the objective's norm.
+        norm: of the objective. A callable is for the outputs of blocks, so that features have the
+            layer norm.
     """
-    return _FEATURE_NORMS[name]()
+    return _FEATURE_NORMS[norm if isinstance(norm, str) else "layer"]()
 
 
 NORMS: dict[str, NormMaker] = {"layer": _layer_norm, "length": _length_norm, "none": _no_norm}

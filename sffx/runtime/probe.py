@@ -95,6 +95,7 @@ class LinearProbe(nn.Module):
         net = self._net[0]
         plan = plan_of(net)
         inputs = bind(plan, x)
+        samples = batch_size(inputs)
         single = plan.objective.feature_inputs(inputs, plan.num_classes)
         features: dict[str, Tensor] = {}
         last = 0
@@ -104,7 +105,7 @@ class LinearProbe(nn.Module):
                 if block.target in self.blocks:
                     last = index
                     mask = _mask(plan, block, inputs)
-                    keep = self._keeping(features, block, mask, batch_size(inputs))
+                    keep = self._keeping(features, block, mask, samples)
                     part = net.get_submodule(block.target)
                     handles.append(part.register_forward_hook(keep))
             with _without_trials(net):

@@ -208,3 +208,61 @@ def test_a_batch_without_samples_counts_nothing(name):
     assert evaluation == sffx.evaluate(net, [(x, Y)])
     with pytest.raises(InputError, match="the loader yielded no samples"):
         sffx.evaluate(net, [(x[:0], Y[:0])])
+
+
+def flat(block, num_classes):
+    return nn.Linear(block.shape[0], num_classes)
+
+
+def centred(block):
+    return nn.LayerNorm(block.shape, elementwise_affine=False)
+
+
+@dataclass(frozen=True)
+class Defaults(Objective):
+    """Heads and norms of its own, as the functions that `transform` takes."""
+
+    name: ClassVar[str] = "defaults"
+    goodness = staticmethod(flat)
+    norm = staticmethod(centred)
+
+
+def test_an_objective_may_bring_a_goodness_and_a_norm(tmp_path):
+    net = cut(Defaults())
+    assert isinstance(net.head_0, nn.Linear)
+    assert isinstance(net.norm_0, nn.LayerNorm)
+    features = sffx.LinearProbe(net, ["block_0"]).features(X)
+    output = net.block_0(X).detach()
+    torch.testing.assert_close(features, F.layer_norm(output, output.shape[1:]))
+    sffx.save_checkpoint(tmp_path / "net.pt", net)
+    checkpoint = sffx.load_checkpoint(tmp_path / "net.pt")
+    again = checkpoint.net(perceptron(), objective=Defaults())
+    assert torch.equal(again.eval()(X), net.eval()(X))
+    # Another goodness than the objective's own is still to be passed.
+    with seeded():
+        other = sffx.transform(
+            perceptron(), "layer", X[:1], objective=Defaults(), goodness=another, norm="none"
+        )
+    sffx.save_checkpoint(tmp_path / "net.pt", other)
+    checkpoint = sffx.load_checkpoint(tmp_path / "net.pt")
+    with pytest.raises(InputError, match=r"Hint: pass goodness=.*another as in the training"):
+        checkpoint.net(perceptron(), objective=Defaults())
+
+
+def another(block, num_classes):
+    return nn.Linear(block.shape[0], num_classes, bias=False)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sff"])
+def test_a_kernel_size_is_for_convolutions_alone(name):
+    model = nn.Sequential(nn.Flatten(), *perceptron())
+    with pytest.raises(InputError, match=r"kernel_size is 3, but .*Hint: "):
+        sffx.transform(model, "layer", _image(), objective=name, kernel_size=3)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_probe_refuses_what_is_no_tensor(name):
+    model = nn.Sequential(nn.Flatten(), *perceptron())
+    probe = sffx.LinearProbe(sffx.transform(model, "layer", _image(), objective=name))
+    with pytest.raises(InputError, match="x is a ndarray, not a tensor"):
+        probe(np.zeros((2, 1, 2, 4)))

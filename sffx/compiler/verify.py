@@ -29,7 +29,7 @@ from sffx.errors import VerifyError, location
 from sffx.inputs import bind, constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.net import Origin, overrides_mode, plan_of
-from sffx.parts import CLASSIFIER, head_name, is_norm, owner_of
+from sffx.parts import CLASSIFIER, head_name, is_norm, is_trial, owner_of
 from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk_attached
 from sffx.tensors import detach_scripts
@@ -147,7 +147,9 @@ class _WatchedValues(dict[fx.Node, Any]):
     def __setitem__(self, node: fx.Node, value: Any) -> None:
         super().__setitem__(node, value)
         self._seen[node] = value
-        if isinstance(value, Tensor):
+        # A trial gives an input in other words, on which a model may write as on the input itself.
+        is_input = node.op == "call_module" and is_trial(str(node.target))
+        if isinstance(value, Tensor) and not is_input:
             self._versions[node] = value._version
         if node.op == "call_module" and is_norm(str(node.target)):
             _check_norm(str(node.target), self._seen[node.all_input_nodes[0]], value)

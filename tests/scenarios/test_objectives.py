@@ -296,6 +296,28 @@ def test_an_exported_file_can_be_quantised(name, tmp_path):
     assert (tmp_path / "net.int8.onnx").exists()
 
 
+def test_a_model_may_write_on_its_input(name):
+    """What it writes on is the views, or their trials, and never the batch of the user."""
+    first = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(1), nn.Dropout(0.0, inplace=True))
+    with seeded():
+        model = nn.Sequential(first, *convolutions())
+        net = sffx.transform(model, "layer", torch.zeros(2, 1, 8, 8), objective=name).train()
+    x, y = batch()
+    with seeded():
+        loss = sffx.local_loss(net, x.clone() - 0.5, y)
+    loss.backward()
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        if isinstance(module, (nn.ReLU, nn.Dropout)):
+            module.inplace = False
+    with seeded():
+        torch.testing.assert_close(sffx.local_loss(plain, x - 0.5, y), loss)
+    if net.plan.objective.makes_views:
+        given = x - 0.5
+        sffx.local_loss(net, given, y)
+        assert torch.equal(given, x - 0.5)
+
+
 def test_scores_in_train_mode(name):
     net = cut(name)
     x, _ = batch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from sffx.checks import is_number
@@ -28,3 +29,9 @@ def require_not_negative(option: str, value: Any) -> None:
     """Raise an InputError if an option is no finite number, or one below 0."""
     if not is_number(value) or not 0 <= value < math.inf:
         raise InputError(f"{option} is {value!r}. Hint: pass a number, 0 or more")
+
+
+def require_natural(option: str, value: Any) -> None:
+    """Raise an InputError if an option is no integer, or one below 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{option} is {value!r}. Hint: pass an integer, 0 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
@@ -32,6 +33,24 @@ def others_of(x: Tensor) -> Tensor:
     samples = len(x)
     step = torch.randint(1, samples, (1,), device=x.device)
     return x[(torch.arange(samples, device=x.device) + step) % samples]
+
+
+def moved(x: Tensor, pixels: int) -> Tensor:
+    """Return images that are moved by chance, each by itself, (B, C, H, W).
+
+    Args:
+        x: images, (B, C, H, W).
+        pixels: by how many at most, up or down and to the left or right. Zeros come in.
+    """
+    samples, channels, height, width = x.shape
+    device = x.device
+    offsets = torch.randint(0, 2 * pixels + 1, (2, samples, 1), device=device)
+    rows = torch.arange(height, device=device) + offsets[0]
+    columns = torch.arange(width, device=device) + offsets[1]
+    images = torch.arange(samples, device=device).reshape(-1, 1, 1, 1)
+    planes = torch.arange(channels, device=device).reshape(1, -1, 1, 1)
+    padded = F.pad(x, (pixels,) * 4)
+    return padded[images, planes, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def mixed(x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from sffx.blocks import Block, Input
 from sffx.checks import is_number, positive_integer, require_flag
 from sffx.errors import InputError
 from sffx.learning.norms import feature_norm
-from sffx.learning.objectives.choices import require_not_negative
-from sffx.learning.objectives.mixing import others_of, require_pairs
+from sffx.learning.objectives.choices import require_natural, require_not_negative
+from sffx.learning.objectives.mixing import moved, others_of, require_pairs
 from sffx.learning.objectives.probe import BlockProbe, ProbedHead, require_classes
 from sffx.objective import Batch, Objective, Place
 from sffx.parts import index_of, is_block
@@ -108,8 +108,8 @@ class SCFF(Objective):
     layers on CIFAR-10 pairs are made of the input alone, as here. The last layer on CIFAR-10 pairs
     the second layer's outputs, which is not done here. The authors square the output before the
     pooling and before the mean over channels is subtracted ("triangle"), here the block's output
-    counts as it is. They train one block after the other, and augment the two halves by
-    themselves; the latter is left to the loader.
+    counts as it is. They train one block after the other (`sffx.BlockSchedule.greedy`). In their
+    code each half of a pair is moved by itself, by up to two pixels on MNIST: `shift=2`.
 
     Each block has a linear probe, as in `UnsupervisedForwardForward`, and the prediction is the
     mean of their logits. In train mode a head returns the three terms of the loss and then the
@@ -121,6 +121,8 @@ class SCFF(Objective):
         negative_threshold: theta-; 6 and 1, and 1, 9 and 10.
         penalty: lambda; 1e-4 and 0, and 1.2e-3, 7e-4 and 5e-4.
         standardize: whether the inputs are standardised. If not, the loader should do it.
+        shift: by how many pixels each half of a pair is moved at most, in training. It needs
+            images, (C, H, W).
         regions: to which the probe pools images, along each axis of space.
     """
 
@@ -128,6 +130,7 @@ class SCFF(Objective):
     negative_threshold: float | tuple[float, ...] = 6.0
     penalty: float | tuple[float, ...] = 1e-4
     standardize: bool = True
+    shift: int = 0
     regions: int = 2
 
     name: ClassVar[str] = "scff"
@@ -142,6 +145,7 @@ class SCFF(Objective):
                 object.__setattr__(self, option, tuple(value))
             _require_numbers(option, value)
         require_flag("standardize", self.standardize)
+        require_natural("shift", self.shift)
         positive_integer("regions", self.regions)
 
     @property
@@ -155,6 +159,12 @@ class SCFF(Objective):
             raise InputError(
                 f"the objective {self.name!r} takes the mean of two samples, but the input "
                 f"{first.name!r} holds {first.dtype}, not floats. Hint: objective='sff'"
+            )
+        if self.shift and (len(first.shape) != 3 or self.shift >= min(first.shape[1:])):
+            raise InputError(
+                f"shift is {self.shift}, which moves images, (C, H, W), by less than their height "
+                f"and width, but the input {first.name!r} has the shape {first.shape}. "
+                "Hint: shift=0; a model that begins with Flatten takes images"
             )
         if self.standardize and math.prod(first.shape) < 2:
             raise InputError(
@@ -190,9 +200,16 @@ class SCFF(Objective):
     def training_views(self, batch: Batch) -> Mapping[str, Any]:
         name, given = next(iter(batch.inputs.items()))
         require_pairs(len(given), self.name)
-        x = standardized(given) if self.standardize else given
-        pairs = torch.cat([x, (x + others_of(x)) / PAIR])
+        first = self._half(given)
+        second = self._half(given) if self.shift else first
+        pairs = torch.cat([first + second, first + others_of(second)]) / PAIR
         return {**batch.repeated(self.views), name: pairs}
+
+    def _half(self, x: Tensor) -> Tensor:
+        """Return one half of each pair, (B, ...)."""
+        if self.shift:
+            x = moved(x, self.shift)
+        return standardized(x) if self.standardize else x
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
         positive, negative = scores.chunk(2)

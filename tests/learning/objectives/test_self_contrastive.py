@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import sffx
 from sffx import InputError
+from sffx.learning.objectives.mixing import moved
+from sffx.objective import Batch
 from sffx.objectives import SCFF
 from tests.toys import seeded
 
@@ -98,6 +102,50 @@ def test_gradients_are_those_of_pairs_through_shared_weights(monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+def test_the_halves_of_a_pair_are_moved_by_themselves(monkeypatch):
+    halves = []
+
+    def noted(x, pixels):
+        halves.append(moved(x, pixels))
+        return halves[-1]
+
+    module = "sffx.learning.objectives.self_contrastive"
+    monkeypatch.setattr(f"{module}.moved", noted)
+    monkeypatch.setattr(f"{module}.others_of", lambda given: given.roll(-1, 0))
+    x, y = batch()
+    samples = Batch({"x": x}, y, CLASSES, scores=lambda: x)
+    with seeded():
+        views = SCFF(shift=2).training_views(samples)["x"]
+    first, second = map(standardized, halves)
+    torch.testing.assert_close(views[:5], (first + second) / 2)
+    torch.testing.assert_close(views[5:], (first + second.roll(-1, 0)) / 2)
+    assert not torch.equal(first, second)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(4, 7), st.integers(0, 3), st.integers(0, 9)
+)
+def test_each_image_is_moved_by_its_own_offset(channels, height, width, pixels, seed):
+    x = 1 + torch.rand(6, channels, height, width)
+    with seeded(seed):
+        result = moved(x, pixels)
+    assert result.shape == x.shape
+    padded = F.pad(x, (pixels,) * 4)
+    reach = range(2 * pixels + 1)
+    for i, image in enumerate(result):
+        crops = [padded[i, :, a : a + height, b : b + width] for a in reach for b in reach]
+        assert any(torch.equal(image, crop) for crop in crops)
+
+
+def test_images_are_moved_in_all_directions():
+    x = torch.zeros(200, 1, 5, 5)
+    x[:, :, 2, 2] = 1
+    with seeded():
+        places = moved(x, 1).flatten(1).argmax(1).tolist()
+    assert set(places) == {6, 7, 8, 11, 12, 13, 16, 17, 18}
+
+
 def test_inputs_are_standardised_at_prediction_as_well():
     net, plain = cut().eval(), cut(standardize=False).eval()
     x, _ = batch()
@@ -140,6 +188,8 @@ def test_a_batch_of_one_has_no_pairs():
         ({"penalty": ()}, r"penalty is \(\). Hint: pass a number, or a tuple with one for each"),
         ({"penalty": "much"}, "penalty is 'much'"),
         ({"standardize": 1}, "standardize is 1. Hint: pass True or False"),
+        ({"shift": -1}, "shift is -1. Hint: pass an integer, 0 or more"),
+        ({"shift": 1.5}, "shift is 1.5"),
         ({"regions": True}, "regions is True"),
     ],
 )
@@ -161,6 +211,14 @@ def test_inputs_that_have_no_mean():
     task = sffx.tasks.Regression()
     with pytest.raises(InputError, match=r"probes for classes of a sample, not for sffx\.tasks"):
         sffx.transform(model[2:], "layer", torch.zeros(1, 54), objective="scff", task=task)
+
+
+def test_inputs_that_cannot_be_moved():
+    with pytest.raises(InputError, match=r"shift is 6.*'input' has the shape \(2, 6, 6\)"):
+        cut(shift=6)
+    model = nn.Sequential(nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(InputError, match=r"the shape \(9,\).*begins with Flatten takes images"):
+        sffx.transform(model, "layer", torch.zeros(1, 9), objective=SCFF(shift=1))
 
 
 def test_a_single_value_has_no_deviation():

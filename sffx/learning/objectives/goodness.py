@@ -51,7 +51,7 @@ class SquaredLength(nn.Module):
                 return by_label(goodness, self.tries)
             if self.peers is None:
                 return goodness[:, None]
-            return torch.stack([goodness, self.peers(wide).expand(len(y))], dim=1)
+            return torch.stack([goodness, self.peers(wide, mask).expand(len(y))], dim=1)
 
     def extra_repr(self) -> str:
         reduction = "mean" if self.mean else "sum"
@@ -112,14 +112,20 @@ class PeerActivity(nn.Module):
         self.views = views
         self.register_buffer("running_mean", torch.full((channels,), PEER_START))
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar, and take the batch into the running mean.
 
         Args:
             y: the output of a block, (N, ...).
+            mask: (N, T) where y is (N, T, C), nonzero at real tokens, which alone count.
         """
-        positive = y[: len(y) // self.views].movedim(self.channel_axis, -1)
-        activity = positive.flatten(0, -2).mean(0)
+        samples = len(y) // self.views
+        units = y[:samples].movedim(self.channel_axis, -1).flatten(0, -2)
+        if mask is None:
+            activity = units.mean(0)
+        else:
+            real = mask[:samples].bool().flatten()[:, None]
+            activity = units.masked_fill(~real, 0).sum(0) / real.sum().clamp(min=1)
         kept = self.running_mean.to(activity.dtype) * PEER_MOMENTUM
         running_mean = kept + (1 - PEER_MOMENTUM) * activity
         self.running_mean.copy_(running_mean.detach())

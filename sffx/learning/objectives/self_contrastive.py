@@ -56,7 +56,7 @@ class PairGoodness(nn.Module):
 
         Args:
             y: the output of a block, (N, ...).
-            mask: not used, since inputs that are floats have no padding.
+            mask: always None, since samples with padding are refused.
         """
         goodness = (self.scale * y).square().mean(self.channel_axis).reshape(len(y), -1)
         too_small = F.softplus(self.positive - goodness).mean(1)
@@ -165,6 +165,13 @@ class SCFF(Objective):
                 f"shift is {self.shift}, which moves images, (C, H, W), by less than their height "
                 f"and width, but the input {first.name!r} has the shape {first.shape}. "
                 "Hint: shift=0; a model that begins with Flatten takes images"
+            )
+        masks = [each.name for each in inputs if each.marks_tokens]
+        if masks:
+            raise InputError(
+                f"the objective {self.name!r} takes the mean of two samples, which have other "
+                f"padding each, as {masks[0]!r} says. Hint: objective='ff' or 'sff', or a model "
+                "of samples of one length, without a mask"
             )
         if self.standardize and math.prod(first.shape) < 2:
             raise InputError(

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 import sffx
+from sffx import InputError
+from sffx.objectives import ForwardForward
 from tests.toys import TwoInputs
 
 IMAGE, TEXT = torch.rand(6, 6), torch.rand(6, 5)
@@ -34,3 +37,49 @@ def test_each_sample_keeps_its_other_input(objective):
 def _scores(net):
     rows = [sffx.block_scores(net, (IMAGE[n : n + 1], TEXT[n : n + 1])) for n in range(6)]
     return torch.cat(rows, dim=1)
+
+
+class Frames(nn.Module):
+    """Tokens that are floats, such as frames of sound, with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.second = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x, attention_mask):
+        h = self.second(self.first(x).relu()).relu()
+        real = attention_mask[:, :, None].to(h.dtype)
+        return self.last((h * real).sum(1) / real.sum(1))
+
+
+MASK = (torch.arange(7) < torch.tensor([[1], [3], [7], [5], [2], [7]])).long()
+# The others make one sample of two.
+MASKED = ["sff", "cwc", "ff", "cffa", "ffcl", ForwardForward(peer=0.1)]
+
+
+@pytest.mark.parametrize("objective", MASKED)
+def test_padding_changes_nothing(objective):
+    torch.manual_seed(0)
+    example = (torch.zeros(2, 7, 5), torch.ones(2, 7, dtype=torch.long))
+    net = sffx.transform(Frames(), "layer", example, objective=objective).train()
+    assert all(block.mask for block in net.plan)
+    frames = torch.rand(6, 7, 5)
+    other = frames.masked_fill(MASK[:, :, None] == 0, 50.0)
+    losses, scores, features = [], [], []
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    for x in (frames, other):
+        net.load_state_dict(before)
+        torch.manual_seed(1)
+        losses.append(sffx.local_loss(net.train(), (x, MASK), Y).detach())
+        scores.append(net.eval()(x, MASK))
+        features.append(sffx.LinearProbe(net).features((x, MASK)))
+    for one, two in (losses, scores, features):
+        torch.testing.assert_close(one, two)
+
+
+def test_pairs_of_samples_with_other_padding_are_refused():
+    example = (torch.zeros(2, 7, 5), torch.ones(2, 7, dtype=torch.long))
+    with pytest.raises(InputError, match=r"padding each, as 'attention_mask' says\. Hint: "):
+        sffx.transform(Frames(), "layer", example, objective="scff")

@@ -103,8 +103,9 @@ def transform(
     Returns:
         An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the
         goodness of every block and the classifier's logits, (K, B, J); for another task than
-        classification, a tuple with the scores of each block. In eval mode it returns the scores
-        (B, J) that `net.readout.mode` chooses. `net.plan` is its block plan.
+        classification, and for an objective with heads of its own, a tuple with the scores of each
+        block. In eval mode it returns the scores (B, J) that `net.readout.mode` chooses. `net.plan`
+        is its block plan.
 
     Raises:
         InputError: an argument cannot be used, or the input cannot be inferred.

@@ -115,7 +115,8 @@ def block_scores(net: fx.GraphModule, x: Any) -> Any:
     """Return the scores of every block for a batch, in the model's present mode, (K, B, J).
 
     The scores are the goodness of each feature block; the classifier's logits come last. For
-    another task than classification they are a tuple, as the net itself returns in train mode.
+    another task than classification they are a tuple, as the net itself returns in train mode. So
+    they are in train mode where the heads of an objective give something else than (B, J).
 
     Args:
         net: what `transform` returned.

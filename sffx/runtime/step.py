@@ -70,7 +70,8 @@ def local_loss(
             loss is the sum of their losses only. Blocks before them run in eval mode without
             gradients, so their running statistics stay. Blocks behind the last of them do not run.
         on_block: called with the name of each block that learns, its scores, (B, J), and its loss,
-            both detached.
+            both detached. With an objective of several views the scores are what the head gives in
+            train mode, (views * B, ...).
 
     Raises:
         InputError: `net` is no cut model, is in eval mode or is offloaded; x, y or a parameter of
@@ -146,8 +147,8 @@ def local_step(
         loss_fn: a block's loss from its goodness and y, or one for each block by name or in order,
             as `sff_loss` takes it; cross-entropy if None.
         blocks: names of the blocks that learn, as for `local_loss`; all if None.
-        on_block: called with the name of each block that learns, its scores, (B, J), and its loss,
-            both detached, before the block's parameters change.
+        on_block: called with the name of each block that learns, its scores and its loss, as for
+            `local_loss`, before the block's parameters change.
 
     Returns:
         The loss of the blocks that learn before the step, a scalar without gradient.

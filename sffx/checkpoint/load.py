@@ -30,8 +30,9 @@ from sffx.checkpoint.read import read
 from sffx.checks import require_flag
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
+from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
 from sffx.net import CutModel, cut_model, plan_of, set_plan
-from sffx.objective import Objective
+from sffx.objective import DEFAULT, Objective
 from sffx.parts import block_name
 
 # The entries in which other training scripts keep the state dict; the first is Lightning's.
@@ -127,7 +128,23 @@ class Checkpoint:
                 f"Hint: pass {', '.join(hints)} as in the training; "
                 "sffx.save_checkpoint records them"
             )
+        self._require_heads_of(given)
         return {**self._recorded_options(), **given}
+
+    def _require_heads_of(self, given: Mapping[str, Any]) -> None:
+        """Raise an InputError if another objective is given, whose heads are none of these."""
+        if self.cut is None or "objective" not in given or "goodness" in given:
+            return
+        record = self.cut.get("objective", DEFAULT.record())
+        asked = objective_named(given["objective"])
+        if asked.name == record["name"] or record["name"] not in OBJECTIVES:
+            return
+        if asked.goodness is None or objective_of_record(record).goodness is None:
+            raise InputError(
+                f"{self._name} holds heads of the objective {record['name']!r}, and "
+                f"{asked.name!r} is given, which has others. Hint: leave the objective out; "
+                "sffx.extract(checkpoint.net(model)) gives the model alone, which may be cut anew"
+            )
 
     def missing(self, given: Mapping[str, Any]) -> dict[str, str]:
         """Return the required options that are neither recorded nor given.

@@ -172,6 +172,19 @@ def test_copies_pickles_and_checkpoints(name, tmp_path):
             assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.parametrize("other", OBJECTIVES)
+def test_a_checkpoint_of_another_objective_says_so(name, other, tmp_path):
+    sffx.save_checkpoint(tmp_path / "net.pt", cut(name))
+    checkpoint = sffx.load_checkpoint(tmp_path / "net.pt")
+    # The goodness of CwC has no weights, and is one for SFF as well.
+    if name == other or {name, other} == {"sff", "cwc"}:
+        assert checkpoint.net(convolutions(), objective=other).plan.objective.name == other
+        return
+    message = f"holds heads of the objective '{name}', and '{other}' is given.*Hint: leave"
+    with pytest.raises(InputError, match=message):
+        checkpoint.net(convolutions(), objective=other)
+
+
 def test_records(name):
     objective = objective_named(name)
     assert objective_of_record(objective.record()) == objective

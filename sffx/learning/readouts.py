@@ -92,6 +92,9 @@ READOUTS: dict[str, Callable[..., Any]] = {
 
 WEIGHTED: Final = "weighted"
 
+# By how much the sum of weights in float64 may differ from 1.
+_ROUNDING = 1e-9
+
 # The readouts that return one score for each class, (B, J): what a cut model can return.
 MODES = ("ensemble", "weighted", "last", "classifier")
 
@@ -238,7 +241,11 @@ class Readout(nn.Module):
         key = f"{prefix}weights"
         if key in state_dict:
             given = _checked_weights(state_dict[key]).double()
-            self.weights = tuple((given / given.sum()).tolist())
+            total = given.sum().item()
+            # Weights that this class has saved come back to the bit.
+            if abs(total - 1) > _ROUNDING:
+                given = given / total
+            self.weights = tuple(given.tolist())
             if self._mode == "ensemble":
                 self._mode = WEIGHTED
         else:

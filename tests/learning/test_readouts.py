@@ -108,3 +108,16 @@ def test_weights_travel_in_the_state_dict_with_their_mode():
     other.load_state_dict(Readout().state_dict())
     assert other.weights is None
     assert other.mode == "ensemble"
+
+
+def test_weights_come_back_to_the_bit():
+    """Their sum is 1 but for rounding, and a division by it would move them."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        given = torch.rand(3, generator=generator, dtype=torch.float64)
+        weighed, other = Readout(), Readout()
+        weighed.weights = tuple((given / given.sum()).tolist())
+        other.load_state_dict(weighed.state_dict())
+        assert other.weights == weighed.weights
+    other.load_state_dict({"weights": torch.tensor([1.0, 1.0, 2.0])})
+    assert other.weights == (0.25, 0.25, 0.5)

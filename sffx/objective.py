@@ -58,12 +58,14 @@ class Batch:
         num_classes: J.
         scores: returns the scores that the net gives the batch now, (B, J), without gradients. It
             costs a prediction.
+        mask: the input that marks the real tokens, (B, T), None where there is none.
     """
 
     inputs: Mapping[str, Any]
     y: Tensor
     num_classes: int
     scores: Callable[[], Tensor]
+    mask: Tensor | None = None
 
     def repeated(self, times: int) -> dict[str, Any]:
         """Return the inputs several times behind themselves, (times * B, ...), by name."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError
-from sffx.inputs import batch_size, bind, explaining_input_errors
+from sffx.inputs import batch_size, bind, explaining_input_errors, mask_among
 from sffx.learning.losses import LossFunction, LossFunctions
 from sffx.learning.readouts import readout_of
 from sffx.net import plan_of
@@ -40,7 +40,9 @@ def training_input(net: fx.GraphModule, x: Any, y: Tensor) -> Any:
         _require_cached_views(objective, x)
         return x.views_in_rows()
     inputs = bind(plan, x)
-    batch = Batch(inputs, y, plan.num_classes, partial(_present_scores, net, x))
+    scores = partial(_present_scores, net, x)
+    mask = mask_among(plan.inputs, [inputs[each.name] for each in plan.inputs])
+    batch = Batch(inputs, y, plan.num_classes, scores, mask)
     place = f"the views of the objective {objective.name!r}"
     with torch.no_grad(), explaining_input_errors(net, inputs, place):
         made = objective.training_views(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -24,6 +25,7 @@ from sffx.learning.objectives.labels import (
 )
 from sffx.objective import Batch, Objective, Place
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tasks.task import has_values
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,32 @@ class LabelledInput(Objective):
     def training_views(self, batch: Batch) -> Mapping[str, Any]:
         name, x = next(iter(batch.inputs.items()))
         self._codes.require(x.shape[1:], batch.num_classes)
+        self._require_seen(x, batch)
         codes = self._codes.codes(x.shape[1:], batch.num_classes).to(x.device, x.dtype)
         of_views = [codes[batch.y], codes[self._wrong_labels(batch)]]
         if self.neutral:
             of_views.append(codes[-1:].expand_as(of_views[0]))
         labelled = [self._codes.put(x, own) for own in of_views]
         return {**batch.repeated(self.views), name: torch.cat(labelled)}
+
+    def _require_seen(self, x: Tensor, batch: Batch) -> None:
+        """Raise an InputError if a label would lie in the padding of a sample, which nobody reads.
+
+        Args:
+            x: the first input, (B, T, ...).
+            batch: with the mask of its tokens.
+        """
+        mask = batch.mask
+        if mask is None or mask.shape != x.shape[:2] or not has_values(mask):
+            return
+        tokens = math.ceil(batch.num_classes / math.prod(x.shape[2:]))
+        seen = mask[:, :tokens].bool().all(1)
+        if not seen.all():
+            raise InputError(
+                f"the objective {self.name!r} puts a label into the first {tokens} tokens, which "
+                f"are padding in {int((~seen).sum())} samples. Hint: pad at the end, and pass "
+                f"{tokens} real tokens or more"
+            )
 
     def _wrong_labels(self, batch: Batch) -> Tensor:
         if self.negatives == "hard":

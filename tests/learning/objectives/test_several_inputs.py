@@ -83,3 +83,14 @@ def test_pairs_of_samples_with_other_padding_are_refused():
     example = (torch.zeros(2, 7, 5), torch.ones(2, 7, dtype=torch.long))
     with pytest.raises(InputError, match=r"padding each, as 'attention_mask' says\. Hint: "):
         sffx.transform(Frames(), "layer", example, objective="scff")
+
+
+@pytest.mark.parametrize("objective", ["ff", "cffa"])
+def test_labels_in_the_padding_are_refused(objective):
+    """The label is the first four values, which are in the first token."""
+    example = (torch.zeros(2, 7, 5), torch.ones(2, 7, dtype=torch.long))
+    net = sffx.transform(Frames(), "layer", example, objective=objective).train()
+    frames = torch.rand(6, 7, 5)
+    sffx.local_loss(net, (frames, MASK), Y)
+    with pytest.raises(InputError, match=r"first 1 tokens, which are padding in 4 samples. Hint"):
+        sffx.local_loss(net, (frames, MASK.flip(1)), Y)

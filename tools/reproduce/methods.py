@@ -183,7 +183,7 @@ METHODS = {
     ),
     "FF, unsupervised": _family("ff-unsupervised"),
     "SCFF": _family(
-        SCFF(positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0)),
+        SCFF(positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0), shift=2),
         spans=SCFF_SPANS,
     ),
     "CwC, ILT": _interleaved(MNIST_SPANS),

@@ -88,23 +88,30 @@ class _NarrowResNet(ResNet):
 
 
 class Perceptron(nn.Sequential):
-    """Linear layers with ReLU, behind an input at unit mean square, as Forward-Forward has them.
+    """Linear layers with ReLU. Takes (B, 1, H, W) and returns (B, J).
 
-    Takes (B, 1, H, W) and returns (B, J).
+    Args:
+        num_classes: J.
+        size: H and W.
+        widths: units of each layer.
+        normalised: whether the input is brought to unit mean square, as Forward-Forward has it.
     """
 
-    def __init__(self, num_classes: int, size: int, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, num_classes: int, size: int, widths: tuple[int, ...], normalised: bool
+    ) -> None:
         super().__init__()
         self.flatten = nn.Flatten()
-        self.norm = LengthNorm()
+        if normalised:
+            self.norm = LengthNorm()
         for i, (before, after) in enumerate(pairwise((size**2, *widths))):
             self.add_module(f"layer{i}", nn.Sequential(nn.Linear(before, after), nn.ReLU()))
         self.classifier = nn.Linear(widths[-1], num_classes)
 
 
-def _perceptron(*widths: int) -> Callable[[int, int], nn.Module]:
+def _perceptron(*widths: int, normalised: bool = True) -> Callable[[int, int], nn.Module]:
     def make(num_classes: int, size: int) -> nn.Module:
-        return Perceptron(num_classes, size, widths)
+        return Perceptron(num_classes, size, widths, normalised)
 
     return make
 
@@ -199,7 +206,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "CFSE, grey": _grey_cfse,
     "CFSE/2, grey": _narrow_grey_cfse,
     "MLP 3 x 1000": _perceptron(1000, 1000, 1000),
-    "MLP 2 x 2000": _perceptron(2000, 2000),
+    "MLP 2 x 2000": _perceptron(2000, 2000, normalised=False),
     "MLP 2 x 500": _perceptron(500, 500),
 }
 

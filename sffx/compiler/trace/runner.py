@@ -31,7 +31,7 @@ from sffx.compiler.trace.randomness import generators_restored, torch_restored
 from sffx.compiler.trace.run_function import FunctionTarget
 from sffx.compiler.trace.sizes import is_guard
 from sffx.compiler.trace.state import in_mode
-from sffx.tensors import can_learn, tensors_in
+from sffx.tensors import can_learn, storage_key, tensors_in
 
 
 def example_of(node: fx.Node) -> Any:
@@ -94,6 +94,7 @@ class NodeRunner:
         self.resized = ""
         self.uncopied: dict[int, Tensor] = {}
         self._saved_storages: list[UntypedStorage] = []
+        self._given = {storage_key(tensor) for tensor in (*probe.parameters(), *probe.buffers())}
 
     def run(self, node: fx.Node) -> Facts:
         """Return the facts of a node whose arguments have theirs."""
@@ -202,7 +203,7 @@ class NodeRunner:
 
     def _counted(self, node: fx.Node, cost: Cost) -> Any:
         """Return a node's value, and add to `cost` what it costs."""
-        note_saved = noting_saved(cost.saved, self._saved_storages, _is_parameter)
+        note_saved = noting_saved(cost.saved, self._saved_storages, self._is_given)
         self.is_running = True
         try:
             # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
@@ -226,9 +227,13 @@ class NodeRunner:
             value = self._value(node)
         read = [example_of(arg) for arg in node.all_input_nodes]
         for tensor in tensors_in([*read, value]):
-            if not _is_parameter(tensor):
+            if not self._is_given(tensor):
                 note_kept(tensor, cost.saved, self._saved_storages)
         return value
+
+    def _is_given(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the model, or a view of one, as a transposed weight is."""
+        return storage_key(tensor) in self._given
 
     def _at_other_size(self, node: fx.Node) -> Any:
         """Return a node's value at the second batch size."""
@@ -403,7 +408,3 @@ def _form(value: Any) -> str:
 def _ones_like(tensor: Tensor) -> Tensor:
     """Return ones with values, also for a fake tensor, of which `torch.ones_like` makes a fake."""
     return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sffx
 from sffx.compiler.facts import Cost
 from sffx.compiler.fake import fake_copy
 from sffx.compiler.trace.costs import CountMacs, noting_saved
@@ -45,3 +46,52 @@ def test_what_autograd_keeps_is_noted_once_for_each_storage_and_parameters_are_n
         y: Tensor = layer(x) + layer(x[:2]).sum()
     assert saved == {storage_key(x): 4 * 5 * 6}
     assert y.grad_fn is not None
+
+
+def _tokens():
+    return nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), Mean())
+
+
+class Mean(nn.Module):
+    """Averages tokens, and tells four classes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.fc(x.mean(1))
+
+
+MODELS = {
+    "linear": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 4)
+        ),
+        lambda samples: torch.rand(samples, 6),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(16, 4)
+        ),
+        lambda samples: torch.rand(samples, 2, 6, 6),
+    ),
+    "tokens": (_tokens, lambda samples: torch.randint(9, (samples, 5))),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_blocks_keep_is_what_a_step_keeps_beside_the_weights(kind):
+    make, inputs = MODELS[kind]
+    net = sffx.transform(make(), "layer", inputs(2), norm="none")
+    own = {storage_key(p) for p in net.parameters()}
+    samples = 7
+    x = inputs(samples)
+    assert len(net.plan) == 2
+    for block in net.plan:
+        kept: dict[int, int] = {}
+        alive: list[UntypedStorage] = []
+        with noting_saved(kept, alive, lambda tensor: storage_key(tensor) in own):
+            y = net.get_submodule(block.target)(x)
+        assert samples * block.activation_bytes == sum(kept.values())
+        x = y.detach().requires_grad_()

@@ -18,7 +18,7 @@ from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
 from tools.reproduce.readouts import readouts
-from tools.reproduce.render import READOUTS, reduced_precision
+from tools.reproduce.render import READOUTS, reduced_precision, table
 from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
 
@@ -415,6 +415,23 @@ def test_the_caption_names_the_methods_that_trained_in_bfloat16(reduced, text):
     for name in ("BP", "SFF"):
         methods[name] = [{"config": {"precision": "bfloat16"} if name in reduced else {}}]
     assert reduced_precision(methods) == text
+
+
+def test_a_classifier_that_does_not_learn_has_no_accuracy_in_the_table():
+    runs = {}
+    for method in ("FF, spatial labels", "SFF"):
+        run = new_run(method)
+        run.train(2)  # without a recipe, so learning rates follow the losses of the blocks
+        result = run.result()
+        assert set(result["test"]) >= {"classifier", "all and classifier", "last"}
+        runs[method] = [result]
+    _, _, of_labels, of_sff = table(runs, {}).splitlines()
+    place = {
+        name: 1 + READOUTS.index(name) for name in ("classifier", "all and classifier", "last")
+    }
+    dashes = {name for name in place if of_labels.split(" | ")[place[name]] == "–"}
+    assert dashes == {"classifier", "all and classifier"}
+    assert "–" not in [of_sff.split(" | ")[each] for each in place.values()]
 
 
 def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import sffx
+from sffx.learning.objectives.records import objective_named
 from sffx.objectives import SCFF, ForwardForward
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
@@ -45,6 +46,11 @@ class Method:
     probes: bool = False
     addition: recipes.Addition | None = None
     strengths: tuple[float, ...] = ()
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the model's own classifier learns. With labels in the input it does not."""
+        return objective_named(self.options.get("objective", "sff")).trains_classifier
 
     def at(self, strength: float | None) -> Method:
         """Return the method with its recipe at a strength, itself where that is None."""

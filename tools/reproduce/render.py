@@ -11,6 +11,7 @@ from typing import Any
 from sffx.files import write
 from sffx.plots.figure import blank, save
 from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
+from tools.reproduce.methods import METHODS
 
 READOUTS = (
     "ensemble",
@@ -22,6 +23,9 @@ READOUTS = (
     "linear probe",
     "probe of the last",
 )
+
+# What a classifier that has not learnt says nothing of.
+OF_CLASSIFIER = ("classifier", "all and classifier")
 
 # The records of one experiment, by method.
 Methods = dict[str, list[dict[str, Any]]]
@@ -66,8 +70,9 @@ def table(methods: Methods, costs: dict[str, Any]) -> str:
 
 def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None) -> str:
     cells = [method]
+    untrained = () if METHODS[method].trains_classifier else OF_CLASSIFIER
     for readout in READOUTS:
-        if readout in runs[0]["test"]:
+        if readout in runs[0]["test"] and readout not in untrained:
             cells.append(spread(run["test"][readout] for run in runs))
         else:
             cells.append("–")
@@ -166,7 +171,7 @@ def plot(name: str, methods: Methods, path: Path) -> None:
     figure = blank(10, 3.6, "plotting experiments")
     blocks, curves = figure.subplots(1, 2)
     for i, (method, runs) in enumerate(methods.items()):
-        _plot_blocks(blocks, runs, f"C{i}")
+        _plot_blocks(blocks, runs, f"C{i}", METHODS[method].trains_classifier)
         # As far as all seeds go: a mean over fewer would jump where a seed ends.
         length = min(len(run["curve"]) for run in runs)
         validation = []
@@ -180,8 +185,13 @@ def plot(name: str, methods: Methods, path: Path) -> None:
     save(figure, path)
 
 
-def _plot_blocks(axes: Any, runs: list[dict[str, Any]], color: str) -> None:
-    """Plot the blocks as a line and the classifier as a square, or as a line without blocks."""
+def _plot_blocks(
+    axes: Any, runs: list[dict[str, Any]], color: str, trains_classifier: bool
+) -> None:
+    """Plot the blocks as a line and the classifier as a square, or as a line without blocks.
+
+    A classifier that does not learn is left out.
+    """
     by_block = zip(*(run["blocks"] for run in runs), strict=True)
     *features, classifier = [100 * fmean(values) for values in by_block]
     if not features:
@@ -189,7 +199,8 @@ def _plot_blocks(axes: Any, runs: list[dict[str, Any]], color: str) -> None:
         return
     count = len(features)
     axes.plot(range(1, count + 1), features, marker="o", color=color)
-    axes.plot(count + 1, classifier, marker="s", color=color, linestyle="")
+    if trains_classifier:
+        axes.plot(count + 1, classifier, marker="s", color=color, linestyle="")
 
 
 def render(out: Path) -> None:

@@ -213,11 +213,13 @@ class Run:
         """Return the validation loss that each parameter group follows.
 
         With heads each group follows its own block's. Without heads both groups follow the one
-        loss.
+        loss. A classifier that does not learn has no group.
         """
-        if len(losses) == 1:
-            losses = losses * len(self.names)
-        return dict(zip(self.names, losses, strict=True))
+        if not self.method.heads:
+            return dict.fromkeys(self.names, losses[0])
+        plan: Any = self.net.plan
+        names = [block.target for block in plan.all_blocks]
+        return dict(zip(names, losses, strict=True))
 
     def scores(self, images: Images) -> Tensor:
         batches = (self.split.scaled(x) for x, _ in in_order(images, EVALUATION_BATCH))

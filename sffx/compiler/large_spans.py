@@ -37,19 +37,19 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     sizes = _numbers_of_parameters(analysis)
     classifier = max((i for i, step in enumerate(steps) if step.weighted), default=-1)
     places = layer_ends(analysis)
-    added = []
+    ends_so_far = set(kept)
     for before, end in pairwise([-1, *kept, len(steps) - 1]):
         # The last layer stays with the classifier, however large it is.
-        is_large = _is_large(steps, sizes, range(before + 1, min(end + 1, classifier)))
+        span = range(before + 1, min(end + 1, classifier))
         has_block = any(start <= end and last > before for start, last in blocks.items())
-        if is_large and not has_block:
-            added += _between_layers(analysis, places, before, end)
-    for before, end in pairwise([-1, *sorted({*kept, *added})]):
+        if _is_large(steps, sizes, span) and not has_block:
+            ends_so_far.update(_between_layers(analysis, places, before, end))
+    for before, end in pairwise([-1, *sorted(ends_so_far)]):
         span = range(before + 1, end + 1)
-        several = len(_residual_modules(analysis, span.start, span.stop)) > 1
-        if several or _goes_on_behind_concatenation(steps, span):
-            added += _most_even(analysis, sizes, places, before, end)
-    return sorted({*kept, *added})
+        has_several_blocks = len(_residual_modules(analysis, span)) > 1
+        if has_several_blocks or _goes_on_behind_concatenation(steps, span):
+            ends_so_far.update(_most_even(analysis, sizes, places, before, end))
+    return sorted(ends_so_far)
 
 
 def _between_layers(analysis: Analysis, places: Iterable[int], before: int, end: int) -> list[int]:
@@ -72,15 +72,15 @@ def _between_layers(analysis: Analysis, places: Iterable[int], before: int, end:
 def _is_large(steps: Steps, sizes: list[int], span: range) -> bool:
     """Return whether a span has most of the parameters, or several layers with a third."""
     share = sum(sizes[i] for i in span) / max(sum(sizes), 1)
-    several = sum(steps[i].weighted for i in span) > 1
-    return share > (LARGE_BLOCK if several else 1 / 2)
+    num_layers = sum(steps[i].weighted for i in span)
+    return share > (LARGE_BLOCK if num_layers > 1 else 1 / 2)
 
 
-def _residual_modules(analysis: Analysis, start: int, stop: int) -> set[str]:
-    """Return the qualnames of the modules with a sum of paths in the steps of [start, stop)."""
+def _residual_modules(analysis: Analysis, span: range) -> set[str]:
+    """Return the qualnames of the modules with a sum of paths in the steps of a span."""
     owners: set[str] = set()
-    for step in analysis.steps[start:stop]:
-        for name in step.nodes:
+    for i in span:
+        for name in analysis.steps[i].nodes:
             if analysis.join(name) == "sum":
                 owners.update(scopes(analysis.nodes[name])[-1:])
     return owners
@@ -115,15 +115,18 @@ def _most_even(
     for place in places:
         if not before < place < end or _only_embeds(analysis, before + 1, place + 1):
             continue
-        parts = sum(sizes[before + 1 : place + 1]), sum(sizes[place + 1 : end + 1])
-        is_better = best is None or max(parts) < smallest
+        left = sum(sizes[before + 1 : place + 1])
+        right = sum(sizes[place + 1 : end + 1])
+        larger = max(left, right)
+        is_better = best is None or larger < smallest
         if is_better and has_weight(analysis.steps, place + 1, end + 1):
             best = place
-            smallest = max(parts)
+            smallest = larger
     if best is None:
         return []
-    left = _most_even(analysis, sizes, places, before, best)
-    return [*left, best, *_most_even(analysis, sizes, places, best, end)]
+    cuts_before = _most_even(analysis, sizes, places, before, best)
+    cuts_behind = _most_even(analysis, sizes, places, best, end)
+    return [*cuts_before, best, *cuts_behind]
 
 
 def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:
@@ -140,9 +143,9 @@ def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:
 
 
 def _numbers_of_parameters(analysis: Analysis) -> list[int]:
-    """Return the number of scalars in the parameters of each step; one that is shared counts once.
+    """Return the number of scalars in the parameters of each step.
 
-    It counts where it is used first.
+    A shared parameter counts once, where it is used first.
     """
     seen: set[int] = set()
     numbers = []

@@ -42,12 +42,8 @@ class SecondMomentGoodness(Function):
             spread = (w_cov * weight[:, None]).sum(2).t()
         else:
             ctx.save_for_backward(y, weight, bias, mean, twice, covariance, None)
-            spreads = []
-            for part in _slices(y, weight):
-                # No product has a name here: it would live on while the next one is computed.
-                found = _with_each(weight, covariance[part]).mul_(weight[:, None]).sum(2)
-                spreads.append(found.t())
-            spread = spreads[0] if len(spreads) == 1 else torch.cat(spreads)
+            spread = _spread(weight, covariance, _slices(y, weight))
+        # A quarter, since both factors are twice the mean of z.
         return torch.addcmul(spread, twice, twice, value=0.25)
 
     @staticmethod
@@ -64,18 +60,30 @@ class SecondMomentGoodness(Function):
         if not needs_products:
             return None, dw, db
         slices = _slices(y, weight)
+        # With one slice alone, its gradient is that of y, without a copy.
         dy = torch.empty_like(y) if wants_y and len(slices) > 1 else None
         # Copied, so that its products with the weight lie in memory as (J, B, C).
         by_class = _of_classes(dg).contiguous()
         for part in slices:
             scaled = weight[:, None] * by_class[:, part]  # (J, B, C)
             if dw is not None and w_cov is None:
-                dw = product_added(dw, scaled.flatten(1), covariance[part].flatten(0, 1), 2)
+                by_row = covariance[part].flatten(0, 1)  # (B C, C)
+                dw = product_added(dw, scaled.flatten(1), by_row, alpha=2)
             if dy is not None:
                 dy[part] = _input_gradient(y[part], scaled, weight, bias)
             elif wants_y:
                 dy = _input_gradient(y, scaled, weight, bias)
         return dy, dw, db
+
+
+def _spread(weight: Tensor, covariance: Tensor, slices: list[slice]) -> Tensor:
+    """Return `w_j^T Cov w_j` of each sample, (B, J), slice by slice."""
+    spreads = []
+    for part in slices:
+        # No product has a name here: it would live on while the next one is computed.
+        found = _with_each(weight, covariance[part]).mul_(weight[:, None]).sum(2)
+        spreads.append(found.t())
+    return spreads[0] if len(spreads) == 1 else torch.cat(spreads)
 
 
 def _of_classes(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Small products, other devices, other dtypes and graphs in the making use torch's
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -22,9 +23,10 @@ from sffx.kernels.batch_slices import small_slices
 # With fewer multiply-adds than this, a call of oneDNN takes longer than MKL's product.
 _LEAST_MACS = 2**22
 
-# A result is written in so many parts at most, each of so many values at least.
-_PARTS = 4
-_PART = 2**18
+# A large result is written part by part, so that what oneDNN returns is small beside it. It has so
+# many parts at most, each of so many values at least.
+_MOST_PARTS = 4
+_LEAST_VALUES = 2**18
 
 # A product that has so few rows or columns is no faster by oneDNN.
 _FEW = 8
@@ -68,7 +70,8 @@ def add_products(
     """
     if not _is_faster(a, b):
         return torch.baddbmm(bias, a, b, beta=beta, alpha=alpha)
-    return _each(beta * bias if beta else None, a, b, alpha)
+    scaled = beta * bias if beta else None
+    return _each(scaled, a, b, alpha)
 
 
 def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -83,17 +86,18 @@ def sum_of_products(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) 
     if len(a) and _is_faster(a, b):
         for i in range(len(a)):
             total = product_added(total, a[i], b[i])
-    elif a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
+        assert total is not None  # there is a sample
+        return total
+    if a.device.type != "cpu" or has_many_classes(weight, a.shape[2]):
         if total is not None:
             return total.addbmm_(a, b)
         # With a beta of 0, the values of the first argument do not count.
         return torch.addbmm(weight, a, b, beta=0)
-    else:
-        # On a CPU, `addbmm` computes one small product after the other.
-        for part in small_slices(a, weight.numel()):
-            found = torch.bmm(a[part], b[part]).sum(0)
-            total = found if total is None else total.add_(found)
-    assert total is not None  # there is always a sample, or a slice
+    # On a CPU, `addbmm` computes one small product after the other.
+    for part in small_slices(a, weight.numel()):
+        found = torch.bmm(a[part], b[part]).sum(0)
+        total = found if total is None else total.add_(found)
+    assert total is not None  # there is always a slice
     return total
 
 
@@ -112,10 +116,12 @@ def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _each(bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """Return alpha a b + bias of each sample, (B, M, N), by oneDNN."""
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     biases = bias.expand_as(out) if bias is not None else None
     for i in range(len(a)):
-        _write(out[i], biases[i] if biases is not None else None, a[i], b[i], alpha)
+        own = biases[i] if biases is not None else None
+        _write(out[i], own, a[i], b[i], alpha)
     return out
 
 
@@ -130,9 +136,12 @@ def _write(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float)
 
 
 def _write_rows(out: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, alpha: float) -> None:
-    size = max(_PART // b.shape[1], -(-len(a) // _PARTS))
-    for start in range(0, len(a), size):
-        part = slice(start, start + size)
+    columns = b.shape[1]
+    least_rows = _LEAST_VALUES // columns
+    rows_of_most_parts = math.ceil(len(a) / _MOST_PARTS)
+    rows = max(least_rows, rows_of_most_parts)
+    for start in range(0, len(a), rows):
+        part = slice(start, start + rows)
         found = _linear(a[part], b.t())
         if bias is not None:
             torch.add(bias[part], found, alpha=alpha, out=out[part])
@@ -154,11 +163,13 @@ def _linear(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _is_faster(a: Tensor, b: Tensor) -> bool:
     """Return whether oneDNN computes the product of (..., M, K) and (..., K, N), and faster."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
+    are_float32 = a.dtype == torch.float32 and b.dtype == torch.float32
+    if a.device.type != "cpu" or not are_float32:
         return False
     rows, inner = a.shape[-2:]
     columns = b.shape[-1]
-    if rows * inner * columns < _LEAST_MACS or min(rows, inner, columns) < _FEW:
+    macs = rows * inner * columns
+    if macs < _LEAST_MACS or min(rows, inner, columns) < _FEW:
         return False
     # Counters of memory and of multiply-adds know torch's own operations.
     if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
@@ -168,7 +179,8 @@ def _is_faster(a: Tensor, b: Tensor) -> bool:
 
 @cache
 def _has_onednn() -> bool:
-    """Return whether torch has oneDNN's product, and the processor units that it uses better."""
+    """Return whether torch has oneDNN's product, and the processor AVX-512, where it is faster."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_operation = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and has_operation

@@ -72,12 +72,16 @@ class Segmentation(Positions):
     def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
         space = len(shape) - 2
         sizes = _sizes_of_images(inputs, space)
+        # Where images differ in size, it is unknown which of them has the labels.
         if len(sizes) != 1:
             return replace(self, space=space)
-        return replace(self, space=space, example_sizes=(sizes.pop(), tuple(shape[2:])))
+        image = sizes.pop()
+        answer = tuple(shape[2:])
+        return replace(self, space=space, example_sizes=(image, answer))
 
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
-        return len(shape) - 2 in _AXES and num_outputs in (None, shape[1])
+        has_axes_of_space = len(shape) - 2 in _AXES
+        return has_axes_of_space and num_outputs in (None, shape[1])
 
     def fits(self, shape: Shape, output: Shape) -> bool:
         # A block has a resolution of its own, and may score the tokens of a grid.
@@ -105,27 +109,43 @@ class Segmentation(Positions):
         return f"({batch}, {_AXES[self.space]})"
 
     def require_size(self, y: Any, of_answer: bool, shapes: Sequence[Shape]) -> None:
-        if not isinstance(y, Tensor) or y.ndim != self.space + 1 or self.space == 1:
-            return  # a signal has a length alone
-        # Labels are those of the image, or of the answer, which may be smaller.
-        sizes = _sizes_of_images(shapes, self.space)
-        if self.example_sizes:
-            image, answer = self.example_sizes
-            before, after = (answer, image) if of_answer else (image, answer)
-            for size in list(sizes):
-                sizes |= _counterparts(size, before, after)
+        is_signal = self.space == 1  # which has a length alone
+        if is_signal or not isinstance(y, Tensor) or y.ndim != self.space + 1:
+            return
+        sizes = self._sizes_of_labels(shapes, of_answer)
         size_of_labels = tuple(y.shape[1:])
-        if size_of_labels not in sizes:
-            for size in sorted(sizes):
-                _require_fitting(size, size_of_labels, "scores" if of_answer else "input")
+        if size_of_labels in sizes:
+            return
+        whose = "scores" if of_answer else "input"
+        for size in sorted(sizes):
+            _require_fitting(size, size_of_labels, whose)
+
+    def _sizes_of_labels(self, shapes: Sequence[Shape], of_answer: bool) -> set[tuple[int, ...]]:
+        """Return the sizes that labels may have: of the image, or of the answer, which may differ.
+
+        Args:
+            shapes: of the scores if `of_answer`, else of the inputs.
+            of_answer: what the shapes are of.
+        """
+        given = _sizes_of_images(shapes, self.space)
+        if not self.example_sizes:
+            return given
+        image, answer = self.example_sizes
+        before, after = (answer, image) if of_answer else (image, answer)
+        sizes = set(given)
+        for size in given:
+            sizes |= _counterparts(size, before, after)
+        return sizes
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         shape = (output[0], *output[2:])
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
-        size = scores[-1].shape[2:]
-        return [*(self._resized(own, size) for own in scores[:-1]), scores[-1]]
+        logits = scores[-1]
+        size = logits.shape[2:]
+        resized = [self._resized(own, size) for own in scores[:-1]]
+        return [*resized, logits]
 
     def _resized(self, scores: Tensor, size: torch.Size) -> Tensor:
         """Return scores at another size."""
@@ -179,19 +199,22 @@ def _sizes_of_images(shapes: Sequence[Shape], space: int) -> set[tuple[int, ...]
 def _counterparts(size: Shape, before: Shape, after: Shape) -> set[tuple[int, ...]]:
     """Return the sizes that may belong to a size, given a pair of sizes that belong together.
 
-    A model without padding takes away as many pixels from each image, one with strides a share.
+    A model without padding takes the same number of pixels from each image. A model with strides
+    takes the same share.
     """
-    triples = list(zip(size, before, after, strict=True))
-    moved = tuple(length + new - old for length, old, new in triples)
-    scaled = tuple(length * new // old for length, old, new in triples)
-    return {moved, scaled}
+    moved = []
+    scaled = []
+    for length, old, new in zip(size, before, after, strict=True):
+        moved.append(length + new - old)
+        scaled.append(length * new // old)
+    return {tuple(moved), tuple(scaled)}
 
 
 def _require_fitting(size: Shape, size_of_labels: Shape, whose: str) -> None:
     """Raise an InputError if labels are off by a pixel along one axis, or turned.
 
-    Turned labels fit only with height and width exchanged. Without this, both would be brought to
-    the size of the scores, as any others are.
+    Turned labels fit only with height and width exchanged. Without this check, such labels would be
+    brought to the size of the scores, as any others are.
 
     Args:
         size: of the image or of the answer.
@@ -199,15 +222,25 @@ def _require_fitting(size: Shape, size_of_labels: Shape, whose: str) -> None:
         whose: size it is, for the message.
     """
     difference = f"y has {_in_words(size_of_labels)} pixels, but the {whose} {_in_words(size)}"
-    differences = [abs(a - b) for a, b in zip(size, size_of_labels, strict=True) if a != b]
+    differences = []
+    for length, length_of_labels in zip(size, size_of_labels, strict=True):
+        if length != length_of_labels:
+            differences.append(abs(length - length_of_labels))
     if differences == [1]:
         raise InputError(f"{difference}. Hint: labels of the size of the image")
     *_, height, width = size
     *_, rows, columns = size_of_labels
-    fits = rows % height == 0 and columns % width == 0 and rows // height == columns // width
-    fits_turned = rows % width == 0 and columns % height == 0 and rows // width == columns // height
+    fits = _is_multiple(rows, columns, height, width)
+    fits_turned = _is_multiple(rows, columns, width, height)
     if fits_turned and not fits and height != width:
         raise InputError(f"{difference}. Hint: the height comes first, y.mT")
+
+
+def _is_multiple(rows: int, columns: int, height: int, width: int) -> bool:
+    """Return whether both axes of labels are the same multiple of a height and a width."""
+    if rows % height or columns % width:
+        return False
+    return rows // height == columns // width
 
 
 def _in_words(size: Shape) -> str:
@@ -217,7 +250,8 @@ def _in_words(size: Shape) -> str:
 def _iou(confusion: Tensor) -> Tensor:
     """Return the intersection over the union of each class, (J,), nan where there is no union."""
     num_classes = int(len(confusion) ** 0.5)
-    counts = confusion.reshape(num_classes, num_classes).double()
-    found = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - found
-    return found / union
+    counts = confusion.reshape(num_classes, num_classes).double()  # (label, prediction)
+    intersection = counts.diagonal()
+    predicted = counts.sum(0)
+    labelled = counts.sum(1)
+    return intersection / (predicted + labelled - intersection)

@@ -47,7 +47,8 @@ def batch_sizes(arguments: Any) -> tuple[int, int]:
     """Return the batch size of a model's arguments, and another one."""
     tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
     size = len(tensors[0])
-    return (size, BATCH_SIZES[1] if size == BATCH_SIZES[0] else 2 * size)
+    other = BATCH_SIZES[1] if size == BATCH_SIZES[0] else 2 * size
+    return size, other
 
 
 def at_batch_size(arguments: Any, size: int) -> Any:
@@ -75,14 +76,16 @@ def find_batch(
     """
     if isinstance(value, Tensor):
         return _axis_of_tensor(node, root, value, other, sizes)
-    if isinstance(value, (tuple, list)):
-        pairs = zip(value, other, strict=True) if _same_length(value, other) else ()
-        return tuple(find_batch(node, root, one, two, sizes) for one, two in pairs)
-    return None
+    if not isinstance(value, (tuple, list)):
+        return None
+    if not _same_length(value, other):
+        return ()
+    pairs = zip(value, other, strict=True)
+    return tuple(find_batch(node, root, one, two, sizes) for one, two in pairs)
 
 
 def starts_with_batch(value: Any) -> bool:
-    """Return whether the record of a batch axis says: (B, ...), a row for each sample in order."""
+    """Return whether a batch axis is that of (B, ...), with one row for each sample, in order."""
     return value == BatchAxis(0) and not value.permuted
 
 
@@ -92,7 +95,8 @@ def is_reshape(node: fx.Node, root: nn.Module) -> bool:
         return False
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten))
-    return node.op in ("call_method", "call_function") and name_of_target(node.target) in _RESHAPES
+    is_call = node.op in ("call_method", "call_function")
+    return is_call and name_of_target(node.target) in _RESHAPES
 
 
 def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
@@ -105,6 +109,7 @@ def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -
     """
     if math.prod(before) != math.prod(after):
         return None
+    # A reshape keeps the order, so neighbours along the axis stay as many values apart.
     step = math.prod(before[axis + 1 :])
     for i, size in enumerate(after):
         if size == before[axis] and math.prod(after[i + 1 :]) == step:
@@ -121,10 +126,11 @@ def _axis_of_tensor(
     if len(changed) != 1:
         return None
     axis = changed[0]
-    multiple = Fraction(value.shape[axis], sizes[0])
-    if multiple != Fraction(other.shape[axis], sizes[1]) or multiple.denominator != 1:
+    rows_of_sample = Fraction(value.shape[axis], sizes[0])
+    rows_of_other = Fraction(other.shape[axis], sizes[1])
+    if rows_of_sample != rows_of_other or rows_of_sample.denominator != 1:
         return None
-    rows = int(multiple)
+    rows = int(rows_of_sample)
     slower = _slower_rows(node, root, value, axis, rows) if rows > 1 else 1
     return BatchAxis(axis, rows, slower, is_permuted(node, axis))
 
@@ -135,25 +141,26 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     1. A reshape keeps the order of all values.
     2. A repetition puts whole batches behind each other, or the rows of each sample.
     3. So does a concatenation of batches.
-    4. Whatever else leaves the number of rows leaves their order.
+    4. Any other operation that keeps the number of rows keeps their order.
     5. A layer without tensors may be a reshape by another name, as those of einops. It is run on
        the numbers of the samples.
     6. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
        have the order of earlier values with as many rows.
     """
     sources = list(_sources(node))
+    operation = name_of_target(node.target)
     if is_reshape(node, root) and sources:
         before, batch = sources[0]
         return _slower_after_reshape(before, batch, value, axis, rows)
     # Along another axis than the batch, a repetition leaves the rows as they are.
     is_repeated = all(batch.rows < rows for _, batch in sources)
-    if name_of_target(node.target) in _TILES and is_repeated:
+    if operation in _TILES and is_repeated:
         return rows if _all_plain(sources, axis) else None
-    if name_of_target(node.target) == "repeat_interleave" and is_repeated:
+    if operation == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
     # A concatenation along another axis does as well.
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
-    if name_of_target(node.target) in _CATS and is_longer:
+    if operation in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
     found = {batch.slower for _, batch in sources if batch.rows == rows}
@@ -171,7 +178,7 @@ def _is_index(value: Tensor) -> bool:
 
 
 def _slower_of_earlier_rows(node: fx.Node, rows: int) -> set[int | None]:
-    """Return each known `BatchAxis.slower` of the values before a node with a number of rows."""
+    """Return each known `BatchAxis.slower` of the earlier values with so many rows a sample."""
     found: set[int | None] = set()
     for earlier in node.graph.nodes:
         if earlier is node:
@@ -197,8 +204,9 @@ def _slower_after_reshape(
     if before.numel() != value.numel() or batch.slower is None:
         return None
     # The distance of two neighbouring samples, counted in values. A reshape leaves it as it is.
+    faster_before = batch.rows // batch.slower
     values_in_row_before = math.prod(before.shape[batch.axis + 1 :])
-    distance = batch.rows // batch.slower * values_in_row_before
+    distance = faster_before * values_in_row_before
     values_in_row = math.prod(value.shape[axis + 1 :])
     faster, rest = divmod(distance, values_in_row)
     if rest or not faster or rows % faster:
@@ -230,6 +238,7 @@ def _slower_after_layer(
         return None
     layer = root.get_submodule(str(node.target))
     with unset_fake_temporarily(), torch.no_grad():
+        # Each value of the tensor is the number of its sample.
         sizes = [1] * before.ndim
         sizes[batch.axis] = -1
         numbers = _numbers_of_samples(before.shape[batch.axis], batch)
@@ -250,10 +259,12 @@ def _slower_of_numbers(numbers: Tensor, batch: BatchAxis) -> int | None:
         batch: the axis of the rows, with their number for each sample.
     """
     for slower in range(1, batch.rows + 1):
-        if batch.rows % slower == 0:
-            order = BatchAxis(batch.axis, batch.rows, slower)
-            if bool((numbers == _numbers_of_samples(len(numbers), order)[:, None]).all()):
-                return slower
+        if batch.rows % slower:
+            continue
+        order = BatchAxis(batch.axis, batch.rows, slower)
+        expected = _numbers_of_samples(len(numbers), order)[:, None]
+        if bool((numbers == expected).all()):
+            return slower
     return None
 
 
@@ -269,13 +280,27 @@ def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
     for arg in node.all_input_nodes:
         value, batch = facts(arg).example, facts(arg).batch
         if isinstance(value, (tuple, list)):
-            picked = _picked(node)
-            parts = zip(value, batch, strict=True) if _same_length(value, batch) else ()
-            for i, (part, axis) in enumerate(parts):
-                if picked in (None, i) and isinstance(axis, BatchAxis):
-                    yield part, axis
+            if _same_length(value, batch):
+                yield from _parts_read(node, value, batch)
         elif isinstance(batch, BatchAxis) and not _has_equal_rows(arg, batch):
             yield value, batch
+
+
+def _parts_read(
+    node: fx.Node, value: Sequence[Any], batch: Sequence[Any]
+) -> Iterator[tuple[Tensor, BatchAxis]]:
+    """Yield the parts of a tuple that a node reads and that have a batch axis, each with its axis.
+
+    Args:
+        node: reads the tuple, or one part of it.
+        value: the tuple.
+        batch: the batch axis of each part.
+    """
+    picked = _picked(node)
+    for i, (part, axis) in enumerate(zip(value, batch, strict=True)):
+        is_read = picked is None or picked == i
+        if is_read and isinstance(axis, BatchAxis):
+            yield part, axis
 
 
 def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
@@ -284,9 +309,12 @@ def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
     A class token that is repeated for all samples is of this kind. So are zeros, to which the
     messages of a graph network are added.
     """
-    if batch.slower is None and name_of_target(node.target) in _CONSTANTS:
+    if batch.slower is not None:
+        return False
+    operation = name_of_target(node.target)
+    if operation in _CONSTANTS:
         return True
-    if batch.slower is not None or name_of_target(node.target) not in (*_TILES, "expand"):
+    if operation not in (*_TILES, "expand"):
         return False
     row = facts(node.all_input_nodes[0]).example
     if not isinstance(row, Tensor):
@@ -297,9 +325,11 @@ def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
 
 
 def _picked(node: fx.Node) -> int | None:
-    """Return the index of the part of a tuple that a node takes."""
-    is_item = name_of_target(node.target) == "getitem" and isinstance(node.args[1], int)
-    return node.args[1] if is_item else None  # type: ignore[return-value]
+    """Return the index of the part of a tuple that a node takes; None if it takes more than one."""
+    if name_of_target(node.target) != "getitem":
+        return None
+    index = node.args[1]
+    return index if isinstance(index, int) else None
 
 
 def _all_plain(sources: list[tuple[Tensor, BatchAxis]], axis: int) -> bool:

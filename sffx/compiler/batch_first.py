@@ -33,16 +33,22 @@ def add_batch_first_views(trace: Trace) -> None:
     spine = set(flow.spine)
     for name, node in flow.nodes.items():
         axis = _viewed_axis(node)
-        if axis and flow.leads_to_logits(name) and _may_be_cut_after(flow, name, name in spine):
-            view = _add_views(node, axis, batch_first, is_alone=name in spine)
-            batch_first = view if name in spine else batch_first
-        elif name in spine and starts_with_batch(facts(node).batch):
+        is_on_spine = name in spine
+        if axis and flow.leads_to_logits(name) and _may_be_cut_after(flow, name, is_on_spine):
+            view = _add_views(node, axis, batch_first, is_alone=is_on_spine)
+            if is_on_spine:
+                batch_first = view
+        elif is_on_spine and starts_with_batch(facts(node).batch):
             batch_first = node
     graph.lint()
 
 
 def _may_be_cut_after(flow: Dataflow, name: str, is_on_spine: bool) -> bool:
-    """Return whether a module returns a value, or paths join in it; of one stream, both."""
+    """Return whether a cut may lie behind a value.
+
+    On the spine it may if a module returns the value, or if paths join in it. Where other streams
+    run beside it, both must be so.
+    """
     is_join = flow.paths.in_degree(name) > 1
     if is_on_spine:
         return is_join or _leaves_a_module(flow.nodes[name])
@@ -63,16 +69,18 @@ def _viewed_axis(node: Node) -> BatchAxis | None:
 
 
 def _leaves_a_module(node: Node) -> bool:
-    """Return whether a node that reads the value of another one lies outside a module around it.
+    """Return whether a reader of a node's value lies outside one of the modules around the node.
 
-    The module may read the value as well, as the inner stream of a TNT does.
+    Other readers may lie inside, as in the inner stream of a TNT.
     """
-    around = set(scopes(node))
-    source = node.all_input_nodes[0] if node.target is operator.getitem else None
-    if source is not None and source.op == "call_module":
-        # Of what a layer returns, as an LSTM its states, one is picked outside.
-        around = set(scopes(source))
-    return any(not set(scopes(reader)).issuperset(around) for reader in node.users)
+    owner = node
+    if node.target is operator.getitem:
+        source = node.all_input_nodes[0]
+        if source.op == "call_module":
+            # An LSTM returns its states as well, so its output is picked outside of it.
+            owner = source
+    around = set(scopes(owner))
+    return any(not around.issubset(scopes(reader)) for reader in node.users)
 
 
 def _scopes_of_readers(node: Node) -> set[str]:
@@ -92,12 +100,14 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
         is_alone: whether no stream runs beside the value. Where one does, a cut may lie between the
             readers of the value, so each has a view back of its own.
     """
+    # Read before the views are added, which are readers as well.
     readers = list(node.users)
     around_readers = _scopes_of_readers(node)
     stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
     name = node.name
     is_folded = batch.rows > 1
-    view, axis = node, batch.axis
+    view = node
+    axis = batch.axis
     if is_folded:
         view, axis = _add_unfolded(node, batch, before, stack)
     if axis > 0:
@@ -105,7 +115,8 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
     change_facts(view, batch=BatchAxis(0), is_folded=is_folded)
     if is_alone:
         around = _common(stack, around_readers)
-        _read_instead(readers, node, _add_back(view, view, axis, batch, name, around))
+        back = _add_back(view, view, axis, batch, name, around)
+        _read_instead(readers, node, back)
         return view
     for reader in readers:
         around = _common(stack, set(scopes(reader)))
@@ -137,10 +148,11 @@ def _add_back(
     """
     back = view
     if axis > 0:
-        back = after = _add_call(after, "movedim", (back, 0, axis), f"{name}_back", stack)
+        back = _add_call(after, "movedim", (back, 0, axis), f"{name}_back", stack)
+        after = back
     if batch.rows > 1:
-        axes = (batch.axis, batch.axis + 1)
-        back = _add_call(after, "flatten", (back, *axes), f"{name}_folded", stack)
+        args = (back, batch.axis, batch.axis + 1)
+        back = _add_call(after, "flatten", args, f"{name}_folded", stack)
     change_facts(back, batch=batch)
     return back
 
@@ -156,9 +168,10 @@ def _add_unfolded(
     # The size is read off the last value that a cut may have given to this block.
     size = _add_call(node, "size", (before, 0), f"{node.name}_samples", stack)
     change_facts(size, of_batch=True)
-    is_slower = batch.slower == batch.rows
-    sizes = (-1, size) if is_slower else (size, -1)
-    axis = batch.axis + 1 if is_slower else batch.axis
+    # Either whole batches lie behind each other, or the rows of each sample.
+    has_whole_batches = batch.slower == batch.rows
+    sizes = (-1, size) if has_whole_batches else (size, -1)
+    axis = batch.axis + 1 if has_whole_batches else batch.axis
     name = f"{node.name}_unfolded" if axis > 0 else f"{node.name}_batch_first"
     view = _add_call(size, "unflatten", (node, batch.axis, sizes), name, stack)
     change_facts(view, batch=BatchAxis(axis))

@@ -59,17 +59,9 @@ def rewrite(
             the detach.
     """
     traced = {node.name: node for node in trace.graph.nodes}
-    parts: dict[str, nn.Module] = {}
-    for i, head in enumerate(heads):
-        parts[head_name(i)] = head
-    for i, own_norms in enumerate(norms):
-        for value, norm in enumerate(own_norms):
-            if norm is not None:
-                parts[norm_name(i, value)] = norm
     trials = _trials(plan)
-    parts.update(trials)
     choices = _choices(plan)
-    parts.update(choices)
+    parts = {**_heads_and_norms(heads, norms), **trials, **choices}
     parts[READOUT] = Readout(plan.task, plan.objective.skips)
     root = nn.Module()
     root.training = trace.root.training
@@ -82,12 +74,27 @@ def rewrite(
     outer.add_inputs()
     outer.add_trials(trials)
     for i, block in enumerate(plan.blocks):
-        outer.add_block(i, block, [norm is not None for norm in norms[i]])
+        has_norm = [norm is not None for norm in norms[i]]
+        outer.add_block(i, block, has_norm)
     outer.add_choices(plan.classifier, choices)
     outer.add_end(plan.classifier)
     outer.graph.lint()
     net = GraphModule(root, outer.graph, class_name=f"SFF{plan.model}")
     return with_plan(net, plan, trace.root)
+
+
+def _heads_and_norms(
+    heads: list[nn.Module], norms: list[list[nn.Module | None]]
+) -> dict[str, nn.Module]:
+    """Return the heads and the norms, by the names of their parts."""
+    parts: dict[str, nn.Module] = {}
+    for i, head in enumerate(heads):
+        parts[head_name(i)] = head
+    for i, own_norms in enumerate(norms):
+        for value, norm in enumerate(own_norms):
+            if norm is not None:
+                parts[norm_name(i, value)] = norm
+    return parts
 
 
 def _trials(plan: BlockPlan) -> dict[str, nn.Module]:
@@ -138,7 +145,7 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Pick
     sides = [copies[name] for name in block.sides]
     graph.output((output, *sides) if sides else output)
     graph.lint()
-    class_name = block.target.title().replace("_", "")
+    class_name = block.target.title().replace("_", "")  # "block_0" becomes "Block0"
     return PickledGraph(_renamed(root), graph, class_name=class_name)
 
 
@@ -146,6 +153,7 @@ def _renamed(root: nn.Module) -> nn.Module:
     """Return a module that holds what the model holds, by the names that they have in a block."""
     holder = nn.Module()
     holder.training = root.training
+    # A forward may read tensors in plain attributes as well.
     for name, value in vars(root).items():
         if isinstance(value, Tensor):
             holder.__dict__[name_in_block(name)] = value
@@ -204,14 +212,16 @@ class _OuterGraph:
         """Add the modules that inputs go through before the first block."""
         names = [name for name, node in self.traced.items() if node.op == "placeholder"]
         for i, name in enumerate(names):
-            if trial_name(i) in trials:
-                self.values[name] = self._call(trial_name(i), trial_name(i), [self.values[name]])
+            trial = trial_name(i)
+            if trial in trials:
+                self.values[name] = self._call(trial, trial, [self.values[name]])
 
     def add_choices(self, classifier: Block, choices: Collection[str]) -> None:
         """Add the modules that choose the rows which the classifier reads."""
         for i, name in enumerate(classifier.inputs):
-            if choice_name(i) in choices:
-                self.values[name] = self._call(choice_name(i), choice_name(i), [self.values[name]])
+            choice = choice_name(i)
+            if choice in choices:
+                self.values[name] = self._call(choice, choice, [self.values[name]])
 
     def add_block(self, index: int, block: Block, has_norm: Sequence[bool]) -> None:
         """Add a feature block and its head; for each of its outputs the detach and the norm.
@@ -226,13 +236,15 @@ class _OuterGraph:
         scored: list[Any] = []
         for output in block.scored:
             scored += [attached[output.name], *self._mask_of(output)]
-        self.scores.append(self._call(head_name(index), goodness_name(index), scored))
+        goodness = self._call(head_name(index), goodness_name(index), scored)
+        self.scores.append(goodness)
         for i, output in enumerate(block.outputs):
-            name = norm_name(index, i)
-            detached = name.replace(norm_name(index), f"detached_{index}")
+            # Numbered as its norm is: "detached_0_1" before "norm_0_1".
+            norm = norm_name(index, i)
+            detached = norm.replace(norm_name(index), f"detached_{index}")
             value = _detach_tensor(self.graph, attached[output.name], detached)
             if has_norm[i]:
-                value = self._call(name, name, [value, *self._mask_of(output)])
+                value = self._call(norm, norm, [value, *self._mask_of(output)])
             self.values[output.name] = value
 
     def add_end(self, classifier: Block) -> None:
@@ -261,10 +273,11 @@ class _OuterGraph:
             side = _item(self.graph, result, i, name)
             if name in beside:
                 outputs[name] = side
-                continue
-            example = facts(self.traced[name]).example
-            is_detached = name in block.detached
-            self.values[name] = _detached(self.graph, side, example) if is_detached else side
+            elif name in block.detached:
+                example = facts(self.traced[name]).example
+                self.values[name] = _detached(self.graph, side, example)
+            else:
+                self.values[name] = side
         return outputs
 
     def _call(self, target: str, name: str, args: list[Any]) -> Node:

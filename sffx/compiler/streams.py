@@ -5,19 +5,20 @@ looks for steps that hold more than a third of the model and at least five layer
 stack, and adds cut sets inside them:
 
 1. The *parts* of a step are the modules that its module calls one after the other. A part that
-   holds more than a third of the model is divided into its own parts. So is a part whose module
-   goes on behind the step, as the decoder of a U-Net, unless it is a unit: behind the step it is
-   divided anyway. A single layer before a larger part belongs to that one, and those at the start
-   of the model are its stem. Behind the last larger part, each single layer is a part.
-2. A cut set may lie after each part with a weight. Of the places before the next layer, the one is
-   chosen where the fewest bytes cross, and of equal ones the last: behind an activation and before
-   a deconvolution. A pool to a flat value starts the way to the classifier, so it comes later.
+   holds more than a third of the model is divided into its own parts. So is a part, other than a
+   unit, whose module goes on behind the step, as the decoder of a U-Net: cuts behind the step
+   divide it anyway. A single layer before a larger part belongs to that part, and single layers at
+   the start of the model are its stem. Behind the last larger part, each single layer is a part.
+2. A cut set may lie after each part with a weight. Of the places before the next layer, this pass
+   chooses the one where the fewest bytes cross, and the last of equal ones: behind an activation
+   and before a deconvolution. A pool to a flat value starts the way to the classifier, so it comes
+   behind the cut.
 3. Where streams meet at the logits alone, each has a last layer of its own. All last layers are the
    classifier's, so they run behind all others.
 
-A module that the model repeats, as a residual block, is a unit, and is only divided if it has many
-layers and holds more than half of the model. One that holds several residual blocks is none. A gate
-stays with what it gates, unless that leads to the logits beside the gate as well.
+A module that the model repeats, such as a residual block, is a *unit*. It is divided only if it has
+many layers and holds more than half of the model. A module that holds several residual blocks is no
+unit. A gate stays with what it gates, unless that leads to the logits beside the gate as well.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -61,15 +62,18 @@ def with_streams(analysis: Analysis) -> Analysis:
             places += _places(analysis, step, sizes)
     if not places:
         return analysis
-    every = dict.fromkeys(cut_set for place in places for cut_set in place)
-    refused = _refused(analysis.with_cut_sets(tuple(every)))
-    chosen = []
+    # Dicts for want of an ordered set: places may have a cut set in common.
+    candidates: dict[CutSet, None] = {}
+    for place in places:
+        candidates.update(dict.fromkeys(place))
+    refused = _refused(analysis.with_cut_sets(tuple(candidates)))
+    chosen: dict[CutSet, None] = {}
     for place in places:
         allowed = [cut_set for cut_set in place if cut_set not in refused]
         best = _smallest(analysis, allowed)
         if best is not None and _is_between_streams(analysis, best):
-            chosen.append(best)
-    return analysis.with_cut_sets(tuple(dict.fromkeys(chosen)))
+            chosen[best] = None
+    return analysis.with_cut_sets(tuple(chosen))
 
 
 def _is_dense(analysis: Analysis, step: Step) -> bool:
@@ -86,8 +90,8 @@ def _refused(analysis: Analysis) -> set[CutSet]:
 def _is_between_streams(analysis: Analysis, cut_set: CutSet) -> bool:
     """Return whether policies are to cut across a cut set, since streams run side by side there.
 
-    A single value that dominates the logits is one if streams from several inputs meet there. Such
-    streams never parted, so their meeting is no join.
+    A single value that dominates the logits is such a cut set only if streams from several inputs
+    meet there. Those streams never parted, so their meeting is no join.
     """
     name, *others = cut_set
     if others or not analysis.flow.dominates(name):
@@ -115,13 +119,14 @@ class _Sizes:
 
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
-        self._numbers = self._of(analysis.nodes)
+        self._all_parameters, self._all_activations = self._of(analysis.nodes)
 
     def share(self, names: Iterable[str]) -> float:
         """Return the larger of the two shares that some nodes hold."""
         parameters, activations = self._of(names)
-        shares = (parameters / max(self._numbers[0], 1), activations / max(self._numbers[1], 1))
-        return max(shares)
+        of_parameters = parameters / max(self._all_parameters, 1)
+        of_activations = activations / max(self._all_activations, 1)
+        return max(of_parameters, of_activations)
 
     def layers(self, names: Iterable[str]) -> int:
         """Return the number of weight matrices and kernels that some nodes apply.
@@ -229,26 +234,31 @@ def _parts(
         inside = _parts(analysis, only.nodes, only.scope, sizes, later)
         if len(inside) > 1 and all(sizes.distinct_layers(part.nodes) > 1 for part in inside):
             return inside
-    parts: list[_Part] = []
-    # The parts with several layers, and where the last of them ends in the list.
     larger: list[_Part] = []
-    behind = 0
+    # The parts of a single layer behind the last larger one.
+    single: list[_Part] = []
     for part in found.values():
-        divided: list[_Part] = []
-        is_large = sizes.is_too_large(part.nodes, part.scope)
-        is_unit = _is_unit(analysis, part.nodes, part.scope)
-        goes_on = part.scope in later and not is_unit
-        if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
-            divided = _parts(analysis, part.nodes, part.scope, sizes, later)
         layers = sizes.layers(part.nodes)
+        divided = _divided(analysis, part, sizes, later)
         if len(divided) < 2:
             divided = [part] if layers else []
-        parts += divided
         if layers > 1:
             larger += divided
-            behind = len(parts)
-    # A single layer before a larger part goes with that one.
-    return larger + parts[behind:]
+            # A single layer before a larger part goes with that one.
+            single = []
+        else:
+            single += divided
+    return larger + single
+
+
+def _divided(analysis: Analysis, part: _Part, sizes: _Sizes, later: set[str]) -> list[_Part]:
+    """Return the parts of a part that is to be divided; none if it is not."""
+    is_large = sizes.is_too_large(part.nodes, part.scope)
+    is_unit = _is_unit(analysis, part.nodes, part.scope)
+    goes_on = part.scope in later and not is_unit
+    if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
+        return _parts(analysis, part.nodes, part.scope, sizes, later)
+    return []
 
 
 def _inner_scope(node: Node, scope: str) -> str:
@@ -271,12 +281,13 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
         return _places_across_uses(analysis, step, parts)
     early = _early(analysis, in_order)
     late = _of_classifier(analysis, in_order)
+    before_classifier = [name for name in in_order if name not in late]
     if early or late:
-        body = [name for name in in_order if name not in early and name not in late]
+        body = [name for name in before_classifier if name not in early]
         parts = _parts(analysis, body, step.scope, sizes, later)
     if not parts:
         return []
-    names = _with_early([name for name in in_order if name not in late], early)
+    names = _with_early(before_classifier, early)
     spans = _spans(analysis, step, sizes, names, parts)
     return _places_behind(analysis, step, sizes, names, spans)
 
@@ -322,12 +333,13 @@ def _places_behind(
     crossing = Crossing(analysis, step)
     for i, name in enumerate(names):
         values = crossing.after(name)
+        is_inside = i in covered
         if i in starts or _starts_classifier(analysis, name) or sizes.layers([name]):
             is_open = False
-        if i in ends and i not in covered:
+        if i in ends and not is_inside:
             is_open = True
             places.append([])
-        if is_open and i not in covered and values is not None:
+        if is_open and not is_inside and values is not None:
             places[-1].append(values)
     return [place for place in places if place]
 
@@ -355,18 +367,20 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[_Part]) -> l
     for part, following in pairwise(parts):
         inside = inside | flow.before(part.nodes)
         until = inside | flow.before(_read_by_first_uses(flow, following))
-        found = []
+        place = []
         for nodes in (inside, until):
-            values = crossing.behind(nodes) if nodes.isdisjoint(following.nodes) else None
+            if not nodes.isdisjoint(following.nodes):
+                continue
+            values = crossing.behind(nodes)
             if values is not None:
-                found.append(values)
-        if found:
-            places.append(found)
+                place.append(values)
+        if place:
+            places.append(place)
     return places
 
 
 def _read_by_first_uses(flow: Dataflow, part: _Part) -> set[str]:
-    """Return what a part reads and is computed without the part."""
+    """Return the values that a part reads, without those for which the part itself is needed."""
     read: set[str] = set()
     computed: set[str] = set()
     for name in part.nodes:
@@ -421,10 +435,13 @@ def _of_classifier(analysis: Analysis, names: Sequence[str]) -> list[str]:
         return []
     found: dict[str, None] = {}
     for name in names:
-        begins = name in last_layers or _starts_classifier(analysis, name)
-        begins = begins or analysis.is_dropout(analysis.nodes[name])
+        if name not in ending:
+            continue
+        is_last_layer = name in last_layers
+        is_pool = _starts_classifier(analysis, name)
+        is_dropout = analysis.is_dropout(analysis.nodes[name])
         goes_on = not found.keys().isdisjoint(analysis.flow.paths.predecessors(name))
-        if name in ending and (begins or goes_on):
+        if is_last_layer or is_pool or is_dropout or goes_on:
             found[name] = None
     return list(found)
 
@@ -440,8 +457,10 @@ def _ends_of_streams(analysis: Analysis) -> tuple[set[str], set[str]]:
             continue
         readers = flow.readers(name)
         is_layer = analysis.is_weighted(analysis.nodes[name])
-        if readers <= behind:
-            (last_layers if is_layer else behind).add(name)
+        if readers <= behind and is_layer:
+            last_layers.add(name)
+        elif readers <= behind:
+            behind.add(name)
         if readers <= ending and (not is_layer or name in last_layers):
             ending.add(name)
     return last_layers, ending
@@ -468,6 +487,7 @@ def _starts_classifier(analysis: Analysis, name: str) -> bool:
     if analysis.is_adaptive_pool(node):
         return True
     value = facts(node).example
+    is_flat = isinstance(value, Tensor) and value.ndim < 3
     sources = [facts(source).example for source in node.all_input_nodes]
     axes = [source.ndim for source in sources if isinstance(source, Tensor)]
-    return isinstance(value, Tensor) and value.ndim < 3 <= max(axes, default=0)
+    return is_flat and max(axes, default=0) >= 3

@@ -7,6 +7,7 @@ go on to share theirs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,13 @@ from torch import Tensor, nn
 from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.tensors import storage_key, tensors_in
 
-# Where a tensor lies in memory: the key of its storage, and the numbers there, from start to stop.
-_Range = tuple[int, int, int]
+
+class _Range(NamedTuple):
+    """Where a tensor lies in memory: the key of its storage, and the numbers in [start, stop)."""
+
+    storage: int
+    start: int
+    stop: int
 
 
 def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
@@ -30,7 +36,7 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
             )
         elif own is not None:
             ranges.append((name, own))
-    parameters = len(ranges)
+    num_parameters = len(ranges)
     for name, tensor in (*model.named_buffers(), *_attributes(model)):
         own = _range(tensor)
         if own is not None:
@@ -38,10 +44,11 @@ def notes_on_shared_memory(model: nn.Module) -> Iterator[str]:
     # A large model has thousands of tensors, and hardly any two share a storage.
     by_storage: dict[int, list[int]] = {}
     for place, (_, own) in enumerate(ranges):
-        by_storage.setdefault(own[0], []).append(place)
-    for i, (name, own) in enumerate(ranges[:parameters]):
-        for place in by_storage[own[0]]:
+        by_storage.setdefault(own.storage, []).append(place)
+    for i, (name, own) in enumerate(ranges[:num_parameters]):
+        for place in by_storage[own.storage]:
             other, its = ranges[place]
+            # Each pair once; two buffers share memory in a copy as well.
             if place > i and _overlap(own, its):
                 yield (
                     f"{name} and {other} share memory, which a copy of a model does not keep: in "
@@ -56,13 +63,17 @@ def views_in_attributes(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The tensors, by the qualname of the attribute.
     """
-    registered = [*model.parameters(), *model.buffers()]
-    keys = {own[0] for own in map(_range, registered) if own is not None}
-    ids = {id(tensor) for tensor in registered}
+    ids: set[int] = set()
+    storages: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ids.add(id(tensor))
+        own = _range(tensor)
+        if own is not None:
+            storages.add(own.storage)
     found = {}
     for name, tensor in _attributes(model):
         own = _range(tensor)
-        if own is not None and own[0] in keys and id(tensor) not in ids:
+        if own is not None and own.storage in storages and id(tensor) not in ids:
             found[name] = tensor
     return found
 
@@ -89,9 +100,11 @@ def _range(tensor: Tensor) -> _Range | None:
     is_plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
     if not is_plain or tensor.layout is not torch.strided or not tensor.numel():
         return None
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
-    return storage_key(tensor), start, start + int(last) + 1
+    last = start
+    for size, step in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * step
+    return _Range(storage_key(tensor), start, last + 1)
 
 
 def _repeats(tensor: Tensor) -> bool:
@@ -101,4 +114,6 @@ def _repeats(tensor: Tensor) -> bool:
 
 
 def _overlap(one: _Range, two: _Range) -> bool:
-    return one[0] == two[0] and one[1] < two[2] and two[1] < one[2]
+    if one.storage != two.storage:
+        return False
+    return one.start < two.stop and two.start < one.stop

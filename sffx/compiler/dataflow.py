@@ -170,13 +170,11 @@ class Dataflow:
 
     def _inputs_of_path(self, end: str) -> set[str]:
         """Return the names of the inputs that the paths to a node start at."""
-        inputs = set()
+        before: set[str] = set()
         for start in self.between(SOURCE, end):
             if self.paths.has_edge(SOURCE, start):
-                for source in nx.ancestors(self.graph, start):
-                    if self.nodes[source].op == "placeholder":
-                        inputs.add(source)
-        return inputs
+                before |= nx.ancestors(self.graph, start)
+        return {name for name in before if self.nodes[name].op == "placeholder"}
 
     def _dominators_of_logits(self) -> dict[str, None]:
         dominators = [self.logits]
@@ -189,14 +187,19 @@ class Dataflow:
         """Return the cut sets of the spine: the dominators of the logits, and those given."""
         if not given:
             return [(name,) for name in self._dominators]
-        insides = {}
-        for values in [*given, *([name] for name in self._dominators)]:
+        # What is computed before each cut set, and with it.
+        insides: dict[frozenset[str], set[str]] = {}
+        for values in given:
             insides[frozenset(values)] = self.before(values)
+        for name in self._dominators:
+            insides[frozenset([name])] = self.before([name])
         cut_sets = []
         earlier: set[str] = set()
+        # Of any two, one has everything before the other, so their sizes tell the order.
         for cut_set in sorted(insides, key=lambda values: len(insides[values])):
             new = self.in_order(cut_set - earlier)
-            learned = [name for name in new if self.is_learned(name, insides[cut_set] - earlier)]
+            inside = insides[cut_set] - earlier
+            learned = [name for name in new if self.is_learned(name, inside)]
             main = (learned or new)[-1]
             passing = self.in_order(cut_set - {main})
             cut_sets.append((*passing, main))
@@ -237,10 +240,10 @@ class Dataflow:
         readers: dict[int, list[str]] = {}  # the nodes that read a storage, so far
         for name, node in self.nodes.items():
             if self.is_path(name) and name not in step_of:
-                before = [source for source in self.graph.predecessors(name) if source in step_of]
+                before = list(self.graph.predecessors(name))
                 for written in facts(node).writes:
                     before += readers.get(storage_key(facts(written).example), [])
-                step_of[name] = max((step_of.get(each, 0) for each in before), default=0)
+                step_of[name] = max(_steps(before, step_of), default=0)
             for arg in node.all_input_nodes:
                 value = facts(arg).example
                 if isinstance(value, Tensor):
@@ -263,12 +266,13 @@ class Dataflow:
         if paths and holds_tensor(facts(node).example) and not makes_values(node.target):
             return max(paths)
         last = len(self.spine) - 1
-        earliest = max(_steps(sources, step_of), default=0)
-        if name not in step_of:  # nothing uses its value, or a guard alone: where it is at hand
-            return min(max([earliest, *paths]), last)
-        if paths:
-            earliest = max(earliest, max(paths) + 1)
-        return min(step_of[name], earliest, last) if paths else step_of[name]
+        at_hand = max(_steps(sources, step_of), default=0)
+        if name not in step_of:  # nothing uses its value, or a guard alone
+            return min(at_hand, last)
+        if not paths:
+            return step_of[name]
+        step_after = max(paths) + 1
+        return min(step_of[name], max(at_hand, step_after), last)
 
 
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
@@ -304,8 +308,8 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         is_learned = bool(layers.parameters(node))
         for source in sources:
             # A weight may be computed before it is read.
-            of_weights = dependences[source].on_parameter and not graph.nodes[source]["path"]
-            is_learned = is_learned or of_weights
+            if dependences[source].on_parameter and not graph.nodes[source]["path"]:
+                is_learned = True
         graph.add_node(name, path=is_path, learned=is_learned)
         for source in sources:
             graph.add_edge(source, name)
@@ -328,7 +332,7 @@ def _writers_of_state(nodes: dict[str, Node], layers: Layers) -> dict[str, list[
             for parameter in layers.parameters(node).values():
                 for example in _values_of(node):
                     key_of_parameter[storage_key(example)] = storage_key(parameter)
-        if writers:  # of few models
+        if writers:  # which few models have
             for tensor in layers.state(node).values():
                 found.setdefault(name, []).extend(writers.get(storage_key(tensor), []))
         if node.op == "call_module":
@@ -359,7 +363,8 @@ def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Depend
     """Return the dependence of a node's value, from those of the values that it reads."""
     if node.op == "get_attr" and layers.parameters(node):  # it may read a module
         return Dependence(on_parameter=True)
-    if not any(True for _ in _values_of(node)):
+    computes_tensors = next(_values_of(node), None) is not None
+    if not computes_tensors:
         return Dependence()
     if node.op == "placeholder":
         return Dependence(on_input=True)

@@ -65,11 +65,10 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
         own = list(parts.get(owner, {}).values())
         units = _units_inside(analysis, owner, kinds - {kind}, scopes)
         rows = _joins_of_stacks(analysis, owner, stacks, parts)
-        # The only module of its class with several joins is a model written in one forward.
-        is_one_join = len(own) == 1
         if _repeats([*own, *units, *rows]):
             stacks.add(kind)
-        elif is_one_join or len(_instances(analysis, {kind})) > 1:
+        # The only module of its class with several joins is a model written in one forward.
+        elif len(own) == 1 or len(_instances(analysis, {kind})) > 1:
             kinds.add(kind)
     return kinds - stacks
 
@@ -86,12 +85,13 @@ def _form(analysis: Analysis, step: Step) -> Any:
     """Return what a step computes, in a form that is equal for steps that only differ in values."""
     calls = []
     for name in step.nodes:
+        if not analysis.is_path(name):
+            continue
         node = analysis.nodes[name]
-        if analysis.is_path(name):
-            is_module = node.op == "call_module"
-            call = analysis.kind(str(node.target)) if is_module else node.target
-            shapes = [tuple(p.shape) for p in analysis.parameters(node).values()]
-            calls.append((call, tuple(shapes)))
+        is_module = node.op == "call_module"
+        call = analysis.kind(str(node.target)) if is_module else node.target
+        shapes = [tuple(p.shape) for p in analysis.parameters(node).values()]
+        calls.append((call, tuple(shapes)))
     return tuple(calls)
 
 
@@ -109,7 +109,8 @@ def _leaves_with_layers(analysis: Analysis) -> list[str]:
         node = analysis.nodes[step.node]
         if node.op != "call_module":
             continue
-        if holds_several_layers(analysis.trace.root.get_submodule(str(node.target))):
+        leaf = analysis.trace.root.get_submodule(str(node.target))
+        if holds_several_layers(leaf):
             leaves.append(str(node.target))
     return leaves
 
@@ -185,6 +186,7 @@ def _instances(analysis: Analysis, kinds: set[type[nn.Module]]) -> list[str]:
 def residual_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
     """Return the end of each residual block, moved to a step that a cut may follow."""
     starts = list(blocks)
+    # The last step of each block and of all blocks before it, which may hold it.
     reached = list(accumulate(blocks.values(), max))
     ends = set()
     for start, end in blocks.items():

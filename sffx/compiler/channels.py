@@ -56,6 +56,9 @@ _LAST_FUNCTIONS = (
 )
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 
+# The attributes in which layers have the number of channels that they return.
+_WIDTHS = ("out_features", "out_channels", "num_features", "embedding_dim")
+
 
 def channel_axes(trace: Trace) -> dict[str, int]:
     """Return the channel axis of each node's value, where it can be told.
@@ -104,11 +107,15 @@ def _of_fixed_size(node: Node, axis: int | None) -> int | None:
         This axis if its size is fixed. Else the only axis with a fixed size, None where there are
         several or none.
     """
-    value, resized = _first_tensor(facts(node).example), _first_tensor(facts(node).resized)
+    record = facts(node)
+    value = _first_tensor(record.example)
+    resized = _first_tensor(record.resized)
     if axis is None or value is None or resized is None or value.ndim != resized.ndim:
         return axis
-    fixed = [i for i in range(1, value.ndim) if value.shape[i] == resized.shape[i]]
-    fixed = [i for i in fixed if facts(node).batch != BatchAxis(i)]
+    fixed = []
+    for i in range(1, value.ndim):
+        if value.shape[i] == resized.shape[i] and record.batch != BatchAxis(i):
+            fixed.append(i)
     if axis in fixed:
         return axis
     return fixed[0] if len(fixed) == 1 else None
@@ -121,13 +128,15 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     # Where paths meet and disagree, the one that began earlier is the residual path.
     sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not sources:
-        return _axis_of_weightless(node, value, root) or _held_axis(node, value, root)
+        axis = _axis_of_weightless(node, value, root)
+        return axis if axis is not None else _held_axis(node, value, root)
+    chosen = sources[0]
     for source in sources:
-        axis = axes[source.name]
-        width = _width(facts(source).example, axis)
+        width = _width(facts(source).example, axes[source.name])
         if width in value.shape[1:]:
-            return _moved(node, source, axis, value, root)
-    return _moved(node, sources[0], axes[sources[0].name], value, root)
+            chosen = source
+            break
+    return _moved(node, chosen, axes[chosen.name], value, root)
 
 
 def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | None:
@@ -208,8 +217,7 @@ def _held_axis(node: Node, value: Tensor, root: nn.Module) -> int | None:
         return None
     for module in reversed(list(root.get_submodule(str(node.target)).modules())):
         axis = _declared_by_module(module, value)
-        names = ("out_features", "out_channels", "num_features", "embedding_dim")
-        widths = [getattr(module, name, None) for name in names]
+        widths = [getattr(module, name, None) for name in _WIDTHS]
         if axis is not None and value.shape[axis] in widths:
             return axis
     return None
@@ -243,19 +251,22 @@ def _moved(node: Node, source: Node, axis: int, value: Tensor, root: nn.Module) 
         reshaped = axis_after_reshape(before.shape, axis, value.shape)
         if reshaped:
             return reshaped
-    same_axes = before is not None and value.ndim == before.ndim
-    if same_axes and value.shape[axis] == _width(before, axis):
-        return axis
-    if same_axes and node.target in _CATS:
-        return axis
     width = _width(before, axis)
+    has_same_axes = before is not None and value.ndim == before.ndim
+    if has_same_axes and value.shape[axis] == width:
+        return axis
+    if has_same_axes and node.target in _CATS:
+        return axis
     batch = facts(node).batch
-    own = batch.axis if isinstance(batch, BatchAxis) else 0
-    matches = [i for i in range(1, value.ndim) if value.shape[i] == width and i != own]
+    batch_axis = batch.axis if isinstance(batch, BatchAxis) else 0
+    matches = []
+    for i in range(1, value.ndim):
+        if value.shape[i] == width and i != batch_axis:
+            matches.append(i)
     if not matches:
-        return axis if same_axes else None
-    # Axes before the channels keep their places when those behind are folded. It is the other way
-    # round for channels at the end.
+        return axis if has_same_axes else None
+    # Channels at axis 1 stay the first such axis when axes behind them are folded, and channels at
+    # the end stay the last one when axes before them are.
     return matches[0] if axis == 1 else matches[-1]
 
 
@@ -279,8 +290,10 @@ def _permutation(value: Tensor, before: Any) -> list[int] | None:
     order: list[int] = []
     for axis in axes:
         # Two axes may be of one size and stride; then each gets a place of its own.
-        free = [i for i in range(len(axes_before)) if i not in order]
-        order.append(next(i for i in free if axes_before[i] == axis))
+        for place, axis_before in enumerate(axes_before):
+            if axis_before == axis and place not in order:
+                order.append(place)
+                break
     return order
 
 

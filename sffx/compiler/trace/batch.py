@@ -21,7 +21,9 @@ FROZEN_BATCH = (
 )
 
 # A condition with one outcome at all of these sizes is taken to have it at every size.
-_BATCH_SIZES = (*range(1, 257), *(2**k for k in range(9, 21)), 10**6)
+_SMALL_SIZES = range(1, 257)
+_POWERS_OF_TWO = [2**k for k in range(9, 21)]
+_BATCH_SIZES = (*_SMALL_SIZES, *_POWERS_OF_TWO, 10**6)
 
 # Of the sizes that change an outcome, so many are tried on the model itself.
 _MOST_TRIED = 3
@@ -48,9 +50,12 @@ def depends_on_batch(node: fx.Node, value: Any, other: Any) -> bool:
         return not holds_tensor(value) and value != other
     if not isinstance(value, (int, float)):
         return False
+    if value != other:
+        return True
     of_batch = [arg for arg in node.all_input_nodes if facts(arg).of_batch]
+    # Of a shape (B, C), a node may take the number of channels.
     picks_a_part = any(isinstance(facts(arg).example, (tuple, list)) for arg in of_batch)
-    return value != other or (bool(of_batch) and not picks_a_part)
+    return bool(of_batch) and not picks_a_part
 
 
 def is_settled(condition: fx.Node, sizes: tuple[int, int], takes: Callable[[int], bool]) -> bool:
@@ -79,7 +84,8 @@ def differs_at_one(condition: fx.Node, sizes: tuple[int, int]) -> bool:
 def _sizes_that_differ(condition: fx.Node, sizes: tuple[int, int]) -> list[int] | None:
     """Return the batch sizes at which a condition has another outcome, None if it is not known."""
     record = facts(condition)
-    if not record.of_batch and not any(facts(arg).of_batch for arg in condition.all_input_nodes):
+    reads_batch = any(facts(arg).of_batch for arg in condition.all_input_nodes)
+    if not record.of_batch and not reads_batch:
         return []
     outcome = bool(record.example)
     others = []

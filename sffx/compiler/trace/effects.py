@@ -69,10 +69,12 @@ def _read_results_of_writes(graph: fx.Graph) -> None:
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         for written in facts(node).writes:
-            if written is not node and _is_same_tensor(facts(node).example, facts(written).example):
-                for user in list(written.users):
-                    if position[user] > position[node]:
-                        _read_instead(user, written, node)
+            is_same = _is_same_tensor(facts(node).example, facts(written).example)
+            if written is node or not is_same:
+                continue
+            later = [user for user in written.users if position[user] > position[node]]
+            for user in later:
+                _read_instead(user, written, node)
 
 
 def _read_instead(user: fx.Node, old: fx.Node, new: fx.Node) -> None:
@@ -88,12 +90,16 @@ def _is_same_tensor(value: Any, other: Any) -> bool:
     if storage_key(value) != storage_key(other) or value.dtype != other.dtype:
         return False
     place = (value.storage_offset(), value.shape, value.stride())
-    return place == (other.storage_offset(), other.shape, other.stride())
+    place_of_other = (other.storage_offset(), other.shape, other.stride())
+    return place == place_of_other
 
 
 def _written_for_others(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose writes another node reads although they are no argument of it."""
-    return {writer for node in graph.nodes for writer in facts(node).after}
+    writers: set[fx.Node] = set()
+    for node in graph.nodes:
+        writers.update(facts(node).after)
+    return writers
 
 
 def _lasting_storages(graph: fx.Graph) -> set[int]:
@@ -110,9 +116,10 @@ def _has_effect(node: fx.Node, lasting: set[int]) -> bool:
     """Whether a node must stay although nothing reads it."""
     if node.op in ("placeholder", "output"):
         return True
-    # Through a view, or behind another write, it is still the buffer that is written.
-    if any(storage_key(facts(written).example) in lasting for written in facts(node).writes):
-        return True
+    for written in facts(node).writes:
+        # Storages are compared, since a view of a buffer may be written, or what a write returned.
+        if storage_key(facts(written).example) in lasting:
+            return True
     # Assertions can go: the trace has settled what they say.
     return node.op == "call_function" and node.target is not torch._assert and node.is_impure()
 

@@ -60,16 +60,18 @@ def merge_modes(
     Returns:
         Whether it was possible; if not, the graph is as it was.
     """
-    guards, guards_in_eval = _batch_guards(graph), _batch_guards(eval_graph)
+    guards = _batch_guards(graph)
+    guards_in_eval = _batch_guards(eval_graph)
     if not guards_in_eval.keys() <= guards.keys():
         return False
-    compared, compared_in_eval = list(graph.nodes), list(eval_graph.nodes)
+    compared = list(graph.nodes)
+    compared_in_eval = list(eval_graph.nodes)
     if guards:
         # A forward may look at the batch in one mode only: `self.training and x.shape[0] == 1`.
         compared = without_batch_guards(graph)
         compared_in_eval = without_batch_guards(eval_graph)
-    draws, draws_in_eval = settled_draws(graph), settled_draws(eval_graph)
-    draws_in_training = draws if draws and not draws_in_eval else []
+    # A forward may draw in train mode only: `self.training and torch.rand(1) < self.rate`.
+    draws_in_training = [] if settled_draws(eval_graph) else settled_draws(graph)
     compared = [node for node in compared if node not in draws_in_training]
     merge = _possible_merge(compared, compared_in_eval, branched, probe)
     if merge is None:
@@ -77,8 +79,10 @@ def merge_modes(
     merge.run()
     for key in guards.keys() - guards_in_eval.keys():
         for guard in guards[key]:
-            flag = _insert_flag(_decider(str(guard.args[2]), branched), guard, probe)
+            decider = _decider(str(guard.args[2]), branched)
+            flag = _insert_flag(decider, guard, probe)
             guard.args = (*guard.args[:3], flag)
+    # From the last on, since a node is erased only when nothing reads it.
     for node in reversed(draws_in_training):
         _draw_in_training(node, branched, probe)
     order_writes(graph, merge.chosen)
@@ -187,8 +191,10 @@ class _Merge:
         for place, (our, their) in enumerate(zip(ours, theirs, strict=True)):
             if self._are_same(our, their):
                 continue
+            # A number in the place of a tensor may give the value of the node another form.
+            can_differ = _are_of_one_kind(our, their) or _are_alike(in_train, in_eval)
             owner = self._owner_of_choice(in_train, our, their)
-            if owner is None or not (_are_of_one_kind(our, their) or _are_alike(in_train, in_eval)):
+            if owner is None or not can_differ:
                 return None
             choices.append(_Choice(place, owner, (their, our)))
         return choices
@@ -220,12 +226,7 @@ class _Merge:
 
         In one mode such a value may be another name of what is written.
         """
-        chosen: set[int] = set()
-        for choices in self._choices.values():
-            for choice in choices:
-                for value in choice.values:
-                    if isinstance(value, fx.Node) and isinstance(facts(value).example, Tensor):
-                        chosen.add(storage_key(facts(value).example))
+        chosen = self._storages_of_choices()
         if not chosen:
             return False
         for pair in self._alignment.pairs:
@@ -234,6 +235,16 @@ class _Merge:
                     if storage_key(facts(written).example) in chosen:
                         return True
         return False
+
+    def _storages_of_choices(self) -> set[int]:
+        """Return the keys of the storages of all tensors that may be chosen."""
+        storages: set[int] = set()
+        for choices in self._choices.values():
+            for choice in choices:
+                for value in choice.values:
+                    if isinstance(value, fx.Node) and isinstance(facts(value).example, Tensor):
+                        storages.add(storage_key(facts(value).example))
+        return storages
 
     def _copy(self, node: fx.Node, region: Region) -> None:
         """Copy a node of the graph of eval mode to the end of its region."""

@@ -18,6 +18,8 @@ from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
 from sffx.compiler.trace.proxy import TensorProxy
 
+_PLAIN = (bool, int, float, str)
+
 
 class OwnState:
     """The parameters, buffers and attributes of the modules of a model.
@@ -57,9 +59,11 @@ class OwnState:
         """
         allowed = {id(value) for value in given}
         for part in module.modules():
-            own, now = self._held.get(part, {}), _held_in(part)
+            own = self._held.get(part, {})
+            now = _held_in(part)
             for name, value in own.items():
-                if id(now.get(name)) not in allowed and _is_other(value, now.get(name)):
+                value_now = now.get(name)
+                if id(value_now) not in allowed and _is_other(value, value_now):
                     return name
             made = now.keys() - own.keys()
             # A new attribute that the part does not use is for whoever looks at the model.
@@ -82,8 +86,9 @@ def tensors_left(model: nn.Module) -> list[str]:
     found = []
     for qualname, module in model.named_modules():
         for name, value in vars(module).items():
-            is_of_call = any(isinstance(leaf, TensorProxy) for leaf in tree_leaves(value))
-            if name not in OF_EVERY_MODULE and is_of_call:
+            if name in OF_EVERY_MODULE:
+                continue
+            if any(isinstance(leaf, TensorProxy) for leaf in tree_leaves(value)):
                 found.append(f"{qualname}.{name}".strip("."))
     return found
 
@@ -108,10 +113,9 @@ def _is_other(own: Any, now: Any) -> bool:
     return not are_plain or bool(own != now)
 
 
-_PLAIN = (bool, int, float, str)
-
-
 def _words_of(kind: type[nn.Module]) -> set[str]:
     """Return the names in the code that the forward of a class reaches."""
-    reached = functions_reached(forward_of(kind), kind)
-    return {word for function in reached for word in names_in(function.__code__)}
+    words: set[str] = set()
+    for function in functions_reached(forward_of(kind), kind):
+        words.update(names_in(function.__code__))
+    return words

@@ -27,9 +27,9 @@ class Run(Block):
 def fold(plan: BlockPlan) -> BlockPlan:
     """Return the plan with a `Run` in place of three or more blocks in a row that look alike.
 
-    A block stays as it is if its values are read further on than by the next block, because
-    folding would hide where they come from. Exception: the first block of a run may make a value
-    that only the run reads, such as a mask that the first of twelve layers prepares for all.
+    A block stays as it is if later blocks than the next one read its values, because folding would
+    hide where those come from. Exception: the first block of a run may make a value that only the
+    run reads, such as a mask that the first of twelve layers prepares for all.
 
     Args:
         plan: as `sffx.plan` returns it.
@@ -37,6 +37,17 @@ def fold(plan: BlockPlan) -> BlockPlan:
     Returns:
         A plan for drawings. It cannot cut a model.
     """
+    blocks: list[Block] = []
+    for alike in _groups(plan):
+        if len(alike) >= SHORTEST:
+            blocks.append(_run(alike))
+        else:
+            blocks += alike
+    return replace(plan, blocks=tuple(blocks))
+
+
+def _groups(plan: BlockPlan) -> list[list[Block]]:
+    """Return the blocks of a plan, in order, with those in a row that look alike in one group."""
     # How many blocks read each value.
     readers: Counter[str] = Counter()
     for block in plan.all_blocks:
@@ -46,30 +57,32 @@ def fold(plan: BlockPlan) -> BlockPlan:
     for block in plan:
         looks.append(_look(block, before, readers, plan))
         before = block
-
     groups: list[list[Block]] = []
-    for _, group in itertools.groupby(range(len(plan)), key=looks.__getitem__):
-        alike = [plan.blocks[index] for index in group]
+    for _, indices in itertools.groupby(range(len(plan)), key=looks.__getitem__):
+        alike = [plan.blocks[index] for index in indices]
         if groups and _prepares(groups[-1], alike, readers, plan):
             alike = groups.pop() + alike
         groups.append(alike)
-    blocks: list[Block] = []
-    for alike in groups:
-        if len(alike) >= SHORTEST:
-            blocks.append(_run(alike))
-        else:
-            blocks += alike
-    return replace(plan, blocks=tuple(blocks))
+    return groups
 
 
 def _prepares(
     before: list[Block], alike: list[Block], readers: Counter[str], plan: BlockPlan
 ) -> bool:
-    """Return whether a block looks like those behind it, and makes values that only they read."""
+    """Return whether a block looks like those behind it, and makes values that only they read.
+
+    Args:
+        before: the group before; only a single block can prepare.
+        alike: the blocks behind it.
+        readers: how many blocks read each value.
+        plan: of all blocks.
+    """
     first = before[-1]
     sides = set(first.sides)
-    # What carries a gradient shows that the cut stops it.
-    if len(before) > 1 or not sides or first.detached or readers[first.output] > 1:
+    if len(before) > 1 or not sides or readers[first.output] > 1:
+        return False
+    # A picture shows where a cut stops the gradient of a side value.
+    if first.detached:
         return False
     if _features(first, plan) != _features(alike[0], plan):
         return False

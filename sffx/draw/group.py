@@ -13,7 +13,7 @@ MOST = 32
 
 
 def grouped(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """Return the nodes of a block, where there are many with those of one module as one node.
+    """Return the nodes of a block; where there are many, those of one module become one node.
 
     Modules are taken as deep as the number allows. A join that only one module reads, such as the
     concatenation before a dense layer, belongs to that module.
@@ -40,7 +40,11 @@ def _path(node: Node, block: Block) -> list[str]:
 
 
 def _grouped_at(depth: int, block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """Return the nodes with one for each module at a depth; as they are if that makes a circle."""
+    """Return one node for each module at a depth, and the nodes outside of such modules.
+
+    The nodes stay as they are if two values of a module leave the block, or if modules would read
+    each other.
+    """
     group_of: dict[str, str] = {}
     for node in nodes:
         path = _path(node, block)
@@ -51,12 +55,13 @@ def _grouped_at(depth: int, block: Block, nodes: Sequence[Node]) -> tuple[Node, 
     members: dict[str, list[Node]] = {}
     for node in nodes:
         members.setdefault(group_of[node.name], []).append(node)
+    # A group is named after the value that leaves the block, by which later blocks read it.
     name_of: dict[str, str] = {}
     for group, own in members.items():
-        given = [node.name for node in own if node.name in leaving] or [own[-1].name]
+        given = [node.name for node in own if node.name in leaving]
         if len(given) > 1:
             return tuple(nodes)
-        name_of[group] = given[0]
+        name_of[group] = given[0] if given else own[-1].name
     made = []
     for group, own in members.items():
         made.append(_merged(group, own, block, group_of, name_of))
@@ -88,8 +93,10 @@ def _merged(
     for node in own:
         for read in node.reads:
             source = group_of.get(read)
-            if source != group:
-                reads[read if source is None else name_of[source]] = None
+            if source is None:  # a value from outside
+                reads[read] = None
+            elif source != group:
+                reads[name_of[source]] = None
     layers = [node for node in own if node.is_module]
     if len(layers) < 2:
         # A layer with the join before it, or no layer at all.

@@ -23,7 +23,7 @@ from sffx.inputs import like_the_model, random_batch
 from sffx.net import plan_of
 from sffx.runtime.stage import nodes_read_by, placeholders_of, stages_of
 
-# Of most values.
+# The batch axis of most values.
 FIRST_AXIS = BatchAxis(0)
 
 # The batch axis of a value, or the axes of the parts of a tuple. A part that does not depend on the
@@ -132,8 +132,19 @@ def _axes_of(value: Any, other: Any, planned: BatchAxis | None) -> BatchAxes | N
     """
     if _has_samples(value, other, FIRST_AXIS):
         return FIRST_AXIS
+    # Where the order of the rows is unknown, so are the rows of a sample that leaves.
     if planned is not None and planned.slower is not None and _has_samples(value, other, planned):
         return planned
+    return _axes_of_shape(value, other)
+
+
+def _axes_of_shape(value: Any, other: Any) -> BatchAxes | None:
+    """Return which numbers of a shape grow with the batch; None if none does, or if it is no shape.
+
+    Args:
+        value: for two samples.
+        other: the same value for three samples.
+    """
     is_shape = isinstance(value, (tuple, list)) and all(type(part) is int for part in value)
     if not is_shape or not isinstance(other, (tuple, list)) or len(value) != len(other):
         return None
@@ -171,12 +182,15 @@ def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:
     if type(value) is int and type(other) is int:
         return value != other and value * 3 == other * 2
     if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
-        return bool(value) and all(map(_has_samples, value, other, [axis] * len(value)))
+        pairs = zip(value, other, strict=False)
+        return bool(value) and all(_has_samples(one, two, axis) for one, two in pairs)
     if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.ndim <= axis.axis:
         return False
+    of_two = 2 * axis.rows
+    of_three = 3 * axis.rows
     expected = list(value.shape)
-    expected[axis.axis] = 3 * axis.rows
-    return value.shape[axis.axis] == 2 * axis.rows and expected == list(other.shape)
+    expected[axis.axis] = of_three
+    return value.shape[axis.axis] == of_two and list(other.shape) == expected
 
 
 def kept(value: Any, stays: Tensor, axis: BatchAxes) -> Any:
@@ -192,8 +206,10 @@ def kept(value: Any, stays: Tensor, axis: BatchAxes) -> Any:
         for part, own in zip(value, axis, strict=True):
             parts.append(part if own is None else kept(part, stays, own))
         return type(value)(parts)
+    # For each row whether its sample stays: the rows of a sample, then whole batches of them.
     slower = axis.slower or 1
-    rows = stays.repeat_interleave(axis.rows // slower).repeat(slower).nonzero().flatten()
+    row_stays = stays.repeat_interleave(axis.rows // slower).repeat(slower)
+    rows = row_stays.nonzero().flatten()
 
     def kept_part(part: Tensor | int) -> Tensor | int:
         if isinstance(part, Tensor):
@@ -256,7 +272,8 @@ def _module(
     for node in nodes:
         copy_of[node] = graph.node_copy(node, copy_of.__getitem__)
     goodness = nodes[-1]
-    graph.output(tuple(copy_of[node] for node in (goodness, *outputs)))
+    returned = [goodness, *outputs]
+    graph.output(tuple(copy_of[node] for node in returned))
     graph.lint()
     return fx.GraphModule(net, graph, class_name="Stage").eval()
 

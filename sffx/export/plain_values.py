@@ -35,10 +35,11 @@ def on_tensors(
     Raises:
         ExportError: a value is a container of tensors, or no tensor tells the number of samples.
     """
-    names = (*stage.inputs, *stage.outputs)
-    for name in names:
+    plain: set[str] = set()
+    for name in (*stage.inputs, *stage.outputs):
         _require_no_container(name, values[name], stage)
-    plain = {name for name in names if not isinstance(values[name], Tensor)}
+        if not isinstance(values[name], Tensor):
+            plain.add(name)
     if not plain:
         return stage
     inputs = tuple(name for name in stage.inputs if name not in plain)
@@ -48,7 +49,8 @@ def on_tensors(
     plain_inputs = [name for name in stage.inputs if name in plain]
     growing = [name for name in plain_inputs if name in batched]
     if growing:
-        writer.count_samples(*_counted(inputs, batched, stage, growing[0]))
+        counted, axis = _counted(inputs, batched, stage, growing[0])
+        writer.count_samples(counted, axis)
     for name in plain_inputs:
         writer.add_plain(name, values[name], batched.get(name), samples)
     return replace(stage, inputs=inputs, outputs=outputs, run=writer.module())
@@ -56,7 +58,8 @@ def on_tensors(
 
 def _require_no_container(name: str, value: Any, stage: ExitStage) -> None:
     """Raise an ExportError if a value is no tensor and holds tensors."""
-    if isinstance(value, Tensor) or next(iter(tensors_in(value)), None) is None:
+    holds_tensors = next(iter(tensors_in(value)), None) is not None
+    if isinstance(value, Tensor) or not holds_tensors:
         return
     raise ExportError(
         f"the value {name!r}, a {type(value).__name__} of tensors, crosses a cut at {stage.name}, "
@@ -130,12 +133,15 @@ class _Writer:
         """
         if axis is not None:
             value = self._growing(value, axis, samples)
-        self._values[self._inputs[name]] = tuple(value) if isinstance(value, Size) else value
+        if isinstance(value, Size):
+            value = tuple(value)
+        self._values[self._inputs[name]] = value
 
     def _growing(self, value: Any, axis: BatchAxes, samples: int) -> Any:
         """Return nodes in the place of the numbers in a value that grow with the batch."""
         if isinstance(value, int):
             return self._graph.call_function(operator.mul, (self._batch, value // samples))
+        # One axis stands for all parts.
         axes = axis if isinstance(axis, tuple) else [axis] * len(value)
         parts = []
         for part, own in zip(value, axes, strict=True):
@@ -146,11 +152,18 @@ class _Writer:
         """Return the new stage."""
         for node in self._module.graph.nodes:
             if node.op == "output":
-                goodness, *given = node.args[0]
-                named = dict(zip(self._stage.outputs, given, strict=True))
-                kept = [goodness, *(named[name] for name in self._outputs)]
-                self._graph.output(tuple(self._values[each] for each in kept))
+                self._add_output(node)
             elif node.op != "placeholder":
                 self._values[node] = self._graph.node_copy(node, self._values.__getitem__)
         self._graph.lint()
         return fx.GraphModule(self._module, self._graph, class_name="Stage").eval()
+
+    def _add_output(self, output: fx.Node) -> None:
+        """Return the goodness, and those of the outputs that are tensors."""
+        returned: Any = output.args[0]
+        goodness, *given = returned
+        node_of = dict(zip(self._stage.outputs, given, strict=True))
+        kept = [goodness]
+        for name in self._outputs:
+            kept.append(node_of[name])
+        self._graph.output(tuple(self._values[node] for node in kept))

@@ -55,12 +55,13 @@ class Skeleton:
                 return "a parameter in it has hooks"
         for layer, before in zip(self._layers, self._attributes, strict=True):
             now = _attributes_of(layer)
-            if now != before:
-                changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-                return (
-                    f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
-                    "first step. Hint: if its forward did not change it, sffx.compile(net) again"
-                )
+            if now == before:
+                continue
+            changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            return (
+                f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
+                "first step. Hint: if its forward did not change it, sffx.compile(net) again"
+            )
         return ""
 
     def structure(self) -> Any:
@@ -71,7 +72,9 @@ class Skeleton:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and buffers by name."""
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        parameters = dict(self.module.named_parameters())
+        buffers = dict(self.module.named_buffers())
+        return {**parameters, **buffers}
 
     def inputs(self, values: Values) -> tuple[Any, ...]:
         """Return the values that the stage reads."""
@@ -92,7 +95,9 @@ def _module_of(
     structure have the same code.
     """
     writer = _Writer()
-    values = {node: writer.graph.placeholder(f"input_{i}") for i, node in enumerate(reads)}
+    values: dict[fx.Node, Any] = {}
+    for i, node in enumerate(reads):
+        values[node] = writer.graph.placeholder(f"input_{i}")
     for node in nodes:
         if node.op == "call_module" and str(node.target) == stage.name:
             inner: Any = stage.block
@@ -100,7 +105,9 @@ def _module_of(
             values[node] = writer.write_out(inner, arguments)
         else:
             values[node] = writer.write(node, stage.root, values)
-    writer.graph.output((values[nodes[-1]], *(values[node] for node in keeps)))
+    scores = nodes[-1]
+    returned = [scores, *keeps]
+    writer.graph.output(tuple(values[node] for node in returned))
     writer.graph.lint()
     return fx.GraphModule(writer.root, writer.graph)
 
@@ -137,7 +144,13 @@ class _Writer:
         raise AssertionError("a graph has an output")
 
     def write(self, node: fx.Node, owner: nn.Module, values: dict[fx.Node, Any]) -> fx.Node:
-        """Write a node; of a module, `owner` has the one that it calls."""
+        """Write a node.
+
+        Args:
+            node: of another graph.
+            owner: has the layers and tensors that the node names.
+            values: what stands for the nodes that it reads.
+        """
         args: Any = fx.node.map_arg(node.args, values.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
         target: Any = node.target
@@ -145,9 +158,11 @@ class _Writer:
             target = self._name_of(owner.get_submodule(target))
         elif node.op == "get_attr":
             target = self._name_of(operator.attrgetter(target)(owner))
-        if node.op == "call_function" and target is operator.getitem and isinstance(args[0], tuple):
+        picks = node.op == "call_function" and target is operator.getitem
+        if picks and isinstance(args[0], tuple):
             # A block that returns several values was written out.
-            return args[0][args[1]]
+            returned, index = args
+            return returned[index]
         name = f"value_{len(self.graph.nodes)}"
         return self.graph.create_node(node.op, target, args, kwargs, name=name)
 
@@ -194,8 +209,11 @@ def _settings_of(layer: nn.Module) -> Any:
 
 def _attributes_of(layer: nn.Module) -> dict[str, Any]:
     """Return the attributes that a layer has besides its tensors, modules and hooks."""
-    own = set(vars(layer)) - _OF_EVERY_MODULE
-    return {name: vars(layer)[name] for name in sorted(own) if not name.startswith("_")}
+    attributes: dict[str, Any] = {}
+    for name, value in sorted(vars(layer).items()):
+        if name not in _OF_EVERY_MODULE and not name.startswith("_"):
+            attributes[name] = value
+    return attributes
 
 
 # The attributes of torch itself, and the mode, which is looked at in each step.

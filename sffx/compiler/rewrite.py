@@ -158,8 +158,8 @@ def _renamed(root: nn.Module) -> nn.Module:
         if isinstance(value, Tensor):
             holder.__dict__[name_in_block(name)] = value
     for kind in ("_modules", "_parameters", "_buffers"):
-        named = {name_in_block(name): value for name, value in vars(root)[kind].items()}
-        vars(holder)[kind].update(named)
+        for name, value in vars(root)[kind].items():
+            vars(holder)[kind][name_in_block(name)] = value
     unsaved = {name_in_block(name) for name in root._non_persistent_buffers_set}
     holder._non_persistent_buffers_set.update(unsaved)
     return holder
@@ -175,7 +175,9 @@ def _facts_of_input(node: Node) -> BlockFacts:
 def _facts_of_node(node: Node) -> BlockFacts:
     record = facts(node)
     writes = frozenset(storage_key(facts(written).example) for written in record.writes)
-    return BlockFacts(node.name, _memory(node), writes, record.read_behind)
+    return BlockFacts(
+        origin=node.name, memory=_memory(node), writes=writes, read_behind=record.read_behind
+    )
 
 
 def _memory(node: Node) -> int | None:

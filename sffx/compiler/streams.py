@@ -282,6 +282,7 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     early = _early(analysis, in_order)
     late = _of_classifier(analysis, in_order)
     before_classifier = [name for name in in_order if name not in late]
+    # What runs elsewhere than it is written belongs to no part.
     if early or late:
         body = [name for name in before_classifier if name not in early]
         parts = _parts(analysis, body, step.scope, sizes, later)
@@ -297,9 +298,12 @@ def _spans(
 ) -> list[tuple[int, int]]:
     """Return the indices of the first and the last node of each part, and of a stem before them."""
     position = {name: i for i, name in enumerate(names)}
-    spans = [(position[part.nodes[0]], position[part.nodes[-1]]) for part in parts]
-    before_parts = names[: spans[0][0]]
-    stem = [i for i, name in enumerate(before_parts) if sizes.layers([name])]
+    spans = []
+    for part in parts:
+        first, last = part.nodes[0], part.nodes[-1]
+        spans.append((position[first], position[last]))
+    start_of_parts, _ = spans[0]
+    stem = [i for i, name in enumerate(names[:start_of_parts]) if sizes.layers([name])]
     if stem and not _has_weight_before(analysis, step):
         spans.insert(0, (stem[0], stem[-1]))
     return spans

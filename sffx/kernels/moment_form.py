@@ -51,6 +51,7 @@ class SecondMomentGoodness(Function):
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, mean, twice, covariance, w_cov = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad
+        # The gradient of the mean of z, whose square is a part of g.
         d_mean_z = dg * twice
         dw = d_mean_z.t() @ mean if wants_weight else None
         if dw is not None and w_cov is not None:
@@ -94,7 +95,8 @@ def _of_classes(values: Tensor) -> Tensor:
 def _input_gradient(y: Tensor, scaled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the gradient of y, given `dL/dg_j w_j`, (J, B, C)."""
     samples, channels = y.shape[:2]
-    scaled = scaled.flatten(1)
+    scaled = scaled.flatten(1)  # (J, B C)
+    # `sum_j dL/dg_j w_j w_j^T` and `sum_j dL/dg_j b_j w_j` of each sample.
     quadratic = product(scaled.t(), weight).view(samples, channels, channels)
     linear = (bias[None] @ scaled).view(samples, channels, 1)
     factor = 2 / y.shape[2]

@@ -124,8 +124,8 @@ class Segmentation(Positions):
         """Return the sizes that labels may have: of the image, or of the answer, which may differ.
 
         Args:
-            shapes: of the scores if `of_answer`, else of the inputs.
-            of_answer: what the shapes are of.
+            shapes: with the batch.
+            of_answer: whether they are those of the model's output, or those of its inputs.
         """
         given = _sizes_of_images(shapes, self.space)
         if not self.example_sizes:

@@ -93,6 +93,7 @@ def _possible_merge(
     in_train: list[fx.Node], in_eval: list[fx.Node], branched: Branched, probe: nn.Module
 ) -> _Merge | None:
     """Return how two graphs can be merged, None if they cannot."""
+    # From behind as well: from the front, an update of train mode may be taken for the later use.
     for from_behind in (False, True):
         alignment = align(in_train, in_eval, probe, from_behind=from_behind)
         if alignment is None:
@@ -270,11 +271,12 @@ class _Merge:
     def _insert(self, choice: _Choice, reader: fx.Node) -> fx.Node:
         """Insert before a node what reads a training flag and picks a value by it.
 
-        All readers of a value read the same choice.
+        All readers of a tensor read the same choice.
         """
         in_eval, in_train = choice.values
         key = (in_eval, in_train, choice.owner)
         nodes = [value for value in (in_train, in_eval) if isinstance(value, fx.Node)]
+        # Of two numbers each reader has a choice of its own.
         if nodes and key in self._chosen:
             return self._chosen[key]
         flag = _insert_flag(choice.owner, reader, self._probe)

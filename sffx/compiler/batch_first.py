@@ -2,8 +2,8 @@
 
 Layers of sequences may read (T, B, C); those of images may read instances or frames of all samples
 at once, (B * N, C, H, W). A cut needs a value whose first axis is the batch. So where a module
-returns another value, or paths join in one, this pass adds two views to the traced graph: one that
-is batch first, where a cut may lie, and one back, which all readers of the value read.
+returns a value of another kind, or paths join in one, this pass adds two views to the traced graph.
+One is batch first: a cut may lie behind it. The other is the way back, which all readers read.
 """
 
 from __future__ import annotations

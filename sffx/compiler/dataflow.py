@@ -106,7 +106,7 @@ class Dataflow:
         return _reached(names, self.paths.predecessors, {SOURCE})
 
     def is_learned(self, name: str, inside: set[str]) -> bool:
-        """Return whether a parameter leads to the value of a node, all within a set of nodes."""
+        """Return whether a node, or a node that leads to it inside a set, reads a parameter."""
         ahead = [name]
         passed: set[str] = set()
         while ahead:

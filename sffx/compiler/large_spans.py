@@ -4,9 +4,9 @@
    parameters, or several layers with more than a third. Such a span is the stack of linear layers
    behind a flatten (VGG), or a stem of plain convolutions.
 2. A span with more than a third is cut where single values cross inside, until each part holds
-   less, if it holds several residual blocks, or layers on both sides of a concatenation. In a CSP
-   stage these are its layers before and behind the parallel paths, and in a dense block the
-   transition.
+   less. This is done only if the span holds several residual blocks, or layers on both sides of a
+   concatenation. In a CSP stage these are its layers before and behind the parallel paths, and in a
+   dense block the transition is the one behind.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Skeleton:
         self.module = _module_of(stage, nodes, self.reads, self.keeps)
         self._layers = list(self.module.modules())
         self._kinds = _structure_of(self.module)
-        # Hooks and modes are looked at in each step, and what a first run left is compared once.
+        # As they are before the first step. A setting that changes later is not in compiled code.
         self._attributes = [_attributes_of(layer) for layer in self._layers]
 
     def why_not(self) -> str:
@@ -65,7 +65,7 @@ class Skeleton:
         return ""
 
     def structure(self) -> Any:
-        """Return what two stages share that can run the same compiled code."""
+        """Return a key that two stages have in common if they can run the same compiled code."""
         modes = tuple(layer.training for layer in self._layers)
         learning = tuple(parameter.requires_grad for parameter in self.module.parameters())
         return self._kinds, modes, learning
@@ -179,7 +179,7 @@ class _Writer:
 
 
 def _structure_of(module: fx.GraphModule) -> Any:
-    """Return what tells whether two modules run the same code, up to their tensors."""
+    """Return a key that is equal only for modules with the same code, up to their tensors."""
     parts: list[Any] = []
     for name, layer in module.named_modules():
         parts.append((name, type(layer).__qualname__, _settings_of(layer)))

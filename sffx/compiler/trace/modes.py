@@ -3,9 +3,9 @@
 A branch on `self.training` cannot be a node. Where a forward branches, the model is traced in both
 modes, and the graphs are laid side by side.
 
-- A value that both have, but with another number or another value among its arguments, as the
-  dropout of `p if self.training else 0.0`, gets a choice by the training flag.
-- What only one of them has runs in this mode only.
+- Both may have a node, but with another number or another value among its arguments, as the dropout
+  of `p if self.training else 0.0`. Such an argument becomes a choice by the training flag.
+- A node that only one of them has runs in this mode only.
 """
 
 from __future__ import annotations
@@ -167,22 +167,25 @@ class _Merge:
     def _owner(self, nodes: list[fx.Node]) -> str | None:
         """Return the module whose mode decides whether nodes run.
 
-        The innermost module around them that branches on a mode is asked. It is None where no
-        module around them branches, or where the modes of several modules decide.
+        The innermost module around them that branches tells on whose mode, which may be that of
+        another module. It is None where no module around them branches, or where the modes of
+        several modules decide.
         """
-        common: list[str] | None = None
+        common: list[str] | None = None  # the modules around all nodes, outermost first
         for node in nodes:
             scopes = ["", *(str(path) for path, _ in _stack(node).values())]
-            common = [path for path in common or scopes if path in scopes]
+            common = scopes if common is None else [path for path in common if path in scopes]
         branching = [path for path in common or [] if path in self._branched]
-        return _only_owner(self._branched[branching[-1]]) if branching else None
+        if not branching:
+            return None
+        return _only_owner(self._branched[branching[-1]])
 
     def _differences(self, in_train: fx.Node, in_eval: fx.Node) -> list[_Choice] | None:
         """Compare a node in train and in eval mode.
 
         Returns:
-            The arguments that differ; None if others differ than numbers and values, or if it is
-            not clear which module's mode they depend on.
+            The numbers and values that differ; None if something else differs, or if it is not
+            clear which module's mode they depend on.
         """
         ours, structure = tree_flatten((in_train.args, in_train.kwargs))
         theirs, structure_in_eval = tree_flatten((in_eval.args, in_eval.kwargs))

@@ -43,7 +43,7 @@ class OwnState:
         return name
 
     def note(self, module: nn.Module) -> None:
-        """Take what the parts of a module hold now as their own, after a leaf has set it."""
+        """Take what the parts of a module hold now as their own, since a leaf may have set it."""
         for part in module.modules():
             self._held[part] = _held_in(part)
 
@@ -66,7 +66,7 @@ class OwnState:
                 if id(value_now) not in allowed and _is_other(value, value_now):
                     return name
             made = now.keys() - own.keys()
-            # A new attribute that the part does not use is for whoever looks at the model.
+            # An attribute that the part itself does not use is there for others to look at.
             used = made.intersection(_words_of(type(part))) if made else ()
             if used:
                 return min(used)

@@ -83,15 +83,18 @@ class TwoLayers:
         output = self.act(z) if "goodness of ReLU" in self.without else F.relu(z)
         return output.square().mean(1)
 
-    def features(self, halves: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the standardised outputs of both layers, (B, units), for the mean of two halves.
+    def first_features(self, halves: Tensor) -> Tensor:
+        """Return the standardised outputs of the first layer, (B, units), for means of two halves.
 
         Both halves go through the same weights and are added, which is twice their mean.
         """
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            one = standardized(self.act(2 * self.first(halves)).float())
-            two = standardized(self.act(self.second(one)).float())
-        return one, two
+            return standardized(self.act(2 * self.first(halves)).float())
+
+    def second_features(self, features: Tensor) -> Tensor:
+        """Return those of the second layer, (B, units), for those of the first."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return standardized(self.act(self.second(features)).float())
 
 
 def pairs(images: Tensor, is_moved: bool) -> Tensor:
@@ -121,7 +124,7 @@ def train(net: TwoLayers, images: Tensor, index: int, epochs: int) -> None:
         for batch in torch.randperm(len(images)).split(BATCH):
             x = pairs(images[batch], "shifts" not in net.without)
             if index == 1:
-                x, _ = net.features(x)
+                x = net.first_features(x)
             with torch.autocast("cpu", torch.bfloat16):
                 z = linear(x)
             goodness = net.goodness(2 * z.float() if index == 0 else z.float())
@@ -183,9 +186,13 @@ def run(
         train(net, images[0], index, count)
     outputs = []
     for part in images:
-        chunks = [net.features(standardized(x.flatten(1))) for x in part.split(2000)]
-        # Half as large as floats, since probes read 4,000 features of 60,000 images.
-        outputs.append([torch.cat(layer).bfloat16() for layer in zip(*chunks, strict=True)])
+        of_first, of_second = [], []
+        for x in part.split(2000):
+            features = net.first_features(standardized(x.flatten(1)))
+            # Half as large as floats, since probes read 4,000 features of 60,000 images.
+            of_first.append(features.bfloat16())
+            of_second.append(net.second_features(features).bfloat16())
+        outputs.append((torch.cat(of_first), torch.cat(of_second)))
     (first, second), (first_test, second_test) = outputs
     found = {"first layer": probe(first, y, first_test, y_test, probe_epochs)}
     if epochs[1]:

@@ -301,8 +301,7 @@ class _SavedBytes(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         own = self.saved.setdefault(block_facts(n).origin or n.name, {})
-        noting = noting_saved(own, self._alive, lambda tensor: storage_key(tensor) in self._given)
-        with noting, torch.enable_grad():
+        with noting_saved(own, self._alive, self._given), torch.enable_grad():
             return super().run_node(n)
 
 

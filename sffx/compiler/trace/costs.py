@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,7 +59,7 @@ def _macs_of_recurrent(x: Tensor, arguments: Sequence[Any]) -> int:
 
 
 def noting_saved(
-    saved: dict[int, int], alive: list[UntypedStorage], is_given: Callable[[Tensor], bool]
+    saved: dict[int, int], alive: list[UntypedStorage], given: Collection[int]
 ) -> AbstractContextManager[Any]:
     """Return a context that notes what autograd keeps for the backward pass, and keeps it.
 
@@ -67,11 +67,12 @@ def noting_saved(
         saved: to write to: bytes by storage.
         alive: to append the storages to. Without it their addresses, which are the keys of
             `saved`, would be used again for other storages.
-        is_given: whether a tensor is there anyway, as a parameter is. It is not counted.
+        given: the keys of the storages that are there anyway, as those of parameters are. What
+            views them does not count, such as a transposed weight.
     """
 
     def note(tensor: Tensor) -> Tensor:
-        if not is_given(tensor):
+        if storage_key(tensor) not in given:
             note_kept(tensor, saved, alive)
         # An operation that keeps its own result would be in a cycle, and never freed.
         return tensor if tensor.is_leaf else tensor.detach()

@@ -203,7 +203,7 @@ class NodeRunner:
 
     def _counted(self, node: fx.Node, cost: Cost) -> Any:
         """Return a node's value, and add to `cost` what it costs."""
-        note_saved = noting_saved(cost.saved, self._saved_storages, self._is_given)
+        note_saved = noting_saved(cost.saved, self._saved_storages, self._given)
         self.is_running = True
         try:
             # With gradients, whatever the caller has switched off: what autograd keeps is a cost.
@@ -227,13 +227,9 @@ class NodeRunner:
             value = self._value(node)
         read = [example_of(arg) for arg in node.all_input_nodes]
         for tensor in tensors_in([*read, value]):
-            if not self._is_given(tensor):
+            if storage_key(tensor) not in self._given:
                 note_kept(tensor, cost.saved, self._saved_storages)
         return value
-
-    def _is_given(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of the model, or a view of one, as a transposed weight is."""
-        return storage_key(tensor) in self._given
 
     def _at_other_size(self, node: fx.Node) -> Any:
         """Return a node's value at the second batch size."""

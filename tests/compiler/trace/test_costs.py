@@ -42,7 +42,8 @@ def test_what_autograd_keeps_is_noted_once_for_each_storage_and_parameters_are_n
     layer, x = nn.Linear(6, 4), torch.ones(5, 6)
     saved: dict[int, int] = {}
     alive: list[UntypedStorage] = []
-    with noting_saved(saved, alive, lambda tensor: isinstance(tensor, nn.Parameter)):
+    given = {storage_key(p) for p in layer.parameters()}
+    with noting_saved(saved, alive, given):
         y: Tensor = layer(x) + layer(x[:2]).sum()
     assert saved == {storage_key(x): 4 * 5 * 6}
     assert y.grad_fn is not None
@@ -91,7 +92,7 @@ def test_what_blocks_keep_is_what_a_step_keeps_beside_the_weights(kind):
     for block in net.plan:
         kept: dict[int, int] = {}
         alive: list[UntypedStorage] = []
-        with noting_saved(kept, alive, lambda tensor: storage_key(tensor) in own):
+        with noting_saved(kept, alive, own):
             y = net.get_submodule(block.target)(x)
         assert samples * block.activation_bytes == sum(kept.values())
         x = y.detach().requires_grad_()

@@ -11,7 +11,8 @@ learns. It answers four questions:
 3. What is the loss of a block? `loss`, and `classifier_loss` for the end of the model.
 4. How do scores come about at prediction? `trials` puts modules in front of the first block, which
    may run a sample several times, and `skips` leaves blocks out of the ensemble. `feature_inputs`
-   makes the input of which a `sffx.LinearProbe` reads features.
+   makes the input of which a `sffx.LinearProbe` reads features, and `probe_activation` what comes
+   between a block's output and its features.
 
 The methods of the base class are those of Scalable Forward-Forward: one view, the heads of
 `goodness=`, the loss of the task. An objective of one's own overrides what differs:
@@ -272,6 +273,13 @@ class Objective:
             num_classes: J.
         """
         return inputs
+
+    def probe_activation(self) -> nn.Module | None:
+        """Return what a linear probe applies to a block's output before it pools, None for nothing.
+
+        The module gets (N, C, ...), and returns the same shape.
+        """
+        return None
 
 
 def _recorded(option: Any) -> Any:

@@ -63,6 +63,7 @@ class LinearProbe(nn.Module):
         chosen = _chosen(plan, blocks)
         self.blocks = tuple(block.target for block in chosen)
         self.regions = positive_integer("regions", regions)
+        self.activation = plan.objective.probe_activation()
         self.norm = feature_norm(plan.objective.norm)
         # In a tuple, so that the net does not become a submodule.
         self._net = (cut,)
@@ -131,6 +132,8 @@ class LinearProbe(nn.Module):
             # A block with side values returns a tuple.
             output = returned[0] if block.sides else returned
             channels_first = widened(output[:samples]).movedim(block.channel_axis, 1)
+            if self.activation is not None:
+                channels_first = self.activation(channels_first)
             spatial = channels_first.ndim - 2
             pooled = features_of(channels_first, mask, spatial, self.regions)
             features[block.target] = self.norm(pooled)

@@ -359,8 +359,8 @@ FAMILY = {
         MNIST,
         network="MLP 2 x 2000",
         epochs=29,
-        methods=("SCFF", *RIVALS),
-        recipes=(("SCFF", SCFF_AUTHORS),),
+        methods=("SCFF", "SCFF, triangle", *RIVALS),
+        recipes=(("SCFF", SCFF_AUTHORS), ("SCFF, triangle", SCFF_AUTHORS)),
     ),
     "family-mnist-spatial": replace(
         MNIST,
@@ -390,6 +390,7 @@ PUBLISHED = {
     ("family-mnist-ff", "FF, unsupervised"): "98.63, by a linear probe, with layers of 2,000",
     ("family-mnist-small", "FF, small"): "93.16",
     ("family-mnist-scff", "SCFF"): "98.7, by a linear probe",
+    ("family-mnist-scff", "SCFF, triangle"): "98.7, by a linear probe",
     ("family-mnist-spatial", "FF, spatial labels"): "99.16, with another network",
     ("family-mnist-cfse", "CwC, ILT"): "99.42, with six layers and twice the channels",
     ("family-mnist-cfse-wide", "CwC, ILT"): "99.42, with six layers",

@@ -36,6 +36,7 @@ class Method:
             predict, and on the last one.
         addition: a recipe of the field, which then gives the options; None for none.
         strengths: of the recipe, among which the search chooses.
+        cuts: names of the nodes behind which it is cut; None for the experiment's policy.
     """
 
     heads: bool = True
@@ -46,6 +47,7 @@ class Method:
     probes: bool = False
     addition: recipes.Addition | None = None
     strengths: tuple[float, ...] = ()
+    cuts: tuple[str, ...] | None = None
 
     @property
     def trains_classifier(self) -> bool:
@@ -69,7 +71,8 @@ class Method:
         options = self.options
         if self.addition is not None:
             options = self.addition.options(model, policy, example)
-        net = sffx.transform(model, policy=policy, example_input=example, **options)
+        cuts = policy if self.cuts is None else list(self.cuts)
+        net = sffx.transform(model, policy=cuts, example_input=example, **options)
         if self.addition is not None:
             self.addition.attach(net)
         return net if self.local else joined(net)
@@ -148,8 +151,8 @@ def _interleaved(spans: tuple[tuple[int, int], ...]) -> Method:
     return Method(readout="classifier", options=options, spans=spans)
 
 
-def _family(objective: Any, spans: tuple[tuple[int, int], ...] | None = None) -> Method:
-    return Method(options={"objective": objective}, spans=spans, probes=True)
+def _family(objective: Any, **more: Any) -> Method:
+    return Method(options={"objective": objective}, probes=True, **more)
 
 
 # Interleaved layer training on MNIST, as published: where each layer's epochs end. All begin at 0.
@@ -160,6 +163,9 @@ MNIST_SPANS = ((0, 2), (0, 3), (0, 4), (0, 5), (0, 20))
 FAST_SPANS = ((0, 3), (0, 4), (1, 6), (1, 8), (2, 10))
 # One block after the other, as the authors of SCFF train; the classifier reads the last one.
 SCFF_SPANS = ((0, 20), (20, 29), (20, 29))
+SCFF_ON_MNIST = SCFF(
+    positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0), shift=2
+)
 
 METHODS = {
     "BP": Method(heads=False, local=False, readout="classifier"),
@@ -188,9 +194,10 @@ METHODS = {
         ForwardForward(labels="waves", reduction="mean", loss_form="symba")
     ),
     "FF, unsupervised": _family("ff-unsupervised"),
-    "SCFF": _family(
-        SCFF(positive_threshold=(4, 1), negative_threshold=(6, 1), penalty=(1e-4, 0), shift=2),
-        spans=SCFF_SPANS,
+    "SCFF": _family(SCFF_ON_MNIST, spans=SCFF_SPANS),
+    # The layers of `Perceptron`, without the ReLU behind each.
+    "SCFF, triangle": _family(
+        replace(SCFF_ON_MNIST, triangle=True), spans=SCFF_SPANS, cuts=("layer0_0", "layer1_0")
     ),
     "CwC, ILT": _interleaved(MNIST_SPANS),
     "CwC, ILT fast": _interleaved(FAST_SPANS),

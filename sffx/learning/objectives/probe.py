@@ -35,9 +35,11 @@ class BlockProbe(nn.Module):
         regions: int,
         norm: nn.Module,
         is_detached: bool = True,
+        activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.is_detached = is_detached
+        self.activation = activation
         self.channel_axis = block.channel_axis
         self.spatial = len(block.shape) - 1
         self.regions = regions
@@ -55,6 +57,8 @@ class BlockProbe(nn.Module):
         if self.is_detached:
             y = y.detach()
         channels_first = y.movedim(self.channel_axis, 1)
+        if self.activation is not None:
+            channels_first = self.activation(channels_first)
         pooled = features_of(channels_first, mask, self.spatial, self.regions)
         features = self.norm(pooled)
         weight = self.linear.weight.to(features.dtype)

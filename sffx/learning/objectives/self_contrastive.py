@@ -39,10 +39,17 @@ class PairGoodness(nn.Module):
         negative: theta-.
         penalty: lambda.
         scale: factor of the output.
+        rectifies: whether negative values of the output count as zero.
     """
 
     def __init__(
-        self, channel_axis: int, positive: float, negative: float, penalty: float, scale: int
+        self,
+        channel_axis: int,
+        positive: float,
+        negative: float,
+        penalty: float,
+        scale: int,
+        rectifies: bool = False,
     ) -> None:
         super().__init__()
         self.channel_axis = channel_axis
@@ -50,6 +57,7 @@ class PairGoodness(nn.Module):
         self.negative = negative
         self.penalty = penalty
         self.scale = scale
+        self.rectifies = rectifies
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the three columns, (N, 3).
@@ -58,6 +66,8 @@ class PairGoodness(nn.Module):
             y: the output of a block, (N, ...).
             mask: always None, since samples with padding are refused.
         """
+        if self.rectifies:
+            y = F.relu(y)
         goodness = (self.scale * y).square().mean(self.channel_axis).reshape(len(y), -1)
         too_small = F.softplus(self.positive - goodness).mean(1)
         too_large = F.softplus(goodness - self.negative).mean(1)
@@ -66,6 +76,14 @@ class PairGoodness(nn.Module):
 
     def extra_repr(self) -> str:
         return f"positive={self.positive}, negative={self.negative}, penalty={self.penalty}"
+
+
+class Triangle(nn.Module):
+    """A ReLU behind a subtracted mean: `relu(y - mean of y over the channels)`."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the part of y above its mean, (N, C, ...)."""
+        return F.relu(y - y.mean(1, keepdim=True))
 
 
 class Standardized(nn.Module):
@@ -107,9 +125,15 @@ class SCFF(Objective):
     (github.com/neurophysics-cnrsthales/contrastive-forward-forward). On MNIST and in the first two
     layers on CIFAR-10 pairs are made of the input alone, as here. The last layer on CIFAR-10 pairs
     the second layer's outputs, which is not done here. The authors square the output before the
-    pooling and before the mean over channels is subtracted ("triangle"), here the block's output
-    counts as it is. They train one block after the other (`sffx.BlockSchedule.greedy`). In their
-    code each half of a pair is moved by itself, by up to two pixels on MNIST: `shift=2`.
+    pooling, here the block's output counts as it is. They train one block after the other
+    (`sffx.BlockSchedule.greedy`). In their code each half of a pair is moved by itself, by up to
+    two pixels on MNIST: `shift=2`.
+
+    What a layer hands on is the "triangle" in their code, a ReLU behind a subtracted mean over
+    channels. But its goodness is that of a plain ReLU. One block cannot have both as its output.
+    So cut in front of the ReLU, and pass `triangle=True`: the goodness rectifies the output, and
+    the layer norm behind the cut subtracts the mean before the next block's ReLU. It subtracts the
+    mean over all values of a sample, which is theirs where an output is flat.
 
     Each block has a linear probe, as in `UnsupervisedForwardForward`, and the prediction is the
     mean of their logits. In train mode a head returns the three terms of the loss and then the
@@ -123,6 +147,8 @@ class SCFF(Objective):
         standardize: whether the inputs are standardised. If not, the loader should do it.
         shift: by how many pixels each half of a pair is moved at most, in training. It needs
             images, (C, H, W).
+        triangle: whether blocks end in front of their ReLU. Goodness is then that of `relu(y)`, and
+            probes read `relu(y - mean of y over the channels)`.
         regions: to which the probe pools images, along each axis of space.
     """
 
@@ -131,6 +157,7 @@ class SCFF(Objective):
     penalty: float | tuple[float, ...] = 1e-4
     standardize: bool = True
     shift: int = 0
+    triangle: bool = False
     regions: int = 2
 
     name: ClassVar[str] = "scff"
@@ -145,6 +172,7 @@ class SCFF(Objective):
                 object.__setattr__(self, option, tuple(value))
             _require_numbers(option, value)
         require_flag("standardize", self.standardize)
+        require_flag("triangle", self.triangle)
         require_natural("shift", self.shift)
         positive_integer("regions", self.regions)
 
@@ -197,8 +225,11 @@ class SCFF(Objective):
             _of_block(self.negative_threshold, index),
             _of_block(self.penalty, index),
             scale=PAIR if index == 0 else 1,
+            rectifies=self.triangle,
         )
-        probe = BlockProbe(block, num_classes, self.regions, feature_norm(self.norm))
+        norm = feature_norm(self.norm)
+        activation = self.probe_activation()
+        probe = BlockProbe(block, num_classes, self.regions, norm, activation=activation)
         return ProbedHead(goodness, probe)
 
     def head_shape(self, num_classes: int) -> tuple[int, ...]:
@@ -234,6 +265,9 @@ class SCFF(Objective):
             return inputs
         name, x = next(iter(inputs.items()))
         return {**inputs, name: standardized(x)}
+
+    def probe_activation(self) -> nn.Module | None:
+        return Triangle() if self.triangle else None
 
 
 # The options that may differ by block.

@@ -19,7 +19,7 @@ POSITIVE, NEGATIVE, PENALTY = (0.5, 0.2), (0.7, 0.9), (0.01, 0.3)
 PER_BLOCK = {"positive_threshold": POSITIVE, "negative_threshold": NEGATIVE, "penalty": PENALTY}
 
 
-def cut(**options):
+def cut(cuts=("_1", "_3"), **options):
     with seeded():
         model = nn.Sequential(
             nn.Conv2d(2, 5, 3),
@@ -33,7 +33,7 @@ def cut(**options):
         # The last block ends in front of the pooling, so its output is a map.
         x = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
         objective = SCFF(**options)
-        return sffx.transform(model, ["_1", "_3"], x, objective=objective).train()
+        return sffx.transform(model, list(cuts), x, objective=objective).train()
 
 
 def batch(samples=5):
@@ -62,9 +62,21 @@ def block_loss(good, bad, index):
     return too_small + too_large + PENALTY[index] * g_good.norm(p=2, dim=(1, 2)).mean()
 
 
-def test_gradients_are_those_of_pairs_through_shared_weights(monkeypatch):
-    net = cut(**PER_BLOCK)
+@pytest.mark.parametrize("triangle", [False, True])
+def test_gradients_are_those_of_pairs_through_shared_weights(triangle, monkeypatch):
+    if triangle:
+        net = cut(cuts=("_0", "_2"), triangle=True, **PER_BLOCK)
+    else:
+        net = cut(**PER_BLOCK)
     x, y = batch()
+
+    def handed_on(z):
+        return F.relu(normed(z)) if triangle else normed(F.relu(z))
+
+    def probed(z):
+        output = F.relu(z - z.mean(1, keepdim=True)) if triangle else F.relu(z)
+        return normed(F.adaptive_avg_pool2d(output.detach(), 2).flatten(1))
+
     where = "sffx.learning.objectives.self_contrastive.others_of"
     monkeypatch.setattr(where, lambda given: given.roll(-1, 0))
     loss = sffx.local_loss(net, x, y)
@@ -74,23 +86,22 @@ def test_gradients_are_those_of_pairs_through_shared_weights(monkeypatch):
     halves = standardized(x)
     others = halves.roll(-1, 0)
     # The pair goes through the same weights, half by half, and is added before the ReLU.
-    good = F.relu(first(halves) + first(halves))
-    bad = F.relu(first(halves) + first(others))
-    expected = block_loss(good, bad, 0)
+    good = first(halves) + first(halves)
+    bad = first(halves) + first(others)
+    expected = block_loss(F.relu(good), F.relu(bad), 0)
     # The net has the mean of a pair, not the sum. It matters to the eps of the norm alone.
     outputs = [good / 2]
-    good, bad = normed(good.detach() / 2), normed(bad.detach() / 2)
-    good, bad = F.relu(second(good)), F.relu(second(bad))
-    expected = expected + block_loss(good, bad, 1)
+    good, bad = handed_on(good.detach() / 2), handed_on(bad.detach() / 2)
+    good, bad = second(good), second(bad)
+    expected = expected + block_loss(F.relu(good), F.relu(bad), 1)
     outputs.append(good)
     layers = [first, second]
     for i, output in enumerate(outputs):
         probe = net.get_submodule(f"head_{i}").probe.linear
-        features = normed(F.adaptive_avg_pool2d(output.detach(), 2).flatten(1))
-        expected = expected + F.cross_entropy(probe(features), y)
+        expected = expected + F.cross_entropy(probe(probed(output)), y)
         layers.append(probe)
     classifier = layer_of(net.classifier)
-    features = normed(good.detach()).mean((2, 3))
+    features = handed_on(good.detach()).mean((2, 3))
     expected = expected + F.cross_entropy(classifier(features), y)
     layers.append(classifier)
 
@@ -100,6 +111,16 @@ def test_gradients_are_those_of_pairs_through_shared_weights(monkeypatch):
     gradients = torch.autograd.grad(expected, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_linear_probe_reads_the_triangle():
+    net = cut(cuts=("_0", "_2"), triangle=True)
+    x, _ = batch()
+    output = layer_of(net.block_0)(standardized(x))
+    triangle = F.relu(output - output.mean(1, keepdim=True))
+    expected = normed(F.adaptive_avg_pool2d(triangle, 2).flatten(1))
+    found = sffx.LinearProbe(net, ["block_0"]).features(x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_halves_of_a_pair_are_moved_by_themselves(monkeypatch):
@@ -188,6 +209,7 @@ def test_a_batch_of_one_has_no_pairs():
         ({"penalty": ()}, r"penalty is \(\). Hint: pass a number, or a tuple with one for each"),
         ({"penalty": "much"}, "penalty is 'much'"),
         ({"standardize": 1}, "standardize is 1. Hint: pass True or False"),
+        ({"triangle": "relu"}, "triangle is 'relu'. Hint: pass True or False"),
         ({"shift": -1}, "shift is -1. Hint: pass an integer, 0 or more"),
         ({"shift": 1.5}, "shift is 1.5"),
         ({"regions": True}, "regions is True"),

@@ -53,7 +53,8 @@ def relative_costs(
         clock: as for `compare_time`.
 
     Returns:
-        By method, the "time" of a step, its "peak" memory and its "activations".
+        By method, the "time" of a step, its "peak" memory and its "activations", all relative, and
+        its "peak_bytes".
     """
     counts = {}
     for name, training in trainings.items():
@@ -71,5 +72,6 @@ def relative_costs(
             "time": times.paired_ratio(name, to),
             "peak": count.peak / counts[to].peak,
             "activations": count.activations / counts[to].activations,
+            "peak_bytes": count.peak,
         }
     return costs

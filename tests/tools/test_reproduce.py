@@ -379,7 +379,7 @@ def test_a_record_fits_whatever_other_methods_and_later_fields_there_are(tmp_pat
             command.require_same(record, changed)
 
 
-def test_the_setting_of_another_seed_is_taken_from_its_record(tmp_path):
+def test_the_setting_of_another_seed_is_taken_from_its_record(tmp_path, monkeypatch):
     folders = command.Folders(tmp_path, tmp_path, tmp_path)
     record = folders.record("small", "SFF", 0)
     record.parent.mkdir()
@@ -387,6 +387,13 @@ def test_the_setting_of_another_seed_is_taken_from_its_record(tmp_path):
     content = {"method": "SFF", "config": asdict(SMALL), "setting": setting}
     record.write_text(json.dumps(content))
     assert command.find_setting("small", SMALL, "SFF", folders) == Setting(0.5, 0.25, 0.0)
+
+    # So is that of an experiment whose search serves this one.
+    monkeypatch.setitem(EXPERIMENTS, "small", SMALL)
+    larger = replace(SMALL, size=64, settings="small")
+    assert command.find_setting("larger", larger, "SFF", folders) == Setting(0.5, 0.25, 0.0)
+    with pytest.raises(SystemExit, match="trials"):
+        command.find_setting("larger", replace(larger, trials=99), "SFF", folders)
 
 
 def test_trials_of_other_lengths_are_not_mixed(tmp_path):

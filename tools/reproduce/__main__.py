@@ -119,19 +119,32 @@ def find_setting(name: str, experiment: Experiment, method: str, folders: Folder
     recipe = experiment.recipe(method)
     if recipe is not None:
         return Setting(recipe.lr, recipe.classifier_lr, recipe.weight_decay)
-    searched = folders.record(name, method, 0)
-    if searched.exists():
-        require_same(searched, experiment)
-        return Setting(**json.loads(searched.read_text())["setting"])
+    found = _recorded_setting(name, experiment, method, folders)
+    if found is not None:
+        return found
     if experiment.settings is not None:
         name = experiment.settings
         experiment = replace(
             EXPERIMENTS[name], trials=experiment.trials, trial_epochs=experiment.trial_epochs
         )
+        found = _recorded_setting(name, experiment, method, folders)
+        if found is not None:
+            return found
     train, test = images(experiment, folders)
     data = _split(experiment, train, test, 0)
     weights = starting_weights(experiment, folders)
     return search(name, experiment, method, data, folders.runs / name, weights)
+
+
+def _recorded_setting(
+    name: str, experiment: Experiment, method: str, folders: Folders
+) -> Setting | None:
+    """Return the setting that the first seed of an experiment was run with, if it was."""
+    record = folders.record(name, method, 0)
+    if not record.exists():
+        return None
+    require_same(record, experiment)
+    return Setting(**json.loads(record.read_text())["setting"])
 
 
 def starting_weights(experiment: Experiment, folders: Folders) -> dict[str, torch.Tensor] | None:

@@ -22,7 +22,7 @@ def costs(
 ) -> dict[str, dict[str, float]]:
     """Return by method the peak memory of a step with AdamW, its activations and its time.
 
-    All are relative to BP.
+    All are relative to BP, and the peak is there in bytes as well.
 
     Args:
         experiment: whose methods are measured.

@@ -225,6 +225,18 @@ MOMENTUM = {
     "small-imagenette-momentum0.1": replace(SMALL_IMAGENETTE, momentum=0.1),
 }
 
+# BP of `small-imagenette-momentum0.1` has a peak of 205 MiB, and these have at most that. They
+# spend it on larger images: local methods with the same batches and settings, BP with small ones.
+LARGER_IMAGES = replace(SMALL_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1")
+MEMORY = {
+    "memory-imagenette-160": replace(LARGER_IMAGES, size=160, methods=("mlp(256, 4)",)),
+    "memory-imagenette-176": replace(LARGER_IMAGES, size=176, methods=("SFF",)),
+    "memory-imagenette-192": replace(LARGER_IMAGES, size=192, methods=("mlp",)),
+    "memory-imagenette-192-batch16": replace(
+        LARGER_IMAGES, size=192, batch=16, methods=("BP",), settings=None
+    ),
+}
+
 # Table 4: pretrained. Without ImageNet's weights, on small images of CIFAR-10, enlarged.
 TABLE4 = {
     "table4-resnet18": replace(FULL_IMAGENETTE, pretrained="torchvision"),
@@ -401,6 +413,7 @@ EXPERIMENTS = {
     **TABLE2,
     **TABLE3,
     **MOMENTUM,
+    **MEMORY,
     **TABLE4,
     **OTHER_HEADS,
     **RECIPES,

@@ -27,6 +27,8 @@ READOUTS = (
 # What a classifier that has not learnt says nothing of.
 OF_CLASSIFIER = ("classifier", "all and classifier")
 
+MIB = 2**20
+
 # The records of one experiment, by method.
 Methods = dict[str, list[dict[str, Any]]]
 
@@ -61,7 +63,8 @@ def table(methods: Methods, costs: dict[str, Any]) -> str:
     It has the test accuracy of every readout in per cent over seeds, and the cost of a step, where
     it was measured.
     """
-    titles = ["method", *READOUTS, "parameters", "peak / BP", "time / BP", "seeds", "epochs"]
+    titles = ["method", *READOUTS, "parameters", "peak / BP", "time / BP", "peak, MiB"]
+    titles += ["seeds", "epochs"]
     rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for method, runs in methods.items():
         rows.append(_row(method, runs, costs.get(method)))
@@ -69,6 +72,7 @@ def table(methods: Methods, costs: dict[str, Any]) -> str:
 
 
 def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None) -> str:
+    cost = cost or {}
     cells = [method]
     untrained = () if METHODS[method].trains_classifier else OF_CLASSIFIER
     for readout in READOUTS:
@@ -78,7 +82,9 @@ def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None)
             cells.append("–")
     cells.append(f"{runs[0]['parameters']:,}")
     for key in ("peak", "time"):
-        cells.append("–" if cost is None else f"{cost[key]:.2f}")
+        cells.append(f"{cost[key]:.2f}" if key in cost else "–")
+    # Older measurements have no bytes.
+    cells.append(f"{cost['peak_bytes'] / MIB:.0f}" if "peak_bytes" in cost else "–")
     epochs = [run["epochs"] for run in runs]
     cells += [str(len(runs)), f"{min(epochs)} to {max(epochs)}"]
     return f"| {' | '.join(cells)} |"

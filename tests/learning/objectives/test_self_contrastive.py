@@ -64,10 +64,8 @@ def block_loss(good, bad, index):
 
 @pytest.mark.parametrize("triangle", [False, True])
 def test_gradients_are_those_of_pairs_through_shared_weights(triangle, monkeypatch):
-    if triangle:
-        net = cut(cuts=("_0", "_2"), triangle=True, **PER_BLOCK)
-    else:
-        net = cut(**PER_BLOCK)
+    cuts = ("_0", "_2") if triangle else ("_1", "_3")
+    net = cut(cuts, triangle=triangle, **PER_BLOCK)
     x, y = batch()
 
     def handed_on(z):

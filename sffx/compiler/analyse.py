@@ -68,8 +68,10 @@ class Step:
         norm: whether a norm is in it, of any kind.
         keeps_shape: whether it has no layer with parameters and its value has the shape of its
             input, as an activation or a bias; dropout does not count.
-        pools: whether it starts the way to the classifier. That is an adaptive pool, or a flat
-            value made from one that is not flat.
+        narrows: whether it has no parameters and gives the value of the last layer with fewer
+            channels, as GLU or maxout does.
+        pools: whether it starts the way to the classifier. That is an adaptive pool behind a layer,
+            or a flat value made from one that is not flat and behind a layer whose value is not.
         drops: whether it is dropout.
         refusal: why no cut may lie after it, "" where one may.
         parts_streams: whether it ends in a cut set that was looked for where streams run side by
@@ -89,6 +91,7 @@ class Step:
     batchnorm: bool
     norm: bool
     keeps_shape: bool
+    narrows: bool
     pools: bool
     drops: bool
     refusal: str
@@ -149,9 +152,13 @@ class Analysis:
         reasons = refusals(
             self._flow, self._layers, self._shared_by_step, self.channel_axes, self.trace.task
         )
-        steps = []
+        steps: list[Step] = []
+        layer = None
         for i, nodes in enumerate(members):
-            steps.append(self._step(i, nodes, reasons[i]))
+            step = self._step(i, nodes, reasons[i], layer)
+            steps.append(step)
+            if step.weighted:
+                layer = step
         return tuple(steps)
 
     @cached_property
@@ -334,14 +341,21 @@ class Analysis:
                 return PASSED_BY
         return ""
 
-    def _step(self, index: int, nodes: list[Node], refusal: str) -> Step:
+    def _step(self, index: int, nodes: list[Node], refusal: str, layer: Step | None) -> Step:
+        """Return a step.
+
+        Args:
+            index: of the step.
+            nodes: in it.
+            refusal: why no cut may lie after it.
+            layer: the last step before it that has a layer, if there is one.
+        """
         end = self.nodes[self.spine[index]]
         values = self._flow.cut_sets[index]
         value = facts(end).example
         before = self._value_before(index)
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
-        was_flat = not isinstance(before, Tensor) or before.ndim <= 2
-        is_flattened = len(shape) == 1 and not was_flat
+        trainable = any(self.parameters(node) for node in nodes)
         paths = [node for node in nodes if self.is_path(node.name)]
         return Step(
             node=end.name,
@@ -351,16 +365,39 @@ class Analysis:
             join=self._join_of_step(end.name),
             shape=shape,
             crossing=self._numbers(values),
-            trainable=any(self.parameters(node) for node in nodes),
+            trainable=trainable,
             weighted=any(self._layers.is_weighted(node) for node in nodes),
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
             norm=any(self._layers.is_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
-            pools=self._layers.begins_with(end, _POOLS) or is_flattened,
+            narrows=not trainable and self._has_fewer_channels(shape, layer),
+            pools=self._starts_classifier(end, shape, before, layer),
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
             parts_streams=frozenset(values) in self._given or not self._flow.dominates(end.name),
         )
+
+    def _has_fewer_channels(self, shape: tuple[int, ...], layer: Step | None) -> bool:
+        """Return whether a shape is that of a layer's value, with a part of its channels."""
+        if layer is None or layer.node not in self.channel_axes or len(shape) != len(layer.shape):
+            return False
+        axis = self.channel_axes[layer.node] - 1  # shapes are without the batch axis
+        channels = shape[axis]
+        with_its_channels = (*shape[:axis], layer.shape[axis], *shape[axis + 1 :])
+        is_part = 1 < channels < layer.shape[axis] and layer.shape[axis] % channels == 0
+        return is_part and with_its_channels == layer.shape
+
+    def _starts_classifier(
+        self, end: Node, shape: tuple[int, ...], before: Any, layer: Step | None
+    ) -> bool:
+        # What comes before all layers prepares the input, as by resizing or flattening it.
+        if layer is None:
+            return False
+        if self._layers.begins_with(end, _POOLS):
+            return True
+        # A perceptron with maxout, or one whose layers read a stack of values, is flat again.
+        was_flat = not isinstance(before, Tensor) or before.ndim <= 2
+        return len(shape) == 1 and not was_flat and len(layer.shape) != 1
 
     def _join_of_step(self, name: str) -> str:
         """Return how the paths of a step meet; a product with a layer on each path is no gate."""

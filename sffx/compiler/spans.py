@@ -3,8 +3,8 @@
 A place in the model is the index of a step, and a cut is made after a step. A span of steps is a
 block. All policies share three rules:
 
-- An activation after a block belongs to the block: it has no layer of its own and keeps the shape.
-  So does a BN layer, and another norm right behind a layer.
+- An activation after a block belongs to the block: it has no layer of its own and keeps the shape,
+  or has fewer channels. So does a BN layer, and another norm right behind a layer.
 - A gate (squeeze-and-excitation, a product of paths) belongs to the layer that it gates.
 - The last layer with a weight is the classifier's, with the pool, the flatten and the dropout
   before it.
@@ -60,10 +60,30 @@ def _first_pool(steps: Steps, start: int, stop: int) -> int:
 
 def settled(steps: Steps, end: int) -> int:
     """Return a cut moved behind the steps that belong to the block before it."""
+    end = _behind_followers(steps, end)
+    narrowed = _narrowed(steps, end)
+    return _behind_followers(steps, narrowed) if narrowed > end else end
+
+
+def _behind_followers(steps: Steps, end: int) -> int:
     for following in range(end + 1, len(steps)):
         if not _follows(steps[following], steps[end]):
             break
         end = following
+    return end
+
+
+def _narrowed(steps: Steps, end: int) -> int:
+    """Return the step behind `end` at which an activation has fewer channels, `end` if none has.
+
+    Maxout takes several steps: it unflattens the channels, and then takes the largest ones.
+    """
+    for following in range(end + 1, len(steps)):
+        step = steps[following]
+        if step.trainable or step.pools or step.drops:
+            break
+        if step.narrows:
+            return following
     return end
 
 

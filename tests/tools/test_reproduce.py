@@ -17,7 +17,7 @@ from tools.reproduce.data import Images, Split, load, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
-from tools.reproduce.readouts import readouts
+from tools.reproduce.readouts import SHORT_PROBE, readouts
 from tools.reproduce.render import READOUTS, reduced_precision, table
 from tools.reproduce.search import GRID, candidates, search
 from tools.reproduce.training import Run, Setting
@@ -404,7 +404,7 @@ def test_trials_of_other_lengths_are_not_mixed(tmp_path):
 
 
 def test_a_method_with_probes_reads_all_blocks_and_the_last_one(monkeypatch):
-    monkeypatch.setitem(METHODS, "SFF", replace(METHODS["SFF"], probes=True))
+    monkeypatch.setitem(METHODS, "SFF", replace(METHODS["SFF"], probe=SHORT_PROBE))
     run = new_run()
     run.train(1)
     result = run.result()

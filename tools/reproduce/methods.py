@@ -18,6 +18,7 @@ from sffx.runtime.modes import evaluating
 from tools.reproduce import recipes
 from tools.reproduce.data import Split
 from tools.reproduce.networks import classifier_of
+from tools.reproduce.readouts import LONG_PROBE, SHORT_PROBE, ProbeRecipe
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Method:
         options: of `sffx.transform`.
         spans: the epochs of each block, (first, end), the classifier's last; None lets all blocks
             learn in all epochs.
-        probes: whether linear probes, trained afterwards, are more readouts: on all blocks that
-            predict, and on the last one.
+        probe: how linear probes learn that are trained afterwards, and are more readouts: on all
+            blocks that predict, and on the last one. None for no probes.
         addition: a recipe of the field, which then gives the options; None for none.
         strengths: of the recipe, among which the search chooses.
         cuts: names of the nodes behind which it is cut; None for the experiment's policy.
@@ -44,7 +45,7 @@ class Method:
     readout: str = "ensemble"
     options: Mapping[str, Any] = field(default_factory=dict)
     spans: tuple[tuple[int, int], ...] | None = None
-    probes: bool = False
+    probe: ProbeRecipe | None = None
     addition: recipes.Addition | None = None
     strengths: tuple[float, ...] = ()
     cuts: tuple[str, ...] | None = None
@@ -151,8 +152,8 @@ def _interleaved(spans: tuple[tuple[int, int], ...]) -> Method:
     return Method(readout="classifier", options=options, spans=spans)
 
 
-def _family(objective: Any, **more: Any) -> Method:
-    return Method(options={"objective": objective}, probes=True, **more)
+def _family(objective: Any, probe: ProbeRecipe = SHORT_PROBE, **more: Any) -> Method:
+    return Method(options={"objective": objective}, probe=probe, **more)
 
 
 # Interleaved layer training on MNIST, as published: where each layer's epochs end. All begin at 0.
@@ -194,10 +195,13 @@ METHODS = {
         ForwardForward(labels="waves", reduction="mean", loss_form="symba")
     ),
     "FF, unsupervised": _family("ff-unsupervised"),
-    "SCFF": _family(SCFF_ON_MNIST, spans=SCFF_SPANS),
+    "SCFF": _family(SCFF_ON_MNIST, LONG_PROBE, spans=SCFF_SPANS),
     # The layers of `Perceptron`, without the ReLU behind each.
     "SCFF, triangle": _family(
-        replace(SCFF_ON_MNIST, triangle=True), spans=SCFF_SPANS, cuts=("layer0_0", "layer1_0")
+        replace(SCFF_ON_MNIST, triangle=True),
+        LONG_PROBE,
+        spans=SCFF_SPANS,
+        cuts=("layer0_0", "layer1_0"),
     ),
     "CwC, ILT": _interleaved(MNIST_SPANS),
     "CwC, ILT fast": _interleaved(FAST_SPANS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,31 @@ from sffx.learning.readouts import READOUTS, every_mode
 from sffx.runtime.weigh import mixture_weights
 from tools.reproduce.data import Images, Split, in_order
 
-PROBE_BATCH = 500
-PROBE_EPOCHS = 20
-PROBE_RATE = 1e-3
+FEATURES_BATCH = 500
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """How a linear probe learns, by Adam at a rate of 0.001.
+
+    Attributes:
+        epochs: how many.
+        batch: batch size.
+        dropout: of the features.
+        halvings: of the rate, as shares of the epochs.
+    """
+
+    epochs: int = 20
+    batch: int = 500
+    dropout: float = 0.0
+    halvings: tuple[float, ...] = ()
+
+
+SHORT_PROBE = ProbeRecipe()
+# The probe of SCFF's authors, but for their batches of 64.
+LONG_PROBE = ProbeRecipe(
+    epochs=50, batch=256, dropout=0.2, halvings=(0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
+)
 
 
 def accuracy(scores: Tensor, y: Tensor) -> float:
@@ -57,7 +80,7 @@ def judged(scores: Tensor, readout: str, skips: int = 0) -> Tensor:
 
 
 def probed(
-    net: nn.Module, data: Split, seed: int, *, last: bool = False
+    net: nn.Module, data: Split, seed: int, recipe: ProbeRecipe, *, last: bool = False
 ) -> Callable[[Images], Tensor]:
     """Train a linear probe on trained blocks, and return what gives its logits, (N, J).
 
@@ -65,6 +88,7 @@ def probed(
         net: the trained net.
         data: the probe learns from the training images.
         seed: of the probe.
+        recipe: how it learns.
         last: whether it reads the last block only, and not all that predict.
     """
     torch.manual_seed(seed)
@@ -73,22 +97,39 @@ def probed(
         probe = sffx.LinearProbe(net, probe.blocks[-1:])
 
     def features(images: Images) -> Tensor:
-        parts = [probe.features(data.scaled(x)) for x, _ in in_order(images, PROBE_BATCH)]
+        parts = [probe.features(data.scaled(x)) for x, _ in in_order(images, FEATURES_BATCH)]
         return torch.cat(parts)
 
-    x, y = features(data.train), data.train.y
-    optimizer = torch.optim.Adam(probe.linear.parameters(), PROBE_RATE)
-    for _ in range(PROBE_EPOCHS):
-        for index in torch.randperm(len(y)).split(PROBE_BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(probe.linear(x[index]), y[index]).backward()
-            optimizer.step()
+    fit_probe(probe.linear, features(data.train), data.train.y, recipe)
 
     @torch.no_grad()
     def logits(images: Images) -> Tensor:
         return probe.linear(features(images))
 
     return logits
+
+
+def fit_probe(linear: nn.Linear, features: Tensor, y: Tensor, recipe: ProbeRecipe) -> None:
+    """Train the linear layer of a probe.
+
+    Args:
+        linear: is trained.
+        features: of the training images, (N, units).
+        y: their classes, (N,).
+        recipe: how it learns.
+    """
+    optimizer = torch.optim.Adam(linear.parameters(), 1e-3)
+    milestones = [int(recipe.epochs * share) for share in recipe.halvings]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.5)
+    for _ in range(recipe.epochs):
+        for index in torch.randperm(len(y)).split(recipe.batch):
+            x = features[index].float()
+            if recipe.dropout:
+                x = F.dropout(x, recipe.dropout)
+            optimizer.zero_grad()
+            F.cross_entropy(linear(x), y[index]).backward()
+            optimizer.step()
+        scheduler.step()
 
 
 def block_losses(scores: Tensor, y: Tensor) -> list[float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sffx.learning.objectives.mixing import moved, others_of
 from sffx.learning.objectives.self_contrastive import standardized
 from tools.reproduce.data import load_mnist
+from tools.reproduce.readouts import LONG_PROBE, fit_probe
 
 UNITS = 2000
 BATCH = 100
@@ -36,10 +37,6 @@ PARTS = {
     "decay": "the learning rates fall",
     "goodness of ReLU": "the goodness is that of a plain ReLU, whatever goes on",
 }
-
-PROBE_BATCH = 256
-PROBE_DROPOUT = 0.2
-HALVINGS = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the probe's rate, as shares of its epochs
 
 
 @dataclass(frozen=True)
@@ -151,16 +148,7 @@ def probe(features: Tensor, y: Tensor, tests: Tensor, y_test: Tensor, epochs: in
         epochs: how long the probe learns.
     """
     linear = nn.Linear(features.shape[1], 10)
-    optimizer = torch.optim.Adam(linear.parameters(), 1e-3)
-    milestones = [int(epochs * share) for share in HALVINGS]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.5)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(y)).split(PROBE_BATCH):
-            optimizer.zero_grad()
-            scores = linear(F.dropout(features[batch].float(), PROBE_DROPOUT))
-            F.cross_entropy(scores, y[batch]).backward()
-            optimizer.step()
-        scheduler.step()
+    fit_probe(linear, features, y, replace(LONG_PROBE, epochs=epochs))
     with torch.no_grad():
         right = linear(tests.float()).argmax(1) == y_test
     return float(right.float().mean())
@@ -215,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--without", nargs="*", choices=PARTS, default=[], help=f"parts to leave out ({meanings})"
     )
     parser.add_argument("--epochs", type=int, nargs=2, default=(20, 9), help="of each layer")
-    parser.add_argument("--probe-epochs", type=int, default=50)
+    parser.add_argument("--probe-epochs", type=int, default=LONG_PROBE.epochs)
     args = parser.parse_args(arguments)
     found = run(args.data, args.without, args.epochs, args.probe_epochs)
     for name, accuracy in found.items():

@@ -238,9 +238,10 @@ class Run:
         test_labels = self.split.test.y
         on_validation = readouts(validation, validation, validation_labels, self.skips)
         on_test = readouts(test, validation, validation_labels, self.skips)
-        if self.method.probes:
+        recipe = self.method.probe
+        if recipe is not None:
             for readout, last in (("linear probe", False), ("probe of the last", True)):
-                probe = probed(self.net, self.split, self.seed, last=last)
+                probe = probed(self.net, self.split, self.seed, recipe, last=last)
                 on_validation[readout] = probe(self.split.validation)
                 on_test[readout] = probe(self.split.test)
         return {

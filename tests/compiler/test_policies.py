@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import combinations, pairwise
 
@@ -655,3 +656,75 @@ def test_a_norm_right_behind_a_layer_belongs_to_it(kind, policy):
     model = nn.Sequential(stages[0], middle, stages[2], *tail)
     plan = sffx.plan(model, policy, torch.zeros(1, 3, 8, 8))
     assert [block.name for block in plan] == ["0", "1", "2"]
+
+
+class _Halves(nn.Module):
+    """Makes one value of the two halves of the channels: maxout, or a gate."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(*x.chunk(2, 1))
+
+
+class _Maxout(nn.Module):
+    """Takes the largest of each two channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 2)).amax(2)
+
+
+NARROWING = {
+    "glu": lambda: nn.GLU(1),
+    "gate": lambda: _Halves(torch.mul),
+    "halves": lambda: _Halves(torch.maximum),
+    "maxout": _Maxout,
+}
+
+
+@pytest.mark.parametrize("policy", ["residual", "batchnorm", "layer"])
+@pytest.mark.parametrize("layer", ["linear", "convolution"])
+@pytest.mark.parametrize("kind", NARROWING)
+def test_an_activation_with_fewer_channels_belongs_to_its_layer(kind, layer, policy):
+    stages: list[nn.Module] = []
+    is_flat = layer == "linear"
+    for inputs in (3, 6, 6):
+        own = nn.Linear(inputs, 12) if is_flat else nn.Conv2d(inputs, 12, 3, padding=1)
+        stages.append(nn.Sequential(own, NARROWING[kind](), nn.Hardtanh()))
+    pool = [] if is_flat else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*stages, *pool, nn.Linear(6, 4))
+    example = torch.zeros(1, 3) if is_flat else torch.zeros(1, 3, 8, 8)
+    plan = sffx.plan(model, policy, example)
+    assert [block.name for block in plan] == ["0", "1", "2"]
+    assert [block.channels for block in plan] == [6, 6, 6]
+
+
+class _Dense(nn.Module):
+    """Each layer reads a weighted sum of all values before, as in DenseFormer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        self.shares = nn.ParameterList(nn.Parameter(torch.ones(i + 1)) for i in range(4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for layer, shares in zip(self.layers, self.shares, strict=True):
+            mean = torch.einsum("k,kbc->bc", shares, torch.stack(values))
+            values.append(layer(mean))
+        return self.head(values[-1])
+
+
+def test_a_stack_of_flat_values_does_not_begin_the_classifier():
+    plan = sffx.plan(_Dense(), example_input=torch.zeros(1, 8))
+    assert [block.name for block in plan] == [f"layers.{i}" for i in range(4)]
+
+
+def test_what_prepares_the_input_does_not_begin_the_classifier():
+    layers = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    model = nn.Sequential(nn.PReLU(3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), *layers)
+    plan = sffx.plan(model, "batchnorm", torch.zeros(1, 3, 4, 4))
+    assert [block.output for block in plan] == ["_4", "_6"]

@@ -16,10 +16,7 @@ from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
 from sffx.runtime.find_residency import make_whole
-from sffx.tensors import computed_tensors, copied, detach_scripts
-
-# What every module has: its mode, its hooks, and the dictionaries of its tensors and children.
-_ATTRIBUTES_OF_MODULES = frozenset(nn.Module().__dict__)
+from sffx.tensors import OF_EVERY_MODULE, computed_tensors, copied, detach_scripts
 
 
 def extract(net: nn.Module) -> nn.Module:
@@ -137,7 +134,7 @@ class _PutBack:
     def _put_attributes(self, module: nn.Module, original: nn.Module) -> None:
         """Put what a layer keeps beside its parameters and buffers: counters, tables, tensors."""
         for name, value in module.__dict__.items():
-            if name not in _ATTRIBUTES_OF_MODULES:
+            if name not in OF_EVERY_MODULE:
                 original.__dict__[name] = self._copied(value)
 
     def _copied(self, value: Any) -> Any:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sffx.compiler.qualnames import OF_EVERY_MODULE
-from sffx.tensors import storage_key, tensors_in
+from sffx.tensors import OF_EVERY_MODULE, storage_key, tensors_in
 
 
 class _Range(NamedTuple):

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from sffx.blocks import BatchAxis
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
-from sffx.compiler.facts import Facts, change_facts, facts, set_facts
+from sffx.compiler.facts import Facts, change_facts, facts, module_stack, set_facts
 from sffx.compiler.layers import Layers, scopes
 from sffx.compiler.trace.trace import Trace
 
@@ -103,7 +103,7 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
     # Read before the views are added, which are readers as well.
     readers = list(node.users)
     around_readers = _scopes_of_readers(node)
-    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+    stack = module_stack(node)
     name = node.name
     is_folded = batch.rows > 1
     view = node

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import facts, storages_written
 from sffx.tensors import storage_key
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ def _late_writes(analysis: Analysis) -> dict[str, set[int]]:
     """Return the memory that is written in place, and then read by another name, by the writer."""
     writes: dict[str, set[int]] = {}
     for name, node in analysis.nodes.items():
-        record = facts(node)
-        if record.read_behind:
-            writes[name] = {storage_key(facts(written).example) for written in record.writes}
+        if facts(node).read_behind:
+            writes[name] = storages_written([node])
     return writes

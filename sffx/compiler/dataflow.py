@@ -23,7 +23,7 @@ import networkx as nx
 from torch import Tensor
 from torch.fx import Node
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import carries_gradient, facts
 from sffx.compiler.layers import Layers
 from sffx.compiler.picked_weights import picked_weights
 from sffx.compiler.qualnames import makes_values
@@ -386,12 +386,8 @@ def _stops_gradient(node: Node) -> bool:
     """
     if node.op != "call_module":
         return False
-    reads_gradient = any(_has_gradient(source) for source in node.all_input_nodes)
-    return reads_gradient and not _has_gradient(node)
-
-
-def _has_gradient(node: Node) -> bool:
-    return any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
+    reads_gradient = any(carries_gradient(source) for source in node.all_input_nodes)
+    return reads_gradient and not carries_gradient(node)
 
 
 def _paths(graph: nx.DiGraph) -> nx.DiGraph:

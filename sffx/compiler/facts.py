@@ -6,10 +6,13 @@ but not the values in it. So the records are frozen: a node and its copy may sha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
+
+from sffx.tensors import storage_key, tensors_in
 
 _FACTS = "sffx_facts"
 _BLOCK_FACTS = "sffx_block_facts"
@@ -94,6 +97,26 @@ def set_facts(node: fx.Node, record: Facts) -> None:
 def change_facts(node: fx.Node, **changes: Any) -> None:
     """Give a traced node a new record, which differs in the fields that are named."""
     node.meta[_FACTS] = replace(facts(node), **changes)
+
+
+def storages_written(nodes: Iterable[fx.Node]) -> set[int]:
+    """Return the keys of the storages that some traced nodes write in place."""
+    keys: set[int] = set()
+    for node in nodes:
+        for written in facts(node).writes:
+            keys.add(storage_key(facts(written).example))
+    return keys
+
+
+def carries_gradient(node: fx.Node) -> bool:
+    """Return whether a tensor in the value of a traced node has a gradient."""
+    return any(tensor.requires_grad for tensor in tensors_in(facts(node).example))
+
+
+def module_stack(node: fx.Node) -> dict[str, Any]:
+    """Return the modules whose forward created a node, outermost first, as fx records them."""
+    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
+    return stack
 
 
 def block_facts(node: fx.Node) -> BlockFacts:

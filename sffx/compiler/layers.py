@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import facts, module_stack
 from sffx.compiler.qualnames import name_of_target, parameters_of
 from sffx.compiler.trace.run_function import RunFunction
 
@@ -178,8 +177,7 @@ def holds_several_layers(module: nn.Module) -> bool:
 
 def scopes(node: Node) -> tuple[str, ...]:
     """Return the qualnames of the modules whose forward created a node, outermost first."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-    return tuple(path for path, _ in stack.values())
+    return tuple(path for path, _ in module_stack(node).values())
 
 
 def common_scope(stacks: list[tuple[str, ...]]) -> str:

@@ -10,12 +10,11 @@ from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from sffx.blocks import Block, BlockPlan, Node, Options, Output, Value
 from sffx.compiler.analyse import Analysis
 from sffx.compiler.cut_sets import main_value
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import carries_gradient, facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.policies import Cuts
 from sffx.compiler.trace.flags import is_added
@@ -121,7 +120,7 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
     distinct = {id(p): p for p in parameters.values()}  # a tied weight has several names
     output_node = analysis.nodes[output]
     sides = _sides(nodes, output)
-    detached = [node for node in sides if _carries_gradient(node)]
+    detached = [node for node in sides if carries_gradient(node)]
     modules = [str(node.target) for node in nodes if _calls_module(node)]
     macs, activation_bytes = _cost(nodes, analysis.trace.batch_size)
     gives = [_value_of(node) for node in (output_node, *sides)]
@@ -295,11 +294,6 @@ class _Written(str):
 def _calls_module(node: fx.Node) -> bool:
     """Return whether a node calls a module of the model; the trace adds some."""
     return node.op == "call_module" and not is_added(node)
-
-
-def _carries_gradient(node: fx.Node) -> bool:
-    tensors = [leaf for leaf in tree_leaves(facts(node).example) if isinstance(leaf, Tensor)]
-    return any(tensor.requires_grad for tensor in tensors)
 
 
 # Notes

@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# The attributes that every module has: its tensors and children, hooks and the like.
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
 
 def name_of_target(target: Any) -> str:
     """Return the name of the method or function that a node calls, "" for what has none.

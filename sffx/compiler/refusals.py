@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import facts, storages_written
 from sffx.compiler.grids import Grids
 from sffx.compiler.layers import Layers
 from sffx.compiler.sample_order import is_out_of_order
@@ -106,10 +106,9 @@ def _written_buffers(flow: Dataflow) -> dict[str, list[int]]:
 
     A view of the buffer is the buffer.
     """
-    written: set[int] = set()
+    written = storages_written(flow.nodes.values())
     readers: dict[int, list[int]] = {}
     for name, node in flow.nodes.items():
-        written.update(storage_key(facts(each).example) for each in facts(node).writes)
         for arg in node.all_input_nodes:
             value = facts(arg).example
             if isinstance(value, Tensor):

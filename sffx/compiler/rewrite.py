@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from sffx.blocks import Block, BlockPlan, Output
-from sffx.compiler.facts import BlockFacts, facts, set_block_facts
+from sffx.compiler.facts import (
+    BlockFacts,
+    facts,
+    module_stack,
+    set_block_facts,
+    storages_written,
+)
 from sffx.compiler.trace.trace import Trace
 from sffx.learning.readouts import Readout
 from sffx.net import CutModel, with_plan
@@ -138,7 +144,7 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Pick
         if copy.op in ("call_module", "get_attr"):
             copy.target = name_in_block(str(copy.target))
         # The rest of the trace's records would keep its fake tensors alive.
-        copy.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        copy.meta = {"nn_module_stack": module_stack(node)}
         set_block_facts(copy, _facts_of_node(node))
         copies[name] = copy
     output = copies[block.output]
@@ -174,7 +180,7 @@ def _facts_of_input(node: Node) -> BlockFacts:
 
 def _facts_of_node(node: Node) -> BlockFacts:
     record = facts(node)
-    writes = frozenset(storage_key(facts(written).example) for written in record.writes)
+    writes = frozenset(storages_written([node]))
     return BlockFacts(
         origin=node.name, memory=_memory(node), writes=writes, read_behind=record.read_behind
     )

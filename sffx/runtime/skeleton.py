@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from sffx.kernels.recompute import is_plain
 from sffx.runtime.stage import Stage, Values, nodes_read_by
+from sffx.tensors import OF_EVERY_MODULE
 
 
 class Skeleton:
@@ -210,11 +211,8 @@ def _settings_of(layer: nn.Module) -> Any:
 def _attributes_of(layer: nn.Module) -> dict[str, Any]:
     """Return the attributes that a layer has besides its tensors, modules and hooks."""
     attributes: dict[str, Any] = {}
+    # The mode is an attribute of every module, so it is none of these. `structure` has it.
     for name, value in sorted(vars(layer).items()):
-        if name not in _OF_EVERY_MODULE and not name.startswith("_"):
+        if name not in OF_EVERY_MODULE and not name.startswith("_"):
             attributes[name] = value
     return attributes
-
-
-# The attributes of torch itself, and the mode, which is looked at in each step.
-_OF_EVERY_MODULE = set(vars(nn.Module()))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import facts, module_stack
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.run_function import FunctionTarget, name_of
 
@@ -164,7 +164,7 @@ def _side_by_side(
 
 def _key(node: fx.Node) -> tuple[str, ...]:
     """Return what two nodes have in common that may be the same."""
-    scopes = list(node.meta.get("nn_module_stack", {}))
+    scopes = list(module_stack(node))
     place = str(scopes[-1]) if scopes else ""
     if _is_constant(node):
         return (node.op, "constant", place)

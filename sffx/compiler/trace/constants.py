@@ -16,7 +16,14 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sffx.compiler.facts import Facts, change_facts, facts, set_facts
+from sffx.compiler.facts import (
+    Facts,
+    change_facts,
+    facts,
+    module_stack,
+    set_facts,
+    storages_written,
+)
 from sffx.tensors import storage_key
 
 if TYPE_CHECKING:
@@ -91,7 +98,7 @@ class Constants(TorchFunctionMode):
 
     def note_writes(self, node: fx.Node) -> None:
         """From now on, trace what is done with the constants that a node writes."""
-        keys = {storage_key(facts(written).example) for written in facts(node).writes}
+        keys = storages_written([node])
         with torch._C.DisableTorchFunction():
             for read in self._read if keys else ():
                 if storage_key(facts(read.node).example) in keys:
@@ -143,9 +150,7 @@ def place_constants(graph: fx.Graph, names: Collection[str]) -> None:
         graph: of the model.
         names: of the constants.
     """
-    written: set[int] = set()
-    for node in graph.nodes:
-        written.update(storage_key(facts(each).example) for each in facts(node).writes)
+    written = storages_written(graph.nodes)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target not in names:
             continue
@@ -159,7 +164,7 @@ def _clone(node: fx.Node) -> None:
     graph = node.graph
     with graph.inserting_after(node):
         clone = graph.call_method("clone", (node,))
-    clone.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+    clone.meta = {"nn_module_stack": module_stack(node)}
     value = facts(node).example
     # The clone has the example's storage, which the examples of its views share.
     set_facts(clone, Facts(value, value))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sffx.compiler.facts import change_facts, facts
+from sffx.compiler.facts import change_facts, facts, storages_written
 from sffx.compiler.trace.run_function import runs_in_one_mode
 from sffx.tensors import storage_key
 
@@ -116,10 +116,9 @@ def _has_effect(node: fx.Node, lasting: set[int]) -> bool:
     """Whether a node must stay although nothing reads it."""
     if node.op in ("placeholder", "output"):
         return True
-    for written in facts(node).writes:
-        # Storages are compared, since a view of a buffer may be written, or what a write returned.
-        if storage_key(facts(written).example) in lasting:
-            return True
+    # Storages are compared, since a view of a buffer may be written, or what a write returned.
+    if not lasting.isdisjoint(storages_written([node])):
+        return True
     # Assertions can go: the trace has settled what they say.
     return node.op == "call_function" and node.target is not torch._assert and node.is_impure()
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.state import Attributes
+from sffx.tensors import OF_EVERY_MODULE
 
 
 def set_outside(

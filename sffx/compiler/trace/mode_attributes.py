@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
 from sffx.compiler.trace.leaves import add_leaves_of_modules
 from sffx.net import overrides_mode
+from sffx.tensors import OF_EVERY_MODULE
 
 _PLAIN = (bool, int, float, str, type(None))
 

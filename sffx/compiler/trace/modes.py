@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sffx.compiler.facts import Cost, Facts, facts, set_facts
+from sffx.compiler.facts import Cost, Facts, facts, module_stack, set_facts, storages_written
 from sffx.compiler.trace.align import Alignment, Region, align
 from sffx.compiler.trace.effects import order_writes
 from sffx.compiler.trace.flags import flag_target, is_flag
@@ -173,7 +173,7 @@ class _Merge:
         """
         common: list[str] | None = None  # the modules around all nodes, outermost first
         for node in nodes:
-            scopes = ["", *(str(path) for path, _ in _stack(node).values())]
+            scopes = ["", *(str(path) for path, _ in module_stack(node).values())]
             common = scopes if common is None else [path for path in common if path in scopes]
         branching = [path for path in common or [] if path in self._branched]
         if not branching:
@@ -233,12 +233,7 @@ class _Merge:
         chosen = self._storages_of_choices()
         if not chosen:
             return False
-        for pair in self._alignment.pairs:
-            for node in pair:
-                for written in facts(node).writes:
-                    if storage_key(facts(written).example) in chosen:
-                        return True
-        return False
+        return any(chosen & storages_written(pair) for pair in self._alignment.pairs)
 
     def _storages_of_choices(self) -> set[int]:
         """Return the keys of the storages of all tensors that may be chosen."""
@@ -254,7 +249,7 @@ class _Merge:
         """Copy a node of the graph of eval mode to the end of its region."""
         with region.end.graph.inserting_before(region.end):
             copy = region.end.graph.node_copy(node, self._partners.__getitem__)
-        copy.meta = {"nn_module_stack": _stack(node)}
+        copy.meta = {"nn_module_stack": module_stack(node)}
         set_facts(copy, replace(facts(node), after=()))
         self._partners[node] = copy
 
@@ -290,7 +285,7 @@ class _Merge:
         if not nodes:
             _note(picked, reader, in_train)
             return picked
-        picked.meta = {"nn_module_stack": _stack(reader)}
+        picked.meta = {"nn_module_stack": module_stack(reader)}
         record = replace(facts(nodes[0]), cost=Cost(), writes=(), buffers=frozenset(), after=())
         set_facts(picked, record)
         self._chosen[key] = picked
@@ -334,11 +329,6 @@ def _are_alike(our: Any, their: Any) -> bool:
     return len(forms) == 1 and facts(our).batch == facts(their).batch
 
 
-def _stack(node: fx.Node) -> dict[str, Any]:
-    stack: dict[str, Any] = node.meta.get("nn_module_stack", {})
-    return stack
-
-
 def _draw_in_training(node: fx.Node, branched: Branched, probe: nn.Module) -> None:
     """Let a node that draws for a settled comparison draw in train mode alone.
 
@@ -347,7 +337,7 @@ def _draw_in_training(node: fx.Node, branched: Branched, probe: nn.Module) -> No
     if not is_draw(node):
         node.graph.erase_node(node)
         return
-    places = [path for path, _ in _stack(node).values() if path in branched]
+    places = [path for path, _ in module_stack(node).values() if path in branched]
     place = places[-1] if places else ""
     flag = _insert_flag(_decider(place, branched), node, probe)
     node.args = (flag, _value_before(node), *node.args)
@@ -392,5 +382,5 @@ def _insert_flag(qualname: str, reader: fx.Node, probe: nn.Module) -> fx.Node:
 
 
 def _note(node: fx.Node, reader: fx.Node, example: Any) -> None:
-    node.meta = {"nn_module_stack": _stack(reader)}
+    node.meta = {"nn_module_stack": module_stack(reader)}
     set_facts(node, Facts(example, example))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import forward_of, functions_reached, names_in
 from sffx.compiler.trace.proxy import TensorProxy
+from sffx.tensors import OF_EVERY_MODULE
 
 _PLAIN = (bool, int, float, str)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sffx.compiler.facts import Facts, set_facts
+from sffx.compiler.facts import Facts, module_stack, set_facts
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.flags import AddedModule, AddedTarget
 
@@ -159,7 +159,7 @@ def _pass_module(node: fx.Node, probe: nn.Module) -> None:
     qualname = str(node.target)
     with node.graph.inserting_before(node):
         module = node.graph.get_attr(qualname)
-    module.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+    module.meta = {"nn_module_stack": module_stack(node)}
     value = attribute(probe, qualname)
     set_facts(module, Facts(value, value))
     node.args = (module, *node.args)

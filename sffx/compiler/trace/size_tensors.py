@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import facts, storages_written
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.randomness import call_without_draws
 from sffx.tensors import holds_tensor, storage_key
@@ -32,20 +32,13 @@ def value_of_sizes(
         None where the value depends on anything else: on data, weights, the batch size, random
         numbers, or on writes in place.
     """
-    maker = _Maker(probe, constants, _written_storages(node.graph))
+    maker = _Maker(probe, constants, storages_written(node.graph.nodes))
     try:
         with unset_fake_temporarily():
             value = call_without_draws(lambda: maker.value(node))
     except Exception:
         return None
     return value, list(maker.sizes)
-
-
-def _written_storages(graph: fx.Graph) -> set[int]:
-    keys: set[int] = set()
-    for node in graph.nodes:
-        keys.update(storage_key(facts(written).example) for written in facts(node).writes)
-    return keys
 
 
 class _Maker:

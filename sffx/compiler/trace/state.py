@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from sffx.compiler.qualnames import OF_EVERY_MODULE
 from sffx.compiler.trace.code_names import forward_of, functions_reached, values_named
+from sffx.tensors import OF_EVERY_MODULE
 
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (dict, list, set, deque)

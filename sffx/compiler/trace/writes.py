@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sffx.compiler.facts import facts
+from sffx.compiler.facts import storages_written
 from sffx.tensors import storage_key
 
 # By the name of a parameter or a buffer: the tensor, and how often it was written.
@@ -34,8 +34,7 @@ class Writes:
 
     def note(self, node: fx.Node) -> None:
         """Note what a node writes."""
-        for written in facts(node).writes:
-            self._seen.add(storage_key(facts(written).example))
+        self._seen |= storages_written([node])
 
     def note_leaf(self, before: Versions) -> None:
         """Note what a leaf has written, of which these were the tensors before."""

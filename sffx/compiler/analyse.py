@@ -236,6 +236,18 @@ class Analysis:
             return ""
         return _JOINS.get(self.nodes[name].target, "other")
 
+    def modules_with_sum(self, names: Iterable[str]) -> set[str]:
+        """Return the qualnames of the modules whose own forward adds paths in one of some nodes.
+
+        Residual blocks are such modules. The model itself does not count.
+        """
+        owners: set[str] = set()
+        for name in names:
+            around = scopes(self.nodes[name])
+            if around and self.join(name) == "sum":
+                owners.add(around[-1])
+        return owners
+
     def layers_on_paths(self, name: str) -> tuple[int, ...]:
         """Return, for each path that meets in a join, its layers with parameters since they parted.
 

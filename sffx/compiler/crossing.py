@@ -36,8 +36,9 @@ class Crossing:
     def after(self, name: str) -> CutSet | None:
         """Return the values that cross a cut after a node; None if no cut set may lie there."""
         self._pass(name)
-        later = self._flow.in_order([name, *self._late_writes])
-        return self._cut_set(later[later.index(name) + 1 :])
+        in_order = self._flow.in_order([name, *self._late_writes])
+        place = in_order.index(name)
+        return self._cut_set(in_order[place + 1 :])
 
     def behind(self, inside: set[str]) -> CutSet | None:
         """Return the values that cross a cut behind a set of nodes; None if none may lie there.
@@ -84,17 +85,24 @@ class Crossing:
         gate if it leads to the logits beside the gate as well, as a skip connection that the
         decoder of a U-Net gates by attention.
         """
+        every_reader = self._flow.readers(value)
+        for gate in self._gates_ahead(value):
+            if not self._flow.passes_by(gate, every_reader):
+                return True
+        return False
+
+    def _gates_ahead(self, value: str) -> list[str]:
+        """Return the gates that are still to read a value, with at most activations before them."""
         readers = self._unread[value]
         while True:
             gates = [reader for reader in readers if self._is_gate(reader)]
             if gates or len(readers) != 1:
-                break
+                return gates
             (reader,) = readers
-            if self._flow.paths.in_degree(reader) > 1 or self._is_layer(reader):
-                return False
+            is_join = self._flow.paths.in_degree(reader) > 1
+            if is_join or self._is_layer(reader):
+                return []
             readers = self._flow.readers(reader)
-        every = self._flow.readers(value)
-        return any(not self._flow.passes_by(gate, every) for gate in gates)
 
     def _is_gate(self, name: str) -> bool:
         if self._analysis.join(name) != "product":

@@ -17,7 +17,6 @@ from itertools import pairwise
 from torch import nn
 
 from sffx.compiler.analyse import Analysis
-from sffx.compiler.layers import scopes
 from sffx.compiler.spans import Steps, has_weight, layer_ends, legal
 
 LARGE_BLOCK = 1 / 3  # share of the parameters
@@ -41,7 +40,7 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     for before, end in pairwise([-1, *kept, len(steps) - 1]):
         # The last layer stays with the classifier, however large it is.
         span = range(before + 1, min(end + 1, classifier))
-        has_block = any(start <= end and last > before for start, last in blocks.items())
+        has_block = _holds_part_of_block(blocks, before, end)
         if _is_large(steps, sizes, span) and not has_block:
             ends_so_far.update(_between_layers(analysis, places, before, end))
     for before, end in pairwise([-1, *sorted(ends_so_far)]):
@@ -50,6 +49,11 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
         if has_several_blocks or _goes_on_behind_concatenation(steps, span):
             ends_so_far.update(_most_even(analysis, sizes, places, before, end))
     return sorted(ends_so_far)
+
+
+def _holds_part_of_block(blocks: Mapping[int, int], before: int, end: int) -> bool:
+    """Return whether a residual block lies between two cuts, or a part of one."""
+    return any(start <= end and last > before for start, last in blocks.items())
 
 
 def _between_layers(analysis: Analysis, places: Iterable[int], before: int, end: int) -> list[int]:
@@ -80,9 +84,7 @@ def _residual_modules(analysis: Analysis, span: range) -> set[str]:
     """Return the qualnames of the modules with a sum of paths in the steps of a span."""
     owners: set[str] = set()
     for i in span:
-        for name in analysis.steps[i].nodes:
-            if analysis.join(name) == "sum":
-                owners.update(scopes(analysis.nodes[name])[-1:])
+        owners |= analysis.modules_with_sum(analysis.steps[i].nodes)
     return owners
 
 

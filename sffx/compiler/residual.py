@@ -55,14 +55,17 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
         parts.setdefault(step.scope, {})[_parameters(analysis, step)] = _form(analysis, step)
     leaves = _leaves_with_layers(analysis)
     scopes = _scopes(analysis)
+    owners = {*parts, *leaves}
     kinds: set[type[nn.Module]] = set()
     stacks: set[type[nn.Module]] = set()
     # Innermost owners first, since units are parts of what holds them.
-    for owner in sorted({*parts, *leaves}, key=lambda name: (-name.count("."), name)):
+    for owner in sorted(owners, key=lambda name: (-name.count("."), name)):
         kind = analysis.kind(owner)
         if owner == "" or issubclass(kind, nn.Sequential):
             continue
         own = list(parts.get(owner, {}).values())
+        # Another module may have made this class a unit. Then the owner would be the outermost unit
+        # here, and hide those inside it.
         units = _units_inside(analysis, owner, kinds - {kind}, scopes)
         rows = _joins_of_stacks(analysis, owner, stacks, parts)
         if _repeats([*own, *units, *rows]):
@@ -70,6 +73,7 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
         # The only module of its class with several joins is a model written in one forward.
         elif len(own) == 1 or len(_instances(analysis, {kind})) > 1:
             kinds.add(kind)
+    # Modules of one class may differ. If one of them is a stack, all of them are.
     return kinds - stacks
 
 

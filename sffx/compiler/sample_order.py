@@ -31,7 +31,8 @@ _SORTS = ("argsort", "msort", "randperm", "sort", "topk")
 # They read samples by an index along one axis.
 _SELECTS = ("gather", "index_select", "take_along_dim")
 
-# They write samples by an index, which brings back what was read by it.
+# They write samples by an index, which brings back what was read by it. A trace writes
+# `y[order] = x` as `set_item`.
 _PLACES = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "set_item")
 
 
@@ -53,13 +54,16 @@ def is_permuted(node: fx.Node, axis: int) -> bool:
         node: computes the value. Its arguments have their facts.
         axis: of the batch.
     """
-    name = name_of_target(node.target).rstrip("_")
+    name = name_of_target(node.target).rstrip("_")  # in place it does the same
+    if name == "randperm":  # it reads no tensor, so it has no axis to compare
+        return True
     if name in _SORTS:
-        return name == "randperm" or _axis_of_call(node, axis) == axis
+        return _axis_of_call(node, axis) == axis
     if name in _PLACES or makes_values(node.target) or _restores_order(node):
         return False
     if _changes_order(node, name):
-        return not is_out_of_order(facts(node.all_input_nodes[0]).batch)
+        was_out_of_order = is_out_of_order(facts(node.all_input_nodes[0]).batch)
+        return not was_out_of_order
     sources = list(_samples_read(node))
     if not any(batch.permuted for _, batch in sources):
         return False
@@ -82,12 +86,13 @@ def _changes_order(node: fx.Node, name: str) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     batch = facts(node.args[0]).batch
+    # Several rows of one sample are read in any order, as a graph network reads the nodes that its
+    # edges name.
     if not isinstance(batch, BatchAxis) or batch.rows > 1:
         return False
     if name in _SELECTS:
-        return _axis_of_call(node, batch.axis) == batch.axis and any(
-            map(_is_order, node.all_input_nodes[1:])
-        )
+        is_along_batch = _axis_of_call(node, batch.axis) == batch.axis
+        return is_along_batch and any(_is_order(index) for index in node.all_input_nodes[1:])
     if name in ("flip", "roll"):
         return batch.axis in _axes_of_call(node, name)
     if node.target is operator.getitem:
@@ -125,9 +130,12 @@ def _behind(node: fx.Node, leads_on: Callable[[fx.Node], bool]) -> Iterator[fx.N
     while ahead:
         each = ahead.pop()
         yield each
-        if leads_on(each):
-            ahead += set(each.all_input_nodes) - passed
-            passed.update(each.all_input_nodes)
+        if not leads_on(each):
+            continue
+        for source in each.all_input_nodes:
+            if source not in passed:
+                passed.add(source)
+                ahead.append(source)
 
 
 def _holds_indices(node: fx.Node) -> bool:
@@ -137,7 +145,10 @@ def _holds_indices(node: fx.Node) -> bool:
 
 
 def _is_integer(value: Tensor) -> bool:
-    return not value.is_floating_point() and not value.is_complex() and value.dtype.itemsize > 1
+    is_number = value.is_floating_point() or value.is_complex()
+    # An index of bools or bytes is a mask: it drops samples and leaves the order of the others.
+    is_mask = value.dtype.itemsize == 1
+    return not is_number and not is_mask
 
 
 def _axis_of_call(node: fx.Node, default: int) -> int:
@@ -147,22 +158,33 @@ def _axis_of_call(node: fx.Node, default: int) -> int:
 
 
 def _axes_of_call(node: fx.Node, name: str) -> list[int]:
+    """Return the axes of its tensor that an operation works along, counted from the front."""
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return []
-    given = node.kwargs.get("dim", node.kwargs.get("dims"))
-    rest = node.args[1:]
-    if given is None and name == "flip":
-        given = rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest
-    if given is None:
-        place = _PLACES_OF_AXIS.get(name, 0)
-        given = rest[place] if len(rest) > place else _DEFAULT_AXIS.get(name, ())
-    axes = given if isinstance(given, (tuple, list)) else (given,)
+    written = _axes_as_written(node, name)
+    axes = written if isinstance(written, (tuple, list)) else (written,)
     ndim = facts(first).example.ndim
+    # An axis that the model computes is a node, and unknown.
     return [each % ndim for each in axes if type(each) is int]
 
 
-# Among the arguments behind the tensor, where it is not the first one.
+def _axes_as_written(node: fx.Node, name: str) -> Any:
+    """Return one axis, a list of axes, or () where a call is given none and has no default."""
+    by_name = node.kwargs.get("dim", node.kwargs.get("dims"))
+    if by_name is not None:
+        return by_name
+    behind_tensor = node.args[1:]
+    if name == "flip":  # x.flip([0, 1]) or x.flip(0, 1)
+        has_list = behind_tensor and isinstance(behind_tensor[0], (tuple, list))
+        return behind_tensor[0] if has_list else behind_tensor
+    place = _PLACES_OF_AXIS.get(name, 0)
+    if len(behind_tensor) > place:
+        return behind_tensor[place]
+    return _DEFAULT_AXIS.get(name, ())
+
+
+# The place of the axis among the arguments behind the tensor, where it is not the first one.
 _PLACES_OF_AXIS = {"roll": 1, "take_along_dim": 1, "topk": 1}
 _DEFAULT_AXIS: dict[str, Any] = {"sort": -1, "argsort": -1, "topk": -1, "msort": 0}
 
@@ -189,6 +211,7 @@ def _parts(node: fx.Node, arg: fx.Node) -> Iterator[tuple[Any, Any]]:
     if not isinstance(batch, tuple):
         yield value, batch
         return
+    # Of (values, order), which a sort returns, `getitem` reads one: the other does not count.
     if node.target is operator.getitem and batch:
         picked: Any = node.args[1]
         value, batch = value[picked], batch[picked]

@@ -4,11 +4,7 @@ The dominators of the logits leave two branches, a U-Net or an HRNet whole, as o
 looks for steps that hold more than a third of the model and at least five layers, or are a dense
 stack, and adds cut sets inside them:
 
-1. The *parts* of a step are the modules that its module calls one after the other. A part that
-   holds more than a third of the model is divided into its own parts. So is a part, other than a
-   unit, whose module goes on behind the step, as the decoder of a U-Net: cuts behind the step
-   divide it anyway. A single layer before a larger part belongs to that part, and single layers at
-   the start of the model are its stem. Behind the last larger part, each single layer is a part.
+1. A step is divided into *parts*, and a large part into parts of its own (`stream_parts`).
 2. A cut set may lie after each part with a weight. Of the places before the next layer, this pass
    chooses the one where the fewest bytes cross, and the last of equal ones: behind an activation
    and before a deconvolution. A pool to a flat value starts the way to the classifier, so it comes
@@ -16,9 +12,7 @@ stack, and adds cut sets inside them:
 3. Where streams meet at the logits alone, each has a last layer of its own. All last layers are the
    classifier's, so they run behind all others.
 
-A module that the model repeats, such as a residual block, is a *unit*. It is divided only if it has
-many layers and holds more than half of the model. A module that holds several residual blocks is no
-unit. A gate stays with what it gates, unless that leads to the logits beside the gate as well.
+A gate stays with what it gates, unless that leads to the logits beside the gate as well.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -26,36 +20,29 @@ step in time. All uses of a layer belong to one block, so the model is cut acros
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import networkx as nx
-from torch import Tensor, nn
-from torch.fx import Node
+from torch import Tensor
 
 from sffx.compiler.crossing import Crossing, CutSet
 from sffx.compiler.dataflow import SOURCE
 from sffx.compiler.dense_stacks import is_dense_stack
 from sffx.compiler.facts import facts
 from sffx.compiler.layers import scopes
+from sffx.compiler.stream_parts import LARGE, Part, Sizes, is_unit, parts_of_module
 
 if TYPE_CHECKING:
     from sffx.compiler.analyse import Analysis, Step
     from sffx.compiler.dataflow import Dataflow
 
-LARGE = 1 / 3  # share of the parameters or of the kept activations
-LARGE_UNIT = 1 / 2
-FEWEST_LAYERS = 5
-FEWEST_LAYERS_OF_UNIT = 8
-
 
 def with_streams(analysis: Analysis) -> Analysis:
     """Return an analysis with the cut sets between streams on its spine; the same if none are."""
     places: list[list[CutSet]] = []
-    sizes = _Sizes(analysis)
+    sizes = Sizes(analysis)
     for step in analysis.steps:
         is_dense = sizes.share(step.nodes) > LARGE and _is_dense(analysis, step)
         if is_dense or sizes.is_too_large(step.nodes, step.scope):
@@ -78,7 +65,7 @@ def with_streams(analysis: Analysis) -> Analysis:
 
 def _is_dense(analysis: Analysis, step: Step) -> bool:
     """Return whether a step is a dense stack, which may be short, and no unit."""
-    if step.scope and _is_unit(analysis, step.nodes, step.scope):
+    if step.scope and is_unit(analysis, step.nodes, step.scope):
         return False
     return is_dense_stack(analysis, step.nodes, step.node)
 
@@ -111,170 +98,12 @@ def _smallest(analysis: Analysis, cut_sets: Sequence[CutSet]) -> CutSet | None:
     return best
 
 
-# How much of the model some nodes hold
-
-
-class _Sizes:
-    """Shares of a model's parameters and of the activations that it keeps."""
-
-    def __init__(self, analysis: Analysis) -> None:
-        self._analysis = analysis
-        self._all_parameters, self._all_activations = self._of(analysis.nodes)
-
-    def share(self, names: Iterable[str]) -> float:
-        """Return the larger of the two shares that some nodes hold."""
-        parameters, activations = self._of(names)
-        of_parameters = parameters / max(self._all_parameters, 1)
-        of_activations = activations / max(self._all_activations, 1)
-        return max(of_parameters, of_activations)
-
-    def layers(self, names: Iterable[str]) -> int:
-        """Return the number of weight matrices and kernels that some nodes apply.
-
-        One that is applied several times counts each time.
-        """
-        return sum(self._applied(names).values())
-
-    def distinct_layers(self, names: Iterable[str]) -> int:
-        """Return the number of weight matrices and kernels that some nodes apply, each once."""
-        return len(self._applied(names))
-
-    def _applied(self, names: Iterable[str]) -> Counter[Any]:
-        """Return how often each matrix is applied; a function that reads one counts itself."""
-        applied: Counter[Any] = Counter()
-        for name in names:
-            node = self._analysis.nodes[name]
-            if self._analysis.is_weighted(node):
-                parameters = self._analysis.parameters(node).values()
-                matrices: list[Any] = [id(p) for p in parameters if p.ndim > 1]
-                applied.update(matrices or [name])
-        return applied
-
-    def is_too_large(self, names: Sequence[str], scope: str) -> bool:
-        """Return whether some nodes, all of one module, are to be divided.
-
-        Args:
-            names: of the nodes.
-            scope: qualname of the module, "" for the model.
-        """
-        if scope and _is_unit(self._analysis, names, scope):
-            is_long = self.distinct_layers(names) >= FEWEST_LAYERS_OF_UNIT
-            return is_long and self.share(names) > LARGE_UNIT
-        return self.layers(names) >= FEWEST_LAYERS and self.share(names) > LARGE
-
-    def is_too_long(self, names: Sequence[str], scope: str) -> bool:
-        """Return whether some nodes are those of a row of modules that is to be divided."""
-        is_row = issubclass(self._analysis.kind(scope), nn.Sequential)
-        return is_row and self.share(names) > LARGE and self.layers(names) > 1
-
-    def _of(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return the number of parameters, and the bytes kept for the backward pass."""
-        parameters: dict[int, int] = {}
-        saved: dict[int, int] = {}
-        for name in names:
-            node = self._analysis.nodes[name]
-            for parameter in self._analysis.parameters(node).values():
-                parameters[id(parameter)] = parameter.numel()
-            saved.update(facts(node).cost.saved)
-        return sum(parameters.values()), sum(saved.values())
-
-
-def _is_unit(analysis: Analysis, names: Sequence[str], scope: str) -> bool:
-    """Return whether the model has several modules of a module's class, which is no stack.
-
-    A stack is a `Sequential`, or holds several modules with a sum of paths, as residual blocks.
-    """
-    kind = analysis.kind(scope)
-    if issubclass(kind, nn.Sequential):
-        return False
-    same = [module for module in analysis.trace.root.modules() if type(module) is kind]
-    blocks: set[str] = set()
-    for name in names:
-        owner = scopes(analysis.nodes[name])[-1:]
-        if analysis.join(name) == "sum" and owner != (scope,):
-            blocks.update(owner)
-    return len(same) > 1 and len(blocks) < 2
-
-
-# The parts of a step
-
-
-@dataclass
-class _Part:
-    """What one module does in a step.
-
-    Attributes:
-        scope: qualname of the module.
-        nodes: names of its nodes on paths, in order.
-    """
-
-    scope: str
-    nodes: list[str] = field(default_factory=list)
-
-
-def _parts(
-    analysis: Analysis, names: Sequence[str], scope: str, sizes: _Sizes, later: set[str]
-) -> list[_Part]:
-    """Return the parts with a weight that some nodes of a module make up.
-
-    Args:
-        analysis: of the model.
-        names: of the nodes, in order.
-        scope: qualname of the module, "" for the model.
-        sizes: of the model.
-        later: qualnames of the modules that go on behind the step.
-    """
-    found: dict[str, _Part] = {}
-    for name in names:
-        inner = _inner_scope(analysis.nodes[name], scope)
-        if inner:
-            found.setdefault(inner, _Part(inner)).nodes.append(name)
-    if len(found) == 1:  # what the module itself does, besides its only part, is no part
-        (only,) = found.values()
-        inside = _parts(analysis, only.nodes, only.scope, sizes, later)
-        if len(inside) > 1 and all(sizes.distinct_layers(part.nodes) > 1 for part in inside):
-            return inside
-    larger: list[_Part] = []
-    # The parts of a single layer behind the last larger one.
-    single: list[_Part] = []
-    for part in found.values():
-        layers = sizes.layers(part.nodes)
-        divided = _divided(analysis, part, sizes, later)
-        if len(divided) < 2:
-            divided = [part] if layers else []
-        if layers > 1:
-            larger += divided
-            # A single layer before a larger part goes with that one.
-            single = []
-        else:
-            single += divided
-    return larger + single
-
-
-def _divided(analysis: Analysis, part: _Part, sizes: _Sizes, later: set[str]) -> list[_Part]:
-    """Return the parts of a part that is to be divided; none if it is not."""
-    is_large = sizes.is_too_large(part.nodes, part.scope)
-    is_unit = _is_unit(analysis, part.nodes, part.scope)
-    goes_on = part.scope in later and not is_unit
-    if is_large or goes_on or sizes.is_too_long(part.nodes, part.scope):
-        return _parts(analysis, part.nodes, part.scope, sizes, later)
-    return []
-
-
-def _inner_scope(node: Node, scope: str) -> str:
-    """Return the module in which a node lies in another module, "" if it is directly there."""
-    stack = scopes(node)
-    if scope in stack:
-        stack = stack[stack.index(scope) + 1 :]
-    return stack[0] if stack else ""
-
-
-def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]:
+def _places(analysis: Analysis, step: Step, sizes: Sizes) -> list[list[CutSet]]:
     """Return for each part of a step the cut sets that may lie after it, in order."""
     flow = analysis.flow
     in_order = [name for name in step.nodes if flow.leads_to_logits(name)]
     later = _modules_behind(analysis, step)
-    parts = _parts(analysis, in_order, step.scope, sizes, later)
+    parts = parts_of_module(analysis, in_order, step.scope, sizes, later)
     if len(parts) < 2:
         return []
     if any(_is_used_again(analysis, part) for part in parts):
@@ -282,10 +111,10 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
     early = _early(analysis, in_order)
     late = _of_classifier(analysis, in_order)
     before_classifier = [name for name in in_order if name not in late]
-    # What runs elsewhere than it is written belongs to no part.
+    # What runs elsewhere than it is written belongs to no part. Without it, the parts are others.
     if early or late:
         body = [name for name in before_classifier if name not in early]
-        parts = _parts(analysis, body, step.scope, sizes, later)
+        parts = parts_of_module(analysis, body, step.scope, sizes, later)
     if not parts:
         return []
     names = _with_early(before_classifier, early)
@@ -294,7 +123,7 @@ def _places(analysis: Analysis, step: Step, sizes: _Sizes) -> list[list[CutSet]]
 
 
 def _spans(
-    analysis: Analysis, step: Step, sizes: _Sizes, names: Sequence[str], parts: Sequence[_Part]
+    analysis: Analysis, step: Step, sizes: Sizes, names: Sequence[str], parts: Sequence[Part]
 ) -> list[tuple[int, int]]:
     """Return the indices of the first and the last node of each part, and of a stem before them."""
     position = {name: i for i, name in enumerate(names)}
@@ -312,7 +141,7 @@ def _spans(
 def _places_behind(
     analysis: Analysis,
     step: Step,
-    sizes: _Sizes,
+    sizes: Sizes,
     names: Sequence[str],
     spans: Sequence[tuple[int, int]],
 ) -> list[list[CutSet]]:
@@ -337,18 +166,20 @@ def _places_behind(
     crossing = Crossing(analysis, step)
     for i, name in enumerate(names):
         values = crossing.after(name)
-        is_inside = i in covered
-        if i in starts or _starts_classifier(analysis, name) or sizes.layers([name]):
+        is_layer = sizes.layers([name]) > 0
+        if i in starts or is_layer or _starts_classifier(analysis, name):
             is_open = False
-        if i in ends and not is_inside:
+        if i in covered:
+            continue
+        if i in ends:
             is_open = True
             places.append([])
-        if is_open and not is_inside and values is not None:
+        if is_open and values is not None:
             places[-1].append(values)
     return [place for place in places if place]
 
 
-def _is_used_again(analysis: Analysis, part: _Part) -> bool:
+def _is_used_again(analysis: Analysis, part: Part) -> bool:
     """Return whether a part calls one of its layers several times."""
     called = []
     for name in part.nodes:
@@ -358,7 +189,7 @@ def _is_used_again(analysis: Analysis, part: _Part) -> bool:
     return len(set(called)) < len(called)
 
 
-def _places_across_uses(analysis: Analysis, step: Step, parts: list[_Part]) -> list[list[CutSet]]:
+def _places_across_uses(analysis: Analysis, step: Step, parts: list[Part]) -> list[list[CutSet]]:
     """Return for each part the cut sets between all its uses and all uses of the next part.
 
     There are none where a use of the part reads what the next part has computed, as in a recurrent
@@ -383,7 +214,7 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[_Part]) -> l
     return places
 
 
-def _read_by_first_uses(flow: Dataflow, part: _Part) -> set[str]:
+def _read_by_first_uses(flow: Dataflow, part: Part) -> set[str]:
     """Return the values that a part reads, without those for which the part itself is needed."""
     read: set[str] = set()
     computed: set[str] = set()
@@ -461,6 +292,7 @@ def _ends_of_streams(analysis: Analysis) -> tuple[set[str], set[str]]:
             continue
         readers = flow.readers(name)
         is_layer = analysis.is_weighted(analysis.nodes[name])
+        # Only other nodes are put in `behind`, so a layer before a last layer is none.
         if readers <= behind and is_layer:
             last_layers.add(name)
         elif readers <= behind:
@@ -493,5 +325,5 @@ def _starts_classifier(analysis: Analysis, name: str) -> bool:
     value = facts(node).example
     is_flat = isinstance(value, Tensor) and value.ndim < 3
     sources = [facts(source).example for source in node.all_input_nodes]
-    axes = [source.ndim for source in sources if isinstance(source, Tensor)]
-    return is_flat and max(axes, default=0) >= 3
+    was_flat = not any(isinstance(source, Tensor) and source.ndim >= 3 for source in sources)
+    return is_flat and not was_flat

@@ -169,7 +169,8 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         return _slower_after_layer(node, root, before, batch, BatchAxis(axis, rows))
     if any(_is_index(value) for value, _ in sources):
         # The index itself may have any order.
-        found = found - {None} or _slower_of_earlier_rows(node, rows)
+        known = found - {None}
+        found = known or _slower_of_earlier_rows(node, rows)
     return found.pop() if len(found) == 1 else None
 
 
@@ -239,12 +240,15 @@ def _slower_after_layer(
     layer = root.get_submodule(str(node.target))
     with unset_fake_temporarily(), torch.no_grad():
         # Each value of the tensor is the number of its sample.
-        sizes = [1] * before.ndim
-        sizes[batch.axis] = -1
-        numbers = _numbers_of_samples(before.shape[batch.axis], batch)
-        samples = numbers.view(sizes).expand(before.shape).contiguous()
+        num_rows = before.shape[batch.axis]
+        along_batch = [1] * before.ndim
+        along_batch[batch.axis] = num_rows
+        numbers = _numbers_of_samples(num_rows, batch).view(along_batch)
+        samples = numbers.expand(before.shape).contiguous()
+        args = fx.node.map_arg(node.args, lambda _: samples)
         try:
-            result = layer.forward(*fx.node.map_arg(node.args, lambda _: samples))
+            # No call of the layer, which would run its hooks on these numbers.
+            result = layer.forward(*args)
             rows = result.movedim(after.axis, 0).flatten(1)
         except Exception:
             return None  # it does not run on such numbers, or returns no such tensor

@@ -125,11 +125,12 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     declared = _declared(node, value, root)
     if declared is not None:
         return declared
-    # Where paths meet and disagree, the one that began earlier is the residual path.
+    # Where paths meet and disagree, the one that began earlier is the residual path. fx compares
+    # nodes by their place in the graph.
     sources = sorted(arg for arg in node.all_input_nodes if arg.name in axes)
     if not sources:
         axis = _axis_of_weightless(node, value, root)
-        return axis if axis is not None else _held_axis(node, value, root)
+        return axis if axis is not None else _axis_of_layer_inside(node, value, root)
     chosen = sources[0]
     for source in sources:
         width = _width(facts(source).example, axes[source.name])
@@ -205,17 +206,21 @@ def _axis_before_space(module: nn.Module, value: Tensor) -> int:
     A subclass of a convolution may read (T, B, C, H, W), with its channels at axis 2.
     """
     for base in type(module).__mro__:
-        axes_of_space = base.__name__[-2:]
-        if base.__module__.startswith("torch.nn.") and axes_of_space in ("1d", "2d", "3d"):
-            return max(value.ndim - int(axes_of_space[0]) - 1, 1)
+        # The names of torch's own classes tell the axes of space: Conv2d, BatchNorm3d.
+        ending = base.__name__[-2:]
+        if base.__module__.startswith("torch.nn.") and ending in ("1d", "2d", "3d"):
+            axes_of_space = int(ending[0])
+            # A BatchNorm1d may read (B, C), without such an axis.
+            return max(value.ndim - axes_of_space - 1, 1)
     return 1
 
 
-def _held_axis(node: Node, value: Tensor, root: nn.Module) -> int | None:
-    """Return the axis that the last layer which a leaf holds declares, if its width is there."""
+def _axis_of_layer_inside(node: Node, value: Tensor, root: nn.Module) -> int | None:
+    """Return the axis that the last layer inside a leaf declares, if its width is found there."""
     if node.op != "call_module":
         return None
-    for module in reversed(list(root.get_submodule(str(node.target)).modules())):
+    leaf = root.get_submodule(str(node.target))
+    for module in reversed(list(leaf.modules())):
         axis = _declared_by_module(module, value)
         widths = [getattr(module, name, None) for name in _WIDTHS]
         if axis is not None and value.shape[axis] in widths:

@@ -122,10 +122,10 @@ class Dataflow:
     def behind(self, name: str, inside: set[str]) -> set[str]:
         """Return the nodes of a set that the value of a node leads to, without the node."""
 
-        def readers(name: str) -> set[str]:
+        def readers_inside(name: str) -> set[str]:
             return self.readers(name) & inside
 
-        return _reached(readers(name), readers, set())
+        return _reached(readers_inside(name), readers_inside, set())
 
     def passes_by(self, name: str, starts: Iterable[str]) -> bool:
         """Return whether a path from one of the start nodes to the logits avoids a node."""
@@ -149,14 +149,7 @@ class Dataflow:
 
     def between(self, start: str, end: str) -> set[str]:
         """Return the nodes on paths from `start` to `end`, without `start`."""
-        passed = {start}
-        ahead = [end]
-        while ahead:
-            name = ahead.pop()
-            if name not in passed:
-                passed.add(name)
-                ahead += self.paths.predecessors(name)
-        return passed - {start}
+        return _reached([end], self.paths.predecessors, {start})
 
     def share_an_input(self, name: str) -> bool:
         """Return whether two of the paths that meet in a node start at the same input."""
@@ -174,13 +167,16 @@ class Dataflow:
         for start in self.between(SOURCE, end):
             if self.paths.has_edge(SOURCE, start):
                 before |= nx.ancestors(self.graph, start)
+        # An input is on no path itself, since it depends on no parameter.
         return {name for name in before if self.nodes[name].op == "placeholder"}
 
     def _dominators_of_logits(self) -> dict[str, None]:
         dominators = [self.logits]
         # The last node that dominates a node is dominated by all others that do.
-        while self.dominator[dominators[-1]] not in (SOURCE, None):
-            dominators.append(self.dominator[dominators[-1]])
+        before = self.dominator[self.logits]
+        while before != SOURCE:
+            dominators.append(before)
+            before = self.dominator[before]
         return dict.fromkeys(reversed(dominators))
 
     def _spine(self, given: Sequence[Iterable[str]]) -> list[tuple[str, ...]]:
@@ -265,14 +261,13 @@ class Dataflow:
         node = self.nodes[name]
         if paths and holds_tensor(facts(node).example) and not makes_values(node.target):
             return max(paths)
-        last = len(self.spine) - 1
         at_hand = max(_steps(sources, step_of), default=0)
         if name not in step_of:  # nothing uses its value, or a guard alone
-            return min(at_hand, last)
+            return at_hand
         if not paths:
             return step_of[name]
         step_after = max(paths) + 1
-        return min(step_of[name], max(at_hand, step_after), last)
+        return min(step_of[name], max(at_hand, step_after))
 
 
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
@@ -324,9 +319,10 @@ def _writers_of_state(nodes: dict[str, Node], layers: Layers) -> dict[str, list[
     In `self.layer.weight.data.clamp_(-1, 1); y = self.layer(x)` no argument of the call tells that
     it comes after the write.
     """
+    # An example is a copy, whose storage is not the parameter's. A call reads the parameter itself.
     key_of_parameter: dict[int, int] = {}  # by the key of its example
     writers: dict[int, list[Node]] = {}  # by the key of the parameter
-    found: dict[str, list[Node]] = {}
+    found: dict[str, list[Node]] = {}  # by the name of the reader
     for name, node in nodes.items():
         if node.op == "get_attr":
             for parameter in layers.parameters(node).values():
@@ -361,7 +357,8 @@ class Dependence(NamedTuple):
 
 def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Dependence:
     """Return the dependence of a node's value, from those of the values that it reads."""
-    if node.op == "get_attr" and layers.parameters(node):  # it may read a module
+    # Before the values are looked at, since a node may read a module, which is no tensor.
+    if node.op == "get_attr" and layers.parameters(node):
         return Dependence(on_parameter=True)
     computes_tensors = next(_values_of(node), None) is not None
     if not computes_tensors:

@@ -60,7 +60,9 @@ def partition(
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
     classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
-    last = trace.root.get_submodule(classifier.modules[-1]) if classifier.modules else None
+    last_module = None
+    if classifier.modules:
+        last_module = trace.root.get_submodule(classifier.modules[-1])
     notes = (
         *trace.notes,
         *cuts.notes,
@@ -69,7 +71,7 @@ def partition(
         *_padding_notes(analysis, blocks),
         *_instance_notes(blocks, trace.task),
         *_sequence_notes(analysis, blocks),
-        *notes_on_vocabulary(blocks, width, options, trace.task, last),
+        *notes_on_vocabulary(blocks, width, options, trace.task, last_module),
         *options.objective.notes(),
     )
     return BlockPlan(
@@ -117,7 +119,8 @@ def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], out
     parameters: dict[str, nn.Parameter] = {}
     for node in nodes:
         parameters.update(analysis.parameters(node))
-    distinct = {id(p): p for p in parameters.values()}  # a tied weight has several names
+    # A tied weight has several names, and counts once.
+    distinct = {id(p): p for p in parameters.values()}
     output_node = analysis.nodes[output]
     sides = _sides(nodes, output)
     detached = [node for node in sides if carries_gradient(node)]
@@ -415,7 +418,8 @@ def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
 
 def _is_elsewhere(blocks_of: Counter[str], own: set[str], scope: str) -> bool:
     """Return whether a module has paths in another block than the one with the modules `own`."""
-    return blocks_of[scope] > (scope in own)
+    num_here = 1 if scope in own else 0
+    return blocks_of[scope] > num_here
 
 
 def _modules_around(nodes: list[fx.Node]) -> set[str]:
@@ -443,8 +447,9 @@ def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str]
         return nodes[-1].name
     # A pool that several blocks call names none of them.
     own = [stack for stack in stacks if not all(map(is_elsewhere, stack))]
-    first = _outermost_own((own or stacks)[0], is_elsewhere)
-    last = _outermost_own((own or stacks)[-1], is_elsewhere)
+    naming = own or stacks
+    first = _outermost_own(naming[0], is_elsewhere)
+    last = _outermost_own(naming[-1], is_elsewhere)
     return first if first == last else f"{first} … {last}"
 
 

@@ -8,7 +8,7 @@ has the tokens or the axes of space that the task scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,27 +48,35 @@ def refusals(
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
     grids = Grids(flow, layers.root, channel_axes, len(output))
-    reasons = []
-    for i, values in enumerate(flow.cut_sets):
-        # The reasons that concern the main value come first.
-        by_value = [_reason_of_value(flow.nodes[name]) for name in reversed(values)]
-        reason = next(filter(None, by_value), "")
-        if not reason and i >= last:
-            reason = "nothing after it has a parameter, so that no classifier would be left"
-        if not reason and shared[i]:
-            reason = f"{shared[i]} is used on both sides of it"
-        for name in reversed(values):
-            reason = reason or _reason_of_readers(flow, layers, name)
-        for name in reversed(values):
-            reason = reason or _reason_of_channels(flow, name, channel_axes)
+
+    def in_turn(i: int) -> Iterator[str]:
+        """Yield the answers to all questions, "" where one has nothing against the cut.
+
+        A question supposes that the answers before it were "".
+        """
+        main_first = flow.cut_sets[i][::-1]
+        for name in main_first:
+            yield _reason_of_value(flow.nodes[name])
+        if i >= last:
+            yield "nothing after it has a parameter, so that no classifier would be left"
+        if shared[i]:
+            yield f"{shared[i]} is used on both sides of it"
+        for name in main_first:
+            yield _reason_of_readers(flow, layers, name)
+        for name in main_first:
+            yield _reason_of_channels(flow, name, channel_axes)
         earlier = flow.cut_sets[i - 1] if i else ()
-        for name in reversed(values):
-            is_scored = name == values[-1] or name not in earlier
-            if is_scored and not reason:
+        for name in main_first:
+            is_scored = name == main_first[0] or name not in earlier
+            if is_scored:
                 shape = facts(flow.nodes[name]).example.shape
                 maps = partial(grids.of, name)
-                reason = task.why_not_scored(shape, channel_axes[name], output, maps)
-        reasons.append(reason)
+                yield task.why_not_scored(shape, channel_axes[name], output, maps)
+
+    reasons = []
+    for i in range(len(flow.cut_sets)):
+        given = filter(None, in_turn(i))
+        reasons.append(next(given, ""))
     return reasons
 
 
@@ -135,8 +143,9 @@ def _reason_of_value(node: Node) -> str:
 def _shape_in_words(node: Node) -> str:
     """Write the shape of a node's value, with a B, 2 * B or ? for sizes that the batch changes."""
     record = facts(node)
-    rows = record.batch.rows if record.batch else 0
-    changed = {0: "?", 1: "B"}.get(rows, f"{rows} * B")
+    changed = "?"
+    if record.batch:
+        changed = "B" if record.batch.rows == 1 else f"{record.batch.rows} * B"
     sizes = []
     for size, other in zip(record.example.shape, record.other.shape, strict=True):
         sizes.append(str(size) if size == other else changed)

@@ -80,13 +80,15 @@ def align(
     ours: list[fx.Node] = []
     theirs: list[fx.Node] = []
     for in_train_node, in_eval_node in _rows(in_train, in_eval, from_behind):
-        if in_train_node is None or in_eval_node is None:
-            ours += [in_train_node] if in_train_node is not None else []
-            theirs += [in_eval_node] if in_eval_node is not None else []
-            continue
-        if not _call_the_same(in_train_node, in_eval_node, probe):
-            ours.append(in_train_node)
-            theirs.append(in_eval_node)
+        if (
+            in_train_node is None
+            or in_eval_node is None
+            or not _call_the_same(in_train_node, in_eval_node, probe)
+        ):
+            if in_train_node is not None:
+                ours.append(in_train_node)
+            if in_eval_node is not None:
+                theirs.append(in_eval_node)
             continue
         if ours or theirs:
             alignment.regions.append(Region(ours, theirs, in_train_node))
@@ -151,15 +153,21 @@ def _side_by_side(
     if keys == keys_in_eval:
         yield from zip(in_train, in_eval, strict=True)
         return
+    # By default, difflib leaves out what occurs often, as the layers of a long model do.
     matcher = SequenceMatcher(None, keys, keys_in_eval, autojunk=False)
-    i = j = 0
+    passed_in_train = 0
+    passed_in_eval = 0
+    # The last match has no nodes, and lies behind those of both graphs.
     for match in matcher.get_matching_blocks():
-        for node in in_train[i : match.a]:
+        for node in in_train[passed_in_train : match.a]:
             yield node, None
-        for node in in_eval[j : match.b]:
+        for node in in_eval[passed_in_eval : match.b]:
             yield None, node
-        i, j = match.a + match.size, match.b + match.size
-        yield from zip(in_train[match.a : i], in_eval[match.b : j], strict=True)
+        passed_in_train = match.a + match.size
+        passed_in_eval = match.b + match.size
+        same_in_train = in_train[match.a : passed_in_train]
+        same_in_eval = in_eval[match.b : passed_in_eval]
+        yield from zip(same_in_train, same_in_eval, strict=True)
 
 
 def _key(node: fx.Node) -> tuple[str, ...]:
@@ -170,7 +178,9 @@ def _key(node: fx.Node) -> tuple[str, ...]:
         return (node.op, "constant", place)
     if isinstance(node.target, FunctionTarget):  # numbered in each trace
         return (node.op, f"function {name_of(node.target.function)}", place)
-    return (node.op, "" if node.op == "placeholder" else str(node.target), place)
+    if node.op == "placeholder":  # inputs are the same by their order
+        return (node.op, "", place)
+    return (node.op, str(node.target), place)
 
 
 def _call_the_same(in_train: fx.Node, in_eval: fx.Node, probe: nn.Module) -> bool:

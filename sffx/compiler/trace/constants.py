@@ -81,8 +81,9 @@ class Constants(TorchFunctionMode):
     def _node(self, value: Tensor, make: Callable[[Tensor], Any]) -> fx.Node:
         is_written = storage_key(value) in self._written
         for read in self._read:
-            is_same = is_written or read.version == value._version
-            if read.value is value and read.is_constant and is_same:
+            # The node of a written constant has the writes as well, since the graph makes them.
+            has_values = is_written or read.version == value._version
+            if read.value is value and read.is_constant and has_values:
                 return read.node
         if is_written:
             raise RuntimeError("it writes a tensor in place that it made, and reads a view of it")
@@ -99,8 +100,10 @@ class Constants(TorchFunctionMode):
     def note_writes(self, node: fx.Node) -> None:
         """From now on, trace what is done with the constants that a node writes."""
         keys = storages_written([node])
+        if not keys:
+            return
         with torch._C.DisableTorchFunction():
-            for read in self._read if keys else ():
+            for read in self._read:
                 if storage_key(facts(read.node).example) in keys:
                     self._note_written(read)
 
@@ -128,7 +131,9 @@ class Constants(TorchFunctionMode):
         if self.tracer.is_running:
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs))
-        if getattr(func, "__name__", "") == "__get__" and isinstance(args[0], fx.Proxy):
+        # For an attribute of a tensor, as `x.T`, torch calls its getter, which takes no proxy.
+        is_getter = getattr(func, "__name__", "") == "__get__"
+        if is_getter and isinstance(args[0], fx.Proxy):
             return getattr(args[0], func.__self__.__name__)
         return func(*args, **kwargs)
 
@@ -176,6 +181,7 @@ def _clone(node: fx.Node) -> None:
 
 
 def _repeat(node: fx.Node) -> None:
+    """Give each reader of a node but the first one a node of its own."""
     for user in list(node.users)[1:]:
         with node.graph.inserting_before(user):
             again = node.graph.get_attr(str(node.target))

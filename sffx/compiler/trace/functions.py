@@ -43,6 +43,14 @@ class Callee:
     is_method: bool
     reason: str
 
+    @property
+    def name(self) -> str:
+        """The name of the function. A decorated method has the name that its class gives it."""
+        if self.is_method:
+            _owner, name = self.places[0]
+            return name
+        return name_of(self.function)
+
 
 class Functions:
     """The functions that the graph of a model calls.
@@ -77,7 +85,8 @@ class Functions:
             self._has_given_up = False
             return True
         frames = _frames_of_forward(failure.__traceback__)
-        for caller, frame in reversed(list(pairwise(frames))):
+        calls = list(pairwise(frames))
+        for caller, frame in reversed(calls):
             callee = _callee(caller, frame, reason)
             if callee is None:
                 continue
@@ -93,9 +102,8 @@ class Functions:
             if isinstance(node.target, FunctionTarget):
                 called.add(name_of(node.target.function))
         for callee in self.found.values():
-            name = callee.places[0][1] if callee.is_method else name_of(callee.function)
-            if name in called:
-                yield f"{name} runs as a whole: {callee.reason}"
+            if callee.name in called:
+                yield f"{callee.name} runs as a whole: {callee.reason}"
 
 
 def depends_on_function(node: fx.Node) -> bool:
@@ -123,8 +131,10 @@ def bound(
     held: dict[str, Any] = {}
     passed: dict[str, Any] = {}
     for name, value in kwargs.items():
-        is_object = not all(_can_be_argument(leaf) for leaf in tree_leaves(value))
-        (held if is_object else passed)[name] = value
+        if all(_can_be_argument(leaf) for leaf in tree_leaves(value)):
+            passed[name] = value
+        else:
+            held[name] = value
     return (functools.partial(function, **held) if held else function), passed
 
 
@@ -137,7 +147,9 @@ def _frames_of_forward(traceback: TracebackType | None) -> list[FrameType]:
     frames: list[FrameType] = []
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_code.co_name in ("call_module", "create_args_for_root") and _is_own(frame):
+        # By these the tracer begins the forward of a module and that of the model.
+        is_start = frame.f_code.co_name in ("call_module", "create_args_for_root")
+        if is_start and _is_own(frame):
             frames = []
         frames.append(frame)
         traceback = traceback.tb_next
@@ -156,7 +168,8 @@ def _callee(caller: FrameType, frame: FrameType, reason: str) -> Callee | None:
     """Return the function or the method of a module that a frame runs, None where it is none."""
     method = _method(frame)
     if method is not None:
-        return Callee(vars(method[0])[method[1]], (method,), True, reason)
+        kind, name = method
+        return Callee(vars(kind)[name], (method,), True, reason)
     namespaces = (caller.f_globals, *_modules_named(caller), frame.f_globals)
     for namespace in namespaces:
         for value in list(namespace.values()):
@@ -171,6 +184,7 @@ def _modules_named(caller: FrameType) -> list[dict[str, Any]]:
     Those of torch, of Python and the like do not count.
     """
     around = [caller.f_globals]
+    # Of `a.b.f` the code names a before b, so b is found in what a holds.
     for name in caller.f_code.co_names:
         for namespace in tuple(around):
             value = namespace.get(name)
@@ -231,7 +245,7 @@ def own_method(callee: Callee, module: nn.Module) -> OwnMethod:
     """
     if any(isinstance(value, Generator) for value in vars(module).values()):
         raise RuntimeError(OWN_GENERATOR)
-    name = callee.places[0][1]
+    name = callee.name
     held = {*module._parameters, *module._buffers, *module._modules}
     used = held.intersection(words_of(callee.function, type(module)))
     if used:

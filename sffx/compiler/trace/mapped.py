@@ -43,6 +43,7 @@ def transforms_replaced(tracer: GuidedTracer) -> Iterator[tuple[Any, str, Any]]:
         (eager_transforms, "grad_and_value_impl", run_transformed),
         (eager_transforms, "_jvp_with_argnums", run_transformed),
         (eager_transforms, "_vjp_with_argnums", run_vjp),
+        # The second result of a vjp calls it, by which the graph gets a node for that result.
         (sys.modules[__name__], "_vjp_impl", run_transformed),
     )
     for place, name, run in places:
@@ -198,7 +199,9 @@ class _Templates:
             return _Rebuilt(_made_partial, self.of(parts))
         if isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
             return self._of_function(value.__func__, value.__self__)
-        return self._of_function(value) if isinstance(value, FunctionType) else value
+        if isinstance(value, FunctionType):
+            return self._of_function(value)
+        return value
 
     def _slot(self, value: Any) -> _Slot:
         self.held.append(value)
@@ -221,11 +224,12 @@ class _Templates:
         state: dict[str, dict[str, Any]] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
         attributes: dict[str, Any] = {}
         for name in sorted(words):
-            kind = next((kind for kind in state if name in vars(module)[kind]), None)
+            holders = [kind for kind in state if name in vars(module)[kind]]
             if name == "training":
                 attributes[name] = module.training
-            elif kind is not None:
-                state[kind][name] = getattr(module, name)
+            elif holders:
+                # Not from the holder: during a trace, a parameter is read as a traced value.
+                state[holders[0]][name] = getattr(module, name)
             elif name in vars(module):
                 attributes[name] = vars(module)[name]
         parts = self.of((state, attributes))
@@ -238,7 +242,10 @@ def _filled(template: Any, held: list[Any]) -> Any:
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, _Slot):
             return held[leaf.index]
-        return leaf.make(*_filled(leaf.parts, held)) if isinstance(leaf, _Rebuilt) else leaf
+        if isinstance(leaf, _Rebuilt):
+            parts = _filled(leaf.parts, held)
+            return leaf.make(*parts)
+        return leaf
 
     return tree_map(fill, template)
 

@@ -14,6 +14,9 @@ from sffx.compiler.trace.flags import AddedModule, AddedTarget
 # A function, or the name of a method.
 _Call = Callable[..., Any] | str
 
+# The modules that run functions have this name in the model, and a number.
+_NAME = "function"
+
 
 class RunFunction(AddedModule):
     """Calls a function, in both modes or in one. In the other mode it returns None.
@@ -96,9 +99,10 @@ class OwnMethod:
 
 def _without_contents(module: nn.Module) -> nn.Module:
     copy = type(module).__new__(type(module))
-    empty = nn.Module()
+    empty = vars(nn.Module())
     for name, value in vars(module).items():
-        copy.__dict__[name] = vars(empty).get(name, value)
+        # Tensors, children and hooks are in attributes that an empty module has as well.
+        copy.__dict__[name] = empty.get(name, value)
     copy.__dict__["training"] = True
     return copy
 
@@ -130,9 +134,6 @@ def function_target(
     target.function = function
     target.mode = mode
     return target
-
-
-_NAME = "function"
 
 
 def let_run_in_mode(node: fx.Node, owner: str, mode: bool, probe: nn.Module) -> None:

@@ -206,15 +206,18 @@ def kept(value: Any, stays: Tensor, axis: BatchAxes) -> Any:
         for part, own in zip(value, axis, strict=True):
             parts.append(part if own is None else kept(part, stays, own))
         return type(value)(parts)
-    # For each row whether its sample stays: the rows of a sample, then whole batches of them.
+    # Neighbouring rows are of one sample, and whole batches of such rows follow each other.
     slower = axis.slower or 1
-    row_stays = stays.repeat_interleave(axis.rows // slower).repeat(slower)
+    neighbours = axis.rows // slower
+    row_stays = stays.repeat_interleave(neighbours).repeat(slower)
     rows = row_stays.nonzero().flatten()
+    samples_left = int(stays.sum())
 
     def kept_part(part: Tensor | int) -> Tensor | int:
         if isinstance(part, Tensor):
             return part.index_select(axis.axis, rows.to(part.device))
-        return part // len(stays) * int(stays.sum())
+        of_one_sample = part // len(stays)
+        return of_one_sample * samples_left
 
     return tree_map_only((Tensor, int), kept_part, value)
 

@@ -136,10 +136,10 @@ def block_scores(net: fx.GraphModule, x: Any) -> Any:
 
 
 def _split_input(inputs: dict[str, Any], tries: int) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of a few samples after the other.
+    """Yield the inputs, a few samples at a time.
 
-    A prediction runs each sample several times. So it runs on so few samples at once that about as
-    many rows as the batch has are in memory.
+    A prediction runs each sample several times. A part has so few samples that it gets about as
+    many rows as the whole batch has, and needs no more memory.
 
     Args:
         inputs: by name.
@@ -265,17 +265,18 @@ class Totals:
             device: on which their sums are added.
             failed: whether it failed in this process.
         """
-        failures = torch.zeros(dist.get_world_size(group), dtype=torch.float64)
-        failures[dist.get_rank(group)] = float(failed)
-        samples = torch.tensor([self.samples], dtype=torch.float64)
+        # Each process sets an entry of its own.
+        own_failure = torch.zeros(dist.get_world_size(group), dtype=torch.float64)
+        own_failure[dist.get_rank(group)] = float(failed)
         # Integers up to 2^53 are exact in float64.
-        own = torch.cat([failures, samples, _flat(self.sums)]).to(device)
-        dist.all_reduce(own, group=group)
-        ranks = dist.get_process_group_ranks(group)
-        lengths = [len(failures), len(samples), len(own) - len(failures) - len(samples)]
-        failures, samples, sums = own.cpu().split(lengths)
+        own_samples = torch.tensor([self.samples], dtype=torch.float64)
+        own = [own_failure, own_samples, _flat(self.sums)]
+        total = torch.cat(own).to(device)
+        dist.all_reduce(total, group=group)
+        failures, samples, sums = total.cpu().split([len(part) for part in own])
         self.samples = int(samples)
         self.sums = _unflattened(sums, self.sums)
+        ranks = dist.get_process_group_ranks(group)
         failed_ranks = []
         for rank, has_failed in zip(ranks, failures.tolist(), strict=True):
             if has_failed:
@@ -331,15 +332,27 @@ def _no_sums(net: fx.GraphModule) -> dict[str, Sums]:
     return none
 
 
+def _every_sum(by_name: dict[str, Sums]) -> list[Tensor]:
+    """Return all sums in the order in which `_flat` lays them out."""
+    every_sum: list[Tensor] = []
+    for sums in by_name.values():
+        every_sum += sums.values()
+    return every_sum
+
+
 def _flat(by_name: dict[str, Sums]) -> Tensor:
     """Return all sums, one behind the other, in float64."""
-    every_sum = [value for sums in by_name.values() for value in sums.values()]
-    return torch.cat([value.flatten().double() for value in every_sum])
+    return torch.cat([value.flatten().double() for value in _every_sum(by_name)])
 
 
 def _unflattened(flat: Tensor, like: dict[str, Sums]) -> dict[str, Sums]:
-    """Return sums by name again, as `_flat` has laid them out."""
-    sizes = [value.numel() for sums in like.values() for value in sums.values()]
+    """Return sums by name again, from those that `_flat` has laid out.
+
+    Args:
+        flat: the sums.
+        like: have their names and shapes.
+    """
+    sizes = [value.numel() for value in _every_sum(like)]
     parts = iter(flat.split(sizes))
     by_name: dict[str, Sums] = {}
     for name, sums in like.items():

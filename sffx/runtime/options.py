@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,31 +49,34 @@ class _Taken:
     def __init__(self, group: dict[str, Any]) -> None:
         self._originals = _without_parameters(group)
         self.values = {name: _copied(value) for name, value in self._originals.items()}
+        # Whoever writes a tensor in place leaves the object as it is, but not its version.
         self._versions = _versions(self._originals)
         self._own_versions = _versions(self.values)
 
     def changed_in(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the earlier values of the options that have changed since; `_ABSENT` if new."""
-        versions = _versions(group)
         changed = {}
         for name, value in _without_parameters(group).items():
             if name not in self.values:
                 changed[name] = _ABSENT
-            elif _differ(value, self._originals[name]) or versions[name] != self._versions[name]:
+            elif self._has_changed(name, value):
                 changed[name] = self.values[name]
         return changed
 
+    def _has_changed(self, name: str, value: Any) -> bool:
+        """Return whether an option is another one now, or was written to since."""
+        is_other = _differ(value, self._originals.get(name))
+        return is_other or _versions_of(value) != self._versions.get(name, [])
+
     def give_back(self, group: dict[str, Any], present: dict[str, Any]) -> None:
         """Set the present options again, where the step was not the only one to change them."""
-        versions = _versions(present)
-        own_versions = _versions(self.values)
         for name, value in present.items():
-            was_changed = (
-                _differ(value, self._originals.get(name)) or versions[name] != self._versions[name]
-            )
-            is_replaced = group[name] is not self.values.get(name)
-            step_changed = is_replaced or own_versions[name] != self._own_versions[name]
-            if was_changed or not step_changed:
+            # The step ran with the values taken. It may have replaced one, or written to it.
+            taken = self.values.get(name)
+            is_replaced = group[name] is not taken
+            is_written = _versions_of(taken) != self._own_versions.get(name, [])
+            step_changed = is_replaced or is_written
+            if self._has_changed(name, value) or not step_changed:
                 group[name] = value
 
 
@@ -154,15 +156,13 @@ def _copied(option: Any) -> Any:
     return copy.deepcopy(option) if _tensors_in(option) else option
 
 
-def _versions(options: dict[str, Any]) -> dict[str, list[int]]:
-    """Return how often each tensor of an option was written to, by the option's name.
+def _versions_of(option: Any) -> list[int]:
+    """Return how often each tensor of an option was written to."""
+    return [tensor._version for tensor in _tensors_in(option)]
 
-    An option that is not there has none.
-    """
-    versions: dict[str, list[int]] = defaultdict(list)
-    for name, value in options.items():
-        versions[name] = [tensor._version for tensor in _tensors_in(value)]
-    return versions
+
+def _versions(options: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: _versions_of(value) for name, value in options.items()}
 
 
 def _differ(one: Any, other: Any) -> bool:

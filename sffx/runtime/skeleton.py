@@ -58,7 +58,8 @@ class Skeleton:
             now = _attributes_of(layer)
             if now == before:
                 continue
-            changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+            names = {**before, **now}
+            changed = [name for name in names if before.get(name) != now.get(name)]
             return (
                 f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
                 "first step. Hint: if its forward did not change it, sffx.compile(net) again"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Classification(Task):
         return torch.stack(tuple(scores))
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
-        # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
-        kept = [i for i, weight in enumerate(weights) if weight > 0]
+        kept = blocks_that_count(weights)
         stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J)
         shares = stacked.new_tensor([weights[i] for i in kept])
         log_shares = shares.log()[:, None, None]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class MultiLabel(Task):
             )
         if y.is_complex():
             raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
-        if has_values(y) and not bool(((y >= 0) & (y <= 1)).all()):
+        if not has_values(y):
+            return
+        is_between = (y >= 0) & (y <= 1)
+        if not bool(is_between.all()):
             raise InputError(
                 f"y runs from {y.min().item()} to {y.max().item()}. "
                 "Hint: 1 where a sample has a label, and 0 where not"
@@ -67,18 +70,20 @@ class MultiLabel(Task):
 
     def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
         self.check_targets(y, batch, num_outputs)
-        if has_values(y) and not bool(((y == 0) | (y == 1)).all()):
+        if not has_values(y):
+            return
+        is_label = (y == 0) | (y == 1)
+        if not bool(is_label.all()):
             raise InputError("y has values between 0 and 1. Hint: F1 needs labels of 0 and 1")
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype))
+        return _cross_entropy(scores, y, "mean")
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
-        # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
-        kept = [i for i, weight in enumerate(weights) if weight > 0]
+        kept = blocks_that_count(weights)
         stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J)
         shares = stacked.new_tensor([weights[i] for i in kept])
         log_shares = shares.log()[:, None, None]
@@ -88,16 +93,14 @@ class MultiLabel(Task):
         return there - not_there
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
-        targets = y.to(scores.dtype)
-        return -F.binary_cross_entropy_with_logits(scores, targets, reduction="none").flatten()
+        return -_cross_entropy(scores, y, "none").flatten()
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
         predicted = scores > 0
         there = y > 0.5
-        loss = F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype), reduction="sum")
         return {
             "correct": (predicted == there).sum(),
-            "loss": loss,
+            "loss": _cross_entropy(scores, y, "sum"),
             "count": torch.tensor(y.numel(), device=y.device),
             "found": (predicted & there).sum(0),
             "predicted": predicted.sum(0),
@@ -106,18 +109,26 @@ class MultiLabel(Task):
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         means = self.mean_metrics(sums)
-        found, either = sums["found"], sums["predicted"] + sums["there"]
+        of_all = {key: sums[key].sum() for key in ("found", "predicted", "there")}
         return {
             "accuracy": means["accuracy"],
-            "f1": float(_f1(found, either).mean()),
-            "f1_micro": float(_f1(found.sum(), either.sum())),
+            "f1": float(_f1(sums).mean()),
+            "f1_micro": float(_f1(of_all)),
             "loss": means["loss"],
         }
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
-        return tuple(_f1(sums["found"], sums["predicted"] + sums["there"]).tolist())
+        return tuple(_f1(sums).tolist())
 
 
-def _f1(found: Tensor, either: Tensor) -> Tensor:
-    """Return F1 from the labels found, and those predicted plus those that are there."""
-    return 2 * found.double() / either.double().clamp(min=1)
+def _cross_entropy(scores: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """Return the binary cross-entropy of logits, in the precision of the scores."""
+    return F.binary_cross_entropy_with_logits(scores, y.to(scores.dtype), reduction=reduction)
+
+
+def _f1(sums: Sums) -> Tensor:
+    """Return 2 * found / (predicted + there), of each label or of all together."""
+    found = sums["found"].double()
+    predicted_and_there = (sums["predicted"] + sums["there"]).double()
+    # A label that is neither there nor predicted has an F1 of 0.
+    return 2 * found / predicted_and_there.clamp(min=1)

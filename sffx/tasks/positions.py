@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.kernels.entropy import summed_cross_entropy
-from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,9 @@ class Positions(Task):
         return summed_cross_entropy(scores, y, self.ignore_index, self.class_axis)
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
-        # A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
         terms = []
-        for own, weight in zip(scores, weights, strict=True):
-            if weight > 0:
-                terms.append(own.log_softmax(self.class_axis) + log(weight))
+        for i in blocks_that_count(weights):
+            terms.append(scores[i].log_softmax(self.class_axis) + log(weights[i]))
         return torch.logsumexp(torch.stack(terms), dim=0)
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:

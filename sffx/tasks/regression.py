@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.tasks.task import Shape, Sums, Task, has_values, require_tensor
+from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ class Regression(Task):
         return [own.reshape(output.shape) for own in scores]
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
-        terms = []
-        for own, weight in zip(scores, weights, strict=True):
-            if weight > 0:
-                terms.append(weight * own)
+        terms = [weights[i] * scores[i] for i in blocks_that_count(weights)]
         return torch.stack(terms).sum(dim=0)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:

@@ -168,7 +168,8 @@ class Segmentation(Positions):
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         scores = self._on_map(scores, y)
-        return super().log_likelihoods(self._resized(scores, y.shape[1:]), y)
+        scores = self._resized(scores, y.shape[1:])
+        return super().log_likelihoods(scores, y)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
         scores = self._on_map(scores, y)

@@ -221,6 +221,14 @@ class Task:
         return ()
 
 
+def blocks_that_count(weights: Sequence[float]) -> list[int]:
+    """Return the indices of the blocks that a mixture reads.
+
+    A block with a weight of 0 is left out, since 0 times a goodness of nan would be nan.
+    """
+    return [i for i, weight in enumerate(weights) if weight > 0]
+
+
 def require_confidence(task: Task) -> None:
     """Raise an InputError if the samples of a task cannot exit early."""
     if not task.has_confidence:

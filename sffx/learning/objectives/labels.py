@@ -148,7 +148,8 @@ class LabelTrials(nn.Module):
         An exported program has those of the example.
         """
         shape = x.shape[1:]
-        if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or shape == self.shape:
+        is_export = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        if is_export or shape == self.shape:
             return self.codes
         num_classes = len(self.codes) - 1
         self.labels.require(shape, num_classes)

@@ -101,8 +101,7 @@ def release(net: CutModel, parts: Sequence[str]) -> None:
     replaced: dict[int, Tensor] = {}
     for tensor in tensors_of(net, parts).values():
         replaced[id(tensor)] = _empty(tensor, torch.device("meta"))
-    replace(net, replaced)
-    replace(net.origin.model, replaced)
+    _replace_everywhere(net, replaced)
     for part in parts:
         _release_computed(net.get_submodule(part))
 
@@ -138,6 +137,12 @@ def _replace_in(holder: dict[str, Any], replaced: dict[int, Tensor]) -> None:
             holder[name] = replaced[id(tensor)]
 
 
+def _replace_everywhere(net: CutModel, replaced: dict[int, Tensor]) -> None:
+    """Replace tensors in a cut model, and in its original model, which has the same ones."""
+    replace(net, replaced)
+    replace(net.origin.model, replaced)
+
+
 def _empty(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor like another one, with any values; a parameter for a parameter."""
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
@@ -168,8 +173,7 @@ def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> di
     for tensor in tensors_of(net, parts).values():
         if tensor.is_meta:
             replaced[id(tensor)] = _empty(tensor, device)
-    replace(net, replaced)
-    replace(net.origin.model, replaced)
+    _replace_everywhere(net, replaced)
     drawn: set[int] = set()
     for part in parts:
         module = net.get_submodule(part).to(device)

@@ -6,12 +6,10 @@ and paths_1. What is no tensor is a constant: the cut model holds for its value 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
 import keyword
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -20,25 +18,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from sffx.errors import InputError
+from sffx.nested import (
+    Path,
+    Slot,
+    as_code,
+    form_in_words,
+    holds_data,
+    holds_slot,
+    mapped,
+    parts_of,
+)
 
 Kind: TypeAlias = Literal["positional", "rest", "keyword"]
-
-# The keys and indices that lead to a value in an argument, behind the argument's name.
-Path: TypeAlias = tuple[Any, ...]
-
-# How deep the attributes of an argument are searched for tensors.
-_DEEPEST = 6
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one input.
-
-    Attributes:
-        name: of the input.
-    """
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -75,11 +66,11 @@ class Arguments:
 
         def note(value: Any, path: Path) -> Any:
             if not isinstance(value, Slot):
-                found[_written(path)] = value
+                found[as_code(path)] = value
             return value
 
         for entry in self.entries:
-            _mapped(entry.value, note, (entry.name,))
+            mapped(entry.value, note, (entry.name,))
         return found
 
     @property
@@ -99,7 +90,7 @@ class Arguments:
         positional = []
         by_name = {}
         for entry in self.entries:
-            value = _mapped(entry.value, filled, (entry.name,))
+            value = mapped(entry.value, filled, (entry.name,))
             if entry.kind == "keyword":
                 by_name[entry.name] = value
             else:
@@ -176,10 +167,29 @@ class Arguments:
             return value
 
         for entry in self.entries:
-            _mapped(entry.value, note, (entry.name,))
+            mapped(entry.value, note, (entry.name,))
         return iter(found)
 
     def _inputs_in_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = self._by_name(args, kwargs)
+        found: dict[str, Any] = {}
+        for entry in self.entries:
+            if entry.name in given:
+                _match(entry.value, given.pop(entry.name), (entry.name,), found)
+            elif holds_slot(entry.value):
+                raise InputError(
+                    f"x lacks the argument {entry.name!r}. "
+                    "Hint: pass all arguments with tensors that the example_input held"
+                )
+        if given:
+            raise InputError(
+                f"x holds the argument {next(iter(given))!r}, which the example did not hold. "
+                "Hint: cut the model with an example_input that holds it"
+            )
+        return found
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by the names of the entries."""
         by_position = [entry for entry in self.entries if entry.kind != "keyword"]
         if len(args) > len(by_position):
             # What the example passed by name may be passed by position.
@@ -200,21 +210,7 @@ class Arguments:
                     "Hint: pass it by position or by name, not both"
                 )
             given[name] = value
-        found: dict[str, Any] = {}
-        for entry in self.entries:
-            if entry.name in given:
-                _match(entry.value, given.pop(entry.name), (entry.name,), found)
-            elif _holds_slot(entry.value):
-                raise InputError(
-                    f"x lacks the argument {entry.name!r}. "
-                    "Hint: pass all arguments with tensors that the example_input held"
-                )
-        if given:
-            raise InputError(
-                f"x holds the argument {next(iter(given))!r}, which the example did not hold. "
-                "Hint: cut the model with an example_input that holds it"
-            )
-        return found
+        return given
 
 
 def arguments_of(bound: inspect.BoundArguments) -> tuple[Arguments, dict[str, Any]]:
@@ -240,7 +236,7 @@ def arguments_of(bound: inspect.BoundArguments) -> tuple[Arguments, dict[str, An
 
     entries = []
     for name, kind, value in given:
-        entries.append(Argument(name, kind, _mapped(value, slot, (name,))))
+        entries.append(Argument(name, kind, mapped(value, slot, (name,))))
     return Arguments(tuple(entries)), tensors
 
 
@@ -250,8 +246,10 @@ def recorded_arguments(record: Any) -> Arguments:
     Raises:
         ValueError: it is no such record.
     """
+    if not isinstance(record, list):
+        raise ValueError(f"{record!r} is no list of arguments")
     entries = []
-    for each in record if isinstance(record, list) else [None]:
+    for each in record:
         if not isinstance(each, (list, tuple)) or len(each) != 3:
             raise ValueError(f"{each!r} is no argument")
         name, kind, value = each
@@ -288,83 +286,14 @@ def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
             yield name, "positional", value
 
 
-def _mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
-    """Return a copy of a structure with each value in it that is no container changed.
-
-    Args:
-        value: a list, a tuple, a mapping or a dataclass, however deep; or what is to change.
-        change: takes a value and its path.
-        path: of `value`.
-    """
-    if isinstance(value, Slot) or _is_opaque(value):
-        return change(value, path)
-    parts = _parts(value)
-    if parts is None:
-        return change(value, path)
-    changed = {key: _mapped(part, change, (*path, key)) for key, part in parts.items()}
-    return _rebuilt(value, changed)
-
-
-def _parts(value: Any) -> dict[Any, Any] | None:
-    """Return what a container holds by key, index or field; None for other values."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", range(len(value)))  # of a named tuple
-        return dict(zip(names, value, strict=True))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return None
-
-
-def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
-    """Return a container like another one, that holds other parts."""
-    if type(value) is dict:
-        return parts
-    if isinstance(value, (tuple, list)):
-        kind: Any = type(value)
-        return kind(*parts.values()) if hasattr(value, "_fields") else kind(parts.values())
-    new = copy.copy(value)
-    for key, part in parts.items():
-        if isinstance(value, Mapping):
-            new[key] = part
-        else:
-            object.__setattr__(new, key, part)  # of a frozen dataclass as well
-    return new
-
-
-def _is_opaque(value: Any) -> bool:
-    """Whether a container is a constant as a whole, or is refused as a whole."""
-    return isinstance(value, PackedSequence) or not _holds_tensor(value)
-
-
 def _require_constant(value: Any, path: Path) -> None:
-    is_data = isinstance(value, (np.ndarray, PackedSequence)) or _holds_tensor(value)
+    is_data = isinstance(value, (np.ndarray, PackedSequence)) or holds_data(value)
     if is_data:
         raise InputError(
-            f"the input {_written(path)} is a {type(value).__name__}, whose numbers a cut model "
+            f"the input {as_code(path)} is a {type(value).__name__}, whose numbers a cut model "
             "would freeze. Hint: pass a tensor, or lists, tuples and mappings of tensors; or wrap "
             "the model in a module whose forward makes it of tensors"
         )
-
-
-def _holds_tensor(value: Any, depth: int = 0) -> bool:
-    """Whether a tensor is in a value: in its items, however nested, or in its attributes."""
-    if isinstance(value, (Tensor, Slot, np.ndarray)):
-        return True
-    parts = _parts(value)
-    held = list(getattr(value, "__dict__", {}).values()) if parts is None else list(parts.values())
-    if isinstance(value, (set, frozenset)):
-        held = list(value)
-    # An object may refer to itself.
-    return depth < _DEEPEST and any(_holds_tensor(part, depth + 1) for part in held)
-
-
-def _holds_slot(value: Any) -> bool:
-    if isinstance(value, Slot):
-        return True
-    parts = _parts(value) or {}
-    return any(_holds_slot(part) for part in parts.values())
 
 
 def _free_name(path: Path, taken: set[str]) -> str:
@@ -375,25 +304,27 @@ def _free_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def _written(path: Path) -> str:
-    """Write a path as Python code, "images['left'][0]"."""
-    name, *keys = path
-    return name + "".join(f"[{key!r}]" for key in keys)
-
-
 def _readings(
     args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
-    """Yield a call as it is, and as one whose only argument is a list or a mapping."""
+    """Yield a call as it is, and as others that a loader may have meant.
+
+    A loader yields a list or a mapping both for the arguments of a forward and for a single
+    argument of this kind.
+    """
     yield args, kwargs
-    if args and not kwargs:
-        yield (list(args),), {}
-        if len(args) == 1 and isinstance(args[0], list):
-            yield args[0], {}
-        if len(args) == 1 and isinstance(args[0], Mapping) and all(map(_is_name, args[0])):
-            yield (), args[0]
     if kwargs and not args:
         yield (kwargs,), {}
+    if kwargs or not args:
+        return
+    yield (list(args),), {}
+    if len(args) > 1:
+        return
+    (only,) = args
+    if isinstance(only, list):
+        yield only, {}
+    if isinstance(only, Mapping) and all(map(_is_name, only)):
+        yield (), only
 
 
 def _is_name(value: Any) -> bool:
@@ -419,37 +350,28 @@ def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None
     if isinstance(expected, Slot):
         if not isinstance(given, (Tensor, np.ndarray)):
             raise InputError(
-                f"{_written(path)} is a {type(given).__name__}, not a tensor. "
+                f"{as_code(path)} is a {type(given).__name__}, not a tensor. "
                 "Hint: pass a tensor, as the example_input held there"
             )
         found[expected.name] = given
         return
-    if not _holds_slot(expected):
+    if not holds_slot(expected):
         _require_same(expected, given, path)
         return
-    parts = _parts(expected) or {}
-    given_parts = _parts(given)
+    parts = parts_of(expected) or {}
+    given_parts = parts_of(given)
     are_sequences = isinstance(expected, (tuple, list)) and isinstance(given, (tuple, list))
-    if are_sequences and len(given) == len(parts):  # a collate function makes lists of tuples
+    # The collate function of a loader makes lists of tuples, also of named ones.
+    if are_sequences and len(given) == len(parts):
         given_parts = dict(zip(parts, given, strict=True))
     if given_parts is None or given_parts.keys() != parts.keys():
+        form = form_in_words(expected)
         raise InputError(
-            f"{_written(path)} is {_form(given)}, but the model was cut for {_form(expected)}. "
+            f"{as_code(path)} is {form_in_words(given)}, but the model was cut for {form}. "
             "Hint: pass the structure that the example_input had"
         )
     for key, part in parts.items():
         _match(part, given_parts[key], (*path, key), found)
-
-
-def _form(value: Any) -> str:
-    """Write what kind of container a value is, and what it holds."""
-    parts = _parts(value)
-    kind = type(value).__name__
-    if parts is None:
-        return f"a {kind}"
-    if isinstance(value, (tuple, list)):
-        return f"a {kind} of {len(parts)}"
-    return f"a {kind} of {', '.join(map(repr, parts))}"
 
 
 def _require_same(constant: Any, given: Any, path: Path) -> None:
@@ -458,9 +380,9 @@ def _require_same(constant: Any, given: Any, path: Path) -> None:
     except Exception:
         is_same = False
     if not is_same:
-        what = f"a {type(given).__name__}" if _holds_tensor(given) else repr(given)
+        what = f"a {type(given).__name__}" if holds_data(given) else repr(given)
         raise InputError(
-            f"{_written(path)} is {what}, but the model was cut for {constant!r}. "
+            f"{as_code(path)} is {what}, but the model was cut for {constant!r}. "
             "Hint: cut another one for this value"
         )
 

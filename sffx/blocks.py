@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from html import escape
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,18 +14,8 @@ from sffx.arguments import Arguments
 from sffx.errors import InputError
 from sffx.objective import DEFAULT, Objective
 from sffx.parts import head_name
-from sffx.tables import Column, html_table, in_mib, text_table
+from sffx.plan_table import plan_html, plan_text
 from sffx.tasks import CLASSIFICATION, Task, task_record
-
-COLUMNS = (
-    Column("block", "left"),
-    Column("modules", "left"),
-    Column("cut after", "left"),
-    Column("output", "left"),
-    Column("parameters"),
-    Column("MACs"),
-    Column("kept/sample"),
-)
 
 
 @dataclass(frozen=True)
@@ -343,7 +332,7 @@ class Options:
 
     # Without these two, copies would be made by `__reduce__` and lose the callables.
     def __copy__(self) -> Options:
-        return self  # not by way of `__reduce__`, which would lose the callables
+        return self
 
     def __deepcopy__(self, copied: dict[int, Any]) -> Options:
         return self
@@ -447,8 +436,9 @@ class BlockPlan:
             "inputs": inputs,
             "num_classes": self.num_classes,
             **self.options.record(),
-            **({} if arguments is None else {"arguments": arguments}),
         }
+        if arguments is not None:
+            record["arguments"] = arguments
         # A record without a task is one of classification, as all were once.
         if self.task != CLASSIFICATION:
             record["task"] = task_record(self.task)
@@ -470,47 +460,12 @@ class BlockPlan:
         return 3 * block.activation_bytes > 2 * self._most_kept
 
     def __str__(self) -> str:
-        rows = [_row(block) for block in self.all_blocks]
-        return "\n".join([self._heading(), text_table(COLUMNS, rows), *self._remarks()])
+        return plan_text(self)
 
     def _repr_html_(self) -> str:
-        """The same table for a notebook."""
-        rows = [_row(block) for block in self.all_blocks]
-        remarks = [f"<p>{escape(remark)}</p>" for remark in self._remarks()]
-        return html_table(COLUMNS, rows, caption=self._heading()) + "".join(remarks)
-
-    def _heading(self) -> str:
-        blocks = "1 feature block" if len(self) == 1 else f"{len(self)} feature blocks"
-        outputs = self.task.count_in_words(self.num_classes)
-        size = f"{blocks} and the classifier, {outputs}"
-        return f"{self.model}, policy {self.policy!r}: {size}"
-
-    def _remarks(self) -> list[str]:
-        lines = []
-        for block in self.blocks:
-            normed = [output.name for output in block.beside]
-            if normed:
-                lines.append(f"crosses the cut after {block.target}, normed: {', '.join(normed)}")
-            others = [name for name in block.sides if name not in normed]
-            if others:
-                lines.append(f"crosses the cut after {block.target}: {', '.join(others)}")
-        for leaf in self.leaves:
-            share = f"{leaf.share:.0%} of the parameters"
-            lines.append(f"not traced: {leaf.qualname} ({leaf.kind}, {share}): {leaf.reason}")
-        return lines + [f"note: {note}" for note in self.notes]
+        """Return the same table for a notebook."""
+        return plan_html(self)
 
 
 def _as_json(cut: str | tuple[str, ...]) -> str | list[str]:
     return cut if isinstance(cut, str) else list(cut)
-
-
-def _row(block: Block) -> tuple[str, ...]:
-    return (
-        block.target,
-        block.name,
-        ", ".join(output.name for output in block.outputs),
-        "x".join(map(str, block.shape)),
-        f"{block.num_parameters:,}",
-        f"{block.macs:,}",
-        in_mib(block.activation_bytes),
-    )

@@ -97,6 +97,21 @@ class _PutBack:
 
     def run(self) -> None:
         """Fill the model."""
+        kept, replaced = self._compared()
+        for name, module in kept:
+            self._put_tensors(name, module)
+            if not _is_holder(module):
+                self._put_attributes(module, self.model.get_submodule(name))
+        for name, module in replaced.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, self._copied(module))
+
+    def _compared(self) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Module]]:
+        """Return the modules that the model still has, by name, and those put in place of others.
+
+        Notes in the memo which module of the model stands for one that it still has. A copy made
+        later may refer to such a module, and then refers to the model's.
+        """
         kept: list[tuple[str, nn.Module]] = []
         replaced: dict[str, nn.Module] = {}
         for part in self.parts:
@@ -112,24 +127,20 @@ class _PutBack:
                     self.copies[id(module)] = original
                 else:
                     replaced[name] = module
-        for name, module in kept:
-            self._put_tensors(name, module)
-            if not _is_holder(module):
-                self._put_attributes(module, self.model.get_submodule(name))
-        for name, module in replaced.items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), attribute, self._copied(module))
+        return kept, replaced
 
     def _put_tensors(self, qualname: str, module: nn.Module) -> None:
         """Put the parameters and buffers of one module in the place of the model's."""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # A block has the model's own tensors by names of its own.
             target = f"{qualname}.{name}" if qualname else name_in_model(name)
             # A tensor that the trace added is not among the model's.
             if tensor is None or target not in self.old:
                 continue
-            for other, old in self.old.items():
-                if old is self.old[target]:
-                    _put(self.model, other, self._copied(tensor))
+            replaced = self.old[target]
+            for other_name, old in self.old.items():
+                if old is replaced:
+                    _put(self.model, other_name, self._copied(tensor))
 
     def _put_attributes(self, module: nn.Module, original: nn.Module) -> None:
         """Put what a layer keeps beside its parameters and buffers: counters, tables, tensors."""
@@ -160,8 +171,11 @@ def _is_holder(module: nn.Module) -> bool:
 
 
 def _names_held(module: nn.Module) -> set[str]:
-    children = {n for n, each in module._modules.items() if not isinstance(each, AddedModule)}
-    return {*module._parameters, *module._buffers, *children}
+    names = {*module._parameters, *module._buffers}
+    for name, child in module._modules.items():
+        if not isinstance(child, AddedModule):
+            names.add(name)
+    return names
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

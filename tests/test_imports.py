@@ -30,7 +30,7 @@ FLOORS = (
     ),
     ("tasks",),
     ("objective",),
-    ("parts", "arguments", "blocks"),
+    ("parts", "nested", "plan_table", "arguments", "blocks"),
     ("learning",),
     ("net",),
     ("inputs", "plain"),
@@ -56,7 +56,9 @@ NEIGHBOURS = {
     ("picklable", "errors"),
     ("pickled_graph", "picklable"),
     ("blocks", "parts"),
+    ("arguments", "nested"),
     ("blocks", "arguments"),
+    ("blocks", "plan_table"),
 }
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sffx.blocks import BlockPlan
 from sffx.comparison.trunk import Trunk
-from sffx.compiler.partition import DRAWS_IN_ANOTHER_ORDER
+from sffx.compiler.plan_notes import DRAWS_IN_ANOTHER_ORDER
 from sffx.compiler.trace.checkpointing import LEFT_OUT as CHECKPOINTING_LEFT_OUT
 from sffx.compiler.trace.checkpointing import left_out
 from sffx.compiler.trace.randomness import generators_restored

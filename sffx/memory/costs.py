@@ -246,12 +246,14 @@ class BlockCosts:
         return heads
 
     def _head(self, block: Block, plan: BlockPlan) -> Owned:
-        like = next(p for p in self.analysis.trace.root.parameters() if p.is_floating_point())
+        parameters = self.analysis.trace.root.parameters()
+        dtype = next(each.dtype for each in parameters if each.is_floating_point())
         # A callable may read values while it makes a head, and a tensor on "meta" has none.
         device = "cpu" if callable(self.options.goodness) else "meta"
         with torch.random.fork_rng(devices=[]), torch.device(device):
             head = make_head(self.options, block, plan.num_classes, plan.task)
-        return _owned([*head.to(like.dtype).parameters(), *head.buffers()])
+        head.to(dtype)
+        return _owned([*head.parameters(), *head.buffers()])
 
     def _plan(self, places: Sequence[Place]) -> BlockPlan:
         cuts = tuple(self.analysis.steps[place].cut for place in places)
@@ -267,8 +269,11 @@ class BlockCosts:
         # One copy of all heads, so that those that share a tensor still do.
         fake_heads = list(fake_copy(nn.ModuleList(heads), self._fake_mode))
         fake_norms: list[list[nn.Module | None]] = []
-        for own in norms:
-            fake_norms.append([norm and fake_copy(norm, self._fake_mode) for norm in own])
+        for norms_of_block in norms:
+            own: list[nn.Module | None] = []
+            for norm in norms_of_block:
+                own.append(None if norm is None else fake_copy(norm, self._fake_mode))
+            fake_norms.append(own)
         trace = replace(self.analysis.trace, root=self._fake_root)
         with self._fake_mode:
             net = rewrite(trace, plan, fake_heads, fake_norms)

@@ -121,9 +121,10 @@ class Arguments:
             except InputError as error:
                 failure = failure or error
         names = self.names
-        if not kwargs and len(args) == len(names) and _are_tensors(args):
+        are_tensors = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+        if are_tensors and not kwargs and len(args) == len(names):
             return dict(zip(names, args, strict=True))
-        if not args and kwargs.keys() == set(names) and _are_tensors(list(kwargs.values())):
+        if are_tensors and not args and kwargs.keys() == set(names):
             return {name: kwargs[name] for name in names}
         assert failure is not None
         raise failure
@@ -331,10 +332,6 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _are_tensors(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
-
-
 def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None:
     """Add the inputs in a value to those found.
 
@@ -387,10 +384,20 @@ def _require_same(constant: Any, given: Any, path: Path) -> None:
         )
 
 
+def _is_plain(value: Any) -> bool:
+    """Return whether JSON has a form for a constant."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _recorded(value: Any) -> Any:
+    """Return a value of an argument in lists, numbers and strings.
+
+    Raises:
+        TypeError: it holds anything else.
+    """
     if isinstance(value, Slot):
         return {"input": value.name}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if _is_plain(value):
         return {"constant": value}
     if type(value) in (list, tuple):
         return {type(value).__name__: [_recorded(part) for part in value]}
@@ -410,7 +417,7 @@ def _read(record: Any) -> Any:
     ((kind, content),) = record.items()
     if kind == "input" and isinstance(content, str):
         return Slot(content)
-    if kind == "constant" and (content is None or isinstance(content, (bool, int, float, str))):
+    if kind == "constant" and _is_plain(content):
         return content
     if kind in ("list", "tuple") and isinstance(content, (list, tuple)):
         parts = [_read(part) for part in content]

@@ -112,7 +112,8 @@ def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -
     # A reshape keeps the order, so neighbours along the axis stay as many values apart.
     step = math.prod(before[axis + 1 :])
     for i, size in enumerate(after):
-        if size == before[axis] and math.prod(after[i + 1 :]) == step:
+        step_after = math.prod(after[i + 1 :])
+        if size == before[axis] and step_after == step:
             return i
     return None
 

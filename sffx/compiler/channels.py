@@ -114,7 +114,8 @@ def _of_fixed_size(node: Node, axis: int | None) -> int | None:
         return axis
     fixed = []
     for i in range(1, value.ndim):
-        if value.shape[i] == resized.shape[i] and record.batch != BatchAxis(i):
+        is_batch = record.batch == BatchAxis(i)
+        if value.shape[i] == resized.shape[i] and not is_batch:
             fixed.append(i)
     if axis in fixed:
         return axis

@@ -110,7 +110,8 @@ def _most_even(
         before: the step before the first one.
         end: the last step.
     """
-    if sum(sizes[before + 1 : end + 1]) <= LARGE_BLOCK * sum(sizes):
+    size = sum(sizes[before + 1 : end + 1])
+    if size <= LARGE_BLOCK * sum(sizes):
         return []
     best = None
     smallest = 0

@@ -132,7 +132,7 @@ def _spans(
         first, last = part.nodes[0], part.nodes[-1]
         spans.append((position[first], position[last]))
     start_of_parts, _ = spans[0]
-    stem = [i for i, name in enumerate(names[:start_of_parts]) if sizes.layers([name])]
+    stem = [i for i in range(start_of_parts) if sizes.layers([names[i]])]
     if stem and not _has_weight_before(analysis, step):
         spans.insert(0, (stem[0], stem[-1]))
     return spans

@@ -145,8 +145,9 @@ def _axes_of_shape(value: Any, other: Any) -> BatchAxes | None:
         value: for two samples.
         other: the same value for three samples.
     """
-    is_shape = isinstance(value, (tuple, list)) and all(type(part) is int for part in value)
-    if not is_shape or not isinstance(other, (tuple, list)) or len(value) != len(other):
+    if not isinstance(value, (tuple, list)) or not isinstance(other, (tuple, list)):
+        return None
+    if len(value) != len(other) or not all(type(part) is int for part in value):
         return None
     parts: list[BatchAxes | None] = []
     for one, two in zip(value, other, strict=True):
@@ -184,7 +185,9 @@ def _has_samples(value: Any, other: Any, axis: BatchAxis) -> bool:
     if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):
         pairs = zip(value, other, strict=False)
         return bool(value) and all(_has_samples(one, two, axis) for one, two in pairs)
-    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.ndim <= axis.axis:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return False
+    if value.ndim <= axis.axis:
         return False
     of_two = 2 * axis.rows
     of_three = 3 * axis.rows

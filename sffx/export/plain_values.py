@@ -119,7 +119,8 @@ class _Writer:
 
     def count_samples(self, name: str, axis: BatchAxis) -> None:
         """Take the number of samples from a tensor."""
-        rows = self._graph.call_method("size", (self._values[self._inputs[name]], axis.axis))
+        tensor = self._values[self._inputs[name]]
+        rows = self._graph.call_method("size", (tensor, axis.axis))
         self._batch = self._graph.call_function(operator.floordiv, (rows, axis.rows))
 
     def add_plain(self, name: str, value: Any, axis: BatchAxes | None, samples: int) -> None:

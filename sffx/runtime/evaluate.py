@@ -327,8 +327,9 @@ def _no_sums(net: fx.GraphModule) -> dict[str, Sums]:
     targets = plan.task.example_targets(output)
     none: dict[str, Sums] = {}
     for name, scores in scores_by_name(net, any_scores).items():
-        sums = plan.task.sums(scores, targets)
-        none[name] = {key: torch.zeros_like(value).double() for key, value in sums.items()}
+        none[name] = {}
+        for key, value in plan.task.sums(scores, targets).items():
+            none[name][key] = torch.zeros_like(value).double()
     return none
 
 
@@ -356,5 +357,7 @@ def _unflattened(flat: Tensor, like: dict[str, Sums]) -> dict[str, Sums]:
     parts = iter(flat.split(sizes))
     by_name: dict[str, Sums] = {}
     for name, sums in like.items():
-        by_name[name] = {key: next(parts).reshape(value.shape) for key, value in sums.items()}
+        by_name[name] = {}
+        for key, value in sums.items():
+            by_name[name][key] = next(parts).reshape(value.shape)
     return by_name

@@ -128,9 +128,11 @@ def function_target(
     prefix = f"{owner}." if owner else ""
     taken = {str(node.target) for node in graph.nodes if isinstance(node.target, FunctionTarget)}
     number = 0
-    while f"{prefix}{_NAME}_{number}" in taken or hasattr(module, f"{_NAME}_{number}"):
+    name = f"{_NAME}_{number}"
+    while prefix + name in taken or hasattr(module, name):
         number += 1
-    target = FunctionTarget(f"{prefix}{_NAME}_{number}")
+        name = f"{_NAME}_{number}"
+    target = FunctionTarget(prefix + name)
     target.function = function
     target.mode = mode
     return target

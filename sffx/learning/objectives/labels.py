@@ -135,12 +135,12 @@ class LabelTrials(nn.Module):
         """Return (B, ...) in train mode, ((J + 1) * B, ...) in eval mode."""
         if self.training:
             return x
-        codes = self._codes_for(x)
+        codes = self._codes_for(x).to(x.dtype)
         tries = len(codes)
         # Not len(x), which would fix the batch size of an exported program.
         samples = x.shape[0]
-        each = codes.to(x.dtype)[:, None].expand(tries, samples, *codes.shape[1:])
-        return self.labels.put(repeated(x, tries), each.flatten(0, 1))
+        code_of_row = codes[:, None].expand(tries, samples, *codes.shape[1:])
+        return self.labels.put(repeated(x, tries), code_of_row.flatten(0, 1))
 
     def _codes_for(self, x: Tensor) -> Tensor:
         """Return the codes for samples of the size of x, which may be another than the example's.

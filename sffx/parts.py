@@ -19,6 +19,7 @@ READOUT = "readout"
 _BLOCK = "block_"
 _HEAD = "head_"
 _NORM = "norm_"
+_DETACHED = "detached_"
 _TRIAL = "trial_"
 _CHOICE = "choice_"
 _FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
@@ -65,7 +66,16 @@ def norm_name(index: int, value: int = 0) -> str:
         index: of the block.
         value: index of the output that it normalises; 0 for the main one.
     """
-    return f"{_NORM}{index}_{value}" if value else f"{_NORM}{index}"
+    return f"{_NORM}{_output_number(index, value)}"
+
+
+def detached_name(index: int, value: int = 0) -> str:
+    """Return the name of an output of a feature block behind the detach, before its norm."""
+    return f"{_DETACHED}{_output_number(index, value)}"
+
+
+def _output_number(index: int, value: int) -> str:
+    return f"{index}_{value}" if value else f"{index}"
 
 
 def trial_name(index: int) -> str:

@@ -83,13 +83,6 @@ def _leaves_a_module(node: Node) -> bool:
     return any(not around.issubset(scopes(reader)) for reader in node.users)
 
 
-def _scopes_of_readers(node: Node) -> set[str]:
-    around: set[str] = set()
-    for reader in node.users:
-        around.update(scopes(reader))
-    return around
-
-
 def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) -> Node:
     """Add the views behind a node, and return the batch-first one.
 
@@ -102,7 +95,6 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
     """
     # Read before the views are added, which are readers as well.
     readers = list(node.users)
-    around_readers = _scopes_of_readers(node)
     stack = module_stack(node)
     name = node.name
     is_folded = batch.rows > 1
@@ -114,22 +106,25 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
         view = _add_call(view, "movedim", (view, axis, 0), f"{name}_batch_first", stack)
     change_facts(view, batch=BatchAxis(0), is_folded=is_folded)
     if is_alone:
-        around = _common(stack, around_readers)
+        around = _in_common(stack, readers)
         back = _add_back(view, view, axis, batch, name, around)
         _read_instead(readers, node, back)
         return view
     for reader in readers:
-        around = _common(stack, set(scopes(reader)))
+        around = _in_common(stack, [reader])
         back = _add_back(reader.prev, view, axis, batch, name, around)
         _read_instead([reader], node, back)
     return view
 
 
-def _common(stack: dict[str, Any], around: set[str]) -> dict[str, Any]:
-    """Return those of the modules around a node that are around its readers as well.
+def _in_common(stack: dict[str, Any], readers: list[Node]) -> dict[str, Any]:
+    """Return those of the modules around a node that are around a reader as well.
 
     The way back lies outside the modules that end in the node, which may be blocks.
     """
+    around: set[str] = set()
+    for reader in readers:
+        around.update(scopes(reader))
     return {key: module for key, module in stack.items() if module[0] in around}
 
 

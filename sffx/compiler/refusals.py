@@ -93,8 +93,8 @@ def shared_state(flow: Dataflow, layers: Layers) -> list[str]:
             steps = [flow.step_of[user] for user in flow.graph.successors(name)]
         for state, tensor in layers.changing_state(node).items():
             key = storage_key(tensor)
-            is_module = node.op == "call_module"
-            names.setdefault(key, str(node.target) if is_module else state)
+            name_of_state = str(node.target) if node.op == "call_module" else state
+            names.setdefault(key, name_of_state)
             used_in.setdefault(key, []).extend(steps)
     for name, steps in _written_buffers(flow).items():
         key = id(flow.nodes[name])

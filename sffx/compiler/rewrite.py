@@ -42,6 +42,7 @@ from sffx.parts import (
     CLASSIFIER,
     READOUT,
     choice_name,
+    detached_name,
     goodness_name,
     head_name,
     name_in_block,
@@ -247,11 +248,10 @@ class _OuterGraph:
         goodness = self._call(head_name(index), goodness_name(index), scored)
         self.scores.append(goodness)
         for i, output in enumerate(block.outputs):
-            # Numbered as its norm is: "detached_0_1" before "norm_0_1".
-            norm = norm_name(index, i)
-            detached = norm.replace(norm_name(index), f"detached_{index}")
+            detached = detached_name(index, i)
             value = _detach_tensor(self.graph, attached[output.name], detached)
             if has_norm[i]:
+                norm = norm_name(index, i)
                 value = self._call(norm, norm, [value, *self._mask_of(output)])
             self.values[output.name] = value
 

@@ -154,6 +154,7 @@ def parts_of_module(
         layers = sizes.layers(part.nodes)
         divided = _divided(analysis, part, sizes, later)
         if len(divided) < 2:
+            # An activation or a pool, though a module, is no part.
             divided = [part] if layers else []
         if layers > 1:
             larger += divided

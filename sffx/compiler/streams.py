@@ -53,6 +53,7 @@ def with_streams(analysis: Analysis) -> Analysis:
     candidates: dict[CutSet, None] = {}
     for place in places:
         candidates.update(dict.fromkeys(place))
+    # An analysis tells the refusals of the cut sets on its spine, so all are put on one at first.
     refused = _refused(analysis.with_cut_sets(tuple(candidates)))
     chosen: dict[CutSet, None] = {}
     for place in places:
@@ -88,14 +89,12 @@ def _is_between_streams(analysis: Analysis, cut_set: CutSet) -> bool:
 
 def _smallest(analysis: Analysis, cut_sets: Sequence[CutSet]) -> CutSet | None:
     """Return the cut set across which the fewest bytes go, the last of equal ones."""
-    best = None
-    fewest = 0
-    for cut_set in cut_sets:
-        size = sum(facts(analysis.nodes[name]).example.nbytes for name in cut_set)
-        if best is None or size <= fewest:
-            best = cut_set
-            fewest = size
-    return best
+
+    def size(cut_set: CutSet) -> int:
+        return sum(facts(analysis.nodes[name]).example.nbytes for name in cut_set)
+
+    # Of equal ones, `min` returns the first.
+    return min(reversed(cut_sets), key=size, default=None)
 
 
 def _places(analysis: Analysis, step: Step, sizes: Sizes) -> list[list[CutSet]]:

@@ -51,7 +51,7 @@ class _Taken:
         self.values = {name: _copied(value) for name, value in self._originals.items()}
         # Whoever writes a tensor in place leaves the object as it is, but not its version.
         self._versions = _versions(self._originals)
-        self._own_versions = _versions(self.values)
+        self._versions_of_copies = _versions(self.values)
 
     def changed_in(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the earlier values of the options that have changed since; `_ABSENT` if new."""
@@ -74,7 +74,7 @@ class _Taken:
             # The step ran with the values taken. It may have replaced one, or written to it.
             taken = self.values.get(name)
             is_replaced = group[name] is not taken
-            is_written = _versions_of(taken) != self._own_versions.get(name, [])
+            is_written = _versions_of(taken) != self._versions_of_copies.get(name, [])
             step_changed = is_replaced or is_written
             if self._has_changed(name, value) or not step_changed:
                 group[name] = value

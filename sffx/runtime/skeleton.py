@@ -41,7 +41,7 @@ class Skeleton:
                 self.keeps.append(node)
         self.module = _module_of(stage, nodes, self.reads, self.keeps)
         self._layers = list(self.module.modules())
-        self._kinds = _structure_of(self.module)
+        self._structure = _structure_of(self.module)
         # As they are before the first step. A setting that changes later is not in compiled code.
         self._attributes = [_attributes_of(layer) for layer in self._layers]
 
@@ -54,6 +54,10 @@ class Skeleton:
         for parameter in self.module.parameters():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return "a parameter in it has hooks"
+        return self._why_changed()
+
+    def _why_changed(self) -> str:
+        """Return which attributes of a layer have changed since the first step, "" if none has."""
         for layer, before in zip(self._layers, self._attributes, strict=True):
             now = _attributes_of(layer)
             if now == before:
@@ -70,7 +74,7 @@ class Skeleton:
         """Return a key that two stages have in common if they can run the same compiled code."""
         modes = tuple(layer.training for layer in self._layers)
         learning = tuple(parameter.requires_grad for parameter in self.module.parameters())
-        return self._kinds, modes, learning
+        return self._structure, modes, learning
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters and buffers by name."""

@@ -109,8 +109,8 @@ def run_vjp(
     the second result returns is computed by a node, which computes the function again.
     """
     returned = function(*primals)
-    output, *aux = returned if options.get("has_aux") else (returned,)
-
+    has_aux = options.get("has_aux")
+    output, *aux = returned if has_aux else (returned,)
     # No function of this call, which would hold the tracer: it may be mapped, and run in the net.
     return (output, functools.partial(_pull_back, function, primals, options), *aux)
 
@@ -138,6 +138,7 @@ class _Transformed:
     def __init__(self, transform: Callable[..., Any], template: Any) -> None:
         self.transform = transform
         self.template = template
+        # Notes call the node by what the forward called, "vmap" for `vmap_impl`.
         name = transform.__name__.strip("_")
         self.__name__ = name.removesuffix("_impl").removesuffix("_with_argnums")
 

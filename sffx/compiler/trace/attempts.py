@@ -71,8 +71,9 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     """Trace once.
 
     Returns:
-        The graph; None if it failed. Then the function where it failed was added to those that
-        the graph calls, or the class of the submodule to `leaves`.
+        The graph; None if it failed and the next attempt goes another way. The function where it
+        failed was then added to those that the graph calls, or the class of the submodule to
+        `leaves`.
 
     Raises:
         TraceError: the model itself failed, or its output is no logits.
@@ -86,7 +87,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     except TraceError:
         raise
     except Exception as failure:
-        if tracer.has_opened:
+        if tracer.has_opened or tracer.functions.asked.take_new():
             return None
         if tracer.functions.add(failure, _reason(failure)):
             return None

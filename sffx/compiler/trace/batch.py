@@ -17,7 +17,7 @@ from sffx.tensors import holds_tensor
 
 FROZEN_BATCH = (
     "the batch size is read as a plain number, which a graph would freeze; "
-    "x.shape[0], without len() or int(), is not"
+    "x.shape[0] in sizes and products is not"
 )
 
 # A condition with one outcome at all of these sizes is taken to have it at every size.
@@ -35,10 +35,14 @@ def length(node: fx.Node) -> int:
     Raises:
         RuntimeError: it depends on the batch size.
     """
-    number = len(facts(node).example)
-    if number != len(facts(node).other):
+    if has_length_of_batch(node):
         raise RuntimeError(FROZEN_BATCH)
-    return number
+    return len(facts(node).example)
+
+
+def has_length_of_batch(node: fx.Node) -> bool:
+    """Return whether the length of a node's value depends on the batch size."""
+    return len(facts(node).example) != len(facts(node).other)
 
 
 def depends_on_batch(node: fx.Node, value: Any, other: Any) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Generator, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from sffx.compiler.trace.batch_numbers import AskedBuiltins
 from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in, package_of
 from sffx.compiler.trace.flags import numbers_behind
 from sffx.compiler.trace.randomness import OWN_GENERATOR
@@ -57,9 +58,11 @@ class Functions:
 
     Attributes:
         found: by the functions themselves.
+        asked: builtins that return plain numbers.
     """
 
     def __init__(self) -> None:
+        self.asked = AskedBuiltins()
         self.found: dict[Callable[..., Any], Callee] = {}
         self._given_up: set[Callable[..., Any]] = set()
         self._has_given_up = False  # since the last trace

@@ -114,6 +114,7 @@ class Patches:
             for owner, name, stand_in in self._stand_ins():
                 stack.enter_context(replaced(owner, name, stand_in))
             stack.enter_context(_kinds_of_proxies())
+            stack.enter_context(self.tracer.functions.asked.replaced())
             yield
 
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -76,16 +78,16 @@ class GuidedProxy(fx.Proxy):
 
     def __len__(self) -> int:
         tracer: Any = self.tracer
-        return tracer.settled.length(self)
+        return tracer.settled.length(self, sys._getframe(1))
 
     def __index__(self) -> int:
         return self._number(int)
 
     def __int__(self) -> int:
-        return self._number(int)
+        return self._number(int, sys._getframe(1))
 
     def __float__(self) -> float:
-        return self._number(float)
+        return self._number(float, sys._getframe(1))
 
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other
@@ -130,14 +132,24 @@ class GuidedProxy(fx.Proxy):
             return _OPERATORS[function](*sides)
         return getattr(function, method)(*map(_as_numbers, inputs), **options)
 
-    def _number(self, kind: Callable[[Any], Any]) -> Any:
-        """Return the example as a plain number, which the graph will hold."""
+    def _number(self, kind: type, caller: FrameType | None = None) -> Any:
+        """Return the example as a plain number, which the graph will hold.
+
+        Args:
+            kind: of number.
+            caller: the code that called this class, if it did.
+
+        Raises:
+            RuntimeError: it depends on the batch size.
+        """
         tracer: Any = self.tracer
         if isinstance(self.example, Tensor):
             return kind(tracer.settled.value_of_sizes(self.node))
         if isinstance(self.example, bool):  # int(x.shape[0] == 1), settled as a branch on it is
             return kind(bool(self))
         if facts(self.node).of_batch:
+            if caller is not None:
+                tracer.functions.asked.note(kind.__name__, caller)
             raise RuntimeError(FROZEN_BATCH)
         number = kind(self.example)
         tracer.settled.settle(self.node, number)

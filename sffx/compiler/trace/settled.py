@@ -7,6 +7,7 @@ them for each input.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,10 +179,21 @@ class Settled:
             args = (node, outcome, self._tracer.place)
             self._tracer.create_node("call_function", require, args, {})
 
-    def length(self, obj: fx.Proxy) -> int:
-        """Return the length of a tensor, or the number of the parts that it was split into."""
+    def length(self, obj: fx.Proxy, caller: FrameType | None = None) -> int:
+        """Return the length of a tensor, or the number of the parts that it was split into.
+
+        Args:
+            obj: stands for them.
+            caller: the code that calls `len`, if it does.
+
+        Raises:
+            RuntimeError: it depends on the batch size, on data or on what a function returns.
+        """
         value = facts(obj.node).example
         self._require_no_function(obj.node)
+        is_batch = isinstance(value, Tensor) and batch.has_length_of_batch(obj.node)
+        if is_batch and caller is not None:
+            self._tracer.functions.asked.note("len", caller)
         number = batch.length(obj.node)
         if isinstance(value, Tensor):
             self._require_no_data(obj.node)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,8 @@ from tests.toys import around
 @pytest.mark.parametrize(
     "code",
     [
-        lambda m, x: x.view(len(x), -1),
-        lambda m, x: x / float(x.shape[0]),
+        lambda m, x: torch.stack([x[i] for i in range(len(x))]),
+        lambda m, x: x.view(x.__len__(), -1),
         lambda m, x: torch.stack([x[i] for i in range(x.shape[0])]),
         lambda m, x: torch.stack([m.inner(row) for row in x]),
         lambda m, x: x * 2 if x.shape[0] == 1 else x,
@@ -28,11 +30,9 @@ from tests.toys import around
         lambda m, x: x * 2 if x.size(0) // 2 > 1 else x,
         lambda m, x: x * 2 if x.numel() < 40 else x,
         lambda m, x: x * min(x.shape[0], 3),
-        lambda m, x: x * int(x.shape[0] + 1),
-        lambda m, x: x.view(int(x.numel()) // 6, 6),
     ],
 )
-def test_a_branch_on_the_batch_size_or_a_number_made_from_it_makes_a_leaf(code):
+def test_what_a_graph_would_freeze_of_the_batch_size_makes_a_leaf(code):
     model = around(Applies(code))
     net = cut_without_norms(model).train()
     assert leaf_names(net) == ["2"]
@@ -53,6 +53,65 @@ def test_a_comparison_with_one_outcome_at_every_batch_size_is_traced(code):
     net = cut_without_norms(model).train()
     assert not net.plan.leaves
     assert_same_logits(net, model)
+
+
+class _Counts(nn.Module):
+    """Asks for the batch size in its own forward."""
+
+    def __init__(self, code: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.code = code
+        self.token = nn.Parameter(torch.zeros(1, 6))
+        self.a, self.b, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.code(self, self.a(x)).relu()))
+
+
+def _by_kind(m, x):
+    n = int(x.shape[0])
+    is_number = isinstance(n, int) and type(n) == int and not isinstance(0.5, int)  # noqa: E721
+    return x.view(n, 6) if is_number and issubclass(bool, int) and int("3") == 3 else x * 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x.view(len(x), -1),
+        lambda m, x: x + m.token.expand(len(x), -1),
+        lambda m, x: torch.cat([x, torch.zeros(len(x), 6)], 1)[:, :6],
+        lambda m, x: x[torch.arange(len(x))],
+        lambda m, x: x * len(x.shape) if len(x) > 0 else x,
+        lambda m, x: x.unflatten(0, (len(x), 1)).flatten(0, 1) + len([m.a, m.b]),
+        lambda m, x: x / float(x.shape[0]),
+        lambda m, x: x / float(x.shape[0] + 0.5) * float("2"),
+        lambda m, x: x * int(x.shape[0] + 1),
+        lambda m, x: x.view(int(x.numel()) // 6, 6),
+        lambda m, x: x.view(int(x.numel() / 6), int(x.shape[1])),
+        _by_kind,
+    ],
+)
+def test_builtins_do_not_freeze_the_batch_size(code):
+    model = _Counts(code)
+    net = cut_without_norms(model).train()
+    assert not {"len", "int", "float"} & globals().keys()
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+
+
+def test_builtins_are_put_back_where_a_model_cannot_be_traced():
+    model = _Counts(lambda m, x: torch.stack([x[i] for i in range(len(x))]))
+    with pytest.raises(TraceError, match="batch size is read as a plain number"):
+        sffx.plan(model, example_input=torch.zeros(3, 6))
+    assert "len" not in globals()
+
+
+def test_a_name_of_the_files_own_is_no_builtin(monkeypatch):
+    monkeypatch.setitem(globals(), "len", lambda x: 2)
+    model = _Counts(lambda m, x: x * len(x))
+    net = cut_without_norms(model).train()
+    assert_same_logits(net, model)
+    assert len("abc") == 2
 
 
 class _ForOneSample(nn.Module):

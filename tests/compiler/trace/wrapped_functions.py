@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 def by_sizes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def inner(*tensors: Any) -> Tensor:
-        sizes = [tuple(int(size) for size in each.shape) for each in tensors]
+        sizes = [tuple(operator.index(size) for size in each.shape) for each in tensors]
         return function(*tensors, sizes=sizes)
 
     return inner

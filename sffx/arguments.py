@@ -27,6 +27,7 @@ from sffx.nested import (
     holds_slot,
     mapped,
     parts_of,
+    values_in,
 )
 
 Kind: TypeAlias = Literal["positional", "rest", "keyword"]
@@ -57,20 +58,15 @@ class Arguments:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the inputs, in order."""
-        return tuple(slot.name for slot in self._slots())
+        return tuple(value.name for _, value in self._values() if isinstance(value, Slot))
 
     @property
     def constants(self) -> dict[str, Any]:
         """The constants by their paths, as "flags[0]"."""
         found: dict[str, Any] = {}
-
-        def note(value: Any, path: Path) -> Any:
+        for path, value in self._values():
             if not isinstance(value, Slot):
                 found[as_code(path)] = value
-            return value
-
-        for entry in self.entries:
-            mapped(entry.value, note, (entry.name,))
         return found
 
     @property
@@ -102,6 +98,7 @@ class Arguments:
         positional, by_name = self.fill(values)
         if not by_name:
             return positional
+        # An example is either a tuple or a mapping, and a mapping holds both.
         names = [entry.name for entry in self.entries if entry.kind != "keyword"]
         return {**dict(zip(names, positional, strict=True)), **by_name}
 
@@ -119,6 +116,7 @@ class Arguments:
             try:
                 return self._inputs_in_call(some, named)
             except InputError as error:
+                # The user is told what is wrong with the call as it is, which is read first.
                 failure = failure or error
         names = self.names
         are_tensors = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
@@ -142,6 +140,8 @@ class Arguments:
             return self.inputs_in((), x)
         if isinstance(x, tuple):
             return self.inputs_in(x, {})
+        # The collate function of a loader makes a list of what a data set gives as a tuple. Of one
+        # argument, a list may be the argument itself.
         if isinstance(x, list) and len(self.entries) > 1:
             return self.inputs_in(tuple(x), {})
         return self.inputs_in((x,), {})
@@ -159,17 +159,10 @@ class Arguments:
         except TypeError:
             return None
 
-    def _slots(self) -> Iterator[Slot]:
-        found: list[Slot] = []
-
-        def note(value: Any, path: Path) -> Any:
-            if isinstance(value, Slot):
-                found.append(value)
-            return value
-
+    def _values(self) -> Iterator[tuple[Path, Any]]:
+        """Yield the slots and the constants, each with its path."""
         for entry in self.entries:
-            mapped(entry.value, note, (entry.name,))
-        return iter(found)
+            yield from values_in(entry.value, (entry.name,))
 
     def _inputs_in_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = self._by_name(args, kwargs)
@@ -223,6 +216,7 @@ def arguments_of(bound: inspect.BoundArguments) -> tuple[Arguments, dict[str, An
         InputError: an argument holds what can be neither an input nor a constant.
     """
     given = list(_given(bound))
+    # An argument that is a tensor gives its name to the input, whatever lies deeper in others.
     taken = {name for name, _, value in given if isinstance(value, Tensor)}
     tensors: dict[str, Any] = {}
 
@@ -270,6 +264,7 @@ def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
     has_gap = False
     for name, parameter in bound.signature.parameters.items():
         if name not in bound.arguments:
+            # Python takes no argument by position behind one that is left out.
             has_gap = True
             continue
         value = bound.arguments[name]
@@ -374,7 +369,7 @@ def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None
 def _require_same(constant: Any, given: Any, path: Path) -> None:
     try:
         is_same = given is constant or bool(given == constant)
-    except Exception:
+    except Exception:  # a tensor, for example, compares to many truth values
         is_same = False
     if not is_same:
         what = f"a {type(given).__name__}" if holds_data(given) else repr(given)

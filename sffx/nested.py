@@ -47,6 +47,18 @@ def mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
     return _rebuilt(value, changed)
 
 
+def values_in(value: Any, path: Path) -> list[tuple[Path, Any]]:
+    """Return what `mapped` would change in a structure, with the paths, in order."""
+    found: list[tuple[Path, Any]] = []
+
+    def note(part: Any, path_of_part: Path) -> Any:
+        found.append((path_of_part, part))
+        return part
+
+    mapped(value, note, path)
+    return found
+
+
 def parts_of(value: Any) -> dict[Any, Any] | None:
     """Return what a container holds by key, index or field; None for other values."""
     if isinstance(value, Mapping):

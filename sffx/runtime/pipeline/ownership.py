@@ -57,20 +57,18 @@ def inseparable(net: fx.GraphModule) -> dict[int, str]:
     names: dict[int, str] = {}
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         names.setdefault(storage_key(tensor), name)
-    first_of: dict[int, int] = {}
-    last_of: dict[int, int] = {}
+    blocks_of: dict[int, list[int]] = {}
     for stage in stages_of(net):
         for part in parts_of([stage], total):
             for tensor in _reached(net.get_submodule(part)):
-                key = storage_key(tensor)
-                first_of.setdefault(key, stage.index)
-                last_of[key] = stage.index
+                blocks_of.setdefault(storage_key(tensor), []).append(stage.index)
     tied: dict[int, str] = {}
-    for key, first in first_of.items():
-        for index in range(first + 1, last_of[key] + 1):
-            # A tensor that no module of the model owns is a copy on each process.
-            if key in names:
-                tied[index] = names[key]
+    for key, indices in blocks_of.items():
+        # A tensor that no module of the model owns is a copy on each process.
+        if key not in names:
+            continue
+        for index in range(min(indices) + 1, max(indices) + 1):
+            tied[index] = names[key]
     return tied
 
 

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from sffx.blocks import BatchAxis
 from sffx.compiler.batch_axis import starts_with_batch
 from sffx.compiler.dataflow import Dataflow
-from sffx.compiler.facts import Facts, change_facts, facts, module_stack, set_facts
+from sffx.compiler.facts import Facts, change_facts, facts, module_stack, read_instead, set_facts
 from sffx.compiler.layers import Layers, scopes
 from sffx.compiler.trace.trace import Trace
 
@@ -108,12 +108,13 @@ def _add_views(node: Node, batch: BatchAxis, before: Node, *, is_alone: bool) ->
     if is_alone:
         around = _in_common(stack, readers)
         back = _add_back(view, view, axis, batch, name, around)
-        _read_instead(readers, node, back)
+        for reader in readers:
+            read_instead(reader, node, back)
         return view
     for reader in readers:
         around = _in_common(stack, [reader])
         back = _add_back(reader.prev, view, axis, batch, name, around)
-        _read_instead([reader], node, back)
+        read_instead(reader, node, back)
     return view
 
 
@@ -171,16 +172,6 @@ def _add_unfolded(
     view = _add_call(size, "unflatten", (node, batch.axis, sizes), name, stack)
     change_facts(view, batch=BatchAxis(axis))
     return view, axis
-
-
-def _read_instead(readers: list[Node], node: Node, back: Node) -> None:
-    """Let the readers of a node read a view of its value."""
-    for reader in readers:
-        reader.replace_input_with(node, back)
-        writes = facts(reader).writes
-        if node in writes:
-            written = [back if value is node else value for value in writes]
-            change_facts(reader, writes=tuple(written))
 
 
 def _add_call(

@@ -99,6 +99,13 @@ def change_facts(node: fx.Node, **changes: Any) -> None:
     node.meta[_FACTS] = replace(facts(node), **changes)
 
 
+def read_instead(reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Let a traced node read a value in the place of another one, and write on it likewise."""
+    reader.replace_input_with(old, new)
+    writes = [new if written is old else written for written in facts(reader).writes]
+    change_facts(reader, writes=tuple(writes))
+
+
 def storages_written(nodes: Iterable[fx.Node]) -> set[int]:
     """Return the keys of the storages that some traced nodes write in place."""
     keys: set[int] = set()

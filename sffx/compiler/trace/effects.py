@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sffx.compiler.facts import change_facts, facts, storages_written
+from sffx.compiler.facts import change_facts, facts, read_instead, storages_written
 from sffx.compiler.trace.run_function import runs_in_one_mode
 from sffx.tensors import storage_key
 
@@ -74,13 +74,7 @@ def _read_results_of_writes(graph: fx.Graph) -> None:
                 continue
             later = [user for user in written.users if position[user] > position[node]]
             for user in later:
-                _read_instead(user, written, node)
-
-
-def _read_instead(user: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    user.replace_input_with(old, new)
-    writes = [new if written is old else written for written in facts(user).writes]
-    change_facts(user, writes=tuple(writes))
+                read_instead(user, written, node)
 
 
 def _is_same_tensor(value: Any, other: Any) -> bool:

@@ -96,6 +96,15 @@ def holds_tensor(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
 
 
+def differ(one: Any, other: Any) -> bool:
+    """Return whether two plain values differ. Tensors in them are compared as objects."""
+    if one is other:
+        return False
+    if holds_tensor(one) or holds_tensor(other):
+        return True
+    return bool(one != other)
+
+
 def without_arrays(value: Any) -> Any:
     """Return a value with a tensor for each array of numpy in it, however deep.
 

@@ -382,22 +382,26 @@ class Analysis:
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
             norm=any(self._layers.is_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
-            narrows=not trainable and self._has_fewer_channels(shape, layer),
+            narrows=not trainable and self._has_fewer_channels(value, layer),
             pools=self._starts_classifier(end, shape, before, layer),
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
             parts_streams=frozenset(values) in self._given or not self._flow.dominates(end.name),
         )
 
-    def _has_fewer_channels(self, shape: tuple[int, ...], layer: Step | None) -> bool:
-        """Return whether a shape is that of a layer's value, with a part of its channels."""
-        if layer is None or layer.node not in self.channel_axes or len(shape) != len(layer.shape):
+    def _has_fewer_channels(self, value: Any, layer: Step | None) -> bool:
+        """Return whether a value is that of a layer with a part of its channels."""
+        if layer is None or layer.node not in self.channel_axes or not isinstance(value, Tensor):
             return False
-        axis = self.channel_axes[layer.node] - 1  # shapes are without the batch axis
-        channels = shape[axis]
-        with_its_channels = (*shape[:axis], layer.shape[axis], *shape[axis + 1 :])
-        is_part = 1 < channels < layer.shape[axis] and layer.shape[axis] % channels == 0
-        return is_part and with_its_channels == layer.shape
+        axis = self.channel_axes[layer.node]
+        # With the batch axis, into which a view may fold channels.
+        before = facts(self.nodes[layer.node]).example.shape
+        now = list(value.shape)
+        if len(now) != len(before):
+            return False
+        channels, now[axis] = now[axis], before[axis]
+        is_part = 1 < channels < before[axis] and before[axis] % channels == 0
+        return is_part and now == list(before)
 
     def _starts_classifier(
         self, end: Node, shape: tuple[int, ...], before: Any, layer: Step | None

@@ -302,6 +302,8 @@ def _detached(graph: Graph, side: Node, example: Any) -> Any:
     for i, part in enumerate(example):
         item = _item(graph, side, i, f"{side.name}_{i}")
         parts.append(_detached(graph, item, part))
+    if hasattr(example, "_fields"):  # a named tuple
+        return type(example)(*parts)
     return type(example)(parts)
 
 

@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
@@ -96,19 +97,38 @@ def _changes_order(node: fx.Node, name: str) -> bool:
     if name in ("flip", "roll"):
         return batch.axis in _axes_of_call(node, name)
     if node.target is operator.getitem:
-        index = _index_along(node.args[1], batch.axis)
+        index = _index_along(node.args[1], batch.axis, facts(node.args[0]).example.ndim)
         return isinstance(index, fx.Node) and _is_order(index)
     return False
 
 
-def _index_along(index: Any, axis: int) -> Any:
-    """Return the part of an index that is for an axis; None where others are no slices."""
+def _index_along(index: Any, axis: int, ndim: int) -> Any:
+    """Return the part of an index that is for an axis, None where there is none.
+
+    Args:
+        index: as it is written, `order`, `(order, 0)` or `(None, ..., order)`.
+        axis: of the tensor that is read.
+        ndim: how many axes the tensor has.
+    """
     parts = index if isinstance(index, tuple) else (index,)
-    if len(parts) <= axis:
-        return None
-    others = [*parts[:axis], *parts[axis + 1 :]]
-    is_alone = all(isinstance(part, slice) or part is Ellipsis for part in others)
-    return parts[axis] if is_alone else None
+    taken = [_axes_taken(part) for part in parts]
+    place = 0
+    for part, axes in zip(parts, taken, strict=True):
+        if part is Ellipsis:
+            axes = ndim - sum(taken)
+        if place <= axis < place + axes:
+            return part
+        place += axes
+    return None
+
+
+def _axes_taken(part: Any) -> int:
+    """Return how many axes a part of an index is for. The Ellipsis is for those that are left."""
+    if part is None or part is Ellipsis:
+        return 0
+    value = facts(part).example if isinstance(part, fx.Node) else part
+    is_mask = isinstance(value, Tensor) and value.dtype is torch.bool
+    return value.ndim if is_mask else 1
 
 
 def _is_order(node: fx.Node) -> bool:

@@ -82,7 +82,7 @@ def _narrowed(steps: Steps, end: int) -> int:
         step = steps[following]
         if step.trainable or step.pools or step.drops:
             break
-        if step.narrows:
+        if step.narrows and not step.refusal:
             return following
     return end
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sffx.tensors import differ
+
 _ABSENT = object()  # in the place of an option that a group did not have
 
 
@@ -65,7 +67,7 @@ class _Taken:
 
     def _has_changed(self, name: str, value: Any) -> bool:
         """Return whether an option is another one now, or was written to since."""
-        is_other = _differ(value, self._originals.get(name))
+        is_other = differ(value, self._originals.get(name))
         return is_other or _versions_of(value) != self._versions.get(name, [])
 
     def give_back(self, group: dict[str, Any], present: dict[str, Any]) -> None:
@@ -163,12 +165,3 @@ def _versions_of(option: Any) -> list[int]:
 
 def _versions(options: dict[str, Any]) -> dict[str, list[int]]:
     return {name: _versions_of(value) for name, value in options.items()}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Return whether two options differ. Tensors are compared as objects."""
-    if one is other:
-        return False
-    if _tensors_in(one) or _tensors_in(other):
-        return True
-    return bool(one != other)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from sffx.kernels.recompute import is_plain
 from sffx.runtime.stage import Stage, Values, nodes_read_by
-from sffx.tensors import OF_EVERY_MODULE
+from sffx.tensors import OF_EVERY_MODULE, differ
 
 
 class Skeleton:
@@ -60,10 +60,10 @@ class Skeleton:
         """Return which attributes of a layer have changed since the first step, "" if none has."""
         for layer, before in zip(self._layers, self._attributes, strict=True):
             now = _attributes_of(layer)
-            if now == before:
-                continue
             names = {**before, **now}
-            changed = [name for name in names if before.get(name) != now.get(name)]
+            changed = [name for name in names if differ(before.get(name), now.get(name))]
+            if not changed:
+                continue
             return (
                 f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
                 "first step. Hint: if its forward did not change it, sffx.compile(net) again"

@@ -40,6 +40,14 @@ def _sorted(x, key):
 # What changes the order, and what brings it back.
 CHANGES = {
     "index": (_sorted, lambda x, order: x[order.argsort()]),
+    "columns": (
+        lambda x, key: (x[key.argsort(), 0:6], key.argsort()),
+        lambda x, order: torch.stack([x[order.argsort(), i] for i in range(6)], 1),
+    ),
+    "new axis": (
+        lambda x, key: (x[None, key.argsort()][0], key.argsort()),
+        lambda x, order: x[..., None][order.argsort(), ..., 0],
+    ),
     "place": (_sorted, _placed),
     "index_copy": (_sorted, lambda x, order: torch.zeros_like(x).index_copy(0, order, x)),
     "index_select": (

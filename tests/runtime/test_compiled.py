@@ -197,6 +197,19 @@ def test_a_setting_that_changes_is_seen():
     assert set(compiled_blocks(compiled).values()) == {"compiled"}
 
 
+def test_a_tensor_that_is_replaced_is_seen():
+    dropout = nn.Dropout(0.0)
+    dropout.scale = torch.zeros(2)
+    plain, compiled = pair(dropout)
+    for step in range(2):
+        losses = [sffx.local_loss(net, *batch(seed=step)) for net in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+    compiled.get_submodule("block_2").get_submodule("between").scale = torch.ones(2)
+    sffx.local_loss(compiled, *batch(seed=2))
+    (reason,) = set(compiled_blocks(compiled).values()) - {"compiled"}
+    assert reason.startswith("scale of a Dropout in it changed after the first step")
+
+
 @pytest.mark.parametrize("layer", [Counting, Branching])
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(layer, caplog):
     plain, compiled = pair(layer())

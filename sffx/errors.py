@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BACKBONE_WORDS = ("backbone", "encoder", "features", "body")
 
 # Frames in the files of sffx and of Python say nothing about the model.
-_PACKAGE = str(Path(__file__).parent) + os.sep
+PACKAGE = str(Path(__file__).parent) + os.sep
 _OF_PYTHON = str(Path(os.__file__).parent) + os.sep
 
 
@@ -99,15 +99,15 @@ def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
     for frame in traceback.extract_tb(failure.__traceback__):
-        if _is_foreign(frame.filename):
+        if is_foreign(frame.filename):
             continue
         place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place
 
 
-def _is_foreign(filename: str) -> bool:
+def is_foreign(filename: str) -> bool:
     """Return whether a file is torch's, Python's or sffx's own, and so not the model's."""
-    if "/torch/" in filename or filename.startswith(_PACKAGE):
+    if "/torch/" in filename or filename.startswith(PACKAGE):
         return True
     # Packages may be installed inside the folder of Python's own files.
     return filename.startswith(_OF_PYTHON) and not is_installed(filename)

@@ -26,6 +26,7 @@ def notes(
     checkpointed: bool,
     unvalidated: bool,
     left_out: Collection[str],
+    checks: Mapping[str, str],
     asked: Collection[str],
     is_of_size: bool,
 ) -> Iterator[str]:
@@ -40,6 +41,7 @@ def notes(
         checkpointed: whether the trace met gradient checkpointing.
         unvalidated: whether the forward makes distributions.
         left_out: the context managers in the forward that are no part of the graph.
+        checks: the conditions of checks of values, by where they stand.
         asked: the questions about torch's state that the forward asks.
         is_of_size: whether the graph holds what is otherwise at another size of the input.
     """
@@ -55,6 +57,9 @@ def notes(
         yield LEFT_OUT
     if unvalidated:
         yield "torch.distributions does not check the values of its arguments in the cut model"
+    if checks:
+        written = [f"{condition} ({place})" for place, condition in checks.items()]
+        yield f"the cut model does not check the values of tensors: {in_brief(written, 4)}"
     yield from _notes_on_regions(left_out, asked)
     yield from _notes_on_code(root, graph)
     if is_of_size:

@@ -22,6 +22,7 @@ from sffx.compiler.trace.listed import READS_A_NUMBER, Listed
 from sffx.compiler.trace.randomness import Drawn, is_drawn, outcome_of_draw
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
+from sffx.compiler.trace.value_checks import Passed, ValueChecks
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
@@ -34,12 +35,16 @@ class Settled:
 
     Args:
         tracer: makes the graph.
+
+    Attributes:
+        checks: those of values, which the graph does not make.
     """
 
     def __init__(self, tracer: GuidedTracer) -> None:
         self._tracer = tracer
         self._guarded: set[tuple[fx.Node, Any]] = set()
         self._has_data_shapes = False
+        self.checks = ValueChecks()
 
     def note(self, node: fx.Node) -> None:
         """Note a new node, whose shape may depend on data."""
@@ -77,7 +82,10 @@ class Settled:
         try:
             return bool(self.value_of_sizes(condition))
         except RuntimeError:
-            raise RuntimeError("a branch depends on the values of a tensor") from None
+            checked = self.checks.outcome()
+            if checked is None:
+                raise RuntimeError("a branch depends on the values of a tensor") from None
+            return checked
 
     def _is_settled(self, condition: fx.Node) -> bool:
         return batch.is_settled(condition, self._tracer.runner.sizes, self._tracer.runner.takes)
@@ -107,6 +115,7 @@ class Settled:
         """Return what a forward takes out of a tensor.
 
         It is a number that is drawn or made of sizes, or the list of integers that depend on data.
+        In the condition of a check it is unknown.
         """
         if is_drawn(node):
             return Drawn(0.5)
@@ -114,7 +123,13 @@ class Settled:
             example = facts(node).example
             if example.ndim == 1 and example.dtype in _INTEGERS:
                 return Listed(self._tracer.proxy(node))
-        return getattr(self.value_of_sizes(node), method)()
+        try:
+            return getattr(self.value_of_sizes(node), method)()
+        except RuntimeError:
+            checked = self.checks.outcome()
+            if checked is None:
+                raise
+            return Passed(checked)
 
     def _made_of_sizes(self, node: fx.Node) -> tuple[Tensor, list[fx.Node]] | None:
         """Return the value of a tensor and the sizes that it is made of, None for other tensors."""

@@ -217,6 +217,7 @@ def _notes(
         checkpointed=tracer.patches.checkpointed,
         unvalidated=tracer.patches.unvalidated,
         left_out=tracer.regions.left_out,
+        checks=tracer.settled.checks.left_out,
         asked=tracer.regions.asked,
         is_of_size=is_of_size,
     )

@@ -94,7 +94,7 @@ def test_the_location_is_the_innermost_line_of_the_models_own_code() -> None:
 def test_sffx_itself_is_not_the_place_of_an_error_wherever_it_is_installed(monkeypatch) -> None:
     failure = failure_of(Failing(), torch.zeros(2, 2))
     packages = "/usr/lib/python3/site-packages/"
-    monkeypatch.setattr(errors, "_PACKAGE", f"{packages}sffx/")
+    monkeypatch.setattr(errors, "PACKAGE", f"{packages}sffx/")
     monkeypatch.setattr(errors, "_OF_PYTHON", "/usr/lib/python3/")
     frames = [
         traceback.FrameSummary(f"{packages}timm/vit.py", 3, "forward"),

@@ -391,17 +391,20 @@ class Analysis:
 
     def _has_fewer_channels(self, value: Any, layer: Step | None) -> bool:
         """Return whether a value is that of a layer with a part of its channels."""
-        if layer is None or layer.node not in self.channel_axes or not isinstance(value, Tensor):
+        if layer is None or layer.node not in self.channel_axes:
+            return False
+        of_layer = facts(self.nodes[layer.node]).example
+        # A recurrent layer returns several tensors.
+        if not isinstance(value, Tensor) or not isinstance(of_layer, Tensor):
             return False
         axis = self.channel_axes[layer.node]
         # With the batch axis, into which a view may fold channels.
-        before = facts(self.nodes[layer.node]).example.shape
-        now = list(value.shape)
+        before, now = list(of_layer.shape), list(value.shape)
         if len(now) != len(before):
             return False
         channels, now[axis] = now[axis], before[axis]
         is_part = 1 < channels < before[axis] and before[axis] % channels == 0
-        return is_part and now == list(before)
+        return is_part and now == before
 
     def _starts_classifier(
         self, end: Node, shape: tuple[int, ...], before: Any, layer: Step | None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,7 +245,9 @@ class _Positions(nn.Module):
 
     def forward(self, x: Tensor, at: Tensor) -> Tensor:
         with torch.no_grad():
-            return at.to(x.dtype)[None, :, None].expand(len(x), -1, x.shape[2])
+            # A batch size as a plain number makes the module a leaf.
+            samples = operator.index(x.shape[0])
+            return at.to(x.dtype)[None, :, None].expand(samples, -1, x.shape[2])
 
 
 class _Rotary(nn.Module):

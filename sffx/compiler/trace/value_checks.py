@@ -14,11 +14,11 @@ import ast
 import dis
 import linecache
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 
@@ -27,6 +27,11 @@ from sffx.errors import PACKAGE, is_foreign
 
 # A proxy is asked for its truth value by their code.
 _FOLDERS_OF_PROXIES = (PACKAGE, str(Path(torch.fx.__file__).parent))
+
+# A line and a column, and those where it ends.
+Place: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+
+_Statement: TypeAlias = ast.If | ast.Assert | ast.Try | ast.With
 
 # What a branch may call that changes no value.
 _REPORTS = ("print", "warn", "debug", "info", "warning", "error", "exception", "critical")
@@ -54,7 +59,10 @@ class ValueChecks:
         check = _check_at(frame)
         if check is None or any(_is_in_try(each) for each in _frames_of_model(frame)):
             return None
-        outcome = _outcome(check, frame)
+        place_asked = _place_asked(frame)
+        if place_asked is None and _shares_its_line(check, frame):
+            return None
+        outcome = _outcome(check, place_asked)
         if outcome is not None:
             place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
             self.left_out[place] = ast.unparse(check.test)
@@ -102,7 +110,7 @@ def _check_at(frame: FrameType) -> ast.If | ast.Assert | None:
     """Return the innermost statement whose condition is computed in a frame, if it is a check."""
     found: ast.If | ast.Assert | None = None
     for node in _statements(frame.f_code.co_filename):
-        if isinstance(node, ast.Try):
+        if not isinstance(node, (ast.If, ast.Assert)):
             continue
         # An interpreter may be at the first line of the statement.
         if not node.lineno <= frame.f_lineno <= (node.test.end_lineno or node.lineno):
@@ -112,8 +120,12 @@ def _check_at(frame: FrameType) -> ast.If | ast.Assert | None:
     return found
 
 
-def _outcome(check: ast.If | ast.Assert, frame: FrameType) -> bool | None:
-    """Return the outcome of the part of a check that a frame asks for, at which it goes on.
+def _outcome(check: ast.If | ast.Assert, place: Place | None) -> bool | None:
+    """Return the outcome of the part of a check that is asked for, at which the model goes on.
+
+    Args:
+        check: the statement.
+        place: of the part, None where it is not known.
 
     Returns:
         None if it is no check, or if it is not known which part is asked, and it matters.
@@ -127,12 +139,12 @@ def _outcome(check: ast.If | ast.Assert, frame: FrameType) -> bool | None:
     else:
         return None
     parts = dict(_parts(check.test, wanted))
-    asked = _part_asked(list(parts), frame)
-    if asked is not None:
-        return parts[asked]
+    for part, outcome in parts.items():
+        if _holds(part, place):
+            return outcome
     # All of them may want the same, so that it makes no difference.
-    outcomes = set(parts.values())
-    return outcomes.pop() if len(outcomes) == 1 else None
+    is_inside = place is None or _begins(check, place)
+    return parts.popitem()[1] if is_inside and len(set(parts.values())) == 1 else None
 
 
 def _parts(condition: ast.expr, wanted: bool) -> Iterator[tuple[ast.expr, bool]]:
@@ -146,9 +158,9 @@ def _parts(condition: ast.expr, wanted: bool) -> Iterator[tuple[ast.expr, bool]]
         yield condition, wanted
 
 
-def _part_asked(parts: Sequence[ast.expr], frame: FrameType) -> ast.expr | None:
-    """Return the part of a condition that a frame has just computed, None if it is not known."""
-    if sys.version_info < (3, 11):  # its code does not know columns
+def _place_asked(frame: FrameType) -> Place | None:
+    """Return where in its file a frame has just computed what it asks, None if it is not known."""
+    if sys.version_info < (3, 11):
         return None
     code = frame.f_code
     current = frame.f_lasti // 2
@@ -156,11 +168,10 @@ def _part_asked(parts: Sequence[ast.expr], frame: FrameType) -> ast.expr | None:
     if _asks(dis.opname[code.co_code[frame.f_lasti]]):
         # It may stand for the whole statement. What it asks was computed right before.
         positions.pop()
-    for _, line, _, column in reversed(positions):
-        for part in parts:
-            if line is not None and column is not None and _holds(part, line, column):
-                return part
-    return None
+    line, end_line, column, end_column = positions[-1]
+    if line is None or end_line is None or column is None or end_column is None:
+        return None
+    return (line, column), (end_line, end_column)
 
 
 def _asks(instruction: str) -> bool:
@@ -168,11 +179,27 @@ def _asks(instruction: str) -> bool:
     return "JUMP" in instruction or instruction in ("TO_BOOL", "UNARY_NOT")
 
 
-def _holds(part: ast.expr, line: int, column: int) -> bool:
+def _holds(part: ast.expr, place: Place | None) -> bool:
     """Return whether what ends at a place belongs to a part of a condition."""
+    if place is None:
+        return False
     begin = (part.lineno, part.col_offset)
     end = (part.end_lineno or part.lineno, part.end_col_offset or 0)
-    return begin < (line, column) <= end
+    return begin < place[1] <= end
+
+
+def _begins(check: ast.If | ast.Assert, place: Place) -> bool:
+    """Return whether a place begins where a check does.
+
+    The code of an assertion that pytest has rewritten has the place of the whole statement.
+    """
+    return place[0] == (check.lineno, check.col_offset)
+
+
+def _shares_its_line(check: ast.If | ast.Assert, frame: FrameType) -> bool:
+    """Return whether another statement may stand on the lines of a condition."""
+    lines = linecache.getlines(frame.f_code.co_filename)
+    return any(";" in line for line in lines[check.lineno - 1 : check.test.end_lineno])
 
 
 def _computes_nothing(statements: list[ast.stmt]) -> bool:
@@ -193,11 +220,18 @@ def _reports(statement: ast.stmt) -> bool:
 def _is_in_try(frame: FrameType) -> bool:
     """Return whether the code that runs in a frame would catch an error."""
     for node in _statements(frame.f_code.co_filename):
-        if isinstance(node, ast.Try) and node.handlers:
-            first, last = node.body[0].lineno, node.body[-1].end_lineno or 0
-            if first <= frame.f_lineno <= last:
-                return True
+        if not _catches(node):
+            continue
+        first, last = node.body[0].lineno, node.body[-1].end_lineno or 0
+        if first <= frame.f_lineno <= last:
+            return True
     return False
+
+
+def _catches(node: ast.stmt) -> TypeGuard[ast.Try | ast.With]:
+    if isinstance(node, ast.With):
+        return any("suppress" in ast.unparse(item.context_expr) for item in node.items)
+    return isinstance(node, ast.Try) and bool(node.handlers)
 
 
 def _frames_of_model(frame: FrameType) -> Iterator[FrameType]:
@@ -214,16 +248,16 @@ def _calls_the_model(frame: FrameType) -> bool:
     return frame.f_code.co_name == "trace" and frame.f_code.co_filename.startswith(PACKAGE)
 
 
-def _statements(filename: str) -> tuple[ast.If | ast.Assert | ast.Try, ...]:
-    """Return the branches, assertions and `try` of a file, none where its source is not known."""
+def _statements(filename: str) -> tuple[_Statement, ...]:
+    """Return the statements of a file that check or catch, none where its source is not known."""
     return _statements_of("".join(linecache.getlines(filename)))
 
 
 @lru_cache(maxsize=16)
-def _statements_of(source: str) -> tuple[ast.If | ast.Assert | ast.Try, ...]:
+def _statements_of(source: str) -> tuple[_Statement, ...]:
     try:
         tree = ast.parse(source)
     except SyntaxError:  # a cell of a notebook with a magic command
         return ()
-    kinds = (ast.If, ast.Assert, ast.Try)
+    kinds = (ast.If, ast.Assert, ast.Try, ast.With)
     return tuple(node for node in ast.walk(tree) if isinstance(node, kinds))

@@ -34,7 +34,10 @@ Place: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 _Statement: TypeAlias = ast.If | ast.Assert | ast.Try | ast.With
 
 # What a branch may call that changes no value.
-_REPORTS = ("print", "warn", "debug", "info", "warning", "error", "exception", "critical")
+_REPORTS = (
+    *("print", "warn", "warning", "warning_once", "debug", "info", "error", "exception"),
+    "critical",
+)
 
 
 class ValueChecks:

@@ -63,16 +63,17 @@ def table(methods: Methods, costs: dict[str, Any]) -> str:
     It has the test accuracy of every readout in per cent over seeds, and the cost of a step, where
     it was measured.
     """
-    titles = ["method", *READOUTS, "parameters", "peak / BP", "time / BP", "peak, MiB"]
-    titles += ["seeds", "epochs"]
+    # Older measurements have no bytes.
+    has_bytes = any("peak_bytes" in cost for cost in costs.values())
+    titles = ["method", *READOUTS, "parameters", "peak / BP", "time / BP"]
+    titles += [*(["peak, MiB"] if has_bytes else []), "seeds", "epochs"]
     rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for method, runs in methods.items():
-        rows.append(_row(method, runs, costs.get(method)))
+        rows.append(_row(method, runs, costs.get(method, {}), has_bytes))
     return "\n".join(rows)
 
 
-def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None) -> str:
-    cost = cost or {}
+def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float], has_bytes: bool) -> str:
     cells = [method]
     untrained = () if METHODS[method].trains_classifier else OF_CLASSIFIER
     for readout in READOUTS:
@@ -83,8 +84,8 @@ def _row(method: str, runs: list[dict[str, Any]], cost: dict[str, float] | None)
     cells.append(f"{runs[0]['parameters']:,}")
     for key in ("peak", "time"):
         cells.append(f"{cost[key]:.2f}" if key in cost else "–")
-    # Older measurements have no bytes.
-    cells.append(f"{cost['peak_bytes'] / MIB:.0f}" if "peak_bytes" in cost else "–")
+    if has_bytes:
+        cells.append(f"{cost['peak_bytes'] / MIB:.0f}" if "peak_bytes" in cost else "–")
     epochs = [run["epochs"] for run in runs]
     cells += [str(len(runs)), f"{min(epochs)} to {max(epochs)}"]
     return f"| {' | '.join(cells)} |"

@@ -44,7 +44,7 @@ def mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
     if parts is None:
         return change(value, path)
     changed = {key: mapped(part, change, (*path, key)) for key, part in parts.items()}
-    return _rebuilt(value, changed)
+    return rebuilt(value, changed)
 
 
 def values_in(value: Any, path: Path) -> list[tuple[Path, Any]]:
@@ -71,7 +71,7 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
+def rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
     """Return a container like another one, that holds other parts."""
     if type(value) is dict:
         return parts

@@ -37,6 +37,7 @@ from sffx.compiler.facts import (
 )
 from sffx.compiler.trace.trace import Trace
 from sffx.learning.readouts import Readout
+from sffx.nested import rebuilt
 from sffx.net import CutModel, with_plan
 from sffx.parts import (
     CLASSIFIER,
@@ -298,13 +299,11 @@ def _detached(graph: Graph, side: Node, example: Any) -> Any:
         return _detach_tensor(graph, side, f"{side.name}_detached")
     if not isinstance(example, (tuple, list)):
         return side
-    parts = []
+    parts = {}
     for i, part in enumerate(example):
         item = _item(graph, side, i, f"{side.name}_{i}")
-        parts.append(_detached(graph, item, part))
-    if hasattr(example, "_fields"):  # a named tuple
-        return type(example)(*parts)
-    return type(example)(parts)
+        parts[i] = _detached(graph, item, part)
+    return rebuilt(example, parts)
 
 
 def _item(graph: Graph, value: Node, index: int, name: str) -> Node:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sffx.files import write
 from sffx.plots.figure import blank, save
+from sffx.tables import MIB
 from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
 from tools.reproduce.methods import METHODS
 
@@ -26,8 +27,6 @@ READOUTS = (
 
 # What a classifier that has not learnt says nothing of.
 OF_CLASSIFIER = ("classifier", "all and classifier")
-
-MIB = 2**20
 
 # The records of one experiment, by method.
 Methods = dict[str, list[dict[str, Any]]]

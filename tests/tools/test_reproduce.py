@@ -13,7 +13,7 @@ from torch import nn
 
 import sffx
 from tools.reproduce import __main__ as command
-from tools.reproduce.data import Images, Split, load, split
+from tools.reproduce.data import Images, Split, load, paired, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
 from tools.reproduce.networks import NETWORKS, build, classifier_of, example
@@ -214,6 +214,18 @@ def test_split_parts_by_seed_without_overlap():
     assert not numbers[0] & numbers[1]
     assert torch.equal(one.train.x, again.train.x)
     assert not torch.equal(one.train.y, other.train.y)
+
+
+def test_pairs_have_both_digits_side_by_side_and_each_digit_once():
+    shades = torch.tensor([10, 20, 30, 40, 50], dtype=torch.uint8)
+    digits = Images(
+        shades[:, None, None, None].expand(-1, 1, 28, 28), torch.tensor([3, 7, 0, 9, 1])
+    )
+    pairs = paired(digits, 16)
+    assert pairs.x.shape == (2, 3, 16, 16)  # the fifth digit has no partner
+    assert pairs.y.tolist() == [37, 9]
+    assert pairs.x[:, :, :, :8].amax((1, 2, 3)).tolist() == [10, 30]
+    assert pairs.x[:, :, :, 8:].amin((1, 2, 3)).tolist() == [20, 40]
 
 
 def test_load_says_where_images_are_missing(tmp_path):

@@ -25,7 +25,7 @@ import torch
 from sffx.files import write
 from tools.precision import PRECISIONS
 from tools.reproduce.costs import costs
-from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, split
+from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, load_pairs, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.networks import torchvision_weights
 from tools.reproduce.render import render
@@ -62,6 +62,8 @@ def images(experiment: Experiment, folders: Folders) -> tuple[Images, Images]:
         return load_digits(experiment.size)
     if experiment.data == "mnist":
         return load_mnist(folders.data, experiment.size)
+    if experiment.data == "mnist-pairs":
+        return load_pairs(folders.data, experiment.size)
     source = folders.data / experiment.data
     cache = folders.runs / "images"
     train = load(source / "train", cache, experiment.size)

@@ -59,7 +59,8 @@ class Experiment:
     Attributes:
         network: a name in `networks.NETWORKS`.
         data: the folder below `--data` that holds `train/` and `test/`; "digits" are
-            scikit-learn's.
+            scikit-learn's, "mnist" is torchvision's, and "mnist-pairs" are two of it side by side,
+            100 classes.
         size: images are size x size.
         samples: number of training and validation images, taken at random; None takes all.
         batch: batch size.
@@ -280,6 +281,19 @@ RECIPES = {
         OTHER_HEADS["heads-cifar10-cnnb"], methods=(*BESIDE, *ADDITIONS)
     ),
     "recipes-digits-resnet18": replace(DIGITS, methods=(*BESIDE, "mlp, transport", *ADDITIONS)),
+    # 100 classes, for which coarse to fine was made.
+    "recipes-pairs-resnet18": replace(
+        DIGITS,
+        data="mnist-pairs",
+        size=28,
+        samples=10_000,
+        batch=64,
+        epochs=12,
+        policy="stages(4)",
+        methods=("BP", "mlp", "deep supervision, mlp", "mlp, coarse to fine"),
+        trial_epochs=2,
+        precision="bfloat16",
+    ),
 }
 
 # Accuracy against the number of blocks: the same network in 2, 4 and 9 blocks, and uncut.

@@ -305,7 +305,7 @@ class Patches:
             return draw(*args, **kwargs)
         if kwargs or args not in ((), (0.0, 1.0)):
             raise RuntimeError(DRAWS)
-        return Drawn(0.5)
+        return Drawn()
 
     def _refuse(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws something that a graph would freeze."""

@@ -68,11 +68,13 @@ def state_of_torch() -> bytes:
     return torch.random.default_generator.get_state().numpy().tobytes()
 
 
-class Drawn(float):
+class Drawn:
     """Stands, during a trace, for a number that was drawn from [0, 1), as by `random.random()`.
 
     Some comparisons have one outcome: a layer that is dropped with probability 0 is never dropped.
     """
+
+    # No float: C code such as `math.log` or `torch.tensor` reads the number of one without asking.
 
     # So a number of NumPy leaves the comparison to this class, in any order.
     __array_ufunc__ = None
@@ -127,8 +129,8 @@ def outcome_of_draw(node: fx.Node) -> bool | None:
         return None
     sides: list[Any] = []
     for side in node.args:
-        sides.append(Drawn(0.5) if isinstance(side, fx.Node) and is_drawn(side) else side)
-    if not all(isinstance(side, (int, float)) for side in sides):
+        sides.append(Drawn() if isinstance(side, fx.Node) and is_drawn(side) else side)
+    if not all(isinstance(side, (int, float, Drawn)) for side in sides):
         return None
     try:
         return bool(getattr(operator, node.target.__name__)(*sides))

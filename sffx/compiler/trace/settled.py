@@ -118,7 +118,7 @@ class Settled:
         In the condition of a check it is unknown.
         """
         if is_drawn(node):
-            return Drawn(0.5)
+            return Drawn()
         if method == "tolist" and self._made_of_sizes(node) is None:
             example = facts(node).example
             if example.ndim == 1 and example.dtype in _INTEGERS:

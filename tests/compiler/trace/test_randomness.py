@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import random
 
@@ -20,7 +21,13 @@ DRAWS = [
     lambda: torch.rand(()).item(),
     lambda: torch.randn(()).item(),
 ]
-FROZEN = [*DRAWS, lambda: random.random(), lambda: np.random.uniform()]
+READ_BY_C = [
+    lambda: math.log(random.random()),
+    lambda: torch.tensor(random.random()),
+    lambda: torch.ones(6) * np.random.uniform(),
+    lambda: torch.full((6,), torch.rand(()).item()),
+]
+FROZEN = [*DRAWS, lambda: random.random(), lambda: np.random.uniform(), *READ_BY_C]
 
 
 def _states() -> tuple[object, ...]:

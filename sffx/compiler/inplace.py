@@ -266,8 +266,10 @@ def _has_inplace(target: object) -> bool:
 def _call_with_inplace_false(node: Node) -> None:
     assert callable(node.target)
     place = list(inspect.signature(node.target).parameters).index("inplace")
-    node.args = tuple(node.args[:place])
-    node.kwargs = {**node.kwargs, "inplace": False}
+    if len(node.args) > place:
+        node.args = (*node.args[:place], False, *node.args[place + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, "inplace": False}
 
 
 def _without_underscore(target: object) -> str | Callable[..., object] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sffx
 from sffx.compiler.inplace import keep_foreign_values
@@ -42,6 +42,11 @@ def flattened(model: nn.Module, x: Tensor) -> Tensor:
     return x.flatten(1).relu_()
 
 
+@fx.wrap
+def leaky(x: Tensor, inplace: bool = False, slope: float = 0.01) -> Tensor:
+    return F.leaky_relu_(x, slope) if inplace else F.leaky_relu(x, slope)
+
+
 # name: the operation, the block behind the cut before the pass, and after it.
 FORMS = {
     "module": (
@@ -58,6 +63,11 @@ FORMS = {
         lambda model, x: F.leaky_relu(x, 0.1, True),
         "leaky_relu = leaky_relu(first, negative_slope=0.1, inplace=True)",
         "leaky_relu = leaky_relu(first, negative_slope=0.1, inplace=False)",
+    ),
+    "wrapped function with another argument behind": (
+        lambda model, x: leaky(x, True, 0.5),
+        "leaky = leaky(first, True, 0.5)",
+        "leaky = leaky(first, False, 0.5)",
     ),
     "operator": (
         add_in_place,

@@ -79,6 +79,7 @@ def _require_copyable(model: nn.Module) -> None:
     for qualname, module in model.named_modules():
         for kind in type(module).__mro__:
             slots = vars(kind).get("__slots__", ())
+            slots = (slots,) if isinstance(slots, str) else slots
             kept = [name for name in slots if not name.startswith("__") and hasattr(module, name)]
             if kept:
                 raise InputError(

@@ -251,9 +251,19 @@ class _Slotted(_Net):
         self.factor = 2.0
 
 
+class _SlottedByText(_Net):
+    __slots__ = "factor"
+
+    def __init__(self) -> None:
+        super().__init__(_in_a_dictionary)
+        self.factor = 2.0
+
+
 def test_what_a_copy_would_lose_or_share_is_refused_by_name():
     with pytest.raises(InputError, match="_Slotted keeps 'factor' in a slot"):
         sffx.plan(_Slotted())
+    with pytest.raises(InputError, match="_SlottedByText keeps 'factor' in a slot"):
+        sffx.plan(_SlottedByText())
     model = _Net(_in_a_dictionary)
     model.first = torch.compile(model.first, backend="eager")
     with pytest.raises(InputError, match="'first' is compiled"):

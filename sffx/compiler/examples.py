@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from sffx.arguments import Arguments, arguments_of
 from sffx.compiler.batch_axis import BATCH_SIZES, at_batch_size, batch_sizes
 from sffx.compiler.calls import call, signature
 from sffx.compiler.example_dtypes import DtypeWatch, have_own_dtype, other_dtypes
+from sffx.compiler.fake import failures_unlogged
 from sffx.compiler.likely_inputs import likely_inputs, only_argument
 from sffx.errors import InputError, backbone_hint, failure_in_words
 
@@ -303,7 +303,7 @@ def _failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Ex
     """Return the error that a model raises on an input, None if it runs or might run."""
     try:
         # Outside of the mode: a table that the forward makes, and may keep in a cache, has values.
-        with _quiet_fakes(), warnings.catch_warnings():
+        with failures_unlogged(), warnings.catch_warnings():
             # Gradient checkpointing warns when it runs without gradients.
             warnings.simplefilter("ignore")
             try_call(model, form, values)
@@ -354,18 +354,6 @@ def try_call(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> An
     except Exception:
         with torch.enable_grad():
             return call(model, form, values)
-
-
-@contextmanager
-def _quiet_fakes() -> Iterator[None]:
-    """Switch off the log of fake tensors: a shape that does not fit is an answer here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
 
 
 def _what_to_do(model: nn.Module, failure: Exception | None, example_input: Any) -> str:

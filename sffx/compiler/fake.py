@@ -27,6 +27,9 @@ M = TypeVar("M", bound=nn.Module)
 
 _LOGGER_OF_TORCH = logging.getLogger("torch._subclasses.fake_tensor")
 
+# How the messages begin by which torch logs an operation that failed on fake tensors.
+_LOGGED_FAILURES = ("failed while attempting to run meta", "fake tensor raised TypeError")
+
 
 def _refuse_values(*_: Any) -> Any:
     """Stand in for methods that give each value of a tensor to a function of Python."""
@@ -46,7 +49,7 @@ def failures_unlogged() -> Iterator[None]:
     """
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("failed while attempting to run meta")
+        return not str(record.msg).startswith(_LOGGED_FAILURES)
 
     _LOGGER_OF_TORCH.addFilter(is_other)
     try:

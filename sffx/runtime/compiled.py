@@ -131,7 +131,7 @@ class Compilation:
         self._options = options
         self._skeletons: dict[Stage, Skeleton] = {}
         self._compiled: dict[Any, _Compiled] = {}
-        self._checked: set[Any] = set()
+        self._checked: dict[tuple[Stage, int], Any] = {}
         self._reasons: dict[str, str] = {}
         self._in_use: set[str] = set()
 
@@ -201,11 +201,15 @@ class Compilation:
     def _is_first(self, stage: Stage, use: Any) -> bool:
         """Return whether a stage is used in a way for the first time, when it runs as it is.
 
-        So what is wrong with it or its loss is found. What its forward has set by the second time
-        would be lost in compiled code, which sets nothing.
+        An error of the block or of its loss is then explained as for any net. And an attribute that
+        its forward sets shows as changed afterwards (`Skeleton.why_not`): compiled code sets none.
         """
-        if (stage, use) not in self._checked:
-            self._checked.add((stage, use))
+        # A loop may make a lambda or a bound method in each step, always of the same code.
+        code = getattr(use, "__code__", use)
+        # By identity, since a loss may have no hash. It is held, so that its `id` stays its own.
+        key = stage, id(code)
+        if key not in self._checked:
+            self._checked[key] = code
             return True
         return False
 

@@ -4,6 +4,7 @@ The backend "aot_eager" runs the graphs with torch's own operators, so values ag
 """
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -128,6 +129,26 @@ def test_a_loss_of_ones_own_and_smaller_batches():
         x, y = batch(samples)
         losses = [sffx.local_loss(net, x, y, loss_fn) for net in (plain, compiled)]
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+
+
+@dataclass
+class Scaled:
+    """A loss without a hash, since it compares by its fields."""
+
+    factor: float
+
+    def __call__(self, scores, y):
+        return self.factor * F.cross_entropy(scores, y)
+
+
+def test_a_loss_may_have_no_hash_or_be_made_in_each_step():
+    plain, compiled = pair()
+    x, y = batch()
+    for _ in range(2):
+        for loss_fn in (Scaled(2.0), lambda scores, y: 2.0 * F.cross_entropy(scores, y)):
+            losses = [sffx.local_loss(net, x, y, loss_fn) for net in (plain, compiled)]
+            torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    assert set(compiled_blocks(compiled).values()) == {"compiled"}
 
 
 def test_some_blocks_learn_and_frozen_ones_stay():

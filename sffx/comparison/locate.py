@@ -105,7 +105,7 @@ def first_broken_block(run_trunk: Callable[[], Any], trunk: Trunk) -> Place:
 
     Args:
         run_trunk: runs the trunk, with gradients.
-        trunk: of the cut model.
+        trunk: of the cut model. It is changed, and of no other use afterwards.
     """
     outputs: dict[str, Any] = {}
     trunk.detaches = True

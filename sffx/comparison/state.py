@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sffx.comparison.runs import relative_error
 from sffx.comparison.trunk import Trunk
 from sffx.comparison.weights import other_names, same, state_of
+from sffx.compiler.qualnames import holders
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -44,11 +45,8 @@ def is_idle(model: nn.Module, held: dict[str, Any], name: str) -> bool:
 
     The logits do not depend on such a module, and the plan says so.
     """
-    while name:
-        name = name.rpartition(".")[0]
-        if not name:
-            return False
-        weights = [f"{name}.{own}" for own, _ in model.get_submodule(name).named_parameters()]
+    for holder in holders(name):
+        weights = [f"{holder}.{own}" for own, _ in model.get_submodule(holder).named_parameters()]
         if weights and not any(weight in held for weight in weights):
             return True
     return False

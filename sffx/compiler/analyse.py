@@ -182,7 +182,7 @@ class Analysis:
 
         No cut can lie between their uses.
         """
-        names = dict.fromkeys(self._shared_by_step[:-1])
+        names = dict.fromkeys(self._shared_by_step)
         return tuple(name for name in names if name)
 
     @cached_property
@@ -399,11 +399,13 @@ class Analysis:
             return False
         axis = self.channel_axes[layer.node]
         # With the batch axis, into which a view may fold channels.
-        before, now = list(of_layer.shape), list(value.shape)
+        before = list(of_layer.shape)
+        now = list(value.shape)
         if len(now) != len(before):
             return False
-        channels, now[axis] = now[axis], before[axis]
-        is_part = 1 < channels < before[axis] and before[axis] % channels == 0
+        channels_before = before.pop(axis)
+        channels = now.pop(axis)
+        is_part = 1 < channels < channels_before and channels_before % channels == 0
         return is_part and now == before
 
     def _starts_classifier(
@@ -421,8 +423,9 @@ class Analysis:
     def _join_of_step(self, name: str) -> str:
         """Return how the paths of a step meet; a product with a layer on each path is no gate."""
         join = self.join(name)
-        is_gate = join != "product" or min(self.layers_on_paths(name), default=0) == 0
-        return join if is_gate else "other"
+        if join == "product" and min(self.layers_on_paths(name), default=0) > 0:
+            return "other"
+        return join
 
     def _numbers(self, values: Iterable[str]) -> int:
         """Return how many numbers the tensors among some values hold."""
@@ -461,7 +464,7 @@ class Analysis:
 
 
 def _candidate_hint(name: str, candidates: Sequence[Cut]) -> str:
-    """Return the candidates, and those whose names are like the name of no candidate."""
+    """Return a hint that lists the candidates, first those whose names resemble a name."""
     if not candidates:
         return "the model has no candidates"
     main_values = [main_value(cut) for cut in candidates]

@@ -159,7 +159,7 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
         return rows if _all_plain(sources, axis) else None
     if operation == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
-    # A concatenation along another axis does as well.
+    # So does a concatenation.
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
     if operation in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)

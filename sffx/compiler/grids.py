@@ -59,7 +59,9 @@ class Grids:
         before: dict[str, set[Size]] = {}
         for node in self._nodes:
             before[node.name] = self._own_size(node)
-            for source in () if self._is_of_sample(node) else _token_sources(node):
+            if self._is_of_sample(node):
+                continue
+            for source in _token_sources(node):
                 before[node.name] |= before[source.name]
         return before
 

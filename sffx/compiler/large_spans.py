@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
@@ -77,7 +78,8 @@ def _is_large(steps: Steps, sizes: list[int], span: range) -> bool:
     """Return whether a span has most of the parameters, or several layers with a third."""
     share = sum(sizes[i] for i in span) / max(sum(sizes), 1)
     num_layers = sum(steps[i].weighted for i in span)
-    return share > (LARGE_BLOCK if num_layers > 1 else 1 / 2)
+    most = LARGE_BLOCK if num_layers > 1 else 1 / 2
+    return share > most
 
 
 def _residual_modules(analysis: Analysis, span: range) -> set[str]:
@@ -114,15 +116,14 @@ def _most_even(
     if size <= LARGE_BLOCK * sum(sizes):
         return []
     best = None
-    smallest = 0
+    smallest = math.inf
     for place in places:
         if not before < place < end or _only_embeds(analysis, before + 1, place + 1):
             continue
         left = sum(sizes[before + 1 : place + 1])
         right = sum(sizes[place + 1 : end + 1])
         larger = max(left, right)
-        is_better = best is None or larger < smallest
-        if is_better and has_weight(analysis.steps, place + 1, end + 1):
+        if larger < smallest and has_weight(analysis.steps, place + 1, end + 1):
             best = place
             smallest = larger
     if best is None:

@@ -35,8 +35,9 @@ class Masks:
     ) -> None:
         self._flow = flow
         self._channel_axes = channel_axes
+        # They come first among the nodes.
         placeholders = takewhile(lambda node: node.op == "placeholder", flow.nodes.values())
-        self._inputs: dict[Node, Input] = {}  # they come first among the nodes
+        self._inputs: dict[Node, Input] = {}
         for node, read in zip(placeholders, inputs, strict=True):
             self._inputs[node] = read
         self.nodes = [node for node, read in self._inputs.items() if read.marks_tokens]

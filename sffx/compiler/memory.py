@@ -80,6 +80,8 @@ def save_memory_in(block: GraphModule, *, feeds_head: bool, recompute: bool) -> 
         if _is_max_pool(block, node):
             _move_relu_behind(block, node)
             _replace_max_pool(block, node)
+    # The list still has the items of an attention's result that were erased with the attention. No
+    # rewrite is for such nodes.
     for node in list(block.graph.nodes):
         if recompute and _can_recompute(block, node):
             _take_over(block, node)

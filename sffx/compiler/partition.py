@@ -160,11 +160,11 @@ def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
     inside = set(nodes)
     sides = []
     for node in nodes:
-        for user in node.users:
-            is_later_block = user not in inside and user.op != "output"
-            if is_later_block and node.name != output:
-                sides.append(node)
-                break
+        if node.name == output:
+            continue
+        # The output of the model is no block, though it lies outside of this one.
+        if any(user not in inside and user.op != "output" for user in node.users):
+            sides.append(node)
     return sides
 
 
@@ -243,6 +243,7 @@ def _value(name: str, example: object, other: Any, batch: Any) -> Value:
         return Value(name, shape, str(example.dtype).removeprefix("torch."), batch=batch)
     if isinstance(example, (tuple, list)):
         parts = []
+        # `batch` has no axes where the number of parts changes with the batch.
         for one, two, axis in zip(example, other, batch, strict=False):
             parts.append(_value("", one, two, axis))
         return Value(name, (), type(example).__name__, tuple(parts))

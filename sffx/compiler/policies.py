@@ -298,7 +298,7 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
         parts: how many.
     """
     places = len(cost)
-    reached = np.asarray(cost) / max(cost[-1], 1.0)
+    reached = np.asarray(cost) / max(cost[-1], 1.0)  # 1.0 where nothing is multiplied
     part_costs = reached[None, :] - reached[:, None]  # of a part from row to column
     squares = part_costs**2
     # A part goes forward, by one place at least.
@@ -310,7 +310,8 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
         total = best[:, None] + squares
         sources.append(total.argmin(0))
         best = total.min(0)
-    # The last part ends in the last place. Where it starts, the part before it ends.
+    # The last part ends in the last place. Where it starts, the part before it ends. The first
+    # part starts at 0, so its source tells nothing.
     ends = [places - 1]
     for source in reversed(sources[1:]):
         ends.append(int(source[ends[-1]]))

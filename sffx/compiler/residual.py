@@ -51,8 +51,9 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
     """
     parts: dict[str, dict[Any, Any]] = {}  # the joins of each owner, comparable
     for step in joins.values():
+        parts_of_owner = parts.setdefault(step.scope, {})
         # Several uses of the same layers are one part.
-        parts.setdefault(step.scope, {})[_parameters(analysis, step)] = _form(analysis, step)
+        parts_of_owner[_parameters(analysis, step)] = _form(analysis, step)
     leaves = _leaves_with_layers(analysis)
     scopes = _scopes(analysis)
     owners = {*parts, *leaves}

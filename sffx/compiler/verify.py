@@ -228,6 +228,7 @@ def _reached(value: Tensor) -> Iterator[Tensor]:
         step = ahead.pop()
         if step is None:
             continue
+        # Only AccumulateGrad, the function of a leaf, has a variable.
         if hasattr(step, "variable"):
             yield step.variable
         for following, _ in step.next_functions:

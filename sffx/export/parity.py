@@ -70,6 +70,7 @@ def require_tolerance(tolerance: object) -> None:
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:
     """Return max|a - b| / max|b|."""
+    # Where all scores are zero, 0 / 0 would be NaN, which counts as a difference.
     scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float((scores.double() - expected.double()).abs().max() / scale.double())
 

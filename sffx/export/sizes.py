@@ -27,7 +27,7 @@ Program = TypeVar("Program")
 Axes = dict[int, str]
 
 TRACED_BATCH = 2
-VERIFIED_BATCHES = (1, 3)
+VERIFIED_BATCHES = (1, 3)  # others than the traced one
 # What is added to height and width for a second size: multiples of the strides of common models,
 # and two different numbers, so that an exporter cannot take both axes for one.
 GROWTH = (32, 64)

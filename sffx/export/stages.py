@@ -98,11 +98,12 @@ def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:
         values[each.name] = example
     stages = []
     batched: dict[str, BatchAxis] = {}
-    for i, stage in enumerate(reported(runner.stages, "blocks exported", len(runner.stages))):
-        file = f"{stage.name}.onnx"
+    for i, on_torch in enumerate(reported(runner.stages, "blocks exported", len(runner.stages))):
+        file = f"{on_torch.name}.onnx"
         goodness = goodness_name(i)
-        stage.score(values)
-        stage = on_tensors(stage, values, runner.batched, TRACED_BATCH)
+        # First, since the values that it gives say which of them are tensors.
+        on_torch.score(values)
+        stage = on_tensors(on_torch, values, runner.batched, TRACED_BATCH)
         _require_real(stage, values)
         batched.update(_axes_of_tensors(stage, runner.batched))
         arguments = tuple(values[name] for name in stage.inputs)

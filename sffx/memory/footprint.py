@@ -399,6 +399,7 @@ def _resident(net: fx.GraphModule) -> tuple[int, ...]:
         tensors: list[Tensor] = []
         for module in stage.modules:
             tensors += [*module.parameters(), *module.buffers()]
+        # Without the step counters, which stay in host memory.
         state = STATES * _bytes(stage.trainable) if stage in learning else 0
         resident.append(_bytes(tensors) + state)
     return tuple(resident)

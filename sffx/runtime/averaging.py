@@ -156,6 +156,7 @@ class _Bucket:
 
     @torch.no_grad()
     def _fill(self, gradients: Gradients, share: float) -> None:
+        # The views of the buffers lie behind those of the parameters.
         for parameter, view in zip(self._parameters, self._views, strict=False):
             if parameter in gradients:
                 torch.mul(gradients[parameter].detach(), share, out=view)

@@ -192,6 +192,7 @@ def _run(net: fx.GraphModule, loader: Iterable[Any], last: Stage, rows: _Rows) -
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
     """Return x and y of what a loader yielded, on a device."""
     x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    # It makes a plain mapping of cached values.
     moved, y = split_batch(batch, device)
     return (x.to(device) if isinstance(x, CutValues) else moved), y
 
@@ -245,7 +246,7 @@ class _Layout:
         for name, tensor in tensors.items():
             field = _Field(name, tuple(tensor.shape[1:]), tensor.dtype, self.size)
             fields.append(field)
-            # A tensor of a dtype can be read only where its address is a multiple of its size.
+            # Rounded up: a dtype can be read only at an address that is a multiple of its size.
             self.size = -(-field.stop // ALIGNMENT) * ALIGNMENT
         self.fields = tuple(fields)
 

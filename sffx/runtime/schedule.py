@@ -297,7 +297,8 @@ def _plateau(losses: Sequence[float], patience: int, threshold: float) -> int:
     lowest = math.inf
     end = 0
     for epoch, loss in enumerate(losses):
-        # Losses such as a mean of logarithms may be negative, so the share is of the size.
+        # Losses such as a mean of logarithms may be negative, so the share is of the size. Infinity
+        # less a share of infinity is not a number, so the first loss is asked for.
         if loss < lowest - threshold * abs(lowest) or math.isinf(lowest):
             lowest = loss
             end = epoch + 1

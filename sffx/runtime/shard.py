@@ -50,10 +50,10 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
 
     Every process must call it, before the optimizer is made. `local_loss`, `local_step` and
     `evaluate` then gather the parameters of one block and its head at a time, and those of the next
-    one meanwhile. Gradients are
-    averaged over the processes at every call, also where gradient sync is off. So are the running
-    statistics of batch norms. Other buffers become those of the first process, as in
-    `DistributedDataParallel`. So the model is the same everywhere, and a checkpoint has all of it.
+    one meanwhile. Gradients are averaged over the processes at every call, also where gradient sync
+    is off. So are the running statistics of batch norms. Other buffers become those of the first
+    process, as in `DistributedDataParallel`. So the model is the same everywhere, and a checkpoint
+    has all of it.
 
     For `extract` and the exports, get the whole weights by
     `get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))` of
@@ -269,6 +269,7 @@ class Sharding(Residency):
     def _drop_coming(self) -> None:
         """Let go of what was gathered for a stage that did not run: its weights may change."""
         for module in self._coming:
+            # This waits for what `_gather` began. FSDP would take it for the next gathering.
             module.unshard()
             module.reshard()
         self._coming = []
@@ -295,8 +296,8 @@ class Sharding(Residency):
                 start.backward(gradient)
             return {p: p.grad for p in parameters if p.grad is not None}
         finally:
-            for parameter, gradient in zip(parameters, held, strict=True):
-                parameter.grad = gradient
+            for parameter, earlier in zip(parameters, held, strict=True):
+                parameter.grad = earlier
 
     def release(self, stage: Stage, *, changed: bool) -> None:
         """Let go of a stage's gathered parameters, and make its buffers the same everywhere.

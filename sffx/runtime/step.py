@@ -184,6 +184,7 @@ def local_step(
             net, x, y, loss_fn, residency, only=blocks, on_block=on_block, hooks_wait=False
         ):
             losses.append(learned.loss)
+            # Asked before the update, which takes the gradients out.
             changed = bool(learned.gradients)
             own = optimizers.get(learned.stage.name)
             # `learned` lives on while the next stage runs, but its gradients must not.

@@ -87,6 +87,7 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
     except TraceError:
         raise
     except Exception as failure:
+        # The next attempt opens a layer, or replaces a builtin, so no leaf is needed yet.
         if tracer.has_opened or tracer.functions.asked.take_new():
             return None
         if tracer.functions.add(failure, _reason(failure)):

@@ -27,13 +27,15 @@ def input_records(graph: fx.Graph, root: nn.Module, names: tuple[str, ...]) -> t
 def _record(node: fx.Node, root: nn.Module, name: str) -> Input:
     value = facts(node).example
     longest = longest_packed(node)
+    # Lengths run from 1 to that of the longest sequence.
+    low, high = (1, longest + 1) if longest else (0, _high(node, value, root))
     return Input(
         name=name,
         shape=tuple(value.shape[1:]),
         dtype=str(value.dtype).removeprefix("torch."),
-        high=longest + 1 if longest else _high(node, value, root),
+        high=high,
         marks_tokens=_marks_tokens(name, value),
-        low=1 if longest else 0,
+        low=low,
         value="" if node.name == name else node.name,
     )
 

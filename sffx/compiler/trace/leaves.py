@@ -48,8 +48,9 @@ def _joins(module: nn.Module) -> bool:
     for parameter in signature(module).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             return True
-        is_optional = parameter.kind is parameter.VAR_KEYWORD
-        required += parameter.default is parameter.empty and not is_optional
+        has_default = parameter.default is not parameter.empty
+        if not has_default and parameter.kind is not parameter.VAR_KEYWORD:
+            required += 1
     return required > 1
 
 

@@ -44,6 +44,7 @@ class LocalCode:
         return made if owner is None else MethodType(made, owner)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalCode:
+        # Nothing in it changes, and a copy would copy all that the file of the function holds.
         return self
 
     def __reduce__(self) -> Any:

@@ -48,7 +48,9 @@ def _readers(probe: nn.Module) -> dict[nn.Module, str]:
         of_parts: set[str] = set()
         for part in holder.modules():
             of_parts |= changed.get(part, set())
-        read = of_parts & _names_read(type(holder)) if of_parts else of_parts
+        if not of_parts:
+            continue
+        read = of_parts & _names_read(type(holder))
         if read:
             found[holder] = min(read)
     return found

@@ -83,6 +83,7 @@ _DRAWS_OF_PYTHON = (
     *("sample", "shuffle"),
 )
 
+# torch's own, which nodes call, while a stand-in has its name during a trace.
 _RAND = torch.rand
 
 
@@ -292,7 +293,8 @@ class Patches:
         self.tracer.regions.enter_autocast(context._enabled, self.tracer.place)
 
     def _enter_enable_grad(self, _: Any) -> None:
-        # Distributions enter it for some attributes, whose gradients the graph has as well.
+        # Distributions enter it for some attributes, whose gradients the graph has as well. Frame 1
+        # is that of `entered`, and frame 2 that of the code with the context.
         if not is_of_torch(sys._getframe(2)):
             self.tracer.regions.enter_enable_grad(self.tracer.place)
 
@@ -303,6 +305,7 @@ class Patches:
         """Stand in for what draws a number; a node that runs on its example may draw."""
         if self.tracer.is_running:
             return draw(*args, **kwargs)
+        # Of other ranges, and of arrays, `Drawn` knows no outcome of a comparison.
         if kwargs or args not in ((), (0.0, 1.0)):
             raise RuntimeError(DRAWS)
         return Drawn()

@@ -81,6 +81,7 @@ class GuidedProxy(fx.Proxy):
         return tracer.settled.length(self, sys._getframe(1))
 
     def __index__(self) -> int:
+        # Without the caller: `range(n)` and `values[n]` call no builtin that could be replaced.
         return self._number(int)
 
     def __int__(self) -> int:

@@ -180,6 +180,7 @@ class NodeRunner:
             return  # in the other mode it needs values, or does not run
         finally:
             module.train(self.training)
+            # Parts may have had other modes, and `train` sets one for all.
             for each, training in modes.items():
                 each.training = training
             self.is_running = False
@@ -378,9 +379,13 @@ def _statistics(node: fx.Node) -> list[Any]:
     """Return the running statistics that a node writes; torch does not count these writes."""
     if node.target not in (F.batch_norm, F.instance_norm):
         return []
-    read = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-    is_training = read.get("training", read.get("use_input_stats", node.target is F.instance_norm))
-    return [read.get("running_mean"), read.get("running_var")] if is_training else []
+    given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    # The defaults are torch's.
+    if node.target is F.instance_norm:
+        writes = given.get("use_input_stats", True)
+    else:
+        writes = given.get("training", False)
+    return [given.get("running_mean"), given.get("running_var")] if writes else []
 
 
 def _axes(value: Any) -> Any:

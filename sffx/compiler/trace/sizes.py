@@ -240,8 +240,8 @@ def _varies(condition: fx.Node, outcome: Any, values: Values) -> bool:
             return True
         for read in node.all_input_nodes:
             # Where one size is taken of a shape, the other sizes do not count.
-            is_whole = node.target is operator.getitem and isinstance(example, int)
-            if not is_whole and _is_of_numbers(facts(read).example):
+            takes_one_size = node.target is operator.getitem and isinstance(example, int)
+            if not takes_one_size and _is_of_numbers(facts(read).example):
                 ahead.append(read)
     return False
 
@@ -257,7 +257,7 @@ def other_arguments(arguments: dict[str, Any], mode: FakeTensorMode) -> Iterator
 
     Floats (B, F) are features as a rule. As waves (B, T) they come last.
     """
-    # Beside the sizes of the example, which are to change.
+    # The example's own sizes count as tried: they are no other sizes.
     tried = [[value.shape for value in arguments.values()]]
     changes = itertools.product((False, True), (_one_more, _twice, _half), (1, 2))
     for are_waves, change, axis_of_length in changes:

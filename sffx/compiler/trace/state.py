@@ -280,7 +280,8 @@ def _numbers(probe: nn.Module) -> dict[nn.Module, dict[str, Any]]:
     shared: dict[type, dict[str, Any]] = {}
     numbers = {}
     for module in probe.modules():
-        # The model's own buffers are fake. A trace sees what is written on them.
+        # A forward may register buffers, which have values. Those of the model itself are fake, and
+        # have no numbers: a trace sees what is written on them.
         own = {}
         for name, value in {**module._buffers, **vars(module)}.items():
             if name not in OF_EVERY_MODULE and not name.startswith("__"):

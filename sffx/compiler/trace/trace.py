@@ -286,11 +286,13 @@ def _at_other_sizes(
         run: returns the values of the nodes on other inputs, as far as the graph runs there.
     """
     others = other_arguments(probed.values, probed.mode)
+    # All of these are lazy: no size is tried once there are enough.
     if any(map(is_guard, graph.nodes)):
-        takes = partial(runs, probed.probe, probed.form)
-        yield from map(run, islice(filter(takes, others), 3))
+        taken = filter(partial(runs, probed.probe, probed.form), others)
+        yield from map(run, islice(taken, 3))
     else:
-        yield from islice(filter(partial(is_complete, graph), map(run, others)), 1)
+        complete = filter(partial(is_complete, graph), map(run, others))
+        yield from islice(complete, 1)
 
 
 def _make_leaves_of_counters(

@@ -19,9 +19,7 @@ from sffx.compiler.calls import call
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.attribute_views import AttributeViews
 from sffx.compiler.trace.constants import Constants
-from sffx.compiler.trace.data_shapes import (
-    data_shaped_target,
-)
+from sffx.compiler.trace.data_shapes import data_shaped_target
 from sffx.compiler.trace.flags import flag_target
 from sffx.compiler.trace.functions import (
     Callee,
@@ -306,6 +304,7 @@ class GuidedTracer(fx.Tracer):
         qualname = self.path_of_module(m)
         if self.is_leaf_module(m, qualname):
             self._open_if_replaced(m, (args, kwargs))
+        # Asked again, since a layer that was opened is no leaf any more.
         is_leaf = self.is_leaf_module(m, qualname)
         call = functools.partial(super().call_module, m, forward, args, kwargs)
         if is_leaf and m in self.opened:

@@ -147,7 +147,10 @@ def _outcome(check: ast.If | ast.Assert, place: Place | None) -> bool | None:
             return outcome
     # All of them may want the same, so that it makes no difference.
     is_inside = place is None or _begins(check, place)
-    return parts.popitem()[1] if is_inside and len(set(parts.values())) == 1 else None
+    outcomes = set(parts.values())
+    if is_inside and len(outcomes) == 1:
+        return outcomes.pop()
+    return None
 
 
 def _parts(condition: ast.expr, wanted: bool) -> Iterator[tuple[ast.expr, bool]]:

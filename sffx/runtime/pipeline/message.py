@@ -112,6 +112,7 @@ def _dense(tensor: Tensor) -> Tensor:
             "which cannot be sent to another process. "
             "Hint: cuts=[...] puts the boundary between two processes elsewhere"
         )
+    # The bytes of a conjugated or negated view are those of its base.
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain if _fills_its_memory(plain) else plain.contiguous()
 
@@ -119,7 +120,7 @@ def _dense(tensor: Tensor) -> Tensor:
 def _fills_its_memory(tensor: Tensor) -> bool:
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
+        if size == 1:  # such an axis has any stride
             continue
         if stride != expected:
             return False

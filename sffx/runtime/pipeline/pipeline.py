@@ -151,6 +151,7 @@ class Pipeline:
             self._begins = self._first_blocks(cuts, example_input)
             self._stages = self._stages_of(self.place.stage)
             self._own_parts()
+        # `usable` has refused models with another residency.
         self._residency = Residency(self.net)
 
     @property
@@ -239,8 +240,9 @@ class Pipeline:
                     self._train_batch(batch, epoch, lessons, steps, sums)
             steps.finish()
             self.bytes_sent += epoch.bytes_sent
-            busy = 1 - (watch.waited - waited) / (time.monotonic() - start)
-            return self._mean_losses(sums, busy)
+            seconds = time.monotonic() - start
+            seconds_waited = watch.waited - waited
+            return self._mean_losses(sums, busy=1 - seconds_waited / seconds)
 
     def _train_batch(
         self,

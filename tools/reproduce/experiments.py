@@ -316,11 +316,25 @@ FULL_DEPTH = replace(
     precision="bfloat16",
     methods=("SFF", "mlp", "mlp(256, 4)", "deep supervision, mlp(256, 4)"),
 )
+# The second network. Its convolutions of one channel each are slow in bfloat16.
+FULL_MOBILENET = replace(
+    FULL_DEPTH,
+    network="MobileNetV3-small",
+    momentum=0.1,
+    precision="float32",
+    settings="depth-mobilenetv3-4",
+    methods=("SFF", "mlp(256, 4)"),
+)
 FULL_BLOCKS = {
     "depth-full-1": replace(FULL_DEPTH, policy="residual", methods=("BP",), settings=None),
     "depth-full-2": replace(FULL_DEPTH, policy="stages(2)"),
     "depth-full-4": FULL_DEPTH,
     "depth-full-9": replace(FULL_DEPTH, policy="stages(9)"),
+    "depth-mobilenetv3-1": replace(
+        FULL_MOBILENET, policy="residual", methods=("BP",), settings=None
+    ),
+    "depth-mobilenetv3-4": FULL_MOBILENET,
+    "depth-mobilenetv3-13": replace(FULL_MOBILENET, policy="residual"),
 }
 
 # The Forward-Forward family, beside SFF and backpropagation on the same network. The recipes are

@@ -206,6 +206,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "CFSE, grey": _grey_cfse,
     "CFSE/2, grey": _narrow_grey_cfse,
     "MLP 3 x 1000": _perceptron(1000, 1000, 1000),
+    "MLP 4 x 2000": _perceptron(2000, 2000, 2000, 2000),
     "MLP 2 x 2000": _perceptron(2000, 2000, normalised=False),
     "MLP 2 x 500": _perceptron(500, 500),
 }

@@ -70,20 +70,20 @@ def transform(
             cut after (`sffx.plan` lists them); or a function of your own (see `sffx.policies`).
         example_input: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
             Tensors may lie in lists, tuples and mappings. The first axis is the batch. Of tensors
-            only shapes and dtypes matter; other arguments are settled. None infers an input from
-            the model's first layer.
+            only shapes and dtypes matter; other arguments are fixed to their values here. None
+            infers an input from the model's first layer.
         num_classes: J, checked against the model's output where given.
         objective: how the blocks learn. "sff", the default; "cwc"; "ff", supervised
             Forward-Forward; "ff-unsupervised", "scff", "ffcl", "cffa" of the same family; or one of
             `sffx.objectives` with its options, or of your own.
         goodness: how a block's output is scored. None takes the objective's own, by default "sff".
-            "sff", an auxiliary convolution, or "cwc", groups
-            of channels and no parameters. Better than the paper's: "mlp", a hidden layer of 128
-            units over the features of 2 x 2 regions and then a direction for each class;
-            "mlp(256, 4)", with 256 units and 4 x 4 regions; "auto", the second where it takes at
-            most a tenth of the block's multiply-adds, else the first; "cosine" and "cosine(4)",
-            without the hidden layer. Or a callable `(block, num_classes) -> nn.Module`, by the
-            contract in `sffx.learning.heads`.
+            The paper's are "sff", an auxiliary convolution (section 4.3), and "cwc", groups of
+            channels and no parameters. Not the paper's: "mlp", a hidden layer of 128 units over the
+            features of 2 x 2 regions and then a direction for each class; "mlp(256, 4)", with 256
+            units and 4 x 4 regions; "auto", "mlp(256, 4)" where it takes at most a tenth of the
+            block's multiply-adds, else "mlp"; "cosine" and "cosine(4)", without the hidden layer;
+            "shared", for tokens, with a copy of the model's output layer. Or a callable
+            `(block, num_classes) -> nn.Module`, by the contract in `sffx.learning.heads`.
         kernel_size: of the auxiliary convolution, odd; with "sff" alone.
         norm: between blocks. None takes the objective's own, by default "layer". "layer", a layer
             norm without parameters; "length", which keeps the direction of a sample's output; or
@@ -102,10 +102,10 @@ def transform(
 
     Returns:
         An ordinary `torch.fx.GraphModule` in the mode of the model. In train mode it returns the
-        goodness of every block and the classifier's logits, (K, B, J); for another task than
-        classification, and for an objective with heads of its own, a tuple with the scores of each
-        block. In eval mode it returns the scores (B, J) that `net.readout.mode` chooses. `net.plan`
-        is its block plan.
+        goodness of every feature block and then the classifier's logits, (K, B, J) for K blocks in
+        all; for another task than classification, and for an objective with heads of its own, a
+        tuple with the scores of each block. In eval mode it returns the scores (B, J) that
+        `net.readout.mode` chooses. `net.plan` is its block plan.
 
     Raises:
         InputError: an argument cannot be used, or the input cannot be inferred.
@@ -154,7 +154,7 @@ def plan(
 ) -> BlockPlan:
     """Return the block plan by which `transform` would cut the model.
 
-    The arguments and errors are those of `transform`.
+    The arguments and errors are those of `transform`, but for `check` and its CheckError.
     """
     options = _options(objective, goodness, kernel_size, norm, recompute)
     options = _valid(options, task, num_classes)

@@ -231,7 +231,7 @@ class Block:
         return (*(output.name for output in self.beside), self.output)
 
     def seen_from(self, output: Output) -> Block:
-        """Return the block as what makes a head or a norm for one of its outputs sees it."""
+        """Return the block as a goodness or a norm sees it, with one output alone."""
         return replace(
             self,
             output=output.name,

@@ -265,7 +265,7 @@ class SFFModule(_Predictor):
             "ddp_find_unused_parameters_true".
 
     Raises:
-        InputError: `net` is no cut model.
+        InputError: `net` is no cut model, or another argument cannot be used.
     """
 
     answer = "ensemble"

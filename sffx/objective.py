@@ -79,7 +79,7 @@ class Place:
 
     Attributes:
         index: of the block, 0 for the first one.
-        blocks: K, the number of feature blocks.
+        blocks: the number of feature blocks.
         num_classes: J.
         task: of the model.
     """
@@ -144,7 +144,7 @@ class Objective:
         """Raise an InputError if options that are given for each block do not fit.
 
         Args:
-            blocks: K, the number of feature blocks.
+            blocks: the number of feature blocks.
         """
 
     # The model.

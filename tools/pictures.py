@@ -81,7 +81,8 @@ def gallery() -> str:
     lines = [
         "# How models are cut",
         "",
-        "Drawn by `python tools/pictures.py`; each picture bears the command that draws it.",
+        "`python tools/pictures.py` draws these pictures. Each one has a legend, and below it the",
+        "command that draws it. [Cut](../guides/cut.md) explains the policies.",
         "",
         "<table>",
     ]

@@ -44,7 +44,8 @@ def save_checkpoint(
         The path of the file.
 
     Raises:
-        InputError: `net` is sharded, an entry cannot be saved, or the file cannot be written.
+        InputError: `net` is sharded, `optimizer` holds none of its parameters, an entry cannot be
+            saved, or the file cannot be written.
         ExportError: the file system failed while the file was written.
     """
     if not isinstance(net, nn.Module):

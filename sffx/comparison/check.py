@@ -92,7 +92,7 @@ def check(
         model: that was cut. After training, it is compared by `check(sffx.extract(net), net)`.
         net: what `transform` returned for it.
         example_input: that `transform` was given. It is needed only for a model that takes no
-            random data; another one is refused.
+            random data. An input unlike that one is refused.
         raises: whether a difference is an error; else the report holds it.
 
     Returns:
@@ -101,8 +101,8 @@ def check(
     Raises:
         CheckError: the cut model differs from the model. It names the node and the module at which
             the values part, and its `report` holds the rest.
-        InputError: `net` is no cut model or was cut for other arguments, or the model cannot be
-            copied.
+        InputError: `net` is no cut model, was cut for other arguments or has an objective that
+            changes the model, as "ffcl"; or the model cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise InputError(

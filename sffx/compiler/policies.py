@@ -76,12 +76,12 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     The stem, a downsampling layer and the last convolution lie between. A residual block is the
     module that owns a place where paths join by a sum or a concatenation: a BasicBlock, an encoder
     block, an Inception module, a dense block; or a leaf with several layers, which may hide such a
-    place. A stack is none: in a stack the same parts follow one another. A class of modules that is
-    a residual block in one place is one everywhere in the model. A model without residual blocks
-    is cut into BN groups, and one without such groups once, before its classifier. Where no
-    residual block lies, several layers that hold more than a third of the parameters together are
-    cut from each other. A residual block with more than a third that holds residual blocks itself,
-    or goes on behind a concatenation, is cut where single values cross inside.
+    place. A stack, in which the same parts follow one another, is no residual block. A class of
+    modules that is a residual block in one place is one everywhere in the model. A model without
+    residual blocks is cut into BN groups, and one without such groups once, before its classifier.
+    Where no residual block lies, several layers that hold more than a third of the parameters
+    together are cut from each other. A residual block with more than a third that holds residual
+    blocks itself, or goes on behind a concatenation, is cut where single values cross inside.
 
     Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
     across all values that cross there (see `streams`).

@@ -227,9 +227,10 @@ class EarlyExit:
 
     @torch.no_grad()
     def cumulative(self, x: Any) -> Tensor:
-        """Return the mean of the goodness up to each block, (K, B, J), whatever the threshold.
+        """Return the mean of the goodness up to each feature block, whatever the threshold.
 
-        The last one is the ensemble. Blocks that it leaves out have no answer.
+        The shape is (feature blocks, B, J). The last one is the ensemble. Blocks that it leaves out
+        have no answer.
         """
         values = bind_inputs(self.inputs, without_arrays(x), self.nested)
         batch_size(values)  # for its error: x holds no tensor

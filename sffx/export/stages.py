@@ -51,8 +51,8 @@ def export_early_exit(
         net: what `sffx.transform` returned, in any mode, on any device.
         folder: to write; an older export in it is replaced.
         threshold: the confidence that the runner starts with, such as `EarlyExit.calibrate` chose.
-        class_names: one for each class, in order, for the manifest. `EarlyExit.load` has them as
-            attributes, and the next two.
+        class_names: one for each class, in order, for the manifest. What `EarlyExit.load` returns
+            has `class_names`, `mean` and `std` as attributes.
         mean: with which images were normalised, a number for each channel.
         std: likewise.
         opset: version of the ONNX operator set; torch's default if None.

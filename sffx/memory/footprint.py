@@ -173,10 +173,11 @@ class Footprint:
 def footprint(
     net: nn.Module, batch_size: int, *, offloaded: bool = False, backpropagation: bool = True
 ) -> Footprint:
-    """Predict the peak memory of a training step of a cut model for a batch size.
+    """Predict the peak memory of a training step of a cut model for a batch size, in bytes.
 
-    Backpropagation's peak stands beside it, for the plain model without heads. `largest_batch` goes
-    the other way, from a budget to a batch size.
+    The step is `local_loss(net, x, y).backward(); optimizer.step()` with AdamW; `local_step` holds
+    no more. Backpropagation's peak stands beside it, for the plain model without heads.
+    `largest_batch` goes the other way, from a budget to a batch size.
 
     What a library keeps inside one operator is not known without running it, and is left out. An
     LSTM on a CPU is the exception: what oneDNN keeps there is found by running the layer on a few
@@ -191,7 +192,7 @@ def footprint(
 
     Raises:
         InputError: `net` is no cut model or is sharded, `batch_size` is no positive integer, or the
-            model needs values.
+            model's forward needs the values of tensors.
     """
     cut = cut_model(net)
     make_whole(cut)

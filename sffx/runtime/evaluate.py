@@ -87,7 +87,9 @@ class Evaluation:
 def evaluate(
     net: nn.Module, loader: Iterable[Any], *, group: dist.ProcessGroup | None = None
 ) -> Evaluation:
-    """Evaluate the cut model in eval mode; afterwards its mode is as before.
+    """Return accuracy and loss, or the task's metrics, of each block and each readout.
+
+    The model runs in eval mode. Afterwards its mode is as before.
 
     Args:
         net: what `transform` returned, also inside a wrapper such as `AveragedModel`.
@@ -114,9 +116,10 @@ def evaluate(
 def block_scores(net: fx.GraphModule, x: Any) -> Any:
     """Return the scores of every block for a batch, in the model's present mode, (K, B, J).
 
-    The scores are the goodness of each feature block; the classifier's logits come last. For
-    another task than classification they are a tuple, as the net itself returns in train mode. So
-    they are in train mode where the heads of an objective give something else than (B, J).
+    The scores are the goodness of each feature block; the classifier's logits come last, and K
+    counts it. For another task than classification they are a tuple, as the net itself returns in
+    train mode. In train mode they are a tuple as well where the heads of an objective give
+    something else than (B, J).
 
     Args:
         net: what `transform` returned.
@@ -124,7 +127,8 @@ def block_scores(net: fx.GraphModule, x: Any) -> Any:
             model has several.
 
     Raises:
-        InputError: the model cannot run on x, and x is not like the input that it was cut for.
+        InputError: `net` is no cut model, or cannot run on x, which is unlike the input that it was
+            cut for.
     """
     plan = plan_of(net)
     tries = 1 if net.training else plan.objective.tries(plan.num_classes)

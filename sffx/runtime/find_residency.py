@@ -49,7 +49,7 @@ def make_whole(net: nn.Module) -> None:
 def finish(net: nn.Module) -> None:
     """Apply all pending updates of a replicated net, and agree with the other processes.
 
-    Every process must call it, at the end of an epoch or of the training. It needs not be called
+    Every process must call it, at the end of an epoch or of the training. It need not be called
     before `evaluate` or `state_dict`, which apply pending updates themselves.
 
     Args:

@@ -27,8 +27,8 @@ class KeywordLoss(nn.Module):
         loss_fn: the blocks' losses in train mode, as `sff_loss` takes them; cross-entropy if None.
 
     Raises:
-        InputError: `net` is no cut model or was compiled as a whole, or `loss_fn` names other
-            blocks.
+        InputError: `net` is no cut model, was compiled as a whole or has an objective of several
+            views, or `loss_fn` names other blocks.
     """
 
     # Tells the Trainer that the loss is a batch's mean, which it divides for accumulation.

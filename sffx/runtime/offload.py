@@ -55,7 +55,7 @@ def offload(
     all blocks at once.
 
     Between two calls the whole model is in host memory, pinned where the device is a GPU. State
-    dicts can be saved and loaded. After a forward that raised, its block is evicted at the next
+    dicts can be saved and loaded. If a forward raises, its block leaves the device at the next
     call. Copies of the model, and with them `extract` and the exports, are of an ordinary model in
     host memory. A buffer that several blocks share stays on the device, and so do the buffers of
     norms. Where host memory does not suffice, the model goes back to the device.

@@ -34,7 +34,7 @@ def parameter_groups(
         "classifier".
 
     Raises:
-        InputError: `net` is no cut model, or a learning rate is negative.
+        InputError: `net` is no cut model, or a learning rate is negative or no number.
     """
     return groups_of_stages(stages_that_learn(net), lr, classifier_lr)
 
@@ -78,7 +78,7 @@ class BlockPlateau:
             ...).
 
     Raises:
-        InputError: a group of the optimizer has no name.
+        InputError: a group of the optimizer has no name, or an option cannot be used.
     """
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
@@ -112,7 +112,7 @@ class BlockPlateau:
                 not fall, which says nothing about its learning rate.
 
         Raises:
-            InputError: the loss of a group is missing.
+            InputError: the loss of a group that takes a step is missing.
         """
         if not isinstance(losses, Mapping):
             raise InputError(

@@ -77,6 +77,7 @@ def local_loss(
         InputError: `net` is no cut model, is in eval mode or is offloaded; x, y or a parameter of
             `loss_fn` requires gradient; x does not fit the model; the labels do not fit; or a name
             is not that of a block.
+        ProcessError: as for `local_step`.
     """
     losses: list[Tensor] = []
     parameters: list[nn.Parameter] = []

@@ -138,9 +138,10 @@ def table(out: Path) -> Iterator[str]:
     """Yield the lines of the page of results."""
     yield "# Other tasks"
     yield ""
-    yield "Made by `python -m tools.tasks`. Tests are of the epoch and the readout that were best"
-    yield "by validation. Time (of one processor) and counted peak are of a training step with"
-    yield "AdamW, relative to BP."
+    yield "Made by `python -m tools.tasks`. The metric is of test data, at the epoch and with the"
+    yield "readout that were best by validation. Where seeds differ in it, all readouts are named."
+    yield "Time (of one processor) and counted peak are of a training step with AdamW, relative to"
+    yield "BP. K is the number of blocks, the classifier among them."
     for name, experiment in EXPERIMENTS.items():
         rows = list(_rows(out / name, experiment))
         bought = list(_bought(out / name / "largest.json"))

@@ -119,8 +119,9 @@ class Pipeline:
 
     Raises:
         InputError: there is no process group; there are more processes than blocks; processes have
-            different models; the model is offloaded, sharded or compiled; a weight is used by
-            blocks of two stages; or an argument is not as described.
+            different models; the model is offloaded, sharded or compiled, or its objective has
+            several views; a weight is used by blocks of two stages; or an argument is not as
+            described.
         ProcessError: another process failed.
     """
 

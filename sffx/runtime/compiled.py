@@ -11,6 +11,7 @@ backward pass. Blocks of the same structure share one compiled lesson.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def compile(net: nn.Module, **options: Any) -> CutModel:
 
     Raises:
         InputError: `net` is no cut model, is compiled as a whole, or is offloaded, sharded or
-            replicated; or torch is too old.
+            replicated; an option is none of these; or torch is too old.
     """
     cut = cut_model(net)
     require_uncompiled(net)
@@ -76,8 +77,23 @@ def compile(net: nn.Module, **options: Any) -> CutModel:
             f"torch {torch.__version__} cannot compile gradients into a graph. "
             "Hint: a later torch, or compile single blocks, net.get_submodule('block_0').compile()"
         )
+    _require_known(options)
     vars(cut)[COMPILATION] = Compilation(cut, options)
     return cut
+
+
+def _require_known(options: dict[str, Any]) -> None:
+    """Raise an InputError if an option is none of `torch.compile`, or is not the user's to choose.
+
+    Torch would raise its own error, but in the second step.
+    """
+    known = set(inspect.signature(torch.compile).parameters) - {"model", "fullgraph"}
+    for name in options:
+        if name not in known:
+            raise InputError(
+                f"compile takes no option {name!r}. Hint: it takes {', '.join(sorted(known))}, and "
+                "makes one graph of each block in any case"
+            )
 
 
 def compiled_blocks(net: nn.Module) -> dict[str, str]:

@@ -288,6 +288,9 @@ def test_nets_that_cannot_be_compiled():
     plain = pair()[0]
     with pytest.raises(InputError, match="not a cut model"):
         compile(nn.Linear(2, 2))
+    for name in ("fullgraph", "backends"):
+        with pytest.raises(InputError, match=f"no option '{name}'. Hint: it takes backend, "):
+            compile(plain, **{name: True})
     optimizer = torch.optim.SGD(plain.parameters(), 0.1)
     sffx.offload(plain, optimizer)
     with pytest.raises(InputError, match="offloaded, sharded or replicated"):

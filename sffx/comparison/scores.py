@@ -15,8 +15,8 @@ from sffx.net import plan_of
 from sffx.runtime.walk import walk
 from sffx.tensors import computed_tensors
 
-# So often are weights changed in the size of rounding. One time in two changes the sign of a sum of
-# rounding errors.
+# How often the weights are changed by about as much as rounding does. One time in two, this changes
+# the sign of a sum of rounding errors.
 _TRIALS = 8
 
 
@@ -54,7 +54,7 @@ def _shake(net: torch.nn.Module, number: int) -> None:
 def rounding_decides(net: fx.GraphModule, values: dict[str, Any], index: int, error: float) -> bool:
     """Return whether rounding alone changes the scores of a block as much as an error.
 
-    So it does where a forward branches on a sum that is zero but for rounding, as the sum of a
+    This is so where a forward branches on a sum that is zero but for rounding, as the sum of a
     layer-normed value is. Samples in another order are rounded otherwise.
 
     Args:

@@ -273,8 +273,8 @@ class Analysis:
     def with_cut_sets(self, cut_sets: Sequence[frozenset[str]]) -> Analysis:
         """Return an analysis of the same model that has these cut sets on its spine.
 
-        It has the dominators of the logits and no others. If all are on the spine already, it is
-        this analysis.
+        Besides these, the dominators of the logits are on it, and no others. If all are on the
+        spine already, it is this analysis.
         """
         if self._spine_has.issuperset(cut_sets):
             return self

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 # The class of what `functools.lru_cache` returns.
-_CACHED = type(functools.lru_cache(len))
+CACHED = type(functools.lru_cache(len))
 
 
 @contextmanager
 def caches_restored(model: nn.Module) -> Iterator[None]:
     """Take fake tensors out of the caches of a model's code afterwards."""
     held = list(_held_outside(model))
-    functions = [(each, each.cache_info().misses) for each in held if isinstance(each, _CACHED)]
+    functions = [(each, each.cache_info().misses) for each in held if isinstance(each, CACHED)]
     containers = [(each, _copied(each)) for each in held if isinstance(each, _CONTAINERS)]
     try:
         yield

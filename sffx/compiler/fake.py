@@ -58,6 +58,11 @@ def failures_unlogged() -> Iterator[None]:
         _LOGGER_OF_TORCH.removeFilter(is_other)
 
 
+def ones_like(tensor: Tensor) -> Tensor:
+    """Return ones with values, also for a fake tensor, of which `torch.ones_like` makes a fake."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def fake_copy(module: M, mode: FakeTensorMode) -> M:
     """Return a copy of a module with fake twins of its tensors."""
     with FakeCopyMode(mode):

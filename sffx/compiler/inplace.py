@@ -177,6 +177,7 @@ def _passes_on(block: GraphModule, node: Node) -> bool:
 def _copy_at_entrance(value: Node) -> None:
     """Let the block work on a copy of a value of another block, on which it may write."""
     last = value
+    # All placeholders of a graph come before its other nodes.
     while last.next.op == "placeholder":
         last = last.next
     with value.graph.inserting_after(last):

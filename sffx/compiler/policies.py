@@ -204,7 +204,7 @@ def named(policy: Policy, name: str) -> Policy:
 def _takes_options(policy: Callable[..., Any]) -> bool:
     """Return whether a policy is called with the options besides the analysis.
 
-    It is where it has two parameters without a default, or one that is called `options`.
+    It is if it has two parameters without a default, or if its second one is called `options`.
     """
     try:
         signature = inspect.signature(policy)

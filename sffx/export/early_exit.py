@@ -155,7 +155,7 @@ class EarlyExit:
             MissingExtra: onnxruntime is not installed.
         """
         manifest, stages = load(as_path(folder))
-        runner = cls.__new__(cls)
+        runner = cls.__new__(cls)  # without `__init__`, which takes a cut model
         runner.threshold = manifest.threshold if threshold is None else threshold
         runner.inputs = manifest.inputs
         runner.nested = manifest.nested

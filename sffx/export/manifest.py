@@ -129,6 +129,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the folder."""
+    # The arguments write a record of their own, further down.
     content = {"version": VERSION, **asdict(replace(manifest, nested=None))}
     del content["nested"]
     axes = {

@@ -36,7 +36,7 @@ def memory(budget: str | int, batch_size: int) -> Policy:
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         if not group_ends(analysis):
-            return Cuts(())
+            return Cuts(())  # `select` then says why nothing can be cut
         with explaining_overflow(batch_size):
             search = Search(BlockCosts(analysis, batch_size, options))
             path = search.coarsest(allowed)

@@ -194,6 +194,7 @@ class BlockCosts:
 
     def _whole_model(self) -> GraphModule:
         """Return the whole model as one memory-saving block, on fake tensors."""
+        # Any cut would do: of the plan, the classifier alone counts, whose output is the model's.
         last_cut = Cuts(self.analysis.candidates[-1:])
         plan = partition(self.analysis, last_cut, self.options)
         inputs = tuple(node.name for node in self._placeholders)

@@ -46,9 +46,9 @@ class Path:
 class Search:
     """Finds paths to the logits.
 
-    Spans that were not counted have lower bounds. So the best path is only a guess as long as one
-    of its spans has none: it is counted, and the search repeated. A path is returned once all its
-    blocks were counted, in the very plan that they make.
+    Spans that were not counted have lower bounds. So the best path is a guess as long as one of its
+    spans was not counted. Then its blocks are counted, and the search is repeated. A path is
+    returned once all its blocks were counted, in the very plan that they make.
     """
 
     def __init__(self, costs: BlockCosts) -> None:

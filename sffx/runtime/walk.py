@@ -84,7 +84,7 @@ def walk(
             continue
         # No local name may hold the scores: the caller decides when they are freed.
         yield stage, _explained(run, net, stage, inputs, values)
-        # With names, nothing behind the last stage reads what it would hand on.
+        # With `only`, nothing behind the last stage reads what it would hand on.
         if only is not None and stage is stages[-1]:
             return
         with explaining_input_errors(net, inputs):

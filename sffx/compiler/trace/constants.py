@@ -1,7 +1,7 @@
 """Tensors that a forward makes from nothing that is traced, as `torch.zeros(8)`: constants.
 
-fx keeps them on the model. One that the forward writes in place afterwards is a fresh one in each
-call, so the graph clones it first; and what the forward does with it from then on must be part of
+fx keeps them on the model. A forward may write on one in place. It makes a fresh one in each call,
+so the graph clones it first. From the write on, all that the forward does with it must be part of
 the graph, though fx sees no proxy in it.
 """
 

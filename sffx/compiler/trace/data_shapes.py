@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.compiler.facts import facts
+from sffx.compiler.fake import ones_like
 from sffx.errors import InputError
 
 
@@ -116,7 +117,7 @@ def _run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if function is operator.getitem:
         return _select_everything(*args)
     with unset_fake_temporarily(), torch.no_grad():
-        ones, keywords = tree_map_only(Tensor, _ones_like, (args, kwargs))
+        ones, keywords = tree_map_only(Tensor, ones_like, (args, kwargs))
         result = function(*ones, **keywords)
     mode = fakes[0].fake_mode
     return tree_map_only(Tensor, mode.from_tensor, result)
@@ -133,7 +134,3 @@ def _select_everything(x: Tensor, index: Any) -> Tensor:
         else:
             rest.append(part)
     return x[tuple(rest)]
-
-
-def _ones_like(tensor: Tensor) -> Tensor:
-    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)

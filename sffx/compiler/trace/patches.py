@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
+from sffx.compiler.caches import CACHED
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.checkpointing import generators
 from sffx.compiler.trace.flags import mode_property
@@ -57,9 +58,6 @@ _METHODS_OF_SIZES = (
 
 # What a forward may ask of torch, and a graph would freeze.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-
-# The class of what `functools.lru_cache` returns.
-_CACHED = type(functools.lru_cache(len))
 
 # Packages whose functions are given no proxy by a forward, or know what to do with one.
 _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
@@ -395,7 +393,7 @@ def _caches() -> Iterator[tuple[Any, str, Any]]:
         names = vars(module)
         for name in _names_of_caches(module, names):
             value = names.get(name)
-            if type(value) is _CACHED and _takes_arguments(value):
+            if type(value) is CACHED and _takes_arguments(value):
                 yield module, name, _keeping_no_proxy(value)
 
 
@@ -408,7 +406,7 @@ def _names_of_caches(module: ModuleType, names: dict[str, Any]) -> tuple[str, ..
     known = _NAMES_OF_CACHES.get(id(names))
     if known is not None and known[0] == own and known[1] == len(names):
         return known[2]
-    found = tuple(name for name, value in list(names.items()) if type(value) is _CACHED)
+    found = tuple(name for name, value in list(names.items()) if type(value) is CACHED)
     if is_installed(getattr(module, "__file__", None) or ""):
         _NAMES_OF_CACHES[id(names)] = (own, len(names), found)
     return found

@@ -21,7 +21,7 @@ from sffx.arguments import Arguments
 from sffx.compiler.batch_axis import at_batch_size, batch_sizes, find_batch
 from sffx.compiler.examples import DATA_DEPENDENT, runs
 from sffx.compiler.facts import Cost, Facts, facts
-from sffx.compiler.fake import fake_copy_but_constants
+from sffx.compiler.fake import fake_copy_but_constants, ones_like
 from sffx.compiler.qualnames import attribute
 from sffx.compiler.trace.batch import depends_on_batch
 from sffx.compiler.trace.costs import CountMacs, note_kept, noting_saved
@@ -329,7 +329,7 @@ class NodeRunner:
             RuntimeError: the call writes on its arguments, which fake ones would not see.
         """
         with unset_fake_temporarily(), torch.no_grad():
-            real_args, real_kwargs = tree_map_only(Tensor, _ones_like, (args, kwargs))
+            real_args, real_kwargs = tree_map_only(Tensor, ones_like, (args, kwargs))
             result = call(_plain(real_args), _plain(real_kwargs))
         for value in tree_leaves((real_args, real_kwargs)):
             if isinstance(value, Tensor) and value._version and not parameters:
@@ -404,8 +404,3 @@ def _form(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of ({', '.join(_form(each) for each in value)})"
     return f"a {type(value).__name__}"
-
-
-def _ones_like(tensor: Tensor) -> Tensor:
-    """Return ones with values, also for a fake tensor, of which `torch.ones_like` makes a fake."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype, device=tensor.device)

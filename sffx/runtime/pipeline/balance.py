@@ -102,6 +102,7 @@ def _random_inputs(plan: BlockPlan) -> dict[str, Any]:
 def _seconds(stage: Stage, values: Values, device: torch.device) -> float:
     """Return the seconds of a step on one stage, and hand its output on to the values."""
     parameters = stage.trainable
+    # AdamW takes no empty list.
     optimizer = torch.optim.AdamW(parameters or [nn.Parameter(torch.zeros(()))], lr=0.0)
     measured = []
     for _ in range(1 + _REPEATS):

@@ -81,6 +81,7 @@ class FromLoader:
 
     def _pulled(self) -> tuple[Any, Tensor] | None:
         pair = next(self._pairs, None)
+        # Replicas wait for each other at each step, so one must not end before the others.
         self._agree(pair is not None)
         return pair
 
@@ -196,6 +197,7 @@ class Epoch:
         if self._outgoing is not None:
             self._outgoing.open(word)
         if word is Word.END:
+            # The stages behind raise the same error, so the word must reach them.
             if self._outgoing is not None:
                 self._outgoing.drain()
             raise InputError(

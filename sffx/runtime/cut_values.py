@@ -48,6 +48,7 @@ def last_frozen(net: fx.GraphModule, x: CutValues) -> Stage:
     Raises:
         InputError: they are of no cut of this net.
     """
+    # The last one: values of earlier stages may cross its cut as well.
     found = None
     for stage in stages_of(net):
         if any(node.name in x for node in stage.nodes):

@@ -152,6 +152,7 @@ def _probed(model: nn.Module, example_input: Any) -> _Probed:
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
     before = Attributes(probe)
+    # This runs the probe for the first time. What follows compares with `before`.
     form, values = example_arguments(probe, example_input, mode, root)
     _require_all_parameters(model, probe)
     run = partial(try_call, probe, form, values)
@@ -182,6 +183,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         probed.before.restore()
         in_eval_mode = make_tracer(False).runner.values_on(graph, probed.values)
         _require_same_decisions(graph, in_eval_mode, tracer.resized)
+    # The trace may have left traced values on modules, which the next runs must not read.
     probed.before.restore()
     others = list(_at_other_sizes(graph, probed, partial(tracer.runner.values_on, graph)))
     note_resized(graph, others)

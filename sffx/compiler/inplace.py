@@ -53,18 +53,11 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     set_item: set_item_of_copy,
 }
 
-# These return their input, or a view of it, in some layouts or modes that the trace did not see.
-# A norm lays out its result in order, which makes a view of what was a copy. Dropout returns its
-# input in eval mode.
-_MAYBE_VIEWS = (
-    "flatten",
-    "reshape",
-    "contiguous",
-    "dropout",
-    "alphadropout",
-    "featurealphadropout",
-    "identity",
-)
+# These return their input in eval mode.
+_BY_MODE = ("dropout", "alpha_dropout", "alphadropout", "feature_", "featurealphadropout")
+# And these return it, or a view of it, in some layouts that the trace did not see. A norm lays out
+# its result in order, which makes a view of what was a copy.
+_MAYBE_VIEWS = (*_BY_MODE, "flatten", "reshape", "contiguous", "identity")
 
 
 def keep_foreign_values(net: GraphModule) -> None:
@@ -93,7 +86,7 @@ def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None
         read_later: the memory of the values that later blocks read from before this block.
     """
     foreign = {node for node in block.graph.nodes if _is_foreign(node)}
-    copied = _written_in_some_mode(block, foreign)
+    copied = _written_in_some_mode(block, foreign, read_later)
     copied += _read_by_other_names(block, foreign, read_later)
     for node in dict.fromkeys(copied):
         _copy_at_entrance(node)
@@ -115,24 +108,44 @@ def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None
     block.recompile()
 
 
-def _written_in_some_mode(block: GraphModule, foreign: set[Node]) -> list[Node]:
+def _written_in_some_mode(
+    block: GraphModule, foreign: set[Node], read_later: Collection[int | None]
+) -> list[Node]:
     """Return foreign values that are written in some modes only, and read afterwards.
 
     `y = relu_(dropout(x)); y + x` is an example. In eval mode dropout returns x itself, and the sum
     reads what the ReLU has written. In train mode it reads x as it was. An operation that is not in
     place would be right in one mode only.
+
+    Raises:
+        CutError: a later block reads such a value. It would need what this block wrote in one mode,
+            and what was there before in the other.
     """
     order = {node: i for i, node in enumerate(block.graph.nodes)}
     found: dict[Node, None] = {}
     for node in block.graph.nodes:
         for written in _written(node):
             source = written
+            by_mode = False
             while source not in foreign and _passes_on(block, source):
+                by_mode |= _name_of(block, source).lower().startswith(_BY_MODE)
                 source = source.all_input_nodes[0]
-                is_read_later = any(order[user] > order[node] for user in source.users)
-                if source in foreign and is_read_later:
+                if source not in foreign:
+                    continue
+                if by_mode and block_facts(source).memory in read_later:
+                    raise CutError(_written_in_one_mode(node, source))
+                if any(order[user] > order[node] for user in source.users):
                     found[source] = None
     return list(found)
+
+
+def _written_in_one_mode(node: Node, value: Node) -> str:
+    return (
+        f"node {block_facts(node).origin!r} writes in place on the value "
+        f"{block_facts(value).origin!r} in one mode only, as behind dropout, and another block "
+        "reads that value afterwards. Hint: cut elsewhere, so that one block holds both, or write "
+        "the model without this in-place operation"
+    )
 
 
 def _is_foreign(node: Node) -> bool:

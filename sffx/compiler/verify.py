@@ -25,6 +25,7 @@ from sffx.blocks import BlockPlan
 from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.fake import fake_tensors
+from sffx.compiler.trace.randomness import generators_restored
 from sffx.errors import VerifyError, location
 from sffx.inputs import bind, constant_batch
 from sffx.kernels.batch_slices import counting
@@ -36,7 +37,7 @@ from sffx.tensors import detach_scripts
 
 
 def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
-    """Check a cut model on fake tensors. The model is not touched.
+    """Check a cut model on fake tensors. The model and random generators are not touched.
 
     A model that does not run on fake tensors, as its shapes depend on data, is run for real.
 
@@ -48,6 +49,13 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
         VerifyError: a promise is broken; names the value or the parameter.
     """
     net.graph.lint()
+    # A leaf may draw from any of them.
+    with generators_restored():
+        _verify(net, batch)
+
+
+def _verify(net: fx.GraphModule, batch: int) -> None:
+    """Check a cut model on fake tensors, or on real ones where it needs values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with FakeCopyMode(mode):
@@ -59,7 +67,7 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
         raise
     # A part needs values, as a generator of random numbers does, or is stricter on fake tensors.
     except Exception:
-        with torch.random.fork_rng(devices=[]), _explaining_gradients():
+        with _explaining_gradients():
             _verify_run(twin(net, {}).train(), batch, nullcontext())
 
 

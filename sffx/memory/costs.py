@@ -27,6 +27,7 @@ from sffx.compiler.policies import Cuts
 from sffx.compiler.rewrite import block_module, rewrite
 from sffx.compiler.spans import group_ends, layer_ends
 from sffx.compiler.trace.costs import noting_saved
+from sffx.compiler.trace.randomness import generators_restored
 from sffx.kernels.batch_slices import counting
 from sffx.learning.heads import make_head, make_heads
 from sffx.learning.norms import make_norms
@@ -251,7 +252,7 @@ class BlockCosts:
         dtype = next(each.dtype for each in parameters if each.is_floating_point())
         # A callable may read values while it makes a head, and a tensor on "meta" has none.
         device = "cpu" if callable(self.options.goodness) else "meta"
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with generators_restored(), torch.device(device):
             head = make_head(self.options, block, plan.num_classes, plan.task)
         head.to(dtype)
         return _owned([*head.parameters(), *head.buffers()])
@@ -264,7 +265,7 @@ class BlockCosts:
         """Return the model, cut at some places, on fake tensors."""
         plan = self._plan(places)
         root = self.analysis.trace.root
-        with torch.random.fork_rng(devices=[]):
+        with generators_restored():
             heads = make_heads(plan, root)
             norms = make_norms(plan, root)
         # One copy of all heads, so that those that share a tensor still do.

@@ -380,3 +380,34 @@ def test_a_write_in_eval_mode_only_is_the_models(norm: str, depth: int) -> None:
     net = sffx.transform(model, "residual", torch.zeros(2, 4), norm=norm, check=False)
     report = sffx.check(model, net)
     assert any(name.startswith("eval mode") for name in report.errors)
+
+
+class WritesInEvalMode(nn.Module):
+    """Writes on the first layer's output behind dropout, so in eval mode only, and adds it late."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+        self.drop = nn.Dropout(0.3)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = F.alpha_dropout(h, 0.3, self.training) if self.form == "alpha" else self.drop(h)
+        written = F.relu_(y)
+        if self.form != "ignored":
+            y = written
+        return self.head(torch.tanh(self.second(y)) + h)
+
+
+@pytest.mark.parametrize("form", ["module", "alpha", "ignored"])
+def test_a_value_that_one_mode_writes_on_is_read_by_the_same_block_or_refused(form):
+    model = WritesInEvalMode(form)
+    x = torch.randn(5, 6)
+    net = sffx.transform(model, ["first"], x, norm="none")
+    net.readout.mode = "classifier"
+    assert torch.equal(net.eval()(x), model.eval()(x))
+    message = r"'relu_' writes in place on the value 'first' in one mode only.*Hint: cut elsewhere"
+    with pytest.raises(CutError, match=message):
+        sffx.transform(model, ["first", "second"], x, norm="none", check=False)

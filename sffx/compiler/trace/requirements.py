@@ -82,9 +82,10 @@ def _require_copyable(model: nn.Module) -> None:
             slots = (slots,) if isinstance(slots, str) else slots
             kept = [name for name in slots if not name.startswith("__") and hasattr(module, name)]
             if kept:
+                where = repr(qualname) if qualname else "the model"
                 raise InputError(
                     f"{kind.__name__} keeps {kept[0]!r} in a slot, which a copy of a module loses. "
-                    f"Hint: remove __slots__ from the class of {qualname or 'the model'!r}"
+                    f"Hint: remove __slots__ from the class of {where}"
                 )
     place = closure_over_the_model(model)
     if place:

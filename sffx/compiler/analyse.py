@@ -332,10 +332,9 @@ class Analysis:
 
     def _why_nothing_was_cut(self) -> str:
         if self.candidates:
-            listed = ", ".join(map(_written, self.candidates[:8]))
             return (
                 "the policy found no block besides the classifier. Hint: choose another policy, "
-                f"or pass a list of node names; the candidates are {listed}"
+                f"or pass a list of node names; the candidates are {_listed(self.candidates)}"
             )
         first_reasons = [f"{step.node}: {step.refusal}" for step in self.steps[:4]]
         reasons = "; ".join(first_reasons)

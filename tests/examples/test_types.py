@@ -16,7 +16,15 @@ from tests.examples.scripts import ROOT
 from tests.examples.test_guides import PAGES, blocks_of
 
 # Of these packages nothing is checked; to read them takes a minute.
-FOREIGN = ("accelerate", "sklearn", "timm", "torchmetrics", "torchvision", "transformers")
+FOREIGN = (
+    "accelerate",
+    "lightning",
+    "sklearn",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+)
 
 PROGRAM = """
 import torch

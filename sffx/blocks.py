@@ -256,7 +256,7 @@ GoodnessMaker: TypeAlias = Callable[[Block, int], nn.Module]
 NormMaker: TypeAlias = Callable[[Block], nn.Module | None]
 
 # The names that type checkers and editors know. Some take numbers as well: "mlp(256, 4)".
-GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp", "auto"]
+GoodnessName: TypeAlias = Literal["sff", "cwc", "cosine", "mlp", "auto", "shared"]
 NormName: TypeAlias = Literal["layer", "length", "none"]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import sffx
 from tools.reproduce import __main__ as command
+from tools.reproduce import sweeps
 from tools.reproduce.data import Images, Split, load, paired, split
 from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
 from tools.reproduce.methods import METHODS, joined
@@ -479,3 +480,29 @@ def test_command_runs_an_experiment_to_its_table_and_does_not_run_it_twice(
     with pytest.raises(SystemExit):
         command.main(["no-such-table"])
     assert "table3-cifar10-cnnb" in capsys.readouterr().err
+
+
+def test_a_sweep_has_the_readout_of_each_method_over_the_number_of_blocks(tmp_path):
+    def runs(*accuracies):
+        return [{"test": {"ensemble": each, "classifier": each / 2}} for each in accuracies]
+
+    uncut = ({"BP": runs(0.9)}, {"BP": {"peak": 1.0, "time": 1.0}})
+    in_two = ({"SFF": runs(0.5, 0.6), "mlp": runs(0.7)}, {"SFF": {"peak": 0.7, "time": 1.1}})
+    in_four = ({"SFF": runs(0.4)}, {})
+    experiments = {1: uncut, 2: in_two, 4: in_four}
+    assert sweeps.accuracies("SFF", experiments) == {
+        2: (pytest.approx(55), pytest.approx(50**0.5)),
+        4: (pytest.approx(40), 0),
+    }
+    assert sweeps.accuracies("BP", experiments) == {1: (pytest.approx(45), 0)}
+    sweeps.plot("sweep", experiments, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_sweep_is_of_one_network_with_one_setting():
+    for experiments in sweeps.SWEEPS.values():
+        first, *others = (EXPERIMENTS[name] for name in experiments.values())
+        for other in others:
+            for field in ("network", "data", "size", "samples", "batch", "epochs", "precision"):
+                assert getattr(other, field) == getattr(first, field)

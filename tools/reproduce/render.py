@@ -11,8 +11,10 @@ from typing import Any
 from sffx.files import write
 from sffx.plots.figure import blank, save
 from sffx.tables import MIB
+from tools.reproduce import sweeps
 from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
 from tools.reproduce.methods import METHODS
+from tools.reproduce.sweeps import SWEEPS
 
 READOUTS = (
     "ensemble",
@@ -218,8 +220,7 @@ def render(out: Path) -> None:
         "Made by `python -m tools.reproduce --render`.",
     ]
     for name, methods in records(out).items():
-        costs_file = out / name / "costs.json"
-        costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+        costs = _costs(name, out)
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, costs)]
         if name in RECIPES and "mlp" in methods:
@@ -228,7 +229,27 @@ def render(out: Path) -> None:
         if published:
             parts += ["", published]
         parts += ["", description(name, methods), "", f"![{name}]({name}.png)"]
+    _plot_sweeps(out)
     page = "\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write(out / "tables.md", page.encode())
     print(page, end="")
+
+
+def _costs(name: str, out: Path) -> dict[str, Any]:
+    """Return the costs of an experiment by method, none where they were not measured."""
+    path = out / name / "costs.json"
+    costs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return costs
+
+
+def _plot_sweeps(out: Path) -> None:
+    """Plot each sweep of which two experiments or more were run."""
+    found = records(out)
+    for sweep, experiments in SWEEPS.items():
+        known = {}
+        for count, name in experiments.items():
+            if name in found:
+                known[count] = (found[name], _costs(name, out))
+        if len(known) > 1:
+            sweeps.plot(sweep, known, out / f"{sweep}.png")

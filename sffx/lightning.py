@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sffx.checkpoint.entries import own_entries
+from sffx.checkpoint.entries import own_entries, with_plain_numbers
 from sffx.errors import InputError, MissingExtra
 from sffx.inputs import targets_of
 from sffx.learning.losses import LossFunctions
@@ -32,6 +32,9 @@ except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.lightning") from cause
 
 _SHORT = {"accuracy": "acc"}  # names of metrics in the log
+
+# The entries of Lightning in which numbers of numpy may lie, as schedules compute them.
+_WITH_NUMBERS = ("optimizer_states", "lr_schedulers", "hyper_parameters")
 
 PLATEAU_KEY = "sffx_plateau"  # the entry of a checkpoint with the state of a `BlockPlateau`
 SCHEDULE_KEY = "sffx_schedule"  # the entry of a checkpoint with the state of a `BlockSchedule`
@@ -84,6 +87,10 @@ class _Predictor(LightningModule):
     def learning(self) -> Collection[str] | None:
         """Return the names of the blocks that learn in the present epoch, None for all."""
         return None
+
+    def task_of(self, scores: Tensor) -> Task:
+        """Return the task, with the options that depend on the shape of scores, (B, J, ...)."""
+        return self.task
 
     def without_padding(self, x: Any, y: Tensor) -> Tensor:
         """Return targets that leave out the padding of an input."""
@@ -177,8 +184,11 @@ class _Predictor(LightningModule):
             if metric == "val_acc":
                 accuracy[name or self.answer] = float(value)
         checkpoint.update(own_entries(self.net, accuracy))
+        for key in _WITH_NUMBERS:
+            if key in checkpoint:
+                checkpoint[key] = with_plain_numbers(checkpoint[key])
         if self.plateau is not None:
-            checkpoint[PLATEAU_KEY] = self.plateau.state_dict()
+            checkpoint[PLATEAU_KEY] = with_plain_numbers(self.plateau.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the state of the plateau from the checkpoint."""
@@ -199,11 +209,12 @@ class _Predictor(LightningModule):
         x, y = _pair(batch)
         y = self.without_padding(x, y)
         for name, scores in self.scores(x).items():
-            self.task.check_labels(y, len(scores), self.task.num_outputs(scores.shape))
-            sums = self.task.sums(scores, y)
+            task = self.task_of(scores)
+            task.check_labels(y, len(scores), task.num_outputs(scores.shape))
+            sums = task.sums(scores, y)
             count = int(sums["count"])
             metrics = {}
-            for metric, source in self.task.means.items():
+            for metric, source in task.means.items():
                 mean = sums[source].float() / max(count, 1)
                 metrics[self._metric_key(stage, metric, name)] = mean
             # The count makes the epoch's mean exact where the last batch is smaller.
@@ -396,10 +407,14 @@ class BPModule(_Predictor):
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of a batch, that of the task."""
         logits = self._logits(x)
-        task = self.task.settled(logits.shape)
+        task = self.task_of(logits)
         task.check_targets(y, len(logits), task.num_outputs(logits.shape))
         task.require_size(y, True, [logits.shape])
         return task.loss(logits, y)
+
+    def task_of(self, scores: Tensor) -> Task:
+        """Return the task as the model's output has it: volumes have another space than images."""
+        return self.task.settled(scores.shape)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -337,6 +338,68 @@ def test_what_could_not_be_read_again_is_not_saved(
     with pytest.raises(sffx.InputError, match=message):
         sffx.save_checkpoint(path, trained(), **arguments)
     assert path.read_text() == "an older file"
+
+
+def test_numbers_of_numpy_can_be_read_again(path: Path) -> None:
+    task = sffx.tasks.Segmentation(ignore_index=np.int64(255))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    net = sffx.transform(
+        model, "layer", EXAMPLE, num_classes=np.int64(5), kernel_size=np.int64(3), task=task
+    )
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, np.float64(0.1)), momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.cos(epoch / 9))
+    optimizer.step()
+    schedule.step()
+    accuracy = {"block_0": np.float32(0.5), "classifier": np.float64(0.25)}
+    sffx.save_checkpoint(path, net, optimizer, accuracy, losses=[np.float32(2), {"n": np.int64(3)}])
+    checkpoint = sffx.load_checkpoint(path)
+    assert checkpoint.rates == {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert checkpoint.accuracy == accuracy
+    assert checkpoint.more == {"losses": [2.0, {"n": 3}]}
+    assert checkpoint.net(model).plan.task == net.plan.task
+
+
+class Noted(nn.Linear):
+    """Adds something to the state dict."""
+
+    note: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+def test_the_state_that_a_module_adds_is_saved_or_refused(path: Path) -> None:
+    model = nn.Sequential(Noted(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = sffx.transform(model, "layer", torch.zeros(1, 4))
+    (noted,) = (module for module in net.modules() if isinstance(module, Noted))
+    noted.note = {"scale": np.float32(0.5), "history": torch.arange(3)}
+    sffx.save_checkpoint(path, net)
+    again = sffx.load_checkpoint(path).net(model)
+    (found,) = (module for module in again.modules() if isinstance(module, Noted))
+    assert found.note["scale"] == 0.5
+    assert found.note["history"].tolist() == [0, 1, 2]
+    noted.note = Path()
+    with pytest.raises(sffx.InputError, match=r"the state 'block_0\..*' holds Python objects"):
+        sffx.save_checkpoint(path, net)
+    assert sffx.load_checkpoint(path).state
+
+
+def test_an_optimizer_that_could_not_be_read_again_is_refused(path: Path) -> None:
+    net = trained()
+    optimizer = torch.optim.SGD(sffx.parameter_groups(net, 0.1))
+    optimizer.param_groups[0]["rule"] = lambda: None
+    with pytest.raises(sffx.InputError, match="the entry 'optimizer' holds Python objects"):
+        sffx.save_checkpoint(path, net, optimizer)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"net": {0: torch.zeros(1)}}])
+def test_weights_without_names_are_refused(path: Path, content: Any) -> None:
+    with pytest.raises(sffx.InputError, match=r"run\.pt': it holds 0 in the place of a weight's"):
+        sffx.load_checkpoint(saved(path, content))
 
 
 def test_a_save_that_fails_leaves_the_older_file(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,24 @@ def assert_same_state(
         not torch.equal(p, q) for p, q in zip(found.parameters(), start.parameters(), strict=True)
     ]
     assert all(moved)
+
+
+def test_numbers_of_numpy_in_a_checkpoint_can_be_read_again(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    rate = np.logspace(-4, -3, 3)[1]
+    module = SFFModule(cut_model(), lr=rate, classifier_lr=np.float32(0.5))
+    fitted = trainer(tmp_path, max_steps=1)
+    fitted.fit(module, batches(digits, 80))
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = sffx.load_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint.rates == {
+        "block_0": rate,
+        "block_1": rate,
+        "block_2": rate,
+        "classifier": 0.5,
+    }
+    assert checkpoint.more["hyper_parameters"]["lr"] == rate
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])

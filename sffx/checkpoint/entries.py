@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from sffx.blocks import BlockPlan
 from sffx.errors import InputError, in_brief
@@ -37,13 +40,21 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
     entries: dict[str, Any] = {VERSIONS_KEY: versions()}
     if accuracy is not None:
         check_accuracy(accuracy)
-        # A number of numpy would be a Python object in the file, which the loader refuses.
         entries[ACCURACY_KEY] = {name: float(value) for name, value in accuracy.items()}
     if is_cut(net):
-        entries[CUT_KEY] = plan_of(net).record()
+        entries[CUT_KEY] = with_plain_numbers(plan_of(net).record())
         entries[LAYERS_KEY] = layers_of(cut_model(net).origin.model)
         entries[CALLS_KEY] = calls_of(plan_of(net))
     return entries
+
+
+def with_plain_numbers(value: Any) -> Any:
+    """Return a value with a number of Python for each number of numpy in it, however deep.
+
+    A number of numpy would be a Python object in the file, which the loader refuses. Learning rates
+    are such numbers where a schedule computes them by `numpy.cos`.
+    """
+    return tree_map_only(np.generic, lambda number: number.item(), value)
 
 
 def layers_of(model: nn.Module) -> dict[str, str]:
@@ -149,7 +160,7 @@ def check_accuracy(accuracy: Any) -> None:
             "Hint: save sffx.evaluate(net, loader).accuracy"
         )
     for name, value in accuracy.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             raise InputError(
                 f"the entry {ACCURACY_KEY!r} has {value!r} for {name!r}, "
                 "not an accuracy between 0 and 1. "

@@ -314,7 +314,16 @@ def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the weights by their names in the cut model, without the prefix of a wrapper.
 
     Lightning puts "net." before these names, and DistributedDataParallel "module.".
+
+    Raises:
+        InputError: something else than a name stands for a weight.
     """
+    for name in state:
+        if not isinstance(name, str):
+            raise InputError(
+                f"it holds {name!r} in the place of a weight's name. "
+                "Hint: save net.state_dict(), or use sffx.save_checkpoint"
+            )
     prefix = _prefix_of_wrapper(state)
     if not prefix:
         return state

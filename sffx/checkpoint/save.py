@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map_only
 
-from sffx.checkpoint.entries import KEYS, OPTIMIZER_KEY, STATE_KEY, own_entries
+from sffx.checkpoint.entries import (
+    KEYS,
+    OPTIMIZER_KEY,
+    STATE_KEY,
+    own_entries,
+    with_plain_numbers,
+)
 from sffx.errors import InputError
 from sffx.files import writing
 from sffx.net import unwrapped
@@ -54,12 +61,16 @@ def save_checkpoint(
     make_whole(model)
     if optimizer is not None:
         require_optimizers_of(model, [optimizer])
-    for name, value in more.items():
-        _check_further_entry(name, value)
-    content = {STATE_KEY: model.state_dict(), **own_entries(model, accuracy)}
+    for name in more:
+        if name in KEYS:
+            raise InputError(
+                f"save_checkpoint writes the entry {name!r} itself. Hint: rename yours"
+            )
+    content = {STATE_KEY: _state_of(model), **own_entries(model, accuracy)}
     if optimizer is not None:
-        content[OPTIMIZER_KEY] = optimizer.state_dict()
-    content.update(more)
+        more = {OPTIMIZER_KEY: optimizer.state_dict(), **more}
+    for name, value in more.items():
+        content[name] = _readable(f"the entry {name!r}", value)
     # Torch gets an open file: when it opens the file itself, its error does not name a full disk.
     with writing(path) as draft, draft.open("wb") as file:
         torch.save(content, file)
@@ -79,18 +90,46 @@ def _unwrapped(net: nn.Module) -> nn.Module:
     return compiled_from
 
 
-def _check_further_entry(name: str, value: Any) -> None:
-    """Raise an InputError if `load_checkpoint` could not read an entry."""
-    if name in KEYS:
-        raise InputError(f"save_checkpoint writes the entry {name!r} itself. Hint: rename yours")
-    # The rules of torch's loader decide, so the entry is saved and loaded once in memory.
+def _state_of(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict of a model.
+
+    Raises:
+        InputError: a module adds what `load_checkpoint` could not read, by `get_extra_state`.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            state[name] = _readable(f"the state {name!r}", value)
+    return state
+
+
+def _readable(place: str, value: Any) -> Any:
+    """Return a value as it is saved, with numbers of Python for those of numpy.
+
+    Args:
+        place: of the value, for the error.
+        value: to save.
+
+    Raises:
+        InputError: `load_checkpoint` could not read it.
+    """
+    value = with_plain_numbers(value)
+    # The rules of torch's loader decide, so the value is saved and loaded once in memory. Tensors
+    # of the usual kinds can be read, and may be large.
+    small = tree_map_only(Tensor, _without_values, value)
     file = io.BytesIO()
     try:
-        torch.save(value, file)
+        torch.save(small, file)
         file.seek(0)
         torch.load(file, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise InputError(
-            f"the entry {name!r} holds Python objects, which load_checkpoint would not read. "
+            f"{place} holds Python objects, which load_checkpoint would not read. "
             "Hint: save tensors, numbers, strings, and lists and mappings of these"
         ) from error
+    return value
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    is_usual = type(tensor) in (Tensor, nn.Parameter)
+    return torch.empty(0) if is_usual else tensor

@@ -3,12 +3,14 @@
 The paper's head has V times C weights for each block. Here all blocks share one copy of the weight
 of the model's output layer, which they only read. A block learns an adapter in front of it.
 
-The copy is made anew every `EVERY` training steps, and when the net goes to eval mode. It is a copy
-and not the weight itself, since the output layer belongs to another block, which may be on another
-device or in another process.
+The copy is made anew every `EVERY` training steps, and whenever the layer has changed in eval mode.
+It is a copy and not the weight itself, since the output layer belongs to another block, which may
+be on another device or in another process.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ class OutputCopy(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    # The state of the layer that was copied, None where it is not known.
+    _made_of: object = None
 
     def __init__(self, source: nn.Linear, readers: int) -> None:
         super().__init__()
@@ -50,6 +54,23 @@ class OutputCopy(nn.Module):
         self.weight.copy_(source.weight.detach())
         if self.bias is not None:
             self.bias.copy_(source.bias.detach())
+        self._made_of = self._state_of_source()
+
+    def refresh_if_changed(self) -> None:
+        """Copy the layer if it has changed since, as when weights are loaded in eval mode."""
+        state = self._state_of_source()
+        if state is None or state != self._made_of:
+            self.refresh()
+
+    def _state_of_source(self) -> object:
+        """Return what differs once the layer has changed, None if torch cannot tell."""
+        states = []
+        for parameter in self._source[0].parameters(recurse=False):
+            # A tensor of inference mode has no version.
+            if parameter.is_inference():
+                return None
+            states.append((id(parameter), parameter._version))
+        return states
 
     def about_to_copy(self) -> list[nn.Parameter]:
         """Return the parameters that the next read in training copies: mostly none."""
@@ -61,6 +82,12 @@ class OutputCopy(nn.Module):
         if self.about_to_copy():
             self.refresh()
         self._reads += 1
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Let the next read copy the layer, whose weights are loaded with those of the net."""
+        super()._load_from_state_dict(*arguments, **options)
+        self._reads = 0
+        self._made_of = None
 
     def train(self, mode: bool = True) -> OutputCopy:
         """Set the mode. In eval mode the copy is the layer as it is then."""
@@ -111,8 +138,11 @@ class SharedOutput(nn.Module):
         """
         output = self.output
         assert output is not None  # `connect` has set it
-        if self.training and not torch.compiler.is_compiling():
-            output.note_read()
+        if not torch.compiler.is_compiling():
+            if self.training:
+                output.note_read()
+            else:
+                output.refresh_if_changed()
         with full_precision(y):
             wide = widened(y).movedim(self.channel_axis, 2)
             dtype = wide.dtype

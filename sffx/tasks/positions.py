@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,16 @@ class Positions(Task):
 
     per_position: ClassVar[bool] = True
     class_axis: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        label = self.ignore_index
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            raise InputError(
+                f"ignore_index is {label!r}. Hint: pass an integer; leave it out where every "
+                "position counts, since the default, -100, is no class"
+            )
+        # A checkpoint holds it, and takes no number of numpy.
+        object.__setattr__(self, "ignore_index", int(label))
 
     def require_outputs(self, num_outputs: int) -> None:
         if num_outputs < 2:

@@ -112,7 +112,7 @@ class Regression(Task):
 
 def _columns(values: Tensor) -> Tensor:
     """Return numbers (B,) or (B, N) as (B, N)."""
-    return values.reshape(len(values), -1)
+    return values.unsqueeze(1) if values.ndim == 1 else values
 
 
 def _r2(sums: Sums) -> Tensor:

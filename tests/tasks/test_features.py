@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
+from sffx import tasks
 from sffx.draw.graph import block_graph
 from sffx.draw.page import page
 from tests.runtime.pipeline.processes import run
@@ -185,6 +186,21 @@ def test_the_module_of_backpropagation_has_the_loss_of_the_task(name):
     torch.testing.assert_close(module.loss(x, y), case.loss(model(x), y))
     with pytest.raises(sffx.InputError, match="has shape"):
         module.loss(x, y[:-1])
+
+
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_the_module_of_backpropagation_validates_what_it_trains(space, monkeypatch):
+    pytest.importorskip("lightning.pytorch")
+    from sffx.lightning import BPModule
+
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[space]
+    module = BPModule(conv(2, 3, 1), task=tasks.Segmentation())
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(module, "log_dict", lambda metrics, **options: logged.update(metrics))
+    side = (4,) * space
+    batch = torch.randn(2, 2, *side), torch.randint(0, 3, (2, *side))
+    module.validation_step(batch, 0)
+    assert logged["val_loss"].item() == pytest.approx(module.loss(*batch).item())
 
 
 def train_in_a_pipeline(rank: int) -> dict[str, Any]:

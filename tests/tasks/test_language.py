@@ -65,6 +65,44 @@ def test_a_copy_of_a_net_reads_its_own_output_layer():
     assert torch.equal(net.eval() and own.weight, layer.weight)
 
 
+def load(net: nn.Module, state: dict[str, Tensor]) -> None:
+    net.load_state_dict(state)
+
+
+def assign(net: nn.Module, state: dict[str, Tensor]) -> None:
+    net.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+
+
+def average(net: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, parameter in net.named_parameters():
+        parameter.detach().lerp_(state[name], 0.5)
+
+
+@pytest.mark.parametrize("change", [load, assign, average])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_net_in_eval_mode_predicts_by_the_output_layer_as_it_is(change, trained):
+    net = NEXT.net(goodness="shared").train()
+    x, y = NEXT.batch()
+    if trained:
+        sffx.local_loss(net, x, y)
+    net.eval()(x)
+    change(net, {name: torch.randn_like(value) for name, value in net.state_dict().items()})
+    predicted = net(x)
+    assert torch.equal(predicted, net.eval()(x))
+    with torch.inference_mode():
+        assert torch.equal(predicted, net(x))
+
+
+def test_training_goes_on_with_the_output_layer_that_was_loaded():
+    net = NEXT.net(goodness="shared").train()
+    x, y = NEXT.batch()
+    sffx.local_loss(net, x, y)
+    load(net, {name: torch.randn_like(value) for name, value in net.state_dict().items()})
+    sffx.local_loss(net, x, y)
+    (own,) = output_copies(net)
+    assert torch.equal(own.weight, net.get_parameter("classifier.output.weight"))
+
+
 def test_a_model_without_a_linear_output_layer_shares_none():
     model = nn.Sequential(Tokens(6, 6), nn.Softmax(2))
     with pytest.raises(sffx.InputError, match="ends in a linear layer of 6 outputs"):

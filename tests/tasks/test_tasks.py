@@ -136,6 +136,13 @@ def test_an_evaluation_is_the_same_in_parts(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_batch_without_samples_adds_nothing_to_an_evaluation(name):
+    net = CASES[name].net()
+    x, y = CASES[name].batch()
+    assert str(sffx.evaluate(net, [(x, y), (x[:0], y[:0])])) == str(sffx.evaluate(net, [(x, y)]))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_answer_has_the_shape_of_the_models_output(name):
     case = CASES[name]
     net = case.net().eval()
@@ -267,6 +274,13 @@ def test_scores_of_another_task_are_not_taken_for_classes():
 def test_what_is_no_task_is_refused(task):
     with pytest.raises(sffx.InputError, match="Hint: pass"):
         sffx.plan(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "layer", task=task)
+
+
+@pytest.mark.parametrize("label", [None, "255", 255.0, True, torch.tensor(255)])
+@pytest.mark.parametrize("task", [type(CASES[name].task) for name in IGNORING])
+def test_what_is_no_label_cannot_be_left_out(task, label):
+    with pytest.raises(sffx.InputError, match=r"ignore_index is .*Hint: pass an integer"):
+        task(ignore_index=label)
 
 
 def test_a_task_that_does_not_go_with_the_output_is_refused():

@@ -250,6 +250,12 @@ def record(**changes: Any) -> dict[str, Any]:
         ({"sffx_accuracy": [0.5]}, "the entry 'sffx_accuracy' is a list, not accuracies by name"),
         ({"sffx_accuracy": {"block_0": 50.0}}, "has 50.0 for 'block_0', not an accuracy between"),
         ({"optimizer": [1]}, "the entry 'optimizer' is a list, not a state dict"),
+        (
+            {"optimizer": {"param_groups": [3]}},
+            r"the entry 'optimizer' has \[3\] as its 'param_groups'",
+        ),
+        ({"sffx_cut": record(custom=[["norm"]])}, r"has \[\['norm'\]\] for 'custom', not which of"),
+        ({"sffx_versions": 3}, "the entry 'sffx_versions' is 3, not versions by the package's"),
         (torch.zeros(2), "holds a Tensor, not weights by name"),
         ([1, 2], "holds a list, not weights by name"),
     ],

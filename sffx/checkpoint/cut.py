@@ -84,7 +84,7 @@ def _are_cuts(value: Any) -> bool:
 
 
 def _are_callables(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and set(value) <= set(CALLABLE_OPTIONS)
+    return isinstance(value, (list, tuple)) and all(name in CALLABLE_OPTIONS for name in value)
 
 
 def _are_inputs(value: Any) -> bool:

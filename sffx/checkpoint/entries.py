@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from sffx.blocks import BlockPlan
+from sffx.checks import is_number
 from sffx.errors import InputError, in_brief
 from sffx.net import cut_model, is_cut, plan_of
 
@@ -160,7 +160,7 @@ def check_accuracy(accuracy: Any) -> None:
             "Hint: save sffx.evaluate(net, loader).accuracy"
         )
     for name, value in accuracy.items():
-        if not isinstance(value, Real) or not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise InputError(
                 f"the entry {ACCURACY_KEY!r} has {value!r} for {name!r}, "
                 "not an accuracy between 0 and 1. "

@@ -290,6 +290,11 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     if cut is not None:
         check_cut(cut)
     written_by = more.pop(VERSIONS_KEY, {})
+    if not isinstance(written_by, Mapping):
+        raise InputError(
+            f"the entry {VERSIONS_KEY!r} is {written_by!r}, not versions by the package's name. "
+            "Hint: sffx.save_checkpoint writes it"
+        )
     layers = more.pop(LAYERS_KEY, None)
     calls = more.pop(CALLS_KEY, None)
     return Checkpoint(
@@ -349,12 +354,20 @@ def _take_optimizer(content: dict[str, Any]) -> dict[str, Any] | None:
     is_single = isinstance(of_lightning, Sequence) and len(of_lightning) == 1
     if optimizer is None and is_single:
         optimizer = content.pop(LIGHTNING_OPTIMIZERS_KEY)[0]
-    if optimizer is not None and not isinstance(optimizer, Mapping):
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, Mapping):
         raise InputError(
             f"the entry {OPTIMIZER_KEY!r} is a {type(optimizer).__name__}, not a state dict. "
             "Hint: save optimizer.state_dict()"
         )
-    return None if optimizer is None else dict(optimizer)
+    groups = optimizer.get("param_groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise InputError(
+            f"the entry {OPTIMIZER_KEY!r} has {groups!r} as its 'param_groups'. "
+            "Hint: save optimizer.state_dict()"
+        )
+    return dict(optimizer)
 
 
 def _first_mismatches(error: RuntimeError) -> str:

@@ -133,6 +133,11 @@ def example_of(given: Sequence[GivenInput]) -> Any:
             f"--input is given {len(given)} times, but only {', '.join(names)} by name. "
             "Hint: name all of them, or none"
         )
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"--input is given for {', '.join(names)}. Hint: name each input once, "
+            "--input input_ids=1,32:int --input attention_mask=1,32:int"
+        )
     if names:
         return dict(zip(names, tensors, strict=True))
     if len(tensors) > 1:

@@ -65,7 +65,8 @@ def _class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors of Windows put a mark before the first name, which is no part of it.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"the class names cannot be read: {error}. Hint: name a text file, one class a line"

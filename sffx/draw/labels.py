@@ -186,8 +186,13 @@ def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
         return ["CwC, no parameters"]
     if kind == "cosine":
         return ["cosine"]
+    if kind == "shared":
+        return ["adapter", "output layer"]
+    last = "linear readout" if plan.task.form == "number" else "cosine"
     if kind in ("mlp", "auto"):
-        return ["hidden layer", "cosine"]
+        return ["hidden layer", last]
+    if plan.task.form == "number":
+        return [last]
     axes = len(block.shape) - 1
     if kind == "sff" and options.kernel_size > 1 and axes:
         size = "×".join([str(options.kernel_size)] * axes)
@@ -199,8 +204,10 @@ def _scale_rows(progress: Progress) -> list[Element]:
     """Return the colours of accuracies and of learning rates, each with its lowest and highest."""
     accuracies = progress.of_blocks.values()
     rates = progress.rates.values()
-    ends = (percent(min(accuracies)), percent(max(accuracies)))
-    rows = [_scale_row("box", "accuracy", ACCURACY_COLOURS, ends)]
+    rows = []
+    if accuracies:
+        ends = (percent(min(accuracies)), percent(max(accuracies)))
+        rows.append(_scale_row("box", "accuracy", ACCURACY_COLOURS, ends))
     if rates:
         ends = (f"{min(rates):.1e}", f"{max(rates):.1e}")
         rows.append(_scale_row("inset", "learning rate", RATE_COLOURS, ends))

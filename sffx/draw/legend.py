@@ -96,7 +96,7 @@ def entries(kinds: Collection[str], plan: BlockPlan) -> list[Entry]:
     """
     norm = option_name(plan.options.norm)
     cut = NORMS.get(norm, f"detached and normed ({norm})")
-    heads = heads_in_words(plan.options)
+    heads = heads_in_words(plan.options, plan.task)
     lines = []
     for entry in LEGEND:
         if not entry.kind or entry.kind in kinds:

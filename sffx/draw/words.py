@@ -8,6 +8,7 @@ from sffx.blocks import Block, BlockPlan, Leaf, Options, option_name
 from sffx.draw.style import NAME_WIDTH
 from sffx.learning.named_heads import REGIONS, parse_goodness
 from sffx.tables import short_byte_size, short_number
+from sffx.tasks import CLASSIFICATION, Task
 
 # Stands in the name of several modules or blocks, between the first and the last.
 JOINT = " … "
@@ -19,13 +20,17 @@ def cut_in_words(options: Options) -> str:
     return "detach" if norm == "none" else f"detach · {norm} norm"
 
 
-def heads_in_words(options: Options) -> str:
+def heads_in_words(options: Options, task: Task = CLASSIFICATION) -> str:
     """Return the kind of the heads: "SFF", "SFF, kernels of 3", or the name of a callable."""
     if options.objective.goodness is None:
         return options.objective.in_words
     if not isinstance(options.goodness, str):
         return option_name(options.goodness)
     name, numbers = parse_goodness(options.goodness)
+    if name == "shared":
+        return "the model's output layer behind an adapter"
+    if task.form == "number":
+        return _readout_in_words(name, numbers)
     if name == "cwc":
         return "CwC: groups of channels, no parameters"
     if name == "cosine":
@@ -38,6 +43,16 @@ def heads_in_words(options: Options) -> str:
     if options.kernel_size > 1:
         return f"SFF, kernels of {options.kernel_size}"
     return "SFF"
+
+
+def _readout_in_words(name: str, numbers: Sequence[int]) -> str:
+    """Return the kind of the heads of numbers, given the name of the goodness and its numbers."""
+    if name == "mlp":
+        layer = f"a hidden layer of {numbers[0]} units"
+        return f"linear readout after {layer}{_regions_in_words(numbers[-1])}"
+    if name == "auto":
+        return "linear readout after a hidden layer, sized by block"
+    return "linear readout"
 
 
 def _regions_in_words(regions: int) -> str:

@@ -17,8 +17,9 @@ _Pair = list[int]
 class MemorySavingMaxPool2d(nn.MaxPool2d):
     """`torch.nn.MaxPool2d`, same values and gradients, that does not keep its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the pooled x, (B, C, H, W)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the pooled input, (B, C, H, W)."""
+        x = input  # its name is that of torch's own, for a forward that passes it by name
         # torch's own pool does as well where nothing is kept. It is needed for other layouts too,
         # where the gradient's layout is read off the input.
         if not (is_training_step(x) and x.ndim == 4 and x.is_contiguous()):

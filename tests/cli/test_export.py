@@ -156,7 +156,8 @@ def test_readout_names_and_normalisation_reach_the_onnx_file(
 ) -> None:
     net = made()
     torch.save(net.state_dict(), "net.pt")
-    Path("names.txt").write_text("a\nb\n c \nd\n\ne e\n")
+    # With the mark that editors of Windows put before a text.
+    Path("names.txt").write_text("a\nb\n c \nd\n\ne e\n", encoding="utf-8-sig")
     options = ["--readout", "classifier", "--class-names", "names.txt", "--dynamic-size"]
     options += ["--mean", "0.5,0.5,0.5", "--std", "1,1,1"]
     assert main(["net.pt", "net.onnx", *WEIGHTS, *options]) == 0

@@ -77,6 +77,11 @@ def test_inputs_with_and_without_names_are_refused() -> None:
         given("--input", "ids=1,16:int", "--input", "1,2")
 
 
+def test_an_input_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match=r"given for ids, ids\. Hint: name each input once"):
+        given("--input", "ids=1,16:int", "--input", "ids=1,2")
+
+
 @pytest.mark.parametrize("shape", ["1,x", "", "1,0,3", "1.5", "a b=1,2", "=1,2", "1,2:float"])
 def test_a_shape_that_is_none_is_refused(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -16,6 +16,7 @@ from sffx.blocks import BlockPlan, Input, Leaf, Options
 from sffx.draw.graph import ROWS, block_graph
 from sffx.draw.render import render
 from sffx.errors import MissingExtra
+from sffx.tasks import LanguageModel, Regression, Task
 from tests.draw.drawn import Drawn, drawn, need_graphviz
 from tests.stream_models import HRNet
 
@@ -97,6 +98,29 @@ def test_cuts_and_heads_are_called_what_they_are(
     assert legend in graph.attributes["label"]
     assert head in graph.nodes["head_0"]["label"]
     assert ("kernels" in graph.nodes["head_0"]["label"]) == (head == "3×3 kernels")
+
+
+@pytest.mark.parametrize(
+    ("task", "goodness", "legend", "head"),
+    [
+        (LanguageModel(), "shared", "the model's output layer behind an adapter", "output layer"),
+        (Regression(), "sff", "linear readout", "linear readout"),
+        (
+            Regression(),
+            "mlp(64)",
+            "linear readout after a hidden layer of 64 units",
+            "linear readout",
+        ),
+        (Regression(), "auto", "linear readout after a hidden layer, sized", "linear readout"),
+    ],
+)
+def test_heads_of_other_tasks_are_called_what_they_are(
+    small: BlockPlan, task: Task, goodness: str, legend: str, head: str
+) -> None:
+    graph = parse(replace(small, task=task, options=Options(goodness=goodness)))
+    assert f"goodness ({legend}" in graph.attributes["label"]
+    assert head in graph.nodes["head_0"]["label"]
+    assert "cosine" not in graph.nodes["head_0"]["label"]
 
 
 def test_the_classifier_has_no_head_and_its_own_look(resnet18: BlockPlan) -> None:

@@ -75,6 +75,12 @@ def test_the_page_has_the_colours_too(small: BlockPlan) -> None:
     )
 
 
+def test_a_training_without_accuracies_of_blocks_is_drawn(small: BlockPlan) -> None:
+    progress = Progress({"ensemble": 0.5})
+    assert "ensemble 50.0 %" in block_graph(small, progress=progress).source
+    assert "ensemble 50.0 %" in page(small, progress=progress)
+
+
 def test_draw_takes_progress_in_every_detail(small: BlockPlan, tmp_path: Path) -> None:
     for detail in ("blocks", "modules", "nodes"):
         path = draw(small, tmp_path / f"{detail}.dot", detail=detail, progress=Progress(ACCURACY))

@@ -50,6 +50,11 @@ def test_the_input_is_not_kept():
     assert kept_of(lambda: saving(x * 1), x.numel()) == 0
 
 
+def test_the_input_may_be_passed_by_name():
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert torch.equal(MemorySavingMaxPool2d(2)(input=x), nn.MaxPool2d(2)(input=x))
+
+
 def test_a_sample_without_a_batch_is_pooled_by_torch():
     x = torch.randn(3, 8, 8, requires_grad=True)
     assert torch.equal(MemorySavingMaxPool2d(2)(x), nn.MaxPool2d(2)(x))

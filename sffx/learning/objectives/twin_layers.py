@@ -34,18 +34,29 @@ class TwinLayer(nn.Module):
     # Whether the layer works alone in eval mode, for all rows.
     answers_alone = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output of the first half of the rows, the twin's of the second."""
+    def forward(self, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Return the layer's output of the first half of the rows, the twin's of the second.
+
+        Args:
+            input: the rows. All layers of torch call it so, and a forward may as well.
+            arguments: of the layer, such as the size that a transposed convolution gives.
+            options: likewise.
+        """
+        own = super().forward
+        other = self.get_submodule(TWIN)
         if self.answers_alone and not self.training:
-            return super().forward(x)
+            return own(input, *arguments, **options)
         if torch.compiler.is_exporting():
             # A program takes any number of samples, each of which has a row for both nets.
-            own, other = x.reshape(2, -1, *x.shape[1:]).unbind()
-            return torch.cat([super().forward(own), self.get_submodule(TWIN)(other)])
-        first = (len(x) + 1) // 2
-        if first == len(x):
-            return super().forward(x)
-        return torch.cat([super().forward(x[:first]), self.get_submodule(TWIN)(x[first:])])
+            first_rows, other_rows = input.reshape(2, -1, *input.shape[1:]).unbind()
+        else:
+            first = (len(input) + 1) // 2
+            if first == len(input):
+                return own(input, *arguments, **options)
+            first_rows, other_rows = input[:first], input[first:]
+        of_first = own(first_rows, *arguments, **options)
+        of_other = other(other_rows, *arguments, **options)
+        return torch.cat([of_first, of_other])
 
 
 def _twin_class(kind: type[nn.Module]) -> type[nn.Module]:

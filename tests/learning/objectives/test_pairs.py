@@ -147,6 +147,31 @@ def test_twins_come_and_go():
     assert list(back.state_dict()) == list(model.state_dict())
 
 
+class Keywords(nn.Module):
+    """Calls its layers by keywords, and one with a further argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1)
+        self.last = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        y = self.down(input=x).relu()
+        y = self.up(y, output_size=[6, 6]).relu()
+        return self.last(input=y.mean((2, 3)))
+
+
+def test_layers_may_be_called_by_keywords():
+    x, y = batch()
+    model = Keywords().double()
+    net = sffx.transform(model, "layer", x[:2], objective=FFCL()).train()
+    sffx.local_loss(net, x, y).backward()
+    both = with_twins(model, "ffcl")
+    torch.testing.assert_close(both(x)[:4], model(x)[:4])
+    assert not torch.allclose(both(x)[4:], model(x)[4:])
+
+
 def test_a_batch_of_one_label_has_pairs_of_one_kind():
     cosines = torch.full((3, 3), 0.25)
     assert pair_loss(cosines, torch.zeros(3, dtype=torch.long)) == pytest.approx(0.375)

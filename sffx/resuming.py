@@ -130,8 +130,11 @@ class BestCheckpoint(ModelCheckpoint):
         """Return the scores of the best files that this callback wrote, by their paths."""
         scores = {}
         for path in sorted(Path(str(self.dirpath)).glob("*.ckpt")):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            own = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                own = checkpoint["callbacks"][self.state_key]
+            except Exception:
+                continue  # a file of someone else, or one that a kill has left in part
             if Path(own.get("best_model_path", "")).name == path.name:
                 scores[str(path)] = own["best_model_score"]
         return scores

@@ -102,6 +102,10 @@ def test_a_best_checkpoint_that_is_gone_is_not_named(
     if left:
         own = {**state, "best_model_path": better, "best_model_score": torch.tensor(0.75)}
         torch.save({"callbacks": {older.state_key: own}}, better)
+    # Files of someone else, of which the second one holds a Python object.
+    (tmp_path / "a.ckpt").write_text("no checkpoint")
+    torch.save({"callbacks": {older.state_key: tmp_path}}, tmp_path / "b.ckpt")
+    torch.save([1, 2], tmp_path / "c.ckpt")
     # The last checkpoint holds a state of the callback as well, but it is not its file.
     torch.save({"callbacks": {older.state_key: state}}, tmp_path / "last.ckpt")
     resumed = callback()

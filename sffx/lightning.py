@@ -7,6 +7,7 @@ precision and DDP are the Trainer's own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -408,6 +409,7 @@ class BPModule(_Predictor):
         """Return the loss of a batch, that of the task."""
         logits = self._logits(x)
         task = self.task_of(logits)
+        y = self.without_padding(x, y)
         task.check_targets(y, len(logits), task.num_outputs(logits.shape))
         task.require_size(y, True, [logits.shape])
         return task.loss(logits, y)
@@ -416,6 +418,16 @@ class BPModule(_Predictor):
         """Return the task as the model's output has it: volumes have another space than images."""
         return self.task.settled(scores.shape)
 
+    def without_padding(self, x: Any, y: Tensor) -> Tensor:
+        """Return targets that leave out the tokens that an input `attention_mask` marks.
+
+        So loss and metrics count what those of `SFFModule` count.
+        """
+        mask = _inputs_by_name(self.net, x).get("attention_mask")
+        # A float mask may be added to attention scores, where zero marks a real token.
+        marks_tokens = isinstance(mask, Tensor) and not mask.is_floating_point()
+        return self.task.without_padding(y, mask if marks_tokens else None)
+
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""
         return {"model": self._logits(x)}
@@ -423,6 +435,15 @@ class BPModule(_Predictor):
     def _logits(self, x: Any) -> Tensor:
         logits: Tensor = logits_of(self(x), self.task)
         return logits
+
+
+def _inputs_by_name(net: nn.Module, x: Any) -> Mapping[str, Any]:
+    """Return the inputs of a model by the names of its arguments."""
+    if isinstance(x, Mapping):
+        return x
+    inputs = x if isinstance(x, tuple) else (x,)
+    names = inspect.signature(net.forward).parameters
+    return dict(zip(names, inputs, strict=False))  # defaults have no input
 
 
 def _pair(batch: Any) -> tuple[Any, Tensor]:

@@ -394,3 +394,37 @@ def test_other_tasks_log_what_evaluate_reports(name: str, tmp_path: Path) -> Non
         assert float(of_block) == pytest.approx(values["block_0"])
     assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected.loss["ensemble"])
     trainer(tmp_path, max_epochs=1).fit(module, loader, loader)
+
+
+class Tagger(nn.Module):
+    """Tags tokens; the mask of an encoder comes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = torch.relu(self.hidden(self.embed(input_ids)))
+        if attention_mask is not None:
+            x = x * attention_mask[..., None]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("form", ["mapping", "tuple"])
+def test_backpropagation_counts_the_tokens_that_local_learning_counts(form: str) -> None:
+    torch.manual_seed(0)
+    model = Tagger()
+    tokens, y = torch.randint(0, 7, (4, 5)), torch.randint(0, 3, (4, 5))
+    mask = (torch.arange(5) < torch.tensor([[5], [3], [2], [4]])).long()
+    named = {"input_ids": tokens, "attention_mask": mask}
+    x: Any = named if form == "mapping" else (tokens, mask)
+    task = sffx.tasks.TokenClassification()
+    net = sffx.transform(model, ["relu"], named, task=task)
+    plain, local = BPModule(model, task=task), SFFModule(net)
+    is_real = mask.bool()
+    expected = F.cross_entropy(model(**named)[is_real], y[is_real])
+    assert torch.equal(plain.loss(x, y), expected)
+    assert torch.equal(plain.without_padding(x, y), local.without_padding(x, y))
+    assert torch.equal(plain.without_padding(tokens, y), y)

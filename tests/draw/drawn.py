@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnNumber:
     """Attributes of a graph, of its nodes and subgraphs by name, and of its edges.
 
     Each edge knows the names of its ends, "tail" and "head".
@@ -55,7 +55,7 @@ def need_graphviz() -> None:
         pytest.skip("neither Graphviz's dot nor pygraphviz is installed")
 
 
-def drawn(graph: Digraph, kind: str = "dot_json") -> Drawn:
+def drawn(graph: Digraph, kind: str = "dot_json") -> DrawnNumber:
     """Read a graph by Graphviz; as "json" with the places of all things, else without."""
     need_graphviz()
     # `render` would pass over what dot refuses and try pygraphviz, which reads on behind an error.
@@ -68,4 +68,4 @@ def drawn(graph: Digraph, kind: str = "dot_json") -> Drawn:
     ]
     subgraphs = {item["name"]: item for item in read["objects"] if "nodes" in item}
     nodes = {item["name"]: item for item in read["objects"] if "nodes" not in item}
-    return Drawn(read, nodes, subgraphs, edges)
+    return DrawnNumber(read, nodes, subgraphs, edges)

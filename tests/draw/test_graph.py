@@ -17,13 +17,13 @@ from sffx.draw.graph import ROWS, block_graph
 from sffx.draw.render import render
 from sffx.errors import MissingExtra
 from sffx.tasks import LanguageModel, Regression, Task
-from tests.draw.drawn import Drawn, drawn, need_graphviz
+from tests.draw.drawn import DrawnNumber, drawn, need_graphviz
 from tests.stream_models import HRNet
 
 Chain = Callable[[int], BlockPlan]
 
 
-def parse(plan: BlockPlan, unfold: bool = False) -> Drawn:
+def parse(plan: BlockPlan, unfold: bool = False) -> DrawnNumber:
     return drawn(block_graph(plan, unfold=unfold))
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.compiler.trace.batch_numbers import AskedBuiltins
 from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in, package_of
 from sffx.compiler.trace.flags import numbers_behind
-from sffx.compiler.trace.randomness import OWN_GENERATOR, Drawn
+from sffx.compiler.trace.randomness import OWN_GENERATOR, DrawnNumber
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
 
 _PLAIN = (Tensor, np.ndarray, np.generic, bool, int, float, str, type(None))
@@ -143,7 +143,7 @@ def bound(
 
 def _can_be_argument(value: Any) -> bool:
     # The tracer refuses a drawn number among the arguments. Held by the function, it would pass.
-    return isinstance(value, (*_PLAIN, fx.Proxy, Drawn)) or type(value).__module__ == "torch"
+    return isinstance(value, (*_PLAIN, fx.Proxy, DrawnNumber)) or type(value).__module__ == "torch"
 
 
 def _frames_of_forward(traceback: TracebackType | None) -> list[FrameType]:

@@ -28,7 +28,7 @@ from sffx.compiler.trace.flags import mode_property
 from sffx.compiler.trace.listed import is_listed, tensor_of
 from sffx.compiler.trace.mapped import transforms_replaced
 from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
-from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, Drawn
+from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, DrawnNumber
 from sffx.compiler.trace.regions import is_of_torch
 from sffx.compiler.trace.replaced import replaced
 from sffx.errors import is_installed
@@ -303,10 +303,10 @@ class Patches:
         """Stand in for what draws a number; a node that runs on its example may draw."""
         if self.tracer.is_running:
             return draw(*args, **kwargs)
-        # Of other ranges, and of arrays, `Drawn` knows no outcome of a comparison.
+        # Of other ranges, and of arrays, `DrawnNumber` knows no outcome of a comparison.
         if kwargs or args not in ((), (0.0, 1.0)):
             raise RuntimeError(DRAWS)
-        return Drawn()
+        return DrawnNumber()
 
     def _refuse(self, draw: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for what draws something that a graph would freeze."""

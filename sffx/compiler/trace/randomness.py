@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import pickle
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,10 +46,17 @@ def call_without_draws(call: Callable[[], Any]) -> Any:
     other code draws would be frozen into the graph.
 
     Raises:
-        RuntimeError: a generator has moved.
+        RuntimeError: a generator has moved, or a stand-in for a random number went into an
+            operation.
     """
     before = _states()
-    value = call()
+    try:
+        value = call()
+    except (TypeError, RuntimeError) as failure:
+        # Operations that take numbers only refuse the stand-in, and name it by its class.
+        if not re.search(rf"\b{DrawnNumber.__name__}\b", str(failure)):
+            raise
+        raise RuntimeError(DRAWS).with_traceback(failure.__traceback__) from failure
     if before != _states():
         raise RuntimeError(DRAWS)
     return value
@@ -68,7 +76,7 @@ def state_of_torch() -> bytes:
     return torch.random.default_generator.get_state().numpy().tobytes()
 
 
-class Drawn:
+class DrawnNumber:
     """Stands, during a trace, for a number that was drawn from [0, 1), as by `random.random()`.
 
     Some comparisons have one outcome: a layer that is dropped with probability 0 is never dropped.
@@ -129,8 +137,8 @@ def outcome_of_draw(node: fx.Node) -> bool | None:
         return None
     sides: list[Any] = []
     for side in node.args:
-        sides.append(Drawn() if isinstance(side, fx.Node) and is_drawn(side) else side)
-    if not all(isinstance(side, (int, float, Drawn)) for side in sides):
+        sides.append(DrawnNumber() if isinstance(side, fx.Node) and is_drawn(side) else side)
+    if not all(isinstance(side, (int, float, DrawnNumber)) for side in sides):
         return None
     try:
         return bool(getattr(operator, node.target.__name__)(*sides))

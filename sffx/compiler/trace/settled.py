@@ -19,7 +19,7 @@ from sffx.compiler.trace.data_shapes import depends_on_data, is_data_shaped, req
 from sffx.compiler.trace.flags import owners_of_flags
 from sffx.compiler.trace.functions import depends_on_function
 from sffx.compiler.trace.listed import READS_A_NUMBER, Listed
-from sffx.compiler.trace.randomness import Drawn, is_drawn, outcome_of_draw
+from sffx.compiler.trace.randomness import DrawnNumber, is_drawn, outcome_of_draw
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 from sffx.compiler.trace.value_checks import Passed, ValueChecks
@@ -118,7 +118,7 @@ class Settled:
         In the condition of a check it is unknown.
         """
         if is_drawn(node):
-            return Drawn()
+            return DrawnNumber()
         if method == "tolist" and self._made_of_sizes(node) is None:
             example = facts(node).example
             if example.ndim == 1 and example.dtype in _INTEGERS:

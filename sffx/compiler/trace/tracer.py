@@ -39,7 +39,7 @@ from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
     OWN_GENERATOR,
     SEEDED,
-    Drawn,
+    DrawnNumber,
     call_without_draws,
     state_of_torch,
 )
@@ -222,7 +222,7 @@ class GuidedTracer(fx.Tracer):
         # fx asks whether `a` is a tensor before it asks whether it is a proxy. Ours is both.
         if isinstance(a, fx.Proxy):
             return a.node
-        if isinstance(a, Drawn):
+        if isinstance(a, DrawnNumber):
             a.refuse()
         if isinstance(a, torch.Generator):
             raise RuntimeError(OWN_GENERATOR)

@@ -30,6 +30,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or of numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def positive_integer(name: str, value: Any, hint: str = "pass a positive integer") -> int:
     """Return an argument that counts something, as an int of Python.
 
@@ -41,8 +46,7 @@ def positive_integer(name: str, value: Any, hint: str = "pass a positive integer
     Raises:
         InputError: it is no positive integer.
     """
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_integer or value < 1:
+    if not is_integer(value) or value < 1:
         raise InputError(f"{name} is {value!r}. Hint: {hint}")
     return int(value)
 

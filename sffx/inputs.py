@@ -103,6 +103,16 @@ def batch_size(values: Mapping[str, Any]) -> int:
     )
 
 
+def marks_tokens(name: str, value: object) -> bool:
+    """Return whether an input is an attention mask, (B, T), by the name that libraries give it.
+
+    A float mask does not count: it may be added to attention scores, where zero marks a real token.
+    """
+    if not isinstance(value, Tensor) or not re.fullmatch(r"(.*_)?attention_mask", name):
+        return False
+    return value.ndim == 2 and not value.is_floating_point()
+
+
 def padding_mask(plan: BlockPlan, values: Mapping[str, Any]) -> Tensor | None:
     """Return the input that marks the real tokens of the model's output; None if there is none.
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from sffx.checkpoint.entries import own_entries, with_plain_numbers
 from sffx.errors import InputError, MissingExtra
-from sffx.inputs import targets_of
+from sffx.inputs import marks_tokens, targets_of
 from sffx.learning.losses import LossFunctions
 from sffx.net import is_cut, plan_of
 from sffx.plain import logits_of
@@ -423,10 +423,9 @@ class BPModule(_Predictor):
 
         So loss and metrics count what those of `SFFModule` count.
         """
-        mask = _inputs_by_name(self.net, x).get("attention_mask")
-        # A float mask may be added to attention scores, where zero marks a real token.
-        marks_tokens = isinstance(mask, Tensor) and not mask.is_floating_point()
-        return self.task.without_padding(y, mask if marks_tokens else None)
+        name = "attention_mask"
+        mask = _inputs_by_name(self.net, x).get(name)
+        return self.task.without_padding(y, mask if marks_tokens(name, mask) else None)
 
     def scores(self, x: Any) -> dict[str, Tensor]:
         """Return the model's logits, (B, J)."""

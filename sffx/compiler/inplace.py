@@ -130,12 +130,13 @@ def _written_in_some_mode(
             while source not in foreign and _passes_on(block, source):
                 by_mode |= _name_of(block, source).lower().startswith(_BY_MODE)
                 source = source.all_input_nodes[0]
-                if source not in foreign:
-                    continue
-                if by_mode and block_facts(source).memory in read_later:
-                    raise CutError(_written_in_one_mode(node, source))
-                if any(order[user] > order[node] for user in source.users):
-                    found[source] = None
+            # What is written in every mode is replaced, or copied by another rule.
+            if source is written or source not in foreign:
+                continue
+            if by_mode and block_facts(source).memory in read_later:
+                raise CutError(_written_in_one_mode(node, source))
+            if any(order[user] > order[node] for user in source.users):
+                found[source] = None
     return list(found)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from sffx.checks import is_number, positive_integer
+from sffx.checks import is_integer, is_number, positive_integer
 from sffx.errors import InputError
 from sffx.runtime.learn import learning_stages
 
@@ -167,7 +167,7 @@ class BlockSchedule:
         return frozen
 
     def _require(self, epoch: Any) -> None:
-        if not _is_integer(epoch) or not 0 <= epoch < self.epochs:
+        if not is_integer(epoch) or not 0 <= epoch < self.epochs:
             raise InputError(
                 f"the schedule has no epoch {epoch!r}, but those from 0 to {self.epochs - 1}. "
                 "Hint: for epoch in range(schedule.epochs)"
@@ -259,7 +259,7 @@ def _span(name: str, epochs: Any) -> range:
     if isinstance(epochs, range) and epochs.step == 1:
         epochs = (epochs.start, epochs.stop)
     is_pair = isinstance(epochs, (tuple, list)) and len(epochs) == 2
-    if not is_pair or not all(_is_integer(number) for number in epochs):
+    if not is_pair or not all(is_integer(number) for number in epochs):
         raise InputError(
             f"the epochs of {name} are {epochs!r}. "
             "Hint: pass its first epoch and the one before which it stops, as (0, 11)"
@@ -271,10 +271,6 @@ def _span(name: str, epochs: Any) -> range:
             "Hint: epochs count from 0; a block that never learns is left out of the mapping"
         )
     return range(int(first), int(end))
-
-
-def _is_integer(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _loss(of_epoch: Any, name: str) -> float:

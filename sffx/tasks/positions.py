@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sffx.checks import is_integer
 from sffx.errors import InputError
 from sffx.kernels.entropy import summed_cross_entropy
 from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
@@ -32,7 +32,7 @@ class Positions(Task):
 
     def __post_init__(self) -> None:
         label = self.ignore_index
-        if not isinstance(label, Integral) or isinstance(label, bool):
+        if not is_integer(label):
             raise InputError(
                 f"ignore_index is {label!r}. Hint: pass an integer; leave it out where every "
                 "position counts, since the default, -100, is no class"

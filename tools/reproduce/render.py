@@ -14,7 +14,6 @@ from sffx.tables import MIB
 from tools.reproduce import sweeps
 from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
 from tools.reproduce.methods import METHODS
-from tools.reproduce.sweeps import SWEEPS
 
 READOUTS = (
     "ensemble",
@@ -219,7 +218,8 @@ def render(out: Path) -> None:
         "Test accuracy in per cent, mean and standard deviation over seeds. "
         "Made by `python -m tools.reproduce --render`.",
     ]
-    for name, methods in records(out).items():
+    found = records(out)
+    for name, methods in found.items():
         costs = _costs(name, out)
         plot(name, methods, out / f"{name}.png")
         parts += ["", f"## {name}", "", table(methods, costs)]
@@ -229,7 +229,7 @@ def render(out: Path) -> None:
         if published:
             parts += ["", published]
         parts += ["", description(name, methods), "", f"![{name}]({name}.png)"]
-    _plot_sweeps(out)
+    _plot_sweeps(found, out)
     page = "\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write(out / "tables.md", page.encode())
@@ -243,10 +243,9 @@ def _costs(name: str, out: Path) -> dict[str, Any]:
     return costs
 
 
-def _plot_sweeps(out: Path) -> None:
+def _plot_sweeps(found: dict[str, Methods], out: Path) -> None:
     """Plot each sweep of which two experiments or more were run."""
-    found = records(out)
-    for sweep, experiments in SWEEPS.items():
+    for sweep, experiments in sweeps.SWEEPS.items():
         known = {}
         for count, name in experiments.items():
             if name in found:

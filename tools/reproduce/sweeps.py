@@ -43,12 +43,9 @@ def plot(name: str, experiments: Mapping[int, tuple[Methods, Costs]], path: Path
     for i, method in enumerate(names):
         color = f"C{i}"
         _plot_accuracy(accuracy, method, experiments, color)
-        for axes, key in ((peak, "peak"), (time, "time")):
-            known = {
-                k: costs[method][key] for k, (_, costs) in experiments.items() if method in costs
-            }
-            if METHODS[method].heads:
-                axes.plot(list(known), list(known.values()), marker="o", color=color)
+        if METHODS[method].heads:
+            _plot_cost(peak, method, "peak", experiments, color)
+            _plot_cost(time, method, "time", experiments, color)
     for axes, what in ((peak, "peak memory"), (time, "time")):
         axes.axhline(1, color="grey", linestyle="--")
         axes.set(xlabel="blocks", ylabel=f"{what} of a step / BP's")

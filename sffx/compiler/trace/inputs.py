@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Input
 from sffx.compiler.facts import facts
 from sffx.compiler.trace.packed import longest_packed
+from sffx.inputs import marks_tokens
 
 
 def input_records(graph: fx.Graph, root: nn.Module, names: tuple[str, ...]) -> tuple[Input, ...]:
@@ -34,20 +33,10 @@ def _record(node: fx.Node, root: nn.Module, name: str) -> Input:
         shape=tuple(value.shape[1:]),
         dtype=str(value.dtype).removeprefix("torch."),
         high=high,
-        marks_tokens=_marks_tokens(name, value),
+        marks_tokens=marks_tokens(name, value),
         low=low,
         value="" if node.name == name else node.name,
     )
-
-
-def _marks_tokens(name: str, value: Tensor) -> bool:
-    """Whether an input is an attention mask of shape (B, T), by the name that libraries give it.
-
-    A float mask does not count: it may be added to attention scores, where zero marks a real token.
-    """
-    if not re.fullmatch(r"(.*_)?attention_mask", name):
-        return False
-    return value.ndim == 2 and not value.is_floating_point()
 
 
 def _high(node: fx.Node, value: Tensor, root: nn.Module) -> int:

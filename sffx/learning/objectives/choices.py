@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral
 from typing import Any
 
-from sffx.checks import is_number
+from sffx.checks import is_integer, is_number
 from sffx.errors import InputError
 
 
@@ -33,5 +32,5 @@ def require_not_negative(option: str, value: Any) -> None:
 
 def require_natural(option: str, value: Any) -> None:
     """Raise an InputError if an option is no integer, or one below 0."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+    if not is_integer(value) or value < 0:
         raise InputError(f"{option} is {value!r}. Hint: pass an integer, 0 or more")

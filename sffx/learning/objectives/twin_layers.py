@@ -43,7 +43,6 @@ class TwinLayer(nn.Module):
             options: likewise.
         """
         own = super().forward
-        other = self.get_submodule(TWIN)
         if self.answers_alone and not self.training:
             return own(input, *arguments, **options)
         if torch.compiler.is_exporting():
@@ -55,7 +54,7 @@ class TwinLayer(nn.Module):
                 return own(input, *arguments, **options)
             first_rows, other_rows = input[:first], input[first:]
         of_first = own(first_rows, *arguments, **options)
-        of_other = other(other_rows, *arguments, **options)
+        of_other = self.get_submodule(TWIN)(other_rows, *arguments, **options)
         return torch.cat([of_first, of_other])
 
 

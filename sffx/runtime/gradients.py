@@ -87,8 +87,10 @@ def _separated(parameters: list[nn.Parameter], gradients: Iterable[Tensor | None
         if gradient is None:
             continue
         key = storage_key(gradient)
-        is_shared = key in seen or 0 in gradient.stride()
-        if is_shared:
+        if gradient.layout is not torch.strided:
+            # The gradient of a sparse embedding. Its strides are zeros, and mean nothing.
+            gradient = gradient.clone() if key in seen else gradient
+        elif key in seen or 0 in gradient.stride():
             gradient = gradient.clone(memory_format=torch.contiguous_format)
         separated[parameter] = gradient
         seen.add(key)

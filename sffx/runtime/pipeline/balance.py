@@ -25,7 +25,7 @@ from sffx.runtime.gradients import block_gradients
 from sffx.runtime.randomness import untouched_randomness
 from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.walk import input_values, score_detached
-from sffx.tensors import copied
+from sffx.tensors import as_dense, copied
 
 # Samples of the random batch, where no batch was given.
 SAMPLES = 32
@@ -127,7 +127,8 @@ def _step(scores: Any, parameters: list[nn.Parameter], optimizer: torch.optim.Op
         return
     gradients = block_gradients(widened(scores).square().mean(), parameters)
     for parameter, gradient in gradients.items():
-        parameter.grad = gradient
+        # AdamW takes no sparse gradients.
+        parameter.grad = as_dense(gradient)
     optimizer.step()
 
 

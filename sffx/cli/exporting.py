@@ -50,9 +50,10 @@ def _report(net: fx.GraphModule, readout: str, target: Path) -> None:
     for each in plan.inputs:
         sizes = ", ".join(map(str, each.shape))
         inputs.append(f"{each.name} (B, {sizes})" if sizes else f"{each.name} (B,)")
+    outputs = plan.task.count_in_words(plan.num_classes)
     print(
         f"wrote {target}, {in_mib(target.stat().st_size)}: {readout} scores of {plan.model}, "
-        f"{len(plan)} blocks, {plan.num_classes} classes, from {', '.join(inputs)}"
+        f"{len(plan)} blocks, {outputs}, from {', '.join(inputs)}"
     )
 
 

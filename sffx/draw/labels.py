@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from xml.etree.ElementTree import Element
 
-from sffx.blocks import Block, BlockPlan, Input, Leaf, option_name
+from sffx.blocks import Block, BlockPlan, Input, Leaf
 from sffx.draw.detail import joins_in_words, module_names
 from sffx.draw.fold import Run, relative
 from sffx.draw.legend import entries
@@ -26,6 +26,7 @@ from sffx.draw.style import (
 )
 from sffx.draw.words import (
     block_facts,
+    head_in_words,
     heading,
     leaf_in_words,
     plan_facts,
@@ -95,9 +96,7 @@ def block_label(
 def head_label(block: Block, plan: BlockPlan) -> str:
     """Return the label of the head beside a block: the classes, and how it computes goodness."""
     rows = [line(text("goodness", BLUE, bold=True))]
-    streams = [f"of {len(block.scored)} streams"] if len(block.scored) > 1 else []
-    count = plan.task.count_in_words(plan.num_classes)
-    for words in (count, *streams, *_head_kind(block, plan)):
+    for words in head_in_words(block, plan):
         rows.append(line(text(words, BLUE, SMALL)))
     return rows_label(rows)
 
@@ -171,33 +170,6 @@ def _progress_row(target: str, progress: Progress) -> Element:
     else:
         rate_cell = left_cell(text("no learning rate", FAINT), CELLPADDING="3")
     return line(table([row(accuracy_cell, rate_cell)], CELLPADDING="0"), span=2)
-
-
-def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
-    """Return words on how a head computes the goodness, one text a line, or none."""
-    options = plan.options
-    if options.objective.goodness is None:
-        return [options.objective.in_words]
-    if not isinstance(options.goodness, str):
-        return [option_name(options.goodness)]
-    # The numbers of "cosine(4)" or "mlp(64, 3)" are in the legend.
-    kind = options.goodness.partition("(")[0]
-    if kind == "cwc":
-        return ["CwC, no parameters"]
-    if kind == "cosine":
-        return ["cosine"]
-    if kind == "shared":
-        return ["adapter", "output layer"]
-    last = "linear readout" if plan.task.form == "number" else "cosine"
-    if kind in ("mlp", "auto"):
-        return ["hidden layer", last]
-    if plan.task.form == "number":
-        return [last]
-    axes = len(block.shape) - 1
-    if kind == "sff" and options.kernel_size > 1 and axes:
-        size = "×".join([str(options.kernel_size)] * axes)
-        return [f"{size} kernels"]
-    return []
 
 
 def _scale_rows(progress: Progress) -> list[Element]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sffx.blocks import BlockPlan, option_name
 from sffx.draw.style import BLUE, FAINT, GREEN, GREY, INK, RED, TEAL
-from sffx.draw.words import heads_in_words
+from sffx.draw.words import classifier_in_words, heads_in_words, prediction_in_words
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Entry:
         kind: what a drawing must contain for the line to be shown; "" for a line that always is.
         mark: a sample of what is drawn.
         colour: of the sample.
-        meaning: in words. {cut} and {heads} stand for what a cut does and how the heads work.
+        meaning: in words. {cut}, {heads}, {prediction} and {classifier} stand for what a cut does,
+            how the heads work, how they predict, and how the classifier learns.
     """
 
     kind: str
@@ -35,12 +36,11 @@ LEGEND = (
         "",
         "–––→",
         BLUE,
-        "goodness ({heads}): the block learns by it alone; "
-        "its mean over the blocks is the prediction",
+        "goodness ({heads}): the block learns by it alone; {prediction}",
     ),
     Entry("run", "double box", INK, ALIKE),
     Entry("thick", "thick frame", INK, ALIKE),
-    Entry("", "last box", GREEN, "classifier: learns by cross-entropy from its own logits"),
+    Entry("", "last box", GREEN, "classifier: {classifier}"),
     Entry(
         "join",
         "inside",
@@ -95,11 +95,15 @@ def entries(kinds: Collection[str], plan: BlockPlan) -> list[Entry]:
         plan: its norm and its heads are named.
     """
     norm = option_name(plan.options.norm)
-    cut = NORMS.get(norm, f"detached and normed ({norm})")
-    heads = heads_in_words(plan.options, plan.task)
+    words = {
+        "cut": NORMS.get(norm, f"detached and normed ({norm})"),
+        "heads": heads_in_words(plan.options, plan.task),
+        "prediction": prediction_in_words(plan),
+        "classifier": classifier_in_words(plan),
+    }
     lines = []
     for entry in LEGEND:
         if not entry.kind or entry.kind in kinds:
-            meaning = entry.meaning.format(cut=cut, heads=heads)
+            meaning = entry.meaning.format(**words)
             lines.append(Entry(entry.kind, entry.mark, entry.colour, meaning))
     return lines

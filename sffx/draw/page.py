@@ -21,6 +21,7 @@ from sffx.draw.style import BLUE, FAINT, GREEN, RED, TEAL
 from sffx.draw.words import (
     block_facts,
     cut_in_words,
+    head_in_words,
     heading,
     leaf_in_words,
     plan_facts,
@@ -78,6 +79,7 @@ class Box:
         badges: its accuracy and its learning rate, empty without a training.
         colour: of its accuracy, "" without a training.
         bar: its kept activations in percent of those of the block that keeps most.
+        head: what its head scores and how, "" for the classifier.
         calls: how many modules it calls.
         modules: its modules and joins.
         node_count: how many nodes it has.
@@ -93,6 +95,7 @@ class Box:
     badges: list[Colour]
     colour: str
     bar: str
+    head: str
     calls: int
     modules: Flow
     node_count: int
@@ -163,7 +166,6 @@ class Page:
         title: of the page.
         facts: the lines below the title.
         cut_words: what a cut does.
-        num_classes: of the model.
         inputs: the values that no block computes.
         lines: from values to blocks that read them over a cut.
         groups: the blocks in order, the classifier's group last.
@@ -176,7 +178,6 @@ class Page:
     title: str
     facts: list[str]
     cut_words: str
-    num_classes: int
     inputs: list[InputBox]
     lines: list[Line]
     groups: list[Group]
@@ -214,7 +215,6 @@ def page(
         title=heading(plan),
         facts=facts,
         cut_words=cut_in_words(plan.options),
-        num_classes=plan.num_classes,
         inputs=list(_inputs(plan, crossed)),
         lines=list(_lines(plan, crossed)),
         groups=list(_groups(plan, crossed, progress)),
@@ -321,11 +321,18 @@ def _box(
         badges=badges,
         colour=progress.accuracy_colour(block.target) if progress is not None else "",
         bar=f"{100 * block.activation_bytes / most:.1f}",
+        head=_head(block, plan),
         calls=len(block.modules),
         modules=flow_of(parts(block, "modules")),
         node_count=len(block.nodes),
         nodes=flow_of(parts(block, "nodes")),
     )
+
+
+def _head(block: Block, plan: BlockPlan) -> str:
+    if block is plan.classifier:
+        return ""
+    return ", ".join(["goodness", *head_in_words(block, plan)])
 
 
 def _kind(block: Block, plan: BlockPlan) -> str:

@@ -59,6 +59,58 @@ def _regions_in_words(regions: int) -> str:
     return "" if regions == REGIONS else f", {regions} x {regions} regions"
 
 
+def head_in_words(block: Block, plan: BlockPlan) -> list[str]:
+    """Return what a head scores and how: ["10 classes", "of 2 streams", "hidden layer", ...]."""
+    streams = [f"of {len(block.scored)} streams"] if len(block.scored) > 1 else []
+    count = plan.task.count_in_words(plan.num_classes)
+    return [count, *streams, *_head_kind(block, plan)]
+
+
+def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
+    """Return words on how a head computes the goodness, one text a line, or none."""
+    options = plan.options
+    if options.objective.goodness is None:
+        return [options.objective.in_words]
+    if not isinstance(options.goodness, str):
+        return [option_name(options.goodness)]
+    # The numbers of "cosine(4)" or "mlp(64, 3)" are in the legend.
+    kind = options.goodness.partition("(")[0]
+    if kind == "cwc":
+        return ["CwC, no parameters"]
+    if kind == "cosine":
+        return ["cosine"]
+    if kind == "shared":
+        return ["adapter", "output layer"]
+    last = "linear readout" if plan.task.form == "number" else "cosine"
+    if kind in ("mlp", "auto"):
+        return ["hidden layer", last]
+    if plan.task.form == "number":
+        return [last]
+    axes = len(block.shape) - 1
+    if kind == "sff" and options.kernel_size > 1 and axes:
+        size = "×".join([str(options.kernel_size)] * axes)
+        return [f"{size} kernels"]
+    return []
+
+
+def prediction_in_words(plan: BlockPlan) -> str:
+    """Return how the scores of the heads become a prediction, for the legend."""
+    # The last block counts, however many are left out.
+    skips = min(plan.objective.skips, len(plan) - 1)
+    left_out = {0: "", 1: " but the first"}.get(skips, f" but the first {skips}")
+    # Heads of an objective's own may have a goodness without classes, and scores beside it.
+    what = "its mean" if plan.objective.goodness is not None else "the mean of the heads' scores"
+    return f"{what} over the blocks{left_out} is the prediction"
+
+
+def classifier_in_words(plan: BlockPlan) -> str:
+    """Return how the classifier learns, for the legend."""
+    if not plan.objective.trains_classifier:
+        return "does not learn"
+    scores = "numbers" if plan.task.form == "number" else "logits"
+    return f"learns by {plan.task.loss_name} from its own {scores}"
+
+
 def blocks_in_words(plan: BlockPlan) -> str:
     """Return how many blocks a plan has: "9 feature blocks"."""
     return "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"

@@ -39,6 +39,7 @@ class MultiLabel(Task):
     name: ClassVar[str] = "multilabel"
     form: ClassVar[str] = "labels"
     outputs: ClassVar[str] = "labels"
+    loss_name: ClassVar[str] = "binary cross-entropy"
     probability_function: ClassVar[str] = "sigmoid"
     shares: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro")
 

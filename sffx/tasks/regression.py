@@ -32,6 +32,7 @@ class Regression(Task):
     name: ClassVar[str] = "regression"
     form: ClassVar[str] = "number"
     outputs: ClassVar[str] = "numbers"
+    loss_name: ClassVar[str] = "squared error"
     probability_function: ClassVar[str] = ""
     shapes: ClassVar[str] = "(B,) or (B, N)"
     shares: ClassVar[tuple[str, ...]] = ()

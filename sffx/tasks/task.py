@@ -36,6 +36,7 @@ class Task:
         name: of the task, in records.
         form: the form of the heads, a key of `sffx.learning.heads.FORMS`.
         outputs: what J counts, in plural: "classes".
+        loss_name: the name of the loss.
         shapes: the shape of the model's output, for messages.
         per_position: whether a position is scored, a token or a pixel, and not the sample.
         probability_function: turns scores into probabilities, "" where there are none.
@@ -48,6 +49,7 @@ class Task:
     name: ClassVar[str] = ""
     form: ClassVar[str] = "sample"
     outputs: ClassVar[str] = "classes"
+    loss_name: ClassVar[str] = "cross-entropy"
     shapes: ClassVar[str] = "(B, J)"
     per_position: ClassVar[bool] = False
     probability_function: ClassVar[str] = "softmax"

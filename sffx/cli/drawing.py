@@ -16,12 +16,12 @@ from torch import nn
 import sffx
 from sffx.blocks import BlockPlan
 from sffx.checkpoint import Checkpoint, load_checkpoint
-from sffx.cli.cut import complete_options, cut_options
-from sffx.cli.models import called, find_model
+from sffx.cli.cut import FLAGS, complete_options, cut_options
+from sffx.cli.models import called, find_model, place_and_name
 from sffx.cli.sources import token_example
 from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.progress import Progress
-from sffx.draw.render import PICTURES, TEXT, check_path, plan_in
+from sffx.draw.render import FORMATS, PICTURES, TEXT, check_path, plan_in
 from sffx.draw.render import draw as draw_plan
 from sffx.draw.words import blocks_in_words
 from sffx.errors import InputError, MissingExtra, SffxError
@@ -30,6 +30,9 @@ from sffx.parts import is_block
 
 def draw(options: argparse.Namespace) -> None:
     """Draw the plan of a model, in the colours of a training if there is a checkpoint."""
+    if options.output is not None:
+        # Now, because the plan of a large model takes minutes.
+        check_path(options.output, FORMATS)
     checkpoint = _checkpoint(options)
     plan = _plan(options, checkpoint)
     progress = None if checkpoint is None else progress_of(checkpoint, plan)
@@ -111,10 +114,24 @@ def _plan_for(
 ) -> BlockPlan:
     carried = plan_in(model)
     if carried is not None:
+        _refuse_cut_options(carried, options)
         return carried
     if checkpoint is None:
         return sffx.plan(model, **_arguments(model, options))
     return sffx.plan(model, **complete_options(checkpoint, cut_options(options)))
+
+
+def _refuse_cut_options(carried: BlockPlan, options: argparse.Namespace) -> None:
+    """Refuse options for a cut where the model is cut already. They would change nothing."""
+    given = cut_options(options)
+    # The callable that makes the model may have taken it.
+    given.pop("num_classes", None)
+    if given:
+        flags = ", ".join(FLAGS[name] for name in given)
+        raise InputError(
+            f"the model is cut already, by the policy {carried.policy}, and {flags} would change "
+            "nothing. Hint: leave that out, or name the plain model"
+        )
 
 
 def _arguments(
@@ -190,10 +207,9 @@ def _titled(plan: BlockPlan, options: argparse.Namespace) -> BlockPlan:
 
     Only the callable of a package names one. A file or a configuration class does not.
     """
-    source = str(options.source)
-    place, _, thing = source.rpartition(":")
+    place, thing = place_and_name(options.source)
     name = called(thing).rpartition(".")[2]
-    if source.endswith(".py") or place in ("", "hf") or name == plan.model:
+    if place == "hf" or name in ("", plan.model):
         return plan
     return replace(plan, model=f"{name} ({plan.model})")
 
@@ -219,13 +235,10 @@ def _name(options: argparse.Namespace) -> str:
     """Return the name of the drawing: the object's if the command line names one, or the file's."""
     if options.model is not None:
         return called(options.model).rpartition(".")[2]
-    source = str(options.source)
-    place, _, thing = source.rpartition(":")
+    place, thing = place_and_name(options.source)
     if place == "timm":
         return thing.replace("/", "_")
-    if Path(source).suffix == ".py":
-        return Path(source).stem
-    return called(thing).rpartition(".")[2]
+    return called(thing).rpartition(".")[2] or Path(place).stem
 
 
 @contextmanager
@@ -238,4 +251,5 @@ def _writing() -> Iterator[None]:
 
 
 def _show(path: Path) -> None:
-    webbrowser.open(path.resolve().as_uri())
+    if webbrowser.open(path.resolve().as_uri()) is False:
+        print(f"sffx-viz: there is no browser to show {path} with", file=sys.stderr)

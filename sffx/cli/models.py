@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import traceback
 import typing
@@ -216,12 +217,13 @@ def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | No
     Raises:
         InputError: there is no such file.
     """
-    file, separator, name_in_file = source.rpartition(".py:")
+    place, name_in_file = place_and_name(source)
     path = Path(source)
-    if separator and name is None:
-        path = Path(f"{file}.py")
+    if path.suffix != ".py" and place.endswith(".py") and name is None:
+        path = Path(place)
         name = name_in_file
-    if path.is_file():
+    # Not `Path.is_file`, which raises an error for a call that is too long for a file name.
+    if os.path.isfile(path):
         return path, name
     if path.suffix == ".py":
         raise InputError(f"there is no file {str(path)!r}. Hint: name it from the current folder")
@@ -273,6 +275,21 @@ def _imported(source: str) -> ModuleType:
             ) from error
 
 
+def place_and_name(source: str) -> tuple[str, str]:
+    """Return the file, module or package in a source, and what it names there, "" if nothing.
+
+    For example ("timm", "resnet18"), ("model.py", "Net({'depth': 2})") and ("model.py", ""). A call
+    may have colons in its arguments.
+    """
+    if source.endswith(".py"):
+        return source, ""
+    file, separator, name = source.partition(".py:")
+    if separator:
+        return f"{file}.py", name
+    place, _, name = source.partition(":")
+    return place, name
+
+
 def called(name: str) -> str:
     """Return what a call such as "Net(16, classes=10)" calls, "Net"; any other text as it is."""
     return name.partition("(")[0]
@@ -296,8 +313,9 @@ def _member_or_call(holder: Any, name: str, place: str) -> Any:
     if not isinstance(call.body, ast.Call) or ast.unparse(call.body.func) != called(name).strip():
         raise InputError(f"{name!r} is no call of {called(name)}. Hint: 'Net(16, classes=10)'")
     with _own_errors(place):
-        # The arguments may be any expression of the file, whose code is run anyway.
-        return eval(compile(call, name, "eval"), vars(holder))
+        # The arguments may be any expression of the file, whose code is run anyway. In brackets, or
+        # a traceback would show the first line of the file as that of the call.
+        return eval(compile(call, "<the call>", "eval"), vars(holder))
 
 
 def _member(holder: Any, name: str, place: str) -> Any:

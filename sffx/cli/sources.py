@@ -41,9 +41,9 @@ def timm_model(name: str, num_classes: int | None = None, *, filled: bool = Fals
         InputError: timm is not installed or knows no such model.
     """
     timm = _package("timm", f"timm:{name}")
-    all_models = timm.list_models()
-    if name not in all_models:
-        near = _near(name, all_models) or "timm.list_models() lists them"
+    # A name may have a tag, "resnet18.a1_in1k". It chooses weights, which are not loaded here.
+    if not timm.is_model(name):
+        near = _near(name, timm.list_models()) or "timm.list_models() lists them"
         raise InputError(f"timm has no model {name!r}. Hint: {near}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     return _made(lambda: timm.create_model(name, **options), filled)

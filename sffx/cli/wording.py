@@ -22,6 +22,11 @@ def _task_option(found: re.Match[str]) -> str:
     return f"--task '{name}({label[1]})'" if label else f"--task {name}"
 
 
+def _bare(argument: str) -> str:
+    """Return a pattern for the name of an argument, but not for files such as "class_names.txt"."""
+    return rf"(?<![\w./\\-]){argument}(?![\w/\\-]|\.\w)"
+
+
 # In this order: the first ones hold what later ones would take apart.
 _REPLACEMENTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(?:pass )?example_input=torch\.\w+\([^)]*\)", "--input 1,3,224,224"),
@@ -42,11 +47,11 @@ _REPLACEMENTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\bkernel_size=(\d+)", r"--kernel-size \1"),
     (r"pass num_classes\b", "--classes N"),
     (r"\bnum_classes=(\d+)", r"--classes \1"),
-    (r"\bnum_classes\b", "--classes"),
-    (r"\bexample_input\b", "--input"),
-    (r"\bkernel_size\b", "--kernel-size"),
-    (r"\bclass_names\b", "--class-names"),
-    (r"\bdynamic_size\b", "--dynamic-size"),
+    (_bare("num_classes"), "--classes"),
+    (_bare("example_input"), "--input"),
+    (_bare("kernel_size"), "--kernel-size"),
+    (_bare("class_names"), "--class-names"),
+    (_bare("dynamic_size"), "--dynamic-size"),
     (r"load_checkpoint\(path, trust=True\), sffx-export --trust", "--trust"),
     (
         r", or pass a callable (\([^)]*\)) -> ([\w.| ]+)",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TEXT = (".dot", ".gv")
 PAGES = (".html",)
 PICTURES = (".svg", ".png", ".pdf")
+FORMATS = (*PICTURES, *PAGES, *TEXT)
 
 # Dots per inch of a png; svg and pdf have no dots.
 RESOLUTION = "144"
@@ -72,7 +73,7 @@ def draw(
     require_flag("unfold", unfold)
     if not isinstance(detail, str) or detail not in DETAILS:
         raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
-    path = check_path(path, (*PICTURES, *PAGES, *TEXT))
+    path = check_path(path, FORMATS)
     if path.suffix.lower() in PAGES:
         text = page(plan, unfold=unfold, detail=detail, progress=progress)
         write(path, text.encode())

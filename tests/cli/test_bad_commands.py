@@ -68,6 +68,10 @@ VIZ = [
     ("plan", "pixels.py", "--input", "1,3,4,4", "--task", "classification"),
     ("plan", "words.py", "--input", "1,5:int"),
     ("plan", "two_inputs.py"),
+    *(("plan", "cut.py", *each) for each in (INPUT, ("--policy", "layer"), ("--norm", "none"))),
+    ("cut.py", "--goodness", "mlp", "-o", "a.dot"),
+    ("torch.nn:No(" + "1, " * 200 + ")",),
+    ("model.py:no(" + "1, " * 200 + ")",),
     ("compare", "model.py", *INPUT, "layer", "no"),
     ("compare", "model.py", *INPUT, "layer", "layer", "-o", "folder"),
 ]
@@ -107,13 +111,15 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = sffx.transform(net, "layer", torch.zeros(1, 4))
     sffx.save_checkpoint("good.pt", cut)
     torch.save(cut.state_dict(), "weights.pt")
+    Path("cut.py").write_text("import torch\nnet = torch.load('cut.pt', weights_only=False)")
+    torch.save(cut, "cut.pt")
 
 
 def in_python(message: str) -> bool:
     """Return whether a message names an argument of Python that is an option of the command."""
     arguments = "example_input|num_classes|kernel_size|class_names|dynamic_size|sffx.tasks"
     keywords = "policy|goodness|norm|task|readout|objective"
-    return bool(re.search(rf"{arguments}|\\b({keywords})=", message))
+    return bool(re.search(rf"{arguments}|\b({keywords})=", message))
 
 
 @pytest.mark.usefixtures("_files")

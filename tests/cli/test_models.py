@@ -166,6 +166,13 @@ def test_a_call_that_makes_no_model_is_refused(call: str, message: str) -> None:
         find_model("model.py", call)
 
 
+@pytest.mark.parametrize("call", ["Linear()", "Linear(4, 8, wide=3)"])
+def test_an_error_of_a_call_shows_no_line_of_the_module(call: str) -> None:
+    with pytest.raises(InputError, match="TypeError") as caught:
+        find_model(f"torch.nn:{call}")
+    assert "mypy" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -102,3 +102,12 @@ def test_a_shape_that_is_none_is_refused(shape: str, capsys: pytest.CaptureFixtu
 )
 def test_the_usual_subcommand_may_be_left_out(arguments: list[str], expected: list[str]) -> None:
     assert with_command(arguments, ("draw", "plan"), "draw") == expected
+
+
+@pytest.mark.parametrize(
+    "path", ["class_names.txt", "num_classes.py", "example_input/model.py", "runs/kernel_size"]
+)
+def test_a_file_called_as_an_argument_keeps_its_name(path: str) -> None:
+    message = f"there is no file {path!r}"
+    assert in_options(message) == message
+    assert in_options(f"{message}. Hint: class_names.") == f"{message}. Hint: --class-names."

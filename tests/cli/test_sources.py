@@ -64,6 +64,8 @@ def test_timm_knows_its_models_by_name() -> None:
         pytest.importorskip("timm")
     model = find_model("timm:resnet18")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    # The tag chooses weights.
+    assert find_model("timm:resnet18.a1_in1k", num_classes=3).fc.out_features == 3
     with pytest.raises(InputError, match=r"timm has no model 'resnet81'. Hint: .*resnet18"):
         find_model("timm:resnet81")
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import sffx
 from sffx.blocks import BlockPlan
+from sffx.cli import drawing
 from sffx.cli.viz import main
 from sffx.draw.graph import block_graph
 from sffx.draw.page import page
@@ -229,6 +230,8 @@ def test_without_graphviz_a_page_is_written_and_that_is_said(
         ("zoo_of_this_test:Zoo.tiny", "tiny (Chain): 2 feature blocks"),
         ("zoo_of_this_test:Chain", "Chain: 2 feature blocks"),
         ("zoo_of_this_test.py", "Chain: 2 feature blocks"),
+        ("zoo_of_this_test:make_small({'depth': 2}, 'a:b')", "make_small (Chain): 2 feature"),
+        ("zoo_of_this_test.py:make_small({'depth': 2})", "make_small (Chain): 2 feature"),
     ],
 )
 def test_a_drawing_is_titled_after_the_architecture(
@@ -238,7 +241,7 @@ def test_a_drawing_is_titled_after_the_architecture(
     save(
         """
         class Chain(nn.Module): ...
-        def make_small(): return Chain()
+        def make_small(*options): return Chain()
         class Zoo: tiny = make_small
         """,
         "zoo_of_this_test.py",
@@ -278,11 +281,49 @@ def test_an_output_that_cannot_be_written_is_a_message(
     assert_message(capsys, message)
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("model.py", "model"),
+        ("model.py:Net", "Net"),
+        ("model.py:Net({'depth': 2}, name='a:b')", "Net"),
+        ("collections:OrderedDict({'a': 1})", "OrderedDict"),
+        ("timm:resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("hf:BertConfig", "BertConfig"),
+    ],
+)
+def test_a_drawing_is_called_after_what_the_source_names(
+    source: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(drawing, "find_model", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(drawing, "draw_plan", lambda plan, path, **_: path)
+    assert main([source]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {name}.svg: 2 feature blocks")
+
+
+def test_an_output_is_checked_before_the_plan_is_made(planned: Planned) -> None:
+    save("net = nn.Linear(1, 1)")
+    assert main(["model.py", "-o", "net.jpeg"]) == 2
+    assert planned.model is None
+
+
 def test_a_cut_net_is_drawn_as_it_is(planned: Planned, small: BlockPlan) -> None:
     save_cut_net(small)
     assert main(["model.py", "-o", "net.gv"]) == 0
     assert planned.model is None
     assert Path("net.gv").read_text(encoding="utf-8") == block_graph(small).source
+
+
+def test_open_without_a_browser_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(webbrowser, "open", lambda uri: False)
+    save("net = nn.Linear(1, 1)")
+    assert main(["model.py", "-o", "net.dot", "--open"]) == 0
+    assert_message(capsys, "there is no browser to show net.dot with")
 
 
 def test_open_shows_the_drawing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Agreement:
 
     def start(self, word: Word) -> None:
         """Send a word, and begin to receive those of the others."""
-        own = torch.tensor(word.numbers())
+        own = torch.tensor(word.numbers(), device="cpu")
         self._words = [torch.empty_like(own) for _ in range(self.group.size())]
         self._work = dist.all_gather(self._words, own, group=self.group, async_op=True)
 

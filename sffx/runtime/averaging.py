@@ -163,7 +163,7 @@ class _Bucket:
         if all(self._has_gradient):
             self._counts.fill_(1)
         else:
-            here = torch.tensor(self._has_gradient, dtype=self.flat.dtype)
+            here = self.flat.new_tensor(self._has_gradient)
             self._counts.copy_(here)
         for buffer, view in zip(self._buffers, self._buffer_views, strict=True):
             torch.mul(buffer.detach(), share, out=view)

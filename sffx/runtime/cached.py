@@ -253,7 +253,7 @@ class _Layout:
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the rows of a batch, (B, size) of uint8, on the CPU."""
         samples = len(tensors[TARGET])
-        rows = torch.zeros(samples, self.size, dtype=torch.uint8)
+        rows = torch.zeros(samples, self.size, dtype=torch.uint8, device="cpu")
         for field in self.fields:
             flat = tensors[field.name].cpu().contiguous().reshape(samples, -1)
             rows[:, field.start : field.stop] = flat.view(torch.uint8)

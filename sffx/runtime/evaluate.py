@@ -327,13 +327,15 @@ def _no_sums(net: fx.GraphModule) -> dict[str, Sums]:
     """Return the sums of no samples, of each block and each readout."""
     plan = plan_of(net)
     output = (1, *plan.classifier.shape)
-    any_scores = plan.task.gathered([torch.zeros(output)] * len(plan.all_blocks))
-    targets = plan.task.example_targets(output)
     none: dict[str, Sums] = {}
-    for name, scores in scores_by_name(net, any_scores).items():
-        none[name] = {}
-        for key, value in plan.task.sums(scores, targets).items():
-            none[name][key] = torch.zeros_like(value).double()
+    # The sums of batches come to the CPU, whatever the default device is.
+    with torch.device("cpu"):
+        any_scores = plan.task.gathered([torch.zeros(output)] * len(plan.all_blocks))
+        targets = plan.task.example_targets(output)
+        for name, scores in scores_by_name(net, any_scores).items():
+            none[name] = {}
+            for key, value in plan.task.sums(scores, targets).items():
+                none[name][key] = torch.zeros_like(value).double()
     return none
 
 

@@ -339,3 +339,15 @@ def test_values_that_cannot_be_parted_by_samples_are_refused():
     net = sffx.transform(Table(), "layer", x).train()
     with pytest.raises(InputError, match=r"cannot be cached. Hint: cache after another block"):
         sffx.cache_outputs(net, [(x, torch.zeros(6, dtype=torch.long))], "block_0")
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_values_come_to_the_cpu_whatever_the_default_device_is(place, tmp_path):
+    net, loader = cut(), DataLoader(images(), batch_size=8)
+    path = tmp_path / "values" if place == "file" else None
+    expected = sffx.cache_outputs(net, loader, "block_1")[0]
+    batches = list(loader)
+    with torch.device("meta"):
+        x, y = sffx.cache_outputs(net, batches, "block_1", path=path)[0]
+    assert torch.equal(y, expected[1])
+    assert_equal(x, expected[0])

@@ -123,3 +123,10 @@ def test_metrics_that_fail_are_told_with_the_block_its_scores_and_targets(net, m
     with pytest.raises(InputError, match=message) as caught:
         sffx.evaluate(net, [(x, y.float())])
     assert type(caught.value.__cause__) is RuntimeError
+
+
+def test_the_default_device_does_not_matter(net):
+    loader = batches(5, 3)
+    expected = sffx.evaluate(net, loader)
+    with torch.device("meta"):
+        assert sffx.evaluate(net, loader) == expected

@@ -13,12 +13,12 @@ from sffx.checks import is_number, positive_integer
 from sffx.errors import InputError
 from sffx.learning.shared_output import SharedOutput
 from sffx.net import CutModel, cut_model, require_blocks_uncompiled, require_uncompiled
-from sffx.objective import require_single_view
+from sffx.objective import Objective, require_single_view
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.pipeline.ownership import Empty, tensors_of
 from sffx.runtime.pipeline.places import Place
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import stages_of
+from sffx.runtime.stage import stages_that_learn
 
 
 def usable(net: nn.Module) -> CutModel:
@@ -31,7 +31,7 @@ def usable(net: nn.Module) -> CutModel:
         )
     require_uncompiled(net)
     require_blocks_uncompiled(cut, "sffx.Pipeline")
-    require_single_view(cut.plan.objective, "a pipeline")
+    _require_plain_input(cut.plan.objective)
     residency = residency_of(cut)
     if type(residency) is not Residency:
         raise InputError(
@@ -45,6 +45,16 @@ def usable(net: nn.Module) -> CutModel:
             "Hint: goodness='sff' or 'mlp'"
         )
     return cut
+
+
+def _require_plain_input(objective: Objective) -> None:
+    """Raise an InputError if training or prediction runs something else than the batch itself."""
+    require_single_view(objective, "a pipeline")
+    if objective.makes_views:
+        raise InputError(
+            f"the objective {objective.name!r} makes the input of a training step by "
+            "training_views, which a pipeline does not call. Hint: change the batches in the loader"
+        )
 
 
 def device_of(net: nn.Module, device: torch.device | str | int | None) -> torch.device:
@@ -136,7 +146,7 @@ def require_learning(net: CutModel) -> None:
             "losses there"
         )
     # The parameters of other processes are meta tensors, and say whether they learn.
-    if not any(stage.trainable for stage in stages_of(net)):
+    if not any(stage.trainable for stage in stages_that_learn(net)):
         raise InputError(
             "no parameter of the blocks requires a gradient, so train would train nothing. "
             "Hint: pipe.net.requires_grad_(True), or freeze some blocks only"

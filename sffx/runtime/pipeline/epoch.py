@@ -65,7 +65,7 @@ class FromLoader:
         self._device = device
         self._agree = agree
         self._check = check
-        self._pairs = (split_batch(batch, device) for batch in batches(loader))
+        self._pairs = map(self._taken, batches(loader))
         self._next = self._pulled()
 
     def open(self) -> Word:
@@ -93,6 +93,19 @@ class FromLoader:
         self._check(y, samples)
         targets = targets_of(plan, x, y)
         return Batch(input_values(self._net, inputs), targets, samples, [], following)
+
+    def _taken(self, batch: Any) -> tuple[Any, Tensor]:
+        """Return x and y of what the loader yielded, on the device and in memory of their own.
+
+        The next batch is read ahead, and a loader may write it over this one.
+        """
+
+        def own(tensor: Tensor) -> Tensor:
+            moved = tensor.to(self._device)
+            return moved.clone() if moved is tensor else moved
+
+        pair: tuple[Any, Tensor] = tree_map_only(Tensor, own, split_batch(batch))
+        return pair
 
     @staticmethod
     def _word(present: tuple[Any, Tensor], following: tuple[Any, Tensor] | None) -> Word:

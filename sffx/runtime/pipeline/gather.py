@@ -76,7 +76,7 @@ def _receive_parts(
     """
     received: dict[int, Tensor] = {}
     for meta in tensors_of(net, parts).values():
-        values = torch.empty(meta.shape, dtype=meta.dtype)
+        values = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
         if values.numel():
             dist.recv(as_bytes(values), source, group)
         is_parameter = isinstance(meta, nn.Parameter)

@@ -74,7 +74,7 @@ class Outgoing:
     def open(self, word: Word) -> None:
         """Begin a sequence of messages: NEW if there is one, END if there is none."""
         self._begin(1)
-        self._send_control(torch.tensor([word]))
+        self._send_control(_number(word))
         self._promised = word
 
     def send(self, message: Any, following: Word) -> None:
@@ -98,12 +98,12 @@ class Outgoing:
             )
         if self._promised is not Word.SAME:
             encoded = torch.frombuffer(bytearray(ready.layout), dtype=torch.uint8)
-            self._send_control(torch.tensor([len(encoded)]))
+            self._send_control(_number(len(encoded)))
             self._send_control(encoded)
         for tensor in ready.tensors:
             if tensor.numel():
                 self._send(as_bytes(tensor), self._groups.data)
-        self._send_control(torch.tensor([following]))
+        self._send_control(_number(following))
         self._layout = ready.layout
         self._promised = following
 
@@ -152,7 +152,7 @@ class Incoming:
 
     def open(self) -> Word:
         """Return the word about the first message: NEW, or END if there is none."""
-        word = torch.empty(1, dtype=torch.int64)
+        word = _number()
         self._receive_now(word)
         return Word(int(word))
 
@@ -175,9 +175,9 @@ class Incoming:
         return self._layout.unpacked(posted.tensors), following
 
     def _new_layout(self) -> Layout:
-        length = torch.empty(1, dtype=torch.int64)
+        length = _number()
         self._receive_now(length)
-        encoded = torch.empty(int(length), dtype=torch.uint8)
+        encoded = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         self._receive_now(encoded)
         return read_layout(encoded.numpy().tobytes())
 
@@ -185,7 +185,7 @@ class Incoming:
         """Post the receives of a message of the present layout."""
         assert self._layout is not None
         tensors = self._layout.allocate(self._groups.device)
-        word = torch.empty(1, dtype=torch.int64)
+        word = _number()
         works = []
         for tensor in tensors:
             if tensor.numel():
@@ -202,6 +202,11 @@ class Incoming:
             work = dist.irecv(tensor, self._groups.peer, group)
         assert work is not None  # this process is part of the group
         return work
+
+
+def _number(value: int = 0) -> Tensor:
+    """Return a word or a length as it is sent: on the CPU, whatever the default device is."""
+    return torch.tensor([value], dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)

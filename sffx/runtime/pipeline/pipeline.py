@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from sffx.checks import require_callable
 from sffx.errors import InputError
-from sffx.inputs import explaining_input_errors
+from sffx.inputs import explaining_errors
 from sffx.kernels.precision import widened
 from sffx.learning.losses import LossFunctions, check_targets, loss_functions
 from sffx.net import CutModel
@@ -48,7 +48,7 @@ from sffx.runtime.pipeline.gather import (
     load_beside_tensors,
     with_tensors,
 )
-from sffx.runtime.pipeline.losses import LossSums
+from sffx.runtime.pipeline.losses import LossSums, Report, mean_losses
 from sffx.runtime.pipeline.ownership import (
     inseparable,
     materialize,
@@ -62,8 +62,9 @@ from sffx.runtime.pipeline.ranks import Ranks
 from sffx.runtime.pipeline.steps import Steps
 from sffx.runtime.randomness import block_seeds, mixed
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.stage import Stage, Values, stages_of, stages_that_learn
 from sffx.runtime.step import Optimizers
+from sffx.runtime.views import losses_of, require_no_loss
 from sffx.runtime.walk import score_detached
 
 LOGGER = logging.getLogger("sffx")
@@ -119,8 +120,8 @@ class Pipeline:
 
     Raises:
         InputError: there is no process group; there are more processes than blocks; processes have
-            different models; the model is offloaded, sharded or compiled, or its objective has
-            several views; a weight is used by blocks of two stages; or an argument is not as
+            different models; the model is offloaded, sharded or compiled, or its objective makes
+            views; a weight is used by blocks of two stages; or an argument is not as
             described.
         ProcessError: another process failed.
     """
@@ -138,19 +139,25 @@ class Pipeline:
         example_input: Any = None,
         timeout: timedelta | float | None = None,
     ) -> None:
-        self.net = usable(net)
         self.place = find_place(group, replicas)
-        self.device = device_of(self.net, device)
-        self._depth = checked_depth(depth)
-        self._functions = loss_functions(loss_fn, len(self.net.plan.all_blocks))
-        self._ranks = Ranks(self.place, self.device, checked_timeout(timeout))
+        self._ranks = Ranks(self.place, checked_timeout(timeout))
         self.seconds: dict[str, float] = {}
         self.bytes_sent = 0
+        # All that may fail in one process alone comes in here, or the others would wait for ever.
         with self._ranks.watch.reporting():
-            self._ranks.connect()
+            self.net = usable(net)
+            self.device = device_of(self.net, device)
+            self._depth = checked_depth(depth)
+            plan = self.net.plan
+            require_no_loss(plan.objective, loss_fn)
+            self._functions = loss_functions(loss_fn, len(plan.all_blocks))
+            self._losses = losses_of(plan, self._functions)
+            self._ranks.connect(self.device)
             require_same_everywhere(self._ranks.from_everyone(summary(self.net)))
             self._begins = self._first_blocks(cuts, example_input)
             self._stages = self._stages_of(self.place.stage)
+            learning = set(stages_that_learn(self.net))
+            self._learning = [stage for stage in self._stages if stage in learning]
             self._own_parts()
         # `usable` has refused models with another residency.
         self._residency = Residency(self.net)
@@ -187,7 +194,7 @@ class Pipeline:
             lr: learning rate of the feature blocks and their heads.
             classifier_lr: learning rate of the classifier, `lr` where None.
         """
-        return groups_of_stages(self._stages, lr, classifier_lr)
+        return groups_of_stages(self._learning, lr, classifier_lr)
 
     def train(
         self,
@@ -229,10 +236,10 @@ class Pipeline:
             require_learning(self.net)
             connections = self._ranks.connections
             watch = self._ranks.watch
-            steps = Steps(self._stages, optimizer, accumulate, connections.replicas, watch)
+            steps = Steps(self._learning, optimizer, accumulate, connections.replicas, watch)
             lessons = self._lessons(on_block)
-            seed = self._seed()
-            sums = LossSums([stage.name for stage in self._stages])
+            seed = self._seed(accumulate)
+            sums = LossSums([stage.name for stage in self._learning])
             start = time.monotonic()
             waited = watch.waited
             epoch = self._epoch(loader, self._check_targets)
@@ -243,7 +250,7 @@ class Pipeline:
             self.bytes_sent += epoch.bytes_sent
             seconds = time.monotonic() - start
             seconds_waited = watch.waited - waited
-            return self._mean_losses(sums, busy=1 - seconds_waited / seconds)
+            return self._together(sums.report(busy=1 - seconds_waited / seconds))
 
     def _train_batch(
         self,
@@ -254,7 +261,8 @@ class Pipeline:
         sums: LossSums,
     ) -> None:
         last = self._stages[-1]
-        for stage in self._stages:
+        # The classifier, which comes last, does not run where the objective does not train it.
+        for stage in self._learning:
             steps.before(stage)
             held = [self._scores(stage, batch.values)]
             # The next process begins while this one learns.
@@ -283,6 +291,7 @@ class Pipeline:
         with self._ranks.watch.reporting(), evaluating(self.module):
             require_loader(self.place, loader)
             require_values(self.net, self._parts, self._empty)
+            self._ranks.require_same_deed("evaluates")
             totals = Totals(self.net)
             epoch = self._epoch(loader, self._check_labels)
             for batch in epoch:
@@ -291,6 +300,8 @@ class Pipeline:
             together = Totals(self.net)
             for other in self._ranks.from_everyone(totals):
                 together.merge(other)
+            if not together.samples:
+                raise InputError("the loader yielded no samples. Hint: pass data to evaluate on")
             return together.evaluation()
 
     def _evaluate_batch(self, batch: Batch, epoch: Epoch, totals: Totals) -> None:
@@ -372,9 +383,10 @@ class Pipeline:
             InputError: `dst` is no rank of the pipeline.
             ProcessError: another process failed.
         """
-        if dst not in self.place.everyone:
-            raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
         with self._ranks.watch.reporting():
+            if dst not in self.place.everyone:
+                raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
+            self._ranks.require_same_deed(f"gathers the model in rank {dst}")
             stages = range(self.place.stages)
             parts = [self._parts_of_stage(index) for index in stages]
             received = gathered_tensors(self.net, parts, dst, self._ranks)
@@ -383,7 +395,7 @@ class Pipeline:
                 return None
             whole = with_tensors(self.net, received)
             load_beside_tensors(whole, own_state)
-            return whole.train(self.net.training)
+            return whole
 
     def __repr__(self) -> str:
         return f"Pipeline({self._ranks.name_of(self.place.rank)}, {self.device})"
@@ -435,12 +447,15 @@ class Pipeline:
         """Run a stage, and return its scores."""
         if stage.index:
             return score_detached(stage, values)
-        with explaining_input_errors(self.net, _inputs_among(values)):
+        inputs = self.net.plan.inputs
+        # Not the parameters of the net: those of other processes are on no device.
+        with explaining_errors(inputs, self.module.parameters, _inputs_among(values)):
             return score_detached(stage, values)
 
     def _check_targets(self, y: Tensor, samples: int) -> None:
         plan = self.net.plan
         check_targets(y, samples, plan.num_classes, self._functions, plan.task)
+        plan.objective.check_targets(y, samples, plan.num_classes)
 
     def _check_labels(self, y: Tensor, samples: int) -> None:
         self.net.plan.task.check_labels(y, samples, self.net.plan.num_classes)
@@ -449,40 +464,27 @@ class Pipeline:
         if on_block is not None:
             require_callable("on_block", on_block, ("name", "scores", "loss"))
         lessons = {}
-        for stage in self._stages:
-            function = self._functions[stage.index]
+        for stage in self._learning:
+            function = self._losses[stage.index]
             lessons[stage] = Lesson(stage.trainable, function, on_block, hooks_wait=False)
         return lessons
 
-    def _seed(self) -> int:
+    def _seed(self, accumulate: int) -> int:
         """Return a seed for the dropout of an epoch, drawn by the first process."""
-        drawn = int(torch.randint(2**62, ())) if self.first else None
-        return int(self._ranks.from_everyone(drawn)[0])
+        drawn = int(torch.randint(2**62, (), device="cpu")) if self.first else None
+        deed = f"trains with accumulate={accumulate}"
+        return int(self._ranks.require_same_deed(deed, drawn)[0])
 
-    def _mean_losses(self, sums: LossSums, busy: float) -> dict[str, float]:
+    def _together(self, report: Report) -> dict[str, float]:
         """Return the mean loss of each block over the samples of all replicas."""
-        found = self._ranks.from_everyone((sums.totals(), sums.samples, busy))
+        reports = self._ranks.from_everyone(report)
+        losses = mean_losses(reports)
         if self.place.rank == self.place.everyone[0]:
-            self._log_busy([share for _, _, share in found])
-        totals: dict[str, float] = {}
-        samples: dict[str, int] = {}
-        for losses, count, _ in found:
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss
-                samples[name] = samples.get(name, 0) + count
-        return {name: total / samples[name] for name, total in totals.items()}
-
-    def _log_busy(self, shares: Sequence[float]) -> None:
-        """Say how busy the first replica of each stage was.
-
-        Args:
-            shares: of the epoch, for each process.
-        """
-        share_of_rank = dict(zip(self.place.everyone, shares, strict=True))
-        for replicas in self.place.ranks:
-            first = replicas[0]
-            name = self._ranks.name_of(first)
-            LOGGER.info("%s was busy for %.0f %% of the epoch", name, 100 * share_of_rank[first])
+            of_rank = dict(zip(self.place.everyone, reports, strict=True))
+            for first, *_ in self.place.ranks:
+                name, busy = self._ranks.name_of(first), 100 * of_rank[first].busy
+                LOGGER.info("%s was busy for %.0f %% of the epoch", name, busy)
+        return losses
 
 
 def _inputs_among(values: Values) -> dict[str, Any]:

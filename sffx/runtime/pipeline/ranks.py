@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sffx.errors import InputError
+from sffx.errors import InputError, ProcessError
 from sffx.runtime.groups import own_store
 from sffx.runtime.pipeline.places import Connections, Place, connect
 from sffx.runtime.pipeline.watch import Watch
@@ -22,18 +22,18 @@ class Ranks:
 
     Args:
         place: of this process.
-        device: that this process computes on.
         timeout: how long the others wait for a process that hangs.
 
     Attributes:
         place: as above.
-        device: as above.
         watch: waits for other processes.
+        device: that this process computes on, once it is connected.
     """
 
-    def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+    device: torch.device
+
+    def __init__(self, place: Place, timeout: timedelta) -> None:
         self.place = place
-        self.device = device
         own = own_store(place.everyone)
         names = {rank: f"rank {rank}" for rank in place.everyone}
         self.watch = Watch(own, names, place.rank, timeout)
@@ -45,9 +45,37 @@ class Ranks:
         assert self._connections is not None  # `connect` comes first
         return self._connections
 
-    def connect(self) -> None:
-        """Make the process groups. All processes must call it."""
-        self._connections = connect(self.place, self.device)
+    def connect(self, device: torch.device) -> None:
+        """Make the process groups. All processes must call it.
+
+        Args:
+            device: that this process computes on.
+
+        Raises:
+            ProcessError: another process failed before it came here, or did not come.
+        """
+        self.device = device
+        # Torch waits for a process that does not come, and cannot be interrupted.
+        self.watch.meet()
+        self._connections = connect(self.place, device)
+
+    def require_same_deed(self, deed: str, value: Any = None) -> list[Any]:
+        """Return a value of each process; raise a ProcessError unless all do the same.
+
+        Args:
+            deed: what this process does, "trains".
+            value: of this process.
+        """
+        found = self.from_everyone((deed, value))
+        deeds = [other for other, _ in found]
+        if len(set(deeds)) > 1:
+            named = zip(self.place.everyone, deeds, strict=True)
+            each = "; ".join(f"{self.name_of(rank)} {other}" for rank, other in named)
+            raise ProcessError(
+                f"the processes do different things: {each}. Hint: call train, evaluate and "
+                "gather in all processes, in the same order and with the same options"
+            )
+        return [other for _, other in found]
 
     def name_stages(self, blocks: Sequence[Sequence[str]]) -> None:
         """Name the blocks of each process in messages.
@@ -88,7 +116,7 @@ class Ranks:
         group = self.connections.replicas_on_cpu
         if group is None:
             return
-        count = torch.tensor([int(has_batch)])
+        count = torch.tensor([int(has_batch)], device="cpu")
         self.watch.call(lambda: dist.all_reduce(count, group=group))
         having = int(count)
         if having not in (0, group.size()):

@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 # Seconds between two looks at the notes of other ranks.
 POLL = 0.5
+# Seconds between two looks whether all ranks are there.
+_MEETING_POLL = 0.02
 # Seconds that a rank has to leave a note on its failure, once its connections are closed.
 GRACE = 1.5
 
@@ -57,6 +59,23 @@ class Watch:
         self._tasks: SimpleQueue[tuple[Callable[[], Any], futures.Future[Any]]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self.waited = 0.0
+
+    def meet(self) -> None:
+        """Wait until all ranks are here, before there are connections.
+
+        Raises:
+            ProcessError: a rank failed before, ended or hangs.
+        """
+        self._note(self._status_of(self._rank), "waits")
+        start = time.monotonic()
+        # A rank leaves its first note when it comes here.
+        expected = [self._status_of(rank) for rank in self.names]
+        while not self._has_notes(expected):
+            self._raise_failure()
+            self._raise_if_over(start)
+            time.sleep(_MEETING_POLL)
+        self._note(self._status_of(self._rank), "runs")
+        self.waited += time.monotonic() - start
 
     def wait(self, works: Sequence[dist.Work], peer: int | None = None) -> None:
         """Wait until messages from or to a rank are complete.
@@ -93,8 +112,7 @@ class Watch:
                 self._note(self._status_of(self._rank), "waits")
                 has_said = True
             self._raise_failure()
-            if time.monotonic() - start > self._timeout.total_seconds():
-                self._raise_hanging()
+            self._raise_if_over(start)
         if has_said:
             self._note(self._status_of(self._rank), "runs")
         self.waited += time.monotonic() - start
@@ -161,14 +179,18 @@ class Watch:
         if failure:
             raise _error(failure)
 
-    def _raise_hanging(self) -> None:
+    def _raise_if_over(self, start: float) -> None:
+        """Raise a ProcessError that names the ranks that hang if the time to wait is over."""
+        if time.monotonic() - start <= self._timeout.total_seconds():
+            return
         hanging = []
         for rank, name in self.names.items():
             if self._read(self._status_of(rank)) != "waits":
                 hanging.append(name)
-        who = ", ".join(hanging) or "no rank runs, but all wait"
         seconds = self._timeout.total_seconds()
-        failure = f"the other ranks have waited for {seconds:g} s: {who} hangs"
+        failure = f"the other ranks have waited for {seconds:g} s: {', '.join(hanging)} hangs"
+        if not hanging:
+            failure = f"all ranks have waited for {seconds:g} s for each other"
         self._note_failure(failure)
         raise _error(failure)
 
@@ -184,6 +206,12 @@ class Watch:
             self._store.set(key, text)
         except RuntimeError:
             return  # the process with the store is gone
+
+    def _has_notes(self, keys: list[str]) -> bool:
+        try:
+            return bool(self._store.check(keys))
+        except RuntimeError as error:
+            raise self._explained(error, None) from error
 
     def _read(self, key: str) -> str:
         """Return a note, "" where there is none."""

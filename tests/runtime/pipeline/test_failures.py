@@ -80,6 +80,7 @@ def train_with_bad_loader(rank: int, kind: str) -> Any:
         "missing": None,
         "everywhere": models.images(),
         "broken": broken() if pipe.first else None,
+        "no samples": models.images(sizes=(0, 0)) if pipe.first else None,
         "labels": [(models.images()[0][0], torch.full((6,), 7))] if pipe.first else None,
     }
     return pipe.train(loaders[kind], optimizer)
@@ -94,6 +95,7 @@ def broken() -> Any:
     ("kind", "message"),
     [
         ("empty", "the loader yielded no batches"),
+        ("no samples", "the loader yielded no samples"),
         ("missing", "its loader is None"),
         ("everywhere", "only the first stage takes a loader"),
         ("broken", "no such file"),
@@ -140,3 +142,37 @@ def test_a_failure_is_known_in_its_own_pipeline_and_in_no_other(tmp_path):
     for rank, result in enumerate(run(train_alone_and_together, 2, tmp_path, grace=6)):
         assert ("ProcessError" in str(result)) == (rank == 0)
         assert "ValueError: a bad layer" in str(result)
+
+
+def begin_apart(rank: int, bad: str) -> Any:
+    """Make a pipeline in which one rank does something else than the other."""
+    net = models.cut_images()
+    if bad == "missing" and rank == 1:
+        return None
+    depth = rank if bad == "refused" else 2
+    pipe = sffx.Pipeline(net, cuts=["block_2"], timeout=1.5, depth=depth)
+    data = models.images() if pipe.first else None
+    optimizer = torch.optim.SGD(pipe.parameter_groups(lr=0.01))
+    if bad == "accumulation":
+        return pipe.train(data, optimizer, accumulate=rank + 1)
+    if rank == 1:
+        return pipe.gather() if bad == "gather" else pipe.evaluate(data)
+    return pipe.train(data, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("missing", "rank 1 hangs"),
+        ("refused", "depth is 0"),
+        ("evaluate", "trains with accumulate=1; rank 1 (stage 1: block_2 to classifier) evaluates"),
+        ("gather", "rank 1 (stage 1: block_2 to classifier) gathers the model in rank 0"),
+        ("accumulation", "trains with accumulate=2"),
+    ],
+)
+def test_ranks_that_do_different_things_end_at_once(tmp_path, bad, message):
+    for rank, result in enumerate(run(begin_apart, 2, tmp_path, bad, grace=6)):
+        if bad == "missing" and rank == 1:
+            continue
+        assert isinstance(result, sffx.SffxError), result
+        assert message in str(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,6 +70,28 @@ class Stream(IterableDataset):
         yield from zip(numbers(9, 6), torch.arange(9) % 3, strict=True)
 
 
+class Untested(sffx.objective.SFF):
+    """Leaves the classifier as it is."""
+
+    name = "untested"
+
+    @property
+    def trains_classifier(self) -> bool:
+        return False
+
+
+class InOneMemory:
+    """Yields batches that lie in the same memory."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = map(torch.empty_like, self.batches[0])
+        for own_x, own_y in self.batches:
+            yield x.copy_(own_x), y.copy_(own_y)
+
+
 def dropping(block: sffx.Block) -> nn.Module:
     """Make a norm that draws random numbers, and counts how often."""
     return nn.Sequential(nn.Dropout(0.3), nn.BatchNorm1d(block.channels, affine=False))
@@ -93,6 +116,14 @@ def cut(kind: str) -> tuple[fx.GraphModule, Any]:
         model = nn.Sequential(*hidden).double()
         net = sffx.transform(model, "layer", numbers(2, 6), norm=dropping)
         return net, DataLoader(Stream(), 5)
+    if kind in OBJECTIVES:
+        layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]
+        model = nn.Sequential(*layers).double()
+        net = sffx.transform(model, "layer", numbers(2, 6), objective=OBJECTIVES[kind])
+        return net, InOneMemory([(numbers(6, 6) * scale, labels) for scale in (1, 2, 3)])
+    if kind == "an empty batch":
+        net = sffx.transform(Streams().double(), "layer", numbers(2, 6))
+        return net, [(numbers(size, 6), labels[:size]) for size in (6, 0, 4)]
     if kind == "pixels":
         task = sffx.tasks.Segmentation()
         net = sffx.transform(Pixels().double(), "layer", numbers(2, 3, 8, 8), task=task)
@@ -107,7 +138,12 @@ def cut(kind: str) -> tuple[fx.GraphModule, Any]:
     return net, batches
 
 
-KINDS = ("streams", "pixels", "nested", "drawing norms")
+OBJECTIVES = {
+    "a loss of the objective": sffx.objectives.CwC(loss_form="pvn"),
+    "superclasses": sffx.objectives.CwC(superclasses=[[0, 0, 1]]),
+    "no classifier": Untested(),
+}
+KINDS = ("streams", "pixels", "nested", "drawing norms", "an empty batch", *OBJECTIVES)
 
 
 def train_all(rank: int) -> dict[str, Any]:
@@ -115,7 +151,8 @@ def train_all(rank: int) -> dict[str, Any]:
     for kind in KINDS:
         net, data = cut(kind)
         pipe = sffx.Pipeline(net)
-        optimizer = torch.optim.AdamW(pipe.parameter_groups(lr=0.01))
+        groups = pipe.parameter_groups(lr=0.01)
+        optimizer = torch.optim.AdamW(groups) if groups else None
         torch.manual_seed(1)
         losses = pipe.train(data if pipe.first else None, optimizer)
         evaluation = pipe.evaluate(data if pipe.first else None)
@@ -141,3 +178,4 @@ def test_models_of_other_kinds_train_as_in_one_process(tmp_path):
             assert torch.equal(together[name], value), (kind, name)
         for result in found:
             assert result[kind][1] == sffx.evaluate(net, data), kind
+            assert all(map(math.isfinite, result[kind][0].values())), kind

@@ -70,8 +70,16 @@ def train_with_options(rank: int) -> dict[str, Any]:
     pipe = sffx.Pipeline(net, cuts=["block_1"])
     groups = pipe.parameter_groups(lr=0.1)
     optimizer = sgd(groups) if groups else None
-    pipe.train(data if pipe.first else None, optimizer)
+    with torch.device("meta"):
+        # What processes tell each other lies on the CPU, whatever the default device is.
+        pipe.train(data if pipe.first else None, optimizer)
+        pipe.evaluate(data if pipe.first else None)
     states["a frozen stage"] = pipe.state_dict()
+    for layer in net.modules():
+        layer.train(not isinstance(layer, nn.BatchNorm2d))
+    whole = pipe.gather()
+    if whole is not None:
+        assert [each.training for each in whole.modules()] == [m.training for m in net.modules()]
     return states
 
 

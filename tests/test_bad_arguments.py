@@ -19,7 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import sffx
+from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.render import draw
+from sffx.plots.results import plot_accuracy, plot_training
+from sffx.plots.scores import plot_confusion, plot_goodness
 
 ANYTHING = (
     None,
@@ -216,6 +219,31 @@ def functions(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any
                 "progress": None,
                 "unfold": False,
             },
+        ),
+        "comparison": (comparison, {"plans": [net.plan, net.plan]}),
+        "draw_comparison": (
+            draw_comparison,
+            {"plans": [net.plan, net.plan], "path": folder / "a.dot"},
+        ),
+        "plot_accuracy": (
+            plot_accuracy,
+            {"evaluations": {"a": {"block_0": 0.5}}, "path": folder / "a.svg"},
+        ),
+        "plot_training": (
+            plot_training,
+            {
+                "history": [{"accuracy": {"block_0": 0.5}}],
+                "path": folder / "a.svg",
+                "rates": [{"block_0": 0.1}],
+            },
+        ),
+        "plot_confusion": (
+            plot_confusion,
+            {"net": net, "loader": loader, "path": folder / "a.svg", "classes": None},
+        ),
+        "plot_goodness": (
+            plot_goodness,
+            {"net": net, "loader": loader, "path": folder / "a.svg"},
         ),
         "stages": (sffx.policies.stages, {"n": 2}),
         "module": (sffx.policies.module, {"depth": 2}),

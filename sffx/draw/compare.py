@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import Element
 
 from sffx.blocks import Block, BlockPlan
@@ -68,7 +68,11 @@ def comparison(plans: Sequence[BlockPlan]) -> str:
     Returns:
         The text. "kept" are the activations for backward, as `Block.activation_bytes` counts them.
         "parameters, largest" is the number of parameters of the block that has most.
+
+    Raises:
+        InputError: there is no plan.
     """
+    plans = _checked(plans)
     rows = []
     for plan in plans:
         figures = _figures(plan)
@@ -104,11 +108,21 @@ def draw_comparison(plans: Sequence[BlockPlan], path: str | os.PathLike[str]) ->
         InputError: there is no plan, the suffix is unknown, or the folder does not exist.
         MissingExtra: there is no Graphviz to draw with.
     """
-    if not plans:
-        raise InputError(
-            "there is no plan to compare. Hint: pass [sffx.plan(model, policy=...), ...]"
-        )
+    plans = _checked(plans)
     return write_graph(check_path(path, (*PICTURES, *TEXT)), comparison_graph(plans))
+
+
+def _checked(plans: Any) -> list[BlockPlan]:
+    """Return plans as a list; raise an InputError if there are none, or something else."""
+    hint = "Hint: pass [sffx.plan(model, policy=...), ...]"
+    if isinstance(plans, BlockPlan) or not isinstance(plans, Sequence):
+        raise InputError(f"plans is a {type(plans).__name__}, no list of plans. {hint}")
+    if not plans:
+        raise InputError(f"there is no plan to compare. {hint}")
+    for plan in plans:
+        if not isinstance(plan, BlockPlan):
+            raise InputError(f"plans holds a {type(plan).__name__}, which is no plan. {hint}")
+    return list(plans)
 
 
 def comparison_graph(plans: Sequence[BlockPlan]) -> Digraph:

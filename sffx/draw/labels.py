@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Collection, Sequence
 from xml.etree.ElementTree import Element
@@ -50,7 +51,7 @@ def title_label(plan: BlockPlan, progress: Progress | None = None) -> str:
         line(text(heading(plan), size=16, bold=True)),
         line(text(plan_facts(plan), FAINT)),
     ]
-    if progress is not None:
+    if progress is not None and progress.summary():
         rows.append(line(text(progress.summary(), FAINT)))
     return rows_label([*rows, _gap()])
 
@@ -174,8 +175,8 @@ def _progress_row(target: str, progress: Progress) -> Element:
 
 def _scale_rows(progress: Progress) -> list[Element]:
     """Return the colours of accuracies and of learning rates, each with its lowest and highest."""
-    accuracies = progress.of_blocks.values()
-    rates = progress.rates.values()
+    accuracies = list(filter(math.isfinite, progress.of_blocks.values()))
+    rates = list(filter(math.isfinite, progress.rates.values()))
     rows = []
     if accuracies:
         ends = (percent(min(accuracies)), percent(max(accuracies)))

@@ -53,6 +53,9 @@ COLOUR_MEANING = (
     "colour at the left of a box: accuracy, pale for the lowest; learning rates likewise"
 )
 
+# Of a badge that is neither low nor high: light, because its letters are dark.
+NO_COLOUR = "#e3e7eb"
+
 # The classes of colours in the page, which has others for light and for dark.
 COLOUR_CLASSES = {RED: "red", BLUE: "blue", GREEN: "green", FAINT: "", TEAL: "teal"}
 
@@ -209,7 +212,7 @@ def page(
     """
     crossed = crossings(plan)
     facts = [plan_facts(plan)]
-    if progress is not None:
+    if progress is not None and progress.summary():
         facts.append(progress.summary())
     content = Page(
         title=heading(plan),
@@ -346,7 +349,7 @@ def _badges(block: Block, progress: Progress) -> list[Colour]:
     badges = []
     if target in progress.accuracy:
         accuracy = f"accuracy {percent(progress.accuracy[target])}"
-        badges.append(Colour(accuracy, progress.accuracy_colour(target)))
+        badges.append(Colour(accuracy, progress.accuracy_colour(target) or NO_COLOUR))
     if target in progress.rates:
         rate = f"learning rate {progress.rates[target]:.1e}"
         badges.append(Colour(rate, progress.rate_colour(target)))

@@ -38,9 +38,9 @@ class Progress:
     def accuracy_colour(self, name: str) -> str:
         """Return the colour of a block's accuracy, from the lowest of all blocks to the highest.
 
-        A block without an accuracy has none, "".
+        A block without an accuracy has none, "", and neither has one whose accuracy is nan.
         """
-        accuracies = self.of_blocks
+        accuracies = {key: value for key, value in self.of_blocks.items() if math.isfinite(value)}
         if name not in accuracies:
             return ""
         return _between(accuracies[name], accuracies.values(), ACCURACY_COLOURS)
@@ -48,20 +48,24 @@ class Progress:
     def rate_colour(self, name: str) -> str:
         """Return the colour of a block's learning rate, from the lowest to the highest.
 
-        The scale is logarithmic. A rate of 0 has the colour of the lowest.
+        The scale is logarithmic. A rate of 0, or one that is not finite, has the colour of the
+        lowest.
         """
-        logs = [math.log(rate) for rate in self.rates.values() if rate > 0]
+        logs = [math.log(rate) for rate in self.rates.values() if 0 < rate < math.inf]
         rate = self.rates[name]
-        own = math.log(rate) if rate > 0 else min(logs, default=0.0)
+        own = math.log(rate) if 0 < rate < math.inf else min(logs, default=0.0)
         return _between(own, logs, RATE_COLOURS)
 
     def summary(self) -> str:
-        """Return the accuracies of the whole net, as in "accuracy: ensemble 93.1 %"."""
+        """Return the accuracies of the whole net, as in "accuracy: ensemble 93.1 %".
+
+        It is "" where there are none.
+        """
         phrases = []
         for name, value in self.accuracy.items():
             if not is_block(name):
                 phrases.append(f"{name} {percent(value)}")
-        return f"accuracy: {', '.join(phrases)}"
+        return f"accuracy: {', '.join(phrases)}" if phrases else ""
 
 
 def percent(share: float) -> str:

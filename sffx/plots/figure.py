@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sffx.errors import MissingExtra
 from sffx.files import write
@@ -40,6 +40,21 @@ def blank(width: float, height: float, purpose: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain(text: object) -> str:
+    """Return a text of the caller's, in which matplotlib reads no formulas: "US$" stays "US$"."""
+    return str(text).replace("$", r"\$")
+
+
+def point_style(index: int) -> dict[str, Any]:
+    """Return the colour and the marker of one of several methods; no two of the first 49 agree."""
+    turns = index // len(COLOURS)
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[(index + turns) % len(MARKERS)],
+        "markersize": 5,
+    }
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ class Epoch:
 
     Attributes:
         number: of the epoch, from 0.
-        accuracy: between 0 and 1.
-        loss: in nats.
+        accuracy: between 0 and 1, or nan.
+        loss: of the task; for classes in nats.
         lr: learning rates, by the block's name.
     """
 
@@ -40,35 +41,85 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
     """Return the epochs of a training.
 
     Args:
-        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy" and, if
-            there are any, "loss" and "lr", each by name. Or the path of a metrics.csv, or several
+        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy", "loss"
+            and "lr", or some of them, each by name. Or the path of a metrics.csv, or several
             such paths of a training that was resumed.
         rates: the learning rates of each epoch by the block's name, for a history without them.
 
     Raises:
-        InputError: there is no epoch, or it holds no accuracy, or there are not as many rates as
-            epochs.
+        InputError: there is no epoch, or it holds neither accuracy nor loss, a value is no number,
+            an accuracy not between 0 and 1, or there are not as many rates as epochs.
     """
     if isinstance(history, (str, os.PathLike)):
         history = [history]
-    if isinstance(history, Mapping) or not isinstance(history, Iterable):
-        kind = type(history).__name__
-        raise InputError(f"history is a {kind}, not a list of epochs. {HINT}, one for each epoch")
-    entries = list(history)
+    entries = _listed(history)
     files = [Path(entry) for entry in entries if isinstance(entry, (str, os.PathLike))]
+    if files and len(files) < len(entries):
+        raise InputError(
+            f"history holds {len(files)} paths and {len(entries) - len(files)} other entries. "
+            "Hint: pass either paths or evaluations"
+        )
     if files:
         listed = list(_read(files))
     else:
         listed = [_epoch(number, entry) for number, entry in enumerate(entries)]
-    if not any(epoch.accuracy for epoch in listed):
+    if not any(epoch.accuracy or epoch.loss for epoch in listed):
         where = f" in {', '.join(map(str, files))}" if files else ""
         raise InputError(
-            f"there is no epoch with an accuracy{where}. {HINT}, or a metrics.csv of SFFModule"
+            f"there is no epoch with an accuracy or a loss{where}. "
+            f"{HINT}, or a metrics.csv of SFFModule"
         )
-    return listed if rates is None else _with_rates(listed, rates)
+    if rates is not None:
+        listed = _with_rates(listed, rates)
+    return [_checked(epoch) for epoch in listed]
 
 
-def _with_rates(listed: Sequence[Epoch], rates: Sequence[Mapping[str, float]]) -> list[Epoch]:
+def _listed(history: Any) -> list[Any]:
+    try:
+        if not isinstance(history, Mapping):
+            return list(history)
+    except TypeError:
+        pass  # told below
+    kind = type(history).__name__
+    raise InputError(f"history is a {kind}, not a list of epochs. {HINT}, one for each epoch")
+
+
+def _checked(epoch: Epoch) -> Epoch:
+    """Return an epoch whose values are floats."""
+    checked: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for kind, values in checked.items():
+        for name, given in getattr(epoch, kind).items():
+            values[name] = _value(given, name, kind, epoch.number)
+    return Epoch(epoch.number, **checked)
+
+
+def _value(given: Any, name: Any, kind: str, number: int) -> float:
+    where = f"the {kind} of {name!r} in epoch {number}"
+    if not isinstance(name, str):
+        raise InputError(f"{where} has no text as its name. Hint: 'block_0', 'ensemble', ...")
+    try:
+        # Matplotlib would take texts for categories.
+        value = math.nan if isinstance(given, (str, bytes)) else float(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    if math.isnan(value) and not _is_nan(given):
+        raise InputError(f"{where} is {given!r}. Hint: pass a number, or nan where there is none")
+    if kind == "accuracy" and (value < 0 or value > 1):
+        raise InputError(f"{where} is {value:g}, not between 0 and 1. Hint: percent / 100")
+    return value
+
+
+def _is_nan(given: Any) -> bool:
+    return not isinstance(given, (str, bytes)) and bool(given != given)
+
+
+def _with_rates(listed: Sequence[Epoch], rates: Any) -> list[Epoch]:
+    is_list = isinstance(rates, Sequence) and not isinstance(rates, str)
+    if not is_list or not all(isinstance(rate, Mapping) for rate in rates):
+        raise InputError(
+            f"rates is {rates!r}, no list of mappings. "
+            "Hint: [{group['name']: group['lr'] for group in optimizer.param_groups}, ...]"
+        )
     if len(rates) != len(listed):
         raise InputError(
             f"there are {len(rates)} rates for {len(listed)} epochs. "
@@ -87,8 +138,8 @@ def _epoch(number: int, entry: Any) -> Epoch:
     for kind, value in values.items():
         if not isinstance(value, Mapping):
             raise _no_epoch(number, entry, f"its {kind} is a {type(value).__name__}")
-    if not values["accuracy"]:
-        raise _no_epoch(number, entry, "it has no accuracy")
+    if not values["accuracy"] and not values["loss"]:
+        raise _no_epoch(number, entry, "it has neither accuracy nor loss")
     return Epoch(
         number,
         accuracy=dict(values["accuracy"]),
@@ -118,7 +169,7 @@ def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
                 by_number[number] = {"accuracy": {}, "loss": {}, "lr": {}}
             by_number[number][kind][name] = value
     for number, values in sorted(by_number.items()):
-        if values["accuracy"]:
+        if values["accuracy"] or values["loss"]:
             yield Epoch(number, **values)
 
 
@@ -129,14 +180,20 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
             f"there is no log {str(path)!r}. "
             "Hint: CSVLogger writes metrics.csv into a folder version_0"
         )
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise InputError(
+            f"{str(path)!r} cannot be read as a log: {cause}. Hint: pass a metrics.csv of CSVLogger"
+        ) from cause
     # A column is called "val_acc/block_0". For the scores of the whole net it is "val_acc".
     columns: list[str] = []
     if rows:
         # csv puts cells beyond the header under the key None.
         columns = [column for column in rows[0] if column]
-    has_blocks = any(is_block(column.removeprefix("val_acc/")) for column in columns)
+    # Numbers have no accuracy, so any column may name a block.
+    has_blocks = any(is_block(column.partition("/")[2]) for column in columns)
     whole = "ensemble" if has_blocks else "model"
     for row in rows:
         for column in columns:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sffx.draw.render import PICTURES, check_path
 from sffx.errors import InputError
 from sffx.parts import index_of, is_block
-from sffx.plots.figure import COLOURS, MARKERS, blank, in_percent, open_frame, save
+from sffx.plots.figure import blank, in_percent, open_frame, plain, point_style, save
 from sffx.plots.history import Epoch, epochs
 
 if TYPE_CHECKING:
@@ -26,9 +26,13 @@ PANELS = {"accuracy": "accuracy", "loss": "loss, nats", "lr": "learning rate"}
 NOT_DRAWN = "last"
 # The colours of readouts of the whole net. Their lines are dashed. Blocks have colours by depth.
 WHOLE = {"ensemble": "#000000", "weighted": "#0072b2", "classifier": "#d55e00", "model": "#000000"}
-OTHER = "#5f6b7a"
+# Other names have these colours in turn, which no line above has.
+OTHERS = ("#cc79a7", "#5f6b7a", "#e69f00", "#56b4e9")
+DASHES = ("--", "-.", ":")
 # With more blocks than this, the legend names only the first, the middle and the last one.
 BLOCKS_NAMED = 16
+# Fewer epochs than this are points as well as a line.
+POINTS = 30
 # An axis has at most so many ticks.
 TICKS = 20
 
@@ -94,12 +98,13 @@ def plot_training(
 ) -> Path:
     """Draw accuracy, loss and learning rate of each block over the epochs of a training.
 
-    Loss and learning rate are left out where the history does not hold them. Blocks are coloured by
+    What the history does not hold is left out, as the accuracy of numbers. Blocks are coloured by
     depth, from dark to light.
 
     Args:
-        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy" and, if
-            there are any, "loss" and "lr", each by name. Or the path of the metrics.csv that
+        history: for each epoch what `sffx.evaluate` returned, or a mapping with "accuracy", between
+            0 and 1, "loss" and "lr", or some of them, each by name. A value that is nan leaves a
+            gap. Or the path of the metrics.csv that
             Lightning's CSVLogger wrote for an `sffx.lightning` module, or several such paths.
         path: of the file, .svg, .png or .pdf.
         rates: the learning rates of each epoch by the block's name, for a history without them:
@@ -109,8 +114,9 @@ def plot_training(
         The path of the file, which is replaced as a whole.
 
     Raises:
-        InputError: there is no epoch with an accuracy, the rates do not fit, the suffix is unknown,
-            or the folder does not exist.
+        InputError: there is no epoch with an accuracy or a loss, the rates do not fit, a value is
+            no number or an accuracy not between 0 and 1, the suffix is unknown, or the folder does
+            not exist.
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
@@ -181,7 +187,7 @@ def _draw_panel(axes: Axes, names: Sequence[str], methods: Mapping[str, Pairs]) 
             if name in accuracies:
                 xs.append(position + shift)
                 ys.append(accuracies[name])
-        axes.plot(xs, ys, linestyle="-" if has_blocks else "", **_method_style(index))
+        axes.plot(xs, ys, linestyle="-" if has_blocks else "", **point_style(index))
         if not has_blocks:
             _write_figures(axes, xs, ys)
     _set_ticks(axes, names)
@@ -196,27 +202,19 @@ def _write_figures(axes: Axes, xs: Sequence[float], ys: Sequence[float]) -> None
         )
 
 
-def _method_style(index: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 5,
-    }
-
-
 def _add_legend(figure: Figure, methods: Mapping[str, Pairs]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
     for index, method in enumerate(methods):
-        handles.append(Line2D([], [], label=method, **_method_style(index)))
+        handles.append(Line2D([], [], label=plain(method), **point_style(index)))
     columns = min(4, len(handles))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def _set_ticks(axes: Axes, names: Sequence[str]) -> None:
     step = math.ceil(len(names) / TICKS)
-    labels = [str(index_of(name)) if is_block(name) else name for name in names[::step]]
+    labels = [str(index_of(name)) if is_block(name) else plain(name) for name in names[::step]]
     axes.set_xticks(range(0, len(names), step), labels)
     # Half a step at both ends, so that the outermost points are not cut off.
     axes.set_xlim(-0.5, len(names) - 0.5)
@@ -229,15 +227,15 @@ def _line_names(trained: Sequence[Epoch]) -> list[str]:
     for epoch in trained:
         for kind in PANELS:
             names.update(dict.fromkeys(getattr(epoch, kind)))
-    names.pop(NOT_DRAWN, None)
     blocks, others = _parted(names)
+    if blocks and NOT_DRAWN in others:
+        others.remove(NOT_DRAWN)
     return [*blocks, *others]
 
 
 def _draw_curves(axes: Axes, kind: str, names: Sequence[str], trained: Sequence[Epoch]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    marker = "." if len(trained) < 30 else ""
     for name in names:
         xs = []
         ys = []
@@ -246,9 +244,16 @@ def _draw_curves(axes: Axes, kind: str, names: Sequence[str], trained: Sequence[
             if name in values:
                 xs.append(epoch.number + 1)
                 ys.append(values[name])
+        # A line between two gaps would have no length, so such points are drawn.
+        has_gaps = not all(map(math.isfinite, ys))
+        marker = "." if has_gaps or len(trained) < POINTS else ""
         axes.plot(xs, ys, marker=marker, **_curve_style(name, names))
     axes.set_xlabel("epoch")
-    axes.set_ylabel(PANELS[kind])
+    label = PANELS[kind]
+    if kind == "loss" and not any(epoch.accuracy for epoch in trained):
+        # What has no accuracy are numbers, whose loss is no entropy.
+        label = "loss"
+    axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "accuracy":
         in_percent(axes)
@@ -261,16 +266,20 @@ def _spans_a_decade(kind: str, trained: Sequence[Epoch]) -> bool:
     """Return whether the smallest values would look alike on a linear axis."""
     values: list[float] = []
     for epoch in trained:
-        values += getattr(epoch, kind).values()
+        values += filter(math.isfinite, getattr(epoch, kind).values())
     return min(values, default=0) > 0 and max(values) >= 10 * min(values)
 
 
 def _curve_style(name: str, names: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
+    blocks, whole = _parted(names)
+    if name in WHOLE:
+        return {"color": WHOLE[name], "linestyle": "--", "linewidth": 1.6}
     if not is_block(name):
-        return {"color": WHOLE.get(name, OTHER), "linestyle": "--", "linewidth": 1.6}
-    blocks, _ = _parted(names)
+        index = [other for other in whole if other not in WHOLE].index(name)
+        dashes = DASHES[index // len(OTHERS) % len(DASHES)]
+        return {"color": OTHERS[index % len(OTHERS)], "linestyle": dashes, "linewidth": 1.6}
     depth = blocks.index(name) / max(1, len(blocks) - 1)
     # The lightest colours of the scale would not be seen on white.
     return {"color": colormaps["viridis"](0.88 * depth), "linewidth": 1.2}
@@ -284,6 +293,6 @@ def _curve_handles(names: Sequence[str]) -> list[Any]:
         blocks = [blocks[0], blocks[len(blocks) // 2], blocks[-1]]
     handles = []
     for name in (*blocks, *others):
-        label = name.replace("_", " ")
+        label = plain(name.replace("_", " "))
         handles.append(Line2D([], [], label=label, **_curve_style(name, names)))
     return handles

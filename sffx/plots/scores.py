@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sffx.draw.render import PICTURES, check_path
 from sffx.errors import InputError
 from sffx.learning.readouts import readout_of
-from sffx.net import plan_of
-from sffx.plots.figure import COLOURS, blank, save
+from sffx.net import cut_model, plan_of
+from sffx.plots.figure import COLOURS, blank, plain, save
 from sffx.runtime.evaluate import scored
 from sffx.runtime.modes import evaluating
 from sffx.tasks import Classification
@@ -36,7 +37,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 def plot_confusion(
-    net: fx.GraphModule,
+    net: nn.Module,
     loader: Iterable[Any],
     path: str | os.PathLike[str],
     classes: Sequence[str] | None = None,
@@ -46,8 +47,8 @@ def plot_confusion(
     Each row is a true class, with the shares of its samples by predicted class.
 
     Args:
-        net: what `sffx.transform` returned. It is evaluated in eval mode, and its mode is as before
-            afterwards.
+        net: what `sffx.transform` returned, also inside a wrapper such as `AveragedModel`. It is
+            evaluated in eval mode, and its mode is as before afterwards.
         loader: yields (x, y), as for `sffx.evaluate`.
         path: of the file, .svg, .png or .pdf.
         classes: their names, in the order of the labels; None shows the numbers.
@@ -61,13 +62,9 @@ def plot_confusion(
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
+    net = cut_model(net)
     size = _num_classes(net)
-    names = [str(label) for label in range(size)] if classes is None else list(classes)
-    if len(names) != size:
-        raise InputError(
-            f"classes has {len(names)} names, but the net tells {size} classes apart. "
-            "Hint: one name for each label, in order"
-        )
+    names = [str(label) for label in range(size)] if classes is None else _names(classes, size)
     side = min(12.0, 2.5 + 0.3 * size)
     # The longest name stands below the matrix and beside it.
     longest = 0.07 * max(map(len, names))
@@ -82,14 +79,14 @@ def plot_confusion(
     return save(figure, path)
 
 
-def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.PathLike[str]) -> Path:
+def plot_goodness(net: nn.Module, loader: Iterable[Any], path: str | os.PathLike[str]) -> Path:
     """Draw the goodness of the true class and of the other classes, block by block.
 
     A line is the median, and the band around it holds the middle 80 %.
 
     Args:
-        net: what `sffx.transform` returned. It is evaluated in eval mode, and its mode is as before
-            afterwards.
+        net: what `sffx.transform` returned, also inside a wrapper such as `AveragedModel`. It is
+            evaluated in eval mode, and its mode is as before afterwards.
         loader: yields (x, y), as for `sffx.evaluate`.
         path: of the file, .svg, .png or .pdf.
 
@@ -101,6 +98,7 @@ def plot_goodness(net: fx.GraphModule, loader: Iterable[Any], path: str | os.Pat
         MissingExtra: matplotlib is not installed.
     """
     path = check_path(path, PICTURES)
+    net = cut_model(net)
     _num_classes(net)  # raises for another task
     blocks = len(plan_of(net))
     figure = blank(min(12.0, 3 + 0.45 * blocks), 4.2, "plotting goodness")
@@ -169,7 +167,33 @@ def _draw_band(axes: Axes, goodness: Tensor, label: str, colour: str) -> None:
     axes.plot(blocks, median, color=colour, marker="o", markersize=4, label=label)
 
 
+def _names(classes: Any, size: int) -> list[str]:
+    """Return the names of the classes.
+
+    Raises:
+        InputError: they are not in an order, or not as many as there are classes.
+    """
+    # A mapping or a set need not have the order of the labels, and a text is no list of names.
+    has_order = not isinstance(classes, (str, bytes, Mapping, AbstractSet))
+    try:
+        names = list(map(str, classes)) if has_order else []
+    except TypeError:  # it cannot be iterated over
+        has_order = False
+    if not has_order:
+        raise InputError(
+            f"classes is a {type(classes).__name__}, no list of names. "
+            "Hint: one name for each label, in order"
+        )
+    if len(names) != size:
+        raise InputError(
+            f"classes has {len(names)} names, but the net tells {size} classes apart. "
+            "Hint: one name for each label, in order"
+        )
+    return names
+
+
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    names = list(map(plain, names))
     step = math.ceil(len(names) / NAMED)
     places = range(0, len(names), step)
     axes.set_xticks(places, names[::step], rotation=90, fontsize=8)

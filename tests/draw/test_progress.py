@@ -85,3 +85,25 @@ def test_draw_takes_progress_in_every_detail(small: BlockPlan, tmp_path: Path) -
     for detail in ("blocks", "modules", "nodes"):
         path = draw(small, tmp_path / f"{detail}.dot", detail=detail, progress=Progress(ACCURACY))
         assert ACCURACY_COLOURS[0] in path.read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_no_place_on_the_scale(small: BlockPlan, value: float) -> None:
+    """A diverged training. Its nan was drawn in the colour of the best, or ended in an error."""
+    progress = Progress(
+        {"block_0": value, "block_1": 0.2, "classifier": 0.8}, {"block_0": value, "block_1": 0.1}
+    )
+    assert progress.accuracy_colour("block_0") == ""
+    colours = [progress.accuracy_colour(name) for name in ("block_1", "classifier")]
+    assert colours == list(ACCURACY_COLOURS)
+    graph = drawn(block_graph(small, progress=progress))
+    assert f"accuracy {value} %" in graph.nodes["block_0"]["label"]
+    assert "20.0 %</FONT></TD><TD" in graph.attributes["label"]
+    assert "background: ;" not in page(small, progress=progress)
+    assert 'background: "' not in page(small, progress=progress)
+
+
+def test_without_accuracies_of_the_whole_net_none_are_announced(small: BlockPlan) -> None:
+    progress = Progress({"block_0": 0.5})
+    assert "accuracy:" not in block_graph(small, progress=progress).source
+    assert "accuracy:" not in page(small, progress=progress).replace("box: accuracy", "")

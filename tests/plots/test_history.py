@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,28 @@ def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("history", "rates", "message"),
     [
-        ([], None, r"no epoch with an accuracy\. Hint"),
+        ([], None, r"no epoch with an accuracy or a loss\. Hint"),
         (EVALUATIONS, RATES[:1], "1 rates for 2 epochs"),
-        ([0.5], None, "epoch 0 of the history is a float, but it has no accuracy"),
+        ([0.5], None, "epoch 0 of the history is a float, but it has neither accuracy nor loss"),
         (
             [{"accuracy": 0.5}],
             None,
             "epoch 0 of the history is a dict, but its accuracy is a float",
         ),
         ("nowhere.csv", None, "there is no log 'nowhere.csv'"),
+        ([EVALUATIONS[0], "run.csv"], None, "history holds 1 paths and 1 other entries"),
+        (EVALUATIONS, [0.1, 0.1], r"rates is \[0\.1, 0\.1\], no list of mappings"),
+        (EVALUATIONS, RATES[0], "rates is {.*}, no list of mappings"),
+        *(
+            ([{"accuracy": {"block_0": 0.5, "ensemble": value}}], None, message)
+            for value, message in (
+                (50.1, "accuracy of 'ensemble' in epoch 0 is 50.1, not between 0 and 1. Hint: per"),
+                (-0.1, "is -0.1, not between"),
+                ("0.5", "the accuracy of 'ensemble' in epoch 0 is '0.5'. Hint: pass a number"),
+                (None, "is None. Hint: pass a number, or nan"),
+            )
+        ),
+        ([{"loss": {0: 0.5}}], None, "the loss of 0 in epoch 0 has no text as its name"),
         (EVALUATIONS[0], None, r"history is a \w+, not a list of epochs\. Hint: \[sffx\.evaluate"),
         ({"accuracy": {"block_0": 0.5}}, None, r"history is a dict, not a list of epochs"),
     ],
@@ -103,6 +117,7 @@ def test_what_is_no_history_is_refused(history: Any, rates: Any, message: str) -
         ("epoch,val_acc\n0,high\n", "its column 'val_acc' holds 'high'"),
         ("val_acc\n0.5\n", "its column 'epoch' holds None"),
         ("", "no epoch"),
+        ("epoch,val_acc\n0,93.1\n", "'model' in epoch 0 is 93.1, not between 0 and 1"),
     ],
 )
 def test_a_file_that_is_no_log_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -148,3 +163,39 @@ def test_of_many_blocks_the_legend_names_three(figures: list[Any], tmp_path: Pat
         "block 20",
     ]
     assert len(figures[0].axes[0].lines) == 21
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"cannot be read as a log: .* Hint"):
+        epochs(tmp_path / "metrics.csv")
+
+
+def test_numbers_have_a_loss_and_no_accuracy(figures: list[Any], tmp_path: Path) -> None:
+    history = [Evaluation({}, {"block_0": 2.0, "ensemble": 1.5}, 8)]
+    plot_training(history, tmp_path / "training.svg")
+    (loss,) = figures[0].axes
+    assert points(loss) == [[2.0], [1.5]]
+    assert loss.get_ylabel() == "loss"
+    (tmp_path / "metrics.csv").write_text("epoch,val_loss,val_loss/block_0\n0,1.5,2.0\n")
+    assert epochs(tmp_path / "metrics.csv")[0].loss == history[0].loss
+
+
+def test_values_between_gaps_are_points(figures: list[Any], tmp_path: Path) -> None:
+    values = [0.5 if epoch % 2 else math.nan for epoch in range(60)]
+    history = [{"accuracy": {"block_0": value, "block_1": 0.5}} for value in values]
+    plot_training(history, tmp_path / "training.svg")
+    gaps, plain = figures[0].axes[0].lines
+    assert (gaps.get_marker(), plain.get_marker()) == (".", "")
+
+
+def test_names_of_your_own_look_different(figures: list[Any], tmp_path: Path) -> None:
+    names = ["train", "val", "last", "ensemble", "classifier", "weighted", "a $x$ b", "c $_d"]
+    plot_training([{"accuracy": dict.fromkeys(names, 0.5)}], tmp_path / "training.svg")
+    lines = figures[0].axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(lines) == len(names)
+    (legend,) = figures[0].legends
+    assert [text.get_text().replace("\\", "") for text in legend.get_texts()] == [
+        name.replace("_", " ") for name in names
+    ]

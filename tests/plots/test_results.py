@@ -71,6 +71,22 @@ def test_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert plot_accuracy(EVALUATIONS, tmp_path / "accuracy.png").exists()
 
 
+def test_many_methods_look_different(figures: list[Any], tmp_path: Path) -> None:
+    methods = {f"method {index}": {"block_0": 0.5} for index in range(20)}
+    plot_accuracy(methods, tmp_path / "accuracy.svg")
+    lines = figures[0].axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(methods)
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path: Path) -> None:
+    """`$x$` would become an italic x, and an unknown command an error."""
+    pytest.importorskip("matplotlib")
+    methods = {r"$\nothing$": {"from $5 to $6_a": 0.5}}
+    drawn = plot_accuracy(methods, tmp_path / "accuracy.svg").read_text()
+    assert r"<!-- $\nothing$ -->" in drawn
+    assert "<!-- from $5 to $6_a -->" in drawn
+
+
 @pytest.mark.parametrize("accuracy", [50.1, -0.1, math.nan])
 def test_an_accuracy_that_is_none_is_refused(tmp_path: Path, accuracy: float) -> None:
     with pytest.raises(InputError, match=r"'classifier' by 'BP' is .*, not between 0 and 1"):

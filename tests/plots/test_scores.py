@@ -91,6 +91,27 @@ def test_the_names_of_the_classes_are_shown(tmp_path: Path) -> None:
     assert all(f"<!-- {name} -->" in text for name in ("cat", "dog", "eel"))
 
 
+def test_any_name_of_a_class_stays_text(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ["US$ and A$", r"$\nothing$", "<b>"]
+    drawn = plot_confusion(cut(), batches(), tmp_path / "confusion.svg", names).read_text()
+    assert "<!-- US$ and A$ -->" in drawn
+    assert r"<!-- $\nothing$ -->" in drawn
+
+
+@pytest.mark.parametrize("classes", ["cat", 3, {"cat": 2, "dog": 0, "eel": 1}, {"a", "b", "c"}])
+def test_names_without_an_order_are_refused(classes: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"classes is a \w+, no list of names\. Hint"):
+        plot_confusion(cut(), batches(), tmp_path / "plot.png", classes)
+
+
+@pytest.mark.parametrize("plot", [plot_confusion, plot_goodness])
+def test_a_net_in_a_wrapper_is_plotted(plot: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    net = torch.optim.swa_utils.AveragedModel(cut())
+    assert plot(net, batches(), tmp_path / "plot.png").is_file()
+
+
 @pytest.mark.parametrize("plot", [plot_confusion, plot_goodness])
 def test_what_cannot_be_plotted_is_refused(plot: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

@@ -110,9 +110,17 @@ view.addEventListener("wheel", (event) => {
   zoom(scale * factor, event.clientX - box.left, event.clientY - box.top);
 }, { passive: false });
 
+// The scrollbars belong to the view, but browsers tell no end of a press on them.
+function isOnScrollbar(event) {
+  const box = view.getBoundingClientRect();
+  const isRight = event.clientX - box.left >= view.clientLeft + view.clientWidth;
+  return isRight || event.clientY - box.top >= view.clientTop + view.clientHeight;
+}
+
 view.addEventListener("pointerdown", (event) => {
   const isOnBox = event.target.closest(".box, .input") !== null;
-  if (event.pointerType !== "mouse" || event.button !== 0 || isOnBox) return;
+  if (event.pointerType !== "mouse" || event.button !== 0) return;
+  if (isOnBox || isOnScrollbar(event)) return;
   const start = { x: view.scrollLeft + event.clientX, y: view.scrollTop + event.clientY };
   const drag = (move) => view.scrollTo(start.x - move.clientX, start.y - move.clientY);
   view.classList.add("dragged");

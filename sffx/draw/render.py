@@ -15,6 +15,7 @@ from sffx.draw.page import page
 from sffx.draw.progress import Progress
 from sffx.errors import InputError, MissingExtra, SffxError
 from sffx.files import as_path, write
+from sffx.net import unwrapped
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -41,7 +42,8 @@ def draw(
     """Draw the graph of a plan into a file.
 
     Args:
-        plan_or_net: a `BlockPlan`, or a cut net, which carries one.
+        plan_or_net: a `BlockPlan`, or a cut net, which carries one, also inside a wrapper such as
+            `AveragedModel`.
         path: of the file. Its suffix chooses the format: .svg, .png and .pdf are pictures, .html is
             a page whose blocks unfold, .dot and .gv are the text of the graph.
         unfold: whether blocks in a row that look alike are drawn one by one. By default they are
@@ -86,8 +88,9 @@ def draw(
 
 
 def plan_in(plan_or_net: Any) -> BlockPlan | None:
-    """Return the plan itself, or the plan that a cut net carries; None if there is none."""
-    plan = getattr(plan_or_net, "plan", plan_or_net)
+    """Return the plan itself, or that of a cut net, also in a wrapper; None if there is none."""
+    inner = unwrapped(plan_or_net)
+    plan = getattr(inner, "plan", inner)
     return plan if isinstance(plan, BlockPlan) else None
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,21 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A browser without a window; the tests are skipped where there is none."""
+def launch() -> Iterator[Callable[..., Any]]:
+    """Starts a browser without a window; the tests are skipped where there is none."""
     with playwright.sync_playwright() as play:
         programs = [*map(shutil.which, BROWSERS), play.chromium.executable_path]
         program = next((path for path in programs if path and os.path.exists(path)), None)
         if program is None:
             pytest.skip("there is no Chromium or Chrome. Hint: playwright install chromium")
-        started = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
+        yield partial(play.chromium.launch, executable_path=program, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def browser(launch: Callable[..., Any]) -> Iterator[Any]:
+    started = launch()
+    yield started
+    started.close()
 
 
 class Shown:
@@ -183,6 +189,25 @@ def test_dragging_and_arrows_pan(shown: Shown) -> None:
     assert "dragged" not in (shown.tab.get_attribute("#view", "class") or "")
     shown.tab.keyboard.press("ArrowDown")
     assert shown.scrolled()[1] == pytest.approx(210, abs=2)
+
+
+def test_a_press_on_a_scrollbar_drags_nothing(
+    launch: Callable[..., Any], tmp_path: Path, resnet18: BlockPlan
+) -> None:
+    """Chromium tells no end of such a press, so the page followed the pointer ever after."""
+    browser = launch(ignore_default_args=["--hide-scrollbars"])
+    page = Shown(browser, tmp_path / "net.html", page_of(resnet18))
+    assert page.tab.evaluate("view.clientWidth < view.offsetWidth")
+    right, top = page.tab.evaluate("(({right, top}) => [right, top])(view.getBoundingClientRect())")
+    page.tab.mouse.move(right - 6, top + 20)
+    page.tab.mouse.down()
+    page.tab.mouse.move(right - 6, top + 80, steps=3)
+    page.tab.mouse.up()
+    before = page.scrolled()
+    page.tab.mouse.move(right - 300, top + 120, steps=3)
+    assert page.scrolled() == before
+    assert "dragged" not in (page.tab.get_attribute("#view", "class") or "")
+    browser.close()
 
 
 def luminance(colour: str) -> float:

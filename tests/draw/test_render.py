@@ -10,7 +10,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from torch import nn
 
+import sffx
 from sffx.blocks import BlockPlan
 from sffx.draw.graph import block_graph, new_graph
 from sffx.draw.render import draw, render
@@ -179,6 +182,13 @@ def test_a_link_stays_a_link(small: BlockPlan, tmp_path: Path) -> None:
     assert draw(small, tmp_path / "latest.dot") == tmp_path / "latest.dot"
     assert (tmp_path / "latest.dot").is_symlink()
     assert (tmp_path / "first.dot").read_text(encoding="utf-8") == block_graph(small).source
+
+
+def test_a_cut_net_in_a_wrapper_is_drawn(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    net = sffx.transform(model, "layer", torch.zeros(2, 4), check=False)
+    path = draw(torch.optim.swa_utils.AveragedModel(net), tmp_path / "net.dot")
+    assert path.read_text() == block_graph(net.plan).source
 
 
 def test_a_cut_net_is_drawn_by_its_plan(small: BlockPlan, tmp_path: Path) -> None:

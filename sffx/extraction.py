@@ -15,7 +15,7 @@ from sffx.compiler.trace.flags import AddedModule
 from sffx.kernels.pool import MemorySavingMaxPool2d
 from sffx.net import CutModel, cut_model
 from sffx.parts import name_in_model
-from sffx.runtime.find_residency import make_whole
+from sffx.runtime.find_residency import make_whole, require_values
 from sffx.tensors import OF_EVERY_MODULE, computed_tensors, copied, detach_scripts
 
 
@@ -30,9 +30,12 @@ def extract(net: nn.Module) -> nn.Module:
         net: what `transform` returned.
 
     Raises:
-        InputError: `net` is no cut model, or is sharded.
+        InputError: `net` is no cut model, or is sharded, or only some blocks have values, as where
+            a `Pipeline` has divided it.
     """
     cut = cut_model(net)
+    if not all(tensor.is_meta for tensor in cut.parameters()):
+        require_values(cut)
     return cut.plan.objective.restored(extract_as_cut(cut))
 
 

@@ -23,6 +23,7 @@ from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
 from sffx.tasks.task import can_be_read, has_values
+from sffx.tensors import WITHOUT_VALUES
 
 _MODEL = "the model"
 
@@ -336,7 +337,13 @@ def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
 
 
 def _require_device(parameters: Sequence[Tensor], values: Mapping[str, Any]) -> None:
-    """Raise an InputError if an input is on a device where no parameter is."""
+    """Raise an InputError if an input is on a device where no parameter is, or not every one."""
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    if any(each.is_meta for each in parameters) and not any(each.is_meta for each in tensors):
+        raise InputError(
+            f"the net has parameters on the meta device, where they have no values. "
+            f"{WITHOUT_VALUES}"
+        )
     # The blocks of an offloaded model are on two devices.
     devices = list(dict.fromkeys(str(parameter.device) for parameter in parameters))
     for name, value in values.items():

@@ -18,6 +18,12 @@ M = TypeVar("M", bound=nn.Module)
 # The attributes that every module has: its mode, its hooks, the dicts of its tensors and children.
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
+# What to do about a model with tensors on the meta device.
+WITHOUT_VALUES = (
+    "Hint: load the weights first, net.to_empty(device='cpu') and net.load_state_dict; a net whose "
+    "blocks a Pipeline has divided comes back whole by pipe.gather()"
+)
+
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return what `module.modules()` yields, in a fifth of the time: training steps ask for it."""

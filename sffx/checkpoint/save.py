@@ -25,7 +25,7 @@ from sffx.checkpoint.entries import (
 from sffx.errors import InputError
 from sffx.files import writing
 from sffx.net import unwrapped
-from sffx.runtime.find_residency import make_whole
+from sffx.runtime.find_residency import make_whole, require_values
 from sffx.runtime.optimizers import require_optimizers_of
 
 
@@ -51,14 +51,15 @@ def save_checkpoint(
         The path of the file.
 
     Raises:
-        InputError: `net` is sharded, `optimizer` holds none of its parameters, an entry cannot be
-            saved, or the file cannot be written.
+        InputError: `net` is sharded or has tensors on the meta device, `optimizer` holds none of
+            its parameters, an entry cannot be saved, or the file cannot be written.
         ExportError: the file system failed while the file was written.
     """
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}, not a model. Hint: pass the model itself")
     model = _unwrapped(net)
     make_whole(model)
+    require_values(model)
     if optimizer is not None:
         require_optimizers_of(model, [optimizer])
     for name in more:

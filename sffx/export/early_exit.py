@@ -26,7 +26,7 @@ from sffx.inputs import batch_size, batches, bind_inputs, explaining_errors, spl
 from sffx.learning.readouts import mean_goodness
 from sffx.net import cut_model
 from sffx.objective import require_single_try
-from sffx.runtime.find_residency import make_whole
+from sffx.runtime.find_residency import make_whole, require_values
 from sffx.runtime.walk import walk_attached
 from sffx.tables import Column, text_table
 from sffx.tasks import CLASSIFICATION
@@ -129,6 +129,7 @@ class EarlyExit:
     def __init__(self, net: nn.Module, threshold: float = 0.9) -> None:
         cut = cut_model(net)
         make_whole(cut)
+        require_values(cut)
         require_confidence(cut.plan.task)
         require_single_try(cut.plan.objective, cut.plan.num_classes, "an early exit")
         self.threshold = threshold

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import fx
 
 from sffx.compiler.trace.sizes import remove_guards
-from sffx.errors import ExportError, InputError, first_line
+from sffx.errors import ExportError, first_line
 from sffx.learning.readouts import (
     READOUTS,
     WEIGHTED,
@@ -17,7 +17,7 @@ from sffx.learning.readouts import (
     require_weights,
 )
 from sffx.net import use_codegen
-from sffx.runtime.find_residency import make_whole
+from sffx.runtime.find_residency import make_whole, require_values
 from sffx.tensors import copied
 
 CUMULATIVE = "cumulative"
@@ -48,12 +48,7 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
         ExportError: the net cannot be copied.
     """
     make_whole(net)
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} is on the meta device, where tensors have no values. "
-                "Hint: load the weights first, net.to_empty(device='cpu') and net.load_state_dict"
-            )
+    require_values(net)
     try:
         model = copied(net)
         # An exporter takes the inputs one by one, however the model takes them.

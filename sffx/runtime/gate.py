@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class KeepsNothing:
@@ -36,6 +37,14 @@ class Gate(KeepsNothing):
 
     def __reduce__(self) -> Any:
         return _open_gate, ()
+
+
+def remove_open_gates(copy: nn.Module) -> None:
+    """Remove what a copy of a model has in the place of gates."""
+    for module in copy.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _pass:
+                del module._forward_pre_hooks[key]
 
 
 def none() -> None:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from sffx.errors import InputError
 from sffx.runtime.gradients import Gradients, block_gradients
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.stage import Stage
 from sffx.runtime.update import Updates
+from sffx.tensors import WITHOUT_VALUES
 
 
 class Residency:
@@ -31,8 +33,15 @@ class Residency:
 
     @property
     def device(self) -> torch.device:
-        """The device that the stages run on, where inputs must be."""
-        return next(self.net.parameters()).device
+        """The device that the stages run on, where inputs must be.
+
+        Raises:
+            InputError: the parameters are on the meta device.
+        """
+        device = next(self.net.parameters()).device
+        if device.type == "meta":
+            raise InputError(f"net is on the meta device, without values. {WITHOUT_VALUES}")
+        return device
 
     def prepare(self) -> None:
         """Make the model ready for a block-local step. Here there is nothing to do.

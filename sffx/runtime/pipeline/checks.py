@@ -169,7 +169,7 @@ def require_values(net: CutModel, parts: Sequence[str], empty: Mapping[str, Empt
     if names:
         raise InputError(
             f"{names[0]} and {len(names) - 1} other tensors have no values: the model was on "
-            "the meta device, and their layers have no reset_parameters(). "
+            "the meta device, and no reset_parameters() of their layers has set them. "
             "Hint: pipe.load_state_dict(...), or set those that are in no state dict yourself: "
             "pipe.module.get_buffer(name).copy_(...)"
         )

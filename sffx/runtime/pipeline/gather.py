@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sffx.net import CutModel
+from sffx.runtime.gate import remove_open_gates
 from sffx.runtime.pipeline.message import as_bytes
 from sffx.runtime.pipeline.ownership import tensors_of
 from sffx.runtime.pipeline.ranks import Ranks
@@ -89,6 +90,8 @@ def with_tensors(net: CutModel, received: dict[int, Tensor]) -> CutModel:
     # deepcopy takes what the memo holds for the copy of a tensor, wherever the tensor is held.
     memo: dict[int, Any] = {**computed_tensors(net), **received}
     whole = copy.deepcopy(net, memo)
+    # The parts that are no longer elsewhere run as any other.
+    remove_open_gates(whole)
     whole.origin.model.to("cpu")
     return whole.to("cpu")
 

@@ -1,4 +1,4 @@
-"""The state of an optimizer by names of the cut model, for distributed checkpoints.
+"""The state of optimizers by names of the cut model, for distributed checkpoints.
 
 A parameter without a gradient so far has no state. But a checkpoint needs the same entries before
 and after training, or it does not load. So each parameter gets entries, and a mark says whether
@@ -8,7 +8,7 @@ they count. Torch's own functions step on such parameters, so that Adam counts o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,18 +21,55 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from sffx.errors import InputError
+from sffx.runtime.step import Optimizers
+
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def state_by_name(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the state of an optimizer, flat, by the names of a module's parameters.
+def state_by_name(module: nn.Module, optimizers: Optimizers | None) -> dict[str, Any]:
+    """Return the state of optimizers, flat, by the names of a module's parameters.
 
-    The optimizer stays as it is.
+    The optimizers stay as they are.
 
     Args:
-        module: whose parameters the optimizer has.
-        optimizer: in any state.
+        module: whose parameters the optimizers have, each parameter in one.
+        optimizers: in any state: one, a mapping with one for each block, or None for none.
+
+    Raises:
+        InputError: they are no optimizers.
     """
+    state: dict[str, Any] = {}
+    for optimizer in _each(optimizers):
+        state.update(_state_of(module, optimizer))
+    return state
+
+
+def load_by_name(module: nn.Module, optimizers: Optimizers | None, state: dict[str, Any]) -> None:
+    """Load what `state_by_name` returned, perhaps for a module with more parameters.
+
+    Raises:
+        InputError: they are no optimizers.
+    """
+    for optimizer in _each(optimizers):
+        _load(module, optimizer, state)
+
+
+def _each(optimizers: Any) -> list[Optimizer]:
+    """Return each optimizer once."""
+    if optimizers is None:
+        return []
+    several = list(optimizers.values()) if isinstance(optimizers, Mapping) else [optimizers]
+    for each in several:
+        if not isinstance(each, Optimizer):
+            raise InputError(
+                f"the optimizer is a {type(each).__name__}. "
+                "Hint: pass what train was given: an optimizer, one for each block by name, or None"
+            )
+    return list(dict.fromkeys(several))
+
+
+def _state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     without_state = _without_state(optimizer)
     with _all_have_state(optimizer):
         state: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_FLAT)
@@ -41,8 +78,7 @@ def state_by_name(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def load_by_name(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `state_by_name` returned, perhaps for a module with more parameters."""
+def _load(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     with _all_have_state(optimizer):
         set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
         loaded = dict(optimizer.state)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from sffx.errors import InputError
 from sffx.net import CutModel, plan_of
 from sffx.parts import READOUT
 from sffx.runtime.agreement import checksum
+from sffx.runtime.gate import Gate
 from sffx.runtime.stage import Stage, stages_of
-from sffx.tensors import storage_key
+from sffx.tensors import WITHOUT_VALUES, can_learn, storage_key
 
 
 def parts_of(stages: Sequence[Stage], total: int) -> list[str]:
@@ -94,14 +97,24 @@ def release(net: CutModel, parts: Sequence[str]) -> None:
     """Turn the tensors of some parts into meta tensors, which have a shape and no memory.
 
     The original model in `net.origin` has the same tensors, so it lets go of them as well. A tensor
-    that no block uses stays.
+    that no block uses stays. The parts refuse to run from now on: without values, torch's
+    convolutions and linear layers return any numbers, and no error.
     """
     replaced: dict[int, Tensor] = {}
     for tensor in tensors_of(net, parts).values():
         replaced[id(tensor)] = _empty(tensor, torch.device("meta"))
     _replace_everywhere(net, replaced)
     for part in parts:
-        _release_computed(net.get_submodule(part))
+        module = net.get_submodule(part)
+        _release_computed(module)
+        module.register_forward_pre_hook(Gate(partial(_refuse_to_run, part), 0))
+
+
+def _refuse_to_run(part: str, _: int) -> None:
+    raise InputError(
+        f"{part} is on another process of a pipeline, and on the meta device here. "
+        "Hint: pipe.train and pipe.evaluate run all blocks; pipe.gather() returns the whole net"
+    )
 
 
 def _release_computed(part: nn.Module) -> None:
@@ -151,51 +164,72 @@ def _empty(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Empty:
-    """A tensor that had no values when it was made; it has them once it is written or replaced."""
+    """A tensor that was made without values; it has some once it is written to or replaced.
+
+    Attributes:
+        tensor: as it was made, filled with a mark.
+        version: how often it had been written to, its mark included.
+    """
 
     tensor: Tensor
     version: int
 
+    @classmethod
+    def marked(cls, tensor: Tensor) -> Empty:
+        """Fill a tensor with its mark."""
+        with torch.no_grad():
+            tensor.fill_(_mark(tensor))
+        return cls(tensor, tensor._version)
+
     def is_still_empty(self, present: Tensor | None) -> bool:
         """Return whether the tensor that has its name now has no values."""
-        return present is self.tensor and self.tensor._version == self.version
+        if present is not self.tensor or self.tensor._version != self.version:
+            return False
+        # Whoever writes to `tensor.data` leaves the version as it is.
+        tensor = self.tensor.detach()
+        if can_learn(tensor):
+            return bool(torch.isnan(tensor).all())
+        return bool((tensor == _mark(tensor)).all())
+
+
+def _mark(tensor: Tensor) -> float | int:
+    """Return what a tensor without values is filled with: NaN, or an integer that nobody draws."""
+    if can_learn(tensor):
+        return math.nan
+    return 1 if tensor.dtype == torch.bool else 113
 
 
 def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> dict[str, Empty]:
     """Move parts to a device; layers on the meta device draw new weights there.
 
     Returns:
-        The tensors that have no values yet by name, since their layer cannot draw any.
+        The tensors that have no values yet by name. No layer has drawn any for them.
     """
     replaced: dict[int, Tensor] = {}
     for tensor in tensors_of(net, parts).values():
         if tensor.is_meta:
             replaced[id(tensor)] = _empty(tensor, device)
     _replace_everywhere(net, replaced)
-    drawn: set[int] = set()
     for part in parts:
-        module = net.get_submodule(part).to(device)
-        drawn |= _draw(module, {id(tensor) for tensor in replaced.values()})
-    without_values = {id(tensor) for tensor in replaced.values()} - drawn
-    tensors = tensors_of(net, parts)
-    empty: dict[str, Empty] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) in without_values:
-            empty[name] = Empty(tensor, tensor._version)
-    return empty
+        net.get_submodule(part).to(device)
+    # By what was written and not by the layer: one may draw its weight and forget its buffers.
+    empty = {id(tensor): Empty.marked(tensor) for tensor in replaced.values() if tensor.numel()}
+    for part in parts:
+        _draw(net.get_submodule(part), set(empty))
+    found: dict[str, Empty] = {}
+    for name, tensor in tensors_of(net, parts).items():
+        if id(tensor) in empty and empty[id(tensor)].is_still_empty(tensor):
+            found[name] = empty[id(tensor)]
+    return found
 
 
-def _draw(part: nn.Module, empty: set[int]) -> set[int]:
-    """Let each layer with empty tensors draw their values; return the ids of those that it drew."""
-    drawn: set[int] = set()
+def _draw(part: nn.Module, empty: set[int]) -> None:
+    """Let each layer that has tensors without values draw them."""
     for module in part.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        ids = {id(tensor) for tensor in own}
         draws: Any = getattr(module, "reset_parameters", None)
-        if callable(draws) and ids & empty:
+        if callable(draws) and not empty.isdisjoint(id(tensor) for tensor in own):
             draws()
-            drawn |= ids
-    return drawn
 
 
 def require_same_everywhere(summaries: Sequence[tuple[str, dict[str, int]]]) -> None:
@@ -212,7 +246,13 @@ def require_same_everywhere(summaries: Sequence[tuple[str, dict[str, int]]]) -> 
                 f"{other_plan}\ninstead of\n{plan}\n"
                 "Hint: make the same model with the same policy on every process"
             )
-        different = [name for name in checksums if checksums[name] != other_checksums.get(name)]
+        for name in sorted(checksums.keys() ^ other_checksums.keys()):
+            ranks = (rank, 0) if name in checksums else (0, rank)
+            raise InputError(
+                f"{name} is on the meta device in process {ranks[0]}, where it has no values, and "
+                f"not in process {ranks[1]}. {WITHOUT_VALUES}"
+            )
+        different = [name for name in checksums if checksums[name] != other_checksums[name]]
         if different:
             raise InputError(
                 f"the weights of process {rank} differ from those of process 0: {different[0]} and "

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 
 from sffx.checks import require_callable
 from sffx.errors import InputError
@@ -346,25 +345,27 @@ class Pipeline:
                 "Hint: pass the state of the same cut model, with its entries for these blocks"
             ) from error
 
-    def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state_dict(self, optimizer: Optimizers | None) -> dict[str, Any]:
         """Return the state of the optimizer of this process, by names of the cut model.
 
         The keys of all stages are different ones. So the entries go into one distributed
         checkpoint, which loads into another number of processes as well.
 
         Args:
-            optimizer: over `parameter_groups`.
+            optimizer: as `train` takes it.
         """
         # Not above, since it takes a second to import.
         from sffx.runtime.pipeline.optimizer_state import state_by_name
 
         return state_by_name(self.module, optimizer)
 
-    def load_optimizer_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(
+        self, optimizer: Optimizers | None, state: dict[str, Any]
+    ) -> None:
         """Load the state of an optimizer into that of this process.
 
         Args:
-            optimizer: over `parameter_groups`.
+            optimizer: as `train` takes it.
             state: what `optimizer_state_dict` returned, loaded from a checkpoint.
         """
         from sffx.runtime.pipeline.optimizer_state import load_by_name

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sffx.errors import InputError
 from sffx.runtime.pipeline.optimizer_state import load_by_name, state_by_name
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -83,3 +84,20 @@ def test_a_state_is_loaded_over_a_parameter_that_has_none_yet():
     load_by_name(other, loaded, state_by_name(module, optimizer))
     for own, there in zip(other.parameters(), module.parameters(), strict=True):
         torch.testing.assert_close(loaded.state[own], optimizer.state[there], rtol=0, atol=0)
+
+
+def test_an_optimizer_for_each_layer_has_the_state_of_one_for_all():
+    module, other = made(), made()
+    together = OPTIMIZERS["AdamW"](module.parameters())
+    apart = {str(i): OPTIMIZERS["AdamW"](layer.parameters()) for i, layer in enumerate(other)}
+    step(module, together, "01")
+    for own in (apart["0"], apart["1"]):
+        step(other, own, "01")
+    expected = state_by_name(module, together)
+    torch.testing.assert_close(state_by_name(other, apart), expected, rtol=0, atol=0)
+    fresh = {str(i): OPTIMIZERS["AdamW"](layer.parameters()) for i, layer in enumerate(other)}
+    load_by_name(other, fresh, expected)
+    torch.testing.assert_close(state_by_name(other, fresh), expected, rtol=0, atol=0)
+    assert state_by_name(module, None) == {}
+    with pytest.raises(InputError, match="the optimizer is a str"):
+        state_by_name(module, {"0": "sgd"})

@@ -79,6 +79,7 @@ def train_with_options(rank: int) -> dict[str, Any]:
         layer.train(not isinstance(layer, nn.BatchNorm2d))
     whole = pipe.gather()
     if whole is not None:
+        assert not any(each._forward_pre_hooks for each in whole.modules())
         assert [each.training for each in whole.modules()] == [m.training for m in net.modules()]
     return states
 

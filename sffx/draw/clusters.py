@@ -9,26 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sffx.blocks import Block, BlockPlan
-from sffx.draw.crossings import outside_node
+from sffx.draw.crossings import crossings, is_read_by_next, outside_node, side_kinds
 from sffx.draw.detail import JOIN_SIGNS, Part, parts
 from sffx.draw.fold import Run, first_of, fold, leaves_in
 from sffx.draw.graph import (
-    CUT,
-    CUT_FROM_TURN,
     INVISIBLE,
     OUTSIDE,
     add_head,
     add_sign_from,
     add_sign_to,
     block_style,
+    cut_styles,
     literal,
     new_graph,
     order_columns,
 )
-from sffx.draw.labels import block_label, edge_label, footer_label, input_label, title_label
+from sffx.draw.labels import block_label, footer_label, input_label, title_label
 from sffx.draw.progress import Progress
 from sffx.draw.style import FAINT, GREY, INK, NAME_WIDTH, PLAIN_TEXT, RED, TEAL
-from sffx.draw.words import cut_in_words, shorten
+from sffx.draw.words import shorten
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -80,7 +79,6 @@ INNER_ASIDE_EDGE = {
 INPUT_EDGE = {"class": "input", "color": INK}
 SIDE_EDGE = {"class": "side", "color": GREY}
 DETACHED_EDGE = {"class": "side detached", "color": RED, "style": "dotted"}
-CUT_EDGE = {**CUT, "weight": "20"}
 
 
 @dataclass(frozen=True)
@@ -164,14 +162,9 @@ def detailed_graph(
 
 def _kinds(drawing: Drawing) -> set[str]:
     """Return what the drawing contains besides blocks and cuts, by the kinds of the legend."""
-    kinds = set()
-    for block in drawing.plan:
-        if isinstance(block, Run):
-            kinds.add("thick")
-        if block.detached:
-            kinds.add("detached")
-        if not set(block.sides) <= set(block.detached):
-            kinds.add("side")
+    kinds = side_kinds(crossings(drawing.plan))
+    if any(isinstance(block, Run) for block in drawing.plan):
+        kinds.add("thick")
     for part in itertools.chain(*drawing.insides):
         if len(part.node.reads) > EDGES:
             kinds.add("wide")
@@ -275,32 +268,34 @@ def _part_style(part: Part) -> dict[str, str]:
 
 
 def _add_entry(graph: Digraph, index: int, drawing: Drawing) -> None:
-    """Add the edge to the heading of a block, from the block before or from the model's input."""
+    """Add the edge to the heading of a block, from the block before or from elsewhere."""
     plan = drawing.plan
     target = plan.all_blocks[index].target
+    if index == 0 or not is_read_by_next(index - 1, plan):
+        entering = _entering_value(index, plan)
+        if entering:
+            _add_read(graph, target, index, drawing.place(entering), drawing)
     if index == 0:
-        name = _entering_value(0, plan)
-        if name:
-            graph.edge(outside_node(name, plan), target, **INPUT_EDGE)
         return
     before = plan.blocks[index - 1]
     output = _node(before, first_of(before).output)
-    label = edge_label([cut_in_words(plan.options)], RED)
+    style, style_from_sign = cut_styles(index - 1, plan)
     if not drawing.turns_before(index):
-        graph.edge(output, target, label=label, **CUT_EDGE)
+        graph.edge(output, target, weight="20", **style)
         return
-    graph.edge(output, f"to_{target}", label=label, **CUT_EDGE)
-    graph.edge(f"from_{before.target}", target, weight="20", **CUT_FROM_TURN)
+    graph.edge(output, f"to_{target}", weight="20", **style)
+    graph.edge(f"from_{before.target}", target, weight="20", **style_from_sign)
 
 
 def _entering_value(index: int, plan: BlockPlan) -> str:
     """Return the value that the heading of a block stands for.
 
-    It is the output of the block before, or the input of the model; "" if the model has several.
+    It is the output of the block before. If the block does not read that, it is the only value that
+    the block reads; "" if it reads several.
     """
-    if index > 0:
+    if index > 0 and is_read_by_next(index - 1, plan):
         return plan.blocks[index - 1].output
-    values = set(plan.blocks[0].inputs)
+    values = set(plan.all_blocks[index].inputs)
     return values.pop() if len(values) == 1 else ""
 
 

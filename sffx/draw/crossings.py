@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sffx.blocks import BlockPlan
@@ -64,6 +65,12 @@ def crossings(plan: BlockPlan) -> list[Crossing]:
     return crossed
 
 
+def side_kinds(crossed: Iterable[Crossing]) -> set[str]:
+    """Return the kinds of side values among crossings, by the kinds of the legend."""
+    inner = [crossing for crossing in crossed if not crossing.is_from_outside]
+    return {"detached" if crossing.detached else "side" for crossing in inner}
+
+
 def _crossing(name: str, plan: BlockPlan) -> Crossing:
     """Return the crossing of one value, without the value's name.
 
@@ -90,6 +97,14 @@ def _stage_of(name: str, plan: BlockPlan) -> int:
         if name == block.output or name in block.sides:
             return index
     return -1
+
+
+def is_read_by_next(index: int, plan: BlockPlan) -> bool:
+    """Return whether the next block reads the output of a feature block.
+
+    It does not where streams run side by side, and the next block begins another stream.
+    """
+    return plan.blocks[index].output in plan.all_blocks[index + 1].inputs
 
 
 def _is_handed_on(name: str, stage: int, reader: int, plan: BlockPlan) -> bool:

@@ -53,9 +53,14 @@ def _groups(plan: BlockPlan) -> list[list[Block]]:
     for block in plan.all_blocks:
         readers.update(set(block.inputs))
     looks: list[tuple[object, ...]] = []
-    before = None
+    before: Block | None = None
+    chains = 0
     for block in plan:
-        looks.append(_look(block, before, readers, plan))
+        if before is not None and before.output not in block.inputs:
+            # Another stream begins. As of the first block, nothing enters it from the one before.
+            before = None
+            chains += 1
+        looks.append((chains, *_look(block, before, readers, plan)))
         before = block
     groups: list[list[Block]] = []
     for _, indices in itertools.groupby(range(len(plan)), key=looks.__getitem__):
@@ -87,7 +92,7 @@ def _prepares(
     if _features(first, plan) != _features(alike[0], plan):
         return False
     within = {first.output, *sides, *first.inputs}
-    if not within.issuperset(alike[0].inputs):
+    if first.output not in alike[0].inputs or not within.issuperset(alike[0].inputs):
         return False
     # Blocks that are alike read the same values besides the output before.
     return all(readers[side] == len(alike) for side in sides)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sffx.blocks import Block, BlockPlan
-from sffx.draw.crossings import Crossing, crossings
+from sffx.draw.crossings import Crossing, crossings, is_read_by_next, side_kinds
 from sffx.draw.detail import joins_in_words
 from sffx.draw.fold import Run, fold, last_of, leaves_in
 from sffx.draw.labels import (
@@ -27,6 +27,7 @@ from sffx.draw.style import (
     AMBER,
     BLUE,
     EDGE_STYLE,
+    FAINT,
     GRAPH_STYLE,
     GREEN,
     GREY,
@@ -36,7 +37,7 @@ from sffx.draw.style import (
     RED,
     VALUE_WIDTH,
 )
-from sffx.draw.words import cut_in_words, printable, shorten
+from sffx.draw.words import NOT_READ, cut_in_words, printable, shorten
 from sffx.errors import MissingExtra
 from sffx.parts import head_name, index_of
 
@@ -62,6 +63,8 @@ CUT = {"class": "cut", "color": RED, "style": "dashed", "penwidth": "1.6"}
 # "from block_8" at the top of the second.
 TURN = {"class": "turn", "fontcolor": RED, "fontsize": "9", **PLAIN_TEXT}
 CUT_FROM_TURN = {**CUT, "class": "cut turn"}
+# In the place of a cut, where the next block does not read the output.
+GAP = {"class": "gap", "color": FAINT, "style": "dotted", "dir": "none"}
 INVISIBLE = {"style": "invis"}
 ANCHOR = {"shape": "point", "height": "0", "width": "0", "label": "", **INVISIBLE}
 
@@ -181,6 +184,16 @@ def add_sign_from(graph: Digraph, block: Block) -> None:
     graph.node(f"from_{block.target}", label=f"from {last_of(block).target}", **TURN)
 
 
+def cut_styles(index: int, plan: BlockPlan) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the styles of the edge behind a feature block, and of that behind a "from" sign.
+
+    It is the edge of the cut, or, where the next block does not read the output, that of a gap.
+    """
+    if is_read_by_next(index, plan):
+        return {**CUT, "label": edge_label([cut_in_words(plan.options)], RED)}, CUT_FROM_TURN
+    return {**GAP, "label": edge_label([NOT_READ], FAINT)}, GAP
+
+
 def order_columns(graph: Digraph, tops: Sequence[str]) -> None:
     """Set columns from left to right.
 
@@ -221,10 +234,7 @@ def _rows(plan: BlockPlan) -> int:
 
 def _kinds(plan: BlockPlan, crossed: Sequence[Crossing], railed: Collection[Crossing]) -> set[str]:
     """Return what the drawing contains besides blocks and cuts, by the kinds of the legend."""
-    kinds = set()
-    for crossing in crossed:
-        if not crossing.is_from_outside:
-            kinds.add("detached" if crossing.detached else "side")
+    kinds = side_kinds(crossed)
     if railed:
         kinds.add("rail")
     if any(isinstance(block, Run) for block in plan):
@@ -290,16 +300,16 @@ def _align_rows(graph: Digraph, columns: Columns) -> None:
 
 def _add_cuts(graph: Digraph, columns: Columns) -> None:
     plan = columns.plan
-    label = edge_label([cut_in_words(plan.options)], RED)
     for index, (block, following) in enumerate(itertools.pairwise(plan.all_blocks)):
+        style, style_from_sign = cut_styles(index, plan)
         if columns.of(index) == columns.of(index + 1):
-            graph.edge(block.target, following.target, label=label, weight="100", **CUT)
+            graph.edge(block.target, following.target, weight="100", **style)
             continue
         # A line to the top of the next column would run across the blocks.
         add_sign_to(graph, following)
         add_sign_from(graph, block)
-        graph.edge(block.target, f"to_{following.target}", label=label, weight="100", **CUT)
-        graph.edge(f"from_{block.target}", following.target, weight="100", **CUT_FROM_TURN)
+        graph.edge(block.target, f"to_{following.target}", weight="100", **style)
+        graph.edge(f"from_{block.target}", following.target, weight="100", **style_from_sign)
 
 
 def _tops(columns: Columns) -> list[str]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from sffx.blocks import Block, BlockPlan
-from sffx.draw.crossings import Crossing, crossings
+from sffx.draw.crossings import Crossing, crossings, is_read_by_next
 from sffx.draw.detail import joins_in_words, parts
 from sffx.draw.flow import Flow, Words, flow_of
 from sffx.draw.fold import Run, fold, leaves_in, relative
@@ -19,6 +19,7 @@ from sffx.draw.legend import entries
 from sffx.draw.progress import Progress, percent
 from sffx.draw.style import BLUE, FAINT, GREEN, RED, TEAL
 from sffx.draw.words import (
+    NOT_READ,
     block_facts,
     cut_in_words,
     head_in_words,
@@ -83,6 +84,7 @@ class Box:
         colour: of its accuracy, "" without a training.
         bar: its kept activations in percent of those of the block that keeps most.
         head: what its head scores and how, "" for the classifier.
+        below: what stands between it and the next block: what the cut does, or that there is none.
         calls: how many modules it calls.
         modules: its modules and joins.
         node_count: how many nodes it has.
@@ -99,6 +101,7 @@ class Box:
     colour: str
     bar: str
     head: str
+    below: Words
     calls: int
     modules: Flow
     node_count: int
@@ -168,7 +171,6 @@ class Page:
     Attributes:
         title: of the page.
         facts: the lines below the title.
-        cut_words: what a cut does.
         inputs: the values that no block computes.
         lines: from values to blocks that read them over a cut.
         groups: the blocks in order, the classifier's group last.
@@ -180,7 +182,6 @@ class Page:
 
     title: str
     facts: list[str]
-    cut_words: str
     inputs: list[InputBox]
     lines: list[Line]
     groups: list[Group]
@@ -217,7 +218,6 @@ def page(
     content = Page(
         title=heading(plan),
         facts=facts,
-        cut_words=cut_in_words(plan.options),
         inputs=list(_inputs(plan, crossed)),
         lines=list(_lines(plan, crossed)),
         groups=list(_groups(plan, crossed, progress)),
@@ -325,6 +325,7 @@ def _box(
         colour=progress.accuracy_colour(block.target) if progress is not None else "",
         bar=f"{100 * block.activation_bytes / most:.1f}",
         head=_head(block, plan),
+        below=_below(block, index, plan),
         calls=len(block.modules),
         modules=flow_of(parts(block, "modules")),
         node_count=len(block.nodes),
@@ -336,6 +337,14 @@ def _head(block: Block, plan: BlockPlan) -> str:
     if block is plan.classifier:
         return ""
     return ", ".join(["goodness", *head_in_words(block, plan)])
+
+
+def _below(block: Block, index: int, plan: BlockPlan) -> Words:
+    if block is plan.classifier:
+        return Words("")
+    if is_read_by_next(index, plan):
+        return Words(cut_in_words(plan.options), "cut")
+    return Words(NOT_READ, "cut gap")
 
 
 def _kind(block: Block, plan: BlockPlan) -> str:

@@ -20,6 +20,10 @@ def cut_in_words(options: Options) -> str:
     return "detach" if norm == "none" else f"detach · {norm} norm"
 
 
+# Stands between two blocks in the place of the cut, where no value goes from one to the other.
+NOT_READ = "not read by the next block"
+
+
 def heads_in_words(options: Options, task: Task = CLASSIFICATION) -> str:
     """Return the kind of the heads: "SFF", "SFF, kernels of 3", or the name of a callable."""
     if options.objective.goodness is None:

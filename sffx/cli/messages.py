@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         nobody reads what it prints.
     """
     try:
-        with showing_progress():
+        with showing_progress(), printing_anything():
             work()
             # What is printed may still wait here, and a closed pipe is found as late as now.
             sys.stdout.flush()
@@ -44,6 +45,25 @@ def exit_code(command: str, work: Callable[[], None]) -> int:
         print(f"{command}: {in_options(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def printing_anything() -> Iterator[None]:
+    """Print "?" for a character that the encoding of stdout does not have; else it is an error.
+
+    Tables have an ellipsis, and models names of any kind. Not every terminal has UTF-8.
+    """
+    out = sys.stdout
+    # A notebook's stdout is none of a file.
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    errors = out.errors
+    out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors=errors)
 
 
 @contextmanager

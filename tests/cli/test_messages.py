@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -36,6 +37,19 @@ def test_an_error_is_a_line_and_a_code(
 def test_an_error_of_sffx_itself_is_shown_whole() -> None:
     with pytest.raises(ZeroDivisionError):
         ends(ZeroDivisionError())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_stdout_cannot_encode_is_no_error(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert exit_code("sffx-viz", lambda: print("layer1.0 … 日本")) == 0
+    expected = "layer1.0 … 日本" if encoding == "utf-8" else "layer1.0 ? ??"
+    assert written.getvalue().decode(encoding) == f"{expected}\n"
+    assert out.errors == "strict"
 
 
 def test_a_pipe_that_is_closed_early_is_no_traceback() -> None:

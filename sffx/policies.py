@@ -40,6 +40,7 @@ AnyPolicy: TypeAlias = str | Callable[..., Any] | Iterable[Cut]
 
 POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
 MAKERS: dict[str, Callable[..., Policy]] = {"module": module, "stages": stages, "memory": memory}
+_OPTIONS = {"module": "depth", "stages": "n", "memory": "budget, batch_size"}
 FORMS = (
     "'residual', 'batchnorm', 'layer', 'module', 'module(depth)', 'stages(n)', "
     "'memory(budget, batch_size)'"
@@ -57,6 +58,12 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
     """
     if isinstance(policy, str):
         return policy, _parse(policy)
+    for name, maker in MAKERS.items():
+        if policy is maker:
+            raise InputError(
+                f"policy is the function {name} itself, which makes a policy from its options. "
+                f"Hint: {name}({_OPTIONS[name]}), or the same as a string"
+            )
     if callable(policy) and not isinstance(policy, nn.Module | type):
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):

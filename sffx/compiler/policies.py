@@ -67,7 +67,7 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
     chosen = policy(analysis, options) if _takes_options(policy) else policy(analysis)
     cuts = chosen if isinstance(chosen, Cuts) else Cuts(chosen)
     after = analysis.require([_cut(names) for names in _checked(cuts.after)])
-    return Cuts(after, cuts.notes)
+    return Cuts(after, _notes(cuts.notes))
 
 
 def residual(analysis: Analysis, options: Options) -> Cuts:
@@ -181,6 +181,8 @@ def stages(n: int) -> Policy:
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         ends = group_ends(analysis)
+        if not ends:
+            return Cuts(())  # the error of a model without a place to cut says why
         if n > len(ends):
             raise CutError(
                 f"stages({n}) asks for more feature blocks than the {len(ends)} BN groups of the "
@@ -235,6 +237,24 @@ def _checked(chosen: Any) -> tuple[Any, ...]:
             "Hint: return the names of the nodes to cut after, as a list"
         )
     return tuple(chosen)
+
+
+def _notes(notes: Any) -> tuple[str, ...]:
+    """Return the notes of a policy. One sentence may stand by itself, and None for no note.
+
+    Raises:
+        InputError: they are no sentences.
+    """
+    if notes is None or isinstance(notes, str):
+        return () if notes is None else (notes,)
+    given = tuple(notes) if isinstance(notes, Iterable) else (notes,)
+    for note in given:
+        if not isinstance(note, str):
+            raise InputError(
+                f"a note of the policy is {note!r}, of type {type(note).__name__}. "
+                "Hint: notes are sentences for the plan, Cuts(after, ('why it is cut there',))"
+            )
+    return given
 
 
 def _cut(names: Any) -> Cut:

@@ -81,7 +81,18 @@ class CachedOutputs(Dataset[tuple[CutValues, Tensor]]):
         return CutValues(values), y
 
     def _mapped(self, path: Path) -> Tensor:
-        """Return the rows in a file, (N, bytes), which are read when they are used."""
+        """Return the rows in a file, (N, bytes), which are read when they are used.
+
+        Raises:
+            InputError: the file is gone, or has another size.
+        """
+        size = path.stat().st_size if path.exists() else 0
+        if size != self.nbytes:
+            raise InputError(
+                f"{path} has {size:,} bytes, and the values cached after {self.after} had "
+                f"{self.nbytes:,}. Hint: cache_outputs writes the file anew; each cache that is "
+                "in use needs a path of its own"
+            )
         flat = torch.from_file(str(path), shared=False, size=self.nbytes, dtype=torch.uint8)
         return flat.reshape(self._samples, self._layout.size)
 
@@ -179,6 +190,8 @@ def _run(net: fx.GraphModule, loader: Iterable[Any], last: Stage, rows: _Rows) -
     for batch in batches(loader):
         x, y = _pair(batch, device)
         samples, y = _checked(net, x, y)
+        if not samples:
+            continue
         x = training_input(net, x, y)
         values = run_frozen(net, x, last)
         kept: dict[str, Tensor] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sffx.errors import InputError
+from sffx.errors import InputError, SffxError
 from sffx.net import plan_of
 from sffx.runtime.stage import Stage, Values, nodes_read_by, stages_of
 
@@ -61,6 +63,31 @@ def last_frozen(net: fx.GraphModule, x: CutValues) -> Stage:
         f"x holds cached values {', '.join(map(repr, x)) or 'of nothing'}, which are at no cut of "
         "net. Hint: cache the outputs of this net by sffx.cache_outputs"
     )
+
+
+@contextmanager
+def explaining_cached_errors(net: fx.GraphModule, x: CutValues) -> Iterator[None]:
+    """Explain an error of torch by cached values of another dtype than the model.
+
+    They are no error by themselves: under autocast, values of half precision are as they should be.
+
+    Raises:
+        InputError: instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        floats = [each.dtype for each in net.parameters() if each.is_floating_point()]
+        for name, value in x.items():
+            if isinstance(error, SffxError) or not floats or not value.is_floating_point():
+                continue
+            if value.dtype != floats[0]:
+                raise InputError(
+                    f"the cached {name} is of {value.dtype}, and the model of {floats[0]}. Torch "
+                    f"says: {str(error).rstrip('.')}. Hint: cache the outputs of the model as it "
+                    "is now, under autocast if it trains under autocast"
+                ) from error
+        raise
 
 
 def node_values(net: fx.GraphModule, x: CutValues, stage: Stage) -> Values:

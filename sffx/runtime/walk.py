@@ -7,6 +7,7 @@ in what they do between two stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
@@ -19,7 +20,12 @@ from sffx.errors import InputError
 from sffx.inputs import batch_size, bind, explaining_input_errors
 from sffx.net import plan_of
 from sffx.runtime.compiled import Compilation, compilation_of
-from sffx.runtime.cut_values import CutValues, last_frozen, node_values
+from sffx.runtime.cut_values import (
+    CutValues,
+    explaining_cached_errors,
+    last_frozen,
+    node_values,
+)
 from sffx.runtime.find_residency import residency_of
 from sffx.runtime.modes import evaluating
 from sffx.runtime.residency import Residency
@@ -79,7 +85,7 @@ def walk(
     for stage, following in zip_longest(stages, stages[1:]):
         residency.enter(stage, following)
         if only is not None and stage.name not in only:
-            with explaining_input_errors(net, inputs):
+            with _explaining(net, inputs):
                 _pass_through(net, stage, values)
             continue
         # No local name may hold the scores: the caller decides when they are freed.
@@ -87,7 +93,7 @@ def walk(
         # With `only`, nothing behind the last stage reads what it would hand on.
         if only is not None and stage is stages[-1]:
             return
-        with explaining_input_errors(net, inputs):
+        with _explaining(net, inputs):
             stage.hand_on(values)
 
 
@@ -138,7 +144,7 @@ def _run_through(
     residency = residency_of(net)
     for stage, following in zip_longest(stages, stages[1:]):
         residency.enter(stage, following)
-        with explaining_input_errors(net, inputs):
+        with _explaining(net, inputs):
             _pass_through(net, stage, values)
 
 
@@ -224,8 +230,17 @@ def _explained(
 ) -> Any:
     block = stage.plan
     place = block.target if block.name == block.target else f"{block.target} ({block.name})"
-    with explaining_input_errors(net, inputs, place):
+    with _explaining(net, inputs, place):
         return run(stage, values)
+
+
+def _explaining(
+    net: fx.GraphModule, inputs: Mapping[str, Any], *place: str
+) -> AbstractContextManager[None]:
+    """Return a context that explains torch's errors by the input, or by values at a cut."""
+    if isinstance(inputs, CutValues):
+        return explaining_cached_errors(net, inputs)
+    return explaining_input_errors(net, inputs, *place)
 
 
 def _scores(compilation: Compilation | None, stage: Stage, values: Values) -> Tensor:

@@ -311,6 +311,23 @@ def test_policies_of_ones_own(policy, name):
 
 
 @pytest.mark.parametrize(
+    ("notes", "expected"), [("a sentence", ("a sentence",)), (None, ()), (["a", "b"], ("a", "b"))]
+)
+def test_notes_of_a_policy_are_sentences_of_the_plan(notes, expected):
+    plan = sffx.plan(Chain(), lambda analysis: Cuts(["_1"], notes), torch.zeros(1, 3, 8, 8))
+    assert plan.notes == expected
+
+
+def test_stages_of_a_single_layer_are_refused_as_by_any_policy():
+    messages = set()
+    for policy in ("stages(1)", "residual", "layer"):
+        with pytest.raises(CutError, match="the model has no node to cut at") as refused:
+            sffx.plan(nn.Linear(6, 3), policy, torch.zeros(2, 6))
+        messages.add(str(refused.value))
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
     ("policy", "message"),
     [
         (nowhere, r"the policy takes \(\)\. Hint: .* \(analysis\) or \(analysis, options\)"),
@@ -319,6 +336,11 @@ def test_policies_of_ones_own(policy, name):
         (lambda analysis: "_1", r"the policy returned a str\. Hint: return the names"),
         (lambda analysis: None, r"the policy returned a NoneType"),
         (lambda analysis: Cuts("_1"), r"the policy returned a str"),
+        (lambda analysis: Cuts(["_1"], [3]), r"a note of the policy is 3, of type int\. Hint"),
+        (lambda analysis: Cuts(["_1"], 0.5), r"a note of the policy is 0\.5, of type float"),
+        (sffx.policies.stages, r"policy is the function stages itself, .* Hint: stages\(n\)"),
+        (sffx.policies.module, r"policy is the function module itself, .* Hint: module\(depth\)"),
+        (sffx.policies.memory, r"Hint: memory\(budget, batch_size\)"),
         (lambda analysis: ["_1", 3], r"3 is no place of a cut\. Hint: a policy is a name"),
         (lambda analysis: [("_1", None)], r"\('_1', None\) is no place of a cut"),
         (lambda analysis: [()], r"\(\) is no place of a cut"),

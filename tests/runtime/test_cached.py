@@ -351,3 +351,42 @@ def test_values_come_to_the_cpu_whatever_the_default_device_is(place, tmp_path):
         x, y = sffx.cache_outputs(net, batches, "block_1", path=path)[0]
     assert torch.equal(y, expected[1])
     assert_equal(x, expected[0])
+
+
+def test_a_batch_without_samples_adds_nothing():
+    net, data = cut(), list(DataLoader(images(), batch_size=5))
+    empty = (data[0][0][:0], data[0][1][:0])
+    expected = sffx.cache_outputs(net, data, "block_1")
+    with_empty = sffx.cache_outputs(net, [data[0], empty, data[1]], "block_1")
+    assert len(with_empty) == len(expected)
+    for index in range(SAMPLES):
+        assert_equal(with_empty[index][0], expected[index][0])
+
+
+@pytest.mark.parametrize("change", ["another cache", "truncated", "removed"])
+def test_a_file_that_is_no_longer_the_cache_is_refused(change, tmp_path):
+    net, path = cut(), tmp_path / "values"
+    data = list(DataLoader(images(), batch_size=5))
+    first = sffx.cache_outputs(net, data, "block_0", path=path)
+    kept = [first[index] for index in range(SAMPLES)]
+    pickled = pickle.dumps(first)
+    if change == "another cache":
+        sffx.cache_outputs(net, data * 2, "block_0", path=path)
+        # What this process has mapped is still the first one.
+        assert all(torch.equal(first[i][1], y) for i, (_, y) in enumerate(kept))
+    if change == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    if change == "removed":
+        path.unlink()
+    with pytest.raises(InputError, match=r"after block_0 had .* a path of its own"):
+        pickle.loads(pickled)
+
+
+def test_cached_values_of_another_dtype_than_the_model_are_named():
+    net = cut()
+    data = list(DataLoader(images(), batch_size=5))
+    x, y = next(iter(DataLoader(sffx.cache_outputs(net, data, "block_1"), 5)))
+    with pytest.raises(
+        InputError, match=r"cached norm_1 is of torch.float32, and .* of torch.float64"
+    ):
+        sffx.local_loss(net.double(), x, y)

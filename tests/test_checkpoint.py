@@ -531,3 +531,17 @@ def test_calls_that_another_torch_writes_with_other_arguments_are_the_same(path:
     checkpoint = sffx.load_checkpoint(saved(path, content))
     assert not checkpoint.net(Calls(F.relu, torch.add)).plan.notes
     assert "gelu" in str(checkpoint.net(Calls(F.gelu, torch.add)).plan.notes)
+
+
+def test_the_name_of_the_recorded_objective_keeps_its_options(tmp_path: Path) -> None:
+    """Labels of "waves" were predicted with labels in pixels, without a word."""
+    objective = sffx.objectives.ForwardForward(labels="waves", reduction="mean")
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    net = sffx.transform(model, "layer", torch.zeros(2, 1, 8, 8), objective=objective, check=False)
+    sffx.save_checkpoint(tmp_path / "run.pt", net)
+    checkpoint = sffx.load_checkpoint(tmp_path / "run.pt")
+    assert checkpoint.options(objective="ff")["objective"] == objective
+    own = sffx.objectives.ForwardForward()
+    assert checkpoint.options(objective=own)["objective"] == own

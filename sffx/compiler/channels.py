@@ -1,7 +1,8 @@
 """Find the channel axis of each value in a traced graph from the layers that made it.
 
 1. A layer says where its channels are: a convolution or BN at axis 1, a linear layer or an
-   embedding at the last axis.
+   embedding at the last axis. A layer of the user's own has them at the only axis whose size one
+   of its parameters has.
 2. An operation that is no such layer (an addition, an activation, a permutation, a slice) passes on
    the axis of its input. So does a layer without weights, such as a pool: it says that the channels
    are at axis 1 only where nothing before it says more.
@@ -226,7 +227,23 @@ def _axis_of_layer_inside(node: Node, value: Tensor, root: nn.Module) -> int | N
         widths = [getattr(module, name, None) for name in _WIDTHS]
         if axis is not None and value.shape[axis] in widths:
             return axis
-    return None
+    return _axis_of_own_parameters(node, value, leaf)
+
+
+def _axis_of_own_parameters(node: Node, value: Tensor, leaf: nn.Module) -> int | None:
+    """Return the only axis whose size is one of a leaf's own parameters, None for several or none.
+
+    A graph layer in one class multiplies by a parameter of its own, and holds no layer of torch.
+    """
+    sizes = {size for parameter in leaf.parameters(recurse=False) for size in parameter.shape}
+    resized = facts(node).resized
+    found = []
+    for axis in range(1, value.ndim):
+        is_batch = facts(node).batch == BatchAxis(axis)
+        is_free = isinstance(resized, Tensor) and resized.shape[axis] != value.shape[axis]
+        if value.shape[axis] in sizes - {1} and not is_batch and not is_free:
+            found.append(axis)
+    return found[0] if len(found) == 1 else None
 
 
 def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:

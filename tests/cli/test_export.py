@@ -16,6 +16,7 @@ from torch import fx, nn
 
 import sffx
 from sffx.cli.export import main
+from sffx.cli.exporting import _class_names
 from tests import toys
 
 MODEL = """
@@ -201,6 +202,28 @@ def test_whole_model_that_is_not_cut_is_refused(capsys: pytest.CaptureFixture[st
     assert "'whole.pt' holds a Chain, which is not cut. Hint: " in fails(
         capsys, "whole", "whole.pt", "net.pt2"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cat\n\n dog \n", ["cat", "dog"]),
+        ('["cat", "dog"]', ["cat", "dog"]),
+        ('[\n  "cat",\n  "dog"\n]\n', ["cat", "dog"]),
+        ("[PAD]\ncat\n[MASK]\n", ["[PAD]", "cat", "[MASK]"]),
+        ("", []),
+    ],
+)
+def test_class_names_are_lines_or_a_list(text: str, names: list[str]) -> None:
+    Path("names.txt").write_text(text)
+    assert _class_names(Path("names.txt")) == names
+
+
+def test_a_folder_that_is_missing_is_told_before_the_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = fails(capsys, "nothing.pt", "nowhere/net.pt2", *WEIGHTS)
+    assert "the folder 'nowhere' does not exist. Hint: create it first" in message
 
 
 @pytest.mark.parametrize(

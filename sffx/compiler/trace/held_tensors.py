@@ -52,6 +52,9 @@ def _describes(func: Any) -> bool:
     """Whether a function of torch tells of a tensor something else than its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
+        # What stands in for `.data` during a trace has traced it already.
+        if isinstance(func.__self__, property):
+            return True
         return func.__self__.__name__ not in _TENSORS_AS_ATTRIBUTES
     return name in _DESCRIPTIONS or name in ("__set__", "__delete__")
 

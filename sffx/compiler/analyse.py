@@ -380,7 +380,7 @@ class Analysis:
             weighted=any(self._layers.is_weighted(node) for node in nodes),
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
             norm=any(self._layers.is_norm(node) for node in nodes),
-            keeps_shape=self._keeps_shape(nodes, end, before),
+            keeps_shape=self._keeps_shape(nodes, end, index),
             narrows=not trainable and self._has_fewer_channels(value, layer),
             pools=self._starts_classifier(end, shape, before, layer),
             drops=self._layers.begins_with(end, _DROPOUT),
@@ -442,15 +442,13 @@ class Analysis:
         before = self.nodes[self.spine[index - 1]]
         return facts(before).example
 
-    def _keeps_shape(self, nodes: list[Node], end: Node, before: Any) -> bool:
-        if self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
+    def _keeps_shape(self, nodes: list[Node], end: Node, index: int) -> bool:
+        if not index or self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
             return False
         if is_out_of_order(facts(end).batch):
             return False
-        value = facts(end).example
-        if not isinstance(before, Tensor) or not isinstance(value, Tensor):
-            return False
-        if before.shape != value.shape:
+        before_node = self.nodes[self.spine[index - 1]]
+        if not _have_same_axes(before_node, end):
             return False
         for node in nodes:
             is_module = node.op == "call_module"
@@ -460,6 +458,22 @@ class Analysis:
 
     def _is_layer(self, node: Node) -> bool:
         return bool(self.parameters(node)) or self._layers.is_weighted(node)
+
+
+def _have_same_axes(one: Node, two: Node) -> bool:
+    """Return whether two nodes compute tensors of one shape, with the batch on the same axis.
+
+    Another axis may be as long as the batch of the example. At the other batch size it is not.
+    """
+    for value, other in (
+        (facts(one).example, facts(two).example),
+        (facts(one).other, facts(two).other),
+    ):
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+            return False
+        if value.shape != other.shape:
+            return False
+    return True
 
 
 def _candidate_hint(name: str, candidates: Sequence[Cut]) -> str:

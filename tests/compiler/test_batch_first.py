@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sffx
+from sffx.compiler.batch_axis import BATCH_SIZES
 
 
 class SequenceFirst(nn.Module):
@@ -50,6 +51,15 @@ def test_sequence_first_layers_are_blocks(layer):
     torch.testing.assert_close(net(x)[-1], model(x))
     sffx.local_loss(net, x, torch.arange(5) % 4).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("length", BATCH_SIZES)
+def test_a_sequence_as_long_as_the_batch_of_the_trace_is_cut_as_others(length):
+    model = SequenceFirst("residual")
+    model.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    x = torch.randn(2, length, 3)
+    expected = [block.name for block in sffx.plan(model, "layer", x[:, :7]).all_blocks]
+    assert [block.name for block in sffx.plan(model, "layer", x).all_blocks] == expected
 
 
 class InOneForward(nn.Module):

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 # Methods that read only the dtype and the device of a tensor that is another argument.
 _DTYPE_METHODS = ("to", "type_as")
 
+# Methods that read only the shape of a tensor that is another argument.
+_SHAPE_METHODS = ("expand_as", "reshape_as", "view_as")
+
+# Functions that read only the shape, the dtype and the device of their first argument.
+_LIKE_FUNCTIONS = frozenset(
+    {
+        torch.empty_like,
+        torch.full_like,
+        torch.ones_like,
+        torch.rand_like,
+        torch.randint_like,
+        torch.randn_like,
+        torch.zeros_like,
+    }
+)
+
 _DESCRIPTIONS = (bool, int, str, torch.dtype, torch.device)
 
 
@@ -33,12 +49,27 @@ class ParameterForms:
         self._tracer = tracer
         self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
 
-    def arguments(self, method: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of a method, with no parameter where only a dtype is read.
+    def arguments(self, target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a method or a function, with no parameter where one is not used.
 
-        `weight.new_zeros(1)` and `x.to(weight)` do not use the weight, which may belong to a later
-        block.
+        `weight.new_zeros(1)`, `x.to(weight)`, `x.view_as(weight)` and `torch.zeros_like(weight)`
+        do not use the weight, which may belong to a later block.
+
+        Args:
+            target: the name of the method, or the function.
+            args: of the call.
         """
+        if target in _LIKE_FUNCTIONS:
+            return tuple(self._shaped_like(each) if _is_parameter(each) else each for each in args)
+        if target in _SHAPE_METHODS:
+            others = [self._shaped_like(each) if _is_parameter(each) else each for each in args[1:]]
+            return (args[0], *others)
+        return self._arguments_of_dtype(target, args)
+
+    def _arguments_of_dtype(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of a method, with no parameter where only a dtype is read."""
+        if not isinstance(method, str):
+            return args
         if method not in _DTYPE_METHODS and not method.startswith("new_"):
             return args
         # `weight.to(x)` does use the weight.
@@ -68,6 +99,10 @@ class ParameterForms:
             example = facts(parameter.node).example
             self._empty[key] = torch.empty(0, dtype=example.dtype, device=example.device)
         return self._tracer.proxy(self._tracer.create_arg(self._empty[key]))
+
+    def _shaped_like(self, parameter: fx.Proxy) -> Any:
+        """Return a tensor without values, with a parameter's shape, dtype and device."""
+        return self._like(parameter).new_empty(tuple(facts(parameter.node).example.shape))
 
 
 def reads_form_alone(node: fx.Node) -> bool:

@@ -167,7 +167,7 @@ class GuidedTracer(fx.Tracer):
             target = data_shaped_target(target, args)
         if kind == "call_function":
             target = packing_target(target)
-        if kind == "call_method":
+        if kind in ("call_function", "call_method"):
             args = self.forms.arguments(target, args)
         create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():

@@ -115,7 +115,8 @@ class Checkpoint:
         """Return the arguments by which `sffx.transform` cuts the model as it was cut.
 
         Args:
-            given: arguments that win over the record.
+            given: arguments that win over the record. The name of the recorded objective stands for
+                it with the recorded options.
 
         Raises:
             InputError: a required argument is neither recorded nor given.
@@ -129,7 +130,12 @@ class Checkpoint:
                 "sffx.save_checkpoint records them"
             )
         self._require_heads_of(given)
-        return {**self._recorded_options(), **given}
+        options = {**self._recorded_options(), **given}
+        recorded = self._recorded_options().get("objective")
+        if recorded is not None and given.get("objective") == recorded.name:
+            # By the name alone it would lose its options, such as where labels are put.
+            options["objective"] = recorded
+        return options
 
     def _require_heads_of(self, given: Mapping[str, Any]) -> None:
         """Raise an InputError if another objective is given, whose heads are none of these."""

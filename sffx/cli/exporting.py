@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from torch import fx
@@ -27,6 +28,12 @@ def export(options: argparse.Namespace) -> None:
         raise InputError(
             f"{str(options.target)!r} ends in neither {' nor '.join(SUFFIXES)}. "
             "Hint: net.onnx, or net.pt2 for torch.export"
+        )
+    if not options.target.parent.is_dir():
+        # Now, because loading and checking the model takes a while.
+        raise InputError(
+            f"cannot write to {str(options.target)!r}: the folder "
+            f"{str(options.target.parent)!r} does not exist. Hint: create it first"
         )
     class_names = _class_names(options.class_names)
     net = _whole_net(options) if options.command == "whole" else _net_from_weights(options)
@@ -72,8 +79,11 @@ def _class_names(path: Path | None) -> list[str] | None:
         raise InputError(
             f"the class names cannot be read: {error}. Hint: name a text file, one class a line"
         ) from error
-    if not text.lstrip().startswith("["):
-        return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # "[PAD]" on a line of its own is the name of a token.
+    is_list = bool(lines) and lines[0].startswith("[") and not re.fullmatch(r"\[\w+\]", lines[0])
+    if not is_list:
+        return lines
     try:
         return list(json.loads(text))
     except ValueError as error:

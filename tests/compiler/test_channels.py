@@ -111,3 +111,38 @@ def test_the_block_that_takes_no_other_size_is_named():
     net = sffx.transform(model, "layer", torch.zeros(2, 1, 6, 6))
     with pytest.raises(InputError, match=r"In classifier \(2 … 3\), torch says.*Hint"):
         sffx.local_loss(net, torch.zeros(2, 1, 9, 9), torch.zeros(2, dtype=torch.long))
+
+
+class GraphAttention(nn.Module):
+    """A layer with parameters of its own, on nodes with an adjacency matrix (B, N, N)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.scores = nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = x @ self.weight
+        one, two = (x @ self.scores).split(1, -1)
+        attention = (one + two.mT).masked_fill(adjacency <= 0, -1e9).softmax(-1)
+        return F.dropout(attention, 0.1, self.training) @ x
+
+
+class GraphNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = GraphAttention(6, WIDTH), GraphAttention(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = self.second(self.first(x, adjacency), adjacency)
+        return self.last(x.mean(1))
+
+
+@pytest.mark.parametrize("nodes", [5, WIDTH])
+def test_a_layer_with_parameters_of_its_own_has_their_channels(nodes):
+    example = (torch.randn(2, nodes, 6), torch.ones(2, nodes, nodes))
+    plan = sffx.plan(GraphNet(), "layer", example)
+    # With as many nodes as channels, the sizes do not tell.
+    expected = [2, 2] if nodes != WIDTH else [1]
+    assert [block.channel_axis for block in plan] == expected

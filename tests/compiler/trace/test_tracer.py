@@ -221,6 +221,18 @@ def test_data_is_assigned_in_a_leaf_where_the_old_numbers_are_kept(code):
     assert_same_logits(net, model)
 
 
+def test_the_data_of_a_value_is_read_as_its_detached_value():
+    def code(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.inner(x)
+        batch, width = y.data.size()
+        return y.view(batch, 2, width // 2).flatten(1) - y.data.mean(1, keepdim=True)
+
+    model = nn.Sequential(nn.Linear(6, 6), Applies(code), nn.Linear(6, 3))
+    net = cut_without_norms(model)
+    assert not leaf_names(net)
+    assert_same_logits(net, model)
+
+
 def test_a_module_that_a_forward_makes_is_part_of_its_code():
     model = around(Applies(lambda m, x: nn.ReLU()(x)))
     net = cut_without_norms(model).train()

@@ -122,11 +122,9 @@ def example_of(given: Sequence[GivenInput]) -> Any:
     """Return an example input: a tensor, a tuple of them, or a mapping by name; None for none.
 
     Raises:
-        InputError: some inputs have a name, and others have none.
+        InputError: some inputs have a name, and others have none, or one is too large.
     """
-    tensors = []
-    for each in given:
-        tensors.append(torch.zeros(each.shape, dtype=torch.long if each.is_integer else None))
+    tensors = [_zeros(each) for each in given]
     names = [each.name for each in given if each.name]
     if names and len(names) != len(given):
         raise InputError(
@@ -143,6 +141,18 @@ def example_of(given: Sequence[GivenInput]) -> Any:
     if len(tensors) > 1:
         return tuple(tensors)
     return tensors[0] if tensors else None
+
+
+def _zeros(given: GivenInput) -> torch.Tensor:
+    try:
+        return torch.zeros(given.shape, dtype=torch.long if given.is_integer else None)
+    # What torch raises depends on what does not fit: the memory, or a size into 64 bits.
+    except (RuntimeError, TypeError, MemoryError) as error:
+        sizes = ",".join(map(str, given.shape))
+        raise InputError(
+            f"--input {sizes} is too large for the memory of this machine. "
+            "Hint: a smaller batch, as 1 in front"
+        ) from error
 
 
 def _name_or_callable(text: str | None) -> Any:

@@ -217,8 +217,10 @@ def _module_lines(block: Block) -> list[str]:
     For example "conv1 · relu ×2", or "mlp (5)" for a module with five leaves.
     """
     paths = []
-    for qualname in module_names(block):
-        if qualname != block.name:
+    names = module_names(block)
+    for qualname in names:
+        # A block that is a single layer has its name already, but not how often it is called.
+        if qualname != block.name or names.count(qualname) > 1:
             paths.append(relative(qualname, block).split("."))
     deepest = max(map(len, paths), default=0)
     items: list[str] = []

@@ -49,6 +49,8 @@ def test_a_box_holds_name_modules_shape_and_costs(resnet18: BlockPlan) -> None:
         ("m", ["m.conv", "elsewhere.table"], "conv · elsewhere.table"),
         ("m", ["m.x", "mm.x"], "x · mm.x"),
         ("add_7", [], ""),
+        ("m", ["m"], ""),
+        ("m", ["m", "m"], "m ×2"),
     ],
 )
 def test_modules_are_named_from_the_block_and_as_deep_as_there_is_room(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,19 +97,16 @@ def _value(given: Any, name: Any, kind: str, number: int) -> float:
     if not isinstance(name, str):
         raise InputError(f"{where} has no text as its name. Hint: 'block_0', 'ensemble', ...")
     try:
-        # Matplotlib would take texts for categories.
-        value = math.nan if isinstance(given, (str, bytes)) else float(given)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        value = math.nan
-    if math.isnan(value) and not _is_nan(given):
-        raise InputError(f"{where} is {given!r}. Hint: pass a number, or nan where there is none")
+        if isinstance(given, (str, bytes)):
+            raise TypeError("matplotlib would take texts for categories")
+        value = float(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as cause:
+        raise InputError(
+            f"{where} is {given!r}. Hint: pass a number, or nan where there is none"
+        ) from cause
     if kind == "accuracy" and (value < 0 or value > 1):
         raise InputError(f"{where} is {value:g}, not between 0 and 1. Hint: percent / 100")
     return value
-
-
-def _is_nan(given: Any) -> bool:
-    return not isinstance(given, (str, bytes)) and bool(given != given)
 
 
 def _with_rates(listed: Sequence[Epoch], rates: Any) -> list[Epoch]:

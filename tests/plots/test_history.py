@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sffx.errors import InputError
 from sffx.plots.history import Epoch, epochs
@@ -99,6 +101,8 @@ def test_a_log_of_backpropagation_has_one_line(tmp_path: Path) -> None:
                 (-0.1, "is -0.1, not between"),
                 ("0.5", "the accuracy of 'ensemble' in epoch 0 is '0.5'. Hint: pass a number"),
                 (None, "is None. Hint: pass a number, or nan"),
+                (np.zeros(2), "is array.*Hint: pass a number, or nan"),
+                (torch.zeros(2), "is tensor.*Hint: pass a number, or nan"),
             )
         ),
         ([{"loss": {0: 0.5}}], None, "the loss of 0 in epoch 0 has no text as its name"),

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sffx.errors import InputError
 from sffx.learning.shared_output import OutputCopy
 from sffx.runtime.gradients import Gradients
+from sffx.runtime.groups import as_bytes
 
 # Waits for a `torch.distributed.Work`.
 Wait: TypeAlias = Callable[[Any], None]
@@ -68,7 +69,7 @@ class Averaging:
         for buffer in copied:
             copy = buffer.detach().clone(memory_format=torch.contiguous_format)
             self._copies.append((buffer, copy))
-            work = dist.broadcast(copy, group=group, group_src=0, async_op=True)
+            work = dist.broadcast(as_bytes(copy), group=group, group_src=0, async_op=True)
             self._works.append(work)
 
     @property

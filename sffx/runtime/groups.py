@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 # How many stores this process has made for the same ranks. They all have made as many, while other
 # processes may have made more or fewer.
@@ -56,6 +58,29 @@ def new_group(
         )
     assert isinstance(group, dist.ProcessGroup)  # this process is part of it
     return group
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor that fills it without a gap as a vector of bytes.
+
+    Not every backend sends every dtype: gloo refuses int16, uint16 and float8.
+    """
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8)
+
+
+@torch.no_grad()
+def share(tensor: Tensor, group: dist.ProcessGroup, source: int = 0) -> None:
+    """Give all processes of a group the values of one of them.
+
+    Args:
+        tensor: of the same shape and dtype in all processes.
+        group: of the processes.
+        source: the process that has the values, by its rank in the group.
+    """
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(as_bytes(copy), group=group, group_src=source)
+    tensor.copy_(copy)
 
 
 def _store_of_all() -> dist.Store:

@@ -33,7 +33,7 @@ from sffx.runtime.agreement import Agreement, Word, require_processes, require_s
 from sffx.runtime.averaging import Wait
 from sffx.runtime.gate import Gate, none
 from sffx.runtime.gradients import Gradients
-from sffx.runtime.groups import new_group
+from sffx.runtime.groups import new_group, share
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Collected, Residency
@@ -148,11 +148,8 @@ class Replication(Residency):
 
     def broadcast(self) -> None:
         """Make parameters and buffers those of the first process."""
-        with torch.no_grad():
-            for tensor in (*self.net.parameters(), *self.net.buffers()):
-                copy = tensor.detach().contiguous()
-                dist.broadcast(copy, group=self.group, group_src=0)
-                tensor.copy_(copy)
+        for tensor in (*self.net.parameters(), *self.net.buffers()):
+            share(tensor, self.group)
 
     def put_gates(self) -> None:
         """Put gates before the blocks' forwards."""

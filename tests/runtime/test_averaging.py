@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.runtime.averaging import Averaging, averaged_buffers, copied_buffers
+from sffx.runtime.groups import share
 from tests.processes import leave, spawn
 
 PROCESSES = 2
+# Gloo sends none of the last three.
+OTHER_DTYPES = (torch.int8, torch.int16, torch.uint16, torch.float8_e4m3fn)
 
 
 class Stage(nn.Module):
@@ -30,6 +33,9 @@ class Stage(nn.Module):
         self.half = nn.Linear(3, 2, dtype=torch.bfloat16)
         self.wave = nn.Parameter(torch.randn(3, dtype=torch.complex64))
         self.register_buffer("seen", torch.zeros(2, dtype=torch.bool))
+        for dtype in OTHER_DTYPES:
+            # In memory it lies in another order.
+            self.register_buffer(str(dtype)[6:], torch.zeros(2, 3, dtype=dtype).t())
 
 
 def stage() -> Stage:
@@ -52,6 +58,8 @@ def gradients_of(rank: int, module: nn.Module) -> dict[nn.Parameter, Tensor]:
 def set_buffers(rank: int, module: Stage) -> None:
     module.norm.running_mean.fill_(rank + 1.0)
     module.seen[rank] = True
+    for dtype in OTHER_DTYPES:
+        module.get_buffer(str(dtype)[6:]).copy_(torch.arange(6).reshape(3, 2) + rank)
 
 
 def average(rank: int, folder: str) -> None:
@@ -70,6 +78,9 @@ def average(rank: int, folder: str) -> None:
     gradients.clear()
     found = averaging.wait()
     by_name = {name: found.get(p) for name, p in module.named_parameters()}
+    shared = torch.full((2,), rank + 1, dtype=torch.int16)
+    share(shared, dist.group.WORLD, 1)
+    assert shared.tolist() == [2, 2]
     strides = by_name["conv.weight"].stride() == module.conv.weight.stride()
     torch.save((by_name, dict(module.named_buffers()), strides), f"{folder}/{rank}.pt")
     leave()
@@ -94,6 +105,10 @@ def test_two_processes_get_the_mean_of_their_gradients_and_running_statistics(
             assert torch.equal(found, mean), name
         assert buffers["norm.running_mean"].tolist() == [1.5] * 4
         assert buffers["seen"].tolist() == [True, False]  # of the first process
+        for dtype in OTHER_DTYPES:
+            found = buffers[str(dtype)[6:]]
+            assert found.dtype == dtype
+            assert found.float().tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 SHAPES = st.lists(st.integers(0, 3), max_size=4)

@@ -81,7 +81,7 @@ class FromLoader:
 
     def _pulled(self) -> tuple[Any, Tensor] | None:
         pair = next(self._pairs, None)
-        # Replicas wait for each other at each step, so one must not end before the others.
+        # In training, replicas wait for each other, so one must not end before the others.
         self._agree(pair is not None)
         return pair
 
@@ -151,12 +151,14 @@ class Epoch:
         loader: of the first stage, None elsewhere.
         check: called with the targets of each batch and the number of its samples, in the first
             stage.
+        trains: whether replicas wait for each other at each step, so that all must have as many
+            batches, and one at the least.
 
     Attributes:
         bytes_sent: to the next stage.
 
     Raises:
-        InputError: there is no batch. All stages know of the first one.
+        InputError: there is no batch to train on. All stages know of the first one.
     """
 
     def __init__(
@@ -167,12 +169,15 @@ class Epoch:
         depth: int,
         loader: Iterable[Any] | None,
         check: Callable[[Tensor, int], None],
+        *,
+        trains: bool,
     ) -> None:
+        self._trains = trains
         upstream = ranks.connections.upstream
         downstream = ranks.connections.downstream
         self._source: FromLoader | FromStageBefore
         if upstream is None:
-            agree = ranks.require_as_many_batches
+            agree = ranks.require_as_many_batches if trains else _agree_with_nobody
             # Not `loader or ()`: an iterable dataset has no length, so asking is an error.
             given = () if loader is None else loader
             self._source = FromLoader(net, given, ranks.device, agree, check)
@@ -209,13 +214,17 @@ class Epoch:
         word = self._source.open()
         if self._outgoing is not None:
             self._outgoing.open(word)
-        if word is Word.END:
+        if word is Word.END and self._trains:
             # The stages behind raise the same error, so the word must reach them.
             if self._outgoing is not None:
                 self._outgoing.drain()
             raise InputError(
                 "the loader yielded no batches. Hint: with drop_last=True, it needs a whole batch"
             )
+
+
+def _agree_with_nobody(has_batch: bool) -> None:
+    """Stand for the agreement of replicas where each evaluates for itself."""
 
 
 class Handover:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sffx.net import CutModel
 from sffx.runtime.gate import remove_open_gates
-from sffx.runtime.pipeline.message import as_bytes
+from sffx.runtime.groups import as_bytes
 from sffx.runtime.pipeline.ownership import tensors_of
 from sffx.runtime.pipeline.ranks import Ranks
 from sffx.tensors import computed_tensors

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.runtime.pipeline.message import Layout, as_bytes, packed, read_layout
+from sffx.runtime.groups import as_bytes
+from sffx.runtime.pipeline.message import Layout, packed, read_layout
 from sffx.runtime.pipeline.watch import Watch
 
 

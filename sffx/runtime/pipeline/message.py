@@ -98,12 +98,6 @@ def read_layout(pickled: bytes) -> Layout:
     return layout
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a dense tensor as a vector of bytes."""
-    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    return flat.view(torch.uint8)
-
-
 def _dense(tensor: Tensor) -> Tensor:
     """Return a tensor whose elements fill one piece of memory, in any order of its axes."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

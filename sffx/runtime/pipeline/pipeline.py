@@ -55,6 +55,7 @@ from sffx.runtime.pipeline.ownership import (
     release,
     require_same_everywhere,
     summary,
+    tensors_of,
 )
 from sffx.runtime.pipeline.places import find_place
 from sffx.runtime.pipeline.ranks import Ranks
@@ -241,7 +242,7 @@ class Pipeline:
             sums = LossSums([stage.name for stage in self._learning])
             start = time.monotonic()
             waited = watch.waited
-            epoch = self._epoch(loader, self._check_targets)
+            epoch = self._epoch(loader, self._check_targets, trains=True)
             for step, batch in enumerate(epoch):
                 with block_seeds(mixed(seed, step)):
                     self._train_batch(batch, epoch, lessons, steps, sums)
@@ -281,7 +282,7 @@ class Pipeline:
 
         Args:
             loader: yields (x, y) as `sffx.evaluate` takes them; None on all but the first stage.
-                The samples of all replicas count.
+                The samples of all replicas count. A replica may have fewer than others, or none.
 
         Raises:
             InputError: as for `sffx.evaluate`; or the loader is missing or on the wrong process.
@@ -292,7 +293,7 @@ class Pipeline:
             require_values(self.net, self._parts, self._empty)
             self._ranks.require_same_deed("evaluates")
             totals = Totals(self.net)
-            epoch = self._epoch(loader, self._check_labels)
+            epoch = self._epoch(loader, self._check_labels, trains=False)
             for batch in epoch:
                 self._evaluate_batch(batch, epoch, totals)
             self.bytes_sent += epoch.bytes_sent
@@ -434,15 +435,20 @@ class Pipeline:
         self.module = nn.Module()
         for part in self._parts:
             self.module.add_module(part, self.net.get_submodule(part))
-        # Layers that drew their weights have drawn other ones in each replica.
-        self._ranks.share_with_replicas((*self.module.parameters(), *self.module.buffers()))
+        # Layers that drew their weights have drawn other ones in each replica. Sharing counts as
+        # writing, so what has no values is left out.
+        own = tensors_of(self.net, self._parts)
+        self._ranks.share_with_replicas([own[name] for name in own if name not in self._empty])
         blocks = [[stage.name for stage in self._stages_of(i)] for i in range(self.place.stages)]
         self._ranks.name_stages(blocks)
 
     # What follows happens in each epoch.
 
-    def _epoch(self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None]) -> Epoch:
-        return Epoch(self.net, self._stages, self._ranks, self._depth, loader, check)
+    def _epoch(
+        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None], *, trains: bool
+    ) -> Epoch:
+        ranks, depth = self._ranks, self._depth
+        return Epoch(self.net, self._stages, ranks, depth, loader, check, trains=trains)
 
     def _scores(self, stage: Stage, values: Values) -> Tensor:
         """Run a stage, and return its scores."""

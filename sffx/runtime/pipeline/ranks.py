@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sffx.errors import InputError, ProcessError
-from sffx.runtime.groups import own_store
+from sffx.runtime.groups import own_store, share
 from sffx.runtime.pipeline.places import Connections, Place, connect
 from sffx.runtime.pipeline.watch import Watch
 
@@ -108,8 +108,9 @@ class Ranks:
         if group is None:
             return
         first = self.place.ranks[self.place.stage][0]
+        source = dist.get_group_rank(group, first)
         for tensor in tensors:
-            self.watch.call(partial(dist.broadcast, tensor, first, group))
+            self.watch.call(partial(share, tensor, group, source))
 
     def require_as_many_batches(self, has_batch: bool) -> None:
         """Raise an InputError if some replicas have a further batch and others have none."""

@@ -177,6 +177,11 @@ def train_replicas(rank: int, accumulate: int) -> dict[str, Any]:
     data = [(x[half], y[half]) for x, y in vectors()]
     losses = pipe.train(data if pipe.first else None, optimizer, accumulate=accumulate)
     evaluation = pipe.evaluate(data if pipe.first else None)
+    # Nobody waits for another replica in an evaluation, so one may have all batches.
+    alone = vectors() if pipe.place.replica else []
+    by_one = pipe.evaluate(alone if pipe.first else None)
+    assert by_one.accuracy == evaluation.accuracy
+    assert by_one.samples == evaluation.samples
     uneven = sffx.Pipeline(cut_plain(), replicas=2)
     optimizer = torch.optim.SGD(uneven.parameter_groups(lr=0.01))
     error = ""

@@ -13,6 +13,7 @@ import sffx
 from sffx.runtime.pipeline.balance import balanced
 from tests.runtime.pipeline import models
 from tests.runtime.pipeline.processes import run
+from tests.runtime.pipeline.test_ownership import Scaled
 
 
 def cut_tied() -> Any:
@@ -79,6 +80,17 @@ def differently_drawn(rank: int) -> Any:
     return net
 
 
+def forgetful(pipe: sffx.Pipeline) -> Any:
+    return pipe.train([(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))], None)
+
+
+def cut_from_meta() -> Any:
+    """Return a cut model on the meta device with a layer that does not draw its buffers."""
+    with torch.device("meta"):
+        model = nn.Sequential(Scaled("weight"), nn.ReLU(), nn.Linear(4, 3))
+    return sffx.transform(model, ["_1"], torch.zeros(2, 4))
+
+
 def lbfgs(pipe: sffx.Pipeline) -> Any:
     optimizer = torch.optim.LBFGS(pipe.parameters())
     return pipe.train(models.images() if pipe.first else None, optimizer)
@@ -114,6 +126,7 @@ def refusals(rank: int) -> dict[str, str]:
         "other weights": lambda: sffx.Pipeline(differently_drawn(rank)),
         "lbfgs": lambda: lbfgs(sffx.Pipeline(models.cut_images())),
         "foreign": lambda: foreign_optimizer(sffx.Pipeline(models.cut_images())),
+        "forgetful": lambda: forgetful(sffx.Pipeline(cut_from_meta(), replicas=2)),
         "dst": lambda: sffx.Pipeline(models.cut_images()).gather(dst=7),
     }
     errors = {}
@@ -148,6 +161,7 @@ MESSAGES = {
     "other weights": "classifier.head.weight",
     "lbfgs": "LBFGS",
     "foreign": "none of them",
+    "forgetful": "other tensors have no values",
     "dst": "dst is 7",
 }
 

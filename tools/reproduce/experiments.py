@@ -236,6 +236,10 @@ MEMORY = {
     "memory-imagenette-192-batch16": replace(
         LARGER_IMAGES, size=192, batch=16, methods=("BP",), settings=None
     ),
+    # What small batches do without larger images.
+    "memory-imagenette-96-batch16": replace(
+        LARGER_IMAGES, batch=16, methods=("BP", "mlp(256, 4)"), settings=None
+    ),
 }
 
 # Table 4: pretrained. Without ImageNet's weights, on small images of CIFAR-10, enlarged.

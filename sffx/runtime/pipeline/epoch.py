@@ -111,7 +111,11 @@ class FromLoader:
     def _word(present: tuple[Any, Tensor], following: tuple[Any, Tensor] | None) -> Word:
         if following is None:
             return Word.END
-        is_same = packed(present).layout == packed(following).layout
+        try:
+            is_same = packed(present).layout == packed(following).layout
+        except InputError:
+            # A sparse input has no layout, and need not be sent: the first block may read it alone.
+            return Word.NEW
         return Word.SAME if is_same else Word.NEW
 
 

@@ -121,6 +121,10 @@ def cut(kind: str) -> tuple[fx.GraphModule, Any]:
         model = nn.Sequential(*layers).double()
         net = sffx.transform(model, "layer", numbers(2, 6), objective=OBJECTIVES[kind])
         return net, InOneMemory([(numbers(6, 6) * scale, labels) for scale in (1, 2, 3)])
+    if kind == "sparse":
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        net = sffx.transform(model, "layer", numbers(2, 6))
+        return net, [(numbers(6, 6).mul(scale).to_sparse(), labels) for scale in (1, 2, 3)]
     if kind == "an empty batch":
         net = sffx.transform(Streams().double(), "layer", numbers(2, 6))
         return net, [(numbers(size, 6), labels[:size]) for size in (6, 0, 4)]
@@ -143,7 +147,7 @@ OBJECTIVES = {
     "superclasses": sffx.objectives.CwC(superclasses=[[0, 0, 1]]),
     "no classifier": Untested(),
 }
-KINDS = ("streams", "pixels", "nested", "drawing norms", "an empty batch", *OBJECTIVES)
+KINDS = ("streams", "pixels", "nested", "drawing norms", "an empty batch", "sparse", *OBJECTIVES)
 
 
 def train_all(rank: int) -> dict[str, Any]:

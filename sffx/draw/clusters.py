@@ -27,7 +27,7 @@ from sffx.draw.graph import (
 from sffx.draw.labels import block_label, footer_label, input_label, title_label
 from sffx.draw.progress import Progress
 from sffx.draw.style import FAINT, GREY, INK, NAME_WIDTH, PLAIN_TEXT, RED, TEAL
-from sffx.draw.words import shorten
+from sffx.draw.words import heading, shorten
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -146,7 +146,7 @@ def detailed_graph(
     insides = [parts(block, detail) for block in drawn.all_blocks]
     drawing = Drawing(drawn, insides, _columns(insides), _places(drawn, insides))
 
-    graph = new_graph()
+    graph = new_graph(heading(plan))
     graph.attr(label=footer_label(drawn, _kinds(drawing), progress))
     with graph.subgraph(name="cluster_plan") as inner:
         title = title_label(plan, progress)
@@ -242,9 +242,9 @@ def _add_cluster(graph: Digraph, index: int, drawing: Drawing, progress: Progres
     width = "3" if isinstance(block, Run) else "1"
     with graph.subgraph(name=f"cluster_{block.target}") as cluster:
         cluster.attr("graph", label="", penwidth=width, **{**style, **frame})
-        heading = block_label(block, leaves_in(block, plan), progress, contents=False)
+        label = block_label(block, leaves_in(block, plan), progress, contents=False)
         plain = {**style, **PLAIN_TEXT, "peripheries": "0"}
-        cluster.node(block.target, label=heading, **plain)
+        cluster.node(block.target, label=label, **plain)
         for part in drawing.insides[index]:
             _add_part(cluster, part, block)
     if block is not plan.classifier:

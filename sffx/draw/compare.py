@@ -134,7 +134,7 @@ def comparison_graph(plans: Sequence[BlockPlan]) -> Digraph:
         lines = max(lines, len(fold(plan).all_blocks))
     columns = [cell(_column(plan, most, lines)) for plan in plans]
 
-    graph = new_graph()
+    graph = new_graph(f"{plans[0].model} by {len(plans)} policies")
     graph.attr(label=_title(plans[0], most), labelloc="t", labeljust="l")
     content = label(table([row(*columns)], CELLSPACING="12"))
     graph.node("policies", label=content, **PLAIN_TEXT)

@@ -37,7 +37,7 @@ from sffx.draw.style import (
     RED,
     VALUE_WIDTH,
 )
-from sffx.draw.words import NOT_READ, cut_in_words, printable, shorten
+from sffx.draw.words import NOT_READ, cut_in_words, heading, printable, shorten
 from sffx.errors import MissingExtra
 from sffx.parts import head_name, index_of
 
@@ -109,7 +109,7 @@ def block_graph(
     crossed = crossings(drawn)
     railed = _railed(crossed)
 
-    graph = new_graph()
+    graph = new_graph(heading(plan))
     graph.attr(label=footer_label(drawn, _kinds(drawn, crossed, railed), progress))
     with graph.subgraph(name="cluster_plan") as inner:
         title = title_label(plan, progress)
@@ -126,8 +126,11 @@ def block_graph(
     return graph
 
 
-def new_graph() -> Digraph:
+def new_graph(title: str = "plan") -> Digraph:
     """Return an empty graph that looks as all drawings of plans do.
+
+    Args:
+        title: of an svg, which a browser shows where the pointer rests. Graphviz's own is "%3".
 
     Raises:
         MissingExtra: the package graphviz is not installed.
@@ -137,7 +140,8 @@ def new_graph() -> Digraph:
     except ImportError as error:
         purpose = "drawing a graph (a path that ends in .html needs nothing)"
         raise MissingExtra("graphviz", "viz", purpose) from error
-    return Digraph(graph_attr=GRAPH_STYLE, node_attr=NODE_STYLE, edge_attr=EDGE_STYLE)
+    name = printable(title)
+    return Digraph(name, graph_attr=GRAPH_STYLE, node_attr=NODE_STYLE, edge_attr=EDGE_STYLE)
 
 
 def block_style(block: Block, plan: BlockPlan, progress: Progress | None) -> dict[str, str]:

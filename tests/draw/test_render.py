@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import xml.etree.ElementTree as xml
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,7 +19,9 @@ import sffx
 from sffx.blocks import BlockPlan
 from sffx.draw.graph import block_graph, new_graph
 from sffx.draw.render import draw, render
+from sffx.draw.words import heading
 from sffx.errors import InputError, MissingExtra, SffxError
+from tests.draw.drawn import need_graphviz
 
 if TYPE_CHECKING:
     from graphviz import Digraph
@@ -91,6 +95,20 @@ def test_an_svg_holds_every_block(resnet18: BlockPlan, tmp_path: Path) -> None:
     assert picture.rstrip().endswith("</svg>")
 
 
+@pytest.mark.parametrize("model", ["Net", "<Net>", 'a "b" \\N', "a\nb", "日本", "<b"])
+@pytest.mark.parametrize("detail", ["blocks", "modules"])
+def test_an_svg_has_the_title_of_its_plan(
+    small: BlockPlan, tmp_path: Path, model: str, detail: str
+) -> None:
+    """A browser shows it where the pointer rests. Graphviz calls a graph without a name %3."""
+    need_graphviz()
+    plan = replace(small, model=model)
+    picture = xml.parse(draw(plan, tmp_path / "net.svg", detail=detail))
+    title = picture.find(".//{http://www.w3.org/2000/svg}title")
+    assert title is not None
+    assert (title.text or "").split() == heading(plan).split()
+
+
 @pytest.mark.usefixtures("route")
 def test_a_png_has_more_dots_than_a_picture_of_points() -> None:
     png, svg = render(sample(), "png"), render(sample(), "svg").decode()
@@ -131,7 +149,7 @@ def test_without_the_package_a_graph_names_it_and_a_page_is_drawn(
 def test_the_program_is_preferred(program: Path) -> None:
     install(program, 'echo "$@"; while read -r line; do echo "$line"; done')
     drawn = render(sample(), "svg").decode()
-    assert drawn.startswith("-Kdot -Tsvg\ndigraph {\n")
+    assert drawn.startswith("-Kdot -Tsvg\ndigraph plan {\n")
     assert "one -> two" in drawn
 
 

@@ -23,6 +23,7 @@ from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.render import draw
 from sffx.plots.results import plot_accuracy, plot_training
 from sffx.plots.scores import plot_confusion, plot_goodness
+from tests.toys import kept
 
 ANYTHING = (
     None,
@@ -64,6 +65,7 @@ CALLABLES = {"goodness", "norm", "loss_fn", "on_block"}
 PATHS = {"path", "folder", "source", "target"}
 
 
+@kept
 def cut_net() -> sffx.net.CutModel:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     return sffx.transform(model, "layer", torch.zeros(2, 4)).train()

@@ -20,6 +20,7 @@ import sffx
 from sffx.checkpoint.load import FIRST_BLOCK
 from sffx.errors import InputError
 from tests import toys
+from tests.toys import kept
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 ACCURACY = {"block_0": 0.5, "block_1": 0.75, "classifier": 1.0, "ensemble": 0}
@@ -35,6 +36,7 @@ def plain(classes: int = 5) -> nn.Module:
     return toys.Residual(classes=classes)
 
 
+@kept
 def trained(policy: Any = "residual", **options: Any) -> fx.GraphModule:
     """Return a cut model whose statistics have seen a batch, in eval mode."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
 from sffx.plots.history import epochs
-from tests.toys import Residual
+from tests.toys import Residual, kept
 
 pytest.importorskip("sklearn")
 lightning = pytest.importorskip("lightning.pytorch")
@@ -66,6 +66,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@kept
 def cut_model(dropout: float = 0.2) -> fx.GraphModule:
     torch.manual_seed(0)
     model = Residual(classes=10)

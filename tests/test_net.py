@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import sffx
 from sffx.errors import InputError
-from tests.toys import Chain
+from tests.toys import Chain, kept
 
 X = torch.zeros(2, 3, 8, 8)
 Y = torch.tensor([0, 1])
@@ -29,6 +29,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@kept
 def cut() -> nn.Module:
     torch.manual_seed(0)
     return sffx.transform(Chain(), "layer", X).train()

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sffx.blocks import Block
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def kept(make: Callable[P, R]) -> Callable[P, R]:
+    """Keep what a function returns for its arguments, and return a copy of it at each call.
+
+    To cut a toy takes longer than most tests of the result.
+    """
+    keeping = functools.cache(make)
+
+    @functools.wraps(make)
+    def copied(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return copy.deepcopy(keeping(*args, **kwargs))
+        except TypeError:  # an argument without a hash
+            return make(*args, **kwargs)
+
+    return copied
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Compiled blocks against the same blocks as they are.
 
-The backend "aot_eager" runs the graphs with torch's own operators, so values agree to the bit.
+The backends run the graphs with torch's own operators, so values agree to the bit. "aot_eager" has
+the graphs of forward and backward pass that a compiler would get. "eager" has that of the code
+only, and is made faster, for tests of what is compiled when.
 """
 
 import copy
@@ -18,7 +20,7 @@ from sffx.objectives import ForwardForward
 from sffx.runtime.compiled import compile, compiled_blocks
 from sffx.runtime.optimizers import parameter_groups
 
-BACKEND = "aot_eager"
+BACKEND = "eager"
 
 
 class Residual(nn.Module):
@@ -46,14 +48,14 @@ class Net(nn.Module):
         return self.fc(self.two(self.between(self.one(self.stem(x)))).mean((2, 3)))
 
 
-def pair(between=None, **options):
+def pair(between=None, backend=BACKEND, **options):
     """Return a net and a copy of it whose blocks are compiled."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Net(between).double()
     x = torch.zeros(2, 2, 6, 6, dtype=torch.float64)
     net = sffx.transform(model, example_input=x, **options).train()
-    return net, compile(copy.deepcopy(net), backend=BACKEND)
+    return net, compile(copy.deepcopy(net), backend=backend)
 
 
 def batch(samples=6, seed=0):
@@ -70,7 +72,7 @@ def require_equal(one, other):
 
 
 def test_steps_are_those_of_the_net_as_it_is():
-    plain, compiled = pair()
+    plain, compiled = pair(backend="aot_eager")
     nets = (plain, compiled)
     optimizers = [torch.optim.AdamW(parameter_groups(net, 1e-2)) for net in nets]
     for step in range(3):
@@ -87,7 +89,7 @@ def test_steps_are_those_of_the_net_as_it_is():
 
 
 def test_losses_hand_on_the_same_gradients_and_name_the_blocks():
-    nets = pair()
+    nets = pair(backend="aot_eager")
     x, y = batch()
     for _ in range(2):
         seen = {net: [] for net in nets}
@@ -125,7 +127,7 @@ def test_equal_blocks_are_compiled_once():
 def test_a_loss_of_ones_own_and_smaller_batches():
     plain, compiled = pair()
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
-    for samples in (6, 6, 4, 5):
+    for samples in (6, 6, 4):
         x, y = batch(samples)
         losses = [sffx.local_loss(net, x, y, loss_fn) for net in (plain, compiled)]
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
@@ -168,7 +170,7 @@ def test_some_blocks_learn_and_frozen_ones_stay():
 
 def test_another_objective():
     objective = ForwardForward(neutral=True)
-    plain, compiled = pair(objective=objective)
+    plain, compiled = pair(backend="aot_eager", objective=objective)
     for step in range(4):
         losses = []
         for net in (plain, compiled):

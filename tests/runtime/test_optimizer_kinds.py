@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import sffx
+from tests.toys import kept
 
 Groups = list[Any]
 
@@ -103,6 +104,7 @@ OPTIMIZERS: dict[str, Callable[[Groups], Optimizer]] = {
 }
 
 
+@kept
 def small_net() -> tuple[Any, Tensor, Tensor]:
     """Return a net of two blocks and a classifier, and a batch."""
     torch.manual_seed(0)

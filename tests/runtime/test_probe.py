@@ -8,6 +8,7 @@ from torch import nn
 import sffx
 from sffx import InputError
 from sffx.objectives import ForwardForward
+from tests.toys import kept
 
 CLASSES = 3
 
@@ -20,6 +21,7 @@ def perceptron():
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(5, CLASSES)).double()
 
 
+@kept
 def cut(**options):
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     return sffx.transform(perceptron(), "layer", x, **options).train()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import sffx
 from sffx.errors import InputError
-from tests.toys import Residual, SharedWeight, TwoBranches
+from tests.toys import Residual, SharedWeight, TwoBranches, kept
 
 NAMES = ["block_0", "block_1", "block_2", "classifier"]
 
 
+@kept
 def cut(**options: object) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(9, 3, 8, 8, dtype=torch.float64)

@@ -14,7 +14,7 @@ from sffx.blocks import Value
 from sffx.inputs import bind
 from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk, walk_attached
-from tests.toys import Chain, Residual, TwoBranches
+from tests.toys import Chain, Residual, TwoBranches, kept
 
 MODELS = {
     "chain": (Chain, (3, 8, 8)),
@@ -23,6 +23,7 @@ MODELS = {
 }
 
 
+@kept
 def cut(name: str, **options: object) -> tuple[fx.GraphModule, Tensor]:
     torch.manual_seed(0)
     kind, shape = MODELS[name]

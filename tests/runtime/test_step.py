@@ -17,7 +17,16 @@ from sffx.memory.count import count_memory
 from sffx.runtime import update
 from sffx.runtime.step import scaled
 from tests.runtime import interrupts
-from tests.toys import Chain, Residual, Rounding, SharedBias, SharedWeight, TwoBranches, step_scores
+from tests.toys import (
+    Chain,
+    Residual,
+    Rounding,
+    SharedBias,
+    SharedWeight,
+    TwoBranches,
+    kept,
+    step_scores,
+)
 from tools.operations import counted_operations
 
 MODELS = {
@@ -30,6 +39,7 @@ MODELS = {
 }
 
 
+@kept
 def cut(name: str, **options: object) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     kind, shape = MODELS[name]

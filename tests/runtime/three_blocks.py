@@ -8,10 +8,12 @@ import torch
 from torch import fx, nn
 
 import sffx
+from tests.toys import kept
 
 CLASSES = 3
 
 
+@kept
 def cut(objective: Any = "sff", **options: Any) -> fx.GraphModule:
     """Cut a model with batch norm, so that running statistics would give a frozen block away."""
     torch.manual_seed(0)

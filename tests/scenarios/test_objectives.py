@@ -4,6 +4,7 @@ A new objective is tested here as soon as it has a name.
 """
 
 import copy
+import functools
 import pickle
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,7 @@ from sffx.learning.objectives.records import OBJECTIVES, objective_named, object
 from sffx.memory.count import count_memory
 from sffx.objectives import Objective
 from sffx.runtime.keywords import KeywordLoss
-from tests.toys import seeded
+from tests.toys import kept, seeded
 
 CLASSES = 3
 
@@ -40,6 +41,7 @@ def convolutions():
     )
 
 
+@kept
 def cut(objective):
     with seeded():
         model = convolutions()
@@ -141,11 +143,11 @@ def test_what_is_exported_predicts_the_same(name, readout):
     torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_an_exported_file_predicts_the_same(name, tmp_path):
+def test_an_exported_file_predicts_the_same_and_can_be_quantised(name, tmp_path):
     """The file has the heads of all blocks, and its writer compares it with torch."""
-    net = cut(name)
-    sffx.export_onnx(net, tmp_path / "net.onnx", "cumulative")
-    assert (tmp_path / "net.onnx").exists()
+    sffx.export_onnx(cut(name), tmp_path / "net.onnx", "cumulative")
+    sffx.quantize_onnx(tmp_path / "net.onnx", tmp_path / "net.int8.onnx", [batch()])
+    assert (tmp_path / "net.int8.onnx").exists()
 
 
 def test_an_exported_program_takes_any_batch_size(name, tmp_path):
@@ -195,6 +197,13 @@ def perceptron():
     return nn.Sequential(*layers, nn.Linear(50, CLASSES))
 
 
+@functools.cache
+def backpropagation(model, samples):
+    """Return the peak of the plain model. It is the same, whatever its blocks learn by."""
+    plain = sffx.transform(model(), "layer", torch.zeros(1, 1, 8, 8))
+    return sffx.footprint(plain, samples).backpropagation
+
+
 @pytest.mark.parametrize("model", [convolutions, perceptron])
 def test_memory_is_predicted(name, model):
     """The views of a batch are held until the last block that reads them has run."""
@@ -215,9 +224,7 @@ def test_memory_is_predicted(name, model):
     counted = count_memory(step, model=net, optimizer=optimizer)
     assert predicted.peak == pytest.approx(counted.peak, rel=0.005)
     assert predicted.optimizer_state == counted.optimizer_state
-    # The plain model is the same, whatever its blocks learn by.
-    plain = sffx.transform(model(), "layer", torch.zeros(1, 1, 8, 8))
-    assert predicted.backpropagation == sffx.footprint(plain, 64).backpropagation
+    assert predicted.backpropagation == backpropagation(model, 64)
 
 
 def test_the_default_dtype_does_not_matter(name):
@@ -301,12 +308,6 @@ def test_a_training_is_drawn(name, suffix, tmp_path):
     path = draw(net.plan, tmp_path / f"plan.{suffix}", progress=progress)
     is_told = "no accuracy" not in path.read_text()
     assert is_told or not net.plan.objective.trains_classifier
-
-
-def test_an_exported_file_can_be_quantised(name, tmp_path):
-    sffx.export_onnx(cut(name), tmp_path / "net.onnx")
-    sffx.quantize_onnx(tmp_path / "net.onnx", tmp_path / "net.int8.onnx", [batch()])
-    assert (tmp_path / "net.int8.onnx").exists()
 
 
 def test_a_model_may_write_on_its_input(name):

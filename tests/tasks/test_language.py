@@ -20,6 +20,7 @@ from sffx.memory.count import count_memory
 from sffx.runtime.stage import stages_of
 from sffx.tables import short_number
 from tests.tasks.cases import CASES, Tokens
+from tests.toys import kept
 
 NEXT = CASES["next token"]
 
@@ -324,6 +325,7 @@ def test_padding_is_that_of_the_sequence_that_is_predicted(length):
     assert sffx.evaluate(net, [(x, y)]) == sffx.evaluate(net, [(x, own)])
 
 
+@kept
 def small_net() -> Any:
     """Return a language model of ten tokens."""
     layers = [nn.Embedding(10, 6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 10)]

@@ -14,6 +14,7 @@ from sffx import InputError
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.objectives.records import objective_of_record
 from sffx.objectives import CwC
+from tests.toys import kept
 
 CLASSES = 4
 HALVES = [0, 1, 1, 0]
@@ -31,6 +32,7 @@ def layers():
     return model.double()
 
 
+@kept
 def cut(**options):
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     return sffx.transform(

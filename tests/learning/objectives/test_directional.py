@@ -10,10 +10,12 @@ from torch import nn
 import sffx
 from sffx import InputError
 from sffx.objectives import CFFA
+from tests.toys import kept
 
 CLASSES = 3
 
 
+@kept
 def cut(**options):
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -11,7 +11,7 @@ import sffx
 from sffx import InputError
 from sffx.learning.objectives.labels import LABEL_CODES, likely_other_labels, other_labels
 from sffx.objectives import ForwardForward
-from tests.toys import seeded
+from tests.toys import kept, seeded
 
 CLASSES = 4
 
@@ -29,6 +29,7 @@ def perceptron():
     )
 
 
+@kept
 def cut(**options):
     with seeded():
         model = perceptron().double()

@@ -13,6 +13,7 @@ from sffx import InputError
 from sffx.learning.objectives.pairs import pair_loss
 from sffx.learning.objectives.twin_layers import TwinLayer, remove_twins, with_twins
 from sffx.objectives import FFCL
+from tests.toys import kept
 
 CLASSES = 3
 
@@ -31,6 +32,7 @@ def convolutions():
     ).double()
 
 
+@kept
 def cut(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -12,13 +12,14 @@ from sffx import InputError
 from sffx.learning.objectives.mixing import moved
 from sffx.objective import Batch
 from sffx.objectives import SCFF
-from tests.toys import seeded
+from tests.toys import kept, seeded
 
 CLASSES = 3
 POSITIVE, NEGATIVE, PENALTY = (0.5, 0.2), (0.7, 0.9), (0.01, 0.3)
 PER_BLOCK = {"positive_threshold": POSITIVE, "negative_threshold": NEGATIVE, "penalty": PENALTY}
 
 
+@kept
 def cut(cuts=("_1", "_3"), **options):
     with seeded():
         model = nn.Sequential(

@@ -11,11 +11,12 @@ import sffx
 from sffx import InputError
 from sffx.learning.objectives.mixing import mixed, others_of, random_masks
 from sffx.objectives import UnsupervisedForwardForward
-from tests.toys import seeded
+from tests.toys import kept, seeded
 
 CLASSES = 3
 
 
+@kept
 def cut(**options):
     with seeded():
         model = nn.Sequential(

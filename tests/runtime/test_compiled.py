@@ -305,7 +305,6 @@ def test_nets_that_cannot_be_compiled():
         lambda net: sffx.offload(net, torch.optim.SGD(net.parameters(), 0.1)),
         sffx.shard,
         sffx.replicate,
-        sffx.Pipeline,
     ],
 )
 def test_compiled_blocks_stay_where_they_are(elsewhere):

@@ -22,9 +22,10 @@ from sffx.tensors import OF_EVERY_MODULE, computed_tensors, copied, detach_scrip
 def extract(net: nn.Module) -> nn.Module:
     """Return a model of the original class with the trained weights, without heads and norms.
 
-    Weights and buffers have their original names. With `norm="none"` the model computes what the
-    cut model's classifier does. With `norm="layer"` the blocks were trained on normalised inputs,
-    which the plain model does not make, so it is a start for further training.
+    Weights and buffers have their original names. Each layer is in the mode that it has in the cut
+    model, so a batch norm that was set to eval mode stays so. With `norm="none"` the model computes
+    what the cut model's classifier does. With `norm="layer"` the blocks were trained on normalised
+    inputs, which the plain model does not make, so it is a start for further training.
 
     Args:
         net: what `transform` returned.
@@ -104,7 +105,9 @@ class _PutBack:
         for name, module in kept:
             self._put_tensors(name, module)
             if not _is_holder(module):
-                self._put_attributes(module, self.model.get_submodule(name))
+                original = self.model.get_submodule(name)
+                self._put_attributes(module, original)
+                original.training = module.training
         for name, module in replaced.items():
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self._copied(module))

@@ -53,6 +53,20 @@ def test_the_plain_model_shares_no_memory_with_the_cut_one(net: fx.GraphModule) 
         assert parameter.ndim == 1 or parameter.abs().sum() > 0
 
 
+def test_a_layer_keeps_the_mode_of_its_own(net: fx.GraphModule) -> None:
+    """Batch norms in eval mode are a common way to fine-tune; they were in train mode again."""
+    net.train()
+    net.block_1.eval()
+    model = sffx.extract(net)
+    assert not model.block1.bn1.training
+    assert model.block2.bn1.training
+    net.eval()
+    net.block_2.train()
+    model = sffx.extract(net)
+    assert model.block2.bn1.training
+    assert not model.block1.bn1.training
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_and_the_dtype_are_those_of_the_cut_model(
     net: fx.GraphModule, *, training: bool

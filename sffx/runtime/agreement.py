@@ -21,7 +21,7 @@ from sffx.errors import InputError, ProcessError, first_line
 from sffx.runtime.groups import new_group
 
 # What a process is about to do. Its number is sent, so the order must be the same everywhere.
-DEEDS = {
+ACTIONS = {
     "step": "trains step {count} by local_step",
     "loss": "trains step {count} by local_loss",
     "scores": "computes scores after step {count}",
@@ -40,23 +40,23 @@ class Word:
     """What a process is about to do.
 
     Attributes:
-        deed: a key of `DEEDS`.
+        action: a key of `ACTIONS`.
         count: of its training steps so far, a beginning one included.
         detail: a checksum of all else that must be the same.
         loads: how often it has loaded a state dict.
     """
 
-    deed: str
+    action: str
     count: int
     detail: int = 0
     loads: int = 0
 
     def numbers(self) -> list[int]:
         """Return what is sent."""
-        return [list(DEEDS).index(self.deed), self.count, self.detail, self.loads]
+        return [list(ACTIONS).index(self.action), self.count, self.detail, self.loads]
 
     def __str__(self) -> str:
-        return DEEDS[self.deed].format(count=self.count)
+        return ACTIONS[self.action].format(count=self.count)
 
 
 class Agreement:
@@ -156,7 +156,7 @@ class Agreement:
         """Raise a ProcessError if the words of the processes differ."""
         if all(each == numbers[0] for each in numbers):
             return
-        words = [Word(list(DEEDS)[deed], *others) for deed, *others in numbers]
+        words = [Word(list(ACTIONS)[action], *others) for action, *others in numbers]
         said = [str(word) for word in words]
         hint = (
             "give all loaders as many batches (DistributedSampler, drop_last=True), and call the "

@@ -169,7 +169,7 @@ class Replication(Residency):
     # In a step.
 
     @contextmanager
-    def learning(self, stages: Sequence[Stage], deed: str) -> Iterator[None]:
+    def learning(self, stages: Sequence[Stage], action: str) -> Iterator[None]:
         """Hold a context in which stages learn and send their gradients.
 
         An error tells the other processes, unless it comes before this one takes part.
@@ -179,7 +179,7 @@ class Replication(Residency):
         """
         self._require_sound()
         detail = zlib.crc32(repr([layout_of(stage) for stage in stages]).encode())
-        self._announcement = Word(deed, self.agreement.steps + 1, detail, self._loads)
+        self._announcement = Word(action, self.agreement.steps + 1, detail, self._loads)
         self._is_learning = True
         try:
             yield
@@ -286,7 +286,7 @@ class Replication(Residency):
             self._is_incomplete = False
         self.settle_for_reader()
 
-    def agree(self, deed: str) -> None:
+    def agree(self, action: str) -> None:
         """Apply all pending updates, and wait until all processes do the same thing.
 
         Raises:
@@ -295,7 +295,7 @@ class Replication(Residency):
         self._require_sound()
         self.settle()
         with self.failing():
-            self.agreement.require(Word(deed, self.agreement.steps, loads=self._loads))
+            self.agreement.require(Word(action, self.agreement.steps, loads=self._loads))
 
     def _number_to_settle(self, stage: Stage | None) -> int:
         """Return how many of the pending updates must be applied before a stage is read.

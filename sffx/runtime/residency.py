@@ -71,20 +71,20 @@ class Residency:
     def scoring(self) -> None:
         """Be ready to compute the scores of a batch."""
 
-    def agree(self, deed: str) -> None:
+    def agree(self, action: str) -> None:
         """Wait until all processes do the same thing. Here each works for itself.
 
         Args:
-            deed: a key of `sffx.runtime.agreement.DEEDS`.
+            action: a key of `sffx.runtime.agreement.ACTIONS`.
         """
 
     @contextmanager
-    def learning(self, stages: Sequence[Stage], deed: str) -> Iterator[None]:
+    def learning(self, stages: Sequence[Stage], action: str) -> Iterator[None]:
         """Hold a context in which stages learn.
 
         Args:
             stages: that learn.
-            deed: a key of `sffx.runtime.agreement.DEEDS`.
+            action: a key of `sffx.runtime.agreement.ACTIONS`.
         """
         yield
 

@@ -195,7 +195,7 @@ class Sharding(Residency):
         self._groups = _groups_of(self.net)
 
     @contextmanager
-    def learning(self, stages: Sequence[Stage], deed: str) -> Iterator[None]:
+    def learning(self, stages: Sequence[Stage], action: str) -> Iterator[None]:
         """Hold a context in which stages learn, once the processes agree on it.
 
         Raises:
@@ -203,10 +203,10 @@ class Sharding(Residency):
         """
         if self.agreement is not None:
             self.agreement.steps += 1
-        self.agree(deed)
+        self.agree(action)
         yield
 
-    def agree(self, deed: str) -> None:
+    def agree(self, action: str) -> None:
         """Wait until all processes do the same thing.
 
         Raises:
@@ -215,7 +215,7 @@ class Sharding(Residency):
         if self.agreement is None:
             return
         try:
-            self.agreement.require(Word(deed, self.agreement.steps))
+            self.agreement.require(Word(action, self.agreement.steps))
         except ProcessError as error:
             self.agreement.fail(error)
             raise

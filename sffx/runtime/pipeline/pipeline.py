@@ -291,7 +291,7 @@ class Pipeline:
         with self._ranks.watch.reporting(), evaluating(self.module):
             require_loader(self.place, loader)
             require_values(self.net, self._parts, self._empty)
-            self._ranks.require_same_deed("evaluates")
+            self._ranks.require_same_action("evaluates")
             totals = Totals(self.net)
             epoch = self._epoch(loader, self._check_labels, trains=False)
             for batch in epoch:
@@ -388,7 +388,7 @@ class Pipeline:
         with self._ranks.watch.reporting():
             if dst not in self.place.everyone:
                 raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
-            self._ranks.require_same_deed(f"gathers the model in rank {dst}")
+            self._ranks.require_same_action(f"gathers the model in rank {dst}")
             stages = range(self.place.stages)
             parts = [self._parts_of_stage(index) for index in stages]
             received = gathered_tensors(self.net, parts, dst, self._ranks)
@@ -479,8 +479,8 @@ class Pipeline:
     def _seed(self, accumulate: int) -> int:
         """Return a seed for the dropout of an epoch, drawn by the first process."""
         drawn = int(torch.randint(2**62, (), device="cpu")) if self.first else None
-        deed = f"trains with accumulate={accumulate}"
-        return int(self._ranks.require_same_deed(deed, drawn)[0])
+        action = f"trains with accumulate={accumulate}"
+        return int(self._ranks.require_same_action(action, drawn)[0])
 
     def _together(self, report: Report) -> dict[str, float]:
         """Return the mean loss of each block over the samples of all replicas."""

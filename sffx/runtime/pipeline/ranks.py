@@ -59,17 +59,17 @@ class Ranks:
         self.watch.meet()
         self._connections = connect(self.place, device)
 
-    def require_same_deed(self, deed: str, value: Any = None) -> list[Any]:
+    def require_same_action(self, action: str, value: Any = None) -> list[Any]:
         """Return a value of each process; raise a ProcessError unless all do the same.
 
         Args:
-            deed: what this process does, "trains".
+            action: what this process does, "trains".
             value: of this process.
         """
-        found = self.from_everyone((deed, value))
-        deeds = [other for other, _ in found]
-        if len(set(deeds)) > 1:
-            named = zip(self.place.everyone, deeds, strict=True)
+        found = self.from_everyone((action, value))
+        actions = [other for other, _ in found]
+        if len(set(actions)) > 1:
+            named = zip(self.place.everyone, actions, strict=True)
             each = "; ".join(f"{self.name_of(rank)} {other}" for rank, other in named)
             raise ProcessError(
                 f"the processes do different things: {each}. Hint: call train, evaluate and "

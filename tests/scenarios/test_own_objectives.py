@@ -14,7 +14,7 @@ import sffx
 from sffx import InputError
 from sffx.learning.objectives.records import OBJECTIVES
 from sffx.objectives import ForwardForward, Objective
-from tests.toys import kept, seeded
+from tests.toys import seeded
 
 CLASSES = 3
 X = torch.rand(6, 8, generator=torch.Generator().manual_seed(1))
@@ -25,7 +25,6 @@ def perceptron():
     return nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-@kept
 def cut(objective):
     with seeded():
         return sffx.transform(perceptron(), "layer", X[:1], objective=objective).train()

@@ -1,7 +1,7 @@
 """Set up a virtual environment beside this repository's files and run a task in it.
 
     python3 tools/dev.py demo    # train, compare, export and draw: examples/digits.py
-    python3 tools/dev.py test    # ruff, mypy and the tests
+    python3 tools/dev.py test    # ruff and the tests, of which one runs mypy
     python3 tools/dev.py docs    # the API reference, as HTML in build/docs
 
 Needs Python 3.10 or later and a network, nothing else. The environment is `.venv`. It is brought
@@ -48,7 +48,6 @@ TASKS = {
         [
             ["-m", "ruff", "check"],
             ["-m", "ruff", "format", "--check"],
-            ["-m", "mypy"],
             # Each process takes half of the tests; one that is done takes from the other's rest.
             ["-m", "pytest", "-n", "2", "--dist", "worksteal"],
         ],

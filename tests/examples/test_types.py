@@ -1,4 +1,4 @@
-"""The code of the README and of the guides passes a type checker, also from an editable install."""
+"""The package and the code of its pages pass a type checker, also from an editable install."""
 
 from __future__ import annotations
 
@@ -55,10 +55,26 @@ def code_of(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def package() -> subprocess.CompletedProcess[str]:
+    """Return what mypy says of the package, by the options of pyproject.toml.
+
+    It runs beside other tests, since it takes a minute of one core to read torch.
+    """
+    command = [sys.executable, "-m", "mypy"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_package_has_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
+    assert package.returncode == 0, package.stdout + package.stderr
+
+
+@pytest.fixture(scope="module")
+def checked(
+    package: subprocess.CompletedProcess[str], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """Return what mypy says of all pages and of the program, line by line.
 
-    One run for all, since it takes long to read torch.
+    One run for all, after that of the package, which leaves its cache.
     """
     folder = tmp_path_factory.mktemp("pages")
     (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
@@ -69,7 +85,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = [
         "[mypy]",
         f"mypy_path = {ROOT}",
-        # With the cache and the options of pyproject.toml, since reading torch takes a minute.
+        # With the cache and the options of pyproject.toml.
         f"cache_dir = {ROOT / '.mypy_cache'}",
         "ignore_missing_imports = True",
         "check_untyped_defs = True",

@@ -20,7 +20,7 @@ from tests.stream_models import CLASSES, Fusion, HRNet, Pairs, TwoStreams, UNet
 from tests.stream_programs import stream_programs
 from tests.toys import step_scores
 
-EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "12"))
 BATCH = 5
 
 bounded = settings(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sffx
+from tools.options import at_least
 
 # Whether weights have a scale for each channel, and whether they take 7 bits.
 WAYS = list(product((True, False), (True, False)))
@@ -133,8 +134,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("tools/results/int8"))
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=at_least(1), default=6)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     runs = []

@@ -42,6 +42,7 @@ import sffx
 from sffx.files import write
 from sffx.runtime.agreement import Agreement
 from sffx.runtime.replicate import Replication
+from tools.options import at_least
 
 MB = 1e6
 
@@ -223,14 +224,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("tools/results/replicas"))
     parser.add_argument("--model", default="resnet18", help="a classifier of torchvision")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--size", type=at_least(1), default=32)
+    parser.add_argument("--batch", type=at_least(1), default=128)
+    parser.add_argument("--classes", type=at_least(1), default=10)
+    parser.add_argument("--processes", type=at_least(2), default=8)
     parser.add_argument("--bandwidth", type=float, default=250.0, help="of a link, in MB a second")
     parser.add_argument("--latency", type=float, default=1e-4, help="of a sum, in seconds")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--steps", type=at_least(1), default=3, help="steps in a round")
     args = parser.parse_args(arguments)
     ring = Ring(args.processes, args.bandwidth * MB, args.latency)
     with TemporaryDirectory() as folder:

@@ -41,6 +41,7 @@ from sffx.compiler.verify import verify
 from sffx.learning.heads import make_heads
 from sffx.learning.norms import SampleNorm
 from sffx.policies import policy_named
+from tools.options import at_least
 
 RESNETS = ("resnet50", "resnet101", "resnet152")
 POLICIES = ("layer", "residual", "batchnorm", "module(1)", "stages(4)", "stages(64)")
@@ -192,7 +193,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("tools/results/scaling"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
         "--sizes",
         type=int,

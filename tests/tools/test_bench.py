@@ -122,3 +122,28 @@ def test_parts_are_kept_in_the_record(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "record.json").read_text())
     assert set(kept) == {"old", "workloads"}
     assert "### toy" in (tmp_path / "table.md").read_text()
+
+
+def test_counting_only_leaves_out_what_is_timed_only(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(command, "save", lambda record, path: measured.extend(record))
+    monkeypatch.setattr(command, "WORKLOADS", ())
+    monkeypatch.setattr(command, "WORKLOADS", (TOY,))
+    monkeypatch.setattr(command, "measure", lambda *_: {})
+    for part in ("small", "depth", "classes", "batches", *command.TIMED_ONLY):
+        monkeypatch.setattr(command, part, lambda *_: None)
+    monkeypatch.setattr(command, "report", lambda record: "")
+    monkeypatch.setattr(command, "plot", lambda record, path: None)
+    monkeypatch.setattr("sys.argv", ["bench", "--out", str(tmp_path), "--rounds", "0"])
+    command.main()
+    assert set(measured) == set(command.PARTS) - set(command.TIMED_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("parts", "batch", "shown"),
+    [(16, 8, "16 parts, timed with 4"), (4, 16, "4 parts"), (2, 1, "2 parts, timed with 1")],
+)
+def test_the_table_says_into_how_many_parts_a_batch_was_divided(record, parts, batch, shown):
+    times = {"BP": 1.0, "accumulation": 1.1}
+    text = table({**record, "parts": parts, "time_batch": batch, "time": times})
+    assert f"| accumulation ({shown}) | 1.10 |" in text

@@ -10,7 +10,7 @@ import pytest
 from tools import dev
 
 TOOLS = Path(__file__).parents[2] / "tools"
-NO_COMMANDS = ("timing", "costs", "precision", "build_backend")  # others import them
+NO_COMMANDS = ("timing", "costs", "options", "precision", "build_backend")  # others import them
 COMMANDS = [path.stem for path in sorted(TOOLS.glob("*.py")) if path.stem not in NO_COMMANDS]
 
 

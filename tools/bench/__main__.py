@@ -77,6 +77,7 @@ from tools.bench.parts import (
 )
 from tools.bench.ways import WAYS
 from tools.bench.workloads import WORKLOADS
+from tools.options import at_least
 
 PARTS = (
     "workloads",
@@ -91,8 +92,12 @@ PARTS = (
 )
 
 
+# These have no counts, or none without times.
+TIMED_ONLY = ("overhead", "settings", "compiled", "family")
+
+
 def main() -> None:
-    args = _parser().parse_args()
+    args = _checked(_parser())
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "record.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -105,6 +110,26 @@ def main() -> None:
     if {"depth", "classes", "batch"} <= set(record):
         plot(record, args.out / "scaling.png")
     (args.out / "table.md").write_text(report(record))
+
+
+def _checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the arguments; end with a message where they would fail after hours of counting."""
+    args = parser.parse_args()
+    timed_only = [part for part in args.parts if part in TIMED_ONLY]
+    if args.rounds == 1:
+        parser.error("--rounds takes 2 or more, or 0 to count only, not 1")
+    if not args.rounds and args.device == "cuda":
+        parser.error("--rounds 0 only counts, which needs no GPU. Hint: leave out --device cuda")
+    if not args.rounds and args.parts != PARTS and timed_only:
+        parser.error(f"--rounds 0 only counts, and these parts are times: {', '.join(timed_only)}")
+    if not args.rounds:
+        args.parts = [part for part in args.parts if part not in TIMED_ONLY]
+    if "BP" not in args.time:
+        parser.error(f"--time lacks BP, which times are relative to: {', '.join(args.time)}")
+    if not any(args.only in workload.name for workload in WORKLOADS):
+        known = "; ".join(workload.name for workload in WORKLOADS)
+        parser.error(f"no workload has {args.only!r} in its name. Hint: there are {known}")
+    return args
 
 
 def _measure_parts(
@@ -153,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("tools/results/bench"))
     parser.add_argument(
-        "--rounds", type=int, default=8, help="of each time measurement; 0 only counts"
+        "--rounds", type=at_least(0), default=8, help="of each time measurement; 0 only counts"
     )
     parser.add_argument(
         "--only", default="", help="a part of the names of the workloads to measure"

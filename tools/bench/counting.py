@@ -97,6 +97,18 @@ def fitting_parts(model: nn.Module, workload: Workload, activations: float) -> i
     return parts
 
 
+def parts_when_timed(parts: int, batch: int) -> int:
+    """Return into how many parts a batch is divided when time is measured.
+
+    It may be smaller than the batch at which memory is counted. BN needs two samples in a part.
+
+    Args:
+        parts: of the batch at which memory is counted.
+        batch: size of the batch at which time is measured.
+    """
+    return max(1, min(parts, batch // 2))
+
+
 def limit(model: nn.Module, workload: Workload) -> Counts:
     """Count the step that a block-local one cannot be below: its heads cost nothing."""
     net: Any = WAYS["kept"].prepare(model, workload)

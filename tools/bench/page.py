@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sffx.tables import MIB
+from tools.bench.counting import parts_when_timed
 from tools.bench.ways import WAYS
 
 # Counted columns, relative to BP, with their titles.
@@ -56,7 +57,7 @@ def _limit(record: dict[str, Any]) -> str:
 def _row(way: str, record: dict[str, Any]) -> str:
     base = record["counts"]["BP"]
     counts = record["counts"].get(way, {})
-    name = f"{way} ({record['parts']} parts)" if way == "accumulation" else way
+    name = f"{way} ({_parts(record)})" if way == "accumulation" else way
     times = record.get("time", {})
     cells = [name, f"{times[way]:.2f}" if way in times else "–"]
     for key in RELATIVE:
@@ -65,6 +66,16 @@ def _row(way: str, record: dict[str, Any]) -> str:
     for key in ("peak", "activations", "gradients"):
         cells.append(f"{counts[key] / MIB:.1f}" if key in counts else "–")
     return f"| {' | '.join(cells)} |"
+
+
+def _parts(record: dict[str, Any]) -> str:
+    """Return into how many parts accumulation divides a batch, and the batch that is timed."""
+    parts = record["parts"]
+    if "accumulation" in record.get("time", {}):
+        timed = parts_when_timed(parts, record["time_batch"])
+        if timed != parts:
+            return f"{parts} parts, timed with {timed}"
+    return f"{parts} parts"
 
 
 def report(record: dict[str, Any]) -> str:

@@ -22,7 +22,14 @@ import sffx.runtime.learn
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage
 from sffx.tables import GIB, MIB
-from tools.bench.counting import can_be_counted, count, fitting_parts, largest_batch, limit
+from tools.bench.counting import (
+    can_be_counted,
+    count,
+    fitting_parts,
+    largest_batch,
+    limit,
+    parts_when_timed,
+)
 from tools.bench.page import table
 from tools.bench.ways import WAYS, Step
 from tools.bench.workloads import SMALL, WORKLOADS, Workload, of_torchvision
@@ -58,7 +65,7 @@ def measure(workload: Workload, rounds: int, timed: Sequence[str] = TIMED) -> di
         "limit": limit(model, workload),
     }
     if rounds:
-        time_parts = min(parts, workload.time_batch // 2)
+        time_parts = parts_when_timed(parts, workload.time_batch)
         x, y = workload.batch(workload.time_batch)
         steps: dict[str, Callable[[], object]] = {}
         for name in usable(timed):

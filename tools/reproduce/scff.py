@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sffx.learning.objectives.mixing import moved, others_of
 from sffx.learning.objectives.self_contrastive import standardized
+from tools.options import at_least
 from tools.reproduce.data import load_mnist
 from tools.reproduce.readouts import LONG_PROBE, fit_probe
 
@@ -202,8 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="*", choices=PARTS, default=[], help=f"parts to leave out ({meanings})"
     )
-    parser.add_argument("--epochs", type=int, nargs=2, default=(20, 9), help="of each layer")
-    parser.add_argument("--probe-epochs", type=int, default=LONG_PROBE.epochs)
+    parser.add_argument(
+        "--epochs", type=at_least(0), nargs=2, default=(20, 9), help="of each layer"
+    )
+    parser.add_argument("--probe-epochs", type=at_least(1), default=LONG_PROBE.epochs)
     args = parser.parse_args(arguments)
     found = run(args.data, args.without, args.epochs, args.probe_epochs)
     for name, accuracy in found.items():

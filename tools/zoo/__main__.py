@@ -6,6 +6,7 @@ import argparse
 import sys
 
 import tools.zoo
+from tools.options import at_least
 from tools.zoo.entries import RESULTS, ZOOS, Entry, entries
 from tools.zoo.install import NotInstalled, add_folders, install, is_installed, require
 from tools.zoo.records import Record, is_open, new_record, read
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SUBSTRING",
         help="models whose zoo, group or name contains this",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
     parser.add_argument("--again", action="store_true", help="verify models with a record again")
     parser.add_argument(

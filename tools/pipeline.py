@@ -47,10 +47,13 @@ import sffx
 from sffx.files import write
 from sffx.memory.count import count_memory
 from sffx.runtime.pipeline.balance import balanced
+from tools.options import at_least
 
 CLASSES = 10
 MICROBATCHES = 4
 PROCESSES = 2
+
+RESULTS = Path("tools/results/pipeline")
 
 
 @dataclass
@@ -231,7 +234,7 @@ def _balanced_begin(units: list[nn.Module], workload: Workload) -> int:
 
 
 def _seconds_of_units(units: list[nn.Module], workload: Workload) -> list[float]:
-    """Return the seconds of a step of backpropagation on each unit, the optimizer included."""
+    """Return the seconds of a step on each unit: of all microbatches, and of the optimizer."""
     x, _ = workload.data(workload.batch // MICROBATCHES)
     seconds = []
     for unit in units:
@@ -241,11 +244,14 @@ def _seconds_of_units(units: list[nn.Module], workload: Workload) -> list[float]
         for _ in range(4):
             own = x.detach().requires_grad_()
             start = time.perf_counter()
-            # A layer may write in place, which a leaf does not allow.
-            output = unit(own.clone())
-            output.sum().backward()
+            # The optimizer steps once for all microbatches, as it does under a schedule.
+            for _ in range(MICROBATCHES):
+                # A layer may write in place, which a leaf does not allow.
+                output = unit(own.clone())
+                output.sum().backward()
             if optimizer is not None:
                 optimizer.step()
+                optimizer.zero_grad()
             measured.append(time.perf_counter() - start)
         seconds.append(statistics.median(measured[1:]))
         x = output.detach()
@@ -353,13 +359,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("tools/results/pipeline"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=6, help="in a round")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--batches", type=at_least(1), default=6, help="in a round")
     parser.add_argument(
-        "--model", help="one workload only: " + ", ".join(w.model for w in WORKLOADS)
+        "--model",
+        choices=[workload.model for workload in WORKLOADS],
+        help="one workload only, into another --out",
     )
     args = parser.parse_args(arguments)
+    if args.model and args.out == RESULTS:
+        parser.error(
+            f"{RESULTS} holds the record of all workloads, and --model measures one. "
+            "Hint: name another folder by --out"
+        )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     machine = f"{platform.machine()}, {PROCESSES} processes of one thread, {os.cpu_count()} cores"
     lines = [f"{date.today()}, {machine}, torch {torch.__version__}, {args.rounds} rounds."]

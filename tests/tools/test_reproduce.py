@@ -412,7 +412,7 @@ def test_the_setting_of_another_seed_is_taken_from_its_record(tmp_path, monkeypa
 def test_trials_of_other_lengths_are_not_mixed(tmp_path):
     parted = small_split()
     search("toys", SMALL, "SFF", parted, tmp_path)
-    with pytest.raises(SystemExit, match="had 1 epochs, not 2"):
+    with pytest.raises(SystemExit, match="had epochs 1, not 2"):
         search("toys", replace(SMALL, trial_epochs=2), "SFF", parted, tmp_path)
 
 

@@ -16,19 +16,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sffx.files import write
+from tools.options import at_least
 from tools.precision import PRECISIONS
+from tools.reproduce import sameness
 from tools.reproduce.costs import costs
 from tools.reproduce.data import Images, Split, load, load_digits, load_mnist, load_pairs, split
-from tools.reproduce.experiments import EXPERIMENTS, Experiment, Recipe
+from tools.reproduce.experiments import EXPERIMENTS, Experiment
 from tools.reproduce.networks import torchvision_weights
-from tools.reproduce.render import render
+from tools.reproduce.render import OPTIONS, render
 from tools.reproduce.search import search
 from tools.reproduce.training import Run, Setting
 from tools.reproduce.versions import versions
@@ -127,9 +129,12 @@ def find_setting(name: str, experiment: Experiment, method: str, folders: Folder
     if experiment.settings is not None:
         name = experiment.settings
         experiment = replace(
-            EXPERIMENTS[name], trials=experiment.trials, trial_epochs=experiment.trial_epochs
+            EXPERIMENTS[name],
+            trials=experiment.trials,
+            trial_epochs=experiment.trial_epochs,
+            precision=experiment.precision,
         )
-        found = _recorded_setting(name, experiment, method, folders)
+        found = _recorded_setting(name, experiment, method, folders, leaving_out=("epochs",))
         if found is not None:
             return found
     train, test = images(experiment, folders)
@@ -139,13 +144,17 @@ def find_setting(name: str, experiment: Experiment, method: str, folders: Folder
 
 
 def _recorded_setting(
-    name: str, experiment: Experiment, method: str, folders: Folders
+    name: str,
+    experiment: Experiment,
+    method: str,
+    folders: Folders,
+    leaving_out: Sequence[str] = (),
 ) -> Setting | None:
     """Return the setting that the first seed of an experiment was run with, if it was."""
     record = folders.record(name, method, 0)
     if not record.exists():
         return None
-    require_same(record, experiment)
+    require_same(record, experiment, leaving_out)
     return Setting(**json.loads(record.read_text())["setting"])
 
 
@@ -168,35 +177,14 @@ def starting_weights(experiment: Experiment, folders: Folders) -> dict[str, torc
     return torch.load(checkpoint, weights_only=False)["best"]["state"]
 
 
-def require_same(record: Path, experiment: Experiment) -> None:
+def require_same(record: Path, experiment: Experiment, leaving_out: Sequence[str] = ()) -> None:
     """Check that a record is of the experiment as it is asked for.
 
     Raises:
         SystemExit: it is not; names the differences.
     """
     found = json.loads(record.read_text())
-    # Older records lack the fields that came later, and were made with their defaults.
-    defaults = {each.name: each.default for each in fields(Experiment)}
-    recorded = _config(Experiment(**{**defaults, **found["config"]}), found["method"])
-    asked = _config(experiment, found["method"])
-    differences = []
-    for key, value in asked.items():
-        if recorded[key] != value:
-            differences.append(f"{key} {recorded[key]!r} instead of {value!r}")
-    if differences:
-        raise SystemExit(
-            f"{record} was made with {', '.join(differences)}. "
-            "Hint: another --out and --runs for another experiment"
-        )
-
-
-def _config(experiment: Experiment, method: str) -> dict[str, Any]:
-    """Return what the record of a method depends on, as JSON: all but the other methods."""
-    config = asdict(experiment)
-    del config["methods"]
-    recipe = dict(config["recipes"]).get(method)
-    config["recipes"] = None if recipe is None else asdict(Recipe(**recipe))
-    return json.loads(json.dumps(config))
+    sameness.require_same(record, found["config"], found["method"], experiment, leaving_out)
 
 
 def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:
@@ -207,7 +195,9 @@ def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:
         searched = folders.record(name, method, 0)
         if searched.exists():
             strengths[method] = json.loads(searched.read_text())["setting"].get("strength")
-    measured: dict[str, Any] = {**costs(experiment, strengths), "versions": versions()}
+    # Of methods that are not measured now, older measurements stay. Each is beside a BP of its run.
+    older: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    measured = {**older, **costs(experiment, strengths), "versions": versions()}
     write(record, json.dumps(measured).encode())
 
 
@@ -243,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def with_options(experiment: Experiment, args: argparse.Namespace) -> Experiment:
     """Return the experiment with the options that shorten it, and with another precision."""
-    given = {key: getattr(args, key) for key in (*SHORTENING, "precision")}
+    given = {key: getattr(args, key) for key in OPTIONS}
     return replace(experiment, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -268,11 +258,11 @@ def _parser() -> argparse.ArgumentParser:
         help="where the records and tables go",
     )
     parser.add_argument("--methods", nargs="+", help="some of the experiment's methods")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     for name, meaning in SHORTENING.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=int,
+            type=at_least(1),
             help=f"{meaning}, instead of the experiment's own; the record says so",
         )
     parser.add_argument(

@@ -17,7 +17,6 @@ from tools.reproduce.networks import build, example
 def costs(
     experiment: Experiment,
     strengths: Mapping[str, float | None],
-    classes: int = 10,
     rounds: int = 20,
 ) -> dict[str, dict[str, float]]:
     """Return by method the peak memory of a step with AdamW, its activations and its time.
@@ -27,17 +26,16 @@ def costs(
     Args:
         experiment: whose methods are measured.
         strengths: that the search chose for methods with a recipe, by the method's name.
-        classes: J.
         rounds: of the time measurement.
     """
     x = torch.randn(experiment.batch, experiment.channels, experiment.size, experiment.size)
     x = x.contiguous(memory_format=torch.channels_last)  # as in training
     shape = example(experiment.size, experiment.channels)
-    y = torch.randint(0, classes, (experiment.batch,))
+    y = torch.randint(0, experiment.classes, (experiment.batch,))
     trainings = {}
     for name in dict.fromkeys(("BP", *experiment.methods)):
         method = METHODS[name].at(strengths.get(name))
-        model = build(experiment.network, classes, experiment.size)
+        model = build(experiment.network, experiment.classes, experiment.size)
         net = method.prepare(model, experiment.policy, shape).train()
         net = net.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(method.groups(net, 1e-3, 1e-3))

@@ -110,6 +110,11 @@ class Experiment:
     recipes: tuple[tuple[str, Recipe], ...] = ()
     precision: str = "float32"
 
+    @property
+    def classes(self) -> int:
+        """J, of the data."""
+        return 100 if self.data == "mnist-pairs" else 10
+
     def recipe(self, method: str) -> Recipe | None:
         """Return the recipe of a method, None where its setting is searched for."""
         return dict(self.recipes).get(method)
@@ -214,7 +219,7 @@ TABLE3 = {
     "table3-cifar10-cnnb": SMALL_CIFAR,
     "table3-imagenette-mobilenetv3": LARGE_IMAGENETTE,
     "table3-imagenette-mobilenetv3-momentum0.1": replace(
-        LARGE_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1"
+        LARGE_IMAGENETTE, momentum=0.1, settings="small-imagenette-momentum0.1", trials=4
     ),
 }
 

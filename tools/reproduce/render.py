@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +13,7 @@ from sffx.files import write
 from sffx.plots.figure import blank, save
 from sffx.tables import MIB
 from tools.reproduce import sweeps
-from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES
+from tools.reproduce.experiments import EXPERIMENTS, PUBLISHED, RECIPES, Experiment
 from tools.reproduce.methods import METHODS
 
 READOUTS = (
@@ -25,6 +26,9 @@ READOUTS = (
     "linear probe",
     "probe of the last",
 )
+
+# The fields of an experiment that an option of the command may replace.
+OPTIONS = ("epochs", "trials", "trial_epochs", "precision")
 
 # What a classifier that has not learnt says nothing of.
 OF_CLASSIFIER = ("classifier", "all and classifier")
@@ -140,8 +144,30 @@ def description(name: str, methods: Methods) -> str:
         "Learning rates of features and classifier, and weight decay, of "
         f"{trials}{searched_elsewhere}: {_settings(methods)}. "
         f"{versions['date']}, {versions['hardware']}, torch {versions['torch']}. "
-        f"`python -m tools.reproduce {name}`"
+        + commands(name, methods)
     )
+
+
+def commands(name: str, methods: Methods) -> str:
+    """Return the commands that make the records of an experiment, with the options they had."""
+    by_options: dict[str, list[str]] = {}
+    for method, runs in methods.items():
+        by_options.setdefault(_options(name, runs[0]["config"]), []).append(method)
+    lines = []
+    for options, own in by_options.items():
+        some = f" --methods {shlex.join(own)}" if len(by_options) > 1 else ""
+        lines.append(f"`python -m tools.reproduce {name}{options}{some}`")
+    return ", ".join(lines)
+
+
+def _options(name: str, config: dict[str, Any]) -> str:
+    """Return the options by which a record differs from the definition of its experiment."""
+    given = ""
+    for field in OPTIONS:
+        value = config.get(field, getattr(Experiment, field, None))
+        if value != getattr(EXPERIMENTS[name], field):
+            given += f" --{field.replace('_', '-')} {value}"
+    return given
 
 
 def reduced_precision(methods: Methods) -> str:

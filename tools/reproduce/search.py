@@ -76,12 +76,12 @@ def search(
         weights: from which each trial starts; None starts from scratch.
 
     Raises:
-        SystemExit: the trials in the folder had another length.
+        SystemExit: the trials in the folder had another length or precision.
         RuntimeError: no trial trained to its end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(f"{name}, {method}", experiment.trial_epochs, folder)
-    require_same_length(study, experiment.trial_epochs, folder)
+    require_same_trials(study, experiment, folder)
     strengths = METHODS[method].strengths
     grids = {**GRID, "strength": strengths} if strengths else GRID
 
@@ -130,19 +130,21 @@ def _study(name: str, epochs: int, folder: Path) -> optuna.Study:
     )
 
 
-def require_same_length(study: optuna.Study, epochs: int, folder: Path) -> None:
-    """Check that the trials of a study are as long as the ones to come.
+def require_same_trials(study: optuna.Study, experiment: Experiment, folder: Path) -> None:
+    """Check that the trials of a study are as long and as precise as the ones to come.
 
     Raises:
         SystemExit: they are not.
     """
-    before = study.user_attrs.get("epochs")
-    if before is None:
-        study.set_user_attr("epochs", epochs)
-    elif before != epochs:
-        raise SystemExit(
-            f"the trials in {folder} had {before} epochs, not {epochs}. Hint: another --runs"
-        )
+    for key, value in (("epochs", experiment.trial_epochs), ("precision", experiment.precision)):
+        # Older studies do not say how precise they are.
+        before = study.user_attrs.get(key, value)
+        if before != value:
+            raise SystemExit(
+                f"the trials in {folder} had {key} {before}, not {value}. Hint: another --runs"
+            )
+        if key not in study.user_attrs:
+            study.set_user_attr(key, value)
 
 
 def _trials(study: optuna.Study, *states: TrialState) -> list[optuna.trial.FrozenTrial]:

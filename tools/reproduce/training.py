@@ -20,6 +20,7 @@ from tools.reproduce.experiments import Experiment
 from tools.reproduce.methods import METHODS
 from tools.reproduce.networks import build, example, transfer
 from tools.reproduce.readouts import accuracy, block_losses, judged, probed, readouts
+from tools.reproduce.sameness import refuse, require_same
 
 EVALUATION_BATCH = 500
 SAVE_EVERY = 30  # seconds
@@ -60,6 +61,7 @@ class Run:
     ) -> None:
         torch.manual_seed(seed)
         self.experiment = experiment
+        self.method_name = name
         self.method = METHODS[name].at(setting.strength)
         self.setting = setting
         self.seed = seed
@@ -115,14 +117,15 @@ class Run:
             each: gets each epoch and its validation accuracy, and may raise.
         """
         if path is not None and path.exists():
-            self.load_state_dict(torch.load(path, weights_only=False))
+            state = torch.load(path, weights_only=False)
+            self._require_same(state, path)
+            self.load_state_dict(state)
         if self.schedule is not None:
             epochs = min(epochs, self.schedule.epochs)
         saved = time.monotonic()
-        while len(self.curve) < epochs and not self._has_stalled:
+        # Of a run that has diverged, the best weights so far stay.
+        while len(self.curve) < epochs and not (self._has_stalled or self._has_diverged):
             each(len(self.curve), self._epoch())
-            if self._has_diverged:
-                break  # the best weights so far stay
             if path is not None and time.monotonic() - saved > SAVE_EVERY:
                 self.save(path)
                 saved = time.monotonic()
@@ -135,7 +138,7 @@ class Run:
 
     @property
     def _has_diverged(self) -> bool:
-        return not math.isfinite(self.curve[-1]["train_loss"])
+        return bool(self.curve) and not math.isfinite(self.curve[-1]["train_loss"])
 
     def _epoch(self) -> float:
         """Train and validate for one epoch, and return the validation accuracy."""
@@ -269,8 +272,21 @@ class Run:
             "curve": self.curve,
             "best": self.best,
             "random": torch.get_rng_state(),
+            "config": asdict(self.experiment),
+            "setting": asdict(self.setting),
         }
         save(state, path)
+
+    def _require_same(self, state: dict[str, Any], path: Path) -> None:
+        """Check that a checkpoint is of this run. Older ones do not say what they are of."""
+        if "config" not in state:
+            return
+        require_same(path, state["config"], self.method_name, self.experiment)
+        differences = []
+        for key, value in asdict(self.setting).items():
+            if state["setting"][key] != value:
+                differences.append(f"{key} {state['setting'][key]!r} instead of {value!r}")
+        refuse(path, differences)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -29,9 +30,13 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import sffx
+from sffx.files import write
 from sffx.lightning import BPModule, SFFModule
 from sffx.plots.results import plot_training
 from sffx.resuming import BestCheckpoint, EpochSeeds, WholeFiles
+
+# A resumed run must have these arguments in common with the run that was interrupted.
+SETTINGS = ("method", "model", "policy", "size", "batch", "lr", "precision", "seed")
 
 # A block's learning rate falls when its own validation loss has not improved for three epochs.
 PLATEAU = {"factor": 0.3, "patience": 3}
@@ -80,7 +85,30 @@ def last_checkpoint(args: argparse.Namespace) -> Path | None:
             f"{args.out} holds a training already. "
             "Hint: --resume goes on with it, and another --out begins a new one"
         )
+    require_same_settings(args)
     return last if args.resume else None
+
+
+def require_same_settings(args: argparse.Namespace) -> None:
+    """Note the settings of a new run; end if a resumed one has others.
+
+    Lightning would take the learning rate and the weights from the checkpoint, whatever --lr and
+    --seed say.
+    """
+    settings = {name: vars(args)[name] for name in SETTINGS}
+    record = args.out / "settings.json"
+    if not args.resume:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(record, json.dumps(settings).encode())
+    elif record.exists():
+        saved = json.loads(record.read_text())
+        different = [
+            f"--{name} {saved[name]}" for name in SETTINGS if saved[name] != settings[name]
+        ]
+        if different:
+            raise SystemExit(
+                f"{args.out} was trained with {' '.join(different)}. Hint: resume with it"
+            )
 
 
 def loaders(args: argparse.Namespace, seeds: EpochSeeds) -> tuple[DataLoader, DataLoader, int]:

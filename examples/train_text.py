@@ -55,7 +55,18 @@ def read(path: Path) -> list[tuple[str, list[str]]]:
     """Return the label and the words of each line."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [(label, text.lower().split()) for label, text in rows]
+        found = []
+        for number, row in enumerate(rows, start=1):
+            if not row:  # an empty line
+                continue
+            if len(row) != 2:
+                raise SystemExit(
+                    f"line {number} of {path} has {len(row) - 1} tabs. "
+                    "Hint: a line is a label, a tab and a text"
+                )
+            label, text = row
+            found.append((label, text.lower().split()))
+        return found
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -117,7 +128,11 @@ def main() -> None:
     labels = sorted({label for label, _ in rows})
     tokens = vocabulary(rows, args.words)
     train = Texts(rows, tokens, labels, args.length)
-    test = Texts(read(args.data / "test.tsv"), tokens, labels, args.length)
+    test_rows = read(args.data / "test.tsv")
+    unknown = {label for label, _ in test_rows} - set(labels)
+    if unknown:
+        raise SystemExit(f"test.tsv has labels that train.tsv lacks: {unknown}")
+    test = Texts(test_rows, tokens, labels, args.length)
 
     config = BertConfig(
         vocab_size=len(tokens) + UNKNOWN + 1,

@@ -107,6 +107,9 @@ def test_lightning_goes_on_where_it_stopped(folders: Path, tmp_path: Path) -> No
         "train_lightning.py", *options, folder=tmp_path, fails=True
     )
     assert {"last.ckpt"} < {file.name for file in tmp_path.glob("*.ckpt")}
+    assert "trained with --lr 0.001. Hint: resume with it" in run(
+        "train_lightning.py", *options, "--resume", "--lr", 0.1, folder=tmp_path, fails=True
+    )
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_lightning.py"])

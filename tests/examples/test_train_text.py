@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,14 @@ def test_the_trainer_of_transformers_trains_a_text_classifier(tmp_path: Path) ->
     assert "'eval_accuracy'" in output
     model = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.num_labels == 2
+
+
+def test_lines_and_labels_that_the_script_cannot_take_are_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path / "train.tsv", 20, seed=0)
+    for line, message in (
+        ("good", "line 2 of .*test.tsv has 0 tabs. Hint: a line is a label, a tab and a text"),
+        ("other\ta book", "test.tsv has labels that train.tsv lacks: {'other'}"),
+    ):
+        (tmp_path / "test.tsv").write_text(f"\n{line}\n", encoding="utf-8")
+        error = run("train_text.py", "--data", tmp_path, folder=tmp_path, fails=True)
+        assert re.search(message, error)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.tasks.__main__ import main, table
+from tools.tasks.__main__ import OUT, main, table
 from tools.tasks.data import CHARACTERS, diabetes, docstrings
 from tools.tasks.experiments import EXPERIMENTS
 from tools.tasks.training import Run
@@ -60,3 +60,13 @@ def test_a_command_writes_the_page_of_what_there_is(tmp_path):
     assert next(iter(table(tmp_path))) == "# Other tasks"
     with pytest.raises(SystemExit):
         main(["nothing"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_each_table_says_how_many_seeds_it_has(name):
+    """Records older than their versions as well."""
+    lines = list(table(OUT))
+    start = lines.index(f"## {name}")
+    rows = lines[start + 1 :]
+    own = rows[: next((i for i, line in enumerate(rows) if line.startswith("## ")), len(rows))]
+    assert any(f"{len(EXPERIMENTS[name].seeds)} seeds" in line for line in own)

@@ -154,19 +154,25 @@ def table(out: Path) -> Iterator[str]:
             yield "|---|---|---|---|---|"
             yield from rows
             yield from _made(out / name)
+            if experiment.note:
+                yield experiment.note
         yield from bought
 
 
 def _made(folder: Path) -> Iterator[str]:
     """Yield the lines on how the runs of an experiment were made."""
     records = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
-    newest = max(records, key=lambda record: record.get("versions", {}).get("date", ""), default={})
+    if not records:
+        return
+    newest = max(records, key=lambda record: record.get("versions", {}).get("date", ""))
+    seeds = len({record["seed"] for record in records})
+    yield ""
     versions = newest.get("versions")
-    if versions:
-        seeds = len({record["seed"] for record in records})
-        yield ""
-        place = f"{versions['hardware']}, torch {versions['torch']}"
-        yield f"{newest['epochs']} epochs, {seeds} seeds. {versions['date']}, {place}."
+    if versions is None:
+        yield f"{seeds} seeds. The records do not say when and where they were made."
+        return
+    place = f"{versions['hardware']}, torch {versions['torch']}"
+    yield f"{newest['epochs']} epochs, {seeds} seeds. {versions['date']}, {place}."
 
 
 def _bought(file: Path) -> Iterator[str]:

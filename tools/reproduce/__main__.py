@@ -134,7 +134,9 @@ def find_setting(name: str, experiment: Experiment, method: str, folders: Folder
             trial_epochs=experiment.trial_epochs,
             precision=experiment.precision,
         )
-        found = _recorded_setting(name, experiment, method, folders, leaving_out=("epochs",))
+        # What was found in one precision serves the other, on a machine that is slow in the first.
+        free = ("epochs", "precision")
+        found = _recorded_setting(name, experiment, method, folders, leaving_out=free)
         if found is not None:
             return found
     train, test = images(experiment, folders)

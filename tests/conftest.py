@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # They hold whole programs: single tests of 5 to 20 s.
 LONG_FOLDERS = ("examples", "tools")
@@ -34,6 +35,10 @@ def pytest_configure() -> None:
     # The processes of a run fill all cores. A second thread of each only waits for a core, which
     # takes as much time as several tests. Processes that a test starts have the same setting.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A run tries the same examples as the last one, so that it fails for what was changed only.
+    # Some files try more and others with SFFX_EXAMPLES.
+    settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+    settings.load_profile("repeatable")
 
 
 def pytest_runtest_setup() -> None:

@@ -103,7 +103,8 @@ def test_local_sums_are_exposed_by_ddp_and_hidden_by_replicate(
     replicated = local_pipeline([blocks]).seconds
     # A sum has all of a step but its own block's work, and the ring does one after the other.
     waits = max(computing, count * reduce, score + learn + update + reduce)
-    assert replicated == pytest.approx(waits)
+    # Where two of these are nearly equal, the batches at the start do not wait yet.
+    assert replicated == pytest.approx(waits, rel=0.02)
 
 
 def test_fsdp_waits_for_its_first_gather_and_its_last_scatter() -> None:

@@ -53,7 +53,9 @@ def plot(name: str, experiments: Mapping[int, tuple[Methods, Costs]], path: Path
     accuracy.set(xlabel="blocks", ylabel="test accuracy, per cent", title=name)
     for axes in (accuracy, peak, time):
         axes.set_xticks(list(experiments))
-    accuracy.legend(fontsize=7)
+    # Below the axes, where it hides no line.
+    lines, labels = accuracy.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize=7)
     save(figure, path)
 
 

@@ -176,6 +176,20 @@ def _status(path: Path) -> os.stat_result | None:
         ) from error
 
 
+def require_folder_of(path: Path, verb: str = "write") -> None:
+    """Raise an InputError if the folder of a file to write does not exist, before work for it.
+
+    Args:
+        path: of the file.
+        verb: what cannot be done, for the message.
+    """
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot {verb} to {str(path)!r}: the folder {str(path.parent)!r} does not exist. "
+            "Hint: create it first"
+        )
+
+
 @contextmanager
 def _drafts(path: Path, directory: Path) -> Iterator[Path]:
     """Yield a temporary folder for what will lie at `path`.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
@@ -40,7 +41,6 @@ AnyPolicy: TypeAlias = str | Callable[..., Any] | Iterable[Cut]
 
 POLICIES: dict[str, Policy] = {"residual": residual, "batchnorm": batchnorm, "layer": layer}
 MAKERS: dict[str, Callable[..., Policy]] = {"module": module, "stages": stages, "memory": memory}
-_OPTIONS = {"module": "depth", "stages": "n", "memory": "budget, batch_size"}
 FORMS = (
     "'residual', 'batchnorm', 'layer', 'module', 'module(depth)', 'stages(n)', "
     "'memory(budget, batch_size)'"
@@ -60,9 +60,10 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
         return policy, _parse(policy)
     for name, maker in MAKERS.items():
         if policy is maker:
+            options = ", ".join(inspect.signature(maker).parameters)
             raise InputError(
                 f"policy is the function {name} itself, which makes a policy from its options. "
-                f"Hint: {name}({_OPTIONS[name]}), or the same as a string"
+                f"Hint: {name}({options}), or the same as a string"
             )
     if callable(policy) and not isinstance(policy, nn.Module | type):
         return getattr(policy, "__name__", type(policy).__name__), policy

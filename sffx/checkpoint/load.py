@@ -130,12 +130,12 @@ class Checkpoint:
                 "sffx.save_checkpoint records them"
             )
         self._require_heads_of(given)
-        options = {**self._recorded_options(), **given}
-        recorded = self._recorded_options().get("objective")
-        if recorded is not None and given.get("objective") == recorded.name:
+        recorded = self._recorded_options()
+        objective = recorded.get("objective")
+        if objective is not None and given.get("objective") == objective.name:
             # By the name alone it would lose its options, such as where labels are put.
-            options["objective"] = recorded
-        return options
+            given["objective"] = objective
+        return {**recorded, **given}
 
     def _require_heads_of(self, given: Mapping[str, Any]) -> None:
         """Raise an InputError if another objective is given, whose heads are none of these."""

@@ -16,6 +16,7 @@ from sffx.errors import InputError
 from sffx.export.onnx import export_onnx
 from sffx.export.prepare import chosen_readout
 from sffx.export.program import export_program
+from sffx.files import require_folder_of
 from sffx.net import plan_of
 from sffx.tables import in_mib
 
@@ -29,12 +30,8 @@ def export(options: argparse.Namespace) -> None:
             f"{str(options.target)!r} ends in neither {' nor '.join(SUFFIXES)}. "
             "Hint: net.onnx, or net.pt2 for torch.export"
         )
-    if not options.target.parent.is_dir():
-        # Now, because loading and checking the model takes a while.
-        raise InputError(
-            f"cannot write to {str(options.target)!r}: the folder "
-            f"{str(options.target.parent)!r} does not exist. Hint: create it first"
-        )
+    # Now, because loading and checking the model takes a while.
+    require_folder_of(options.target)
     class_names = _class_names(options.class_names)
     net = _whole_net(options) if options.command == "whole" else _net_from_weights(options)
     readout = chosen_readout(net, options.readout)

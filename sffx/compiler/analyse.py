@@ -364,7 +364,8 @@ class Analysis:
         end = self.nodes[self.spine[index]]
         values = self._flow.cut_sets[index]
         value = facts(end).example
-        before = self._value_before(index)
+        before = self._node_before(index)
+        value_before = None if before is None else facts(before).example
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
         trainable = any(self.parameters(node) for node in nodes)
         paths = [node for node in nodes if self.is_path(node.name)]
@@ -380,9 +381,9 @@ class Analysis:
             weighted=any(self._layers.is_weighted(node) for node in nodes),
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
             norm=any(self._layers.is_norm(node) for node in nodes),
-            keeps_shape=self._keeps_shape(nodes, end, index),
+            keeps_shape=self._keeps_shape(nodes, end, before),
             narrows=not trainable and self._has_fewer_channels(value, layer),
-            pools=self._starts_classifier(end, shape, before, layer),
+            pools=self._starts_classifier(end, shape, value_before, layer),
             drops=self._layers.begins_with(end, _DROPOUT),
             refusal=refusal,
             parts_streams=frozenset(values) in self._given or not self._flow.dominates(end.name),
@@ -435,20 +436,14 @@ class Analysis:
                 count += value.numel()
         return count
 
-    def _value_before(self, index: int) -> Any:
-        """Return the value that a step starts from; None for the first step."""
-        if index == 0:
-            return None
-        before = self.nodes[self.spine[index - 1]]
-        return facts(before).example
+    def _node_before(self, index: int) -> Node | None:
+        """Return the node whose value a step starts from; None for the first step."""
+        return None if index == 0 else self.nodes[self.spine[index - 1]]
 
-    def _keeps_shape(self, nodes: list[Node], end: Node, index: int) -> bool:
-        if not index or self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
+    def _keeps_shape(self, nodes: list[Node], end: Node, before: Node | None) -> bool:
+        if before is None or self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
             return False
-        if is_out_of_order(facts(end).batch):
-            return False
-        before_node = self.nodes[self.spine[index - 1]]
-        if not _have_same_axes(before_node, end):
+        if is_out_of_order(facts(end).batch) or not _have_same_axes(before, end):
             return False
         for node in nodes:
             is_module = node.op == "call_module"

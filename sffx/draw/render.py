@@ -14,7 +14,7 @@ from sffx.draw.graph import block_graph
 from sffx.draw.page import page
 from sffx.draw.progress import Progress
 from sffx.errors import InputError, MissingExtra, SffxError
-from sffx.files import as_path, write
+from sffx.files import as_path, require_folder_of, write
 from sffx.net import unwrapped
 
 if TYPE_CHECKING:
@@ -110,11 +110,7 @@ def check_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
             f"cannot draw to {path.name!r}: the suffix {path.suffix!r} is unknown. "
             f"Hint: use one of {', '.join(suffixes)}"
         )
-    if not path.parent.is_dir():
-        raise InputError(
-            f"cannot draw to {str(path)!r}: the folder {str(path.parent)!r} does not exist. "
-            "Hint: create it first"
-        )
+    require_folder_of(path, "draw")
     return path
 
 

@@ -76,12 +76,12 @@ def explaining_cached_errors(net: fx.GraphModule, x: CutValues) -> Iterator[None
     """
     try:
         yield
+    except SffxError:
+        raise
     except RuntimeError as error:
         floats = [each.dtype for each in net.parameters() if each.is_floating_point()]
         for name, value in x.items():
-            if isinstance(error, SffxError) or not floats or not value.is_floating_point():
-                continue
-            if value.dtype != floats[0]:
+            if floats and value.is_floating_point() and value.dtype != floats[0]:
                 raise InputError(
                     f"the cached {name} is of {value.dtype}, and the model of {floats[0]}. Torch "
                     f"says: {str(error).rstrip('.')}. Hint: cache the outputs of the model as it "

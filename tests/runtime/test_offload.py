@@ -13,7 +13,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ from sffx.runtime import offload as offload_module
 from sffx.runtime.copier import Copier, copier_for
 from sffx.runtime.offload import Offloading, offloading_of
 from tests.runtime import interrupts
-from tests.toys import Chain, Residual, SharedBias, TwoBranches
+from tests.toys import Chain, Residual, SharedBias, TwoBranches, kept
 
 MODELS = {
     "chain": (Chain, (3, 8, 8)),
@@ -48,7 +47,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-@cache
+@kept
 def cut_once(name: str, **options: Any) -> fx.GraphModule:
     torch.manual_seed(0)
     kind, shape = MODELS[name]
@@ -58,7 +57,7 @@ def cut_once(name: str, **options: Any) -> fx.GraphModule:
 
 
 def cut(name: str = "residual", **options: Any) -> tuple[fx.GraphModule, Tensor, Tensor]:
-    net = copy.deepcopy(cut_once(name, **options))
+    net = cut_once(name, **options)
     torch.manual_seed(0)
     return net, torch.randn(9, *MODELS[name][1]), torch.randint(0, 4, (9,))
 

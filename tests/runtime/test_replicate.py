@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import pickle
 import re
@@ -24,6 +23,7 @@ from sffx.runtime.replicate import replication_of
 from tests.processes import leave, spawn
 from tests.runtime.test_distributed import cut_model
 from tests.runtime.test_shard import normalised
+from tests.toys import kept
 
 STEPS, BATCH, CLASSES = 4, 12, 4
 
@@ -37,14 +37,7 @@ def batches(seed: int = 3) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@functools.cache
-def cut_once(seed: int) -> fx.GraphModule:
-    return cut_model(seed)
-
-
-def fresh(seed: int) -> fx.GraphModule:
-    """Return a copy, since cutting takes longer than training a step."""
-    return copy.deepcopy(cut_once(seed))
+fresh = kept(cut_model)
 
 
 def share(rank: int, processes: int) -> list[tuple[Tensor, Tensor]]:

@@ -156,8 +156,7 @@ def _recorded_setting(
     record = folders.record(name, method, 0)
     if not record.exists():
         return None
-    require_same(record, experiment, leaving_out)
-    return Setting(**json.loads(record.read_text())["setting"])
+    return Setting(**require_same(record, experiment, leaving_out)["setting"])
 
 
 def starting_weights(experiment: Experiment, folders: Folders) -> dict[str, torch.Tensor] | None:
@@ -179,14 +178,17 @@ def starting_weights(experiment: Experiment, folders: Folders) -> dict[str, torc
     return torch.load(checkpoint, weights_only=False)["best"]["state"]
 
 
-def require_same(record: Path, experiment: Experiment, leaving_out: Sequence[str] = ()) -> None:
-    """Check that a record is of the experiment as it is asked for.
+def require_same(
+    record: Path, experiment: Experiment, leaving_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a record, which must be of the experiment as it is asked for.
 
     Raises:
         SystemExit: it is not; names the differences.
     """
-    found = json.loads(record.read_text())
+    found: dict[str, Any] = json.loads(record.read_text())
     sameness.require_same(record, found["config"], found["method"], experiment, leaving_out)
+    return found
 
 
 def write_costs(name: str, experiment: Experiment, folders: Folders) -> None:

@@ -27,7 +27,9 @@ except ImportError:  # Windows
 
 LONGEST_NAME = 255  # bytes that file systems allow
 PATIENCE = 2.0  # Seconds to wait for the reader of a named pipe.
-DRAFTS = ".sffx-"  # how the names of folders with drafts begin
+# How the names of folders with drafts begin. Abandoned ones are removed, so nothing else may have
+# such a name: a folder of the user may well be called ".sffx-cache".
+DRAFTS = ".sffx-draft-"
 ASIDE = "old"  # in such a folder: the place of an old folder that is moved aside for a moment
 
 # Arguments of the calls that exchange two paths, from the headers of Linux and macOS.

@@ -410,6 +410,14 @@ def test_drafts_of_killed_processes_are_removed_by_the_next(tmp_path: Path, kind
     assert os.listdir(tmp_path) == ["other.bin"]
 
 
+def test_hidden_folders_of_others_stay(tmp_path: Path) -> None:
+    own = tmp_path / ".sffx-cache" / "run.pt"
+    own.parent.mkdir()
+    own.write_bytes(OLD)
+    write(tmp_path / "other.bin", b"new")
+    assert own.read_bytes() == OLD
+
+
 def test_drafts_of_living_processes_stay(tmp_path: Path) -> None:
     with start_writer("writing", tmp_path / "net.bin", "alive") as process:
         assert process.stdin is not None
@@ -426,7 +434,7 @@ def test_a_folder_that_was_moved_aside_is_never_removed(old_folder: Path) -> Non
         process.wait()
     assert not old_folder.exists()
     write(old_folder.with_name("other.bin"), b"new")
-    aside = list(old_folder.parent.glob(".sffx-*/old/net/old.bin"))
+    aside = list(old_folder.parent.glob(".sffx-draft-*/old/net/old.bin"))
     assert [path.read_bytes() for path in aside] == [OLD]
     # A reader finds it there, and the next writer clears it away.
     assert (present_folder(old_folder) / "old.bin").read_bytes() == OLD

@@ -279,28 +279,50 @@ def save_program(program: ONNXProgram, draft: Path) -> None:
     onnx.save(program.model_proto, draft, format="protobuf")
 
 
-def open_session(file: Path | bytes) -> InferenceSession:
+def checked_session(file: Path) -> InferenceSession:
     """Check a file, its types and shapes inferred, and open it in ONNX Runtime.
+
+    Raises:
+        ExportError: the file is not valid or does not load.
+    """
+    require_valid(file)
+    return open_session(file)
+
+
+def require_valid(file: Path) -> None:
+    """Raise an ExportError if onnx's checker or its shape inference refuses a file."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(file, full_check=True)  # full: with strict shape inference
+    except Exception as error:
+        raise _not_usable(error) from error
+
+
+def open_session(file: Path | bytes) -> InferenceSession:
+    """Open a file in ONNX Runtime. The package onnx is not needed.
 
     Args:
         file: its path, or its content.
 
     Raises:
-        ExportError: the file is not valid or does not load.
+        ExportError: the file does not load.
     """
-    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        onnx.checker.check_model(file, full_check=True)  # full: with strict shape inference
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(
-            f"the exported file is not usable: {first_line(error)}. Hint: try another opset"
-        ) from error
+        raise _not_usable(error) from error
+
+
+def _not_usable(error: Exception) -> ExportError:
+    return ExportError(
+        f"the exported file is not usable: {first_line(error)}. Hint: try another opset"
+    )
 
 
 def described_inputs(session: InferenceSession) -> str:
@@ -354,7 +376,7 @@ def _verify(
     dynamic_size: bool,
 ) -> None:
     """Raise an ExportError if a file is not valid, does not run, or disagrees with torch."""
-    session = open_session(draft)
+    session = checked_session(draft)
     for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
         examples = random_batch(case, batch)
         scores, expected = _both_scores(session, model, case, examples, place)

@@ -18,7 +18,7 @@ from sffx.export.exit_files import digest, require_replaceable
 from sffx.export.exit_stage import BatchAxes, ExitStage
 from sffx.export.manifest import Manifest, StageFile, write_manifest
 from sffx.export.metadata import names_and_normalisation
-from sffx.export.onnx import no_complex, onnx_program, require_packages, save_program
+from sffx.export.onnx import no_complex, onnx_program, require_packages, require_valid, save_program
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.plain_values import on_tensors
 from sffx.export.prepare import CUMULATIVE, inference_copy
@@ -155,6 +155,7 @@ def _write_stage(
     module: Any = stage.run  # on torch it is a module
     program = onnx_program(module, arguments, stage.inputs, outputs, axes, opset)
     save_program(program, file)
+    require_valid(file)
 
 
 def _open_axis(batch: BatchAxis) -> Axes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,13 @@ def digest_again(folder: Path) -> None:
     file = folder / "manifest.json"
     new = digest((folder / "block_0.onnx").read_bytes())
     file.write_text(json.dumps(changed(json.loads(file.read_text()), ("stages", 0, "sha256"), new)))
+
+
+def test_a_deployment_needs_no_onnx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sffx.EarlyExit.load(folder)(torch.ones(2, 6)).scores
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises
+    torch.testing.assert_close(sffx.EarlyExit.load(folder)(torch.ones(2, 6)).scores, expected)
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:

@@ -17,12 +17,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sffx.checks import require_flag
 from sffx.errors import ExportError, InputError, first_line
-from sffx.export.onnx import described_inputs, open_session, require_packages
+from sffx.export.onnx import checked_session, described_inputs, require_packages
 from sffx.files import as_path, writing
 from sffx.inputs import batches as each_batch
 from sffx.inputs import split_batch
@@ -133,13 +134,20 @@ def quantize_onnx(
             # Before the calibration, which takes its time.
             test_batches = _tried_batches(before, test_loader)
         feeds = _feeds(calibration_loader, before)
+        first = next(feeds, None)
+        if first is None:
+            raise InputError(
+                "the calibration loader yielded no samples. Hint: pass a few hundred samples"
+            )
+        feeds = chain([first], feeds)
         try:
             _quantize(source, draft, feeds, per_channel=per_channel, reduce_range=reduce_range)
         except (InputError, OSError):
             raise  # they say what is wrong: with the loader, or with the disk
         except Exception as error:
             raise _not_quantised(source, before, error) from error
-        after = open_session(draft)
+        after = checked_session(draft)
+        _require_runs(after, first)
         bytes_after = draft.stat().st_size
         comparison = () if test_batches is None else _compared(before, after, test_batches)
         draft.rename(file)
@@ -150,7 +158,7 @@ def _source_session(source: Path) -> InferenceSession:
     if not source.is_file():
         raise InputError(f"there is no file {str(source)!r}. Hint: write it with sffx.export_onnx")
     try:
-        return open_session(source)
+        return checked_session(source)
     except ExportError as error:
         reason = first_line(error.__cause__ or error)
         raise InputError(
@@ -177,22 +185,53 @@ def _tried_batches(session: InferenceSession, loader: Iterable[Any]) -> Iterator
     if first is None:
         raise InputError("the test loader yielded no samples. Hint: leave it out, or pass another")
     x, _ = split_batch(first)
-    feed = _feed(x, session)
+    _tested_scores(session, _feed(x, session))
+    return chain([first], batches)
+
+
+def _tested_scores(session: InferenceSession, feed: dict[str, Any]) -> Tensor:
+    """Return the last output of a file for a batch of the test loader.
+
+    Raises:
+        InputError: the file cannot be run on it.
+    """
     try:
-        session.run(None, feed)
+        return torch.from_numpy(session.run(None, feed)[-1])
     except Exception as error:
         raise InputError(
             f"the file cannot run on what the test loader yields: {first_line(error)}. "
             f"Hint: it takes {described_inputs(session)}"
         ) from error
-    return chain([first], batches)
+
+
+def _require_runs(session: InferenceSession, feed: dict[str, Any]) -> None:
+    """Raise an ExportError if a quantised file does not run on a batch of its calibration."""
+    try:
+        session.run(None, feed)
+    except Exception as error:
+        raise ExportError(
+            f"the quantised file does not run: {first_line(error)}. Hint: use the file as it was"
+        ) from error
 
 
 def _feeds(loader: Iterable[Any], session: InferenceSession) -> Iterator[dict[str, Any]]:
-    """Yield the inputs of a session for each batch of a loader."""
+    """Yield the inputs of a session for each batch of a loader that has samples.
+
+    Raises:
+        InputError: a batch holds something else, or values that are not finite. An activation
+            without a range has no scale.
+    """
     for batch in each_batch(loader):
         x, _ = split_batch(batch)
-        yield _feed(x, session)
+        feed = _feed(x, session)
+        for name, value in feed.items():
+            if not np.isfinite(value).all():
+                raise InputError(
+                    f"the calibration loader yields values of {name!r} that are not finite. "
+                    "Hint: leave these samples out"
+                )
+        if all(value.size for value in feed.values()):
+            yield feed
 
 
 def _feed(x: Any, session: InferenceSession) -> dict[str, Any]:
@@ -211,8 +250,19 @@ def _feed(x: Any, session: InferenceSession) -> dict[str, Any]:
                 f"the loader yields no tensor for the input {name!r}. "
                 f"Hint: the file's inputs are {', '.join(names)}"
             )
-        feed[name] = values[name].detach().cpu().numpy()
+        feed[name] = _as_array(name, values[name])
     return feed
+
+
+def _as_array(name: str, value: Tensor) -> np.ndarray[Any, Any]:
+    try:
+        return value.detach().cpu().numpy()
+    except TypeError as error:
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise InputError(
+            f"the loader yields {dtype} for the input {name!r}, which ONNX Runtime does not take. "
+            "Hint: yield x.float()"
+        ) from error
 
 
 class _Reader:
@@ -236,18 +286,13 @@ def _quantize(
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    first = next(feeds, None)
-    if first is None:
-        raise InputError(
-            "the calibration loader yielded no samples. Hint: pass a few hundred samples"
-        )
     prepared = draft.with_name("prepared.onnx")
     with _without_advice():
         _prepare(source, prepared)
         quantize_static(
             prepared,
             draft,
-            _Reader(chain([first], feeds)),
+            _Reader(feeds),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED),
             per_channel=per_channel,
@@ -324,12 +369,12 @@ def _compared(
     for batch in batches:
         x, y = split_batch(batch)
         feed = _feed(x, before)
-        scores = torch.from_numpy(before.run(None, feed)[-1])
+        scores = _tested_scores(before, feed)
         _require_scores_of_classes(scores)
         CLASSIFICATION.check_labels(y, *scores.shape)
         y = y.cpu()
         old = scores.argmax(dim=1)
-        new = torch.from_numpy(after.run(None, feed)[-1]).argmax(dim=1)
+        new = _tested_scores(after, feed).argmax(dim=1)
         samples += len(y)
         right_before += int((old == y).sum())
         right_after += int((new == y).sum())

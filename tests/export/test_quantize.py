@@ -160,6 +160,15 @@ def test_report_prints_as_two_lines() -> None:
             [({"image": torch.zeros(2, 1, 8, 8)}, torch.zeros(2))],
             r"yields no tensor for the input 'input'\. Hint: the file's inputs are input",
         ),
+        ([(torch.zeros(0, 1, 8, 8), torch.zeros(0))], r"the calibration loader yielded no samples"),
+        (
+            [(torch.full((2, 1, 8, 8), float("nan")), torch.zeros(2))],
+            r"values of 'input' that are not finite\. Hint: leave these samples out",
+        ),
+        (
+            [(torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16), torch.zeros(2))],
+            r"yields bfloat16 for the input 'input', .*Hint: yield x\.float\(\)",
+        ),
     ],
 )
 def test_loader_that_does_not_fit_is_refused(
@@ -167,6 +176,15 @@ def test_loader_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(sffx.InputError, match=message):
         sffx.quantize_onnx(source, old_file, loader)
+    assert_untouched(old_file)
+
+
+def test_a_later_batch_of_the_test_that_does_not_fit_is_refused(
+    source: Path, loaders: tuple[Loader, Loader], old_file: Path
+) -> None:
+    x, y = loaders[1][0]
+    with pytest.raises(sffx.InputError, match=r"cannot run on what the test loader yields: "):
+        sffx.quantize_onnx(source, old_file, loaders[0][:1], [(x, y), (x[:, :, :4], y)])
     assert_untouched(old_file)
 
 

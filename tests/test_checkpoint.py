@@ -123,6 +123,66 @@ def test_weights_of_blocks_come_back(path: Path) -> None:
     assert_same(found, net)
 
 
+@pytest.mark.parametrize("mode", ["last", "classifier", "ensemble"])
+def test_the_readout_comes_back(path: Path, mode: Any) -> None:
+    net = trained()
+    sffx.weigh(net, [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)])
+    net.readout.mode = mode
+    sffx.save_checkpoint(path, net)
+    assert_same(sffx.load_checkpoint(path).net(plain()), net)
+
+
+@kept
+def table() -> fx.GraphModule:
+    """Return a cut model with a buffer that is not saved."""
+    return sffx.transform(Table(), "layer", torch.zeros(1, 6))
+
+
+class Table(nn.Sequential):
+    """Adds a buffer that is not saved, and is computed anew."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+        self.register_buffer("table", torch.linspace(0, 1, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_come_back(path: Path, dtype: torch.dtype) -> None:
+    net = table().to(dtype).eval()
+    sffx.save_checkpoint(path, net)
+    found = sffx.load_checkpoint(path).net(Table()).eval()
+    x = torch.randn(3, 6, dtype=dtype)
+    torch.testing.assert_close(found(x), net(x), rtol=0, atol=0)
+    assert sffx.extract(found).table.dtype == dtype
+
+
+def test_single_layers_keep_their_dtypes(path: Path) -> None:
+    net = trained("stages(2)")
+    net.get_submodule("head_0").double()
+    sffx.save_checkpoint(path, net)
+    found = sffx.load_checkpoint(path).net(plain())
+    dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in found.state_dict().items()} == dtypes
+    assert torch.float64 in dtypes.values()
+
+
+def test_a_model_on_the_meta_device_is_refused(path: Path) -> None:
+    sffx.save_checkpoint(path, trained())
+    with torch.device("meta"):
+        model = plain()
+    with pytest.raises(
+        sffx.InputError, match=r"stem\.0\.weight of the model is on the meta device"
+    ):
+        sffx.load_checkpoint(path).net(model)
+
+
+def test_a_path_of_bytes_is_a_path(path: Path) -> None:
+    assert sffx.save_checkpoint(str(path).encode(), plain()) == path
+
+
 def test_a_plain_model_has_no_cut(path: Path) -> None:
     torch.manual_seed(0)
     model = plain()
@@ -388,6 +448,12 @@ def test_the_state_that_a_module_adds_is_saved_or_refused(path: Path) -> None:
     again = sffx.load_checkpoint(path).net(model)
     (found,) = (module for module in again.modules() if isinstance(module, Noted))
     assert found.note["scale"] == 0.5
+    assert found.note["history"].tolist() == [0, 1, 2]
+    options = {**OPTIONS, "policy": "layer", "example_input": torch.zeros(1, 4)}
+    alone = path.with_name("weights.pt")
+    torch.save({f"module.{name}": value for name, value in again.state_dict().items()}, alone)
+    found = sffx.load_checkpoint(alone, trust=True).net(model, **options)
+    (found,) = (module for module in found.modules() if isinstance(module, Noted))
     assert found.note["history"].tolist() == [0, 1, 2]
     noted.note = Path()
     with pytest.raises(sffx.InputError, match=r"the state 'block_0\..*' holds Python objects"):

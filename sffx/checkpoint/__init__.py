@@ -9,6 +9,7 @@ A checkpoint is a mapping in a file of `torch.save`. Its entries are
 - "sffx_versions": the versions of sffx and of torch that wrote the file;
 - "sffx_layers": the kind and the options of each layer of the model that was cut;
 - "sffx_calls": what the forward of that model calls, in order;
+- "sffx_readout": the readout of the cut model, `net.readout.mode`;
 - any other entry that the user wants to keep.
 
 The reader also accepts checkpoints of Lightning and files with nothing but a state dict.

@@ -25,7 +25,17 @@ CUT_KEY = "sffx_cut"
 VERSIONS_KEY = "sffx_versions"
 LAYERS_KEY = "sffx_layers"
 CALLS_KEY = "sffx_calls"
-KEYS = (STATE_KEY, OPTIMIZER_KEY, ACCURACY_KEY, CUT_KEY, VERSIONS_KEY, LAYERS_KEY, CALLS_KEY)
+READOUT_KEY = "sffx_readout"
+KEYS = (
+    STATE_KEY,
+    OPTIMIZER_KEY,
+    ACCURACY_KEY,
+    CUT_KEY,
+    VERSIONS_KEY,
+    LAYERS_KEY,
+    CALLS_KEY,
+    READOUT_KEY,
+)
 
 # At most this many characters of the arguments of a call are recorded.
 _MOST_RECORDED = 200
@@ -45,6 +55,7 @@ def own_entries(net: nn.Module, accuracy: Mapping[str, float] | None = None) -> 
         entries[CUT_KEY] = with_plain_numbers(plan_of(net).record())
         entries[LAYERS_KEY] = layers_of(cut_model(net).origin.model)
         entries[CALLS_KEY] = calls_of(plan_of(net))
+        entries[READOUT_KEY] = cut_model(net).readout.mode
     return entries
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sffx.api import transform
@@ -19,6 +20,7 @@ from sffx.checkpoint.entries import (
     CUT_KEY,
     LAYERS_KEY,
     OPTIMIZER_KEY,
+    READOUT_KEY,
     STATE_KEY,
     VERSIONS_KEY,
     check_accuracy,
@@ -31,6 +33,7 @@ from sffx.checks import require_flag
 from sffx.errors import InputError, in_brief
 from sffx.files import as_path
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
+from sffx.learning.readouts import Mode, require_readout
 from sffx.net import CutModel, cut_model, plan_of, set_plan
 from sffx.objective import DEFAULT, Objective
 from sffx.parts import block_name
@@ -43,6 +46,9 @@ LIGHTNING_OPTIMIZERS_KEY = "optimizer_states"
 REQUIRED_OPTIONS = ("policy", "example_input", "goodness", "norm")
 
 FIRST_BLOCK = f"{block_name(0)}."
+
+# How torch names what a module adds to the state dict by `get_extra_state`.
+EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Checkpoint:
         whole: the model itself, where it was saved as a whole and the file was trusted.
         layers: of the model that was cut, by name; None if the file does not have them.
         calls: what the forward of that model calls; None if the file does not have them.
+        readout: of the cut model, `net.readout.mode`; None if the file does not name it.
     """
 
     path: Path
@@ -72,6 +79,7 @@ class Checkpoint:
     whole: nn.Module | None = None
     layers: Mapping[str, str] | None = None
     calls: Sequence[str] | None = None
+    readout: Mode | None = None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -85,7 +93,7 @@ class Checkpoint:
         return rates
 
     def net(self, model: nn.Module | None = None, **options: Any) -> CutModel:
-        """Return the cut model that was saved.
+        """Return the cut model that was saved, with weights of the dtypes that they had.
 
         Args:
             model: the plain model; it is copied, cut as the trained one was, and filled with its
@@ -95,7 +103,8 @@ class Checkpoint:
                 of your own must be passed again.
 
         Raises:
-            InputError: the model or an option is missing, or the weights do not fit.
+            InputError: the model or an option is missing, the model is on the meta device, or the
+                weights do not fit.
             SffxError: the model cannot be cut.
         """
         if self.whole is not None:
@@ -107,6 +116,7 @@ class Checkpoint:
                 f"{self._name} holds weights without their model. "
                 "Hint: pass the model, as in checkpoint.net(model)"
             )
+        _require_on_device(model)
         net = transform(model, **self.options(**options))
         self._fill(net)
         return net
@@ -221,6 +231,7 @@ class Checkpoint:
         )
 
     def _fill(self, net: CutModel) -> None:
+        _take_dtypes(net, self.state)
         try:
             net.load_state_dict(self.state)
         except RuntimeError as error:
@@ -230,6 +241,8 @@ class Checkpoint:
                 f"{_first_mismatches(error)}. "
                 "Hint: model, policy, goodness, input and classes must be those of the training"
             ) from error
+        if self.readout is not None:
+            net.readout.mode = self.readout
         notes = [note_on_layers(self.layers, net.origin.model), self._note_on_calls(net)]
         notes = [note for note in notes if note]
         if notes:
@@ -303,8 +316,20 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         )
     layers = more.pop(LAYERS_KEY, None)
     calls = more.pop(CALLS_KEY, None)
+    readout = more.pop(READOUT_KEY, None)
+    if readout is not None:
+        require_readout(readout)
     return Checkpoint(
-        path, state, optimizer, accuracy, cut, written_by, more, layers=layers, calls=calls
+        path,
+        state,
+        optimizer,
+        accuracy,
+        cut,
+        written_by,
+        more,
+        layers=layers,
+        calls=calls,
+        readout=readout,
     )
 
 
@@ -316,7 +341,8 @@ def _take_state(content: dict[str, Any]) -> Mapping[str, Any]:
     # A file of `torch.save(net.state_dict(), path)` is the state dict itself.
     state = {}
     for name, value in list(content.items()):
-        if isinstance(value, Tensor):
+        is_extra = isinstance(name, str) and name.endswith(EXTRA_STATE)
+        if isinstance(value, Tensor) or is_extra:
             state[name] = content.pop(name)
     return _without_prefix(state)
 
@@ -374,6 +400,42 @@ def _take_optimizer(content: dict[str, Any]) -> dict[str, Any] | None:
             "Hint: save optimizer.state_dict()"
         )
     return dict(optimizer)
+
+
+def _require_on_device(model: Any) -> None:
+    """Raise an InputError if a model is on the meta device, where it cannot take weights."""
+    if not isinstance(model, nn.Module):
+        return  # transform says what is wrong
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} of the model is on the meta device, where it cannot take the weights of a "
+                "checkpoint. Hint: make the model on the CPU"
+            )
+
+
+def _take_dtypes(net: CutModel, state: Mapping[str, Any]) -> None:
+    """Give the floats of a net the dtypes that they have in a state dict.
+
+    torch casts what it loads to the dtypes of the model. So a net that was trained in float64
+    would lose digits, and one in bfloat16 would go on in float32.
+    """
+    own = net.state_dict(keep_vars=True)
+    # From the dtypes that the net has to those in which such tensors were saved.
+    saved: dict[torch.dtype, set[torch.dtype]] = {}
+    changes: dict[int, torch.dtype] = {}
+    for name, tensor in own.items():
+        value = state.get(name)
+        if not isinstance(value, Tensor) or not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_floating_point() and value.is_floating_point():
+            saved.setdefault(tensor.dtype, set()).add(value.dtype)
+            changes[id(tensor)] = value.dtype
+    for tensor in (*net.parameters(), *net.buffers()):
+        # Buffers that are not saved change like those that are.
+        others = saved.get(tensor.dtype, set())
+        like_others = next(iter(others)) if len(others) == 1 else tensor.dtype
+        tensor.data = tensor.data.to(changes.get(id(tensor), like_others))
 
 
 def _first_mismatches(error: RuntimeError) -> str:

@@ -23,7 +23,7 @@ from sffx.checkpoint.entries import (
     with_plain_numbers,
 )
 from sffx.errors import InputError
-from sffx.files import writing
+from sffx.files import as_path, writing
 from sffx.net import unwrapped
 from sffx.runtime.find_residency import make_whole, require_values
 from sffx.runtime.optimizers import require_optimizers_of
@@ -55,6 +55,7 @@ def save_checkpoint(
             its parameters, an entry cannot be saved, or the file cannot be written.
         ExportError: the file system failed while the file was written.
     """
+    path = as_path(path)
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}, not a model. Hint: pass the model itself")
     model = _unwrapped(net)
@@ -75,7 +76,7 @@ def save_checkpoint(
     # Torch gets an open file: when it opens the file itself, its error does not name a full disk.
     with writing(path) as draft, draft.open("wb") as file:
         torch.save(content, file)
-    return Path(path)
+    return path
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:

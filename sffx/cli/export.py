@@ -95,8 +95,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--readout",
-        help="ensemble, last, classifier, weighted or cumulative "
-        "(default: weighted if the blocks were weighed, else ensemble)",
+        help="ensemble, last, classifier, weighted or cumulative (default: that of the net)",
     )
     parser.add_argument(
         "--class-names",

@@ -207,8 +207,10 @@ class EarlyExit:
             goodness.append(new_goodness)
             mean = mean_goodness(goodness)
             if scores is None:
-                # Before the first block has run, the number of classes and the dtype are not known.
+                # Before the first block has run, the number of classes is not known.
                 scores = torch.zeros_like(mean)
+            # Later blocks may give wider floats, as under autocast.
+            scores = scores.to(mean.dtype)
             leaves = _confidence(mean) >= self.threshold
             if depth == len(self.stages):
                 # After the last block every sample leaves.
@@ -247,17 +249,20 @@ class EarlyExit:
         Args:
             loader: yields (x, y) of validation data: x as the runner takes it, and class indices y,
                 (B,).
-            thresholds: None takes quantiles of the confidences seen. The whole ensemble is always
-                the last point.
+            thresholds: above 0. None takes quantiles of the confidences seen. The whole ensemble is
+                always the last point; thresholds above 1 give the same.
 
         Raises:
-            InputError: the loader is empty or yields something else, or labels are out of range.
+            InputError: the loader is empty or yields something else, labels are out of range, or a
+                threshold is not a number above 0.
         """
         confidence, correct = self._judged(loader)
         if thresholds is None:
             shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
-            thresholds = confidence.double().flatten().quantile(shares).tolist()
-        levels = {threshold for threshold in _numbers(thresholds) if 0 < threshold <= 1}
+            given = confidence.double().flatten().quantile(shares).tolist()
+        else:
+            given = _numbers(thresholds)
+        levels = {threshold for threshold in given if 0 < threshold <= 1}
         points = [self._point(level, confidence, correct) for level in sorted(levels)]
         points.append(self._point(NEVER, confidence, correct))
         return ExitCurve(tuple(points), len(confidence))
@@ -363,18 +368,25 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
     """Return thresholds as numbers.
 
     Raises:
-        InputError: one of them is no number.
+        InputError: one of them is no number above 0.
     """
     try:
         # The letters of a text are no thresholds.
         if isinstance(thresholds, (str, bytes)):
             raise TypeError("no list of numbers")
-        return [float(level) for level in thresholds]
+        levels = [float(level) for level in thresholds]
     # A tensor without values raises a RuntimeError.
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"thresholds is {thresholds!r}. Hint: pass a list of numbers between 0 and 1"
         ) from error
+    for level in levels:
+        if not level > 0:  # so is nan
+            raise InputError(
+                f"thresholds holds {level}. "
+                "Hint: pass numbers above 0; from above 1 on, no sample stops early"
+            )
+    return levels
 
 
 def _confidence(scores: Tensor) -> Tensor:

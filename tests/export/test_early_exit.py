@@ -175,6 +175,37 @@ def test_threshold_that_is_no_confidence_is_refused(net: fx.GraphModule, thresho
         sffx.EarlyExit(net, threshold)
 
 
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])
+def test_a_curve_drops_no_threshold_in_silence(net: fx.GraphModule, threshold: float) -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(sffx.InputError, match=r"thresholds holds .*Hint: pass numbers above 0"):
+        sffx.EarlyExit(net).curve([(x, y)], [0.5, threshold])
+
+
+class Wider(nn.Module):
+    """Computes its second half in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6).double()
+        self.last = nn.Linear(6, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).relu().double()).relu())
+
+
+def test_blocks_may_answer_in_wider_floats() -> None:
+    torch.manual_seed(0)
+    net = sffx.transform(Wider(), "layer", torch.zeros(1, 6)).eval()
+    x = torch.randn(32, 6)
+    whole = sffx.EarlyExit(net).cumulative(x)
+    middle = float(whole[0].softmax(1).amax(1).median())
+    result = sffx.EarlyExit(net, middle)(x)
+    assert set(result.blocks.tolist()) == {1, 2}
+    expected = whole[result.blocks - 1, torch.arange(32)]
+    torch.testing.assert_close(result.scores, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+
+
 def test_wrong_inputs_and_loaders_are_refused(net: fx.GraphModule, x: Tensor) -> None:
     runner = sffx.EarlyExit(net)
     with pytest.raises(sffx.InputError, match=r"x holds 2 inputs, but the model takes 1: x"):

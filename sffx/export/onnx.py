@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sffx.blocks import BlockPlan, Input
+from sffx.checks import positive_integer
 from sffx.errors import ExportError, InputError, MissingExtra, first_line
 from sffx.export.any_batch import require_any_batch
 from sffx.export.attention_axes import FourAxes
@@ -30,12 +31,13 @@ from sffx.export.parity import Scores, require_parity, require_tolerance
 from sffx.export.prepare import (
     CUMULATIVE,
     chosen_readout,
+    in_float32,
     inference_copy,
     reduce_to_readout,
 )
 from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
 from sffx.export.small_numbers import keep_small_numbers
-from sffx.files import writing
+from sffx.files import as_path, writing
 from sffx.inputs import mask_among, random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
@@ -107,7 +109,7 @@ def export_onnx(
 
     Raises:
         InputError: `net` is not a cut model or is sharded, `readout` is unknown, names or numbers
-            do not fit the model, or `path` cannot be written to.
+            do not fit the model, `opset` is no version, or `path` cannot be written to.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         ExportError: the model cannot be exported, does not allow another size, is larger than
             2 GiB, or its scores differ beyond `tolerance`.
@@ -115,13 +117,15 @@ def export_onnx(
     cut = cut_model(net)
     plan = cut.plan
     chosen = chosen_readout(cut, readout)
+    path = as_path(path)
     require_tolerance(tolerance)
+    require_opset(opset)
     properties = metadata(plan, chosen, class_names, mean, std)
     outputs = _output_names(output_name, plan, chosen)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
-    with writing(path) as draft, torch.no_grad():
+    with writing(path) as draft, in_float32():
         require_packages()
         model = inference_copy(cut)
         require_any_batch(cut, chosen)
@@ -130,7 +134,7 @@ def export_onnx(
         program.model.metadata_props[KEY] = properties
         save_program(program, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
-    return Path(path)
+    return path
 
 
 def require_packages() -> None:
@@ -140,6 +144,12 @@ def require_packages() -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             raise MissingExtra(error.name or package, "export", "exporting to ONNX") from error
+
+
+def require_opset(opset: object) -> None:
+    """Raise an InputError if something is no version of the operator set, and not None."""
+    if opset is not None:
+        positive_integer("opset", opset, "pass the version of an operator set, such as 18, or None")
 
 
 def onnx_program(

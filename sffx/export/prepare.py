@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from sffx.compiler.trace.sizes import remove_guards
@@ -36,6 +39,13 @@ def chosen_readout(net: fx.GraphModule, readout: str | None) -> ReadoutName:
     if readout == WEIGHTED:
         require_weights(own.weights)
     return cast(ReadoutName, readout)
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Run without gradients, and without an autocast of the caller, which would be in the file."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def inference_copy(net: fx.GraphModule) -> fx.GraphModule:

@@ -21,9 +21,9 @@ from sffx.export.any_batch import require_any_batch
 from sffx.export.explain import explanation
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
-from sffx.export.prepare import chosen_readout, inference_copy, reduce_to_readout
+from sffx.export.prepare import chosen_readout, in_float32, inference_copy, reduce_to_readout
 from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_inputs
-from sffx.files import writing
+from sffx.files import as_path, writing
 from sffx.inputs import mask_among, random_batch
 from sffx.learning.readouts import ReadoutName
 from sffx.net import cut_model
@@ -82,20 +82,21 @@ def export_program(
     """
     cut = cut_model(net)
     plan = cut.plan
+    path = as_path(path)
     chosen = chosen_readout(cut, readout)
     properties = metadata(plan, chosen, class_names, mean, std)
     require_tolerance(tolerance)
     require_image(plan.inputs, dynamic_size=dynamic_size)
     if dynamic_size:
         require_no_decisions(cut)
-    with writing(path) as draft, torch.no_grad():
+    with writing(path) as draft, in_float32():
         model = inference_copy(cut)
         require_any_batch(cut, chosen)
         reduce_to_readout(model, chosen)
         program = _export(model, plan.inputs, dynamic_size=dynamic_size)
         _save(program, properties, draft)
         _verify(draft, model, plan.inputs, tolerance, dynamic_size=dynamic_size)
-    return Path(path)
+    return path
 
 
 def _export(model: nn.Module, inputs: tuple[Input, ...], *, dynamic_size: bool) -> ExportedProgram:

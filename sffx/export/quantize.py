@@ -120,8 +120,9 @@ def quantize_onnx(
     require_flag("per_channel", per_channel)
     require_flag("reduce_range", reduce_range)
     source = as_path(source)
+    target = as_path(target)
     before = _source_session(source)
-    if as_path(target).resolve() == source.resolve():
+    if target.resolve() == source.resolve():
         raise InputError(
             f"{str(target)!r} is the source itself, which stays as it is. "
             "Hint: name another file, such as net.int8.onnx"
@@ -151,7 +152,7 @@ def quantize_onnx(
         bytes_after = draft.stat().st_size
         comparison = () if test_batches is None else _compared(before, after, test_batches)
         draft.rename(file)
-    return Quantization(Path(target), source.stat().st_size, bytes_after, *comparison)
+    return Quantization(target, source.stat().st_size, bytes_after, *comparison)
 
 
 def _source_session(source: Path) -> InferenceSession:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sffx.blocks import BatchAxis
@@ -18,10 +17,17 @@ from sffx.export.exit_files import digest, require_replaceable
 from sffx.export.exit_stage import BatchAxes, ExitStage
 from sffx.export.manifest import Manifest, StageFile, write_manifest
 from sffx.export.metadata import names_and_normalisation
-from sffx.export.onnx import no_complex, onnx_program, require_packages, require_valid, save_program
+from sffx.export.onnx import (
+    no_complex,
+    onnx_program,
+    require_opset,
+    require_packages,
+    require_valid,
+    save_program,
+)
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.plain_values import on_tensors
-from sffx.export.prepare import CUMULATIVE, inference_copy
+from sffx.export.prepare import CUMULATIVE, in_float32, inference_copy
 from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes
 from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
@@ -66,16 +72,18 @@ def export_early_exit(
 
     Raises:
         InputError: `net` is no cut model, `folder` holds something else than an early exit, or
-            names or normalisation do not fit the model.
+            names or normalisation do not fit the model, or `opset` is no version.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         ExportError: a block cannot be exported, is larger than 2 GiB, or the answers differ beyond
             `tolerance`.
     """
     cut = cut_model(net)
-    require_replaceable(as_path(folder))
+    folder = as_path(folder)
+    require_replaceable(folder)
     require_tolerance(tolerance)
+    require_opset(opset)
     described = names_and_normalisation(cut.plan, class_names, mean, std)
-    with writing_folder(folder) as new, torch.no_grad():
+    with writing_folder(folder) as new, in_float32():
         require_packages()
         model = inference_copy(cut)
         require_any_batch(cut, CUMULATIVE)
@@ -84,7 +92,7 @@ def export_early_exit(
             setattr(runner, name, None if values is None else tuple(values))
         _write(runner, new, opset)
         _verify(EarlyExit.load(new), runner, tolerance)
-    return Path(folder)
+    return folder
 
 
 def _write(runner: EarlyExit, folder: Path, opset: int | None) -> None:

@@ -481,6 +481,16 @@ def test_opset_is_honoured_and_a_link_with_another_suffix_stays_a_link(
     assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
 
 
+@pytest.mark.parametrize("opset", ["18", True, 18.5, 0])
+def test_what_is_no_opset_is_refused(tmp_path: Path, opset: Any) -> None:
+    net = sffx.transform(
+        nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)), "layer", torch.zeros(1, 6)
+    )
+    for export in (sffx.export_onnx, sffx.export_early_exit):
+        with pytest.raises(sffx.InputError, match=r"opset is .*Hint: pass the version"):
+            export(net, tmp_path / "net", opset=opset)
+
+
 def test_opset_without_a_form_of_the_model_is_refused(
     linear: fx.GraphModule, old_file: Path
 ) -> None:

@@ -157,6 +157,16 @@ def test_full_disk_leaves_the_old_file(
     assert_untouched(old_file)
 
 
+def test_an_autocast_of_the_caller_is_not_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)]
+    net = sffx.transform(nn.Sequential(*layers), "layer", torch.zeros(1, 6)).eval()
+    x = torch.randn(3, 6)
+    with torch.autocast("cpu"):
+        path = sffx.export_program(net, tmp_path / "net.pt2", tolerance=1)
+    torch.testing.assert_close(torch.export.load(path).module()(x), net(x))
+
+
 def test_bad_arguments_are_refused(net: fx.GraphModule, tmp_path: Path) -> None:
     with pytest.raises(sffx.InputError, match=r"no readout 'mean'"):
         sffx.export_program(net, tmp_path / "net.pt2", "mean")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,11 @@ def globals_in(code: CodeType) -> Iterator[str]:
             yield from globals_in(constant)
 
 
+@functools.lru_cache(maxsize=4096)  # to take code apart is slow, and each trace asks several times
+def _globals_of(code: CodeType) -> frozenset[str]:
+    return frozenset(globals_in(code))
+
+
 def forward_of(kind: type) -> list[FunctionType]:
     """Return the forward of a class without its decorators, in a list that may be empty."""
     return list(_plain(inspect.getattr_static(kind, "forward", None)))
@@ -78,9 +84,11 @@ def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
         with suppress(ValueError):  # the cell of a name that has not been set is empty
             yield name, cell.cell_contents
     files: list[ModuleType] = []
+    in_file = _globals_of(function.__code__)
     for name in names_in(function.__code__):
-        # `helpers.scaled` names the file first, and then what is in it.
-        for namespace in (function.__globals__, *map(vars, files)):
+        # `helpers.scaled` names the file first, and then what is in it. `self.main` is no global.
+        namespaces = [function.__globals__] if name in in_file else []
+        for namespace in (*namespaces, *map(vars, files)):
             value = namespace.get(name)
             if isinstance(value, ModuleType) and _is_own(vars(value)):
                 files.append(value)

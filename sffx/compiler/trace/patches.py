@@ -342,9 +342,7 @@ class Patches:
             function, _, *inputs = args
             self.checkpointed = True
             return function(*inputs)
-        raise RuntimeError(
-            f"it calls the autograd function {kind.__name__}, which a graph cannot hold"
-        )
+        return self.tracer.apply(kind, args, kwargs)
 
     def _script_caller(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return a method for scripted functions; a bound method would not be given the script."""

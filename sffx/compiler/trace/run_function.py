@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import fx, nn
+from torch.autograd import Function
 
 from sffx.compiler.facts import Facts, module_stack, set_facts
 from sffx.compiler.qualnames import attribute
@@ -95,6 +97,40 @@ class OwnMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.owner, self.name)(*args, **kwargs)
+
+
+class Applied:
+    """Applies an autograd function. Its bound `apply` would not tell its name.
+
+    Attributes:
+        kind: the class of the autograd function.
+    """
+
+    def __init__(self, kind: type[Function]) -> None:
+        self.kind = kind
+
+    @property
+    def __name__(self) -> str:
+        return self.kind.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind.apply(*args, **kwargs)
+
+
+class HeldArray:
+    """Gives an array of NumPy, fresh in each call: its reader may share its memory and write on it.
+
+    Attributes:
+        array: to copy.
+    """
+
+    __name__ = "array"
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+
+    def __call__(self) -> np.ndarray[Any, Any]:
+        return self.array.copy()
 
 
 def _without_contents(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import is_writable
@@ -44,7 +45,7 @@ from sffx.compiler.trace.randomness import (
     state_of_torch,
 )
 from sffx.compiler.trace.regions import Regions
-from sffx.compiler.trace.run_function import function_target
+from sffx.compiler.trace.run_function import Applied, HeldArray, function_target
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.settled import Settled
 from sffx.compiler.trace.writes import Writes, versions
@@ -228,6 +229,8 @@ class GuidedTracer(fx.Tracer):
             raise RuntimeError(OWN_GENERATOR)
         if isinstance(a, np.generic):  # its text, np.float64(2.0), is no code of a graph
             return a.item()
+        if isinstance(a, np.ndarray) and not a.dtype.hasobject:  # objects may be proxies
+            return self._node_of_array(a)
         if type(a) is Tensor:
             return self.constants.node(a, super().create_arg)
         if isinstance(a, (FakeTensor, nn.Parameter)):
@@ -236,6 +239,12 @@ class GuidedTracer(fx.Tracer):
             return super().create_arg(a)
         except NotImplementedError:
             raise RuntimeError(_cannot_be_passed(a)) from None
+
+    def _node_of_array(self, array: np.ndarray[Any, Any]) -> fx.Node:
+        """Create a node that gives an array of NumPy, for which fx has no constant."""
+        held = HeldArray(array.copy())  # the forward may write other values before the trace ends
+        target = function_target(self.graph, self.runner.probe, self.place, held)
+        return self.create_node("call_module", target, (), {})
 
     def _node_of_held(self, tensor: Tensor) -> fx.Node:
         """Create a node that reads a parameter or a buffer of the model.
@@ -420,6 +429,25 @@ class GuidedTracer(fx.Tracer):
             owner = self.path_of_module(args[0])
             function = own_method(callee, self.original.get_submodule(owner))
             args = args[1:]
+        return self._function_proxy(function, args, kwargs)
+
+    def apply(self, kind: type[Function], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the graph apply an autograd function, with its own backward pass.
+
+        In a submodule it makes a leaf, as all that leaves the graph does.
+
+        Raises:
+            RuntimeError: the forward is that of a submodule, or a graph cannot hold the arguments.
+        """
+        if self.place:
+            raise RuntimeError(
+                f"it calls the autograd function {kind.__name__}, which a graph cannot hold"
+            )
+        return self._function_proxy(Applied(kind), args, kwargs)
+
+    def _function_proxy(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         function, kwargs = bound(function, args, kwargs)
         target = function_target(self.graph, self.runner.probe, self.place, function)
         proxy = self.create_proxy("call_module", target, args, kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -163,3 +165,121 @@ def test_a_method_without_layers_is_noted_by_its_name():
 
     net = cut_without_norms(Root(), "layer")
     assert any(note.startswith("maybe runs as a whole") for note in net.plan.notes)
+
+
+class _Reversed(torch.autograd.Function):
+    """Turns the gradient round, as in domain adaptation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return -ctx.scale * gradient, None
+
+
+class _Clamped(torch.autograd.Function):
+    """Writes on what it is given; all gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.clamp_(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _ScaledAndShifted(torch.autograd.Function):
+    """Takes a parameter, and returns two values with gradients of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x * weight, x + weight
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return 2 * first * weight + second, (3 * first * x + second).sum(0)
+
+
+class _OwnCode(nn.Module):
+    """Three layers; between the first two, code of the model's own forward: on (B, 6)."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(6))
+        self.array = np.array([3.0, 1.0, 0.0, 2.0, 5.0, 4.0])
+        self.code = code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.code(self, self.a(x))).relu())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: _Reversed.apply(x, 0.5),
+        lambda m, x: _Clamped.apply(2 * x),
+        lambda m, x: sum(_ScaledAndShifted.apply(x, m.weight)),
+    ],
+)
+def test_an_autograd_function_in_the_models_own_forward_keeps_its_gradients(code):
+    torch.manual_seed(0)
+    model = _OwnCode(code)
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    # The cut lies before the function, so the classifier's gradients pass through it.
+    net = sffx.transform(model, ["a"], x, norm="none", check=True)
+    assert not leaf_names(net)
+    sffx.local_loss(net, x, y).backward()
+    hidden = model.a(x).detach()
+    F.cross_entropy(model.head(model.b(code(model, hidden)).relu()), y).backward()
+    for name, parameter in net.get_submodule("classifier").named_parameters():
+        assert torch.allclose(parameter.grad, model.get_parameter(name).grad), name
+
+
+def test_the_own_gradient_of_an_autograd_function_trains_the_block_before_it():
+    torch.manual_seed(0)
+    model = _OwnCode(lambda m, x: _Reversed.apply(x, 0.5))
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    net = sffx.transform(model, ["function_0"], x, norm="none")
+    sffx.local_loss(net, x, y).backward()
+    goodness = net.head_0(_Reversed.apply(model.a(x), 0.5))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(goodness, y), [model.a.weight])
+    assert torch.allclose(net.block_0.a.weight.grad, gradient)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: x + x.new_tensor(m.array.astype(np.float32)),
+        lambda m, x: x + torch.tensor(m.array, dtype=x.dtype),
+        lambda m, x: x * torch.as_tensor(m.array, device=x.device).float(),
+        lambda m, x: x + torch.as_tensor(m.array.astype(np.float32), device=x.device).mul_(2),
+        lambda m, x: x[:, m.array.argsort()],
+    ],
+)
+def test_an_array_of_the_model_may_be_an_argument(code):
+    torch.manual_seed(0)
+    model = _OwnCode(code).eval()
+    net = cut_without_norms(model, ["a"], torch.zeros(2, 6))
+    assert not leaf_names(net)
+    back = sffx.extract(net)
+    for x in (torch.randn(3, 6), torch.randn(1, 6)):
+        assert torch.equal(net(x), model(x))
+        assert torch.equal(back(x), model(x))
+
+
+def _by_both(m: Any, x: Tensor) -> Tensor:
+    return _Reversed.apply(x + torch.tensor(m.array, dtype=x.dtype), 0.5)
+
+
+def test_a_net_with_an_autograd_function_and_an_array_can_be_pickled():
+    net = cut_without_norms(_OwnCode(_by_both).eval(), ["a"], torch.zeros(2, 6))
+    x = torch.randn(3, 6)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))

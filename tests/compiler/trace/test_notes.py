@@ -64,6 +64,15 @@ def _with_attributes(m: nn.Module) -> float:
     return float(m.time.time + m.input.open + m.environ.getenv)
 
 
+def main() -> float:
+    """A script may have a function with the name of a layer, and the clock in it."""
+    return perf_counter()
+
+
+def _with_an_attribute_named_as_a_function(m: nn.Module) -> float:
+    return float(m.main.in_features)
+
+
 @pytest.mark.parametrize(
     ("read", "named"),
     [
@@ -75,6 +84,8 @@ def _with_attributes(m: nn.Module) -> float:
         (_imported_inside, "time.monotonic"),
         (_with_names_alone, ""),
         (_with_attributes, ""),
+        (_with_an_attribute_named_as_a_function, ""),
+        (lambda m: main(), "time.perf_counter"),
     ],
 )
 def test_what_the_forward_reads_of_its_surroundings_is_named(read, named):
@@ -84,6 +95,7 @@ def test_what_the_forward_reads_of_its_surroundings_is_named(read, named):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.main = self.inner
             self.time = self.input = self.environ = SimpleNamespace(time=1, open=1, getenv=1)
 
         def forward(self, x: Tensor) -> Tensor:

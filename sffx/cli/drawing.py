@@ -23,9 +23,9 @@ from sffx.draw.compare import comparison, draw_comparison
 from sffx.draw.progress import Progress
 from sffx.draw.render import FORMATS, PICTURES, TEXT, check_path, plan_in
 from sffx.draw.render import draw as draw_plan
-from sffx.draw.words import blocks_in_words
 from sffx.errors import InputError, MissingExtra, SffxError
 from sffx.parts import is_block
+from sffx.plan_table import blocks_in_words
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
     """
     path = str(checkpoint.path)
     targets = [block.target for block in plan.all_blocks]
-    # A classifier that has not learned is not evaluated.
+    # A classifier that has not learned is not evaluated. It is the last of the targets.
     evaluated = targets if plan.objective.trains_classifier else targets[:-1]
     if not checkpoint.accuracy:
         raise InputError(

@@ -178,6 +178,8 @@ def _columns(insides: Sequence[Sequence[Part]]) -> list[int]:
     count = math.ceil(total / ROWS)
     columns = []
     top = 0
+    # As if all blocks stood in one column, which is then divided into equal lengths. A block is not
+    # divided: it belongs where its middle lies.
     for height in heights:
         middle = top + height // 2
         columns.append(min(count - 1, middle * count // total))
@@ -186,6 +188,7 @@ def _columns(insides: Sequence[Sequence[Part]]) -> list[int]:
 
 
 def _places(plan: BlockPlan, insides: Sequence[Sequence[Part]]) -> dict[str, Place]:
+    """Return where the values of all parts come from, by the values' names."""
     places = {}
     for stage, block in enumerate(plan.all_blocks):
         first = first_of(block)
@@ -202,6 +205,7 @@ def _places(plan: BlockPlan, insides: Sequence[Sequence[Part]]) -> dict[str, Pla
 
 
 def _node(block: Block, value: str) -> str:
+    """Return the node of a part in the drawing, "block_3/conv1"."""
     return f"{block.target}/{value}"
 
 
@@ -272,11 +276,13 @@ def _add_entry(graph: Digraph, index: int, drawing: Drawing) -> None:
     plan = drawing.plan
     target = plan.all_blocks[index].target
     if index == 0 or not is_read_by_next(index - 1, plan):
+        # Nothing enters over the cut. So the edge comes from an input, or from an earlier block.
         entering = _entering_value(index, plan)
         if entering:
             _add_read(graph, target, index, drawing.place(entering), drawing)
     if index == 0:
         return
+    # The edge of the cut or, where nothing enters over it, a line that keeps the blocks in order.
     before = plan.blocks[index - 1]
     output = _node(before, first_of(before).output)
     style, style_from_sign = cut_styles(index - 1, plan)
@@ -320,6 +326,7 @@ def _add_reads(graph: Digraph, index: int, drawing: Drawing) -> None:
 
 
 def _add_read(graph: Digraph, node: str, index: int, source: Place, drawing: Drawing) -> None:
+    """Add the edge from a value to a node in the block of an index."""
     style = dict(_read_style(source, index))
     if source.stage >= 0 and drawing.columns[source.stage] != drawing.columns[index]:
         # Across columns an edge may lead upwards, so it must not push its reader down.

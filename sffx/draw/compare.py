@@ -15,8 +15,9 @@ from sffx.draw.graph import new_graph
 from sffx.draw.markup import cell, label, left_cell, line, line_break, row, table, text
 from sffx.draw.render import PICTURES, TEXT, check_path, write_graph
 from sffx.draw.style import BLUE, FAINT, NAME_WIDTH, PLAIN_TEXT
-from sffx.draw.words import blocks_in_words, shape_in_words, shorten
+from sffx.draw.words import shape_in_words, shorten
 from sffx.errors import InputError
+from sffx.plan_table import blocks_in_words
 from sffx.tables import Column, short_byte_size, short_number, text_table
 
 if TYPE_CHECKING:

@@ -77,22 +77,25 @@ def _crossing(name: str, plan: BlockPlan) -> Crossing:
     So values with the same source and the same readers have equal crossings.
     """
     stage = _stage_of(name, plan)
-    readers = []
+    found = []
     for index, block in enumerate(plan.all_blocks):
         is_own = index == stage
+        # The cut itself is drawn from a block to the next one.
         if name in block.inputs and not is_own and not _is_handed_on(name, stage, index, plan):
-            readers.append(index)
+            found.append(index)
+    readers = tuple(found)
     if stage < 0:
-        return Crossing((), outside_node(name, plan), stage, tuple(readers), detached=False)
+        return Crossing((), outside_node(name, plan), stage, readers, detached=False)
     block = plan.blocks[stage]
     # An output that a block further on reads carries a gradient, as every output does.
     detached = name == block.output or name in block.detached
     is_output = any(output.name == name for output in block.outputs)
     normed = is_output and plan.options.norm != "none"
-    return Crossing((), block.target, stage, tuple(readers), detached, normed)
+    return Crossing((), block.target, stage, readers, detached, normed)
 
 
 def _stage_of(name: str, plan: BlockPlan) -> int:
+    """Return the index of the block that gives a value to later blocks, -1 if none does."""
     for index, block in enumerate(plan.blocks):
         if name == block.output or name in block.sides:
             return index
@@ -115,6 +118,7 @@ def _is_handed_on(name: str, stage: int, reader: int, plan: BlockPlan) -> bool:
 def outside_node(name: str, plan: BlockPlan) -> str:
     """Return the node of a value that no block computes: a model input's, or one of its own."""
     for value in plan.inputs:
+        # A block may read an input by another name than that of the argument.
         if name == (value.value or value.name):
             return f"input_{value.name}"
     return f"value_{name}"

@@ -54,30 +54,49 @@ def functional_modules(block: Block) -> dict[str, str]:
     The window attention of a Swin transformer is an example: none of its layers is called, but one
     function takes their weights. A module with a layer that is called is none of these.
     """
+    silent = _modules_without_calls(block)
+    found = {}
+    for module, reader in _last_readers(silent, block).items():
+        # Of a module and the layers inside it, the module is named.
+        if not any(_lies_in(module, other) for other in silent):
+            found[reader] = module
+    return found
+
+
+def _modules_without_calls(block: Block) -> set[str]:
+    """Return the modules whose parameters a node takes, and of which no layer is called."""
     owners = set()
     for node in block.graph:
+        # The call of such a node is the name of a parameter: "attn.qkv.weight".
+        is_parameter = not node.is_module and node.call in block.parameters
         owner = node.call.rpartition(".")[0]
-        if not node.is_module and node.call in block.parameters and owner:
+        if is_parameter and owner:
             owners.add(owner)
-    silent = {owner for owner in owners if not _holds_any(owner, block.modules)}
-    # Of the weights of each node: the modules that own them.
-    feeding: dict[str, set[str]] = {}
+    return {owner for owner in owners if not _holds_any(owner, block.modules)}
+
+
+def _last_readers(modules: set[str], block: Block) -> dict[str, str]:
+    """Return the last node on a path that reads a parameter of each module, by the module.
+
+    A parameter may go through nodes that are on no path before a path reads it: a transpose of a
+    weight, or a mask that is looked up in a table.
+    """
+    # The modules whose parameters are in the value of a node.
+    owners_of: dict[str, set[str]] = {}
     last_reader: dict[str, str] = {}
     for node in block.graph:
-        own = {owner for owner in silent if not node.is_module and _lies_in(node.call, owner)}
+        owners = set()
+        if not node.is_module:
+            owners = {module for module in modules if _lies_in(node.call, module)}
         for read in node.reads:
-            own |= feeding.get(read, set())
+            owners |= owners_of.get(read, set())
         if not node.is_path:
-            feeding[node.name] = own
+            owners_of[node.name] = owners
             continue
-        for owner in own:
+        # A later node takes the place of an earlier one.
+        for owner in owners:
             last_reader[owner] = node.name
-    found = {}
-    for owner, reader in last_reader.items():
-        # Of a module and the layers inside it, the module is named.
-        if not any(_lies_in(owner, other) for other in silent):
-            found[reader] = owner
-    return found
+    return last_reader
 
 
 def module_names(block: Block) -> list[str]:
@@ -122,13 +141,17 @@ def _without_functions(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
         if node.name in by_function:
             node = replace(node, call=by_function[node.name], is_module=True)
         named.append(node)
-    nodes = named
-    by_name = {node.name: node for node in nodes}
     shown = set()
-    for node in nodes:
+    for node in named:
         if node.is_module or node.join or node.name in leaving:
             shown.add(node.name)
+    reads = _drawn_reads(named, shown)
+    return tuple(replace(node, reads=reads[node.name]) for node in named if node.name in shown)
 
+
+def _drawn_reads(nodes: Sequence[Node], shown: set[str]) -> dict[str, tuple[str, ...]]:
+    """Return what each node reads, where the reads of a node that is not shown stand for it."""
+    by_name = {node.name: node for node in nodes}
     reads: dict[str, tuple[str, ...]] = {}
     # A node comes after all that it reads, so the reads of those are complete by then.
     for node in nodes:
@@ -141,10 +164,11 @@ def _without_functions(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
                 sources.update(dict.fromkeys(reads[read]))
             # Else a path reads a size or a mask that is not drawn, which is left out.
         reads[node.name] = tuple(sources)
-    return tuple(replace(node, reads=reads[node.name]) for node in nodes if node.name in shown)
+    return reads
 
 
 def _lies_in(name: str, module: str) -> bool:
+    # With a dot, because "layer10" does not lie in "layer1".
     return name.startswith(f"{module}.")
 
 
@@ -153,6 +177,7 @@ def _holds_any(module: str, names: Sequence[str]) -> bool:
 
 
 def _text(node: Node, block: Block, detail: str) -> str:
+    """Return what is written in a node: what it calls, and its name where that says more."""
     called = relative(node.call, block) if node.is_module else node.call
     called = JOIN_SIGNS.get(node.join, called)
     if detail == "modules" or called == node.name:

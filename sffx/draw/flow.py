@@ -53,6 +53,7 @@ class Flow:
 def flow_of(inside: Sequence[Part]) -> Flow:
     """Return the parts of a block as lines with arcs."""
     own = {part.node.name for part in inside}
+    # A dict has each value once, in the order in which the parts read them.
     outer: dict[str, None] = {}
     for part in inside:
         for read in part.node.reads:
@@ -81,9 +82,13 @@ def _part_kind(part: Part) -> str:
 
 def _arc(start: int, end: int) -> Arc:
     """Return the arc between two lines; the more lines it passes, the further it reaches left."""
+    # Both ends are close to the texts, at the right of the room.
     side = ARC_ROOM - ARC_GAP
     passed = end - start - 1
+    # The two control points of the curve lie 8 pixels further left for each line passed.
     reach = side - min(side - ARC_GAP, 8 * passed)
+    # The middles of the two lines. Arcs begin a little below and end a little above, so that those
+    # of one line stay apart.
     top = PART_HEIGHT * start + PART_HEIGHT / 2
     bottom = PART_HEIGHT * end + PART_HEIGHT / 2
     bend = f"{reach} {top + 6:g} {reach} {bottom - 6:g}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from typing import TypeAlias
 
 from sffx.blocks import Block, BlockPlan, Leaf
 from sffx.draw.words import JOINT
+
+# What blocks of one run have in common.
+Features: TypeAlias = tuple[object, ...]
 
 # Fewer blocks than this are as easy to read one by one.
 SHORTEST = 3
@@ -48,54 +51,77 @@ def fold(plan: BlockPlan) -> BlockPlan:
 
 def _groups(plan: BlockPlan) -> list[list[Block]]:
     """Return the blocks of a plan, in order, with those in a row that look alike in one group."""
-    # How many blocks read each value.
-    readers: Counter[str] = Counter()
-    for block in plan.all_blocks:
-        readers.update(set(block.inputs))
-    looks: list[tuple[object, ...]] = []
-    before: Block | None = None
-    chains = 0
-    for block in plan:
-        if before is not None and before.output not in block.inputs:
-            # Another stream begins. As of the first block, nothing enters it from the one before.
-            before = None
-            chains += 1
-        looks.append((chains, *_look(block, before, readers, plan)))
-        before = block
+    readers = _count_readers(plan)
+    rows: list[list[Block]] = []
+    look_before: Features | None = None
+    for block, look in zip(plan, _looks(plan, readers), strict=True):
+        if look != look_before:
+            rows.append([])
+        rows[-1].append(block)
+        look_before = look
+    # A block that makes a mask for the others looks different from them, but belongs to them.
     groups: list[list[Block]] = []
-    for _, indices in itertools.groupby(range(len(plan)), key=looks.__getitem__):
-        alike = [plan.blocks[index] for index in indices]
+    for alike in rows:
         if groups and _prepares(groups[-1], alike, readers, plan):
-            alike = groups.pop() + alike
-        groups.append(alike)
+            groups[-1].extend(alike)
+        else:
+            groups.append(alike)
     return groups
 
 
+def _count_readers(plan: BlockPlan) -> Counter[str]:
+    """Return how many blocks read each value, the classifier among them."""
+    readers: Counter[str] = Counter()
+    for block in plan.all_blocks:
+        # A block that reads a value twice is one reader.
+        readers.update(set(block.inputs))
+    return readers
+
+
+def _looks(plan: BlockPlan, readers: Counter[str]) -> list[Features]:
+    """Return a key for each block. Blocks in a row with equal keys look alike."""
+    looks: list[Features] = []
+    before: Block | None = None
+    # Where streams run side by side, the blocks of each are a chain of their own.
+    chain = 0
+    for block in plan:
+        if before is not None and before.output not in block.inputs:
+            # Another chain begins. As with the first block, nothing enters from the one before.
+            before = None
+            chain += 1
+        looks.append((chain, *_look(block, before, readers, plan)))
+        before = block
+    return looks
+
+
 def _prepares(
-    before: list[Block], alike: list[Block], readers: Counter[str], plan: BlockPlan
+    group: list[Block], alike: list[Block], readers: Counter[str], plan: BlockPlan
 ) -> bool:
     """Return whether a block looks like those behind it, and makes values that only they read.
 
     Args:
-        before: the group before; only a single block can prepare.
+        group: before those blocks. Only a single block can prepare.
         alike: the blocks behind it.
         readers: how many blocks read each value.
         plan: of all blocks.
     """
-    first = before[-1]
-    sides = set(first.sides)
-    if len(before) > 1 or not sides or readers[first.output] > 1:
+    if len(group) > 1:
+        return False
+    (first,) = group
+    if not first.sides or readers[first.output] > 1:
         return False
     # A picture shows where a cut stops the gradient of a side value.
     if first.detached:
         return False
     if _features(first, plan) != _features(alike[0], plan):
         return False
-    within = {first.output, *sides, *first.inputs}
-    if first.output not in alike[0].inputs or not within.issuperset(alike[0].inputs):
+    # The next block reads the output of this one, and nothing that this one does not know.
+    known = {first.output, *first.sides, *first.inputs}
+    if first.output not in alike[0].inputs or not known.issuperset(alike[0].inputs):
         return False
-    # Blocks that are alike read the same values besides the output before.
-    return all(readers[side] == len(alike) for side in sides)
+    # So many readers are all of `alike`, since these read the same values besides the output
+    # before.
+    return all(readers[side] == len(alike) for side in first.sides)
 
 
 def first_of(block: Block) -> Block:
@@ -141,14 +167,17 @@ def _common_prefix(names: tuple[str, ...]) -> str:
     return prefix
 
 
-def _look(
-    block: Block, before: Block | None, readers: Counter[str], plan: BlockPlan
-) -> tuple[object, ...]:
+def _look(block: Block, before: Block | None, readers: Counter[str], plan: BlockPlan) -> Features:
     """Return the features that the blocks of one run have in common.
 
-    A block that cannot be in a run has only its own target as a feature, which no other block has.
+    Args:
+        block: of the plan.
+        before: the block that it reads, None for the first one of a chain.
+        readers: how many blocks read each value.
+        plan: of all blocks.
     """
     if block.sides or readers[block.output] > 1:
+        # It cannot be in a run, so its feature is its target, which no other block has.
         return (block.target,)
     # The first block reads an input of the model where the others read the output before.
     entering = before.output if before is not None else next(iter(block.inputs), None)
@@ -156,7 +185,7 @@ def _look(
     return (others, *_features(block, plan))
 
 
-def _features(block: Block, plan: BlockPlan) -> tuple[object, ...]:
+def _features(block: Block, plan: BlockPlan) -> Features:
     """Return what a block holds and costs, whatever it reads."""
     modules = tuple(relative(name, block) for name in block.modules)
     joins = tuple((node.join, node.paths) for node in block.joins)
@@ -166,6 +195,7 @@ def _features(block: Block, plan: BlockPlan) -> tuple[object, ...]:
 
 
 def _run(blocks: list[Block]) -> Run:
+    """Return the run that stands for blocks that look alike."""
     first = blocks[0]
     last = blocks[-1]
     # The costs of the blocks are equal, so those of the first are those of each.

@@ -230,7 +230,10 @@ def literal(text: str) -> str:
 
 
 def _rows(plan: BlockPlan) -> int:
-    """Return how many rows the columns have, so that all columns are about equally tall."""
+    """Return how many rows the columns have, so that all columns are about equally tall.
+
+    With 14 rows at most, 20 blocks stand in two columns of 10.
+    """
     blocks = len(plan.all_blocks)
     columns = math.ceil(blocks / ROWS)
     return math.ceil(blocks / columns)
@@ -293,7 +296,7 @@ def _add_blocks(graph: Digraph, columns: Columns, progress: Progress | None) -> 
 def _align_rows(graph: Digraph, columns: Columns) -> None:
     """Set the boxes of each row beside each other, where there are several columns."""
     blocks = columns.plan.all_blocks
-    # A row with a box in the first column only has nothing beside it.
+    # A row whose only box is in the first column needs no alignment.
     in_other_columns = len(blocks) - columns.rows
     for first in range(min(columns.rows, in_other_columns)):
         with graph.subgraph() as row:

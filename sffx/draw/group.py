@@ -26,6 +26,7 @@ def grouped(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
         return tuple(nodes)
     deepest = max(len(_path(node, block)) for node in nodes)
     best = tuple(nodes)
+    # From the deepest modules to the outermost: the deeper they are, the more a drawing says.
     for depth in range(deepest - 1, 0, -1):
         found = _grouped_at(depth, block, nodes)
         if len(found) < len(best):
@@ -36,6 +37,7 @@ def grouped(block: Block, nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def _path(node: Node, block: Block) -> list[str]:
+    """Return the modules around a layer and the layer itself: ["attn", "proj"]; [] of functions."""
     return relative(node.call, block).split(".") if node.is_module else []
 
 
@@ -45,27 +47,37 @@ def _grouped_at(depth: int, block: Block, nodes: Sequence[Node]) -> tuple[Node, 
     The nodes stay as they are if two values of a module leave the block, or if modules would read
     each other.
     """
-    group_of: dict[str, str] = {}
-    for node in nodes:
-        path = _path(node, block)
-        # A layer at that depth or above is a part of its own.
-        group_of[node.name] = ".".join(path[:depth]) if len(path) > depth else node.name
     leaving = {block.output, *block.sides}
+    group_of = _groups_at(depth, block, nodes)
     _absorb_joins(nodes, group_of, leaving)
     members: dict[str, list[Node]] = {}
     for node in nodes:
         members.setdefault(group_of[node.name], []).append(node)
-    # A group is named after the value that leaves the block, by which later blocks read it.
+    # Later blocks read a value by its name. So a group has the name of the value that leaves it.
     name_of: dict[str, str] = {}
     for group, own in members.items():
-        given = [node.name for node in own if node.name in leaving]
-        if len(given) > 1:
+        leaving_here = [node.name for node in own if node.name in leaving]
+        if len(leaving_here) > 1:
             return tuple(nodes)
-        name_of[group] = given[0] if given else own[-1].name
-    made = []
+        name_of[group] = leaving_here[0] if leaving_here else own[-1].name
+    merged = []
     for group, own in members.items():
-        made.append(_merged(group, own, block, group_of, name_of))
-    return _in_order(made) or tuple(nodes)
+        merged.append(_merged(group, own, block, group_of, name_of))
+    return _in_order(merged) or tuple(nodes)
+
+
+def _groups_at(depth: int, block: Block, nodes: Sequence[Node]) -> dict[str, str]:
+    """Return the group of each node: a module at a depth, or the node's own name.
+
+    At depth 1, the layers "attn.qkv" and "attn.proj" are in the group "attn".
+    """
+    group_of: dict[str, str] = {}
+    for node in nodes:
+        path = _path(node, block)
+        # A layer at that depth or above is a part of its own.
+        is_inside = len(path) > depth
+        group_of[node.name] = ".".join(path[:depth]) if is_inside else node.name
+    return group_of
 
 
 def _absorb_joins(nodes: Sequence[Node], group_of: dict[str, str], leaving: set[str]) -> None:
@@ -88,21 +100,32 @@ def _merged(
     group_of: dict[str, str],
     name_of: dict[str, str],
 ) -> Node:
-    """Return one node for the nodes of a group; its reads name other such nodes."""
+    """Return one node for the nodes of a group; its reads name other such nodes.
+
+    Args:
+        group: its name, relative to the block.
+        own: the nodes of the group.
+        block: of all nodes.
+        group_of: the group of each node by the node's name.
+        name_of: the name of the new node of each group.
+    """
+    # A dict has each source once, in order.
     reads: dict[str, None] = {}
     for node in own:
         for read in node.reads:
             source = group_of.get(read)
             if source is None:  # a value from outside
                 reads[read] = None
-            elif source != group:
+            elif source != group:  # an edge inside the group is not drawn
                 reads[name_of[source]] = None
     layers = [node for node in own if node.is_module]
     if len(layers) < 2:
         # A layer with the join before it, or no layer at all.
         shown = (layers or own)[-1]
         return replace(shown, name=name_of[group], reads=tuple(reads))
-    prefix = layers[0].call.removesuffix(relative(layers[0].call, block))
+    # A call is a whole qualname, so the group's gets what stands before the relative one.
+    qualname = layers[0].call
+    prefix = qualname.removesuffix(relative(qualname, block))
     return Node(
         name=name_of[group],
         call=f"{prefix}{group} ({len(layers)})",
@@ -120,6 +143,7 @@ def _in_order(nodes: Iterable[Node]) -> tuple[Node, ...]:
         ready = [node for node in waiting.values() if waiting.keys().isdisjoint(node.reads)]
         if not ready:
             return ()
-        # One at a time: those that were waiting for it may come before the others.
+        # Only the first one: a node that waited for it alone comes next, before the other ready
+        # ones, as in the order of the graph.
         ordered.append(waiting.pop(ready[0].name))
     return tuple(ordered)

@@ -29,13 +29,13 @@ from sffx.draw.words import (
     block_facts,
     head_in_words,
     heading,
-    leaf_in_words,
     plan_facts,
     shape_in_words,
     shorten,
     shorten_block_name,
 )
 from sffx.parts import index_of
+from sffx.plan_table import leaf_in_words
 
 # A box names at most so many modules, in at most so many lines. An edge names so many values.
 MODULES_SHOWN = 8
@@ -231,13 +231,17 @@ def _module_lines(block: Block) -> list[str]:
         if len(items) <= MODULES_SHOWN and len(lines) <= MODULE_LINES:
             return lines
     if len(items) > MODULES_SHOWN:
-        # The first and the last modules show how the block begins and ends.
+        # The first and the last modules show how the block begins and ends. These seven and the
+        # words between them are as many items as a box has room for.
         items = [*items[:4], f"… {len(items) - 7} more …", *items[-3:]]
     return _lines(items)
 
 
 def _modules_at(depth: int, paths: Sequence[Sequence[str]]) -> list[str]:
-    """Return the modules down to a depth, each with the number of its leaves or of its calls."""
+    """Return the modules down to a depth, each with the number of its leaves or of its calls.
+
+    Of the paths attn.qkv, attn.proj, relu and relu, depth 1 gives "attn (2)" and "relu ×2".
+    """
     calls_by_module: dict[str, list[str]] = {}
     for path in paths:
         module = ".".join(path[:depth])

@@ -24,11 +24,11 @@ from sffx.draw.words import (
     cut_in_words,
     head_in_words,
     heading,
-    leaf_in_words,
     plan_facts,
     printable,
     shape_in_words,
 )
+from sffx.plan_table import leaf_in_words
 from sffx.tables import short_byte_size, short_number
 
 # The page can reach nothing but itself, whatever the names of a model hold.

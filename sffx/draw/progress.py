@@ -40,7 +40,10 @@ class Progress:
 
         A block without an accuracy has none, "", and neither has one whose accuracy is nan.
         """
-        accuracies = {key: value for key, value in self.of_blocks.items() if math.isfinite(value)}
+        accuracies = {}
+        for block, value in self.of_blocks.items():
+            if math.isfinite(value):
+                accuracies[block] = value
         if name not in accuracies:
             return ""
         return _between(accuracies[name], accuracies.values(), ACCURACY_COLOURS)
@@ -51,9 +54,9 @@ class Progress:
         The scale is logarithmic. A rate of 0, or one that is not finite, has the colour of the
         lowest.
         """
-        logs = [math.log(rate) for rate in self.rates.values() if 0 < rate < math.inf]
+        logs = [math.log(rate) for rate in self.rates.values() if _has_log(rate)]
         rate = self.rates[name]
-        own = math.log(rate) if 0 < rate < math.inf else min(logs, default=0.0)
+        own = math.log(rate) if _has_log(rate) else min(logs, default=0.0)
         return _between(own, logs, RATE_COLOURS)
 
     def summary(self) -> str:
@@ -71,6 +74,10 @@ class Progress:
 def percent(share: float) -> str:
     """Return a share as drawings show it: "93.1 %"."""
     return f"{100 * share:.1f} %"
+
+
+def _has_log(rate: float) -> bool:
+    return 0 < rate < math.inf
 
 
 def _between(value: float, values: Collection[float], colours: tuple[str, str]) -> str:

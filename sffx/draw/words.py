@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sffx.blocks import Block, BlockPlan, Leaf, Options, option_name
+from sffx.blocks import Block, BlockPlan, Options, option_name
 from sffx.draw.style import NAME_WIDTH
 from sffx.learning.named_heads import REGIONS, parse_goodness
+from sffx.plan_table import blocks_in_words
 from sffx.tables import short_byte_size, short_number
 from sffx.tasks import CLASSIFICATION, Task
 
@@ -90,6 +91,7 @@ def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
         return ["hidden layer", last]
     if plan.task.form == "number":
         return [last]
+    # An ordinary SFF head needs no words: the legend names it. Kernels of 3 are "3×3" on an image.
     axes = len(block.shape) - 1
     if kind == "sff" and options.kernel_size > 1 and axes:
         size = "×".join([str(options.kernel_size)] * axes)
@@ -113,11 +115,6 @@ def classifier_in_words(plan: BlockPlan) -> str:
         return "does not learn"
     scores = "numbers" if plan.task.form == "number" else "logits"
     return f"learns by {plan.task.loss_name} from its own {scores}"
-
-
-def blocks_in_words(plan: BlockPlan) -> str:
-    """Return how many blocks a plan has: "9 feature blocks"."""
-    return "1 feature block" if len(plan) == 1 else f"{len(plan)} feature blocks"
 
 
 def heading(plan: BlockPlan) -> str:
@@ -151,12 +148,6 @@ def block_facts(block: Block) -> str:
     return " · ".join(facts)
 
 
-def leaf_in_words(leaf: Leaf) -> str:
-    """Return which module was not traced, what it holds, and why."""
-    share = f"{leaf.share:.0%} of the parameters"
-    return f"{leaf.qualname} ({leaf.kind}, {share}): {leaf.reason}"
-
-
 def shape_in_words(shape: Sequence[int]) -> str:
     """Return a shape as "64×56×56", or "scalar"."""
     return "×".join(map(str, shape)) or "scalar"
@@ -172,7 +163,8 @@ def shorten(name: str, width: int) -> str:
     """Return a name of at most `width` characters, shortened from the left.
 
     Qualified names differ at their ends, so the end stays, behind an ellipsis. It begins after a
-    dot if that loses less than half of it.
+    dot if that loses less than half of it. In 18 characters, "features.denseblock1.conv2" is
+    "…denseblock1.conv2", and in 12 it is "…conv2".
     """
     if len(name) <= width:
         return name

@@ -88,7 +88,9 @@ def _differences(checkpoint: Checkpoint, given: dict[str, Any]) -> list[str]:
     if checkpoint.cut is None:
         return []
     recorded = dict(checkpoint.cut)
-    recorded["task"] = task_of_record(recorded["task"]) if "task" in recorded else CLASSIFICATION
+    # What is not recorded is the default, as `BlockPlan.record` leaves it out.
+    has_task = "task" in recorded
+    recorded["task"] = task_of_record(recorded["task"]) if has_task else CLASSIFICATION
     recorded["objective"] = recorded.get("objective", {"name": "sff"})["name"]
     differences = []
     for name in ("objective", "policy", "goodness", "kernel_size", "norm", "task"):

@@ -109,6 +109,7 @@ def _wholes(kinds: dict[str, str], public: dict[str, Any]) -> dict[str, str]:
     """Return the functions or classes that no other one among them uses; all if none is left."""
     used: set[str] = set()
     for name in kinds:
+        # A function that calls itself is no part of another one.
         used.update(_names_used(public[name]) - {name})
     wholes = {name: kind for name, kind in kinds.items() if name not in used}
     return wholes or kinds
@@ -119,6 +120,7 @@ def _names_used(thing: Any) -> set[str]:
     names: set[str] = set()
     functions = [thing]
     if isinstance(thing, type):
+        # A static or a class method holds its function.
         functions = [getattr(each, "__func__", each) for each in vars(thing).values()]
     for function in functions:
         code = getattr(function, "__code__", None)
@@ -219,6 +221,7 @@ def _file_and_name(source: str, name: str | None) -> tuple[Path | None, str | No
     """
     place, name_in_file = place_and_name(source)
     path = Path(source)
+    # "model.py:make_net". But a file may itself be called "net.py:old.py".
     if path.suffix != ".py" and place.endswith(".py") and name is None:
         path = Path(place)
         name = name_in_file
@@ -356,9 +359,10 @@ def _build(thing: Any, name: str, place: str, num_classes: int | None) -> nn.Mod
         )
     required = _required(thing)
     if required:
+        arguments_given = ", ".join(f"{each}=..." for each in required)
         raise InputError(
             f"{name} in {place} needs {', '.join(required)}. "
-            f"Hint: give them, '{name}({', '.join(f'{each}=...' for each in required)})'"
+            f"Hint: give them, '{name}({arguments_given})'"
         )
     takes_classes = num_classes is not None and _takes_num_classes(thing)
     arguments = {"num_classes": num_classes} if takes_classes else {}
@@ -422,11 +426,13 @@ def _own_errors(place: str) -> Iterator[None]:
         yield
     except InputError:
         raise
+    # A script may end itself, by sys.exit.
     except (Exception, SystemExit) as error:
         frames = []
         for frame in traceback.extract_tb(error.__traceback__):
             if not _is_machinery(frame.filename):
                 frames.append(frame)
+        # The lines of the file itself; if the error is in a package, its innermost line.
         own = [frame for frame in frames if frame.filename == place] or frames[-1:]
         lines = [*traceback.format_list(own), *traceback.format_exception_only(error)]
         raise InputError(

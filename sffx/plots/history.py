@@ -75,24 +75,35 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
 
 def _listed(history: Any) -> list[Any]:
     try:
+        # Of a mapping, the keys would be taken for epochs.
         if not isinstance(history, Mapping):
             return list(history)
     except TypeError:
-        pass  # told below
+        pass  # it cannot be iterated over, as the error below says
     kind = type(history).__name__
     raise InputError(f"history is a {kind}, not a list of epochs. {HINT}, one for each epoch")
 
 
 def _checked(epoch: Epoch) -> Epoch:
-    """Return an epoch whose values are floats."""
-    checked: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-    for kind, values in checked.items():
+    """Return an epoch whose values are floats; raise an InputError for one that is no number."""
+    checked: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        values = {}
         for name, given in getattr(epoch, kind).items():
             values[name] = _value(given, name, kind, epoch.number)
+        checked[kind] = values
     return Epoch(epoch.number, **checked)
 
 
 def _value(given: Any, name: Any, kind: str, number: int) -> float:
+    """Return a value as a float.
+
+    Args:
+        given: the value.
+        name: of the block or the readout.
+        kind: "accuracy", "loss" or "lr".
+        number: of the epoch.
+    """
     where = f"the {kind} of {name!r} in epoch {number}"
     if not isinstance(name, str):
         raise InputError(f"{where} has no text as its name. Hint: 'block_0', 'ensemble', ...")
@@ -125,6 +136,7 @@ def _with_rates(listed: Sequence[Epoch], rates: Any) -> list[Epoch]:
 
 
 def _epoch(number: int, entry: Any) -> Epoch:
+    """Return an epoch, given what `sffx.evaluate` returned or a mapping with the same names."""
     values: dict[str, Any] = {}
     for kind in KINDS:
         if isinstance(entry, Mapping):
@@ -202,6 +214,7 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
 
 
 def _number(path: Path, row: Mapping[str, str], column: str, kind: type) -> Any:
+    """Return a cell of a log as a number of a kind, `int` or `float`."""
     try:
         return kind(row.get(column, ""))
     except (TypeError, ValueError) as cause:

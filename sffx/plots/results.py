@@ -128,6 +128,7 @@ def plot_training(
     for axes, kind in zip(row, kinds, strict=True):
         _draw_curves(axes, kind, names, trained)
     handles = _curve_handles(names)
+    # One for all panels, since a block has the same colour in each.
     figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
     return save(figure, path)
 
@@ -271,21 +272,28 @@ def _spans_a_decade(kind: str, trained: Sequence[Epoch]) -> bool:
 
 
 def _curve_style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return how the line of a block or a readout looks, among all names that are drawn."""
     from matplotlib import colormaps
 
     blocks, whole = _parted(names)
     if name in WHOLE:
         return {"color": WHOLE[name], "linestyle": "--", "linewidth": 1.6}
     if not is_block(name):
-        index = [other for other in whole if other not in WHOLE].index(name)
-        dashes = DASHES[index // len(OTHERS) % len(DASHES)]
-        return {"color": OTHERS[index % len(OTHERS)], "linestyle": dashes, "linewidth": 1.6}
+        unknown = [other for other in whole if other not in WHOLE]
+        index = unknown.index(name)
+        # When all colours are used, they come again with other dashes.
+        turns = index // len(OTHERS)
+        colour = OTHERS[index % len(OTHERS)]
+        dashes = DASHES[turns % len(DASHES)]
+        return {"color": colour, "linestyle": dashes, "linewidth": 1.6}
+    # From 0 for the first block to 1 for the last.
     depth = blocks.index(name) / max(1, len(blocks) - 1)
     # The lightest colours of the scale would not be seen on white.
     return {"color": colormaps["viridis"](0.88 * depth), "linewidth": 1.2}
 
 
 def _curve_handles(names: Sequence[str]) -> list[Any]:
+    """Return the lines of the legend."""
     from matplotlib.lines import Line2D
 
     blocks, others = _parted(names)

@@ -129,10 +129,13 @@ def confusion(net: fx.GraphModule, loader: Iterable[Any]) -> Tensor:
     with evaluating(net):
         for scores, y in scored(net, loader):
             predicted = readout.read(scores, "ensemble").argmax(dim=1)
+            # A number for each cell of the matrix, row by row.
             pairs = y * size + predicted
             counts += torch.bincount(pairs, minlength=size * size).cpu()
     counts = counts.reshape(size, size)
-    return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    # A class without samples is divided by 1, which leaves its zeros.
+    samples = counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return counts / samples
 
 
 @torch.no_grad()
@@ -142,11 +145,13 @@ def goodnesses(net: fx.GraphModule, loader: Iterable[Any]) -> tuple[Tensor, Tens
     K counts the feature blocks and N the samples.
     """
     size = _num_classes(net)
+    # From the label of a sample to those of the other classes, around the end to the beginning.
     steps = torch.linspace(1, size - 1, min(OTHERS, size - 1)).long()
     true = []
     others = []
     with evaluating(net):
         for scores, y in scored(net, loader):
+            # The last scores are the logits of the classifier, which are no goodness.
             goodness = scores[:-1].cpu()
             labels = y.cpu()[:, None]
             true.append(_of_classes(goodness, labels))

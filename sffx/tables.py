@@ -121,13 +121,16 @@ def read_byte_size(text: str | int) -> int:
         InputError: it cannot be read, or is not positive.
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B)?\s*", str(text), re.IGNORECASE)
+    # 0 stands for what cannot be read.
     size = 0
     if match and not isinstance(text, bool):
-        unit = _READ_UNITS[(match[2] or "B").upper()]
+        number, unit = match[1], match[2] or "B"
         try:
-            size = int(float(match[1]) * unit)
+            size = int(float(number) * _READ_UNITS[unit.upper()])
         except ValueError:  # "1.2.3"
             size = 0
+        except OverflowError:  # more than 308 digits
+            size = MOST_BYTES + 1
     if not 1 <= size <= MOST_BYTES:
         problem = "cannot be read" if size < 1 else "is more than any machine has"
         raise InputError(
@@ -143,6 +146,7 @@ def in_mib(size: int) -> str:
 
 def short_number(number: int) -> str:
     """Return a number with three significant digits and its prefix: "11.7 M", "230 k", "64"."""
+    # From 999.5 on, three digits would be printed as "1000".
     if number < 999.5:
         return str(number)
     size = number / 1000

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sffx.errors import InputError
 from sffx.tables import (
     GIB,
     KIB,
@@ -14,6 +15,7 @@ from sffx.tables import (
     byte_size,
     html_table,
     in_mib,
+    read_byte_size,
     short_byte_size,
     short_number,
     text_table,
@@ -126,3 +128,8 @@ def test_bytes_have_their_unit(size: int, long: str, short: str, mib: str) -> No
 )
 def test_numbers_keep_three_digits(number: int, text: str) -> None:
     assert short_number(number) == text
+
+
+def test_a_budget_of_hundreds_of_digits_is_more_than_any_machine_has() -> None:
+    with pytest.raises(InputError, match="is more than any machine has"):
+        read_byte_size("9" * 400)

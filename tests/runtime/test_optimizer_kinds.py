@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import sffx
+from sffx.runtime.options import Counters
 from tests.toys import kept
 
 Groups = list[Any]
@@ -156,3 +157,17 @@ def test_an_error_in_the_step_leaves_the_counts_and_the_parameters_in_the_groups
         sffx.local_step(net, x, y, optimizer)
     assert optimizer.param_groups[0]["steps"] == 2
     assert len(optimizer.param_groups[0]["params"]) == len(list(net.parameters()))
+
+
+def test_only_what_is_counted_in_a_group_is_remembered() -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    group = {"params": [first, second], "lr": 0.1}
+    counters = Counters()
+    for _ in range(3):
+        for block in (first, second):
+            with counters.counting_once([group], block):
+                pass
+    assert not counters._starts
+    with counters.counting_once([group], first):
+        group["steps"] = 1
+    assert len(counters._starts) == 1

@@ -72,7 +72,9 @@ class CachedOutputs(Dataset[tuple[CutValues, Tensor]]):
                 f"the index is {index!r}, not that of a sample. "
                 "Hint: torch.utils.data.Subset for several samples"
             )
+        # A range reads negative indices, and raises an IndexError for those out of it.
         position = range(self._samples)[index]
+        # The last chunk that begins at this sample or before it.
         chunk = bisect_right(self._starts, position) - 1
         row = self._chunks[chunk][position - self._starts[chunk]]
         # A copy, so that whoever writes into a sample does not write into the cache.
@@ -203,11 +205,13 @@ def _run(net: fx.GraphModule, loader: Iterable[Any], last: Stage, rows: _Rows) -
 
 
 def _pair(batch: Any, device: torch.device) -> tuple[Any, Tensor]:
-    """Return x and y of what a loader yielded, on a device."""
-    x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    # It makes a plain mapping of cached values.
+    """Return x and y of what a loader yielded, on a device. Cached values stay `CutValues`."""
     moved, y = split_batch(batch, device)
-    return (x.to(device) if isinstance(x, CutValues) else moved), y
+    # `split_batch` has refused all but pairs. It makes a plain mapping of cached values.
+    x = batch[0]
+    if isinstance(x, CutValues):
+        return x.to(device), y
+    return moved, y
 
 
 def _checked(net: fx.GraphModule, x: Any, y: Tensor) -> tuple[int, Tensor]:
@@ -233,6 +237,7 @@ def _by_sample(net: fx.GraphModule, value: Any, samples: int, name: str) -> Tens
         )
     if not has_views:
         return value
+    # Row v * B + n is view v of sample n, and the views of a sample go together.
     return value.unflatten(0, (rows // samples, samples)).movedim(0, 1)
 
 

@@ -299,6 +299,7 @@ class Offloading(Residency):
         load = self.loaded
         self.loaded = None
         assert load is not None  # the callers have checked it
+        # More than was loaded may leave: a first step has made the state of the optimizer.
         leaving = [tensor for tensor in self._tensors(load.block) if self._is_on_device(tensor)]
         # Loaded memory is freed even if its tensors are on other memory by now.
         freed = dict(load.device)
@@ -306,6 +307,7 @@ class Offloading(Residency):
             freed[storage_key(tensor)] = _bytes(tensor)
         reusable = self._reusable(load, freed)
         host = self._host_memory(load, leaving, freed, reusable)
+        # Parameters that have not changed need no copy if host memory still has them.
         to_copy = {storage_key(tensor) for tensor in leaving}
         if not changed:
             parameters = {storage_key(p) for p in self._parameters(load.block)}

@@ -118,14 +118,16 @@ class Replication(Residency):
         self.group = group
         self._stages = stages_of(net)
         self.wait: Wait | None = agreement.wait if group is agreement.group else None
-        self._loads = 0
+        self._loads = 0  # state dicts that were loaded
         self._is_learning = False  # in a step or a loss
         self._is_settling = False
         self._announcement: Word | None = None  # from when a step begins until a block runs
+        # Gradients that wait for the others' word, and updates that wait for their gradients, in
+        # the order in which they were computed. An update may be in both.
         self._unsent: list[Sending] = []
         self._pending: list[Sending] = []
-        self._failure = ""
-        self._is_incomplete = False
+        self._failure = ""  # of this process or of another one
+        self._is_incomplete = False  # whether an update was lost in the middle of a step
         self._hooks: list[Any] = []
         self._optimizers: set[Optimizer] = set()
 
@@ -178,7 +180,9 @@ class Replication(Residency):
             ProcessError: another process failed, or does something else.
         """
         self._require_sound()
-        detail = zlib.crc32(repr([layout_of(stage) for stage in stages]).encode())
+        # A number in the place of the layouts, which are long.
+        layouts = [layout_of(stage) for stage in stages]
+        detail = zlib.crc32(repr(layouts).encode())
         self._announcement = Word(action, self.agreement.steps + 1, detail, self._loads)
         self._is_learning = True
         try:
@@ -269,6 +273,7 @@ class Replication(Residency):
         if number and self._unsent:
             self._send(block=True)
         for _ in range(number):
+            # It counts as pending until it is applied, since an error may come in between.
             self._pending[0].apply(self.wait)
             self._pending.pop(0)
 
@@ -371,9 +376,10 @@ class Replication(Residency):
         self._failure = f"{type(error).__name__}: {error}"
         self.agreement.fail(error)
         unsent = set(self._unsent)
-        # What was sent completes a step only if all of it was.
-        is_complete = all(sending in unsent for sending in self._of_this_step())
-        self._is_incomplete = self._is_incomplete or not is_complete
+        # If nothing of this step was sent, all of it is dropped, and the weights are those of the
+        # step before. Otherwise a part of it is applied.
+        was_sent = any(sending not in unsent for sending in self._of_this_step())
+        self._is_incomplete = self._is_incomplete or was_sent
         self._pending = [sending for sending in self._pending if sending not in unsent]
         self._unsent.clear()
 

@@ -71,13 +71,15 @@ class BlockSchedule:
             epochs: how many for each block, how many by the block's name, or in order.
         """
         names = _names(net)
-        is_one = isinstance(epochs, Integral)
-        counts = dict.fromkeys(names, epochs) if is_one else epochs
+        counts: Any = epochs
+        if isinstance(epochs, Integral):
+            counts = dict.fromkeys(names, epochs)
         spans: dict[str, range] = {}
         start = 0
-        for name, count in _by_name(counts, names).items():
-            spans[name] = range(start, start + positive_integer(f"epochs of {name}", count))
-            start = spans[name].stop
+        for name, given in _by_name(counts, names).items():
+            count = positive_integer(f"epochs of {name}", given)
+            spans[name] = range(start, start + count)
+            start += count
         return cls(net, spans)
 
     @classmethod
@@ -120,6 +122,7 @@ class BlockSchedule:
         end = 1
         for name in _names(net):
             of_block = [_loss(of_epoch, name) for of_epoch in losses]
+            # No block stops before an earlier one.
             end = max(end, _plateau(of_block, patience, threshold))
             spans[name] = range(end)
         return cls(net, spans)
@@ -160,9 +163,10 @@ class BlockSchedule:
         self._require(epoch)
         frozen: list[str] = []
         for name in self._names:
+            # A block without a span never learns, so it is frozen from the start.
             span = self._spans.get(name, range(0))
             if span.stop > epoch:
-                return frozen
+                break
             frozen.append(name)
         return frozen
 
@@ -239,6 +243,7 @@ def _checked(entries: Mapping[str, Any], names: list[str]) -> dict[str, range]:
         InputError: an entry is no range of epochs, or nobody learns in an epoch.
     """
     spans = {name: _span(name, entries[name]) for name in names if name in entries}
+    # By their beginnings: each span must begin before or where all earlier ones have ended.
     reached = 0
     for span in sorted(spans.values(), key=_start):
         if span.start > reached:
@@ -293,9 +298,10 @@ def _plateau(losses: Sequence[float], patience: int, threshold: float) -> int:
     lowest = math.inf
     end = 0
     for epoch, loss in enumerate(losses):
-        # Losses such as a mean of logarithms may be negative, so the share is of the size. Infinity
-        # less a share of infinity is not a number, so the first loss is asked for.
-        if loss < lowest - threshold * abs(lowest) or math.isinf(lowest):
+        # Infinity less a share of infinity is not a number, so the first loss is asked for. Losses
+        # such as a mean of logarithms may be negative, so the share is of the size.
+        is_lower = math.isinf(lowest) or loss < lowest - threshold * abs(lowest)
+        if is_lower:
             lowest = loss
             end = epoch + 1
         elif epoch + 1 - end >= patience:

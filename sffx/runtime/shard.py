@@ -250,6 +250,7 @@ class Sharding(Residency):
 
     def enter(self, stage: Stage, following: Stage | None) -> None:
         """Gather a stage that is about to run, and begin to gather the one after it."""
+        # What is coming is this stage: the walk names it as `following` before.
         if not self._coming:
             self._gather(stage)
         self._coming = []

@@ -34,11 +34,7 @@ class Skeleton:
         self._stage = stage
         self.task = stage.task
         self.reads = nodes_read_by(nodes)
-        inside = set(nodes)
-        self.keeps = []
-        for node in nodes[:-1]:
-            if any(user not in inside for user in node.users):
-                self.keeps.append(node)
+        self.keeps = _read_outside(nodes)
         self.module = _module_of(stage, nodes, self.reads, self.keeps)
         self._layers = list(self.module.modules())
         self._structure = _structure_of(self.module)
@@ -60,18 +56,21 @@ class Skeleton:
         """Return which attributes of a layer have changed since the first step, "" if none has."""
         for layer, before in zip(self._layers, self._attributes, strict=True):
             now = _attributes_of(layer)
+            # An attribute may have been added or removed since.
             names = {**before, **now}
             changed = [name for name in names if differ(before.get(name), now.get(name))]
-            if not changed:
-                continue
-            return (
-                f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
-                "first step. Hint: if its forward did not change it, sffx.compile(net) again"
-            )
+            if changed:
+                return (
+                    f"{', '.join(changed)} of a {type(layer).__name__} in it changed after the "
+                    "first step. Hint: if its forward did not change it, sffx.compile(net) again"
+                )
         return ""
 
     def structure(self) -> Any:
-        """Return a key that two stages have in common if they can run the same compiled code."""
+        """Return a key that two stages have in common if they can run the same compiled code.
+
+        The mode of a layer, and whether a parameter learns, may change between steps.
+        """
         modes = tuple(layer.training for layer in self._layers)
         learning = tuple(parameter.requires_grad for parameter in self.module.parameters())
         return self._structure, modes, learning
@@ -92,6 +91,16 @@ class Skeleton:
         self._stage.forget_read(values)
 
 
+def _read_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the nodes of a stage whose values later stages read; the last node is the scores."""
+    inside = set(nodes)
+    kept = []
+    for node in nodes[:-1]:
+        if any(user not in inside for user in node.users):
+            kept.append(node)
+    return kept
+
+
 def _module_of(
     stage: Stage, nodes: Sequence[fx.Node], reads: Sequence[fx.Node], keeps: Sequence[fx.Node]
 ) -> fx.GraphModule:
@@ -101,6 +110,7 @@ def _module_of(
     structure have the same code.
     """
     writer = _Writer()
+    # What stands in the new graph for each node of the outer one.
     values: dict[fx.Node, Any] = {}
     for i, node in enumerate(reads):
         values[node] = writer.graph.placeholder(f"input_{i}")
@@ -139,6 +149,7 @@ class _Writer:
             arguments: the nodes of what it reads, in order.
         """
         values: dict[fx.Node, Any] = {}
+        # The placeholders of a graph stand in the order of the arguments.
         ahead = iter(arguments)
         for node in module.graph.nodes:
             if node.op == "placeholder":
@@ -166,7 +177,8 @@ class _Writer:
             target = self._name_of(operator.attrgetter(target)(owner))
         picks = node.op == "call_function" and target is operator.getitem
         if picks and isinstance(args[0], tuple):
-            # A block that returns several values was written out.
+            # It picks one of the values that a block returns. That block was written out, so the
+            # tuple holds nodes, and nothing is left to compute.
             returned, index = args
             return returned[index]
         name = f"value_{len(self.graph.nodes)}"
@@ -174,14 +186,16 @@ class _Writer:
 
     def _name_of(self, part: Any) -> str:
         """Return the name of a layer or tensor in the root, which holds it from now on."""
-        if id(part) not in self._names:
-            name = f"part_{len(self._names)}"
-            self._names[id(part)] = name
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.root.register_buffer(name, part)
-            else:
-                setattr(self.root, name, part)
-        return self._names[id(part)]
+        known = self._names.get(id(part))
+        if known is not None:
+            return known
+        name = f"part_{len(self._names)}"
+        self._names[id(part)] = name
+        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+            self.root.register_buffer(name, part)
+        else:
+            setattr(self.root, name, part)
+        return name
 
 
 def _structure_of(module: fx.GraphModule) -> Any:
@@ -209,6 +223,7 @@ def _settings_of(layer: nn.Module) -> Any:
     settings = []
     for name, value in _attributes_of(layer).items():
         is_simple = isinstance(value, (bool, int, float, str, tuple, torch.dtype, type(None)))
+        # Two other values may be equal and be written to later, so each stands for itself.
         settings.append((name, value if is_simple else id(value)))
     return tuple(settings)
 

@@ -270,7 +270,7 @@ class _Memo:
     """The stages of one cut model.
 
     They refer to its modules and nodes, so a copy of the model makes its own: `__reduce__` gives
-    the copy an empty memo.
+    the copy an empty memo. A graph that was edited has other code, and other stages.
     """
 
     def __init__(self, net: fx.GraphModule | None = None) -> None:
@@ -369,6 +369,7 @@ def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
     # The head of a block, and the classifier itself, give the scores.
     scorers = {part[-1] for part in plan.parts}
     stages = [_Nodes() for _ in plan.all_blocks]
+    # Nodes before the call of a block belong to the stage before it, but for those of the first.
     index = 0
     is_scored = False
     for node in graph.nodes:
@@ -391,6 +392,7 @@ def _split(graph: fx.Graph, plan: BlockPlan) -> list[_Nodes]:
 
 
 def _reads(net: fx.GraphModule, block: Block) -> tuple[Value, ...]:
+    """Return the values that a block reads, with their shapes and dtypes."""
     plan = plan_of(net)
     placeholders = placeholders_of(net)
     values: dict[str, Value] = {}

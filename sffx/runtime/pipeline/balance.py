@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +47,7 @@ def seconds_of_blocks(net: fx.GraphModule, x: Any, device: torch.device) -> list
     bound = bind(plan, x) if x is not None else _random_inputs(plan)
     values = input_values(net, _on(device, _dtype_of(net), bound))
     seconds = []
+    # Each stage leaves in `values` what the next one reads.
     with untouched_randomness():
         for stage in stages_of(net):
             with _copies_in_place(net, stage, device):
@@ -70,37 +71,65 @@ def balanced(seconds: Sequence[float], stages: int, tied: Mapping[int, str]) -> 
     if len(allowed) < stages - 1:
         shared = ""
         if tied:
-            shared = f", since blocks share {', '.join(dict.fromkeys(tied.values()))}"
+            names = ", ".join(dict.fromkeys(tied.values()))
+            shared = f", since blocks share {names}"
         raise InputError(
             f"{stages} processes share {count} blocks (the classifier included) that can be "
             f"divided at {len(allowed)} places{shared}. Hint: start {len(allowed) + 1} processes "
             "or fewer, use replicas=, or cut the model into more blocks"
         )
-    # The best division of the first `end` blocks into so many stages, by `end`:
-    # the seconds of its slowest stage, and where its stages begin.
-    best: dict[int, tuple[float, list[int]]] = {}
-    for end in [*allowed, count]:
+    # The best division of the first `end` blocks, by `end`: into one stage, then into one more in
+    # each round. A division is the seconds of its slowest stage, and where its stages begin.
+    ends = [*allowed, count]
+    best: dict[int, _Division] = {}
+    for end in ends:
         best[end] = (sum(seconds[:end]), [0])
     for _ in range(stages - 1):
-        longer: dict[int, tuple[float, list[int]]] = {}
-        for end in [*allowed, count]:
-            for begin, (slowest, begins) in best.items():
-                if begin >= end:
-                    continue
-                candidate = max(slowest, sum(seconds[begin:end])), [*begins, begin]
-                if end not in longer or candidate < longer[end]:
-                    longer[end] = candidate
-        best = longer
-    return best[count][1]
+        best = _with_one_more_stage(best, seconds, ends)
+    _, begins = best[count]
+    return begins
+
+
+_Division: TypeAlias = tuple[float, list[int]]
+
+
+def _with_one_more_stage(
+    best: Mapping[int, _Division], seconds: Sequence[float], ends: Sequence[int]
+) -> dict[int, _Division]:
+    """Return the best divisions into one stage more, by the number of blocks that they divide.
+
+    Args:
+        best: the best divisions, by the number of blocks.
+        seconds: of each block.
+        ends: where a stage may end.
+    """
+    longer: dict[int, _Division] = {}
+    for end in ends:
+        for begin, (slowest, begins) in best.items():
+            if begin >= end:
+                continue
+            # The new stage has the blocks from `begin` to `end`. Of two equally slow divisions,
+            # the one with the earlier beginnings is taken.
+            candidate = (max(slowest, sum(seconds[begin:end])), [*begins, begin])
+            if end not in longer or candidate < longer[end]:
+                longer[end] = candidate
+    return longer
 
 
 def _random_inputs(plan: BlockPlan) -> dict[str, Any]:
+    """Return a random batch by the names of the inputs."""
     tensors = random_batch(plan.inputs, SAMPLES)
     return {each.name: tensor for each, tensor in zip(plan.inputs, tensors, strict=True)}
 
 
 def _seconds(stage: Stage, values: Values, device: torch.device) -> float:
-    """Return the seconds of a step on one stage, and hand its output on to the values."""
+    """Return the seconds of a step on one stage, and hand its output on to the values.
+
+    Args:
+        stage: to run several times.
+        values: that the stage reads. Afterwards they are those that later stages read.
+        device: that they are on.
+    """
     parameters = stage.trainable
     # AdamW takes no empty list.
     optimizer = torch.optim.AdamW(parameters or [nn.Parameter(torch.zeros(()))], lr=0.0)
@@ -153,7 +182,7 @@ def _runnable_copy(module: nn.Module, device: torch.device) -> nn.Module:
     runnable.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*runnable.parameters(), *runnable.buffers()):
-            # Any numbers that give no denormal ones, which take longer.
+            # Any number that leads to no denormal ones, with which a CPU computes more slowly.
             tensor.fill_(0.01 if tensor.is_floating_point() else 0)
     return runnable
 

@@ -43,13 +43,15 @@ def _gathered(
     received: dict[int, Tensor] = {}
     group = ranks.connections.everyone
     own = ranks.place.rank
+    # Each process goes through the stages in the same order, so that sends and receives meet.
     for of_stage, holders in zip(parts, ranks.place.ranks, strict=True):
         if destination in holders:
             continue
         # All replicas of a stage have the same, so the first one sends.
+        sender = holders[0]
         if own == destination:
-            received.update(_receive_parts(net, of_stage, holders[0], group))
-        elif own == holders[0]:
+            received.update(_receive_parts(net, of_stage, sender, group))
+        elif own == sender:
             _send_parts(net, of_stage, destination, group)
     return received
 
@@ -80,8 +82,9 @@ def _receive_parts(
         values = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
         if values.numel():
             dist.recv(as_bytes(values), source, group)
-        is_parameter = isinstance(meta, nn.Parameter)
-        received[id(meta)] = nn.Parameter(values, meta.requires_grad) if is_parameter else values
+        if isinstance(meta, nn.Parameter):
+            values = nn.Parameter(values, meta.requires_grad)
+        received[id(meta)] = values
     return received
 
 

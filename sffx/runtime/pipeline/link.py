@@ -67,7 +67,9 @@ class Outgoing:
         self._groups = groups
         self._watch = watch
         self._depth = depth
+        # Of each message, the oldest first: what torch returned, and the tensors.
         self._under_way: deque[tuple[list[dist.Work], list[Tensor]]] = deque()
+        # Of the last message, and what it has said about the next one.
         self._layout = b""
         self._promised = Word.END
         self.bytes_sent = 0

@@ -57,6 +57,7 @@ def mean_losses(reports: Sequence[Report]) -> dict[str, float]:
     Raises:
         InputError: there are no samples.
     """
+    # The replicas of a stage report the same blocks, and other stages report others.
     totals: dict[str, float] = {}
     samples: dict[str, int] = {}
     for report in reports:

@@ -112,6 +112,8 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is contiguous up to the order of its axes, as with channels last."""
+    # From the innermost axis on, each stride must be the number of elements further inside.
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:  # such an axis has any stride

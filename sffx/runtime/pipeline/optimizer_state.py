@@ -70,6 +70,7 @@ def _each(optimizers: Any) -> list[Optimizer]:
 
 
 def _state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer by name, with a mark for each of its parameters."""
     without_state = _without_state(optimizer)
     with _all_have_state(optimizer):
         state: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_FLAT)
@@ -79,9 +80,11 @@ def _state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _load(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, and remove what a mark says does not count."""
     with _all_have_state(optimizer):
         set_optimizer_state_dict(module, optimizer, state, options=_FLAT)
         loaded = dict(optimizer.state)
+    # `_all_have_state` has removed states that were loaded as well, so all are set again.
     for name, parameter in _own(module, optimizer).items():
         optimizer.state.pop(parameter, None)
         if parameter in loaded and state.get(_mark(name), True):
@@ -89,6 +92,7 @@ def _load(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Non
 
 
 def _mark(name: str) -> str:
+    """Return the key of the entry that says whether a parameter has a state."""
     return f"state.{name}.has_state"
 
 

@@ -56,22 +56,24 @@ def inseparable(net: fx.GraphModule) -> dict[int, str]:
     The blocks are given by index. A parameter or a buffer of several blocks must be on one process.
     So must tensors that share memory, and those that a head reads from another block.
     """
-    total = len(stages_of(net))
-    names: dict[int, str] = {}
+    # By memory and not by tensor, since a view of a parameter is another tensor.
+    name_of: dict[int, str] = {}
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        names.setdefault(storage_key(tensor), name)
+        name_of.setdefault(storage_key(tensor), name)
     blocks_of: dict[int, list[int]] = {}
-    for stage in stages_of(net):
-        for part in parts_of([stage], total):
+    stages = stages_of(net)
+    for stage in stages:
+        for part in parts_of([stage], len(stages)):
             for tensor in _reached(net.get_submodule(part)):
                 blocks_of.setdefault(storage_key(tensor), []).append(stage.index)
     tied: dict[int, str] = {}
     for key, indices in blocks_of.items():
         # A tensor that no module of the model owns is a copy on each process.
-        if key not in names:
+        if key not in name_of:
             continue
+        # A process has blocks in a row. So what blocks 2 and 5 share ties 3 and 4 as well.
         for index in range(min(indices) + 1, max(indices) + 1):
-            tied[index] = names[key]
+            tied[index] = name_of[key]
     return tied
 
 
@@ -124,8 +126,10 @@ def _release_computed(part: nn.Module) -> None:
     plain attribute.
     """
     for module in part.modules():
+        parameters = module._parameters
         for name, value in list(vars(module).items()):
-            is_computed = f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters
+            # "weight_orig" is of spectral norm and of pruning, "weight_g" of weight norm.
+            is_computed = f"{name}_orig" in parameters or f"{name}_g" in parameters
             if is_computed and isinstance(value, Tensor):
                 setattr(module, name, value.detach().to("meta"))
 
@@ -196,11 +200,17 @@ def _mark(tensor: Tensor) -> float | int:
     """Return what a tensor without values is filled with: NaN, or an integer that nobody draws."""
     if can_learn(tensor):
         return math.nan
+    # 113 is no usual value of a counter or an index, and fits into eight bits.
     return 1 if tensor.dtype == torch.bool else 113
 
 
 def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> dict[str, Empty]:
     """Move parts to a device; layers on the meta device draw new weights there.
+
+    Args:
+        net: the cut model.
+        parts: the names of the parts of this process.
+        device: to move to.
 
     Returns:
         The tensors that have no values yet by name. No layer has drawn any for them.
@@ -213,14 +223,15 @@ def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> di
     for part in parts:
         net.get_submodule(part).to(device)
     # By what was written and not by the layer: one may draw its weight and forget its buffers.
-    empty = {id(tensor): Empty.marked(tensor) for tensor in replaced.values() if tensor.numel()}
+    marked = {id(tensor): Empty.marked(tensor) for tensor in replaced.values() if tensor.numel()}
     for part in parts:
-        _draw(net.get_submodule(part), set(empty))
-    found: dict[str, Empty] = {}
+        _draw(net.get_submodule(part), set(marked))
+    still_empty: dict[str, Empty] = {}
     for name, tensor in tensors_of(net, parts).items():
-        if id(tensor) in empty and empty[id(tensor)].is_still_empty(tensor):
-            found[name] = empty[id(tensor)]
-    return found
+        empty = marked.get(id(tensor))
+        if empty is not None and empty.is_still_empty(tensor):
+            still_empty[name] = empty
+    return still_empty
 
 
 def _draw(part: nn.Module, empty: set[int]) -> None:
@@ -246,11 +257,14 @@ def require_same_everywhere(summaries: Sequence[tuple[str, dict[str, int]]]) -> 
                 f"{other_plan}\ninstead of\n{plan}\n"
                 "Hint: make the same model with the same policy on every process"
             )
-        for name in sorted(checksums.keys() ^ other_checksums.keys()):
-            ranks = (rank, 0) if name in checksums else (0, rank)
+        # A tensor on the meta device has no checksum.
+        on_one_side = sorted(checksums.keys() ^ other_checksums.keys())
+        if on_one_side:
+            name = on_one_side[0]
+            without, with_values = (rank, 0) if name in checksums else (0, rank)
             raise InputError(
-                f"{name} is on the meta device in process {ranks[0]}, where it has no values, and "
-                f"not in process {ranks[1]}. {WITHOUT_VALUES}"
+                f"{name} is on the meta device in process {without}, where it has no values, and "
+                f"not in process {with_values}. {WITHOUT_VALUES}"
             )
         different = [name for name in checksums if checksums[name] != other_checksums[name]]
         if different:

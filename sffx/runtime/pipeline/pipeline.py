@@ -438,8 +438,11 @@ class Pipeline:
         # Layers that drew their weights have drawn other ones in each replica. Sharing counts as
         # writing, so what has no values is left out.
         own = tensors_of(self.net, self._parts)
-        self._ranks.share_with_replicas([own[name] for name in own if name not in self._empty])
-        blocks = [[stage.name for stage in self._stages_of(i)] for i in range(self.place.stages)]
+        drawn = [tensor for name, tensor in own.items() if name not in self._empty]
+        self._ranks.share_with_replicas(drawn)
+        blocks = []
+        for index in range(self.place.stages):
+            blocks.append([stage.name for stage in self._stages_of(index)])
         self._ranks.name_stages(blocks)
 
     # What follows happens in each epoch.
@@ -447,8 +450,8 @@ class Pipeline:
     def _epoch(
         self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None], *, trains: bool
     ) -> Epoch:
-        ranks, depth = self._ranks, self._depth
-        return Epoch(self.net, self._stages, ranks, depth, loader, check, trains=trains)
+        """Return the batches of a loader, as this process gets them and sends them on."""
+        return Epoch(self.net, self._stages, self._ranks, self._depth, loader, check, trains=trains)
 
     def _scores(self, stage: Stage, values: Values) -> Tensor:
         """Run a stage, and return its scores."""
@@ -468,6 +471,7 @@ class Pipeline:
         self.net.plan.task.check_labels(y, samples, self.net.plan.num_classes)
 
     def _lessons(self, on_block: OnBlock | None) -> dict[Stage, Lesson]:
+        """Return how each own stage learns in an epoch."""
         if on_block is not None:
             require_callable("on_block", on_block, ("name", "scores", "loss"))
         lessons = {}
@@ -479,6 +483,7 @@ class Pipeline:
     def _seed(self, accumulate: int) -> int:
         """Return a seed for the dropout of an epoch, drawn by the first process."""
         drawn = int(torch.randint(2**62, (), device="cpu")) if self.first else None
+        # The processes agree on the action by the same message.
         action = f"trains with accumulate={accumulate}"
         return int(self._ranks.require_same_action(action, drawn)[0])
 
@@ -488,11 +493,14 @@ class Pipeline:
         losses = mean_losses(reports)
         if self.place.rank == self.place.everyone[0]:
             of_rank = dict(zip(self.place.everyone, reports, strict=True))
+            # One line for each stage, by its first replica.
             for first, *_ in self.place.ranks:
-                name, busy = self._ranks.name_of(first), 100 * of_rank[first].busy
+                name = self._ranks.name_of(first)
+                busy = 100 * of_rank[first].busy
                 LOGGER.info("%s was busy for %.0f %% of the epoch", name, busy)
         return losses
 
 
 def _inputs_among(values: Values) -> dict[str, Any]:
+    """Return the inputs of the model among the values of nodes, by the inputs' names."""
     return {str(node.target): value for node, value in values.items() if node.op == "placeholder"}

@@ -169,6 +169,7 @@ def _link_groups(place: Place, device: torch.device) -> dict[int, dist.ProcessGr
     """
     links: dict[int, dist.ProcessGroup] = {}
     # First the links behind stages of even number, then the others, so that nobody waits in a ring.
+    # Stage 2 makes link 2-3 while stages 0 and 1 make link 0-1, and then stages 1 and 2 make 1-2.
     for parity in (0, 1):
         before = place.stage if place.stage % 2 == parity else place.stage - 1
         if before < 0 or before + 1 == place.stages:

@@ -69,13 +69,14 @@ class Ranks:
         found = self.from_everyone((action, value))
         actions = [other for other, _ in found]
         if len(set(actions)) > 1:
-            named = zip(self.place.everyone, actions, strict=True)
-            each = "; ".join(f"{self.name_of(rank)} {other}" for rank, other in named)
+            phrases = []
+            for rank, other in zip(self.place.everyone, actions, strict=True):
+                phrases.append(f"{self.name_of(rank)} {other}")
             raise ProcessError(
-                f"the processes do different things: {each}. Hint: call train, evaluate and "
-                "gather in all processes, in the same order and with the same options"
+                f"the processes do different things: {'; '.join(phrases)}. Hint: call train, "
+                "evaluate and gather in all processes, in the same order and with the same options"
             )
-        return [other for _, other in found]
+        return [of_process for _, of_process in found]
 
     def name_stages(self, blocks: Sequence[Sequence[str]]) -> None:
         """Name the blocks of each process in messages.

@@ -53,6 +53,7 @@ class Steps:
         self._collected: dict[Stage, Gradients] = {}
         self._batches: dict[Stage, int] = {}
         self._averaging: dict[Stage, Averaging] = {}
+        # Gradients of before are not those of this epoch.
         for stage in stages:
             for parameter in stage.trainable:
                 parameter.grad = None
@@ -84,7 +85,7 @@ class Steps:
         for stage in list(self._collected):
             self._step(stage)
         for stage in self._stages:
-            # A frozen block may still have running statistics.
+            # A frozen block has no gradients, but it may still have running statistics.
             if self._replicas is not None and stage not in self._updates:
                 self._average(stage, {}, self._replicas)
             self.before(stage)

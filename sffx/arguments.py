@@ -112,20 +112,33 @@ class Arguments:
             InputError: the arguments are none of these, or a constant has another value.
         """
         failure: InputError | None = None
-        for some, named in _readings(args, kwargs):
+        for some_args, some_kwargs in _readings(args, kwargs):
             try:
-                return self._inputs_in_call(some, named)
+                return self._inputs_in_call(some_args, some_kwargs)
             except InputError as error:
                 # The user is told what is wrong with the call as it is, which is read first.
                 failure = failure or error
-        names = self.names
-        are_tensors = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-        if are_tensors and not kwargs and len(args) == len(names):
-            return dict(zip(names, args, strict=True))
-        if are_tensors and not args and kwargs.keys() == set(names):
-            return {name: kwargs[name] for name in names}
-        assert failure is not None
+        alone = self._inputs_alone(args, kwargs)
+        if alone is not None:
+            return alone
+        assert failure is not None  # there is at least one reading
         raise failure
+
+    def _inputs_alone(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return the inputs of a call that has these alone, in order or by name; None of others.
+
+        An exported model is called like that: `f(x, paths_0, paths_1)`.
+        """
+        names = self.names
+        if not all(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            return None
+        if not kwargs and len(args) == len(names):
+            return dict(zip(names, args, strict=True))
+        if not args and kwargs.keys() == set(names):
+            return {name: kwargs[name] for name in names}
+        return None
 
     def bind(self, x: Any) -> dict[str, Any]:
         """Return the inputs by name, given x as a loader yields it.
@@ -165,12 +178,17 @@ class Arguments:
             yield from values_in(entry.value, (entry.name,))
 
     def _inputs_in_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs by name, given the arguments of a call of the model.
+
+        Raises:
+            InputError: an argument is missing or unknown, or a constant has another value.
+        """
         given = self._by_name(args, kwargs)
         found: dict[str, Any] = {}
         for entry in self.entries:
             if entry.name in given:
                 _match(entry.value, given.pop(entry.name), (entry.name,), found)
-            elif holds_slot(entry.value):
+            elif holds_slot(entry.value):  # only constants may be left out
                 raise InputError(
                     f"x lacks the argument {entry.name!r}. "
                     "Hint: pass all arguments with tensors that the example_input held"
@@ -220,6 +238,7 @@ def arguments_of(bound: inspect.BoundArguments) -> tuple[Arguments, dict[str, An
     taken = {name for name, _, value in given if isinstance(value, Tensor)}
     tensors: dict[str, Any] = {}
 
+    # A tensor becomes the slot of an input, and any other value stays as a constant.
     def slot(value: Any, path: Path) -> Any:
         if not isinstance(value, Tensor):
             _require_constant(value, path)
@@ -306,15 +325,18 @@ def _readings(
     """Yield a call as it is, and as others that a loader may have meant.
 
     A loader yields a list or a mapping both for the arguments of a forward and for a single
-    argument of this kind.
+    argument of this kind. So `f(a, b)` may mean `f([a, b])`, and `f(a=1)` may mean `f({"a": 1})`,
+    and the other way round.
     """
     yield args, kwargs
-    if kwargs and not args:
-        yield (kwargs,), {}
-    if kwargs or not args:
+    if kwargs and args:
         return
-    yield (list(args),), {}
-    if len(args) > 1:
+    if kwargs:
+        yield (kwargs,), {}
+        return
+    if args:
+        yield (list(args),), {}
+    if len(args) != 1:
         return
     (only,) = args
     if isinstance(only, list):
@@ -350,6 +372,7 @@ def _match(expected: Any, given: Any, path: Path, found: dict[str, Any]) -> None
     if not holds_slot(expected):
         _require_same(expected, given, path)
         return
+    # Inputs lie deeper in it.
     parts = parts_of(expected) or {}
     given_parts = parts_of(given)
     are_sequences = isinstance(expected, (tuple, list)) and isinstance(given, (tuple, list))

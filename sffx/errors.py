@@ -91,17 +91,20 @@ def first_line(error: BaseException) -> str:
 
 def failure_in_words(failure: BaseException) -> str:
     """Return the kind of an error, the first line of its message and the place in the model."""
-    kind, line = type(failure).__name__, first_line(failure)
-    return f"{kind if line == kind else f'{kind}: {line}'} ({location(failure)})"
+    kind = type(failure).__name__
+    line = first_line(failure)
+    # An error without a message has its kind as its first line.
+    what = kind if line == kind else f"{kind}: {line}"
+    return f"{what} ({location(failure)})"
 
 
 def location(failure: BaseException) -> str:
     """Return the line of the model's code where something failed: "file:line, in function"."""
     place = "in torch"
+    # The last frame of the model's own is the innermost one.
     for frame in traceback.extract_tb(failure.__traceback__):
-        if is_foreign(frame.filename):
-            continue
-        place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+        if not is_foreign(frame.filename):
+            place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place
 
 

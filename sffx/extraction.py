@@ -101,6 +101,7 @@ class _PutBack:
 
     def run(self) -> None:
         """Fill the model."""
+        # Everything is compared before anything is copied, so that the memo is complete.
         kept, replaced = self._compared()
         for name, module in kept:
             self._put_tensors(name, module)
@@ -122,9 +123,11 @@ class _PutBack:
         replaced: dict[str, nn.Module] = {}
         for part in self.parts:
             self.copies.update(computed_tensors(part))
-            for name_held, module in part.named_modules(remove_duplicate=False):
-                name = name_in_model(name_held)
+            # Outer modules come before those inside them.
+            for name_in_part, module in part.named_modules(remove_duplicate=False):
+                name = name_in_model(name_in_part)
                 original = _submodule(self.model, name)
+                # What was put in the place of a module is copied as a whole.
                 is_inside = any(holder in replaced for holder in holders(name))
                 if original is None or is_inside:
                     continue
@@ -138,15 +141,16 @@ class _PutBack:
     def _put_tensors(self, qualname: str, module: nn.Module) -> None:
         """Put the parameters and buffers of one module in the place of the model's."""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # A block has the model's own tensors by names of its own.
+            # A tensor of the model itself may have another name in a block.
             target = f"{qualname}.{name}" if qualname else name_in_model(name)
             # A tensor that the trace added is not among the model's.
             if tensor is None or target not in self.old:
                 continue
+            # The model may hold this tensor by several names, which must stay names of one tensor.
             replaced = self.old[target]
-            for other_name, old in self.old.items():
+            for any_name, old in self.old.items():
                 if old is replaced:
-                    _put(self.model, other_name, self._copied(tensor))
+                    _put(self.model, any_name, self._copied(tensor))
 
     def _put_attributes(self, module: nn.Module, original: nn.Module) -> None:
         """Put what a layer keeps beside its parameters and buffers: counters, tables, tensors."""
@@ -177,6 +181,7 @@ def _is_holder(module: nn.Module) -> bool:
 
 
 def _names_held(module: nn.Module) -> set[str]:
+    """Return the names of a module's tensors and children, without what the trace added."""
     names = {*module._parameters, *module._buffers}
     for name, child in module._modules.items():
         if not isinstance(child, AddedModule):

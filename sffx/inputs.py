@@ -77,8 +77,8 @@ def bind_inputs(inputs: Sequence[Input], x: Any, nested: Arguments | None = None
         return {name: x[name] for name in names}
     # A collate function makes a list of tensors. A list of numbers is not several inputs, but one
     # input of a wrong type.
-    several = isinstance(x, tuple) or (isinstance(x, list) and _all_tensors(x))
-    values = x if several else (x,)
+    is_list_of_inputs = isinstance(x, list) and _all_tensors(x)
+    values = x if isinstance(x, tuple) or is_list_of_inputs else (x,)
     if len(values) != len(names):
         raise InputError(
             f"x holds {len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}. "
@@ -124,8 +124,12 @@ def padding_mask(plan: BlockPlan, values: Mapping[str, Any]) -> Tensor | None:
         plan: of the cut model.
         values: of its inputs by name, as `bind` returns them.
     """
+    name = plan.classifier.mask
+    if not name:
+        return None
     for each in plan.inputs:
-        if plan.classifier.mask and plan.classifier.mask == (each.value or each.name):
+        # Blocks may read an input by another name than that of the argument.
+        if name == (each.value or each.name):
             mask: Tensor = values[each.name]
             return mask
     return None
@@ -145,10 +149,12 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
     """
     values = bind(plan, x)
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    # Targets of pixels have the size of an image. Token indices say nothing about sizes.
     shapes = [tensor.shape for tensor in tensors if tensor.is_floating_point()]
     plan.task.require_size(y, False, shapes)
     if _may_look_at(y, plan):
-        plan.task.require_inputs(y, [each for each in tensors if each.device == y.device])
+        comparable = [tensor for tensor in tensors if tensor.device == y.device]
+        plan.task.require_inputs(y, comparable)
     return plan.task.without_padding(y, padding_mask(plan, values))
 
 
@@ -166,6 +172,7 @@ def _may_look_at(y: Any, plan: BlockPlan) -> bool:
         return False
     if has_values(y):
         return True
+    # An id may be used again after a plan is gone, so the plan itself is compared.
     is_first = _LOOKED_AT.get(id(plan)) is not plan
     _LOOKED_AT[id(plan)] = plan
     return is_first
@@ -304,6 +311,7 @@ def explaining_errors(
         if isinstance(error, SffxError):
             raise
         known = list(parameters())
+        # First, since torch's words for another device are among the unrelated messages.
         _require_device(known, values)
         if isinstance(error, _UNRELATED_ERRORS) or _UNRELATED_MESSAGES.search(str(error)):
             raise
@@ -384,7 +392,8 @@ def _too_large(inputs: Sequence[Input], values: Mapping[str, Any]) -> list[str]:
         # A device that found such an index can compute no more.
         if value.device.type != "cpu" or not value.numel():
             continue
-        low, high = int(value.min()), int(value.max())
+        low = int(value.min())
+        high = int(value.max())
         if low < 0 or high >= traced.high:
             sentences.append(
                 f"{traced.name} holds {low} to {high}, but the model takes 0 to {traced.high - 1}"

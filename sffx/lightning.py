@@ -168,8 +168,9 @@ class _Predictor(LightningModule):
             return
         if self.plateau is not None:
             metrics = self.trainer.callback_metrics
-            names = self.plateau.schedulers
-            losses = {name: float(metrics[self._key("val_loss", name)]) for name in names}
+            losses = {}
+            for name in self.plateau.schedulers:
+                losses[name] = float(metrics[self._key("val_loss", name)])
             self.plateau.step(losses, self.learning())
         rates = {}
         for optimizer in self.trainer.optimizers:
@@ -213,22 +214,23 @@ class _Predictor(LightningModule):
             task = self.task_of(scores)
             task.check_labels(y, len(scores), task.num_outputs(scores.shape))
             sums = task.sums(scores, y)
-            count = int(sums["count"])
+            # A batch may be all padding. Its sums are 0, and so are its means.
+            count = max(int(sums["count"]), 1)
             metrics = {}
             for metric, source in task.means.items():
-                mean = sums[source].float() / max(count, 1)
+                mean = sums[source].float() / count
                 metrics[self._metric_key(stage, metric, name)] = mean
             # The count makes the epoch's mean exact where the last batch is smaller.
             is_answer = name == self.answer
-            weight = max(count, 1)
-            self.log_dict(metrics, batch_size=weight, sync_dist=True, prog_bar=is_answer)
+            self.log_dict(metrics, batch_size=count, sync_dist=True, prog_bar=is_answer)
             self._add_sums(name, sums)
 
     def _add_sums(self, name: str, sums: Sums) -> None:
         """Keep the sums of metrics that are no means, until the epoch ends."""
         kept = self._sums.setdefault(name, {})
         for key, value in sums.items():
-            kept[key] = kept[key] + value.double() if key in kept else value.double()
+            added = value.double()
+            kept[key] = kept[key] + added if key in kept else added
 
     def _log_other_metrics(self, stage: str) -> None:
         """Log at the end of an epoch the metrics that are no means over batches."""
@@ -245,6 +247,7 @@ class _Predictor(LightningModule):
         return self._key(f"{stage}_{_SHORT.get(metric, metric)}", name)
 
     def _key(self, metric: str, name: str) -> str:
+        """Return the key of a metric in the log: "val_acc", or "val_acc/block_0"."""
         return metric if name == self.answer else f"{metric}/{name}"
 
 
@@ -353,7 +356,7 @@ class SFFModule(_Predictor):
 
 
 def _schedule_of(net: fx.GraphModule, schedule: Any) -> BlockSchedule:
-    """Return a schedule; raise an InputError if it is none of the blocks of a net."""
+    """Return a copy of a schedule; raise an InputError if it is none of the blocks of a net."""
     if not isinstance(schedule, BlockSchedule):
         raise InputError(
             f"schedule is {schedule!r}. Hint: pass a sffx.BlockSchedule, such as "

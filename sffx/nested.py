@@ -33,6 +33,9 @@ class Slot:
 def mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
     """Return a copy of a structure with each value in it that is no container changed.
 
+    For example, `mapped([x, {"mask": m}], change, ("images",))` calls `change(x, ("images", 0))`
+    and `change(m, ("images", 1, "mask"))`.
+
     Args:
         value: a list, a tuple, a mapping or a dataclass, however deep; or what is to change.
         change: takes a value and its path.

@@ -55,6 +55,7 @@ class CutModel(PickledGraph):
         """
         try:
             return super().__call__(*args, **kwargs)
+        # Only after an error, so that a call of the model costs nothing more.
         except TypeError as error:
             others = set(kwargs).difference(each.name for each in self.plan.inputs)
             if others and self.plan.nested is None:
@@ -135,6 +136,7 @@ class NestedInputs(fx.graph.CodeGen):
         self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
     ) -> str:
         head = f"def forward(self, *args, **kwargs){maybe_return_annotation}:"
+        # With the comma behind the last name, a single input is taken out of its tuple as well.
         return f"{head}\n    {', '.join(free_vars)}, = self.plan.input_values(args, kwargs)"
 
 
@@ -165,6 +167,7 @@ def set_modes(cut: nn.Module, model: nn.Module, mode: bool) -> None:
     if not any(overrides_mode(module) for module in in_model):
         nn.Module.train(cut, mode)
         return
+    # The model sets the modes of its own layers, and what the cut added follows.
     model.train(mode)
     _set_other_modes(cut, mode, in_model)
 

@@ -22,7 +22,6 @@ _NORM = "norm_"
 _DETACHED = "detached_"
 _TRIAL = "trial_"
 _CHOICE = "choice_"
-_FIRST_PART = re.compile(rf"(.*?)(?:{_BLOCK}\d+|{_HEAD}\d+|{CLASSIFIER})\.")
 
 # From so many blocks in a row on, a list of blocks names the first and the last one.
 SHORTEST_ROW = 5
@@ -34,11 +33,12 @@ _TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()
 def name_in_block(qualname: str) -> str:
     """Return the name that a module or tensor of the model has in a block.
 
-    It is the same, unless a graph module uses the name itself: `graph` becomes `graph_`, and
-    `graph_` becomes `graph__`.
+    It is the same, unless a graph module uses the name itself: `graph` becomes `graph_`. So that
+    no two names become one, `graph_` becomes `graph__`, and so on.
     """
     first, dot, rest = qualname.partition(".")
-    mark = "_" if first.rstrip("_") in _TAKEN or first in _TAKEN else ""
+    is_taken = first in _TAKEN or first.rstrip("_") in _TAKEN
+    mark = "_" if is_taken else ""
     return f"{first}{mark}{dot}{rest}"
 
 
@@ -46,7 +46,9 @@ def name_in_model(qualname: str) -> str:
     """Return the name that a module or tensor of a block has in the model."""
     first, dot, rest = qualname.partition(".")
     original = first.removesuffix("_")
-    return f"{original}{dot}{rest}" if name_in_block(original) == first else qualname
+    # A name that ends in "_" may also be the model's own, as `conv_` is.
+    was_marked = name_in_block(original) == first
+    return f"{original}{dot}{rest}" if was_marked else qualname
 
 
 def block_name(index: int) -> str:
@@ -105,15 +107,18 @@ def index_of(block: str) -> int:
 
 def listed_blocks(targets: Sequence[str]) -> str:
     """Return the names of blocks, those in a row in brief: "block_0 to block_12"."""
+    rows: list[list[str]] = []
+    for target in targets:
+        if rows and index_of(target) == index_of(rows[-1][-1]) + 1:
+            rows[-1].append(target)
+        else:
+            rows.append([target])
     words: list[str] = []
-    start = 0
-    for end in range(1, len(targets) + 1):
-        is_next = end < len(targets) and index_of(targets[end]) == index_of(targets[end - 1]) + 1
-        if is_next:
-            continue
-        run = targets[start:end]
-        words += run if len(run) < SHORTEST_ROW else [f"{run[0]} to {run[-1]}"]
-        start = end
+    for row in rows:
+        if len(row) < SHORTEST_ROW:
+            words += row
+        else:
+            words.append(f"{row[0]} to {row[-1]}")
     return ", ".join(words)
 
 
@@ -141,12 +146,3 @@ def owner_of(qualname: str) -> str:
     if is_head(part):
         return part.replace(_HEAD, _BLOCK)
     return part
-
-
-def prefix_of(qualname: str) -> str | None:
-    """Return what stands before the part's name in a key of a state dict, None without a part.
-
-    Lightning and wrappers add such prefixes: "net.block_0.0.weight" has the prefix "net.".
-    """
-    match = _FIRST_PART.match(qualname)
-    return None if match is None else match[1]

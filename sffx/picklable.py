@@ -32,9 +32,7 @@ def require_picklable(module: nn.Module) -> None:
             continue
         if not is_graph and not _has_name(type(part)):
             raise InputError(_message(f"{place} is of the class", type(part)))
-        for name, value in vars(part).items():
-            for nameless in _nameless(value, set()):
-                raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
+        _require_attributes(part, place)
 
 
 def require_picklable_options(value: Any, place: str) -> None:
@@ -46,8 +44,14 @@ def require_picklable_options(value: Any, place: str) -> None:
     """
     if not _has_name(type(value)):
         raise InputError(_message(f"{place} is of the class", type(value)))
-    for name, attribute in vars(value).items():
-        for nameless in _nameless(attribute, set()):
+    _require_attributes(value, place)
+
+
+def _require_attributes(owner: Any, place: str) -> None:
+    """Raise an InputError if an attribute of an object holds something that has no name."""
+    for name, value in vars(owner).items():
+        nameless = next(_nameless(value, set()), None)
+        if nameless is not None:
             raise InputError(_message(f"the attribute {name!r} of {place} holds", nameless))
 
 
@@ -117,6 +121,7 @@ def _nameless(value: Any, passed: set[int]) -> Iterator[Any]:
     """
     if id(value) in passed or isinstance(value, (Tensor, nn.Module, str)):
         return
+    # A container may hold itself.
     passed.add(id(value))
     if isinstance(value, (FunctionType, type)):
         if value not in _KNOWN_TO_PICKLE and not _has_name(value):
@@ -144,6 +149,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 def _has_name(value: Any) -> bool:
     """Whether a function or a class can be imported by its name."""
+    # "Net.Block" is looked for in the module, and then in what was found.
     found: Any = sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)

@@ -55,12 +55,21 @@ class PickledGraph(fx.GraphModule):
         graph = state.pop("_graph")
         # Code is written anew for the nodes.
         state.pop("_code", None)
-        return _unpickled, (_kind(self), type(self).__name__, state, _records(graph))
+        arguments = (_kind(self), type(self).__name__, state, _records(graph))
+        return _unpickled, arguments
 
 
 def _unpickled(
     kind: type[fx.GraphModule], name: str, state: dict[str, Any], records: list[_Record]
 ) -> fx.GraphModule:
+    """Return the graph module of a pickle.
+
+    Args:
+        kind: its class.
+        name: of the class that fx makes for it.
+        state: its attributes, without the graph and its code.
+        records: of the nodes, in order.
+    """
     holder = nn.Module()
     holder.__dict__.update(state)
     module = kind(holder, _graph(records), class_name=name)
@@ -80,6 +89,7 @@ def _kind(module: fx.GraphModule) -> type[fx.GraphModule]:
 
 
 def _records(graph: fx.Graph) -> list[_Record]:
+    """Return the nodes of a graph as pickle can hold them."""
     places = {node: _Place(index) for index, node in enumerate(graph.nodes)}
 
     def kept(argument: Any) -> Any:
@@ -94,9 +104,11 @@ def _records(graph: fx.Graph) -> list[_Record]:
 
 
 def _graph(records: list[_Record]) -> fx.Graph:
+    """Return the graph of which `_records` has written the nodes."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
 
+    # A node reads only nodes before it, so these are there already.
     def value(kept: Any) -> Any:
         return nodes[kept.index] if isinstance(kept, _Place) else _referenced(kept)
 

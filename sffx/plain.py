@@ -31,19 +31,23 @@ def logits_of(output: Any, task: Task, num_outputs: int | None = None) -> Any:
         if name:
             return logits_of(fields[name], task, num_outputs)
         output = tuple(fields.values())
-    found = []
+    fitting = []
     for value in tree_leaves(output):
         is_of_floats = isinstance(value, Tensor) and value.is_floating_point()
         if is_of_floats and task.could_be_output(value.shape, num_outputs):
-            found.append(value)
-    for value in found:
-        if not any(_are_probabilities(value, other) for other in found if other is not value):
+            fitting.append(value)
+    for value in fitting:
+        others = [other for other in fitting if other is not value]
+        if not any(_are_probabilities(value, other) for other in others):
             return value
     return output
 
 
 def fields_of(value: Any) -> Mapping[str, Any] | None:
-    """Return the fields of a mapping or of a record of any kind by name, None of other values."""
+    """Return the fields of a mapping or of a record of any kind by name, None of other values.
+
+    A plain tuple has none. (`sffx.nested.parts_of` takes its items for parts.)
+    """
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value):
@@ -51,6 +55,7 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
     if isinstance(value, tuple):
         names = getattr(value, "_fields", None)  # of a named tuple
         return None if names is None else dict(zip(names, value, strict=True))
+    # It may be a property, which `__dict__` does not hold.
     if hasattr(value, "logits"):
         return {"logits": value.logits}
     return getattr(value, "__dict__", None) or None
@@ -76,7 +81,8 @@ def _are_probabilities(value: Tensor, logits: Tensor) -> bool:
     """Return whether a value is what a softmax or a sigmoid makes of some logits."""
     if value.ndim < 2 or value.shape != logits.shape or value.dtype != logits.dtype:
         return False
-    made = [logits.sigmoid()]
-    for axis in {1, value.ndim - 1}:  # of classes; those of tokens, (B, T, J), are last
-        made += [logits.softmax(axis), logits.log_softmax(axis)]
-    return any(torch.allclose(value, each) for each in made)
+    possible = [logits.sigmoid()]
+    # Classes are axis 1 of (B, J) and (B, J, H, W), and the last axis of tokens, (B, T, J).
+    for axis in {1, value.ndim - 1}:
+        possible += [logits.softmax(axis), logits.log_softmax(axis)]
+    return any(torch.allclose(value, each) for each in possible)

@@ -68,10 +68,10 @@ def text_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, note
     for row in (titles, *rows):
         for i, cell in enumerate(row):
             widths[i] = max(widths[i], len(cell))
-    header = _line(columns, widths, titles)
+    lines = [_line(columns, widths, row) for row in (titles, *rows)]
     if note:
-        header = f"{header}   {note}"
-    return "\n".join([header, *(_line(columns, widths, row) for row in rows)])
+        lines[0] = f"{lines[0]}   {note}"
+    return "\n".join(lines)
 
 
 def html_table(
@@ -158,9 +158,13 @@ def short_number(number: int) -> str:
 
 
 def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]) -> str:
+    """Return the cells of a row as a line, each as wide as its column."""
     padded = []
     for column, width, cell in zip(columns, widths, cells, strict=True):
-        padded.append(cell.ljust(width) if column.align == "left" else cell.rjust(width))
+        if column.align == "left":
+            padded.append(cell.ljust(width))
+        else:
+            padded.append(cell.rjust(width))
     return GAP.join(padded).rstrip()
 
 

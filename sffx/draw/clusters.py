@@ -256,13 +256,17 @@ def _add_cluster(graph: Digraph, index: int, drawing: Drawing, progress: Progres
 
 
 def _add_part(graph: Digraph, part: Part, block: Block) -> None:
-    reads = part.node.reads
+    node = part.node
     label = shorten(part.text, NAME_WIDTH)
-    if len(reads) > EDGES:
-        label = f"{label} of {len(reads)}"
-    tooltip = f"{part.node.name}: {part.node.call} of {', '.join(reads)}"
-    node = _node(block, part.node.name)
-    graph.node(node, label=literal(label), tooltip=literal(tooltip), **_part_style(part))
+    if len(node.reads) > EDGES:
+        label = f"{label} of {len(node.reads)}"
+    tooltip = f"{node.name}: {node.call} of {', '.join(node.reads)}"
+    graph.node(
+        _node(block, node.name),
+        label=literal(label),
+        tooltip=literal(tooltip),
+        **_part_style(part),
+    )
 
 
 def _part_style(part: Part) -> dict[str, str]:

@@ -203,8 +203,10 @@ def _block_row(block: Block, most: int) -> Element:
 
 
 def _bar(size: int, most: int) -> Element:
-    points = max(1, round(BAR_POINTS * size / most))
-    bar = cell(FIXEDSIZE="TRUE", WIDTH=str(points), HEIGHT="8", BGCOLOR=BLUE)
-    # The rest of the line is a cell of its own, or the bar would stand in the middle.
-    rest = cell(FIXEDSIZE="TRUE", WIDTH=str(BAR_POINTS + 1 - points), HEIGHT="8")
+    length = max(1, round(BAR_POINTS * size / most))
+    bar = cell(FIXEDSIZE="TRUE", WIDTH=str(length), HEIGHT="8", BGCOLOR=BLUE)
+    # The rest of the line is a cell of its own, or the bar would stand in the middle. It has a
+    # width beside the longest bar as well.
+    rest_length = BAR_POINTS + 1 - length
+    rest = cell(FIXEDSIZE="TRUE", WIDTH=str(rest_length), HEIGHT="8")
     return table([row(bar, rest)], CELLPADDING="0")

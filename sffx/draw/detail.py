@@ -155,14 +155,17 @@ def _drawn_reads(nodes: Sequence[Node], shown: set[str]) -> dict[str, tuple[str,
     reads: dict[str, tuple[str, ...]] = {}
     # A node comes after all that it reads, so the reads of those are complete by then.
     for node in nodes:
+        # A dict has each of them once, in order.
         sources: dict[str, None] = {}
         for read in node.reads:
             source = by_name.get(read)
-            if source is None or read in shown:
+            if source is None or read in shown:  # from outside, or drawn
                 sources[read] = None
-            elif source.is_path or not node.is_path:
+                continue
+            # A path that reads a size or a mask has no edge from what these were computed of.
+            is_aside = node.is_path and not source.is_path
+            if not is_aside:
                 sources.update(dict.fromkeys(reads[read]))
-            # Else a path reads a size or a mask that is not drawn, which is left out.
         reads[node.name] = tuple(sources)
     return reads
 

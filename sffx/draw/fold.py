@@ -179,19 +179,29 @@ def _look(block: Block, before: Block | None, readers: Counter[str], plan: Block
     if block.sides or readers[block.output] > 1:
         # It cannot be in a run, so its feature is its target, which no other block has.
         return (block.target,)
-    # The first block reads an input of the model where the others read the output before.
-    entering = before.output if before is not None else next(iter(block.inputs), None)
+    # What enters over the cut differs from block to block. The first block of a chain reads an
+    # input of the model in its place.
+    first_input = next(iter(block.inputs), "")
+    entering = first_input if before is None else before.output
     others = tuple(name for name in block.inputs if name != entering)
     return (others, *_features(block, plan))
 
 
 def _features(block: Block, plan: BlockPlan) -> Features:
     """Return what a block holds and costs, whatever it reads."""
-    modules = tuple(relative(name, block) for name in block.modules)
-    joins = tuple((node.join, node.paths) for node in block.joins)
-    untraced = tuple((leaf.kind, leaf.reason) for leaf in leaves_in(block, plan))
-    costs = (block.num_parameters, block.macs, block.activation_bytes)
-    return (modules, joins, untraced, block.shape, block.channel_axis, costs)
+    modules = [relative(name, block) for name in block.modules]
+    joins = [(node.join, node.paths) for node in block.joins]
+    untraced = [(leaf.kind, leaf.reason) for leaf in leaves_in(block, plan)]
+    return (
+        modules,
+        joins,
+        untraced,
+        block.shape,
+        block.channel_axis,
+        block.num_parameters,
+        block.macs,
+        block.activation_bytes,
+    )
 
 
 def _run(blocks: list[Block]) -> Run:

@@ -369,16 +369,17 @@ def _figures(block: Block, plan: BlockPlan) -> Iterator[str]:
     """Yield the shape of a block, and its costs with their shares of the whole model."""
     each = " of each" if isinstance(block, Run) else ""
     yield f"output{each}: {shape_in_words(block.shape)}, after node {block.output}"
-    parameters = sum(other.num_parameters for other in plan.all_blocks)
-    macs = sum(other.macs for other in plan.all_blocks)
-    kept = sum(other.activation_bytes for other in plan.all_blocks)
     costs = (
-        ("parameters", short_number(block.num_parameters), block.num_parameters, parameters),
-        ("multiply-adds", short_number(block.macs), block.macs, macs),
-        ("kept", short_byte_size(block.activation_bytes), block.activation_bytes, kept),
+        ("parameters", "num_parameters", short_number),
+        ("multiply-adds", "macs", short_number),
+        ("kept", "activation_bytes", short_byte_size),
     )
-    for name, words, own, whole in costs:
-        yield f"{name}{each}: {words}, {own / max(1, whole):.1%} of the model"
+    for name, attribute, in_words in costs:
+        own = getattr(block, attribute)
+        whole = sum(getattr(other, attribute) for other in plan.all_blocks)
+        # A model may have no parameters.
+        share = own / max(1, whole)
+        yield f"{name}{each}: {in_words(own)}, {share:.1%} of the model"
 
 
 def _remarks(

@@ -173,9 +173,8 @@ def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
     by_number: dict[int, dict[str, dict[str, float]]] = {}
     for path in paths:
         for number, kind, name, value in _values(path):
-            if number not in by_number:
-                by_number[number] = {"accuracy": {}, "loss": {}, "lr": {}}
-            by_number[number][kind][name] = value
+            of_epoch = by_number.setdefault(number, {each: {} for each in KINDS})
+            of_epoch[kind][name] = value
     for number, values in sorted(by_number.items()):
         if values["accuracy"] or values["loss"]:
             yield Epoch(number, **values)
@@ -183,18 +182,7 @@ def _read(paths: Iterable[Path]) -> Iterator[Epoch]:
 
 def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
     """Yield the values of a metrics.csv: the epoch's number, the kind, the name, the value."""
-    if not path.is_file():
-        raise InputError(
-            f"there is no log {str(path)!r}. "
-            "Hint: CSVLogger writes metrics.csv into a folder version_0"
-        )
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise InputError(
-            f"{str(path)!r} cannot be read as a log: {cause}. Hint: pass a metrics.csv of CSVLogger"
-        ) from cause
+    rows = _rows(path)
     # A column is called "val_acc/block_0". For the scores of the whole net it is "val_acc".
     columns: list[str] = []
     if rows:
@@ -211,6 +199,26 @@ def _values(path: Path) -> Iterator[tuple[int, str, str, float]]:
                 number = _number(path, row, "epoch", int)
                 value = _number(path, row, column, float)
                 yield number, LOGGED[metric], name or whole, value
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a log: the cells by the names of their columns.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"there is no log {str(path)!r}. "
+            "Hint: CSVLogger writes metrics.csv into a folder version_0"
+        )
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise InputError(
+            f"{str(path)!r} cannot be read as a log: {cause}. Hint: pass a metrics.csv of CSVLogger"
+        ) from cause
 
 
 def _number(path: Path, row: Mapping[str, str], column: str, kind: type) -> Any:

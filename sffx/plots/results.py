@@ -214,8 +214,11 @@ def _add_legend(figure: Figure, methods: Mapping[str, Pairs]) -> None:
 
 
 def _set_ticks(axes: Axes, names: Sequence[str]) -> None:
+    # With many blocks, every second or third one has a tick.
     step = math.ceil(len(names) / TICKS)
-    labels = [str(index_of(name)) if is_block(name) else plain(name) for name in names[::step]]
+    labels = []
+    for name in names[::step]:
+        labels.append(str(index_of(name)) if is_block(name) else plain(name))
     axes.set_xticks(range(0, len(names), step), labels)
     # Half a step at both ends, so that the outermost points are not cut off.
     axes.set_xlim(-0.5, len(names) - 0.5)
@@ -268,7 +271,11 @@ def _spans_a_decade(kind: str, trained: Sequence[Epoch]) -> bool:
     values: list[float] = []
     for epoch in trained:
         values += filter(math.isfinite, getattr(epoch, kind).values())
-    return min(values, default=0) > 0 and max(values) >= 10 * min(values)
+    lowest = min(values, default=0)
+    # A logarithmic axis has no place for 0.
+    if lowest <= 0:
+        return False
+    return max(values) >= 10 * lowest
 
 
 def _curve_style(name: str, names: Sequence[str]) -> dict[str, Any]:

@@ -279,7 +279,10 @@ def is_writable(name: str) -> bool:
 
 
 def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
-    """Yield the name, the kind and the value of each argument of a call."""
+    """Yield the name, the kind and the value of each argument of a call.
+
+    What the call left out has the model's own default, and is no argument.
+    """
     has_gap = False
     for name, parameter in bound.signature.parameters.items():
         if name not in bound.arguments:
@@ -288,8 +291,10 @@ def _given(bound: inspect.BoundArguments) -> Iterator[tuple[str, Kind, Any]]:
             continue
         value = bound.arguments[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
+            are_several = len(value) > 1
             for i, each in enumerate(value):
-                yield (name if len(value) == 1 else f"{name}_{i}"), "rest", each
+                own_name = f"{name}_{i}" if are_several else name
+                yield own_name, "rest", each
         elif parameter.kind is parameter.VAR_KEYWORD:
             for own_name, each in value.items():
                 yield own_name, "keyword", each

@@ -14,6 +14,7 @@ from sffx.arguments import Arguments
 from sffx.errors import InputError
 from sffx.objective import DEFAULT, Objective
 from sffx.parts import head_name
+from sffx.picklable import import_name
 from sffx.plan_table import plan_html, plan_text
 from sffx.tasks import CLASSIFICATION, Task, task_record
 
@@ -282,8 +283,7 @@ def option_name(option: Any) -> str:
     # A partial has no name of its own.
     while isinstance(option, partial):
         option = option.func
-    named = option if hasattr(option, "__qualname__") else type(option)
-    return f"{named.__module__}.{named.__qualname__}"
+    return import_name(option)
 
 
 @dataclass(frozen=True)

@@ -332,16 +332,20 @@ def _all_tensors(values: Sequence[Any]) -> bool:
 
 
 def _random(each: Input, batch: int, generator: torch.Generator) -> Tensor:
+    """Return a random batch of one input, whose values the model takes."""
     shape = (batch, *each.shape)
     dtype = getattr(torch, each.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     if each.marks_tokens:
         # Each sample has at least one real token, and its padding lies behind the real ones.
-        real = torch.randint(1, shape[1] + 1, (batch, 1), generator=generator, device="cpu")
-        return (torch.arange(shape[1]) < real).to(dtype)
+        length = shape[1]
+        real = torch.randint(1, length + 1, (batch, 1), generator=generator, device="cpu")
+        return (torch.arange(length) < real).to(dtype)
+    # Integers that no embedding bounds are 0.
     high = 2 if dtype == torch.bool else max(each.high, 1)
-    return torch.randint(each.low, high, shape, generator=generator, device="cpu").to(dtype)
+    drawn = torch.randint(each.low, high, shape, generator=generator, device="cpu")
+    return drawn.to(dtype)
 
 
 def _require_device(parameters: Sequence[Tensor], values: Mapping[str, Any]) -> None:

@@ -235,6 +235,7 @@ class _Predictor(LightningModule):
     def _log_other_metrics(self, stage: str) -> None:
         """Log at the end of an epoch the metrics that are no means over batches."""
         for name, sums in self._sums.items():
+            # Over all processes.
             total = {}
             for key, value in sums.items():
                 total[key] = self.trainer.strategy.reduce(value, reduce_op="sum")

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from sffx.errors import InputError
+from sffx.picklable import import_name
 from sffx.tasks import Task
 
 if TYPE_CHECKING:
@@ -298,8 +299,7 @@ def _recorded(option: Any) -> Any:
         return tuple(entries) if isinstance(option, tuple) else entries
     if isinstance(option, Mapping):
         return {key: _recorded(value) for key, value in option.items()}
-    named = option if hasattr(option, "__qualname__") else type(option)
-    return f"{named.__module__}.{named.__qualname__}"
+    return import_name(option)
 
 
 @dataclass(frozen=True)

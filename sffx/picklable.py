@@ -20,6 +20,12 @@ from sffx.errors import InputError, first_line
 _KNOWN_TO_PICKLE = (type(None), type(...), type(NotImplemented))
 
 
+def import_name(value: Any) -> str:
+    """Return "module.qualname" of a function or a class; of any other object, that of its class."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def require_picklable(module: nn.Module) -> None:
     """Raise an InputError if a module holds something that has no name to import it by."""
     for qualname, part in _modules(module):

@@ -97,9 +97,10 @@ def _records(graph: fx.Graph) -> list[_Record]:
 
     records = []
     for node in graph.nodes:
+        target = _reference(node.target)
         args: Any = fx.node.map_aggregate(node.args, kept)
         kwargs: Any = fx.node.map_aggregate(node.kwargs, kept)
-        records.append((node.name, node.op, _reference(node.target), args, kwargs))
+        records.append((node.name, node.op, target, args, kwargs))
     return records
 
 

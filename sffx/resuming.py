@@ -115,6 +115,7 @@ class BestCheckpoint(ModelCheckpoint):
         if not self.best_model_path or Path(self.best_model_path).exists():
             return
         found = self._scores_in_folder()
+        # As Lightning has it before there is a best file.
         self.best_model_score = None
         self.best_model_path = self.kth_best_model_path = ""
         self.best_k_models = {}

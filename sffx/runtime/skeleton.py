@@ -201,6 +201,7 @@ class _Writer:
 def _structure_of(module: fx.GraphModule) -> Any:
     """Return a key that is equal only for modules with the same code, up to their tensors."""
     parts: list[Any] = []
+    # The code of the graph itself is among the settings of its module.
     for name, layer in module.named_modules():
         parts.append((name, type(layer).__qualname__, _settings_of(layer)))
     for node in module.graph.nodes:

@@ -343,12 +343,14 @@ class _Order:
     """Knows which node of the outer graph is the last to read a value."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        position = {node: i for i, node in enumerate(graph.nodes)}
-        self._last_read_by: dict[fx.Node, list[fx.Node]] = {}
+        last_reader: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
-            if node.users:
-                last_reader = max(node.users, key=position.__getitem__)
-                self._last_read_by.setdefault(last_reader, []).append(node)
+            # A later reader takes the place of an earlier one.
+            for read in node.all_input_nodes:
+                last_reader[read] = node
+        self._last_read_by: dict[fx.Node, list[fx.Node]] = {}
+        for node, reader in last_reader.items():
+            self._last_read_by.setdefault(reader, []).append(node)
 
     def last_read_by(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values this node is the last to read."""

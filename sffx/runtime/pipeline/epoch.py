@@ -139,9 +139,18 @@ class FromStageBefore:
     def __iter__(self) -> Iterator[Batch]:
         """Yield all batches."""
         while self._word is not Word.END:
+            # As `Handover.send` made it.
             message, self._word = self._incoming.receive()
-            values = {self._nodes[name]: value for name, value in message["values"].items()}
-            yield Batch(values, message["y"], message["samples"], message["scores"], self._word)
+            values: Values = {}
+            for name, value in message["values"].items():
+                values[self._nodes[name]] = value
+            yield Batch(
+                values=values,
+                y=message["y"],
+                samples=message["samples"],
+                scores=message["scores"],
+                following=self._word,
+            )
 
 
 class Epoch:

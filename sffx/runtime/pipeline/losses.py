@@ -64,6 +64,7 @@ def mean_losses(reports: Sequence[Report]) -> dict[str, float]:
         for name, loss in report.losses.items():
             totals[name] = totals.get(name, 0.0) + loss
             samples[name] = samples.get(name, 0) + report.samples
+    # With training data, each block has seen a sample in one of its replicas.
     if not all(samples.values()):
         raise InputError("the loader yielded no samples. Hint: pass data to train on")
     return {name: total / samples[name] for name, total in totals.items()}

@@ -235,12 +235,19 @@ def materialize(net: CutModel, parts: Sequence[str], device: torch.device) -> di
 
 
 def _draw(part: nn.Module, empty: set[int]) -> None:
-    """Let each layer that has tensors without values draw them."""
+    """Let each layer that has tensors without values draw them.
+
+    Args:
+        part: with the layers.
+        empty: the ids of such tensors.
+    """
     for module in part.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        draws: Any = getattr(module, "reset_parameters", None)
-        if callable(draws) and not empty.isdisjoint(id(tensor) for tensor in own):
-            draws()
+        has_empty = any(id(tensor) in empty for tensor in own)
+        # The name by which torch's own layers draw their weights.
+        draw: Any = getattr(module, "reset_parameters", None)
+        if has_empty and callable(draw):
+            draw()
 
 
 def require_same_everywhere(summaries: Sequence[tuple[str, dict[str, int]]]) -> None:

@@ -241,7 +241,7 @@ class Pipeline:
             seed = self._seed(accumulate)
             sums = LossSums([stage.name for stage in self._learning])
             start = time.monotonic()
-            waited = watch.waited
+            waited_before = watch.waited
             epoch = self._epoch(loader, self._check_targets, trains=True)
             for step, batch in enumerate(epoch):
                 with block_seeds(mixed(seed, step)):
@@ -249,8 +249,8 @@ class Pipeline:
             steps.finish()
             self.bytes_sent += epoch.bytes_sent
             seconds = time.monotonic() - start
-            seconds_waited = watch.waited - waited
-            return self._together(sums.report(busy=1 - seconds_waited / seconds))
+            busy = 1 - (watch.waited - waited_before) / seconds
+            return self._together(sums.report(busy))
 
     def _train_batch(
         self,
@@ -260,6 +260,7 @@ class Pipeline:
         steps: Steps,
         sums: LossSums,
     ) -> None:
+        """Learn from a batch stage by stage, and send what the next process reads of it."""
         last = self._stages[-1]
         # The classifier, which comes last, does not run where the objective does not train it.
         for stage in self._learning:
@@ -305,6 +306,7 @@ class Pipeline:
             return together.evaluation()
 
     def _evaluate_batch(self, batch: Batch, epoch: Epoch, totals: Totals) -> None:
+        """Compute the scores of the own stages. The last process has those of all, and adds up."""
         for stage in self._stages:
             batch.scores.append(self._scores(stage, batch.values))
             stage.hand_on(batch.values)

@@ -168,14 +168,17 @@ def _link_groups(place: Place, device: torch.device) -> dict[int, dist.ProcessGr
     On GPUs each link has a communicator of its own, so that no link waits for another one.
     """
     links: dict[int, dist.ProcessGroup] = {}
+    replica = place.replica
     # First the links behind stages of even number, then the others, so that nobody waits in a ring.
     # Stage 2 makes link 2-3 while stages 0 and 1 make link 0-1, and then stages 1 and 2 make 1-2.
     for parity in (0, 1):
-        before = place.stage if place.stage % 2 == parity else place.stage - 1
-        if before < 0 or before + 1 == place.stages:
+        # A stage is at the upper end of one of its links, and at the lower end of the other one.
+        upper = place.stage if place.stage % 2 == parity else place.stage - 1
+        lower = upper + 1
+        if upper < 0 or lower == place.stages:
             continue
-        ends = [place.ranks[before][place.replica], place.ranks[before + 1][place.replica]]
-        links[before] = _group(ends, device)
+        ends = [place.ranks[upper][replica], place.ranks[lower][replica]]
+        links[upper] = _group(ends, device)
     return links
 
 

@@ -95,11 +95,11 @@ class Ranks:
     def from_everyone(self, value: Any) -> list[Any]:
         """Return what each process has, those of the first stage first."""
         everyone = self.place.everyone
-        found: list[Any] = [None] * len(everyone)
+        gathered: list[Any] = [None] * len(everyone)
         group = self.connections.everyone
-        self.watch.call(lambda: dist.all_gather_object(found, value, group=group))
-        # A group numbers its processes by their ranks.
-        by_rank = dict(zip(sorted(everyone), found, strict=True))
+        self.watch.call(lambda: dist.all_gather_object(gathered, value, group=group))
+        # A group numbers its processes by their ranks, and a mesh may have them in another order.
+        by_rank = dict(zip(sorted(everyone), gathered, strict=True))
         return [by_rank[rank] for rank in everyone]
 
     @torch.no_grad()

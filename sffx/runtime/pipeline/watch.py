@@ -66,7 +66,7 @@ class Watch:
         Raises:
             ProcessError: a rank failed before, ended or hangs.
         """
-        self._note(self._status_of(self._rank), "waits")
+        self._note_status("waits")
         start = time.monotonic()
         # A rank leaves its first note when it comes here.
         expected = [self._status_of(rank) for rank in self.names]
@@ -74,7 +74,7 @@ class Watch:
             self._raise_failure()
             self._raise_if_over(start)
             time.sleep(_MEETING_POLL)
-        self._note(self._status_of(self._rank), "runs")
+        self._note_status("runs")
         self.waited += time.monotonic() - start
 
     def wait(self, works: Sequence[dist.Work], peer: int | None = None) -> None:
@@ -106,15 +106,16 @@ class Watch:
         """
         future = self._started(function)
         start = time.monotonic()
-        has_said = False
+        # A note costs a message, so a short wait leaves none.
+        has_noted = False
         while not futures.wait([future], timeout=POLL).done:
-            if not has_said:
-                self._note(self._status_of(self._rank), "waits")
-                has_said = True
+            if not has_noted:
+                self._note_status("waits")
+                has_noted = True
             self._raise_failure()
             self._raise_if_over(start)
-        if has_said:
-            self._note(self._status_of(self._rank), "runs")
+        if has_noted:
+            self._note_status("runs")
         self.waited += time.monotonic() - start
         try:
             return future.result()
@@ -161,7 +162,10 @@ class Watch:
             del function, future
 
     def _explained(self, error: RuntimeError, peer: int | None) -> ProcessError:
-        """Return the error that says why a connection broke."""
+        """Return the error that says why a connection broke.
+
+        A rank that fails closes its connections, and its note may come after that.
+        """
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
             failure = self._read(_FAILURE)
@@ -201,9 +205,10 @@ class Watch:
         except RuntimeError:
             return  # the process with the store is gone
 
-    def _note(self, key: str, text: str) -> None:
+    def _note_status(self, status: str) -> None:
+        """Leave a note on what this rank does: it "waits" for others, or "runs"."""
         try:
-            self._store.set(key, text)
+            self._store.set(self._status_of(self._rank), status)
         except RuntimeError:
             return  # the process with the store is gone
 

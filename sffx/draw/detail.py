@@ -42,7 +42,10 @@ def parts(block: Block, detail: str) -> list[Part]:
         The parts; one for the whole block if the plan does not hold its nodes.
     """
     block = first_of(block)
-    nodes = block.graph or (Node(block.output, block.name, False, block.inputs),)
+    # Where the plan does not hold them, one node stands for the whole block.
+    nodes = block.graph
+    if not nodes:
+        nodes = (Node(block.output, block.name, is_module=False, reads=block.inputs),)
     if detail == "modules":
         nodes = grouped(block, _without_functions(block, nodes))
     return [Part(node, _text(node, block, detail)) for node in nodes]

@@ -91,6 +91,6 @@ def _arc(start: int, end: int) -> Arc:
     # of one line stay apart.
     top = PART_HEIGHT * start + PART_HEIGHT / 2
     bottom = PART_HEIGHT * end + PART_HEIGHT / 2
-    bend = f"{reach} {top + 6:g} {reach} {bottom - 6:g}"
-    course = f"M {side} {top + 3:g} C {bend} {side} {bottom - 3:g}"
+    control_points = f"{reach} {top + 6:g} {reach} {bottom - 6:g}"
+    course = f"M {side} {top + 3:g} C {control_points} {side} {bottom - 3:g}"
     return Arc("skip" if passed else "next", course)

@@ -294,7 +294,10 @@ def _add_blocks(graph: Digraph, columns: Columns, progress: Progress | None) -> 
 
 
 def _align_rows(graph: Digraph, columns: Columns) -> None:
-    """Set the boxes of each row beside each other, where there are several columns."""
+    """Set the boxes of each row beside each other, where there are several columns.
+
+    With 10 rows, row 0 holds the blocks 0, 10, 20 and so on.
+    """
     blocks = columns.plan.all_blocks
     # A row whose only box is in the first column needs no alignment.
     in_other_columns = len(blocks) - columns.rows

@@ -103,7 +103,11 @@ def prediction_in_words(plan: BlockPlan) -> str:
     """Return how the scores of the heads become a prediction, for the legend."""
     # The last block counts, however many are left out.
     skips = min(plan.objective.skips, len(plan) - 1)
-    left_out = {0: "", 1: " but the first"}.get(skips, f" but the first {skips}")
+    left_out = ""
+    if skips == 1:
+        left_out = " but the first"
+    elif skips > 1:
+        left_out = f" but the first {skips}"
     # Heads of an objective's own may have a goodness without classes, and scores beside it.
     what = "its mean" if plan.objective.goodness is not None else "the mean of the heads' scores"
     return f"{what} over the blocks{left_out} is the prediction"

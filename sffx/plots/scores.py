@@ -165,6 +165,7 @@ def _of_classes(goodness: Tensor, classes: Tensor) -> Tensor:
 
 
 def _draw_band(axes: Axes, goodness: Tensor, label: str, colour: str) -> None:
+    """Draw the quantiles of a goodness, (K, N), over the K blocks."""
     quantiles = torch.tensor(QUANTILES, dtype=goodness.dtype)
     low, median, high = torch.quantile(goodness, quantiles, dim=1).tolist()
     blocks = range(len(median))

@@ -273,8 +273,9 @@ class _Layout:
         samples = len(tensors[TARGET])
         rows = torch.zeros(samples, self.size, dtype=torch.uint8, device="cpu")
         for field in self.fields:
-            flat = tensors[field.name].cpu().contiguous().reshape(samples, -1)
-            rows[:, field.start : field.stop] = flat.view(torch.uint8)
+            dense = tensors[field.name].cpu().contiguous()
+            as_bytes = dense.reshape(samples, -1).view(torch.uint8)
+            rows[:, field.start : field.stop] = as_bytes
         return rows
 
     def unpack(self, row: Tensor) -> dict[str, Tensor]:

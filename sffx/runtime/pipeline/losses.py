@@ -61,8 +61,8 @@ def mean_losses(reports: Sequence[Report]) -> dict[str, float]:
     totals: dict[str, float] = {}
     samples: dict[str, int] = {}
     for report in reports:
-        for name, loss in report.losses.items():
-            totals[name] = totals.get(name, 0.0) + loss
+        for name, total in report.losses.items():
+            totals[name] = totals.get(name, 0.0) + total
             samples[name] = samples.get(name, 0) + report.samples
     # With training data, each block has seen a sample in one of its replicas.
     if not all(samples.values()):

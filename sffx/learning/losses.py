@@ -175,7 +175,7 @@ def block_loss(
     if loss_fn is None:
         return task.loss(logits, y)
     _require_class_axis(loss_fn, logits, y, task)
-    loss = loss_fn(logits, y)
+    loss = loss_fn(task.compared_with(y, logits), y)
     if not isinstance(loss, Tensor):
         raise InputError(
             f"loss_fn returned {loss!r}, a {type(loss).__name__}, not a tensor. "

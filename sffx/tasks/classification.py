@@ -48,7 +48,7 @@ class Classification(Task):
         if y.ndim != 1 or len(y) != batch:
             raise InputError(
                 f"y has shape {tuple(y.shape)}, not ({batch},). Hint: class indices, one for each "
-                f"sample, or for a loss probabilities, ({batch}, {num_outputs})"
+                f"sample, or for a loss probabilities, ({batch}, {num_outputs}) floats"
             )
         if y.dtype != torch.int64:
             raise InputError(

@@ -80,6 +80,12 @@ class Regression(Task):
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(scores.flatten(), y.to(scores.dtype).flatten())
 
+    def compared_with(self, y: Any, scores: Tensor) -> Tensor:
+        # Losses of torch broadcast (B, 1) and (B,) to (B, B).
+        if isinstance(y, Tensor) and {tuple(y.shape), tuple(scores.shape)} == _single(len(scores)):
+            return scores.reshape(y.shape)
+        return scores
+
     def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
         output = scores[-1]
         return [own.reshape(output.shape) for own in scores]
@@ -109,6 +115,11 @@ class Regression(Task):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_r2(sums).tolist())
+
+
+def _single(batch: int) -> set[tuple[int, ...]]:
+    """Return the two shapes of one number for each sample."""
+    return {(batch,), (batch, 1)}
 
 
 def _columns(values: Tensor) -> Tensor:

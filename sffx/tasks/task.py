@@ -170,6 +170,15 @@ class Task:
         """
         raise NotImplementedError
 
+    def compared_with(self, y: Any, scores: Tensor) -> Tensor:
+        """Return the scores of a block in the shape in which a user's loss compares them with y.
+
+        Args:
+            y: what was passed as targets, which the task has not checked.
+            scores: of the block or the classifier.
+        """
+        return scores
+
     def gathered(self, scores: Sequence[Tensor]) -> Any:
         """Return the scores of all blocks as a cut model returns them in train mode."""
         return tuple(scores)

@@ -480,3 +480,26 @@ def test_a_loss_of_flattened_tokens_is_taken():
         task=tasks.TokenClassification(),
     )
     assert torch.equal(loss, F.cross_entropy(scores.flatten(0, 1), y.flatten()))
+
+
+@pytest.mark.parametrize("returned", [(6,), (6, 1)])
+@pytest.mark.parametrize("given", [(6,), (6, 1)])
+def test_a_loss_of_ones_own_compares_each_number_with_its_own_target(returned, given):
+    y = torch.randn(6)
+    scores = (torch.randn(6, 1), torch.randn(returned))
+    loss = sffx.sff_loss(scores, y.view(given), nn.HuberLoss(), task=tasks.Regression())
+    expected = sum(F.huber_loss(own.flatten(), y) for own in scores)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_loss_of_ones_own_may_take_any_targets_of_numbers():
+    seen = []
+
+    def loss_fn(scores, y):
+        seen.append(scores.shape)
+        return scores.square().mean()
+
+    scores = (torch.randn(6, 1), torch.randn(6))
+    for y in ({"y": 1}, torch.randn(6, 2), torch.randn(3)):
+        sffx.sff_loss(scores, y, loss_fn, task=tasks.Regression())
+    assert seen == [(6, 1), (6,)] * 3

@@ -214,8 +214,11 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
         InputError: the batch is no such pair.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        found = type(batch).__name__
+        if isinstance(batch, (tuple, list)):
+            found += f" of {', '.join(type(each).__name__ for each in batch) or 'nothing'}"
         raise InputError(
-            f"the loader yielded a {type(batch).__name__}, not a pair (x, y). "
+            f"the loader yielded a {found}, not a pair (x, y) with a tensor y. "
             "Hint: wrap the loader in a generator of pairs"
         )
     x, y = batch

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sffx.errors import InputError, SffxError, failure_in_words
 from sffx.runtime.gradients import Gradients
 from sffx.runtime.options import Counters, Options
 
@@ -133,7 +134,16 @@ def _step_on(optimizer: Optimizer, shown: list[_Shown], gradients: Gradients) ->
         # Torch calls these hooks when a backward pass sets .grad. Here nothing else calls them.
         for hook in (parameter._post_accumulate_grad_hooks or {}).values():
             hook(parameter)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:
+        # Some raise for the missing argument, others an error of their own.
+        if isinstance(error, SffxError) or "closure" not in str(error):
+            raise
+        raise InputError(
+            f"{type(optimizer).__name__} computes the loss itself: {failure_in_words(error)}. "
+            "Hint: sffx.local_loss in its closure"
+        ) from error
 
 
 def _restore(shown: list[_Shown], gradients: Gradients) -> None:

@@ -85,7 +85,8 @@ def test_several_inputs():
     [
         ([], "the loader yielded no samples"),
         ([torch.zeros(2, 3, 8, 8)], r"the loader yielded a Tensor, not a pair \(x, y\)"),
-        ([(1, 2, 3)], "the loader yielded a tuple"),
+        ([(1, 2, 3)], r"the loader yielded a tuple of int, int, int, not a pair \(x, y\)"),
+        ([(torch.zeros(2, 3, 8, 8), [0, 1])], "a tuple of Tensor, list, .* with a tensor y"),
     ],
 )
 def test_loaders_that_cannot_be_used(net, loader, message):

@@ -171,3 +171,24 @@ def test_only_what_is_counted_in_a_group_is_remembered() -> None:
     with counters.counting_once([group], first):
         group["steps"] = 1
     assert len(counters._starts) == 1
+
+
+class NeedsClosure(SGD):
+    def step(self, closure: Any) -> Any:
+        return super().step(closure)
+
+
+class SharpnessAware(SGD):
+    """Raises an error of its own, as SAM does."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "it requires closure"
+
+
+@pytest.mark.parametrize("kind", [NeedsClosure, SharpnessAware])
+def test_an_optimizer_that_needs_a_closure_is_refused_with_a_hint(kind: Any) -> None:
+    net, x, y = small_net()
+    optimizer = kind(net.parameters(), lr=0.1)
+    with pytest.raises(sffx.InputError, match=r"Hint: sffx\.local_loss in its closure"):
+        sffx.local_step(net, x, y, optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(net.parameters()))

@@ -114,7 +114,13 @@ class _Predictor(LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Refuse a plateau that no validation would ever step."""
+        """Refuse a plateau that would never be stepped."""
+        if self.plateau is None and self.plateau_options is not None:
+            raise InputError(
+                "plateau is given, but configure_optimizers of a subclass made none. Hint: "
+                "self.plateau = sffx.BlockPlateau(optimizer, **self.plateau_options) there, or "
+                "plateau=None"
+            )
         if self.plateau is not None and not self.trainer.enable_validation:
             raise InputError(
                 "plateau lowers learning rates by the validation loss, and there is no validation. "
@@ -175,7 +181,9 @@ class _Predictor(LightningModule):
         rates = {}
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
-                rates[f"lr/{group['name']}"] = group["lr"]
+                # Groups of an optimizer of one's own may have no names.
+                name = group.get("name", f"group_{len(rates)}")
+                rates[f"lr/{name}"] = group["lr"]
         self.log_dict(rates, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -220,7 +228,8 @@ class _Predictor(LightningModule):
             for metric, source in task.means.items():
                 mean = sums[source].float() / count
                 metrics[self._metric_key(stage, metric, name)] = mean
-            # The count makes the epoch's mean exact where the last batch is smaller.
+            # The count makes the epoch's mean exact: the last batch may be smaller, and a batch in
+            # which no position counts has no weight.
             is_answer = name == self.answer
             self.log_dict(metrics, batch_size=count, sync_dist=True, prog_bar=is_answer)
             self._add_sums(name, sums)

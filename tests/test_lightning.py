@@ -367,6 +367,29 @@ def test_a_plateau_without_validation_is_refused(digits: tuple[Tensor, Tensor]) 
         trainer.fit(SFFModule(cut_model(), plateau={"patience": 1}), loader)
 
 
+class OwnOptimizer(SFFModule):
+    """Has an optimizer of its own, whose groups have no names."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        first, *others = [group["params"] for group in self.groups()]
+        rest = [p for params in others for p in params]
+        return torch.optim.SGD([{"params": first}, {"params": rest, "lr": 0.2}], lr=0.1)
+
+
+def test_an_optimizer_of_ones_own_logs_its_rates(
+    digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    loader = batches((digits[0][:8], digits[1][:8]), 4)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(OwnOptimizer(cut_model()), loader, loader)
+    rates = {key: float(rate) for key, rate in run.callback_metrics.items() if "lr/" in key}
+    assert rates == pytest.approx({"lr/group_0": 0.1, "lr/group_1": 0.2})
+    with pytest.raises(sffx.InputError, match=r"plateau is given, but .*Hint: self\.plateau = "):
+        trainer(tmp_path, max_epochs=1).fit(
+            OwnOptimizer(cut_model(), plateau={"patience": 1}), loader, loader
+        )
+
+
 @pytest.fixture
 def without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
@@ -395,6 +418,22 @@ def test_other_tasks_log_what_evaluate_reports(name: str, tmp_path: Path) -> Non
         assert float(of_block) == pytest.approx(values["block_0"])
     assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected.loss["ensemble"])
     trainer(tmp_path, max_epochs=1).fit(module, loader, loader)
+
+
+@pytest.mark.parametrize("name", ["pixels", "next token"])
+def test_a_batch_in_which_no_position_counts_has_no_weight(name: str, tmp_path: Path) -> None:
+    from tests.tasks.cases import CASES
+
+    net = CASES[name].net()
+    x, y = CASES[name].batch(6)
+    y[4:] = net.plan.task.ignore_index
+    loader = DataLoader(TensorDataset(x, y), batch_size=2)
+    expected = sffx.evaluate(net, loader)
+    run = trainer(tmp_path)
+    run.validate(SFFModule(net), loader, verbose=False)
+    logged = {key: float(figure) for key, figure in run.callback_metrics.items()}
+    assert logged["val_loss"] == pytest.approx(expected.loss["ensemble"])
+    assert logged["val_acc/block_0"] == pytest.approx(expected.accuracy["block_0"])
 
 
 class Tagger(nn.Module):

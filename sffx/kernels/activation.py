@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.scoped import scoped
 
 _aten = torch.ops.aten
@@ -155,7 +155,7 @@ class _ReLU(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         return _gradient_written_over(dy, y, ACTIVATIONS["relu"]), None
@@ -171,7 +171,7 @@ class _Pointwise(Function):
         return activation.function(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _gradient_written_over(dy, x, ctx.activation), None

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from sffx.kernels.batch_slices import joined, small_slices
+from sffx.kernels.once import first_derivatives_only
 
 
 def by_rows(head: nn.Module, rows: Tensor, width: int) -> Tensor:
@@ -51,7 +51,7 @@ class _ByRows(Function):
         return joined(rows, slices, head)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor | None, ...]:
         rows, *parameters = ctx.saved_tensors
         wants_rows, _, _, _, *wants_parameters = ctx.needs_input_grad

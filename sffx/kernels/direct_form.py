@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import joined, slices_within
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.products import (
     add_product,
     add_products,
@@ -89,7 +89,7 @@ class DirectGoodness(Function):
         return goodness[0] if len(goodness) == 1 else torch.cat(goodness)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, z = ctx.saved_tensors
         form: Form = ctx.form

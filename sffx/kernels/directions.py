@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.products import product
 
 _aten = torch.ops.aten
@@ -71,7 +71,7 @@ class _Cosines(Function):
         return torch.addmm(norms.t(), rows, directions.t(), beta=0, alpha=ctx.factor)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, directions, lengths, norms = ctx.saved_tensors
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
@@ -106,7 +106,7 @@ class _Hidden(Function):
         return units
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, d_units: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, units = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import small_slices
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.scoped import scoped
 
 _aten = torch.ops.aten
@@ -97,7 +97,7 @@ class _SummedCrossEntropy(Function):
         return (normaliser - chosen).masked_fill(~is_counted, 0).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scores, labels, is_counted, normaliser = ctx.saved_tensors
         gradient = scores.detach() if ctx.overwrite else torch.empty_like(scores)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.direct_form import (
     CHANNELS,
@@ -29,6 +28,7 @@ from sffx.kernels.direct_form import (
     convolve,
 )
 from sffx.kernels.moment_form import SecondMomentGoodness
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.padding import per_real_token, zero_padded
 from sffx.kernels.products import has_many_classes
 
@@ -141,7 +141,7 @@ class _MeanSquare(Function):
         return torch.linalg.vector_norm(y, dim=2).square_().div_(y.shape[2])
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dg: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return y * (dg * (2 / y.shape[2]))[:, :, None]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import slices_within
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.products import add_products, product, product_added
 
 
@@ -47,7 +47,7 @@ class SecondMomentGoodness(Function):
         return torch.addcmul(spread, twice, twice, value=0.25)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, mean, twice, covariance, w_cov = ctx.saved_tensors
         wants_y, wants_weight, wants_bias = ctx.needs_input_grad

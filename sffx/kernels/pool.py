@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.activation import is_training_step
+from sffx.kernels.once import first_derivatives_only
 
 _Pair = list[int]
 
@@ -50,7 +50,7 @@ class _MaxPool(Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         dy = dy.contiguous()

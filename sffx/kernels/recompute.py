@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.activation import ACTIVATIONS, gradients_are_private
 from sffx.kernels.chain import BATCH_NORMS, CONVOLUTIONS, Chain, Running
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.rows import gradients_by_rows, output_by_rows
 
 # The modules whose formulas are known. Exact classes: a subclass may compute something else.
@@ -147,7 +147,7 @@ class Recomputed(Function):
         return _not_a_view(chain.layer_output(chain.activated(z), weight, bias))
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, *tensors = ctx.saved_tensors
         chain: Chain = ctx.chain

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sffx.kernels.batch_slices import small_slices
 from sffx.kernels.entropy import MANY_CLASSES
+from sffx.kernels.once import first_derivatives_only
 from sffx.kernels.products import add_product, product, product_added
 
 
@@ -36,7 +36,7 @@ class _SquaredLinear(Function):
         return add_product(bias, rows, weight.t()).square_()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, dg: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad

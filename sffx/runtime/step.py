@@ -21,11 +21,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
 from sffx.kernels.batch_counts import counts_added_at_end
+from sffx.kernels.once import first_derivatives_only
 from sffx.learning.losses import LossFunctions, loss_functions, total
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
@@ -355,7 +355,7 @@ class _Deposit(Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(

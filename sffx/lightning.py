@@ -178,7 +178,7 @@ class _Predictor(LightningModule):
             for name in self.plateau.schedulers:
                 losses[name] = float(metrics[self._key("val_loss", name)])
             self.plateau.step(losses, self.learning())
-        rates = {}
+        rates: dict[str, float] = {}
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 # Groups of an optimizer of one's own may have no names.

@@ -429,6 +429,7 @@ class BlockPlan:
         inputs = {}
         for value in self.inputs:
             inputs[value.name] = {"shape": list(value.shape), "dtype": value.dtype}
+        # None as well where the inputs say it all, or where JSON has no form for an argument.
         arguments = None if self.arguments is None else self.arguments.record()
         record: dict[str, Any] = {
             "policy": self.policy,

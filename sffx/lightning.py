@@ -170,6 +170,7 @@ class _Predictor(LightningModule):
         Checkpoints are written after this, so they hold the learning rates of the next epoch.
         """
         self._log_other_metrics("val")
+        # A validation outside of training, or before its first step, says nothing about an epoch.
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.sanity_checking:
             return
         if self.plateau is not None:
@@ -190,6 +191,7 @@ class _Predictor(LightningModule):
         """Add the entries that `sffx.load_checkpoint` reads, and the state of the plateau."""
         accuracy = {}
         for key, value in self.trainer.callback_metrics.items():
+            # "val_acc/block_0", or "val_acc" for the answer.
             metric, _, name = key.partition("/")
             if metric == "val_acc":
                 accuracy[name or self.answer] = float(value)

@@ -65,6 +65,7 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
                 f"policy is the function {name} itself, which makes a policy from its options. "
                 f"Hint: {name}({options}), or the same as a string"
             )
+    # A module or a class can be called as well, but is most likely a mistake.
     if callable(policy) and not isinstance(policy, nn.Module | type):
         return getattr(policy, "__name__", type(policy).__name__), policy
     if not isinstance(policy, Iterable):
@@ -73,6 +74,7 @@ def policy_named(policy: AnyPolicy) -> tuple[str, Callable[..., Any]]:
             f"Hint: pass a name ({FORMS}), a function, or a list of node names"
         )
     _require_no_input(policy)
+    # An iterator could be read only once.
     names = tuple(policy)
     return "nodes", lambda analysis: names
 
@@ -100,6 +102,7 @@ def _parse(text: str) -> Policy:
         _refuse(text, name)
     arguments: list[object] = []
     keywords: dict[str, object] = {}
+    # No policy takes a list or a text with a comma.
     for part in rest.removesuffix(")").split(","):
         key, equals, value = part.partition("=")
         if equals:

@@ -50,6 +50,7 @@ def print_plan(options: argparse.Namespace) -> None:
     print(_titled(_plan_for(model, options, None), options))
     if options.batch is None and options.budget is None:
         return
+    # The memory is that of a cut model.
     net = model
     if plan_in(model) is None:
         net = sffx.transform(model, check=False, **_arguments(model, options))
@@ -185,6 +186,7 @@ def progress_of(checkpoint: Checkpoint, plan: BlockPlan) -> Progress:
     others = sorted(name for name in checkpoint.accuracy if is_block(name) and name not in targets)
     if others:
         raise _other_blocks(path, plan, f"it has {', '.join(others)} as well")
+    # The names fit. But as many blocks may end at other nodes.
     ends = plan.record()["after"]
     if checkpoint.cut is not None and list(checkpoint.cut["after"]) != ends:
         recorded = ", ".join(map(str, checkpoint.cut["after"]))
@@ -208,6 +210,7 @@ def _titled(plan: BlockPlan, options: argparse.Namespace) -> BlockPlan:
     Only the callable of a package names one. A file or a configuration class does not.
     """
     place, thing = place_and_name(options.source)
+    # Of "models.Net(16)", the last part of what is called: "Net".
     name = called(thing).rpartition(".")[2]
     if place == "hf" or name in ("", plan.model):
         return plan
@@ -224,6 +227,7 @@ def _draw_file(plan: BlockPlan, progress: Progress | None, options: argparse.Nam
     if options.output is not None:
         return draw_plan(plan, options.output, **shown)
     path = Path(f"{_name(options)}.svg")
+    # Where Graphviz is missing, a page is as good, since no format was asked for.
     try:
         return draw_plan(plan, path, **shown)
     except MissingExtra as error:

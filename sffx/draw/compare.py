@@ -128,6 +128,7 @@ def _checked(plans: Any) -> list[BlockPlan]:
 
 def comparison_graph(plans: Sequence[BlockPlan]) -> Digraph:
     """Return a graph with one node, "policies", in which the columns stand beside each other."""
+    # Of all plans, so that bars and heights compare between the columns.
     most = 1
     lines = 0
     for plan in plans:

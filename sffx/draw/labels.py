@@ -205,10 +205,12 @@ def _mark_cell(mark: str, colour: str) -> Element:
 
 def _paragraph(mark: str, colour: str, words: str) -> list[Element]:
     """Return a long text in several rows, with a mark before the first one."""
-    lines = textwrap.wrap(words, NOTE_WIDTH) or [" "]
-    # Graphviz breaks no lines in a cell, so each line is a row, and the first bears the mark.
-    marks = [mark] + [" "] * (len(lines) - 1)
-    return [_sample_row(each, colour, part) for each, part in zip(marks, lines, strict=True)]
+    # Graphviz breaks no lines in a cell, so each line is a row.
+    first, *others = textwrap.wrap(words, NOTE_WIDTH) or [" "]
+    rows = [_sample_row(mark, colour, first)]
+    for part in others:
+        rows.append(_sample_row(" ", colour, part))
+    return rows
 
 
 def _module_lines(block: Block) -> list[str]:

@@ -283,6 +283,7 @@ def _lines(plan: BlockPlan, crossed: Sequence[Crossing]) -> Iterator[Line]:
 def _groups(
     plan: BlockPlan, crossed: Sequence[Crossing], progress: Progress | None
 ) -> Iterator[Group]:
+    # A run has several blocks, so the index is not that of the folded plan.
     index = 0
     for block in fold(plan).all_blocks:
         members = block.blocks if isinstance(block, Run) else (block,)
@@ -291,7 +292,8 @@ def _groups(
             boxes.append(_box(member, index, plan, crossed, progress))
             index += 1
         # A run is a frame around its blocks; any other block stands alone.
-        yield Group(boxes, _run_box(block, plan) if isinstance(block, Run) else None)
+        run = _run_box(block, plan) if isinstance(block, Run) else None
+        yield Group(boxes, run)
 
 
 def _run_box(run: Run, plan: BlockPlan) -> RunBox:
@@ -340,6 +342,7 @@ def _head(block: Block, plan: BlockPlan) -> str:
 
 
 def _below(block: Block, index: int, plan: BlockPlan) -> Words:
+    """Return what stands below a block: what the cut does, or that there is none."""
     if block is plan.classifier:
         return Words("")
     if is_read_by_next(index, plan):
@@ -390,6 +393,7 @@ def _remarks(
         kind = "remark detached" if crossing.detached else "remark"
         if crossing.stage == index:
             yield Words(f"gives {names}{crossing.in_brackets}", kind)
+        # That the first block reads the inputs needs no words.
         is_named = not crossing.is_from_outside or index > 0
         if is_named and index in crossing.readers:
             yield Words(f"reads {names}", kind)

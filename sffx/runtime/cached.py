@@ -194,6 +194,7 @@ def _run(net: fx.GraphModule, loader: Iterable[Any], last: Stage, rows: _Rows) -
         samples, y = _checked(net, x, y)
         if not samples:
             continue
+        # The views of an objective; for others the input itself.
         x = training_input(net, x, y)
         values = run_frozen(net, x, last)
         kept: dict[str, Tensor] = {}
@@ -312,6 +313,7 @@ class _Rows:
             InputError: the shapes are not those of the first batch, or there is no room left.
         """
         layout = _Layout(tensors)
+        # All rows have the layout of the first ones, or a sample could not be found by its index.
         if not self.samples:
             self.layout = layout
         for first, now in zip(self.layout.fields, layout.fields, strict=True):

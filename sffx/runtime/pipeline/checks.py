@@ -24,6 +24,7 @@ from sffx.runtime.stage import stages_that_learn
 def usable(net: nn.Module) -> CutModel:
     """Return the cut model; raise an InputError if it cannot be divided among processes."""
     cut = cut_model(net)
+    # A compiled net is a wrapper too. The check below has a better hint for it.
     is_compiled = hasattr(net, "_orig_mod")
     if cut is not net and not is_compiled:
         raise InputError(
@@ -62,6 +63,7 @@ def device_of(net: nn.Module, device: torch.device | str | int | None) -> torch.
     if device is not None:
         return torch.device(device)
     own = next(net.parameters()).device
+    # "meta" is no device to compute on.
     if own.type != "meta":
         return own
     if torch.cuda.is_available():
@@ -100,6 +102,7 @@ def given_cuts(
             blocks that share a weight.
     """
     given = [cuts] if isinstance(cuts, str) else list(cuts)
+    # The first block begins the first stage anyway.
     unknown = [name for name in given if name not in names[1:]]
     if unknown:
         raise InputError(

@@ -65,6 +65,7 @@ class FromLoader:
         self._device = device
         self._agree = agree
         self._check = check
+        # Lazily: a batch is taken from the loader when its pair is asked for.
         self._pairs = map(self._taken, batches(loader))
         self._next = self._pulled()
 
@@ -77,6 +78,7 @@ class FromLoader:
         while self._next is not None:
             present = self._next
             self._next = self._pulled()
+            # The message of this batch says what the next one is like.
             yield self._batch(present, self._word(present, self._next))
 
     def _pulled(self) -> tuple[Any, Tensor] | None:
@@ -252,6 +254,7 @@ class Handover:
     def __init__(self, net: fx.GraphModule, stages: list[Stage], outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         self._crossing = crossing(net, stages[-1].index + 1)
+        # The memory of the own parameters and buffers. A block may return a view of one.
         self._own: set[int] = set()
         for stage in stages:
             for part in stage.parts:

@@ -55,7 +55,8 @@ class Ranks:
             ProcessError: another process failed before it came here, or did not come.
         """
         self.device = device
-        # Torch waits for a process that does not come, and cannot be interrupted.
+        # First all meet, since torch waits for a process that does not come, and cannot be
+        # interrupted.
         self.watch.meet()
         self._connections = connect(self.place, device)
 
@@ -120,6 +121,7 @@ class Ranks:
             return
         count = torch.tensor([int(has_batch)], device="cpu")
         self.watch.call(lambda: dist.all_reduce(count, group=group))
+        # The sum over the replicas.
         having = int(count)
         if having not in (0, group.size()):
             raise InputError(

@@ -109,7 +109,7 @@ class EarlyExit:
 
     Args:
         net: what `sffx.transform` returned.
-        threshold: of the confidence, above 0; `calibrate` chooses one.
+        threshold: of the confidence, from 0 on; `calibrate` chooses one.
 
     Attributes:
         inputs: of the model.
@@ -123,7 +123,7 @@ class EarlyExit:
 
     Raises:
         InputError: `net` is no cut model, is sharded or does not tell classes of a sample apart, or
-            `threshold` is not a number above 0.
+            `threshold` is not a number from 0 on.
     """
 
     def __init__(self, net: nn.Module, threshold: float = 0.9) -> None:
@@ -175,10 +175,10 @@ class EarlyExit:
 
     @threshold.setter
     def threshold(self, threshold: float) -> None:
-        if not is_number(threshold) or threshold <= 0:
+        if not is_number(threshold) or threshold < 0:
             raise InputError(
                 f"the threshold is {threshold!r}. "
-                "Hint: pass a number above 0; from above 1 on, no sample stops early"
+                "Hint: pass a number from 0 on, where all stop early; above 1, no sample does"
             )
         self._threshold = float(threshold)
 
@@ -249,12 +249,12 @@ class EarlyExit:
         Args:
             loader: yields (x, y) of validation data: x as the runner takes it, and class indices y,
                 (B,).
-            thresholds: above 0. None takes quantiles of the confidences seen. The whole ensemble is
+            thresholds: from 0 on. None takes quantiles of the confidences seen. The whole ensemble is
                 always the last point; thresholds above 1 give the same.
 
         Raises:
             InputError: the loader is empty or yields something else, labels are out of range, or a
-                threshold is not a number above 0.
+                threshold is not a number from 0 on.
         """
         confidence, correct = self._judged(loader)
         if thresholds is None:
@@ -262,7 +262,7 @@ class EarlyExit:
             given = confidence.double().flatten().quantile(shares).tolist()
         else:
             given = _numbers(thresholds)
-        levels = {threshold for threshold in given if 0 < threshold <= 1}
+        levels = {threshold for threshold in given if threshold <= 1}
         points = [self._point(level, confidence, correct) for level in sorted(levels)]
         points.append(self._point(NEVER, confidence, correct))
         return ExitCurve(tuple(points), len(confidence))
@@ -368,7 +368,7 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
     """Return thresholds as numbers.
 
     Raises:
-        InputError: one of them is no number above 0.
+        InputError: one of them is no number from 0 on.
     """
     try:
         # The letters of a text are no thresholds.
@@ -381,10 +381,10 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
             f"thresholds is {thresholds!r}. Hint: pass a list of numbers between 0 and 1"
         ) from error
     for level in levels:
-        if not level > 0:  # so is nan
+        if not level >= 0:  # so is nan
             raise InputError(
                 f"thresholds holds {level}. "
-                "Hint: pass numbers above 0; from above 1 on, no sample stops early"
+                "Hint: pass numbers from 0 on, where all stop early; above 1, no sample does"
             )
     return levels
 

@@ -198,8 +198,8 @@ def _manifest(content: Any) -> Manifest:
             f"its version is {content['version']}, and this version of sffx reads {VERSION} and "
             f"{VERSION_WITH_AXES}"
         )
-    if not content["threshold"] > 0:
-        raise ValueError(f"its threshold is {content['threshold']}, not a number above 0")
+    if not content["threshold"] >= 0:
+        raise ValueError(f"its threshold is {content['threshold']}, not a number from 0 on")
     if not content["inputs"] or not content["stages"]:
         raise ValueError("it lists no inputs or no stages")
     inputs = tuple(_input(each, f"input {i}") for i, each in enumerate(content["inputs"]))

@@ -169,17 +169,24 @@ def test_calibration_takes_the_cheapest_threshold_that_is_accurate_enough(
         runner.calibrate([(x, (y + 1) % 4)], accuracy=1.0)
 
 
-@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), "0.9", True])
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), "0.9", True])
 def test_threshold_that_is_no_confidence_is_refused(net: fx.GraphModule, threshold: float) -> None:
-    with pytest.raises(sffx.InputError, match=r"the threshold is .*Hint: pass a number above 0"):
+    with pytest.raises(sffx.InputError, match=r"the threshold is .*Hint: pass a number from 0 on"):
         sffx.EarlyExit(net, threshold)
 
 
-@pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("threshold", [-1.0, float("nan")])
 def test_a_curve_drops_no_threshold_in_silence(net: fx.GraphModule, threshold: float) -> None:
     x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-    with pytest.raises(sffx.InputError, match=r"thresholds holds .*Hint: pass numbers above 0"):
+    with pytest.raises(sffx.InputError, match=r"thresholds holds .*Hint: pass numbers from 0 on"):
         sffx.EarlyExit(net).curve([(x, y)], [0.5, threshold])
+
+
+def test_at_a_threshold_of_zero_all_samples_stop_first(net: fx.GraphModule) -> None:
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    runner = sffx.EarlyExit(net, 0)
+    assert runner(x).blocks.tolist() == [1, 1, 1, 1]
+    assert runner.curve([(x, y)], torch.linspace(0, 1, 3).tolist()).points[0].blocks == 1
 
 
 class Wider(nn.Module):

@@ -139,7 +139,7 @@ def test_an_array_of_strings_is_refused(exported: Path) -> None:
         (("version",), 4, r"its version is 4, and this version of sffx reads 2 and 3"),
         (("version",), True, r"'version' of it is True"),
         (("threshold",), "high", r"'threshold' of it is 'high'"),
-        (("threshold",), -0.5, r"its threshold is -0\.5, not a number above 0"),
+        (("threshold",), -0.5, r"its threshold is -0\.5, not a number from 0 on"),
         (("threshold",), float("nan"), r"its threshold is nan"),
         (("inputs",), [], r"it lists no inputs or no stages"),
         (("stages",), [], r"it lists no inputs or no stages"),

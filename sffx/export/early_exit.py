@@ -249,7 +249,7 @@ class EarlyExit:
         Args:
             loader: yields (x, y) of validation data: x as the runner takes it, and class indices y,
                 (B,).
-            thresholds: from 0 on. None takes quantiles of the confidences seen. The whole ensemble is
+            thresholds: from 0 on. None takes quantiles of the confidences. The whole ensemble is
                 always the last point; thresholds above 1 give the same.
 
         Raises:

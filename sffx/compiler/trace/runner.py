@@ -339,7 +339,10 @@ class NodeRunner:
 
         def faked(tensor: Tensor) -> Tensor:
             fake = self.mode.from_tensor(tensor.detach())
-            return fake.requires_grad_(has_gradient and can_learn(tensor))
+            if not (has_gradient and can_learn(tensor)):
+                return fake
+            # A result is no leaf of autograd, so what comes next may write on it.
+            return fake.requires_grad_().clone()
 
         return tree_map_only(Tensor, faked, result)
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import sffx
 from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.facts import Facts, facts
 from sffx.compiler.trace.trace import trace
+from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 from tests.toys import Chain
 
 
@@ -57,3 +60,15 @@ def test_a_leaf_whose_shapes_depend_on_values_is_run_with_values():
     records = _facts_by_name(model)
     assert records["_1"].example.shape == (BATCH_SIZES[0], 6)
     assert records["_1"].example.requires_grad
+
+
+@pytest.mark.parametrize(
+    "leaf", [_DataDependent(), nn.BatchNorm1d(6, momentum=None)], ids=["rows", "mean of batches"]
+)
+def test_what_such_a_leaf_returns_may_be_written_in_place(leaf: nn.Module):
+    layers = [nn.Linear(6, 6), leaf, nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Linear(6, 4)]
+    model = nn.Sequential(*layers).eval()
+    net = cut_without_norms(model)
+    assert_same_logits(net, model)
+    sffx.local_loss(net.train(), torch.randn(5, 6), torch.arange(5) % 4).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())

@@ -224,11 +224,11 @@ class _Predictor(LightningModule):
             task = self.task_of(scores)
             task.check_labels(y, len(scores), task.num_outputs(scores.shape))
             sums = task.sums(scores, y)
-            # A batch may be all padding. Its sums are 0, and so are its means.
-            count = max(int(sums["count"]), 1)
+            count = int(sums["count"])
             metrics = {}
             for metric, source in task.means.items():
-                mean = sums[source].float() / count
+                # A batch may be all padding. Its sums are 0, and so are its means.
+                mean = sums[source].float() / max(count, 1)
                 metrics[self._metric_key(stage, metric, name)] = mean
             # The count makes the epoch's mean exact: the last batch may be smaller, and a batch in
             # which no position counts has no weight.

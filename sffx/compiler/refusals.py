@@ -1,9 +1,10 @@
 """Why no cut may lie across a cut set of the spine.
 
 A cut may lie there if each value is a float tensor with a batch axis and a channel axis, if a layer
-with parameters comes after it, if no parameter or state is used on both sides of it, if it parts no
-BN layer from the layer that feeds it ("BN must always lie inside a block"), and if the main value
-has the tokens or the axes of space that the task scores.
+with parameters comes after it, if no parameter or state is used on both sides of it, if nothing
+before it needs a value from behind it, if it parts no BN layer from the layer that feeds it ("BN
+must always lie inside a block"), and if the main value has the tokens or the axes of space that the
+task scores.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def refusals(
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
     grids = Grids(flow, layers.root, channel_axes, len(output))
+    needs = _needs_from_behind(flow)
 
     def in_turn(i: int) -> Iterator[str]:
         """Yield the answers to all questions, "" where one has nothing against the cut.
@@ -61,6 +63,7 @@ def refusals(
             yield "nothing after it has a parameter, so that no classifier would be left"
         if shared[i]:
             yield f"{shared[i]} is used on both sides of it"
+        yield needs[i]
         for name in main_first:
             yield _reason_of_readers(flow, layers, name)
         for name in main_first:
@@ -78,6 +81,19 @@ def refusals(
         given = filter(None, in_turn(i))
         reasons.append(next(given, ""))
     return reasons
+
+
+def _needs_from_behind(flow: Dataflow) -> list[str]:
+    """Return for each step what up to it needs a value from after it, in words; "" for nothing.
+
+    With `t = h2.argmax(1, keepdim=True); mask = h1 > t`, no block can hold the mask if a cut lies
+    between h1 and h2: in that of h1 it is too early for t, and behind the cut h1 is normalised.
+    """
+    needs = [""] * len(flow.spine)
+    for source, reader in flow.graph.edges:
+        for step in range(flow.step_of[reader], flow.step_of[source]):
+            needs[step] = f"{reader} is needed before it, but reads {source} behind it"
+    return needs
 
 
 def shared_state(flow: Dataflow, layers: Layers) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sffx
 from sffx.compiler.analyse import Analysis, analyse
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError
@@ -270,6 +271,30 @@ def test_a_value_without_gradient_is_no_path_around_a_cut():
     assert (
         analysis.step_of["arange"] == analysis.step_of["positions"] == analysis.step_of["relu"]
     )  # read before the norm
+
+
+class _LateMask(nn.Module):
+    """Compares an early value with what a later layer says of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = F.relu(self.first(x))
+        late = F.relu(self.second(early))
+        mask = early > late.argmax(1, keepdim=True)
+        return self.head(late * mask)
+
+
+def test_a_mask_of_an_early_and_a_late_value_is_not_parted():
+    # Behind a cut after `relu` its value is normalised, and before that cut there is no argmax.
+    model, x = _LateMask(), torch.randn(5, 6)
+    with pytest.raises(CutError, match="argmax is needed before it, but reads relu_1 behind it"):
+        analysed(model, x).require(["relu"])
+    net = sffx.transform(model, "layer", x, norm="none")
+    assert net.plan.blocks[0].output == "mul"
+    assert torch.equal(net(x)[-1], model(x))
 
 
 class _Unbound(nn.Module):

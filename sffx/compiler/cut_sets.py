@@ -1,7 +1,8 @@
 """The cut sets that a user or a policy names: all values that cross each cut.
 
-A cut names the values that the block before it gives on. Values that cross an earlier cut as well
-may be left out.
+A cut names the values that the block before it gives to later blocks. A value that crosses an
+earlier cut as well may be left out: if `skip` crosses ("skip", "down"), then "up" behind it stands
+for ("skip", "up").
 """
 
 from __future__ import annotations
@@ -49,31 +50,38 @@ def complete(flow: Dataflow, cuts: Iterable[Cut], hint: str) -> list[frozenset[s
     """
     in_order = sorted(cuts, key=partial(_place, flow))
     cut_sets: list[frozenset[str]] = []
-    inside: set[str] = set()
+    inside: set[str] = set()  # the nodes on paths that run before the cut
     for cut in in_order:
-        inside |= flow.before(names_in(cut))
+        names = names_in(cut)
+        inside |= flow.before(names)
         crossing = flow.crossing(inside)
         earlier = cut_sets[-1] if cut_sets else frozenset()
-        missing = [name for name in crossing if name not in names_in(cut) and name not in earlier]
-        if missing:
+        known = {*names, *earlier}
+        if not known.issuperset(crossing):
             raise CutError(_passed_by(cut, crossing, hint))
-        unread = [name for name in names_in(cut) if name not in crossing and name != flow.logits]
+        unread = [name for name in names if name not in crossing and name != flow.logits]
         if unread:
             raise CutError(
                 f"no cut can lie {in_words(cut)}: nothing after it reads {', '.join(unread)}. "
                 f"Hint: {hint}"
             )
-        cut_sets.append(frozenset(crossing or names_in(cut)))
+        # Nothing crosses behind the logits. The refusal of that step says why no cut may lie there.
+        cut_sets.append(frozenset(crossing or names))
     return cut_sets
 
 
 def _place(flow: Dataflow, cut: Cut) -> tuple[int, int]:
-    """Return a key by which cuts are in the order of the model."""
-    *_, last = flow.in_order(names_in(cut))
-    return flow.position(last), len(flow.before(names_in(cut)))
+    """Return a key by which cuts are in the order of the model.
+
+    Cuts with the same last value, as "up" and ("skip", "up"), differ in what runs before them.
+    """
+    names = names_in(cut)
+    *_, last = flow.in_order(names)
+    return flow.position(last), len(flow.before(names))
 
 
 def _passed_by(cut: Cut, crossing: Sequence[str], hint: str) -> str:
+    """Return the error of a cut that leaves out a value that crosses it."""
     reason = PASSED_BY if len(names_in(cut)) == 1 else "other values cross it as well"
     return (
         f"no cut can lie {in_words(cut)}: {reason}. "

@@ -9,9 +9,16 @@ set* is a set of values such that every path to the logits passes through one of
 dominates the logits is a cut set of one. Where streams run side by side, a cut set has several
 values. Its *main* value is the last that is computed with new parameters.
 
-The *spine* is a row of cut sets, each with everything that is computed before the one before it.
-It has the nodes that dominate the logits, and the larger cut sets that it is given. A *step* is
-everything that is computed between one cut set of the spine and the next.
+The *spine* is a row of cut sets in the order of computation: what is computed before one of them is
+computed before the next as well. It has the nodes that dominate the logits, and the larger cut sets
+that it is given. A *step* is everything that is computed between one cut set of the spine and the
+next. An example is a residual block:
+
+    x ── conv1 ── relu ── conv2 ── add ── fc
+                    └───────────────┘
+
+conv1, relu, add and fc dominate the logits, which fc computes. conv2 does not, since the shortcut
+passes it by. So the spine is (conv1, relu, add, fc), and conv2 and add are one step.
 """
 
 from __future__ import annotations
@@ -52,8 +59,8 @@ class Dataflow:
     Args:
         trace: of the model.
         layers: of the model.
-        cut_sets: of several values, to be on the spine. For any two, one has everything that is
-            computed before the other.
+        cut_sets: of several values, to be on the spine. Of any two, what is computed before one is
+            computed before the other as well.
 
     Raises:
         CutError: the logits are on no path.
@@ -122,8 +129,8 @@ class Dataflow:
     def behind(self, name: str, inside: set[str]) -> set[str]:
         """Return the nodes of a set that the value of a node leads to, without the node."""
 
-        def readers_inside(name: str) -> set[str]:
-            return self.readers(name) & inside
+        def readers_inside(each: str) -> set[str]:
+            return self.readers(each) & inside
 
         return _reached(readers_inside(name), readers_inside, set())
 
@@ -189,14 +196,16 @@ class Dataflow:
             insides[frozenset(values)] = self.before(values)
         for name in self._dominators:
             insides[frozenset([name])] = self.before([name])
+        # Of any two, one holds all of the other, so their sizes tell the order.
+        in_order = sorted(insides, key=lambda values: len(insides[values]))
         cut_sets = []
-        earlier: set[str] = set()
-        # Of any two, one has everything before the other, so their sizes tell the order.
-        for cut_set in sorted(insides, key=lambda values: len(insides[values])):
+        earlier: set[str] = set()  # what the steps so far compute
+        for cut_set in in_order:
+            # A value that crosses the cut before as well, such as a skip connection, is not new.
             new = self.in_order(cut_set - earlier)
             inside = insides[cut_set] - earlier
             learned = [name for name in new if self.is_learned(name, inside)]
-            main = (learned or new)[-1]
+            main = learned[-1] if learned else new[-1]
             passing = self.in_order(cut_set - {main})
             cut_sets.append((*passing, main))
             earlier = insides[cut_set]
@@ -208,32 +217,42 @@ class Dataflow:
         A value of a cut set gets the step that ends in the first cut set that has it.
 
         1. Another node gets the first step that uses its value.
-        2. Exception: a node that is no path, but reads one, goes with the value that it reads.
-        3. A node is computed no later than the nodes that use its value, wherever they went.
-        4. Exception: what only a last write in place uses, as the update of a buffer, goes with
-           what it reads, and the write comes after all earlier reads of what it writes.
+        2. Exception: nothing that leads to the logits uses it, but a last write in place does, such
+           as `self.mean.copy_(h.mean())`. It goes with what it reads, and the write comes after all
+           earlier reads of what it writes.
+        3. Exception: it is no path, but reads one, such as `mask = h > 0`. It goes with the value
+           that it reads.
+        4. A node is computed no later than the nodes that use its value, wherever they went. If it
+           then runs before a value that it reads, no cut may lie between them (`refusals`).
         """
         step_of: dict[str, int] = {}
         for i, values in enumerate(self.cut_sets):
             for name in values:
                 step_of.setdefault(name, i)
-        # A node comes before its users, so the steps of its users are known on the way back.
+        # 1. A node comes before its users, so the steps of its users are known on the way back.
         for name in reversed(self.nodes):
             uses = _steps(self.graph.successors(name), step_of)
             if uses and name not in step_of:
                 step_of[name] = min(uses)
+        # 2.
         self._place_last_writes(step_of)
+        # 3. In order, since such a node may read others of them.
         beside = [name for name in self.nodes if not self.is_path(name)]
         for name in beside:
             step_of[name] = self._step_beside(name, step_of)
+        # 4. Only these nodes have moved.
         for name in reversed(beside):
             uses = _steps(self.graph.successors(name), step_of)
             step_of[name] = min([step_of[name], *uses])
         return step_of
 
     def _place_last_writes(self, step_of: dict[str, int]) -> None:
-        """Give the paths that lead to no logits, but to a write in place, their steps."""
-        readers: dict[int, list[str]] = {}  # the nodes that read a storage, so far
+        """Give steps to the paths that lead to a write in place, but not to the logits.
+
+        Args:
+            step_of: the steps of all other paths; gets those of these.
+        """
+        readers: dict[int, list[str]] = {}  # the nodes so far that read a storage, by its key
         for name, node in self.nodes.items():
             if self.is_path(name) and name not in step_of:
                 before = list(self.graph.predecessors(name))
@@ -249,25 +268,27 @@ class Dataflow:
         """Return the step of a node that is no path.
 
         A tensor stays in the step of the path that it reads, since behind a cut the value is
-        normalised. A size, and zeros of that size, may be read in the step after as well, where the
-        value is at hand.
+        normalised. A size, and zeros of that size, are the same behind the cut. So they may be
+        computed in the step after as well, where the value is at hand.
 
         Args:
             name: of the node.
             step_of: the steps of the nodes that it reads; its own, unless nothing uses its value.
         """
-        sources = list(self.graph.predecessors(name))
-        paths = [step_of[source] for source in sources if self.is_path(source)]
         node = self.nodes[name]
-        if paths and holds_tensor(facts(node).example) and not makes_values(node.target):
-            return max(paths)
-        at_hand = max(_steps(sources, step_of), default=0)
+        sources = list(self.graph.predecessors(name))
+        steps_of_paths = [step_of[source] for source in sources if self.is_path(source)]
+        reads_values = holds_tensor(facts(node).example) and not makes_values(node.target)
+        if steps_of_paths and reads_values:
+            return max(steps_of_paths)
+        earliest = max(_steps(sources, step_of), default=0)
         if name not in step_of:  # nothing uses its value, or a guard alone
-            return at_hand
-        if not paths:
-            return step_of[name]
-        step_after = max(paths) + 1
-        return min(step_of[name], max(at_hand, step_after))
+            return earliest
+        first_use = step_of[name]
+        if not steps_of_paths:
+            return first_use
+        step_after = max(steps_of_paths) + 1
+        return min(first_use, max(earliest, step_after))
 
 
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
@@ -290,24 +311,27 @@ def _reached(
 
 
 def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
+    """Return the graph of all nodes, with the edges and attributes that `Dataflow.graph` has."""
     graph = nx.DiGraph()
     dependences: dict[str, Dependence] = {}
     writers = _writers_of_state(nodes, layers)
     for name, node in nodes.items():
-        before = (*node.all_input_nodes, *facts(node).after, *writers.get(name, ()))
-        sources = [source.name for source in before]
+        nodes_before = (*node.all_input_nodes, *facts(node).after, *writers.get(name, ()))
+        sources = [source.name for source in nodes_before]
         own = _dependence(node, layers, [dependences[source] for source in sources])
         dependences[name] = own
         learns = any(can_learn(tensor) for tensor in _values_of(node))
         is_path = learns and own.on_input and own.on_parameter
         is_learned = bool(layers.parameters(node))
         for source in sources:
-            # A weight may be computed before it is read.
+            # A value of parameters alone is a weight: one that is read by its name, or one that is
+            # computed from others, as in `F.linear(x, weight.tanh())`.
             if dependences[source].on_parameter and not graph.nodes[source]["path"]:
                 is_learned = True
         graph.add_node(name, path=is_path, learned=is_learned)
         for source in sources:
             graph.add_edge(source, name)
+    # To tell picked weights from streams takes the whole graph, with both marked as paths.
     for name in picked_weights(graph, nodes, layers):
         graph.nodes[name]["path"] = False
     return graph
@@ -318,17 +342,21 @@ def _writers_of_state(nodes: dict[str, Node], layers: Layers) -> dict[str, list[
 
     In `self.layer.weight.data.clamp_(-1, 1); y = self.layer(x)` no argument of the call tells that
     it comes after the write.
+
+    Returns:
+        The nodes that write, by the name of the node that reads.
     """
-    # An example is a copy, whose storage is not the parameter's. A call reads the parameter itself.
+    # A write is known by the example of a value, a layer by its parameter. The example is a copy
+    # with a storage of its own, so this leads from one to the other.
     key_of_parameter: dict[int, int] = {}  # by the key of its example
-    writers: dict[int, list[Node]] = {}  # by the key of the parameter
-    found: dict[str, list[Node]] = {}  # by the name of the reader
+    writers: dict[int, list[Node]] = {}  # so far, by the key of the parameter
+    found: dict[str, list[Node]] = {}
     for name, node in nodes.items():
         if node.op == "get_attr":
             for parameter in layers.parameters(node).values():
                 for example in _values_of(node):
                     key_of_parameter[storage_key(example)] = storage_key(parameter)
-        if writers:  # which few models have
+        if writers:  # few models have any, and to look at each state takes time
             for tensor in layers.state(node).values():
                 found.setdefault(name, []).extend(writers.get(storage_key(tensor), []))
         if node.op == "call_module":
@@ -357,7 +385,7 @@ class Dependence(NamedTuple):
 
 def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Dependence:
     """Return the dependence of a node's value, from those of the values that it reads."""
-    # Before the values are looked at, since a node may read a module, which is no tensor.
+    # First of all: a node may read a whole module, so that its value is no tensor.
     if node.op == "get_attr" and layers.parameters(node):
         return Dependence(on_parameter=True)
     computes_tensors = next(_values_of(node), None) is not None
@@ -370,7 +398,7 @@ def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Depend
         return Dependence()
     read = [each for each in node.all_input_nodes if holds_tensor(facts(each).example)]
     if makes_values(node.target) and len(read) == 1:
-        return Dependence()  # as of zeros, into which the values of a stream are placed
+        return Dependence()  # it reads the shape of that tensor, as `torch.zeros_like(x)` does
     on_input = any(source.on_input for source in sources)
     on_parameter = any(source.on_parameter for source in sources)
     return Dependence(on_input, on_parameter or has_parameters)
@@ -379,7 +407,7 @@ def _dependence(node: Node, layers: Layers, sources: list[Dependence]) -> Depend
 def _stops_gradient(node: Node) -> bool:
     """Return whether a module's value has no gradient though its input has.
 
-    Rotary positions are such a module: it looks at its input's dtype alone.
+    A module that computes rotary positions is one: it reads no more than the dtype of its input.
     """
     if node.op != "call_module":
         return False

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-# The first tensor of these is a summand, as the bias of a linear layer, and not the input.
+from sffx.tensors import tensors_in
+
+# The first tensor of these operations is a summand, such as the bias of a linear layer. The input
+# is the second one.
 _ADDING = ("addmm", "addmv", "addbmm", "baddbmm")
 
 
@@ -32,12 +34,13 @@ class DtypeWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Elementwise operations convert their tensors to one dtype.
-        if torch.Tag.pointwise not in func.tags:
-            leaves = tree_leaves((args, kwargs))
-            dtypes = [each.dtype for each in leaves if isinstance(each, Tensor)]
-            name = func._schema.name.partition("::")[2]
-            self.is_suspicious = self.is_suspicious or _may_be_refused(name, dtypes)
+        is_elementwise = torch.Tag.pointwise in func.tags
+        # Elementwise operations convert their tensors to one dtype, so torch takes any.
+        if not is_elementwise:
+            dtypes = [tensor.dtype for tensor in tensors_in((args, kwargs))]
+            name = func._schema.name.partition("::")[2]  # of "aten::addmm"
+            if _may_be_refused(name, dtypes):
+                self.is_suspicious = True
         return func(*args, **kwargs)
 
 
@@ -48,12 +51,14 @@ def _may_be_refused(name: str, dtypes: list[torch.dtype]) -> bool:
         name: of the operation, without its namespace.
         dtypes: of its tensors, in order.
     """
-    floats = {dtype for dtype in dtypes if _is_float(dtype)}
-    if len(floats) > 1:
+    float_dtypes = {dtype for dtype in dtypes if _is_float(dtype)}
+    if len(float_dtypes) > 1:
         return True
-    if not floats or len(set(dtypes)) == 1:
+    if not float_dtypes or len(set(dtypes)) == 1:
         return False
-    # A tensor of floats may come first and be picked from by integers, as in an embedding.
+    # Floats and integers meet. Integers behind a tensor of floats may be indices into it, as in an
+    # embedding. Before it they are an input of the wrong dtype, as in `integers @ weight`. Where a
+    # summand comes first, the input is behind it.
     return name in _ADDING or not _is_float(dtypes[0])
 
 
@@ -76,11 +81,14 @@ def own_dtype(model: nn.Module) -> torch.dtype:
 def other_dtypes(
     model: nn.Module, values: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield casts of inputs to dtypes that the model may take: as text, and the inputs after it.
+    """Yield casts of inputs to dtypes that the model may take, the likeliest first.
 
     Args:
         model: its parameters have the dtype that float inputs should have.
         values: the inputs by name.
+
+    Returns:
+        Each cast as text, such as "x.to(torch.float32)", and all inputs after it.
     """
     own = own_dtype(model)
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -88,10 +96,12 @@ def other_dtypes(
     others = [name for name in tensors if name not in floats]
     changes = [(floats, own), (others, own), (list(tensors), own)]
     changes += [([name], own) for name in others]
-    # Indices, as of an embedding.
+    # The model may read floats as indices, which an embedding wants as integers.
     changes += [([name], torch.int64) for name in tensors]
     for names, dtype in changes:
         changed = [name for name in names if tensors[name].dtype != dtype]
-        if changed:
-            text = ", ".join(f"{name}.to({dtype})" for name in changed)
-            yield text, {**values, **{name: tensors[name].to(dtype) for name in changed}}
+        if not changed:
+            continue
+        text = ", ".join(f"{name}.to({dtype})" for name in changed)
+        cast = {name: tensors[name].to(dtype) for name in changed}
+        yield text, {**values, **cast}

@@ -5,8 +5,8 @@
    behind a flatten (VGG), or a stem of plain convolutions.
 2. A span with more than a third is cut where single values cross inside, until each part holds
    less. This is done only if the span holds several residual blocks, or layers on both sides of a
-   concatenation. In a CSP stage these are its layers before and behind the parallel paths, and in a
-   dense block the transition is the one behind.
+   concatenation. A CSP stage has layers before and behind its parallel paths. Behind a dense block
+   comes its transition.
 """
 
 from __future__ import annotations
@@ -35,21 +35,25 @@ def divided(analysis: Analysis, ends: Iterable[int], blocks: Mapping[int, int]) 
     steps = analysis.steps
     kept = legal(steps, ends)
     sizes = _numbers_of_parameters(analysis)
-    classifier = max((i for i, step in enumerate(steps) if step.weighted), default=-1)
+    # The last layer is the classifier's. It is in no span, however large it is.
+    last_layer = max((i for i, step in enumerate(steps) if step.weighted), default=-1)
     places = layer_ends(analysis)
-    ends_so_far = set(kept)
+    # 1. Also in the span behind the last cut, where the linear layers of VGG lie.
+    between_layers = []
     for before, end in pairwise([-1, *kept, len(steps) - 1]):
-        # The last layer stays with the classifier, however large it is.
-        span = range(before + 1, min(end + 1, classifier))
+        span = range(before + 1, min(end + 1, last_layer))
         has_block = _holds_part_of_block(blocks, before, end)
         if _is_large(steps, sizes, span) and not has_block:
-            ends_so_far.update(_between_layers(analysis, places, before, end))
-    for before, end in pairwise([-1, *sorted(ends_so_far)]):
+            between_layers += _between_layers(analysis, places, before, end)
+    # 2. In the spans that are left now.
+    ends_so_far = sorted({*kept, *between_layers})
+    inside = []
+    for before, end in pairwise([-1, *ends_so_far]):
         span = range(before + 1, end + 1)
         has_several_blocks = len(_residual_modules(analysis, span)) > 1
         if has_several_blocks or _goes_on_behind_concatenation(steps, span):
-            ends_so_far.update(_most_even(analysis, sizes, places, before, end))
-    return sorted(ends_so_far)
+            inside += _most_even(analysis, sizes, places, before, end)
+    return sorted({*ends_so_far, *inside})
 
 
 def _holds_part_of_block(blocks: Mapping[int, int], before: int, end: int) -> bool:
@@ -78,8 +82,8 @@ def _is_large(steps: Steps, sizes: list[int], span: range) -> bool:
     """Return whether a span has most of the parameters, or several layers with a third."""
     share = sum(sizes[i] for i in span) / max(sum(sizes), 1)
     num_layers = sum(steps[i].weighted for i in span)
-    most = LARGE_BLOCK if num_layers > 1 else 1 / 2
-    return share > most
+    limit = LARGE_BLOCK if num_layers > 1 else 1 / 2
+    return share > limit
 
 
 def _residual_modules(analysis: Analysis, span: range) -> set[str]:
@@ -118,12 +122,15 @@ def _most_even(
     best = None
     smallest = math.inf
     for place in places:
-        if not before < place < end or _only_embeds(analysis, before + 1, place + 1):
+        if not before < place < end:
+            continue
+        only_embeds = _only_embeds(analysis, before + 1, place + 1)
+        if only_embeds or not has_weight(analysis.steps, place + 1, end + 1):
             continue
         left = sum(sizes[before + 1 : place + 1])
         right = sum(sizes[place + 1 : end + 1])
         larger = max(left, right)
-        if larger < smallest and has_weight(analysis.steps, place + 1, end + 1):
+        if larger < smallest:
             best = place
             smallest = larger
     if best is None:
@@ -140,8 +147,8 @@ def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:
             node = analysis.nodes[name]
             if not analysis.parameters(node):
                 continue
-            is_call = node.op == "call_module"
-            if not is_call or not issubclass(analysis.kind(str(node.target)), nn.Embedding):
+            is_module = node.op == "call_module"
+            if not is_module or not issubclass(analysis.kind(str(node.target)), nn.Embedding):
                 return False
     return True
 

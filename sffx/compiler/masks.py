@@ -1,8 +1,9 @@
 """Which input marks the real tokens of a value.
 
-An attention mask (B, T) marks the tokens of a value (B, T, C). Where two sequences of a model have
-the same length, as in an encoder and a decoder, lengths do not tell whose tokens they are. Then the
-dataflow does.
+An attention mask (B, T) marks the tokens of a value (B, T, C). A model may read two sequences of
+the same length, as an encoder and a decoder do. Then the length does not tell whose tokens a mask
+marks, but the dataflow does: a mask belongs to the sequence with which it shares most of the values
+that the two lead to. A value belongs to the latest sequence that leads to it.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class Masks:
     ) -> None:
         self._flow = flow
         self._channel_axes = channel_axes
-        # They come first among the nodes.
+        # The placeholders come first among the nodes, in the order of the inputs.
         placeholders = takewhile(lambda node: node.op == "placeholder", flow.nodes.values())
         self._inputs: dict[Node, Input] = {}
         for node, read in zip(placeholders, inputs, strict=True):
             self._inputs[node] = read
         self.nodes = [node for node, read in self._inputs.items() if read.marks_tokens]
-        self._behind: dict[str, set[str]] = {}
+        self._behind: dict[str, set[str]] = {}  # by the name of an input; see `_paths_behind`
 
     def of(self, name: str) -> str:
         """Return the name of the mask of a value, "" where there is none.
@@ -50,20 +51,23 @@ class Masks:
         """
         record = facts(self._flow.nodes[name])
         shape = record.example.shape
-        # How the classes of the logits lie, the task says.
+        # The task says which axis of the logits has the classes, so they may lie before the tokens.
         has_tokens = name == self._flow.logits or self._channel_axes.get(name) == 2
         if len(shape) != 3 or not has_tokens or record.is_folded:
             return ""
-        of_length = [node for node in self.nodes if facts(node).example.shape == shape[:2]]
+        masks = [node for node in self.nodes if facts(node).example.shape == shape[:2]]
         sequences = self._sequences(shape[1])
         leading = [each for each in sequences if name in self._paths_behind(each)]
-        for mask in of_length:
-            if not leading or self._latest(leading) in self._owners(mask, sequences):
+        if not leading:  # the length is all that is known
+            return masks[0].name if masks else ""
+        latest = self._latest(leading)
+        for mask in masks:
+            if latest in self._owners(mask, sequences):
                 return mask.name
         return ""
 
     def _sequences(self, length: int) -> list[str]:
-        """Return the inputs, other than masks, with so many tokens."""
+        """Return the names of the inputs, other than masks, with so many tokens."""
         sequences = []
         for node, read in self._inputs.items():
             if not read.marks_tokens and read.shape[:1] == (length,):
@@ -71,21 +75,22 @@ class Masks:
         return sequences
 
     def _latest(self, sequences: list[str]) -> str:
-        """Return the sequence that joins the others: the least of the model comes after it.
+        """Return the sequence that joins the others last: the fewest values come after it.
 
-        A decoder reads its own tokens and those of the encoder.
+        It is that of a decoder, since the values of the encoder come after the encoder's tokens
+        alone, and those of the decoder after both.
         """
         return min(sequences, key=lambda each: len(self._paths_behind(each)))
 
     def _owners(self, mask: Node, sequences: list[str]) -> list[str]:
-        """Return the sequences with most of what a mask leads to: those whose tokens it marks.
+        """Return the sequences whose tokens a mask marks: they share most values with it.
 
         They are several where the tokens themselves, their types and their positions are inputs.
         """
-        marked = self._paths_behind(mask.name)
-        shares = [len(marked & self._paths_behind(each)) for each in sequences]
-        pairs = zip(sequences, shares, strict=True)
-        return [each for each, share in pairs if share == max(shares)]
+        masked = self._paths_behind(mask.name)
+        num_shared = {each: len(masked & self._paths_behind(each)) for each in sequences}
+        most = max(num_shared.values())
+        return [each for each in sequences if num_shared[each] == most]
 
     def _paths_behind(self, name: str) -> set[str]:
         """Return the values on paths that the value of an input leads to."""

@@ -3,8 +3,9 @@
     weight = self.heads[task]  # (B, J, C)
     return torch.bmm(weight, features[..., None])[..., 0]
 
-They depend on an input and on a parameter, as a path does. But at the end of a model whose features
-come from another input, they are the weights of the classifier, and no stream of their own.
+Such weights depend on an input and on a parameter, as a path does. But they are no stream that a
+block could learn from: they belong to the classifier, which applies them to the features of another
+input.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def picked_weights(graph: nx.DiGraph, nodes: Mapping[str, Node], layers: Layers)
     """Return the nodes that compute the weights of a classifier from integers alone.
 
     1. They read parameters and integer inputs, and nothing that reads an input of floats.
-    2. A parameter is read where it is picked. What reads a picked value has none of its own: with
-       further layers, as of words, it is a stream.
-    3. Nothing behind the place where the weights are used has a parameter.
+    2. Only the nodes that pick read a parameter. If further layers read the picked values, as they
+       do with the embeddings of words, the values are a stream.
+    3. The weights are applied to features of floats, and no parameter is read from there on.
 
     Args:
         graph: of all nodes, with the attribute `path`.
@@ -38,29 +39,31 @@ def picked_weights(graph: nx.DiGraph, nodes: Mapping[str, Node], layers: Layers)
 
     paths = [name for name, is_path in graph.nodes(data="path") if is_path]
     of_floats = _after_floats(graph, nodes)
-    of_integers = [name for name in paths if name not in of_floats]
+    of_integers = graph.subgraph(name for name in paths if name not in of_floats)
     if len(of_integers) == len(paths):
-        return set()
+        return set()  # no path has features of floats
     picked: set[str] = set()
-    alone = graph.subgraph(of_integers)
-    for part in nx.weakly_connected_components(alone):
-        starts = [name for name in part if not alone.in_degree(name)]
-        if not any(map(reads_parameter, part.difference(starts))):
+    for part in nx.weakly_connected_components(of_integers):
+        # The first nodes of a part are those that pick: they alone may read a parameter.
+        others = [name for name in part if of_integers.in_degree(name) > 0]
+        if not any(map(reads_parameter, others)):
             picked |= part
     behind: set[str] = set()
     for name in picked:
         behind |= nx.descendants(graph, name)
     behind -= picked
-    is_end = not any(map(reads_parameter, behind))
-    return picked if is_end and behind & of_floats else set()
+    if behind.isdisjoint(of_floats) or any(map(reads_parameter, behind)):
+        return set()
+    return picked
 
 
 def _after_floats(graph: nx.DiGraph, nodes: Mapping[str, Node]) -> set[str]:
-    """Return the nodes to which an input of floats leads, through tensors that can learn."""
+    """Return the inputs of floats, and the nodes that they lead to through tensors of floats."""
     found: set[str] = set()
     for name, node in nodes.items():
-        learns = any(can_learn(tensor) for tensor in tensors_in(facts(node).example))
-        if learns and (node.op == "placeholder" or not found.isdisjoint(graph.predecessors(name))):
+        is_of_floats = any(can_learn(tensor) for tensor in tensors_in(facts(node).example))
+        reads_found = not found.isdisjoint(graph.predecessors(name))
+        if is_of_floats and (node.op == "placeholder" or reads_found):
             found.add(name)
     return found
 

@@ -121,6 +121,11 @@ def axis_after_reshape(before: Sequence[int], axis: int, after: Sequence[int]) -
 def _axis_of_tensor(
     node: fx.Node, root: nn.Module, value: Tensor, other: Any, sizes: tuple[int, int]
 ) -> BatchAxis | None:
+    """Return the batch axis of a tensor, from its values at both batch sizes; see `find_batch`.
+
+    At batch sizes 60 and 36, shapes (120, C) and (72, C) are two rows for each sample. Shapes
+    (61, C) and (37, C), a row beside the batch, have no batch axis.
+    """
     if not isinstance(other, Tensor) or value.ndim != other.ndim:
         return None
     changed = [i for i, size in enumerate(value.shape) if size != other.shape[i]]
@@ -128,8 +133,8 @@ def _axis_of_tensor(
         return None
     axis = changed[0]
     rows_of_sample = Fraction(value.shape[axis], sizes[0])
-    rows_of_other = Fraction(other.shape[axis], sizes[1])
-    if rows_of_sample != rows_of_other or rows_of_sample.denominator != 1:
+    rows_at_other_size = Fraction(other.shape[axis], sizes[1])
+    if rows_of_sample != rows_at_other_size or rows_of_sample.denominator != 1:
         return None
     rows = int(rows_of_sample)
     slower = _slower_rows(node, root, value, axis, rows) if rows > 1 else 1
@@ -140,42 +145,46 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     """Return the `BatchAxis.slower` of a value with several rows for each sample, None if unknown.
 
     1. A reshape keeps the order of all values.
-    2. A repetition puts whole batches behind each other, or the rows of each sample.
-    3. So does a concatenation of batches.
-    4. Any other operation that keeps the number of rows keeps their order.
-    5. A layer without tensors may be a reshape by another name, as those of einops. It is run on
+    2. `repeat` puts whole batches behind each other, `repeat_interleave` the rows of each sample.
+    3. A concatenation puts whole batches behind each other.
+    4. A layer without tensors may be a reshape by another name, as those of einops. It is run on
        the numbers of the samples.
-    6. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
+    5. A graph network adds messages to rows that an index names, the nodes of all graphs. Such rows
        have the order of earlier values with as many rows.
+    6. Any other operation keeps the order of the values with as many rows that it reads.
     """
     sources = list(_sources(node))
     operation = name_of_target(node.target)
+    # 1.
     if is_reshape(node, root) and sources:
         before, batch = sources[0]
         return _slower_after_reshape(before, batch, value, axis, rows)
-    # Along another axis than the batch, a repetition leaves the rows as they are.
+    # 2. Along another axis than the batch, a repetition leaves the rows as they are (6).
     is_repeated = all(batch.rows < rows for _, batch in sources)
     if operation in _TILES and is_repeated:
         return rows if _all_plain(sources, axis) else None
     if operation == "repeat_interleave" and is_repeated:
         return 1 if _all_plain(sources, axis) else None
-    # So does a concatenation.
+    # 3. Along another axis, a concatenation leaves the rows as well (6).
     is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
     if operation in _CATS and is_longer:
         are_whole = all(batch.slower == batch.rows for _, batch in sources)
         return rows if are_whole else None
+    # 4.
     found = {batch.slower for _, batch in sources if batch.rows == rows}
     if not found and len(sources) == 1 and _may_rearrange(node, root):
         before, batch = sources[0]
         return _slower_after_layer(node, root, before, batch, BatchAxis(axis, rows))
-    if any(_is_index(value) for value, _ in sources):
-        # The index itself may have any order.
+    # 5. The index itself may have any order, so it does not count.
+    if any(_is_index(tensor) for tensor, _ in sources):
         known = found - {None}
         found = known or _slower_of_earlier_rows(node, rows)
+    # 6.
     return found.pop() if len(found) == 1 else None
 
 
 def _is_index(value: Tensor) -> bool:
+    """Return whether a tensor is of integers, which may name rows."""
     return not value.is_floating_point() and value.dtype != torch.bool
 
 
@@ -196,6 +205,9 @@ def _slower_after_reshape(
 ) -> int | None:
     """Return the `BatchAxis.slower` of a reshaped value, None if its samples lie otherwise.
 
+    From (N, B, C) to (N * B, C), with N rows of each sample, neighbouring samples stay C values
+    apart. That is one row of the result, so all N rows lie whole batches apart.
+
     Args:
         before: the value that is reshaped.
         batch: its batch axis.
@@ -210,6 +222,7 @@ def _slower_after_reshape(
     values_in_row_before = math.prod(before.shape[batch.axis + 1 :])
     distance = faster_before * values_in_row_before
     values_in_row = math.prod(value.shape[axis + 1 :])
+    # So many rows of one sample are neighbours in the result, if samples begin with a row.
     faster, rest = divmod(distance, values_in_row)
     if rest or not faster or rows % faster:
         return None
@@ -240,7 +253,8 @@ def _slower_after_layer(
         return None
     layer = root.get_submodule(str(node.target))
     with unset_fake_temporarily(), torch.no_grad():
-        # Each value of the tensor is the number of its sample.
+        # A tensor of the same shape, each value of which is the number of its sample. What the
+        # layer makes of it shows where the samples have gone.
         num_rows = before.shape[batch.axis]
         along_batch = [1] * before.ndim
         along_batch[batch.axis] = num_rows
@@ -274,7 +288,10 @@ def _slower_of_numbers(numbers: Tensor, batch: BatchAxis) -> int | None:
 
 
 def _numbers_of_samples(size: int, batch: BatchAxis) -> Tensor:
-    """Return the number of the sample that each row of a batch axis belongs to, as floats."""
+    """Return the number of the sample that each row of a batch axis belongs to, as floats.
+
+    For two samples with two rows it is (0, 0, 1, 1) if `slower` is 1, and (0, 1, 0, 1) if it is 2.
+    """
     faster = batch.rows // (batch.slower or 1)
     samples = size // batch.rows
     return (torch.arange(size) // faster % samples).float()
@@ -338,6 +355,7 @@ def _picked(node: fx.Node) -> int | None:
 
 
 def _all_plain(sources: list[tuple[Tensor, BatchAxis]], axis: int) -> bool:
+    """Return whether there are sources, and all have one row for each sample along an axis."""
     return bool(sources) and all(batch == BatchAxis(axis) for _, batch in sources)
 
 

@@ -124,6 +124,7 @@ def _of_fixed_size(node: Node, axis: int | None) -> int | None:
 
 
 def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, int]) -> int | None:
+    """Return the axis of a tensor: that of the node's own layer, else that of a value it reads."""
     declared = _declared(node, value, root)
     if declared is not None:
         return declared
@@ -133,6 +134,7 @@ def _axis_of_tensor(node: Node, value: Tensor, root: nn.Module, axes: dict[str, 
     if not sources:
         axis = _axis_of_weightless(node, value, root)
         return axis if axis is not None else _axis_of_layer_inside(node, value, root)
+    # The first source whose number of channels is found in the value again.
     chosen = sources[0]
     for source in sources:
         width = _width(facts(source).example, axes[source.name])
@@ -154,6 +156,7 @@ def _axis_of_tuple(node: Node, root: nn.Module, axes: dict[str, int]) -> int | N
     axis = axes[source.name]
     if first is None or first.ndim == _num_axes(source):
         return axis
+    # The parts have fewer axes than the value: `unbind` took one away.
     return _moved(node, source, axis, first, root)
 
 
@@ -187,6 +190,7 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
 
 
 def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
+    """Return the axis that a layer of torch declares, None for a pool and for other modules."""
     if isinstance(module, _FIRST_CLASSES):
         return _axis_before_space(module, value) if has_tensors(module) else None
     if isinstance(module, nn.LayerNorm):
@@ -240,14 +244,19 @@ def _axis_of_own_parameters(node: Node, value: Tensor, leaf: nn.Module) -> int |
     found = []
     for axis in range(1, value.ndim):
         is_batch = facts(node).batch == BatchAxis(axis)
-        is_free = isinstance(resized, Tensor) and resized.shape[axis] != value.shape[axis]
-        if value.shape[axis] in sizes - {1} and not is_batch and not is_free:
+        changes = isinstance(resized, Tensor) and resized.shape[axis] != value.shape[axis]
+        if is_batch or changes:
+            continue
+        if value.shape[axis] in sizes - {1}:
             found.append(axis)
     return found[0] if len(found) == 1 else None
 
 
 def _declared_by_layer_norm(module: nn.LayerNorm, value: Tensor) -> int | None:
-    """Return the last axis for a norm over (C,); None for one over (C, H, W), as its input's."""
+    """Return the last axis for a norm over (C,), None for one over (C, H, W).
+
+    The latter tells nothing, so that its value has the axis of its input.
+    """
     shape = module.normalized_shape
     is_plain = type(module).forward is nn.LayerNorm.forward
     if is_plain or value.shape[1] != shape[-1]:
@@ -272,14 +281,16 @@ def _moved(node: Node, source: Node, axis: int, value: Tensor, root: nn.Module) 
         return order.index(axis)
     if isinstance(before, Tensor) and is_reshape(node, root):
         reshaped = axis_after_reshape(before.shape, axis, value.shape)
-        if reshaped:
+        if reshaped:  # neither None nor the batch axis, 0
             return reshaped
     width = _width(before, axis)
     has_same_axes = before is not None and value.ndim == before.ndim
     if has_same_axes and value.shape[axis] == width:
         return axis
+    # A concatenation along the channels changes their number, but not their place.
     if has_same_axes and node.target in _CATS:
         return axis
+    # Other operations move the channels to an axis of the same size.
     batch = facts(node).batch
     batch_axis = batch.axis if isinstance(batch, BatchAxis) else 0
     matches = []

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts, set_block_facts
-from sffx.compiler.qualnames import name_of_target
+from sffx.compiler.qualnames import name_of_call, name_of_target
 from sffx.compiler.trace.effects import set_item, set_item_of_copy
 from sffx.compiler.trace.run_function import RunFunction
 from sffx.errors import CutError
@@ -66,16 +66,18 @@ def keep_foreign_values(net: GraphModule) -> None:
     Raises:
         CutError: an operation writes on such a value, and cannot be replaced; names the node.
     """
-    # What the blocks behind read of other blocks: the memory of each value by its name.
-    later: dict[str, int | None] = {}
+    # What the blocks behind this one read of other blocks: the memory of each value by its name.
+    memory_of: dict[str, int | None] = {}
     for block in reversed(plan_of(net).all_blocks):
         module = net.get_submodule(block.target)
         assert isinstance(module, GraphModule)
-        # Not what this block computes itself.
-        read_later = {memory for name, memory in later.items() if name not in block.nodes}
+        # Only values from before this block. What it computes itself, it may write on.
+        read_later = {memory for name, memory in memory_of.items() if name not in block.nodes}
+        # Before the rewrite, which may put copies in the place of foreign values.
         foreign = [block_facts(node) for node in module.graph.nodes if _is_foreign(node)]
         keep_foreign_values_in(module, read_later)
-        later.update({record.origin: record.memory for record in foreign})
+        for record in foreign:
+            memory_of[record.origin] = record.memory
 
 
 def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None] = ()) -> None:
@@ -94,12 +96,13 @@ def keep_foreign_values_in(block: GraphModule, read_later: Collection[int | None
     memories = {block_facts(node).memory for node in foreign}
     replaced: dict[str, nn.Module] = {}
     for node in block.graph.nodes:
+        # From here on, `foreign` also has what may be a foreign value or a view of one.
         if _may_be_foreign(block, node, foreign):
             foreign.add(node)
         record = block_facts(node)
-        certain = not memories.isdisjoint(record.writes)
-        possible = any(arg in foreign for arg in _written(node)) and not record.read_behind
-        if certain or possible:
+        writes_foreign = not memories.isdisjoint(record.writes)
+        may_write_foreign = any(arg in foreign for arg in _written(node))
+        if writes_foreign or (may_write_foreign and not record.read_behind):
             _replace(block, node, replaced)
     for target, twin in replaced.items():
         owner, _, name = target.rpartition(".")
@@ -125,15 +128,17 @@ def _written_in_some_mode(
     found: dict[Node, None] = {}
     for node in block.graph.nodes:
         for written in _written(node):
+            # Back to the value that the written one is in some modes.
             source = written
-            by_mode = False
+            passes_dropout = False
             while source not in foreign and _passes_on(block, source):
-                by_mode |= _name_of(block, source).lower().startswith(_BY_MODE)
+                name = name_of_call(source, block).lower()
+                passes_dropout = passes_dropout or name.startswith(_BY_MODE)
                 source = source.all_input_nodes[0]
             # What is written in every mode is replaced, or copied by another rule.
             if source is written or source not in foreign:
                 continue
-            if by_mode and block_facts(source).memory in read_later:
+            if passes_dropout and block_facts(source).memory in read_later:
                 raise CutError(_written_in_one_mode(node, source))
             if any(order[user] > order[node] for user in source.users):
                 found[source] = None
@@ -212,20 +217,13 @@ def may_return_input(block: GraphModule, node: Node, source: Node) -> bool:
     """Return whether a node returns what it reads, or a view of it, at least in some modes."""
     memory = block_facts(node).memory
     is_view = memory is not None and memory == block_facts(source).memory
-    return is_view or _name_of(block, node).lower().startswith(_MAYBE_VIEWS)
+    return is_view or name_of_call(node, block).lower().startswith(_MAYBE_VIEWS)
 
 
 def _written(node: Node) -> list[Node]:
     """Return the arguments that a node writes in place."""
     writes = block_facts(node).writes
     return [arg for arg in node.all_input_nodes if block_facts(arg).memory in writes]
-
-
-def _name_of(block: GraphModule, node: Node) -> str:
-    """Return the name of what a node calls: of a module's class, of a function or of a method."""
-    if node.op == "call_module":
-        return type(block.get_submodule(str(node.target))).__name__
-    return getattr(node.target, "__name__", str(node.target))
 
 
 def _replace(block: GraphModule, node: Node, replaced: dict[str, nn.Module]) -> None:
@@ -250,8 +248,8 @@ def _replace(block: GraphModule, node: Node, replaced: dict[str, nn.Module]) -> 
         twin.inplace = False
         replaced[str(target)] = twin
     elif isinstance(module, RunFunction) and _plain(module.function) is not None:
-        replaced[str(target)] = RunFunction(_plain(module.function), module.mode)
-        replaced[str(target)].train(module.training)
+        run_plain = RunFunction(_plain(module.function), module.mode)
+        replaced[str(target)] = run_plain.train(module.training)
     elif _has_inplace(target):
         _call_with_inplace_false(node)
     elif _plain(target) is not None:
@@ -288,10 +286,14 @@ def _call_with_inplace_false(node: Node) -> None:
 
 
 def _without_underscore(target: object) -> str | Callable[..., object] | None:
-    """Return the method or torch function whose name lacks the trailing underscore, if any."""
-    is_method = isinstance(target, str)
+    """Return the method or torch function whose name lacks the trailing underscore, if any.
+
+    A method is returned as its name: "add" for "add_".
+    """
     name = name_of_target(target)
-    if not name.endswith("_") or name.endswith("__"):
+    if not name.endswith("_") or name.endswith("__"):  # __iadd__ is no such name
         return None
-    plain = getattr(Tensor if is_method else torch, name[:-1], None)
-    return name[:-1] if is_method and plain is not None else plain
+    plain_name = name[:-1]
+    if isinstance(target, str):
+        return plain_name if hasattr(Tensor, plain_name) else None
+    return getattr(torch, plain_name, None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sffx.compiler.facts import facts, module_stack
-from sffx.compiler.qualnames import name_of_target, parameters_of
+from sffx.compiler.qualnames import name_of_call, name_of_target, parameters_of
 from sffx.compiler.trace.run_function import RunFunction
 
 # Functions that are a layer if one of their arguments is a parameter. A string is a method.
@@ -116,17 +116,12 @@ class Layers:
         """Return whether a node is a norm of any kind, by the name of its class or function."""
         module = self.module(node)
         if module is None:
-            return str(getattr(node.target, "__name__", node.target)).endswith("_norm")
+            return name_of_target(node.target).endswith("_norm")
         return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
 
     def begins_with(self, node: Node, prefixes: tuple[str, ...]) -> bool:
         """Return whether the name of a node's class or function begins with one of these."""
-        module = self.module(node)
-        if module is not None:
-            name = type(module).__name__
-        else:
-            name = getattr(node.target, "__name__", str(node.target))
-        return name.lower().startswith(prefixes)
+        return name_of_call(node, self.root).lower().startswith(prefixes)
 
     def _is_matrix(self, node: Node) -> bool:
         """Whether a value is a weight matrix, or made of one alone, as by `weight.T`.

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.fx import Node
 
 
 def name_of_target(target: Any) -> str:
@@ -17,6 +18,18 @@ def name_of_target(target: Any) -> str:
         target: of the node. That of a module call is the module's qualname.
     """
     return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def name_of_call(node: Node, root: nn.Module) -> str:
+    """Return the name of what a node calls: of a module's class, of a function or of a method.
+
+    Args:
+        node: the node.
+        root: owns the modules that it calls.
+    """
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))).__name__
+    return name_of_target(node.target)
 
 
 # They read the shape of a tensor, and not its values.

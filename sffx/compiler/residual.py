@@ -43,16 +43,19 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
     """Return the classes of modules that are residual blocks as a whole.
 
     A unit owns a join, or is a leaf with several layers, which may hide joins. A stack is none: in
-    a stack the same parts follow one another.
+    a stack the same parts follow one another. So a transformer's block with two different sums is a
+    unit, and a decoder whose forward adds a skip connection after each of its equal stages is a
+    stack.
 
     Args:
         analysis: of the model.
         joins: the steps that join paths, by index.
     """
-    parts: dict[str, dict[Any, Any]] = {}  # the joins of each owner, comparable
+    # The forms of the joins of each owner, by what they read: several uses of the same layers are
+    # one part.
+    parts: dict[str, dict[frozenset[str], Any]] = {}
     for step in joins.values():
         parts_of_owner = parts.setdefault(step.scope, {})
-        # Several uses of the same layers are one part.
         parts_of_owner[_parameters(analysis, step)] = _form(analysis, step)
     leaves = _leaves_with_layers(analysis)
     scopes = _scopes(analysis)
@@ -68,8 +71,8 @@ def _unit_kinds(analysis: Analysis, joins: dict[int, Step]) -> set[type[nn.Modul
         # Another module may have made this class a unit. Then the owner would be the outermost unit
         # here, and hide those inside it.
         units = _units_inside(analysis, owner, kinds - {kind}, scopes)
-        rows = _joins_of_stacks(analysis, owner, stacks, parts)
-        if _repeats([*own, *units, *rows]):
+        of_stacks = _joins_of_stacks(analysis, owner, stacks, parts)
+        if _repeats([*own, *units, *of_stacks]):
             stacks.add(kind)
         # The only module of its class with several joins is a model written in one forward.
         elif len(own) == 1 or len(_instances(analysis, {kind})) > 1:
@@ -94,9 +97,9 @@ def _form(analysis: Analysis, step: Step) -> Any:
             continue
         node = analysis.nodes[name]
         is_module = node.op == "call_module"
-        call = analysis.kind(str(node.target)) if is_module else node.target
+        called = analysis.kind(str(node.target)) if is_module else node.target
         shapes = [tuple(p.shape) for p in analysis.parameters(node).values()]
-        calls.append((call, tuple(shapes)))
+        calls.append((called, tuple(shapes)))
     return tuple(calls)
 
 
@@ -142,15 +145,15 @@ def _joins_of_stacks(
     analysis: Analysis,
     owner: str,
     stacks: set[type[nn.Module]],
-    parts: dict[str, dict[Any, Any]],
+    parts: dict[str, dict[frozenset[str], Any]],
 ) -> list[Any]:
-    """Return the joins that the stacks inside a module own, comparable.
+    """Return the forms of the joins that the stacks inside a module own.
 
     Args:
         analysis: of the model.
         owner: the module.
         stacks: the classes of stacks.
-        parts: the joins of each owner.
+        parts: the forms of the joins of each owner.
     """
     joins: list[Any] = []
     for stack, own in parts.items():
@@ -197,7 +200,8 @@ def residual_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
     for start, end in blocks.items():
         whole = settled(steps, end)
         place = legal_before(steps, whole, start - 1)
-        if not steps[place].refusal:
+        is_legal = not steps[place].refusal
+        if is_legal:
             ends.add(place)
             continue
         # A layer that is used again and again (ALBERT) is one block with all its uses. So the block
@@ -213,6 +217,8 @@ def residual_ends(steps: Steps, blocks: dict[int, int]) -> set[int]:
 
 def cut_between(steps: Steps, ends: list[int], start: int) -> None:
     """Add a cut before a residual block if there is a weight between it and the cut before it.
+
+    So a stem and a downsampling layer are blocks of their own.
 
     Args:
         steps: of the model.

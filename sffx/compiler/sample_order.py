@@ -24,17 +24,21 @@ from torch.utils._pytree import tree_leaves
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import makes_values, name_of_target
-from sffx.tensors import holds_tensor
+from sffx.tensors import can_learn, holds_tensor
 
 # They return an order of samples, or samples in a new order.
 _SORTS = ("argsort", "msort", "randperm", "sort", "topk")
 
 # They read samples by an index along one axis.
-_SELECTS = ("gather", "index_select", "take_along_dim")
+_READ_BY_INDEX = ("gather", "index_select", "take_along_dim")
 
 # They write samples by an index, which brings back what was read by it. A trace writes
 # `y[order] = x` as `set_item`.
-_PLACES = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "set_item")
+_WRITE_BY_INDEX = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "set_item")
+
+# The place of the axis among the arguments behind the tensor, where it is not the first one.
+_PLACE_OF_AXIS = {"roll": 1, "take_along_dim": 1, "topk": 1}
+_DEFAULT_AXIS: dict[str, Any] = {"sort": -1, "argsort": -1, "topk": -1, "msort": 0}
 
 
 def is_out_of_order(batch: Any) -> bool:
@@ -45,11 +49,11 @@ def is_out_of_order(batch: Any) -> bool:
 def is_permuted(node: fx.Node, axis: int) -> bool:
     """Return whether the samples of a new value lie in another order than those of the inputs.
 
-    1. What reads samples by an order, turns them round or rolls them changes their order. What does
-       so once more is taken to bring them back.
-    2. What writes samples by an index brings them back. New zeros have no order.
-    3. Whatever else leaves them in the order of what it reads. Where one value has the order of
-       the inputs, as in a mixture of samples with others, so has the result.
+    1. To read samples by an order, to flip or to roll them changes their order. To do so once more
+       is taken to bring them back.
+    2. To write samples by an index brings them back. New zeros have no order.
+    3. Any other operation keeps the order of what it reads. If one of several values has the order
+       of the inputs, so has the result: in mixup, `x + x[order]` belongs to the targets of x.
 
     Args:
         node: computes the value. Its arguments have their facts.
@@ -60,7 +64,7 @@ def is_permuted(node: fx.Node, axis: int) -> bool:
         return True
     if name in _SORTS:
         return _axis_of_call(node, axis) == axis
-    if name in _PLACES or makes_values(node.target) or _restores_order(node):
+    if name in _WRITE_BY_INDEX or makes_values(node.target) or _restores_order(node):
         return False
     if _changes_order(node, name):
         was_out_of_order = is_out_of_order(facts(node.all_input_nodes[0]).batch)
@@ -68,13 +72,14 @@ def is_permuted(node: fx.Node, axis: int) -> bool:
     sources = list(_samples_read(node))
     if not any(batch.permuted for _, batch in sources):
         return False
+    # Noise that is added to permuted samples has no order, so they stay permuted.
     return all(batch.permuted or _is_made_of_sizes(arg) for arg, batch in sources)
 
 
 def _restores_order(node: fx.Node) -> bool:
-    """Whether a recurrent layer reads sequences that were sorted by their length.
+    """Whether a node is a recurrent layer on a pack of sequences, which were sorted by length.
 
-    It brings its last states back. What it returns of each step stays as it is, in a pack.
+    The layer returns its last states in the order from before the sort. Its outputs stay in a pack.
     """
     for arg in node.all_input_nodes:
         value = facts(arg).example
@@ -84,6 +89,7 @@ def _restores_order(node: fx.Node) -> bool:
 
 
 def _changes_order(node: fx.Node, name: str) -> bool:
+    """Return whether a node reads the samples of its first argument by an order, or turns them."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     batch = facts(node.args[0]).batch
@@ -91,7 +97,7 @@ def _changes_order(node: fx.Node, name: str) -> bool:
     # edges name.
     if not isinstance(batch, BatchAxis) or batch.rows > 1:
         return False
-    if name in _SELECTS:
+    if name in _READ_BY_INDEX:
         is_along_batch = _axis_of_call(node, batch.axis) == batch.axis
         return is_along_batch and any(_is_order(index) for index in node.all_input_nodes[1:])
     if name in ("flip", "roll"):
@@ -112,18 +118,18 @@ def _index_along(index: Any, axis: int, ndim: int) -> Any:
     """
     parts = index if isinstance(index, tuple) else (index,)
     taken = [_axes_taken(part) for part in parts]
-    place = 0
-    for part, axes in zip(parts, taken, strict=True):
+    first = 0  # the first axis that a part is for
+    for part, num_axes in zip(parts, taken, strict=True):
         if part is Ellipsis:
-            axes = ndim - sum(taken)
-        if place <= axis < place + axes:
+            num_axes = ndim - sum(taken)
+        if first <= axis < first + num_axes:
             return part
-        place += axes
+        first += num_axes
     return None
 
 
 def _axes_taken(part: Any) -> int:
-    """Return how many axes a part of an index is for. The Ellipsis is for those that are left."""
+    """Return how many axes a part of an index is for, 0 for the Ellipsis and for a new axis."""
     if part is None or part is Ellipsis:
         return 0
     value = facts(part).example if isinstance(part, fx.Node) else part
@@ -159,20 +165,20 @@ def _behind(node: fx.Node, leads_on: Callable[[fx.Node], bool]) -> Iterator[fx.N
 
 
 def _holds_indices(node: fx.Node) -> bool:
+    """Return whether a value is a tensor of integers, or a tuple or a list with one."""
     value = facts(node).example
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(part, Tensor) and _is_integer(part) for part in parts)
 
 
 def _is_integer(value: Tensor) -> bool:
-    is_number = value.is_floating_point() or value.is_complex()
     # An index of bools or bytes is a mask: it drops samples and leaves the order of the others.
     is_mask = value.dtype.itemsize == 1
-    return not is_number and not is_mask
+    return not can_learn(value) and not is_mask
 
 
 def _axis_of_call(node: fx.Node, default: int) -> int:
-    """Return the axis that an operation is given, its last one where a sort is given none."""
+    """Return the axis that an operation works along, `default` where that cannot be told."""
     axes = _axes_of_call(node, name_of_target(node.target))
     return axes[0] if axes else default
 
@@ -198,23 +204,18 @@ def _axes_as_written(node: fx.Node, name: str) -> Any:
     if name == "flip":  # x.flip([0, 1]) or x.flip(0, 1)
         has_list = behind_tensor and isinstance(behind_tensor[0], (tuple, list))
         return behind_tensor[0] if has_list else behind_tensor
-    place = _PLACES_OF_AXIS.get(name, 0)
+    place = _PLACE_OF_AXIS.get(name, 0)
     if len(behind_tensor) > place:
         return behind_tensor[place]
     return _DEFAULT_AXIS.get(name, ())
 
 
-# The place of the axis among the arguments behind the tensor, where it is not the first one.
-_PLACES_OF_AXIS = {"roll": 1, "take_along_dim": 1, "topk": 1}
-_DEFAULT_AXIS: dict[str, Any] = {"sort": -1, "argsort": -1, "topk": -1, "msort": 0}
-
-
 def _samples_read(node: fx.Node) -> Iterator[tuple[fx.Node, BatchAxis]]:
-    """Yield the batch axis of each tensor that a node reads, beside the node of the tensor.
+    """Yield for each tensor with a batch axis that a node reads the argument, and the axis.
 
     Where it reads samples of floats, indices and masks beside them do not count.
     """
-    found: list[tuple[fx.Node, BatchAxis, bool]] = []
+    found: list[tuple[fx.Node, BatchAxis, bool]] = []  # and whether it is of floats
     for arg in node.all_input_nodes:
         for value, batch in _parts(node, arg):
             if isinstance(batch, BatchAxis):
@@ -231,7 +232,7 @@ def _parts(node: fx.Node, arg: fx.Node) -> Iterator[tuple[Any, Any]]:
     if not isinstance(batch, tuple):
         yield value, batch
         return
-    # Of (values, order), which a sort returns, `getitem` reads one: the other does not count.
+    # A sort returns (values, order). `getitem` reads one of them: the other does not count.
     if node.target is operator.getitem and batch:
         picked: Any = node.args[1]
         value, batch = value[picked], batch[picked]

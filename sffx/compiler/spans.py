@@ -59,13 +59,20 @@ def _first_pool(steps: Steps, start: int, stop: int) -> int:
 
 
 def settled(steps: Steps, end: int) -> int:
-    """Return a cut moved behind the steps that belong to the block before it."""
+    """Return a cut moved behind the steps that belong to the block before it.
+
+    Behind a convolution it moves over the BN layer and the ReLU.
+    """
     end = _behind_followers(steps, end)
     narrowed = _narrowed(steps, end)
     return _behind_followers(steps, narrowed) if narrowed > end else end
 
 
 def _behind_followers(steps: Steps, end: int) -> int:
+    """Return the last of the steps behind `end` that belong to its block, each by the one before.
+
+    It is `end` if there is none.
+    """
     for following in range(end + 1, len(steps)):
         if not _follows(steps[following], steps[end]):
             break
@@ -93,6 +100,7 @@ def _follows(step: Step, before: Step) -> bool:
     # Behind a sum, another norm than BN begins the next block, as in a transformer.
     reads_layer = before.weighted and not before.join
     is_its_norm = not step.weighted and (step.batchnorm or (step.norm and reads_layer))
+    # No cut can part the two, and the step has nothing that a block of its own could learn.
     is_needed = bool(before.refusal) and not step.trainable
     return step.keeps_shape or is_gate or is_its_norm or is_needed
 
@@ -124,7 +132,10 @@ def _layer_starts(steps: Steps) -> list[int]:
 
 
 def batch_norm_ends(steps: Steps) -> list[int]:
-    """Return the last step of each BN group. A group begins with a layer; the last is left out."""
+    """Return the last step of each BN group, but for the last group, which is the classifier's.
+
+    A group begins with a layer. Where the value is flat, only layers with BN are groups.
+    """
     flat = _first_pool(steps, 0, len(steps))
     ends = []
     for start, following in pairwise(_layer_starts(steps)):
@@ -147,6 +158,7 @@ def group_end(steps: Steps, start: int, following: int) -> int:
         following: the first step of the group after it.
     """
     stop = _first_pool(steps, start + 1, following)
+    # Dropout right before that way is the classifier's as well.
     while stop > start + 1 and _is_classifier_dropout(steps, stop - 1):
         stop -= 1
     for i in range(start + 1, stop):
@@ -158,5 +170,5 @@ def group_end(steps: Steps, start: int, following: int) -> int:
 
 def _is_classifier_dropout(steps: Steps, index: int) -> bool:
     """Return whether a step is dropout with no weight after it but the classifier's."""
-    classifier = len(steps) - 1
-    return steps[index].drops and not has_weight(steps, index + 1, classifier)
+    last = len(steps) - 1
+    return steps[index].drops and not has_weight(steps, index + 1, last)

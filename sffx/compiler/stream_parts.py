@@ -59,14 +59,19 @@ class Sizes:
         return len(self._applied(names))
 
     def _applied(self, names: Iterable[str]) -> Counter[Any]:
-        """Return how often each matrix is applied; a function that reads one counts itself."""
+        """Return how often some nodes apply each matrix.
+
+        The key is the `id` of the matrix. A function that reads a matrix from another node, as
+        `F.linear(x, weight)` does, has its name as the key.
+        """
         applied: Counter[Any] = Counter()
         for name in names:
             node = self._analysis.nodes[name]
-            if self._analysis.is_weighted(node):
-                parameters = self._analysis.parameters(node).values()
-                matrices: list[Any] = [id(p) for p in parameters if p.ndim > 1]
-                applied.update(matrices or [name])
+            if not self._analysis.is_weighted(node):
+                continue
+            parameters = self._analysis.parameters(node).values()
+            matrices: list[Any] = [id(p) for p in parameters if p.ndim > 1]
+            applied.update(matrices or [name])
         return applied
 
     def is_too_large(self, names: Sequence[str], scope: str) -> bool:
@@ -88,6 +93,7 @@ class Sizes:
 
     def _of(self, names: Iterable[str]) -> tuple[int, int]:
         """Return the number of parameters, and the bytes kept for the backward pass."""
+        # By identity and by storage, so that what several nodes share counts once.
         parameters: dict[int, int] = {}
         saved: dict[int, int] = {}
         for name in names:
@@ -129,6 +135,10 @@ def parts_of_module(
 ) -> list[Part]:
     """Return the parts with a weight that some nodes of a module make up.
 
+    If the modules are stem, pool, layer1, layer2 and fc, these are layer1, layer2 and fc, or the
+    parts of layer1 and layer2 if these are to be divided. The stem is a single layer, so it goes
+    with layer1.
+
     Args:
         analysis: of the model.
         names: of the nodes, in order.
@@ -141,28 +151,30 @@ def parts_of_module(
         inner = _inner_scope(analysis.nodes[name], scope)
         if inner:
             found.setdefault(inner, Part(inner)).nodes.append(name)
-    if len(found) == 1:  # what the module itself does, besides its only part, is no part
+    # The only part does the work of the module, as a backbone does beside a function at its end. So
+    # the parts inside it are those of the module, unless one is no more than a layer.
+    if len(found) == 1:
         (only,) = found.values()
         inside = parts_of_module(analysis, only.nodes, only.scope, sizes, later)
         have_several_layers = all(sizes.distinct_layers(part.nodes) > 1 for part in inside)
         if len(inside) > 1 and have_several_layers:
             return inside
     larger: list[Part] = []
-    # The parts of a single layer behind the last larger one.
-    single: list[Part] = []
+    single_since: list[Part] = []  # the single layers since the last larger part
     for part in found.values():
-        layers = sizes.layers(part.nodes)
+        num_layers = sizes.layers(part.nodes)
+        if num_layers == 0:
+            continue  # an activation or a pool is a module, but no part
         divided = _divided(analysis, part, sizes, later)
         if len(divided) < 2:
-            # An activation or a pool, though a module, is no part.
-            divided = [part] if layers else []
-        if layers > 1:
+            divided = [part]
+        if num_layers > 1:
             larger += divided
-            # A single layer before a larger part goes with that one.
-            single = []
+            # The single layers before a larger part go with that one.
+            single_since = []
         else:
-            single += divided
-    return larger + single
+            single_since += divided
+    return larger + single_since
 
 
 def _divided(analysis: Analysis, part: Part, sizes: Sizes, later: set[str]) -> list[Part]:

@@ -1,8 +1,8 @@
 """Cut sets of several values, where streams run side by side.
 
-The dominators of the logits leave two branches, a U-Net or an HRNet whole, as one step. This pass
-looks for steps that hold more than a third of the model and at least five layers, or are a dense
-stack, and adds cut sets inside them:
+Between two dominators of the logits there may be two branches, a U-Net or an HRNet, which are one
+step. This pass looks for steps that hold more than a third of the model and at least five layers,
+or are a dense stack. It adds cut sets inside them:
 
 1. A step is divided into *parts*, and a large part into parts of its own (`stream_parts`).
 2. A cut set may lie after each part with a weight. Of the places before the next layer, this pass
@@ -12,7 +12,7 @@ stack, and adds cut sets inside them:
 3. Where streams meet at the logits alone, each has a last layer of its own. All last layers are the
    classifier's, so they run behind all others.
 
-A gate stays with what it gates, unless that leads to the logits beside the gate as well.
+A gate stays with the value that it gates, unless the value also leads to the logits beside it.
 
 Streams may share their layers: a Siamese net runs them on each of its inputs, a spiking net on each
 step in time. All uses of a layer belong to one block, so the model is cut across all streams.
@@ -21,7 +21,7 @@ step in time. All uses of a layer belong to one block, so the model is cut acros
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def with_streams(analysis: Analysis) -> Analysis:
     """Return an analysis with the cut sets between streams on its spine; the same if none are."""
-    places: list[list[CutSet]] = []
+    places: list[list[CutSet]] = []  # for each part, the cut sets to choose one from
     sizes = Sizes(analysis)
     for step in analysis.steps:
         is_dense = sizes.share(step.nodes) > LARGE and _is_dense(analysis, step)
@@ -49,11 +49,10 @@ def with_streams(analysis: Analysis) -> Analysis:
             places += _places(analysis, step, sizes)
     if not places:
         return analysis
-    # Dicts for want of an ordered set: places may have a cut set in common.
-    candidates: dict[CutSet, None] = {}
-    for place in places:
-        candidates.update(dict.fromkeys(place))
-    # An analysis tells the refusals of the cut sets on its spine, so all are put on one at first.
+    # Each once and in order: places may have a cut set in common.
+    candidates = dict.fromkeys(chain.from_iterable(places))
+    # An analysis knows the refusals of the cut sets on its own spine alone. So all candidates are
+    # put on one spine first, and the chosen ones on another.
     refused = _refused(analysis.with_cut_sets(tuple(candidates)))
     chosen: dict[CutSet, None] = {}
     for place in places:
@@ -72,6 +71,7 @@ def _is_dense(analysis: Analysis, step: Step) -> bool:
 
 
 def _refused(analysis: Analysis) -> set[CutSet]:
+    """Return the cut sets on the spine across which no cut may lie."""
     return {frozenset(step.values) for step in analysis.steps if step.refusal}
 
 
@@ -84,7 +84,8 @@ def _is_between_streams(analysis: Analysis, cut_set: CutSet) -> bool:
     name, *others = cut_set
     if others or not analysis.flow.dominates(name):
         return True
-    return analysis.flow.paths.in_degree(name) > 1 and not analysis.join(name)
+    streams_meet = analysis.flow.paths.in_degree(name) > 1
+    return streams_meet and not analysis.join(name)
 
 
 def _smallest(analysis: Analysis, cut_sets: Sequence[CutSet]) -> CutSet | None:
@@ -110,7 +111,8 @@ def _places(analysis: Analysis, step: Step, sizes: Sizes) -> list[list[CutSet]]:
     early = _early(analysis, in_order)
     late = _of_classifier(analysis, in_order)
     before_classifier = [name for name in in_order if name not in late]
-    # What runs elsewhere than it is written belongs to no part. Without it, the parts are others.
+    # A node that runs earlier or later than it is written belongs to no part. So the other nodes
+    # are divided anew.
     if early or late:
         body = [name for name in before_classifier if name not in early]
         parts = parts_of_module(analysis, body, step.scope, sizes, later)
@@ -146,6 +148,9 @@ def _places_behind(
 ) -> list[list[CutSet]]:
     """Return for each part the cut sets that may lie after it, in order.
 
+    If the nodes are conv, relu, pool, conv_1 and relu_1, and each convolution is a part, a cut set
+    may lie after each of conv, relu and pool, and for the second part after conv_1 and relu_1.
+
     Args:
         analysis: of the model.
         step: that is divided.
@@ -164,7 +169,7 @@ def _places_behind(
     is_open = False
     crossing = Crossing(analysis, step)
     for i, name in enumerate(names):
-        values = crossing.after(name)
+        values = crossing.after(name)  # asked of each node in turn, since it keeps account
         is_layer = sizes.layers([name]) > 0
         if i in starts or is_layer or _starts_classifier(analysis, name):
             is_open = False
@@ -199,10 +204,11 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[Part]) -> li
     places: list[list[CutSet]] = []
     inside: set[str] = set()
     for part, following in pairwise(parts):
+        # Two cuts are possible: right behind the part, and right before the next one.
         inside = inside | flow.before(part.nodes)
-        until = inside | flow.before(_read_by_first_uses(flow, following))
+        until_next = inside | flow.before(_read_by_first_uses(flow, following))
         place = []
-        for nodes in (inside, until):
+        for nodes in (inside, until_next):
             if not nodes.isdisjoint(following.nodes):
                 continue
             values = crossing.behind(nodes)
@@ -214,7 +220,7 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[Part]) -> li
 
 
 def _read_by_first_uses(flow: Dataflow, part: Part) -> set[str]:
-    """Return the values that a part reads, without those for which the part itself is needed."""
+    """Return the values that a part reads, without those that are computed from the part's own."""
     read: set[str] = set()
     computed: set[str] = set()
     for name in part.nodes:
@@ -227,7 +233,7 @@ def _early(analysis: Analysis, names: Sequence[str]) -> dict[str, str]:
     """Return the nodes that can run early, each with the node that it is to run behind.
 
     Where an encoder and a decoder share their embedding, a cut inside the encoder would part its
-    two uses. The one of the decoder reads nothing but inputs, so it can run behind the other.
+    two uses. The use in the decoder reads nothing but inputs, so it can run right behind the other.
 
     Args:
         analysis: of the model.
@@ -236,9 +242,9 @@ def _early(analysis: Analysis, names: Sequence[str]) -> dict[str, str]:
     early: dict[str, str] = {}
     first_uses: dict[int, str] = {}
     for name in names:
+        starts_stream = list(analysis.flow.paths.predecessors(name)) == [SOURCE]
         for parameter in analysis.parameters(analysis.nodes[name]).values():
             first_use = first_uses.setdefault(id(parameter), name)
-            starts_stream = list(analysis.flow.paths.predecessors(name)) == [SOURCE]
             if first_use != name and starts_stream:
                 early[name] = first_use
     return early
@@ -274,28 +280,32 @@ def _of_classifier(analysis: Analysis, names: Sequence[str]) -> list[str]:
         is_last_layer = name in last_layers
         is_pool = _starts_classifier(analysis, name)
         is_dropout = analysis.is_dropout(analysis.nodes[name])
-        goes_on = not found.keys().isdisjoint(analysis.flow.paths.predecessors(name))
-        if is_last_layer or is_pool or is_dropout or goes_on:
+        is_behind_found = not found.keys().isdisjoint(analysis.flow.paths.predecessors(name))
+        if is_last_layer or is_pool or is_dropout or is_behind_found:
             found[name] = None
     return list(found)
 
 
 def _ends_of_streams(analysis: Analysis) -> tuple[set[str], set[str]]:
-    """Return the last layers of all streams, and the nodes that lead to no other layers."""
+    """Return the last layers of all streams, and the nodes that lead to no other layers.
+
+    In `conv ── relu ── pool ── fc ── softmax`, fc is the last layer. The nodes from relu on lead to
+    no other one.
+    """
     flow = analysis.flow
     last_layers: set[str] = set()
-    behind: set[str] = set()  # the nodes that no layer is behind
+    behind_layers: set[str] = set()  # the nodes that no layer is behind, such as softmax
     ending: set[str] = set()
     for name in reversed(flow.nodes):
         if not flow.leads_to_logits(name):
             continue
         readers = flow.readers(name)
         is_layer = analysis.is_weighted(analysis.nodes[name])
-        # Only other nodes are put in `behind`, so a layer before a last layer is none.
-        if readers <= behind and is_layer:
+        # A last layer is not put in `behind_layers`, so no layer before it is one as well.
+        if readers <= behind_layers and is_layer:
             last_layers.add(name)
-        elif readers <= behind:
-            behind.add(name)
+        elif readers <= behind_layers:
+            behind_layers.add(name)
         if readers <= ending and (not is_layer or name in last_layers):
             ending.add(name)
     return last_layers, ending
@@ -312,6 +322,7 @@ def _modules_behind(analysis: Analysis, step: Step) -> set[str]:
 
 
 def _has_weight_before(analysis: Analysis, step: Step) -> bool:
+    """Return whether a step before this one has a weight, so that this one starts with no stem."""
     earlier = analysis.steps[: analysis.step_of[step.node]]
     return any(each.weighted for each in earlier)
 
@@ -322,7 +333,7 @@ def _starts_classifier(analysis: Analysis, name: str) -> bool:
     if analysis.is_adaptive_pool(node):
         return True
     value = facts(node).example
-    is_flat = isinstance(value, Tensor) and value.ndim < 3
+    if not isinstance(value, Tensor) or value.ndim >= 3:
+        return False
     sources = [facts(source).example for source in node.all_input_nodes]
-    was_flat = not any(isinstance(source, Tensor) and source.ndim >= 3 for source in sources)
-    return is_flat and not was_flat
+    return any(isinstance(source, Tensor) and source.ndim >= 3 for source in sources)

@@ -134,6 +134,7 @@ class Analysis:
         self._layers = Layers(trace.root)
         self._flow = Dataflow(trace, self._layers, cut_sets)
         self._given = {frozenset(values) for values in cut_sets}
+        # `require` and the plan ask for the same cut sets, and an analysis takes time.
         self._with_cut_sets: dict[Sequence[frozenset[str]], Analysis] = {}
         self.nodes = self._flow.nodes
         self.logits = self._flow.logits
@@ -153,7 +154,7 @@ class Analysis:
             self._flow, self._layers, self._shared_by_step, self.channel_axes, self.trace.task
         )
         steps: list[Step] = []
-        layer = None
+        layer = None  # the last step so far that has one
         for i, nodes in enumerate(members):
             step = self._step(i, nodes, reasons[i], layer)
             steps.append(step)
@@ -232,7 +233,9 @@ class Analysis:
         """
         if not self.is_path(name) or self._flow.paths.in_degree(name) < 2:
             return ""
-        if self._flow.dominator[name] == SOURCE and not self._flow.share_an_input(name):
+        # No node on a path lies before all of them. So they start at inputs.
+        start_at_inputs = self._flow.dominator[name] == SOURCE
+        if start_at_inputs and not self._flow.share_an_input(name):
             return ""
         return _JOINS.get(self.nodes[name].target, "other")
 
@@ -251,18 +254,20 @@ class Analysis:
     def layers_on_paths(self, name: str) -> tuple[int, ...]:
         """Return, for each path that meets in a join, its layers with parameters since they parted.
 
-        The paths are in the order of the arguments. An order that an in-place write asks for comes
-        after them.
+        At the sum of a residual block with two convolutions these are (2, 0). The paths are in the
+        order of the arguments. Behind them are those that are in no argument: an in-place write
+        asks for their order.
         """
+        paths = self._flow.paths
         arguments = [arg.name for arg in self.nodes[name].all_input_nodes]
-        ends = dict.fromkeys([*arguments, *self._flow.paths.predecessors(name)])
+        arguments_on_paths = [arg for arg in arguments if paths.has_edge(arg, name)]
+        ends = dict.fromkeys([*arguments_on_paths, *paths.predecessors(name)])
         start = self._flow.dominator[name]
         counts = []
         for end in ends:
-            if self._flow.paths.has_edge(end, name):
-                passed = self._flow.between(start, end)
-                layers = [each for each in passed if self._is_layer(self.nodes[each])]
-                counts.append(len(layers))
+            passed = self._flow.between(start, end)
+            layers = [each for each in passed if self._is_layer(self.nodes[each])]
+            counts.append(len(layers))
         return tuple(counts)
 
     @property
@@ -314,19 +319,23 @@ class Analysis:
         if not chosen:
             raise CutError(self._why_nothing_was_cut())
         cut_sets = [frozenset(names_in(cut)) for cut in chosen]
+        # Cut sets on the spine are whole already.
         if not self._spine_has.issuperset(cut_sets):
             hint = f"The candidates are {_listed(self.candidates)}"
             cut_sets = complete(self._flow, chosen, hint)
+        # An analysis with these cut sets on its spine says whether a cut may lie there.
         analysis = self.with_cut_sets(cut_sets)
         required = []
         for step in analysis.steps:
-            if frozenset(step.values) in cut_sets:
-                if step.refusal:
-                    raise self._refused(step.cut, step.refusal, step.node)
-                required.append(step.cut)
+            if frozenset(step.values) not in cut_sets:
+                continue
+            if step.refusal:
+                raise self._refused(step.cut, step.refusal, step.node)
+            required.append(step.cut)
         return tuple(required)
 
     def _refused(self, cut: Cut, reason: str, name: str) -> CutError:
+        """Return the error for a cut, with the candidates whose names resemble a name."""
         hint = _candidate_hint(name, self.candidates)
         return CutError(f"no cut can lie {in_words(cut)}: {reason}. Hint: {hint}")
 
@@ -345,6 +354,7 @@ class Analysis:
         )
 
     def _refusal_of_names(self, cut: Cut) -> str:
+        """Return why a cut cannot have the names that it has, "" where it can."""
         for name in names_in(cut):
             if not isinstance(name, str) or name not in self.nodes:
                 return "the traced graph has no node of this name"
@@ -390,7 +400,10 @@ class Analysis:
         )
 
     def _has_fewer_channels(self, value: Any, layer: Step | None) -> bool:
-        """Return whether a value is that of a layer with a part of its channels."""
+        """Return whether a value is that of a layer with a part of its channels.
+
+        Behind a convolution with (B, 64, H, W), maxout over pairs is one with (B, 32, H, W).
+        """
         if layer is None or layer.node not in self.channel_axes:
             return False
         of_layer = facts(self.nodes[layer.node]).example
@@ -398,19 +411,27 @@ class Analysis:
         if not isinstance(value, Tensor) or not isinstance(of_layer, Tensor):
             return False
         axis = self.channel_axes[layer.node]
-        # With the batch axis, into which a view may fold channels.
-        before = list(of_layer.shape)
-        now = list(value.shape)
-        if len(now) != len(before):
+        # With the batch axis: where a view folds channels into it, the value is no such part.
+        other_axes_before = list(of_layer.shape)
+        other_axes = list(value.shape)
+        if len(other_axes) != len(other_axes_before):
             return False
-        channels_before = before.pop(axis)
-        channels = now.pop(axis)
+        channels_before = other_axes_before.pop(axis)
+        channels = other_axes.pop(axis)
         is_part = 1 < channels < channels_before and channels_before % channels == 0
-        return is_part and now == before
+        return is_part and other_axes == other_axes_before
 
     def _starts_classifier(
         self, end: Node, shape: tuple[int, ...], before: Any, layer: Step | None
     ) -> bool:
+        """Return whether a step starts the way to the classifier, as `Step.pools` says.
+
+        Args:
+            end: the node that ends the step.
+            shape: of one sample's value.
+            before: the value that the step starts from.
+            layer: the last step before it that has a layer, if there is one.
+        """
         # What comes before all layers prepares the input, as by resizing or flattening it.
         if layer is None:
             return False
@@ -441,11 +462,19 @@ class Analysis:
         return None if index == 0 else self.nodes[self.spine[index - 1]]
 
     def _keeps_shape(self, nodes: list[Node], end: Node, before: Node | None) -> bool:
+        """Return whether a step has no layer and leaves the shape, as `Step.keeps_shape` says.
+
+        Args:
+            nodes: in the step.
+            end: the node that ends it.
+            before: the node whose value it starts from; None for the first step.
+        """
         if before is None or self._layers.begins_with(end, (*_POOLS, *_DROPOUT)):
             return False
         if is_out_of_order(facts(end).batch) or not _have_same_axes(before, end):
             return False
         for node in nodes:
+            # A parameter that is read by its name may be a bias, which leaves the shape.
             is_module = node.op == "call_module"
             if self._layers.is_weighted(node) or (is_module and self.parameters(node)):
                 return False

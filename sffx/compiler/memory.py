@@ -39,7 +39,8 @@ from sffx.net import plan_of
 
 _MONOTONE = (nn.ReLU, nn.ReLU6, F.relu, torch.relu, F.relu6)
 
-# Kinds of nodes that a layer takes over, from the layer up.
+# Kinds of nodes that a layer takes over, from the layer back to its input. The keys are arguments
+# of `recomputed`.
 _TAKEN_OVER: dict[str, tuple[Any, ...]] = {
     "dropout": (nn.Dropout,),
     "activation": tuple(NAMES),
@@ -76,6 +77,7 @@ def save_memory_in(block: GraphModule, *, feeds_head: bool, recompute: bool) -> 
         recompute: whether to compute cheap values again rather than keep them (3, and the norm
             of 4).
     """
+    # First, so that a layer behind the pool can take over the ReLU.
     for node in list(block.graph.nodes):
         if _is_max_pool(block, node):
             _move_relu_behind(block, node)
@@ -141,14 +143,15 @@ def _is_written_later(value: Node, place: Node, merged: list[Node]) -> bool:
     memory = block_facts(value).memory
     later = place.next
     while later.op != "output":
-        writes = block_facts(later).writes
-        if memory in writes and later not in merged:
+        is_write = memory in block_facts(later).writes
+        if is_write and later not in merged:
             return True
         later = later.next
     return False
 
 
 def _source(node: Node) -> Node:
+    """Return the node whose value a node reads as its first argument."""
     source = node.args[0]
     assert isinstance(source, Node)
     return source
@@ -157,7 +160,7 @@ def _source(node: Node) -> Node:
 def _has_other_readers(block: GraphModule, node: Node) -> bool:
     """Return whether another node reads the memory that a node reads, at least in some modes.
 
-    Dropout returns its input in eval mode. So the reader may stand before the dropout.
+    Dropout returns its input in eval mode. So what another node reads may lie before the dropout.
     """
     value = _source(node)
     while len(value.users) == 1:
@@ -186,6 +189,7 @@ def _is_approximate(block: GraphModule, node: Node) -> bool:
 
 
 def _is_max_pool(block: GraphModule, node: Node) -> bool:
+    """Return whether a node is a max pool that returns no indices, for which there is a twin."""
     is_pool = _kind(block, node) is nn.MaxPool2d and _reads_one(node)
     return is_pool and not _module(block, node).return_indices
 
@@ -262,7 +266,10 @@ def _take_over(block: GraphModule, layer: Node) -> None:
 
 
 def _nodes_before(block: GraphModule, layer: Node) -> dict[str, Node]:
-    """Return the dropout, the activation and the norm before a layer, in this order."""
+    """Return the dropout, the activation and the norm before a layer, those of them that are there.
+
+    They are in this order, from the layer back.
+    """
     taken: dict[str, Node] = {}
     reader = layer
     for name, kinds in _TAKEN_OVER.items():
@@ -274,6 +281,7 @@ def _nodes_before(block: GraphModule, layer: Node) -> dict[str, Node]:
 
 
 def _may_take_over(block: GraphModule, layer: Node, taken: dict[str, Node]) -> bool:
+    """Return whether a layer can take over some nodes, which `_nodes_before` has found."""
     if "activation" not in taken and "norm" not in taken:
         return False
     if "activation" in taken and _is_approximate(block, taken["activation"]):
@@ -407,14 +415,14 @@ def _delete_unused(block: GraphModule) -> None:
     functions.
     """
     used: set[str] = set()
-    needed: set[str] = set()
+    around_used: set[str] = set()
     for node in block.graph.nodes:
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             used.add(target)
-            needed.update([target, *holders(target)])
+            around_used.update(holders(target))
     names = [name for name, _ in block.named_modules() if name]
     for name in names:
         is_inside_used = not used.isdisjoint(holders(name))
-        if name not in needed and not is_inside_used:
+        if name not in used and name not in around_used and not is_inside_used:
             block.delete_submodule(name)

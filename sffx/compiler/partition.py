@@ -17,6 +17,7 @@ from sffx.compiler.facts import carries_gradient, facts
 from sffx.compiler.layers import common_scope, scopes
 from sffx.compiler.plan_notes import notes_on_blocks
 from sffx.compiler.policies import Cuts
+from sffx.compiler.qualnames import name_of_target
 from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import InputError
@@ -48,11 +49,11 @@ def partition(
     width = _width_of_logits(analysis, num_classes)
     outputs = [main_value(cut) for cut in cuts.after]
     members = _members(analysis, outputs)
-    names = _names(analysis, members)
+    *names, name_of_classifier = _names(analysis, members)
     blocks = []
     for i, output in enumerate(outputs):
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
-    classifier = _block(analysis, names[-1], CLASSIFIER, members[-1], analysis.logits)
+    classifier = _block(analysis, name_of_classifier, CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
     last_module = None
     if classifier.modules:
@@ -80,6 +81,7 @@ def partition(
 
 
 def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
+    """Return J, checked against what the user and the task ask for."""
     task = analysis.trace.task
     width = task.num_outputs(facts(analysis.nodes[analysis.logits]).example.shape)
     task.require_outputs(width)
@@ -92,7 +94,10 @@ def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
 
 
 def _members(analysis: Analysis, outputs: Sequence[str]) -> list[list[fx.Node]]:
-    """Return the nodes of each block, in the order they run."""
+    """Return the nodes of each block and of the classifier, in the order they run.
+
+    A placeholder is in none, since the inputs of the model are at hand in every block.
+    """
     ends = [analysis.step_of[output] for output in outputs]
     num_blocks = len(outputs) + 1  # with the classifier
     members: list[list[fx.Node]] = [[] for _ in range(num_blocks)]
@@ -105,7 +110,15 @@ def _members(analysis: Analysis, outputs: Sequence[str]) -> list[list[fx.Node]]:
 
 
 def _block(analysis: Analysis, name: str, target: str, nodes: list[fx.Node], output: str) -> Block:
-    """Return the description of one block."""
+    """Return the description of one block.
+
+    Args:
+        analysis: of the model.
+        name: in the words of the model.
+        target: the name of its module in the cut model.
+        nodes: of the block, in order.
+        output: name of its main output.
+    """
     parameters: dict[str, nn.Parameter] = {}
     for node in nodes:
         parameters.update(analysis.parameters(node))
@@ -162,7 +175,7 @@ def _sides(nodes: list[fx.Node], output: str) -> list[fx.Node]:
     for node in nodes:
         if node.name == output:
             continue
-        # The output of the model is no block, though it lies outside of this one.
+        # The output node of the model reads the logits, but lies in no later block.
         if any(user not in inside and user.op != "output" for user in node.users):
             sides.append(node)
     return sides
@@ -186,7 +199,8 @@ def _beside(
     crossing = [name for name in analysis.flow.crossing(inside) if name in sides]
     beside = []
     for name in crossing:
-        # A value that leads to another one of these learns by way of it.
+        # A value that leads to another one of these learns by way of it: in a U-Net, the skip
+        # connection of a stage leads to the value that goes down.
         behind = analysis.flow.behind(name, inside)
         leads_on = not behind.isdisjoint([*crossing, output])
         # A pool of what the block before has computed has nothing to learn.
@@ -196,13 +210,14 @@ def _beside(
 
 
 def _output(analysis: Analysis, name: str, *, is_scored: bool) -> Output:
+    record = facts(analysis.nodes[name])
     return Output(
         name=name,
-        shape=tuple(facts(analysis.nodes[name]).example.shape[1:]),
+        shape=tuple(record.example.shape[1:]),
         channel_axis=analysis.channel_axes.get(name, 1),
         mask=analysis.masks.of(name),
         is_scored=is_scored,
-        is_folded=facts(analysis.nodes[name]).is_folded,
+        is_folded=record.is_folded,
     )
 
 
@@ -239,8 +254,9 @@ def _value(name: str, example: object, other: Any, batch: Any) -> Value:
     """
     if isinstance(example, Tensor):
         sizes = zip(example.shape, other.shape, strict=True)
-        shape = tuple(size if size == changed else None for size, changed in sizes)
-        return Value(name, shape, str(example.dtype).removeprefix("torch."), batch=batch)
+        shape = tuple(size if size == other_size else None for size, other_size in sizes)
+        dtype = str(example.dtype).removeprefix("torch.")
+        return Value(name, shape, dtype, batch=batch)
     if isinstance(example, (tuple, list)):
         parts = []
         # `batch` has no axes where the number of parts changes with the batch.
@@ -253,11 +269,9 @@ def _value(name: str, example: object, other: Any, batch: Any) -> Value:
 def _node(analysis: Analysis, node: fx.Node) -> Node:
     """Return the description of one node."""
     join = analysis.join(node.name)
-    target = node.target
-    call = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return Node(
         name=node.name,
-        call=call,
+        call=name_of_target(node.target) or str(node.target),
         is_module=_calls_module(node),
         reads=_names_of(node.all_input_nodes),
         is_path=analysis.is_path(node.name),
@@ -268,11 +282,14 @@ def _node(analysis: Analysis, node: fx.Node) -> Node:
 
 
 def _arguments(node: fx.Node) -> str:
-    """Return the arguments of a call as text, with "%0" for the first value that it reads."""
-    index = {each: i for i, each in enumerate(node.all_input_nodes)}
-    args, kwargs = fx.node.map_arg(
-        (node.args, node.kwargs), lambda each: _Written(f"%{index[each]}")
-    )
+    """Return the arguments of a call as text, with "%0" for the first value that it reads.
+
+    `torch.cat([a, b], dim=1)` has "[%0, %1], dim=1".
+    """
+    text_of = {}
+    for i, source in enumerate(node.all_input_nodes):
+        text_of[source] = _Written(f"%{i}")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), text_of.__getitem__)
     written = [repr(value) for value in args]
     written += [f"{name}={value!r}" for name, value in kwargs.items()]
     return ", ".join(written)
@@ -295,25 +312,27 @@ def _calls_module(node: fx.Node) -> bool:
 
 def _names(analysis: Analysis, members: list[list[fx.Node]]) -> list[str]:
     """Return the name of each block, in the words of the model."""
-    paths = []
-    blocks_of: Counter[str] = Counter()  # in how many blocks a module has paths
+    paths_of_blocks = []
+    num_blocks: Counter[str] = Counter()  # in how many blocks a module has paths
     for nodes in members:
-        paths.append([node for node in nodes if analysis.is_path(node.name)])
-        blocks_of.update(_modules_around(paths[-1]))
+        paths = [node for node in nodes if analysis.is_path(node.name)]
+        paths_of_blocks.append(paths)
+        num_blocks.update(_modules_around(paths))
     names = []
-    for nodes in paths:
-        is_elsewhere = partial(_is_elsewhere, blocks_of, _modules_around(nodes))
-        names.append(_name(analysis, nodes, is_elsewhere))
+    for paths in paths_of_blocks:
+        is_elsewhere = partial(_is_elsewhere, num_blocks, _modules_around(paths))
+        names.append(_name(analysis, paths, is_elsewhere))
     return names
 
 
-def _is_elsewhere(blocks_of: Counter[str], own: set[str], scope: str) -> bool:
+def _is_elsewhere(num_blocks: Counter[str], own: set[str], scope: str) -> bool:
     """Return whether a module has paths in another block than the one with the modules `own`."""
     num_here = 1 if scope in own else 0
-    return blocks_of[scope] > num_here
+    return num_blocks[scope] > num_here
 
 
 def _modules_around(nodes: list[fx.Node]) -> set[str]:
+    """Return the qualnames of the modules whose forward created one of some nodes."""
     around: set[str] = set()
     for node in nodes:
         around.update(scopes(node))
@@ -323,7 +342,8 @@ def _modules_around(nodes: list[fx.Node]) -> set[str]:
 def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str], bool]) -> str:
     """Return the name of a block: the module that holds all of its paths and no others.
 
-    If there is none, it is the first and the last module that the block does not share.
+    If there is none, it is the first and the last module that the block does not share:
+    "conv1 … layer1.0".
 
     Args:
         analysis: of the model.

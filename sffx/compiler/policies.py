@@ -95,13 +95,15 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
         notes = () if between_streams else (NO_RESIDUAL_BLOCK,)
         return Cuts(after, notes)
     ends = sorted({*residual_ends(steps, blocks), *between_streams})
-    starts = [i for i in between_streams if i - 1 not in between_streams]
-    for start in sorted({*blocks, *starts}):
+    # A row of steps with streams begins like a residual block: what lies before it is a block.
+    rows_of_streams = [i for i in between_streams if i - 1 not in between_streams]
+    for start in sorted({*blocks, *rows_of_streams}):
         cut_between(steps, ends, start)
     last = settled(steps, max(blocks.values()))
     ends.append(tail_end(steps, last))
     after = _cuts(steps, divided(analysis, ends, blocks)).after
-    return Cuts(after, _why_one_block(analysis) if len(after) == 1 else ())
+    notes = _why_one_block(analysis) if len(after) == 1 else ()
+    return Cuts(after, notes)
 
 
 def _last_cut(steps: Steps) -> tuple[Cut, ...]:
@@ -156,10 +158,8 @@ def module(depth: int = 2) -> Policy:
 
     def cut(analysis: Analysis, options: Options) -> Cuts:
         steps = analysis.steps
-        runs = []
-        for run in _runs(steps, depth):
-            if has_weight(steps, run.start, run.stop):
-                runs.append(run)
+        runs = [run for run in _runs(steps, depth) if has_weight(steps, run.start, run.stop)]
+        # No block ends with the last run, which is the classifier's.
         ends = []
         for run, following in pairwise(runs):
             ends.append(_run_end(steps, run, following.start))
@@ -190,6 +190,7 @@ def stages(n: int) -> Policy:
             )
         macs_of_steps = [analysis.macs(step) for step in analysis.steps]
         macs_until = np.cumsum(macs_of_steps, dtype=float)
+        # Place 0 is the start of the model, so place i is the end of group i - 1.
         cost = [0.0, *macs_until[ends]]
         chosen = _balanced(cost, n)
         return _cuts(analysis.steps, [ends[i - 1] for i in chosen])
@@ -212,25 +213,34 @@ def _takes_options(policy: Callable[..., Any]) -> bool:
         signature = inspect.signature(policy)
     except (TypeError, ValueError):  # some callables written in C have no signature
         return False
-    places = []
+    positional = []
     required = []
-    can_be_called = False
+    takes_any_number = False
     for parameter in signature.parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            places.append(parameter.name)
-        can_be_called = can_be_called or bool(places) or parameter.kind is parameter.VAR_POSITIONAL
-        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not is_variadic:
+        if parameter.kind is parameter.VAR_POSITIONAL:  # *args
+            takes_any_number = True
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:  # **kwargs
+            continue
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append(parameter.name)
+        if parameter.default is parameter.empty:
             required.append(parameter.name)
-    by_keyword = set(required).difference(places)
-    if len(required) > 2 or by_keyword or not can_be_called:
+    only_by_keyword = set(required).difference(positional)
+    takes_none = not positional and not takes_any_number
+    if len(required) > 2 or only_by_keyword or takes_none:
         raise InputError(
             f"the policy takes {signature}. Hint: a policy takes (analysis) or (analysis, options)"
         )
-    return len(required) == 2 or places[1:2] == ["options"]
+    return len(required) == 2 or positional[1:2] == ["options"]
 
 
 def _checked(chosen: Any) -> tuple[Any, ...]:
+    """Return the cuts that a policy chose as a tuple. A single name is refused, not spelt out.
+
+    Raises:
+        InputError: they are no iterable of cuts.
+    """
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise InputError(
             f"the policy returned a {type(chosen).__name__}. "
@@ -280,6 +290,7 @@ def _no_cut(names: Any) -> InputError:
 
 
 def _cuts(steps: Steps, ends: Iterable[int]) -> Cuts:
+    """Return the cuts after those of the steps that a cut may follow."""
     cuts = [steps[i].cut for i in legal(steps, ends)]
     return Cuts(tuple(cuts))
 
@@ -310,8 +321,9 @@ def _run_end(steps: Steps, run: range, stop: int) -> int:
 def _balanced(cost: list[float], parts: int) -> list[int]:
     """Divide the places 0 .. len(cost) - 1 into parts and return the place where each ends.
 
-    The sum of the squares of the parts' costs is the least possible. Found by dynamic programming:
-    `best[i]` is the least sum for parts that reach from 0 to i.
+    The sum of the squares of the parts' costs is the least possible. It is found by dynamic
+    programming. After k rounds, `best[i]` is the least sum for k parts that reach from 0 to i, and
+    `sources[k - 1][i]` is where the last of these parts starts.
 
     Args:
         cost: of everything up to each place, rising.
@@ -321,7 +333,7 @@ def _balanced(cost: list[float], parts: int) -> list[int]:
     reached = np.asarray(cost) / max(cost[-1], 1.0)  # 1.0 where nothing is multiplied
     part_costs = reached[None, :] - reached[:, None]  # of a part from row to column
     squares = part_costs**2
-    # A part goes forward, by one place at least.
+    # A part goes forward, by one place at least. All others are ruled out.
     squares[np.tri(places, dtype=bool)] = np.inf
     best = np.full(places, np.inf)
     best[0] = 0.0

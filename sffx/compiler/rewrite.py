@@ -9,11 +9,12 @@ The outer graph reads as the method does:
     classifier = self.classifier(norm_8)
     return self.readout([goodness_0, ..., goodness_8, classifier])
 
-Where several values cross a cut, each has a detach and a norm of its own (`norm_0_1`), and the head
-reads all of them that lead to no other: `goodness_0 = self.head_0(block_0_output, left)`.
+Where several values cross a cut, each has a detach and a norm of its own (`norm_0_1`). The head
+reads those that lead to no other of them: `goodness_0 = self.head_0(block_0_output, left)`.
 
-An objective may change the inputs at prediction (`sffx.objective`): `trial_0 = self.trial_0(x)`,
-and before the classifier `choice_0 = self.choice_0(norm_8)`.
+An objective may predict by trials (`sffx.objective`). Then each input goes through a module first,
+`trial_0 = self.trial_0(x)`, and so does what the classifier reads,
+`choice_0 = self.choice_0(norm_8)`.
 
 The rewrite decides nothing: the plan says where to cut.
 """
@@ -77,6 +78,7 @@ def rewrite(
         # The layers of a block keep the mode that they had in the model.
         root.add_module(block.target, block_module(trace.root, block, traced))
     for name, part in parts.items():
+        # New parts have the mode of the whole model.
         root.add_module(name, part.train(trace.root.training))
     outer = _OuterGraph(traced)
     outer.add_inputs()
@@ -107,11 +109,11 @@ def _heads_and_norms(
 
 def _trials(plan: BlockPlan) -> dict[str, nn.Module]:
     """Return the modules that inputs go through at prediction, by the names of their parts."""
-    modules = plan.objective.trials(plan.inputs, plan.num_classes)
+    module_of_input = plan.objective.trials(plan.inputs, plan.num_classes)
     trials = {}
     for i, each in enumerate(plan.inputs):
-        if each.name in modules:
-            trials[trial_name(i)] = modules[each.name]
+        if each.name in module_of_input:
+            trials[trial_name(i)] = module_of_input[each.name]
     return trials
 
 
@@ -158,13 +160,17 @@ def block_module(root: nn.Module, block: Block, traced: dict[str, Node]) -> Pick
 
 
 def _renamed(root: nn.Module) -> nn.Module:
-    """Return a module that holds what the model holds, by the names that they have in a block."""
+    """Return a module that holds what the model holds, by the names that they have in a block.
+
+    fx copies from it what the graph of a block reads. Its nodes have these names as targets.
+    """
     holder = nn.Module()
     holder.training = root.training
     # A forward may read tensors in plain attributes as well.
     for name, value in vars(root).items():
         if isinstance(value, Tensor):
             holder.__dict__[name_in_block(name)] = value
+    # Into the dicts themselves, which may hold None, as for a layer without a bias.
     for kind in ("_modules", "_parameters", "_buffers"):
         for name, value in vars(root)[kind].items():
             vars(holder)[kind][name_in_block(name)] = value
@@ -174,6 +180,7 @@ def _renamed(root: nn.Module) -> nn.Module:
 
 
 def _facts_of_input(node: Node) -> BlockFacts:
+    """Return the record of a block's placeholder, given the traced node that computes its value."""
     memory = _memory(node)
     # The model's own input is no foreign value: a write on it is the model's own doing.
     is_foreign = node.op != "placeholder" and memory is not None
@@ -181,6 +188,7 @@ def _facts_of_input(node: Node) -> BlockFacts:
 
 
 def _facts_of_node(node: Node) -> BlockFacts:
+    """Return the record of a block's own node, given the traced node that it is a copy of."""
     record = facts(node)
     writes = frozenset(storages_written([node]))
     return BlockFacts(
@@ -243,11 +251,13 @@ class _OuterGraph:
         """
         result = self._call(block.target, block.target, self._inputs_of(block))
         attached = self._outputs_of(block, result)
+        # The head reads each value with its mask, if it has one, and learns through the value.
         scored: list[Any] = []
         for output in block.scored:
             scored += [attached[output.name], *self._mask_of(output)]
         goodness = self._call(head_name(index), goodness_name(index), scored)
         self.scores.append(goodness)
+        # Later blocks read the values without a gradient.
         for i, output in enumerate(block.outputs):
             detached = detached_name(index, i)
             value = _detach_tensor(self.graph, attached[output.name], detached)
@@ -270,12 +280,13 @@ class _OuterGraph:
         return [self.values[output.mask]] if output.mask else []
 
     def _outputs_of(self, block: Block, result: Node) -> dict[str, Node]:
-        """Return a block's outputs by name, taken from its result; add its other side values.
+        """Return a block's outputs by name, taken from its result, still with their gradient.
 
-        A side value that carries gradient is detached.
+        The other side values are added to `values` at once, without gradient.
         """
         if not block.sides:
             return {block.output: result}
+        # The result is the tuple (output, *sides).
         outputs = {block.output: _item(self.graph, result, 0, f"{block.target}_output")}
         beside = {output.name for output in block.beside}
         for i, name in enumerate(block.sides, start=1):

@@ -197,6 +197,10 @@ class Analysis:
             macs += facts(self.nodes[name]).cost.macs
         return int(macs // self.trace.batch_size)
 
+    def module(self, node: Node) -> nn.Module | None:
+        """Return the module that a node calls, None for another kind of node."""
+        return self._layers.module(node)
+
     def kind(self, qualname: str) -> type[nn.Module]:
         """Return the class of a module by its qualname."""
         return type(self.trace.root.get_submodule(qualname))
@@ -506,7 +510,8 @@ def _candidate_hint(name: str, candidates: Sequence[Cut]) -> str:
         return "the model has no candidates"
     main_values = [main_value(cut) for cut in candidates]
     near = difflib.get_close_matches(name, main_values, n=3, cutoff=0.6)
-    alternatives = " or ".join(repr(candidates[main_values.index(each)]) for each in near)
+    similar = [candidates[main_values.index(each)] for each in near]
+    alternatives = " or ".join(repr(cut) for cut in similar)
     meant = f"did you mean {alternatives}? " if near else ""
     return f"{meant}The candidates are {_listed(candidates)}"
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
-from sffx.compiler.qualnames import has_tensors, name_of_target
+from sffx.compiler.qualnames import called_module, has_tensors, name_of_target
 from sffx.compiler.sample_order import is_permuted
 from sffx.compiler.trace.flags import is_added
 
@@ -93,8 +93,9 @@ def is_reshape(node: fx.Node, root: nn.Module) -> bool:
     """Return whether a node's value holds the values of its first argument in the same order."""
     if is_added(node):
         return False
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten))
+    module = called_module(node, root)
+    if module is not None:
+        return isinstance(module, (nn.Flatten, nn.Unflatten))
     is_call = node.op in ("call_method", "call_function")
     return is_call and name_of_target(node.target) in _RESHAPES
 
@@ -231,10 +232,12 @@ def _slower_after_reshape(
 
 def _may_rearrange(node: fx.Node, root: nn.Module) -> bool:
     """Return whether a node calls a layer that has no tensors, so that it may be a reshape."""
-    if node.op != "call_module" or is_added(node):
+    if is_added(node):
         return False
-    layer = root.get_submodule(str(node.target))
-    return not has_tensors(layer) and not any(layer.children())
+    layer = called_module(node, root)
+    if layer is None or has_tensors(layer):
+        return False
+    return not any(layer.children())
 
 
 def _slower_after_layer(

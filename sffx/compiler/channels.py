@@ -23,7 +23,7 @@ from torch.fx import Node
 from sffx.blocks import BatchAxis
 from sffx.compiler.batch_axis import axis_after_reshape, is_reshape
 from sffx.compiler.facts import facts
-from sffx.compiler.qualnames import has_tensors
+from sffx.compiler.qualnames import called_module, has_tensors
 from sffx.compiler.trace.trace import Trace
 from sffx.tensors import storage_key
 
@@ -182,8 +182,9 @@ def _declared(node: Node, value: Tensor, root: nn.Module) -> int | None:
         if isinstance(shape, Node):  # x.shape[1:]
             shape = facts(shape).example
         return last if len(shape) == 1 else None
-    if node.op == "call_module":
-        return _declared_by_module(root.get_submodule(str(node.target)), value)
+    module = called_module(node, root)
+    if module is not None:
+        return _declared_by_module(module, value)
     if node.target in _FIRST_FUNCTIONS:
         return 1
     return last if node.target in _LAST_FUNCTIONS else None
@@ -200,9 +201,7 @@ def _declared_by_module(module: nn.Module, value: Tensor) -> int | None:
 
 def _axis_of_weightless(node: Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis of channels of a layer without weights, as torch documents it."""
-    if node.op != "call_module":
-        return None
-    module = root.get_submodule(str(node.target))
+    module = called_module(node, root)
     return _axis_before_space(module, value) if isinstance(module, _FIRST_CLASSES) else None
 
 
@@ -223,9 +222,9 @@ def _axis_before_space(module: nn.Module, value: Tensor) -> int:
 
 def _axis_of_layer_inside(node: Node, value: Tensor, root: nn.Module) -> int | None:
     """Return the axis that the last layer inside a leaf declares, if its width is found there."""
-    if node.op != "call_module":
+    leaf = called_module(node, root)
+    if leaf is None:
         return None
-    leaf = root.get_submodule(str(node.target))
     for module in reversed(list(leaf.modules())):
         axis = _declared_by_module(module, value)
         widths = [getattr(module, name, None) for name in _WIDTHS]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts, set_block_facts
-from sffx.compiler.qualnames import name_of_call, name_of_target
+from sffx.compiler.qualnames import called_module, name_of_call, name_of_target
 from sffx.compiler.trace.effects import set_item, set_item_of_copy
 from sffx.compiler.trace.run_function import RunFunction
 from sffx.errors import CutError
@@ -242,7 +242,7 @@ def _replace(block: GraphModule, node: Node, replaced: dict[str, nn.Module]) -> 
             "instead of the variable that it writes to"
         )
     target = node.target
-    module: Any = block.get_submodule(str(target)) if node.op == "call_module" else None
+    module: Any = called_module(node, block)
     if getattr(module, "inplace", False):
         twin = copy.copy(module)
         twin.inplace = False

@@ -145,10 +145,8 @@ def _only_embeds(analysis: Analysis, start: int, stop: int) -> bool:
     for step in analysis.steps[start:stop]:
         for name in step.nodes:
             node = analysis.nodes[name]
-            if not analysis.parameters(node):
-                continue
-            is_module = node.op == "call_module"
-            if not is_module or not issubclass(analysis.kind(str(node.target)), nn.Embedding):
+            has_parameters = bool(analysis.parameters(node))
+            if has_parameters and not isinstance(analysis.module(node), nn.Embedding):
                 return False
     return True
 

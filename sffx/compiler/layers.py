@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sffx.compiler.facts import facts, module_stack
-from sffx.compiler.qualnames import name_of_call, name_of_target, parameters_of
+from sffx.compiler.qualnames import called_module, name_of_call, name_of_target, parameters_of
 from sffx.compiler.trace.run_function import RunFunction
 
 # Functions that are a layer if one of their arguments is a parameter. A string is a method.
@@ -49,7 +49,7 @@ class Layers:
 
     def module(self, node: Node) -> nn.Module | None:
         """Return the module that a node calls, None for another kind of node."""
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return called_module(node, self.root)
 
     def parameters(self, node: Node) -> dict[str, nn.Parameter]:
         """Return the parameters that a node holds, by their qualname in the model."""

@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Node
 
 from sffx.compiler.facts import block_facts
 from sffx.compiler.inplace import may_return_input
-from sffx.compiler.qualnames import holders
+from sffx.compiler.qualnames import called_module, holders
 from sffx.kernels.activation import MEMORY_SAVING, NAMES, MemorySavingGELU
 from sffx.kernels.attention import self_attention
 from sffx.kernels.chain import BATCH_NORMS, CONVOLUTIONS
@@ -102,7 +102,7 @@ def save_memory_in(block: GraphModule, *, feeds_head: bool, recompute: bool) -> 
 
 
 def _module(block: GraphModule, node: Node) -> Any:
-    return block.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return called_module(node, block)
 
 
 def _kind(block: GraphModule, node: Node) -> Any:

@@ -353,7 +353,7 @@ def _name(analysis: Analysis, nodes: list[fx.Node], is_elsewhere: Callable[[str]
     stacks = [scopes(node) for node in nodes if scopes(node)]
     owner = common_scope(stacks)
     if owner and not is_elsewhere(owner):
-        return _unit(analysis, owner, _modules_around(nodes), is_elsewhere)
+        return _owner_of_container(analysis, owner, _modules_around(nodes), is_elsewhere)
     if not stacks:
         return nodes[-1].name
     # A pool that several blocks call names none of them.
@@ -369,14 +369,16 @@ def _outermost_own(stack: tuple[str, ...], is_elsewhere: Callable[[str], bool]) 
     return next((scope for scope in stack if not is_elsewhere(scope)), stack[-1])
 
 
-def _unit(
+def _owner_of_container(
     analysis: Analysis, owner: str, around: set[str], is_elsewhere: Callable[[str], bool]
 ) -> str:
-    """Return the module whose only content is a container, as an InvertedResidual is its `conv`.
+    """Return the module whose only content is a container; a module that is none stays.
+
+    An InvertedResidual of torchvision holds no more than the Sequential `conv`.
 
     Args:
         analysis: of the model.
-        owner: the container.
+        owner: the module, which may be a container.
         around: the modules around the nodes of the block. A `ModuleList` is never among them.
         is_elsewhere: whether a module has paths in another block.
     """

@@ -73,18 +73,19 @@ def select(analysis: Analysis, policy: Callable[..., Any], options: Options) -> 
 def residual(analysis: Analysis, options: Options) -> Cuts:
     """Cut after each residual block, and after whatever has weights between two of them.
 
-    The stem, a downsampling layer and the last convolution lie between. A residual block is the
-    module that owns a place where paths join by a sum or a concatenation: a BasicBlock, an encoder
-    block, an Inception module, a dense block; or a leaf with several layers, which may hide such a
-    place. A stack, in which the same parts follow one another, is no residual block. A class of
-    modules that is a residual block in one place is one everywhere in the model. A model without
-    residual blocks is cut into BN groups, and one without such groups once, before its classifier.
-    Where no residual block lies, several layers that hold more than a third of the parameters
-    together are cut from each other. A residual block with more than a third that holds residual
-    blocks itself, or goes on behind a concatenation, is cut where single values cross inside.
-
-    Where streams run side by side, as in a U-Net, it also cuts between the modules of the streams,
-    across all values that cross there (see `streams`).
+    1. A residual block is the module that owns a place where paths join by a sum or a
+       concatenation: a BasicBlock, an encoder block, an Inception module, a dense block. It may
+       also be a leaf with several layers, which may hide such a place. A stack, in which the same
+       parts follow one another, is none. A class of modules that is a residual block in one place
+       is one everywhere in the model.
+    2. Between two of them lie the stem, a downsampling layer or the last convolution.
+    3. A model without residual blocks is cut into BN groups. One without such groups is cut once,
+       before its classifier.
+    4. Where no residual block lies, several layers that hold more than a third of the parameters
+       together are cut from each other. A residual block with more than a third that holds residual
+       blocks itself, or goes on behind a concatenation, is cut where single values cross inside.
+    5. Where streams run side by side, as in a U-Net, it also cuts between the modules of the
+       streams, across all values that cross there (see `streams`).
     """
     steps = analysis.steps
     between_streams = [i for i, step in enumerate(steps) if step.parts_streams]
@@ -112,8 +113,11 @@ def _last_cut(steps: Steps) -> tuple[Cut, ...]:
     Layers may be no groups: they hold vectors alone, or lie behind the first flat value.
     """
     places = legal(steps, range(len(steps)))
-    learning = [i for i in places if any(step.trainable for step in steps[: i + 1])]
-    return (steps[learning[-1]].cut,) if learning else ()
+    if not places:
+        return ()
+    last = places[-1]
+    learns = any(step.trainable for step in steps[: last + 1])
+    return (steps[last].cut,) if learns else ()
 
 
 def _why_one_block(analysis: Analysis) -> tuple[str, ...]:

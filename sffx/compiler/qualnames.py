@@ -27,9 +27,18 @@ def name_of_call(node: Node, root: nn.Module) -> str:
         node: the node.
         root: owns the modules that it calls.
     """
-    if node.op == "call_module":
-        return type(root.get_submodule(str(node.target))).__name__
-    return name_of_target(node.target)
+    module = called_module(node, root)
+    return name_of_target(node.target) if module is None else type(module).__name__
+
+
+def called_module(node: Node, root: nn.Module) -> nn.Module | None:
+    """Return the module that a node calls, None for another kind of node.
+
+    Args:
+        node: the node.
+        root: owns the module.
+    """
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 # They read the shape of a tensor, and not its values.

@@ -96,8 +96,8 @@ def _form(analysis: Analysis, step: Step) -> Any:
         if not analysis.is_path(name):
             continue
         node = analysis.nodes[name]
-        is_module = node.op == "call_module"
-        called = analysis.kind(str(node.target)) if is_module else node.target
+        module = analysis.module(node)
+        called = node.target if module is None else type(module)
         shapes = [tuple(p.shape) for p in analysis.parameters(node).values()]
         calls.append((called, tuple(shapes)))
     return tuple(calls)
@@ -115,10 +115,8 @@ def _leaves_with_layers(analysis: Analysis) -> list[str]:
     leaves = []
     for step in analysis.steps:
         node = analysis.nodes[step.node]
-        if node.op != "call_module":
-            continue
-        leaf = analysis.trace.root.get_submodule(str(node.target))
-        if holds_several_layers(leaf):
+        module = analysis.module(node)
+        if module is not None and holds_several_layers(module):
             leaves.append(str(node.target))
     return leaves
 

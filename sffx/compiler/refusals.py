@@ -84,7 +84,7 @@ def refusals(
 
 
 def _needs_from_behind(flow: Dataflow) -> list[str]:
-    """Return for each step what up to it needs a value from after it, in words; "" for nothing.
+    """Return for each step, in words, which node before it reads a value behind it; "" for none.
 
     With `t = h2.argmax(1, keepdim=True); mask = h1 > t`, no block can hold the mask if a cut lies
     between h1 and h2: in that of h1 it is too early for t, and behind the cut h1 is normalised.

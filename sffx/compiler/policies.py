@@ -103,8 +103,7 @@ def residual(analysis: Analysis, options: Options) -> Cuts:
     last = settled(steps, max(blocks.values()))
     ends.append(tail_end(steps, last))
     after = _cuts(steps, divided(analysis, ends, blocks)).after
-    notes = _why_one_block(analysis) if len(after) == 1 else ()
-    return Cuts(after, notes)
+    return Cuts(after, _why_one_block(analysis) if len(after) == 1 else ())
 
 
 def _last_cut(steps: Steps) -> tuple[Cut, ...]:

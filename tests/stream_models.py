@@ -259,6 +259,29 @@ class Spiking(nn.Module):
         return self.head(total)
 
 
+class UnrolledCells(nn.Module):
+    """Runs two recurrent cells, one after the other, at each step in time: on (B, T, 6).
+
+    Args:
+        cell: `nn.GRUCell` or `nn.LSTMCell`.
+    """
+
+    def __init__(self, cell: type[nn.GRUCell | nn.LSTMCell], classes: int = CLASSES) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([cell(6, 8), cell(8, 8)])
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: list[Any] = [None, None]
+        value = x[:, 0]
+        for step in range(x.shape[1]):
+            value = x[:, step]
+            for i, cell in enumerate(self.cells):
+                states[i] = cell(value, states[i])
+                value = states[i][0] if isinstance(cell, nn.LSTMCell) else states[i]
+        return self.head(value)
+
+
 def residual(width: int) -> nn.Module:
     return Sum(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()))
 

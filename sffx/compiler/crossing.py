@@ -12,7 +12,7 @@ from sffx.tensors import storage_key
 if TYPE_CHECKING:
     from sffx.compiler.analyse import Analysis, Step
 
-MOST_VALUES = 12  # that may cross one cut
+MOST_VALUES = 12  # that may cross one cut of a step that runs in order
 FEWEST_LAYERS_OF_STREAM = 3  # with parameters; a product with fewer on one of its paths is a gate
 
 CutSet = frozenset[str]
@@ -38,10 +38,14 @@ class Crossing:
         self._pass(name)
         in_order = self._flow.in_order([name, *self._late_writes])
         place = in_order.index(name)
+        if len(self._unread) > MOST_VALUES:
+            return None
         return self._cut_set(in_order[place + 1 :])
 
     def behind(self, inside: set[str]) -> CutSet | None:
         """Return the values that cross a cut behind a set of nodes; None if none may lie there.
+
+        They may be many: a layer that runs on each step in time has a value for each.
 
         Args:
             inside: nodes on paths, with all nodes on paths that lead to them.
@@ -53,7 +57,7 @@ class Crossing:
 
     def _cut_set(self, later_writers: list[str]) -> CutSet | None:
         values = list(self._unread)
-        if not 0 < len(values) <= MOST_VALUES:
+        if not values:
             return None
         if not all(self._is_tensor(each) for each in values):
             return None

@@ -21,7 +21,7 @@ step in time. All uses of a layer belong to one block, so the model is cut acros
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain, combinations, pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -203,7 +203,7 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[Part]) -> li
     crossing = Crossing(analysis, step)
     places: list[list[CutSet]] = []
     inside: set[str] = set()
-    for part, following in pairwise(parts):
+    for part, following in pairwise(_in_order_of_flow(flow, parts)):
         # Two cuts are possible: right behind the part, and right before the next one.
         inside = inside | flow.before(part.nodes)
         until_next = inside | flow.before(_read_by_first_uses(flow, following))
@@ -217,6 +217,28 @@ def _places_across_uses(analysis: Analysis, step: Step, parts: list[Part]) -> li
         if place:
             places.append(place)
     return places
+
+
+def _in_order_of_flow(flow: Dataflow, parts: Sequence[Part]) -> Sequence[Part]:
+    """Return the parts so that each comes behind the parts that lead to it.
+
+    Parts come in the order of their first nodes in a step. The first use of the first of two
+    recurrent cells may be a step by itself, so that the second cell is the first part of the next.
+    Parts that lead to each other, as in a recurrent net, keep their order.
+    """
+    leads = nx.DiGraph()
+    leads.add_nodes_from(range(len(parts)))
+    before = [flow.before(part.nodes) for part in parts]
+    for (i, first), (k, second) in combinations(enumerate(parts), 2):
+        is_ahead = not before[k].isdisjoint(first.nodes)
+        is_behind = not before[i].isdisjoint(second.nodes)
+        if is_ahead and not is_behind:
+            leads.add_edge(i, k)
+        if is_behind and not is_ahead:
+            leads.add_edge(k, i)
+    if not nx.is_directed_acyclic_graph(leads):
+        return parts
+    return [parts[i] for i in nx.lexicographical_topological_sort(leads)]
 
 
 def _read_by_first_uses(flow: Dataflow, part: Part) -> set[str]:

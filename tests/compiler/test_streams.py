@@ -26,6 +26,7 @@ from tests.stream_models import (
     Towers,
     TwoStreams,
     UNet,
+    UnrolledCells,
     twice,
 )
 from tests.toys import Residual
@@ -269,6 +270,33 @@ def test_a_loop_over_all_layers_is_not_cut():
     plan = sffx.plan(Spiking(feeds_back=True), example_input=torch.zeros(3, 6))
     assert names(plan) == ["layers.0 … layers.2"]
     assert any("uses of layers.0" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell])
+def test_unrolled_cells_learn_through_time_and_not_through_the_cells_behind(cell):
+    """More steps than values may cross a cut elsewhere. The oracle detaches by hand."""
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 14, 6), torch.arange(3)
+    model = UnrolledCells(cell)
+    net = sffx.transform(model, example_input=x, norm="none")
+    assert names(net.plan) == ["cells.0", "cells.1"]
+    assert [len(block.outputs) for block in net.plan] == [14, 1]
+    sffx.local_loss(net, x, y).backward()
+
+    expected = copy.deepcopy(model)
+    values = list(x.unbind(1))
+    for i, each in enumerate(expected.cells):
+        state, given, values = None, values, []
+        for value in given:
+            state = each(value, state)
+            values.append(state[0] if cell is nn.LSTMCell else state)
+        head = net.get_submodule(f"head_{i}")
+        F.cross_entropy(head(values[-1]), y).backward()
+        values = [value.detach() for value in values]
+    F.cross_entropy(expected.head(values[-1]), y).backward()
+    learnt = {name.partition(".")[2]: each.grad for name, each in net.named_parameters()}
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(learnt[name], parameter.grad)
 
 
 @pytest.mark.parametrize("make", [Siamese, Spiking])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -202,11 +203,25 @@ def _beside(
         # A value that leads to another one of these learns by way of it: in a U-Net, the skip
         # connection of a stage leads to the value that goes down.
         behind = analysis.flow.behind(name, inside)
+        for reader in inside.intersection(_readers_of_whole(analysis.nodes[name])):
+            behind |= {reader, *analysis.flow.behind(reader, inside)}
         leads_on = not behind.isdisjoint([*crossing, output])
         # A pool of what the block before has computed has nothing to learn.
         is_scored = not leads_on and analysis.flow.is_learned(name, inside)
         beside.append(_output(analysis, name, is_scored=is_scored))
     return tuple(beside)
+
+
+def _readers_of_whole(node: fx.Node) -> list[str]:
+    """Return the nodes that read a tuple as a whole of which a node takes one value.
+
+    They read the value as well: an `nn.LSTMCell` takes the pair of the step before, whose hidden
+    state goes to the next cell.
+    """
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or isinstance(facts(source).example, Tensor):
+        return []
+    return [user.name for user in source.users if user.target is not operator.getitem]
 
 
 def _output(analysis: Analysis, name: str, *, is_scored: bool) -> Output:

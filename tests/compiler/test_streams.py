@@ -281,6 +281,7 @@ def test_unrolled_cells_learn_through_time_and_not_through_the_cells_behind(cell
     net = sffx.transform(model, example_input=x, norm="none")
     assert names(net.plan) == ["cells.0", "cells.1"]
     assert [len(block.outputs) for block in net.plan] == [14, 1]
+    assert [len(block.scored) for block in net.plan] == [1, 1]  # the last state holds the others
     sffx.local_loss(net, x, y).backward()
 
     expected = copy.deepcopy(model)

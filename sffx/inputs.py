@@ -232,15 +232,22 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
     return x, y
 
 
-def random_batch(inputs: Sequence[Input], batch: int) -> tuple[Tensor, ...]:
+def random_batch(
+    inputs: Sequence[Input], batch: int, *, in_unit_range: bool = False
+) -> tuple[Tensor, ...]:
     """Return a random batch of every input, on the CPU; the caller's random state does not move.
 
     Args:
         inputs: of the model, as `BlockPlan.inputs` has them.
         batch: the number of samples. The same number gives the same values.
+        in_unit_range: whether floats lie between 0 and 1, where logarithms and roots have values;
+            else they are normal.
     """
     generator = torch.Generator().manual_seed(batch)
-    return tuple(_random(each, batch, generator) for each in inputs)
+    drawn = tuple(_random(each, batch, generator) for each in inputs)
+    if in_unit_range:
+        drawn = tuple(each.sigmoid() if each.is_floating_point() else each for each in drawn)
+    return drawn
 
 
 def constant_batch(

@@ -16,7 +16,7 @@ from sffx.net import plan_of
 # The axes of a sample with another size, by input, axis and the new size.
 Sizes = dict[tuple[str, int], int]
 
-Source = Literal["random", "ones", "example"]
+Source = Literal["random", "between 0 and 1", "ones", "example"]
 
 
 class Batches:
@@ -30,8 +30,9 @@ class Batches:
 
     Attributes:
         inputs: that both take.
-        source: of the values, "random", "ones" or "example". Some models refuse what is no
-            distribution, no index or no length; ones are all of these.
+        source: of the values. A logarithm has values for random numbers between 0 and 1 only.
+            Some models refuse what is no distribution, no index or no length; ones are all of
+            these.
         sources: that there are, in the order in which they are tried.
     """
 
@@ -40,9 +41,9 @@ class Batches:
     ) -> None:
         self.inputs = plan_of(net).inputs
         self.source: Source = "random"
-        self.sources: tuple[Source, ...] = ("random", "ones", "example")
+        self.sources: tuple[Source, ...] = ("random", "between 0 and 1", "ones", "example")
         if example is None:
-            self.sources = ("random", "ones")
+            self.sources = self.sources[:-1]
         self._example = example or {}
         self._like = model
 
@@ -58,8 +59,9 @@ class Batches:
         """
         inputs = [_resized(each, sizes or {}) for each in self.inputs]
         tensors = constant_batch(inputs, batch, "cpu")
-        if self.source == "random":
-            tensors = random_batch(inputs, batch)
+        if self.source in ("random", "between 0 and 1"):
+            in_unit_range = self.source == "between 0 and 1"
+            tensors = random_batch(inputs, batch, in_unit_range=in_unit_range)
         if self.source == "example" and not sizes:
             return {each.name: _rows(self._example[each.name], batch) for each in inputs}
         if padded:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from sffx.comparison.differences import (
 )
 from sffx.comparison.findings import Findings
 from sffx.comparison.locate import Place
-from sffx.comparison.one_call import MODEL_RAISES, OneCall
+from sffx.comparison.one_call import MODEL_RAISES, OUTPUTS_ARE_NAN, OneCall
 from sffx.comparison.pair import Pair, copied_model, watch_hooks
 from sffx.comparison.report import CheckReport
 from sffx.comparison.runs import (
@@ -176,7 +177,7 @@ class _Check:
                 self._batches.source = source
                 self._findings.skipped.clear()
                 self._compare_calls(self._calls.quick(first, second))
-                if not self._model_raises():
+                if not self._says_nothing():
                     break
             if self._findings.differences and not self._findings.is_wrong:
                 # It may differ with gradients, too.
@@ -185,10 +186,12 @@ class _Check:
                 self._compare_scores(first)
         return self._findings.report()
 
-    def _model_raises(self) -> bool:
-        """Whether the model took none of the inputs so far."""
-        raised = [reason.startswith(MODEL_RAISES) for reason in self._findings.skipped.values()]
-        return not self._findings.differences and len(raised) > 1 and all(raised)
+    def _says_nothing(self) -> bool:
+        """Whether the model took none of the inputs so far, or gave no numbers for them."""
+        empty = []
+        for reason in self._findings.skipped.values():
+            empty.append(reason.startswith(MODEL_RAISES) or reason == OUTPUTS_ARE_NAN)
+        return not self._findings.differences and len(empty) > 1 and all(empty)
 
     # What is compared.
 
@@ -242,25 +245,34 @@ class _Check:
         Raises:
             InputError: it takes none.
         """
-        for source in self._batches.sources:
+        # Outputs that are NaN are compared where there are no others.
+        for may_be_nan, source in product((False, True), self._batches.sources):
             self._batches.source = source
             taken: list[int] = []
             for batch in _BATCHES:
-                if len(taken) < 2 and self._failure(batch) is None:
+                if len(taken) < 2 and self._failure(batch, may_be_nan=may_be_nan) is None:
                     taken.append(batch)
             if taken:
                 return taken
         raise InputError(
             f"{type(self._model).__name__} runs on no input like those of the net: "
-            f"{self._failure(_BATCHES[0])}. "
+            f"{self._failure(_BATCHES[0], may_be_nan=True)}. "
             "Hint: pass an example_input that it runs on, sffx.check(model, net, example_input)"
         )
 
-    def _failure(self, batch: int) -> str | None:
-        """Return the error that the model raises on a batch; None if it runs."""
+    def _failure(self, batch: int, *, may_be_nan: bool) -> str | None:
+        """Return the error that the model raises on a batch; None if it runs.
+
+        Args:
+            batch: the number of samples.
+            may_be_nan: whether an output that holds NaN is none.
+        """
         run = replace(self._calls.train(batch, ""), backward=False)
-        failure = run_model(copied_model(self._model), run, self._plan).failure
-        return None if failure is None else error_in_words(failure)
+        outcome = run_model(copied_model(self._model), run, self._plan)
+        if outcome.failure is not None:
+            return error_in_words(outcome.failure)
+        is_nan = isinstance(outcome.logits, Tensor) and bool(outcome.logits.isnan().any())
+        return OUTPUTS_ARE_NAN if is_nan and not may_be_nan else None
 
     def _draw_weights(self, batch: int) -> None:
         run = self._calls.train(batch, "")

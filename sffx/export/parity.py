@@ -46,14 +46,21 @@ def require_parity(
             token sees nothing but padding.
     """
     hint = OPEN_SIZE_HINT if dynamic_size else TOLERANCE_HINT
-    for actual, wanted in zip(_as_tuple(scores), _as_tuple(expected), strict=True):
+    for actual, wanted in zip(as_tuple(scores), as_tuple(expected), strict=True):
         # Before the error, because tensors of other shapes may agree by broadcasting.
         if actual.shape != wanted.shape:
             raise ExportError(
                 f"{engine} returns scores of shape {tuple(actual.shape)}, "
                 f"torch of shape {tuple(wanted.shape)}"
             )
-        error = relative_error(_of_real_tokens(actual, mask), _of_real_tokens(wanted, mask))
+        compared = _of_real_tokens(wanted, mask)
+        if bool(compared.isnan().any()):
+            raise ExportError(
+                f"torch's own scores are nan {place}, for normal numbers and for those between 0 "
+                "and 1, so nothing could be compared. Hint: let the forward clamp its input to "
+                "what it can take"
+            )
+        error = relative_error(_of_real_tokens(actual, mask), compared)
         # Not `error > tolerance`: a NaN must be refused too.
         if not error <= tolerance:
             raise ExportError(
@@ -82,5 +89,6 @@ def _of_real_tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(mask[..., None] == 0, 0)
 
 
-def _as_tuple(scores: Scores) -> tuple[Tensor, ...]:
+def as_tuple(scores: Scores) -> tuple[Tensor, ...]:
+    """Return the scores of each output."""
     return (scores,) if isinstance(scores, Tensor) else tuple(scores)

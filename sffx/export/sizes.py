@@ -18,6 +18,7 @@ from sffx.checks import require_flag
 from sffx.compiler.fake import failures_unlogged, fake_copy
 from sffx.compiler.trace.sizes import is_guard
 from sffx.errors import ExportError, InputError, first_line
+from sffx.export.parity import Scores, as_tuple
 from sffx.inputs import constant_batch, random_batch
 from sffx.net import plan_of
 
@@ -119,6 +120,29 @@ def trial_inputs(
     if dynamic_size:
         larger = _grown(inputs)
         yield larger, TRACED_BATCH, f"at height and width {_size_text(larger)}"
+
+
+def telling_batch(
+    run: Callable[[tuple[Tensor, ...]], Scores], inputs: Sequence[Input], batch: int
+) -> tuple[Tensor, ...]:
+    """Return a random batch for which a model gives numbers, if one is found.
+
+    Args:
+        run: the model, on the values of its inputs.
+        inputs: of the model.
+        batch: the number of samples.
+    """
+    normal = random_batch(inputs, batch)
+    # A logarithm has no value for a negative number.
+    for drawn in (normal, random_batch(inputs, batch, in_unit_range=True)):
+        try:
+            scores = run(drawn)
+        except Exception:
+            # Who runs it next says what fails.
+            break
+        if not any(bool(each.isnan().any()) for each in as_tuple(scores)):
+            return drawn
+    return normal
 
 
 def _traced_at_fixed_size(

@@ -28,7 +28,7 @@ from sffx.export.onnx import (
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.plain_values import on_tensors
 from sffx.export.prepare import CUMULATIVE, in_float32, inference_copy
-from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes
+from sffx.export.sizes import TRACED_BATCH, VERIFIED_BATCHES, Axes, telling_batch
 from sffx.files import as_path, writing_folder
 from sffx.inputs import random_batch
 from sffx.net import cut_model
@@ -184,7 +184,7 @@ def _require_real(stage: ExitStage, values: dict[str, Any]) -> None:
 def _verify(written: EarlyExit, runner: EarlyExit, tolerance: float) -> None:
     """Raise an ExportError if the files' answer after a block differs from torch's."""
     for batch in VERIFIED_BATCHES:
-        x = random_batch(runner.inputs, batch)
+        x = telling_batch(lambda values: tuple(runner.cumulative(values)), runner.inputs, batch)
         expected = runner.cumulative(x)
         actual = written.cumulative(x)
         for i, stage in enumerate(runner.stages[runner.skips :]):

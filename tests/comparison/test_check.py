@@ -515,6 +515,22 @@ def test_outputs_of_nan_are_said_to_compare_nothing():
     assert any("are nan" in note for note in net.plan.notes)
 
 
+def test_a_model_of_positive_numbers_is_compared_on_them():
+    class Logarithms(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.log())
+
+    model, x = Logarithms(), torch.rand(4, 6)
+    net = sffx.transform(model, policy="layer", example_input=x)
+    assert not net.plan.notes
+    report = sffx.check(model, net)
+    assert "values" not in " ".join(report.skipped)
+    # It is compared in earnest: with another weight it differs.
+    with torch.no_grad():
+        net.get_parameter("block_0.a.weight").mul_(2)
+    assert sffx.check(model, net, raises=False).difference is not None
+
+
 def test_a_model_may_write_on_its_input():
     class Writes(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

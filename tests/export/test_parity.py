@@ -21,6 +21,14 @@ def test_scores_of_padded_tokens_are_not_compared(blocks):
         require_parity(expected + MASK[..., None], expected, 1e-4, "there", mask=MASK)
 
 
+def test_scores_that_are_nan_compare_nothing():
+    expected = torch.randn(2, 3, 4)
+    expected[1, 1:] = torch.nan  # padding, which the mask leaves out
+    require_parity(expected, expected, 1e-4, "there", mask=MASK)
+    with pytest.raises(ExportError, match="torch's own scores are nan there"):
+        require_parity(expected, expected, 1e-4, "there")
+
+
 def test_scores_of_samples_are_compared_whole():
     # As many classes as tokens.
     expected = torch.randn(2, 3)

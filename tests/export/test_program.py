@@ -176,3 +176,25 @@ def test_bad_arguments_are_refused(net: fx.GraphModule, tmp_path: Path) -> None:
         sffx.export_program(net, tmp_path)
     with pytest.raises(sffx.InputError, match=r"Chain, not a cut model"):
         sffx.export_program(toys.Chain(), tmp_path / "net.pt2")  # type: ignore[arg-type]
+
+
+class Logarithms(nn.Sequential):
+    """Takes positive numbers alone: on (B, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.log())
+
+
+@pytest.mark.parametrize(
+    "export",
+    [sffx.export_program, sffx.export_onnx, sffx.export_early_exit],
+    ids=lambda f: f.__name__,
+)
+def test_a_model_of_positive_numbers_is_tried_on_them(export: Any, tmp_path: Path) -> None:
+    """Each export compares what it wrote with the model, and refuses scores that are nan."""
+    net = sffx.transform(Logarithms(), "layer", torch.ones(2, 6))
+    export(net, tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The order of the tests, and their skips: the end of a run names each skip and its reason."""
+"""Which tests run, and in which order. The end of a run names each skip and its reason."""
 
 from __future__ import annotations
 
@@ -26,10 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail if a test is skipped for a reason that tests/conftest.py does not list",
     )
+    parser.addoption(
+        "--all-cases",
+        action="store_true",
+        help="run all cases of the tests marked `sampled(n)`, of which a run of all tests takes n",
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Set what makes a run fast, before torch is imported."""
+    config.addinivalue_line(
+        "markers",
+        "sampled(n): a run of all tests takes n of the cases of a long test, spread evenly over "
+        "the list; --all-cases takes all, and so does a run of named tests",
+    )
     # Python's own threshold takes 7 % of the time of a run.
     gc.set_threshold(50_000, 10, 10)
     # The processes of a run fill all cores. A second thread of each only waits for a core, which
@@ -66,9 +76,32 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders of long tests: at the end, one worker would wait for the other."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases of long tests, and begin with the folders of long tests.
+
+    At the end, one worker would wait for the other.
+    """
+    is_named = bool(config.option.keyword) or any("::" in each for each in config.args)
+    if not config.getoption("--all-cases") and not is_named:
+        left_out = _left_out(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
+
+
+def _left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the cases that `sampled` marks leave out. The same cases give the same answer."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = []
+    for of_test in cases.values():
+        (wanted,) = of_test[0].get_closest_marker("sampled").args
+        step = max(len(of_test) / wanted, 1)
+        taken = {int(i * step) for i in range(wanted)}
+        left_out += [item for i, item in enumerate(of_test) if i not in taken]
+    return left_out
 
 
 def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:

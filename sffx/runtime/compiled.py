@@ -15,6 +15,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -340,7 +341,14 @@ def _with_own_code(function: Any) -> Callable[..., Any]:
     """Return a copy of a function with a code object of its own.
 
     Dynamo keeps what it compiled by code object, up to a limit, and looks through all of it in each
-    call. Two structures must not stand in each other's way.
+    call. Two structures must not stand in each other's way. It also keeps the sizes that it has
+    seen by file, line and name, and compiles for any size where they differ. So the copy has a name
+    of its own: the weights of two structures differ in size, and those of one never do.
     """
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    name = f"{function.__name__}_{next(_NUMBERS)}"
+    code = function.__code__.replace(co_name=name)
+    return FunctionType(code, function.__globals__, name, None, function.__closure__)
+
+
+# Of the code objects, one for each that is made in this process.
+_NUMBERS = count()

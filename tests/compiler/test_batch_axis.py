@@ -318,7 +318,7 @@ class Layouts(nn.Module):
         return self.head(y.mean(1))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     tokens=SIZES,
     widths=st.lists(SIZES, min_size=4, max_size=4),

@@ -23,7 +23,7 @@ from sffx.errors import CutError
 from tests.compiler.passes import rewritten
 
 # For a longer search: SFFX_EXAMPLES=2000 python -m pytest tests/compiler/test_memory_properties.py
-EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "10"))
 BATCH = 4
 WIDTH = 4
 

@@ -94,6 +94,7 @@ def test_low_precision_is_computed_in_float32(hidden):
         assert torch.equal(head(y), head(y.float()))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("goodness", ["cosine", "mlp"])
 def test_cut_model_learns_locally_and_exports(tmp_path, goodness):
     torch.manual_seed(0)

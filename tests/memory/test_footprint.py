@@ -62,6 +62,7 @@ def test_the_predicted_peak_is_the_counted_one(name):
     )
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("model", "example", "policy"),
     [
@@ -159,6 +160,7 @@ def tokens() -> nn.Module:
     return torchvision.models.VisionTransformer(64, 8, 2, 4, 128, 512, num_classes=2000)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
 def test_slices_that_are_passed_over_change_no_byte(batch_size):
     net = sffx.transform(tokens(), "residual", torch.zeros(1, 3, 64, 64))

@@ -124,6 +124,18 @@ def test_equal_blocks_are_compiled_once():
     assert counter.frame_count == 6
 
 
+def test_blocks_are_compiled_for_the_sizes_of_their_own_weights():
+    """Dynamo compiles code for any size where it has seen another one."""
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = compile(pair()[0], backend=counter)
+    for _ in range(2):
+        sffx.local_loss(compiled, *batch())
+    assert len(counter.graphs) == 4
+    for graph in counter.graphs:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            assert isinstance(node.meta["example_value"], torch.Tensor)
+
+
 def test_a_loss_of_ones_own_and_smaller_batches():
     plain, compiled = pair()
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)

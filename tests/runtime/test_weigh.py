@@ -158,6 +158,7 @@ def test_without_weights_the_error_names_what_finds_them(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("weights", "names"),
     [

@@ -273,6 +273,7 @@ def _bytes(message: str) -> int:
     return int(float(number) * {"KiB": 2**10, "MiB": 2**20}[unit])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("readout", ["ensemble", "last", "classifier", "cumulative"])
 def test_an_onnx_file_has_the_scores_by_hand(tmp_path, readout):
     net = custom_net(norm=halved).eval()

@@ -143,6 +143,7 @@ def test_what_is_exported_predicts_the_same(name, readout):
     torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 def test_an_exported_file_predicts_the_same_and_can_be_quantised(name, tmp_path):
     """The file has the heads of all blocks, and its writer compares it with torch."""
     sffx.export_onnx(cut(name), tmp_path / "net.onnx", "cumulative")
@@ -150,6 +151,7 @@ def test_an_exported_file_predicts_the_same_and_can_be_quantised(name, tmp_path)
     assert (tmp_path / "net.int8.onnx").exists()
 
 
+@pytest.mark.sampled(3)
 def test_an_exported_program_takes_any_batch_size(name, tmp_path):
     net = cut(name)
     sffx.export_program(net, tmp_path / "net.pt2")
@@ -204,6 +206,7 @@ def backpropagation(model, samples):
     return sffx.footprint(plain, samples).backpropagation
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("model", [convolutions, perceptron])
 def test_memory_is_predicted(name, model):
     """The views of a batch are held until the last block that reads them has run."""
@@ -259,6 +262,7 @@ def test_what_cannot_run_a_sample_several_times_says_so(name):
             sffx.EarlyExit(net, 0.9)
 
 
+@pytest.mark.sampled(4)
 def test_an_early_exit_at_the_end_is_the_ensemble(name, tmp_path):
     net = cut(name)
     if net.plan.objective.tries(CLASSES) > 1:

@@ -18,7 +18,7 @@ from tests.random_models import CLASSES, Program, models
 from tests.toys import step_scores
 
 # For a longer search: SFFX_EXAMPLES=2000 python -m pytest tests/scenarios/test_properties.py
-EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "8"))
 BATCH = 5
 
 policies = st.sampled_from(

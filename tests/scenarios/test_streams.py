@@ -20,7 +20,7 @@ from tests.stream_models import CLASSES, Fusion, HRNet, Pairs, TwoStreams, UNet
 from tests.stream_programs import stream_programs
 from tests.toys import step_scores
 
-EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("SFFX_EXAMPLES", "6"))
 BATCH = 5
 
 bounded = settings(
@@ -180,6 +180,7 @@ def test_random_models_are_cut_across_several_values(drawn, policy):
     assert_local_loss_is_the_deferred_one(net, x)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("policy", ["residual", everywhere])
 def test_nets_of_streams(name, policy):

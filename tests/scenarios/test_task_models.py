@@ -85,6 +85,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers_tell_their_task(name):
     kind, config, task = MODELS[name]
@@ -125,6 +126,7 @@ def test_the_trainer_of_transformers_takes_tokens():
     torch.testing.assert_close(found["loss"], expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["BERT, tokens", "GPT-2", "BERT, a number", "BERT, labels"])
 @pytest.mark.filterwarnings("ignore")  # of transformers, on its own code
 def test_a_run_of_the_trainer_reports_what_evaluate_reports(name, tmp_path):

@@ -199,6 +199,7 @@ def run(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
         return module(**inputs)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_cut_equals_the_original_and_every_parameter_learns_in_one_block(name):
     _, _, kind, blocks = MODELS[name]

@@ -26,6 +26,7 @@ def by_backpropagation(model: str, size: int, classes: int, batch: int) -> Opera
     return Case(model, size, classes, batch, None).count()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("case", "bar"), BARS, ids=str)
 def test_a_step_dispatches_few_more_operations_than_backpropagation(case, bar):
     base = by_backpropagation(case.model, case.size, case.classes, case.batch)

@@ -116,6 +116,7 @@ def test_groups_of_backpropagation_part_the_classifier_from_the_features():
     assert (features["lr"], classifier["lr"]) == (1e-3, 1e-2)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_take_small_images_and_are_cut(name):
     is_perceptron = name.startswith("MLP")

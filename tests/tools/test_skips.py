@@ -1,4 +1,4 @@
-"""A run that skips a test for an unexpected reason names it, and fails where it is asked to."""
+"""What tests/conftest.py leaves out of a run, and what the run says of tests that were skipped."""
 
 from __future__ import annotations
 
@@ -48,3 +48,23 @@ def test_an_expected_skip_does_not_fail_the_run(tmp_path: Path) -> None:
     result = run_pytest(tmp_path, "--no-unexpected-skips")
     assert result.returncode == pytest.ExitCode.OK
     assert "1 skipped, expected: needs a CUDA device" in result.stdout
+
+
+SAMPLED = """import pytest
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize('case', range(7))
+def test_long(case): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [((), "3 passed, 4 deselected"), (("--all-cases",), "7 passed"), (("-k", "long"), "7 passed")],
+)
+def test_a_run_of_all_tests_takes_some_cases_of_a_long_one(
+    tmp_path: Path, options: tuple[str, ...], counts: str
+) -> None:
+    (tmp_path / "test_some.py").write_text(SAMPLED)
+    result = run_pytest(tmp_path, *options)
+    assert f" {counts} in" in result.stdout
+    assert not options or "deselected" not in result.stdout

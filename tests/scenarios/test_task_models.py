@@ -160,6 +160,7 @@ def test_a_run_of_the_trainer_reports_what_evaluate_reports(name, tmp_path):
     assert after < before
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_with_a_vocabulary_of_32000_the_peak_is_below_backpropagation(name):
     is_tied = name == "GPT-2"

@@ -34,6 +34,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["one number", "labels", "pixels", "next token"])
 def test_compiled_blocks_make_the_same_steps(name):
     torch.compiler.reset()
@@ -78,6 +79,7 @@ def test_cached_outputs_make_the_same_step(name):
     same_weights(net, twin)
 
 
+@pytest.mark.sampled(3)
 @every_task
 def test_an_exported_program_takes_another_batch(name, tmp_path):
     net = ALL[name].net().eval()
@@ -87,6 +89,7 @@ def test_an_exported_program_takes_another_batch(name, tmp_path):
     torch.testing.assert_close(program(x), net(x))
 
 
+@pytest.mark.sampled(3)
 @every_task
 def test_an_onnx_file_gives_the_answer_of_torch(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -106,6 +109,7 @@ def test_a_plan_is_drawn(name):
     assert plan.task.count_in_words(plan.num_classes) in page(plan)
 
 
+@pytest.mark.sampled(3)
 @every_task
 def test_the_policy_memory_keeps_the_budget(name):
     case = ALL[name]

@@ -183,6 +183,7 @@ def test_a_vocabulary_as_output_is_ambiguous():
         sffx.plan(NEXT.model(), "module", NEXT.batch()[0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("goodness", ["sff", "shared"])
 def test_with_a_large_vocabulary_the_peak_of_a_step_is_below_backpropagation(goodness):
     vocabulary, tokens = 32_000, 512

@@ -110,6 +110,7 @@ class _Submodule(_Maps):
 _DIFFERENTIATED = list(_CODES)[list(_CODES).index("grad") :]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("code", _DIFFERENTIATED)
 def test_a_function_that_a_submodule_differentiates_runs_as_in_the_model(code):
     model = _Submodule(_CODES[code])
@@ -118,6 +119,7 @@ def test_a_function_that_a_submodule_differentiates_runs_as_in_the_model(code):
     assert sffx.check(model, net, torch.randn(5, 6)).difference is None
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("code", _CODES.values(), ids=_CODES)
 def test_a_mapped_function_runs_as_in_the_model(code):
     model = _Maps(code)

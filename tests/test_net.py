@@ -35,6 +35,7 @@ def cut() -> nn.Module:
     return sffx.transform(Chain(), "layer", X).train()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_net_is_evaluated_extracted_exported_and_saved(wrap, tmp_path):
     net = cut()

@@ -76,6 +76,7 @@ SEQUENCES = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_heads_take_every_length_that_the_model_takes(name):

@@ -346,6 +346,7 @@ def test_the_blocks_are_the_expected_ones(name):
     assert not net.plan.leaves
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_without_norm_the_trunk_is_the_model(name, training):

@@ -83,6 +83,7 @@ def test_samples_cannot_leave_a_value_that_has_them_on_two_axes():
         sffx.EarlyExit(net)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["features first", "stacked", "folded", "behind one another"])
 def test_samples_leave_the_files_of_an_early_exit_on_whatever_axis_they_are(tmp_path, side):
     torch.manual_seed(0)

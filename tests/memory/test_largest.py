@@ -87,6 +87,7 @@ def test_a_plain_model_that_needs_values_has_no_peak():
     assert sffx.largest_batch(net, "1 MiB").backpropagation is None
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_the_largest_batch_fits_and_the_next_one_does_not(offloaded):
     net = sffx.transform(Residual(), "residual", image())

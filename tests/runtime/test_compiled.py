@@ -245,6 +245,7 @@ def test_a_tensor_that_is_replaced_is_seen():
     assert reason.startswith("scale of a Dropout in it changed after the first step")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layer", [Counting, Branching])
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(layer, caplog):
     plain, compiled = pair(layer())

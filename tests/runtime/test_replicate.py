@@ -377,6 +377,7 @@ def run(rank: int, folder: str, processes: int) -> None:
     leave()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_with_a_share_each_train_as_one_with_the_whole(
     processes: int, tmp_path: Path

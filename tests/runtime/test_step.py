@@ -76,6 +76,7 @@ def local(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize(
     "options",
     [

@@ -239,6 +239,7 @@ def reached(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
     return sorted(name for name, p in model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_padding_changes_no_goodness(name):
     net = sffx.transform(build(name), example_input=batch("text", 2)).train()

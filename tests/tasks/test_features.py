@@ -237,6 +237,7 @@ def test_a_pipeline_has_the_losses_and_metrics_of_one_process(tmp_path):
 HEADS = [(name, head) for name in IGNORING for head in ("sff", "mlp(6)", "cosine")]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("name", "head"), [*HEADS, ("pixels", "cwc"), ("next token", "shared")])
 @pytest.mark.parametrize("classes", [1024, 2])
 def test_a_batch_of_nothing_but_ignored_positions_gives_zero(name, head, classes, monkeypatch):

@@ -56,6 +56,7 @@ _SHAPES = {
 }
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     "code",
     [*map(_of_distribution, _DISTRIBUTIONS.values()), *_SHAPES.values()],

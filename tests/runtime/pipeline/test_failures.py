@@ -92,6 +92,7 @@ def broken() -> Any:
     raise OSError("no such file")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -161,6 +162,7 @@ def begin_apart(rank: int, bad: str) -> Any:
     return pipe.train(data, optimizer)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

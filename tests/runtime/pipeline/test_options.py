@@ -199,6 +199,7 @@ def train_replicas(rank: int, accumulate: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_stages_with_two_replicas_are_one_process_on_the_whole_batch(tmp_path, accumulate):
     found = run(train_replicas, 4, tmp_path, accumulate)

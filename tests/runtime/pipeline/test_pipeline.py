@@ -237,6 +237,7 @@ def resume(rank: int, checkpoint: str, device: str) -> dict[str, Any]:
     return pipe.state_dict()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_checkpoint_of_three_stages_goes_on_in_two(tmp_path, device):
     found = run(train_in_pipeline, 3, tmp_path / "three", "images", str(tmp_path))

@@ -25,6 +25,14 @@ WITHOUT_VALUES = (
 )
 
 
+def name_on_meta(module: nn.Module) -> str:
+    """Return the name of a parameter or buffer on the meta device, "" if there is none."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            return name
+    return ""
+
+
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """Return what `module.modules()` yields, in a fifth of the time: training steps ask for it."""
     # By identity: the class of a module may compare by content, or have no hash at all.

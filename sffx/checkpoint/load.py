@@ -37,6 +37,7 @@ from sffx.learning.readouts import Mode, require_readout
 from sffx.net import CutModel, cut_model, plan_of, set_plan
 from sffx.objective import DEFAULT, Objective
 from sffx.parts import block_name
+from sffx.tensors import name_on_meta
 
 # The entries in which other training scripts keep the state dict; the first is Lightning's.
 OTHER_STATE_KEYS = ("state_dict", "model_state_dict", "model")
@@ -406,12 +407,12 @@ def _require_on_device(model: Any) -> None:
     """Raise an InputError if a model is on the meta device, where it cannot take weights."""
     if not isinstance(model, nn.Module):
         return  # transform says what is wrong
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} of the model is on the meta device, where it cannot take the weights of a "
-                "checkpoint. Hint: make the model on the CPU"
-            )
+    name = name_on_meta(model)
+    if name:
+        raise InputError(
+            f"{name} of the model is on the meta device, where it cannot take the weights of a "
+            "checkpoint. Hint: make the model on the CPU"
+        )
 
 
 def _take_dtypes(net: CutModel, state: Mapping[str, Any]) -> None:

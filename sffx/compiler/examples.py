@@ -24,6 +24,7 @@ from sffx.compiler.example_dtypes import DtypeWatch, have_own_dtype, other_dtype
 from sffx.compiler.fake import failures_unlogged
 from sffx.compiler.likely_inputs import likely_inputs, only_argument
 from sffx.errors import InputError, backbone_hint, failure_in_words
+from sffx.tensors import name_on_meta
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
@@ -321,7 +322,7 @@ def _runs_for_real(model: nn.Module, form: Arguments, values: Mapping[str, Any])
 
 def _has_values(model: nn.Module) -> bool:
     """Whether a model may run on values; one on the device "meta" has none."""
-    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return not name_on_meta(model)
 
 
 def _real_failure(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Exception | None:

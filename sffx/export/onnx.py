@@ -35,14 +35,7 @@ from sffx.export.prepare import (
     inference_copy,
     reduce_to_readout,
 )
-from sffx.export.sizes import (
-    Axes,
-    require_image,
-    require_no_decisions,
-    telling_batch,
-    traced,
-    trial_inputs,
-)
+from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_batches
 from sffx.export.small_numbers import keep_small_numbers
 from sffx.files import as_path, writing
 from sffx.inputs import mask_among
@@ -394,8 +387,7 @@ def _verify(
 ) -> None:
     """Raise an ExportError if a file is not valid, does not run, or disagrees with torch."""
     session = checked_session(draft)
-    for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        examples = telling_batch(lambda values: model(*values), case, batch)
+    for case, examples, place in trial_batches(model, inputs, dynamic_size=dynamic_size):
         scores, expected = _both_scores(session, model, case, examples, place)
         mask = mask_among(case, examples)
         require_parity(scores, expected, tolerance, place, dynamic_size=dynamic_size, mask=mask)

@@ -22,14 +22,7 @@ from sffx.export.explain import explanation
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
 from sffx.export.prepare import chosen_readout, in_float32, inference_copy, reduce_to_readout
-from sffx.export.sizes import (
-    Axes,
-    require_image,
-    require_no_decisions,
-    telling_batch,
-    traced,
-    trial_inputs,
-)
+from sffx.export.sizes import Axes, require_image, require_no_decisions, traced, trial_batches
 from sffx.files import as_path, writing
 from sffx.inputs import mask_among
 from sffx.learning.readouts import ReadoutName
@@ -143,8 +136,7 @@ def _verify(
         ) from error
     hint = SIZE_HINT if dynamic_size else BATCH_HINT
     engine = "the exported program"
-    for case, batch, place in trial_inputs(inputs, dynamic_size=dynamic_size):
-        examples = telling_batch(lambda values: model(*values), case, batch)
+    for case, examples, place in trial_batches(model, inputs, dynamic_size=dynamic_size):
         try:
             expected = model(*examples)
             scores = loaded(*examples)

@@ -107,19 +107,25 @@ def traced(
         raise _size_error(inputs, str(error)) from error
 
 
-def trial_inputs(
-    inputs: tuple[Input, ...], *, dynamic_size: bool
-) -> Iterator[tuple[tuple[Input, ...], int, str]]:
-    """Yield the cases that an exported file is tried on.
+def trial_batches(
+    model: nn.Module, inputs: tuple[Input, ...], *, dynamic_size: bool
+) -> Iterator[tuple[tuple[Input, ...], tuple[Tensor, ...], str]]:
+    """Yield the batches that an exported file is tried on.
 
     Yields:
-        the inputs with their sizes, the batch size, and words for both, as "at batch size 3".
+        the inputs with their sizes, a value of each, and words for both, as "at batch size 3".
     """
+
+    def run(values: tuple[Tensor, ...]) -> Scores:
+        scores: Scores = model(*values)
+        return scores
+
     for batch in VERIFIED_BATCHES:
-        yield inputs, batch, f"at batch size {batch}"
+        yield inputs, telling_batch(run, inputs, batch), f"at batch size {batch}"
     if dynamic_size:
         larger = _grown(inputs)
-        yield larger, TRACED_BATCH, f"at height and width {_size_text(larger)}"
+        examples = telling_batch(run, larger, TRACED_BATCH)
+        yield larger, examples, f"at height and width {_size_text(larger)}"
 
 
 def telling_batch(
@@ -132,9 +138,9 @@ def telling_batch(
         inputs: of the model.
         batch: the number of samples.
     """
-    normal = random_batch(inputs, batch)
     # A logarithm has no value for a negative number.
-    for drawn in (normal, random_batch(inputs, batch, in_unit_range=True)):
+    for in_unit_range in (False, True):
+        drawn = random_batch(inputs, batch, in_unit_range=in_unit_range)
         try:
             scores = run(drawn)
         except Exception:
@@ -142,7 +148,7 @@ def telling_batch(
             break
         if not any(bool(each.isnan().any()) for each in as_tuple(scores)):
             return drawn
-    return normal
+    return random_batch(inputs, batch)
 
 
 def _traced_at_fixed_size(

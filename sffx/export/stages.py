@@ -184,7 +184,7 @@ def _require_real(stage: ExitStage, values: dict[str, Any]) -> None:
 def _verify(written: EarlyExit, runner: EarlyExit, tolerance: float) -> None:
     """Raise an ExportError if the files' answer after a block differs from torch's."""
     for batch in VERIFIED_BATCHES:
-        x = telling_batch(lambda values: tuple(runner.cumulative(values)), runner.inputs, batch)
+        x = telling_batch(runner.cumulative, runner.inputs, batch)
         expected = runner.cumulative(x)
         actual = written.cumulative(x)
         for i, stage in enumerate(runner.stages[runner.skips :]):

@@ -41,6 +41,9 @@ _GRADIENTS_IN_GRAPHS = "trace_autograd_ops"
 
 R = TypeVar("R")
 
+# Of the code objects of `_with_own_code`, one for each in this process.
+_NUMBERS = count()
+
 
 def compile(net: nn.Module, **options: Any) -> CutModel:
     """Compile the blocks of a cut model, in place, for training steps and evaluation.
@@ -348,7 +351,3 @@ def _with_own_code(function: Any) -> Callable[..., Any]:
     name = f"{function.__name__}_{next(_NUMBERS)}"
     code = function.__code__.replace(co_name=name)
     return FunctionType(code, function.__globals__, name, None, function.__closure__)
-
-
-# Of the code objects, one for each that is made in this process.
-_NUMBERS = count()

@@ -14,7 +14,7 @@ from sffx.runtime.offload import offloading_of
 from sffx.runtime.replicate import replication_of
 from sffx.runtime.residency import Residency
 from sffx.runtime.shard import require_whole, sharding_of
-from sffx.tensors import WITHOUT_VALUES
+from sffx.tensors import WITHOUT_VALUES, name_on_meta
 
 
 def residency_of(net: fx.GraphModule) -> Residency:
@@ -49,11 +49,11 @@ def make_whole(net: nn.Module) -> None:
 
 def require_values(net: nn.Module) -> None:
     """Raise an InputError if a tensor of a model is on the meta device, to save or to copy it."""
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        if tensor.is_meta:
-            raise InputError(
-                f"{name} is on the meta device, where tensors have no values. {WITHOUT_VALUES}"
-            )
+    name = name_on_meta(net)
+    if name:
+        raise InputError(
+            f"{name} is on the meta device, where tensors have no values. {WITHOUT_VALUES}"
+        )
 
 
 def finish(net: nn.Module) -> None:

@@ -56,7 +56,8 @@ def test_the_metadata_holds_the_whole_readme_and_no_relative_link(tmp_path: Path
     assert isinstance(page, str)
     targets = re.findall(r"\]\(([^)]*)\)", page)
     assert targets
-    assert all(target.startswith("https://") for target in targets)
+    # A place in the page itself is there on any site.
+    assert all(target.startswith(("https://", "#")) for target in targets)
     # Every word of the README is there but for targets and pictures.
     for heading in re.findall(r"^#+ .*$", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert heading in page

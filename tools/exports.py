@@ -24,7 +24,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from itertools import zip_longest
@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 from torchvision import models
 
 import sffx
 from sffx.comparison.weights import calibrate, draw_constants
 from sffx.export.parity import relative_error
-from sffx.export.sizes import trial_inputs
+from sffx.export.sizes import trial_batches
 from sffx.files import write
+from sffx.net import CutModel
 from sffx.tables import MIB
 from tools.zoo.entries import Entry, build, fitting_input
 from tools.zoo.records import is_open
@@ -112,7 +112,7 @@ def _size(name: str) -> tuple[int, str, str]:
     return parameters, family_of(name), name
 
 
-def cut(name: str) -> fx.GraphModule:
+def cut(name: str) -> CutModel:
     """Build a model with random weights and cut it."""
     torch.manual_seed(0)
     entry = Entry("torchvision", name, "classification")
@@ -123,7 +123,7 @@ def cut(name: str) -> fx.GraphModule:
     return sffx.transform(model.eval(), example_input=inputs["x"])
 
 
-def export(net: fx.GraphModule, path: Path, record: Record) -> None:
+def export(net: CutModel, path: Path, record: Record) -> None:
     """Write the file, with an open image size if the model allows it.
 
     The record takes whether it does, and how long the export took.
@@ -139,18 +139,16 @@ def export(net: fx.GraphModule, path: Path, record: Record) -> None:
     record.seconds = round(time.monotonic() - start, 1)
 
 
-def largest_error(net: fx.GraphModule, path: Path, *, dynamic_size: bool) -> float:
+def largest_error(net: CutModel, path: Path, *, dynamic_size: bool) -> float:
     """Return the largest relative error between ONNX Runtime and torch on new random images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     errors = []
-    for inputs, batch, _ in trial_inputs(net.plan.inputs, dynamic_size=dynamic_size):
-        image = inputs[0]
-        x = torch.randn(batch, *image.shape)
+    for inputs, (x,), _ in trial_batches(net, net.plan.inputs, dynamic_size=dynamic_size):
         with torch.no_grad():
             expected = net(x)
-        scores = session.run(None, {image.name: x.numpy()})[0]
+        scores = session.run(None, {inputs[0].name: x.numpy()})[0]
         errors.append(relative_error(torch.from_numpy(scores), expected))
     return max(errors)
 
@@ -202,7 +200,7 @@ def sweep(todo: list[str], limit: float) -> None:
         print(f"{i:3}/{len(todo)}  {name}  {record['seconds']} s  {result}", flush=True)
 
 
-def table(records: list[Mapping[str, Any]]) -> str:
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the records as Markdown, the counts first."""
     done = [record for record in records if record["date"]]
     good = [record for record in done if not record["reason"]]

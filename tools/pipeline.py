@@ -219,8 +219,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
     for name, child in model.named_children():
         if name in ("fc", "classifier"):
             units.append(nn.Flatten(1))
-        is_sequence = isinstance(child, nn.Sequential)
-        units += list(child) if is_sequence else [child]
+        units += child if isinstance(child, nn.Sequential) else [child]
     return units
 
 

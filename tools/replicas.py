@@ -78,7 +78,7 @@ class Ring(dist.ProcessGroup):
     """
 
     def __init__(self, processes: int, bandwidth: float, latency: float) -> None:
-        super().__init__(0, processes)
+        super().__init__(0, processes)  # type: ignore[call-arg]  # a constructor the stub lacks
         self.processes = processes
         self.bandwidth = bandwidth
         self.latency = latency
@@ -101,17 +101,25 @@ class Ring(dist.ProcessGroup):
         self._waiting.put(work)
         return work
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> Transfer:
+    # DDP calls these three by one of their overloads.
+
+    def allreduce(  # type: ignore[override]
+        self, tensors: list[Tensor], options: Any = None
+    ) -> Transfer:
         """Take as long as a ring needs to add tensors and to hand the sums around."""
         size = sum(tensor.nbytes for tensor in tensors)
         steps = 2 * (self.processes - 1)
         return self._begin(tensors, steps * size / self.processes / self.bandwidth + self.latency)
 
-    def broadcast(self, tensors: list[Tensor], options: Any = None) -> Transfer:
+    def broadcast(  # type: ignore[override]
+        self, tensors: list[Tensor], options: Any = None
+    ) -> Transfer:
         """Leave tensors as they are. DDP broadcasts running statistics before each step."""
         return self._begin(tensors, self.latency)
 
-    def allgather(self, found: Any, tensors: list[Tensor], options: Any = None) -> Transfer:
+    def allgather(  # type: ignore[override]
+        self, found: Any, tensors: list[Tensor], options: Any = None
+    ) -> Transfer:
         """Return this process's own tensors as those of all."""
         for every, own in zip(found, tensors, strict=True):
             for each in every:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -39,7 +39,7 @@ from sffx.compiler.rewrite import rewrite
 from sffx.compiler.trace.trace import trace
 from sffx.compiler.verify import verify
 from sffx.learning.heads import make_heads
-from sffx.learning.norms import SampleNorm
+from sffx.learning.norms import make_norms
 from sffx.policies import policy_named
 from tools.options import at_least
 
@@ -108,7 +108,7 @@ class Run(NamedTuple):
 
 def analyse_and_plan(
     clock: Clock, model: nn.Module, x: Tensor, policy: str
-) -> tuple[Analysis, Any]:
+) -> tuple[Analysis, BlockPlan]:
     with clock.phase("trace"):
         traced = trace(model, x)
     with clock.phase("analyse"):
@@ -133,7 +133,7 @@ def timed_transform(model: nn.Module, x: Tensor, policy: str = "residual") -> Ru
         analysis, plan = analyse_and_plan(clock, model, x, policy)
         with clock.phase("rewrite"):
             heads = make_heads(plan, analysis.trace.root)
-            norms = [SampleNorm() for _ in plan]
+            norms = make_norms(plan, analysis.trace.root)
             net = rewrite(analysis.trace, plan, heads, norms)
             keep_foreign_values(net)
             save_memory(net)

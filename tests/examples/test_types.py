@@ -1,4 +1,4 @@
-"""The package and the code of its pages pass a type checker, also from an editable install."""
+"""The package, the tools and the code of the pages pass a type checker, also when installed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def code_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def package() -> subprocess.CompletedProcess[str]:
-    """Return what mypy says of the package, by the options of pyproject.toml.
+    """Return what mypy says of the package and the tools, by the options of pyproject.toml.
 
     It runs beside other tests, since it takes a minute of one core to read torch.
     """
@@ -64,7 +64,7 @@ def package() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_package_has_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
+def test_the_package_and_the_tools_have_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
     assert package.returncode == 0, package.stdout + package.stderr
 
 

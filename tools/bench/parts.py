@@ -80,7 +80,7 @@ def measure(workload: Workload, rounds: int, timed: Sequence[str] = TIMED) -> di
     return record
 
 
-def depth() -> dict[str, Any]:
+def depth() -> dict[int, Any]:
     """Count activations of bottleneck ResNets of 50 to 1,001 layers, 224 x 224, batch 16."""
     layers_and_blocks = {
         50: (3, 4, 6, 3),
@@ -108,12 +108,12 @@ def _bottlenecks(blocks: Sequence[int], classes: int) -> nn.Module:
     return torchvision.models.ResNet(bottleneck, list(blocks), num_classes=classes)
 
 
-def classes(rounds: int) -> dict[str, Any]:
+def classes(rounds: int) -> dict[int, dict[str, Any]]:
     """Compare resnet18 at many classes with itself at 1,000, 224 x 224.
 
     Memory is counted at batch 64, time is measured at 16.
     """
-    record: dict[str, Any] = {}
+    record: dict[int, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
     for j in (10, 100, 1000, 21_841):
         workload = of_torchvision("resnet18", 224, j, 64, 16)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sffx
+from sffx.net import CutModel
 from sffx.parts import head_name
 from sffx.runtime.stage import placeholders_of
 from tools.bench.workloads import Workload
@@ -67,7 +68,7 @@ def _as_it_is(model: nn.Module, workload: Workload) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def _cut(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
+def _cut(model: nn.Module, workload: Workload, **options: Any) -> CutModel:
     if workload.kernel_size > 1 and "goodness" not in options:
         options["kernel_size"] = workload.kernel_size
     return sffx.transform(model, workload.policy, workload.example, **options)

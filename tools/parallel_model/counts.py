@@ -24,7 +24,7 @@ from sffx.inputs import bind, constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.learning.losses import block_loss
 from sffx.memory.footprint import fake_footprint
-from sffx.net import plan_of
+from sffx.net import CutModel, plan_of
 from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.walk import input_values, score_detached
 
@@ -168,7 +168,7 @@ def _attention_flops(packet: Any, args: Any) -> float:
     return float(sdpa_backward_flop(gradient.shape, query.shape, key.shape, value.shape))
 
 
-def count_blocks(net: fx.GraphModule, batches: tuple[int, int]) -> list[BlockCost]:
+def count_blocks(net: CutModel, batches: tuple[int, int]) -> list[BlockCost]:
     """Return what each block of a cut model costs, the classifier last.
 
     Args:
@@ -239,7 +239,7 @@ def _block_cost(
     )
 
 
-def _count_stages(net: fx.GraphModule, batch: int) -> Iterator[dict[str, Any]]:
+def _count_stages(net: CutModel, batch: int) -> Iterator[dict[str, Any]]:
     """Yield the counts of each stage for a batch, on fake tensors."""
     plan = plan_of(net)
     device = next(net.parameters()).device

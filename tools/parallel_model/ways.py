@@ -93,7 +93,7 @@ class Setting:
 
     def divided(self, seconds: Sequence[float]) -> list[Sequence[BlockCost]]:
         """Return the blocks of each device of a pipeline in one machine."""
-        begins = balanced(seconds, self.cluster.devices, set())
+        begins = balanced(seconds, self.cluster.devices, {})
         ends = [*begins[1:], len(self.costs)]
         return [self.costs[begin:end] for begin, end in zip(begins, ends, strict=True)]
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import sffx
 from sffx.learning.objectives.records import objective_named
+from sffx.net import CutModel, cut_model
 from sffx.objectives import SCFF, ForwardForward
 from sffx.runtime.evaluate import block_scores
 from sffx.runtime.modes import evaluating
@@ -86,7 +87,7 @@ class Method:
     def groups(self, net: nn.Module, lr: float, classifier_lr: float) -> list[dict[str, Any]]:
         """Return named parameter groups: one for each block, or features and classifier."""
         if self.heads:
-            return sffx.parameter_groups(net, lr, classifier_lr)
+            return sffx.parameter_groups(cut_model(net), lr, classifier_lr)
         classifier = list(classifier_of(net).parameters())
         own = {id(p) for p in classifier}
         features = [p for p in net.parameters() if id(p) not in own]
@@ -115,11 +116,11 @@ class Method:
         scores = []
         with evaluating(net):
             for x in batches:
-                scores.append(block_scores(net, x) if self.heads else net(x)[None])
+                scores.append(block_scores(cut_model(net), x) if self.heads else net(x)[None])
         return torch.cat(scores, dim=1)
 
 
-def joined(net: fx.GraphModule) -> fx.GraphModule:
+def joined(net: CutModel) -> CutModel:
     """Let gradients cross the cuts again, which makes it deep supervision.
 
     Blocks, norms, heads and losses stay the same, and are trained by backpropagation.

@@ -258,7 +258,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
     """Return the layers that are the classifier in the cut model too."""
     if isinstance(model, nn.Sequential):
         return model[-1]
-    return model.fc if hasattr(model, "fc") else model.classifier
+    return model.get_submodule("fc" if hasattr(model, "fc") else "classifier")
 
 
 def example(size: int, channels: int = 3) -> torch.Tensor:

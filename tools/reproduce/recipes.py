@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import sffx
 from sffx.inputs import bind
-from sffx.net import plan_of
+from sffx.net import CutModel, plan_of
 from sffx.objectives import Objective, Place
 from sffx.runtime.modes import evaluating
 from sffx.runtime.stage import stages_of
@@ -51,18 +51,18 @@ class Addition:
         """Return the options of `sffx.transform`."""
         return {"goodness": "mlp"}
 
-    def attach(self, net: fx.GraphModule) -> None:
+    def attach(self, net: CutModel) -> None:
         """Change a new net, where options are not enough."""
 
-    def begin_epoch(self, net: fx.GraphModule, epoch: int, epochs: int, split: Split) -> None:
+    def begin_epoch(self, net: CutModel, epoch: int, epochs: int, split: Split) -> None:
         """Change what depends on the epoch, 0 for the first one."""
 
-    def loss(self, net: fx.GraphModule, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss of a batch. Its backward pass gives every parameter its gradient."""
         return sffx.local_loss(net, x, y)
 
 
-def heads_of(net: fx.GraphModule, kind: type[nn.Module]) -> dict[int, Any]:
+def heads_of(net: CutModel, kind: type[nn.Module]) -> dict[int, Any]:
     """Return the heads of a kind by the index of their block."""
     heads = {}
     for i in range(len(plan_of(net))):
@@ -100,7 +100,7 @@ class Transport(Addition):
     def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
         return {"objective": TransportObjective(self.strength)}
 
-    def attach(self, net: fx.GraphModule) -> None:
+    def attach(self, net: CutModel) -> None:
         for i, head in heads_of(net, TransportHead).items():
             net.get_submodule(f"block_{i}").register_forward_pre_hook(head.remember)
 
@@ -124,7 +124,7 @@ class Alternating(Addition):
     is the weight of the first one's. A pair holds the activations of two blocks.
     """
 
-    def attach(self, net: fx.GraphModule) -> None:
+    def attach(self, net: CutModel) -> None:
         net.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         detaches = [node for node in net.graph.nodes if node.target == "detach"]
         for i, node in enumerate(detaches):
@@ -135,14 +135,16 @@ class Alternating(Addition):
             net.graph.erase_node(node)
         net.recompile()
 
-    def loss(self, net: fx.GraphModule, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
         stages = stages_of(net)
-        is_odd = int(net.steps) % 2  # type: ignore[arg-type]
-        net.steps += 1  # type: ignore[operator]
+        steps = net.get_buffer("steps")
+        is_odd = int(steps) % 2
+        steps += 1
         last = len(stages) - 1
         is_end = [i == last or (i + is_odd) % 2 == 1 for i in range(len(stages))]
         for i in range(last):
-            net.get_submodule(f"gate_{i}").is_open = not is_end[i]  # type: ignore[assignment]
+            gate: Any = net.get_submodule(f"gate_{i}")
+            gate.is_open = not is_end[i]
         values = input_values(net, bind(plan_of(net), x))
         total = torch.zeros(())
         pair: list[Tensor] = []
@@ -192,7 +194,7 @@ class CoarseToFine(Addition):
 
         return {"goodness": make}
 
-    def begin_epoch(self, net: fx.GraphModule, epoch: int, epochs: int, split: Split) -> None:
+    def begin_epoch(self, net: CutModel, epoch: int, epochs: int, split: Split) -> None:
         if epoch != 1:
             return
         heads = heads_of(net, GroupedHead)
@@ -225,7 +227,7 @@ class MomentumAuxiliary(Addition):
 
         return {"goodness": make}
 
-    def loss(self, net: fx.GraphModule, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
         # After the last step and before this one.
         for i, head in heads_of(net, MomentumHead).items():
             following = plan_of(net).blocks[i + 1]
@@ -287,7 +289,7 @@ class Contrast(Addition):
     def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
         return {"objective": ContrastObjective(self.strength)}
 
-    def begin_epoch(self, net: fx.GraphModule, epoch: int, epochs: int, split: Split) -> None:
+    def begin_epoch(self, net: CutModel, epoch: int, epochs: int, split: Split) -> None:
         share = epoch / max(epochs - 1, 1)
         for head in heads_of(net, ContrastHead).values():
             head.temperature.fill_(0.8 - 0.7 * share)
@@ -301,7 +303,7 @@ class Distillation(Addition):
     later ones have run, so the ensemble costs a prediction for each step.
     """
 
-    def loss(self, net: fx.GraphModule, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
         with evaluating(net), torch.no_grad():
             teacher = net(x).log_softmax(1)
 

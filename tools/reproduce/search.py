@@ -114,7 +114,7 @@ def search(
             f"no setting of {name}, {method}, trained to the end of its trial. "
             "Hint: see the losses above, and change GRID"
         )
-    return Setting(**max(whole, key=lambda trial: trial.value).params)
+    return Setting(**max(whole, key=lambda trial: trial.values).params)
 
 
 def _study(name: str, epochs: int, folder: Path) -> optuna.Study:

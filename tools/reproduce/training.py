@@ -78,7 +78,7 @@ class Run:
         self.best: dict[str, Any] = {"accuracy": -1.0, "epoch": -1, "state": None}
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        rates = {"lr": self.setting.lr, "weight_decay": self.setting.weight_decay}
+        rates: dict[str, Any] = {"lr": self.setting.lr, "weight_decay": self.setting.weight_decay}
         name = "AdamW" if self.recipe is None else self.recipe.optimizer
         if name == "SGD":
             assert self.recipe is not None

@@ -13,6 +13,7 @@ from torch import nn
 
 import sffx
 from sffx.files import writing
+from sffx.net import cut_model
 from sffx.runtime.modes import evaluating
 from tools.precision import precision
 from tools.tasks.data import Data, Part
@@ -80,7 +81,7 @@ class Run:
     def _groups(self, net: nn.Module) -> Any:
         if self.method.kind == "BP":
             return [{"params": list(net.parameters()), "lr": self.lr}]
-        return sffx.parameter_groups(net, self.lr)
+        return sffx.parameter_groups(cut_model(net), self.lr)
 
     def _epoch(self, net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         # The randomness of an epoch depends on the seed and its number alone.

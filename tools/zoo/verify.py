@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import sffx
 from sffx.comparison.weights import calibrate, draw_constants
 from sffx.compiler.trace.sizes import SETTLED_BY_SIZE
 from sffx.compiler.untie import untied
 from sffx.learning.losses import block_loss
+from sffx.net import CutModel
 from sffx.plain import logits_of
 from sffx.tasks import CLASSIFICATION, Task, TokenClassification
 from tools.zoo.entries import CLASSES, SAMPLES, Inputs
@@ -36,7 +37,7 @@ class Unverified(AssertionError):
 
 def verify_model(
     model: nn.Module, inputs: Inputs, record: Record, *, onnx: bool = False
-) -> fx.GraphModule:
+) -> CutModel:
     """Cut a model and check every promise. This changes the model's weights.
 
     Args:
@@ -142,7 +143,7 @@ def _returned(model: nn.Module, inputs: Inputs, seed: int) -> Any:
     return model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
 
 
-def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+def _check_values(model: nn.Module, net: CutModel, inputs: Inputs) -> None:
     """Check that the cut model computes what the original does, and that its outputs tell."""
     report = sffx.check(model, net, _call_arguments(inputs), raises=False)
     difference = report.difference
@@ -152,7 +153,7 @@ def _check_values(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None
     _require_telling(report)
 
 
-def _check_samples(net: fx.GraphModule, inputs: Inputs) -> None:
+def _check_samples(net: CutModel, inputs: Inputs) -> None:
     """Check that in eval mode a change of the first sample leaves the scores of the others.
 
     A block may read rows of all samples, folded into the batch. If it gives rows to the wrong
@@ -175,7 +176,7 @@ def _check_samples(net: fx.GraphModule, inputs: Inputs) -> None:
         raise Unverified(f"block_{blocks.index(False)} mixes the rows of several samples")
 
 
-def _scores(net: fx.GraphModule, inputs: Inputs, seed: int = 0) -> list[Tensor]:
+def _scores(net: CutModel, inputs: Inputs, seed: int = 0) -> list[Tensor]:
     """Return the scores of each block, the classifier's last."""
     scores: list[Tensor] = []
     handle = net.readout.register_forward_pre_hook(lambda _, args: scores.extend(args[0]))
@@ -197,12 +198,12 @@ def _require_telling(report: sffx.CheckReport) -> None:
             raise Unverified(f"vacuous: values in {empty[0]}: {reason}")
 
 
-def _notes_sizes(net: fx.GraphModule) -> bool:
+def _notes_sizes(net: CutModel) -> bool:
     """Return whether the plan says that another size may be computed otherwise."""
     return SETTLED_BY_SIZE in net.plan.notes
 
 
-def _check_gradients(model: nn.Module, net: fx.GraphModule, inputs: Inputs) -> None:
+def _check_gradients(model: nn.Module, net: CutModel, inputs: Inputs) -> None:
     """Check that each parameter which backpropagation reaches has its gradient from one block.
 
     It must have the gradient after a `local_loss` step too. Layers that are dropped at random have
@@ -248,7 +249,7 @@ def _targets(plan: sffx.BlockPlan) -> Tensor:
 
 
 def _blocks_that_reach(
-    net: fx.GraphModule, inputs: Inputs, targets: Tensor, seed: int
+    net: CutModel, inputs: Inputs, targets: Tensor, seed: int
 ) -> dict[int, set[int]]:
     """Return, for each parameter by its id, the blocks whose loss gives it a gradient."""
     scores = _scores(net, inputs, seed)

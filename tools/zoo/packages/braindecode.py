@@ -102,7 +102,7 @@ def _build(kind: Any, name: str) -> nn.Module:
         except Exception as cause:
             failure = failure or cause
         else:
-            model.zoo_shape = (recording["n_chans"], recording["n_times"])
+            vars(model)["zoo_shape"] = (recording["n_chans"], recording["n_times"])
             return model.train()
     raise ValueError(f"it accepts no recording: {failure}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tools.zoo.entries import CLASSES, Entry, Inputs
@@ -41,6 +43,7 @@ def build(entry: Entry) -> nn.Module:
 
 
 def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
-    own = model.in_size[0]
+    sizes: Any = model.in_size
+    own = int(sizes[0])
     sides = [own] if own <= 32 else [*IMAGES, own]
     return first_fitting(model, [(3, side, side) for side in sides])

@@ -32,6 +32,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         states: list[Any] = []
+        neuron: Any
         for neuron in self.neurons:
             state = neuron.reset_mem()
             states.append(state if isinstance(state, tuple) else (state,))

@@ -47,7 +47,8 @@ def build(entry: Entry) -> nn.Module:
     """
     import timm
 
-    if timm.models.get_pretrained_cfg(entry.name).fixed_input_size:
+    cfg = timm.models.get_pretrained_cfg(entry.name)
+    if cfg is not None and cfg.fixed_input_size:
         for side in _SMALL:
             model = _small(entry.name, side)
             if model is not None:

@@ -41,6 +41,8 @@ class Batched(nn.Module):
         nodes: whether each node is classified, and not each graph.
     """
 
+    edges: Tensor
+
     def __init__(self, network: nn.Module, *, pools: bool = False, nodes: bool = False) -> None:
         super().__init__()
         self.network = network

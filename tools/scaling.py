@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from sffx.blocks import BlockPlan, Options
 from sffx.compiler.analyse import Analysis, analyse
+from sffx.compiler.fake import failures_unlogged
 from sffx.compiler.inplace import keep_foreign_values
 from sffx.compiler.memory import save_memory
 from sffx.compiler.partition import partition
@@ -106,6 +107,7 @@ class Run(NamedTuple):
         return f"{1000 * self.clock.total / self.nodes:.2f}"
 
 
+@failures_unlogged()
 def analyse_and_plan(
     clock: Clock, model: nn.Module, x: Tensor, policy: str
 ) -> tuple[Analysis, BlockPlan]:

@@ -64,7 +64,7 @@ def package() -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_package_and_the_tools_have_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
+def test_package_and_tools_have_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
     assert package.returncode == 0, package.stdout + package.stderr
 
 

@@ -188,10 +188,12 @@ class Offloading(Residency):
         for tensor in (*self._shared_buffers, *self._norm_tensors):
             tensor.data = tensor.data.to(self.device)
         for block, modules in enumerate(self.blocks):
+            first_module, last_module = modules[0], modules[-1]
+            begin = Gate(self._begin, block)
+            self._hooks.append(first_module.register_forward_pre_hook(begin))
             before = Gate(self._before_forward, block)
             for module in modules:
                 self._hooks.append(module.register_forward_pre_hook(before))
-            last_module = modules[-1]
             after = Gate(self._after_forward, block)
             self._hooks.append(last_module.register_forward_hook(after))
 
@@ -225,9 +227,15 @@ class Offloading(Residency):
             yield
 
     def release(self, stage: Stage, *, changed: bool) -> None:
-        """Evict a stage that has learnt. Outside of training, its gate has evicted it already."""
-        if self._is_training and self.loaded is not None:
-            self.evict(changed=changed)
+        """Evict a stage that has run, unless its gate has evicted it already.
+
+        Outside of training the gate does so when the head has run, but a head need not run.
+        """
+        if self.loaded is None:
+            return
+        self.evict(changed=changed)
+        if not self._is_training:
+            self.copier.finish_store()
 
     @contextmanager
     def _moving_optimizer_state(self) -> Iterator[None]:
@@ -343,6 +351,15 @@ class Offloading(Residency):
             if is_pinned_as_wanted and has_same_size:
                 reusable.add(key)
         return reusable
+
+    def _begin(self, block: int) -> None:
+        """Evict a block that is still there from a call that broke off, before another call runs.
+
+        Whoever holds the model may have changed the block's parameters since, as `load_state_dict`
+        does. So they are copied to host memory.
+        """
+        if not self._is_training and self.loaded is not None:
+            self.evict()
 
     def _before_forward(self, block: int) -> None:
         """Load a block whose module is about to run.

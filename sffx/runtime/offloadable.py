@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sffx.errors import InputError, first_line
 from sffx.runtime.stage import stages_of
-from sffx.tensors import storage_key
+from sffx.tensors import WITHOUT_VALUES, storage_key
 
 
 def compute_device(net: fx.GraphModule, device: torch.device | str | None) -> torch.device:
@@ -24,7 +24,8 @@ def compute_device(net: fx.GraphModule, device: torch.device | str | None) -> to
         device: that was asked for; None for the one on which the model lies.
 
     Raises:
-        InputError: the model lies elsewhere, or in several places.
+        InputError: the model lies elsewhere or in several places, or one of the two is the meta
+            device.
     """
     tensors = (*net.parameters(), *net.buffers())
     devices = sorted({str(tensor.device) for tensor in tensors})
@@ -41,6 +42,13 @@ def compute_device(net: fx.GraphModule, device: torch.device | str | None) -> to
             f"device is {device!r}, which cannot be used: {first_line(error)}. "
             "Hint: name one that torch has, such as 'cuda' or 'cpu'"
         ) from error
+    if present == "meta" and wanted.type == "meta":
+        raise InputError(f"net is on the meta device, without values. {WITHOUT_VALUES}")
+    if wanted.type == "meta":
+        raise InputError(
+            f"device is {device!r}, where tensors have no values to compute with. "
+            "Hint: name one that computes, such as 'cuda' or 'cpu'"
+        )
     if present not in ("cpu", str(wanted)):
         raise InputError(
             f"net lies on {present}, but is to run on {wanted}. "

@@ -23,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 import sffx
 from sffx.errors import InputError
+from sffx.inputs import bind
 from sffx.memory.count import count_memory
 from sffx.runtime import offload as offload_module
 from sffx.runtime.copier import Copier, copier_for
 from sffx.runtime.offload import Offloading, offloading_of
+from sffx.runtime.walk import run_blocks
 from tests.runtime import interrupts
 from tests.toys import Chain, Residual, SharedBias, TwoBranches, kept
 
@@ -492,6 +494,44 @@ def test_a_step_that_is_broken_off_leaves_what_an_onloaded_one_would(target):
     assert all(map(watch.at_home, [*net.parameters(), *net.buffers()]))
 
 
+def run_first_block(net: fx.GraphModule, x: Tensor) -> None:
+    run_blocks(net, bind(net.plan, x), 0)
+
+
+def break_off_in(target: str) -> Callable[[fx.GraphModule, Tensor], None]:
+    def call(net: fx.GraphModule, x: Tensor) -> None:
+        with stopping_at(net, target):
+            net(x)
+
+    return call
+
+
+CALLS_THAT_END_EARLY = {
+    **{target: break_off_in(target) for target in ("block_0", "head_0", "norm_0", "classifier")},
+    "blocks without their heads": run_first_block,
+}
+
+
+@pytest.mark.parametrize("call", CALLS_THAT_END_EARLY.values(), ids=CALLS_THAT_END_EARLY)
+def test_weights_that_are_loaded_after_a_call_that_ended_early_are_kept(call):
+    net, x, _ = cut()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    sffx.offload(net, adamw(net))
+    with torch.no_grad():
+        call(net.eval(), x)
+        net.load_state_dict(other.state_dict())
+        # Twice, as the first call may compute with what is on the device.
+        for _ in range(2):
+            assert torch.equal(net(x), other.eval()(x))
+    assert_same(list(net.state_dict().values()), list(other.state_dict().values()))
+    with Watch(net) as watch, torch.no_grad():
+        run_first_block(net, x)
+    assert all(map(watch.at_home, [*net.parameters(), *net.buffers()]))
+
+
 def test_where_host_memory_does_not_suffice_nothing_is_offloaded(monkeypatch):
     net, x, y = cut()
     twin = copy.deepcopy(net)
@@ -576,6 +616,14 @@ def offloaded(net: fx.GraphModule) -> fx.GraphModule:
         (
             lambda net, x, y: sffx.offload(net.to("meta"), adamw(net), "cpu"),
             r"lies on meta, but is to run on cpu\. Hint: net\.to\('cpu'\)",
+        ),
+        (
+            lambda net, x, y: sffx.offload(net.to("meta"), adamw(net)),
+            r"net is on the meta device, without values\. Hint: load the weights first",
+        ),
+        (
+            lambda net, x, y: sffx.offload(net, adamw(net), "meta"),
+            r"device is 'meta', where tensors have no values.*Hint: name one that computes",
         ),
         (
             lambda net, x, y: sffx.offload(scattered(net), adamw(net)),

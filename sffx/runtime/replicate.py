@@ -37,7 +37,7 @@ from sffx.runtime.groups import new_group, share
 from sffx.runtime.offload import offloading_of
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Collected, Residency
-from sffx.runtime.sending import Sending, layout_of
+from sffx.runtime.sending import Sending, layout_of, norms_before
 from sffx.runtime.stage import Stage, stages_of
 from sffx.runtime.update import Updates
 
@@ -121,6 +121,8 @@ class Replication(Residency):
         self._loads = 0  # state dicts that were loaded
         self._is_learning = False  # in a step or a loss
         self._is_settling = False
+        # The norms whose buffers are sent with a stage of this step, by the stage's index.
+        self._norms_before: dict[int, list[nn.Module]] = {}
         self._announcement: Word | None = None  # from when a step begins until a block runs
         # Gradients that wait for the others' word, and updates that wait for their gradients, in
         # the order in which they were computed. An update may be in both.
@@ -154,11 +156,14 @@ class Replication(Residency):
             share(tensor, self.group)
 
     def put_gates(self) -> None:
-        """Put gates before the blocks' forwards."""
+        """Put gates before the forwards of the blocks and of the norms between them."""
         for stage in self._stages:
             for module in stage.modules:
                 gate = Gate(self._before_forward, stage.index)
                 self._hooks.append(module.register_forward_pre_hook(gate))
+            for norm in stage.norms:
+                gate = Gate(self._before_norm, stage.index)
+                self._hooks.append(norm.register_forward_pre_hook(gate))
 
     def leave(self) -> None:
         """Remove the gates and hooks, and drop what is pending."""
@@ -181,7 +186,11 @@ class Replication(Residency):
         """
         self._require_sound()
         # A number in the place of the layouts, which are long.
-        layouts = [layout_of(stage) for stage in stages]
+        layouts = []
+        self._norms_before = {}
+        for stage, norms in zip(stages, norms_before(stages), strict=True):
+            layouts.append(layout_of(stage, norms))
+            self._norms_before[stage.index] = norms
         detail = zlib.crc32(repr(layouts).encode())
         self._announcement = Word(action, self.agreement.steps + 1, detail, self._loads)
         self._is_learning = True
@@ -208,18 +217,24 @@ class Replication(Residency):
 
     def collect(self, stage: Stage, gradients: Gradients) -> Collected:
         """Send the gradients of a stage, and return what waits for their mean."""
-        sending = Sending(stage, self.agreement.steps, gradients)
+        sending = self._sending(stage, gradients)
         self._unsent.append(sending)
         self._send(block=False)
         return _Collected(self, sending)
 
     def update(self, stage: Stage, gradients: Gradients, updates: Updates | None) -> None:
         """Send the gradients of a stage, which is updated before it is next read."""
-        sending = Sending(stage, self.agreement.steps, dict(gradients), updates)
+        sending = self._sending(stage, dict(gradients), updates)
         gradients.clear()
         self._unsent.append(sending)
         self._pending.append(sending)
         self._send(block=False)
+
+    def _sending(
+        self, stage: Stage, gradients: Gradients, updates: Updates | None = None
+    ) -> Sending:
+        norms = self._norms_before.get(stage.index, ())
+        return Sending(stage, self.agreement.steps, gradients, updates, norms)
 
     def _announce(self) -> None:
         """Tell the others about this step, once."""
@@ -338,6 +353,13 @@ class Replication(Residency):
             )
         if self._pending:
             self.settle(stage)
+
+    def _before_norm(self, index: int) -> None:
+        """Set the buffers of the norms behind a stage, which may still be on their way."""
+        norms = self._stages[index].norms
+        for sending in list(self._pending):
+            if any(norm in norms for norm in sending.norms):
+                self.settle(sending.stage)
 
     def _watch(self, optimizer: Optimizer) -> None:
         """Settle before an optimizer's state is saved or loaded."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sffx.runtime.averaging import Averaging, Wait, averaged_buffers, copied_buffers
 from sffx.runtime.gradients import Gradients, mark_gradients
@@ -21,13 +23,20 @@ class Sending:
         stage: whose they are.
         step: the number of the step that they are of.
         parameters: of the stage that learn.
+        norms: that ran before the stage, whose buffers are sent along.
     """
 
     def __init__(
-        self, stage: Stage, step: int, gradients: Gradients, updates: Updates | None = None
+        self,
+        stage: Stage,
+        step: int,
+        gradients: Gradients,
+        updates: Updates | None = None,
+        norms: Sequence[nn.Module] = (),
     ) -> None:
         self.stage = stage
         self.step = step
+        self.norms = norms
         self.parameters = stage.trainable if torch.is_grad_enabled() else []
         self._gradients = gradients
         self._averaging: Averaging | None = None
@@ -39,7 +48,7 @@ class Sending:
 
     def start(self, group: dist.ProcessGroup) -> None:
         """Send the gradients and buffers, and let go of this process's own gradients."""
-        modules = self.stage.modules
+        modules = [*self.norms, *self.stage.modules]
         averaged = averaged_buffers(modules)
         copied = copied_buffers(modules)
         self._averaging = Averaging(self.parameters, self._gradients, group, averaged, copied)
@@ -69,10 +78,30 @@ class Sending:
             self._updates.apply(gradients, self._options)
 
 
-def layout_of(stage: Stage) -> list[Any]:
-    """Return what must be the same in all processes for their sums to fit together."""
+def norms_before(stages: Sequence[Stage]) -> list[list[nn.Module]]:
+    """Return, for each stage that learns in a step, the norms that are sent with it.
+
+    A norm runs after its own stage has sent, so its buffers go with the next stage that learns. The
+    norm behind the last one does not run.
+
+    Args:
+        stages: that learn, in order.
+    """
+    norms: list[list[nn.Module]] = [[]]
+    for stage in stages:
+        norms.append(stage.norms)
+    return norms[: len(stages)]
+
+
+def layout_of(stage: Stage, norms: Sequence[nn.Module]) -> list[Any]:
+    """Return what must be the same in all processes for their sums to fit together.
+
+    Args:
+        stage: that learns.
+        norms: whose buffers are sent with it.
+    """
     layout: list[Any] = [stage.name, torch.is_grad_enabled()]
-    modules = stage.modules
+    modules = [*norms, *stage.modules]
     for tensor in (*stage.trainable, *averaged_buffers(modules), *copied_buffers(modules)):
         layout.append((tuple(tensor.shape), str(tensor.dtype)))
     return layout

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
@@ -30,7 +29,7 @@ from sffx.runtime.agreement import (
     require_same,
     structure_of,
 )
-from sffx.runtime.averaging import averaged_buffers, copied_buffers
+from sffx.runtime.averaging import Averaging, averaged_buffers, copied_buffers
 from sffx.runtime.gate import Gate, none
 from sffx.runtime.gradients import Gradients, hooks_held_back
 from sffx.runtime.optimizers import require_optimizers_of
@@ -205,6 +204,10 @@ class Sharding(Residency):
             self.agreement.steps += 1
         self.agree(action)
         yield
+        # A norm runs when its stage was released. That behind the last stage does not run.
+        norms = [norm for stage in stages[:-1] for norm in stage.norms]
+        for group in self._groups:
+            _equalise_buffers(norms, group)
 
     def agree(self, action: str) -> None:
         """Wait until all processes do the same thing.
@@ -309,8 +312,8 @@ class Sharding(Residency):
         for module in stage.modules:
             for each in shards_in(module):
                 each.reshard()
-            for group in self._groups:
-                _equalise_buffers(module, group)
+        for group in self._groups:
+            _equalise_buffers(stage.modules, group)
 
     def __reduce__(self) -> Any:
         return none, ()
@@ -336,17 +339,14 @@ def _groups_of(net: nn.Module) -> list[dist.ProcessGroup]:
     return []
 
 
-@torch.no_grad()
-def _equalise_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
+def _equalise_buffers(modules: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
     """Make the buffers that a training step may have changed the same in all processes.
 
     For running statistics this is their mean.
     """
-    for buffer in averaged_buffers([module]):
-        dist.all_reduce(buffer, group=group)
-        buffer.div_(group.size())
-    for buffer in copied_buffers([module]):
-        dist.broadcast(buffer, group=group, group_src=0)
+    averaged = averaged_buffers(modules)
+    copied = copied_buffers(modules)
+    Averaging([], {}, group, averaged, copied).wait()
 
 
 def _forget_parameters(model: nn.Module) -> None:

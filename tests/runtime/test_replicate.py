@@ -22,7 +22,7 @@ import sffx
 from sffx.runtime.replicate import replication_of
 from tests.processes import leave, spawn
 from tests.runtime.test_distributed import cut_model
-from tests.runtime.test_shard import normalised
+from tests.runtime.test_shard import normalised, require_statistics
 from tests.toys import kept
 
 STEPS, BATCH, CLASSES = 4, 12, 4
@@ -336,6 +336,7 @@ def statistics(rank: int) -> tuple[dict[str, Tensor], ...]:
     sffx.local_step(net, x[0], y[0], adamw(net))
     once = {name: buffer.clone() for name, buffer in net.named_buffers()}
     sffx.local_step(net, x[1], y[1], adamw(net))
+    sffx.local_step(net, x[1], y[1], adamw(net), blocks=["block_0", "classifier"])
     sffx.local_loss(net, x[2], y[2])
     return dict(alone.named_buffers()), once, dict(net.named_buffers())
 
@@ -432,22 +433,6 @@ def require_failures(first: dict[str, str], second: dict[str, str]) -> None:
     expected = "ProcessError: the weights are those in the middle of step 2: ProcessError"
     assert first["weights in the middle"].startswith(expected)
     assert first["replicated again"] == second["replicated again"] == ""
-
-
-def require_statistics(
-    first: tuple[dict[str, Tensor], ...], second: tuple[dict[str, Tensor], ...]
-) -> None:
-    """Require equal buffers: mean running statistics, and otherwise those of the first process."""
-    own, other = first[0], second[0]
-    for name, buffer in first[1].items():
-        expected = own[name]
-        if "running" in name:
-            assert not torch.equal(own[name], other[name])
-            expected = (own[name] + other[name]) / 2
-        torch.testing.assert_close(buffer, expected)
-    for one, another in zip(first[1:], second[1:], strict=True):
-        assert_equal(one, another)
-    assert len(first[1]) == 4
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

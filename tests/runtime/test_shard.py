@@ -282,10 +282,30 @@ class Counted(nn.Module):
         return self.linear(x)
 
 
+class CountingNorm(nn.Module):
+    """A norm with running statistics, and with buffers that not every backend sends as they are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(channels, affine=False)
+        self.register_buffer("positive", torch.zeros(channels, dtype=torch.int16))
+        self.register_buffer("products", torch.zeros(channels, 2).t())
+
+    def forward(self, y: Tensor) -> Tensor:
+        normed = self.statistics(y)
+        if self.training:
+            self.positive += (y > 0).sum(0).to(torch.int16)
+            self.products += torch.stack([y.sum(0), y.square().sum(0)])
+        return normed
+
+
 def normalised() -> fx.GraphModule:
+    """Return a net whose blocks, heads or norms have buffers of each kind."""
     torch.manual_seed(0)
     layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), Counted(), nn.ReLU())
-    return sffx.transform(nn.Sequential(*layers, nn.Linear(8, 3)), "layer", torch.zeros(2, 4))
+    model = nn.Sequential(*layers, nn.Linear(8, 3))
+    example = torch.zeros(2, 4)
+    return sffx.transform(model, "layer", example, norm=lambda block: CountingNorm(block.channels))
 
 
 def train_with_statistics(rank: int, folder: str) -> None:
@@ -298,16 +318,15 @@ def train_with_statistics(rank: int, folder: str) -> None:
     x = torch.randn(3, 8, 4, generator=generator)
     y = torch.randint(0, 3, (3, 8), generator=generator)
     net = normalised().train()
-    norm = net.get_submodule("block_0.1")
     alone = normalised().train()  # the statistics of this process's own samples
     sffx.local_loss(alone, x[0], y[0])
     sffx.shard(net, mesh=mesh())
     sffx.local_loss(net, x[0], y[0])
-    once = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    once = {name: buffer.clone() for name, buffer in net.named_buffers()}
     optimizer = optimizer_of(net)
-    for i in (1, 2):
-        sffx.local_step(net, x[i], y[i], optimizer)
-    own = dict(alone.get_submodule("block_0.1").named_buffers())
+    sffx.local_step(net, x[1], y[1], optimizer)
+    sffx.local_step(net, x[2], y[2], optimizer, blocks=["block_0", "classifier"])
+    own = dict(alone.named_buffers())
     torch.save((own, once, dict(net.named_buffers())), f"{folder}/{rank}.pt")
     leave()
 
@@ -315,12 +334,28 @@ def train_with_statistics(rank: int, folder: str) -> None:
 def test_all_processes_have_the_same_statistics(tmp_path: Path) -> None:
     spawn(train_with_statistics, PROCESSES, str(tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
-    own, once, buffers = zip(*found, strict=True)
-    for name in ("running_mean", "running_var"):
-        assert not torch.equal(own[0][name], own[1][name])
-        mean = (own[0][name] + own[1][name]) / 2
-        torch.testing.assert_close(once[0][name], mean)
-    assert buffers[0].keys() == buffers[1].keys()
-    assert len(buffers[0]) == 4
-    for name, buffer in buffers[0].items():
-        assert torch.equal(buffer, buffers[1][name]), name
+    require_statistics(*found)
+
+
+def require_statistics(
+    first: tuple[dict[str, Tensor], ...], second: tuple[dict[str, Tensor], ...]
+) -> None:
+    """Require equal buffers: mean running statistics, and otherwise those of the first process.
+
+    Args:
+        first: the first process's buffers: by its own samples alone, after one step, after more.
+        second: those of the second process.
+    """
+    own, other = first[0], second[0]
+    for name, buffer in first[1].items():
+        expected = own[name]
+        if "tracked" not in name:
+            assert not torch.equal(own[name], other[name]), name
+        if "running" in name:
+            expected = (own[name] + other[name]) / 2
+        torch.testing.assert_close(buffer, expected)
+    for one, another in zip(first[1:], second[1:], strict=True):
+        assert one.keys() == another.keys()
+        for name, buffer in one.items():
+            assert torch.equal(buffer, another[name]), name
+    assert len(first[1]) == 14

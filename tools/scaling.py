@@ -107,7 +107,6 @@ class Run(NamedTuple):
         return f"{1000 * self.clock.total / self.nodes:.2f}"
 
 
-@failures_unlogged()
 def analyse_and_plan(
     clock: Clock, model: nn.Module, x: Tensor, policy: str
 ) -> tuple[Analysis, BlockPlan]:
@@ -190,6 +189,7 @@ def depths(
         yield f"| {cells} | {run.per_thousand} |"
 
 
+@failures_unlogged()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

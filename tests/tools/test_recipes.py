@@ -212,6 +212,19 @@ def test_blocks_learn_what_the_ensemble_says_as_well():
     case.require_gradients_of(loss)
 
 
+def test_each_block_learns_what_the_blocks_before_it_leave_wrong():
+    case = Case("mlp, boosting", strength=0.5)
+    loss, before = 0.0, torch.zeros(())
+    for i, (_, y) in enumerate(case.run()):
+        if i == BLOCKS:
+            loss = loss + F.cross_entropy(y, case.y)
+            break
+        goodness = case.head(i)(y)
+        loss = loss + F.cross_entropy(goodness + 0.5 * before, case.y)
+        before = before + goodness.detach()
+    case.require_gradients_of(loss)
+
+
 def test_a_strength_is_one_more_value_of_the_same_number_of_trials():
     tried = candidates(4, (0.3, 3.0))
     assert [(each["lr"], each["strength"]) for each in tried] == [
@@ -228,7 +241,7 @@ def test_recipes_are_run_as_the_heads_are():
         own, heads = EXPERIMENTS[f"recipes-{name}"], EXPERIMENTS[f"heads-{name}"]
         assert replace(own, methods=()) == replace(heads, methods=())
         recipes = [METHODS[each] for each in own.methods if METHODS[each].addition is not None]
-        assert len(recipes) == (6 if name == "cifar10-cnnb" else 7)
+        assert len(recipes) == (7 if name == "cifar10-cnnb" else 8)
         assert all(recipe.strengths[0] == recipe.addition.strength for recipe in recipes)
 
 

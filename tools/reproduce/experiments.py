@@ -283,6 +283,7 @@ ADDITIONS = (
     "mlp, copied layers",
     "mlp, contrast",
     "mlp, distillation",
+    "mlp, boosting",
 )
 BESIDE = ("SFF", "mlp", "deep supervision, mlp")
 RECIPES = {

@@ -188,6 +188,10 @@ METHODS = {
     "mlp, copied layers": _with(recipes.CopiedLayers, 1, 2),
     "mlp, contrast": _with(recipes.Contrast, 0.3, 1.0),
     "mlp, distillation": _with(recipes.Distillation, 0.3, 1.0),
+    "mlp, boosting": _with(recipes.Boosting, 1.0, 0.3),
+    "mlp(256, 4), boosting": Method(
+        addition=recipes.Boosting(1.0, goodness="mlp(256, 4)"), strengths=(1.0, 0.3)
+    ),
     "FF": _family("ff"),
     "FF, peers": _family(ForwardForward(peer=0.03)),
     "FF, small": _family(ForwardForward(reduction="mean", threshold=2.0)),

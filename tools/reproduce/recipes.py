@@ -313,3 +313,31 @@ class Distillation(Addition):
             return F.cross_entropy(goodness, y) + self.strength * divergence
 
         return sffx.local_loss(net, x, y, distilled)
+
+
+@dataclass(frozen=True)
+class Boosting(Addition):
+    """Each block learns what the blocks before it leave wrong (BoostResNet, arXiv 1706.04964).
+
+    Its loss is the cross-entropy of its goodness and `strength` times the sum of the earlier ones,
+    detached. So the ensemble, which is the sum of all, is itself what learns. The classifier
+    learns as ever. The authors train block after block; here all learn in each step.
+
+    Attributes:
+        goodness: the heads.
+    """
+
+    goodness: str = "mlp"
+
+    def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
+        return {"goodness": self.goodness}
+
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
+        earlier: list[Tensor] = []
+
+        def boosted(goodness: Tensor, y: Tensor) -> Tensor:
+            before = self.strength * torch.stack(earlier).sum(0) if earlier else 0.0
+            earlier.append(goodness.detach())
+            return F.cross_entropy(goodness + before, y)
+
+        return sffx.local_loss(net, x, y, [*[boosted] * len(plan_of(net)), None])

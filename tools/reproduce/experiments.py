@@ -324,7 +324,13 @@ FULL_DEPTH = replace(
     trial_epochs=1,
     settings="depth-full-4",
     precision="bfloat16",
-    methods=("SFF", "mlp", "mlp(256, 4)", "deep supervision, mlp(256, 4)"),
+    methods=(
+        "SFF",
+        "mlp",
+        "mlp(256, 4)",
+        "deep supervision, mlp(256, 4)",
+        "mlp(256, 4), alternating cuts",
+    ),
 )
 # The second network. Its convolutions of one channel each are slow in bfloat16.
 FULL_MOBILENET = replace(

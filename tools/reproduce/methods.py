@@ -142,9 +142,9 @@ def _supervised(goodness: str) -> Method:
     return Method(local=False, options={"goodness": goodness})
 
 
-def _with(addition: type[recipes.Addition], *strengths: float) -> Method:
-    """Return the heads of `mlp` with a recipe, whose strengths are tried."""
-    return Method(addition=addition(strengths[0]), strengths=strengths)
+def _with(addition: type[recipes.Addition], *strengths: float, goodness: str = "mlp") -> Method:
+    """Return heads with a recipe, whose strengths are tried."""
+    return Method(addition=addition(strengths[0], goodness), strengths=strengths)
 
 
 def _interleaved(spans: tuple[tuple[int, int], ...]) -> Method:
@@ -189,9 +189,7 @@ METHODS = {
     "mlp, contrast": _with(recipes.Contrast, 0.3, 1.0),
     "mlp, distillation": _with(recipes.Distillation, 0.3, 1.0),
     "mlp, boosting": _with(recipes.Boosting, 1.0, 0.3),
-    "mlp(256, 4), boosting": Method(
-        addition=recipes.Boosting(1.0, goodness="mlp(256, 4)"), strengths=(1.0, 0.3)
-    ),
+    "mlp(256, 4), alternating cuts": _with(recipes.Alternating, 1.0, goodness="mlp(256, 4)"),
     "FF": _family("ff"),
     "FF, peers": _family(ForwardForward(peer=0.03)),
     "FF, small": _family(ForwardForward(reduction="mean", threshold=2.0)),

@@ -1,4 +1,4 @@
-"""What the field adds to local learning: each recipe beside the heads of `mlp`.
+"""What the field adds to local learning: each recipe beside heads as they are.
 
 They are written as a user would write them: by `loss_fn`, or by an objective or heads of one's own.
 Two need more. A head does not see the input of its block, so `Transport` has a hook. No step lets a
@@ -39,17 +39,19 @@ from tools.reproduce.recipe_heads import (
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to the heads of `mlp`; the base class adds nothing.
+    """What is added to heads; the base class adds nothing.
 
     Attributes:
         strength: a number of the recipe's own, which the search chooses.
+        goodness: the heads, where the recipe does not make its own.
     """
 
     strength: float
+    goodness: str = "mlp"
 
     def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
         """Return the options of `sffx.transform`."""
-        return {"goodness": "mlp"}
+        return {"goodness": self.goodness}
 
     def attach(self, net: CutModel) -> None:
         """Change a new net, where options are not enough."""
@@ -322,15 +324,7 @@ class Boosting(Addition):
     Its loss is the cross-entropy of its goodness and `strength` times the sum of the earlier ones,
     detached. So the ensemble, which is the sum of all, is itself what learns. The classifier
     learns as ever. The authors train block after block; here all learn in each step.
-
-    Attributes:
-        goodness: the heads.
     """
-
-    goodness: str = "mlp"
-
-    def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
-        return {"goodness": self.goodness}
 
     def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
         earlier: list[Tensor] = []

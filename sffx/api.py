@@ -22,7 +22,7 @@ from sffx.compiler.memory import save_memory
 from sffx.compiler.partition import partition
 from sffx.compiler.policies import select
 from sffx.compiler.rewrite import rewrite
-from sffx.compiler.trace.trace import trace
+from sffx.compiler.trace.trace import Trace, trace
 from sffx.compiler.untie import untied
 from sffx.compiler.verify import verify
 from sffx.errors import InputError
@@ -115,15 +115,7 @@ def transform(
     """
     options = _options(objective, goodness, kernel_size, norm, recompute)
     options = _valid(options, task, num_classes)
-    name, choose = policy_named(policy)
-    model, notes = untied(model)
-    model = options.objective.prepared(model)
-    traced = trace(model, example_input, num_classes, task, notes)
-    add_batch_first_views(traced)
-    analysis = analyse(traced)
-    cuts = select(analysis, choose, options)
-    blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
-    blocks = _fitting(blocks, model)
+    model, traced, blocks = _planned(model, policy, example_input, num_classes, task, options)
     heads = make_heads(blocks, traced.root)
     norms = make_norms(blocks, traced.root)
     net = rewrite(traced, blocks, heads, norms)
@@ -158,6 +150,19 @@ def plan(
     """
     options = _options(objective, goodness, kernel_size, norm, recompute)
     options = _valid(options, task, num_classes)
+    _, _, blocks = _planned(model, policy, example_input, num_classes, task, options)
+    return blocks
+
+
+def _planned(
+    model: nn.Module,
+    policy: AnyPolicy,
+    example_input: Any,
+    num_classes: int | None,
+    task: Task | None,
+    options: Options,
+) -> tuple[nn.Module, Trace, BlockPlan]:
+    """Return the model as the objective has prepared it, its trace and its plan."""
     name, choose = policy_named(policy)
     model, notes = untied(model)
     model = options.objective.prepared(model)
@@ -166,11 +171,12 @@ def plan(
     analysis = analyse(traced)
     cuts = select(analysis, choose, options)
     blocks = partition(analysis, cuts, options, policy=name, num_classes=num_classes)
-    return _fitting(blocks, model)
+    _require_fitting(blocks, model)
+    return model, traced, blocks
 
 
-def _fitting(plan: BlockPlan, model: nn.Module) -> BlockPlan:
-    """Return a plan; raise an InputError if its model cannot learn by its objective.
+def _require_fitting(plan: BlockPlan, model: nn.Module) -> None:
+    """Raise an InputError if a model cannot learn by the objective of its plan.
 
     Args:
         plan: of the model.
@@ -186,7 +192,6 @@ def _fitting(plan: BlockPlan, model: nn.Module) -> BlockPlan:
     objective.require_blocks(len(plan))
     if objective.changes_model:
         _require_prepared(plan, model)
-    return plan
 
 
 def _require_prepared(plan: BlockPlan, model: nn.Module) -> None:

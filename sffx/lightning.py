@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from sffx.checkpoint.entries import own_entries, with_plain_numbers
 from sffx.errors import InputError, MissingExtra
 from sffx.inputs import marks_tokens, targets_of
-from sffx.learning.losses import LossFunctions
+from sffx.learning.losses import LossFunctions, check_targets
 from sffx.net import is_cut, plan_of
 from sffx.plain import logits_of
 from sffx.runtime.evaluate import block_scores, scores_by_name
@@ -425,7 +425,7 @@ class BPModule(_Predictor):
         logits = self._logits(x)
         task = self.task_of(logits)
         y = self.without_padding(x, y)
-        task.check_targets(y, len(logits), task.num_outputs(logits.shape))
+        check_targets(y, len(logits), task.num_outputs(logits.shape), [None], task)
         task.require_size(y, True, [logits.shape])
         return task.loss(logits, y)
 

@@ -62,7 +62,7 @@ def sff_loss(
 
     Raises:
         InputError: the shapes do not fit, a label is out of range, `loss_fn` returns no scalar, or
-            it names other blocks.
+            it names other blocks; or the batch has no samples, and a block has no `loss_fn`.
     """
     require_task(task)
     _require_all_blocks(goodness, task)
@@ -283,10 +283,23 @@ def check_targets(
     functions: Sequence[LossFunction | None],
     task: Task = CLASSIFICATION,
 ) -> None:
-    """Raise an InputError if y is no target of the task.
+    """Raise an InputError if y is no target of the task, or if there are no samples to learn from.
 
     Only the task's own loss needs such targets. If each block has a loss function of the user's
     own, y may be anything, and is not checked.
     """
     if None in functions:
         task.check_targets(y, batch, num_classes)
+        require_samples(batch)
+
+
+def require_samples(batch: int) -> None:
+    """Raise an InputError if a batch has no samples, whose mean loss would be no number.
+
+    A loss of the user's own may be a sum, which is 0.
+    """
+    if batch == 0:
+        raise InputError(
+            "the batch has 0 samples, so its mean loss would be nan. "
+            "Hint: leave out such batches, if len(y): ..."
+        )

@@ -75,8 +75,8 @@ def local_loss(
 
     Raises:
         InputError: `net` is no cut model, is in eval mode or is offloaded; x, y or a parameter of
-            `loss_fn` requires gradient; x does not fit the model; the labels do not fit; or a name
-            is not that of a block.
+            `loss_fn` requires gradient; x does not fit the model or has no samples; the labels do
+            not fit; or a name is not that of a block.
         ProcessError: as for `local_step`.
     """
     losses: list[Tensor] = []
@@ -158,7 +158,7 @@ def local_step(
         InputError: `net` is no cut model, is in eval mode, is frozen, or is offloaded with another
             optimizer; gradients are switched off; the optimizer holds none of its parameters or is
             LBFGS; a block has no optimizer; `loss_fn` or y requires gradients; the labels do not
-            fit; or a name is not that of a block.
+            fit; x has no samples; or a name is not that of a block.
         ProcessError: the net is replicated or sharded, and another process failed or does something
             else.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,10 @@ import sffx
 import sffx.runtime.stage
 from sffx import tasks
 from sffx.extraction import extract
+from sffx.lightning import BPModule
 from sffx.runtime.evaluate import block_scores
 from sffx.tasks import task_of_record, task_record
-from tests.tasks.cases import ALL, CASES, IGNORED, IGNORING, Case, entropy_of_pixels
+from tests.tasks.cases import ALL, CASES, CLASSES, IGNORED, IGNORING, Case, entropy_of_pixels
 
 HEADS = ("sff", "mlp(6)")
 
@@ -140,6 +142,38 @@ def test_a_batch_without_samples_adds_nothing_to_an_evaluation(name):
     net = CASES[name].net()
     x, y = CASES[name].batch()
     assert str(sffx.evaluate(net, [(x, y), (x[:0], y[:0])])) == str(sffx.evaluate(net, [(x, y)]))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_step_of_no_samples_is_refused_and_changes_nothing(name):
+    net = ALL[name].net()
+    x, y = ALL[name].batch()
+    x, y = x[:0], y[:0]
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, lr=1e-3))
+    steps = [
+        lambda: sffx.local_loss(net, x, y),
+        lambda: sffx.block_losses(net, x, y),
+        lambda: sffx.local_step(net, x, y, optimizer),
+        lambda: BPModule(ALL[name].model(), task=ALL[name].task).loss(x, y),
+    ]
+    for step in steps:
+        with pytest.raises(sffx.InputError, match="the batch has 0 samples.*Hint: leave out"):
+            step()
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_deferred_loss_of_no_samples_is_refused():
+    with pytest.raises(sffx.InputError, match="the batch has 0 samples"):
+        sffx.sff_loss(torch.zeros(3, 0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def test_a_loss_that_is_a_sum_takes_no_samples():
+    net = CLASSES.net()
+    x, y = CLASSES.batch()
+    loss = sffx.local_loss(net, x[:0], y[:0], nn.CrossEntropyLoss(reduction="sum"))
+    assert loss == 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -97,7 +97,7 @@ def broken() -> Any:
     ("kind", "message"),
     [
         ("empty", "the loader yielded no batches"),
-        ("no samples", "the loader yielded no samples"),
+        ("no samples", "the batch has 0 samples"),
         ("missing", "its loader is None"),
         ("everywhere", "only the first stage takes a loader"),
         ("broken", "no such file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -93,7 +93,10 @@ class CutModel(PickledGraph):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # Behind `to`, `cuda` and `double`.
         self.settle()
-        return super()._apply(*args, **kwargs)
+        left_over = left_over_tensors(self)
+        applied = super()._apply(*args, **kwargs)
+        _cast(left_over, *args, **kwargs)
+        return applied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self.settle()
@@ -197,6 +200,27 @@ def with_plan(net: fx.GraphModule, plan: BlockPlan, original: nn.Module) -> CutM
     cut = CutModel(net, net.graph, class_name=type(net).__name__)
     _attach(cut, {"plan": plan, "origin": Origin(original)})
     return cut
+
+
+def left_over_tensors(net: CutModel) -> list[Tensor]:
+    """Return the tensors of the original model that belong to no block, as of unused layers.
+
+    They stay with the model that `extract` copies.
+    """
+    held = {id(tensor) for tensor in (*net.parameters(), *net.buffers())}
+    model = net.origin.model
+    return [each for each in (*model.parameters(), *model.buffers()) if id(each) not in held]
+
+
+def _cast(tensors: list[Tensor], fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+    """Give tensors the dtype that a function of `Module._apply` gives them.
+
+    Their device stays: nobody computes with them, and `extract` brings them to the net's.
+    """
+    for tensor in tensors:
+        dtype = fn(tensor.detach().new_empty(0)).dtype
+        if dtype != tensor.dtype:
+            tensor.data = tensor.data.to(dtype)
 
 
 def set_plan(net: CutModel, plan: BlockPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,34 @@ def test_modules_that_were_put_in_the_place_of_layers_come_back() -> None:
     assert isinstance(model.block1.conv1, Adapter)
     assert isinstance(model.block2.bn1, nn.GroupNorm)
     assert torch.equal(model(X), net(X))
+
+
+class WithUnused(nn.Module):
+    """A model with a layer and a buffer that its forward does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Residual()
+        self.unused = nn.Linear(4, 4)
+        self.register_buffer("numbers", torch.ones(3))
+        self.register_buffer("indices", torch.arange(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_of_no_block_are_cast_as_those_of_blocks(dtype: torch.dtype, tmp_path: Path) -> None:
+    expected = {name: value.dtype for name, value in WithUnused().to(dtype).state_dict().items()}
+    net = sffx.transform(WithUnused(), example_input=X)
+    # `AveragedModel` casts the net by the way that every wrapper does.
+    averaged = torch.optim.swa_utils.AveragedModel(net).to(dtype)
+    net.to(dtype)
+    sffx.save_checkpoint(tmp_path / "net.pt", net)
+    loaded = sffx.load_checkpoint(tmp_path / "net.pt").net(WithUnused())
+    for each in (net, averaged, copy.deepcopy(net), loaded):
+        found = sffx.extract(each).state_dict()
+        assert {name: value.dtype for name, value in found.items()} == expected
 
 
 def test_a_plain_model_is_refused() -> None:

@@ -34,7 +34,7 @@ from sffx.errors import InputError, in_brief
 from sffx.files import as_path
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
 from sffx.learning.readouts import Mode, require_readout
-from sffx.net import CutModel, cut_model, plan_of, set_plan
+from sffx.net import CutModel, cut_model, left_over_tensors, plan_of, set_plan
 from sffx.objective import DEFAULT, Objective
 from sffx.parts import block_name
 from sffx.tensors import name_on_meta
@@ -432,8 +432,8 @@ def _take_dtypes(net: CutModel, state: Mapping[str, Any]) -> None:
         if tensor.is_floating_point() and value.is_floating_point():
             saved.setdefault(tensor.dtype, set()).add(value.dtype)
             changes[id(tensor)] = value.dtype
-    for tensor in (*net.parameters(), *net.buffers()):
-        # Buffers that are not saved change like those that are.
+    for tensor in (*net.parameters(), *net.buffers(), *left_over_tensors(net)):
+        # What is not saved, such as some buffers and unused layers, changes like what is.
         others = saved.get(tensor.dtype, set())
         like_others = next(iter(others)) if len(others) == 1 else tensor.dtype
         tensor.data = tensor.data.to(changes.get(id(tensor), like_others))

@@ -31,7 +31,8 @@ class CwCGoodness(nn.Module):
         InputError: there are fewer channels than classes, or than superclasses.
 
     Attributes:
-        groups: (C, J); column j holds the weights of the mean over the channels of class j.
+        groups: (C, J) of bool; column j marks the channels of class j. A cast of the net leaves
+            them as they are, where shares such as 1/3 would be rounded.
     """
 
     groups: Tensor
@@ -56,10 +57,10 @@ class CwCGoodness(nn.Module):
         groups = torch.arange(channels).tensor_split(number)
         sizes = torch.tensor([len(group) for group in groups])
         class_of_channel = torch.arange(number).repeat_interleave(sizes)
-        shares = F.one_hot(class_of_channel, number) / sizes
+        groups_of_channel = F.one_hot(class_of_channel, number).bool()
         if superclass_of is not None:
-            shares = shares[:, list(superclass_of)]
-        self.register_buffer("groups", shares, persistent=False)
+            groups_of_channel = groups_of_channel[:, list(superclass_of)]
+        self.register_buffer("groups", groups_of_channel, persistent=False)
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the goodness (B, J), in float32 or wider, of a block's output.
@@ -71,7 +72,9 @@ class CwCGoodness(nn.Module):
         """
         with full_precision(y):
             wide = widened(y)
-            groups = self.groups.to(wide.dtype)
+            marks = self.groups.to(wide.dtype)
+            # The weights of the mean over the channels of each class.
+            groups = marks / marks.sum(0)
             if mask is None:
                 return mean_square(as_positions(wide, self.channel_axis)) @ groups
             real = mask.bool()

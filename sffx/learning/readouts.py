@@ -227,8 +227,12 @@ class Readout(nn.Module):
     ) -> None:
         """Take over the weights of a state dict, and the mode that goes with them.
 
-        The state dict of a model whose blocks were not weighed has none.
+        The state dict of a model whose blocks were not weighed has none, and the weights are
+        forgotten. A part of a state, for `strict=False`, leaves them as they are.
         """
+        # The readout is the last child of a net, so what the net lacks was noted before.
+        of_net = prefix.removesuffix(f"{READOUT}.")
+        is_part = any(name.startswith(of_net) for name in missing_keys)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -248,6 +252,9 @@ class Readout(nn.Module):
             self.weights = tuple(given.tolist())
             if self._mode == "ensemble":
                 self._mode = WEIGHTED
+        elif is_part:
+            if self.weights is not None:
+                missing_keys.append(key)
         else:
             self.weights = None
             if self._mode == WEIGHTED:

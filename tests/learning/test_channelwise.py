@@ -1,5 +1,7 @@
 """The channel-wise competitive goodness against its definition in plain torch."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,19 @@ def test_by_hand():
 
 
 def test_splits_evenly_and_gives_the_first_groups_the_rest():
-    assert CwCGoodness(11, 4).groups.ne(0).sum(0).tolist() == [3, 3, 3, 2]
-    assert CwCGoodness(8, 4).groups.sum(0).tolist() == [1, 1, 1, 1]
+    assert CwCGoodness(11, 4).groups.sum(0).tolist() == [3, 3, 3, 2]
+    assert CwCGoodness(8, 4).groups.sum(0).tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("superclass_of", [None, (0, 0, 1)])
+def test_a_cast_net_has_the_same_groups(dtype, superclass_of):
+    y = torch.randn(4, 7, 3, 3).to(dtype)
+    # Each class is one of 3 or 2 groups of 7 channels, so some shares are 1/3.
+    head = CwCGoodness(7, 3, superclass_of=superclass_of)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = head(y.to(wide))
+    assert torch.equal(copy.deepcopy(head).to(dtype)(y), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

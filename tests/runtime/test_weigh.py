@@ -10,7 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import sffx
 from sffx.errors import InputError
@@ -145,6 +145,24 @@ def test_weights_travel_with_the_state(
     assert (other.readout.weights, other.readout.mode) == (None, "ensemble")
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"readout.other\""):
         other.load_state_dict({**plain, "readout.other": torch.ones(1)})
+
+
+@pytest.mark.parametrize("kept", ["", "block_0", "head_", "classifier"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_part_of_a_state_leaves_the_weights(
+    net: fx.GraphModule, loader: list[tuple[Tensor, Tensor]], kept: str, is_wrapped: bool
+) -> None:
+    sffx.weigh(net, loader)
+    weights = net.readout.weights
+    prefix = "net." if is_wrapped else ""
+    part = {}
+    for name, value in net.state_dict().items():
+        if kept and name.startswith(kept):
+            part[prefix + name] = value
+    holder = nn.ModuleDict({"other": nn.Linear(1, 1), "net": net}) if is_wrapped else net
+    found = holder.load_state_dict(part, strict=False)
+    assert (net.readout.weights, net.readout.mode) == (weights, "weighted")
+    assert f"{prefix}readout.weights" in found.missing_keys
 
 
 def test_without_weights_the_error_names_what_finds_them(

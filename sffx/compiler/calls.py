@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.overrides import get_testing_overrides
 
 from sffx.arguments import Arguments
 
@@ -48,3 +49,40 @@ def call(model: nn.Module, form: Arguments, values: Mapping[str, Any]) -> Any:
     """
     args, kwargs = form.fill(values)
     return entry(model)(*args, **kwargs)
+
+
+def first_by_position(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with the tensor that a function of torch works on by position.
+
+    `torch.flip(input=x, dims=(0,))` becomes `torch.flip(x, dims=(0,))`. So the analysis looks for
+    the tensor in one place.
+
+    Args:
+        function: that is called.
+        args: of the call.
+        kwargs: of the call.
+    """
+    if args or _INPUT not in kwargs or not _takes_input_first(function):
+        return args, kwargs
+    others = {name: value for name, value in kwargs.items() if name != _INPUT}
+    return (kwargs[_INPUT],), others
+
+
+# The name that functions of torch give to the tensor that they work on.
+_INPUT = "input"
+
+
+def _takes_input_first(function: Any) -> bool:
+    """Return whether the first parameter of a function is `input`, and may be passed by position.
+
+    Compiled functions of torch have no signature, but torch has a stand-in for each that has one.
+    """
+    stand_in = get_testing_overrides().get(function, function)
+    try:
+        parameters = inspect.signature(stand_in).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    first = next(iter(parameters), None)
+    return first is not None and first.name == _INPUT and first.kind is not first.KEYWORD_ONLY

@@ -60,6 +60,14 @@ CHANGES = {
     ),
     "flip": (lambda x, key: (x.flip(0), None), lambda x, _: torch.flip(x, [0])),
     "roll": (lambda x, key: (x.roll(1, 0), None), lambda x, _: torch.roll(x, -1, dims=0)),
+    "flip by keywords": (
+        lambda x, key: (torch.flip(input=x, dims=(0,)), None),
+        lambda x, _: torch.flip(dims=[0], input=x),
+    ),
+    "index_select by keywords": (
+        lambda x, key: (torch.index_select(input=x, dim=0, index=key.argsort()), key.argsort()),
+        lambda x, order: torch.index_select(index=order.argsort(), dim=0, input=x),
+    ),
     "random": (
         lambda x, key: (lambda order: (x[order], order))(torch.randperm(x.shape[0])),
         lambda x, order: x[order.argsort(), :],

@@ -49,7 +49,9 @@ class ParameterForms:
         self._tracer = tracer
         self._empty: dict[str, Tensor] = {}  # by the qualname of the parameter that each is like
 
-    def arguments(self, target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def arguments(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a method or a function, with no parameter where one is not used.
 
         `weight.new_zeros(1)`, `x.to(weight)`, `x.view_as(weight)` and `torch.zeros_like(weight)`
@@ -58,24 +60,22 @@ class ParameterForms:
         Args:
             target: the name of the method, or the function.
             args: of the call.
+            kwargs: of the call.
         """
         if target in _LIKE_FUNCTIONS:
-            return tuple(self._shaped_like(each) if _is_parameter(each) else each for each in args)
-        if target in _SHAPE_METHODS:
-            others = [self._shaped_like(each) if _is_parameter(each) else each for each in args[1:]]
-            return (args[0], *others)
-        return self._arguments_of_dtype(target, args)
-
-    def _arguments_of_dtype(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of a method, with no parameter where only a dtype is read."""
-        if not isinstance(method, str):
-            return args
-        if method not in _DTYPE_METHODS and not method.startswith("new_"):
-            return args
-        # `weight.to(x)` does use the weight.
-        first = 1 if method in _DTYPE_METHODS else 0
-        like = [self._like(each) if _is_parameter(each) else each for each in args[first:]]
-        return (*args[:first], *like)
+            first, form = 0, self._shaped_like
+        elif target in _SHAPE_METHODS:
+            first, form = 1, self._shaped_like
+        elif target in _DTYPE_METHODS:
+            # `weight.to(x)` does use the weight.
+            first, form = 1, self._like
+        elif isinstance(target, str) and target.startswith("new_"):
+            first, form = 0, self._like
+        else:
+            return args, kwargs
+        read = [form(each) if _is_parameter(each) else each for each in args[first:]]
+        by_name = {key: form(each) if _is_parameter(each) else each for key, each in kwargs.items()}
+        return (*args[:first], *read), by_name
 
     def value(self, node: fx.Node) -> Any:
         """Return what a node reads of the form of a parameter, and erase the node.

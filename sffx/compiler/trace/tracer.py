@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import is_writable
-from sffx.compiler.calls import call
+from sffx.compiler.calls import call, first_by_position
 from sffx.compiler.facts import Facts, facts, set_facts
 from sffx.compiler.trace.attribute_views import AttributeViews
 from sffx.compiler.trace.constants import Constants
@@ -155,8 +155,16 @@ class GuidedTracer(fx.Tracer):
         return forward, []
 
     def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], *more: Any, **options: Any
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *more: Any,
+        **options: Any,
     ) -> Any:
+        if kind == "call_function":
+            args, kwargs = first_by_position(target, args, kwargs)
         if kind == "call_function" and target is torch._assert:
             self.settled.settle_assertion(args[0])
         if kind == "call_method" and target in ("item", "tolist"):
@@ -169,13 +177,13 @@ class GuidedTracer(fx.Tracer):
         if kind == "call_function":
             target = packing_target(target)
         if kind in ("call_function", "call_method"):
-            args = self.forms.arguments(target, args)
+            args, kwargs = self.forms.arguments(target, args, kwargs)
         create: Callable[..., fx.Proxy] = super().create_proxy
         if self.regions.is_without_gradients():
             create = functools.partial(self.regions.create, create)
             # Parameters that the forward found by `parameters()` are no proxies yet.
-            args, more = tree_map_only(Tensor, self._as_proxy, (args, more))
-        return self._instead_of(create(kind, target, args, *more, **options))
+            args, kwargs = tree_map_only(Tensor, self._as_proxy, (args, kwargs))
+        return self._instead_of(create(kind, target, args, kwargs, *more, **options))
 
     def _as_proxy(self, tensor: Tensor) -> Any:
         """Return the proxy of a parameter that a forward read untraced; else the tensor itself."""

@@ -201,6 +201,9 @@ class _ReadsLater(nn.Module):
         lambda x, w: x / w.shape[1] + w.size(0) + w.ndim + w.numel(),
         lambda x, w: x + w.new_zeros(1),
         lambda x, w: x + torch.zeros_like(w).sum() + torch.full_like(w, 2.0).mean(),
+        lambda x, w: x + torch.zeros_like(input=w).sum() + torch.ones_like(input=w).mean(),
+        lambda x, w: x.type_as(other=w) + w.new_zeros(size=(1,)),
+        lambda x, w: x + x.new_ones(4, 8).view_as(other=w).mean(),
         lambda x, w: x + x.new_ones(4, 8).view_as(w).mean() + x.new_ones(1).expand_as(w).mean(),
     ],
 )

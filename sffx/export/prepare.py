@@ -9,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from sffx.blocks import BlockPlan
 from sffx.compiler.trace.sizes import remove_guards
 from sffx.errors import ExportError, first_line
+from sffx.inputs import like_the_model, random_batch
 from sffx.learning.readouts import (
     READOUTS,
     WEIGHTED,
@@ -19,7 +21,7 @@ from sffx.learning.readouts import (
     require_readout,
     require_weights,
 )
-from sffx.net import use_codegen
+from sffx.net import cut_model, use_codegen
 from sffx.runtime.find_residency import make_whole, require_values
 from sffx.tensors import copied
 
@@ -55,7 +57,7 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         InputError: the net is sharded, or has a tensor without values.
-        ExportError: the net cannot be copied.
+        ExportError: the net cannot be copied, or does not run in float32.
     """
     make_whole(net)
     require_values(net)
@@ -70,7 +72,28 @@ def inference_copy(net: fx.GraphModule) -> fx.GraphModule:
             "Hint: a module keeps something as an attribute that copy.deepcopy refuses; "
             "keep that outside the model"
         ) from error
-    return model.cpu().float().eval().requires_grad_(False)
+    model = model.cpu().float().eval().requires_grad_(False)
+    if any(each.is_floating_point() and each.dtype != torch.float32 for each in net.parameters()):
+        _require_float32(model, cut_model(net).plan)
+    return model
+
+
+def _require_float32(model: fx.GraphModule, plan: BlockPlan) -> None:
+    """Raise an ExportError if a model of another dtype does not run when it is cast to float32.
+
+    Args:
+        model: in float32 and eval mode.
+        plan: of the net.
+    """
+    arguments = like_the_model(model, random_batch(plan.inputs, 2))
+    try:
+        model(*arguments)
+    except RuntimeError as error:
+        raise ExportError(
+            f"files are written in float32, and the model does not run in it: {first_line(error)}. "
+            "Hint: its forward fixes another dtype, as x.double() does; write "
+            "x.to(self.layer.weight.dtype), the dtype of a layer that reads the value"
+        ) from error
 
 
 def _remove_guards(model: fx.GraphModule) -> None:

@@ -593,6 +593,28 @@ def test_node_and_module_of_the_original_model_are_named(
     assert_untouched(old_file)
 
 
+class FixesFloat64(nn.Module):
+    """A model of float64 whose forward names this dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu().double()).relu())
+
+
+@pytest.mark.parametrize("export", [sffx.export_onnx, sffx.export_program])
+def test_model_that_runs_in_float64_alone_is_refused_with_the_reason(
+    tmp_path: Path, export: Any
+) -> None:
+    example = torch.zeros(2, 6, dtype=torch.float64)
+    net = sffx.transform(FixesFloat64().double(), "layer", example)
+    with pytest.raises(ExportError, match=r"files are written in float32.*Hint: its forward fixes"):
+        export(net, tmp_path / "net.file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_net_that_cannot_be_copied_is_refused(old_file: Path) -> None:
     net = chain()
     net.head_0.kept = threading.Lock()

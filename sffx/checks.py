@@ -8,12 +8,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from sffx.errors import InputError
+
+# The longest time to wait, in seconds: 31 years.
+LONGEST = 10**9
 
 
 def require_flag(name: str, value: object) -> None:
@@ -49,6 +53,25 @@ def positive_integer(name: str, value: Any, hint: str = "pass a positive integer
     if not is_integer(value) or value < 1:
         raise InputError(f"{name} is {value!r}. Hint: {hint}")
     return int(value)
+
+
+def positive_time(name: str, value: Any) -> timedelta:
+    """Return an argument that says how long to wait.
+
+    Args:
+        name: of the argument.
+        value: a timedelta, or a number of seconds.
+
+    Raises:
+        InputError: it is no time above 0, or longer than clocks of torch count.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not is_number(seconds) or not 0 < seconds <= LONGEST:
+        raise InputError(
+            f"{name} is {value!r}. Hint: pass a timedelta, or a number of seconds above 0 and at "
+            f"most {LONGEST:,}"
+        )
+    return timedelta(seconds=float(seconds))
 
 
 def require_callable(name: str, function: object, parameters: Sequence[str]) -> None:

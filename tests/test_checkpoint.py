@@ -279,6 +279,35 @@ def test_states_of_optimizers_of_lightning_are_read(path: Path) -> None:
         checkpoint.net(plain())
 
 
+def test_runs_from_one_checkpoint_begin_alike(path: Path) -> None:
+    net = trained("stages(2)").train()
+    optimizer = torch.optim.AdamW(sffx.parameter_groups(net, lr=0.1))
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    sffx.local_step(net, x, y, optimizer)
+    sffx.save_checkpoint(path, net, optimizer)
+    checkpoint = sffx.load_checkpoint(path)
+    ends = []
+    for _ in range(2):
+        again = checkpoint.net(plain()).train()
+        resumed = torch.optim.AdamW(sffx.parameter_groups(again, lr=0.1))
+        resumed.load_state_dict(checkpoint.optimizer)
+        torch.manual_seed(0)  # of the dropout
+        for _ in range(2):
+            sffx.local_step(again, x, y, resumed)
+        ends.append((again.state_dict(), resumed.state_dict()["state"]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+def test_an_entry_of_one_s_own_stays_whatever_its_name(path: Path) -> None:
+    """Names that mean something in the files of others, and what a file without weights has."""
+    names = ("state_dict", "model_state_dict", "model", "optimizer_states")
+    more: dict[str, Any] = {name: [{"lr": 1.0}] for name in names}
+    sffx.save_checkpoint(path, trained("stages(2)"), **more)
+    checkpoint = sffx.load_checkpoint(path)
+    assert checkpoint.more == more
+    assert checkpoint.optimizer is None
+
+
 def record(**changes: Any) -> dict[str, Any]:
     """Return the record of a cut, with entries changed; an entry that is None is left out."""
     plan = sffx.plan(plain(), example_input=EXAMPLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,6 @@ class Checkpoint:
     Attributes:
         path: of the file.
         state: the weights, by their names in the trained model; may be empty.
-        optimizer: the state dict of the optimizer, None if there is none.
         accuracy: of each readout, between 0 and 1; empty if none was saved.
         cut: how the model was cut, as `net.plan.record()`; None if the file has no record.
         versions: of the packages that wrote the file; empty if the file has none.
@@ -72,7 +72,7 @@ class Checkpoint:
 
     path: Path
     state: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] | None = None
+    _optimizer: dict[str, Any] | None = None
     accuracy: Mapping[str, float] = field(default_factory=dict)
     cut: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -83,12 +83,21 @@ class Checkpoint:
     readout: Mode | None = None
 
     @property
+    def optimizer(self) -> dict[str, Any] | None:
+        """The state dict of the optimizer, None if there is none.
+
+        Each time it is a copy: an optimizer on the CPU goes on in the memory of what it loads, so
+        that a second run from the same checkpoint would begin where the first one has ended.
+        """
+        return copy.deepcopy(self._optimizer)
+
+    @property
     def rates(self) -> dict[str, float]:
         """The learning rates of the optimizer's groups by name; `parameter_groups` names them."""
-        if self.optimizer is None:
+        if self._optimizer is None:
             return {}
         rates = {}
-        for group in self.optimizer.get("param_groups", ()):
+        for group in self._optimizer.get("param_groups", ()):
             if "name" in group and "lr" in group:
                 rates[str(group["name"])] = float(group["lr"])
         return rates
@@ -302,8 +311,9 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     """
     # Each entry is taken out, so that the user's own entries are left over.
     more = dict(content)
+    is_own = STATE_KEY in content
     state = _take_state(more)
-    optimizer = _take_optimizer(more)
+    optimizer = _take_optimizer(more, is_own=is_own)
     accuracy = more.pop(ACCURACY_KEY, {})
     check_accuracy(accuracy)
     cut = more.pop(CUT_KEY, None)
@@ -379,13 +389,19 @@ def _prefix_of_wrapper(names: Iterable[str]) -> str:
     return ""
 
 
-def _take_optimizer(content: dict[str, Any]) -> dict[str, Any] | None:
-    """Remove the state of the optimizer from a checkpoint's content and return it."""
+def _take_optimizer(content: dict[str, Any], *, is_own: bool) -> dict[str, Any] | None:
+    """Remove the state of the optimizer from a checkpoint's content and return it.
+
+    Args:
+        content: of the checkpoint.
+        is_own: whether `save_checkpoint` wrote it. An entry with Lightning's name is the user's
+            then.
+    """
     optimizer = content.pop(OPTIMIZER_KEY, None)
     of_lightning = content.get(LIGHTNING_OPTIMIZERS_KEY)
     # Lightning keeps a list. With several optimizers there is no telling which one is meant.
     is_single = isinstance(of_lightning, Sequence) and len(of_lightning) == 1
-    if optimizer is None and is_single:
+    if optimizer is None and is_single and not is_own:
         optimizer = content.pop(LIGHTNING_OPTIMIZERS_KEY)[0]
     if optimizer is None:
         return None

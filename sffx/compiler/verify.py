@@ -5,7 +5,7 @@
 3. No in-place write touches a value that crosses a cut or feeds a head.
 4. Each block has one goodness of shape (B, J), and the logits have that shape too. For another
    task than classification, the task says which shapes go with the model's output.
-5. A norm returns a value of the shape that it is given.
+5. A norm returns a value of the shape and dtype that it is given.
 
 The model runs on fake tensors, stage by stage, with its own detaches and no others.
 """
@@ -178,6 +178,11 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
     if value.shape != y.shape:
         raise VerifyError(
             f"{target} returns shape {tuple(value.shape)} for a value of shape {tuple(y.shape)}"
+        )
+    if value.dtype != y.dtype:
+        raise VerifyError(
+            f"{target} returns {value.dtype} for a value of {y.dtype}, and the next block computes "
+            "in the dtype of the model. Hint: return normed.to(y.dtype)"
         )
 
 

@@ -195,10 +195,10 @@ class EarlyExit:
         """
         values = bind_inputs(self.inputs, without_arrays(x), self.nested)
         samples = batch_size(values)
-        blocks = torch.zeros(samples, dtype=torch.int64)
+        blocks = torch.zeros(samples, dtype=torch.int64, device="cpu")
         scores: Tensor | None = None
         # Indices in x of the samples that are still in the batch, on the CPU.
-        remaining = torch.arange(samples)
+        remaining = torch.arange(samples, device="cpu")
         # The goodness of these samples, one tensor for each block so far.
         goodness: list[Tensor] = []
         for depth, new_goodness in enumerate(self._goodness(values), start=1):
@@ -258,7 +258,7 @@ class EarlyExit:
         """
         confidence, correct = self._judged(loader)
         if thresholds is None:
-            shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+            shares = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64, device="cpu")
             given = confidence.double().flatten().quantile(shares).tolist()
         else:
             given = _numbers(thresholds)
@@ -334,7 +334,7 @@ class EarlyExit:
             return 0.0
         # At index k, the multiply-adds of the first k blocks.
         totals = accumulate((stage.macs for stage in self.stages), initial=0)
-        of_depth = torch.tensor(list(totals), dtype=torch.float64)
+        of_depth = torch.tensor(list(totals), dtype=torch.float64, device="cpu")
         return float(of_depth[blocks].mean())
 
     def _judged(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ The norm is moved to the device and the dtype of the model. Then
 
 - it is called as `norm(y)`; where `block.mask` is not empty, as `norm(y, mask)`;
 - y is the detached output of the block, and mask is as for heads (`sffx.learning.heads`);
-- it returns a value of the shape of y, and does not write to y;
+- it returns a value of the shape and dtype of y, and does not write to y;
 - it has no trainable parameters, since it is part of no block that could train them.
 """
 
@@ -234,19 +234,22 @@ def make_norms(plan: BlockPlan, root: nn.Module) -> list[list[nn.Module | None]]
 
     Raises:
         InputError: there is no such norm, or a callable returned something else than a module
-            without trainable parameters; names the block.
+            without trainable parameters, or one module with buffers twice; names the block.
     """
     like = next(p for p in root.parameters() if p.is_floating_point())
     maker = norm_maker(plan.options)
     if maker is _layer_norm and plan.task.norms_tokens:
         maker = _token_norm
-    norms = []
+    norms: list[list[nn.Module | None]] = []
+    earlier: list[nn.Module] = []
     for block in plan:
         own: list[nn.Module | None] = []
         for output in block.outputs:
             norm = maker(block.seen_from(output))
             if norm is not None:
                 _require_norm(norm, block, plan.options)
+                _require_own_buffers(norm, earlier, block, plan.options)
+                earlier.append(norm)
                 norm = norm.to(like.device, like.dtype)
             own.append(norm)
         norms.append(own)
@@ -268,3 +271,16 @@ def _require_norm(norm: object, block: Block, options: Options) -> None:
             "Hint: elementwise_affine=False or affine=False, or norm.requires_grad_(False)"
         )
     require_mask_argument(norm, block, place)
+
+
+def _require_own_buffers(
+    norm: nn.Module, earlier: list[nn.Module], block: Block, options: Options
+) -> None:
+    """Raise an InputError if blocks share a norm with buffers: they would mix their statistics."""
+    is_shared = any(norm is other for other in earlier)
+    if is_shared and any(True for _ in norm.buffers()):
+        raise InputError(
+            f"{block.target} ({block.name}): norm {option_name(options.norm)} returned the same "
+            f"{type(norm).__name__} as before, whose buffers would mix what several blocks give. "
+            "Hint: make a new module at each call"
+        )

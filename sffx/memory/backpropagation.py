@@ -15,6 +15,8 @@ from sffx.net import CutModel
 from sffx.plain import logits_of
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
     """Return the peak of a step of the plain model by backpropagation with AdamW, in bytes.
 
@@ -26,7 +28,7 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
         batch_size: B.
 
     Returns:
-        None if the plain model itself does not run on fake tensors.
+        None if the plain model has no parameter to train, or does not run on fake tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     probe = fake_copy(net, mode)
@@ -45,6 +47,8 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
         names = [each.name for each in net.plan.inputs]
         args, kwargs = net.plan.call_arguments(dict(zip(names, x, strict=True)))
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trainable:
+            return None  # the heads may learn on a frozen model
         optimizer = torch.optim.AdamW(trainable)
 
         def step() -> None:

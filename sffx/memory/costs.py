@@ -76,7 +76,7 @@ class BlockCosts:
     Attributes:
         places: in order; the last one is the logits.
         bounds: for each place, the spans that end there, with their lower bounds.
-        heads: what the head at each place owns.
+        heads: what the head and the norms at each place own.
     """
 
     def __init__(self, analysis: Analysis, batch_size: int, options: Options) -> None:
@@ -236,18 +236,25 @@ class BlockCosts:
         return by_step
 
     def _heads(self) -> dict[Place, Owned]:
-        """Return what the head at each place owns.
+        """Return what the head and the norms at each place own.
 
-        The heads are made for the smallest blocks, whose outputs are those of larger ones as well.
+        They are made for the smallest blocks, whose outputs are those of larger ones as well.
         """
         places = self.places[:-1]
         plan = self._plan(places)
+        with generators_restored():
+            norms = make_norms(plan, self.analysis.trace.root)
         heads = {}
-        for place, block in zip(places, plan, strict=True):
-            heads[place] = self._head(block, plan)
+        for place, block, own_norms in zip(places, plan, norms, strict=True):
+            tensors = self._head(block, plan)
+            for norm in own_norms:
+                if norm is not None:
+                    tensors += [*norm.parameters(), *norm.buffers()]
+            heads[place] = _owned(tensors)
         return heads
 
-    def _head(self, block: Block, plan: BlockPlan) -> Owned:
+    def _head(self, block: Block, plan: BlockPlan) -> list[Tensor]:
+        """Return the parameters and buffers of the head of a block."""
         parameters = self.analysis.trace.root.parameters()
         dtype = next(each.dtype for each in parameters if each.is_floating_point())
         # A callable may read values while it makes a head, and a tensor on "meta" has none.
@@ -255,7 +262,7 @@ class BlockCosts:
         with generators_restored(), torch.device(device):
             head = make_head(self.options, block, plan.num_classes, plan.task)
         head.to(dtype)
-        return _owned([*head.parameters(), *head.buffers()])
+        return [*head.parameters(), *head.buffers()]
 
     def _plan(self, places: Sequence[Place]) -> BlockPlan:
         cuts = tuple(self.analysis.steps[place].cut for place in places)

@@ -144,7 +144,15 @@ def count_memory(
             "Hint: pass the function, not its result."
         )
     if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        raise InputError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}. "
+            "Hint: pass the model whose parameters the step trains."
+        )
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise InputError(
+            f"optimizer must be a torch optimizer, not {type(optimizer).__name__}. "
+            "Hint: leave it out where the step uses several, which are seen as well."
+        )
     log = _StorageLog()
     with _listening(log, model):
         log.claim_state(model, optimizer)

@@ -38,6 +38,7 @@ from sffx.progress import running
 from sffx.runtime.find_residency import make_whole
 from sffx.runtime.gate import KeepsNothing
 from sffx.runtime.learn import Lesson, learn_stage
+from sffx.runtime.offloadable import norm_tensors
 from sffx.runtime.residency import Residency
 from sffx.runtime.stage import Stage, Values, stages_of, stages_that_learn
 from sffx.runtime.views import losses_of, training_input
@@ -73,9 +74,11 @@ class Footprint:
             the optimizer updates the block by itself.
         resident: with offloading, for each block its parameters, buffers and AdamW's state; empty
             where all blocks are on the device.
+        staying: with offloading, the buffers and frozen parameters of norms, which stay on the
+            device.
         backpropagation: the peak of a step of the plain model by backpropagation with AdamW, all on
-            the device; None where it was not counted, or the plain model does not run on fake
-            tensors.
+            the device; None where it was not counted, or the plain model has nothing to train or
+            does not run on fake tensors.
     """
 
     batch_size: int
@@ -88,6 +91,7 @@ class Footprint:
     updates: tuple[int, ...]
     passed: tuple[int, ...]
     resident: tuple[int, ...] = ()
+    staying: int = 0
     backpropagation: int | None = None
 
     @property
@@ -99,7 +103,7 @@ class Footprint:
     def held(self) -> int:
         """The bytes on the device all the time."""
         if self.resident:
-            return self.inputs
+            return self.inputs + self.staying
         return self.parameters + self.optimizer_state + self.inputs
 
     @property
@@ -143,7 +147,7 @@ class Footprint:
         # With offloading the optimizer has no peak of its own, and its name is left out.
         for name, own, peak in zip(names, alone, self.peaks, strict=False):
             rows.append((name, f"{own / MIB:.2f}", f"{peak / MIB:.2f}"))
-        parameters = 0 if self.resident else self.parameters
+        parameters = self.staying if self.resident else self.parameters
         lines = [
             text_table(columns, rows),
             f"held all the time: {self.held / MIB:.2f} (parameters {parameters / MIB:.2f})",
@@ -170,6 +174,7 @@ class Footprint:
 
 @running("predicting memory")
 @failures_unlogged()
+@torch.inference_mode(False)
 def footprint(
     net: nn.Module, batch_size: int, *, offloaded: bool = False, backpropagation: bool = True
 ) -> Footprint:
@@ -208,7 +213,8 @@ def footprint(
             peak = backpropagation_peak(cut, batch_size)
             predicted = replace(predicted, backpropagation=peak)
     if offloaded:
-        predicted = replace(predicted, resident=_resident(cut))
+        staying = _bytes(norm_tensors(cut))
+        predicted = replace(predicted, resident=_resident(cut), staying=staying)
     return predicted
 
 
@@ -230,6 +236,7 @@ def explaining_overflow(batch_size: int) -> Iterator[None]:
         ) from error
 
 
+@torch.enable_grad()  # a training step is predicted, wherever the caller asks
 def fake_footprint(net: fx.GraphModule, batch_size: int, skip: Collection[int] = ()) -> Footprint:
     """Predict the peak of a cut model on fake parameters, inside their mode.
 

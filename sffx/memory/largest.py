@@ -30,7 +30,7 @@ class LargestBatch:
         budget: bytes.
         block_local: the largest batch size of a block-local step, 0 where no sample fits.
         backpropagation: that of a step of backpropagation of the plain model; None where the plain
-            model does not run on fake tensors.
+            model has nothing to train or does not run on fake tensors.
     """
 
     budget: int

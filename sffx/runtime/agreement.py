@@ -67,14 +67,14 @@ class Agreement:
         steps: the number of training steps so far, a present one included.
     """
 
-    def __init__(self, ranks: list[int], timeout: float) -> None:
+    def __init__(self, ranks: list[int], timeout: timedelta) -> None:
         """Make the group. All processes must do so.
 
         Args:
             ranks: of the processes.
-            timeout: how long a process waits for the others, in seconds.
+            timeout: how long a process waits for the others.
         """
-        self.group = new_group(ranks, timedelta(seconds=timeout))
+        self.group = new_group(ranks, timeout)
         self.steps = 0
         self._words: list[Tensor] = []
         self._work: Any = None
@@ -173,12 +173,11 @@ class Agreement:
         raise ProcessError(f"the processes do different things: {text}. Hint: {hint}")
 
 
-def require_processes(group: dist.ProcessGroup | None, timeout: float | None = None) -> None:
+def require_processes(group: dist.ProcessGroup | None) -> None:
     """Raise an InputError if processes cannot agree on anything.
 
     Args:
         group: of the processes, the default group if None.
-        timeout: for how many seconds they wait for each other, None if that is not asked.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise InputError(
@@ -191,8 +190,6 @@ def require_processes(group: dist.ProcessGroup | None, timeout: float | None = N
             f"group is a {type(group).__name__}, not a process group that this process is in. "
             "Hint: pass torch.distributed.group.WORLD for all processes"
         )
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-        raise InputError(f"timeout is {timeout!r}. Hint: pass a number of seconds above 0")
 
 
 def require_same(

@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sffx.checks import positive_time
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import shards_in
 from sffx.learning.shared_output import OutputCopy
@@ -45,7 +46,10 @@ _ATTRIBUTE = "replication"
 
 
 def replicate(
-    net: fx.GraphModule, group: dist.ProcessGroup | None = None, *, timeout: float = 600.0
+    net: fx.GraphModule,
+    group: dist.ProcessGroup | None = None,
+    *,
+    timeout: timedelta | float = 600.0,
 ) -> None:
     """Make a cut model the same in all processes, and average its gradients from now on.
 
@@ -68,7 +72,7 @@ def replicate(
     Args:
         net: what `transform` returned, cut in the same way in every process.
         group: the processes, all if None.
-        timeout: how long a process waits for the others, in seconds.
+        timeout: how long a process waits for the others, in seconds or as a timedelta.
 
     Raises:
         InputError: there are no processes, or this one is not in `group`; `net` is no cut model, is
@@ -85,14 +89,15 @@ def replicate(
             "net is offloaded or sharded, and replicas hold all parameters on the device. "
             "Hint: sffx.onload(net) first, or a net that was not sharded"
         )
-    require_processes(group, timeout)
+    require_processes(group)
+    wait = positive_time("timeout", timeout)
     if present is not None:
         present.leave()
         delattr(net, _ATTRIBUTE)
-    agreement = Agreement(dist.get_process_group_ranks(group), timeout)
+    agreement = Agreement(dist.get_process_group_ranks(group), wait)
     problem = _why_not_averageable(net)
     require_same(structure_of(net), agreement.group, problem)
-    replication = Replication(net, agreement, _group_for_gradients(group, agreement, timeout))
+    replication = Replication(net, agreement, _group_for_gradients(group, agreement, wait))
     replication.broadcast()
     setattr(net, _ATTRIBUTE, replication)
     replication.put_gates()
@@ -427,13 +432,13 @@ class _Collected:
 
 
 def _group_for_gradients(
-    group: dist.ProcessGroup | None, agreement: Agreement, timeout: float
+    group: dist.ProcessGroup | None, agreement: Agreement, timeout: timedelta
 ) -> dist.ProcessGroup:
     """Return a group for gradients alone, with the backend of the user's group."""
     backend = dist.get_backend(group)
     if backend == "gloo":
         return agreement.group
-    return new_group(dist.get_process_group_ranks(group), timedelta(seconds=timeout), backend)
+    return new_group(dist.get_process_group_ranks(group), timeout, backend)
 
 
 def _why_not_averageable(net: fx.GraphModule) -> str | None:

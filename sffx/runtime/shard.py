@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from sffx.checks import positive_time
 from sffx.errors import InputError, ProcessError
 from sffx.fsdp import is_sharded, shards_in
 from sffx.kernels.precision import full_precision
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "sharding"
 
 
-def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> None:
+def shard(net: fx.GraphModule, *, timeout: timedelta | float = 600.0, **options: Any) -> None:
     """Shard the parameters of a cut model over the processes, by torch's `fully_shard`.
 
     Every process must call it, before the optimizer is made. `local_loss`, `local_step` and
@@ -63,7 +65,7 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
 
     Args:
         net: what `transform` returned, the same in every process.
-        timeout: how long a process waits for the others to agree, in seconds.
+        timeout: how long a process waits for the others to agree, in seconds or as a timedelta.
         options: of `fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
 
     Raises:
@@ -79,8 +81,9 @@ def shard(net: fx.GraphModule, *, timeout: float = 600.0, **options: Any) -> Non
             "net is replicated, and replicas hold all parameters. "
             "Hint: copy.deepcopy(net) is not replicated"
         )
-    require_processes(None, timeout)
-    agreement = Agreement(_ranks(options.get("mesh")), timeout)
+    require_processes(None)
+    wait = positive_time("timeout", timeout)
+    agreement = Agreement(_ranks(options.get("mesh")), wait)
     # FSDP takes each process's share of its own weights. Different weights would be mixed.
     require_same({**structure_of(net), **checksums_of(net)}, agreement.group)
     # Here, because its import takes a second.

@@ -221,3 +221,16 @@ def test_wrong_inputs_and_loaders_are_refused(net: fx.GraphModule, x: Tensor) ->
         runner.curve([])
     with pytest.raises(sffx.InputError, match=r"a Tensor, not a pair"):
         runner.curve([x])
+
+
+def test_the_default_device_is_not_asked(net: fx.GraphModule, x: Tensor) -> None:
+    y = torch.zeros(len(x), dtype=torch.int64)
+    runner = sffx.EarlyExit(net, threshold=middle_threshold(net, x))
+    expected = runner(x)
+    curve = runner.curve([(x, y)])
+    with torch.device("meta"):
+        found = runner(x)
+        assert runner.curve([(x, y)]) == curve
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.blocks, expected.blocks)
+    assert found.macs == expected.macs

@@ -27,6 +27,11 @@ def costs_of(model: nn.Module, example: torch.Tensor, **options: object) -> Bloc
 MODELS = [(Chain(), IMAGE), (Residual(), IMAGE), (SharedWeight(), torch.zeros(1, 6))]
 
 
+def frozen_norm(block: sffx.Block) -> nn.Module:
+    """Return a norm with tensors that are not trained."""
+    return nn.LayerNorm(block.shape[-1:]).requires_grad_(False)
+
+
 @pytest.mark.parametrize(("model", "example"), MODELS)
 @pytest.mark.parametrize("recompute", [True, False])
 def test_no_block_takes_less_than_its_bound_and_the_count_is_the_footprint(
@@ -48,11 +53,11 @@ def test_no_block_takes_less_than_its_bound_and_the_count_is_the_footprint(
 
 
 @pytest.mark.parametrize(("model", "example"), MODELS)
-@pytest.mark.parametrize("goodness", ["sff", "mlp"])
-def test_what_the_parts_own_is_what_the_cut_model_owns(model, example, goodness):
-    costs = costs_of(model, example, goodness=goodness)
+@pytest.mark.parametrize("options", [{}, {"goodness": "mlp"}, {"norm": frozen_norm}])
+def test_what_the_parts_own_is_what_the_cut_model_owns(model, example, options):
+    costs = costs_of(model, example, **options)
     cuts = [costs.analysis.steps[place].node for place in costs.places[:-1]]
-    net = sffx.transform(model, cuts, example, goodness=goodness)
+    net = sffx.transform(model, cuts, example, **options)
     starts = [START, *costs.places[:-1]]
     for i, block in enumerate(net.plan.all_blocks):
         parameters = list(net.get_submodule(block.target).parameters())
@@ -61,5 +66,8 @@ def test_what_the_parts_own_is_what_the_cut_model_owns(model, example, goodness)
     for i, place in enumerate(costs.places[:-1]):
         head = net.get_submodule(f"head_{i}")
         owned = costs.heads[place]
-        assert owned.everything == sum(t.nbytes for t in (*head.parameters(), *head.buffers()))
+        tensors = [*head.parameters(), *head.buffers()]
+        if "norm" in options:
+            tensors += net.get_submodule(f"norm_{i}").parameters()
+        assert owned.everything == sum(t.nbytes for t in tensors)
         assert owned.largest == max((p.nbytes for p in head.parameters()), default=0)

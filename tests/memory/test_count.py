@@ -514,6 +514,8 @@ def test_bad_arguments_are_named() -> None:
         count_memory(torch.zeros(1), model=nn.Identity())  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module, not list"):
         count_memory(int, model=[])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="optimizer must be a torch optimizer, not list"):
+        count_memory(int, model=nn.Identity(), optimizer=[])  # type: ignore[arg-type]
 
 
 def test_sparse_gradients_are_refused() -> None:

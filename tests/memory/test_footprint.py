@@ -117,6 +117,45 @@ def test_what_onednn_keeps_inside_an_lstm_is_predicted(options):
     assert predicted.backpropagation == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode])
+def test_a_prediction_is_that_of_a_training_step_wherever_it_is_asked_for(surroundings):
+    net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8))
+    peak = sffx.footprint(net, 64).peak
+    budget = 2 * peak
+
+    def found() -> tuple[object, ...]:
+        cut = sffx.transform(Residual(), f"memory({peak}, 64)", torch.zeros(1, 3, 8, 8))
+        return sffx.footprint(net, 64), sffx.largest_batch(net, budget), len(cut.plan)
+
+    expected = found()
+    with surroundings():
+        assert found() == expected
+
+
+@pytest.mark.parametrize("learning", ["head", "nothing"])
+def test_a_frozen_model_has_no_rival(learning):
+    net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8))
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(learning))
+    predicted = sffx.footprint(net, 64)
+    assert predicted.backpropagation is None
+    assert predicted.peak == sffx.footprint(net, 64, backpropagation=False).peak
+    assert sffx.largest_batch(net, 2 * predicted.peak).backpropagation is None
+
+
+def test_norms_stay_on_the_device_when_blocks_are_offloaded():
+    def norm(block: sffx.Block) -> nn.Module:
+        return nn.LayerNorm(block.shape[1:]).requires_grad_(False)
+
+    example = torch.zeros(1, 3, 8, 8)
+    alone = sffx.footprint(sffx.transform(Residual(), "residual", example), 8, offloaded=True)
+    net = sffx.transform(Residual(), "residual", example, norm=norm)
+    tensors = [p for name, p in net.named_parameters() if name.startswith("norm")]
+    predicted = sffx.footprint(net, 8, offloaded=True)
+    assert tensors
+    assert predicted.held - alone.held == sum(p.nbytes for p in tensors)
+
+
 def test_a_prediction_touches_nothing_and_prints_as_a_table():
     net = sffx.transform(Residual(), example_input=torch.zeros(1, 3, 8, 8)).eval()
     before = copy.deepcopy(net.state_dict())

@@ -226,6 +226,7 @@ def refusals(net: fx.GraphModule, rank: int) -> dict[str, str]:
         "its blocks stay on the device": lambda: sffx.offload(net, adamw(net)),
         "group is a str, not a process group": lambda: sffx.replicate(fresh(0), "all"),
         "timeout is 0": lambda: sffx.replicate(fresh(0), timeout=0),
+        "timeout is inf": lambda: sffx.replicate(fresh(0), timeout=float("inf")),
         "has sparse gradients": lambda: sffx.replicate(sparse),
         "rank 1: net has another plan": lambda: sffx.replicate(other),
         "rank 1: block_0.0.weight is parameter (6, 3, 3, 3) float32, and in the first process "

@@ -412,6 +412,10 @@ def test_one_head_for_all_blocks_is_found():
         sffx.transform(Residual(), "residual", IMAGE, goodness=lambda block, num_classes: head)
 
 
+def once(norm: nn.Module, block: sffx.Block) -> nn.Module:
+    return norm
+
+
 WRONG_NORMS = {
     "no module": (lambda b: 3, InputError, "block_0 .*returned a int, not a torch.nn.Module"),
     "a module": (Halved(), InputError, "norm is a module, Halved, but each block has a norm"),
@@ -421,6 +425,16 @@ WRONG_NORMS = {
         "returned a BatchNorm2d with trainable parameters.*Hint: elementwise_affine=False",
     ),
     "shape": (returns(lambda y: y[:, :4]), VerifyError, r"norm_0 returns shape \(.*, 4, 8, 8\)"),
+    "dtype": (
+        returns(lambda y: y.double()),
+        VerifyError,
+        r"norm_0 returns torch\.float64 for a value of torch\.float32.*Hint: return normed\.to",
+    ),
+    "one for all": (
+        partial(once, nn.BatchNorm2d(8, affine=False)),
+        InputError,
+        r"block_1 .*returned the same BatchNorm2d as before.*Hint: make a new module",
+    ),
     "type": (returns(lambda y: None), VerifyError, "norm_0 returns a NoneType, not a tensor"),
     "in place": (returns(lambda y: y.mul_(2)), VerifyError, "'block_0' .* is written in place"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sffx.checks import is_number, positive_integer
+from sffx.checks import positive_integer, positive_time
 from sffx.errors import InputError
 from sffx.learning.shared_output import SharedOutput
 from sffx.net import CutModel, cut_model, require_blocks_uncompiled, require_uncompiled
@@ -80,10 +80,7 @@ def checked_timeout(timeout: Any) -> timedelta:
     """Return how long to wait for a process; raise an InputError if it is no such time."""
     if timeout is None:
         return timedelta(minutes=30)
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    if not is_number(seconds) or not seconds > 0:
-        raise InputError(f"timeout is {timeout!r}. Hint: a timedelta, or seconds above 0")
-    return timedelta(seconds=seconds)
+    return positive_time("timeout", timeout)
 
 
 def given_cuts(

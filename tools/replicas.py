@@ -26,7 +26,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -152,7 +152,7 @@ def by_ddp(model: nn.Module, loss: Callable[[nn.Module], Tensor], ring: Ring) ->
 def by_replicate(net: Any, x: Tensor, y: Tensor, ring: Ring) -> Step:
     """Return a block-local step of a net that is replicated on a ring."""
     # As `sffx.replicate` does it; the other processes of the ring say nothing.
-    replication = Replication(net, Agreement([0], 60.0), ring)
+    replication = Replication(net, Agreement([0], timedelta(minutes=1)), ring)
     net.replication = replication
     replication.put_gates()
     optimizer = torch.optim.AdamW(sffx.parameter_groups(net, lr=1e-3))

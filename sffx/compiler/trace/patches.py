@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from sffx.compiler.trace.tracer import GuidedTracer
 
 # These take sizes, dtypes or numbers, and torch's own parser of arguments knows no proxies.
-_FACTORIES = ("zeros", "ones", "empty", "randn", "finfo", "iinfo")
+_FACTORIES = ("zeros", "ones", "empty", "finfo", "iinfo")
 
 # Their first argument holds the values, while that of the others holds sizes.
 _FACTORIES_OF_VALUES = ("tensor", "as_tensor")
 
 # Here torch's parser would take the example's number from the proxy of a size, and freeze it.
 _FUNCTIONS_OF_SIZES = (
-    *("full", "randint", "randperm", "normal", "eye", "arange", "linspace", "logspace"),
+    *("full", "eye", "arange", "linspace", "logspace"),
     *("broadcast_to", "tile", "reshape", "roll", "narrow", "as_strided", "unflatten"),
     *("split", "chunk", "repeat_interleave", "multinomial", "tril_indices", "triu_indices"),
     "broadcast_shapes",
@@ -81,8 +81,8 @@ _DRAWS_OF_PYTHON = (
     *("sample", "shuffle"),
 )
 
-# torch's own, which nodes call, while a stand-in has its name during a trace.
-_RAND = torch.rand
+# Functions that draw a tensor of a given size.
+_DRAWS_OF_TORCH = ("rand", "randn", "randint", "randperm", "normal")
 
 
 class Patches:
@@ -162,7 +162,8 @@ class Patches:
             yield torch, name, answer
 
     def _of_draws(self) -> Iterator[tuple[Any, str, Any]]:
-        yield torch, "rand", self._draw_tensor
+        for name in _DRAWS_OF_TORCH:
+            yield torch, name, functools.partial(self._draw_tensor, getattr(torch, name))
         yield random, "random", functools.partial(self._draw, random.random)
         yield random, "uniform", functools.partial(self._draw, random.uniform)
         for name in ("rand", "random", "random_sample", "uniform"):
@@ -323,12 +324,16 @@ class Patches:
 
         return run
 
-    def _draw_tensor(self, *args: Any, **kwargs: Any) -> Any:
-        """Record `torch.rand`, which then draws in each call of the graph."""
+    def _draw_tensor(self, draw: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Record `torch.rand(1)` and its like, which then draw in each call of the graph."""
         self._require_no_generator(kwargs)
-        if self.tracer.is_running or ("out" in kwargs and not has_size(args, kwargs)):
-            return _RAND(*args, **kwargs)
-        return self.tracer.create_proxy("call_function", _RAND, args, kwargs)
+        is_sized = has_proxy(args, kwargs)
+        if self.tracer.is_running or ("out" in kwargs and not is_sized):
+            return draw(*args, **kwargs)
+        # After a seed, as in `torch.random.fork_rng()`, each call draws the same constant.
+        if not is_sized and self.tracer.has_generator_moved:
+            return draw(*args, **kwargs)
+        return self.tracer.create_proxy("call_function", draw, args, kwargs)
 
     def _require_no_generator(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("generator") is not None and not self.tracer.is_running:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from sffx.compiler.facts import facts
 
 
 @contextmanager
@@ -129,6 +131,23 @@ def is_draw(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "rand"
 
 
+def is_made_of_draws(node: fx.Node) -> bool:
+    """Whether a tensor is computed from draws and sizes alone, and so depends on no data."""
+    behind: list[fx.Node] = [node]
+    seen: set[fx.Node] = set()
+    has_drawn = False
+    while behind:
+        each = behind.pop()
+        if each in seen or not isinstance(facts(each).example, Tensor):
+            continue
+        if each.op in ("placeholder", "get_attr"):
+            return False
+        seen.add(each)
+        has_drawn = has_drawn or facts(each).cost.draws
+        behind += each.all_input_nodes
+    return has_drawn
+
+
 def outcome_of_draw(node: fx.Node) -> bool | None:
     """Return the one outcome of a comparison with what was drawn, None where there are two."""
     while node.target in _TAKES_NUMBERS and node.all_input_nodes:
@@ -181,6 +200,11 @@ OWN_GENERATOR = "it draws by a generator of its own, which a graph cannot hold"
 SEEDED = (
     "it draws random numbers after it has set the seed of torch, as by torch.manual_seed(), which "
     "a graph cannot hold"
+)
+
+MOVED = (
+    "it draws random numbers that do not depend on its input, as a distribution of numbers does, "
+    "or it sets the state of torch's generator, which a graph cannot hold"
 )
 
 _TAKES_NUMBERS = (operator.getitem, "cpu", "detach", "view", "reshape", "squeeze")

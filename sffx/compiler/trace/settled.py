@@ -19,7 +19,13 @@ from sffx.compiler.trace.data_shapes import depends_on_data, is_data_shaped, req
 from sffx.compiler.trace.flags import owners_of_flags
 from sffx.compiler.trace.functions import depends_on_function
 from sffx.compiler.trace.listed import READS_A_NUMBER, Listed
-from sffx.compiler.trace.randomness import DrawnNumber, is_drawn, outcome_of_draw
+from sffx.compiler.trace.randomness import (
+    DRAWS,
+    DrawnNumber,
+    is_drawn,
+    is_made_of_draws,
+    outcome_of_draw,
+)
 from sffx.compiler.trace.size_tensors import value_of_sizes
 from sffx.compiler.trace.sizes import reads_a_size, require_settled, require_several
 from sffx.compiler.trace.value_checks import Passed, ValueChecks
@@ -143,7 +149,7 @@ class Settled:
         """
         made = self._made_of_sizes(node)
         if made is None:
-            raise RuntimeError(READS_A_NUMBER)
+            raise RuntimeError(DRAWS if is_made_of_draws(node) else READS_A_NUMBER)
         value, sizes = made
         for size in sizes:
             self.settle(size, facts(size).example)

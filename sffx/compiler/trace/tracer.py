@@ -38,6 +38,7 @@ from sffx.compiler.trace.parameter_forms import ParameterForms, reads_form_alone
 from sffx.compiler.trace.patches import Patches
 from sffx.compiler.trace.proxy import GuidedProxy, SequenceProxy, TensorProxy
 from sffx.compiler.trace.randomness import (
+    MOVED,
     OWN_GENERATOR,
     SEEDED,
     DrawnNumber,
@@ -119,6 +120,7 @@ class GuidedTracer(fx.Tracer):
         self.task: Task = CLASSIFICATION
         self.notes_on_task: list[str] = []
         self._generator = state_of_torch()
+        self._seed = torch.initial_seed()
         self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -210,12 +212,17 @@ class GuidedTracer(fx.Tracer):
             # The forward may catch the error, and go on.
             self.graph.erase_node(node)
             raise
-        if facts(node).cost.draws and state_of_torch() != self._generator:
-            raise RuntimeError(SEEDED)
+        if facts(node).cost.draws and self.has_generator_moved:
+            raise RuntimeError(SEEDED if torch.initial_seed() != self._seed else MOVED)
         self.constants.note_writes(node)
         self.writes.note(node)
         self.settled.note(node)
         return node
+
+    @property
+    def has_generator_moved(self) -> bool:
+        """Whether the forward has seeded torch's generator, or drawn where no node does."""
+        return state_of_torch() != self._generator
 
     @property
     def is_running(self) -> bool:

@@ -96,9 +96,40 @@ def test_a_layer_that_is_never_dropped_makes_no_leaf(draws):
         assert len(plan) == (1 if leaves else 3)
 
 
-def test_noise_is_drawn_in_each_call():
-    model = around(Applies(lambda m, x: x + torch.rand(6)))
-    net = sffx.transform(model, "layer", norm="none")
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda: torch.rand(6),
+        lambda: torch.randn(1),
+        lambda: torch.randn((6,)).abs(),
+        lambda: torch.randint(0, 9, (6,)),
+        lambda: torch.randint(9, size=(1, 6)),
+        lambda: torch.randperm(6),
+        lambda: torch.normal(0.0, 1.0, (6,)),
+        lambda: torch.normal(torch.zeros(6), 1.0),
+    ],
+)
+def test_noise_is_drawn_in_each_call(noise):
+    for model in (around(Applies(lambda m, x: x + noise())), _Noisy(noise)):
+        _assert_noisy(model)
+
+
+class _Noisy(nn.Module):
+    """Draws in its own forward, in each mode something else."""
+
+    def __init__(self, noise) -> None:
+        super().__init__()
+        self.noise = noise
+        self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = x + self.noise() if self.training else x * self.noise() + 1
+        return self.head(x.relu())
+
+
+def _assert_noisy(model: nn.Module) -> None:
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), norm="none")
     assert net.plan.leaves == ()
     x = torch.randn(3, 6)
     assert not torch.equal(net.eval()(x), net(x))
@@ -158,3 +189,24 @@ def test_draws_by_a_generator_of_its_own_make_a_leaf(draw):
     net = cut_without_norms(model)
     assert "generator of its own" in net.plan.leaves[0].reason
     assert_same_logits(net.eval(), model.eval())
+
+
+def test_a_table_that_is_drawn_after_a_seed_is_a_constant():
+    def project(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            table = torch.randn(6, 6)
+        return x @ table
+
+    model = around(Applies(project)).eval()
+    net = cut_without_norms(model)
+    assert not net.plan.leaves
+    assert_same_logits(net, model)
+
+
+def test_a_draw_of_a_distribution_is_no_seed():
+    beta = torch.distributions.Beta(0.4, 0.4)
+    model = around(Applies(lambda m, x: beta.sample() * torch.randn_like(x)))
+    (leaf,) = trace(model).leaves
+    assert "draws random numbers that do not depend" in leaf.reason
+    assert "seed" not in leaf.reason

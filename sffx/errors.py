@@ -159,12 +159,17 @@ def has_parts(model: nn.Module) -> bool:
 
 
 def _backbone(model: nn.Module) -> str:
-    """Return the name of the child that most likely sees the input; "" if none has weights."""
-    names = []
+    """Return the name of the child that most likely is the backbone; "" if none stands out.
+
+    It is called so, or has more than half of the parameters, counted as tensors.
+    """
+    counts = {}
     for name, child in model.named_children():
-        if next(child.parameters(), None) is not None:
-            names.append(name)
-    for name in names:
+        count = len(list(child.parameters()))
+        if count:
+            counts[name] = count
+    for name in counts:
         if any(word in name for word in _BACKBONE_WORDS):
             return name
-    return names[0] if names else ""
+    largest = max(counts, key=counts.__getitem__, default="")
+    return largest if 2 * counts.get(largest, 0) > sum(counts.values()) else ""

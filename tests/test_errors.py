@@ -126,6 +126,13 @@ def test_the_hint_names_the_part_that_sees_the_input(
     assert f"transform the backbone (here {part}) with a pool" in backbone_hint(model)
 
 
+def test_the_hint_names_no_part_where_none_stands_out() -> None:
+    diffusion = nn.Module()
+    for name in ("time", "down", "up"):
+        diffusion.add_module(name, nn.Linear(1, 1))
+    assert "transform the backbone with a pool" in backbone_hint(diffusion)
+
+
 def test_the_hint_names_no_part_where_none_has_weights() -> None:
     assert "transform the backbone with a pool" in backbone_hint(nn.Sequential(nn.ReLU()))
 

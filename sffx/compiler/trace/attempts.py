@@ -93,7 +93,8 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         if tracer.functions.add(failure, _reason(failure)):
             return None
         if not tracer.failed:
-            raise _root_failed(probe, failure) from failure
+            has_tried = tracer.functions.has_tried(failure)
+            raise _root_failed(probe, failure, has_tried) from failure
         kind = type(probe.get_submodule(tracer.failed))
         add_leaves(leaves, probe, kind, _reason(failure))
         return None
@@ -139,17 +140,23 @@ _PROXY = re.compile(r"'?(Guided|Sequence|Tensor)Proxy'?")
 _LISTED = re.compile(r"\bListed\b")
 
 
-def _root_failed(probe: nn.Module, failure: Exception) -> TraceError:
-    """Return the error for a failure in the forward of the model itself."""
+def _root_failed(probe: nn.Module, failure: Exception, is_of_function: bool) -> TraceError:
+    """Return the error for a failure in the forward of the model itself.
+
+    Args:
+        probe: the model.
+        failure: of the trace.
+        is_of_function: whether the code is in a function that the graph could not call.
+    """
     hint = ""
     if _PROXY.search(str(failure)):
         hint = "torch.zeros and x.new_zeros take traced sizes, and a tuple of them is a shape; or "
-    of_backbone = f"; {backbone_hint(probe)}" if has_parts(probe) else ""
-    return TraceError(
-        f"{type(probe).__name__} cannot be traced: {_reason(failure)}. Hint: {hint}move this code "
-        "into a submodule, which then becomes a leaf, or into a function of the file, which the "
-        f"graph then calls{of_backbone}"
-    )
+    hint += "move this code into a submodule, which then becomes a leaf"
+    if not is_of_function:
+        hint += ", or into a function of the file, which the graph then calls"
+    if has_parts(probe):
+        hint += f"; {backbone_hint(probe)}"
+    return TraceError(f"{type(probe).__name__} cannot be traced: {_reason(failure)}. Hint: {hint}")
 
 
 def _buffers_were_assigned(

@@ -64,14 +64,28 @@ class Functions:
     def __init__(self) -> None:
         self.asked = AskedBuiltins()
         self.found: dict[Callable[..., Any], Callee] = {}
-        self._given_up: set[Callable[..., Any]] = set()
+        self._given_up: dict[Callable[..., Any], Callee] = {}
         self._has_given_up = False  # since the last trace
 
     def give_up(self, callee: Callee) -> None:
         """Let a function be traced again, or the module that calls it be a leaf."""
         self.found.pop(callee.function, None)
-        self._given_up.add(callee.function)
+        self._given_up[callee.function] = callee
         self._has_given_up = True
+
+    def has_tried(self, failure: Exception) -> bool:
+        """Return whether a trace failed in a function that the graph could not call either.
+
+        Methods do not count: as functions, they could be given what they read of their module.
+        """
+        tried = []
+        for callee in self._given_up.values():
+            if not callee.is_method and isinstance(callee.function, FunctionType):
+                tried.append(callee.function)
+        for frame in _frames_of_forward(failure.__traceback__):
+            if any(_is_run_by(function, frame) for function in tried):
+                return True
+        return False
 
     def add(self, failure: Exception, reason: str) -> bool:
         """Find the innermost function that a trace has failed in, to call it from now on.

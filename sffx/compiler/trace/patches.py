@@ -65,11 +65,14 @@ _WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sym
 # What was found in installed modules, by the `id` of their namespace: the module's name, how many
 # names it held, and the names of such functions. Files of the user are not among them, since a
 # notebook may add functions.
-_NAMES_OF_CACHES: dict[int, tuple[str, int, tuple[str, ...]]] = {}
+_NAMES_OF_FUNCTIONS: dict[int, tuple[str, int, tuple[str, ...]]] = {}
 
 # All modules at the last trace, and those of them that `_files_of_models` returned.
 _modules: list[ModuleType] = []
 _files: list[ModuleType] = []
+
+# The class of a method of C++ code that is bound.
+_BOUND = type(Function.apply)
 
 # Functions that draw for code beside the graph.
 _DRAWS_OF_NUMPY = (
@@ -182,6 +185,11 @@ class Patches:
         # the process.
         apply = vars(Function)["apply"]
         yield Function, "apply", classmethod(functools.partial(self._apply, apply))
+        # `spike = Spike.apply` is bound before the trace, to torch's own.
+        for owner, name, kind in (*_bound_in_files(), *_bound_in_model(self.probe)):
+            stand_in = functools.partial(self._apply, apply, kind)
+            # A function in a class would be a method.
+            yield owner, name, staticmethod(stand_in) if isinstance(owner, type) else stand_in
         call = torch._C.ScriptFunction.__call__
         yield torch._C.ScriptFunction, "__call__", self._script_caller(call)
 
@@ -392,26 +400,64 @@ def _caches() -> Iterator[tuple[Any, str, Any]]:
 
     A proxy that is kept would be given to a later trace, whose graph does not have its node.
     """
+    for module, name, value in _functions_in_files():
+        if type(value) is CACHED and _takes_arguments(value):
+            yield module, name, _keeping_no_proxy(value)
+
+
+def _functions_in_files() -> Iterator[tuple[ModuleType, str, Any]]:
+    """Yield the functions in files of models that are to be replaced, with their names there."""
     for module in _files_of_models():
         names = vars(module)
-        for name in _names_of_caches(module, names):
-            value = names.get(name)
-            if type(value) is CACHED and _takes_arguments(value):
-                yield module, name, _keeping_no_proxy(value)
+        for name in _names_of_functions(module, names):
+            yield module, name, names.get(name)
 
 
-def _names_of_caches(module: ModuleType, names: dict[str, Any]) -> tuple[str, ...]:
-    """Return the names of a module's functions that keep their results.
+def _applied(value: Any) -> type[Function] | None:
+    """Return the class of an autograd function whose `apply` this is, None of anything else."""
+    if type(value) is not _BOUND or value.__name__ != "apply":
+        return None
+    kind = value.__self__
+    return kind if isinstance(kind, type) and issubclass(kind, Function) else None
+
+
+def _bound_in_files() -> Iterator[tuple[Any, str, type[Function]]]:
+    """Yield the files of models that name a bound `apply`."""
+    for module, name, value in _functions_in_files():
+        kind = _applied(value)
+        if kind is not None:
+            yield module, name, kind
+
+
+def _bound_in_model(probe: nn.Module) -> Iterator[tuple[Any, str, type[Function]]]:
+    """Yield the modules and classes that name a bound `apply`, as in `self.spike = Spike.apply`."""
+    owners: dict[int, Any] = {}
+    for module in probe.modules():
+        for owner in (module, *type(module).__mro__):
+            owners[id(owner)] = owner
+    for owner in owners.values():
+        for name, value in list(vars(owner).items()):
+            kind = _applied(value)
+            if kind is not None:
+                yield owner, name, kind
+
+
+def _names_of_functions(module: ModuleType, names: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of a module's functions that keep their results, and of a bound `apply`.
 
     A program may have imported thousands of modules, so a known one is not searched again.
     """
     own = getattr(module, "__name__", "")
-    known = _NAMES_OF_CACHES.get(id(names))
+    known = _NAMES_OF_FUNCTIONS.get(id(names))
     if known is not None and known[0] == own and known[1] == len(names):
         return known[2]
-    found = tuple(name for name, value in list(names.items()) if type(value) is CACHED)
+    found = tuple(
+        name
+        for name, value in list(names.items())
+        if type(value) is CACHED or _applied(value) is not None
+    )
     if is_installed(getattr(module, "__file__", None) or ""):
-        _NAMES_OF_CACHES[id(names)] = (own, len(names), found)
+        _NAMES_OF_FUNCTIONS[id(names)] = (own, len(names), found)
     return found
 
 

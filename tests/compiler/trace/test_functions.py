@@ -180,6 +180,9 @@ class _Reversed(torch.autograd.Function):
         return -ctx.scale * gradient, None
 
 
+_reversed = _Reversed.apply
+
+
 class _Clamped(torch.autograd.Function):
     """Writes on what it is given; all gradients pass."""
 
@@ -210,12 +213,14 @@ class _ScaledAndShifted(torch.autograd.Function):
 class _OwnCode(nn.Module):
     """Three layers; between the first two, code of the model's own forward: on (B, 6)."""
 
+    of_class = _Reversed.apply
+
     def __init__(self, code: Any) -> None:
         super().__init__()
         self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
         self.weight = nn.Parameter(torch.randn(6))
         self.array = np.array([3.0, 1.0, 0.0, 2.0, 5.0, 4.0])
-        self.code = code
+        self.code, self.reverse = code, _Reversed.apply
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.code(self, self.a(x))).relu())
@@ -225,6 +230,9 @@ class _OwnCode(nn.Module):
     "code",
     [
         lambda m, x: _Reversed.apply(x, 0.5),
+        lambda m, x: _reversed(x, 0.5),
+        lambda m, x: m.reverse(x, 0.5),
+        lambda m, x: m.of_class(x, 0.5),
         lambda m, x: _Clamped.apply(2 * x),
         lambda m, x: sum(_ScaledAndShifted.apply(x, m.weight)),
     ],
@@ -283,3 +291,37 @@ def test_a_net_with_an_autograd_function_and_an_array_can_be_pickled():
     net = cut_without_norms(_OwnCode(_by_both).eval(), ["a"], torch.zeros(2, 6))
     x = torch.randn(3, 6)
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+def _kept(bank: Tensor, place: Tensor, x: Tensor) -> None:
+    bank[int(place)] = x.detach()[0]
+
+
+class _Bank(nn.Module):
+    """Writes into a buffer at a place that another one holds, by a function of the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("bank", torch.zeros(4, 6))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        _kept(self.bank, self.place, x)
+        return self.head(x + self.bank.mean(0))
+
+
+class _ReadsValue(_Bank):
+    """Reads a value in its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x) * float(self.place))
+
+
+def test_a_hint_does_not_send_code_where_it_is_already():
+    with pytest.raises(sffx.TraceError, match="submodule") as raised:
+        sffx.plan(_Bank(), "layer", torch.zeros(2, 6))
+    assert "function of the file" not in str(raised.value)
+    with pytest.raises(sffx.TraceError, match="function of the file"):
+        sffx.plan(_ReadsValue(), "layer", torch.zeros(2, 6))

@@ -57,7 +57,7 @@ def fields_of(value: Any) -> Mapping[str, Any] | None:
         return None if names is None else dict(zip(names, value, strict=True))
     # It may be a property, which `__dict__` does not hold.
     if hasattr(value, "logits"):
-        return {"logits": value.logits}
+        return {**getattr(value, "__dict__", {}), "logits": value.logits}
     return getattr(value, "__dict__", None) or None
 
 

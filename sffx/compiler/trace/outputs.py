@@ -106,18 +106,22 @@ def place_of_logits(value: Any) -> str:
 
 
 def notes_on_outputs(value: Any, logits: Any, wanted: Wanted) -> list[str]:
-    """Return notes if other values that a model returns could be its logits, and none is named.
+    """Return notes on what a model returns beside its logits.
+
+    They are on other values that could be its logits, if none is named, and on losses.
 
     Args:
         value: what the forward returned, during a trace.
         logits: what `find_logits` found in it.
         wanted: what the caller says of the output.
     """
-    if place_of_logits(value) or not isinstance(logits, fx.Proxy):
+    if not isinstance(logits, fx.Proxy):
         return []
+    notes = _notes_on_losses(value)
+    if place_of_logits(value):
+        return notes
     values = _without_probabilities(tuple(_proxies_in(value)))
     count = [_shape(each) for each in values].count(_shape(logits))
-    notes = []
     if count > 1:
         notes.append(
             f"the model returns {count} values like {described(facts(logits.node).example)}, and "
@@ -132,22 +136,45 @@ def notes_on_outputs(value: Any, logits: Any, wanted: Wanted) -> list[str]:
     return notes
 
 
+def _notes_on_losses(value: Any) -> list[str]:
+    """Return a note if a model also returns numbers of the whole batch, as losses are."""
+    count = 0
+    for each in _proxies_in(value, logits_alone=False):
+        example = facts(each.node).example
+        count += isinstance(example, Tensor) and example.ndim == 0 and example.is_floating_point()
+    if not count:
+        return []
+    numbers, it = ("a number", "it") if count == 1 else (f"{count} numbers", "them")
+    return [
+        f"the model also returns {numbers} of the whole batch, such as a penalty that balances "
+        f"experts, and no block learns from {it}. Hint: where the model needs such a penalty, "
+        "train it by backpropagation"
+    ]
+
+
 def _in_words(widths: Collection[int]) -> str:
     return " and ".join(map(str, sorted(widths)))
 
 
-def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
-    """Yield the traced values in what a forward returned; of a named output its logits alone."""
+def _proxies_in(value: Any, *, logits_alone: bool = True) -> Iterator[fx.Proxy]:
+    """Yield the traced values in what a forward returned.
+
+    Args:
+        value: that it returned.
+        logits_alone: whether to yield only the logits of an output that names them.
+    """
     if isinstance(value, fx.Proxy):
         yield value
         return
+    parts = _values_in(value)
     fields = fields_of(value)
     named = "" if fields is None else name_of_logits(fields, _axes)
-    parts = (fields[named],) if fields is not None and named else _values_in(value)
+    if fields is not None and named and logits_alone:
+        parts = (fields[named],)
     for part in parts or ():
         # Not other objects, which may hold themselves.
         if isinstance(part, (fx.Proxy, Mapping, tuple, list)):
-            yield from _proxies_in(part)
+            yield from _proxies_in(part, logits_alone=logits_alone)
 
 
 def _shape(value: Any) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -401,3 +402,33 @@ def test_an_output_whose_first_axis_is_not_the_batch_is_refused(lay_out, message
 def test_an_output_without_axes_is_described_so():
     with pytest.raises(TraceError, match="returns a tensor without axes"):
         trace(_OtherLayout(torch.mean), torch.zeros(2, 5, 4))
+
+
+class _Balanced(nn.Module):
+    """Returns numbers of the batch beside its logits, where `pack` puts them."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.head, self.pack = nn.Linear(6, 6), nn.Linear(6, 4), pack
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.body(x))
+        return self.pack(self.head(x), x.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (lambda y, loss: (y, loss), "a number"),
+        (lambda y, loss: (loss, y), "a number"),
+        (lambda y, loss: (y, [loss, loss + 1]), "2 numbers"),
+        (lambda y, loss: {"logits": y, "loss": loss}, "a number"),
+        (lambda y, loss: SimpleNamespace(logits=y, extra={"loss": loss}), "a number"),
+        (lambda y, loss: {"logits": y, "seen": torch.tensor(3), "loss": None}, ""),
+        (lambda y, loss: y, ""),
+    ],
+)
+def test_a_loss_that_a_model_returns_beside_its_logits_is_noted(pack, words):
+    notes = [note for note in trace(_Balanced(pack)).notes if "no block learns from" in note]
+    assert len(notes) == bool(words)
+    assert all(f"also returns {words} of the whole batch" in note for note in notes)

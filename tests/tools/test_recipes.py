@@ -251,6 +251,9 @@ def test_gains_are_differences_of_equal_seeds_and_ratios_of_costs():
 
     methods = {"mlp": runs(0.5, 0.6), "better": runs(0.53, 0.61, 0.9), "unknown": runs(0.4)}
     costs = {"mlp": {"peak": 0.5, "time": 2.0}, "better": {"peak": 1.0, "time": 3.0}}
-    *_, better, unknown = gains(methods, costs).splitlines()
+    bp = {"BP": [{"seed": 0, "test": {"classifier": 0.7}}]}
+    table = gains({**bp, **methods}, costs)
+    *_, better, unknown = table.splitlines()
+    assert "BP" not in table
     assert better == "| better | 2.00 ± 1.41 | 2 | 2.00 | 1.50 |"
     assert unknown == "| unknown | -10.00 | 1 | – | – |"

@@ -99,13 +99,13 @@ def gains(methods: Methods, costs: dict[str, Any], base: str = "mlp") -> str:
     """Return a table of what each method adds to the base.
 
     It has the gain of the ensemble in percentage points, the mean and standard deviation of the
-    differences of equal seeds, and the cost of a step over that of the base.
+    differences of equal seeds, and the cost of a step over that of the base. BP has no ensemble.
     """
     titles = ["method", f"gain over {base}", "seeds", f"peak / {base}", f"time / {base}"]
     rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     of_base = {run["seed"]: run["test"]["ensemble"] for run in methods[base]}
     for method, runs in methods.items():
-        pairs = [run for run in runs if run["seed"] in of_base]
+        pairs = [run for run in runs if run["seed"] in of_base and "ensemble" in run["test"]]
         if method == base or not pairs:
             continue
         differences = spread(run["test"]["ensemble"] - of_base[run["seed"]] for run in pairs)

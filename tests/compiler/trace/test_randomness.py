@@ -132,7 +132,9 @@ def _assert_noisy(model: nn.Module) -> None:
     net = sffx.transform(model, "layer", torch.zeros(2, 6), norm="none")
     assert net.plan.leaves == ()
     x = torch.randn(3, 6)
-    assert not torch.equal(net.eval()(x), net(x))
+    # Two calls may agree: a ReLU hides noise that is negative.
+    first, *others = [net.eval()(x) for _ in range(16)]
+    assert not all(torch.equal(first, each) for each in others)
     assert sffx.check(model, net).passed
 
 

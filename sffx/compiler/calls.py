@@ -12,6 +12,9 @@ from torch.overrides import get_testing_overrides
 
 from sffx.arguments import Arguments
 
+# The name that functions of torch give to the tensor that they work on.
+_INPUT = "input"
+
 
 def overrides_call(kind: type[nn.Module]) -> bool:
     """Whether a class of modules has a `__call__` of its own."""
@@ -68,10 +71,6 @@ def first_by_position(
         return args, kwargs
     others = {name: value for name, value in kwargs.items() if name != _INPUT}
     return (kwargs[_INPUT],), others
-
-
-# The name that functions of torch give to the tensor that they work on.
-_INPUT = "input"
 
 
 def _takes_input_first(function: Any) -> bool:

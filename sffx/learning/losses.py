@@ -290,10 +290,10 @@ def check_targets(
     """
     if None in functions:
         task.check_targets(y, batch, num_classes)
-        require_samples(batch)
+        _require_samples(batch)
 
 
-def require_samples(batch: int) -> None:
+def _require_samples(batch: int) -> None:
     """Raise an InputError if a batch has no samples, whose mean loss would be no number.
 
     A loss of the user's own may be a sum, which is 0.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed as dist
@@ -36,6 +37,7 @@ from sffx.runtime.gate import Gate, none
 from sffx.runtime.gradients import Gradients, hooks_held_back
 from sffx.runtime.optimizers import require_optimizers_of
 from sffx.runtime.residency import Residency
+from sffx.runtime.sending import norms_before
 from sffx.runtime.stage import Stage, stages_of
 
 if TYPE_CHECKING:
@@ -207,8 +209,8 @@ class Sharding(Residency):
             self.agreement.steps += 1
         self.agree(action)
         yield
-        # A norm runs when its stage was released. That behind the last stage does not run.
-        norms = [norm for stage in stages[:-1] for norm in stage.norms]
+        # A norm runs when its stage was released.
+        norms = list(chain.from_iterable(norms_before(stages)))
         for group in self._groups:
             _equalise_buffers(norms, group)
 

@@ -327,11 +327,12 @@ class Boosting(Addition):
     """
 
     def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
-        earlier: list[Tensor] = []
+        earlier: Tensor | float = 0.0
 
         def boosted(goodness: Tensor, y: Tensor) -> Tensor:
-            before = self.strength * torch.stack(earlier).sum(0) if earlier else 0.0
-            earlier.append(goodness.detach())
-            return F.cross_entropy(goodness + before, y)
+            nonlocal earlier
+            before = earlier
+            earlier = before + goodness.detach()
+            return F.cross_entropy(goodness + self.strength * before, y)
 
         return sffx.local_loss(net, x, y, [*[boosted] * len(plan_of(net)), None])

@@ -9,22 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from mypy import api
 
 import sffx
 from tests.examples.scripts import ROOT
 from tests.examples.test_guides import PAGES, blocks_of
-
-# Of these packages nothing is checked; to read them takes a minute.
-FOREIGN = (
-    "accelerate",
-    "lightning",
-    "sklearn",
-    "timm",
-    "torchmetrics",
-    "torchvision",
-    "transformers",
-)
 
 PROGRAM = """
 import torch
@@ -54,14 +42,26 @@ def code_of(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mypy(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run mypy by the options of pyproject.toml, with one cache for all runs."""
+    own = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", *own, *arguments],
+        cwd=cwd,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def package() -> subprocess.CompletedProcess[str]:
-    """Return what mypy says of the package and the tools, by the options of pyproject.toml.
+    """Return what mypy says of the package and the tools.
 
-    It runs beside other tests, since it takes a minute of one core to read torch.
+    It runs beside other tests, since it takes half a minute of one core to read torch.
     """
-    command = [sys.executable, "-m", "mypy"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return mypy(cwd=ROOT)
 
 
 def test_package_and_tools_have_no_type_errors(package: subprocess.CompletedProcess[str]) -> None:
@@ -81,24 +81,10 @@ def checked(
     for page in PAGES:
         name = page.stem.lower().replace("-", "_")
         (folder / f"{name}.py").write_text(code_of(page), encoding="utf-8")
-    foreign = ",".join(f"mypy-{package}.*" for package in FOREIGN)
-    settings = [
-        "[mypy]",
-        f"mypy_path = {ROOT}",
-        # With the cache and the options of pyproject.toml.
-        f"cache_dir = {ROOT / '.mypy_cache'}",
-        "ignore_missing_imports = True",
-        "check_untyped_defs = True",
-        "warn_unused_ignores = True",
-        "warn_redundant_casts = True",
-        f"[{foreign}]",
-        "follow_imports = skip",
-    ]
-    (folder / "mypy.ini").write_text("\n".join(settings), encoding="utf-8")
-    files = sorted(str(file) for file in folder.glob("*.py"))
-    output, errors, _ = api.run(["--config-file", str(folder / "mypy.ini"), *files])
-    assert not errors
-    return output.splitlines()
+    files = sorted(file.name for file in folder.glob("*.py"))
+    run = mypy(*files, cwd=folder)
+    assert not run.stderr
+    return run.stdout.splitlines()
 
 
 def test_the_code_of_the_pages_has_no_type_errors(checked: list[str]) -> None:

@@ -16,6 +16,10 @@ from hypothesis import settings
 # They hold whole programs: single tests of 5 to 20 s.
 LONG_FOLDERS = ("examples", "tools")
 
+# How many cases of a test a quick run takes. All cases of all tests take twice the eight minutes
+# that a person waits for.
+FEW = 3
+
 # A part of a skip's reason, and why such a skip is right.
 EXPECTED_SKIPS = {"a CUDA device": "the machines that run these tests have no GPU"}
 
@@ -27,9 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail if a test is skipped for a reason that tests/conftest.py does not list",
     )
     parser.addoption(
-        "--all-cases",
-        action="store_true",
-        help="run all cases of the tests marked `sampled(n)`, of which a run of all tests takes n",
+        "--cases",
+        choices=["few", "most", "all"],
+        default="few",
+        help=f"which cases of a test a run of whole folders takes: few, {FEW} of each test; most, "
+        "all but for the tests marked `sampled(n)`; or all. Files and tests named by themselves "
+        "run on all",
     )
 
 
@@ -37,8 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set what makes a run fast, before torch is imported."""
     config.addinivalue_line(
         "markers",
-        "sampled(n): a run of all tests takes n of the cases of a long test, spread evenly over "
-        "the list; --all-cases takes all, and so does a run of named tests",
+        "sampled(n): a long test, of whose cases a run takes n unless it is to take all",
     )
     # Python's own threshold takes 7 % of the time of a run.
     gc.set_threshold(50_000, 10, 10)
@@ -81,28 +87,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     At the end, one worker would wait for the other.
     """
-    is_named = bool(config.option.keyword) or any("::" in each for each in config.args)
-    if not config.getoption("--all-cases") and not is_named:
-        left_out = _left_out(items)
+    chosen = config.getoption("--cases")
+    if chosen != "all" and not _is_named(config):
+        left_out = _left_out(items, limit=FEW if chosen == "few" else None)
         config.hook.pytest_deselected(items=left_out)
         dropped = set(left_out)
         items[:] = [item for item in items if item not in dropped]
     items.sort(key=lambda item: item.path.parent.name not in LONG_FOLDERS)
 
 
-def _left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """Return the cases that `sampled` marks leave out. The same cases give the same answer."""
+def _is_named(config: pytest.Config) -> bool:
+    """Return whether the run is of files or tests that were named, not of whole folders."""
+    files = any("::" in each or each.endswith(".py") for each in config.args)
+    return files or bool(config.option.keyword)
+
+
+def _left_out(items: Iterable[pytest.Item], limit: int | None) -> list[pytest.Item]:
+    """Return the cases that a run leaves out. The same cases give the same answer.
+
+    Args:
+        items: all cases of all tests, in order.
+        limit: how many cases of a test are taken at most, None for all or as many as its mark
+            says.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sampled") is not None:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out = []
     for of_test in cases.values():
-        (wanted,) = of_test[0].get_closest_marker("sampled").args
-        step = max(len(of_test) / wanted, 1)
-        taken = {int(i * step) for i in range(wanted)}
+        mark = of_test[0].get_closest_marker("sampled")
+        wanted = min(len(of_test) if mark is None else mark.args[0], limit or len(of_test))
+        taken = _spread(wanted, over=len(of_test))
         left_out += [item for i, item in enumerate(of_test) if i not in taken]
     return left_out
+
+
+def _spread(wanted: int, over: int) -> set[int]:
+    """Return the indices of so many of a list's items, at equal distances."""
+    step = max(over / wanted, 1)
+    return {int(i * step) for i in range(wanted)}
 
 
 def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:

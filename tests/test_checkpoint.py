@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +308,15 @@ def test_an_entry_of_one_s_own_stays_whatever_its_name(path: Path) -> None:
     assert checkpoint.optimizer is None
 
 
+@cache
+def plan_of_plain() -> sffx.BlockPlan:
+    """Return one plan for all records, since they are made while the tests are collected."""
+    return sffx.plan(plain(), example_input=EXAMPLE)
+
+
 def record(**changes: Any) -> dict[str, Any]:
     """Return the record of a cut, with entries changed; an entry that is None is left out."""
-    plan = sffx.plan(plain(), example_input=EXAMPLE)
-    changed = {**plan.record(), **changes}
+    changed = {**plan_of_plain().record(), **changes}
     return {name: value for name, value in changed.items() if value is not None}
 
 

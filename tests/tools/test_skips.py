@@ -18,7 +18,7 @@ NO_BROWSER = "import pytest\npytest.importorskip('no_such_package', reason='ther
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run pytest on a folder with the hooks of tests/conftest.py."""
     plugins = ["-p", "xdist", "-p", "tests.conftest"]
-    command = [sys.executable, "-m", "pytest", *plugins, *options, str(folder)]
+    command = [sys.executable, "-m", "pytest", *plugins, *options]
     # Other plugins take longer to import than these tests to run.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
@@ -50,21 +50,28 @@ def test_an_expected_skip_does_not_fail_the_run(tmp_path: Path) -> None:
     assert "1 skipped, expected: needs a CUDA device" in result.stdout
 
 
-SAMPLED = """import pytest
-@pytest.mark.sampled(3)
+CASES = """import pytest
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('case', range(7))
 def test_long(case): pass
+@pytest.mark.parametrize('case', range(5))
+def test_short(case): pass
 """
 
 
 @pytest.mark.parametrize(
-    ("options", "counts"),
-    [((), "3 passed, 4 deselected"), (("--all-cases",), "7 passed"), (("-k", "long"), "7 passed")],
+    ("arguments", "counts"),
+    [
+        ((), "6 passed, 6 deselected"),
+        (("--cases", "most"), "9 passed, 3 deselected"),
+        (("--cases", "all"), "12 passed"),
+        (("-k", "long"), "7 passed, 5 deselected"),
+        (("test_some.py",), "12 passed"),
+        (("test_some.py::test_long",), "7 passed"),
+    ],
 )
-def test_a_run_of_all_tests_takes_some_cases_of_a_long_one(
-    tmp_path: Path, options: tuple[str, ...], counts: str
+def test_a_run_of_folders_takes_some_cases_of_each_test(
+    tmp_path: Path, arguments: tuple[str, ...], counts: str
 ) -> None:
-    (tmp_path / "test_some.py").write_text(SAMPLED)
-    result = run_pytest(tmp_path, *options)
-    assert f" {counts} in" in result.stdout
-    assert not options or "deselected" not in result.stdout
+    (tmp_path / "test_some.py").write_text(CASES)
+    assert f" {counts} in" in run_pytest(tmp_path, *arguments).stdout

@@ -19,6 +19,7 @@ TASK_NAMES = {
     "Classification": "classification",
     "MultiLabel": "multilabel",
     "Regression": "regression",
+    "DenseRegression": "dense-regression",
     "Segmentation": "segmentation",
     "TokenClassification": "tokens",
     "LanguageModel": "language",

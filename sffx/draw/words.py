@@ -34,7 +34,7 @@ def heads_in_words(options: Options, task: Task = CLASSIFICATION) -> str:
     name, numbers = parse_goodness(options.goodness)
     if name == "shared":
         return "the model's output layer behind an adapter"
-    if task.form == "number":
+    if not task.has_goodness:
         return _readout_in_words(name, numbers)
     if name == "cwc":
         return "CwC: groups of channels, no parameters"
@@ -86,10 +86,10 @@ def _head_kind(block: Block, plan: BlockPlan) -> list[str]:
         return ["cosine"]
     if kind == "shared":
         return ["adapter", "output layer"]
-    last = "linear readout" if plan.task.form == "number" else "cosine"
+    last = "cosine" if plan.task.has_goodness else "linear readout"
     if kind in ("mlp", "auto"):
         return ["hidden layer", last]
-    if plan.task.form == "number":
+    if not plan.task.has_goodness:
         return [last]
     # An ordinary SFF head needs no words: the legend names it. Kernels of 3 are "3×3" on an image.
     axes = len(block.shape) - 1
@@ -117,7 +117,7 @@ def classifier_in_words(plan: BlockPlan) -> str:
     """Return how the classifier learns, for the legend."""
     if not plan.objective.trains_classifier:
         return "does not learn"
-    scores = "numbers" if plan.task.form == "number" else "logits"
+    scores = "logits" if plan.task.has_goodness else "numbers"
     return f"learns by {plan.task.loss_name} from its own {scores}"
 
 

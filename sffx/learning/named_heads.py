@@ -105,18 +105,27 @@ def _with_threshold(maker: Maker, start: float) -> Maker:
 
 
 def _readout(block: Block, num_outputs: int, kernel_size: int = 1) -> nn.Module:
+    _require_no_kernel(kernel_size)
+    return NumberReadout(block.channels, num_outputs, block.channel_axis, _spatial(block))
+
+
+def _require_no_kernel(kernel_size: int) -> None:
     if kernel_size != 1:
         raise InputError(
             f"kernel_size is {kernel_size!r}, but the readout of numbers has no convolution. "
             "Hint: leave it out"
         )
-    return NumberReadout(block.channels, num_outputs, block.channel_axis, _spatial(block))
 
 
 def _readout_of_hidden(block: Block, num_outputs: int, hidden: int, regions: int) -> nn.Module:
     return NumberReadout(
         block.channels, num_outputs, block.channel_axis, _spatial(block), regions, hidden
     )
+
+
+def _readout_at_each_pixel(block: Block, num_outputs: int, kernel_size: int = 1) -> nn.Module:
+    _require_no_kernel(kernel_size)
+    return _at_each_pixel(_flat_readout)(block, num_outputs)
 
 
 def _of_pixels(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
@@ -193,6 +202,17 @@ def _flat_hidden_layer(channels: int, num_classes: int, hidden: int, regions: in
     return CosineGoodness(channels, num_classes, spatial=0, hidden=hidden)
 
 
+def _flat_readout(channels: int, num_outputs: int) -> nn.Module:
+    return NumberReadout(channels, num_outputs, spatial=0)
+
+
+def _flat_readout_of_hidden(
+    channels: int, num_outputs: int, hidden: int, regions: int
+) -> nn.Module:
+    _require_no_regions(regions)
+    return NumberReadout(channels, num_outputs, spatial=0, hidden=hidden)
+
+
 def _shared_output(block: Block, num_outputs: int) -> nn.Module:
     _require_tokens(block)
     return SharedOutput(block.channels, block.channel_axis)
@@ -225,6 +245,7 @@ def _require_tokens(block: Block) -> None:
 
 
 _hidden_at_each_pixel = _at_each_pixel(_flat_hidden_layer)
+_readout_of_hidden_at_each_pixel = _at_each_pixel(_flat_readout_of_hidden)
 _hidden_at_each_token = _at_each_token(_flat_hidden_layer)
 
 # The heads of classes of a sample, by name.
@@ -251,6 +272,11 @@ FORMS: dict[str, Mapping[str, Maker]] = {
         "sff": _readout,
         "mlp": _readout_of_hidden,
         "auto": _sized(_readout_of_hidden),
+    },
+    "field": {
+        "sff": _readout_at_each_pixel,
+        "mlp": _readout_of_hidden_at_each_pixel,
+        "auto": _sized_at_positions(_readout_of_hidden_at_each_pixel),
     },
     "pixel": {
         "sff": _of_pixels,

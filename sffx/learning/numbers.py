@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sffx.errors import InputError
 from sffx.kernels.precision import full_precision, widened
 from sffx.learning.pooling import features_of, num_features
 
@@ -24,6 +25,9 @@ class NumberReadout(nn.Module):
         spatial: number of axes besides batch and channels.
         regions: along each axis of space of images and volumes.
         hidden: number of units of the hidden layer; None for no such layer.
+
+    Raises:
+        InputError: there is only one feature before the hidden layer.
     """
 
     def __init__(
@@ -40,6 +44,11 @@ class NumberReadout(nn.Module):
         self.spatial = spatial
         self.regions = regions
         features = num_features(channels, spatial, regions)
+        if hidden is not None and features < 2:
+            raise InputError(
+                "a single feature minus its mean is 0, which a hidden layer would read. "
+                "Hint: goodness='sff' for such a block"
+            )
         self.hidden = nn.Linear(features, hidden) if hidden is not None else None
         self.readout = nn.Linear(features if hidden is None else hidden, num_outputs)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sffx.blocks import Block
 from sffx.tasks.grid import on_grid
-from sffx.tasks.segmentation import INTERPOLATION
+from sffx.tasks.over_space import INTERPOLATION
 
 
 class StreamHeads(nn.ModuleList):

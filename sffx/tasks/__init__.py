@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from sffx.tasks.classification import CLASSIFICATION, Classification
+from sffx.tasks.dense_regression import DenseRegression
 from sffx.tasks.labels import MultiLabel
 from sffx.tasks.records import task_of_record, task_record
 from sffx.tasks.regression import Regression
@@ -17,6 +18,7 @@ from sffx.tasks.tokens import LanguageModel, TokenClassification
 __all__ = [
     "CLASSIFICATION",
     "Classification",
+    "DenseRegression",
     "LanguageModel",
     "MultiLabel",
     "Regression",

@@ -8,6 +8,7 @@ from typing import Any
 
 from sffx.errors import InputError
 from sffx.tasks.classification import Classification
+from sffx.tasks.dense_regression import DenseRegression
 from sffx.tasks.labels import MultiLabel
 from sffx.tasks.regression import Regression
 from sffx.tasks.segmentation import Segmentation
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     Classification.name: Classification,
     MultiLabel.name: MultiLabel,
     Regression.name: Regression,
+    DenseRegression.name: DenseRegression,
     Segmentation.name: Segmentation,
     TokenClassification.name: TokenClassification,
     LanguageModel.name: LanguageModel,

@@ -34,6 +34,7 @@ class Regression(Task):
     outputs: ClassVar[str] = "numbers"
     loss_name: ClassVar[str] = "squared error"
     probability_function: ClassVar[str] = ""
+    has_goodness: ClassVar[bool] = False
     shapes: ClassVar[str] = "(B,) or (B, N)"
     shares: ClassVar[tuple[str, ...]] = ()
     means: ClassVar[dict[str, str]] = {"mse": "squares", "mae": "absolute", "loss": "squares"}
@@ -45,8 +46,13 @@ class Regression(Task):
         return int(shape[1]) if len(shape) == 2 else 1
 
     def way_to_output(self, shape: Shape) -> str:
-        if len(shape) > 2:
-            return "for a forecast (B, T, N) return output.flatten(1), and pass y like it"
+        if len(shape) == 3:
+            return (
+                "for a forecast (B, T, N) return output.flatten(1), and pass y like it; for "
+                "numbers along a signal, (B, N, T), pass task=sffx.tasks.DenseRegression()"
+            )
+        if len(shape) > 3:
+            return "for numbers of pixels pass task=sffx.tasks.DenseRegression()"
         return super().way_to_output(shape)
 
     def count_in_words(self, num_outputs: int) -> str:
@@ -66,13 +72,7 @@ class Regression(Task):
             raise InputError(
                 f"y has shape {tuple(y.shape)}, not {wanted}. Hint: the numbers of each sample"
             )
-        if not y.is_floating_point():
-            raise InputError(
-                f"y has dtype {y.dtype}, no floats. Hint: y.float() for numbers, or for class "
-                "indices task=sffx.tasks.Classification() and a model with an output for each class"
-            )
-        if has_values(y) and not bool(y.isfinite().all()):
-            raise InputError("y has values that are not finite. Hint: leave these samples out")
+        require_numbers(y)
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
@@ -115,6 +115,17 @@ class Regression(Task):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_r2(sums).tolist())
+
+
+def require_numbers(y: Tensor) -> None:
+    """Raise an InputError if targets are no finite floats."""
+    if not y.is_floating_point():
+        raise InputError(
+            f"y has dtype {y.dtype}, no floats. Hint: y.float() for numbers, or for class "
+            "indices task=sffx.tasks.Classification() and a model with an output for each class"
+        )
+    if has_values(y) and not bool(y.isfinite().all()):
+        raise InputError("y has values that are not finite. Hint: leave these samples out")
 
 
 def _single(batch: int) -> set[tuple[int, ...]]:

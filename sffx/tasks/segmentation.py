@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.kernels.majority import majority_labels
-from sffx.tasks.grid import grid_of, on_grid
+from sffx.tasks.over_space import AXES, OverSpace, sizes_of_images
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Maps, Shape, Sums, Task
-
-# By the number of axes of space: their names, and how scores are enlarged.
-_AXES = {1: "T", 2: "H, W", 3: "D, H, W"}
-INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+from sffx.tasks.task import Shape, Sums
 
 
 @dataclass(frozen=True)
-class Segmentation(Positions):
+class Segmentation(OverSpace, Positions):
     """Classes of pixels. The model's output is logits (B, J, H, W), y is class indices (B, H, W).
 
     With voxels these are (B, J, D, H, W) and (B, D, H, W), with a signal (B, J, T) and (B, T). Of a
@@ -51,14 +46,7 @@ class Segmentation(Positions):
 
     Attributes:
         ignore_index: the label of pixels that are left out.
-        space: the number of axes of space: 2 of images, 3 of volumes, 1 of signals. `transform`
-            sets it.
-        example_sizes: of the image and of the answer in the example; () where they are not known.
-            `transform` sets it.
     """
-
-    space: int = 2
-    example_sizes: tuple[tuple[int, ...], ...] = field(default=(), compare=False, repr=False)
 
     name: ClassVar[str] = "segmentation"
     form: ClassVar[str] = "pixel"
@@ -67,52 +55,21 @@ class Segmentation(Positions):
 
     @property
     def shapes(self) -> str:  # type: ignore[override]
-        return f"(B, J, {_AXES[self.space]})"
-
-    def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
-        space = len(shape) - 2
-        sizes = _sizes_of_images(inputs, space)
-        # Where images differ in size, it is unknown which of them has the labels.
-        if len(sizes) != 1:
-            return replace(self, space=space)
-        image = sizes.pop()
-        answer = tuple(shape[2:])
-        return replace(self, space=space, example_sizes=(image, answer))
-
-    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
-        has_axes_of_space = len(shape) - 2 in _AXES
-        return has_axes_of_space and num_outputs in (None, shape[1])
-
-    def fits(self, shape: Shape, output: Shape) -> bool:
-        # A block has a resolution of its own, and may score the tokens of a grid.
-        has_axes = len(shape) == len(output) or self._is_of_tokens(shape)
-        return has_axes and tuple(shape[:2]) == tuple(output[:2])
-
-    def _is_of_tokens(self, shape: Shape) -> bool:
-        """Return whether values of a shape are tokens, where the output is of images."""
-        return self.space == 2 and len(shape) == 3
-
-    def why_not_scored(
-        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
-    ) -> str:
-        if len(shape) == len(output):
-            return ""
-        are_tokens = self._is_of_tokens(shape) and channel_axis == 2
-        if are_tokens and grid_of(shape[1], output[2:]) in maps():
-            return ""
-        return "its value does not have the axes of space that the goodness of a pixel needs"
+        return f"(B, J, {AXES[self.space]})"
 
     def _target_axes(self) -> tuple[int, ...]:
         return (self.space + 1,)
 
     def _target_shapes(self, batch: int) -> str:
-        return f"({batch}, {_AXES[self.space]})"
+        return f"({batch}, {AXES[self.space]})"
 
     def require_size(self, y: Any, of_answer: bool, shapes: Sequence[Shape]) -> None:
         is_signal = self.space == 1  # which has a length alone
         if is_signal or not isinstance(y, Tensor) or y.ndim != self.space + 1:
             return
-        sizes = self._sizes_of_labels(shapes, of_answer)
+        # Labels have the size of the image or of the answer, which may differ.
+        sizes = sizes_of_images(shapes, self.space)
+        sizes |= self.sizes_of_targets(shapes, of_answer)
         size_of_labels = tuple(y.shape[1:])
         if size_of_labels in sizes:
             return
@@ -120,61 +77,25 @@ class Segmentation(Positions):
         for size in sorted(sizes):
             _require_fitting(size, size_of_labels, whose)
 
-    def _sizes_of_labels(self, shapes: Sequence[Shape], of_answer: bool) -> set[tuple[int, ...]]:
-        """Return the sizes that labels may have: of the image, or of the answer, which may differ.
-
-        Args:
-            shapes: with the batch.
-            of_answer: whether they are those of the model's output, or those of its inputs.
-        """
-        given = _sizes_of_images(shapes, self.space)
-        if not self.example_sizes:
-            return given
-        image, answer = self.example_sizes
-        before, after = (answer, image) if of_answer else (image, answer)
-        sizes = set(given)
-        for size in given:
-            sizes |= _counterparts(size, before, after)
-        return sizes
-
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         shape = (output[0], *output[2:])
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
-        logits = scores[-1]
-        size = logits.shape[2:]
-        resized = [self._resized(own, size) for own in scores[:-1]]
-        return [*resized, logits]
-
-    def _resized(self, scores: Tensor, size: torch.Size) -> Tensor:
-        """Return scores at another size."""
-        if self.space == 2:
-            scores = on_grid(scores, size)
-        # An exporter passes proxies, which cannot be compared.
-        if isinstance(scores, Tensor) and scores.shape[2:] == size:
-            return scores
-        return F.interpolate(scores, size=size, mode=INTERPOLATION[self.space], align_corners=False)
-
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        scores = self._on_map(scores, y)
+        scores = self.on_map(scores, y.shape[1:])
         size = tuple(scores.shape[2:])
         labels = majority_labels(y, size, scores.shape[1], self.ignore_index)
         return super().loss(scores, labels)
 
-    def _on_map(self, scores: Tensor, y: Tensor) -> Tensor:
-        """Return scores of a map, (B, J, ...), which the labels fit."""
-        return on_grid(scores, y.shape[1:]) if self.space == 2 else scores
-
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
-        scores = self._on_map(scores, y)
-        scores = self._resized(scores, y.shape[1:])
+        scores = self.on_map(scores, y.shape[1:])
+        scores = self.resized(scores, y.shape[1:])
         return super().log_likelihoods(scores, y)
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
-        scores = self._on_map(scores, y)
+        scores = self.on_map(scores, y.shape[1:])
         # At full size, so that blocks of different resolutions can be compared.
-        scores = self._resized(scores, y.shape[1:])
+        scores = self.resized(scores, y.shape[1:])
         num_classes = scores.shape[1]
         is_counted = y != self.ignore_index
         predicted = scores.argmax(dim=1)
@@ -190,25 +111,6 @@ class Segmentation(Positions):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_iou(sums["confusion"]).tolist())
-
-
-def _sizes_of_images(shapes: Sequence[Shape], space: int) -> set[tuple[int, ...]]:
-    """Return the sizes of the values among some, (B, C, ...), that have axes of space."""
-    return {tuple(shape[2:]) for shape in shapes if len(shape) == space + 2}
-
-
-def _counterparts(size: Shape, before: Shape, after: Shape) -> set[tuple[int, ...]]:
-    """Return the sizes that may belong to a size, given a pair of sizes that belong together.
-
-    A model without padding takes the same number of pixels from each image. A model with strides
-    takes the same share.
-    """
-    moved = []
-    scaled = []
-    for length, old, new in zip(size, before, after, strict=True):
-        moved.append(length + new - old)
-        scaled.append(length * new // old)
-    return {tuple(moved), tuple(scaled)}
 
 
 def _require_fitting(size: Shape, size_of_labels: Shape, whose: str) -> None:

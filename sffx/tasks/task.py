@@ -39,6 +39,7 @@ class Task:
         loss_name: the name of the loss.
         shapes: the shape of the model's output, for messages.
         per_position: whether a position is scored, a token or a pixel, and not the sample.
+        has_goodness: whether the paper's head is a goodness, and not a linear readout.
         probability_function: turns scores into probabilities, "" where there are none.
         norms_tokens: whether the norm between two blocks looks at each token by itself.
         has_confidence: whether a sample has a confidence, by which it can exit early.
@@ -52,6 +53,7 @@ class Task:
     loss_name: ClassVar[str] = "cross-entropy"
     shapes: ClassVar[str] = "(B, J)"
     per_position: ClassVar[bool] = False
+    has_goodness: ClassVar[bool] = True
     probability_function: ClassVar[str] = "softmax"
     norms_tokens: ClassVar[bool] = False
     has_confidence: ClassVar[bool] = False

@@ -58,6 +58,14 @@ def squared_error(scores: Tensor, y: Tensor) -> Tensor:
     return ((scores.reshape(len(y), -1) - y.reshape(len(y), -1)) ** 2).mean()
 
 
+def squared_error_of_means(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the squared error to the means of the targets that fall into a place of the scores."""
+    side = y.shape[2] // scores.shape[2]
+    for axis in range(2, y.ndim):
+        y = y.unflatten(axis, (-1, side)).mean(axis + 1)
+    return ((scores - y) ** 2).mean()
+
+
 def binary_entropy(scores: Tensor, y: Tensor) -> Tensor:
     p = scores.sigmoid()
     return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
@@ -186,6 +194,22 @@ CASES = {
         random_image,
         number,
         squared_error,
+    ),
+    "field": Case(
+        tasks.DenseRegression(),
+        lambda: images(nn.Upsample(scale_factor=2), nn.Conv2d(6, 2, 1)),
+        "batchnorm",
+        random_image,
+        lambda x: x[:, :2] * x[:, 2:],
+        squared_error_of_means,
+    ),
+    "forecast": Case(
+        tasks.DenseRegression(),
+        signals,
+        "batchnorm",
+        random_signal,
+        lambda x: x.cumsum(2),
+        squared_error_of_means,
     ),
     "labels": Case(
         tasks.MultiLabel(),

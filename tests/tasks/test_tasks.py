@@ -198,7 +198,7 @@ def test_weights_of_blocks_mix_probabilities(name):
     assert losses["weighted"] <= best + 1e-4
 
 
-@pytest.mark.parametrize("name", ["regression", "one number"])
+@pytest.mark.parametrize("name", ["regression", "one number", "field", "forecast"])
 def test_numbers_are_not_weighed(name):
     with pytest.raises(sffx.InputError, match="no probabilities"):
         sffx.weigh(CASES[name].net(), [CASES[name].batch()])

@@ -122,8 +122,10 @@ def unclear(model: nn.Module, value: object) -> TraceError:
     hints = {
         3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for those "
         "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); ",
-        4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); ",
-        5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); ",
+        4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); for numbers of pixels, "
+        "task=sffx.tasks.DenseRegression(); ",
+        5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); for numbers of voxels, "
+        "task=sffx.tasks.DenseRegression(); ",
     }
     return TraceError(
         f"{type(model).__name__} returns {described(value)}, which does not tell the task. "

@@ -63,8 +63,9 @@ def transform(
 
     Args:
         model: a classifier, or a model with another task. A classifier's output is logits (B, J),
-            or holds them first or as `.logits`. Where several outputs could be logits,
-            `num_classes` tells which. The model is copied, and left as it is.
+            or holds them, as `.logits` for example. Of outputs of several widths, `num_classes`
+            tells which; of several of one width, as early exits, it is the one that most layers
+            lead to. The model is copied, and left as it is.
         policy: where to cut. "residual", "batchnorm", "layer" or "module"; or one of
             `sffx.policies` with its parameters, as `stages(4)` or "stages(4)"; or names of nodes to
             cut after (`sffx.plan` lists them); or a function of your own (see `sffx.policies`).

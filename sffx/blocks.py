@@ -358,6 +358,7 @@ class BlockPlan:
         notes: remarks for the reader of the plan, one sentence each.
         options: how the blocks learn, and the norm between them.
         task: what the model predicts, and what a target is.
+        output_keys: the keys and indices that lead to the output in what the model returns.
     """
 
     model: str
@@ -371,6 +372,7 @@ class BlockPlan:
     options: Options = Options()
     arguments: Arguments | None = None
     task: Task = CLASSIFICATION
+    output_keys: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.blocks)

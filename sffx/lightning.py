@@ -19,7 +19,7 @@ from sffx.errors import InputError, MissingExtra
 from sffx.inputs import marks_tokens, targets_of
 from sffx.learning.losses import LossFunctions, check_targets
 from sffx.net import is_cut, plan_of
-from sffx.plain import logits_of
+from sffx.plain import values_that_fit
 from sffx.runtime.evaluate import block_scores, scores_by_name
 from sffx.runtime.optimizers import BlockPlateau, parameter_groups, require_rate
 from sffx.runtime.schedule import BlockSchedule
@@ -447,7 +447,16 @@ class BPModule(_Predictor):
         return {"model": self._logits(x)}
 
     def _logits(self, x: Any) -> Tensor:
-        logits: Tensor = logits_of(self(x), self.task)
+        output = self(x)
+        fitting = values_that_fit(output, self.task)
+        shapes = [tuple(value.shape) for value in fitting]
+        # Only a trace can tell which one most layers lead to.
+        if len(shapes) > 1 and shapes.count(shapes[0]) > 1:
+            raise InputError(
+                f"the model returns {shapes.count(shapes[0])} values of shape {shapes[0]}, each of "
+                "which could be its output. Hint: pass a wrapper whose forward returns one of them"
+            )
+        logits: Tensor = fitting[0] if fitting else output
         return logits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,33 @@ from torch.utils._pytree import tree_leaves
 from sffx.tasks import Task
 
 
-def logits_of(output: Any, task: Task, num_outputs: int | None = None) -> Any:
+def logits_of(
+    output: Any, task: Task, num_outputs: int | None = None, keys: Sequence[Any] = ()
+) -> Any:
     """Return the logits in what a plain model returned, or all of it where there are none.
 
-    What is called "logits" comes first, then what is called "out" and has axes of space, then the
-    first float tensor of a shape that the task has. Probabilities do not count where the scores
-    that they are made of are returned as well.
+    What the keys lead to comes first. Then comes what is called "logits", then what is called "out"
+    and has axes of space, then the first float tensor of a shape that the task has. Probabilities
+    do not count where the scores that they are made of are returned as well.
+
+    Args:
+        output: what the model returned.
+        task: of the model.
+        num_outputs: J where it is known.
+        keys: lead to the logits in what the model returns in train mode, () where they are not
+            known. In eval mode it may return something else.
+    """
+    found = _value_at(output, keys)
+    if isinstance(found, Tensor):
+        return found
+    fitting = values_that_fit(output, task, num_outputs)
+    return fitting[0] if fitting else output
+
+
+def values_that_fit(output: Any, task: Task, num_outputs: int | None = None) -> list[Tensor]:
+    """Return the values that could be the logits in what a plain model returned.
+
+    It is one where the model names its logits.
 
     Args:
         output: what the model returned.
@@ -29,18 +50,29 @@ def logits_of(output: Any, task: Task, num_outputs: int | None = None) -> Any:
     if fields is not None:
         name = name_of_logits(fields, _axes)
         if name:
-            return logits_of(fields[name], task, num_outputs)
+            return values_that_fit(fields[name], task, num_outputs)
         output = tuple(fields.values())
     fitting = []
     for value in tree_leaves(output):
         is_of_floats = isinstance(value, Tensor) and value.is_floating_point()
         if is_of_floats and task.could_be_output(value.shape, num_outputs):
             fitting.append(value)
-    for value in fitting:
-        others = [other for other in fitting if other is not value]
-        if not any(_are_probabilities(value, other) for other in others):
-            return value
+    return [value for value in fitting if not _are_probabilities_of_any(value, fitting)]
+
+
+def _value_at(output: Any, keys: Sequence[Any]) -> Any:
+    """Return the value that some keys lead to, None where there is none."""
+    for key in keys:
+        output = parts_by_key(output).get(key)
     return output
+
+
+def parts_by_key(value: Any) -> Mapping[Any, Any]:
+    """Return the parts of a mapping, a record, a tuple or a list; none of other values."""
+    fields = fields_of(value)
+    if fields is not None:
+        return {**fields}
+    return dict(enumerate(value)) if isinstance(value, (tuple, list)) else {}
 
 
 def fields_of(value: Any) -> Mapping[str, Any] | None:
@@ -75,6 +107,11 @@ def name_of_logits(fields: Mapping[str, Any], axes: Callable[[Any], int]) -> str
 
 def _axes(value: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
+
+
+def _are_probabilities_of_any(value: Tensor, others: Sequence[Tensor]) -> bool:
+    """Return whether a value is the softmax or the sigmoid of another one."""
+    return any(_are_probabilities(value, other) for other in others if other is not value)
 
 
 def _are_probabilities(value: Tensor, logits: Tensor) -> bool:

@@ -468,3 +468,24 @@ def test_backpropagation_counts_the_tokens_that_local_learning_counts(form: str)
     assert torch.equal(plain.loss(x, y), expected)
     assert torch.equal(plain.without_padding(x, y), local.without_padding(x, y))
     assert torch.equal(plain.without_padding(tokens, y), y)
+
+
+class Exits(nn.Module):
+    """Returns the logits of two layers, or says which of them are its logits."""
+
+    def __init__(self, *, named: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.named = nn.Linear(4, 3), nn.Linear(4, 3), named
+
+    def forward(self, x: Tensor) -> Any:
+        logits, other = self.second(x), self.first(x)
+        return {"other": other, "logits": logits} if self.named else [other, logits]
+
+
+def test_backpropagation_does_not_guess_which_of_several_exits_is_meant() -> None:
+    x, y = torch.randn(2, 4), torch.tensor([0, 2])
+    with pytest.raises(sffx.InputError, match=r"2 values of shape \(2, 3\).*Hint: pass a wrapper"):
+        BPModule(Exits(named=False)).loss(x, y)
+    model = Exits(named=True)
+    expected = F.cross_entropy(model.second(x), y)
+    assert torch.equal(BPModule(model).loss(x, y), expected)

@@ -78,7 +78,7 @@ def run_model(model: nn.Module, run: Run, plan: BlockPlan) -> Outcome:
     args, kwargs = plan.call_arguments(copied(run.values))
 
     def call() -> Any:
-        return logits_of(model(*args, **kwargs), plan.task, plan.num_classes)
+        return logits_of(model(*args, **kwargs), plan.task, plan.num_classes, plan.output_keys)
 
     named = dict(model.named_parameters(remove_duplicate=False))
     with _compared(plan):

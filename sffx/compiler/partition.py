@@ -78,6 +78,7 @@ def partition(
         notes=notes,
         options=options,
         task=trace.task,
+        output_keys=trace.output_keys,
     )
 
 

@@ -54,7 +54,9 @@ def backpropagation_peak(net: CutModel, batch_size: int) -> int | None:
         def step() -> None:
             # In one expression, because a name for the logits would hold them in the backward pass.
             block_loss(
-                logits_of(model(*args, **kwargs), plan.task, plan.num_classes), y, task=plan.task
+                logits_of(model(*args, **kwargs), plan.task, plan.num_classes, plan.output_keys),
+                y,
+                task=plan.task,
             ).backward()
             optimizer.step()
             optimizer.zero_grad()

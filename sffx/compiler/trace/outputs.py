@@ -19,7 +19,7 @@ from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, shape_in_words, unclear
 from sffx.compiler.trace.steps_first import batch_read_as_steps
 from sffx.errors import TraceError, backbone_hint
-from sffx.plain import fields_of, name_of_logits
+from sffx.plain import fields_of, name_of_logits, parts_by_key
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -42,9 +42,11 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
     1. The one value that it returns.
     2. In a mapping or a record, what is called "logits"; or "out", scores of pixels.
     3. Probabilities do not count where the scores that they are made of are returned as well.
-    4. Where several could be logits and differ in width, the one with `num_classes` columns. If
-       none of them has as many, one that lies deeper, in a tuple or a mapping among them.
-    5. Else the first that could be logits, or the first of all.
+    4. Where several could be logits and differ in width, those with `num_classes` columns. If
+       none of them has as many, those that lie deeper, in a tuple or a mapping among them.
+    5. Of several of one width, the one that most layers lead to: of early exits the last, of
+       auxiliary outputs none. Of equals, the first.
+    6. Else the first of all.
 
     Raises:
         TraceError: several could be, and `num_classes` does not say which.
@@ -97,6 +99,19 @@ def _probability_function(node: fx.Node, root: nn.Module) -> str:
     return name if name in ("softmax", "logsoftmax", "sigmoid") else ""
 
 
+def keys_of_logits(value: Any, logits: Any) -> tuple[Any, ...]:
+    """Return the keys and indices that lead to the logits in what a forward returned.
+
+    Args:
+        value: what the forward returned, during a trace.
+        logits: what `find_logits` found in it.
+    """
+    for keys, proxy in _proxies_by_keys(value):
+        if proxy is logits:
+            return keys
+    return ()
+
+
 def place_of_logits(value: Any) -> str:
     """Return where the logits are in what a forward returns: "only", "logits", "out" or ""."""
     if isinstance(value, fx.Proxy):
@@ -125,7 +140,8 @@ def notes_on_outputs(value: Any, logits: Any, wanted: Wanted) -> list[str]:
     if count > 1:
         notes.append(
             f"the model returns {count} values like {described(facts(logits.node).example)}, and "
-            "the first is its output here. Hint: if another one is meant, return that alone"
+            f"{_which(value, logits)} is its output here. Hint: if another one is meant, return "
+            "that alone"
         )
     widths = {_width(each, wanted) for each in values} - {0, _width(logits, wanted)}
     if widths and wanted.num_classes is None:
@@ -134,6 +150,16 @@ def notes_on_outputs(value: Any, logits: Any, wanted: Wanted) -> list[str]:
             f"Its output here has {_width(logits, wanted)}. Hint: num_classes tells which is meant"
         )
     return notes
+
+
+def _which(value: Any, logits: fx.Proxy) -> str:
+    """Name the logits among the values that a model returned, which it does not name itself."""
+    proxies = [each for each in _proxies_in(value) if _shape(each) == _shape(logits)]
+    number = next(i for i, each in enumerate(proxies) if each is logits)
+    if number == 0:
+        return "the first"
+    order = "the last" if number == len(proxies) - 1 else f"number {number + 1}"
+    return f"{order}, to which most layers lead,"
 
 
 def _notes_on_losses(value: Any) -> list[str]:
@@ -163,18 +189,27 @@ def _proxies_in(value: Any, *, logits_alone: bool = True) -> Iterator[fx.Proxy]:
         value: that it returned.
         logits_alone: whether to yield only the logits of an output that names them.
     """
+    for _, proxy in _proxies_by_keys(value, logits_alone=logits_alone):
+        yield proxy
+
+
+def _proxies_by_keys(
+    value: Any, *, logits_alone: bool = True
+) -> Iterator[tuple[tuple[Any, ...], fx.Proxy]]:
+    """Yield the traced values in what a forward returned, with the keys that lead to them."""
     if isinstance(value, fx.Proxy):
-        yield value
+        yield (), value
         return
-    parts = _values_in(value)
+    parts = parts_by_key(value)
     fields = fields_of(value)
     named = "" if fields is None else name_of_logits(fields, _axes)
     if fields is not None and named and logits_alone:
-        parts = (fields[named],)
-    for part in parts or ():
+        parts = {named: fields[named]}
+    for key, part in parts.items():
         # Not other objects, which may hold themselves.
         if isinstance(part, (fx.Proxy, Mapping, tuple, list)):
-            yield from _proxies_in(part, logits_alone=logits_alone)
+            for keys, proxy in _proxies_by_keys(part, logits_alone=logits_alone):
+                yield (key, *keys), proxy
 
 
 def _shape(value: Any) -> Any:
@@ -193,13 +228,13 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     candidates = [each for each in values if _width(each, wanted)]
     widths = [_width(each, wanted) for each in candidates]
     num_classes = wanted.num_classes
-    if num_classes in widths:
-        return candidates[widths.index(num_classes)]
-    for each in _without_probabilities(tuple(_proxies_in(tuple(values)))):
-        if num_classes is not None and _width(each, wanted) == num_classes:
-            return each
+    if num_classes is not None:
+        for among in (candidates, _without_probabilities(tuple(_proxies_in(tuple(values))))):
+            fitting = [each for each in among if _width(each, wanted) == num_classes]
+            if fitting:
+                return _deepest(fitting)
     if len(set(widths)) < 2:
-        return _first_of(values, candidates, wanted)
+        return _first_or_deepest(values, candidates, wanted)
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
     raise TraceError(
@@ -208,18 +243,47 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     )
 
 
-def _first_of(values: Sequence[Any], candidates: list[Any], wanted: Wanted) -> Any:
-    """Return the first value if it could be logits, or else the first that could."""
+def _first_or_deepest(values: Sequence[Any], candidates: list[Any], wanted: Wanted) -> Any:
+    """Return the deepest of the values that could be logits, or else the first that holds some."""
     first = find_logits(values[0], wanted)
-    if _width(first, wanted):
-        return first
+    width = _width(first, wanted)
+    if width:
+        return _deepest([first, *(each for each in candidates if _width(each, wanted) == width)])
     if candidates:
-        return candidates[0]
+        return _deepest(candidates)
     for value in values[1:]:
         nested = find_logits(value, wanted)
         if _width(nested, wanted):
             return nested
     return first
+
+
+def _deepest(values: Sequence[fx.Proxy]) -> fx.Proxy:
+    """Return the value that most layers lead to, of equals the first."""
+    return max(values, key=_layers_before)
+
+
+def _layers_before(value: fx.Proxy) -> int:
+    """Return how many modules with parameters, and parameters of functions, lead to a value."""
+    tracer: Any = value.tracer
+    seen = {value.node}
+    waiting = [value.node]
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return sum(_has_parameters(node, tracer.root) for node in seen)
+
+
+def _has_parameters(node: fx.Node, root: nn.Module) -> bool:
+    """Return whether a node is a layer with parameters, or one parameter."""
+    if is_added(node):
+        return False
+    if node.op == "call_module":
+        layer = root.get_submodule(str(node.target))
+        return next(layer.parameters(), None) is not None
+    return node.op == "get_attr" and isinstance(facts(node).example, nn.Parameter)
 
 
 def _width(value: Any, wanted: Wanted) -> int:

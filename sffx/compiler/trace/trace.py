@@ -72,6 +72,7 @@ class Trace:
         notes: what was noticed on the way.
         task: what the model predicts.
         batch_size: of the examples; each node has run at another one as well.
+        output_keys: the keys and indices that lead to the output in what the model returns.
     """
 
     root: nn.Module
@@ -82,6 +83,7 @@ class Trace:
     notes: tuple[str, ...]
     task: Task = CLASSIFICATION
     batch_size: int = BATCH_SIZES[0]
+    output_keys: tuple[Any, ...] = ()
 
 
 def trace(
@@ -204,6 +206,7 @@ def _trace(model: nn.Module, example_input: Any, wanted: Wanted) -> Trace:
         ),
         task=tracer.task,
         batch_size=batch_sizes(probed.values)[0],
+        output_keys=tracer.keys_of_logits,
     )
 
 

@@ -31,7 +31,13 @@ from sffx.compiler.trace.functions import (
 )
 from sffx.compiler.trace.identity import require_no_identity
 from sffx.compiler.trace.leaves import has_forward_hooks, has_no_code, is_layer
-from sffx.compiler.trace.outputs import Wanted, find_logits, notes_on_outputs, place_of_logits
+from sffx.compiler.trace.outputs import (
+    Wanted,
+    find_logits,
+    keys_of_logits,
+    notes_on_outputs,
+    place_of_logits,
+)
 from sffx.compiler.trace.own_state import OwnState
 from sffx.compiler.trace.packed import packing_target
 from sffx.compiler.trace.parameter_forms import ParameterForms, reads_form_alone
@@ -81,6 +87,7 @@ class GuidedTracer(fx.Tracer):
         runner: runs each node on its example.
         wanted: what the caller says of the output.
         place_of_logits: in what the forward returned.
+        keys_of_logits: the keys and indices that lead to them there.
         task: what the model predicts, once it was traced.
         notes_on_task: whether the task was inferred, and of which output.
     """
@@ -117,6 +124,7 @@ class GuidedTracer(fx.Tracer):
         self.runner = runner
         self.wanted = wanted
         self.place_of_logits = ""
+        self.keys_of_logits: tuple[Any, ...] = ()
         self.task: Task = CLASSIFICATION
         self.notes_on_task: list[str] = []
         self._generator = state_of_torch()
@@ -151,6 +159,7 @@ class GuidedTracer(fx.Tracer):
             returned = call(self.root, example.form, inputs)
             self.place_of_logits = place_of_logits(returned)
             logits = find_logits(returned, self.wanted)
+            self.keys_of_logits = keys_of_logits(returned, logits)
             self.notes_on_task = notes_on_outputs(returned, logits, self.wanted)
             return logits
 

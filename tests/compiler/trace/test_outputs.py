@@ -37,10 +37,77 @@ def test_auxiliary_outputs_are_left_out_and_that_is_said():
     assert left_out == "left out, since the logits do not depend on them: aux"
 
 
+class _Exits(nn.Module):
+    """Returns the answer of each of its layers; the heads of the first ones are large."""
+
+    def __init__(self, gather: Callable[[list[Tensor]], Any], *, functional: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+        self.gather = gather
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Any:
+        answers = []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = F.linear(x, layer.weight, layer.bias) if self.functional else layer(x)
+            x = F.relu(x)
+            answers.append(head(x))
+        return self.gather(answers)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize(
+    ("gather", "which", "keys"),
+    [
+        (list, "the last, to which most layers lead,", (2,)),
+        (tuple, "the last, to which most layers lead,", (2,)),
+        (lambda answers: answers[::-1], "the first", (0,)),
+        (lambda answers: (answers[0], answers[2], answers[1]), "number 2, to which", (1,)),
+        (lambda answers: (answers[2], answers[:2]), "the first", (0,)),
+        (lambda answers: (answers[:2], answers[2]), "the last, to which", (1,)),
+        (lambda answers: {"a": answers[0], "b": answers[2]}, "the last, to which", ("b",)),
+        (lambda answers: {"exits": answers}, "the last, to which", ("exits", 2)),
+        (lambda answers: (answers[2] * 2, answers[2]), "the first", (0,)),
+    ],
+)
+def test_of_several_exits_the_one_that_most_layers_lead_to_is_the_output(
+    gather, which, keys, functional
+):
+    model = _Exits(gather, functional=functional)
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), norm="none")
+    assert which in net.plan.notes[0]
+    assert net.plan.output_keys == keys
+    assert len(net.plan) == 3
+    x = torch.randn(5, 6)
+    net.readout.mode = "classifier"
+    output = model(x)
+    for key in keys:
+        output = output[key]
+    assert torch.allclose(net.eval()(x), output, atol=1e-6)
+    # The comparison reads the same value from the plain model.
+    sffx.check(model, net)
+
+
+@pytest.mark.parametrize("num_classes", [None, 4])
+def test_num_classes_tells_the_width_and_the_layers_which_of_that_width(num_classes):
+    class Wide(_Exits):
+        def forward(self, x: Tensor) -> Any:
+            return (*super().forward(x), x.repeat(1, 2) @ self.layers[0].weight.repeat(2, 2))
+
+    model = Wide(tuple, functional=False)
+    if num_classes is None:
+        with pytest.raises(TraceError, match="pass num_classes"):
+            trace(model, torch.zeros(2, 6))
+        return
+    assert trace(model, torch.zeros(2, 6), num_classes).output_keys == (2,)
+
+
 def test_an_output_that_is_no_logits_is_refused():
     message = (
         r"returns a tensor of shape \(B, 4, 6, 6\), which does not tell the task\. "
-        r"Hint: for scores of pixels, pass task=sffx\.tasks\.Segmentation\(\); of a detector"
+        r"Hint: for scores of pixels, pass task=sffx\.tasks\.Segmentation\(\); "
+        r"for numbers of pixels, task=sffx\.tasks\.DenseRegression\(\); of a detector"
     )
     with pytest.raises(TraceError, match=message):
         trace(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))

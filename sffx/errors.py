@@ -90,21 +90,45 @@ def first_line(error: BaseException) -> str:
 
 
 def failure_in_words(failure: BaseException) -> str:
-    """Return the kind of an error, the first line of its message and the place in the model."""
+    """Return the kind of an error, the first line of its message and the place in the model.
+
+    An error of sffx's own says the place itself where it has one.
+    """
     kind = type(failure).__name__
     line = first_line(failure)
     # An error without a message has its kind as its first line.
     what = kind if line == kind else f"{kind}: {line}"
-    return f"{what} ({location(failure)})"
+    return f"{what} ({location(failure)})" if _is_of_model(failure) else what
 
 
 def location(failure: BaseException) -> str:
-    """Return the line of the model's code where something failed: "file:line, in function"."""
-    place = "in torch"
+    """Return the line of the model's code where something failed: "file:line, in function".
+
+    Where only torch's code ran, as in a `Sequential` of torch's layers, it is the innermost layer:
+    "in Linear(in_features=3, out_features=3, bias=True)".
+    """
+    place = _layer_that_failed(failure) or "in torch"
     # The last frame of the model's own is the innermost one.
     for frame in traceback.extract_tb(failure.__traceback__):
         if not is_foreign(frame.filename):
             place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return place
+
+
+def _is_of_model(failure: BaseException) -> bool:
+    """Return whether an error was raised by code of the model or of torch, and not by sffx."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    return not frames or not frames[-1].filename.startswith(PACKAGE)
+
+
+def _layer_that_failed(failure: BaseException) -> str:
+    """Return the innermost layer of torch that was running when something failed, "" for none."""
+    place = ""
+    for frame, _ in traceback.walk_tb(failure.__traceback__):
+        layer: Any = frame.f_locals.get("self")
+        kind = type(layer)
+        if "/torch/nn/modules/" in frame.f_code.co_filename and hasattr(layer, "extra_repr"):
+            place = f"in {kind.__name__}({layer.extra_repr()})"
     return place
 
 

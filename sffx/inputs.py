@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from sffx.arguments import Arguments
 from sffx.blocks import BlockPlan, Input
 from sffx.errors import InputError, SffxError
+from sffx.nested import holds_itself
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
 from sffx.tasks.task import can_be_read, has_values
@@ -227,6 +228,11 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
     elif isinstance(x, Mapping):
         # The tree map below does not look into a tokenizer's own kind of mapping.
         x = dict(x)
+    if holds_itself(x):
+        raise InputError(
+            f"the loader yielded a {type(x).__name__} that holds itself as x. "
+            "Hint: pass tensors, or a tuple or a mapping of tensors"
+        )
     if device is not None:
         x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (x, y))
     return x, y

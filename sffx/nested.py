@@ -17,6 +17,8 @@ Path: TypeAlias = tuple[Any, ...]
 
 # How deep the attributes of an argument are searched for tensors.
 _DEEPEST = 6
+# How deep a structure may be. Python ends a recursion at about 1,000 calls.
+_DEEPEST_STRUCTURE = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ def mapped(value: Any, change: Callable[[Any, Path], Any], path: Path) -> Any:
         return change(value, path)
     changed = {key: mapped(part, change, (*path, key)) for key, part in parts.items()}
     return rebuilt(value, changed)
+
+
+def holds_itself(value: Any) -> bool:
+    """Return whether a list, a tuple or a mapping holds itself, at any depth.
+
+    What goes through all values of a structure would never end there.
+    """
+    return _is_among(value, ())
+
+
+def _is_among(value: Any, outer: tuple[int, ...]) -> bool:
+    """Return whether a structure holds itself, or one of those around it, which have some ids."""
+    if not isinstance(value, (list, tuple, Mapping)):
+        return False
+    if id(value) in outer or len(outer) > _DEEPEST_STRUCTURE:
+        return True
+    parts = value.values() if isinstance(value, Mapping) else value
+    return any(_is_among(part, (*outer, id(value))) for part in parts)
 
 
 def values_in(value: Any, path: Path) -> list[tuple[Path, Any]]:

@@ -424,12 +424,21 @@ def test_weights_of_another_model_or_cut_are_refused(path: Path) -> None:
         checkpoint.net()
 
 
+def _without_end() -> list[Any]:
+    """Return a list that holds itself."""
+    own: list[Any] = [1]
+    own.append((own,))
+    return own
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"accuracy": {"block_0": 93.0}}, "has 93.0 for 'block_0', not an accuracy between"),
         ({"folder": Path()}, "the entry 'folder' holds Python objects"),
         ({"callback": lambda: None}, "the entry 'callback' holds Python objects"),
+        ({"history": _without_end()}, "the entry 'history' holds itself"),
+        ({"by_name": {"all": _without_end()}}, "the entry 'by_name' holds itself"),
         ({"sffx_cut": {}}, "save_checkpoint writes the entry 'sffx_cut' itself"),
     ],
 )

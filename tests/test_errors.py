@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import sffx
 from sffx import errors
+from sffx.checks import positive_integer
 from sffx.errors import (
+    InputError,
     MissingExtra,
     SffxError,
     backbone_hint,
@@ -82,6 +84,13 @@ def test_an_error_without_a_message_is_told_by_its_kind() -> None:
     assert failure_in_words(KeyError("x")) == "KeyError: 'x' (in torch)"
 
 
+def test_an_error_of_sffx_itself_has_no_place_in_the_model() -> None:
+    # It says where the model failed, if that is known.
+    with pytest.raises(InputError) as raised:
+        positive_integer("size", 0, "1")
+    assert failure_in_words(raised.value) == "InputError: size is 0. Hint: 1"
+
+
 def test_the_location_is_the_innermost_line_of_the_models_own_code() -> None:
     place = location(failure_of(Failing(), torch.zeros(2, 2)))
     assert place.startswith(f"{__file__}:")
@@ -103,6 +112,14 @@ def test_sffx_itself_is_not_the_place_of_an_error_wherever_it_is_installed(monke
     ]
     monkeypatch.setattr(traceback, "extract_tb", lambda _: frames)
     assert location(failure) == f"{packages}timm/vit.py:3, in forward"
+
+
+def test_where_torch_alone_runs_the_place_is_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(
+        InputError, match=r"\(in Linear\(in_features=3, out_features=2, bias=True\)"
+    ):
+        sffx.plan(model, "layer", torch.zeros(2, 4))
 
 
 def test_an_error_without_a_line_of_the_models_code_is_in_torch() -> None:

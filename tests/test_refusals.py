@@ -49,6 +49,19 @@ def wrong_weights(net: fx.GraphModule, weights: Any) -> None:
     net.load_state_dict({**net.state_dict(), "readout.weights": weights})
 
 
+def without_end() -> list[Any]:
+    """Return a list that holds itself."""
+    own: list[Any] = []
+    own.append(own)
+    return own
+
+
+def with_attribute_without_end(net: fx.GraphModule) -> None:
+    holding = model()
+    holding[0].registry = {"all": without_end()}
+    sffx.transform(holding, "layer", torch.zeros(2, 4))
+
+
 def loss(y: Any, loss_fn: Any = None) -> Callable[[fx.GraphModule], object]:
     return lambda net: sffx.local_loss(net, X, y, loss_fn)
 
@@ -69,6 +82,8 @@ CALLS: dict[str, Callable[[fx.GraphModule], object]] = {
     "norm a list": lambda net: sffx.transform(model(), "layer", X, norm=["layer"]),
     "goodness a list": lambda net: sffx.transform(model(), "layer", X, goodness=["sff"]),
     "policy a number": lambda net: sffx.transform(model(), 3, X),
+    "a model without an end": with_attribute_without_end,
+    "a batch without an end": lambda net: sffx.evaluate(net, [(without_end(), Y)]),
     "x a scalar": lambda net: sffx.local_loss(net, torch.tensor(1.0), Y),
     "x None": lambda net: sffx.local_loss(net, None, Y),
     "x on another device": lambda net: sffx.local_loss(net, X.to("meta"), Y),

@@ -24,6 +24,7 @@ from sffx.checkpoint.entries import (
 )
 from sffx.errors import InputError
 from sffx.files import as_path, writing
+from sffx.nested import holds_itself
 from sffx.net import unwrapped
 from sffx.runtime.find_residency import make_whole, require_values
 from sffx.runtime.optimizers import require_optimizers_of
@@ -115,6 +116,10 @@ def _readable(place: str, value: Any) -> Any:
     Raises:
         InputError: `load_checkpoint` could not read it.
     """
+    if holds_itself(value):
+        raise InputError(
+            f"{place} holds itself, or is nested too deeply. Hint: save a structure that ends"
+        )
     value = with_plain_numbers(value)
     # The rules of torch's loader decide, so the value is saved and loaded once in memory. Tensors
     # of the usual kinds can be read, and may be large.

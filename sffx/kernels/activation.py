@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.scoped import scoped
 
 _aten = torch.ops.aten
@@ -143,7 +142,7 @@ def _may_write_over_gradient(x: Tensor) -> bool:
     return _PRIVATE.get() and is_training_step(x)
 
 
-class _ReLU(Function):
+class _ReLU(HandWritten):
     """A ReLU that keeps its output, so that it may write over its input as well."""
 
     @staticmethod
@@ -161,7 +160,7 @@ class _ReLU(Function):
         return _gradient_written_over(dy, y, ACTIVATIONS["relu"]), None
 
 
-class _Pointwise(Function):
+class _Pointwise(HandWritten):
     """Any other activation, which keeps its input."""
 
     @staticmethod

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.func import functional_call
 
 from sffx.kernels.batch_slices import joined, small_slices
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 
 
 def by_rows(head: nn.Module, rows: Tensor, width: int) -> Tensor:
@@ -34,7 +33,7 @@ def by_rows(head: nn.Module, rows: Tensor, width: int) -> Tensor:
     return _ByRows.apply(rows, head, slices, tuple(parameters), *parameters.values())
 
 
-class _ByRows(Function):
+class _ByRows(HandWritten):
     @staticmethod
     def forward(
         ctx: Any,

@@ -18,10 +18,9 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from sffx.kernels.batch_slices import joined, slices_within
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.products import (
     add_product,
     add_products,
@@ -69,7 +68,7 @@ class Form:
         return self.squares(z, 1 / (positions * self.multiple(positions) ** 2))
 
 
-class DirectGoodness(Function):
+class DirectGoodness(HandWritten):
     """The goodness, (B, J), of y in one of the forms below, weight and bias."""
 
     @staticmethod

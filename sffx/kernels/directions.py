@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.products import product
 
 _aten = torch.ops.aten
@@ -54,7 +53,7 @@ def hidden_units(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _Hidden.apply(x, weight, bias)
 
 
-class _Cosines(Function):
+class _Cosines(HandWritten):
     """Products of rows with those of a weight, each divided by the length of the weight's row."""
 
     @staticmethod
@@ -96,7 +95,7 @@ def _lengthened(weight: Tensor, value: float) -> tuple[Tensor, Tensor]:
     return longer[:classes], longer[classes:].view(-1)[:classes, None]
 
 
-class _Hidden(Function):
+class _Hidden(HandWritten):
     """A linear layer with a ReLU, which torch has as one operation."""
 
     @staticmethod

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from sffx.kernels.batch_slices import small_slices
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.scoped import scoped
 
 _aten = torch.ops.aten
@@ -81,7 +80,7 @@ def summed_cross_entropy(scores: Tensor, y: Tensor, ignore_index: int, class_axi
     return _SummedCrossEntropy.apply(rows, labels, ignore_index, _may_be_written_over(scores))
 
 
-class _SummedCrossEntropy(Function):
+class _SummedCrossEntropy(HandWritten):
     """The sum over rows of `log sum_j exp s[n, j] - s[n, y_n]`, part by part of the rows."""
 
     @staticmethod

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from sffx.kernels.direct_form import (
     CHANNELS,
@@ -28,7 +27,7 @@ from sffx.kernels.direct_form import (
     convolve,
 )
 from sffx.kernels.moment_form import SecondMomentGoodness
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.padding import per_real_token, zero_padded
 from sffx.kernels.products import has_many_classes
 
@@ -134,7 +133,7 @@ def mean_square(y: Tensor) -> Tensor:
     return _MeanSquare.apply(y)
 
 
-class _MeanSquare(Function):
+class _MeanSquare(HandWritten):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
         ctx.save_for_backward(y)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from sffx.kernels.batch_slices import slices_within
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.products import add_products, product, product_added
 
 
-class SecondMomentGoodness(Function):
+class SecondMomentGoodness(HandWritten):
     """The goodness, (B, J), of y (B, C, P), weight (J, C) and bias (J,).
 
     M is split into the covariance around the mean, (B, C, C), and the mean, (B, C):

@@ -1,4 +1,4 @@
-"""Backward passes that are not differentiated themselves."""
+"""Functions of autograd whose backward pass is written by hand, and has no derivative itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,42 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from sffx.errors import InputError
+
+
+class HandWritten(Function):
+    """A `Function` that the transforms of `torch.func` cannot pass, and that says so."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """Compute the value.
+
+        Raises:
+            InputError: a transform of `torch.func` is at work, or a derivative forwards is asked
+                for.
+        """
+        if torch._C._are_functorch_transforms_active():
+            raise InputError(
+                "torch.func.grad, vmap and other transforms do not pass what a cut model computes. "
+                "Hint: loss.backward() or torch.autograd.grad; or transform the model that "
+                "sffx.extract(net) returns"
+            )
+        return super().apply(*args, **kwargs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse a derivative forwards.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "derivatives forwards do not pass what a cut model computes. Hint: loss.backward() or "
+            "torch.autograd.grad; or the model that sffx.extract(net) returns"
+        )
 
 
 def first_derivatives_only(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from sffx.kernels.activation import is_training_step
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 
 _Pair = list[int]
 
@@ -31,7 +30,7 @@ class MemorySavingMaxPool2d(nn.MaxPool2d):
         return _MaxPool.apply(x, kernel, stride, padding, dilation, self.ceil_mode)
 
 
-class _MaxPool(Function):
+class _MaxPool(HandWritten):
     @staticmethod
     def forward(
         ctx: Any,

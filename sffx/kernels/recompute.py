@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from sffx.kernels.activation import ACTIVATIONS, gradients_are_private
 from sffx.kernels.chain import BATCH_NORMS, CONVOLUTIONS, Chain, Running
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.rows import gradients_by_rows, output_by_rows
 
 # The modules whose formulas are known. Exact classes: a subclass may compute something else.
@@ -122,7 +121,7 @@ def all_plain(modules: Iterable[Any]) -> bool:
     return True
 
 
-class Recomputed(Function):
+class Recomputed(HandWritten):
     """The output of a `Chain`, which keeps x and the norm's statistics."""
 
     @staticmethod

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from sffx.kernels.batch_slices import small_slices
 from sffx.kernels.entropy import MANY_CLASSES
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.kernels.products import add_product, product, product_added
 
 
@@ -29,7 +28,7 @@ def squared_linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _SquaredLinear.apply(rows, weight, bias).view(*y.shape[:-1], len(weight))
 
 
-class _SquaredLinear(Function):
+class _SquaredLinear(HandWritten):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, bias)

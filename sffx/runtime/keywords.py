@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from sffx.errors import InputError
 from sffx.inputs import targets_of
-from sffx.learning.losses import LossFunctions, loss_functions
+from sffx.learning.losses import LossFunctions, check_targets, loss_functions
 from sffx.learning.readouts import readout_of
 from sffx.net import plan_of, require_uncompiled
 from sffx.objective import require_single_view
@@ -68,7 +68,8 @@ class KeywordLoss(nn.Module):
             `net.readout.mode` chooses.
 
         Raises:
-            InputError: there are no inputs, no labels in train mode, or they do not fit.
+            InputError: there are no inputs, no labels in train mode, they do not fit, or a loss is
+                asked for of no samples.
         """
         if not inputs:
             raise InputError(
@@ -81,7 +82,7 @@ class KeywordLoss(nn.Module):
         if labels is None:
             return {"logits": logits}
         plan = plan_of(self.net)
-        plan.task.check_targets(labels, len(logits), plan.num_classes)
+        check_targets(labels, len(logits), plan.num_classes, [None], plan.task)
         targets = targets_of(plan, inputs, labels)
         return {"loss": plan.task.loss(logits, targets), "logits": logits}
 

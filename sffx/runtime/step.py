@@ -20,12 +20,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Function
 from torch.optim import Optimizer
 
 from sffx.errors import InputError
 from sffx.kernels.batch_counts import counts_added_at_end
-from sffx.kernels.once import first_derivatives_only
+from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.learning.losses import LossFunctions, loss_functions, total
 from sffx.net import plan_of, require_uncompiled
 from sffx.runtime.find_residency import residency_of
@@ -341,7 +340,7 @@ def _with_gradients(
     return _Deposit.apply(value, gradients, *parameters)
 
 
-class _Deposit(Function):
+class _Deposit(HandWritten):
     """Hands precomputed gradients to the parameters, in the backward pass of the loss.
 
     They are scaled by the gradient of the loss itself, which is 1 for a plain `loss.backward()`.

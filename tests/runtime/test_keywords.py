@@ -57,6 +57,14 @@ def test_evaluation_is_cross_entropy_of_the_scores():
     assert list(model(x=given["x"])) == ["logits"]
 
 
+def test_no_samples_have_logits_but_no_loss():
+    model = module().eval()
+    x, y = batch().values()
+    with pytest.raises(InputError, match=r"the batch has 0 samples.*Hint: leave out"):
+        model(x=x[:0], labels=y[:0])
+    assert model(x=x[:0])["logits"].shape == (0, 4)
+
+
 def test_a_model_with_several_inputs_and_a_loss_of_ones_own():
     torch.manual_seed(0)
     example = (torch.zeros(1, 6), torch.zeros(1, 5))

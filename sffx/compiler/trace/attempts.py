@@ -106,6 +106,8 @@ def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
     try:
         before = versions(probe)
         with tracer.patches.applied(), HeldTensors(tracer):
+            # A patch may have replaced an attribute of a layer, as the `apply` of a function.
+            tracer.own.note(probe)
             graph = call_without_draws(lambda: tracer.trace(probe))
         tracer.writes.require_seen(before)
         _require_own_parameters(probe, tracer)

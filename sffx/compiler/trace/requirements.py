@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from sffx.compiler.trace.closures import closure_over_the_model
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
+from sffx.nested import holds_itself
 from sffx.net import is_cut
 from sffx.tensors import require_identity
 
@@ -59,6 +60,7 @@ def require_plain(model: Any) -> None:
                 "Hint: cut the model before that, and compile the blocks by sffx.compile(net)"
             )
     _require_values(model)
+    _require_ends(model)
     _require_copyable(model)
     if is_cut(model):
         raise InputError(
@@ -73,6 +75,18 @@ def _require_values(model: nn.Module) -> None:
             raise InputError(
                 f"{name!r} has no shape yet, as in lazy layers. Hint: run the model once, model(x)"
             )
+
+
+def _require_ends(model: nn.Module) -> None:
+    """Raise an InputError if an attribute of a module is a list or a mapping that holds itself."""
+    for qualname, module in model.named_modules():
+        for name, value in vars(module).items():
+            if holds_itself(value):
+                where = f"{qualname}.{name}" if qualname else name
+                raise InputError(
+                    f"the attribute {where!r} holds itself, or is nested too deeply, so that it "
+                    "has no end. Hint: keep it outside the model"
+                )
 
 
 def _require_copyable(model: nn.Module) -> None:

@@ -251,6 +251,32 @@ def test_an_autograd_function_in_the_models_own_forward_keeps_its_gradients(code
         assert torch.allclose(parameter.grad, model.get_parameter(name).grad), name
 
 
+class _ReversedLayer(nn.Module):
+    """A layer that holds the autograd function by a name of its own, as spiking layers do."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.linear, self.function = nn.Linear(6, 6), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x), 0.5)
+
+
+def test_a_layer_may_hold_an_autograd_function_by_any_name():
+    torch.manual_seed(0)
+    layers = [_ReversedLayer(_Reversed.apply) for _ in range(2)]
+    model = nn.Sequential(*layers, nn.Linear(6, 3))
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    net = sffx.transform(model, "layer", x, norm="none", check=True)
+    assert len(net.plan) == 2
+    sffx.local_loss(net, x, y).backward()
+    hidden = model[0](x).detach()
+    F.cross_entropy(net.head_1(model[1](hidden)), y).backward()
+    assert torch.allclose(
+        net.block_1.get_submodule("1").linear.weight.grad, layers[1].linear.weight.grad
+    )
+
+
 def test_the_own_gradient_of_an_autograd_function_trains_the_block_before_it():
     torch.manual_seed(0)
     model = _OwnCode(lambda m, x: _Reversed.apply(x, 0.5))

@@ -15,7 +15,11 @@ from sffx.tasks.over_space import AXES, OverSpace, sizes_of_images
 from sffx.tasks.regression import Regression, require_numbers
 from sffx.tasks.task import Shape, Sums, require_tensor
 
-_POOLS: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOLS: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,14 @@ FULL_CIFAR = Experiment(
 )
 # A tenth of the epochs, patience and early stopping, and a short search: no GPU is needed.
 SHORT_CIFAR = replace(FULL_CIFAR, epochs=10, patience=1, stop=3, trials=3, trial_epochs=2)
+# The paper's schedule with the settings of the short search.
+LONG_CIFAR = replace(
+    FULL_CIFAR,
+    methods=("BP", "SFF", "mlp(256, 4)"),
+    trials=SHORT_CIFAR.trials,
+    trial_epochs=SHORT_CIFAR.trial_epochs,
+    settings="table2-short-cifar10-cnnb",
+)
 SMALL_CIFAR = replace(FULL_CIFAR, samples=1000, trial_epochs=20)
 FULL_IMAGENETTE = Experiment(
     network="ResNet18",
@@ -212,6 +220,10 @@ TABLE2 = {
     "table2-imagenette-mobilenetv3": replace(FULL_IMAGENETTE, network="MobileNetV3-large"),
     "table2-short-cifar10-cnn": replace(SHORT_CIFAR, network="CNN", policy="layer"),
     "table2-short-cifar10-cnnb": SHORT_CIFAR,
+    "table2-long-cifar10-cnn": replace(
+        LONG_CIFAR, network="CNN", policy="layer", settings="table2-short-cifar10-cnn"
+    ),
+    "table2-long-cifar10-cnnb": LONG_CIFAR,
 }
 
 # Table 3: 1,000 training images at random.

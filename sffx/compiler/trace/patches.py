@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Size, fx, nn
+from torch import fx, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Distribution
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
-from sffx.compiler.caches import CACHED
 from sffx.compiler.trace.assigned_data import assign_data
 from sffx.compiler.trace.checkpointing import generators
 from sffx.compiler.trace.flags import mode_property
 from sffx.compiler.trace.listed import is_listed, tensor_of
 from sffx.compiler.trace.mapped import transforms_replaced
-from sffx.compiler.trace.proxy import KindOf, ShapeOf, has_proxy, has_size
+from sffx.compiler.trace.named_functions import (
+    bound_in_files,
+    bound_in_model,
+    caches,
+    kinds_of_proxies,
+)
+from sffx.compiler.trace.proxy import ShapeOf, has_proxy, has_size
 from sffx.compiler.trace.randomness import DRAWS, OWN_GENERATOR, DrawnNumber
 from sffx.compiler.trace.regions import is_of_torch
 from sffx.compiler.trace.replaced import replaced
-from sffx.errors import is_installed
 
 if TYPE_CHECKING:
     from sffx.compiler.trace.functions import Callee
@@ -58,21 +59,6 @@ _METHODS_OF_SIZES = (
 
 # What a forward may ask of torch, and a graph would freeze.
 _ASKED = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-
-# Packages whose functions are given no proxy by a forward, or know what to do with one.
-_WITHOUT_PROXIES = {*sys.stdlib_module_names, "torch", "torchgen", "numpy", "sympy", "cuda", "sffx"}
-
-# What was found in installed modules, by the `id` of their namespace: the module's name, how many
-# names it held, and the names of such functions. Files of the user are not among them, since a
-# notebook may add functions.
-_NAMES_OF_FUNCTIONS: dict[int, tuple[str, int, tuple[str, ...]]] = {}
-
-# All modules at the last trace, and those of them that `_files_of_models` returned.
-_modules: list[ModuleType] = []
-_files: list[ModuleType] = []
-
-# The class of a method of C++ code that is bound.
-_BOUND = type(Function.apply)
 
 # Functions that draw for code beside the graph.
 _DRAWS_OF_NUMPY = (
@@ -115,7 +101,7 @@ class Patches:
             stack.enter_context(_removed(fx.Proxy, "__call__"))
             for owner, name, stand_in in self._stand_ins():
                 stack.enter_context(replaced(owner, name, stand_in))
-            stack.enter_context(_kinds_of_proxies())
+            stack.enter_context(kinds_of_proxies())
             stack.enter_context(self.tracer.functions.asked.replaced())
             yield
 
@@ -125,7 +111,7 @@ class Patches:
         yield from self._of_regions()
         yield from self._of_draws()
         yield from self._of_found_functions()
-        yield from _caches()
+        yield from caches()
         yield from self._of_compiled_code()
         yield from self._of_classes()
         yield from self._of_checkpoints()
@@ -186,7 +172,7 @@ class Patches:
         apply = vars(Function)["apply"]
         yield Function, "apply", classmethod(functools.partial(self._apply, apply))
         # `spike = Spike.apply` is bound before the trace, to torch's own.
-        for owner, name, kind in (*_bound_in_files(), *_bound_in_model(self.probe)):
+        for owner, name, kind in (*bound_in_files(), *bound_in_model(self.probe)):
             stand_in = functools.partial(self._apply, apply, kind)
             # A function in a class would be a method.
             yield owner, name, staticmethod(stand_in) if isinstance(owner, type) else stand_in
@@ -393,134 +379,6 @@ def _detect_causal(detect: Callable[..., bool], mask: Any, *args: Any, **kwargs:
 def _check(check: Callable[..., Any], error: Any, condition: Any, *more: Any) -> Any:
     """Stand in for `torch._check_with`, which takes a truth value and no proxy of one."""
     return check(error, bool(condition), *more)
-
-
-def _caches() -> Iterator[tuple[Any, str, Any]]:
-    """Yield the functions of modules that keep their results, each with one that keeps no proxy.
-
-    A proxy that is kept would be given to a later trace, whose graph does not have its node.
-    """
-    for module, name, value in _functions_in_files():
-        if type(value) is CACHED and _takes_arguments(value):
-            yield module, name, _keeping_no_proxy(value)
-
-
-def _functions_in_files() -> Iterator[tuple[ModuleType, str, Any]]:
-    """Yield the functions in files of models that are to be replaced, with their names there."""
-    for module in _files_of_models():
-        names = vars(module)
-        for name in _names_of_functions(module, names):
-            yield module, name, names.get(name)
-
-
-def _applied(value: Any) -> type[Function] | None:
-    """Return the class of an autograd function whose `apply` this is, None of anything else."""
-    if type(value) is not _BOUND or value.__name__ != "apply":
-        return None
-    kind = value.__self__
-    return kind if isinstance(kind, type) and issubclass(kind, Function) else None
-
-
-def _bound_in_files() -> Iterator[tuple[Any, str, type[Function]]]:
-    """Yield the files of models that name a bound `apply`."""
-    for module, name, value in _functions_in_files():
-        kind = _applied(value)
-        if kind is not None:
-            yield module, name, kind
-
-
-def _bound_in_model(probe: nn.Module) -> Iterator[tuple[Any, str, type[Function]]]:
-    """Yield the modules and classes that name a bound `apply`, as in `self.spike = Spike.apply`."""
-    owners: dict[int, Any] = {}
-    for module in probe.modules():
-        for owner in (module, *type(module).__mro__):
-            owners[id(owner)] = owner
-    for owner in owners.values():
-        for name, value in list(vars(owner).items()):
-            kind = _applied(value)
-            if kind is not None:
-                yield owner, name, kind
-
-
-def _names_of_functions(module: ModuleType, names: dict[str, Any]) -> tuple[str, ...]:
-    """Return the names of a module's functions that keep their results, and of a bound `apply`.
-
-    A program may have imported thousands of modules, so a known one is not searched again.
-    """
-    own = getattr(module, "__name__", "")
-    known = _NAMES_OF_FUNCTIONS.get(id(names))
-    if known is not None and known[0] == own and known[1] == len(names):
-        return known[2]
-    found = tuple(
-        name
-        for name, value in list(names.items())
-        if type(value) is CACHED or _applied(value) is not None
-    )
-    if is_installed(getattr(module, "__file__", None) or ""):
-        _NAMES_OF_FUNCTIONS[id(names)] = (own, len(names), found)
-    return found
-
-
-def _takes_arguments(cached: Any) -> bool:
-    """Return whether a proxy can be given to a function at all."""
-    code = getattr(cached.__wrapped__, "__code__", None)
-    if code is None:
-        return True
-    takes_any_number = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    return bool(code.co_argcount or code.co_kwonlyargcount or takes_any_number)
-
-
-@contextmanager
-def _kinds_of_proxies() -> Iterator[None]:
-    """Let `type(x)` say of a proxy what it says of the value, in the files of all models.
-
-    Likewise `Size` takes proxies, in the files where this name is torch's. There may be thousands
-    of files. One loop over them is faster than a `replaced` for each.
-    """
-    modules: list[Any] = []
-    with_size: list[Any] = []
-    try:
-        for module in _files_of_models():
-            # Not where it has its own `type`. A module may also be listed under two names.
-            if "type" not in vars(module):
-                modules.append(module)
-                setattr(module, "type", KindOf)  # noqa: B010 - mypy knows no such attribute
-            if vars(module).get("Size") is Size:
-                with_size.append(module)
-                setattr(module, "Size", ShapeOf)  # noqa: B010
-        yield
-    finally:
-        for module in modules:
-            del module.type
-        for module in with_size:
-            module.Size = Size
-
-
-def _files_of_models() -> list[ModuleType]:
-    """Return the modules, as Python has them, whose functions may be given a proxy.
-
-    There may be thousands. Unless one has come or gone since the last trace, they are the same.
-    """
-    global _modules, _files
-    modules = list(sys.modules.values())
-    if len(modules) != len(_modules) or not all(map(operator.is_, modules, _modules)):
-        _files = [module for module in modules if _package_of(module) not in _WITHOUT_PROXIES]
-        _modules = modules
-    return _files
-
-
-def _package_of(module: ModuleType) -> str:
-    return getattr(module, "__name__", "").partition(".")[0]
-
-
-def _keeping_no_proxy(cached: Any) -> Callable[..., Any]:
-    @functools.wraps(cached)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        if has_proxy(args, kwargs):
-            return cached.__wrapped__(*args, **kwargs)
-        return cached(*args, **kwargs)
-
-    return function
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sffx
 from sffx.compiler.trace.checkpointing import LEFT_OUT
-from sffx.compiler.trace.patches import _caches
+from sffx.compiler.trace.named_functions import caches
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
 from tests.compiler.trace.oracle import (
@@ -286,7 +286,7 @@ def test_a_cache_that_an_installed_module_gains_is_found(monkeypatch):
     monkeypatch.setitem(sys.modules, "gains", module)
 
     def found():
-        return [name for owner, name, _ in _caches() if owner is module]
+        return [name for owner, name, _ in caches() if owner is module]
 
     assert found() == found() == []
     module.doubled = functools.lru_cache(lambda size: 2 * size)

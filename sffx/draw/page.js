@@ -54,17 +54,38 @@ function place(id) {
   };
 }
 
+// The lines of a crossing run side by side with those of others, unless these have ended above.
+function slotsOf(spans) {
+  const slots = new Map();
+  const ends = [];
+  for (const [lane, span] of [...spans].sort((a, b) => a[1].top - b[1].top)) {
+    let slot = ends.findIndex((end) => end < span.top);
+    if (slot < 0) slot = ends.length;
+    ends[slot] = span.bottom;
+    slots.set(lane, slot);
+  }
+  return [slots, ends.length];
+}
+
 function drawLines() {
+  const courses = paths.map((path) => ({
+    path,
+    lane: path.dataset.lane,
+    from: place(path.dataset.from),
+    to: place(path.dataset.to),
+  }));
+  const spans = new Map();
+  for (const { lane, from, to } of courses) {
+    const span = spans.get(lane) ?? { top: from.y, bottom: to.y };
+    spans.set(lane, { top: Math.min(span.top, from.y), bottom: Math.max(span.bottom, to.y) });
+  }
+  const [slots, count] = slotsOf(spans);
   // In a narrow window there is less room for the lanes at the left.
   const room = parseFloat(getComputedStyle(graph).paddingLeft);
-  const step = room > 60 ? 12 : 5;
-  const lanes = new Map();
-  for (const path of paths) {
-    const from = place(path.dataset.from);
-    const to = place(path.dataset.to);
-    if (!lanes.has(path.dataset.lane)) lanes.set(path.dataset.lane, lanes.size);
-    const lane = room - step - step * (lanes.get(path.dataset.lane) % 6);
-    const course = `M ${from.left} ${from.y + 4} H ${lane} V ${to.y} H ${to.left}`;
+  const step = Math.min(room > 60 ? 12 : 5, room / (count + 1));
+  for (const { path, lane, from, to } of courses) {
+    const x = room - step * (slots.get(lane) + 1);
+    const course = `M ${from.left} ${from.y + 4} H ${x} V ${to.y} H ${to.left}`;
     path.setAttribute("d", `${course} m -7 -4 l 7 4 l -7 4`);
   }
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from sffx.blocks import BlockPlan
 from sffx.draw.page import page as page_of
 from sffx.draw.progress import Progress
+from tests.draw.conftest import chain
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -275,6 +277,36 @@ def test_a_narrow_window_holds_the_page(
     lanes = page.tab.evaluate("paths.map(path => path.getBBox().x)")
     assert len(lanes) == 2
     assert all(0 < lane < 40 for lane in lanes)
+    page.tab.close()
+
+
+def with_skips(skips: dict[int, int]) -> BlockPlan:
+    """Return a chain of 20 blocks, with a value that skips from each key's block to its value's."""
+    plan = chain(20)
+    blocks = list(plan.blocks)
+    for source, reader in skips.items():
+        blocks[source] = replace(blocks[source], sides=(f"skip_{source}",))
+        inputs = (*blocks[reader].inputs, f"skip_{source}")
+        blocks[reader] = replace(blocks[reader], inputs=inputs)
+    return replace(plan, blocks=tuple(blocks))
+
+
+@pytest.mark.parametrize("width", [390, 900])
+def test_lines_side_by_side_do_not_overlap(browser: Any, tmp_path: Path, width: int) -> None:
+    """As in a U-Net: the first block hands a value to the last, the second to the last but one."""
+    plan = with_skips({i: 19 - i for i in range(9)})
+    page = Shown(browser, tmp_path / "net.html", page_of(plan), width=width)
+    lefts = page.tab.evaluate("paths.map(path => path.getBBox().x)")
+    assert len({round(left, 1) for left in lefts}) == 9
+    assert min(lefts) > 0
+    page.tab.close()
+
+
+def test_lines_below_each_other_have_one_lane(browser: Any, tmp_path: Path) -> None:
+    page = Shown(browser, tmp_path / "net.html", page_of(with_skips({0: 3, 5: 8, 10: 13})))
+    lefts = page.tab.evaluate("paths.map(path => path.getBBox().x)")
+    assert len(lefts) == 3
+    assert len(set(lefts)) == 1
     page.tab.close()
 
 

@@ -54,17 +54,18 @@ function place(id) {
   };
 }
 
-// The lines of a crossing run side by side with those of others, unless these have ended above.
+// Each lane runs outside of the shorter ones beside it, so that the skips of a U-Net do not cross.
 function slotsOf(spans) {
   const slots = new Map();
-  const ends = [];
-  for (const [lane, span] of [...spans].sort((a, b) => a[1].top - b[1].top)) {
-    let slot = ends.findIndex((end) => end < span.top);
-    if (slot < 0) slot = ends.length;
-    ends[slot] = span.bottom;
-    slots.set(lane, slot);
+  const length = ([, span]) => span.bottom - span.top;
+  const shortestFirst = [...spans].sort((a, b) => length(a) - length(b));
+  for (const [lane, span] of shortestFirst) {
+    const isBeside = ([other]) =>
+      spans.get(other).top <= span.bottom && span.top <= spans.get(other).bottom;
+    const inside = [...slots].filter(isBeside).map(([, slot]) => slot);
+    slots.set(lane, 1 + Math.max(-1, ...inside));
   }
-  return [slots, ends.length];
+  return slots;
 }
 
 function drawLines() {
@@ -79,10 +80,11 @@ function drawLines() {
     const span = spans.get(lane) ?? { top: from.y, bottom: to.y };
     spans.set(lane, { top: Math.min(span.top, from.y), bottom: Math.max(span.bottom, to.y) });
   }
-  const [slots, count] = slotsOf(spans);
+  const slots = slotsOf(spans);
   // In a narrow window there is less room for the lanes at the left.
   const room = parseFloat(getComputedStyle(graph).paddingLeft);
-  const step = Math.min(room > 60 ? 12 : 5, room / (count + 1));
+  const outermost = Math.max(-1, ...slots.values());
+  const step = Math.min(room > 60 ? 12 : 5, room / (outermost + 2));
   for (const { path, lane, from, to } of courses) {
     const x = room - step * (slots.get(lane) + 1);
     const course = `M ${from.left} ${from.y + 4} H ${x} V ${to.y} H ${to.left}`;

@@ -86,7 +86,7 @@ def walk(
         residency.enter(stage, following)
         if only is not None and stage.name not in only:
             with _explaining(net, inputs):
-                _pass_through(net, stage, values)
+                pass_through(net, stage, values)
             continue
         # No local name may hold the scores: the caller decides when they are freed.
         yield stage, _explained(run, net, stage, inputs, values)
@@ -145,7 +145,7 @@ def _run_through(
     for stage, following in zip_longest(stages, stages[1:]):
         residency.enter(stage, following)
         with _explaining(net, inputs):
-            _pass_through(net, stage, values)
+            pass_through(net, stage, values)
 
 
 def _beginning(net: fx.GraphModule, x: Any) -> tuple[int, Mapping[str, Any], Values]:
@@ -208,7 +208,7 @@ def _until_the_last(stages: Sequence[Stage], only: Collection[str] | None) -> Se
     return stages[: max(named, default=-1) + 1]
 
 
-def _pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
+def pass_through(net: fx.GraphModule, stage: Stage, values: Values) -> None:
     """Run a stage that only passes its values on."""
     parts = [*stage.modules, *stage.norms]
     residency = residency_of(net)

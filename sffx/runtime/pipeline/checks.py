@@ -18,7 +18,7 @@ from sffx.runtime.find_residency import residency_of
 from sffx.runtime.pipeline.ownership import Empty, tensors_of
 from sffx.runtime.pipeline.places import Place
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import stages_that_learn
+from sffx.runtime.stage import Stage
 
 
 def usable(net: nn.Module) -> CutModel:
@@ -137,8 +137,12 @@ def require_loader(place: Place, loader: Iterable[Any] | None) -> None:
         )
 
 
-def require_learning(net: CutModel) -> None:
-    """Raise an InputError if training would train nothing."""
+def require_learning(stages: Iterable[Stage]) -> None:
+    """Raise an InputError if training would train nothing.
+
+    Args:
+        stages: of all processes, those that are to learn.
+    """
     if not torch.is_grad_enabled():
         raise InputError(
             "train was called without gradients, so it would train nothing. "
@@ -146,10 +150,10 @@ def require_learning(net: CutModel) -> None:
             "losses there"
         )
     # The parameters of other processes are meta tensors, and say whether they learn.
-    if not any(stage.trainable for stage in stages_that_learn(net)):
+    if not any(stage.trainable for stage in stages):
         raise InputError(
-            "no parameter of the blocks requires a gradient, so train would train nothing. "
-            "Hint: pipe.net.requires_grad_(True), or freeze some blocks only"
+            "no parameter of the blocks to train requires a gradient, so train would train "
+            "nothing. Hint: pipe.net.requires_grad_(True), or freeze some blocks only"
         )
 
 

@@ -160,7 +160,7 @@ class Epoch:
 
     Args:
         net: the cut model.
-        stages: of this process.
+        stages: of this process, those that run.
         ranks: the processes.
         depth: how many batches may be on the way to the next stage.
         loader: of the first stage, None elsewhere.
@@ -168,8 +168,10 @@ class Epoch:
             stage.
         trains: whether replicas wait for each other at each step, so that all must have as many
             batches, and one at the least.
+        sends: whether the stage behind this process, if there is one, runs as well.
 
     Attributes:
+        stages: of this process, those that run.
         bytes_sent: to the next stage.
 
     Raises:
@@ -186,10 +188,12 @@ class Epoch:
         check: Callable[[Tensor, int], None],
         *,
         trains: bool,
+        sends: bool,
     ) -> None:
+        self.stages = stages
         self._trains = trains
         upstream = ranks.connections.upstream
-        downstream = ranks.connections.downstream
+        downstream = ranks.connections.downstream if sends else None
         self._source: FromLoader | FromStageBefore
         if upstream is None:
             agree = ranks.require_as_many_batches if trains else _agree_with_nobody
@@ -211,7 +215,7 @@ class Epoch:
 
     @property
     def hands_over(self) -> bool:
-        """Whether there is a stage behind this process."""
+        """Whether a stage behind this process gets the batches."""
         return self._handover is not None
 
     def __iter__(self) -> Iterator[Batch]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +27,13 @@ from sffx.kernels.precision import widened
 from sffx.learning.losses import LossFunctions, check_targets, loss_functions
 from sffx.net import CutModel
 from sffx.runtime.evaluate import Evaluation, Totals, scores_by_name
-from sffx.runtime.learn import Lesson, OnBlock, learn_stage, require_train_mode
+from sffx.runtime.learn import (
+    Lesson,
+    OnBlock,
+    learn_stage,
+    learning_stages,
+    require_train_mode,
+)
 from sffx.runtime.modes import evaluating
 from sffx.runtime.optimizers import groups_of_stages
 from sffx.runtime.pipeline.balance import balanced, seconds_of_blocks
@@ -62,10 +69,10 @@ from sffx.runtime.pipeline.ranks import Ranks
 from sffx.runtime.pipeline.steps import Steps
 from sffx.runtime.randomness import block_seeds, mixed
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, stages_of, stages_that_learn
+from sffx.runtime.stage import Stage, Values, stages_of
 from sffx.runtime.step import Optimizers
 from sffx.runtime.views import losses_of, require_no_loss
-from sffx.runtime.walk import score_detached
+from sffx.runtime.walk import pass_through, score_detached
 
 LOGGER = logging.getLogger("sffx")
 
@@ -156,8 +163,6 @@ class Pipeline:
             require_same_everywhere(self._ranks.from_everyone(summary(self.net)))
             self._begins = self._first_blocks(cuts, example_input)
             self._stages = self._stages_of(self.place.stage)
-            learning = set(stages_that_learn(self.net))
-            self._learning = [stage for stage in self._stages if stage in learning]
             self._own_parts()
         # `usable` has refused models with another residency.
         self._residency = Residency(self.net)
@@ -194,7 +199,9 @@ class Pipeline:
             lr: learning rate of the feature blocks and their heads.
             classifier_lr: learning rate of the classifier, `lr` where None.
         """
-        return groups_of_stages(self._learning, lr, classifier_lr)
+        learning = learning_stages(self.net, None)
+        own = [stage for stage in self._stages if stage in learning]
+        return groups_of_stages(own, lr, classifier_lr)
 
     def train(
         self,
@@ -202,6 +209,7 @@ class Pipeline:
         optimizer: Optimizers | None,
         *,
         accumulate: int = 1,
+        blocks: Collection[str] | None = None,
         on_block: OnBlock | None = None,
     ) -> dict[str, float]:
         """Train on all batches of a loader, and return the mean loss of each block by name.
@@ -217,11 +225,15 @@ class Pipeline:
                 name; None if no parameter of this process learns.
             accumulate: batches for each step of the optimizer, which uses the mean of their
                 gradients. The last step of the loader may have fewer.
+            blocks: names of the blocks that learn, the same on all processes, as
+                `BlockSchedule.learning` returns them; all if None. Other blocks before the last of
+                these run in eval mode and without gradients. Those behind it do not run.
             on_block: called with the name of each own block, its scores, (B, J) for classes, and
                 its loss, both detached, before the block's parameters change.
 
         Returns:
-            The losses by name: "block_0", ..., "classifier", each the mean over the samples.
+            The losses of the blocks that learn by name: "block_0", ..., "classifier", each the mean
+            over the samples.
 
         Raises:
             InputError: the loader is missing, empty, or on the wrong process; the loaders of
@@ -233,21 +245,26 @@ class Pipeline:
             require_loader(self.place, loader)
             require_values(self.net, self._parts, self._empty)
             require_train_mode(self.net)
-            require_learning(self.net)
+            learning = learning_stages(self.net, blocks)
+            require_learning(learning)
             connections = self._ranks.connections
             watch = self._ranks.watch
-            steps = Steps(self._learning, optimizer, accumulate, connections.replicas, watch)
-            lessons = self._lessons(on_block)
-            seed = self._seed(accumulate)
-            sums = LossSums([stage.name for stage in self._learning])
+            lessons = self._lessons(learning, on_block)
+            steps = Steps(list(lessons), optimizer, accumulate, connections.replicas, watch)
+            names = None if blocks is None else [stage.name for stage in learning]
+            seed = self._seed(accumulate, names)
+            sums = LossSums([stage.name for stage in lessons])
             start = time.monotonic()
             waited_before = watch.waited
-            epoch = self._epoch(loader, self._check_targets, trains=True)
-            for step, batch in enumerate(epoch):
-                with block_seeds(mixed(seed, step)):
-                    self._train_batch(batch, epoch, lessons, steps, sums)
+            last = learning[-1]
+            # Processes behind the last block that learns have nothing to do.
+            if self._stages[0].index <= last.index:
+                epoch = self._epoch_of_training(loader, last)
+                for step, batch in enumerate(epoch):
+                    with block_seeds(mixed(seed, step)):
+                        self._train_batch(batch, epoch, lessons, steps, sums)
+                self.bytes_sent += epoch.bytes_sent
             steps.finish()
-            self.bytes_sent += epoch.bytes_sent
             seconds = time.monotonic() - start
             busy = 1 - (watch.waited - waited_before) / seconds
             return self._together(sums.report(busy))
@@ -261,19 +278,24 @@ class Pipeline:
         sums: LossSums,
     ) -> None:
         """Learn from a batch stage by stage, and send what the next process reads of it."""
-        last = self._stages[-1]
-        # The classifier, which comes last, does not run where the objective does not train it.
-        for stage in self._learning:
+        for stage in epoch.stages:
+            is_last = stage is epoch.stages[-1]
+            if stage not in lessons:
+                with self._explaining(stage, batch.values):
+                    pass_through(self.net, stage, batch.values)
+                if is_last:
+                    epoch.send(batch)
+                continue
             steps.before(stage)
             held = [self._scores(stage, batch.values)]
             # The next process begins while this one learns.
-            if stage is last:
+            if is_last:
                 stage.hand_on(batch.values)
                 epoch.send(batch)
             learned = learn_stage(stage, held, batch.y, lessons[stage], self._residency)
             sums.add(stage.name, learned.loss, batch.samples)
             steps.after(learned)
-            if stage is not last:
+            if not is_last:
                 stage.hand_on(batch.values)
         sums.samples += batch.samples
 
@@ -294,7 +316,7 @@ class Pipeline:
             require_values(self.net, self._parts, self._empty)
             self._ranks.require_same_action("evaluates")
             totals = Totals(self.net)
-            epoch = self._epoch(loader, self._check_labels, trains=False)
+            epoch = self._epoch_of_evaluation(loader)
             for batch in epoch:
                 self._evaluate_batch(batch, epoch, totals)
             self.bytes_sent += epoch.bytes_sent
@@ -449,20 +471,50 @@ class Pipeline:
 
     # What follows happens in each epoch.
 
-    def _epoch(
-        self, loader: Iterable[Any] | None, check: Callable[[Tensor, int], None], *, trains: bool
-    ) -> Epoch:
-        """Return the batches of a loader, as this process gets them and sends them on."""
-        return Epoch(self.net, self._stages, self._ranks, self._depth, loader, check, trains=trains)
+    def _epoch_of_training(self, loader: Iterable[Any] | None, last: Stage) -> Epoch:
+        """Return the batches of a loader, as this process gets them and sends them on.
+
+        Args:
+            loader: of the first stage, None elsewhere.
+            last: the last stage that learns, in whatever process. Those behind it do not run.
+        """
+        running = [stage for stage in self._stages if stage.index <= last.index]
+        sends = self._stages[-1].index < last.index
+        return Epoch(
+            self.net,
+            running,
+            self._ranks,
+            self._depth,
+            loader,
+            self._check_targets,
+            trains=True,
+            sends=sends,
+        )
+
+    def _epoch_of_evaluation(self, loader: Iterable[Any] | None) -> Epoch:
+        return Epoch(
+            self.net,
+            self._stages,
+            self._ranks,
+            self._depth,
+            loader,
+            self._check_labels,
+            trains=False,
+            sends=True,
+        )
 
     def _scores(self, stage: Stage, values: Values) -> Tensor:
         """Run a stage, and return its scores."""
+        with self._explaining(stage, values):
+            return score_detached(stage, values)
+
+    def _explaining(self, stage: Stage, values: Values) -> AbstractContextManager[None]:
+        """Return a context that explains errors of the first stage by the model's inputs."""
         if stage.index:
-            return score_detached(stage, values)
-        inputs = self.net.plan.inputs
+            return nullcontext()
         # Not the parameters of the net: those of other processes are on no device.
-        with explaining_errors(inputs, self.module.parameters, _inputs_among(values)):
-            return score_detached(stage, values)
+        own = self.module.parameters
+        return explaining_errors(self.net.plan.inputs, own, _inputs_among(values))
 
     def _check_targets(self, y: Tensor, samples: int) -> None:
         plan = self.net.plan
@@ -472,21 +524,25 @@ class Pipeline:
     def _check_labels(self, y: Tensor, samples: int) -> None:
         self.net.plan.task.check_labels(y, samples, self.net.plan.num_classes)
 
-    def _lessons(self, on_block: OnBlock | None) -> dict[Stage, Lesson]:
-        """Return how each own stage learns in an epoch."""
+    def _lessons(self, learning: list[Stage], on_block: OnBlock | None) -> dict[Stage, Lesson]:
+        """Return how each own stage learns in an epoch, if it is among those that do."""
         if on_block is not None:
             require_callable("on_block", on_block, ("name", "scores", "loss"))
         lessons = {}
-        for stage in self._learning:
+        for stage in self._stages:
+            if stage not in learning:
+                continue
             function = self._losses[stage.index]
             lessons[stage] = Lesson(stage.trainable, function, on_block, hooks_wait=False)
         return lessons
 
-    def _seed(self, accumulate: int) -> int:
+    def _seed(self, accumulate: int, blocks: list[str] | None) -> int:
         """Return a seed for the dropout of an epoch, drawn by the first process."""
         drawn = int(torch.randint(2**62, (), device="cpu")) if self.first else None
         # The processes agree on the action by the same message.
         action = f"trains with accumulate={accumulate}"
+        if blocks is not None:
+            action += f" and blocks={blocks}"
         return int(self._ranks.require_same_action(action, drawn)[0])
 
     def _together(self, report: Report) -> dict[str, float]:

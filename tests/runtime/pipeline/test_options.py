@@ -257,3 +257,87 @@ def test_a_model_from_the_meta_device_draws_weights_and_learns(tmp_path):
         first = sum(result["losses"][0].values())
         last = sum(result["losses"][-1].values())
         assert last < first
+
+
+# Blocks of the first process alone, of the second alone, and of both.
+LESSONS = (["block_0"], ["block_2"], ["block_1", "block_3", "classifier"], ["block_0", "block_3"])
+
+
+def train_some_blocks(rank: int) -> dict[str, Any]:
+    pipe = sffx.Pipeline(cut_deep(), cuts=["block_2"])
+    optimizer = sgd(pipe.parameter_groups(lr=0.1))
+    data = deep_images()
+    losses = []
+    for blocks in LESSONS:
+        loader = data if pipe.first else None
+        losses.append(pipe.train(loader, optimizer, accumulate=2, blocks=blocks))
+    return {"losses": losses, "state": pipe.state_dict(), "bytes": pipe.bytes_sent}
+
+
+class Deep(nn.Sequential):
+    """Four convolutions with batch norm, which computes other values in eval mode."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for channels in (3, 4, 4, 4):
+            layers += [nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def cut_deep() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return sffx.transform(Deep().double(), "batchnorm", torch.zeros(2, 3, 6, 6).double())
+
+
+def deep_images() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(4):
+        x = torch.randn(5, 3, 6, 6, dtype=torch.float64, generator=generator)
+        batches.append((x, torch.randint(0, 3, (5,), generator=generator)))
+    return batches
+
+
+def test_some_blocks_learn_as_in_one_process(tmp_path):
+    found = run(train_some_blocks, 2, tmp_path)
+    assert all(isinstance(each, dict) for each in found), found
+    net = cut_deep()
+    optimizer = sgd(sffx.parameter_groups(net, lr=0.1))
+    data = deep_images()
+    for blocks, (own, other) in zip(
+        LESSONS, zip(*[each["losses"] for each in found], strict=True), strict=True
+    ):
+        assert own == other
+        assert list(own) == blocks
+        for pair in (data[:2], data[2:]):
+            optimizer.zero_grad()
+            for x, y in pair:
+                (sffx.local_loss(net, x, y, blocks=blocks) / 2).backward()
+            optimizer.step()
+    together = {**found[0]["state"], **found[1]["state"]}
+    torch.testing.assert_close(together, dict(net.state_dict()), rtol=1e-12, atol=1e-12)
+    # Where the second process has nothing to learn, nothing is sent to it.
+    assert found[0]["bytes"] > 0 == found[1]["bytes"]
+
+
+def train_other_blocks(rank: int) -> Any:
+    pipe = sffx.Pipeline(cut_deep(), cuts=["block_2"])
+    optimizer = sgd(pipe.parameter_groups(lr=0.1))
+    blocks = ["block_0"] if rank == 0 else ["block_1"]
+    return pipe.train(deep_images() if pipe.first else None, optimizer, blocks=blocks)
+
+
+def test_all_processes_must_train_the_same_blocks(tmp_path):
+    for error in run(train_other_blocks, 2, tmp_path):
+        assert "and blocks=['block_0']; rank 1" in str(error)
+
+
+def train_an_unknown_block(rank: int) -> Any:
+    pipe = sffx.Pipeline(cut_deep(), cuts=["block_2"])
+    optimizer = sgd(pipe.parameter_groups(lr=0.1))
+    return pipe.train(deep_images() if pipe.first else None, optimizer, blocks=["block_9"])
+
+
+def test_an_unknown_block_is_named(tmp_path):
+    for error in run(train_an_unknown_block, 2, tmp_path):
+        assert "blocks names 'block_9'. Hint: the blocks are block_0" in str(error)

@@ -158,7 +158,7 @@ MESSAGES = {
     "one memory": "block_1.layers.0.conv.weight is used by block_1",
     "kept module": "block_2.layers.1.conv",
     "without gradients": "train was called without gradients",
-    "frozen": "no parameter of the blocks requires a gradient",
+    "frozen": "no parameter of the blocks to train requires a gradient",
     "other cut": "cut otherwise",
     "other weights": "classifier.head.weight",
     "lbfgs": "LBFGS",

@@ -68,6 +68,8 @@ class Step:
         norm: whether a norm is in it, of any kind.
         keeps_shape: whether it has no layer with parameters and its value has the shape of its
             input, as an activation or a bias; dropout does not count.
+        scales: whether its parameters are vectors and its value has the shape of its input, as in a
+            norm, or an activation with parameters.
         narrows: whether it has no parameters and gives the value of the last layer with fewer
             channels, as GLU or maxout does.
         pools: whether it starts the way to the classifier. That is an adaptive pool behind a layer,
@@ -91,6 +93,7 @@ class Step:
     batchnorm: bool
     norm: bool
     keeps_shape: bool
+    scales: bool
     narrows: bool
     pools: bool
     drops: bool
@@ -396,6 +399,7 @@ class Analysis:
             batchnorm=any(self._layers.is_batch_norm(node) for node in nodes),
             norm=any(self._layers.is_norm(node) for node in nodes),
             keeps_shape=self._keeps_shape(nodes, end, before),
+            scales=trainable and self._scales(nodes, end, before),
             narrows=not trainable and self._has_fewer_channels(value, layer),
             pools=self._starts_classifier(end, shape, value_before, layer),
             drops=self._layers.begins_with(end, _DROPOUT),
@@ -483,6 +487,14 @@ class Analysis:
             if self._layers.is_weighted(node) or (is_module and self.parameters(node)):
                 return False
         return True
+
+    def _scales(self, nodes: list[Node], end: Node, before: Node | None) -> bool:
+        """Return whether a step has no matrix and leaves the shape, as `Step.scales` says."""
+        if before is None or is_out_of_order(facts(end).batch) or not _have_same_axes(before, end):
+            return False
+        if any(self._layers.is_weighted(node) for node in nodes):
+            return False
+        return all(self._layers.holds_vectors_alone(node) for node in nodes)
 
     def _is_layer(self, node: Node) -> bool:
         return bool(self.parameters(node)) or self._layers.is_weighted(node)

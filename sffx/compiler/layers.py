@@ -46,6 +46,7 @@ class Layers:
         self.root = root
         # By target. Paths are counted for each join, so the same nodes are asked for many times.
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._with_matrix: dict[str, bool] = {}
 
     def module(self, node: Node) -> nn.Module | None:
         """Return the module that a node calls, None for another kind of node."""
@@ -150,7 +151,39 @@ class Layers:
         return found and not (is_picked and is_computed)
 
     def _holds_matrix(self, node: Node) -> bool:
-        return any(p.ndim > 1 for p in self.parameters(node).values())
+        module = self.module(node)
+        if module is None:
+            return any(p.ndim > 1 for p in self.parameters(node).values())
+        target = str(node.target)
+        if target not in self._with_matrix:
+            self._with_matrix[target] = _has_matrix(module)
+        return self._with_matrix[target]
+
+    def holds_vectors_alone(self, node: Node) -> bool:
+        """Return whether all parameters of a node are vectors, as those of a norm; or it has none.
+
+        A vector may have further axes of one place, as a scale of shape (1, C, 1, 1).
+        """
+        return all(map(_is_vector, self.parameters(node).values()))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Return whether a module or one of its parts holds a weight matrix or a kernel.
+
+    Torch's layers, and those derived from them, may have a matrix of one column. In other modules
+    such a parameter is a vector that is made for broadcasting.
+    """
+    for part in module.modules():
+        bases = type(part).__mro__[: type(part).__mro__.index(nn.Module)]
+        is_of_torch = any(kind.__module__.startswith("torch.nn.") for kind in bases)
+        for parameter in part.parameters(recurse=False):
+            if parameter.ndim > 1 and (is_of_torch or not _is_vector(parameter)):
+                return True
+    return False
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return sum(length > 1 for length in tensor.shape) < 2
 
 
 def _picks(node: Node) -> bool:

@@ -4,7 +4,8 @@ A place in the model is the index of a step, and a cut is made after a step. A s
 block. All policies share three rules:
 
 - An activation after a block belongs to the block: it has no layer of its own and keeps the shape,
-  or has fewer channels. So does a BN layer, and another norm right behind a layer.
+  or has fewer channels. So does a BN layer. Another norm right behind a layer does as well, and
+  so does what else keeps the shape and has vectors alone, as a norm that was written by hand.
 - A gate (squeeze-and-excitation, a product of paths) belongs to the layer that it gates.
 - The last layer with a weight is the classifier's, with the pool, the flatten and the dropout
   before it.
@@ -73,11 +74,40 @@ def _behind_followers(steps: Steps, end: int) -> int:
 
     It is `end` if there is none.
     """
-    for following in range(end + 1, len(steps)):
-        if not _follows(steps[following], steps[end]):
+    is_direct = _is_direct(steps[end])
+    while end + 1 < len(steps):
+        # First, since a permutation of equal sizes would follow alone.
+        last = _end_of_norm(steps, end) if is_direct else end
+        if last > end:
+            end = last  # still that of the layer
+            continue
+        if not _follows(steps[end + 1], steps[end], is_direct=is_direct):
             break
-        end = following
+        end += 1
+        is_direct = _is_direct(steps[end])
     return end
+
+
+def _end_of_norm(steps: Steps, end: int) -> int:
+    """Return the last step of a norm behind a step, whose module takes several steps; else `end`.
+
+    A norm over the channels of an image turns the axes, norms, and turns them back.
+    """
+    scope = steps[end + 1].scope
+    if not scope or _is_inside(steps[end], scope):
+        return end
+    last = end
+    while last + 1 < len(steps) and _is_inside(steps[last + 1], scope):
+        last += 1
+    norm = steps[end + 1 : last + 1]
+    has_vectors = any(step.norm or step.scales for step in norm)
+    if has_vectors and not has_weight(norm, 0, len(norm)) and norm[-1].shape == steps[end].shape:
+        return last
+    return end
+
+
+def _is_inside(step: Step, scope: str) -> bool:
+    return f"{step.scope}.".startswith(f"{scope}.")
 
 
 def _narrowed(steps: Steps, end: int) -> int:
@@ -94,15 +124,28 @@ def _narrowed(steps: Steps, end: int) -> int:
     return end
 
 
-def _follows(step: Step, before: Step) -> bool:
-    """Return whether a step belongs to the block that the step before it is in."""
+def _follows(step: Step, before: Step, *, is_direct: bool) -> bool:
+    """Return whether a step belongs to the block that the step before it is in.
+
+    Args:
+        step: behind the other one.
+        before: which ends with a layer, or with what belongs to it.
+        is_direct: whether a norm in `step` is that of the layer.
+    """
     is_gate = step.join == "product" and step.shape == before.shape
-    # Behind a sum, another norm than BN begins the next block, as in a transformer.
-    reads_layer = before.weighted and not before.join
-    is_its_norm = not step.weighted and (step.batchnorm or (step.norm and reads_layer))
+    is_norm = step.batchnorm or ((step.norm or step.scales) and is_direct)
+    is_its_norm = is_norm and not step.weighted
     # No cut can part the two, and the step has nothing that a block of its own could learn.
     is_needed = bool(before.refusal) and not step.trainable
     return step.keeps_shape or is_gate or is_its_norm or is_needed
+
+
+def _is_direct(before: Step) -> bool:
+    """Return whether a norm behind a step is that of the layer in the step, or of its norm.
+
+    Behind a sum, another norm than BN begins the next block, as in a transformer.
+    """
+    return not before.join and (before.weighted or before.norm or before.scales)
 
 
 def legal_before(steps: Steps, end: int, floor: int) -> int:

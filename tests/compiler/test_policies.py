@@ -20,6 +20,7 @@ from sffx.compiler.policies import NO_RESIDUAL_BLOCK, Cuts, select
 from sffx.compiler.trace.trace import trace
 from sffx.errors import CutError, InputError
 from sffx.policies import AnyPolicy, policy_named
+from tests import written_norms
 from tests.stream_models import Sum, residual
 from tests.toys import Chain, Residual, SharedWeight
 
@@ -662,6 +663,7 @@ NORMS = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(2, channels),
     "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    **{norm.__name__: norm for norm in written_norms.NORMS},
 }
 
 
@@ -678,6 +680,19 @@ def test_a_norm_right_behind_a_layer_belongs_to_it(kind, policy):
     model = nn.Sequential(stages[0], middle, stages[2], *tail)
     plan = sffx.plan(model, policy, torch.zeros(1, 3, 8, 8))
     assert [block.name for block in plan] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("norm", written_norms.NORMS)
+@pytest.mark.parametrize("layer", written_norms.CONVOLUTIONS)
+def test_what_a_norm_is_made_of_does_not_tell_where_a_layer_ends(layer, norm):
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 6)):
+        layers += [layer(inputs, outputs, 3, padding=1), norm(outputs), nn.PReLU(outputs)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    x = torch.randn(4, 3, 8, 8)
+    net = sffx.transform(model, "layer", x, check=True)
+    assert [block.name for block in net.plan] == ["0 … 2", "3 … 5"]
+    assert sffx.local_loss(net.train(), x, torch.arange(4) % 3).isfinite()
 
 
 class _Halves(nn.Module):

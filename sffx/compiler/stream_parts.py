@@ -152,9 +152,10 @@ def parts_of_module(
         if inner:
             found.setdefault(inner, Part(inner)).nodes.append(name)
     # The only part does the work of the module, as a backbone does beside a function at its end. So
-    # the parts inside it are those of the module, unless one is no more than a layer.
-    if len(found) == 1:
-        (only,) = found.values()
+    # the parts inside it are those of the module, unless one is no more than a layer. A unit that
+    # the module adds to its input, `x + block(x)`, is not divided for that.
+    only = next(iter(found.values())) if len(found) == 1 else None
+    if only is not None and not _is_whole(analysis, only, sizes):
         inside = parts_of_module(analysis, only.nodes, only.scope, sizes, later)
         have_several_layers = all(sizes.distinct_layers(part.nodes) > 1 for part in inside)
         if len(inside) > 1 and have_several_layers:
@@ -175,6 +176,13 @@ def parts_of_module(
         else:
             single_since += divided
     return larger + single_since
+
+
+def _is_whole(analysis: Analysis, part: Part, sizes: Sizes) -> bool:
+    """Return whether a part is a unit that is not large enough to be divided."""
+    return is_unit(analysis, part.nodes, part.scope) and not sizes.is_too_large(
+        part.nodes, part.scope
+    )
 
 
 def _divided(analysis: Analysis, part: Part, sizes: Sizes, later: set[str]) -> list[Part]:

@@ -541,3 +541,41 @@ def test_a_gate_stays_with_what_it_gates():
         gates = [name for name in block.modules if name.startswith("gates")]
         filters = [name for name in block.modules if name.startswith("filters")]
         assert len(gates) == len(filters)
+
+
+class _Experts(nn.Module):
+    """A mixture of all experts, by a gate for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        layers = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(4)]
+        self.experts = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x).softmax(-1)
+        terms = [gates[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts)]
+        return sum(terms[1:], terms[0])
+
+
+class _AddedByTheModel(nn.Module):
+    """Adds each of its units to the unit's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.units = nn.ModuleList(_Experts() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for unit in self.units:
+            x = x + unit(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("policy", ["residual", "layer"])
+def test_experts_of_a_unit_that_the_model_adds_to_its_input_are_not_parted(policy):
+    plan = sffx.plan(_AddedByTheModel(), policy, torch.zeros(2, 6, 5))
+    assert [block.name for block in plan] == ["embed", "units.0", "units.1"]
+    assert not any(block.sides for block in plan)

@@ -7,14 +7,19 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd import Function
+from torch import Tensor
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from sffx.errors import InputError
 
 
 class HandWritten(Function):
-    """A `Function` that the transforms of `torch.func` cannot pass, and that says so."""
+    """A `Function` that no transform of `torch.func` can pass, and no derivative forwards.
+
+    It says so itself. A `jvp` that raises an error would say it as well, but `torch.compile` takes
+    no function that has one.
+    """
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
@@ -30,19 +35,17 @@ class HandWritten(Function):
                 "Hint: loss.backward() or torch.autograd.grad; or transform the model that "
                 "sffx.extract(net) returns"
             )
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise InputError(
+                "derivatives forwards do not pass what a cut model computes. Hint: loss.backward() "
+                "or torch.autograd.grad; or the model that sffx.extract(net) returns"
+            )
         return super().apply(*args, **kwargs)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Refuse a derivative forwards.
 
-        Raises:
-            InputError: always.
-        """
-        raise InputError(
-            "derivatives forwards do not pass what a cut model computes. Hint: loss.backward() or "
-            "torch.autograd.grad; or the model that sffx.extract(net) returns"
-        )
+def _has_tangent(value: Any) -> bool:
+    """Return whether a value is a tensor whose derivative is computed forwards."""
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def first_derivatives_only(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ def functions_reached(functions: Iterable[FunctionType], kind: type) -> Iterator
     seen: set[FunctionType] = set()
     while ahead:
         function, file = ahead.pop()
-        if function in seen or not (function.__globals__ is file or _is_own(function.__globals__)):
+        if function in seen or not (function.__globals__ is file or is_own(function.__globals__)):
             continue
         seen.add(function)
         yield function
@@ -90,7 +90,7 @@ def values_named(function: FunctionType) -> Iterator[tuple[str, Any]]:
         namespaces = [function.__globals__] if name in in_file else []
         for namespace in (*namespaces, *map(vars, files)):
             value = namespace.get(name)
-            if isinstance(value, ModuleType) and _is_own(vars(value)):
+            if isinstance(value, ModuleType) and is_own(vars(value)):
                 files.append(value)
             elif value is not None:
                 yield name, value
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Iterator[FunctionType]:
         yield inner if isinstance(inner, FunctionType) else value
 
 
-def _is_own(namespace: Mapping[str, Any]) -> bool:
+def is_own(namespace: Mapping[str, Any]) -> bool:
     """Whether a file, given its names, is the user's own and not an installed library's."""
     file = str(namespace.get("__file__", ""))
     return package_of(namespace) not in FOREIGN and not is_installed(file)

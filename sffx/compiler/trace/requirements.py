@@ -7,7 +7,7 @@ from typing import Any
 from torch import jit, nn
 from torch.nn.parameter import is_lazy
 
-from sffx.compiler.trace.closures import closure_over_the_model
+from sffx.compiler.trace.closures import closure_over_the_model, global_of_the_model
 from sffx.errors import InputError
 from sffx.fsdp import shards_in
 from sffx.nested import holds_itself
@@ -107,4 +107,10 @@ def _require_copyable(model: nn.Module) -> None:
             f"{place!r} of {type(model).__name__} is a function that holds a part of the model, "
             "which a copy of the model would share. Hint: make it a method of a class, or bind it "
             "by types.MethodType(function, module) and read the part from the module"
+        )
+    function, name = global_of_the_model(model)
+    if name:
+        raise InputError(
+            f"{function} reads {name!r}, a global or a free variable that holds a part of the "
+            "model, which a copy of the model would share. Hint: read the part from self"
         )

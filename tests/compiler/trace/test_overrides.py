@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -112,10 +113,37 @@ def _hook_on_another() -> nn.Module:
     return model
 
 
+def _around_a_layer_in_a_script() -> nn.Module:
+    model = _Net()
+    _GLOBALS["old"] = model.a.forward
+    script = "model.a.forward = lambda x: old(x) * 2"
+    exec(script, _GLOBALS | {"model": model})
+    return model
+
+
+def _by_a_function_of_a_script() -> nn.Module:
+    model = _Net()
+    names = {"model": model, "__name__": "__main__"}
+    script = """
+def scaled(x):
+    return model.a.weight.mean() * x
+
+model.b.register_forward_hook(lambda layer, args, output: scaled(output))
+"""
+    exec(script, names)
+    return model
+
+
+# The names of a script.
+_GLOBALS: dict[str, Any] = {"__name__": "__main__"}
+
+
 @pytest.mark.parametrize(
     ("make", "place"),
     [
         (_around_a_layer, "a.forward"),
+        (_around_a_layer_in_a_script, "a.forward"),
+        (_by_a_function_of_a_script, "b._forward_hooks"),
         (_by_default, "b.forward"),
         (_hook_on_another, "b._forward_hooks"),
     ],
@@ -123,6 +151,53 @@ def _hook_on_another() -> nn.Module:
 def test_a_function_that_a_copy_would_share_with_the_model_is_refused(make, place):
     with pytest.raises(InputError, match=f"{place!r} of _Net is a function that holds a part"):
         sffx.plan(make())
+
+
+class _ReadsAGlobal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(_scaled_by_a_global(x)).relu()
+
+
+def _scaled_by_a_global(x: Tensor) -> Tensor:
+    return x * _PARTS["head"].weight.mean()
+
+
+_PARTS: dict[str, nn.Module] = {}
+
+
+def test_a_forward_that_reads_a_part_of_the_model_as_a_global_is_refused():
+    """A copy would train and read the weights of the original."""
+    model = nn.Sequential(nn.Linear(6, 8), _ReadsAGlobal(), nn.Linear(8, 4))
+    assert len(sffx.plan(_with(head=nn.Linear(8, 4), model=model), "layer")) == 2
+    with pytest.raises(InputError, match="_scaled_by_a_global reads '_PARTS', a global") as error:
+        sffx.plan(_with(head=model[2], model=model), "layer")
+    assert "Hint: read the part from self" in str(error.value)
+
+
+def _with(*, head: nn.Module, model: nn.Module) -> nn.Module:
+    _PARTS["head"] = head
+    return model
+
+
+def test_a_layer_without_state_may_be_a_global():
+    model = nn.Sequential(_Activated(6), _Activated(8), nn.Linear(8, 4)).eval()
+    assert_same_logits(cut_without_norms(model), model)
+
+
+class _Activated(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.activation = nn.Linear(width, 8), _ACTIVATION
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ACTIVATION(self.inner(x))
+
+
+_ACTIVATION = nn.GELU()
 
 
 class _Block(nn.Module):

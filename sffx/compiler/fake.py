@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -39,6 +39,30 @@ def _refuse_values(*_: Any) -> Any:
 # torch's own would read memory that a fake tensor does not have, and end the process.
 for _name in ("apply_", "map_", "map2_"):
     setattr(FakeTensor, _name, _refuse_values)
+
+
+class CountingWrites(FakeTensorMode):
+    """Fake tensors whose versions also count the writes of functions that are given lists.
+
+    `torch._foreach_add_` is one. On fake tensors torch counts its writes nowhere.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.is_mutable:
+            for tensors in _lists_written(func, args):
+                torch.autograd.graph.increment_version(tensors)
+        return result
+
+
+def _lists_written(func: Any, args: Sequence[Any]) -> Iterator[Sequence[Tensor]]:
+    """Yield the lists of tensors that an operation writes, given its positional arguments."""
+    # An operation may be given fewer arguments than it takes.
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.is_write and isinstance(value, (list, tuple)):
+            yield value
 
 
 @contextmanager

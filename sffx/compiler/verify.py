@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode
 
 from sffx.blocks import BlockPlan
 from sffx.compiler.batch_axis import BATCH_SIZES
 from sffx.compiler.caches import caches_restored
-from sffx.compiler.fake import fake_tensors
+from sffx.compiler.fake import CountingWrites, fake_tensors
 from sffx.compiler.trace.randomness import generators_restored
 from sffx.errors import VerifyError, location
 from sffx.inputs import bind, constant_batch
@@ -56,7 +56,7 @@ def verify(net: fx.GraphModule, batch: int = BATCH_SIZES[0]) -> None:
 
 def _verify(net: fx.GraphModule, batch: int) -> None:
     """Check a cut model on fake tensors, or on real ones where it needs values."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = CountingWrites(allow_non_fake_inputs=True)
     try:
         with FakeCopyMode(mode):
             probe = twin(net, fake_tensors(net, mode)).train()

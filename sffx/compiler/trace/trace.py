@@ -25,7 +25,7 @@ from sffx.compiler.aliases import views_in_attributes
 from sffx.compiler.batch_axis import BATCH_SIZES, batch_sizes
 from sffx.compiler.caches import caches_restored
 from sffx.compiler.examples import example_arguments, runs, try_call
-from sffx.compiler.fake import fake_copy_but_constants
+from sffx.compiler.fake import CountingWrites, fake_copy_but_constants
 from sffx.compiler.trace.attempts import trace_until_it_works, traced_once
 from sffx.compiler.trace.constants import ADDED_CONSTANT
 from sffx.compiler.trace.flags import add_module, is_added
@@ -150,7 +150,7 @@ class _Probed:
 
 def _probed(model: nn.Module, example_input: Any) -> _Probed:
     """Run a copy of a model on fake tensors, several times."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = CountingWrites(allow_non_fake_inputs=True)
     root = _copy(model)
     probe = fake_copy_but_constants(model, mode).train()
     before = Attributes(probe)

@@ -156,6 +156,8 @@ class _Centred(nn.Module):
         lambda buffer, new: buffer.view(2, 4)[1].lerp_(new[4:], 0.5),
         lambda buffer, new: buffer.data.add_(new),
         lambda buffer, new: buffer.__setitem__(0, new[0]),
+        lambda buffer, new: torch._foreach_add_([buffer], [new]),
+        lambda buffer, new: torch._foreach_lerp_([buffer[:4]], [new[4:]], 0.5),
     ],
 )
 def test_a_buffer_is_updated_after_its_last_use(update):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import keyword
 from collections.abc import Callable, Iterator
@@ -97,6 +98,13 @@ class CutModel(PickledGraph):
         applied = super()._apply(*args, **kwargs)
         _cast(left_over, *args, **kwargs)
         return applied
+
+    def __copy__(self) -> CutModel:
+        self.settle()
+        # fx's own leaves out the plan, and takes the graph away from this model.
+        twin = CutModel(self, copy.deepcopy(self.graph), class_name=type(self).__name__)
+        _attach(twin, {"plan": self.plan, "origin": self.origin})
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self.settle()

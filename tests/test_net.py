@@ -107,3 +107,24 @@ def test_a_plain_model_with_one_child_is_no_wrapper():
 
     with pytest.raises(InputError, match=r"net is a Whole, not a cut model\. Hint: pass what"):
         sffx.evaluate(Whole(), [(X, Y)])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_shallow_copy_is_a_cut_model_with_the_same_layers(nested):
+    example = {"images": {"left": X, "right": X}} if nested else X
+    net = sffx.transform(_OfTwo() if nested else Chain(), "layer", example).train()
+    twin = copy.copy(net)
+    assert twin.graph.owning_module is twin
+    assert net.graph.owning_module is net
+    assert dict(twin.named_parameters()) == dict(net.named_parameters())
+    assert torch.equal(sffx.local_loss(twin, example, Y), sffx.local_loss(net, example, Y))
+    assert str(sffx.extract(twin)) == str(sffx.extract(net))
+
+
+class _OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Chain()
+
+    def forward(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.chain(images["left"] + images["right"])

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 
 # The longest time to wait, in seconds: 31 years.
 LONGEST = 10**9
@@ -26,7 +26,7 @@ def require_flag(name: str, value: object) -> None:
     Anything else would be taken for one of them in silence, as the text "no" for True.
     """
     if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}. Hint: pass True or False")
+        raise InputError(f"{name} is {shown(value)}. Hint: pass True or False")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -51,7 +51,7 @@ def positive_integer(name: str, value: Any, hint: str = "pass a positive integer
         InputError: it is no positive integer.
     """
     if not is_integer(value) or value < 1:
-        raise InputError(f"{name} is {value!r}. Hint: {hint}")
+        raise InputError(f"{name} is {shown(value)}. Hint: {hint}")
     return int(value)
 
 
@@ -68,8 +68,8 @@ def positive_time(name: str, value: Any) -> timedelta:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if not is_number(seconds) or not 0 < seconds <= LONGEST:
         raise InputError(
-            f"{name} is {value!r}. Hint: pass a timedelta, or a number of seconds above 0 and at "
-            f"most {LONGEST:,}"
+            f"{name} is {shown(value)}. Hint: pass a timedelta, or a number of seconds above 0 "
+            f"and at most {LONGEST:,}"
         )
     return timedelta(seconds=float(seconds))
 
@@ -84,7 +84,7 @@ def require_callable(name: str, function: object, parameters: Sequence[str]) -> 
     """
     form = f"({', '.join(parameters)})"
     if not callable(function):
-        raise InputError(f"{name} is {function!r}. Hint: pass a callable {form}")
+        raise InputError(f"{name} is {shown(function)}. Hint: pass a callable {form}")
     signature = _signature(function)
     if signature is None:
         return
@@ -117,11 +117,13 @@ def require_block_names(given: Any, known: Sequence[str]) -> None:
         known: the names of the blocks, in order.
     """
     if isinstance(given, str):
-        raise InputError(f"blocks is {given!r}, not a list. Hint: blocks=[{given!r}]")
+        raise InputError(f"blocks is {shown(given)}, not a list. Hint: blocks=[{shown(given)}]")
     # A tensor is a collection as well, and its elements are no names.
     is_list = isinstance(given, Collection) and not isinstance(given, Tensor)
     if not is_list or not all(isinstance(name, str) for name in given):
-        raise InputError(f"blocks is {given!r}, no list of names. Hint: blocks=[{known[-1]!r}]")
+        raise InputError(
+            f"blocks is {shown(given)}, no list of names. Hint: blocks=[{known[-1]!r}]"
+        )
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise InputError(

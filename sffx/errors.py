@@ -149,6 +149,19 @@ def is_installed(filename: str) -> bool:
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
+def shown(value: object) -> str:
+    """Return the text of a value that was given, in one line, cut short where it is long.
+
+    A model that was passed by mistake would fill the screen.
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+# The most characters of a value in a message.
+_LONGEST = 100
+
+
 def in_brief(names: Sequence[str], most: int) -> str:
     """Return the first names of a list, and the number of the others: "a, b and 7 more"."""
     text = ", ".join(names[:most])

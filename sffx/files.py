@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sffx.errors import ExportError, InputError
+from sffx.errors import ExportError, InputError, shown
 
 try:
     import fcntl
@@ -149,7 +149,8 @@ def as_path(path: Any) -> Path:
         made = Path(os.fsdecode(path))
     except TypeError as error:
         raise InputError(
-            f"the path is {path!r}, a {type(path).__name__}. Hint: pass a string or a pathlib.Path"
+            f"the path is {shown(path)}, a {type(path).__name__}. "
+            "Hint: pass a string or a pathlib.Path"
         ) from error
     for part in made.parts:
         # Even the question whether there is such a file would be an error of the system.

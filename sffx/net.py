@@ -59,8 +59,10 @@ class CutModel(PickledGraph):
         # Only after an error, so that a call of the model costs nothing more.
         except TypeError as error:
             others = set(kwargs).difference(each.name for each in self.plan.inputs)
-            if others and self.plan.nested is None:
-                raise _unknown_arguments(self.plan, others) from error
+            if self.plan.nested is None and others:
+                raise _unknown_arguments(self.plan, ", ".join(sorted(others))) from error
+            if self.plan.nested is None and len(args) > len(self.plan.inputs):
+                raise _unknown_arguments(self.plan, f"{len(args)} arguments") from error
             raise
 
     def settle(self) -> None:
@@ -132,11 +134,11 @@ class CutModel(PickledGraph):
         return _restored, super().__reduce__()
 
 
-def _unknown_arguments(plan: BlockPlan, others: set[str]) -> InputError:
+def _unknown_arguments(plan: BlockPlan, given: str) -> InputError:
     return InputError(
-        f"the model takes {', '.join(each.name for each in plan.inputs)}, and not "
-        f"{', '.join(sorted(others))}. Hint: a trainer that passes labels, as that of "
-        "transformers, trains sffx.KeywordLoss(net)"
+        f"the model takes {', '.join(each.name for each in plan.inputs)}, and not {given}. "
+        "Hint: an argument of the model is one here if example_input holds it; a trainer that "
+        "passes labels, as that of transformers, trains sffx.KeywordLoss(net)"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree
 
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 
 KIB = 2**10
 MIB = 2**20
@@ -134,7 +134,7 @@ def read_byte_size(text: str | int) -> int:
     if not 1 <= size <= MOST_BYTES:
         problem = "cannot be read" if size < 1 else "is more than any machine has"
         raise InputError(
-            f"the budget {text!r} {problem}. Hint: '2 GiB', '500 MB', or a number of bytes"
+            f"the budget {shown(text)} {problem}. Hint: '2 GiB', '500 MB', or a number of bytes"
         )
     return size
 

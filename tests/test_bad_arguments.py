@@ -59,7 +59,11 @@ ANYTHING = (
     -(10**30),
     sffx.tasks.Regression(),
     torch.float32,
+    # Their texts are long.
+    nn.Sequential(*(nn.Linear(2, 2) for _ in range(40))),
+    list(range(1000)),
 )
+LONGEST_MESSAGE = 1000
 # Functions of the user. What they raise themselves is theirs.
 CALLABLES = {"goodness", "norm", "loss_fn", "on_block"}
 PATHS = {"path", "folder", "source", "target"}
@@ -305,8 +309,11 @@ def _fault(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
     try:
         function(**arguments)
     except sffx.SffxError as error:
+        message = str(error)
+        if len(message) > LONGEST_MESSAGE or "\n" in message:
+            return f"{len(message)} characters: {message[:LONGEST_MESSAGE]}"
         # A missing package is told with the command that installs it.
-        return "" if "Hint: " in str(error) else f"no hint: {error}"
+        return "" if "Hint: " in message else f"no hint: {message}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -21,6 +21,7 @@ from sffx.errors import (
     has_parts,
     in_brief,
     location,
+    shown,
 )
 
 KINDS = ("InputError", "TraceError", "CutError", "VerifyError", "ExportError", "MissingExtra")
@@ -166,3 +167,13 @@ def test_a_model_of_single_layers_has_no_backbone(
     children: list[nn.Module], expected: bool
 ) -> None:
     assert has_parts(nn.Sequential(*children)) == expected
+
+
+def test_a_long_value_is_shown_in_one_short_line() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+    text = shown(model)
+    assert text.startswith("Sequential( (0): Linear(")
+    assert text.endswith("…")
+    assert len(text) == 101
+    assert "\n" not in text
+    assert shown("a") == "'a'"

@@ -128,3 +128,16 @@ class _OfTwo(nn.Module):
 
     def forward(self, images: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.chain(images["left"] + images["right"])
+
+
+def test_an_argument_that_the_example_lacked_is_refused_by_name():
+    net = sffx.transform(_Masked(), "layer", X)
+    takes = "the model takes x, and not"
+    for call, given in ((lambda: net(X, X), "2 arguments"), (lambda: net(X, mask=X), "mask")):
+        with pytest.raises(InputError, match=f"{takes} {given}. Hint: an argument of the model"):
+            call()
+
+
+class _Masked(Chain):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if mask is None else x * mask)

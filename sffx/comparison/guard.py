@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from sffx.comparison.check import complete_check, quick_check
 from sffx.comparison.one_call import OUTPUTS_ARE_NAN
-from sffx.errors import CheckError, InputError
+from sffx.errors import CheckError, InputError, shown
 from sffx.net import CutModel, plan_of, set_plan
 
 # Below these a check adds less than half to the time of the cut: multiply-adds for one sample, and
@@ -33,7 +33,7 @@ def checked(model: nn.Module, net: CutModel, how: bool | Literal["auto"]) -> Cut
     """
     is_auto = isinstance(how, str) and how == "auto"
     if not is_auto and not isinstance(how, bool):
-        raise InputError(f"check is {how!r}. Hint: pass True, False or 'auto'")
+        raise InputError(f"check is {shown(how)}. Hint: pass True, False or 'auto'")
     if how is False or (is_auto and not _is_small(net)):
         return net
     if is_auto:

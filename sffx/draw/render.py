@@ -13,7 +13,7 @@ from sffx.draw.detail import DETAILS
 from sffx.draw.graph import block_graph
 from sffx.draw.page import page
 from sffx.draw.progress import Progress
-from sffx.errors import InputError, MissingExtra, SffxError
+from sffx.errors import InputError, MissingExtra, SffxError, shown
 from sffx.files import as_path, require_folder_of, write
 from sffx.net import unwrapped
 
@@ -74,7 +74,9 @@ def draw(
         )
     require_flag("unfold", unfold)
     if not isinstance(detail, str) or detail not in DETAILS:
-        raise InputError(f"there is no detail {detail!r}. Hint: choose one of {', '.join(DETAILS)}")
+        raise InputError(
+            f"there is no detail {shown(detail)}. Hint: choose one of {', '.join(DETAILS)}"
+        )
     path = check_path(path, FORMATS)
     if path.suffix.lower() in PAGES:
         text = page(plan, unfold=unfold, detail=detail, progress=progress)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sffx.checks import is_number
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.export.exit_files import load
 from sffx.export.exit_stage import exit_stages, kept
 from sffx.files import as_path
@@ -177,7 +177,7 @@ class EarlyExit:
     def threshold(self, threshold: float) -> None:
         if not is_number(threshold) or threshold < 0:
             raise InputError(
-                f"the threshold is {threshold!r}. "
+                f"the threshold is {shown(threshold)}. "
                 "Hint: pass a number from 0 on, where all stop early; above 1, no sample does"
             )
         self._threshold = float(threshold)
@@ -283,7 +283,7 @@ class EarlyExit:
         """
         is_share = is_number(accuracy) and 0 <= accuracy <= 1
         if accuracy is not None and not is_share:
-            raise InputError(f"accuracy is {accuracy!r}. Hint: pass a number between 0 and 1")
+            raise InputError(f"accuracy is {shown(accuracy)}. Hint: pass a number between 0 and 1")
         curve = self.curve(loader)
         wanted = curve.points[-1].accuracy if accuracy is None else accuracy
         reached = [point for point in curve.points if point.accuracy >= wanted]
@@ -378,7 +378,7 @@ def _numbers(thresholds: Sequence[float]) -> list[float]:
     # A tensor without values raises a RuntimeError.
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"thresholds is {thresholds!r}. Hint: pass a list of numbers between 0 and 1"
+            f"thresholds is {shown(thresholds)}. Hint: pass a list of numbers between 0 and 1"
         ) from error
     for level in levels:
         if not level >= 0:  # so is nan

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sffx.blocks import BlockPlan, Input
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.tasks import CLASSIFICATION, task_record
 
 KEY = "sffx"
@@ -77,7 +77,7 @@ def _checked_names(names: Sequence[str] | None, classes: int) -> list[str] | Non
     is_list = isinstance(names, Sequence) and not isinstance(names, str)
     if not is_list or not all(isinstance(name, str) for name in names):
         raise InputError(
-            f"class_names is {names!r}. Hint: pass a list of strings, one for each class"
+            f"class_names is {shown(names)}. Hint: pass a list of strings, one for each class"
         )
     if len(names) != classes:
         raise InputError(
@@ -117,7 +117,9 @@ def _require_numbers(name: str, numbers: Any) -> None:
     except (TypeError, ValueError):
         is_list = False
     if not is_list or isinstance(numbers, str):
-        raise InputError(f"{name} is {numbers!r}. Hint: pass a list with a number for each channel")
+        raise InputError(
+            f"{name} is {shown(numbers)}. Hint: pass a list with a number for each channel"
+        )
 
 
 def _checked_normalisation(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sffx.checks import is_number
-from sffx.errors import ExportError, InputError
+from sffx.errors import ExportError, InputError, shown
 
 TOLERANCE_HINT = (
     "Hint: pass a larger tolerance if this much is acceptable; where it is large, a module that is "
@@ -72,7 +72,7 @@ def require_parity(
 def require_tolerance(tolerance: object) -> None:
     """Raise an InputError if a tolerance is no number."""
     if not is_number(tolerance):
-        raise InputError(f"tolerance is {tolerance!r}. Hint: pass a number, such as 1e-4")
+        raise InputError(f"tolerance is {shown(tolerance)}. Hint: pass a number, such as 1e-4")
 
 
 def relative_error(scores: Tensor, expected: Tensor) -> float:

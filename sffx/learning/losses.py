@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sffx.checks import require_callable
-from sffx.errors import InputError, failure_in_words
+from sffx.errors import InputError, failure_in_words, shown
 from sffx.kernels.entropy import SharedCrossEntropy
 from sffx.kernels.precision import widened
 from sffx.parts import CLASSIFIER, block_name
@@ -145,7 +145,7 @@ def _functions(given: list[Any]) -> list[LossFunction | None]:
             )
         if function is not None and not callable(function):
             raise InputError(
-                f"loss_fn is {function!r}, not a function. "
+                f"loss_fn is {shown(function)}, not a function. "
                 "Hint: pass a callable (goodness, y) -> loss, or None for cross-entropy"
             )
         if function is not None:
@@ -178,7 +178,7 @@ def block_loss(
     loss = loss_fn(task.compared_with(y, logits), y)
     if not isinstance(loss, Tensor):
         raise InputError(
-            f"loss_fn returned {loss!r}, a {type(loss).__name__}, not a tensor. "
+            f"loss_fn returned {shown(loss)}, a {type(loss).__name__}, not a tensor. "
             "Hint: return the loss itself, not its .item()"
         )
     if loss.ndim:

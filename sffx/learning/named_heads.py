@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from sffx.blocks import Block
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.kernels.entropy import MANY_CLASSES
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.convolution import SFFGoodness, check_kernel_size
@@ -344,6 +344,6 @@ def parse_goodness(goodness: str) -> tuple[str, tuple[int, ...]]:
 def _unknown(goodness: object) -> InputError:
     names = ", ".join(map(repr, EXAMPLES))
     return InputError(
-        f"there is no goodness {goodness!r}. Hint: choose one of {names}, "
+        f"there is no goodness {shown(goodness)}. Hint: choose one of {names}, "
         "or pass a callable (block, num_classes) -> nn.Module"
     )

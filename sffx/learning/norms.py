@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sffx.blocks import Block, BlockPlan, NormMaker, Options, option_name
 from sffx.checks import require_callable
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.kernels.precision import widened
 from sffx.learning.masks import require_mask_argument
 from sffx.tensors import require_identity
@@ -221,7 +221,7 @@ def norm_maker(options: Options) -> NormMaker:
     if not isinstance(norm, str) or norm not in NORMS:
         names = ", ".join(map(repr, NORMS))
         raise InputError(
-            f"there is no norm {norm!r}. Hint: choose one of {names}, "
+            f"there is no norm {shown(norm)}. Hint: choose one of {names}, "
             "or pass a callable (block) -> nn.Module | None"
         )
     return NORMS[norm]

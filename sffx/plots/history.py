@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.parts import is_block
 
 # The columns that sffx.lightning logs, with their names here.
@@ -113,7 +113,7 @@ def _value(given: Any, name: Any, kind: str, number: int) -> float:
         value = float(given)
     except (TypeError, ValueError, OverflowError, RuntimeError) as cause:
         raise InputError(
-            f"{where} is {given!r}. Hint: pass a number, or nan where there is none"
+            f"{where} is {shown(given)}. Hint: pass a number, or nan where there is none"
         ) from cause
     if kind == "accuracy" and (value < 0 or value > 1):
         raise InputError(f"{where} is {value:g}, not between 0 and 1. Hint: percent / 100")
@@ -124,7 +124,7 @@ def _with_rates(listed: Sequence[Epoch], rates: Any) -> list[Epoch]:
     is_list = isinstance(rates, Sequence) and not isinstance(rates, str)
     if not is_list or not all(isinstance(rate, Mapping) for rate in rates):
         raise InputError(
-            f"rates is {rates!r}, no list of mappings. "
+            f"rates is {shown(rates)}, no list of mappings. "
             "Hint: [{group['name']: group['lr'] for group in optimizer.param_groups}, ...]"
         )
     if len(rates) != len(listed):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sffx.draw.render import PICTURES, check_path
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.parts import index_of, is_block
 from sffx.plots.figure import blank, in_percent, open_frame, plain, point_style, save
 from sffx.plots.history import Epoch, epochs
@@ -141,7 +141,7 @@ def _pairs(evaluation: Any) -> Pairs:
         return [(str(name), float(value)) for name, value in pairs]
     except (TypeError, ValueError) as cause:
         raise InputError(
-            f"a method's evaluation is {evaluation!r}, not accuracies by readout. {HINT}"
+            f"a method's evaluation is {shown(evaluation)}, not accuracies by readout. {HINT}"
         ) from cause
 
 

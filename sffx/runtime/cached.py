@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils.data import Dataset
 
 from sffx.checks import positive_integer, require_flag
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.files import writing
 from sffx.inputs import batch_size, batches, bind, split_batch, targets_of
 from sffx.net import plan_of
@@ -69,7 +69,7 @@ class CachedOutputs(Dataset[tuple[CutValues, Tensor]]):
     def __getitem__(self, index: int) -> tuple[CutValues, Tensor]:
         if not hasattr(index, "__index__"):
             raise InputError(
-                f"the index is {index!r}, not that of a sample. "
+                f"the index is {shown(index)}, not that of a sample. "
                 "Hint: torch.utils.data.Subset for several samples"
             )
         # A range reads negative indices, and raises an IndexError for those out of it.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sffx.errors import InputError, SffxError
+from sffx.errors import InputError, SffxError, shown
 from sffx.net import plan_of
 from sffx.runtime.stage import Stage, Values, nodes_read_by, stages_of
 
@@ -120,4 +120,6 @@ def require_feature_block(net: fx.GraphModule, name: Any) -> Stage:
         if isinstance(name, str) and stage.name == name:
             return stage
     names = ", ".join(stage.name for stage in features)
-    raise InputError(f"there is no feature block {name!r}. Hint: the feature blocks are {names}")
+    raise InputError(
+        f"there is no feature block {shown(name)}. Hint: the feature blocks are {names}"
+    )

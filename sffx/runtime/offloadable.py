@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sffx.errors import InputError, first_line
+from sffx.errors import InputError, first_line, shown
 from sffx.runtime.stage import stages_of
 from sffx.tensors import WITHOUT_VALUES, storage_key
 
@@ -39,14 +39,14 @@ def compute_device(net: fx.GraphModule, device: torch.device | str | None) -> to
         wanted = torch.empty(0, device=present if device is None else device).device
     except (RuntimeError, TypeError, AssertionError) as error:
         raise InputError(
-            f"device is {device!r}, which cannot be used: {first_line(error)}. "
+            f"device is {shown(device)}, which cannot be used: {first_line(error)}. "
             "Hint: name one that torch has, such as 'cuda' or 'cpu'"
         ) from error
     if present == "meta" and wanted.type == "meta":
         raise InputError(f"net is on the meta device, without values. {WITHOUT_VALUES}")
     if wanted.type == "meta":
         raise InputError(
-            f"device is {device!r}, where tensors have no values to compute with. "
+            f"device is {shown(device)}, where tensors have no values to compute with. "
             "Hint: name one that computes, such as 'cuda' or 'cpu'"
         )
     if present not in ("cpu", str(wanted)):

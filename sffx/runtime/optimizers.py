@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sffx.checks import is_number
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.parts import CLASSIFIER
 from sffx.runtime.stage import Stage, stages_that_learn
 
@@ -45,7 +45,7 @@ def require_rate(name: str, rate: Any) -> None:
     is_tensor = isinstance(rate, torch.Tensor) and rate.numel() == 1
     is_rate = (is_number(rate) or is_tensor) and 0 <= rate < math.inf
     if not is_rate:
-        raise InputError(f"{name} is {rate!r}. Hint: pass a number that is not negative")
+        raise InputError(f"{name} is {shown(rate)}. Hint: pass a number that is not negative")
 
 
 def groups_of_stages(

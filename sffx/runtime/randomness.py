@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.kernels.scoped import scoped
 
 _SEED: ContextVar[int | None] = ContextVar("seed of the blocks", default=None)
@@ -40,7 +40,7 @@ def block_seeds(seed: int) -> Iterator[None]:
         InputError: the seed is no integer.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed is {seed!r}, not an integer. Hint: the number of the step")
+        raise InputError(f"seed is {shown(seed)}, not an integer. Hint: the number of the step")
     with scoped(_SEED, seed):
         yield
 

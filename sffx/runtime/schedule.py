@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import fx
 
 from sffx.checks import is_integer, is_number, positive_integer
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.runtime.learn import learning_stages
 
 # The epochs of a block: a range, or its first epoch and the epoch before which it stops.
@@ -112,12 +112,12 @@ class BlockSchedule:
         """
         if not isinstance(losses, Sequence) or not losses:
             raise InputError(
-                f"losses is {losses!r}, which holds no epoch. "
+                f"losses is {shown(losses)}, which holds no epoch. "
                 "Hint: pass a list with sffx.evaluate(net, loader).loss of each epoch"
             )
         patience = positive_integer("patience", patience)
         if not is_number(threshold) or not threshold >= 0:
-            raise InputError(f"threshold is {threshold!r}. Hint: pass a number, 0 or more")
+            raise InputError(f"threshold is {shown(threshold)}. Hint: pass a number, 0 or more")
         spans: dict[str, range] = {}
         end = 1
         for name in _names(net):
@@ -173,7 +173,7 @@ class BlockSchedule:
     def _require(self, epoch: Any) -> None:
         if not is_integer(epoch) or not 0 <= epoch < self.epochs:
             raise InputError(
-                f"the schedule has no epoch {epoch!r}, but those from 0 to {self.epochs - 1}. "
+                f"the schedule has no epoch {shown(epoch)}, but those from 0 to {self.epochs - 1}. "
                 "Hint: for epoch in range(schedule.epochs)"
             )
 
@@ -227,7 +227,7 @@ def _by_name(entries: Any, names: list[str]) -> dict[str, Any]:
         return {name: entries[name] for name in names if name in entries}
     if not isinstance(entries, Sequence) or isinstance(entries, (str, range)):
         raise InputError(
-            f"the epochs of a schedule are {entries!r}, not one entry a block. {known}"
+            f"the epochs of a schedule are {shown(entries)}, not one entry a block. {known}"
         )
     if len(entries) != len(names):
         raise InputError(
@@ -266,7 +266,7 @@ def _span(name: str, epochs: Any) -> range:
     is_pair = isinstance(epochs, (tuple, list)) and len(epochs) == 2
     if not is_pair or not all(is_integer(number) for number in epochs):
         raise InputError(
-            f"the epochs of {name} are {epochs!r}. "
+            f"the epochs of {name} are {shown(epochs)}. "
             "Hint: pass its first epoch and the one before which it stops, as (0, 11)"
         )
     first, end = epochs
@@ -287,7 +287,7 @@ def _loss(of_epoch: Any, name: str) -> float:
         value = float("nan")
     if math.isnan(value):
         raise InputError(
-            f"the loss of {name} in an epoch is {loss!r}. "
+            f"the loss of {name} in an epoch is {shown(loss)}. "
             "Hint: pass sffx.evaluate(net, loader).loss of each epoch"
         )
     return value

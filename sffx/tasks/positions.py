@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sffx.checks import is_integer
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.kernels.entropy import summed_cross_entropy
 from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
 
@@ -34,7 +34,7 @@ class Positions(Task):
         label = self.ignore_index
         if not is_integer(label):
             raise InputError(
-                f"ignore_index is {label!r}. Hint: pass an integer; leave it out where every "
+                f"ignore_index is {shown(label)}. Hint: pass an integer; leave it out where every "
                 "position counts, since the default, -100, is no class"
             )
         # A checkpoint holds it, and takes no number of numpy.

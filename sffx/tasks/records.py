@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.tasks.classification import Classification
 from sffx.tasks.dense_regression import DenseRegression
 from sffx.tasks.labels import MultiLabel
@@ -78,4 +78,4 @@ def require_task(task: Any) -> None:
     hint = "pass one of sffx.tasks, such as sffx.tasks.Regression()"
     if isinstance(task, type) and issubclass(task, Task):
         hint = f"pass an instance, {task.__name__}()"
-    raise InputError(f"task is {task!r}. Hint: {hint}")
+    raise InputError(f"task is {shown(task)}. Hint: {hint}")

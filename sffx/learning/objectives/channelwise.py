@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sffx.blocks import Block, Input
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.learning.channelwise import CwCGoodness
 from sffx.learning.objectives.choices import require_choice, require_positive
 from sffx.learning.objectives.goodness import logistic_loss
@@ -181,7 +181,7 @@ def _as_tuples(superclasses: Any) -> tuple[Superclasses, ...]:
     """
     hint = "Hint: pass a list with an entry for each of the first blocks, such as [20, 20, None]"
     if not isinstance(superclasses, Iterable) or isinstance(superclasses, (str, Tensor)):
-        raise InputError(f"superclasses is {superclasses!r}. {hint}")
+        raise InputError(f"superclasses is {shown(superclasses)}. {hint}")
     entries: list[Superclasses] = []
     for entry in superclasses:
         if isinstance(entry, (list, tuple)) and all(_is_index(each) for each in entry):
@@ -189,7 +189,7 @@ def _as_tuples(superclasses: Any) -> tuple[Superclasses, ...]:
         elif entry is None or _is_index(entry):
             entries.append(entry)
         else:
-            raise InputError(f"an entry of superclasses is {entry!r}. {hint}")
+            raise InputError(f"an entry of superclasses is {shown(entry)}. {hint}")
     return tuple(entries)
 
 

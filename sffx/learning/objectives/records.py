@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from sffx.checks import positive_integer
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.learning.objectives.channelwise import CwC
 from sffx.learning.objectives.directional import CFFA
 from sffx.learning.objectives.forward_forward import ForwardForward
@@ -45,7 +45,7 @@ def objective_named(objective: Any) -> Objective:
     hint = f"choose one of {names}, or pass an object of sffx.objectives"
     if isinstance(objective, type) and issubclass(objective, Objective):
         hint = f"pass an instance, {objective.__name__}()"
-    raise InputError(f"there is no objective {objective!r}. Hint: {hint}")
+    raise InputError(f"there is no objective {shown(objective)}. Hint: {hint}")
 
 
 def _require_contract(objective: Objective) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sffx.checks import require_callable
-from sffx.errors import InputError
+from sffx.errors import InputError, shown
 from sffx.inputs import explaining_errors
 from sffx.kernels.precision import widened
 from sffx.learning.losses import LossFunctions, check_targets, loss_functions
@@ -411,7 +411,7 @@ class Pipeline:
         """
         with self._ranks.watch.reporting():
             if dst not in self.place.everyone:
-                raise InputError(f"dst is {dst!r}. Hint: the ranks are {self.place.everyone}")
+                raise InputError(f"dst is {shown(dst)}. Hint: the ranks are {self.place.everyone}")
             self._ranks.require_same_action(f"gathers the model in rank {dst}")
             stages = range(self.place.stages)
             parts = [self._parts_of_stage(index) for index in stages]

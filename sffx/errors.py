@@ -98,7 +98,7 @@ def failure_in_words(failure: BaseException) -> str:
     line = first_line(failure)
     # An error without a message has its kind as its first line.
     what = kind if line == kind else f"{kind}: {line}"
-    return f"{what} ({location(failure)})" if _is_of_model(failure) else what
+    return what if isinstance(failure, SffxError) else f"{what} ({location(failure)})"
 
 
 def location(failure: BaseException) -> str:
@@ -113,12 +113,6 @@ def location(failure: BaseException) -> str:
         if not is_foreign(frame.filename):
             place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return place
-
-
-def _is_of_model(failure: BaseException) -> bool:
-    """Return whether an error was raised by code of the model or of torch, and not by sffx."""
-    frames = traceback.extract_tb(failure.__traceback__)
-    return not frames or not frames[-1].filename.startswith(PACKAGE)
 
 
 def _layer_that_failed(failure: BaseException) -> str:

@@ -16,8 +16,8 @@ from hypothesis import settings
 # They hold whole programs: single tests of 5 to 20 s.
 LONG_FOLDERS = ("examples", "tools")
 
-# How many cases of a test a quick run takes. All cases of all tests take twice the eight minutes
-# that a person waits for.
+# How many cases of a test a quick run takes: nine minutes on two cores. All cases take about twice
+# as long.
 FEW = 3
 
 # A part of a skip's reason, and why such a skip is right.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -259,7 +259,7 @@ class Pipeline:
             last = learning[-1]
             # Processes behind the last block that learns have nothing to do.
             if self._stages[0].index <= last.index:
-                epoch = self._epoch_of_training(loader, last)
+                epoch = self._epoch(loader, self._check_targets, trains=True, last=last)
                 for step, batch in enumerate(epoch):
                     with block_seeds(mixed(seed, step)):
                         self._train_batch(batch, epoch, lessons, steps, sums)
@@ -316,7 +316,8 @@ class Pipeline:
             require_values(self.net, self._parts, self._empty)
             self._ranks.require_same_action("evaluates")
             totals = Totals(self.net)
-            epoch = self._epoch_of_evaluation(loader)
+            last = stages_of(self.net)[-1]
+            epoch = self._epoch(loader, self._check_labels, trains=False, last=last)
             for batch in epoch:
                 self._evaluate_batch(batch, epoch, totals)
             self.bytes_sent += epoch.bytes_sent
@@ -471,37 +472,26 @@ class Pipeline:
 
     # What follows happens in each epoch.
 
-    def _epoch_of_training(self, loader: Iterable[Any] | None, last: Stage) -> Epoch:
+    def _epoch(
+        self,
+        loader: Iterable[Any] | None,
+        check: Callable[[Tensor, int], None],
+        *,
+        trains: bool,
+        last: Stage,
+    ) -> Epoch:
         """Return the batches of a loader, as this process gets them and sends them on.
 
         Args:
             loader: of the first stage, None elsewhere.
-            last: the last stage that learns, in whatever process. Those behind it do not run.
+            check: called with the targets of each batch and the number of its samples.
+            trains: whether the stages learn.
+            last: the last stage that runs, in whatever process.
         """
         running = [stage for stage in self._stages if stage.index <= last.index]
         sends = self._stages[-1].index < last.index
-        return Epoch(
-            self.net,
-            running,
-            self._ranks,
-            self._depth,
-            loader,
-            self._check_targets,
-            trains=True,
-            sends=sends,
-        )
-
-    def _epoch_of_evaluation(self, loader: Iterable[Any] | None) -> Epoch:
-        return Epoch(
-            self.net,
-            self._stages,
-            self._ranks,
-            self._depth,
-            loader,
-            self._check_labels,
-            trains=False,
-            sends=True,
-        )
+        ranks, depth = self._ranks, self._depth
+        return Epoch(self.net, running, ranks, depth, loader, check, trains=trains, sends=sends)
 
     def _scores(self, stage: Stage, values: Values) -> Tensor:
         """Run a stage, and return its scores."""

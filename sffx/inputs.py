@@ -24,7 +24,7 @@ from sffx.nested import holds_itself
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
 from sffx.tasks.task import can_be_read, has_values
-from sffx.tensors import WITHOUT_VALUES
+from sffx.tensors import WITHOUT_VALUES, shapes_of_floats
 
 _MODEL = "the model"
 
@@ -149,10 +149,9 @@ def targets_of(plan: BlockPlan, x: Any, y: Any) -> Any:
             or they are the next tokens, which the task finds by itself.
     """
     values = bind(plan, x)
-    tensors = [value for value in values.values() if isinstance(value, Tensor)]
     # Targets of pixels have the size of an image. Token indices say nothing about sizes.
-    shapes = [tensor.shape for tensor in tensors if tensor.is_floating_point()]
-    plan.task.require_size(y, False, shapes)
+    plan.task.require_size(y, False, shapes_of_floats(values))
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
     if _may_look_at(y, plan):
         comparable = [tensor for tensor in tensors if tensor.device == y.device]
         plan.task.require_inputs(y, comparable)

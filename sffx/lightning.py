@@ -25,6 +25,7 @@ from sffx.runtime.optimizers import BlockPlateau, parameter_groups, require_rate
 from sffx.runtime.schedule import BlockSchedule
 from sffx.runtime.step import local_loss
 from sffx.tasks import CLASSIFICATION, Sums, Task
+from sffx.tensors import shapes_of_floats
 
 try:
     from lightning.pytorch import LightningModule
@@ -89,7 +90,7 @@ class _Predictor(LightningModule):
         """Return the names of the blocks that learn in the present epoch, None for all."""
         return None
 
-    def task_of(self, scores: Tensor) -> Task:
+    def task_of(self, x: Any, scores: Tensor) -> Task:
         """Return the task, with the options that depend on the shape of scores, (B, J, ...)."""
         return self.task
 
@@ -221,7 +222,7 @@ class _Predictor(LightningModule):
         x, y = _pair(batch)
         y = self.without_padding(x, y)
         for name, scores in self.scores(x).items():
-            task = self.task_of(scores)
+            task = self.task_of(x, scores)
             task.check_labels(y, len(scores), task.num_outputs(scores.shape))
             sums = task.sums(scores, y)
             count = int(sums["count"])
@@ -423,15 +424,15 @@ class BPModule(_Predictor):
     def loss(self, x: Any, y: Tensor) -> Tensor:
         """Return the loss of a batch, that of the task."""
         logits = self._logits(x)
-        task = self.task_of(logits)
+        task = self.task_of(x, logits)
         y = self.without_padding(x, y)
         check_targets(y, len(logits), task.num_outputs(logits.shape), [None], task)
         task.require_size(y, True, [logits.shape])
         return task.loss(logits, y)
 
-    def task_of(self, scores: Tensor) -> Task:
+    def task_of(self, x: Any, scores: Tensor) -> Task:
         """Return the task as the model's output has it: volumes have another space than images."""
-        return self.task.settled(scores.shape)
+        return self.task.settled(scores.shape, shapes_of_floats(x))
 
     def without_padding(self, x: Any, y: Tensor) -> Tensor:
         """Return targets that leave out the tokens that an input `attention_mask` marks.

@@ -25,6 +25,12 @@ WITHOUT_VALUES = (
 )
 
 
+def shapes_of_floats(values: Any) -> list[torch.Size]:
+    """Return the shapes of the float tensors among values, which may be nested."""
+    tensors = [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+    return [each.shape for each in tensors if each.is_floating_point()]
+
+
 def name_on_meta(module: nn.Module) -> str:
     """Return the name of a parameter or buffer on the meta device, "" if there is none."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -38,14 +38,18 @@ class OverSpace(Task):
     per_position: ClassVar[bool] = True
 
     def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
-        space = len(shape) - 2
+        space = self.space_of(shape, inputs)
         sizes = sizes_of_images(inputs, space)
         # Where images differ in size, it is unknown which of them has the targets.
         if len(sizes) != 1:
             return replace(self, space=space)
         image = sizes.pop()
-        answer = tuple(shape[2:])
+        answer = tuple(shape[-space:])
         return replace(self, space=space, example_sizes=(image, answer))
+
+    def space_of(self, shape: Shape, inputs: Sequence[Shape]) -> int:
+        """Return the number of axes of space of an output, given the shapes of its inputs."""
+        return len(shape) - 2
 
     def num_outputs(self, shape: Shape) -> int:
         return int(shape[1])
@@ -56,8 +60,10 @@ class OverSpace(Task):
 
     def fits(self, shape: Shape, output: Shape) -> bool:
         # A block has a resolution of its own, and may score the tokens of a grid.
-        has_axes = len(shape) == len(output) or self._is_of_tokens(shape)
-        return has_axes and tuple(shape[:2]) == tuple(output[:2])
+        if tuple(shape) == tuple(output):
+            return True
+        has_axes = len(shape) == self.space + 2 or self._is_of_tokens(shape)
+        return has_axes and tuple(shape[:2]) == (output[0], self.num_outputs(output))
 
     def _is_of_tokens(self, shape: Shape) -> bool:
         """Return whether values of a shape are tokens, where the output is of images."""
@@ -66,10 +72,10 @@ class OverSpace(Task):
     def why_not_scored(
         self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
     ) -> str:
-        if len(shape) == len(output):
+        if len(shape) == self.space + 2:
             return ""
         are_tokens = self._is_of_tokens(shape) and channel_axis == 2
-        if are_tokens and grid_of(shape[1], output[2:]) in maps():
+        if are_tokens and grid_of(shape[1], output[-self.space :]) in maps():
             return ""
         return "its value does not have the axes of space that the goodness of a pixel needs"
 

@@ -66,6 +66,12 @@ def squared_error_of_means(scores: Tensor, y: Tensor) -> Tensor:
     return ((scores - y) ** 2).mean()
 
 
+def squared_error_of_one_number(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the squared error of maps (B, H, W), or of blocks (B, 1, h, w)."""
+    scores = scores if scores.ndim == 4 else scores[:, None]
+    return squared_error_of_means(scores, y[:, None])
+
+
 def binary_entropy(scores: Tensor, y: Tensor) -> Tensor:
     p = scores.sigmoid()
     return -(y * p.log() + (1 - y) * (1 - p).log()).mean()
@@ -202,6 +208,14 @@ CASES = {
         random_image,
         lambda x: x[:, :2] * x[:, 2:],
         squared_error_of_means,
+    ),
+    "depth": Case(
+        tasks.DenseRegression(),
+        lambda: images(nn.Upsample(scale_factor=2), nn.Conv2d(6, 1, 1), nn.Flatten(1, 2)),
+        "batchnorm",
+        random_image,
+        lambda x: x[:, 0],
+        squared_error_of_one_number,
     ),
     "forecast": Case(
         tasks.DenseRegression(),

@@ -114,3 +114,56 @@ def test_a_hidden_layer_does_not_read_a_single_channel_minus_its_mean():
     with pytest.raises(sffx.InputError, match=r"minus its mean is 0.*Hint: goodness='sff'"):
         sffx.transform(model, "layer", x, task=DenseRegression(), goodness="mlp")
     assert len(sffx.transform(model, "layer", x, task=DenseRegression()).plan) == 1
+
+
+def depth_of(space: int, with_axis: bool) -> tuple[nn.Module, Tensor]:
+    """Return a model of one number for each place, with an axis for it or without."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[space - 1]
+    layers = [conv(2, 4, 3, stride=2, padding=1), nn.ReLU(), conv(4, 1, 1)]
+    layers += [nn.Upsample(scale_factor=2)]
+    layers += [] if with_axis else [nn.Flatten(1, 2)]
+    return nn.Sequential(*layers), torch.randn(3, 2, *(8, 6, 4)[:space])
+
+
+@pytest.mark.parametrize("space", [2, 3])
+@pytest.mark.parametrize("loss_fn", [None, F.l1_loss])
+def test_the_axis_of_a_single_number_may_lack_in_the_output_and_in_y(space, loss_fn):
+    losses, evaluations = [], []
+    for output_has_axis in (True, False):
+        torch.manual_seed(0)
+        model, x = depth_of(space, output_has_axis)
+        net = sffx.transform(model, "layer", x, task=DenseRegression()).train()
+        assert net.plan.task == DenseRegression(space=space, lacks_axis=not output_has_axis)
+        for y in (x[:, :1], x[:, 0]):
+            losses.append(sffx.block_losses(net.train(), x, y, loss_fn))
+            assert net.eval()(x).shape == model(x).shape
+            evaluations.append(sffx.evaluate(net, [(x, y)]).metrics["mse"])
+    for i in range(1, len(losses)):
+        torch.testing.assert_close(losses[i], losses[0])
+        assert evaluations[i] == pytest.approx(evaluations[0])
+
+
+def test_a_list_of_points_is_no_map():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 34))
+    model.append(nn.Unflatten(1, (17, 2)))
+    task = DenseRegression()
+    assert not task.settled((2, 17, 2), [(2, 3, 8, 8)]).lacks_axis
+    with pytest.raises(sffx.CutError, match="no node to cut at"):
+        sffx.plan(model, "layer", torch.zeros(2, 3, 8, 8), task=task)
+
+
+@pytest.mark.parametrize(
+    ("image", "answer"),
+    [
+        ((8, 6), (8, 6)),
+        ((9, 7), (5, 4)),
+        ((32, 48), (8, 12)),
+        ((12, 10), (8, 6)),
+        ((5, 4), (10, 8)),
+    ],
+)
+def test_a_map_has_the_share_or_the_margin_of_each_side_of_the_image(image, answer):
+    assert DenseRegression().settled((2, *answer), [(2, 3, *image)]).lacks_axis
+    assert not DenseRegression().settled((2, 3, *answer), [(2, 3, *image)]).lacks_axis
+    with_steps = DenseRegression().settled((2, *answer), [(2, 3, *image), (2,)])
+    assert with_steps.lacks_axis

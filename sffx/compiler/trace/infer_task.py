@@ -121,7 +121,8 @@ def unclear(model: nn.Module, value: object) -> TraceError:
     # What the values may be, by the number of their axes.
     hints = {
         3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for those "
-        "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); ",
+        "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); for one number of each pixel, "
+        "(B, H, W), task=sffx.tasks.DenseRegression(); ",
         4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); for numbers of pixels, "
         "task=sffx.tasks.DenseRegression(); ",
         5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); for numbers of voxels, "

@@ -21,6 +21,7 @@ from sffx.compiler.trace.steps_first import batch_read_as_steps
 from sffx.errors import TraceError, backbone_hint
 from sffx.plain import fields_of, name_of_logits, parts_by_key
 from sffx.tasks import CLASSIFICATION, Task
+from sffx.tensors import shapes_of_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +338,7 @@ def keep_logits(
             f"output is of shape {task.shapes}. Hint: {task.way_to_output(value.shape)}; "
             f"{backbone_hint(root)}"
         )
-    floats = [each for each in inputs if isinstance(each, Tensor) and each.is_floating_point()]
-    task = task.settled(value.shape, [each.shape for each in floats])
+    task = task.settled(value.shape, shapes_of_floats(inputs))
     drop_dead_code(graph)
     notes = _notes_on_probabilities(logits, root, task)
     if wanted.task is None and task != CLASSIFICATION:

@@ -25,6 +25,7 @@ from sffx.checks import positive_integer
 from sffx.errors import ExportError, InputError, MissingExtra, first_line
 from sffx.export.any_batch import require_any_batch
 from sffx.export.attention_axes import FourAxes
+from sffx.export.data_writes import require_no_data_writes
 from sffx.export.explain import explanation
 from sffx.export.metadata import KEY, metadata
 from sffx.export.parity import Scores, require_parity, require_tolerance
@@ -181,6 +182,7 @@ def onnx_program(
                 f"in a last axis, and begin with torch.view_as_complex({name}); "
                 "sffx.export_program keeps complex numbers"
             )
+    require_no_data_writes(model, arguments)
     try:
         with warnings.catch_warnings(), FourAxes():
             # All inputs share the batch axis. Torch warns of each input after the first that the

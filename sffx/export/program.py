@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from sffx.blocks import Input
 from sffx.errors import ExportError, first_line
 from sffx.export.any_batch import require_any_batch
+from sffx.export.data_writes import require_no_data_writes
 from sffx.export.explain import explanation
 from sffx.export.metadata import FILE, metadata
 from sffx.export.parity import require_parity, require_tolerance
@@ -102,6 +103,7 @@ def export_program(
 def _export(model: nn.Module, inputs: tuple[Input, ...], *, dynamic_size: bool) -> ExportedProgram:
     def trace(examples: tuple[Tensor, ...], axes: tuple[Axes, ...]) -> ExportedProgram:
         shapes = tuple(dict.fromkeys(each, Dim.DYNAMIC) for each in axes)
+        require_no_data_writes(model, examples)
         try:
             return torch.export.export(model, examples, dynamic_shapes=shapes)
         except Exception as error:

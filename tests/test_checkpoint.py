@@ -352,6 +352,12 @@ def record(**changes: Any) -> dict[str, Any]:
         ),
         ({"sffx_cut": record(custom=[["norm"]])}, r"has \[\['norm'\]\] for 'custom', not which of"),
         ({"sffx_versions": 3}, "the entry 'sffx_versions' is 3, not versions by the package's"),
+        ({"sffx_versions": {"torch": 2}}, "'sffx_versions' is {'torch': 2}, not versions by"),
+        (
+            {"sffx_layers": ["ReLU()"]},
+            r"'sffx_layers' is \['ReLU\(\)'\], not layers by their",
+        ),
+        ({"sffx_calls": {"0": "relu"}}, "the entry 'sffx_calls' is {'0': 'relu'}, not a list of"),
         (torch.zeros(2), "holds a Tensor, not weights by name"),
         ([1, 2], "holds a list, not weights by name"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -79,7 +79,7 @@ def layers_of(model: nn.Module) -> dict[str, str]:
     return layers
 
 
-def note_on_layers(saved: Any, model: nn.Module) -> str:
+def note_on_layers(saved: Mapping[str, str] | None, model: nn.Module) -> str:
     """Return a note on layers that were others when a checkpoint was written, "" for none.
 
     Weights fit a model with another activation, stride or dropout just as well.
@@ -88,7 +88,7 @@ def note_on_layers(saved: Any, model: nn.Module) -> str:
         saved: the layers in the checkpoint, None where it has no such entry.
         model: that gets the weights.
     """
-    if not isinstance(saved, Mapping):
+    if saved is None:
         return ""
     changes = []
     for name, text in layers_of(model).items():
@@ -120,7 +120,7 @@ def _with_values(arguments: str, reads: list[str]) -> str:
     return re.sub(r"%(\d+)", lambda found: reads[int(found[1])], arguments)
 
 
-def note_on_calls(saved: Any, plan: BlockPlan, *, same_versions: bool) -> str:
+def note_on_calls(saved: Sequence[str] | None, plan: BlockPlan, *, same_versions: bool) -> str:
     """Return a note if the calls were others when a checkpoint was written, "" if not.
 
     Weights alone do not show it: they also fit a model that calls `F.gelu` instead of `F.relu`.
@@ -132,7 +132,7 @@ def note_on_calls(saved: Any, plan: BlockPlan, *, same_versions: bool) -> str:
             Other versions may write the arguments of a call in another way, so only the names of
             what is called are compared.
     """
-    if not isinstance(saved, (list, tuple)):
+    if saved is None:
         return ""
     before = [str(call) for call in saved]
     now = calls_of(plan)

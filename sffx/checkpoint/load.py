@@ -31,7 +31,7 @@ from sffx.checkpoint.entries import (
 )
 from sffx.checkpoint.read import read
 from sffx.checks import require_flag
-from sffx.errors import InputError, in_brief
+from sffx.errors import InputError, in_brief, shown
 from sffx.files import as_path
 from sffx.learning.objectives.records import OBJECTIVES, objective_named, objective_of_record
 from sffx.learning.readouts import Mode, require_readout
@@ -319,14 +319,11 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     cut = more.pop(CUT_KEY, None)
     if cut is not None:
         check_cut(cut)
-    written_by = more.pop(VERSIONS_KEY, {})
-    if not isinstance(written_by, Mapping):
-        raise InputError(
-            f"the entry {VERSIONS_KEY!r} is {written_by!r}, not versions by the package's name. "
-            "Hint: sffx.save_checkpoint writes it"
-        )
-    layers = more.pop(LAYERS_KEY, None)
+    written_by = _take_texts(more, VERSIONS_KEY, "versions by the package's name") or {}
+    layers = _take_texts(more, LAYERS_KEY, "layers by their names")
     calls = more.pop(CALLS_KEY, None)
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise _wrong_entry(CALLS_KEY, calls, "a list of calls")
     readout = more.pop(READOUT_KEY, None)
     if readout is not None:
         require_readout(readout)
@@ -341,6 +338,32 @@ def _checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
         layers=layers,
         calls=calls,
         readout=readout,
+    )
+
+
+def _take_texts(content: dict[str, Any], key: str, wanted: str) -> Mapping[str, str] | None:
+    """Remove an entry of texts by name from a checkpoint's content and return it, if it is there.
+
+    Args:
+        content: of the checkpoint.
+        key: of the entry.
+        wanted: what it holds, in words.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    texts = content.pop(key, None)
+    if texts is None:
+        return None
+    are_texts = isinstance(texts, Mapping) and all(isinstance(v, str) for v in texts.values())
+    if not are_texts:
+        raise _wrong_entry(key, texts, wanted)
+    return texts
+
+
+def _wrong_entry(key: str, value: Any, wanted: str) -> InputError:
+    return InputError(
+        f"the entry {key!r} is {shown(value)}, not {wanted}. Hint: sffx.save_checkpoint writes it"
     )
 
 

@@ -18,7 +18,7 @@ constants are drawn anew in the copies, and batch norms are calibrated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sffx.blocks import Input
 from sffx.checks import require_flag
 from sffx.comparison.batches import Batches
 from sffx.comparison.calls import Calls
@@ -56,7 +57,7 @@ from sffx.comparison.state import HookCalls, is_idle, worst_state, wrong_mode
 from sffx.comparison.weights import same, state_of, telling_weights
 from sffx.compiler.qualnames import without_numbers
 from sffx.compiler.untie import untied
-from sffx.errors import CheckError, InputError
+from sffx.errors import CheckError, InputError, shown
 from sffx.extraction import extract_as_cut
 from sffx.inputs import bind
 from sffx.net import cut_model, plan_of
@@ -116,11 +117,36 @@ def check(
             f"the objective {objective.name!r} has cut another model, with weights that this one "
             "has not. Hint: sffx.transform(model, ..., check=True) compares the net with that"
         )
-    example = None if example_input is None else bind(plan_of(net), example_input)
+    example = None
+    if example_input is not None:
+        example = bind(plan_of(net), example_input)
+        _require_like(plan_of(net).inputs, example)
     report = _Check(model, net, example).complete()
     if raises and report.difference is not None:
         raise CheckError(str(report.difference), report)
     return report
+
+
+def _require_like(inputs: Sequence[Input], example: Mapping[str, Any]) -> None:
+    """Raise an InputError if an example has other values than the one that a model was cut for."""
+    for each in inputs:
+        value = example[each.name]
+        if _is_like(each, value):
+            continue
+        given = shown(value)
+        if isinstance(value, Tensor):
+            given = f"{tuple(value.shape)} of {value.dtype}"
+        shape = ", ".join(["B", *map(str, each.shape)])
+        raise InputError(
+            f"example_input has {given} for {each.name!r}, but the model was cut for ({shape}) of "
+            f"torch.{each.dtype}. Hint: pass what transform was given"
+        )
+
+
+def _is_like(each: Input, value: Any) -> bool:
+    if not isinstance(value, Tensor) or tuple(value.shape[1:]) != each.shape:
+        return False
+    return value.is_floating_point() == each.is_float
 
 
 def complete_check(model: nn.Module, net: fx.GraphModule) -> CheckReport:

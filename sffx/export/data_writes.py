@@ -1,6 +1,6 @@
 """Assignments to the data of a tensor, which no exporter traces; one of a weight ends the process.
 
-    self.weight.data = self.weight.data.sign()
+self.weight.data = self.weight.data.sign()
 """
 
 from __future__ import annotations

@@ -571,3 +571,16 @@ def test_scores_that_hang_on_other_samples_are_a_difference():
     found = difference(model, net)
     assert found.where == "the scores of 4 samples"
     assert "depend on the others" in found.problem
+
+
+@pytest.mark.parametrize(
+    "example",
+    [[1, 2], "text", torch.zeros(2, 8), torch.zeros(2, 6, 1), torch.zeros(2, 6, dtype=torch.int64)],
+)
+def test_an_example_unlike_that_of_the_cut_is_refused(example):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    net = sffx.transform(model, "layer", torch.zeros(2, 6), check=False)
+    with pytest.raises(
+        sffx.InputError, match=r"was cut for \(B, 6\) of torch.float32.*Hint: pass what transform"
+    ):
+        sffx.check(model, net, example)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.comparison.runs import relative_error, tolerance
 from sffx.comparison.trunk import Trunk
+from sffx.compiler.walks import nodes_behind
 from sffx.parts import name_in_model
 
 
@@ -172,13 +173,9 @@ class _Recorder(fx.Interpreter):
         if self._running is not None:
             return self._running
         output = next(iter(reversed(self.graph.nodes)))
-        spoiling: set[fx.Node] = set()
-        ahead = [output]
-        while ahead:
-            for read in ahead.pop().all_input_nodes:
-                if read in self._wrong and read not in spoiling:
-                    spoiling.add(read)
-                    ahead.append(read)
+        spoiling = self._wrong & set(
+            nodes_behind(output, lambda each: each is output or each in self._wrong)
+        )
         return next((node for node in self.graph.nodes if node in spoiling), None)
 
 

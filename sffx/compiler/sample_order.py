@@ -13,7 +13,7 @@ another one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from sffx.blocks import BatchAxis
 from sffx.compiler.facts import facts
 from sffx.compiler.qualnames import makes_values, name_of_target
+from sffx.compiler.walks import nodes_behind
 from sffx.tensors import can_learn, holds_tensor
 
 # They return an order of samples, or samples in a new order.
@@ -142,26 +143,11 @@ def _is_order(node: fx.Node) -> bool:
 
     One that counts the samples, as `torch.arange`, leaves their order.
     """
-    for each in _behind(node, _holds_indices):
+    for each in nodes_behind(node, _holds_indices):
         is_source = each.op == "placeholder" or name_of_target(each.target) in _SORTS
         if is_source and _holds_indices(each):
             return True
     return False
-
-
-def _behind(node: fx.Node, leads_on: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-    """Yield a node and those that it was computed from, as far as each of them leads on."""
-    passed = {node}
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        yield each
-        if not leads_on(each):
-            continue
-        for source in each.all_input_nodes:
-            if source not in passed:
-                passed.add(source)
-                ahead.append(source)
 
 
 def _holds_indices(node: fx.Node) -> bool:
@@ -241,7 +227,7 @@ def _parts(node: fx.Node, arg: fx.Node) -> Iterator[tuple[Any, Any]]:
 
 def _is_made_of_sizes(node: fx.Node) -> bool:
     """Whether a value holds no sample, as zeros or random numbers for each do."""
-    return not any(each.op == "placeholder" for each in _behind(node, _may_hold_samples))
+    return not any(each.op == "placeholder" for each in nodes_behind(node, _may_hold_samples))
 
 
 def _may_hold_samples(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.compiler.facts import facts
 from sffx.compiler.fake import ones_like
+from sffx.compiler.walks import nodes_behind
 from sffx.errors import InputError
 
 
@@ -95,15 +96,7 @@ def is_data_shaped(node: fx.Node) -> bool:
 
 def depends_on_data(node: fx.Node) -> bool:
     """Whether a node comes after one whose shape depends on data."""
-    passed = {node}
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        if is_data_shaped(each):
-            return True
-        ahead += set(each.all_input_nodes) - passed
-        passed.update(each.all_input_nodes)
-    return False
+    return any(is_data_shaped(each) for each in nodes_behind(node))
 
 
 def _is_mask(value: Any) -> bool:

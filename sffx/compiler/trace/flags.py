@@ -10,12 +10,12 @@ module. A forward may ask for the mode of any module, that of a leaf as well:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from sffx.compiler.facts import facts
+from sffx.compiler.walks import numbers_behind
 
 
 class AddedModule(nn.Module):
@@ -76,19 +76,6 @@ def is_flag(node: fx.Node) -> bool:
 def owners_of_flags(node: fx.Node) -> set[str]:
     """Return the qualnames of the modules on whose modes a number or a truth value depends."""
     return {flag_owner(each) for each in numbers_behind(node) if is_flag(each)}
-
-
-def numbers_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes from which a number or a truth value is computed, tensors left aside."""
-    passed: set[fx.Node] = set()
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        if each in passed or isinstance(facts(each).example, Tensor):
-            continue
-        passed.add(each)
-        yield each
-        ahead += each.all_input_nodes
 
 
 def is_added(node: fx.Node) -> bool:

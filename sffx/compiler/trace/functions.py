@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from sffx.compiler.trace.batch_numbers import AskedBuiltins
 from sffx.compiler.trace.code_names import FOREIGN, functions_reached, names_in, package_of
-from sffx.compiler.trace.flags import numbers_behind
 from sffx.compiler.trace.randomness import OWN_GENERATOR, DrawnNumber
 from sffx.compiler.trace.run_function import FunctionTarget, OwnMethod, name_of
+from sffx.compiler.walks import numbers_behind
 
 _PLAIN = (Tensor, np.ndarray, np.generic, bool, int, float, str, type(None))
 

@@ -18,6 +18,7 @@ from sffx.compiler.trace.effects import drop_dead_code
 from sffx.compiler.trace.flags import is_added
 from sffx.compiler.trace.infer_task import described, infer_task, note_on, shape_in_words, unclear
 from sffx.compiler.trace.steps_first import batch_read_as_steps
+from sffx.compiler.walks import nodes_behind
 from sffx.errors import TraceError, backbone_hint
 from sffx.plain import fields_of, name_of_logits, parts_by_key
 from sffx.tasks import CLASSIFICATION, Task
@@ -261,20 +262,13 @@ def _first_or_deepest(values: Sequence[Any], candidates: list[Any], wanted: Want
 
 def _deepest(values: Sequence[fx.Proxy]) -> fx.Proxy:
     """Return the value that most layers lead to, of equals the first."""
-    return max(values, key=_layers_before)
+    return values[0] if len(values) == 1 else max(values, key=_layers_before)
 
 
 def _layers_before(value: fx.Proxy) -> int:
     """Return how many modules with parameters, and parameters of functions, lead to a value."""
     tracer: Any = value.tracer
-    seen = {value.node}
-    waiting = [value.node]
-    while waiting:
-        for node in waiting.pop().all_input_nodes:
-            if node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return sum(_has_parameters(node, tracer.root) for node in seen)
+    return sum(_has_parameters(node, tracer.root) for node in nodes_behind(value.node))
 
 
 def _has_parameters(node: fx.Node, root: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sffx.compiler.facts import facts
+from sffx.compiler.walks import nodes_behind
 
 
 @contextmanager
@@ -133,19 +134,18 @@ def is_draw(node: fx.Node) -> bool:
 
 def is_made_of_draws(node: fx.Node) -> bool:
     """Whether a tensor is computed from draws and sizes alone, and so depends on no data."""
-    behind: list[fx.Node] = [node]
-    seen: set[fx.Node] = set()
     has_drawn = False
-    while behind:
-        each = behind.pop()
-        if each in seen or not isinstance(facts(each).example, Tensor):
+    for each in nodes_behind(node, _is_tensor):
+        if not _is_tensor(each):
             continue
         if each.op in ("placeholder", "get_attr"):
             return False
-        seen.add(each)
         has_drawn = has_drawn or facts(each).cost.draws
-        behind += each.all_input_nodes
     return has_drawn
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(facts(node).example, Tensor)
 
 
 def outcome_of_draw(node: fx.Node) -> bool | None:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sffx.compiler.facts import change_facts, facts
 from sffx.compiler.qualnames import name_of_target
 from sffx.compiler.trace.data_shapes import is_recorded, require_data, where_in_model
+from sffx.compiler.walks import numbers_behind
 from sffx.errors import InputError
 
 SETTLED_BY_SIZE = (
@@ -147,16 +148,12 @@ def _computes_a_size(node: fx.Node) -> bool:
 
 def reads_a_size(node: fx.Node) -> bool:
     """Whether a node's value, a number or a truth value, is made from the sizes of a tensor."""
-    ahead = [node]
-    while ahead:
-        each = ahead.pop()
-        value = facts(each).example
-        if isinstance(value, Tensor):
-            continue
-        if isinstance(value, torch.Size) or _name_of_reading(each) in _READ_OFF_SIZES:
-            return True
-        ahead += each.all_input_nodes
-    return False
+    return any(_is_read_off_sizes(each) for each in numbers_behind(node))
+
+
+def _is_read_off_sizes(node: fx.Node) -> bool:
+    is_shape = isinstance(facts(node).example, torch.Size)
+    return is_shape or _name_of_reading(node) in _READ_OFF_SIZES
 
 
 # What torch reads off the sizes of a tensor.

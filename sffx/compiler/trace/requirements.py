@@ -21,13 +21,27 @@ def require_plain(model: Any) -> None:
     Raises:
         InputError: says what to pass instead.
     """
-    kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"model is a {kind}, not a torch.nn.Module. "
+            f"model is a {type(model).__name__}, not a torch.nn.Module. "
             "Hint: pass an instance, not a class or a function"
         )
     require_identity(model)
+    _require_unwrapped(model)
+    _require_uncompiled_parts(model)
+    _require_values(model)
+    _require_ends(model)
+    _require_copyable(model)
+    if is_cut(model):
+        raise InputError(
+            "the model is cut already. Hint: sffx.extract(net) gives the plain model back, "
+            "which can be cut in another way"
+        )
+
+
+def _require_unwrapped(model: nn.Module) -> None:
+    """Raise an InputError if a model is made from another one, which is the one to pass."""
+    kind = type(model).__name__
     # By its attribute: to import the class of torch.compile takes seconds.
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise InputError(
@@ -48,6 +62,9 @@ def require_plain(model: Any) -> None:
             f"model is a {kind}, whose code cannot be traced. "
             "Hint: pass the module that it was scripted or traced from"
         )
+
+
+def _require_uncompiled_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "_orig_mod", None), nn.Module):
             raise InputError(
@@ -59,14 +76,6 @@ def require_plain(model: Any) -> None:
                 f"{repr(name) if name else 'model'} is compiled in place, by its method compile. "
                 "Hint: cut the model before that, and compile the blocks by sffx.compile(net)"
             )
-    _require_values(model)
-    _require_ends(model)
-    _require_copyable(model)
-    if is_cut(model):
-        raise InputError(
-            "the model is cut already. Hint: sffx.extract(net) gives the plain model back, "
-            "which can be cut in another way"
-        )
 
 
 def _require_values(model: nn.Module) -> None:

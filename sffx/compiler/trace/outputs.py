@@ -227,6 +227,7 @@ def _axes(value: Any) -> int:
 
 def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     """Return the logits among several values, by `num_classes` where they differ in width."""
+    values = _without_unlearned(values, wanted)
     candidates = [each for each in values if _width(each, wanted)]
     widths = [_width(each, wanted) for each in candidates]
     num_classes = wanted.num_classes
@@ -243,6 +244,23 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "
         "Hint: pass num_classes, which tells which of them"
     )
+
+
+def _without_unlearned(values: Sequence[Any], wanted: Wanted) -> Sequence[Any]:
+    """Return values without those that have the shape of logits, and that no layer leads to.
+
+    A model of time series returns the mean and the scale of its input as well. Where layers lead to
+    none of the values, all are returned.
+    """
+    kept = []
+    has_learned = False
+    for each in values:
+        could_be_logits = _width(each, wanted) > 0
+        if could_be_logits and not _layers_before(each):
+            continue
+        kept.append(each)
+        has_learned = has_learned or could_be_logits
+    return kept if has_learned else values
 
 
 def _first_or_deepest(values: Sequence[Any], candidates: list[Any], wanted: Wanted) -> Any:

@@ -13,7 +13,7 @@ import sffx
 from sffx.compiler.trace.trace import trace
 from sffx.errors import TraceError
 from sffx.plain import logits_of
-from sffx.tasks import Segmentation
+from sffx.tasks import Regression, Segmentation
 from tests.compiler.trace.oracle import assert_same_logits, cut_without_norms
 
 
@@ -147,6 +147,25 @@ def test_the_logits_among_several_outputs_are_told_by_the_number_of_classes(as_m
     with pytest.raises(TraceError, match=r"none with num_classes=4"):
         sffx.plan(model, "layer", x, num_classes=4)
     assert sffx.plan(model, "layer", x, num_classes=3).num_classes == 3
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_what_no_layer_leads_to_is_not_the_logits(as_mapping):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            mean, scale = x.mean(1, keepdim=True), x.std(1)
+            forecast = self.b(torch.relu(self.a((x - mean) / scale[:, None])))
+            outputs = {"mean": mean, "scale": scale, "forecast": forecast}
+            return outputs if as_mapping else tuple(outputs.values())
+
+    model, x = Scaled(), torch.randn(4, 6)
+    net = sffx.transform(model, "layer", x, task=Regression(), norm="none")
+    found = model(x)["forecast"] if as_mapping else model(x)[2]
+    torch.testing.assert_close(sffx.block_scores(net.eval(), x)[-1], found)
 
 
 class _Pair(NamedTuple):

@@ -21,6 +21,9 @@ from sffx.tensors import holds_tensor
 # The size of a map along its axes of space.
 Size = tuple[int, ...]
 
+# Of a map: batch, channels, height and width. The tokens of volumes are not scored.
+_AXES = 4
+
 # What attention calls. The tokens of the result are those of the first argument, the query.
 _OF_FIRST = (
     "baddbmm",
@@ -38,16 +41,12 @@ class Grids:
         flow: the dataflow of the model.
         root: the model that its nodes call modules of.
         channel_axes: the channel axis of each value that has one.
-        ndim: the number of axes of a map, with those of batch and channels.
     """
 
-    def __init__(
-        self, flow: Dataflow, root: nn.Module, channel_axes: Mapping[str, int], ndim: int
-    ) -> None:
+    def __init__(self, flow: Dataflow, root: nn.Module, channel_axes: Mapping[str, int]) -> None:
         self._nodes = list(flow.nodes.values())
         self._root = root
         self._channel_axes = channel_axes
-        self._ndim = ndim
 
     def of(self, name: str) -> set[Size]:
         """Return the sizes of the maps that the tokens of a value come from, or become."""
@@ -83,13 +82,13 @@ class Grids:
         is_row = isinstance(value, Tensor) and value.ndim <= 2
         if is_row and starts_with_batch(facts(node).batch):
             return True
-        return self._own_size(node) == {(1,) * (self._ndim - 2)}
+        return self._own_size(node) == {(1, 1)}
 
     def _own_size(self, node: Node) -> set[Size]:
         """Return the size of a map along its axes of space; none of another value."""
         value = facts(node).example
         axis = self._channel_axes.get(node.name)
-        if axis is None or not isinstance(value, Tensor) or value.ndim != self._ndim:
+        if axis is None or not isinstance(value, Tensor) or value.ndim != _AXES:
             return set()
         return {tuple(value.shape[1:axis] + value.shape[axis + 1 :])}
 

@@ -48,7 +48,7 @@ def refusals(
     for name, node in flow.nodes.items():
         if layers.parameters(node):
             last = max(last, flow.step_of[name])
-    grids = Grids(flow, layers.root, channel_axes, len(output))
+    grids = Grids(flow, layers.root, channel_axes)
     needs = _needs_from_behind(flow)
 
     def in_turn(i: int) -> Iterator[str]:

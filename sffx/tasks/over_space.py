@@ -56,7 +56,7 @@ class OverSpace(Task):
 
     def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
         has_axes_of_space = len(shape) - 2 in AXES
-        return has_axes_of_space and num_outputs in (None, shape[1])
+        return has_axes_of_space and num_outputs in (None, self.num_outputs(shape))
 
     def fits(self, shape: Shape, output: Shape) -> bool:
         # A block has a resolution of its own, and may score the tokens of a grid.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -29,6 +30,26 @@ class Tokens(nn.Module):
         x = self.embedding(ids)
         x = self.first(x).cumsum(1)
         return self.output(self.second(x))
+
+
+class Patches(nn.Module):
+    """Maps, then tokens of the pixels behind one of a class, then maps again."""
+
+    def __init__(self, tokens: int = 17) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1, stride=2)
+        self.start = nn.Parameter(torch.zeros(1, 1, 6))
+        self.pool = nn.AdaptiveAvgPool1d(tokens) if tokens != 17 else nn.Identity()
+        self.tokens = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+        self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        start = self.start.expand(x.shape[0], 1, 6)
+        tokens = torch.cat([start, x.flatten(2).transpose(1, 2)], 1)
+        tokens = self.tokens(self.pool(tokens.mT).mT)
+        tokens = F.interpolate(tokens.mT, x.shape[2] * x.shape[3]).unflatten(2, x.shape[2:])
+        return self.last(F.interpolate(tokens, scale_factor=2.0))
 
 
 def images(*tail: nn.Module) -> nn.Module:

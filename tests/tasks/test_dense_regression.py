@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sffx
+from sffx.lightning import BPModule
+from sffx.plain import logits_of
 from sffx.tasks import DenseRegression, Regression
+from tests.tasks.cases import Patches
 
 
 class Enlarging(nn.Module):
@@ -167,3 +170,47 @@ def test_a_map_has_the_share_or_the_margin_of_each_side_of_the_image(image, answ
     assert not DenseRegression().settled((2, 3, *answer), [(2, 3, *image)]).lacks_axis
     with_steps = DenseRegression().settled((2, *answer), [(2, 3, *image), (2,)])
     assert with_steps.lacks_axis
+
+
+def test_depth_in_a_record_is_found():
+    class Record(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"depth": self.model(x)}
+
+    model, x = depth_of(2, with_axis=False)
+    net = sffx.transform(Record(model), "layer", x, task=DenseRegression(), norm="none")
+    assert logits_of(Record(model)(x), net.plan.task, 1).shape == x[:, 0].shape
+    module = BPModule(Record(model), lr=0.1, task=DenseRegression())
+    torch.testing.assert_close(
+        module.loss(x, x[:, 0]), sffx.block_losses(net.train(), x, x[:, 0])["classifier"]
+    )
+
+
+class Depth(Patches):
+    """One number for each pixel, from maps, tokens and maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(1)
+
+
+def test_a_token_of_a_grid_is_a_pixel_of_a_map_without_an_axis(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 16)
+    net = sffx.transform(Depth(33), "layer", x, task=DenseRegression(), check=True)
+    assert [block.shape for block in net.plan] == [(6, 4, 8), (33, 6), (33, 6), (6, 8, 16)]
+    y = torch.randn(2, 8, 16)
+    scores = net.train()(x)
+    assert [each.shape for each in scores[1:]] == [(2, 1, 33), (2, 1, 33), (2, 1, 8, 16), y.shape]
+    on_map = scores[1][..., 1:].reshape(2, 4, 8)
+    expected = F.mse_loss(on_map, F.avg_pool2d(y, 2))
+    torch.testing.assert_close(sffx.block_losses(net, x, y)["block_1"], expected)
+    enlarged = F.interpolate(on_map[:, None], size=(8, 16), mode="bilinear")[:, 0]
+    mse = float(F.mse_loss(enlarged, y).detach())
+    evaluation = sffx.evaluate(net, [(x, y)])
+    assert evaluation.metrics["mse"]["block_1"] == pytest.approx(mse, rel=1e-4)
+    assert net.eval()(x).shape == y.shape
+    sffx.export_program(net, tmp_path / "net.pt2")  # compares with torch

@@ -18,7 +18,16 @@ from sffx.extraction import extract
 from sffx.lightning import BPModule
 from sffx.runtime.evaluate import block_scores
 from sffx.tasks import task_of_record, task_record
-from tests.tasks.cases import ALL, CASES, CLASSES, IGNORED, IGNORING, Case, entropy_of_pixels
+from tests.tasks.cases import (
+    ALL,
+    CASES,
+    CLASSES,
+    IGNORED,
+    IGNORING,
+    Case,
+    Patches,
+    entropy_of_pixels,
+)
 
 HEADS = ("sff", "mlp(6)")
 
@@ -339,26 +348,6 @@ def test_an_output_with_other_axes_is_refused_with_a_hint():
 def test_a_goodness_without_a_form_is_refused(goodness):
     with pytest.raises(sffx.InputError, match="has no form"):
         CASES["regression"].net(goodness=goodness)
-
-
-class Patches(nn.Module):
-    """Maps, then tokens of the pixels behind one of a class, then maps again."""
-
-    def __init__(self, tokens: int = 17) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1, stride=2)
-        self.start = nn.Parameter(torch.zeros(1, 1, 6))
-        self.pool = nn.AdaptiveAvgPool1d(tokens) if tokens != 17 else nn.Identity()
-        self.tokens = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
-        self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 3, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).tanh()
-        start = self.start.expand(x.shape[0], 1, 6)
-        tokens = torch.cat([start, x.flatten(2).transpose(1, 2)], 1)
-        tokens = self.tokens(self.pool(tokens.mT).mT)
-        tokens = F.interpolate(tokens.mT, x.shape[2] * x.shape[3]).unflatten(2, x.shape[2:])
-        return self.last(F.interpolate(tokens, scale_factor=2.0))
 
 
 def test_a_token_of_a_grid_is_scored_as_a_pixel(tmp_path):

@@ -20,12 +20,15 @@ from sffx.compiler.untie import untied
 from sffx.learning.losses import block_loss
 from sffx.net import CutModel
 from sffx.plain import logits_of
-from sffx.tasks import CLASSIFICATION, Task, TokenClassification
+from sffx.tasks import CLASSIFICATION, DenseRegression, Task, TokenClassification
 from tools.zoo.entries import CLASSES, SAMPLES, Inputs
 from tools.zoo.records import Record
 
 # By group of models, the tasks that an output does not tell.
-_TASKS: dict[str, Task] = {"nodes": TokenClassification()}
+_TASKS: dict[str, Task] = {
+    "nodes": TokenClassification(),
+    "dense_regression": DenseRegression(),
+}
 
 # Runs in which gradients are looked for.
 _MOST_RUNS = 8

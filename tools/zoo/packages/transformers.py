@@ -168,6 +168,53 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {**_DENSE, "out_indices": [1, 2, 3, 4]},
         ),
     },
+    "dense_regression": {
+        "dpt-depth": (
+            "DPTForDepthEstimation",
+            {
+                **_DENSE,
+                "backbone_out_indices": [0, 1, 2, 3],
+                "neck_hidden_sizes": [8, 8, 16, 16],
+                "fusion_hidden_size": 16,
+            },
+        ),
+        "depth-anything": (
+            "DepthAnythingForDepthEstimation",
+            {
+                "backbone_config": {
+                    **_DENSE,
+                    "model_type": "dinov2",
+                    "out_indices": [1, 2, 3, 4],
+                    "reshape_hidden_states": False,
+                },
+                "patch_size": 16,
+                "reassemble_hidden_size": 32,
+                "neck_hidden_sizes": [8, 8, 16, 16],
+                "fusion_hidden_size": 16,
+                "head_hidden_size": 8,
+            },
+        ),
+        "glpn-depth": (
+            "GLPNForDepthEstimation",
+            {
+                "depths": [2, 2, 2, 2],
+                "hidden_sizes": [8, 16, 24, 32],
+                "num_attention_heads": [1, 1, 2, 2],
+                "decoder_hidden_size": 16,
+            },
+        ),
+        "swin2sr": (
+            "Swin2SRForImageSuperResolution",
+            {
+                "embed_dim": 12,
+                "depths": [2, 2],
+                "num_heads": [2, 2],
+                "window_size": 4,
+                "image_size": 16,
+                "upscale": 2,
+            },
+        ),
+    },
 }
 
 

@@ -60,12 +60,15 @@ class BatchAxis:
             flattened; None where it cannot be told.
         permuted: whether the samples lie in another order than those of the inputs, as after a sort
             by length.
+        alike: whether the rows tell nothing about samples, as those of a repeated token, so that
+            they have any order. `slower` is None then.
     """
 
     axis: int
     rows: int = 1
     slower: int | None = 1
     permuted: bool = field(default=False, compare=False)
+    alike: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

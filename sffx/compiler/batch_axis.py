@@ -139,7 +139,8 @@ def _axis_of_tensor(
         return None
     rows = int(rows_of_sample)
     slower = _slower_rows(node, root, value, axis, rows) if rows > 1 else 1
-    return BatchAxis(axis, rows, slower, is_permuted(node, axis))
+    alike = slower is None and _are_rows_alike(node, value, axis)
+    return BatchAxis(axis, rows, slower, is_permuted(node, axis), alike)
 
 
 def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows: int) -> int | None:
@@ -307,7 +308,7 @@ def _sources(node: fx.Node) -> Iterator[tuple[Tensor, BatchAxis]]:
         if isinstance(value, (tuple, list)):
             if _same_length(value, batch):
                 yield from _parts_read(node, value, batch)
-        elif isinstance(batch, BatchAxis) and not _has_equal_rows(arg, batch):
+        elif isinstance(batch, BatchAxis) and not batch.alike:
             yield value, batch
 
 
@@ -328,25 +329,36 @@ def _parts_read(
             yield part, axis
 
 
-def _has_equal_rows(node: fx.Node, batch: BatchAxis) -> bool:
-    """Return whether all rows of a node's value are equal, so that it has any order.
+def _are_rows_alike(node: fx.Node, value: Tensor, axis: int) -> bool:
+    """Return whether no row of a node's value tells the sample that it belongs to.
 
-    A class token that is repeated for all samples is of this kind. So are zeros, to which the
-    messages of a graph network are added.
+    A class token that is repeated for all samples is of this kind, and what layers make of it. So
+    are zeros, to which the messages of a graph network are added.
+
+    Args:
+        node: computes the value, a tensor with several rows for each sample.
+        value: whose order of rows is not known.
+        axis: of the rows.
     """
-    if batch.slower is not None:
-        return False
     operation = name_of_target(node.target)
     if operation in _CONSTANTS:
         return True
-    if operation not in (*_TILES, "expand"):
-        return False
+    if operation in (*_TILES, "expand") and _is_one_row(node, value, axis):
+        return True
+    if operation.startswith("cum"):
+        return False  # it numbers the rows
+    read = [facts(arg).batch for arg in node.all_input_nodes if facts(arg).batch is not None]
+    return bool(read) and all(isinstance(each, BatchAxis) and each.alike for each in read)
+
+
+def _is_one_row(node: fx.Node, value: Tensor, axis: int) -> bool:
+    """Return whether the value of a node repeats one row along an axis."""
     row = facts(node.all_input_nodes[0]).example
     if not isinstance(row, Tensor):
         return False
     # New axes come before those of the row.
-    axis = batch.axis - (facts(node).example.ndim - row.ndim)
-    return axis < 0 or row.shape[axis] == 1
+    own_axis = axis - (value.ndim - row.ndim)
+    return own_axis < 0 or row.shape[own_axis] == 1
 
 
 def _picked(node: fx.Node) -> int | None:

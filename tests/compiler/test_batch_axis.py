@@ -53,6 +53,18 @@ FOLDS = {
         lambda y, b: torch.cat([y[0, 0].repeat(b * 5, 1, 1), y.flatten(0, 1)[:, None]], 1),
         BatchAxis(0, 5, 1),
     ),
+    "with what layers make of one token": (
+        lambda y, b: y.flatten(0, 1) + torch.ones(1, 8).expand(b * 5, -1).cos().relu(),
+        BatchAxis(0, 5, 1),
+    ),
+    "with what layers make of zeros": (
+        lambda y, b: y.transpose(0, 1).flatten(0, 1) * torch.zeros(b * 5, 8).exp().sqrt(),
+        BatchAxis(0, 5, 5),
+    ),
+    "with their numbers": (
+        lambda y, b: y.flatten(0, 1) + torch.ones(b * 5, 8).cumsum(0),
+        None,
+    ),
     "in pairs": (lambda y, b: y.view(b // 2, 2, 5, 8), None),
     "with one more": (lambda y, b: torch.cat([y.flatten(0, 1), y.new_zeros(b, 8)]), None),
 }

@@ -282,13 +282,21 @@ class Dataflow:
         if steps_of_paths and reads_values:
             return max(steps_of_paths)
         earliest = max(_steps(sources, step_of), default=0)
+        # A draw that nothing uses still decides what the later ones draw.
+        draws = facts(node).cost.draws
         if name not in step_of:  # nothing uses its value, or a guard alone
-            return earliest
+            return max(earliest, self._step_before(name, step_of)) if draws else earliest
         first_use = step_of[name]
         if not steps_of_paths:
             return first_use
         step_after = max(steps_of_paths) + 1
         return min(first_use, max(earliest, step_after))
+
+    def _step_before(self, name: str, step_of: dict[str, int]) -> int:
+        """Return the step of the last path that the model computes before a node."""
+        before = list(self.nodes)[: self.position(name)]
+        paths = [step_of[each] for each in before if self.is_path(each)]
+        return paths[-1] if paths else 0
 
 
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sffx
@@ -156,3 +159,40 @@ def test_one_logit_is_a_number_and_no_class():
 )
 def test_a_long_row_of_blocks_is_named_by_its_ends(indices: tuple[int, ...], words: str) -> None:
     assert listed_blocks([f"block_{index}" for index in indices]) == words
+
+
+class _DrawsForNothing(nn.Module):
+    """Draws before each layer whether to leave it out, and never does, as with layerdrop=0."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer_ in self.layers:
+            self.draw(x)
+            x = x + F.dropout(layer_(x), 0.5, self.training)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.rand([]),
+        lambda x: torch.rand(x.shape[0]) < 0.0,
+        lambda x: torch.randn(2, 3),
+        lambda x: torch.randint(5, (2,)),
+    ],
+)
+def test_a_draw_that_nothing_uses_stays_between_those_of_the_layers(draw: Any) -> None:
+    model = _DrawsForNothing(draw).train()
+    x = torch.randn(5, 6)
+    net = sffx.transform(model, "layer", x, norm="none").train()
+    assert len(net.plan) == 3
+    assert not any("other random numbers" in note for note in net.plan.notes)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(net(x)[-1], expected)

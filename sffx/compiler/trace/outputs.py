@@ -45,7 +45,8 @@ def find_logits(value: Any, wanted: Wanted) -> Any:
     2. In a mapping or a record, what is called "logits"; or "out", scores of pixels.
     3. Probabilities do not count where the scores that they are made of are returned as well.
     4. Where several could be logits and differ in width, those with `num_classes` columns. If
-       none of them has as many, those that lie deeper, in a tuple or a mapping among them.
+       none of them has as many, those that lie deeper, in a tuple or a mapping among them. What
+       the first of all holds counts among the several.
     5. Of several of one width, the one that most layers lead to: of early exits the last, of
        auxiliary outputs none. Of equals, the first.
     6. Else the first of all.
@@ -229,15 +230,19 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     """Return the logits among several values, by `num_classes` where they differ in width."""
     values = _without_unlearned(values, wanted)
     candidates = [each for each in values if _width(each, wanted)]
-    widths = [_width(each, wanted) for each in candidates]
     num_classes = wanted.num_classes
     if num_classes is not None:
         for among in (candidates, _without_probabilities(tuple(_proxies_in(tuple(values))))):
             fitting = [each for each in among if _width(each, wanted) == num_classes]
             if fitting:
                 return _deepest(fitting)
-    if len(set(widths)) < 2:
-        return _first_or_deepest(values, candidates, wanted)
+    first = find_logits(values[0], wanted)
+    if first is not values[0] and _width(first, wanted):
+        candidates = [*_without_unlearned([first, *candidates], wanted)]
+    if len({_width(each, wanted) for each in candidates}) == 1:
+        return _deepest(candidates)
+    if not candidates:
+        return _first_of_deeper(values, first, wanted)
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
     raise TraceError(
@@ -263,14 +268,8 @@ def _without_unlearned(values: Sequence[Any], wanted: Wanted) -> Sequence[Any]:
     return kept if has_learned else values
 
 
-def _first_or_deepest(values: Sequence[Any], candidates: list[Any], wanted: Wanted) -> Any:
-    """Return the deepest of the values that could be logits, or else the first that holds some."""
-    first = find_logits(values[0], wanted)
-    width = _width(first, wanted)
-    if width:
-        return _deepest([first, *(each for each in candidates if _width(each, wanted) == width)])
-    if candidates:
-        return _deepest(candidates)
+def _first_of_deeper(values: Sequence[Any], first: Any, wanted: Wanted) -> Any:
+    """Return the first value that could be logits in a part of a later value, else `first`."""
     for value in values[1:]:
         nested = find_logits(value, wanted)
         if _width(nested, wanted):

@@ -18,6 +18,7 @@ from sffx.compiler.trace.modes import merge_modes
 from sffx.compiler.trace.outputs import keep_logits
 from sffx.compiler.trace.own_state import tensors_left
 from sffx.compiler.trace.randomness import call_without_draws
+from sffx.compiler.trace.runner import OtherFormError
 from sffx.compiler.trace.state import Attributes
 from sffx.compiler.trace.tracer import GuidedTracer
 from sffx.compiler.trace.writes import versions
@@ -51,7 +52,10 @@ def trace_until_it_works(
             return tracer, graph
         attributes.restore()
         eval_tracer = make_tracer(False)
-        eval_graph = _attempt(probe, eval_tracer, leaves)
+        try:
+            eval_graph = _attempt(probe, eval_tracer, leaves)
+        except TraceError as failure:
+            raise _in_eval_mode(failure) from failure
         if eval_graph is None or eval_tracer.has_opened:
             continue
         if merge_modes(graph, eval_graph, tracer.branched, probe):
@@ -93,12 +97,19 @@ def _attempt(probe: nn.Module, tracer: GuidedTracer, leaves: dict[str, str]) -> 
         if tracer.functions.add(failure, _reason(failure)):
             return None
         if not tracer.failed:
+            _require_other_batch_size(probe, tracer, failure)
             has_tried = tracer.functions.has_tried(failure)
             raise _root_failed(probe, failure, has_tried) from failure
         kind = type(probe.get_submodule(tracer.failed))
         add_leaves(leaves, probe, kind, _reason(failure))
         return None
     return graph
+
+
+def _in_eval_mode(failure: TraceError) -> TraceError:
+    """Return the error of a model that could be traced in train mode, and not in eval mode."""
+    problem, _, hint = str(failure).partition(" Hint: ")
+    return TraceError(f"in eval mode, {problem} Hint: return the same in both modes; or {hint}")
 
 
 def traced_once(probe: nn.Module, tracer: GuidedTracer) -> fx.Graph:
@@ -150,6 +161,9 @@ def _root_failed(probe: nn.Module, failure: Exception, is_of_function: bool) -> 
         failure: of the trace.
         is_of_function: whether the code is in a function that the graph could not call.
     """
+    if isinstance(failure, OtherFormError):
+        hint = "return the same in both modes, and keep the rest in an attribute"
+        return TraceError(f"{failure}. Hint: {hint}")
     hint = ""
     if _PROXY.search(str(failure)):
         hint = "torch.zeros and x.new_zeros take traced sizes, and a tuple of them is a shape; or "
@@ -159,6 +173,19 @@ def _root_failed(probe: nn.Module, failure: Exception, is_of_function: bool) -> 
     if has_parts(probe):
         hint += f"; {backbone_hint(probe)}"
     return TraceError(f"{type(probe).__name__} cannot be traced: {_reason(failure)}. Hint: {hint}")
+
+
+def _require_other_batch_size(probe: nn.Module, tracer: GuidedTracer, failure: Exception) -> None:
+    """Raise a TraceError if a model takes one batch size only, and so cannot be traced."""
+    size, other = tracer.runner.sizes
+    if not tracer.runner.takes(size) or tracer.runner.takes(other):
+        return
+    raise TraceError(
+        f"{type(probe).__name__} runs with {size} samples, the first axis of its inputs, and not "
+        f"with {other}: {_reason(failure)}. Hint: the first axis of each input is the batch, whose "
+        "size a forward reads off x.shape[0]; wrap a model whose inputs have the steps first, "
+        "def forward(self, x): return self.model(x.transpose(0, 1))"
+    ) from failure
 
 
 def _buffers_were_assigned(

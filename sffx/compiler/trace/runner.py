@@ -57,6 +57,10 @@ class Example:
     values: Mapping[str, Any]
 
 
+class OtherFormError(RuntimeError):
+    """A module returns other things in eval mode than in train mode."""
+
+
 class NodeRunner:
     """Runs the nodes of one trace.
 
@@ -163,7 +167,7 @@ class NodeRunner:
         torch's own do not. The graph goes on with what one mode returns.
 
         Raises:
-            RuntimeError: says what is returned in each mode.
+            OtherFormError: says what is returned in each mode.
         """
         module = self.probe.get_submodule(str(node.target))
         if _is_of_torch(module):
@@ -190,7 +194,7 @@ class NodeRunner:
         self.resized = type(module).__name__
         if _axes(value) != _axes(other):
             names = (here, there) if self.training else (there, here)
-            raise RuntimeError(
+            raise OtherFormError(
                 f"{type(module).__name__} returns {names[0]} in train mode and {names[1]} in eval "
                 "mode"
             )

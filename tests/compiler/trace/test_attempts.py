@@ -187,3 +187,35 @@ def test_what_the_model_itself_cannot_do_names_the_line_and_the_way_out(code, me
     root.layer = nn.Linear(6, 3)
     with pytest.raises(TraceError, match=rf"{message}.*test_attempts\.py:\d+, .*function of the f"):
         sffx.plan(root, "layer", torch.zeros(2, 6))
+
+
+class _OneSize(nn.Module):
+    """Runs with 6 samples alone, by a function of a state of that size."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.positions = nn.Parameter(torch.randn(6, 1, 8))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.memory = nn.GRU(8, 8, batch_first=True)
+        self.code = code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.code(self, self.inner(x)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: (x + m.positions).mean(0),  # the steps come first
+        lambda m, x: m.attention(*[x + m.positions] * 3)[0][-1],
+        lambda m, x: x.view(6, 5, 8).mean(1),
+        lambda m, x: m.memory(x, torch.zeros(1, 6, 8))[0][:, -1],
+    ],
+)
+def test_a_model_of_one_batch_size_is_told_that_the_first_axis_is_the_batch(code):
+    model, x = _OneSize(code), torch.randn(6, 5, 3)
+    assert model(x).ndim == 2
+    said = "runs with 6 samples, .* and not with 12: .* Hint: the first axis of each input is the"
+    with pytest.raises(TraceError, match=said):
+        sffx.plan(model, "layer", x)

@@ -252,6 +252,21 @@ def test_a_head_that_returns_other_logits_in_eval_mode():
     assert torch.equal(net.train()(x)[-1], model.train()(x))
 
 
+@pytest.mark.parametrize(
+    ("make", "returned"),
+    [
+        (lambda m, y: y.argmax(1), r"a tensor of shape \(B\)"),
+        (lambda m, y: y.softmax(1).topk(2), "a topk"),
+        (lambda m, y: {"label": y.argmax(1)}, r"a tensor of shape \(B\)"),
+    ],
+)
+def test_what_is_no_score_in_eval_mode_alone_is_refused_for_that_mode(make, returned):
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _Other(make))
+    said = rf"in eval mode, Sequential returns {returned}.* Hint: return the same in both modes"
+    with pytest.raises(TraceError, match=said):
+        sffx.plan(model, "layer")
+
+
 class _OtherLeaf(_Other):
     """A leaf, since it opens a region under autocast."""
 
@@ -263,7 +278,7 @@ class _OtherLeaf(_Other):
 
 def test_a_leaf_that_returns_other_things_in_eval_mode_is_refused():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), _OtherLeaf(lambda m, y: (y * 2, y)))
-    said = r"_OtherLeaf returns a tensor of shape \(B, 4\) in train mode and a tuple"
+    said = r"^_OtherLeaf returns a tensor of shape \(B, 4\) in train mode and a tuple.*both modes"
     with pytest.raises(TraceError, match=said):
         sffx.plan(model, "layer")
 
@@ -458,6 +473,22 @@ def test_the_number_of_classes_tells_logits_that_lie_deeper(nest):
     note = "values of other widths as well, of 3 columns. Its output here has 6. Hint: num_classes"
     assert any(note in each for each in sffx.plan(model, "layer", x).notes)
     assert not any("other widths" in each for each in net.plan.notes)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda features, scores: ((features, features.relu()), scores),
+        lambda features, scores: {"hidden": [features], "classes": scores},
+        lambda features, scores: ([features, features[:, :5]], scores),
+    ],
+)
+def test_logits_behind_a_part_with_other_values_are_told_by_the_number_of_classes(nest):
+    model, x = _Nested(nest), torch.randn(4, 6)
+    with pytest.raises(TraceError, match=r"shapes \(B, 6\), \(B, [35]\)\. Hint: pass num_classes"):
+        sffx.plan(model, "layer", x)
+    net = sffx.transform(model, "layer", x, num_classes=3, check=True)
+    assert net.plan.num_classes == 3
 
 
 class _OtherLayout(nn.Module):

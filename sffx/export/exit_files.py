@@ -88,6 +88,7 @@ def load_stages(folder: Path, manifest: Manifest) -> tuple[ExitStage, ...]:
         session = _open(folder / stage.file, stage.sha256)
         outputs = (stage.goodness, *stage.outputs)
         _require_outputs(session, outputs, folder / stage.file)
+        _require_named(session, stage.goodness, manifest.class_names)
         run = _runner(session, stage.inputs, outputs)
         stages.append(ExitStage(stage.name, stage.inputs, stage.outputs, stage.macs, run))
     return tuple(stages)
@@ -139,6 +140,19 @@ def _require_outputs(session: InferenceSession, names: Sequence[str], path: Path
                 f"the file {str(path)!r} has no output {name!r}, which {MANIFEST} names. "
                 "Hint: export the model again"
             )
+
+
+def _require_named(
+    session: InferenceSession, goodness: str, class_names: Sequence[str] | None
+) -> None:
+    """Raise an InputError if a file has scores of more or fewer classes than have names."""
+    shape = next(each.shape for each in session.get_outputs() if each.name == goodness)
+    classes = shape[-1] if shape else None  # a text where the file leaves it open
+    if class_names is not None and isinstance(classes, int) and classes != len(class_names):
+        raise InputError(
+            f"{MANIFEST} names {len(class_names)} classes, and the files give scores of {classes}. "
+            "Hint: export the model again"
+        )
 
 
 def _runner(

@@ -38,6 +38,7 @@ from sffx.arguments import Arguments, recorded_arguments
 from sffx.blocks import BatchAxis, Input
 from sffx.errors import InputError, first_line
 from sffx.export.exit_stage import FIRST_AXIS
+from sffx.export.metadata import checked_normalisation
 
 MANIFEST = "manifest.json"
 CLASS_NAMES = "class_names"
@@ -215,6 +216,13 @@ def _manifest(content: Any) -> Manifest:
     skips = content.get("skips", 0)
     if isinstance(skips, bool) or not isinstance(skips, int) or not 0 <= skips < len(stages):
         raise ValueError(f"'skips' of it is {skips!r}, but there are {len(stages)} stages")
+    normalisation = [_optional_list(content, name, (int, float)) for name in NORMALISATION]
+    try:
+        checked_normalisation(inputs, *normalisation)
+    except InputError as error:
+        # Its hint is for who exports.
+        problem, _, _ = str(error).partition(". Hint: ")
+        raise ValueError(problem) from error
     return Manifest(
         float(content["threshold"]),
         inputs,
@@ -223,7 +231,7 @@ def _manifest(content: Any) -> Manifest:
         nested,
         skips,
         _optional_list(content, CLASS_NAMES, str),
-        *(_optional_list(content, name, (int, float)) for name in NORMALISATION),
+        *normalisation,
     )
 
 
@@ -292,6 +300,8 @@ def _stage(content: Any, place: str) -> StageFile:
     # Both kinds of separator count, so that no file outside the folder is opened.
     if PureWindowsPath(file).name != file or file in ("", ".", ".."):
         raise ValueError(f"'file' of {place} is {file!r}, not a name inside the folder")
+    if content["macs"] < 0:
+        raise ValueError(f"'macs' of {place} is {content['macs']}, not a number from 0 on")
     values = {name: content[name] for name in _STAGE_FIELDS}
     values["inputs"] = _names(content["inputs"], f"'inputs' of {place}")
     values["outputs"] = _names(content["outputs"], f"'outputs' of {place}")
@@ -306,10 +316,17 @@ def _names(content: list[Any], place: str) -> tuple[str, ...]:
 
 
 def _require_connected(inputs: Sequence[Input], stages: Sequence[StageFile]) -> None:
-    """Raise a ValueError if a stage reads a value that nothing before it gives."""
+    """Raise a ValueError if a stage reads what nothing before it gives, or is there twice."""
     given = {each.name for each in inputs}
+    files: set[str] = set()
     for stage in stages:
+        if stage.file in files:
+            raise ValueError(f"{stage.file!r} is the file of two stages")
+        files.add(stage.file)
         for name in stage.inputs:
             if name not in given:
                 raise ValueError(f"{stage.name} reads {name!r}, which nothing before it gives")
-        given.update(stage.outputs)
+        for name in stage.outputs:
+            if name in given:
+                raise ValueError(f"{stage.name} gives {name!r}, which is there before it")
+            given.add(name)

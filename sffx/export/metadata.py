@@ -66,7 +66,7 @@ def names_and_normalisation(
     """
     return {
         "class_names": _checked_names(class_names, plan.num_classes),
-        **_checked_normalisation(plan.inputs, mean, std),
+        **checked_normalisation(plan.inputs, mean, std),
     }
 
 
@@ -122,9 +122,14 @@ def _require_numbers(name: str, numbers: Any) -> None:
         )
 
 
-def _checked_normalisation(
+def checked_normalisation(
     inputs: Sequence[Input], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, list[float] | None]:
+    """Return what was given as lists of numbers.
+
+    Raises:
+        InputError: `mean` and `std` do not fit each other or the channels of an input.
+    """
     if mean is None and std is None:
         return {"mean": None, "std": None}
     for name, numbers in (("mean", mean), ("std", std)):

@@ -338,8 +338,8 @@ def _not_usable(error: Exception) -> ExportError:
 
 
 def described_inputs(session: InferenceSession) -> str:
-    """Return the names and shapes of a session's inputs, for a hint."""
-    return ", ".join(f"{each.name} {each.shape}" for each in session.get_inputs())
+    """Return the names, shapes and types of a session's inputs, for a hint."""
+    return ", ".join(f"{each.name} {each.shape} {each.type}" for each in session.get_inputs())
 
 
 def _output_names(name: str, plan: BlockPlan, readout: str) -> list[str]:

@@ -156,6 +156,12 @@ def test_an_array_of_strings_is_refused(exported: Path) -> None:
         (("stages", 1, "goodness"), None, r"stage 1 has no 'goodness'"),
         (("stages", 1, "sha256"), None, r"stage 1 has no 'sha256'"),
         (("stages", 1, "macs"), "15", r"'macs' of stage 1 is '15'"),
+        (("stages", 1, "macs"), -15, r"'macs' of stage 1 is -15, not a number from 0 on"),
+        (("stages", 1, "file"), "block_0.onnx", r"'block_0\.onnx' is the file of two stages"),
+        (("stages", 1, "outputs"), ["block_0"], r"block_1 gives 'block_0', which is there before"),
+        (("mean",), [float("nan")], r"mean is \(nan,\) and std is \(0\.25,\)\."),
+        (("std",), [0.25, 0.25], r"mean is \(0\.5,\) and std is \(0\.25, 0\.25\)\."),
+        (("std",), None, r"mean is \(0\.5,\) and std is None\."),
         (("stages", 1, "inputs"), [None], r"'inputs' of stage 1 holds None, not a name"),
         (("stages", 1, "inputs"), ["z"], r"block_1 reads 'z', which nothing before it gives"),
         (("stages", 0, "file"), "../block_0.onnx", r"'file' of stage 0 is '\.\./block_0\.onnx'"),
@@ -272,3 +278,16 @@ def test_an_export_of_the_first_version_may_be_replaced(folder: Path) -> None:
     (folder / "other.bin").write_bytes(b"")
     with pytest.raises(sffx.InputError, match=r"something else than an early exit: other\.bin"):
         exit_files.require_replaceable(folder)
+
+
+def test_names_of_other_classes_than_the_files_have_are_refused(folder: Path) -> None:
+    file = folder / "manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "class_names": ["a", "b"]}))
+    with pytest.raises(sffx.InputError, match="names 2 classes, and the files give scores of 3"):
+        sffx.EarlyExit.load(folder)
+
+
+def test_an_input_of_another_type_is_told_the_type(exported: Path) -> None:
+    with pytest.raises(sffx.InputError, match=r"Hint: it takes input \[.*, 6\] tensor\(float\)"):
+        sffx.EarlyExit.load(exported)(np.zeros((2, 6)))

@@ -24,6 +24,7 @@ try:
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 except ImportError as cause:
     raise MissingExtra("lightning", "lightning", "sffx.resuming") from cause
 
@@ -34,6 +35,9 @@ class EpochSeeds(Callback):
     Checkpoints of Lightning hold no random state. A resumed run would begin with the seed again:
     it would see the order of the first epoch once more, and drop other activations. Random changes
     of images that worker processes of a loader make are not covered.
+
+    Resume from a checkpoint of the end of an epoch. In the middle of one, Lightning takes the first
+    batches of the epoch once more, and warns of it.
 
     Args:
         seed: of the run.
@@ -114,12 +118,18 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
         if not self.best_model_path or Path(self.best_model_path).exists():
             return
-        found = self._scores_in_folder()
+        gone = self.best_model_path
+        found = self._scores_beside(Path(gone))
         # As Lightning has it before there is a best file.
         self.best_model_score = None
         self.best_model_path = self.kth_best_model_path = ""
         self.best_k_models = {}
         if not found:
+            rank_zero_warn(
+                f"the best checkpoint {gone!r} is gone, and no file beside it holds its score. The "
+                "best of the epochs from here on is kept, even if it is worse. Hint: "
+                "save_weights_only=True leaves out the score"
+            )
             return
         choose = max if self.mode == "max" else min
         path = choose(found, key=lambda each: float(found[each]))
@@ -127,10 +137,17 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_model_score = self.kth_value = found[path]
         self.best_k_models = {path: found[path]}
 
-    def _scores_in_folder(self) -> dict[str, torch.Tensor]:
-        """Return the scores of the best files that this callback wrote, by their paths."""
+    def _scores_beside(self, gone: Path) -> dict[str, torch.Tensor]:
+        """Return the scores of the best files that this callback wrote, by their paths.
+
+        Args:
+            gone: the file that was the best. A name such as "best/{epoch}" puts it into a folder
+                inside that of the callback.
+        """
         scores = {}
-        for path in sorted(Path(str(self.dirpath)).glob("*.ckpt")):
+        folders = dict.fromkeys([Path(str(self.dirpath)), gone.parent])
+        files = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+        for path in files:
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 own = checkpoint["callbacks"][self.state_key]

@@ -87,18 +87,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("folder", [".", "inside"])
 def test_a_best_checkpoint_that_is_gone_is_not_named(
-    tmp_path: Path, mode: str, *, left: bool
+    tmp_path: Path, mode: str, folder: str, recwarn: Any, *, left: bool
 ) -> None:
     def callback() -> BestCheckpoint:
-        return BestCheckpoint(tmp_path, "best-{epoch}", monitor="val_acc", mode=mode)
+        return BestCheckpoint(tmp_path, f"{folder}/best-{{epoch}}", monitor="val_acc", mode=mode)
 
     older = callback()
-    older.best_model_path = str(tmp_path / "best-epoch=1.ckpt")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    older.best_model_path = str(tmp_path / folder / "best-epoch=1.ckpt")
     older.best_model_score = torch.tensor(0.5)
     older.best_k_models = {older.best_model_path: older.best_model_score}
     state = older.state_dict()
-    better = str(tmp_path / "best-epoch=2.ckpt")
+    better = str(tmp_path / folder / "best-epoch=2.ckpt")
     if left:
         own = {**state, "best_model_path": better, "best_model_score": torch.tensor(0.75)}
         torch.save({"callbacks": {older.state_key: own}}, better)
@@ -117,6 +119,8 @@ def test_a_best_checkpoint_that_is_gone_is_not_named(
     else:
         assert resumed.best_model_path == ""
         assert resumed.best_model_score is None
+    said = [str(each.message) for each in recwarn if "is gone" in str(each.message)]
+    assert len(said) == (0 if left else 1)
 
 
 def test_a_best_checkpoint_that_is_there_stays_the_best(tmp_path: Path) -> None:

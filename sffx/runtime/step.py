@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sffx.errors import InputError
+from sffx.errors import InputError, in_brief
 from sffx.kernels.batch_counts import counts_added_at_end
 from sffx.kernels.once import HandWritten, first_derivatives_only
 from sffx.learning.losses import LossFunctions, loss_functions, total
@@ -155,9 +155,9 @@ def local_step(
 
     Raises:
         InputError: `net` is no cut model, is in eval mode, is frozen, or is offloaded with another
-            optimizer; gradients are switched off; the optimizer holds none of its parameters or is
-            LBFGS; a block has no optimizer; `loss_fn` or y requires gradients; the labels do not
-            fit; x has no samples; or a name is not that of a block.
+            optimizer; gradients are switched off; the optimizer holds no parameter of a block that
+            learns or is LBFGS; a block has no optimizer; `loss_fn` or y requires gradients; the
+            labels do not fit; x has no samples; or a name is not that of a block.
         ProcessError: the net is replicated or sharded, and another process failed or does something
             else.
 
@@ -178,6 +178,7 @@ def local_step(
         residency.training_step(distinct),
         counts_added_at_end(_counts_wait(residency, on_block)),
     ):
+        require_all_learn(stages, optimizers)
         updates = {each: Updates(each) for each in distinct}
         net.zero_grad(set_to_none=True)
         for learned in learn(
@@ -288,9 +289,7 @@ def optimizers_of_stages(stages: list[Stage], optimizer: Optimizers) -> dict[str
 
 def _require_whole(stage: Stage, optimizer: Optimizer) -> None:
     """Raise an InputError if an optimizer of one stage lacks some of its trainable parameters."""
-    held: set[Tensor] = set()
-    for group in optimizer.param_groups:
-        held.update(group["params"])
+    held = _held(optimizer)
     trainable = stage.trainable
     lacking = [p for p in trainable if p not in held]
     if lacking:
@@ -299,6 +298,38 @@ def _require_whole(stage: Stage, optimizer: Optimizer) -> None:
             "parameters. Hint: a group of sffx.parameter_groups(net, lr) has those of the block "
             "and of its head"
         )
+
+
+def require_all_learn(stages: list[Stage], optimizers: Mapping[str, Optimizer]) -> None:
+    """Raise an InputError if a stage would learn nothing, since its optimizer does not hold it.
+
+    One optimizer for all stages may lack some parameters of a stage, as of a layer that shall not
+    change.
+
+    Args:
+        stages: that learn.
+        optimizers: by the name of the stage. They hold parameters of the net.
+    """
+    held = {each: _held(each) for each in optimizers.values()}
+    apart = []
+    for stage in stages:
+        trainable = stage.trainable
+        if trainable and held[optimizers[stage.name]].isdisjoint(trainable):
+            apart.append(stage.name)
+    if apart:
+        raise InputError(
+            f"the optimizer holds no parameter of {in_brief(apart, 3)}, which would learn nothing. "
+            "Hint: sffx.parameter_groups(net, lr) holds those of all blocks; blocks=[...] trains "
+            "some blocks only"
+        )
+
+
+def _held(optimizer: Optimizer) -> set[Tensor]:
+    """Return the parameters of an optimizer."""
+    held: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        held.update(group["params"])
+    return held
 
 
 def _require_single_loss(optimizer: Optimizer) -> None:

@@ -385,7 +385,13 @@ def test_parameters_that_are_put_in_the_place_of_others_are_offloaded_as_well():
         each.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
     with torch.no_grad(), Watch(net):
         net(x)
-    assert_same(train(net, x, y, optimizer, steps=1), train(twin, x, y, adamw(twin), steps=1))
+    with pytest.raises(sffx.InputError, match="holds no parameter of block_0"):
+        sffx.local_step(net, x, y, optimizer)
+    for group, own in zip(optimizer.param_groups, sffx.parameter_groups(net, lr=0.01), strict=True):
+        group["params"] = own["params"]
+    optimizers = optimizer, adamw(twin)
+    assert_same(train(net, x, y, optimizers[0]), train(twin, x, y, optimizers[1]))
+    assert_same(list(net.parameters()), list(twin.parameters()))
 
 
 def test_copies_pickles_and_exports_are_of_an_ordinary_model():

@@ -263,6 +263,29 @@ def test_an_optimizer_that_lacks_the_head_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("held", "frozen", "apart"),
+    [
+        (["classifier"], [], "block_0, block_1, .*"),
+        (["block_0", "head_0", "block_1", "head_1"], [], ".*classifier"),
+        # The optimizer holds frozen parameters alone.
+        (["block_0"], ["block_0", "head_0"], "block_1, .*"),
+    ],
+)
+def test_a_block_that_no_optimizer_holds_is_named(
+    held: list[str], frozen: list[str], apart: str
+) -> None:
+    net, x, y = cut()
+    before = copy.deepcopy(net.state_dict())
+    for name in frozen:
+        net.get_submodule(name).requires_grad_(False)
+    parameters = [p for name in held for p in net.get_submodule(name).parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with pytest.raises(InputError, match=rf"holds no parameter of {apart}, which would learn noth"):
+        sffx.local_step(net, x, y, optimizer)
+    assert_same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize(
     ("blocks", "message"),
     [
         ("block_0", r"blocks is 'block_0', not a list\. Hint: blocks=\['block_0'\]"),

@@ -14,7 +14,7 @@ from sffx.runtime.learn import Learned
 from sffx.runtime.optimizers import require_optimizer_of
 from sffx.runtime.pipeline.watch import Watch
 from sffx.runtime.stage import Stage
-from sffx.runtime.step import Optimizers, optimizers_of_stages
+from sffx.runtime.step import Optimizers, optimizers_of_stages, require_all_learn
 from sffx.runtime.update import Updates
 
 
@@ -130,4 +130,5 @@ def _updates(stages: list[Stage], optimizer: Optimizers | None) -> dict[Stage, U
     for each in dict.fromkeys(by_name.values()):
         require_optimizer_of(each, own, "pipe.parameter_groups(lr)")
         updates[each] = Updates(each)
+    require_all_learn(learning, by_name)
     return {stage: updates[by_name[stage.name]] for stage in learning}

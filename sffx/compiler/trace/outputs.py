@@ -245,9 +245,10 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
         return _first_of_deeper(values, first, wanted)
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
+    possible = " or ".join(map(str, dict.fromkeys(widths)))
     raise TraceError(
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "
-        "Hint: pass num_classes, which tells which of them"
+        f"Hint: pass num_classes, {possible}, which tells which of them; or return that one alone"
     )
 
 

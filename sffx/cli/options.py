@@ -21,6 +21,7 @@ TASK_NAMES = {
     "Regression": "regression",
     "DenseRegression": "dense-regression",
     "Segmentation": "segmentation",
+    "MultiLabelSegmentation": "multilabel-segmentation",
     "TokenClassification": "tokens",
     "LanguageModel": "language",
 }

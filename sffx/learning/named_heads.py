@@ -285,6 +285,13 @@ FORMS: dict[str, Mapping[str, Maker]] = {
         "mlp": _hidden_at_each_pixel,
         "auto": _sized_at_positions(_hidden_at_each_pixel),
     },
+    "mask": {
+        "sff": _with_threshold(_of_pixels, 1.0),
+        "cwc": _with_threshold(_at_each_pixel(_flat_channelwise), 1.0),
+        "cosine": _with_threshold(_at_each_pixel(_flat_cosine), 0.0),
+        "mlp": _with_threshold(_hidden_at_each_pixel, 0.0),
+        "auto": _with_threshold(_sized_at_positions(_hidden_at_each_pixel), 0.0),
+    },
     "token": {
         "sff": _of_tokens,
         "cwc": _at_each_token(_flat_channelwise),

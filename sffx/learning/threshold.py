@@ -14,7 +14,7 @@ class Threshold(nn.Module):
     2212.13345). There it is fixed; here it is learned, for each label.
 
     Args:
-        goodness: the head that computes the goodness, (B, J).
+        goodness: the head that computes the goodness, (B, J) or (B, J, ...) of positions.
         num_labels: J.
         start: the first value of each threshold.
 
@@ -28,11 +28,12 @@ class Threshold(nn.Module):
         self.threshold = nn.Parameter(torch.full((num_labels,), start))
 
     def forward(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the scores (B, J) of a block's output.
+        """Return the scores of a block's output, as large as the goodness.
 
         Args:
             y: the output of a block.
             mask: as for the head that computes the goodness.
         """
         goodness = self.goodness(y) if mask is None else self.goodness(y, mask)
-        return goodness - self.threshold.to(goodness.dtype)
+        of_positions = [1] * (goodness.ndim - 2)
+        return goodness - self.threshold.to(goodness.dtype).reshape(-1, *of_positions)

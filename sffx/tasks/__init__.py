@@ -9,6 +9,7 @@ from __future__ import annotations
 from sffx.tasks.classification import CLASSIFICATION, Classification
 from sffx.tasks.dense_regression import DenseRegression
 from sffx.tasks.labels import MultiLabel
+from sffx.tasks.multilabel_segmentation import MultiLabelSegmentation
 from sffx.tasks.records import task_of_record, task_record
 from sffx.tasks.regression import Regression
 from sffx.tasks.segmentation import Segmentation
@@ -21,6 +22,7 @@ __all__ = [
     "DenseRegression",
     "LanguageModel",
     "MultiLabel",
+    "MultiLabelSegmentation",
     "Regression",
     "Segmentation",
     "Sums",

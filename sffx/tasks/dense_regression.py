@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sffx.errors import InputError
-from sffx.tasks.over_space import AXES, OverSpace, sizes_of_images
+from sffx.tasks.dense import Dense
 from sffx.tasks.regression import Regression, require_numbers
-from sffx.tasks.task import Shape, Sums, Task, require_tensor
-
-_POOLS: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
+from sffx.tasks.task import Shape
 
 
 @dataclass(frozen=True)
-class DenseRegression(OverSpace, Regression):
+class DenseRegression(Dense, Regression):
     """Numbers of pixels: images from images, depth, flow, fields of physics.
 
     The model's output is (B, N, H, W), and y is the same; with volumes (B, N, D, H, W), with
@@ -44,152 +34,17 @@ class DenseRegression(OverSpace, Regression):
 
     Bring targets to a mean of 0 and a variance of 1 before the training. The norm between two
     blocks removes the scale of a sample. Where it matters, as in physics, pass `norm="none"`.
-
-    Attributes:
-        lacks_axis: whether the output is one number for each place, without an axis for it.
-            `transform` sets it.
     """
-
-    lacks_axis: bool = False
 
     name: ClassVar[str] = "dense-regression"
     form: ClassVar[str] = "field"
     outputs: ClassVar[str] = "numbers of pixels"
-
-    @property
-    def shapes(self) -> str:  # type: ignore[override]
-        if self.lacks_axis:
-            return f"(B, {AXES[self.space]})"
-        return " or ".join(f"(B, N, {axes})" for axes in AXES.values())
-
-    def settled(self, shape: Shape, inputs: Sequence[Shape] = ()) -> Task:
-        task = replace(self, lacks_axis=self._lacks_axis(shape, inputs))
-        return OverSpace.settled(task, shape, inputs)
-
-    def space_of(self, shape: Shape, inputs: Sequence[Shape]) -> int:
-        return super().space_of(shape, inputs) + self._lacks_axis(shape, inputs)
-
-    def _lacks_axis(self, shape: Shape, inputs: Sequence[Shape]) -> bool:
-        """Return whether an output is a map of the inputs, (B, C, ...), without the axis C."""
-        if not inputs:
-            return self.lacks_axis and len(shape) == self.space + 1
-        if any(len(each) == len(shape) for each in inputs):
-            return False
-        # A list of points, (B, 17, 2), is no map of an image.
-        maps = [each for each in inputs if len(each) - 2 in AXES and len(each) == len(shape) + 1]
-        return any(_has_proportions(shape[1:], each[2:]) for each in maps)
-
-    def num_outputs(self, shape: Shape) -> int:
-        return 1 if self.lacks_axis else super().num_outputs(shape)
+    what: ClassVar[str] = "numbers"
 
     def way_to_output(self, shape: Shape) -> str:
         if len(shape) == 2:
             return "for numbers of a sample pass task=sffx.tasks.Regression()"
-        return "return one tensor with the numbers of a pixel in axis 1"
+        return super().way_to_output(shape)
 
-    def count_in_words(self, num_outputs: int) -> str:
-        return f"{super().count_in_words(num_outputs)} for each pixel"
-
-    def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
-        require_tensor(y, "pass numbers, torch.tensor(y)")
-        values = self._with_axis(y) if num_outputs == 1 else y
-        if values.ndim != self.space + 2 or tuple(values.shape[:2]) != (batch, num_outputs):
-            raise InputError(
-                f"y has shape {tuple(y.shape)}, not ({batch}, {num_outputs}, {AXES[self.space]}). "
-                "Hint: the numbers of each pixel"
-            )
+    def check_values(self, y: Tensor) -> None:
         require_numbers(y)
-
-    def require_size(self, y: Any, of_answer: bool, shapes: Sequence[Shape]) -> None:
-        if not isinstance(y, Tensor) or y.ndim < self.space + 1:
-            return
-        if of_answer:
-            sizes = {tuple(shape[-self.space :]) for shape in shapes}
-        else:
-            sizes = self._sizes_of_answers(sizes_of_images(shapes, self.space))
-        size = tuple(y.shape[-self.space :])
-        if not sizes or size in sizes:
-            return
-        of_output = " or ".join(" x ".join(map(str, each)) for each in sorted(sizes))
-        raise InputError(
-            f"y has {' x '.join(map(str, size))} pixels, but the model's output {of_output}. "
-            "Hint: targets of the size of the output"
-        )
-
-    def _sizes_of_answers(self, images: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
-        """Return the sizes of the model's output for images of some sizes, {} where not known."""
-        if not self.example_sizes:
-            return set()
-        image, answer = self.example_sizes
-        if images == {image}:
-            return {answer}
-        # A model may round sizes that it divides, so only multiples are sure.
-        if any(new % old for old, new in zip(image, answer, strict=True)):
-            return set()
-        factors = [new // old for old, new in zip(image, answer, strict=True)]
-        sizes = set()
-        for size in images:
-            sizes.add(tuple(n * factor for n, factor in zip(size, factors, strict=True)))
-        return sizes
-
-    def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        y = self._with_axis(y)
-        scores = self.on_map(scores, y.shape[2:])
-        size = tuple(map(min, scores.shape[2:], y.shape[2:]))
-        y = self._averaged(y.to(scores.dtype), size)
-        return super().loss(self._averaged(scores, size), y)
-
-    def _averaged(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return values (B, N, ...) at a lower resolution."""
-        return values if values.shape[2:] == size else _POOLS[self.space](values, size)
-
-    def on_map(self, scores: Tensor, size: torch.Size) -> Tensor:
-        return super().on_map(self._scores_with_axis(scores), size)
-
-    def _scores_with_axis(self, scores: Tensor) -> Tensor:
-        """Return scores as (B, N, ...), or (B, N, tokens) where they are of tokens."""
-        # An exporter passes proxies of the blocks' scores, which have the axis.
-        if not self.lacks_axis or not isinstance(scores, Tensor):
-            return scores
-        are_of_tokens = scores.shape[1] == 1
-        return scores if are_of_tokens else self._with_axis(scores)
-
-    def _with_axis(self, values: Tensor) -> Tensor:
-        """Return numbers as (B, N, ...), also those that lack the axis of a single number."""
-        return values.unsqueeze(1) if values.ndim == self.space + 1 else values
-
-    def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
-        output = scores[-1]
-        size = output.shape[-self.space :]
-        resized = [self.resized(own, size) for own in scores[:-1]]
-        if self.lacks_axis:
-            resized = [own.squeeze(1) for own in resized]
-        return [*resized, output]
-
-    def compared_with(self, y: Any, scores: Tensor) -> Tensor:
-        # A loss of the user's own gets both in one size, with or without the axis of one number.
-        if not isinstance(y, Tensor) or y.ndim not in (self.space + 1, self.space + 2):
-            return scores
-        resized = self.resized(scores, y.shape[-self.space :])
-        lacks_axis = y.ndim == self.space + 1 and resized.shape[1] == 1
-        return resized.squeeze(1) if lacks_axis else resized
-
-    def sums(self, scores: Tensor, y: Tensor) -> Sums:
-        y = self._with_axis(y)
-        scores = self.resized(scores, y.shape[2:])
-        sums = super().sums(_rows(scores), _rows(y))
-        return {**sums, "count": torch.tensor(y.numel(), device=y.device)}
-
-
-def _rows(values: Tensor) -> Tensor:
-    """Return numbers (B, N, ...) as those of all pixels, (P, N)."""
-    return values.movedim(1, -1).flatten(0, -2)
-
-
-def _has_proportions(answer: Shape, image: Shape) -> bool:
-    """Return whether an answer may be a map of an image: the same share of each side, or margin."""
-    margins = {old - new for old, new in zip(image, answer, strict=True)}
-    # Strides round each side by itself.
-    share = answer[0] / image[0]
-    are_shares = all(abs(new - old * share) <= 1 for old, new in zip(image, answer, strict=True))
-    return len(margins) == 1 or are_shares

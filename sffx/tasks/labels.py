@@ -49,7 +49,12 @@ class MultiLabel(Task):
     def way_to_output(self, shape: Shape) -> str:
         if len(shape) == 1:
             return "for one label return (B, 1), output.unsqueeze(1), and pass y like it"
+        if len(shape) > 3:
+            return "for labels of pixels pass task=sffx.tasks.MultiLabelSegmentation()"
         return super().way_to_output(shape)
+
+    def count_in_words(self, num_outputs: int) -> str:
+        return "1 label" if num_outputs == 1 else super().count_in_words(num_outputs)
 
     def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
         require_tensor(y, "pass 0 and 1 for each label, torch.tensor(y)")
@@ -58,24 +63,11 @@ class MultiLabel(Task):
                 f"y has shape {tuple(y.shape)}, not {(batch, num_outputs)}. "
                 "Hint: 0 or 1 for each label of each sample"
             )
-        if y.is_complex():
-            raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
-        if not has_values(y):
-            return
-        is_between = (y >= 0) & (y <= 1)
-        if not bool(is_between.all()):
-            raise InputError(
-                f"y runs from {y.min().item()} to {y.max().item()}. "
-                "Hint: 1 where a sample has a label, and 0 where not"
-            )
+        require_shares(y)
 
     def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
         self.check_targets(y, batch, num_outputs)
-        if not has_values(y):
-            return
-        is_label = (y == 0) | (y == 1)
-        if not bool(is_label.all()):
-            raise InputError("y has values between 0 and 1. Hint: F1 needs labels of 0 and 1")
+        require_labels(y)
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
@@ -85,9 +77,9 @@ class MultiLabel(Task):
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
         kept = blocks_that_count(weights)
-        stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J)
+        stacked = torch.stack([scores[i] for i in kept])  # (blocks, B, J) or (blocks, B, J, ...)
         shares = stacked.new_tensor([weights[i] for i in kept])
-        log_shares = shares.log()[:, None, None]
+        log_shares = shares.log().reshape(-1, *[1] * (stacked.ndim - 1))
         # The logarithms of the mixed probabilities that a label is there, and that it is not.
         there = torch.logsumexp(F.logsigmoid(stacked) + log_shares, dim=0)
         not_there = torch.logsumexp(F.logsigmoid(-stacked) + log_shares, dim=0)
@@ -120,6 +112,29 @@ class MultiLabel(Task):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_f1(sums).tolist())
+
+
+def require_shares(y: Tensor) -> None:
+    """Raise an InputError if targets are not numbers from 0 to 1."""
+    if y.is_complex():
+        raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
+    if not has_values(y):
+        return
+    is_between = (y >= 0) & (y <= 1)
+    if not bool(is_between.all()):
+        raise InputError(
+            f"y runs from {y.min().item()} to {y.max().item()}. "
+            "Hint: 1 where there is the label, and 0 where not"
+        )
+
+
+def require_labels(y: Tensor) -> None:
+    """Raise an InputError if targets are not 0 and 1 alone."""
+    if not has_values(y):
+        return
+    is_label = (y == 0) | (y == 1)
+    if not bool(is_label.all()):
+        raise InputError("y has values between 0 and 1. Hint: F1 needs labels of 0 and 1")
 
 
 def _cross_entropy(scores: Tensor, y: Tensor, reduction: str) -> Tensor:

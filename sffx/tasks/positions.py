@@ -29,6 +29,8 @@ class Positions(Task):
 
     per_position: ClassVar[bool] = True
     class_axis: ClassVar[int] = 1
+    # The remedy for a model with one logit.
+    instead_of_one: ClassVar[str] = "for two classes, give it two logits"
 
     def __post_init__(self) -> None:
         label = self.ignore_index
@@ -44,7 +46,7 @@ class Positions(Task):
         if num_outputs < 2:
             raise InputError(
                 "the model returns one logit for each position, but a goodness tells classes "
-                "apart. Hint: for two classes, give it two logits"
+                f"apart. Hint: {self.instead_of_one}"
             )
 
     def num_outputs(self, shape: Shape) -> int:

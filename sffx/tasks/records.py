@@ -10,6 +10,7 @@ from sffx.errors import InputError, shown
 from sffx.tasks.classification import Classification
 from sffx.tasks.dense_regression import DenseRegression
 from sffx.tasks.labels import MultiLabel
+from sffx.tasks.multilabel_segmentation import MultiLabelSegmentation
 from sffx.tasks.regression import Regression
 from sffx.tasks.segmentation import Segmentation
 from sffx.tasks.task import Task
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     Regression.name: Regression,
     DenseRegression.name: DenseRegression,
     Segmentation.name: Segmentation,
+    MultiLabelSegmentation.name: MultiLabelSegmentation,
     TokenClassification.name: TokenClassification,
     LanguageModel.name: LanguageModel,
 }

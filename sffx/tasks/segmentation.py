@@ -20,6 +20,8 @@ from sffx.tasks.task import Shape, Sums
 class Segmentation(OverSpace, Positions):
     """Classes of pixels. The model's output is logits (B, J, H, W), y is class indices (B, H, W).
 
+    Each pixel has one class. Masks of 0 and 1, as of one logit, are `MultiLabelSegmentation`.
+
     With voxels these are (B, J, D, H, W) and (B, D, H, W), with a signal (B, J, T) and (B, T). Of a
     mapping such as torchvision's, the entry "out" is the output; "aux" is left out.
 
@@ -52,6 +54,10 @@ class Segmentation(OverSpace, Positions):
     form: ClassVar[str] = "pixel"
     outputs: ClassVar[str] = "classes of pixels"
     shares: ClassVar[tuple[str, ...]] = ("accuracy", "mean_iou")
+    instead_of_one: ClassVar[str] = (
+        "for a mask of 0 and 1 pass task=sffx.tasks.MultiLabelSegmentation(); for two classes, "
+        "give it two logits"
+    )
 
     @property
     def shapes(self) -> str:  # type: ignore[override]

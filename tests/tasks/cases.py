@@ -81,10 +81,20 @@ def squared_error(scores: Tensor, y: Tensor) -> Tensor:
 
 def squared_error_of_means(scores: Tensor, y: Tensor) -> Tensor:
     """Return the squared error to the means of the targets that fall into a place of the scores."""
+    return ((scores - means_like(scores, y)) ** 2).mean()
+
+
+def binary_entropy_of_means(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the entropy where a label is there with the share of the pixels that have it."""
+    return binary_entropy(scores, means_like(scores, y))
+
+
+def means_like(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the means of the targets that fall into a place of the scores."""
     side = y.shape[2] // scores.shape[2]
     for axis in range(2, y.ndim):
         y = y.unflatten(axis, (-1, side)).mean(axis + 1)
-    return ((scores - y) ** 2).mean()
+    return y
 
 
 def squared_error_of_one_number(scores: Tensor, y: Tensor) -> Tensor:
@@ -253,6 +263,14 @@ CASES = {
         random_image,
         lambda x: (x.mean((2, 3)) > 0).float(),
         binary_entropy,
+    ),
+    "masks": Case(
+        tasks.MultiLabelSegmentation(),
+        lambda: images(nn.Upsample(scale_factor=2), nn.Conv2d(6, 2, 1)),
+        "batchnorm",
+        random_image,
+        lambda x: (x[:, :2] > x[:, 2:]).float(),
+        binary_entropy_of_means,
     ),
     "pixels": Case(
         tasks.Segmentation(ignore_index=IGNORED),

@@ -123,9 +123,11 @@ def unclear(model: nn.Module, value: object) -> TraceError:
         3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for those "
         "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); for one number of each pixel, "
         "(B, H, W), task=sffx.tasks.DenseRegression(); ",
-        4: "for scores of pixels, pass task=sffx.tasks.Segmentation(); for numbers of pixels, "
+        4: "for classes of pixels, pass task=sffx.tasks.Segmentation(); for masks of 0 and 1, "
+        "task=sffx.tasks.MultiLabelSegmentation(); for numbers of pixels, "
         "task=sffx.tasks.DenseRegression(); ",
-        5: "for scores of voxels, pass task=sffx.tasks.Segmentation(); for numbers of voxels, "
+        5: "for classes of voxels, pass task=sffx.tasks.Segmentation(); for masks of 0 and 1, "
+        "task=sffx.tasks.MultiLabelSegmentation(); for numbers of voxels, "
         "task=sffx.tasks.DenseRegression(); ",
     }
     return TraceError(

@@ -106,7 +106,8 @@ def test_num_classes_tells_the_width_and_the_layers_which_of_that_width(num_clas
 def test_an_output_that_is_no_logits_is_refused():
     message = (
         r"returns a tensor of shape \(B, 4, 6, 6\), which does not tell the task\. "
-        r"Hint: for scores of pixels, pass task=sffx\.tasks\.Segmentation\(\); "
+        r"Hint: for classes of pixels, pass task=sffx\.tasks\.Segmentation\(\); "
+        r"for masks of 0 and 1, task=sffx\.tasks\.MultiLabelSegmentation\(\); "
         r"for numbers of pixels, task=sffx\.tasks\.DenseRegression\(\); of a detector"
     )
     with pytest.raises(TraceError, match=message):

@@ -239,13 +239,14 @@ def _logits_among(values: Sequence[Any], wanted: Wanted) -> Any:
     first = find_logits(values[0], wanted)
     if first is not values[0] and _width(first, wanted):
         candidates = [*_without_unlearned([first, *candidates], wanted)]
-    if len({_width(each, wanted) for each in candidates}) == 1:
+    widths = dict.fromkeys(_width(each, wanted) for each in candidates)
+    if len(widths) == 1:
         return _deepest(candidates)
     if not candidates:
         return _first_of_deeper(values, first, wanted)
     shapes = ", ".join(shape_in_words(facts(each.node).example) for each in candidates)
     asked = "" if num_classes is None else f", none with num_classes={num_classes}"
-    possible = " or ".join(map(str, dict.fromkeys(widths)))
+    possible = " or ".join(map(str, widths))
     raise TraceError(
         f"the model returns several values that could be its logits, of shapes {shapes}{asked}. "
         f"Hint: pass num_classes, {possible}, which tells which of them; or return that one alone"

@@ -13,7 +13,7 @@ from sffx.tasks.task import Shape
 
 
 @dataclass(frozen=True)
-class DenseRegression(Dense, Regression):
+class DenseRegression(Dense, Regression):  # type: ignore[override]  # `shapes`
     """Numbers of pixels: images from images, depth, flow, fields of physics.
 
     The model's output is (B, N, H, W), and y is the same; with volumes (B, N, D, H, W), with

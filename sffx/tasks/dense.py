@@ -34,7 +34,7 @@ class Dense(OverSpace):
     Attributes:
         lacks_axis: whether the output is one value for each place, without an axis for it.
             `transform` sets it.
-        what: the values of a pixel are, for messages.
+        what: the values of a pixel in one word, for messages.
     """
 
     lacks_axis: bool = False

@@ -168,6 +168,12 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             {**_DENSE, "out_indices": [1, 2, 3, 4]},
         ),
     },
+    "multiple_choice": {
+        "bert-choice": ("BertForMultipleChoice", _TEXT),
+        "distilbert-choice": ("DistilBertForMultipleChoice", _DISTILBERT),
+        "electra-choice": ("ElectraForMultipleChoice", {**_TEXT, "embedding_size": 32}),
+        "roberta-choice": ("RobertaForMultipleChoice", _TEXT),
+    },
     "dense_regression": {
         "dpt-depth": (
             "DPTForDepthEstimation",
@@ -367,6 +373,8 @@ def fitting_input(entry: Entry, model: nn.Module) -> Inputs:
         return {"input_values": torch.randn(SAMPLES, 48, 16)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(SAMPLES, 800)}
+    if entry.group == "multiple_choice":
+        return {"input_ids": torch.randint(4, 100, (SAMPLES, 5, 12))}
     mask = torch.ones(SAMPLES, 12, dtype=torch.int64)
     mask[0, 8:] = 0
     ids = torch.randint(4, 100, (SAMPLES, 12))

@@ -23,6 +23,7 @@ TASK_NAMES = {
     "Segmentation": "segmentation",
     "MultiLabelSegmentation": "multilabel-segmentation",
     "TokenClassification": "tokens",
+    "TokenRegression": "token-regression",
     "LanguageModel": "language",
 }
 

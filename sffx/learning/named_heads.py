@@ -128,6 +128,11 @@ def _readout_at_each_pixel(block: Block, num_outputs: int, kernel_size: int = 1)
     return _at_each_pixel(_flat_readout)(block, num_outputs)
 
 
+def _readout_at_each_token(block: Block, num_outputs: int, kernel_size: int = 1) -> nn.Module:
+    _require_no_kernel(kernel_size)
+    return _at_each_token(_flat_readout)(block, num_outputs)
+
+
 def _of_pixels(block: Block, num_classes: int, kernel_size: int = 1) -> nn.Module:
     _require_map(block)
     return PositionGoodness(
@@ -291,6 +296,11 @@ FORMS: dict[str, Mapping[str, Maker]] = {
         "cosine": _with_threshold(_at_each_pixel(_flat_cosine), 0.0),
         "mlp": _with_threshold(_hidden_at_each_pixel, 0.0),
         "auto": _with_threshold(_sized_at_positions(_hidden_at_each_pixel), 0.0),
+    },
+    "token numbers": {
+        "sff": _readout_at_each_token,
+        "mlp": _at_each_token(_flat_readout_of_hidden),
+        "auto": _sized_at_positions(_at_each_token(_flat_readout_of_hidden)),
     },
     "token": {
         "sff": _of_tokens,

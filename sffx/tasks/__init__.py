@@ -14,6 +14,7 @@ from sffx.tasks.records import task_of_record, task_record
 from sffx.tasks.regression import Regression
 from sffx.tasks.segmentation import Segmentation
 from sffx.tasks.task import Sums, Task
+from sffx.tasks.token_regression import TokenRegression
 from sffx.tasks.tokens import LanguageModel, TokenClassification
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Sums",
     "Task",
     "TokenClassification",
+    "TokenRegression",
     "task_of_record",
     "task_record",
 ]

@@ -14,6 +14,7 @@ from sffx.tasks.multilabel_segmentation import MultiLabelSegmentation
 from sffx.tasks.regression import Regression
 from sffx.tasks.segmentation import Segmentation
 from sffx.tasks.task import Task
+from sffx.tasks.token_regression import TokenRegression
 from sffx.tasks.tokens import LanguageModel, TokenClassification
 
 TASKS: dict[str, type[Task]] = {
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     Segmentation.name: Segmentation,
     MultiLabelSegmentation.name: MultiLabelSegmentation,
     TokenClassification.name: TokenClassification,
+    TokenRegression.name: TokenRegression,
     LanguageModel.name: LanguageModel,
 }
 

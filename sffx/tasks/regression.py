@@ -48,8 +48,10 @@ class Regression(Task):
     def way_to_output(self, shape: Shape) -> str:
         if len(shape) == 3:
             return (
-                "for a forecast (B, T, N) return output.flatten(1), and pass y like it; for "
-                "numbers along a signal, (B, N, T), pass task=sffx.tasks.DenseRegression()"
+                "for numbers of each token or step, (B, T, N), pass "
+                "task=sffx.tasks.TokenRegression(); for a forecast of other steps than those of "
+                "the input return output.flatten(1), and pass y like it; for numbers along a "
+                "signal, (B, N, T), pass task=sffx.tasks.DenseRegression()"
             )
         if len(shape) > 3:
             return "for numbers of pixels pass task=sffx.tasks.DenseRegression()"
@@ -119,13 +121,18 @@ class Regression(Task):
 
 def require_numbers(y: Tensor) -> None:
     """Raise an InputError if targets are no finite floats."""
+    require_floats(y)
+    if has_values(y) and not bool(y.isfinite().all()):
+        raise InputError("y has values that are not finite. Hint: leave these samples out")
+
+
+def require_floats(y: Tensor) -> None:
+    """Raise an InputError if targets are no floats."""
     if not y.is_floating_point():
         raise InputError(
             f"y has dtype {y.dtype}, no floats. Hint: y.float() for numbers, or for class "
             "indices task=sffx.tasks.Classification() and a model with an output for each class"
         )
-    if has_values(y) and not bool(y.isfinite().all()):
-        raise InputError("y has values that are not finite. Hint: leave these samples out")
 
 
 def _single(batch: int) -> set[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Classes of tokens, and the next token."""
+"""What the tasks of tokens share; classes of tokens, and the next token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,30 @@ from torch import Tensor
 
 from sffx.errors import InputError
 from sffx.tasks.positions import Positions
-from sffx.tasks.task import Maps, Shape, Sums
+from sffx.tasks.task import Maps, Shape, Sums, Task
 
 
 @dataclass(frozen=True)
-class TokenClassification(Positions):
+class OfTokens(Task):
+    """A task whose output is (B, T, N), with N outputs at each token, or step of a sequence."""
+
+    per_position: ClassVar[bool] = True
+    norms_tokens: ClassVar[bool] = True
+
+    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
+        return len(shape) == 3 and num_outputs in (None, shape[2])
+
+    def why_not_scored(
+        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
+    ) -> str:
+        tokens = 3 - channel_axis  # the axis that is neither batch nor channels
+        if len(shape) == 3 and shape[tokens] == output[1]:
+            return ""
+        return f"its value does not have the {output[1]} tokens of the model's output"
+
+
+@dataclass(frozen=True)
+class TokenClassification(OfTokens, Positions):
     """Classes of tokens. The model's output is logits (B, T, J), y is class indices (B, T).
 
     The goodness of a block at a token is the square of its auxiliary convolution there, with no
@@ -39,19 +58,7 @@ class TokenClassification(Positions):
     form: ClassVar[str] = "token"
     outputs: ClassVar[str] = "classes of tokens"
     shapes: ClassVar[str] = "(B, T, J)"
-    norms_tokens: ClassVar[bool] = True
     class_axis: ClassVar[int] = 2
-
-    def could_be_output(self, shape: Shape, num_outputs: int | None = None) -> bool:
-        return len(shape) == 3 and num_outputs in (None, shape[2])
-
-    def why_not_scored(
-        self, shape: Shape, channel_axis: int, output: Shape, maps: Maps = tuple
-    ) -> str:
-        tokens = 3 - channel_axis  # the axis that is neither batch nor channels
-        if len(shape) == 3 and shape[tokens] == output[1]:
-            return ""
-        return f"its value does not have the {output[1]} tokens of the model's output"
 
     def _target_axes(self) -> tuple[int, ...]:
         return (2,)

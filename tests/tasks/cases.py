@@ -296,6 +296,14 @@ CASES = {
         labels_of_tokens,
         entropy_of_tokens,
     ),
+    "series": Case(
+        tasks.TokenRegression(),
+        lambda: Tokens(6, 2),
+        "module",
+        some_ids,
+        lambda x: torch.stack([x.cumsum(1) / 6, x % 2], 2).float(),
+        squared_error,
+    ),
     "next token": Case(
         tasks.LanguageModel(ignore_index=IGNORED),
         lambda: Tokens(6, 6),

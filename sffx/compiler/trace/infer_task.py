@@ -120,9 +120,10 @@ def unclear(model: nn.Module, value: object) -> TraceError:
     axes = value.ndim if isinstance(value, Tensor) else 0
     # What the values may be, by the number of their axes.
     hints = {
-        3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for those "
-        "of a signal, (B, J, T), task=sffx.tasks.Segmentation(); for one number of each pixel, "
-        "(B, H, W), task=sffx.tasks.DenseRegression(); ",
+        3: "for scores of tokens, (B, T, J), pass task=sffx.tasks.TokenClassification(); for "
+        "numbers of tokens, (B, T, N), task=sffx.tasks.TokenRegression(); for scores of a signal, "
+        "(B, J, T), task=sffx.tasks.Segmentation(); for one number of each pixel, (B, H, W), "
+        "task=sffx.tasks.DenseRegression(); ",
         4: "for classes of pixels, pass task=sffx.tasks.Segmentation(); for masks of 0 and 1, "
         "task=sffx.tasks.MultiLabelSegmentation(); for numbers of pixels, "
         "task=sffx.tasks.DenseRegression(); ",

@@ -35,11 +35,13 @@ class Dense(OverSpace):
         lacks_axis: whether the output is one value for each place, without an axis for it.
             `transform` sets it.
         what: the values of a pixel in one word, for messages.
+        task_of_sample: the name of the task whose values are of a sample.
     """
 
     lacks_axis: bool = False
 
     what: ClassVar[str] = ""
+    task_of_sample: ClassVar[str] = ""
 
     @property
     def shapes(self) -> str:  # type: ignore[override]
@@ -70,6 +72,8 @@ class Dense(OverSpace):
         return 1 if self.lacks_axis else super().num_outputs(shape)
 
     def way_to_output(self, shape: Shape) -> str:
+        if len(shape) == 2:
+            return f"for {self.what} of a sample pass task=sffx.tasks.{self.task_of_sample}()"
         return f"return one tensor with the {self.what} of a pixel in axis 1"
 
     def count_in_words(self, num_outputs: int) -> str:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sffx.tasks.dense import Dense
 from sffx.tasks.regression import Regression, require_numbers
-from sffx.tasks.task import Shape
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,7 @@ class DenseRegression(Dense, Regression):  # type: ignore[override]  # `shapes`
     form: ClassVar[str] = "field"
     outputs: ClassVar[str] = "numbers of pixels"
     what: ClassVar[str] = "numbers"
-
-    def way_to_output(self, shape: Shape) -> str:
-        if len(shape) == 2:
-            return "for numbers of a sample pass task=sffx.tasks.Regression()"
-        return super().way_to_output(shape)
+    task_of_sample: ClassVar[str] = "Regression"
 
     def check_values(self, y: Tensor) -> None:
         require_numbers(y)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sffx.tasks.dense import Dense
 from sffx.tasks.labels import MultiLabel, require_labels, require_shares
-from sffx.tasks.task import Shape, Sums
+from sffx.tasks.task import Sums
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,8 @@ class MultiLabelSegmentation(Dense, MultiLabel):
     form: ClassVar[str] = "mask"
     outputs: ClassVar[str] = "labels"
     what: ClassVar[str] = "labels"
+    task_of_sample: ClassVar[str] = "MultiLabel"
     shares: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro", "mean_iou")
-
-    def way_to_output(self, shape: Shape) -> str:
-        if len(shape) == 2:
-            return "for labels of a sample pass task=sffx.tasks.MultiLabel()"
-        return super().way_to_output(shape)
 
     def check_values(self, y: Tensor) -> None:
         require_shares(y)

@@ -42,6 +42,12 @@ class Input:
     value: str = ""
 
     @property
+    def shape_in_words(self) -> str:
+        """The shape of a batch, such as "(B, 3, 32, 32)"."""
+        sizes = ", ".join(["B", *map(str, self.shape)])
+        return f"({sizes})"
+
+    @property
     def is_float(self) -> bool:
         """Whether it holds floats."""
         dtype: torch.dtype = getattr(torch, self.dtype)

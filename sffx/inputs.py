@@ -393,10 +393,9 @@ def _differences(
         dtype = _present_dtype(parameters, traced)
         if tuple(value.shape[1:]) == traced.shape and value.dtype == dtype:
             continue
-        shape = ", ".join(["B", *map(str, traced.shape)])
         differences.append(
             f"{traced.name} is {tuple(value.shape)} of {_dtype_name(value.dtype)}, "
-            f"but the model was cut for ({shape}) of {_dtype_name(dtype)}"
+            f"but the model was cut for {traced.shape_in_words} of {_dtype_name(dtype)}"
         )
     return differences
 

@@ -136,10 +136,9 @@ def _require_like(inputs: Sequence[Input], example: Mapping[str, Any]) -> None:
         given = shown(value)
         if isinstance(value, Tensor):
             given = f"{tuple(value.shape)} of {value.dtype}"
-        shape = ", ".join(["B", *map(str, each.shape)])
         raise InputError(
-            f"example_input has {given} for {each.name!r}, but the model was cut for ({shape}) of "
-            f"torch.{each.dtype}. Hint: pass what transform was given"
+            f"example_input has {given} for {each.name!r}, but the model was cut for "
+            f"{each.shape_in_words} of torch.{each.dtype}. Hint: pass what transform was given"
         )
 
 

@@ -1,6 +1,6 @@
-"""Assignments to the data of a tensor, which no exporter traces; one of a weight ends the process.
+"""Assignments to the data of a tensor, as `self.weight.data = self.weight.data.sign()`.
 
-self.weight.data = self.weight.data.sign()
+No exporter traces them, and one of a weight ends the process.
 """
 
 from __future__ import annotations

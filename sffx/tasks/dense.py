@@ -156,9 +156,7 @@ class Dense(OverSpace):
         return values.unsqueeze(1) if values.ndim == self.space + 1 else values
 
     def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
-        output = scores[-1]
-        size = output.shape[-self.space :]
-        resized = [self.resized(own, size) for own in scores[:-1]]
+        *resized, output = super().aligned(scores)
         if self.lacks_axis:
             resized = [own.squeeze(1) for own in resized]
         return [*resized, output]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from sffx.tasks.dense import Dense
-from sffx.tasks.labels import MultiLabel, require_labels, require_shares
+from sffx.tasks.labels import MultiLabel, require_shares
 from sffx.tasks.task import Sums
 
 
@@ -42,10 +42,6 @@ class MultiLabelSegmentation(Dense, MultiLabel):
 
     def check_values(self, y: Tensor) -> None:
         require_shares(y)
-
-    def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
-        self.check_targets(y, batch, num_outputs)
-        require_labels(y)
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         return super().log_likelihoods(*self._rows_of_pixels(scores, y))

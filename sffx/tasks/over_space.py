@@ -81,7 +81,7 @@ class OverSpace(Task):
 
     def aligned(self, scores: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
         output = scores[-1]
-        size = output.shape[2:]
+        size = output.shape[-self.space :]
         resized = [self.resized(own, size) for own in scores[:-1]]
         return [*resized, output]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sffx.errors import InputError
 from sffx.tasks.regression import Regression, require_floats
 from sffx.tasks.task import Shape, Sums, has_values, require_tensor
-from sffx.tasks.tokens import OfTokens
+from sffx.tasks.tokens import OfTokens, of_other_tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TokenRegression(OfTokens, Regression):
 
     def check_targets(self, y: Any, batch: int, num_outputs: int) -> None:
         require_tensor(y, "pass the numbers of each token, torch.tensor(y)")
-        values = y.unsqueeze(2) if y.ndim == 2 and num_outputs == 1 else y
+        values = _with_axis(y) if num_outputs == 1 else y
         is_of_tokens = values.ndim == 3 and len(values) == batch
         if not is_of_tokens or values.shape[2] != num_outputs:
             raise InputError(
@@ -111,10 +111,12 @@ def _like(y: Tensor, scores: Tensor) -> Tensor:
     Raises:
         InputError: they are not of the tokens that the scores are of.
     """
-    numbers = y.unsqueeze(2) if y.ndim == 2 else y
+    numbers = _with_axis(y)
     if numbers.shape != scores.shape:
-        raise InputError(
-            f"y has shape {tuple(y.shape)}, but the scores are of (B, T) = "
-            f"{tuple(scores.shape[:2])}. Hint: the numbers of each token"
-        )
+        raise of_other_tokens(scores, y, "the numbers of each token")
     return numbers
+
+
+def _with_axis(y: Tensor) -> Tensor:
+    """Return targets as (B, T, N), also those that lack the axis of a single number."""
+    return y.unsqueeze(2) if y.ndim == 2 else y

@@ -151,7 +151,12 @@ class LanguageModel(TokenClassification):
 
 def _require_same_tokens(scores: Tensor, y: Tensor) -> None:
     if scores.shape[:2] != y.shape:
-        raise InputError(
-            f"y has shape {tuple(y.shape)}, but the scores are of (B, T) = "
-            f"{tuple(scores.shape[:2])}. Hint: a label for each token"
-        )
+        raise of_other_tokens(scores, y, "a label for each token")
+
+
+def of_other_tokens(scores: Tensor, y: Tensor, hint: str) -> InputError:
+    """Return the error of targets that are not of the tokens that scores are of."""
+    return InputError(
+        f"y has shape {tuple(y.shape)}, but the scores are of (B, T) = "
+        f"{tuple(scores.shape[:2])}. Hint: {hint}"
+    )

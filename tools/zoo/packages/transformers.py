@@ -73,6 +73,14 @@ _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "bos_token_
 _CAUSAL = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
 # The four maps that the head of an encoder of patches reads.
 _DENSE = {**_VISION, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16}
+_NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}
+_DPT = {**_DENSE, **_NECK, "backbone_out_indices": [0, 1, 2, 3]}
+_PYRAMID = {
+    "depths": [2, 2, 2, 2],
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+}
 _MULTILABEL = {"problem_type": "multi_label_classification"}
 _NUMBER = {"num_labels": 1}
 # By group, which tells the task.
@@ -118,12 +126,7 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "segmentation": {
         "segformer-pixels": (
             "SegformerForSemanticSegmentation",
-            {
-                "depths": [2, 2, 2, 2],
-                "hidden_sizes": [8, 16, 24, 32],
-                "num_attention_heads": [1, 1, 2, 2],
-                "decoder_hidden_size": 16,
-            },
+            _PYRAMID,
         ),
         "mobilevit-pixels": (
             "MobileViTForSemanticSegmentation",
@@ -155,12 +158,7 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         ),
         "dpt-pixels": (
             "DPTForSemanticSegmentation",
-            {
-                **_DENSE,
-                "backbone_out_indices": [0, 1, 2, 3],
-                "neck_hidden_sizes": [8, 8, 16, 16],
-                "fusion_hidden_size": 16,
-            },
+            _DPT,
         ),
         "beit-pixels": ("BeitForSemanticSegmentation", {**_DENSE, "out_indices": [1, 2, 3, 4]}),
         "data2vec-pixels": (
@@ -177,12 +175,7 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "dense_regression": {
         "dpt-depth": (
             "DPTForDepthEstimation",
-            {
-                **_DENSE,
-                "backbone_out_indices": [0, 1, 2, 3],
-                "neck_hidden_sizes": [8, 8, 16, 16],
-                "fusion_hidden_size": 16,
-            },
+            _DPT,
         ),
         "depth-anything": (
             "DepthAnythingForDepthEstimation",
@@ -194,20 +187,14 @@ OTHER_TASKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
                     "reshape_hidden_states": False,
                 },
                 "patch_size": 16,
+                **_NECK,
                 "reassemble_hidden_size": 32,
-                "neck_hidden_sizes": [8, 8, 16, 16],
-                "fusion_hidden_size": 16,
                 "head_hidden_size": 8,
             },
         ),
         "glpn-depth": (
             "GLPNForDepthEstimation",
-            {
-                "depths": [2, 2, 2, 2],
-                "hidden_sizes": [8, 16, 24, 32],
-                "num_attention_heads": [1, 1, 2, 2],
-                "decoder_hidden_size": 16,
-            },
+            _PYRAMID,
         ),
         "swin2sr": (
             "Swin2SRForImageSuperResolution",

@@ -7,7 +7,8 @@
    task than classification, the task says which shapes go with the model's output.
 5. A norm returns a value of the shape and dtype that it is given.
 
-The model runs on fake tensors, stage by stage, with its own detaches and no others.
+The model runs on fake tensors, stage by stage, with its own detaches and no others. It runs in
+train mode. For 4 and 5 it also runs in eval mode, where a head may return something else.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sffx.inputs import bind, constant_batch
 from sffx.kernels.batch_slices import counting
 from sffx.net import Origin, overrides_mode, plan_of
 from sffx.parts import CLASSIFIER, head_name, is_norm, is_trial, owner_of
+from sffx.runtime.modes import evaluating
 from sffx.runtime.stage import stages_of
 from sffx.runtime.walk import input_values, walk_attached
 from sffx.tensors import detach_scripts
@@ -130,15 +132,29 @@ def _verify_run(probe: fx.GraphModule, batch: int, mode: AbstractContextManager[
     plan = plan_of(probe)
     device = next(probe.parameters()).device
     with mode:
-        x = constant_batch(plan.inputs, batch, device)
-    values = _WatchedValues(input_values(probe, bind(plan, x)))
-    scores: list[Tensor] = []
+        inputs = bind(plan, constant_batch(plan.inputs, batch, device))
     with torch.enable_grad():
-        for _, own in walk_attached(stages_of(probe), values):
-            scores.append(own)
+        values = _WatchedValues(input_values(probe, inputs))
+        scores = _scores(probe, values)
         values.require_unwritten()
         _check_scores(scores, plan, batch)
         _check_gradients(probe, scores, plan)
+    # With gradients here too, as some forwards differentiate a value of their own.
+    with torch.enable_grad(), evaluating(probe), _naming_eval_mode():
+        values = _WatchedValues(input_values(probe, inputs))
+        _check_scores(_scores(probe, values), plan, batch, is_training=False)
+
+
+def _scores(probe: fx.GraphModule, values: dict[fx.Node, Any]) -> list[Tensor]:
+    return [own for _, own in walk_attached(stages_of(probe), values)]
+
+
+@contextmanager
+def _naming_eval_mode() -> Iterator[None]:
+    try:
+        yield
+    except VerifyError as failure:
+        raise VerifyError(f"in eval mode {failure}") from failure
 
 
 class _WatchedValues(dict[fx.Node, Any]):
@@ -186,16 +202,20 @@ def _check_norm(target: str, y: Tensor, value: object) -> None:
         )
 
 
-def _check_scores(scores: list[Tensor], plan: BlockPlan, batch: int) -> None:
+def _check_scores(
+    scores: list[Tensor], plan: BlockPlan, batch: int, *, is_training: bool = True
+) -> None:
     expected = (batch, *plan.classifier.shape)
-    of_one_row = plan.objective.head_shape(plan.num_classes)
+    # The heads of an objective may give the loss something else than scores.
+    gives_own = is_training and plan.objective.goodness is None
+    of_one_row = plan.objective.head_shape(plan.num_classes) if gives_own else None
     sources = [*(head_name(i) for i in range(len(plan))), CLASSIFIER]
     for own, source in zip(scores, sources, strict=True):
         if not isinstance(own, Tensor):
             raise VerifyError(f"{source} returns a {type(own).__name__}, not a tensor")
         if not own.is_floating_point():
             raise VerifyError(f"{source} returns {own.dtype}, not floats")
-        has_own_shape = source != CLASSIFIER and plan.objective.goodness is None
+        has_own_shape = gives_own and source != CLASSIFIER
         if has_own_shape and of_one_row is not None and own.shape != (batch, *of_one_row):
             wanted = (batch, *of_one_row)
             raise VerifyError(f"{source} returns shape {tuple(own.shape)}, not {wanted}")

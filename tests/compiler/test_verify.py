@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +66,48 @@ def test_scores_of_another_shape_are_found():
         VerifyError, match=r"head_1 returns shape \(60, 128\), not \(B, J\) = \(60, 4\)"
     ):
         verify(net)
+
+
+class OtherInEvalMode(nn.Module):
+    """A linear head that gives logits in train mode, and another form of them in eval mode."""
+
+    def __init__(self, channels: int, num_classes: int, form: Callable[[torch.Tensor], Any]):
+        super().__init__()
+        self.linear = nn.Linear(channels, num_classes)
+        self.form = form
+
+    def forward(self, y: torch.Tensor) -> Any:
+        logits = self.linear(y.mean((2, 3)))
+        return logits if self.training else self.form(logits)
+
+
+@pytest.mark.parametrize(
+    ("form", "returned"),
+    [
+        (lambda logits: (logits.softmax(1), logits), "a tuple, not a tensor"),
+        (lambda logits: {"logits": logits}, "a dict, not a tensor"),
+        (lambda logits: None, "a NoneType, not a tensor"),
+        (lambda logits: logits.detach().numpy(), "a ndarray, not a tensor"),
+        (lambda logits: logits.argmax(1, keepdim=True), "torch.int64, not floats"),
+        (lambda logits: logits[:, 1:], r"shape \(60, 3\), not \(B, J\) = \(60, 4\)"),
+    ],
+)
+def test_a_head_that_answers_otherwise_in_eval_mode_is_refused(form, returned):
+    def make(block: sffx.Block, num_classes: int) -> nn.Module:
+        return OtherInEvalMode(block.channels, num_classes, form)
+
+    with pytest.raises(VerifyError, match=f"in eval mode head_0 returns {returned}"):
+        sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), goodness=make)
+
+
+def test_a_norm_that_answers_otherwise_in_eval_mode_is_refused():
+    class Pooled(nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return y if self.training else y.mean((2, 3), keepdim=True)
+
+    message = "in eval mode norm_0 returns shape .* for a value of shape"
+    with pytest.raises(VerifyError, match=message):
+        sffx.transform(Chain(), example_input=torch.zeros(1, 3, 8, 8), norm=lambda block: Pooled())
 
 
 def test_verification_touches_neither_parameters_nor_buffers_nor_the_generator():

@@ -225,6 +225,33 @@ def test_each_block_learns_what_the_blocks_before_it_leave_wrong():
     case.require_gradients_of(loss)
 
 
+def test_early_blocks_keep_what_restores_the_image_and_late_ones_learn_the_classes():
+    case = Case("mlp, reconstruction", strength=5.0)
+    images = Images(torch.randint(0, 255, (30, 3, 6, 6), dtype=torch.uint8), torch.arange(30) % 3)
+    data = split(images, images, None, 0)
+    case.method.begin_epoch(case.net, 0, 5, data)
+    image = images.x[:6].double()
+    mean, std = data.mean.double(), data.std.double()
+    case.x = (image - mean[:, None, None]) / std[:, None, None]
+    *blocks, (_, logits) = case.run()
+    loss = F.cross_entropy(logits, case.y)
+    for i, (_, y) in enumerate(blocks):
+        head = case.head(i)
+        rise = i / (BLOCKS - 1)
+        decoded = head.decoder(y).sigmoid()
+        pixels = F.binary_cross_entropy(decoded, image / 255)
+        loss = loss + rise * F.cross_entropy(head.head(y), case.y) + 5 * (1 - rise) * pixels
+    case.require_gradients_of(loss)
+    # The head of the first block learns the classes too, and the block does not.
+    own = torch.autograd.grad(
+        F.cross_entropy(case.head(0).head(blocks[0][1].detach()), case.y),
+        list(case.head(0).head.parameters()),
+    )
+    for parameter, gradient in zip(case.head(0).head.parameters(), own, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-10)
+    assert case.net.eval()(case.x).shape == (6, CLASSES)
+
+
 def test_a_strength_is_one_more_value_of_the_same_number_of_trials():
     tried = candidates(4, (0.3, 3.0))
     assert [(each["lr"], each["strength"]) for each in tried] == [
@@ -241,7 +268,7 @@ def test_recipes_are_run_as_the_heads_are():
         own, heads = EXPERIMENTS[f"recipes-{name}"], EXPERIMENTS[f"heads-{name}"]
         assert replace(own, methods=()) == replace(heads, methods=())
         recipes = [METHODS[each] for each in own.methods if METHODS[each].addition is not None]
-        assert len(recipes) == (7 if name == "cifar10-cnnb" else 8)
+        assert len(recipes) == (8 if name == "cifar10-cnnb" else 9)
         assert all(recipe.strengths[0] == recipe.addition.strength for recipe in recipes)
 
 

@@ -296,6 +296,7 @@ ADDITIONS = (
     "mlp, contrast",
     "mlp, distillation",
     "mlp, boosting",
+    "mlp, reconstruction",
 )
 BESIDE = ("SFF", "mlp", "deep supervision, mlp")
 RECIPES = {

@@ -189,6 +189,7 @@ METHODS = {
     "mlp, contrast": _with(recipes.Contrast, 0.3, 1.0),
     "mlp, distillation": _with(recipes.Distillation, 0.3, 1.0),
     "mlp, boosting": _with(recipes.Boosting, 1.0, 0.3),
+    "mlp, reconstruction": _with(recipes.Reconstruction, 5.0, 1.0),
     "mlp(256, 4), alternating cuts": _with(recipes.Alternating, 1.0, goodness="mlp(256, 4)"),
     "FF": _family("ff"),
     "FF, peers": _family(ForwardForward(peer=0.03)),

@@ -112,6 +112,59 @@ class DeepHead(nn.Module):
         return goodness
 
 
+class ReconstructionHead(nn.Module):
+    """A head with one more column in train mode: how badly a decoder restores the image.
+
+    The column is the cross-entropy of the pixels, averaged over an image and weighted. The decoder
+    is a convolution to 12 channels, a BN, a ReLU, and a convolution to the pixels.
+
+    Attributes:
+        weight: of the column.
+        share: of the gradient of the goodness that the block gets. The head itself gets all.
+        mean: of the images by channel, from 0 to 255, which was subtracted from them.
+        std: by which they were divided.
+    """
+
+    HIDDEN = 12
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, block: sffx.Block, num_classes: int, size: int) -> None:
+        super().__init__()
+        self.head = mlp(block, num_classes)
+        # Pixels of the block's positions. The authors enlarge the features first, at many times
+        # the operations.
+        factor = size // block.shape[-1]
+        self.decoder = nn.Sequential(
+            nn.Conv2d(block.channels, self.HIDDEN, 3, padding=1),
+            nn.BatchNorm2d(self.HIDDEN),
+            nn.ReLU(),
+            nn.Conv2d(self.HIDDEN, 3 * factor**2, 1),
+            nn.PixelShuffle(factor),
+        )
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.full((3,), 255.0))
+        self.image: Tensor | None = None
+        self.weight = 0.0
+        self.share = 1.0
+
+    def show(self, x: Tensor) -> None:
+        """Keep the images of the next step, (B, 3, H, W), as the network reads them."""
+        self.image = (x * self.std[:, None, None] + self.mean[:, None, None]) / 255
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the goodness, (B, J), in train mode with the column, (B, J + 1)."""
+        image, self.image = self.image, None
+        goodness: Tensor = self.head(torch.lerp(y.detach(), y, self.share))
+        if not self.training:
+            return goodness
+        column = goodness.new_zeros(len(y))
+        if self.weight > 0 and image is not None:
+            pixels = F.binary_cross_entropy_with_logits(self.decoder(y), image, reduction="none")
+            column = self.weight * pixels.flatten(1).mean(1)
+        return torch.cat([goodness, column[:, None]], dim=1)
+
+
 class ContrastHead(nn.Module):
     """A head with 128 more columns in train mode: projected features of unit length.
 

@@ -31,6 +31,7 @@ from tools.reproduce.recipe_heads import (
     DeepHead,
     GroupedHead,
     MomentumHead,
+    ReconstructionHead,
     TransportHead,
     mlp,
     supervised_contrast,
@@ -75,21 +76,36 @@ def heads_of(net: CutModel, kind: type[nn.Module]) -> dict[int, Any]:
 
 
 @dataclass(frozen=True)
-class TransportObjective(Objective):
-    """Cross-entropy and `mean ||T(x) - x||^2 / (2 tau)`."""
+class AddedColumn(Objective):
+    """Cross-entropy, and the mean of the last column that a head gives in train mode."""
 
-    name: ClassVar[str] = "transport"
     goodness: ClassVar[str | None] = None
-    tau: float = 1.0
 
-    def make_head(self, block: sffx.Block, num_classes: int) -> nn.Module:
-        return TransportHead(mlp(block, num_classes))
+    @property
+    def weight(self) -> float:
+        """The factor of that mean."""
+        return 1.0
 
     def head_shape(self, num_classes: int) -> tuple[int, ...]:
         return (num_classes + 1,)
 
     def loss(self, scores: Tensor, y: Tensor, place: Place) -> Tensor:
-        return place.task.loss(scores[:, :-1], y) + scores[:, -1].mean() / (2 * self.tau)
+        return place.task.loss(scores[:, :-1], y) + self.weight * scores[:, -1].mean()
+
+
+@dataclass(frozen=True)
+class TransportObjective(AddedColumn):
+    """Cross-entropy and `mean ||T(x) - x||^2 / (2 tau)`."""
+
+    name: ClassVar[str] = "transport"
+    tau: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        return 1 / (2 * self.tau)
+
+    def make_head(self, block: sffx.Block, num_classes: int) -> nn.Module:
+        return TransportHead(mlp(block, num_classes))
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,47 @@ class Transport(Addition):
     def attach(self, net: CutModel) -> None:
         for i, head in heads_of(net, TransportHead).items():
             net.get_submodule(f"block_{i}").register_forward_pre_hook(head.remember)
+
+
+@dataclass(frozen=True)
+class ReconstructionObjective(AddedColumn):
+    """Cross-entropy, and that of the pixels of a decoded image, with a weight for each block."""
+
+    name: ClassVar[str] = "reconstruction"
+    size: int = 32
+
+    def make_head(self, block: sffx.Block, num_classes: int) -> nn.Module:
+        return ReconstructionHead(block, num_classes, self.size)
+
+
+@dataclass(frozen=True)
+class Reconstruction(Addition):
+    """Early blocks keep what restores the image, later ones learn the classes (InfoPro).
+
+    arXiv 2101.10832. From the first block to the last, the weight of the decoder's loss falls
+    linearly from the strength to 0, and that of the classes rises from 0 to 1. The authors take 5
+    and end at 0 to 0.5. There the end of the network alone predicts. Here a head answers in the
+    ensemble, so it learns the classes by a weight of 1, and only the block's gradient is scaled.
+    """
+
+    def options(self, model: nn.Module, policy: str, example: Tensor) -> Mapping[str, Any]:
+        return {"objective": ReconstructionObjective(example.shape[-1])}
+
+    def attach(self, net: CutModel) -> None:
+        heads = heads_of(net, ReconstructionHead)
+        for i, head in heads.items():
+            head.share = i / (len(heads) - 1)
+            head.weight = self.strength * (1 - head.share)
+
+    def begin_epoch(self, net: CutModel, epoch: int, epochs: int, split: Split) -> None:
+        for head in heads_of(net, ReconstructionHead).values():
+            head.mean.copy_(split.mean)
+            head.std.copy_(split.std)
+
+    def loss(self, net: CutModel, x: Tensor, y: Tensor) -> Tensor:
+        for head in heads_of(net, ReconstructionHead).values():
+            head.show(x)
+        return sffx.local_loss(net, x, y)
 
 
 class Gate(nn.Module):

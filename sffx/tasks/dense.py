@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
+from sffx.tasks.missing import MayLackTargets
 from sffx.tasks.over_space import AXES, OverSpace, sizes_of_images
 from sffx.tasks.task import Shape, Sums, Task, require_tensor
 
@@ -22,7 +23,7 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Dense(OverSpace):
+class Dense(OverSpace, MayLackTargets):
     """A task whose output is (B, N, ...), and y is the same: numbers or labels of pixels.
 
     With N = 1 both may lack the axis of N. Where the scores of a block and y differ in size, the
@@ -133,8 +134,17 @@ class Dense(OverSpace):
         y = self._with_axis(y)
         scores = self.on_map(scores, y.shape[2:])
         size = tuple(map(min, scores.shape[2:], y.shape[2:]))
-        y = self._averaged(y.to(scores.dtype), size)
+        y = self._averaged_targets(y.to(scores.dtype), size)
         return super().loss(self._averaged(scores, size), y)
+
+    def _averaged_targets(self, y: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Return targets (B, N, ...) at a lower resolution: the mean of those that count."""
+        if not self.skip_nan or y.shape[2:] == size:
+            return self._averaged(y, size)
+        is_counted = self.is_counted(y)
+        means = self._averaged(y.masked_fill(~is_counted, 0), size)
+        # Where none counts, this is 0 / 0: nan, which is left out.
+        return means / self._averaged(is_counted.to(y.dtype), size)
 
     def _averaged(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
         """Return values (B, N, ...) at a lower resolution."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sffx.tasks.dense import Dense
-from sffx.tasks.regression import Regression, require_numbers
+from sffx.tasks.regression import Regression
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class DenseRegression(Dense, Regression):  # type: ignore[override]  # `shapes`
 
     Bring targets to a mean of 0 and a variance of 1 before the training. The norm between two
     blocks removes the scale of a sample. Where it matters, as in physics, pass `norm="none"`.
+
+    With `skip_nan`, numbers that are nan are left out, as of pixels whose depth is not known.
     """
 
     name: ClassVar[str] = "dense-regression"
@@ -42,4 +44,4 @@ class DenseRegression(Dense, Regression):  # type: ignore[override]  # `shapes`
     task_of_sample: ClassVar[str] = "Regression"
 
     def check_values(self, y: Tensor) -> None:
-        require_numbers(y)
+        self.require_numbers(y)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
+from sffx.tasks.missing import MayLackTargets, mean_of_counted
+from sffx.tasks.task import Shape, Sums, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
-class MultiLabel(Task):
+class MultiLabel(MayLackTargets):
     """Several labels of a sample. The model's output is logits (B, J), y is 0 and 1, (B, J).
 
     The scores of a block are logits as well, `s[n, j] = g[n, j] - theta_j`. Goodness alone is never
@@ -34,6 +35,8 @@ class MultiLabel(Task):
     over batches and processes, as every metric here is made of; bins of scores would only be near
     it. `sklearn.metrics.average_precision_score(y, net(x))` computes it from all samples' scores,
     in eval mode.
+
+    With `skip_nan`, labels that are nan are left out, as those that nobody has looked for.
     """
 
     name: ClassVar[str] = "multilabel"
@@ -63,17 +66,30 @@ class MultiLabel(Task):
                 f"y has shape {tuple(y.shape)}, not {(batch, num_outputs)}. "
                 "Hint: 0 or 1 for each label of each sample"
             )
-        require_shares(y)
+        self.require_shares(y)
+
+    def require_shares(self, y: Tensor) -> None:
+        """Raise an InputError if targets are no numbers from 0 to 1, nor nan that is left out."""
+        if y.is_complex():
+            raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
+        self.require_counted(y)
+        if has_values(y):
+            _require_between(y[self.is_counted(y)])
 
     def check_labels(self, y: Any, batch: int, num_outputs: int) -> None:
         self.check_targets(y, batch, num_outputs)
-        require_labels(y)
+        if has_values(y):
+            _require_labels(y[self.is_counted(y)])
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return _cross_entropy(scores, y, "mean")
+        if not self.skip_nan:
+            return _cross_entropy(scores, y, "mean")
+        is_counted = self.is_counted(y)
+        losses = _cross_entropy(scores, y.masked_fill(~is_counted, 0), "none")
+        return mean_of_counted(losses, is_counted)
 
     def mixture(self, scores: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
         kept = blocks_that_count(weights)
@@ -86,15 +102,17 @@ class MultiLabel(Task):
         return there - not_there
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
-        return -_cross_entropy(scores, y, "none").flatten()
+        is_counted = self.is_counted(y)
+        return -_cross_entropy(scores[is_counted], y[is_counted], "none")
 
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
-        predicted = scores > 0
-        there = y > 0.5
+        is_counted = self.is_counted(y)
+        predicted = (scores > 0) & is_counted
+        there = (y > 0.5) & is_counted
         return {
-            "correct": (predicted == there).sum(),
-            "loss": _cross_entropy(scores, y, "sum"),
-            "count": torch.tensor(y.numel(), device=y.device),
+            "correct": ((predicted == there) & is_counted).sum(),
+            "loss": _cross_entropy(scores[is_counted], y[is_counted], "sum"),
+            "count": is_counted.sum(),
             "found": (predicted & there).sum(0),
             "predicted": predicted.sum(0),
             "there": there.sum(0),
@@ -114,12 +132,7 @@ class MultiLabel(Task):
         return tuple(_f1(sums).tolist())
 
 
-def require_shares(y: Tensor) -> None:
-    """Raise an InputError if targets are not numbers from 0 to 1."""
-    if y.is_complex():
-        raise InputError(f"y has dtype {y.dtype}. Hint: pass 0 and 1, y.float()")
-    if not has_values(y):
-        return
+def _require_between(y: Tensor) -> None:
     is_between = (y >= 0) & (y <= 1)
     if not bool(is_between.all()):
         raise InputError(
@@ -128,10 +141,7 @@ def require_shares(y: Tensor) -> None:
         )
 
 
-def require_labels(y: Tensor) -> None:
-    """Raise an InputError if targets are not 0 and 1 alone."""
-    if not has_values(y):
-        return
+def _require_labels(y: Tensor) -> None:
     is_label = (y == 0) | (y == 1)
     if not bool(is_label.all()):
         raise InputError("y has values between 0 and 1. Hint: F1 needs labels of 0 and 1")

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sffx.tasks.dense import Dense
-from sffx.tasks.labels import MultiLabel, require_shares
+from sffx.tasks.labels import MultiLabel
 from sffx.tasks.task import Sums
 
 
@@ -31,6 +31,9 @@ class MultiLabelSegmentation(Dense, MultiLabel):
     `sffx.evaluate` enlarges the scores to y. It reports what `MultiLabel` reports of all pixels,
     where F1 is the Dice coefficient, and the mean of IoU over the labels ("mean_iou"). By label it
     reports IoU, which is 0 for a label that is neither there nor predicted.
+
+    With `skip_nan`, labels that are nan are left out. Where a block is coarser than y, it learns
+    the share of those pixels that count.
     """
 
     name: ClassVar[str] = "multilabel-segmentation"
@@ -41,7 +44,7 @@ class MultiLabelSegmentation(Dense, MultiLabel):
     shares: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "f1_micro", "mean_iou")
 
     def check_values(self, y: Tensor) -> None:
-        require_shares(y)
+        self.require_shares(y)
 
     def log_likelihoods(self, scores: Tensor, y: Tensor) -> Tensor:
         return super().log_likelihoods(*self._rows_of_pixels(scores, y))

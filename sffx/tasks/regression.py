@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sffx.errors import InputError
-from sffx.tasks.task import Shape, Sums, Task, blocks_that_count, has_values, require_tensor
+from sffx.tasks.missing import MayLackTargets, mean_of_counted
+from sffx.tasks.task import Shape, Sums, blocks_that_count, has_values, require_tensor
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(MayLackTargets):
     """Numbers of a sample. The model's output is (B,) or (B, N), and y is the same.
 
     A number has no goodness: a mean of squares cannot be negative. So the head of a block is a
@@ -27,6 +28,8 @@ class Regression(Task):
 
     `sffx.evaluate` reports the mean squared error ("mse", which is the loss as well), the mean
     absolute error ("mae"), and R2 over all numbers ("r2", the mean over the N outputs).
+
+    With `skip_nan`, numbers that are nan are left out, as those that nobody measured.
     """
 
     name: ClassVar[str] = "regression"
@@ -74,13 +77,25 @@ class Regression(Task):
             raise InputError(
                 f"y has shape {tuple(y.shape)}, not {wanted}. Hint: the numbers of each sample"
             )
-        require_numbers(y)
+        self.require_numbers(y)
+
+    def require_numbers(self, y: Tensor) -> None:
+        """Raise an InputError if targets are no finite floats, nor nan that is left out."""
+        require_floats(y)
+        self.require_counted(y)
+        if has_values(y) and bool(y.isinf().any()):
+            raise InputError("y has values that are not finite. Hint: leave these samples out")
 
     def example_targets(self, output: Shape, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(tuple(output), device=device)
 
     def loss(self, scores: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(scores.flatten(), y.to(scores.dtype).flatten())
+        wanted = y.to(scores.dtype).flatten()
+        if not self.skip_nan:
+            return F.mse_loss(scores.flatten(), wanted)
+        is_counted = self.is_counted(wanted)
+        errors = scores.flatten() - wanted.masked_fill(~is_counted, 0)
+        return mean_of_counted(errors.square(), is_counted)
 
     def compared_with(self, y: Any, scores: Tensor) -> Tensor:
         # Losses of torch broadcast (B, 1) and (B,) to (B, B).
@@ -99,15 +114,17 @@ class Regression(Task):
     def sums(self, scores: Tensor, y: Tensor) -> Sums:
         found = _columns(scores).double()
         wanted = _columns(y).double()
-        errors = found - wanted
+        is_counted = self.is_counted(wanted)
+        errors = torch.where(is_counted, found - wanted, 0)
+        wanted = torch.where(is_counted, wanted, 0)
         return {
             "squares": errors.square().sum(),
             "absolute": errors.abs().sum(),
             "squares_by_output": errors.square().sum(0),
             "targets": wanted.sum(0),
             "target_squares": wanted.square().sum(0),
-            "samples": torch.tensor(len(y), device=y.device),
-            "count": torch.tensor(y.numel(), device=y.device),
+            "samples": is_counted.sum(0),
+            "count": is_counted.sum(),
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
@@ -117,13 +134,6 @@ class Regression(Task):
 
     def by_class(self, sums: Sums) -> tuple[float, ...]:
         return tuple(_r2(sums).tolist())
-
-
-def require_numbers(y: Tensor) -> None:
-    """Raise an InputError if targets are no finite floats."""
-    require_floats(y)
-    if has_values(y) and not bool(y.isfinite().all()):
-        raise InputError("y has values that are not finite. Hint: leave these samples out")
 
 
 def require_floats(y: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,9 @@ class TokenRegression(OfTokens, Regression):
 
     Bring targets to a mean of 0 and a variance of 1 before the training.
     """
+
+    # Padding is nan as well.
+    skip_nan: bool = field(default=True, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = "token-regression"
     form: ClassVar[str] = "token numbers"

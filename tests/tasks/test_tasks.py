@@ -252,7 +252,7 @@ BAD_TARGETS = {
     "another shape": (lambda y: y[..., None, None].repeat_interleave(2, -1), "has shape"),
     "complex numbers": (lambda y: y.to(torch.complex64), "dtype"),
     "sparse": (lambda y: y.to_sparse(), "dense"),
-    "nan": (lambda y: y * float("nan"), "not finite|to nan|is nan|dtype"),
+    "nan": (lambda y: y * float("nan"), "not finite|are nan|is nan|dtype"),
     "infinite": (lambda y: y / 0.0, "not finite|inf|nan|dtype"),
     "another device": (lambda y: y.to("meta"), "is on meta"),
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sffx.checks import require_flag
 from sffx.errors import InputError
 from sffx.tasks.task import Task, has_values
 
@@ -21,6 +22,9 @@ class MayLackTargets(Task):
     """
 
     skip_nan: bool = False
+
+    def __post_init__(self) -> None:
+        require_flag("skip_nan", self.skip_nan)
 
     def is_counted(self, y: Tensor) -> Tensor:
         """Return which targets count, a tensor of bool in the shape of y."""

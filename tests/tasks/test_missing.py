@@ -198,3 +198,9 @@ def test_a_checkpoint_keeps_the_option(case, tmp_path):
     loaded = sffx.load_checkpoint(tmp_path / "net.pt").net(case.model())
     assert loaded.plan.task.skip_nan
     assert loaded.plan.task == net.plan.task
+
+
+@every_case
+def test_an_option_that_is_no_flag_is_refused(case):
+    with pytest.raises(sffx.InputError, match="skip_nan is 'no'"):
+        case.task(skip_nan="no")

@@ -352,7 +352,13 @@ FULL_MOBILENET = replace(
     momentum=0.1,
     precision="float32",
     settings="depth-mobilenetv3-4",
-    methods=("SFF", "mlp(256, 4)", "deep supervision, mlp(256, 4)"),
+    methods=(
+        "SFF",
+        "auto",
+        "mlp(256, 4)",
+        "deep supervision, auto",
+        "deep supervision, mlp(256, 4)",
+    ),
 )
 FULL_BLOCKS = {
     "depth-full-1": replace(FULL_DEPTH, policy="residual", methods=("BP",), settings=None),

@@ -181,6 +181,7 @@ METHODS = {
     "auto": _with_head("auto"),
     "deep supervision, mlp": _supervised("mlp"),
     "deep supervision, mlp(256, 4)": _supervised("mlp(256, 4)"),
+    "deep supervision, auto": _supervised("auto"),
     "mlp, transport": _with(recipes.Transport, 0.3, 3.0),
     "mlp, alternating cuts": _with(recipes.Alternating, 1.0, 0.0),
     "mlp, coarse to fine": _with(recipes.CoarseToFine, 0.5, 1.0),

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributions import Distribution
+from torch.jit._state import _try_get_jit_cached_function
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
@@ -347,9 +348,12 @@ class Patches:
         """Return a method for scripted functions; a bound method would not be given the script."""
 
         def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
-            if has_proxy(args, kwargs):
+            if not has_proxy(args, kwargs):
+                return call(script, *args, **kwargs)
+            function = _scripted_function(script)
+            if function is None:
                 raise RuntimeError(f"it calls the script {script.name}, which a graph cannot hold")
-            return call(script, *args, **kwargs)
+            return function(*args, **kwargs)
 
         return call_script
 
@@ -379,6 +383,20 @@ def _detect_causal(detect: Callable[..., bool], mask: Any, *args: Any, **kwargs:
 def _check(check: Callable[..., Any], error: Any, condition: Any, *more: Any) -> Any:
     """Stand in for `torch._check_with`, which takes a truth value and no proxy of one."""
     return check(error, bool(condition), *more)
+
+
+def _scripted_function(script: Any) -> Callable[..., Any] | None:
+    """Return the function that `torch.jit.script` has compiled, which computes the same.
+
+    A script that `torch.jit.trace` has recorded may compute something else than its function, since
+    it keeps what the function did with the example. So it has none, and neither has one of a file.
+    """
+    function = getattr(script, "_torchdynamo_inline", None)
+    if function is None:
+        return None
+    compiled = _try_get_jit_cached_function(function)
+    is_compiled = compiled is not None and compiled.qualified_name == script.qualified_name
+    return function if is_compiled else None
 
 
 @contextmanager

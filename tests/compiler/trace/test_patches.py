@@ -238,6 +238,33 @@ class _ByScript(_ByFunction):
         return _SCRIPT(self.conv(x))
 
 
+class _CallsScript(nn.Module):
+    """Calls a scripted function in the forward of the model itself, as older files do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self.layers
+        return last(_SCRIPTED_SWISH(second(_SCRIPTED_SWISH(first(x)))))
+
+
+def _swish(x: Tensor, scale: float = 1.5) -> Tensor:
+    if x.dim() > 3:
+        return x
+    return x * torch.sigmoid(scale * x)
+
+
+def test_the_function_that_a_script_was_compiled_from_is_traced():
+    torch.manual_seed(0)
+    model, x = _CallsScript(), torch.randn(4, 6)
+    net = sffx.transform(model, "layer", x, norm="none")
+    assert len(net.plan) == 2
+    assert not net.plan.leaves
+    assert_same_logits(net, model, x)
+
+
 class _Checkpointed(_ByFunction):
     reentrant = True
 
@@ -252,6 +279,7 @@ class _CheckpointedOtherwise(_Checkpointed):
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _SCRIPT = torch.jit.trace(lambda x: x * torch.tanh(F.softplus(x)), torch.zeros(2, 8, 3, 3))
+    _SCRIPTED_SWISH = torch.jit.script(_swish)
 
 
 @pytest.mark.parametrize(

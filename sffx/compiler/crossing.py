@@ -29,6 +29,7 @@ class Crossing:
         entering = self._flow.cut_sets[before] if before >= 0 else ()
         # For each value that crosses, the nodes that are still to read it.
         self._unread: dict[str, set[str]] = {}
+        self._passed: set[str] = set()
         for name in entering:
             self._unread[name] = self._flow.readers(name)
         self._late_writes = _late_writes(analysis)
@@ -68,7 +69,13 @@ class Crossing:
         return frozenset(values)
 
     def _pass(self, name: str) -> None:
-        """Pass a node: what it reads may be read for the last time, and its value is new."""
+        """Pass a node: what it reads may be read for the last time, and its value is new.
+
+        The values that are taken out of a tuple are passed with it (`Dataflow.inside`).
+        """
+        if name in self._passed:
+            return
+        self._passed.add(name)
         for source in self._flow.paths.predecessors(name):
             if source not in self._unread:
                 continue
@@ -78,6 +85,8 @@ class Crossing:
         readers = self._flow.readers(name)
         if readers:
             self._unread[name] = readers
+        for part in self._flow.parts(name):
+            self._pass(part)
 
     def _is_tensor(self, name: str) -> bool:
         return isinstance(facts(self._analysis.nodes[name]).example, Tensor)

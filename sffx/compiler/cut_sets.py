@@ -53,7 +53,7 @@ def complete(flow: Dataflow, cuts: Iterable[Cut], hint: str) -> list[frozenset[s
     inside: set[str] = set()  # the nodes on paths that run before the cut
     for cut in in_order:
         names = names_in(cut)
-        inside |= flow.before(names)
+        inside |= flow.inside(names)
         crossing = flow.crossing(inside)
         earlier = cut_sets[-1] if cut_sets else frozenset()
         known = {*names, *earlier}

@@ -23,6 +23,7 @@ passes it by. So the spine is (conv1, relu, add, fc), and conv2 and add are one 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -112,6 +113,26 @@ class Dataflow:
         """Return some nodes on paths, and all nodes on paths that lead to them."""
         return _reached(names, self.paths.predecessors, {SOURCE})
 
+    def parts(self, name: str) -> list[str]:
+        """Return the nodes on paths to the logits that take one value out of a tuple of a node."""
+        readers = self.in_order(self.readers(name))
+        return [each for each in readers if self._tuple_of(each) == name]
+
+    def inside(self, names: Iterable[str]) -> set[str]:
+        """Return what lies before a cut across some nodes: all nodes on paths that lead to them.
+
+        A tuple crosses no cut. So the nodes that take values out of it lie before the cut as well,
+        wherever the model takes them, as in `for film in self.generator(z).chunk(3, 1)`.
+        """
+        found = self.before(names)
+        ahead = [part for name in found for part in self.parts(name)]
+        while ahead:
+            part = ahead.pop()
+            if part not in found:
+                found.add(part)
+                ahead += self.parts(part)
+        return found
+
     def is_learned(self, name: str, inside: set[str]) -> bool:
         """Return whether a node, or a node that leads to it inside a set, reads a parameter."""
         ahead = [name]
@@ -154,6 +175,21 @@ class Dataflow:
         """Return the place of a node in the order in which the model computes them."""
         return self._order[name]
 
+    def _computed_at(self, name: str) -> tuple[int, int]:
+        """Return a key by which values are in order, those taken out of a tuple with the tuple."""
+        source = name
+        while self._tuple_of(source):
+            source = self._tuple_of(source)
+        return self.position(source), self.position(name)
+
+    def _tuple_of(self, name: str) -> str:
+        """Return the node out of whose tuple a node takes one value; "" if it takes none."""
+        node = self.nodes[name]
+        source = node.args[0] if node.target is operator.getitem else None
+        if not isinstance(source, Node) or isinstance(facts(source).example, Tensor):
+            return ""
+        return source.name
+
     def between(self, start: str, end: str) -> set[str]:
         """Return the nodes on paths from `start` to `end`, without `start`."""
         return _reached([end], self.paths.predecessors, {start})
@@ -193,7 +229,7 @@ class Dataflow:
         # What is computed before each cut set, and with it.
         insides: dict[frozenset[str], set[str]] = {}
         for values in given:
-            insides[frozenset(values)] = self.before(values)
+            insides[frozenset(values)] = self.inside(values)
         for name in self._dominators:
             insides[frozenset([name])] = self.before([name])
         # Of any two, one holds all of the other, so their sizes tell the order.
@@ -202,7 +238,7 @@ class Dataflow:
         earlier: set[str] = set()  # what the steps so far compute
         for cut_set in in_order:
             # A value that crosses the cut before as well, such as a skip connection, is not new.
-            new = self.in_order(cut_set - earlier)
+            new = sorted(cut_set - earlier, key=self._computed_at)
             inside = insides[cut_set] - earlier
             learned = [name for name in new if self.is_learned(name, inside)]
             main = learned[-1] if learned else new[-1]

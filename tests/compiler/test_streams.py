@@ -579,3 +579,47 @@ def test_experts_of_a_unit_that_the_model_adds_to_its_input_are_not_parted(polic
     plan = sffx.plan(_AddedByTheModel(), policy, torch.zeros(2, 6, 5))
     assert [block.name for block in plan] == ["embed", "units.0", "units.1"]
     assert not any(block.sides for block in plan)
+
+
+class _Conditioned(nn.Module):
+    """Residual blocks that a second input conditions; each takes its part out of a tuple, late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.films = nn.Conv2d(3, 4, 1), nn.Linear(6, 12)
+        self.blocks = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        films = torch.chunk(self.films(condition), 3, 1)
+        x = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            shift = films[i][:, :, None, None]
+            x = x + (block(x) + shift).relu()
+        return self.head(x.mean((2, 3)))
+
+
+CONDITIONED = (torch.zeros(2, 3, 8, 8), torch.zeros(2, 6))
+
+
+def test_a_tuple_crosses_no_cut_but_the_values_that_are_taken_out_of_it_do():
+    plan = sffx.plan(_Conditioned(), example_input=CONDITIONED)
+    assert names(plan) == ["films", "stem", "blocks.0", "blocks.1", "blocks.2"]
+    assert len(plan.blocks[0].outputs) == 3
+    # Behind it a part is beside the main value.
+    assert all(block.shape == (4, 8, 8) for block in plan.blocks[1:])
+
+
+def test_the_error_of_a_cut_beside_a_tuple_names_a_cut_that_can_be_made():
+    _, _, block, *_ = sffx.plan(_Conditioned(), example_input=CONDITIONED)
+    *_, output = block.cut
+    with pytest.raises(CutError, match="a cut across all values there is") as error:
+        sffx.plan(_Conditioned(), [output], CONDITIONED)
+    named = str(error.value).partition("there is (")[2].partition(")")[0]
+    cut = tuple(name.strip(" '") for name in named.split(","))
+    assert len(sffx.plan(_Conditioned(), [cut], CONDITIONED)) == 1
+
+
+def test_blocks_that_take_values_out_of_a_tuple_compute_what_the_model_computes():
+    model = _Conditioned()
+    sffx.check(model, sffx.transform(model, example_input=CONDITIONED, check=False))

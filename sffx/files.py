@@ -143,7 +143,8 @@ def as_path(path: Any) -> Path:
     """Return a path as a `Path`.
 
     Raises:
-        InputError: it is neither a string nor a path, or a name in it is too long.
+        InputError: it is neither a string nor a path, a name in it is too long, or this user may
+            not ask what lies there.
     """
     try:
         made = Path(os.fsdecode(path))
@@ -159,7 +160,22 @@ def as_path(path: Any) -> Path:
                 f"a name in the path is too long: {part[:20]}… of {len(part)} characters. "
                 "Hint: choose a shorter one"
             )
+    _require_reachable(made)
     return made
+
+
+def _require_reachable(path: Path) -> None:
+    """Raise an InputError if the system does not say whether there is a file at a path.
+
+    Questions such as `path.is_file()` would end in an error of the system as well.
+    """
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(
+            f"cannot tell what lies at {str(path)!r}: {error.strerror or error}. "
+            "Hint: may this user enter its folder? Else choose another path"
+        ) from error
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -186,6 +202,7 @@ def require_folder_of(path: Path, verb: str = "write") -> None:
         path: of the file.
         verb: what cannot be done, for the message.
     """
+    _require_reachable(path)
     if not path.parent.is_dir():
         raise InputError(
             f"cannot {verb} to {str(path)!r}: the folder {str(path.parent)!r} does not exist. "

@@ -6,7 +6,9 @@ value that the function accepts is no fault here.
 
 from __future__ import annotations
 
+import errno
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,21 @@ LONGEST_MESSAGE = 1000
 # Functions of the user. What they raise themselves is theirs.
 CALLABLES = {"goodness", "norm", "loss_fn", "on_block"}
 PATHS = {"path", "folder", "source", "target"}
+# A folder that this user may not enter.
+CLOSED = "closed"
+
+
+@pytest.fixture(autouse=True)
+def no_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system answer as it answers other users: the superuser may enter every folder."""
+    ask = os.stat
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if not isinstance(path, int) and CLOSED in Path(os.fsdecode(path)).parts[:-1]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return ask(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
 
 
 @kept
@@ -94,7 +111,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wrong_paths(folder: Path) -> list[Any]:
     names = ("folder", "folder.dot", "missing/x.pt", "empty", "text", "foreign.pt", "number.pt")
-    files = [folder / name for name in (*names, "loop.dot", "a" * 300)]
+    closed = (f"{CLOSED}/good.pt", f"{CLOSED}/in/good.dot")
+    files = [folder / name for name in (*names, *closed, "loop.dot", "a" * 300)]
     return [None, 3, "", b"x\0", "a\0b", object(), [], "/proc/nope/x", *files]
 
 

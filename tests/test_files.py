@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
@@ -16,7 +17,14 @@ import torch
 
 from sffx import files
 from sffx.errors import ExportError, InputError
-from sffx.files import present_folder, write, writing, writing_folder
+from sffx.files import (
+    as_path,
+    present_folder,
+    require_folder_of,
+    write,
+    writing,
+    writing_folder,
+)
 
 OLD = b"the old file"
 SUPERUSER = os.geteuid() == 0
@@ -227,6 +235,19 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> Non
     ):
         write(directory / "net.bin", b"new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_path_in_a_folder_that_this_user_may_not_enter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, *_: object, **__: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", refuse)  # the superuser may enter every folder
+    problem = r"cannot tell what lies at '.*net\.bin': Permission denied\. Hint: may this user"
+    for ask in (as_path, require_folder_of):
+        with pytest.raises(InputError, match=problem):
+            ask(tmp_path / "net.bin")
 
 
 @pytest.fixture

@@ -121,16 +121,18 @@ class Dataflow:
     def inside(self, names: Iterable[str]) -> set[str]:
         """Return what lies before a cut across some nodes: all nodes on paths that lead to them.
 
-        A tuple crosses no cut. So the nodes that take values out of it lie before the cut as well,
-        wherever the model takes them, as in `for film in self.generator(z).chunk(3, 1)`.
+        A tuple crosses no cut, unless it is one of these nodes. So the nodes that take values out
+        of it lie before the cut as well, wherever the model takes them, as in
+        `for film in self.generator(z).chunk(3, 1)`.
         """
-        found = self.before(names)
-        ahead = [part for name in found for part in self.parts(name)]
+        ends = set(names)
+        found = self.before(ends)
+        ahead = list(found)
         while ahead:
-            part = ahead.pop()
-            if part not in found:
-                found.add(part)
-                ahead += self.parts(part)
+            name = ahead.pop()
+            new = [] if name in ends else [part for part in self.parts(name) if part not in found]
+            found.update(new)
+            ahead += new
         return found
 
     def is_learned(self, name: str, inside: set[str]) -> bool:
@@ -231,7 +233,7 @@ class Dataflow:
         for values in given:
             insides[frozenset(values)] = self.inside(values)
         for name in self._dominators:
-            insides[frozenset([name])] = self.before([name])
+            insides[frozenset([name])] = self.inside([name])
         # Of any two, one holds all of the other, so their sizes tell the order.
         in_order = sorted(insides, key=lambda values: len(insides[values]))
         cut_sets = []

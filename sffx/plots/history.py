@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sffx.errors import InputError, shown
+from sffx.files import as_path
 from sffx.parts import is_block
 
 # The columns that sffx.lightning logs, with their names here.
@@ -52,7 +53,7 @@ def epochs(history: Any, rates: Sequence[Mapping[str, float]] | None = None) -> 
     if isinstance(history, (str, os.PathLike)):
         history = [history]
     entries = _listed(history)
-    files = [Path(entry) for entry in entries if isinstance(entry, (str, os.PathLike))]
+    files = [as_path(entry) for entry in entries if isinstance(entry, (str, os.PathLike))]
     if files and len(files) < len(entries):
         raise InputError(
             f"history holds {len(files)} paths and {len(entries) - len(files)} other entries. "

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sffx.arguments import Arguments
 from sffx.blocks import BlockPlan, Input
@@ -24,7 +24,7 @@ from sffx.nested import holds_itself
 from sffx.net import plan_of
 from sffx.progress import length_of, reported
 from sffx.tasks.task import can_be_read, has_values
-from sffx.tensors import WITHOUT_VALUES, shapes_of_floats
+from sffx.tensors import WITHOUT_VALUES, require_one_size, shapes_of_floats
 
 _MODEL = "the model"
 
@@ -48,7 +48,8 @@ def bind(plan: BlockPlan, x: Any) -> dict[str, Any]:
             nested as those of the model.
 
     Raises:
-        InputError: there are more or fewer values than inputs, or other names.
+        InputError: there are more or fewer values than inputs, or other names; or one is a nested
+            tensor.
     """
     return bind_inputs(plan.inputs, x, plan.nested)
 
@@ -62,8 +63,17 @@ def bind_inputs(inputs: Sequence[Input], x: Any, nested: Arguments | None = None
         nested: the arguments in which the inputs lie, None where each input is one.
 
     Raises:
-        InputError: there are more or fewer values than inputs, or other names.
+        InputError: there are more or fewer values than inputs, or other names; or one is a nested
+            tensor.
     """
+    values = _bound(inputs, x, nested)
+    for name, value in values.items():
+        require_one_size(name, value)
+    return values
+
+
+def _bound(inputs: Sequence[Input], x: Any, nested: Arguments | None) -> dict[str, Any]:
+    """Return what `bind_inputs` returns, whatever the values are."""
     if nested is not None:
         return nested.bind(x)
     names = [each.name for each in inputs]
@@ -211,7 +221,7 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
         device: where the tensors go; None leaves them where they are.
 
     Raises:
-        InputError: the batch is no such pair.
+        InputError: the batch is no such pair, or a tensor in it has no values.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         found = type(batch).__name__
@@ -232,9 +242,19 @@ def split_batch(batch: Any, device: torch.device | None = None) -> tuple[Any, Te
             f"the loader yielded a {type(x).__name__} that holds itself as x. "
             "Hint: pass tensors, or a tuple or a mapping of tensors"
         )
+    _require_values(x, y)
     if device is not None:
         x, y = tree_map_only(Tensor, lambda tensor: tensor.to(device), (x, y))
     return x, y
+
+
+def _require_values(x: Any, y: Tensor) -> None:
+    """Raise an InputError if a tensor of a batch has no values, which no device can be given."""
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((x, y))):
+        raise InputError(
+            "the loader yielded a tensor on the device 'meta', which has no values. "
+            "Hint: let the loader yield data"
+        )
 
 
 def random_batch(

@@ -31,6 +31,15 @@ def shapes_of_floats(values: Any) -> list[torch.Size]:
     return [each.shape for each in tensors if each.is_floating_point()]
 
 
+def require_one_size(name: str, value: Any) -> None:
+    """Raise an InputError if a value is a nested tensor, whose samples have sizes of their own."""
+    if isinstance(value, Tensor) and value.is_nested:
+        raise InputError(
+            f"{name} is a nested tensor, whose samples have sizes of their own. "
+            f"Hint: pad it, torch.nested.to_padded_tensor({name}, value)"
+        )
+
+
 def name_on_meta(module: nn.Module) -> str:
     """Return the name of a parameter or buffer on the meta device, "" if there is none."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,11 @@ from sffx.draw.render import draw
 from sffx.plots.results import plot_accuracy, plot_training
 from sffx.plots.scores import plot_confusion, plot_goodness
 from tests.toys import kept
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(4)] * 4)
+    JAGGED = torch.nested.nested_tensor([torch.zeros(4)] * 4, layout=torch.jagged)
 
 ANYTHING = (
     None,
@@ -56,7 +62,13 @@ ANYTHING = (
     torch.zeros(4, dtype=torch.long),
     torch.zeros(4, 4, device="meta"),
     torch.zeros(4, 4, dtype=torch.complex64),
+    torch.zeros(4, 4).to_sparse(),
     DataLoader([(torch.zeros(4), 1)]),
+    # Loaders of what has no values or no sizes.
+    [(torch.zeros(4, 4, device="meta"), torch.zeros(4, dtype=torch.long))],
+    [(torch.zeros(4, 4), torch.zeros(4, dtype=torch.long, device="meta"))],
+    [(NESTED, torch.zeros(4, dtype=torch.long))],
+    [(torch.zeros(4, 4), NESTED)],
     10**30,
     -(10**30),
     sffx.tasks.Regression(),
@@ -317,6 +329,8 @@ def test_no_wrong_argument_ends_in_a_bare_error(
 def _wrong_values(argument: str, folder: Path) -> list[Any]:
     if argument in PATHS:
         return wrong_paths(folder)
+    if argument in ("x", "y", "example_input"):
+        return [*ANYTHING, NESTED, JAGGED]
     if argument in CALLABLES:
         return [value for value in ANYTHING if not callable(value)]
     return list(ANYTHING)

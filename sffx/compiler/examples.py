@@ -24,7 +24,7 @@ from sffx.compiler.example_dtypes import DtypeWatch, have_own_dtype, other_dtype
 from sffx.compiler.fake import failures_unlogged
 from sffx.compiler.likely_inputs import likely_inputs, only_argument
 from sffx.errors import InputError, backbone_hint, failure_in_words
-from sffx.tensors import name_on_meta
+from sffx.tensors import name_on_meta, require_one_size
 
 # What an operation raises on fake tensors when its result depends on their values. It says nothing
 # against the shape of the input.
@@ -212,6 +212,8 @@ def _bind(model: nn.Module, example_input: Any) -> tuple[Arguments, dict[str, Te
             f"example_input holds no tensor, got {type(example_input).__name__}. "
             "Hint: pass torch.randn(1, 3, 224, 224)"
         )
+    for name, value in tensors.items():
+        require_one_size(name, value)
     if any(value.ndim == 0 for value in tensors.values()):
         raise InputError(
             "example_input holds a tensor without axes. "

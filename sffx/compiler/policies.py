@@ -30,7 +30,7 @@ from sffx.compiler.spans import (
     legal,
     settled,
 )
-from sffx.errors import CutError, InputError
+from sffx.errors import CutError, InputError, shown
 
 NO_RESIDUAL_BLOCK = "the model has no residual block, so it is cut into BN groups"
 
@@ -287,8 +287,9 @@ def _cut(names: Any) -> Cut:
 
 def _no_cut(names: Any) -> InputError:
     return InputError(
-        f"{names!r} is no place of a cut. Hint: a policy is a name such as 'layer', a function, or "
-        "the names of the nodes to cut after, a tuple of names where several values cross"
+        f"{shown(names)} is no place of a cut. Hint: a policy is a name such as 'layer', a "
+        "function, or the names of the nodes to cut after, a tuple of names where several values "
+        "cross"
     )
 
 

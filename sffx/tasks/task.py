@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sffx.errors import InputError
+from sffx.tensors import require_one_size
 
 # Sums over samples, from which metrics are computed. They may be added over batches and processes.
 Sums: TypeAlias = dict[str, Tensor]
@@ -253,9 +254,10 @@ def require_confidence(task: Task) -> None:
 
 
 def require_tensor(y: Any, hint: str) -> None:
-    """Raise an InputError if targets are no tensor."""
+    """Raise an InputError if targets are no tensor, or one of another layout."""
     if not isinstance(y, Tensor):
         raise InputError(f"y is a {type(y).__name__}, not a tensor. Hint: {hint}")
+    require_one_size("y", y)
     if y.layout != torch.strided:
         raise InputError(f"y is a tensor of layout {y.layout}. Hint: pass y.to_dense()")
 

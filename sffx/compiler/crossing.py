@@ -10,7 +10,8 @@ from sffx.compiler.facts import facts, storages_written
 from sffx.tensors import storage_key
 
 if TYPE_CHECKING:
-    from sffx.compiler.analyse import Analysis, Step
+    from sffx.compiler.analyse import Analysis
+    from sffx.compiler.steps import Step
 
 MOST_VALUES = 12  # that may cross one cut of a step that runs in order
 FEWEST_LAYERS_OF_STREAM = 3  # with parameters; a product with fewer on one of its paths is a gate

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from sffx.compiler.analyse import Analysis, Step
+from sffx.compiler.analyse import Analysis
 from sffx.compiler.layers import holds_several_layers
 from sffx.compiler.qualnames import holders, outermost
 from sffx.compiler.spans import Steps, has_weight, legal_before, legal_behind, settled
+from sffx.compiler.steps import Step
 
 
 def residual_blocks(analysis: Analysis) -> dict[int, int]:

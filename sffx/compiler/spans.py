@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from sffx.compiler.analyse import Analysis, Step
+from sffx.compiler.analyse import Analysis
+from sffx.compiler.steps import Step
 
 Steps = tuple[Step, ...]
 

@@ -35,8 +35,9 @@ from sffx.compiler.layers import scopes
 from sffx.compiler.stream_parts import LARGE, Part, Sizes, is_unit, parts_of_module
 
 if TYPE_CHECKING:
-    from sffx.compiler.analyse import Analysis, Step
+    from sffx.compiler.analyse import Analysis
     from sffx.compiler.dataflow import Dataflow
+    from sffx.compiler.steps import Step
 
 
 def with_streams(analysis: Analysis) -> Analysis:

@@ -358,12 +358,12 @@ class Patches:
         return call_script
 
     def _caller(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method for classes with a `__call__`; see `GuidedTracer.call_by_class`."""
+        """Return a method for classes with a `__call__`; see `ModuleCalls.call_by_class`."""
 
         # Whether a module is a leaf depends on its signature, which is to stay.
         @functools.wraps(call)
         def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.tracer.call_by_class(call, module, *args, **kwargs)
+            return self.tracer.calls.call_by_class(call, module, *args, **kwargs)
 
         return call_module
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from sffx.arguments import is_writable
 from sffx.compiler.calls import call, first_by_position
@@ -30,7 +30,8 @@ from sffx.compiler.trace.functions import (
     require_plain_values,
 )
 from sffx.compiler.trace.identity import require_no_identity
-from sffx.compiler.trace.leaves import has_forward_hooks, has_no_code, is_layer
+from sffx.compiler.trace.leaves import has_forward_hooks, is_layer
+from sffx.compiler.trace.module_calls import ModuleCalls
 from sffx.compiler.trace.outputs import (
     Wanted,
     find_logits,
@@ -48,14 +49,13 @@ from sffx.compiler.trace.randomness import (
     OWN_GENERATOR,
     SEEDED,
     DrawnNumber,
-    call_without_draws,
     state_of_torch,
 )
 from sffx.compiler.trace.regions import Regions
 from sffx.compiler.trace.run_function import Applied, HeldArray, function_target
 from sffx.compiler.trace.runner import NodeRunner
 from sffx.compiler.trace.settled import Settled
-from sffx.compiler.trace.writes import Writes, versions
+from sffx.compiler.trace.writes import Writes
 from sffx.tasks import CLASSIFICATION, Task
 
 
@@ -80,6 +80,7 @@ class GuidedTracer(fx.Tracer):
         forms: what the forward reads of parameters beside their values.
         patches: what stands in for torch's functions during the trace.
         settled: the branches and numbers that the graph will hold.
+        calls: calls the modules of the model.
         branched: the qualnames of the modules on whose modes a forward branched, by that of the
             module whose forward it is. Most forwards branch on the mode of their own module.
         failed: qualname of the innermost module in which the trace failed.
@@ -119,6 +120,7 @@ class GuidedTracer(fx.Tracer):
         self.writes = Writes()
         self.branched: dict[str, set[str]] = {}
         self.settled = Settled(self)
+        self.calls = ModuleCalls(self)
         self.failed: str | None = None
         self.original = runner.original
         self.runner = runner
@@ -129,7 +131,6 @@ class GuidedTracer(fx.Tracer):
         self.notes_on_task: list[str] = []
         self._generator = state_of_torch()
         self._seed = torch.initial_seed()
-        self._entered: list[nn.Module] = []  # those whose own `__call__` runs, innermost last
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves:
@@ -174,19 +175,13 @@ class GuidedTracer(fx.Tracer):
         *more: Any,
         **options: Any,
     ) -> Any:
-        if kind == "call_function":
-            args, kwargs = first_by_position(target, args, kwargs)
-        if kind == "call_function" and target is torch._assert:
-            self.settled.settle_assertion(args[0])
         if kind == "call_method" and target in ("item", "tolist"):
             return self.settled.number(target, args[0].node)
         if target in _COMPUTE_GRADIENTS:
             raise RuntimeError("it computes gradients, which a graph cannot hold")
-        if kind == "call_function" and not self.place:
-            # In a submodule it makes a leaf, which runs for real.
-            target = data_shaped_target(target, args)
         if kind == "call_function":
-            target = packing_target(target)
+            args, kwargs = first_by_position(target, args, kwargs)
+            target = self._target_of_function(target, args)
         if kind in ("call_function", "call_method"):
             args, kwargs = self.forms.arguments(target, args, kwargs)
         create: Callable[..., fx.Proxy] = super().create_proxy
@@ -195,6 +190,15 @@ class GuidedTracer(fx.Tracer):
             # Parameters that the forward found by `parameters()` are no proxies yet.
             args, kwargs = tree_map_only(Tensor, self._as_proxy, (args, kwargs))
         return self._instead_of(create(kind, target, args, kwargs, *more, **options))
+
+    def _target_of_function(self, function: Any, args: tuple[Any, ...]) -> Any:
+        """Return what a node is to call for a function of a forward: another one, or the same."""
+        if function is torch._assert:
+            self.settled.settle_assertion(args[0])
+        if not self.place:
+            # In a submodule such a function makes a leaf, which runs for real.
+            function = data_shaped_target(function, args)
+        return packing_target(function)
 
     def _as_proxy(self, tensor: Tensor) -> Any:
         """Return the proxy of a parameter that a forward read untraced; else the tensor itself."""
@@ -324,91 +328,7 @@ class GuidedTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self._entered and self._entered[-1] is m:
-            # The `__call__` of its class now calls that of `nn.Module`. Hooks of the model itself
-            # are no part of what is traced.
-            return m.forward(*args, **kwargs) if m is self.root else forward(*args, **kwargs)
-        if m is self.root:
-            return forward(*args, **kwargs)
-        # A module that a forward makes for itself is part of its code.
-        is_part_of_model = m in (self.submodule_paths or ())
-        if self.runner.is_running or not is_part_of_model:
-            return forward(*args, **kwargs)
-        qualname = self.path_of_module(m)
-        if self.is_leaf_module(m, qualname):
-            self._open_if_replaced(m, (args, kwargs))
-        # Asked again, since a layer that was opened is no leaf any more.
-        is_leaf = self.is_leaf_module(m, qualname)
-        call = functools.partial(super().call_module, m, forward, args, kwargs)
-        if is_leaf and m in self.opened:
-            raise RuntimeError(self._why_no_leaf(m, qualname))
-        try:
-            # A leaf runs with the generators restored. To compare their states for each leaf would
-            # cost a tenth of the trace.
-            return self._called(m, call, is_leaf=is_leaf)
-        except Exception:
-            # A leaf is one already, and a container has no code that could have failed. The module
-            # around them may do as a leaf.
-            if self.failed is None and not is_leaf and not has_no_code(m):
-                self.failed = qualname
-            raise
-
-    def _open_if_replaced(self, m: nn.Module, given: Any) -> None:
-        """Open a module for the next attempt if a forward has set what it holds.
-
-        Args:
-            m: that would be called as a leaf.
-            given: its arguments. A module may have one of them as its state.
-        """
-        name = "" if m in self.opened else self.own.replaced(m, tree_leaves(given))
-        if name:
-            self.opened[m] = name
-            self.has_opened = True
-
-    def _why_no_leaf(self, m: nn.Module, qualname: str) -> str:
-        layer, attribute = f"{qualname}, a {type(m).__name__}", self.opened[m]
-        reason = f"the attribute {attribute!r} of {layer}, is set while it does not run"
-        if not attribute:
-            reason = f"the forward reads what a hook of {layer}, may have kept"
-        return f"{reason}, and it cannot be traced: {self.leaves[qualname]}"
-
-    def _called(self, m: nn.Module, call: Callable[[], Any], *, is_leaf: bool) -> Any:
-        before = versions(m)
-        if is_leaf:
-            self._require_hooks_of_model(m)
-            value = self.views.call_without_reads(call)
-            self.writes.note_leaf(before)
-            self.own.note(m)
-            return value
-        require_no_identity(m)
-        value = call_without_draws(call)
-        self.writes.require_seen(before)
-        return value
-
-    def _require_hooks_of_model(self, m: nn.Module) -> None:
-        """Raise a RuntimeError if a forward has set hooks on a leaf for the time of a call."""
-        own = self.original.get_submodule(self.path_of_module(m))
-        if isinstance(m, torch.jit.ScriptModule):
-            return
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            if len(vars(m)[hooks]) != len(vars(own)[hooks]):
-                raise RuntimeError("it sets a hook on a layer that it calls, which is lost")
-
-    def call_by_class(
-        self, call: Callable[..., Any], m: nn.Module, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Call a module whose class has a `__call__` of its own, which fx does not know of."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._entered.append(m)
-            try:
-                return call(m, *args, **kwargs)
-            finally:
-                self._entered.pop()
-
-        if self._entered and self._entered[-1] is m:  # by the `__call__` of a subclass
-            return call(m, *args, **kwargs)
-        return self.call_module(m, forward, args, kwargs)
+        return self.calls.call(m, forward, super().call_module, args, kwargs)
 
     def mode_of(self, m: nn.Module) -> Any:
         """Return what a forward reads as the mode of a module: the proxy of a flag.

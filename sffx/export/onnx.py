@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,37 +176,56 @@ def onnx_program(
         ExportError: torch cannot export it. The error names the node and the module. Or an input is
             complex.
     """
-    for name, argument in zip(input_names, arguments, strict=True):
+    _require_real(input_names, arguments)
+    require_no_data_writes(model, arguments)
+    export = partial(
+        torch.onnx.export,
+        model,
+        arguments,
+        dynamo=True,
+        verbose=False,
+        input_names=list(input_names),
+        output_names=list(output_names),
+        dynamic_shapes=axes,
+        opset_version=opset,
+    )
+    try:
+        with _without_warning_of_names(), FourAxes():
+            program = _optimized_or_not(export)
+    except Exception as error:
+        raise ExportError(explanation(error, model)) from error
+    _separate_names(program)
+    _require_written_in(opset, program)
+    return program
+
+
+def _require_real(names: Sequence[str], arguments: Sequence[Tensor]) -> None:
+    """Raise an ExportError if an input is complex."""
+    for name, argument in zip(names, arguments, strict=True):
         if argument.is_complex():
             raise ExportError(
                 f"{no_complex(name, argument)}. Hint: a forward may take real and imaginary parts "
                 f"in a last axis, and begin with torch.view_as_complex({name}); "
                 "sffx.export_program keeps complex numbers"
             )
-    require_no_data_writes(model, arguments)
-    try:
-        with warnings.catch_warnings(), FourAxes():
-            # All inputs share the batch axis. Torch warns of each input after the first that the
-            # name of the axis will not be used, and then uses it.
-            warnings.filterwarnings(
-                "ignore", message=r"# The axis name: batch will not be used", category=UserWarning
-            )
-            program = _optimized_or_not(
-                partial(
-                    torch.onnx.export,
-                    model,
-                    arguments,
-                    dynamo=True,
-                    verbose=False,
-                    input_names=list(input_names),
-                    output_names=list(output_names),
-                    dynamic_shapes=axes,
-                    opset_version=opset,
-                )
-            )
-    except Exception as error:
-        raise ExportError(explanation(error, model)) from error
-    _separate_names(program)
+
+
+@contextmanager
+def _without_warning_of_names() -> Iterator[None]:
+    """Silence a warning of torch that is not true.
+
+    All inputs share the batch axis. Torch warns of each input after the first that the name of the
+    axis will not be used, and then uses it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"# The axis name: batch will not be used", category=UserWarning
+        )
+        yield
+
+
+def _require_written_in(opset: int | None, program: ONNXProgram) -> None:
+    """Raise an ExportError if a program has another opset than the one asked for."""
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         # Torch only logs that it could not convert, and keeps the version it had.
@@ -213,7 +233,6 @@ def onnx_program(
             f"the model has no form in opset {opset}; torch offers opset {written}. "
             f"Hint: leave opset out, or pass {written}"
         )
-    return program
 
 
 def no_complex(name: str, value: Tensor) -> str:
@@ -252,17 +271,22 @@ def _separate_names(program: ONNXProgram) -> None:
     Torch names values after the nodes of the model, and an output may be called "relu" as well.
     """
     graph = program.model.graph
-    public = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
-    inner = [value for node in graph for value in node.outputs if id(value) not in public]
-    names = {value.name for value in inner}
+    public = (*graph.inputs, *graph.outputs)
+    # By `id`: an output is the value of a node as well, and keeps its name.
+    ids_of_public = {id(value) for value in public}
+    inner = []
+    for node in graph:
+        inner += [value for value in node.outputs if id(value) not in ids_of_public]
+    public_names = {value.name for value in public}
+    taken = public_names | {value.name for value in inner}
     for value in inner:
-        if value.name in taken:
-            name = f"{value.name}_inner"
-            while name in names or name in taken:
-                name += "_"
-            names.add(name)
-            value.name = name
+        if value.name not in public_names:
+            continue
+        name = f"{value.name}_inner"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        value.name = name
 
 
 def save_program(program: ONNXProgram, draft: Path) -> None:

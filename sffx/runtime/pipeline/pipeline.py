@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sffx.checks import require_callable
 from sffx.errors import InputError, shown
-from sffx.inputs import explaining_errors
 from sffx.kernels.precision import widened
 from sffx.learning.losses import LossFunctions, check_targets, loss_functions
 from sffx.net import CutModel
@@ -30,35 +28,32 @@ from sffx.runtime.evaluate import Evaluation, Totals, scores_by_name
 from sffx.runtime.learn import (
     Lesson,
     OnBlock,
-    learn_stage,
     learning_stages,
     require_train_mode,
 )
 from sffx.runtime.modes import evaluating
 from sffx.runtime.optimizers import groups_of_stages
-from sffx.runtime.pipeline.balance import balanced, seconds_of_blocks
 from sffx.runtime.pipeline.checks import (
     checked_depth,
     checked_timeout,
     device_of,
-    given_cuts,
     require_learning,
     require_loader,
     require_values,
     usable,
 )
+from sffx.runtime.pipeline.division import divided
 from sffx.runtime.pipeline.epoch import Batch, Epoch
+from sffx.runtime.pipeline.forward import Forward
 from sffx.runtime.pipeline.gather import (
     beside_tensors,
     gathered_tensors,
     load_beside_tensors,
     with_tensors,
 )
-from sffx.runtime.pipeline.losses import LossSums, Report, mean_losses
+from sffx.runtime.pipeline.losses import Report, mean_losses
 from sffx.runtime.pipeline.ownership import (
-    inseparable,
     materialize,
-    parts_of,
     release,
     require_same_everywhere,
     summary,
@@ -67,12 +62,12 @@ from sffx.runtime.pipeline.ownership import (
 from sffx.runtime.pipeline.places import find_place
 from sffx.runtime.pipeline.ranks import Ranks
 from sffx.runtime.pipeline.steps import Steps
+from sffx.runtime.pipeline.training import Training
 from sffx.runtime.randomness import block_seeds, mixed
 from sffx.runtime.residency import Residency
-from sffx.runtime.stage import Stage, Values, stages_of
+from sffx.runtime.stage import Stage, stages_of
 from sffx.runtime.step import Optimizers
 from sffx.runtime.views import losses_of, require_no_loss
-from sffx.runtime.walk import pass_through, score_detached
 
 LOGGER = logging.getLogger("sffx")
 
@@ -148,7 +143,6 @@ class Pipeline:
     ) -> None:
         self.place = find_place(group, replicas)
         self._ranks = Ranks(self.place, checked_timeout(timeout))
-        self.seconds: dict[str, float] = {}
         self.bytes_sent = 0
         # All that may fail in one process alone comes in here, or the others would wait for ever.
         with self._ranks.watch.reporting():
@@ -161,9 +155,10 @@ class Pipeline:
             self._losses = losses_of(plan, self._functions)
             self._ranks.connect(self.device)
             require_same_everywhere(self._ranks.from_everyone(summary(self.net)))
-            self._begins = self._first_blocks(cuts, example_input)
-            self._stages = self._stages_of(self.place.stage)
+            self._division = divided(self.net, cuts, example_input, self._ranks)
+            self._stages = self._division.stages(self.place.stage)
             self._own_parts()
+        self._forward = Forward(self.net, self.module)
         # `usable` has refused models with another residency.
         self._residency = Residency(self.net)
 
@@ -176,6 +171,11 @@ class Pipeline:
     def last(self) -> bool:
         """Whether this process is in the last stage."""
         return self.place.last
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each block took when the stages were balanced, by name."""
+        return self._division.seconds
 
     @property
     def blocks(self) -> list[str]:
@@ -247,57 +247,40 @@ class Pipeline:
             require_train_mode(self.net)
             learning = learning_stages(self.net, blocks)
             require_learning(learning)
-            connections = self._ranks.connections
-            watch = self._ranks.watch
             lessons = self._lessons(learning, on_block)
-            steps = Steps(list(lessons), optimizer, accumulate, connections.replicas, watch)
+            watch = self._ranks.watch
+            replicas = self._ranks.connections.replicas
+            steps = Steps(list(lessons), optimizer, accumulate, replicas, watch)
             names = None if blocks is None else [stage.name for stage in learning]
             seed = self._seed(accumulate, names)
-            sums = LossSums([stage.name for stage in lessons])
+            training = Training(self._forward, lessons, steps, self._residency)
             start = time.monotonic()
             waited_before = watch.waited
-            last = learning[-1]
-            # Processes behind the last block that learns have nothing to do.
-            if self._stages[0].index <= last.index:
-                epoch = self._epoch(loader, self._check_targets, trains=True, last=last)
-                for step, batch in enumerate(epoch):
-                    with block_seeds(mixed(seed, step)):
-                        self._train_batch(batch, epoch, lessons, steps, sums)
-                self.bytes_sent += epoch.bytes_sent
+            self._train_epoch(loader, learning[-1], seed, training)
             steps.finish()
             seconds = time.monotonic() - start
             busy = 1 - (watch.waited - waited_before) / seconds
-            return self._together(sums.report(busy))
+            return self._together(training.sums.report(busy))
 
-    def _train_batch(
-        self,
-        batch: Batch,
-        epoch: Epoch,
-        lessons: Mapping[Stage, Lesson],
-        steps: Steps,
-        sums: LossSums,
+    def _train_epoch(
+        self, loader: Iterable[Any] | None, last: Stage, seed: int, training: Training
     ) -> None:
-        """Learn from a batch stage by stage, and send what the next process reads of it."""
-        for stage in epoch.stages:
-            is_last = stage is epoch.stages[-1]
-            if stage not in lessons:
-                with self._explaining(stage, batch.values):
-                    pass_through(self.net, stage, batch.values)
-                if is_last:
-                    epoch.send(batch)
-                continue
-            steps.before(stage)
-            held = [self._scores(stage, batch.values)]
-            # The next process begins while this one learns.
-            if is_last:
-                stage.hand_on(batch.values)
-                epoch.send(batch)
-            learned = learn_stage(stage, held, batch.y, lessons[stage], self._residency)
-            sums.add(stage.name, learned.loss, batch.samples)
-            steps.after(learned)
-            if not is_last:
-                stage.hand_on(batch.values)
-        sums.samples += batch.samples
+        """Learn from all batches.
+
+        Args:
+            loader: of the first stage, None elsewhere.
+            last: the last stage that learns, in whatever process.
+            seed: of the dropout, the same in all processes.
+            training: learns from each batch.
+        """
+        # Processes behind the last block that learns have nothing to do.
+        if self._stages[0].index > last.index:
+            return
+        epoch = self._epoch(loader, self._check_targets, trains=True, last=last)
+        for step, batch in enumerate(epoch):
+            with block_seeds(mixed(seed, step)):
+                training.learn(batch, epoch)
+        self.bytes_sent += epoch.bytes_sent
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Any] | None) -> Evaluation:
@@ -331,7 +314,7 @@ class Pipeline:
     def _evaluate_batch(self, batch: Batch, epoch: Epoch, totals: Totals) -> None:
         """Compute the scores of the own stages. The last process has those of all, and adds up."""
         for stage in self._stages:
-            batch.scores.append(self._scores(stage, batch.values))
+            batch.scores.append(self._forward.scores(stage, batch.values))
             stage.hand_on(batch.values)
         if epoch.hands_over:
             epoch.send(batch)
@@ -414,9 +397,7 @@ class Pipeline:
             if dst not in self.place.everyone:
                 raise InputError(f"dst is {shown(dst)}. Hint: the ranks are {self.place.everyone}")
             self._ranks.require_same_action(f"gathers the model in rank {dst}")
-            stages = range(self.place.stages)
-            parts = [self._parts_of_stage(index) for index in stages]
-            received = gathered_tensors(self.net, parts, dst, self._ranks)
+            received = gathered_tensors(self.net, self._division.parts(), dst, self._ranks)
             own_state = self._ranks.from_everyone(beside_tensors(self.module))
             if self.place.rank != dst:
                 return None
@@ -427,35 +408,13 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self._ranks.name_of(self.place.rank)}, {self.device})"
 
-    # What follows happens once, when the pipeline is made.
-
-    def _first_blocks(self, cuts: Iterable[str] | None, example_input: Any) -> list[int]:
-        """Return the index of the first block of each stage."""
-        tied = inseparable(self.net)
-        names = [block.target for block in self.net.plan.all_blocks]
-        if cuts is not None:
-            return given_cuts(cuts, names, self.place.stages, tied)
-        seconds = None
-        if self.place.rank == self.place.everyone[0]:
-            seconds = seconds_of_blocks(self.net, example_input, self.device)
-        measured = self._ranks.from_everyone(seconds)[0]
-        self.seconds = dict(zip(names, measured, strict=True))
-        return balanced(measured, self.place.stages, tied)
-
-    def _stages_of(self, index: int) -> list[Stage]:
-        """Return the stages of the cut model that a stage of the pipeline has."""
-        ends = [*self._begins[1:], len(self.net.plan.all_blocks)]
-        return list(stages_of(self.net)[self._begins[index] : ends[index]])
-
-    def _parts_of_stage(self, index: int) -> list[str]:
-        return parts_of(self._stages_of(index), len(self.net.plan.all_blocks))
-
     def _own_parts(self) -> None:
         """Keep the own parts on the device, and let go of those of others."""
-        for index in range(self.place.stages):
-            if index != self.place.stage:
-                release(self.net, self._parts_of_stage(index))
-        self._parts = self._parts_of_stage(self.place.stage)
+        for index, parts in enumerate(self._division.parts()):
+            if index == self.place.stage:
+                self._parts = parts
+            else:
+                release(self.net, parts)
         self._empty = materialize(self.net, self._parts, self.device)
         self.module = nn.Module()
         for part in self._parts:
@@ -465,10 +424,7 @@ class Pipeline:
         own = tensors_of(self.net, self._parts)
         drawn = [tensor for name, tensor in own.items() if name not in self._empty]
         self._ranks.share_with_replicas(drawn)
-        blocks = []
-        for index in range(self.place.stages):
-            blocks.append([stage.name for stage in self._stages_of(index)])
-        self._ranks.name_stages(blocks)
+        self._ranks.name_stages(self._division.blocks())
 
     # What follows happens in each epoch.
 
@@ -492,19 +448,6 @@ class Pipeline:
         sends = self._stages[-1].index < last.index
         ranks, depth = self._ranks, self._depth
         return Epoch(self.net, running, ranks, depth, loader, check, trains=trains, sends=sends)
-
-    def _scores(self, stage: Stage, values: Values) -> Tensor:
-        """Run a stage, and return its scores."""
-        with self._explaining(stage, values):
-            return score_detached(stage, values)
-
-    def _explaining(self, stage: Stage, values: Values) -> AbstractContextManager[None]:
-        """Return a context that explains errors of the first stage by the model's inputs."""
-        if stage.index:
-            return nullcontext()
-        # Not the parameters of the net: those of other processes are on no device.
-        own = self.module.parameters
-        return explaining_errors(self.net.plan.inputs, own, _inputs_among(values))
 
     def _check_targets(self, y: Tensor, samples: int) -> None:
         plan = self.net.plan
@@ -547,8 +490,3 @@ class Pipeline:
                 busy = 100 * of_rank[first].busy
                 LOGGER.info("%s was busy for %.0f %% of the epoch", name, busy)
         return losses
-
-
-def _inputs_among(values: Values) -> dict[str, Any]:
-    """Return the inputs of the model among the values of nodes, by the inputs' names."""
-    return {str(node.target): value for node, value in values.items() if node.op == "placeholder"}

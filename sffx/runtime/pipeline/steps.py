@@ -74,7 +74,7 @@ class Steps:
         for parameter, gradient in learned.gradients.items():
             earlier = collected.get(parameter)
             collected[parameter] = gradient if earlier is None else earlier.add_(gradient)
-        # `learned` lives on while the next stage runs, but its gradients must not.
+        # The caller still holds `learned`, and would hold its gradients as well.
         learned.gradients.clear()
         self._batches[stage] = self._batches.get(stage, 0) + 1
         if self._batches[stage] == self._accumulate:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -133,11 +132,10 @@ def _axis_of_tensor(
     if len(changed) != 1:
         return None
     axis = changed[0]
-    rows_of_sample = Fraction(value.shape[axis], sizes[0])
-    rows_at_other_size = Fraction(other.shape[axis], sizes[1])
-    if rows_of_sample != rows_at_other_size or rows_of_sample.denominator != 1:
+    rows, rest = divmod(value.shape[axis], sizes[0])
+    rows_at_other_size, rest_at_other_size = divmod(other.shape[axis], sizes[1])
+    if rest or rest_at_other_size or rows != rows_at_other_size:
         return None
-    rows = int(rows_of_sample)
     slower = _slower_rows(node, root, value, axis, rows) if rows > 1 else 1
     alike = slower is None and _are_rows_alike(node, value, axis)
     return BatchAxis(axis, rows, slower, is_permuted(node, axis), alike)
@@ -156,33 +154,45 @@ def _slower_rows(node: fx.Node, root: nn.Module, value: Tensor, axis: int, rows:
     6. Any other operation keeps the order of the values with as many rows that it reads.
     """
     sources = list(_sources(node))
+    axes_read = [batch for _, batch in sources]
     operation = name_of_target(node.target)
     # 1.
-    if is_reshape(node, root) and sources:
+    if sources and is_reshape(node, root):
         before, batch = sources[0]
         return _slower_after_reshape(before, batch, value, axis, rows)
     # 2. Along another axis than the batch, a repetition leaves the rows as they are (6).
-    is_repeated = all(batch.rows < rows for _, batch in sources)
-    if operation in _TILES and is_repeated:
-        return rows if _all_plain(sources, axis) else None
-    if operation == "repeat_interleave" and is_repeated:
-        return 1 if _all_plain(sources, axis) else None
+    has_more_rows = all(batch.rows < rows for batch in axes_read)
+    if operation in (*_TILES, "repeat_interleave") and has_more_rows:
+        are_neighbours = operation == "repeat_interleave"
+        return _slower_after_repetition(axes_read, axis, 1 if are_neighbours else rows)
     # 3. Along another axis, a concatenation leaves the rows as well (6).
-    is_longer = all(batch.axis == axis and batch.rows < rows for _, batch in sources)
-    if operation in _CATS and is_longer:
-        are_whole = all(batch.slower == batch.rows for _, batch in sources)
-        return rows if are_whole else None
+    is_along_batch = all(batch.axis == axis for batch in axes_read)
+    if operation in _CATS and has_more_rows and is_along_batch:
+        lie_whole_batches_apart = all(batch.slower == batch.rows for batch in axes_read)
+        return rows if lie_whole_batches_apart else None
     # 4.
-    found = {batch.slower for _, batch in sources if batch.rows == rows}
-    if not found and len(sources) == 1 and _may_rearrange(node, root):
+    as_many_rows = {batch.slower for batch in axes_read if batch.rows == rows}
+    if not as_many_rows and len(sources) == 1 and _may_rearrange(node, root):
         before, batch = sources[0]
         return _slower_after_layer(node, root, before, batch, BatchAxis(axis, rows))
     # 5. The index itself may have any order, so it does not count.
     if any(_is_index(tensor) for tensor, _ in sources):
-        known = found - {None}
-        found = known or _slower_of_earlier_rows(node, rows)
+        known = as_many_rows - {None}
+        as_many_rows = known or _slower_of_earlier_rows(node, rows)
     # 6.
-    return found.pop() if len(found) == 1 else None
+    return as_many_rows.pop() if len(as_many_rows) == 1 else None
+
+
+def _slower_after_repetition(axes_read: list[BatchAxis], axis: int, slower: int) -> int | None:
+    """Return the `BatchAxis.slower` of repeated rows, None unless each was a sample of its own.
+
+    Args:
+        axes_read: the batch axes of the values that are repeated.
+        axis: along which they are repeated.
+        slower: of the result, if each row was a sample.
+    """
+    was_plain = bool(axes_read) and all(batch == BatchAxis(axis) for batch in axes_read)
+    return slower if was_plain else None
 
 
 def _is_index(value: Tensor) -> bool:
@@ -260,9 +270,9 @@ def _slower_after_layer(
         # A tensor of the same shape, each value of which is the number of its sample. What the
         # layer makes of it shows where the samples have gone.
         num_rows = before.shape[batch.axis]
-        along_batch = [1] * before.ndim
-        along_batch[batch.axis] = num_rows
-        numbers = _numbers_of_samples(num_rows, batch).view(along_batch)
+        shape_along_batch = [1] * before.ndim
+        shape_along_batch[batch.axis] = num_rows
+        numbers = _numbers_of_samples(num_rows, batch).view(shape_along_batch)
         samples = numbers.expand(before.shape).contiguous()
         args = fx.node.map_arg(node.args, lambda _: samples)
         try:
@@ -367,11 +377,6 @@ def _picked(node: fx.Node) -> int | None:
         return None
     index = node.args[1]
     return index if isinstance(index, int) else None
-
-
-def _all_plain(sources: list[tuple[Tensor, BatchAxis]], axis: int) -> bool:
-    """Return whether there are sources, and all have one row for each sample along an axis."""
-    return bool(sources) and all(batch == BatchAxis(axis) for _, batch in sources)
 
 
 def _same_length(value: Any, other: Any) -> bool:

@@ -241,13 +241,21 @@ class Dataflow:
         for cut_set in in_order:
             # A value that crosses the cut before as well, such as a skip connection, is not new.
             new = sorted(cut_set - earlier, key=self._computed_at)
-            inside = insides[cut_set] - earlier
-            learned = [name for name in new if self.is_learned(name, inside)]
-            main = learned[-1] if learned else new[-1]
+            main = self._main_value(new, insides[cut_set] - earlier)
             passing = self.in_order(cut_set - {main})
             cut_sets.append((*passing, main))
             earlier = insides[cut_set]
         return cut_sets
+
+    def _main_value(self, new: list[str], inside: set[str]) -> str:
+        """Return the last of some values that is computed with new parameters, or else the last.
+
+        Args:
+            new: the values that the step computes, in order.
+            inside: the nodes of the step.
+        """
+        learned = [name for name in new if self.is_learned(name, inside)]
+        return learned[-1] if learned else new[-1]
 
     def _steps_of_nodes(self) -> dict[str, int]:
         """Return the index of the step of each node.
@@ -269,9 +277,9 @@ class Dataflow:
                 step_of.setdefault(name, i)
         # 1. A node comes before its users, so the steps of its users are known on the way back.
         for name in reversed(self.nodes):
-            uses = _steps(self.graph.successors(name), step_of)
-            if uses and name not in step_of:
-                step_of[name] = min(uses)
+            steps_of_users = _steps(self.graph.successors(name), step_of)
+            if steps_of_users and name not in step_of:
+                step_of[name] = min(steps_of_users)
         # 2.
         self._place_last_writes(step_of)
         # 3. In order, since such a node may read others of them.
@@ -280,8 +288,8 @@ class Dataflow:
             step_of[name] = self._step_beside(name, step_of)
         # 4. Only these nodes have moved.
         for name in reversed(beside):
-            uses = _steps(self.graph.successors(name), step_of)
-            step_of[name] = min([step_of[name], *uses])
+            steps_of_users = _steps(self.graph.successors(name), step_of)
+            step_of[name] = min([step_of[name], *steps_of_users])
         return step_of
 
     def _place_last_writes(self, step_of: dict[str, int]) -> None:
@@ -320,21 +328,25 @@ class Dataflow:
         if steps_of_paths and reads_values:
             return max(steps_of_paths)
         earliest = max(_steps(sources, step_of), default=0)
-        # A draw that nothing uses still decides what the later ones draw.
-        draws = facts(node).cost.draws
-        if name not in step_of:  # nothing uses its value, or a guard alone
-            return max(earliest, self._step_before(name, step_of)) if draws else earliest
-        first_use = step_of[name]
-        if not steps_of_paths:
-            return first_use
-        step_after = max(steps_of_paths) + 1
-        return min(first_use, max(earliest, step_after))
+        is_used = name in step_of  # by more than a guard
+        if is_used:
+            first_use = step_of[name]
+            if not steps_of_paths:
+                return first_use
+            step_after = max(steps_of_paths) + 1
+            return min(first_use, max(earliest, step_after))
+        if facts(node).cost.draws:
+            # A draw that nothing uses still decides what the later ones draw.
+            return max(earliest, self._step_before(name, step_of))
+        return earliest
 
     def _step_before(self, name: str, step_of: dict[str, int]) -> int:
         """Return the step of the last path that the model computes before a node."""
-        before = list(self.nodes)[: self.position(name)]
-        paths = [step_of[each] for each in before if self.is_path(each)]
-        return paths[-1] if paths else 0
+        names_before = list(self.nodes)[: self.position(name)]
+        for each in reversed(names_before):
+            if self.is_path(each):
+                return step_of[each]
+        return 0
 
 
 def _steps(names: Iterable[str], step_of: dict[str, int]) -> list[int]:
@@ -368,12 +380,14 @@ def _graph(nodes: dict[str, Node], layers: Layers) -> nx.DiGraph:
         dependences[name] = own
         learns = any(can_learn(tensor) for tensor in _values_of(node))
         is_path = learns and own.on_input and own.on_parameter
-        is_learned = bool(layers.parameters(node))
-        for source in sources:
-            # A value of parameters alone is a weight: one that is read by its name, or one that is
-            # computed from others, as in `F.linear(x, weight.tanh())`.
-            if dependences[source].on_parameter and not graph.nodes[source]["path"]:
-                is_learned = True
+        # A value of parameters alone is a weight: one that is read by its name, or one that is
+        # computed from others, as in `F.linear(x, weight.tanh())`.
+        weights = [
+            source
+            for source in sources
+            if dependences[source].on_parameter and not graph.nodes[source]["path"]
+        ]
+        is_learned = bool(layers.parameters(node)) or bool(weights)
         graph.add_node(name, path=is_path, learned=is_learned)
         for source in sources:
             graph.add_edge(source, name)

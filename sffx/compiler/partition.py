@@ -56,9 +56,7 @@ def partition(
         blocks.append(_block(analysis, names[i], block_name(i), members[i], output))
     classifier = _block(analysis, name_of_classifier, CLASSIFIER, members[-1], analysis.logits)
     trace = analysis.trace
-    last_module = None
-    if classifier.modules:
-        last_module = trace.root.get_submodule(classifier.modules[-1])
+    last_module = _last_module(trace.root, classifier)
     notes = (
         *trace.notes,
         *cuts.notes,
@@ -80,6 +78,11 @@ def partition(
         task=trace.task,
         output_keys=trace.output_keys,
     )
+
+
+def _last_module(root: nn.Module, block: Block) -> nn.Module | None:
+    """Return the last module that a block calls, None if it calls none."""
+    return root.get_submodule(block.modules[-1]) if block.modules else None
 
 
 def _width_of_logits(analysis: Analysis, num_classes: int | None) -> int:
@@ -203,18 +206,23 @@ def _beside(
     for name in crossing:
         # A value that leads to another one of these learns by way of it: in a U-Net, the skip
         # connection of a stage leads to the value that goes down.
-        behind = analysis.flow.behind(name, inside)
-        for reader in inside.intersection(_readers_of_whole(analysis.nodes[name])):
-            behind |= {reader, *analysis.flow.behind(reader, inside)}
-        leads_on = not behind.isdisjoint([*crossing, output])
+        leads_on = not _behind(analysis, name, inside).isdisjoint([*crossing, output])
         # A pool of what the block before has computed has nothing to learn.
         is_scored = not leads_on and analysis.flow.is_learned(name, inside)
         beside.append(_output(analysis, name, is_scored=is_scored))
     return tuple(beside)
 
 
+def _behind(analysis: Analysis, name: str, inside: set[str]) -> set[str]:
+    """Return the nodes of a block that the value of a node leads to."""
+    behind = analysis.flow.behind(name, inside)
+    for reader in inside.intersection(_readers_of_whole(analysis.nodes[name])):
+        behind |= {reader, *analysis.flow.behind(reader, inside)}
+    return behind
+
+
 def _readers_of_whole(node: fx.Node) -> list[str]:
-    """Return the nodes that read a tuple as a whole of which a node takes one value.
+    """Return the nodes that read the whole of a tuple, of which a node takes one value.
 
     They read the value as well: an `nn.LSTMCell` takes the pair of the step before, whose hidden
     state goes to the next cell.

@@ -44,10 +44,7 @@ def refusals(
             the task scores.
     """
     output = facts(flow.nodes[flow.logits]).example.shape
-    last = -1  # step with a parameter
-    for name, node in flow.nodes.items():
-        if layers.parameters(node):
-            last = max(last, flow.step_of[name])
+    last = _last_step_with_parameters(flow, layers)
     grids = Grids(flow, layers.root, channel_axes)
     needs = _needs_from_behind(flow)
 
@@ -81,6 +78,15 @@ def refusals(
         given = filter(None, in_turn(i))
         reasons.append(next(given, ""))
     return reasons
+
+
+def _last_step_with_parameters(flow: Dataflow, layers: Layers) -> int:
+    """Return the index of the last step that has a parameter, -1 if none has."""
+    last = -1
+    for name, node in flow.nodes.items():
+        if layers.parameters(node):
+            last = max(last, flow.step_of[name])
+    return last
 
 
 def _needs_from_behind(flow: Dataflow) -> list[str]:
